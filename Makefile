@@ -26,7 +26,7 @@ figures:
 proto: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -Ipeer/wire=proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		$(patsubst proto/%,peer/wire/%,$(wildcard proto/*.proto))
-	rm -f peer/wire/admission_pb2_grpc.py peer/wire/records_pb2_grpc.py
+	rm -f $(addprefix peer/wire/,admission_pb2_grpc.py contact_pb2_grpc.py dht_pb2_grpc.py records_pb2_grpc.py)
 
 # Writes the page of all settings from the code.
 settings: $(VENV)/installed

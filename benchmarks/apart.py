@@ -141,6 +141,7 @@ class Standby:
 
 def _command(module: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
-    if "talkoot" in arguments:
-        environment["OMP_WAIT_POLICY"] = "passive"  # as the command `talkoot` sets it
+    if {"talkoot", "bound"} & set(arguments):
+        # as the command `talkoot` sets it; and on a busy machine threads that spin slow the bound down manyfold
+        environment["OMP_WAIT_POLICY"] = "passive"
     return [sys.executable, "-W", "ignore", "-m", module, *arguments], environment

@@ -128,7 +128,8 @@ def train(plan: Plan, texts: dict[str, bytes], trainers: int) -> dict[str, Any]:
             parts = [run.part.read() for run in runs]
             for number, run in enumerate(runs):
                 other = parts[(number + 1) % trainers]
-                run.part.merge("", parts[number], other.tensors, other.age, 0.5, 0.0)
+                moves = run.part.moves_to(parts[number])
+                run.part.merge("", parts[number], other.tensors, other.age, 0.5, 0.0, moves)
 
     together = threading.Barrier(trainers, between_steps, timeout=_LONGEST_STEP_S)
 

@@ -33,7 +33,6 @@ from torch.nn import functional as F
 
 from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
-from peer.kademlia.hivemind import quiet_hivemind
 from peer.layers import seeded, step_size
 from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.dispatch.batches import ExpertCaller
@@ -48,6 +47,7 @@ MOST_LOST = 0.01
 
 MANIFEST = """
 name = "digits"
+preset = "none"
 [model]
 layers = {layers}
 hidden = {hidden}
@@ -269,7 +269,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = {"steps": options.steps, "delay_s": options.delay, "in_flight": options.in_flight}
     plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
-    quiet_hivemind()
     torch.set_num_threads(1)
     digits, console = Digits.load(), Console(width=110)
     results: dict[str, Any] = {"plan": asdict(plan)}

@@ -1,7 +1,7 @@
-"""Choosing experts for a batch on real p2pd processes: Talkoot's directory, and the beam search of hivemind.moe.
+"""Choosing experts for a batch among real peers: Talkoot's directory, and the beam search of hivemind.moe.
 
-Both sides have the same village: one process with 16 DHT peers, each with a p2pd of its own, that announce 256
-experts of a 16 × 16 grid. The one who chooses is a client in another process; its own start is not counted.
+Both sides have the same village: one process with 16 DHT peers that announce 256 experts of a 16 × 16 grid.
+hivemind's peers have a p2pd each. The one who chooses is a client in another process; its own start is not counted.
 hivemind's searcher passes `num_workers` where an expiry is meant, which ends in an error as soon as a prefix is
 missing: that is repaired here. Ours ends with everything that a call needs (addresses and certificates of the nodes),
 hivemind's with PeerIDs.
@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,10 +31,14 @@ from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.host import Host
+from peer.host import Host, NetworkConfig
 from peer.identity import Identity
-from peer.transport.addresses import Multiaddress, NetworkConfig
+from peer.loop import new_loop
+from peer.transport.addresses import Multiaddress
 from peer.wire import records_pb2
+from trainer_client.dispatch.replicas import choose_replicas
+
+T = TypeVar("T")
 
 GRID = (16, 16)
 BATCH = 64
@@ -52,8 +56,8 @@ def batches(seed: int) -> list[np.ndarray]:
     return [rng.standard_normal((BATCH, size)).astype(np.float32) for size in GRID]
 
 
-async def talkoot_village(folder: Path, nodes: int) -> list[Multiaddress]:
-    """Gives the first peer's addresses, once all experts are announced."""
+async def talkoot_village(folder: Path, nodes: int) -> tuple[list[Multiaddress], list[Host]]:
+    """Gives the first peer's addresses, once all experts are announced, and the peers, which end if nobody has them."""
 
     manifest = Manifest.model_validate(
         {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
@@ -65,7 +69,7 @@ async def talkoot_village(folder: Path, nodes: int) -> list[Multiaddress]:
         host = await Host.start(
             identity, NetworkConfig("127.0.0.1"), bootstrap=bootstrap, validator=RecordValidator()
         )
-        bootstrap = bootstrap or await host.bootstrap_addresses()
+        bootstrap = bootstrap or host.bootstrap_addresses()
         hosts.append(host)
     keys = SwarmKeys("benchmark", hosts[0].peer_id)
     for n, host in enumerate(hosts):
@@ -79,11 +83,11 @@ async def talkoot_village(folder: Path, nodes: int) -> list[Multiaddress]:
             software_version=SOFTWARE_VERSION,
         )
         await registry.publish_node(record, _LIFETIME_S)
-    return bootstrap
+    return bootstrap, hosts
 
 
 def _registry(host: Host, keys: SwarmKeys) -> Registry:
-    return Registry(lambda: host.dht, keys, host.identity)
+    return Registry(host.dht, keys, host.identity)
 
 
 async def talkoot_client(folder: Path, bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]:
@@ -109,21 +113,21 @@ async def talkoot_client(folder: Path, bootstrap: Sequence[Multiaddress]) -> dic
             view = await directory.refresh() if k == 0 else directory.view
             chosen = select_experts(scores, view.tables(0), TOP_K)
             uids = {tuple(c) for c in chosen.coordinates.reshape(-1, len(GRID)).tolist()}
-            hosts = [view.replica(uid, rng) for uid in view.replicas if uid.coordinate in uids]
+            wanted = [uid for uid in view.replicas if uid.coordinate in uids]
+            hosts = choose_replicas(wanted, view, rng)
             (warm_ms if k else cold_ms).append(1000 * (time.perf_counter() - began))
             assert chosen.valid.all()
-            assert all(hosts)
+            assert len(hosts) == len(wanted)
         await host.stop()
     return {"cold_ms": cold_ms, "warm_ms": warm_ms}
 
 
-async def hivemind_village(folder: Path, nodes: int) -> list[str]:
+async def hivemind_village(folder: Path, nodes: int) -> tuple[list[str], list[Any]]:
     from types import SimpleNamespace
 
+    from hivemind.dht.node import DHTNode
     from hivemind.moe.server.dht_handler import _declare_experts
     from hivemind.utils import get_dht_time
-
-    from peer.kademlia.hivemind import DHTNode
 
     options: dict[str, Any] = {
         "host_maddrs": ["/ip4/127.0.0.1/tcp/0"],
@@ -140,7 +144,7 @@ async def hivemind_village(folder: Path, nodes: int) -> list[str]:
     for n, node in enumerate(made):
         dht = SimpleNamespace(num_workers=None, peer_id=node.peer_id)
         await _declare_experts(dht, node, uids[n::nodes], get_dht_time() + _LIFETIME_S)
-    return bootstrap
+    return bootstrap, made
 
 
 def hivemind_client(bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]:
@@ -222,11 +226,18 @@ def _appears(file: Path, writer: "subprocess.Popen[bytes]", limit_s: float) -> b
 
 
 async def _village(side: str, folder: Path, nodes: int) -> None:
-    make = {"talkoot": talkoot_village, "hivemind": hivemind_village}[side]
-    bootstrap = await make(folder, nodes)
+    make: Callable[[Path, int], Awaitable[tuple[Sequence[str], object]]]
+    make = talkoot_village if side == "talkoot" else hivemind_village
+    bootstrap, _peers = await make(folder, nodes)
     (folder / "new").write_text(json.dumps(bootstrap))
     (folder / "new").rename(folder / "bootstrap")
     await asyncio.sleep(_RUN_LIMIT_S + 60)
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """On the loop that Talkoot's processes have."""
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(coroutine)
 
 
 def main() -> None:
@@ -239,11 +250,11 @@ def main() -> None:
     parser.add_argument("nodes", type=int)
     options = parser.parse_args()
     if options.part == "village":
-        asyncio.run(_village(options.side, options.folder, options.nodes))
+        _run(_village(options.side, options.folder, options.nodes))
         return
     bootstrap = json.loads((options.folder / "bootstrap").read_text())
     if options.side == "talkoot":
-        result = asyncio.run(talkoot_client(options.folder, bootstrap))
+        result = _run(talkoot_client(options.folder, [*map(Multiaddress, bootstrap)]))
     else:
         result = hivemind_client(bootstrap)
     (options.folder / "new").write_text(json.dumps(result))

@@ -7,7 +7,7 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
-from peer.kademlia.hivemind import DHTID
-from trainer_client.dispatch.batches import Answer, NodeCall, RoutedRows
+from peer.kademlia.routing import key_id_of
+from trainer_client.dispatch.batches import AnsweredRows, CallReply, ExpertReply, NodeCall, RoutedRows
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.routers import best
@@ -63,7 +63,7 @@ def measure(nodes: int, link: Link, seed: int, effort: Effort) -> dict[str, Any]
 async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int, effort: Effort) -> dict[str, Any]:
     began = time.monotonic()
     experts = 256 if nodes <= 100 else nodes
-    swarm = await SimulatedSwarm.start(loop, nodes, experts, link, seed)
+    swarm = await SimulatedSwarm.start(loop, nodes, experts, link, seed, with_contacts=True)
     result: dict[str, Any] = {"nodes": nodes, "experts": experts, "built_in_s": time.monotonic() - began}
     result |= await measure_lookups(loop, swarm, effort.lookups)
     for rows in (1, BATCH):
@@ -92,8 +92,8 @@ async def measure_lookups(loop: VirtualLoop, swarm: SimulatedSwarm, count: int) 
     hosted = list(swarm.hosts)
     for _ in range(count):
         peer = swarm.rng.choice(swarm.peers)
-        key = DHTID.generate(source=swarm.keys.expert(swarm.rng.choice(hosted)))
-        await peer.lookups.sample(peer.dht)  # as it does when it has just joined, and then twice a minute
+        key = key_id_of(swarm.keys.expert(swarm.rng.choice(hosted)))
+        await peer.lookups.sample()  # as it does when it has just joined, and then twice a minute
         began, before = loop.time(), swarm.network.traffic.by_method["find"]
         found = (await peer.lookups.find([key], besides_self=True))[key]
         times_ms.append(1000 * (loop.time() - began))
@@ -272,7 +272,7 @@ class _SimulatedCaller:
     def is_silent(self, node: NodeInfo) -> bool:
         return node.peer_id not in self._living
 
-    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         peer_id = call.node.peer_id
         if peer_id not in self._living and not self._refuses:
             await asyncio.sleep(call.deadline_s)
@@ -280,8 +280,10 @@ class _SimulatedCaller:
         await asyncio.sleep(self._rtt_s)
         if peer_id not in self._living:
             raise ExpertError(StatusCode.UNAVAILABLE, "connection refused")
-        for request in call.requests:
-            yield Answer(request.batch, peer_id, np.zeros_like(request.inputs))
+        batch = call.batch
+        for uid in batch.uids:
+            yield ExpertReply(batch, uid)
+        yield AnsweredRows(batch, np.arange(len(batch.rows)), batch.asked, np.zeros_like(call.inputs))
 
 
 async def _let_the_dead_expire(swarm: SimulatedSwarm) -> None:

@@ -2,12 +2,12 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from grpc import StatusCode
 
 from peer.errors import ExpertError
-from trainer_client.dispatch.batches import Answer, ExpertCaller, NodeCall
+from trainer_client.dispatch.batches import CallReply, ExpertCaller, NodeCall
 
 
 class FaultyCaller:
@@ -26,19 +26,19 @@ class FaultyCaller:
         self._failing = failing
         self._rng = random.Random(seed)
 
-    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         if not self.on:
-            async for answer in self._caller.call(call):
-                yield answer
+            async for reply in self._caller.call(call):
+                yield reply
             return
         fails, arrives = self._rng.random() < self._failing, self._rng.random() < 0.5
         self.failed += fails
         await asyncio.sleep(self._delay_s / 2)
-        answers = []
+        replies = []
         if arrives or not fails:
-            answers = [a async for a in self._caller.call(call)]
+            replies = [reply async for reply in self._caller.call(call)]
         await asyncio.sleep(self._delay_s / 2)
         if fails:
             raise ExpertError(StatusCode.UNAVAILABLE, "lost on the way, as told")
-        for answer in answers:
-            yield answer
+        for reply in replies:
+            yield reply

@@ -1,5 +1,6 @@
 """Programs of a swarm on machines of an emulated internet, and what they say."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -52,15 +53,16 @@ class Village:
         self.net = net
         self._folder = folder
         self._programs: list[Program] = []
+        self._numbers = itertools.count()
 
     def run(self, machine: Machine, command: str, *arguments: object) -> Program:
-        folder = self._folder / str(len(self._programs))
+        folder = self._folder / str(next(self._numbers))
         folder.mkdir()
+        if "--state" not in arguments:
+            arguments = (*arguments, "--state", folder / "state")
         words = [sys.executable, "-m", "talkoot.cli", command, "--log-format", "json", *map(str, arguments)]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-            process = subprocess.Popen(
-                machine.command([*words, "--state", str(folder / "state")]), stdout=out, stderr=err
-            )
+            process = subprocess.Popen(machine.command(words), stdout=out, stderr=err)
         program = Program(process, folder)
         self._programs.append(program)
         return program

@@ -80,6 +80,7 @@ FAILING = 0.1
 
 MANIFEST = """
 name = "learning"
+preset = "none"
 [model]
 layers = 2
 hidden = {hidden}

@@ -1,4 +1,4 @@
-"""The contenders of the benchmark `moe`: each starts what it needs for both cases, and gives a step of each.
+"""The contenders of the benchmark `moe`: each starts what it needs for all cases, and gives a step of each.
 
 A step is forward, backward and an optimizer step of every called expert.
 """
@@ -9,49 +9,62 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 
 import torch
+from torch import nn
 
+from benchmarks.moe_narrow import WAYS, NarrowBound, Sizes, step_on_one_core
 from benchmarks.rival_blocks import SEQUENCE, RivalFeedForward, RivalTransformer
 from benchmarks.village import START_LIMIT_S, running_node
 from dht.manifest import ModelSpec
+from peer.layers import TransformerLayer, make_norm
 
 GRID = (4, 4)
 TOP_K = 4
 HIDDEN = 256
-SHAPES = {"ffn": (64, 1, HIDDEN), "transformer": (16, SEQUENCE, HIDDEN)}
+NARROW = Sizes((16, SEQUENCE, HIDDEN), (8, 8), width=64, heads=1, feed_forward=256, top_k=TOP_K)
+SHAPES = {"ffn": (64, 1, HIDDEN), "transformer": (16, SEQUENCE, HIDDEN), "narrow": NARROW.shape}
+GRIDS = {"ffn": GRID, "transformer": GRID, "narrow": NARROW.grid}
 BLOCKS = {"ffn": RivalFeedForward, "transformer": RivalTransformer}
 IN_FLIGHT = 2
 _BRIEF_S = 5.0
 
 MANIFEST = """
 name = "benchmark"
+preset = "none"
 [model]
 layers = 1
 hidden = {hidden}
 context = {context}
 [experts]
-grid = [4, 4]
-kind = "rival-{case}"
+{experts}
 [routing]
 top_k = {top_k}
 [optimizer]
 weight_decay = 0.0
 """
+EXPERTS = {
+    "ffn": f'grid = {list(GRID)}\nkind = "rival-ffn"',
+    "transformer": f'grid = {list(GRID)}\nkind = "rival-transformer"',
+    "narrow": f'grid = {list(NARROW.grid)}\nkind = "transformer"\nwidth = {NARROW.width}\nheads = {NARROW.heads}\n'
+    f"feed_forward = {NARROW.feed_forward}",
+}
 
 
 @dataclass(frozen=True)
 class Standing:
     """A contender that has started for one case."""
 
-    step: Callable[[], None]
-    in_flight: Callable[[], None]
-    """The step when several threads make it at once."""
+    steps: Sequence[Callable[[], None]]
+    """Ways to make a step, of which the fastest counts."""
+    in_flight: Sequence[Callable[[], None]]
+    """The same when several threads make steps at once."""
     facts: dict[str, float] = field(default_factory=dict)
     failures: Callable[[], dict[str, int]] = dict
     """Calls that failed so far, by cause."""
@@ -156,8 +169,12 @@ def _on_samples(block: torch.nn.Module, x_STD: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def bound(case: str) -> Iterator[Standing]:
-    made = Bound(case)
-    yield Standing(made.step, made.step_on_one_core)
+    if case == "narrow":
+        steps = [NarrowBound(NARROW, way).step for way in WAYS]
+        yield Standing(steps, [step_on_one_core(NARROW, way) for way in WAYS])
+    else:
+        made = Bound(case)
+        yield Standing([made.step], [made.step_on_one_core])
 
 
 @contextmanager
@@ -167,16 +184,17 @@ def talkoot(case: str) -> Iterator[Standing]:
     from trainer_client.settings import TrainerSettings
 
     torch.set_num_threads(1)  # of the trainer, whose own part is small
-    manifest = MANIFEST.format(hidden=HIDDEN, context=SEQUENCE, case=case, top_k=TOP_K)
+    manifest = MANIFEST.format(hidden=HIDDEN, context=SEQUENCE, experts=EXPERTS[case], top_k=TOP_K)
     settings, timing = TrainerSettings(call_deadline_s=60.0), TrainerTiming(least_deadline_s=60.0)
     with (
-        running_node(manifest, experts=GRID[0] * GRID[1]) as node,
+        running_node(manifest, experts=prod(GRIDS[case])) as node,
         SwarmClient(node.invite, settings, node.folder / "trainer", timing=timing) as client,
     ):
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
-        step = make_step(client.mixture(0, choose_by="sequence"), SHAPES[case])
+        mixture = client.mixture(0, choose_by="token" if case == "narrow" else "sequence")
+        step = make_step(mixture, SHAPES[case])
         facts = {"start_s": node.start_s, "processes": 2}
-        yield Standing(step, step, facts, lambda: client.dispatcher.metrics.failures_by_cause())
+        yield Standing([step], [step], facts, lambda: client.dispatcher.metrics.failures_by_cause())
 
 
 @contextmanager
@@ -185,16 +203,21 @@ def hivemind(case: str) -> Iterator[Standing]:
     import psutil
     from hivemind import DHT
     from hivemind.moe import RemoteMixtureOfExperts
+    from hivemind.moe.server.layers import name_to_block, name_to_input
     from hivemind.moe.server.server import background_server
 
-    uids = [f"expert.{i}.{j}" for i in range(GRID[0]) for j in range(GRID[1])]
+    rows, columns = GRIDS[case]
+    uids = [f"expert.{i}.{j}" for i in range(rows) for j in range(columns)]
+    if case == "narrow":
+        name_to_block["narrow"], name_to_input["narrow"] = _narrow_expert, name_to_input["transformer"]
+    width = NARROW.width if case == "narrow" else HIDDEN
     before = len(psutil.Process().children(recursive=True))
     began = time.monotonic()
     with (
         background_server(
             expert_uids=uids,
             expert_cls=case,
-            hidden_dim=HIDDEN,
+            hidden_dim=width,
             device="cpu",
             optim_cls=partial(torch.optim.Adam, lr=1e-3),
             num_handlers=os.cpu_count(),  # its default of eight for each expert is several times slower on few cores
@@ -205,18 +228,44 @@ def hivemind(case: str) -> Iterator[Standing]:
         dht = DHT(initial_peers=server.addrs, start=True, client_mode=True)
         try:
             layer = RemoteMixtureOfExperts(
-                in_features=HIDDEN, grid_size=GRID, dht=dht, uid_prefix="expert.", k_best=TOP_K
+                in_features=width, grid_size=(rows, columns), dht=dht, uid_prefix="expert.", k_best=TOP_K
             )
             mask = torch.zeros(SHAPES[case][:2], dtype=torch.bool)
+            down = nn.Sequential(make_norm("layer", HIDDEN), nn.Linear(HIDDEN, width, bias=False))
+            up = nn.Linear(width, HIDDEN, bias=False)
 
             def mixture(x_BTD: torch.Tensor) -> torch.Tensor:
                 output: torch.Tensor = layer(x_BTD.squeeze(1)) if case == "ffn" else layer(x_BTD, mask)
                 return output
 
-            step = make_step(mixture, SHAPES[case])
-            yield Standing(step, step, {"start_s": start_s, "processes": processes})
+            def narrow_mixture(x_BTD: torch.Tensor) -> torch.Tensor:
+                output: torch.Tensor = x_BTD + up(mixture(down(x_BTD)))
+                return output
+
+            step = make_step(narrow_mixture if case == "narrow" else mixture, SHAPES[case])
+            yield Standing([step], [step], {"start_s": start_s, "processes": processes})
         finally:
             dht.shutdown()
+
+
+class SampleTransformer(nn.Module):
+    """Talkoot's narrow expert for hivemind's server: whole samples [S, T, W], with a mask that is not used."""
+
+    def __init__(self, block: TransformerLayer) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x_STW: torch.Tensor, mask_ST: torch.Tensor) -> torch.Tensor:
+        samples, length, _ = x_STW.shape
+        lengths_S = torch.full((samples,), length)
+        positions_R = torch.arange(length).repeat(samples)
+        output: torch.Tensor = self.block(x_STW.flatten(0, 1), lengths_S, positions_R).view_as(x_STW)
+        return output
+
+
+def _narrow_expert(width: int) -> nn.Module:
+    assert width == NARROW.width, "a server makes them of the width it is told"
+    return SampleTransformer(NARROW.expert())
 
 
 CONTENDERS: dict[str, Callable[[str], AbstractContextManager[Standing]]] = {
@@ -227,7 +276,7 @@ CONTENDERS: dict[str, Callable[[str], AbstractContextManager[Standing]]] = {
 
 
 def stand_by(name: str) -> None:
-    """Starts for both cases, says so, and measures what the lines of the standard input ask for."""
+    """Starts for all cases, says so, and measures what the lines of the standard input ask for."""
     with ExitStack() as stack:
         standing = {case: stack.enter_context(CONTENDERS[name](case)) for case in SHAPES}
         print("{}", flush=True)
@@ -235,10 +284,10 @@ def stand_by(name: str) -> None:
             asked = json.loads(line)
             case, seconds = asked["case"], asked["seconds"]
             contender, samples = standing[case], SHAPES[case][0]
-            if asked["in_flight"]:
-                result = measure_in_flight(contender.in_flight, samples, seconds)
-            else:
-                result = measure(contender.step, samples, seconds)
+            steps = contender.in_flight if asked["in_flight"] else contender.steps
+            measured = measure_in_flight if asked["in_flight"] else measure
+            runs = [measured(step, samples, seconds / len(steps)) for step in steps]
+            result = max(runs, key=lambda run: run["samples_per_s"])
             if failures := contender.failures():
                 raise SystemExit(f"calls failed: {failures}")
             print(json.dumps(result | contender.facts), flush=True)

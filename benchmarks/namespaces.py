@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 _MARK = "talkoot"
 _NAME = re.compile(rf"{_MARK}(\d+)-")
@@ -31,10 +33,38 @@ table ip filter {
     chain forward {
         type filter hook forward priority 0; policy drop
         ct state established,related accept
+        ct status dnat accept
         iifname "lan" accept
     }
 }
 """
+_UPNP_CHAINS = """
+table inet upnp {
+    chain forward { }
+    chain prerouting {
+        type nat hook prerouting priority -100
+        jump forwarded
+    }
+    chain forwarded { }
+    chain postrouting { }
+}
+"""
+_UPNP_SETTINGS = """
+ext_ifname=wan
+listening_ip=lan
+enable_upnp=yes
+enable_natpmp=no
+secure_mode=yes
+upnp_table_name=upnp
+upnp_nat_table_name=upnp
+upnp_forward_chain=forward
+upnp_nat_chain=forwarded
+upnp_nat_postrouting_chain=postrouting
+uuid=f1c5129f-ce8a-4f6b-81d6-8a59a23d3cfd
+allow 1024-65535 192.168.0.0/16 1024-65535
+deny 0-65535 0.0.0.0/0 0-65535
+"""
+"""Of miniupnpd, which many home routers run."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +73,12 @@ class Machine:
 
     namespace: str
     address: str
-    is_behind_router: bool = False
+    router: str = ""
+    """The namespace of the router that hides it; empty: none does."""
+
+    @property
+    def is_behind_router(self) -> bool:
+        return bool(self.router)
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The same command, run on this machine."""
@@ -82,7 +117,30 @@ class Internet:
         _ip("-n", home, "route", "add", "default", "via", f"192.168.{number}.1")
         _run("ip", "netns", "exec", router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         _run("ip", "netns", "exec", router, "nft", "-f", "-", stdin=_FIREWALL)
-        return Machine(home, f"192.168.{number}.2", is_behind_router=True)
+        return Machine(home, f"192.168.{number}.2", router)
+
+    @contextlib.contextmanager
+    def upnp(self, home: Machine) -> Iterator[None]:
+        """As long as the block lasts, this home's router forwards ports for whoever asks by UPnP."""
+        run_there = ("ip", "netns", "exec", home.router)
+        _run(*run_there, "nft", "-f", "-", stdin=_UPNP_CHAINS)
+        with tempfile.TemporaryDirectory() as folder:
+            settings = Path(folder) / "miniupnpd.conf"
+            settings.write_text(_UPNP_SETTINGS)
+            options = ("-d", "-f", str(settings), "-P", f"{folder}/pid")
+            daemon = subprocess.Popen(
+                [*run_there, "miniupnpd", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            try:
+                yield
+            finally:
+                daemon.kill()
+                daemon.wait()
+                _run(*run_there, "nft", "delete", "table", "inet", "upnp")
+
+    def forwarded(self, home: Machine) -> str:
+        """What the router forwards by UPnP, as nft lists it."""
+        return _run("ip", "netns", "exec", home.router, "nft", "list", "chain", "inet", "upnp", "forwarded")
 
     def close(self) -> None:
         _remove(self._prefix)

@@ -32,12 +32,12 @@ from benchmarks.village import START_LIMIT_S, running_node
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import join_swarm
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
-from peer.transport.addresses import NetworkConfig
 from peer.wire import session_pb2
-from trainer_client.dispatch.batches import ExpertBatch, NodeCall, Request
+from trainer_client.dispatch.batches import ExpertReply, NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 TRAINERS = 8
@@ -53,6 +53,7 @@ TARGETS = {
 
 _MANIFEST = """
 name = "benchmark"
+preset = "none"
 [model]
 layers = 1
 hidden = {hidden}
@@ -161,16 +162,15 @@ async def step_all(invite: Invite, state: Path) -> int:
         uids, width = swarm.manifest.uids(), swarm.manifest.width
         (host,) = {replica.peer_id for r in (await swarm.registry.replicas(uids)).values() for replica in r}
         node = (await swarm.registry.nodes([host]))[host]
-        rows = np.random.default_rng(0).standard_normal((4, width)).astype(np.float32)
-        each, zeros = np.arange(4), np.zeros(4, dtype=np.int64)
-        batches = [ExpertBatch(uid, each, zeros, np.ones_like(each), zeros) for uid in uids]
-        requests = [Request(batch, rows, rows) for batch in batches]
+        batch = NodeBatch.apart(uids, [1] * 4, [0] * 4)
+        rows = np.random.default_rng(0).standard_normal((len(batch.rows), width)).astype(np.float32)
         rights = (session_pb2.RIGHT_BACKWARD,)
         sessions = SessionClient(swarm.host.identity, invite.keys.swarm_id, rights)
         caller = GrpcCaller(channels, invite.keys.swarm_id, width, sessions=sessions)
-        call = NodeCall(node, "backward", requests, 60.0)
-        answers = [answer async for answer in caller.call(call)]
-        return sum(answer.tensor is not None for answer in answers)
+        weights = np.ones(batch.experts.shape, np.float32)
+        call = NodeCall(node, "backward", batch, 60.0, rows, weights, rows)
+        replies = [reply async for reply in caller.call(call)]
+        return sum(isinstance(reply, ExpertReply) and reply.error is None for reply in replies)
     finally:
         await channels.close()
         await swarm.stop()

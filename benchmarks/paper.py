@@ -39,7 +39,6 @@ from benchmarks.recipe_texts import Mixed, load_texts
 from benchmarks.village import START_LIMIT_S, running_village
 from dht.manifest import Manifest
 from expert_server.blocks import weightless_block
-from peer.kademlia.hivemind import quiet_hivemind
 from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.model import LanguageModel
@@ -191,8 +190,8 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def to_toml(manifest: Manifest) -> str:
-    """A founder's file. Numbers, strings and lists are alike in JSON and TOML."""
-    values = json.loads(manifest.to_json())
+    """A founder's file, without a preset. Numbers, strings and lists are alike in JSON and TOML."""
+    values = json.loads(manifest.to_json()) | {"preset": "none"}
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if key not in tables]
     for name, table in tables.items():
@@ -331,7 +330,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     end_in_order_when_stopped()
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
-    quiet_hivemind()
     torch.set_num_threads(1)
     console = Console(width=130)
     known = json.loads(options.json.read_text()) if options.resume and options.json.exists() else {}

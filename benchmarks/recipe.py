@@ -1,6 +1,6 @@
 """Which mixture beats a dense Transformer that computes as much for each token, on text of several domains?
 
-    python -m benchmarks.recipe [--quick] [--json FILE] [--plot DIR] [--state DIR] [--only NAME ...] [--hold-out DOMAIN]
+    python -m benchmarks.recipe [--quick] [--json FILE] [--plot DIR] [--state DIR] [--only NAME ...] [--seed N]
 
 All in one process, with the real trainer and the nodes' own experts. There are five domains: the Bible, Shakespeare,
 Python's documentation, the source of its library, and C++. All models have the same batches, an equal part from each
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, metavar="DIR", help="what is done, from which it goes on")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[c.name for c in ALL])
     parser.add_argument("--steps", type=int, help=f"of the longest runs, by default {Size.steps}")
+    parser.add_argument("--seed", type=int, default=0, help="of first parameters and the order of batches")
     parser.add_argument(
         "--hold-out", metavar="DOMAIN", choices=list(FULL | QUICK), default=HELD_OUT,
         help=f"the domain to train no model on: {', '.join(FULL)}; by default {HELD_OUT}",
@@ -143,7 +144,7 @@ def main() -> None:
     if options.hold_out not in domains:
         parser.error(f"the domains are {', '.join(domains)}")
     console = Console(width=150)
-    size = QUICK_SIZE if options.quick else Size()
+    size = replace(QUICK_SIZE if options.quick else Size(), seed=options.seed)
     if options.steps is not None:
         size = replace(size, steps=options.steps)
     names = options.only or (QUICK_NAMES if options.quick else [c.name for c in ALL])
@@ -152,7 +153,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.set())
-    data = Mixed(load_texts(domains), size.context, held_out=options.hold_out)
+    data = Mixed(load_texts(domains), size.context, options.seed, options.hold_out)
     with ExitStack() as stack:
         state = options.state or Path(stack.enter_context(TemporaryDirectory(prefix="talkoot-recipe-")))
         state.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,8 @@ class Size:
     steps: int = 3000
     validate_every: int = 250
     validation_batches: int = 16
+    seed: int = 0
+    """Of first parameters and the order of batches."""
 
 
 QUICK_SIZE = Size(
@@ -53,7 +55,9 @@ class Configuration:
     takes_feed_forward: bool = False
     """Each mixture takes the place of a feed-forward block: before it is an attention. Else a whole layer is."""
     width: float = 1.0
-    """Of experts, as a multiple of hidden. Their heads are as large as the trainer's."""
+    """Of experts, as a multiple of hidden."""
+    head_size: int | None = None
+    """Of the only head of an expert. None: heads are as large as the trainer's, as many as fit into the width."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the trainer, beside those that all have."""
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +80,7 @@ class Configuration:
             "heads": size.heads,
             "context": size.context,
             "feed_forward": round(self.feed_forward * size.hidden),
+            "seed": size.seed,
         }
         experts: dict[str, Any] = {
             "grid": self.grid or size.grid,
@@ -86,6 +91,8 @@ class Configuration:
                 "width": round(self.width * size.hidden),
                 "heads": max(1, round(self.width * size.heads)),
             }
+        if self.head_size is not None:
+            experts |= {"heads": 1, "head_size": self.head_size}
         optimizer = {
             "learning_rate": EXPERT_RATE,
             "warmup_updates": 20,
@@ -103,7 +110,7 @@ class Configuration:
             "learning_rate": EXPERT_RATE,
             "validate_every": max(1, min(size.validate_every, self.steps_of(size))),
             "validation_batches": size.validation_batches,
-            "seed": 0,
+            "seed": size.seed,
             "threads": 1,
         }
         return TrainerSettings.model_validate(common | self.settings)
@@ -191,15 +198,22 @@ _NARROW = replace(
     _FINE, name="transformer top-4, narrow", expert_kind="transformer", width=1 / 4, feed_forward=13 / 4
 )
 """Its projections take a sixteenth of what a feed-forward block of usual size does."""
+_HALF = replace(
+    _NARROW, name="transformer top-4, half as wide", width=1 / 2, head_size=8, feed_forward=19 / 12
+)
+"""One thin head: attention takes a tenth of what the expert computes."""
 
 CONFIGURATIONS = (
     Configuration("dense-4", 4),
     _FINE,
     replace(_FINE, name="ffn top-4, narrow", width=1 / 4, feed_forward=15 / 4),
     _NARROW,
-    replace(_NARROW, name="transformer top-4, half as wide", width=1 / 2, feed_forward=11 / 16),
-    replace(_NARROW, name="transformer top-4, narrow, 16 experts", grid=(4, 4), rival=_NARROW.name),
-    replace(_NARROW, name="transformer top-4, narrow, 256 experts", grid=(16, 16), rival=_NARROW.name),
+    _HALF,
+    replace(
+        _HALF, name="transformer top-4, half as wide, wide attention", head_size=None, feed_forward=11 / 16
+    ),
+    replace(_HALF, name="transformer top-4, half as wide, 16 experts", grid=(4, 4), rival=_HALF.name),
+    replace(_HALF, name="transformer top-4, half as wide, 256 experts", grid=(16, 16), rival=_HALF.name),
     Configuration("dense-2", 2),
     _TRANSFORMER,
     _FFN,
@@ -251,10 +265,11 @@ VARIANTS = (
     _short(Configuration("dense-4", 4)),
     _short(_FINE, "short, dense-4"),
     _short(_NARROW, "short, dense-4"),
+    _short(_HALF, "short, dense-4"),
     *(
         _short(
-            replace(_NARROW, name=f"transformer top-4, narrow, {rows} rows for a step"),
-            f"short, {_NARROW.name}",
+            replace(_HALF, name=f"{_HALF.name}, {rows} rows for a step"),
+            f"short, {_HALF.name}",
             optimizer={"rows_per_update": rows},
         )
         for rows in (128, 256)

@@ -32,7 +32,8 @@ def draw(results: Mapping[str, Any], rivals: Mapping[str, str], folder: Path) ->
 
 def _curves(runs: Mapping[str, Any], rivals: Mapping[str, str]) -> Figure:
     """One panel for each dense model."""
-    dense = [name for name in dict.fromkeys(rivals.values()) if name in runs]
+    compared = {rival for name, rival in rivals.items() if name in runs}
+    dense = [name for name in dict.fromkeys(rivals.values()) if name in runs and name in compared]
     figure = Figure(figsize=(5 * max(1, len(dense)), 4), layout="constrained")
     for number, rival in enumerate(dense):
         panel = figure.add_subplot(1, len(dense), number + 1)
@@ -41,7 +42,7 @@ def _curves(runs: Mapping[str, Any], rivals: Mapping[str, str]) -> Figure:
             _add_curve(panel, name, runs[name], "-")
         last = runs[rival]["validation_loss"]
         panel.set(xlabel="step", ylabel="held-out loss, nats per byte", title=f"as much compute as {rival}")
-        panel.set_ylim(last * 0.95, last * 1.45)
+        panel.set_ylim(last * 0.92, last * 1.45)
         panel.legend()
         panel.grid(alpha=0.3)
     return figure

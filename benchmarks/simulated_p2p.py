@@ -1,8 +1,8 @@
-"""A network of many peers in one process: hivemind's `DHTNode` over calls in memory, on a clock that jumps.
+"""A network of many peers in one process: Talkoot's DHT nodes over calls in memory, on a clock that jumps.
 
-What runs is real: `DHTNode`, its protocol, routing table and storage, and all of `dht/`. Stand-ins are the transport,
-the clock, and the keys: 10,000 RSA keys take a quarter of an hour, so a peer signs with a hash here. Sizes are those of
-RSA keys, so that counted bytes are right.
+What runs is real: the nodes with their routing tables and stores, and all of `dht/`. Stand-ins are the transport, the
+clock, and the keys: 10,000 RSA keys take a quarter of an hour, so a peer signs with a hash here. Sizes are those of RSA
+keys, so that counted bytes are right.
 """
 
 import asyncio
@@ -10,17 +10,18 @@ import hashlib
 import random
 import selectors
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 from unittest.mock import patch
 
+from peer.bounded import BoundedDict
 from peer.errors import RecordError
 from peer.identity import PeerID
-from peer.kademlia.hivemind import P2PContext
-
-T = TypeVar("T")
+from peer.kademlia.contacts import KNOWN_OF_KEY, MOST_KNOWN, PlaceIndex
+from peer.kademlia.node import Handler
+from peer.transport.addresses import Multiaddress
+from peer.wire import contact_pb2, dht_pb2
 
 EPOCH = 1_800_000_000.0
 """Unix time at which a simulation begins."""
@@ -29,6 +30,9 @@ CALL_OVERHEAD_BYTES = 100
 _PUBLIC_KEY_BYTES = 294
 _SIGNATURE_BYTES = 256
 _CERTIFICATE_BYTES = 700
+_CONTACT_BYTES = 1085
+_NAME_BYTES = 34
+_MOST_CONTACTS = 2048
 
 
 class _JumpingSelector(selectors.SelectSelector):
@@ -90,52 +94,137 @@ class Network:
         self.link = link
         self.rng = random.Random(seed)
         self.traffic = Traffic()
-        self.peers: dict[bytes, SimulatedP2P] = {}
+        self.peers: dict[bytes, SimulatedTransport] = {}
+        self.neighbourhoods: dict[PeerID, str] = {}
+        """Of the peers for which that matters."""
 
     def kill(self, peer_ids: Collection[PeerID]) -> None:
         for peer_id in peer_ids:
             del self.peers[peer_id.to_bytes()]
 
-    async def call(self, sender: PeerID, receiver: PeerID, name: str, message: Any) -> Any:
-        self._count(message)
+    async def call(self, sender: PeerID, receiver: PeerID, method: str, request: bytes) -> bytes:
+        """Lasts until the caller gives up, if there is no answer."""
+        self._count(request)
         self.traffic.calls += 1
-        self.traffic.by_method[name.rsplit("rpc_", 1)[-1]] += 1
+        self.traffic.by_method[method] += 1
         link = self.link
         one_way_s = link.rtt_s / 2 * (1 + link.jitter * self.rng.uniform(-1, 1))
         is_lost = self.rng.random() < link.loss
         await asyncio.sleep(one_way_s)
         peer = self.peers.get(receiver.to_bytes())
         if is_lost or peer is None:
-            await asyncio.get_running_loop().create_future()  # until the caller gives up
+            await asyncio.get_running_loop().create_future()
         assert peer is not None
-        answer = await peer.handlers[name](message, P2PContext(name, receiver, sender))
+        answer = await peer.handlers[method](sender, request)
         self._count(answer)
-        for result in getattr(answer, "results", ()):
-            self.traffic.largest = max(self.traffic.largest, len(result.value))
+        if method == "find":
+            for result in dht_pb2.FindResponse.FromString(answer).results:
+                self.traffic.largest = max(self.traffic.largest, len(result.value))
         await asyncio.sleep(one_way_s)
         return answer
 
-    def _count(self, message: Any) -> None:
-        self.traffic.sent += message.ByteSize() + CALL_OVERHEAD_BYTES
+    def _count(self, message: bytes) -> None:
+        self.traffic.sent += len(message) + CALL_OVERHEAD_BYTES
 
 
-class SimulatedP2P:
-    """What a `DHTNode` uses of hivemind's `P2P`."""
+class NoContacts:
+    """Of peers that are reached by their names alone."""
 
-    def __init__(self, network: Network, peer_id: PeerID) -> None:
+    def learn(self, message: contact_pb2.Contact, whose: Container[PeerID]) -> PeerID | None:
+        return None
+
+    def note(self, address: Multiaddress) -> None: ...
+
+    def message(self, peer_id: PeerID) -> contact_pb2.Contact | None:
+        return None
+
+    def reaches(self, peer_id: PeerID) -> bool:
+        return True
+
+    def neighbourhood_of(self, peer_id: PeerID) -> str:
+        return ""
+
+    def origin_of(self, peer_id: PeerID) -> str:
+        return ""
+
+    def known(self, keys: Iterable[int]) -> list[int]:
+        return []
+
+
+class SimulatedContacts:
+    """Contacts as large as real ones, of which only the name of the peer counts. They do not expire."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._known = BoundedDict[PeerID, None](_MOST_CONTACTS)
+        self._places = PlaceIndex()
+
+    def add(self, peer_id: PeerID) -> None:
+        if peer_id not in self._known:
+            self._places.add(peer_id)
+            if len(self._known) == _MOST_CONTACTS:
+                self._places.remove(next(iter(self._known)))
+        self._known[peer_id] = None
+
+    def learn(self, message: contact_pb2.Contact, whose: Container[PeerID]) -> PeerID | None:
+        peer_id = PeerID(message.statement[:_NAME_BYTES])
+        if peer_id not in whose:
+            return None
+        self.add(peer_id)
+        return peer_id
+
+    def note(self, address: Multiaddress) -> None:
+        self.add(address.peer_id)
+
+    def message(self, peer_id: PeerID) -> contact_pb2.Contact | None:
+        return contact_of(peer_id) if peer_id in self._known else None
+
+    def reaches(self, peer_id: PeerID) -> bool:
+        return peer_id in self._known
+
+    def neighbourhood_of(self, peer_id: PeerID) -> str:
+        return self._network.neighbourhoods.get(peer_id, "")
+
+    def origin_of(self, peer_id: PeerID) -> str:
+        return self.neighbourhood_of(peer_id)
+
+    def known(self, keys: Iterable[int]) -> list[int]:
+        found: dict[int, None] = {}
+        for key in keys:
+            found.update((place, None) for place, _ in self._places.nearest(key, KNOWN_OF_KEY))
+        return list(found)[:MOST_KNOWN]
+
+
+def contact_of(peer_id: PeerID) -> contact_pb2.Contact:
+    """One with a single address has so many bytes."""
+    statement = peer_id.to_bytes().ljust(_CONTACT_BYTES - _SIGNATURE_BYTES, b"\0")
+    return contact_pb2.Contact(statement=statement, signature=bytes(_SIGNATURE_BYTES))
+
+
+class SimulatedTransport:
+    """One peer's access to the network, in which names alone lead to peers."""
+
+    def __init__(self, network: Network, peer_id: PeerID, contacts: SimulatedContacts | None = None) -> None:
+        """`contacts`: None if this peer goes without any."""
         self.peer_id = peer_id
-        self.handlers: dict[str, Callable[[Any, P2PContext], Coroutine[Any, Any, Any]]] = {}
+        self.contacts = NoContacts() if contacts is None else contacts
+        self._own = None if contacts is None else contact_of(peer_id)
+        self.handlers: dict[str, Handler] = {}
         self._network = network
         network.peers[peer_id.to_bytes()] = self
 
-    async def add_protobuf_handler(self, name: str, handler: Any, input_type: type, **options: Any) -> None:
-        self.handlers[name] = handler
+    async def call(self, peer_id: PeerID, method: str, request: bytes, deadline_s: float) -> bytes | None:
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._network.call(self.peer_id, peer_id, method, request)
+        except TimeoutError:
+            return None
 
-    async def remove_protobuf_handler(self, name: str, **options: Any) -> None:
-        del self.handlers[name]
+    def own_contact(self) -> contact_pb2.Contact | None:
+        return self._own
 
-    async def call_protobuf_handler(self, peer_id: PeerID, name: str, message: Any, output_type: type) -> Any:
-        return await self._network.call(self.peer_id, peer_id, name, message)
+    async def serve(self, method: str, handler: Handler) -> None:
+        self.handlers[method] = handler
 
 
 class SimulatedIdentity:
@@ -152,40 +241,18 @@ class SimulatedIdentity:
         return self.public_key.ljust(_CERTIFICATE_BYTES, b"\0")
 
 
-class PeerIds:
-    """One object for each PeerID: hivemind's own encodes it in base 58 every time one is made, which takes 20 µs."""
-
-    def __init__(self) -> None:
-        self._made: dict[bytes, PeerID] = {}
-
-    def __call__(self, data: bytes) -> PeerID:
-        peer_id = self._made.get(data)
-        if peer_id is None:
-            peer_id = self._made[data] = PeerID(data)
-        return peer_id
-
-
 @contextmanager
 def simulated_world() -> Iterator[VirtualLoop]:
     """A loop in whose time all DHT code lives, as long as the block lasts."""
     loop = VirtualLoop()
     stand_ins: Mapping[str, object] = {
-        "hivemind.dht.protocol.PeerID": PeerIds(),
         "dht.records.peer_id_of": _peer_id_of,
         "dht.records.verify": _verify,
         "dht.announcements.certificate_pem": lambda certificate, peer_id: certificate,
     }
-    clocks = (
-        "hivemind.dht.node.get_dht_time",
-        "hivemind.dht.protocol.get_dht_time",
-        "hivemind.dht.routing.get_dht_time",
-        "hivemind.utils.timed_storage.get_dht_time",
-    )
     with ExitStack() as stack:
         for target, stand_in in stand_ins.items():
             stack.enter_context(patch(target, stand_in))
-        for target in clocks:
-            stack.enter_context(patch(target, loop.unix_time))
         try:
             yield loop
         finally:

@@ -10,13 +10,20 @@ import asyncio
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedP2P, VirtualLoop
+from benchmarks.simulated_p2p import (
+    Link,
+    Network,
+    SimulatedContacts,
+    SimulatedIdentity,
+    SimulatedTransport,
+    VirtualLoop,
+)
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
@@ -24,11 +31,13 @@ from dht.registry import Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.identity import PeerID
-from peer.kademlia.hivemind import DHTID, DHTNode, MSGPackSerializer
+from peer.kademlia.bootstrap import meet_neighbours
 from peer.kademlia.lookups import Found, Item, Lookups
-from peer.kademlia.node import meet_neighbours, ping, start_dht
-from peer.kademlia.search import DEFAULT_LIMITS, ContactBook, IterativeSearch, SearchLimits
-from peer.kademlia.validation import Entry
+from peer.kademlia.node import KademliaNode
+from peer.kademlia.routing import BUCKET_SIZE, ID_BITS, REPLICAS, key_id_of
+from peer.kademlia.search import DEFAULT_LIMITS, IterativeSearch, SearchLimits
+from peer.kademlia.server import DHTServer
+from peer.kademlia.validation import Entry, pack
 from peer.wire import records_pb2
 
 LIFETIME_S = 600.0
@@ -36,9 +45,6 @@ LIFETIME_S = 600.0
 JOIN_REALLY = 200
 """Up to so many peers join and announce as real ones do."""
 _JOIN_TOGETHER = 20
-_BUCKET = 20
-_REPLICAS = 5
-_ID_BITS = 160
 
 
 @dataclass
@@ -46,7 +52,9 @@ class SimulatedPeer:
     """One peer, as a node or a trainer has it."""
 
     identity: SimulatedIdentity
-    dht: DHTNode
+    transport: SimulatedTransport
+    dht: KademliaNode
+    server: DHTServer
     registry: Registry
 
     @property
@@ -61,7 +69,10 @@ class SimulatedPeer:
 class SimulatedSwarm:
     """Peers that host all experts of the grid. Made by `start`."""
 
-    def __init__(self, loop: VirtualLoop, manifest: Manifest, link: Link, seed: int) -> None:
+    def __init__(
+        self, loop: VirtualLoop, manifest: Manifest, link: Link, seed: int, with_contacts: bool = False
+    ) -> None:
+        self._with_contacts = with_contacts
         self.rng = random.Random(seed)
         self.network = Network(link, seed)
         self.manifest = manifest
@@ -80,12 +91,16 @@ class SimulatedSwarm:
         link: Link,
         seed: int,
         in_place: bool | None = None,
+        with_contacts: bool = False,
     ) -> "SimulatedSwarm":
-        """`in_place`: nobody joins or announces; unset: if there are many nodes."""
+        """`in_place`: nobody joins or announces; unset: if there are many nodes.
+
+        `with_contacts`: peers hear of others' addresses only in contacts, as on real networks.
+        """
         manifest = Manifest.model_validate(
             {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
         )
-        swarm = cls(loop, manifest, link, seed)
+        swarm = cls(loop, manifest, link, seed, with_contacts)
         for _ in range(nodes):
             swarm.peers.append(await swarm.make_peer())
         for n, uid in enumerate(manifest.uids()):
@@ -101,33 +116,32 @@ class SimulatedSwarm:
         """A peer that knows nobody."""
         self._made += 1
         identity: Any = SimulatedIdentity(self._made)
-        p2p: Any = SimulatedP2P(self.network, identity.peer_id)
-        dht = await start_dht(p2p, RecordValidator(self._loop.unix_time), serves_dht)
-        rng = random.Random(self._made)
-        registry = Registry(lambda: dht, self.keys, identity, now=self._loop.unix_time, rng=rng)
-        return SimulatedPeer(identity, dht, registry)
+        contacts = SimulatedContacts(self.network) if self._with_contacts else None
+        transport = SimulatedTransport(self.network, identity.peer_id, contacts)
+        now, rng = self._loop.unix_time, random.Random(self._made)
+        dht = KademliaNode(transport, RecordValidator(now), serves_dht=serves_dht, now=now, rng=rng)
+        server = DHTServer(dht)
+        if serves_dht:
+            await server.start()
+        registry = Registry(dht, self.keys, identity, now=now, rng=rng)
+        return SimulatedPeer(identity, transport, dht, server, registry)
 
     async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
-        """Greets one of these, or of all, and looks for its own neighbours, as `peer.kademlia.node` does."""
+        """Greets one of these, or of all, and looks for its own neighbours, as `peer.kademlia.bootstrap` does."""
         bootstrap = self.rng.choice(by or self.peers)
-        while await ping(peer.dht.protocol, bootstrap.peer_id, peer.dht.protocol.wait_timeout) is None:
+        while await peer.dht.ping(bootstrap.peer_id) is None:
             pass  # lost: whoever starts a peer tries again
         await meet_neighbours(peer.dht)
 
     def fill_tables(self, peers: Collection[SimulatedPeer], known: Sequence[SimulatedPeer]) -> None:
         """Lets these peers know up to 20 of each distance: one half of all, one quarter, one eighth."""
-        ids = sorted((int(p.dht.node_id), p.dht.node_id, p.peer_id) for p in known)
-        numbers = [number for number, _, _ in ids]
+        ids = {p.dht.node_id: p.peer_id for p in known}
+        places = sorted(ids)
         for peer in peers:
-            table, own = peer.dht.protocol.routing_table, int(peer.dht.node_id)
-            for bits in range(_ID_BITS):
-                first, last = _span(numbers, *_other_half(own, bits))
-                some = range(first, last)
-                for n in self.rng.sample(some, min(_BUCKET, len(some))):
-                    table.add_or_update_node(ids[n][1], ids[n][2])
-                first, last = _span(numbers, *_own_half(own, bits))
-                if last - first <= 1:
-                    break
+            for node in known_to(peer.dht.node_id, places, self.rng):
+                peer.dht.table.add(node, ids[node], self.network.neighbourhoods.get(ids[node], ""))
+                if isinstance(peer.transport.contacts, SimulatedContacts):
+                    peer.transport.contacts.add(ids[node])
 
     async def announce_all(self, lifetime_s: float, in_place: bool | None = None) -> None:
         """Each of the living says what it hosts and who it is. `in_place`: without asking anybody; unset: if many."""
@@ -169,42 +183,53 @@ class SimulatedSwarm:
 class _Placing(Lookups):
     """Stores at the five nearest of all nodes, without asking anybody."""
 
-    def __init__(self, nodes: Sequence[DHTNode]) -> None:
-        super().__init__(lambda: nodes[0])
+    def __init__(self, nodes: Sequence[KademliaNode]) -> None:
+        super().__init__(nodes[0])
         self._nodes = nodes
-        self._heads = np.array([int(node.node_id) >> (_ID_BITS - 64) for node in nodes], dtype=np.uint64)
-        self._nearest: dict[DHTID, list[DHTNode]] = {}
+        self._heads = np.array([node.node_id >> (ID_BITS - 64) for node in nodes], dtype=np.uint64)
+        self._nearest: dict[int, list[KademliaNode]] = {}
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
         for item in items:
-            key = DHTID.generate(source=item.key)
-            value = MSGPackSerializer.dumps(item.value)
+            key = key_id_of(item.key)
+            value = pack(item.value)
             for node in self._nearest_to(key):
-                node.protocol.storage.put(key, {item.subkey: Entry(value, item.expires_at)})
+                node.storage.put(key, {item.subkey: Entry(value, item.expires_at)})
         return {(item.key, item.subkey) for item in items}
 
     async def find(
         self,
-        keys: Collection[DHTID],
+        keys: Collection[int],
         limits: SearchLimits = DEFAULT_LIMITS,
         besides_self: bool = False,
         patience_s: float = math.inf,
-    ) -> dict[DHTID, Found]:
+    ) -> dict[int, Found]:
         """What the nearest node stores."""
         found = {}
         for key in keys:
             nearest = self._nearest_to(key)[0]
-            found[key] = Found(IterativeSearch(key, []), ContactBook())
-            has_value = found[key].take(nearest.protocol.storage.get(key))
+            found[key] = Found(IterativeSearch(key, []), {})
+            has_value = found[key].take(nearest.storage.get(key))
             found[key].search.holds(nearest.node_id, has_value)
         return found
 
-    def _nearest_to(self, key: DHTID) -> list[DHTNode]:
+    def _nearest_to(self, key: int) -> list[KademliaNode]:
         if key not in self._nearest:
-            distances = self._heads ^ np.uint64(int(key) >> (_ID_BITS - 64))
-            most = min(_REPLICAS, len(self._nodes))
+            distances = self._heads ^ np.uint64(key >> (ID_BITS - 64))
+            most = min(REPLICAS, len(self._nodes))
             self._nearest[key] = [self._nodes[n] for n in np.argpartition(distances, most - 1)[:most]]
         return self._nearest[key]
+
+
+def known_to(own: int, nodes: Sequence[int], rng: random.Random) -> Iterator[int]:
+    """The nodes that one knows: up to 20 of each distance. `nodes`: all of them, sorted."""
+    for bits in range(ID_BITS):
+        first, last = _span(nodes, *_other_half(own, bits))
+        some = range(first, last)
+        yield from (nodes[n] for n in rng.sample(some, min(BUCKET_SIZE, len(some))))
+        first, last = _span(nodes, *_own_half(own, bits))
+        if last - first <= 1:
+            break
 
 
 def grid_of(experts: int) -> tuple[int, int]:
@@ -215,12 +240,12 @@ def grid_of(experts: int) -> tuple[int, int]:
 
 def _other_half(node: int, bits: int) -> tuple[int, int]:
     """The IDs that share this many first bits with the node, and not the next."""
-    return _own_half(node ^ 1 << (_ID_BITS - 1 - bits), bits)
+    return _own_half(node ^ 1 << (ID_BITS - 1 - bits), bits)
 
 
 def _own_half(node: int, bits: int) -> tuple[int, int]:
     """The IDs that share one bit more than this many with the node."""
-    size = 1 << (_ID_BITS - 1 - bits)
+    size = 1 << (ID_BITS - 1 - bits)
     low = node & ~(size - 1)
     return low, low + size
 
@@ -238,5 +263,4 @@ def _node_record(peer: SimulatedPeer, experts: int) -> records_pb2.NodeRecord:
         software_version=SOFTWARE_VERSION,
         expert_count=experts,
         expert_capacity=experts + 1,
-        bootstrap_addresses=[f"/ip4/203.0.113.7/tcp/31337/p2p/{peer.peer_id.to_base58()}"],
     )

@@ -2,7 +2,8 @@
 
 Two swarms on one emulated internet, in network namespaces of the kernel: in one, both nodes are behind routers of
 their own and are reached through a public peer that relays; in the other both are public. The trainer is behind a
-router, too. It trains with each swarm in turns.
+router, too. It trains with each swarm in turns, and with the hidden nodes in two ways: by tunnels, which p2pd opens,
+and, with p2pd off, by the relay over gRPC.
 
     python -m benchmarks.tunnel [--quick] [--json FILE] [--link 100mbit,20ms]
 
@@ -32,8 +33,10 @@ from benchmarks.namespaces import Internet, Machine, internet, why_not
 from talkoot.demo.links import Link
 
 SITES = ("direct", "tunnel")
+WAYS = (*SITES, "relay")
 LEAST_SHARE = 0.50
-PORTS = (4001, 4002)
+LEAST_SHARE_OF_TUNNEL = 0.90
+PORT = 4001
 """Of DHT and calls: each machine has its own."""
 SEQUENCES = 8
 _WARM_STEPS = 10
@@ -41,6 +44,7 @@ _STEP_LIMIT_S = 10.0
 
 MANIFEST = """
 name = "{name}"
+preset = "none"
 [model]
 layers = 1
 hidden = 128
@@ -98,7 +102,7 @@ class Swarm:
         """How each node says that others reach it now."""
         return [str(node.events("state")[-1]["reachability"]) for node in self._nodes]
 
-    def train(self, machine: Machine, steps: int, in_flight: int) -> list[float]:
+    def train(self, machine: Machine, steps: int, in_flight: int, p2pd: str = "auto") -> list[float]:
         """The time in seconds of each of so many steps, once it has warmed up."""
         text = self._folder / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
@@ -106,7 +110,7 @@ class Swarm:
         trainer = self._village.run(
             machine, "train", "--join", self._invite, "--data", text, "--steps", steps, "--threads", 1,
             "--batch-size", SEQUENCES, "--in-flight", in_flight, "--grace-s", 10, "--k-min", 4,
-            "--checkpoint-every", 0, "--average-every", 0, "--start-from", "fresh",
+            "--checkpoint-every", 0, "--average-every", 0, "--start-from", "fresh", "--p2pd", p2pd,
         )  # fmt: skip
         status = trainer.process.wait(START_S + steps * _STEP_LIMIT_S)
         assert status == 0, trainer.said
@@ -116,12 +120,12 @@ class Swarm:
         options = (*options, "--spare", 0)
         if machine.is_behind_router:
             return self._village.node(machine, *options)
-        links = emulated_links(f"{1000 * self._site.passes.delay_s:g}ms", [PORTS], machine)
-        ((dht, calls),) = self._stack.enter_context(links).ports
+        links = emulated_links(f"{1000 * self._site.passes.delay_s:g}ms", [[PORT]], machine)
+        ((announced,),) = self._stack.enter_context(links).ports
         config = self._folder / f"{machine.namespace}.toml"
         config.write_text(
-            f"dht_port = {PORTS[0]}\ngrpc_port = {PORTS[1]}\n"
-            f"announce_dht_port = {dht}\nannounce_grpc_port = {calls}\n"
+            f"port = {PORT}\nannounce_port = {announced}\n"
+            "relay_mbit = 1000\n"  # the links limit it, as they limit p2pd's relay
             'reachability = "public"\n'  # who is asked sees the caller at its own address, where the delays are
         )
         return self._village.node(machine, *options, "--config", config)
@@ -146,8 +150,10 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         paces: dict[tuple[str, int], list[float]] = {}
         for _ in range(options.turns):
             for in_flight in options.in_flight:
-                for name, swarm in swarms.items():
-                    seconds = swarm.train(home, options.steps, in_flight)
+                for name in WAYS:
+                    swarm = swarms["direct" if name == "direct" else "tunnel"]
+                    p2pd = "off" if name == "relay" else "auto"
+                    seconds = swarm.train(home, options.steps, in_flight, p2pd)
                     pace = SEQUENCES * len(seconds) / sum(seconds)
                     paces.setdefault((name, in_flight), []).append(pace)
         reached = {name: swarm.reached for name, swarm in swarms.items()}
@@ -159,22 +165,28 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def compare(paces: Mapping[tuple[str, int], Sequence[float]], in_flight: int) -> dict[str, Any]:
-    turns = {name: list(paces[name, in_flight]) for name in SITES}
-    direct, tunnel = (statistics.median(turns[name]) for name in SITES)
+    turns = {name: list(paces[name, in_flight]) for name in WAYS}
+    direct, tunnel, relay = (statistics.median(turns[name]) for name in WAYS)
     return {
         "in_flight": in_flight,
         "turns": turns,
         "direct": direct,
         "tunnel": tunnel,
+        "relay": relay,
         "share": tunnel / direct,
+        "relay_share": relay / direct,
+        "relay_of_tunnel": relay / tunnel,
     }
 
 
 def show(results: dict[str, Any], console: Console) -> None:
-    table = Table("in flight", "direct", "tunnel", "of direct", title=f"samples/s over {results['link']}")
+    columns = ("in flight", *WAYS, "tunnel of direct", "relay of direct", "relay of tunnel")
+    table = Table(*columns, title=f"samples/s over {results['link']}")
     for row in results["rows"]:
         table.add_row(
-            str(row["in_flight"]), f"{row['direct']:.1f}", f"{row['tunnel']:.1f}", f"{row['share']:.2f}"
+            str(row["in_flight"]),
+            *(f"{row[name]:.1f}" for name in WAYS),
+            *(f"{row[name]:.2f}" for name in ("share", "relay_share", "relay_of_tunnel")),
         )
     console.print(table)
     for name, words in results["reached"].items():
@@ -182,9 +194,13 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(
         "with many in flight the link is full, and the relay's carries all of it twice: half is the most there"
     )
-    share = results["rows"][0]["share"]
-    reached = "reached" if share >= LEAST_SHARE else "missed"
-    console.print(f"tunnel, of direct, one in flight (target): {share:.2f} ({LEAST_SHARE:.2f}) {reached}")
+    row = results["rows"][0]
+    for what, share, least in (
+        ("tunnel, of direct", row["share"], LEAST_SHARE),
+        ("relay, of tunnel", row["relay_of_tunnel"], LEAST_SHARE_OF_TUNNEL),
+    ):
+        reached = "reached" if share >= least else "missed"
+        console.print(f"{what}, one in flight (target): {share:.2f} ({least:.2f}) {reached}")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from peer.codec import CodecName, codec_of
 from peer.errors import ExpertError
 from peer.metrics import total
 from talkoot.demo.links import free_ports
-from trainer_client.dispatch.batches import Answer, NodeCall
+from trainer_client.dispatch.batches import CallReply, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ AUTO_LIMIT = 32
 
 MANIFEST = """
 name = "benchmark"
+preset = "none"
 [model]
 layers = 1
 hidden = {hidden}
@@ -132,12 +133,12 @@ class Failing:
     def of_talkoot(self) -> Iterator[None]:
         whole = GrpcCaller.call
 
-        async def call(caller: GrpcCaller, call: NodeCall) -> AsyncIterator[Answer]:
+        async def call(caller: GrpcCaller, call: NodeCall) -> AsyncGenerator[CallReply, None]:
             self.caller = caller
             if self.next():
                 raise ExpertError(StatusCode.UNAVAILABLE, "fails on purpose")
-            async for answer in whole(caller, call):
-                yield answer
+            async for reply in whole(caller, call):
+                yield reply
 
         with patch.object(GrpcCaller, "call", call):
             yield
@@ -171,7 +172,7 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
     manifest = MANIFEST.format(
         hidden=SHAPES[options.case][2], context=SEQUENCE, kind=KINDS[options.case], top_k=TOP_K
     )
-    targets = [free_ports(_HOST, 2) for _ in range(count)]
+    targets = [free_ports(_HOST, 1) for _ in range(count)]
     settings = TrainerSettings(call_deadline_s=_CALL_LIMIT_S, grace_s=_CALL_LIMIT_S)
     failing = Failing()
     with ExitStack() as stack:
@@ -216,8 +217,8 @@ def turns_of(options: argparse.Namespace) -> Turns:
 def _behind(ports: Sequence[int], proxies: Sequence[int], folder: Path) -> list[str]:
     """A node's flags, so that it listens on the ports and others see it at the proxies."""
     config = folder / f"{ports[0]}.toml"
-    config.write_text(f"announce_dht_port = {proxies[0]}\nannounce_grpc_port = {proxies[1]}\n")
-    flags = ["--config", str(config), "--dht-port", str(ports[0]), "--grpc-port", str(ports[1])]
+    config.write_text(f"announce_port = {proxies[0]}\n")
+    flags = ["--config", str(config), "--port", str(ports[0])]
     return [*flags, "--spare", "0", "--drain-timeout", "0", "--niceness", "0"]
 
 

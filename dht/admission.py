@@ -58,6 +58,10 @@ RIGHTS: Mapping[Role, frozenset[Right]] = {
     ),
     Role.READER: frozenset({session_pb2.RIGHT_FORWARD}),
 }
+OPEN_TO_ALL = frozenset({session_pb2.RIGHT_DHT})
+"""What needs no token: whoever reads the manifest is not admitted yet."""
+OPEN_TO_MEMBERS = OPEN_TO_ALL | {session_pb2.RIGHT_RELAY}
+"""What any token gives."""
 _RECORDS: Mapping[str, frozenset[Role]] = {
     "announcement": frozenset({Role.NODE}),
     "node": frozenset({Role.NODE}),
@@ -150,7 +154,7 @@ class SwarmAdmission:
         self._revoked: frozenset[int] = frozenset()
 
     def learn(self, founder_key: bytes, mode: Mode) -> None:
-        """Applies the manifest's rules from now on. Until then no call can be admitted, and every record is accepted.
+        """Applies the manifest's rules from now on. Until then only the DHT is open to callers, and takes every record.
 
         `founder_key`: the DER public key in the manifest's record.
         """
@@ -188,6 +192,10 @@ class SwarmAdmission:
         """Admits a caller with these rights. Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
         if caller in self.denylist:
             raise ExpertError(StatusCode.PERMISSION_DENIED, "this node's owner has denied you")
+        if rights <= OPEN_TO_ALL:
+            return Admitted()
+        if self._mode is None:
+            raise ExpertError(StatusCode.UNAVAILABLE, "this peer is starting: try again in some seconds", 1.0)
         if self.mode == "open" or caller == self._keys.author:
             return Admitted()
         try:
@@ -196,7 +204,7 @@ class SwarmAdmission:
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, f"this swarm admits by token, and {error}"
             ) from error
-        if missing := rights - RIGHTS[grant.role]:
+        if missing := rights - RIGHTS[grant.role] - OPEN_TO_MEMBERS:
             names = ", ".join(sorted(map(_name_of, missing)))
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, f"a {grant.role.word}'s token does not give {names}"

@@ -76,7 +76,7 @@ class NodeInfo:
 
     peer_id: PeerID
     addresses: tuple[Endpoint, ...]
-    """Of its expert service, as IP addresses."""
+    """Of its server, as IP addresses. It is there that others join the DHT, too."""
     certificate_pem: bytes
     protocol_version: int
     software_version: str
@@ -85,8 +85,6 @@ class NodeInfo:
     rows_processed: int
     updates: int
     started_at: float
-    bootstrap_addresses: tuple[Multiaddress, ...]
-    """Its own, without a relay."""
     expires_at: float
     name: str = ""
     """Given by its owner; empty: no name."""
@@ -104,6 +102,8 @@ class NodeInfo:
     tunnel_addresses: tuple[Multiaddress, ...] = ()
     unsteady: bool = False
     """Some of its tasks fail and start again too often."""
+    relay_addresses: tuple[Multiaddress, ...] = ()
+    """Of its gRPC server, through relays over gRPC."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class TrainerInfo:
     """Steps that its dense part has taken."""
     tunnel_addresses: tuple[Multiaddress, ...] = ()
     """By which it is reached if its router admits nobody."""
+    relay_addresses: tuple[Multiaddress, ...] = ()
+    """Of its gRPC server, through relays over gRPC."""
 
 
 class ReplicaState(Enum):
@@ -232,7 +234,6 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         count(node.rows_processed),
         count(node.updates),
         number(node.started_at) or 0.0,
-        tuple(a for a in _own(peer_id, node.bootstrap_addresses) if not a.is_relayed),
         payload.expires_at,
         printable(node.name, MAX_NAME_CHARACTERS),
         Activity.of(node.activity),
@@ -245,6 +246,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         Reachability.of(node.reachability),
         _own(peer_id, node.tunnel_addresses),
         node.unsteady,
+        _relayed(peer_id, node.relay_addresses),
     )
 
 
@@ -281,6 +283,7 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
         trainer.dense_fingerprint if len(trainer.dense_fingerprint) == 32 else b"",
         count(trainer.dense_age),
         _own(peer_id, trainer.tunnel_addresses) if serves else (),
+        _relayed(peer_id, trainer.relay_addresses) if serves else (),
     )
 
 
@@ -329,6 +332,10 @@ def _endpoints(texts: Iterable[str]) -> tuple[Endpoint, ...]:
 def _own(peer_id: PeerID, texts: Iterable[str]) -> tuple[Multiaddress, ...]:
     addresses = known(Multiaddress, texts, _MAX_ADDRESSES)
     return tuple(a for a in addresses if a.peer_id == peer_id and _is_numeric(a.endpoint))
+
+
+def _relayed(peer_id: PeerID, texts: Iterable[str]) -> tuple[Multiaddress, ...]:
+    return tuple(address for address in _own(peer_id, texts) if address.is_relayed)
 
 
 def _is_numeric(endpoint: Endpoint) -> bool:

@@ -11,7 +11,6 @@ import logging
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -41,9 +40,10 @@ _SAMPLED = 64
 """On a grid with more experts than that: prefixes and experts that a refresh reads to see whether they live."""
 _SEARCH_ROUNDS = 4
 """How often a search goes on after it has met experts that nobody hosts."""
+_GUESSED, _MOST_GUESSED = 3, 64
+"""Experts for each one wanted, and in all, that a layer's first search reads before it knows which are active."""
 
 NOBODY: frozenset[PeerID] = frozenset()
-_NO_TIMES: Mapping[PeerID, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,6 @@ class View:
             and replica.peer_id not in avoided
             and replica.peer_id in self.nodes
         ]
-
-    def replica(
-        self,
-        uid: UID,
-        rng: random.Random,
-        avoided: frozenset[PeerID] = NOBODY,
-        times_s: Mapping[PeerID, float] = _NO_TIMES,
-    ) -> Replica | None:
-        """One of the expert's replicas, the better of two drawn (power of two choices); None when none is live.
-
-        `times_s`: how long calls to these peers took lately. Better is the peer that takes less than half of the
-        other's time; else the less loaded one.
-        """
-        hosts = self.hosts(uid, avoided)
-        if not hosts:
-            return None
-        drawn = rng.sample(hosts, min(2, len(hosts)))
-        times = [times_s.get(replica.peer_id, 0.0) for replica in drawn]
-        if min(times) and 2 * min(times) < max(times):
-            return drawn[times.index(min(times))]
-        return min(drawn, key=lambda replica: replica.queued_rows)
 
     def tables(self, layer: int, avoided: frozenset[PeerID] = NOBODY) -> PrefixTables:
         """The layer's prefix tables, over live experts not hosted by `avoided` peers alone."""
@@ -120,6 +99,8 @@ class LiveExperts:
     avoided: frozenset[PeerID]
     """Peers that are not called, and whose replicas don't count."""
     tables: PrefixTables
+    hosts: Mapping[UID, PeerID] = field(default_factory=dict)
+    """Which replica of each expert is called; where it says nothing, any."""
 
 
 class Directory:
@@ -155,9 +136,14 @@ class Directory:
         """Reads the swarm anew: prefixes level by level, then replicas, then the nodes that host them.
 
         The first time a small grid is read without its prefixes, for that takes a round of questions for each level.
+        Later, what lived is read again even if no prefix leads there: whoever hides a prefix hides no known expert.
         """
         is_first = not self.view.read_at and self._manifest.experts_total <= min(_MAX_READ, _READ_AT_ONCE)
-        uids = self._manifest.uids() if is_first else await self._active_uids()
+        if is_first:
+            uids = self._manifest.uids()
+        else:
+            living = [uid for uid, hosts in self.view.replicas.items() if hosts]
+            uids = list(dict.fromkeys((*living, *await self._active_uids())))[:_MAX_READ]
         replicas = await self.registry.replicas(uids)
         if is_first:
             replicas = {uid: hosts for uid, hosts in replicas.items() if hosts}
@@ -203,17 +189,25 @@ class Directory:
 
         `scores` has one float32 [R, G_d] per grid dimension; `bias`, of the grid's shape, is added to those of experts.
         Reads the prefixes that a beam search by the scores alone comes by, then the experts that are best with the
-        bias: nothing, when all of that is known. Rows that met experts which can't be called go on, each time twice as
-        far. Raises UnreachableError.
+        bias: nothing, when all of that is known. The first time, if it is for few rows, those experts are read at the
+        same time that would be best if all were active: most of the right ones are among them, and a round of
+        questions is saved. Rows that met experts which can't be called go on, each time twice as far. Raises
+        UnreachableError.
         """
-        index, room = self._index(layer), _MAX_READ
+        index, room, width = self._index(layer), _MAX_READ, default_beam_size(k)
+        ahead: Mapping[UID, tuple[Replica, ...]] = {}
+        if not index.knows(()):
+            guessed = index.best(scores, _GUESSED * k, everything=True)
+            guesses = [UID(layer, c) for c in guessed] if len(guessed) <= _MOST_GUESSED else []
+            way = self._read_way(layer, index, scores, width, self._only_at(avoided, layer))
+            ahead, _ = await asyncio.gather(self.registry.replicas(guesses), way)
         for round_number in range(_SEARCH_ROUNDS):
             passed_over = self._only_at(avoided, layer)
-            await self._read_way(layer, index, scores, default_beam_size(k), passed_over)
+            await self._read_way(layer, index, scores, width, passed_over)
             chosen = select_experts(scores, index.tables(passed_over), k << round_number, bias=bias)
             unknown = self._experts_at(layer, chosen, self._lacking(layer, chosen, avoided))
             read = self._drawn([uid for uid in unknown if uid not in self.view.replicas], room)
-            await self._read_experts(read)
+            await self._read_experts(read, ahead)
             room -= len(read)
             lacking = self._lacking(layer, chosen, avoided)
             for uid in self._experts_at(layer, chosen, lacking):
@@ -271,11 +265,15 @@ class Directory:
                 for (_, coordinate), active in found.items():
                     index.note(coordinate, active)
 
-    async def _read_experts(self, uids: Collection[UID]) -> None:
-        """Adds them to the view, also those that nobody hosts. Of too many, those go first, then the oldest."""
+    async def _read_experts(self, uids: Collection[UID], ahead: Mapping[UID, tuple[Replica, ...]]) -> None:
+        """Adds them to the view, also those that nobody hosts. Of too many, those go first, then the oldest.
+
+        `ahead`: what has been read already, of these and others.
+        """
         if not uids:
             return
-        replicas = await self.registry.replicas(uids)
+        replicas = {uid: ahead[uid] for uid in uids if uid in ahead}
+        replicas |= await self.registry.replicas([uid for uid in uids if uid not in ahead])
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = dict(self.view.nodes) | await self.registry.nodes(peers - self.view.nodes.keys())
         known = dict(self.view.replicas) | replicas

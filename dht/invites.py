@@ -23,8 +23,8 @@ from peer.transport.addresses import Multiaddress, known
 from peer.wire import admission_pb2, records_pb2
 
 FILE = "invites.json"
-_SCHEME = "talkoot1"
-"""The 1 is the format. It changes when an old program could not read a new invite."""
+_SCHEME = "talkoot2"
+"""The 2 is the format. It changes when an old program could not read a new invite."""
 _MAX_CHARACTERS = 4096
 _MAX_ADDRESSES = 16
 _LONGEST_FILE = 8192

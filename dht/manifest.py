@@ -1,11 +1,13 @@
 """The manifest: the description of the model that all peers of a swarm share, signed by the swarm's founder."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dht.presets import PRESETS, PresetName, completed, default_preset
 from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
 from peer.codec import CodecName, codec_of, encoded_bytes
@@ -209,6 +211,11 @@ class Manifest(_Part):
     protocol_version: int = Field(
         default=PROTOCOL_VERSION, description="of the swarm's peers; another is refused"
     )
+    preset: PresetName = Field(
+        default="none",
+        description="keys that a founder's file leaves out, and settings that trainers take unless they "
+        "set their own; none: the defaults below; a file without this key has the preset of its experts' kind",
+    )
     model: ModelSpec = ModelSpec()
     experts: ExpertSpec = ExpertSpec()
     routing: RoutingSpec = RoutingSpec()
@@ -254,12 +261,23 @@ class Manifest(_Part):
 
     @classmethod
     def from_toml(cls, path: Path) -> Self:
-        """Raises SettingsError that names the file and the wrong key."""
+        """The manifest that a founder's file describes. Raises SettingsError that names the file and the wrong key."""
         values = read_toml(path)
         try:
-            return cls._validated(values)
+            return cls.founded(values)
         except ValidationError as error:
             raise SettingsError(f"{path}: {describe_validation_error(error, cls)}") from error
+
+    @classmethod
+    def founded(cls, values: Mapping[str, Any]) -> Self:
+        """A new swarm's: keys that are left out are those of its preset. Raises ValidationError or SwarmError."""
+        values = {"preset": default_preset(values), **values}
+        preset = PRESETS.get(values["preset"]) if isinstance(values["preset"], str) else None
+        if preset is None:
+            return cls._validated(values)
+        values = completed(values, preset.tables)
+        known = cls._validated(values)
+        return cls._validated(completed(values, preset.sizes(known.model.hidden, known.experts.width)))
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
@@ -284,7 +302,7 @@ class Manifest(_Part):
         return json.dumps(values | self.model_dump(mode="json", exclude_defaults=True)).encode()
 
     @classmethod
-    def _validated(cls, values: dict[str, object]) -> Self:
+    def _validated(cls, values: Mapping[str, Any]) -> Self:
         version = values.get("protocol_version", PROTOCOL_VERSION)
         if version != PROTOCOL_VERSION:
             raise SwarmError(

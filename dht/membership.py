@@ -25,7 +25,7 @@ _MAX_ADDRESSES = 4
 """Of one peer."""
 _MAX_FILE_BYTES = 1 << 20
 _MEETINGS = 8
-"""Peers whose records are read in one round to remember their addresses, at most."""
+"""Peers whose addresses are remembered in one round, at most."""
 _MEET_AGAIN_S = 600.0
 _DIAL_EVERY_S = 120.0
 """Seconds between two dials of known peers that the DHT does not name. So two halves of a swarm find each other."""
@@ -126,7 +126,7 @@ class Membership:
         """Checks for ever. For a peer that announces nothing."""
         while True:
             try:
-                await self._host.wait_for_restart(every_s)
+                await asyncio.sleep(every_s)
                 await self.check(announced=False)
             except UnreachableError as error:
                 logger.warning("%s", error)
@@ -177,15 +177,13 @@ class Membership:
         return True
 
     async def _meet(self) -> None:
-        """Remembers the addresses of some DHT peers, from their own records; those that were not met lately."""
+        """Remembers where some DHT peers are; those that were not met lately."""
         due = [
             peer for peer in self._host.peers() if self._peer_store.met_at(peer) < self._now() - _MEET_AGAIN_S
         ]
-        met = await self._registry.nodes(self._rng.sample(due, min(_MEETINGS, len(due))))
-        listed = [address for node in met.values() for address in node.bootstrap_addresses]
-        # anybody can list a victim's address, and what is remembered is dialled and passed on in invites
-        self._peer_store.add(await self._host.confirmed(listed), self._now())
-        self._host.remember(self._peer_store.addresses())
+        for peer in self._rng.sample(due, min(_MEETINGS, len(due))):
+            # anybody can list a victim's address, and what is remembered is dialled and passed on in invites
+            self._peer_store.add(self._host.reached_at(peer), self._now())
         await asyncio.to_thread(self._peer_store.save)
 
     async def _dial_one(self) -> None:

@@ -25,8 +25,8 @@ from peer.bounded import BoundedDict
 from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, PeerID, peer_id_of, verify
-from peer.kademlia.hivemind import DHTID, DHTRecord, RecordValidatorBase
-from peer.kademlia.validation import unpack
+from peer.kademlia.routing import id_bytes, key_id_of
+from peer.kademlia.validation import Record, unpack
 from peer.wire import records_pb2
 
 Rule = Callable[[records_pb2.RecordPayload, PeerID], None]
@@ -97,12 +97,11 @@ class SwarmKeys:
         return f"{self.swarm_id}.trainers.{shard:x}"
 
 
-class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
+class RecordValidator:
     """Which records this peer accepts, in its own DHT store and in the answers of other peers.
 
-    hivemind passes a validator the hash of the key and not the key, so every value names its key and the hashes are
-    compared. hivemind's RSASignatureValidator would protect only the subkeys that ask for it. Expired records pass,
-    because hivemind drops them by itself.
+    A validator gets the hash of the key and not the key, so every value names its key and the hashes are compared.
+    Expired records pass, because the store drops them by itself.
     """
 
     def __init__(
@@ -119,16 +118,16 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         self._refused = BoundedDict[bytes, None](_REFUSED)
         """Digests of records with wrong signatures, so that a flood of copies costs no check each."""
 
-    def validate(self, record: DHTRecord) -> bool:
+    def validate(self, record: Record) -> bool:
         try:
             self.check(record)
         except RecordError:
             return False
         return True
 
-    def check(self, record: DHTRecord) -> None:
+    def check(self, record: Record) -> None:
         """Raises RecordError that says why the record is refused."""
-        if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
+        if not isinstance(record.value, bytes) or not isinstance(record.expires_at, int | float):
             raise RecordError("a stored value is bytes with an expiry time")
         if len(record.value) > MAX_RECORD_BYTES + 16 or len(record.subkey) > 64:
             raise RecordError("the record is too large")
@@ -143,13 +142,13 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         else:
             raise RecordError("a value is a record (bytes) or an index entry (text)")
 
-    def _check_signed(self, record: DHTRecord, value: bytes, subkey: object) -> None:
+    def _check_signed(self, record: Record, value: bytes, subkey: object) -> None:
         """The signature comes last, because it costs most."""
         _, payload = _parsed(value)
         self._check_swarm(payload.key)
         if not _is_digest_of(record.key, payload.key) or subkey != payload.peer_id:
             raise RecordError("the record is stored under another key or subkey than the signed ones")
-        if payload.expires_at != record.expiration_time:
+        if payload.expires_at != record.expires_at:
             raise RecordError("the record's expiry is not the signed one")
         _check_lifetime(payload.expires_at, self._now(), payload)
         digest = hashlib.blake2b(value, digest_size=16).digest()
@@ -167,8 +166,8 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if not key.startswith(self._prefix):
             raise RecordError("the record is another swarm's")
 
-    def _check_index_entry(self, record: DHTRecord, value: str, subkey: object) -> None:
-        if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
+    def _check_index_entry(self, record: Record, value: str, subkey: object) -> None:
+        if not isinstance(record.value, bytes) or not isinstance(record.expires_at, int | float):
             raise RecordError("a stored value is bytes with an expiry time")
         if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
             raise RecordError("an index entry's value is the name of its key")
@@ -183,7 +182,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             raise RecordError("a prefix's subkeys are coordinates")
         elif _piece_of(value) != subkey // INDEX_PIECE:
             raise RecordError("the coordinate belongs in another piece of the prefix")
-        _check_lifetime(record.expiration_time, self._now(), None)
+        _check_lifetime(record.expires_at, self._now(), None)
 
 
 def sign_record(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
@@ -318,4 +317,4 @@ def _piece_of(key: str) -> int:
 
 
 def _is_digest_of(digest: bytes, key: str) -> bool:
-    return bool(DHTID.generate(source=key).to_bytes() == digest)
+    return id_bytes(key_id_of(key)) == digest

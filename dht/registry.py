@@ -39,8 +39,9 @@ from dht.uid import UID
 from peer import clock
 from peer.errors import UnreachableError, WireError
 from peer.identity import Identity, PeerID
-from peer.kademlia.hivemind import DHTID, DHTNode
 from peer.kademlia.lookups import Item, Lookups
+from peer.kademlia.node import KademliaNode
+from peer.kademlia.routing import key_id_of
 from peer.kademlia.validation import unpack
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import Message, ParseGuard
@@ -75,7 +76,7 @@ class Registry:
 
     def __init__(
         self,
-        dht: Callable[[], DHTNode],
+        dht: KademliaNode,
         keys: SwarmKeys,
         identity: Identity,
         admission: SwarmAdmission | None = None,
@@ -86,9 +87,8 @@ class Registry:
         metrics: CollectorRegistry | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`dht` returns the current DHT node, which is another one after a restart of p2pd.
+        """`admission`: the swarm's rules and this peer's badge; None takes every record. `guard`: of this process.
 
-        `admission`: the swarm's rules and this peer's badge; None takes every record. `guard`: of this process.
         `deadline_s`: longest that one look-up or store may take, for all its keys together.
         """
         self.keys = keys
@@ -372,7 +372,7 @@ class Registry:
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
         """A normal look-up can't tell, because it finds what this peer stores itself."""
-        key_id = DHTID.generate(source=key)
+        key_id = key_id_of(key)
         found = await self.lookups.find([key_id], besides_self=True)
         return subkey in found[key_id].entries
 
@@ -389,7 +389,7 @@ class Registry:
         """
         if not keys:
             return {}
-        ids = {key: DHTID.generate(source=key) for key in keys}
+        ids = {key: key_id_of(key) for key in keys}
         self._keys_read.inc(len(keys))
         found = await self._in_time(self.lookups.find(list(ids.values())), "get")
         for result in found.values():

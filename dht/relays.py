@@ -1,13 +1,11 @@
 """How a peer whose router admits nobody is reached: through relays, which are found, kept and replaced."""
 
-import asyncio
 import logging
 import random
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
-from dht.announcements import NodeInfo
+from dht.announcements import NodeInfo, Reachability
 from dht.registry import Registry
 from dht.swarm import Swarm
 from peer.errors import DaemonError, UnreachableError
@@ -19,61 +17,86 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED = 24
 """DHT peers whose records are read to find nodes, which may be relays."""
-_TRIED_FOR_EACH = 3
-"""Peers that are tried for each relay that is wanted."""
-_RELAY_S = 15.0
-"""Longest wait for a relay. Then the peer goes on without one and checks again later."""
-_LOOK_S = 0.2
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 30.0, 480.0
 
 
 class RelayKeeper:
-    """Keeps relays for this trainer. `begin` when it has something to serve, then `look` now and then."""
+    """Keeps this peer reachable through relays: two over gRPC and, where p2pd runs, some over libp2p.
+
+    `begin` when the peer has something to serve, `look` now and then, and `end` when others reach it without.
+    """
 
     def __init__(
         self,
         swarm: Swarm,
-        relays: int,
+        tunnel_relays: int,
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`relays`: how many to keep, at most."""
-        self.addresses: tuple[Multiaddress, ...] = ()
-        """Multiaddresses by which its tunnel is reached, at most 8."""
+        """`tunnel_relays`: how many to keep over libp2p, at most."""
+        self.tunnel_addresses: tuple[Multiaddress, ...] = ()
+        """Multiaddresses by which its libp2p tunnel is reached, at most 8."""
         self._swarm = swarm
-        self._relays = relays
+        self._tunnel_relays = tunnel_relays
         self._rng = rng
         self._clock = clock
         self._backoff = RelayBackoff()
 
+    @property
+    def relay_addresses(self) -> tuple[Multiaddress, ...]:
+        """The same of its reservations over gRPC, those that hold now."""
+        return self._swarm.host.reservations.addresses
+
     async def begin(self) -> None:
-        """Takes relays. Stops waiting for one after a while."""
-        await self._take()
+        """Takes relays."""
+        self._swarm.host.reservations.keep(self._candidates)
+        await self._take_tunnel_relays()
+
+    async def end(self) -> None:
+        """Gives them up."""
+        self.tunnel_addresses = ()
+        await self._swarm.host.reservations.drop()
+        await self._restart_tunnel([])
 
     async def look(self) -> None:
-        """Updates `addresses`. Takes other relays if the current ones no longer work."""
-        try:
-            found = await self._swarm.host.tunnel_addresses()
-        except UnreachableError:
-            return
-        self.addresses = tuple(a for a in found if a.is_relayed)
-        if self.addresses:
+        """Updates the addresses. Takes other relays over libp2p if the current ones no longer work."""
+        self.tunnel_addresses = tuple(await self._swarm.host.tunnel_addresses())
+        if self.tunnel_addresses:
             self._backoff.reset()
         elif self._backoff.is_due(self._clock()):
-            await self._take()
+            await self._take_tunnel_relays()
 
-    async def _take(self) -> None:
-        host = self._swarm.host
-        relays = await find_relays(host, self._swarm.registry, self._rng, self._relays)
-        if not relays:
+    async def _candidates(self) -> list[NodeInfo]:
+        """Nodes that others reach directly, in random order. Then those that do not know: nobody tells the only one."""
+        nodes = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
+        return [
+            node
+            for kind in (Reachability.DIRECT, Reachability.UNKNOWN)
+            for node in nodes
+            if node.addresses and node.reachability is kind
+        ]
+
+    async def _take_tunnel_relays(self) -> None:
+        """libp2p relays only over public addresses, and a machine counts once. Without p2pd, nobody is asked."""
+        if not self._swarm.host.runs_p2pd:
+            return
+        by_machine = {
+            address.endpoint.ip: address
+            for node in await self._candidates()
+            for address in node.tunnel_addresses
+            if address.is_public and not address.is_relayed
+        }
+        relays = list(by_machine.values())[: self._tunnel_relays]
+        if relays:
+            await self._restart_tunnel(relays)
+        else:
             self._backoff.reset()
-            return
+
+    async def _restart_tunnel(self, relays: list[Multiaddress]) -> None:
         try:
-            await host.restart_as(serves_dht=False, relays=relays)
-        except DaemonError as error:  # the host tries again
-            logger.warning("could not take relays: %s", error)
-            return
-        self.addresses = await relayed_addresses(host)
+            await self._swarm.host.tunnel_through(relays)
+        except DaemonError as error:  # it is tried again
+            logger.warning("no relays over libp2p yet: %s", error)
 
 
 class RelayBackoff:
@@ -101,25 +124,6 @@ class RelayBackoff:
         return True
 
 
-async def find_relays(host: Host, registry: Registry, rng: random.Random, most: int) -> list[Multiaddress]:
-    """Addresses of some reachable peers, on different machines. libp2p relays only over public addresses."""
-    nodes = await some_nodes(host, registry, rng)
-    listed = [address for node in nodes for address in node.bootstrap_addresses]
-    usable = [
-        a
-        for a in (*listed, *host.bootstrapped_from, *host.bootstrap_candidates)
-        if a.is_public and not a.is_relayed
-    ]
-    rng.shuffle(usable)
-    by_machine = {address.endpoint.ip: address for address in usable if address.peer_id != host.peer_id}
-    try:
-        # p2pd dials its relays again and again, so none is a machine that is no peer
-        found = await host.confirmed(list(by_machine.values())[: _TRIED_FOR_EACH * most])
-    except UnreachableError:
-        return []
-    return found[:most]
-
-
 async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list[NodeInfo]:
     """Some other nodes, in random order; none if the DHT does not answer."""
     peers = sorted(host.peers(), key=lambda peer: peer.to_bytes())
@@ -129,18 +133,6 @@ async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list
     except UnreachableError:
         return []
     return list(found.values())
-
-
-async def relayed_addresses(host: Host) -> tuple[Multiaddress, ...]:
-    """The addresses by which others reach this peer through relays, at most 8. Waits a while for the first relay."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_RELAY_S):
-            while True:  # p2pd has no event for this
-                with suppress(UnreachableError):
-                    if relayed := tuple(a for a in await host.tunnel_addresses() if a.is_relayed):
-                        return relayed
-                await asyncio.sleep(_LOOK_S)
-    return ()
 
 
 def is_hidden(host: str) -> bool:

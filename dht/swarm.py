@@ -21,12 +21,12 @@ from dht.records import RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
 from peer import clock
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
-from peer.host import Host
+from peer.host import Host, NetworkConfig
 from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.metrics import new_registry
 from peer.parsing import ParseGuard
-from peer.transport.addresses import Multiaddress, NetworkConfig
+from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Swarm:
 
     async def invite(self) -> Invite:
         """An invite by which others join through this peer, or through peers that it met if it is gone."""
-        own = await self.host.bootstrap_addresses()
+        own = self.host.bootstrap_addresses()
         known = (a for a in self.peer_store.addresses() if self.host.dialling.allows(a.endpoint))
         return Invite(self.keys, (*own, *itertools.islice(known, _OTHERS_IN_INVITE)))
 
@@ -192,6 +192,8 @@ class _Peer:
             config,
             bootstrap=bootstrap,
             remembered=self._store.addresses()[:_REMEMBERED_TRIED],
+            swarm_id=self._keys.swarm_id,
+            admission=self._admission,
             validator=RecordValidator(rule=self._admission.check_record, swarm_id=self._keys.swarm_id),
             store_bounds=store_bounds,
             metrics=self._metrics,
@@ -200,7 +202,7 @@ class _Peer:
 
     def registry(self, host: Host) -> Registry:
         return Registry(
-            lambda: host.dht,
+            host.dht,
             self._keys,
             self._identity,
             self._admission,

@@ -42,9 +42,12 @@ class FeedForward(nn.Module):
 
 
 def _transformer(model: ModelSpec) -> nn.Module:
-    return TransformerLayer(
+    """It starts as a feed-forward block: at first a row's segment is whatever the untrained gate sent along with it."""
+    layer = TransformerLayer(
         model.hidden, model.heads, model.feed_forward, model.norm, model.activation, model.head_size
     )
+    nn.init.zeros_(layer.attention_output.weight)
+    return layer
 
 
 def _ffn(model: ModelSpec) -> nn.Module:

@@ -43,15 +43,14 @@ from expert_server.serving.servicer import MAX_CALL_S, BudgetLimits, CallLimits,
 from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
-from expert_server.state.transfer import SnapshotTaker, StateClient
+from expert_server.state.transfer import CHANNELS, SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer import clock
 from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
-from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, tolerating
+from peer.loop import LoopLag, RetryingRounds, keep_running, tolerating
 from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth, download_limit
-from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import SessionClient
 from peer.transport.dialling import resolved
 
@@ -95,11 +94,11 @@ class Node:
         self._timing = timing
         self._now = now
         swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
-        self.restarts = Restarts(metrics)
+        self.restarts = swarm.host.restarts
         self.traffic = Bandwidth(swarm.host.upload, download_limit(settings.download_mbit, metrics))
         store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
         rights = sorted(RIGHTS[Role.NODE])
-        own_sessions = SessionClient(swarm.host.identity, swarm_id, rights, swarm.admission.badge)
+        own_sessions = SessionClient(swarm.host.identity, swarm_id, rights, swarm.admission)
         self.replicas = LocalReplicas(
             swarm,
             runtime,
@@ -109,8 +108,7 @@ class Node:
                 manifest,
                 own_sessions,
                 self.traffic.down,
-                swarm.host.tunnels,
-                swarm.host.dialling,
+                swarm.host.channels(CHANNELS),
                 metrics=metrics,
                 guard=swarm.guard,
             ),
@@ -153,16 +151,13 @@ class Node:
             settings, manifest, self.hosting.capacity, kept_bytes
         )
         self._account = ContributionAccount(state / "contribution.json")
-        self._certificate = swarm.host.identity.make_certificate()
-        self._records = NodeRecordBuilder(settings, self._certificate, now())
+        self._records = NodeRecordBuilder(settings, swarm.host.certificate, now())
         rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
         self.reachability = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
         self._rounds = RetryingRounds(settings.announce_every_s, metrics, self.restarts)
         self._lag = LoopLag(metrics)
         self._stopping = self._drained = False
         self._host = ""
-        self._port = 0
-        self._server: RpcServer | None = None
         self._metrics: MetricsServer | None = None
 
     @classmethod
@@ -206,7 +201,7 @@ class Node:
                 contextlib.suppress(UnreachableError),
                 tolerating("see who reaches this node", node.restarts),
             ):
-                await node.reachability.begin(host, node._port, stage)
+                await node.reachability.begin(host, swarm.host.port, stage)
             stage("looking for experts that need a host")
             with tolerating("take the first experts", node.restarts):
                 await node._pauses.look()
@@ -219,8 +214,9 @@ class Node:
             raise
 
     async def _serve(self, host: str) -> None:
-        """Starts the gRPC server, its exit of the tunnel, and /metrics."""
-        settings = self._settings
+        """Adds the node's services to the server that runs already, and starts /metrics."""
+        settings, server = self._settings, self.swarm.host.server
+        assert server is not None, "a node's host has a server"
         self._host = host
         states = StateServicer(
             self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.metrics,
@@ -232,12 +228,10 @@ class Node:
             probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic, dialling=self.swarm.host.dialling),
             health=HealthServicer(lambda: self.state is NodeState.SERVING),
         )
-        credentials = server_credentials(self.swarm.host.identity, self._certificate)
-        self._server = RpcServer(self.sessions, settings.max_calls, self.swarm.metrics, self.restarts)
-        services.add_to(self._server.services)
-        self._port = await self._server.start(credentials, host, settings.grpc_port)
-        await self.swarm.host.serve_tunnel(self._server.open_for)
-        self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
+        services.add_to(server.services)
+        await self.swarm.host.serve_tunnel(server.open_for)
+        port = settings.announce_port or self.swarm.host.port
+        self.address = endpoint(settings.announce_host or host, port)
         self._show_levels()
         self._lag.start()
         self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
@@ -277,7 +271,7 @@ class Node:
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
         while True:
-            await self.swarm.host.wait_for_restart(self._settings.announce_every_s)
+            await asyncio.sleep(self._settings.announce_every_s)
             await self._rounds.run(
                 "announce", self.reachability.check, self.hosting.announce, self._publish_record, stay_member
             )
@@ -291,10 +285,10 @@ class Node:
             Activity.LEAVING if self._stopping else activity,
             self._now(),
             addresses=await resolved(self.reachability.addresses),
-            bootstrap_addresses=await resolved(await self.swarm.host.bootstrap_addresses()),
             metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
             reachability=self.reachability.status.kind,
-            tunnel_addresses=await resolved(self.reachability.tunnel_addresses),
+            tunnel_addresses=self.reachability.tunnel_addresses,
+            relay_addresses=self.reachability.relay_addresses,
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
 
@@ -357,8 +351,8 @@ class Node:
             await self._drain()
             self._drained = True
             await self._say_goodbye()
-        if self._server is not None:
-            await self._server.stop(_CALLS_GRACE_S)
+        if self.swarm.host.server is not None:
+            await self.swarm.host.server.stop(_CALLS_GRACE_S)
         await self.replicas.states.close()
         await self.runtime.stop()
         self._lag.stop()
@@ -402,8 +396,7 @@ class Node:
             return NodeState.DRAINING if self.runtime.experts else NodeState.PAUSED
         if self._pauses.taking or not self._pauses.hosts:
             return NodeState.JOINING
-        cut_off = self._rounds.are_failing or not self.swarm.host.alive
-        return NodeState.UNREACHABLE if cut_off else NodeState.SERVING
+        return NodeState.UNREACHABLE if self._rounds.are_failing else NodeState.SERVING
 
     def status(self) -> NodeStatus:
         work, contribution = self.runtime.metrics, self._contribution()
@@ -432,7 +425,7 @@ class Node:
             contributed_hours=round(contribution.served_s / 3600, 1),
             replicated=self.hosting.replicated,
             handed_over=int(total(self.hosting.handed_over)),
-            reachability=self.reachability.status.in_words,
+            reachability=self.reachability.in_words,
             reachability_advice=self.reachability.advice,
             unsteady=self.restarts.unsteady,
             clock_warning=clock.CLOCK.warning,

@@ -83,9 +83,11 @@ class LoadMonitor:
 
 
 def _mean(loads: Collection[Load], start: float) -> float:
-    """The mean percentage from `start` on."""
+    """The mean percentage from `start` on. Of equal ones it is exactly that: a threshold may be just there."""
     parts = [(load.percent, load.end - max(load.start, start)) for load in loads]
-    return sum(percent * seconds for percent, seconds in parts) / sum(seconds for _, seconds in parts)
+    last = parts[-1][0]
+    above = sum((percent - last) * seconds for percent, seconds in parts)
+    return last + above / sum(seconds for _, seconds in parts)
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,14 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
         self._probes, self._dials = _Turns(limits), _Turns(limits)
 
     async def Probe(self, requests: AsyncIterator[probe_pb2.ProbeRequest], context: ProbeContext) -> None:
+        stream = aiter(requests)
         try:
-            with _refusals() as refusal, self._probes.turn(context.peer(), self._clock()):
+            with _refusals() as refusal:
                 async with asyncio.timeout(self._limits.probe_s):
-                    await self._answer(requests, context)
+                    # read first: grpc.aio shows INTERNAL, and no reason, to a caller that is refused while it writes
+                    first = await anext(stream, None)
+                    with self._probes.turn(context.peer(), self._clock()):
+                        await self._answer(first, stream, context)
         except _NotReadError:
             raise asyncio.CancelledError from None  # gRPC then drops the call; it takes no status any more
         if refusal.error is not None:
@@ -126,11 +130,17 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
         await context.abort(refusal.error.status, str(refusal.error))
         raise AssertionError("abort raises")
 
-    async def _answer(self, requests: AsyncIterator[probe_pb2.ProbeRequest], context: ProbeContext) -> None:
+    async def _answer(
+        self,
+        first: probe_pb2.ProbeRequest | None,
+        others: AsyncIterator[probe_pb2.ProbeRequest],
+        context: ProbeContext,
+    ) -> None:
+        if first is not None:
+            require_same_swarm(self._swarm_id, first.protocol_version, first.swarm_id)
         count = total = 0
-        async for request in requests:
-            if not count:
-                require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
+        request = first
+        while request is not None:
             count += 1
             sent = len(request.payload)
             if max(sent, request.reply_bytes) > MAX_CHUNK_BYTES:
@@ -148,6 +158,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
                 await context.write(reply)
             except asyncio.CancelledError:
                 raise _NotReadError from None
+            request = await anext(others, None)
 
     async def _dial(self, address: IpAddress, port: int) -> probe_pb2.DialBackReply:
         reply = probe_pb2.DialBackReply(address=str(address))

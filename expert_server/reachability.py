@@ -6,17 +6,17 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Gauge
 
 from dht.announcements import NodeInfo, Reachability
-from dht.relays import RelayBackoff, find_relays, relayed_addresses, some_nodes
+from dht.relays import RelayKeeper, some_nodes
 from dht.swarm import Stage, Swarm
 from expert_server.probe import DialledBack, call_dial_back
 from expert_server.settings import NodeSettings
-from peer.errors import DaemonError, UnreachableError
+from peer.errors import UnreachableError
 from peer.loop import tolerating
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import Multiaddress
@@ -32,39 +32,28 @@ _ASK_AGAIN_S = 600.0
 """Time until other nodes are asked again."""
 _UNANSWERED = 2
 """Rounds without an answer after which a machine with a private address takes itself for unreachable."""
-_RELAYS = 4
-
-
-@dataclass(frozen=True)
-class DialledPorts:
-    """What one other node said of its attempts to connect to this node's two ports."""
-
-    service: DialledBack
-    dht: DialledBack
+_TUNNEL_RELAYS = 4
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether at least half of the nodes that tried reached the ports."""
+    """Whether at least half of the nodes that tried reached the port."""
 
     asked: int
-    service: bool
-    dht: bool
+    reached: bool
     reached_at: tuple[str, ...]
-    """IP addresses at which at least half of them reached the expert service, the one seen most often first."""
+    """IP addresses at which at least half of them reached it, the one seen most often first."""
 
 
-def judge(dials: Sequence[DialledPorts]) -> Judgement:
-    """A port counts as reached when at least half of the nodes reached it, so that a single liar changes little."""
-    service = sum(dial.service.connected for dial in dials)
-    dht = sum(dial.dht.connected for dial in dials)
-    seen = Counter(dial.service.address for dial in dials if dial.service.connected)
+def judge(dials: Sequence[DialledBack]) -> Judgement:
+    """The port counts as reached when at least half of the nodes reached it, so that a single liar changes little."""
+    reached = sum(dial.connected for dial in dials)
+    seen = Counter(dial.address for dial in dials if dial.connected)
     return Judgement(
         asked=len(dials),
-        service=2 * service >= len(dials) > 0,
-        dht=2 * dht >= len(dials) > 0,
+        reached=2 * reached >= len(dials) > 0,
         # so that no single liar has this node announce another machine's address
-        reached_at=tuple(address for address, times in seen.most_common() if 2 * times >= service),
+        reached_at=tuple(address for address, times in seen.most_common() if 2 * times >= reached),
     )
 
 
@@ -74,7 +63,7 @@ class ReachabilityStatus:
 
     kind: Reachability = Reachability.UNKNOWN
     relays: int = 0
-    """Relays that lead to it."""
+    """Relays that lead to it, over gRPC and over libp2p."""
     looking: bool = False
     """Whether it looks for a relay: nobody reaches it until it has one."""
     asked: int = 0
@@ -92,16 +81,20 @@ class ReachabilityStatus:
         return self.kind.name.lower()
 
 
-def advice(status: ReachabilityStatus, host: str, dht_port: int, grpc_port: int) -> str:
-    """What the owner can do so that others connect directly; empty when they do. A port is 0 when it changes."""
+def advice(status: ReachabilityStatus, host: str, port: int, router: str = "") -> str:
+    """What the owner can do so that others connect directly; empty when they do.
+
+    The port is 0 when it changes. `router`: what the router does about it, if it was asked.
+    """
     if status.kind in {Reachability.UNKNOWN, Reachability.DIRECT}:
         return ""
-    if not (dht_port and grpc_port):
-        return f"pass --dht-port and --grpc-port, and forward both TCP ports on your router to {host}"
-    ports = " and ".join(str(port) for port in sorted({dht_port, grpc_port}))
-    if is_public(host):
-        return f"let TCP ports {ports} in through the firewall"
-    return f"forward TCP ports {ports} on your router to {host}"
+    if not port:
+        fix = f"pass --port, and forward that TCP port on your router to {host}"
+    elif is_public(host):
+        fix = f"let TCP port {port} in through the firewall"
+    else:
+        fix = f"forward TCP port {port} on your router to {host}"
+    return f"{router}: {fix}" if router else fix
 
 
 class ReachabilityMonitor:
@@ -117,6 +110,7 @@ class ReachabilityMonitor:
     ) -> None:
         self.status = ReachabilityStatus()
         self.tunnel_addresses: tuple[Multiaddress, ...] = ()
+        """By which others open libp2p streams to it."""
         self._settings = settings
         self._swarm = swarm
         self._host = ""
@@ -125,7 +119,10 @@ class ReachabilityMonitor:
         self._rng = rng
         self._clock = clock
         self._next_at = float("-inf")
-        self._backoff = RelayBackoff()
+        self._relays = RelayKeeper(swarm, _TUNNEL_RELAYS, rng, clock)
+        self._forwarded: Endpoint | None = None
+        """Where the router says that the internet reaches this node."""
+        self._is_hidden = False
         self._unanswered = 0
         """How often in a row there was nobody to ask, or nobody answered."""
         self._doubts = 0
@@ -147,8 +144,23 @@ class ReachabilityMonitor:
     @property
     def advice(self) -> str:
         """What the owner can do so that others connect directly; empty when they do."""
-        settings = self._settings
-        return advice(self.status, self._host, settings.dht_port, settings.grpc_port)
+        return advice(self.status, self._host, self._settings.port, self._router)
+
+    @property
+    def in_words(self) -> str:
+        """Such as `direct: the router at 192.168.1.1 forwards port 31337` or `relayed by 3 relays`."""
+        is_forwarded = self._forwarded is not None and self._is(Reachability.DIRECT)
+        return f"{self.status.in_words}: {self._router}" if is_forwarded else self.status.in_words
+
+    @property
+    def _router(self) -> str:
+        mapping = self._swarm.host.port_mapping
+        return "" if mapping is None else mapping.in_words
+
+    @property
+    def relay_addresses(self) -> tuple[Multiaddress, ...]:
+        """By which others reach its server through relays over gRPC."""
+        return self._relays.relay_addresses if self._is_hidden else ()
 
     def _is(self, kind: Reachability) -> bool:
         return self.status.kind is kind
@@ -156,21 +168,33 @@ class ReachabilityMonitor:
     async def begin(self, host: str, port: int, stage: Stage = logger.info) -> None:
         """Finds out how others reach the expert service on this address and port. Raises UnreachableError."""
         self._host, self._port = host, port
-        self._addresses = (self._own_address,)
+        self._addresses = self._unproven
         await self.check(stage)
-        logger.info("others reach this node: %s", self.status.in_words)
+        logger.info("others reach this node: %s", self.in_words)
 
     async def check(self, stage: Stage = logger.info) -> None:
         """Asks others when it is time, and looks for relays when there are none. Raises UnreachableError."""
         mode = self._settings.reachability
+        self._note_router()
         if mode == "public" or (mode == "auto" and self._host.startswith(("127.", "::1"))):
+            self._addresses = self._unproven
             await self._need_no_relay(ReachabilityStatus(Reachability.DIRECT))
         elif mode == "private":
-            await self._hide(Judgement(0, service=False, dht=False, reached_at=()), stage)
+            await self._hide(Judgement(0, reached=False, reached_at=()), stage)
         elif self._clock() >= self._next_at:
             await self._ask(stage)
-        if self.status.kind in {Reachability.PUNCHED, Reachability.RELAYED}:
-            await self._note_relays(stage)
+        if self._is_hidden:
+            await self._note_relays()
+        else:
+            self.tunnel_addresses = tuple(await self._swarm.host.tunnel_addresses())
+
+    def _note_router(self) -> None:
+        """Others are asked anew once the router forwards the port, another one, or none any more."""
+        mapping = self._swarm.host.port_mapping
+        forwarded = None if mapping is None else mapping.external
+        if forwarded != self._forwarded:
+            self._forwarded = forwarded
+            self._next_at = float("-inf")
 
     async def _ask(self, stage: Stage) -> None:
         stage("asking others whether they reach this machine")
@@ -178,19 +202,23 @@ class ReachabilityMonitor:
         if not judgement.asked:
             self._unanswered += 1
             # what others said holds until they say something else: the line may be down for a while
-            if self._unanswered >= _UNANSWERED and not self.status.asked and self._is_inside():
-                await self._hide(judgement, stage)
+            if not self.status.asked:
+                if self._unanswered >= _UNANSWERED and self._is_inside():
+                    await self._hide(judgement, stage)
+                elif not self._is_hidden and self._addresses != self._unproven:
+                    self._addresses = self._unproven
+                    await self._swarm.host.announce_at(self._addresses)
             return  # the next announcement tries again
         self._unanswered = 0
         self._next_at = self._clock() + _ASK_AGAIN_S
-        if judgement.service:
+        if judgement.reached:
             self._doubts = 0
             self._addresses = self._announced(judgement)
-            await self._need_no_relay(
-                ReachabilityStatus(Reachability.DIRECT, asked=judgement.asked), serves_dht=judgement.dht
-            )
+            await self._need_no_relay(ReachabilityStatus(Reachability.DIRECT, asked=judgement.asked))
             return
         self._doubts += 1
+        if (mapping := self._swarm.host.port_mapping) is not None:
+            mapping.renew()  # the router may have forgotten it
         if self.status.kind is Reachability.DIRECT and self._doubts == 1:
             # those who were asked may be wrong: ask others before anything changes
             self._next_at = float("-inf")
@@ -199,10 +227,8 @@ class ReachabilityMonitor:
 
     def _is_inside(self) -> bool:
         """Whether this machine's address is private, though it knows public peers, which can't dial it."""
-        host = self._swarm.host
-        known = (*host.bootstrapped_from, *host.bootstrap_candidates)
-        own = self._settings.announce_host or self._host
-        return not is_public(own) and any(address.is_public for address in known)
+        is_inside = not any(is_public(address.host) for address in self._unproven)
+        return is_inside and any(a.is_public for a in self._swarm.host.bootstrapped_from)
 
     def _announced(self, judgement: Judgement) -> tuple[Endpoint, ...]:
         if self._settings.announce_host:
@@ -210,60 +236,40 @@ class ReachabilityMonitor:
         seen = (Endpoint.of(address, self._announced_port) for address in judgement.reached_at)
         return tuple(dict.fromkeys((*seen, self._own_address)))[:8]
 
-    async def _need_no_relay(self, status: ReachabilityStatus, serves_dht: bool = True) -> None:
-        """Gives up relays. A peer whose DHT port nobody reaches hosts no keys."""
+    async def _need_no_relay(self, status: ReachabilityStatus) -> None:
+        """Serves the DHT, and gives up relays."""
         self.status = status
-        self.tunnel_addresses = ()
-        if self._swarm.host.config.serves_dht is not serves_dht:
-            await self._move(serves_dht)
-
-    async def _move(self, serves_dht: bool, relays: Sequence[Multiaddress] = ()) -> None:
-        try:
-            await self._swarm.host.restart_as(serves_dht=serves_dht, relays=relays)
-        except DaemonError as error:  # the host tries again
-            raise UnreachableError(str(error)) from error
+        host = self._swarm.host
+        await host.announce_at(self._addresses)
+        host.serve_dht(True)
+        if self._is_hidden:
+            self._is_hidden = False
+            await self._relays.end()
 
     async def _hide(self, judgement: Judgement, stage: Stage) -> None:
-        """Is reached through its tunnel from now on: by relays, or directly where others reach the DHT port."""
+        """Is reached through relays from now on, and is a client of the DHT."""
         self._addresses = tuple(Endpoint.of(a, self._announced_port) for a in judgement.reached_at)
-        host = self._swarm.host
-        if judgement.dht:
-            await self._need_no_relay(ReachabilityStatus(Reachability.PUNCHED, asked=judgement.asked))
-        elif host.config.serves_dht or not host.config.relays:
-            await self._find_relays(stage)
-        self.status = ReachabilityStatus(self._tunnelled_kind(), asked=judgement.asked)
+        self._swarm.host.serve_dht(False)
+        if not self._is_hidden:
+            self._is_hidden = True
+            stage("looking for a relay")
+            await self._relays.begin()
+        self.status = replace(self.status, kind=self._hidden_kind(), asked=judgement.asked)
 
-    def _tunnelled_kind(self) -> Reachability:
-        """Judged by the last stream that another peer opened."""
-        directly = self._swarm.host.config.serves_dht or self._swarm.host.tunnels.last_relayed is False
-        return Reachability.PUNCHED if directly else Reachability.RELAYED
+    def _hidden_kind(self) -> Reachability:
+        """Judged by the last libp2p stream that another peer opened."""
+        punched = self._swarm.host.tunnels.last_relayed is False
+        return Reachability.PUNCHED if punched else Reachability.RELAYED
 
-    async def _note_relays(self, stage: Stage) -> None:
-        host = self._swarm.host
-        addresses = tuple(await host.tunnel_addresses())
-        relayed = [address for address in addresses if address.is_relayed]
-        if addresses:
-            self._backoff.reset()
-        elif self._backoff.is_due(self._clock()):
-            await self._find_relays(stage)
-        self.tunnel_addresses = addresses
+    async def _note_relays(self) -> None:
+        await self._relays.look()
+        self.tunnel_addresses = self._relays.tunnel_addresses
+        relayed = [a for a in (*self.relay_addresses, *self.tunnel_addresses) if a.is_relayed]
         self.status = ReachabilityStatus(
-            self._tunnelled_kind(), len(relayed), not addresses, self.status.asked
+            self._hidden_kind(), len(relayed), not relayed and not self.tunnel_addresses, self.status.asked
         )
 
-    async def _find_relays(self, stage: Stage) -> None:
-        """Takes other peers as relays, and waits a while for the first that accepts."""
-        stage("looking for a relay")
-        host, registry = self._swarm.host, self._swarm.registry
-        relays = await find_relays(host, registry, self._rng, _RELAYS)
-        if not relays:
-            self._backoff.reset()
-        if relays or host.config.serves_dht:
-            await self._move(False, relays)
-        if relays:
-            await relayed_addresses(host)
-
-    async def _dials(self) -> Sequence[DialledPorts]:
+    async def _dials(self) -> Sequence[DialledBack]:
         some = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
         nodes = [node for node in some if node.addresses]
         nodes.sort(
@@ -279,24 +285,27 @@ class ReachabilityMonitor:
             await pool.close()
         return [dial for dial in dials if dial is not None]
 
-    async def _dial(self, pool: ChannelPool, node: NodeInfo) -> DialledPorts | None:
-        swarm_id, settings = self._swarm.keys.swarm_id, self._settings
-        dht_port = settings.announce_dht_port or self._swarm.host.config.port
+    async def _dial(self, pool: ChannelPool, node: NodeInfo) -> DialledBack | None:
         try:
             with tolerating("ask a node to dial back"):  # the others are asked all the same
                 channel = await pool.reach(node)
-                return DialledPorts(
-                    await call_dial_back(channel, swarm_id, self._announced_port),
-                    await call_dial_back(channel, swarm_id, dht_port),
-                )
+                return await call_dial_back(channel, self._swarm.keys.swarm_id, self._announced_port)
         except UnreachableError as error:
             logger.debug("%s did not dial back: %s", node.peer_id, error)
         return None
 
     @property
     def _announced_port(self) -> int:
-        return self._settings.announce_grpc_port or self._port
+        if self._forwarded is not None:
+            return self._forwarded.port
+        return self._settings.announce_port or self._port
+
+    @property
+    def _unproven(self) -> tuple[Endpoint, ...]:
+        """Where others should reach it, before any has said that they do."""
+        return (self._own_address,) if self._forwarded is None else (self._forwarded, self._own_address)
 
     @property
     def _own_address(self) -> Endpoint:
-        return Endpoint.of(self._settings.announce_host or self._host, self._announced_port)
+        settings = self._settings
+        return Endpoint.of(settings.announce_host or self._host, settings.announce_port or self._port)

@@ -16,7 +16,6 @@ from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer import clock
 from peer.errors import RecordError, StartError
-from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,6 @@ class Services:
     health: HealthServicer
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Before it starts."""
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self.experts, server)
         state_pb2_grpc.add_StateServiceServicer_to_server(self.states, server)
         probe_pb2_grpc.add_ProbeServiceServicer_to_server(self.probe, server)
@@ -71,9 +69,7 @@ class AccessControl:
 
     def __init__(self, swarm: Swarm, state: Path, now: Callable[[], float] = clock.now) -> None:
         """`state`: the node's state folder; a founder's holds the ledger of its invites."""
-        self.sessions = Sessions(
-            swarm.keys.swarm_id, swarm.host.peer_id, swarm.admission, now=now, metrics=swarm.metrics
-        )
+        self.sessions = swarm.host.sessions
         self._swarm = swarm
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
         self._now = now

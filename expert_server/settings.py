@@ -1,5 +1,6 @@
 """The node's settings, from a TOML file, the environment (`TALKOOT_NODE_…`) and flags."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -7,7 +8,7 @@ from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
 from expert_server.schedule import Schedule
 from peer.formatting import parse_bytes
-from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, PeerName, RoleSettings
+from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, P2pd, PeerName, RoleSettings
 from peer.transport.endpoints import HostName
 
 PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
@@ -21,12 +22,17 @@ class NodeSettings(RoleSettings):
     """What a volunteer's node may use, and how it serves. Times are in seconds, sizes in bytes."""
 
     env_prefix: ClassVar[str] = "TALKOOT_NODE_"
-    removed: ClassVar[frozenset[str]] = frozenset({
+    removed: ClassVar[Mapping[str, str]] = dict.fromkeys((
         "busy_after_s", "claim_wait_s", "exchange_every_s", "idle_after_s", "idle_percent", "look_every_s",
         "max_batch_rows", "max_call_bytes", "max_call_s", "max_claim_s", "max_dht_key_bytes", "max_hints",
         "max_sessions", "max_snapshots", "max_standbys", "max_transfer_s", "max_transfers", "max_tunnel_streams",
         "reachability_every_s", "snapshot_s",
-    })  # fmt: skip
+    ), "") | {
+        "dht_port": "a node has one port now: set `port`",
+        "grpc_port": "a node has one port now: set `port`",
+        "announce_dht_port": "a node has one port now: set `announce_port`",
+        "announce_grpc_port": "a node has one port now: set `announce_port`",
+    }  # fmt: skip
 
     experts: int | None = Field(
         default=None, ge=0, le=10**6, description="experts to host; unset: a quarter of the free memory"
@@ -46,36 +52,44 @@ class NodeSettings(RoleSettings):
     name: PeerName | None = Field(
         default=None, description="what the swarm's dashboards call this node; unset: no name"
     )
-    dht_port: int = Field(
+    port: int = Field(
         default=0,
         ge=0,
         le=65535,
-        description="TCP port of the DHT; 0: the one of the last start, or any free one",
-    )
-    grpc_port: int = Field(
-        default=0, ge=0, le=65535, description="TCP port of the expert service; 0: any free one"
+        description="TCP port of this node; 0: the one of the last start, or any free one",
     )
     announce_host: HostName | None = Field(
         default=None,
-        description="address at which others reach this node, if a router forwards ports to it; unset: host",
+        description="address at which others reach this node, if a router forwards its port; unset: host",
     )
-    announce_dht_port: int | None = Field(
-        default=None, ge=1, le=65535, description="port that the router forwards to dht_port; unset: the same"
-    )
-    announce_grpc_port: int | None = Field(
-        default=None,
-        ge=1,
-        le=65535,
-        description="port that the router forwards to grpc_port; unset: the same",
+    announce_port: int | None = Field(
+        default=None, ge=1, le=65535, description="port that the router forwards to `port`; unset: the same"
     )
     reachability: Literal["auto", "public", "private"] = Field(
         default="auto",
         description="how others reach this node: public, at its addresses; private, through relays and hole punching; "
         "auto: as other nodes report that try to connect to it",
     )
+    relay_mbit: float = Field(
+        default=20.0,
+        ge=0,
+        le=10**6,
+        allow_inf_nan=False,
+        description="how much this node relays for peers behind routers, if others can connect to it, in Mbit/s; "
+        "0: nothing",
+    )
+    p2pd: P2pd = "auto"
+    p2pd_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="TCP port of the libp2p daemon, which no router needs to forward; announced at announce_host if "
+        "both are set; 0: any free one",
+    )
     upnp: bool = Field(
         default=True,
-        description="ask the router to forward the DHT's port by UPnP or NAT-PMP, except on loopback",
+        description="ask the router to forward this node's port by UPnP, and the libp2p daemon's, unless "
+        "announce_host or announce_port is set, reachability is private, or host is loopback",
     )
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
@@ -211,7 +225,7 @@ class NodeSettings(RoleSettings):
         default=None,
         gt=0,
         le=10**9,
-        description="rows per second that one caller may send, forward and backward; unset: no limit",
+        description="rows of experts per second that one caller may send, forward and backward; unset: no limit",
     )
     caller_updates_per_s: float | None = Field(
         default=None,
@@ -228,12 +242,15 @@ class NodeSettings(RoleSettings):
     )
 
     @model_validator(mode="after")
-    def _forwards_to_known_ports(self) -> Self:
-        if (self.announce_host or self.announce_dht_port) and not self.dht_port:
-            raise ValueError("dht_port must be given too: a port is forwarded to it")
-        if self.announce_grpc_port and not self.grpc_port:
-            raise ValueError("grpc_port must be given too: a port is forwarded to it")
+    def _forwards_to_a_known_port(self) -> Self:
+        if (self.announce_host or self.announce_port) and not self.port:
+            raise ValueError("port must be given too: a port is forwarded to it")
         return self
+
+    @property
+    def asks_router(self) -> bool:
+        """Whether the router is asked to forward this node's port."""
+        return self.upnp and self.reachability != "private" and not (self.announce_host or self.announce_port)
 
     @property
     def lifetime_s(self) -> float:

@@ -168,10 +168,10 @@ class NodeRecordBuilder:
         now: float,
         *,
         addresses: Sequence[str],
-        bootstrap_addresses: Sequence[str],
         metrics_address: str,
         reachability: Reachability = Reachability.UNKNOWN,
         tunnel_addresses: Sequence[str] = (),
+        relay_addresses: Sequence[str] = (),
     ) -> records_pb2.NodeRecord:
         """The node's present record. A node that pauses or leaves offers no room."""
         self._count(status.rows, now)
@@ -185,7 +185,6 @@ class NodeRecordBuilder:
             rows_processed=status.rows,
             updates=status.updates,
             started_at=self._started_at,
-            bootstrap_addresses=bootstrap_addresses,
             name=self._settings.name or "",
             activity=activity.value,
             metrics_address=metrics_address,
@@ -196,6 +195,7 @@ class NodeRecordBuilder:
             contributed_s=status.contributed_hours * 3600,
             reachability=reachability.value,
             tunnel_addresses=tunnel_addresses,
+            relay_addresses=relay_addresses,
             unsteady=bool(status.unsteady),
         )
 

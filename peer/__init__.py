@@ -11,7 +11,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 hit one in ten nodes that started p2pd while they were called. No process of ours uses gRPC after a fork."""
 
 SOFTWARE_VERSION: Final = "0.2.0.dev0"
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 4
 """Peers of another protocol version are refused, with both versions named."""
 
 

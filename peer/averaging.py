@@ -7,10 +7,9 @@ for a third (NoLoCo, arXiv 2506.10911). Another peer only claims how many steps 
 import random
 import time
 from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass
 from statistics import median_high
 from typing import Generic, TypeVar
-
-from torch import Tensor
 
 from peer.bounded import BoundedDict
 from peer.identity import PeerID
@@ -24,6 +23,8 @@ T = TypeVar("T")
 _PEERS_REMEMBERED = 32
 """For each copy. With more partners, each meets too seldom to be worth remembering."""
 _LARGEST_SHARE = 0.5
+_BEHIND = 0.9
+"""Copies that average differ less in their updates: with fewer than this part of another's, one was restarted."""
 _FASTEST_PER_S = 100
 """Steps. No expert or dense part takes as many."""
 _LEAST_S = 10.0
@@ -32,20 +33,39 @@ _ANNOUNCED_S = 300.0
 """The longest that an announcement lags behind the copy it announces."""
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """The update counts with which two copies went on after they met."""
+
+    mine: int
+    theirs: int
+
+
+def last_meeting(remembered: Meeting | None, reported: int) -> Meeting:
+    """`reported`: what the other says its copy went on with, after it last met this one; 0 if it remembers none.
+
+    It may have gone on with more than it had when this peer fetched it.
+    """
+    if remembered is None:
+        return Meeting(reported, reported)
+    return Meeting(remembered.mine, max(remembered.theirs, reported))
+
+
 class AveragingHistory(Generic[K]):
-    """The update count that this peer's copy and another peer's copy had when they last met."""
+    """When each copy of this peer's last met each other peer's."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._met: dict[K, BoundedDict[PeerID, int]] = {}
+        self._met: dict[K, BoundedDict[PeerID, Meeting]] = {}
         self._clock = clock
         self._began_at = clock()
         self._noted_at: dict[K, float] = {}
 
-    def record(self, thing: K, peer_id: PeerID, update_count: int) -> None:
+    def record(self, thing: K, peer_id: PeerID, mine: int, theirs: int) -> None:
+        """The update counts are those after the meeting, as far as this peer knows."""
         self._noted_at[thing] = self._clock()
-        self._met.setdefault(thing, BoundedDict(_PEERS_REMEMBERED))[peer_id] = update_count
+        self._met.setdefault(thing, BoundedDict(_PEERS_REMEMBERED))[peer_id] = Meeting(mine, theirs)
 
-    def of(self, thing: K) -> dict[PeerID, int]:
+    def of(self, thing: K) -> dict[PeerID, Meeting]:
         """A copy, by peer."""
         return dict(self._met.get(thing, {}))
 
@@ -62,35 +82,28 @@ class AveragingHistory(Generic[K]):
         return min(claimed, update_count + int(_FASTEST_PER_S * since_s))
 
 
-def partner_weight(update_count: int, their_update_count: int, met_update_count: int) -> float:
+def partner_weight(update_count: int, their_update_count: int, met: Meeting) -> float:
     """The other's weight in the average: its share of the updates since the meeting, and at most a half, whatever it
-    claims. A half if neither took an update.
+    claims. A half if neither took an update. One that went back to an older state has taken none.
     """
-    met = min(met_update_count, update_count, their_update_count)
-    mine, theirs = update_count - met, their_update_count - met
+    mine, theirs = max(0, update_count - met.mine), max(0, their_update_count - met.theirs)
     return min(theirs / (mine + theirs), _LARGEST_SHARE) if mine + theirs else 0.5
 
 
-def freshest_first(claims: Collection[T], count: Callable[[T], int], rng: random.Random) -> list[T]:
-    """Sorted by claimed update count. Claims above the median count as the median, and ties are shuffled.
+def is_behind(update_count: int, other: int) -> bool:
+    """Whether a copy has far fewer updates than another."""
+    return update_count < _BEHIND * other
 
-    So if there are three or more, the highest claim does not always come first.
-    """
+
+def drawn_stale_last(claims: Collection[T], count: Callable[[T], int], rng: random.Random) -> list[T]:
+    """In random order, but those far behind the middle one by their update count come last."""
     if not claims:
         return []
     median = median_high(map(count, claims))
     drawn_order = rng.sample(list(claims), len(claims))
-    return sorted(drawn_order, key=lambda claim: min(count(claim), median), reverse=True)
+    return sorted(drawn_order, key=lambda claim: is_behind(count(claim), median))
 
 
 def max_plausible_updates(counts: Collection[int]) -> int:
     """The largest update count that a copy may have if others announced `counts`; 0 if nobody did."""
     return median_high(counts) + int(_FASTEST_PER_S * _ANNOUNCED_S) if counts else 0
-
-
-def interpolate(current: Tensor, base: Tensor, theirs: Tensor, share: float) -> Tensor:
-    """Averages `base` with `theirs`, and adds what changed between `base` and `current`.
-
-    In float64, so that equal copies stay equal.
-    """
-    return current.double() + share * (theirs.double() - base.double())

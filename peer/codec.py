@@ -6,7 +6,7 @@ blocks in a row, B = numbers of such a block.
 
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,12 @@ _LEAST_BLOCK, _LARGEST_BLOCK = 16, 64
 """int4's. Smaller ones would spend more than a bit a number on scales; larger ones cost more time than they save."""
 _HALF_STEPS = 7.5
 """int4's numbers are the 16 odd multiples of half a step from -7.5 to 7.5 steps."""
+_FUZZ = 1e-4
+"""Of a step: how far from its multiples numbers may be that were decoded in float32."""
+_SCALE_SLACK = 5
+"""Times the slack: bfloat16 may round the largest number of a row by so much."""
+_MOST_SCALES = 64
+"""That a sender may have had, of one's own block: more where the block is far smaller than the slack allows for."""
 _LARGEST_NUMBER, _LARGEST_SCALE = 2.0**100, 2.0**101
 """int4's. No sum of a block's numbers overflows, neither here nor where they are decoded."""
 _BLOCK_NUMBERS = 32_000
@@ -72,6 +78,20 @@ def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
     if codec == expert_pb2.CODEC_INT4:
         return rows * (2 * width // block_of_int4(width) + width // 2)
     return rows * width * _BYTES_PER_NUMBER[codec]
+
+
+def rounding_error(width: int, codec: "expert_pb2.Codec") -> tuple[float, float]:
+    """How far a row may be from what was encoded, at most: as a part of its norm, and beside that.
+
+    Of rows within the codec's range.
+    """
+    if codec == expert_pb2.CODEC_INT8:  # half a step of max / 127 in each number
+        return width**0.5 / 254, width**0.5 * _SMALLEST_SCALE
+    if codec == expert_pb2.CODEC_INT4:  # a step in each number when it is rounded at random
+        return 1.01 * block_of_int4(width) ** 0.5 / _HALF_STEPS, width**0.5 * _SMALLEST_SCALE
+    if codec == expert_pb2.CODEC_FP16:
+        return 2**-11, width**0.5 * 2**-25
+    return (2**-8, 0.0) if codec == expert_pb2.CODEC_BF16 else (0.0, 0.0)
 
 
 def block_of_int4(width: int) -> int:
@@ -135,6 +155,62 @@ def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") 
     return tensor_RD
 
 
+def unexplained(received_RD: Floats, own_RD: Floats, slack_R: Floats, codec: "expert_pb2.Codec") -> Booleans:
+    """Which decoded numbers were not rounded by the codec from any that are within `slack` of one's own. [R, D]
+
+    So a codec's coarseness hides little: of two numbers that it rounds to, one alone is right, unless one's own is
+    within the slack of the middle between them. With int4, they are the numbers after its rotation. The number that a
+    scale follows from may be several times the slack away: one that is must not condemn all others.
+    """
+    slack_R1 = slack_R.astype(np.float32)[:, None]
+    of_scale_R1 = _SCALE_SLACK * slack_R1
+    if codec == expert_pb2.CODEC_FP32:
+        return _outside(received_RD, own_RD - slack_R1, own_RD + slack_R1)
+    if codec in _HALVES:
+        least_RD, most_RD = (
+            decode(encode(own_RD + change, codec), own_RD.shape[1], codec) for change in (-slack_R1, slack_R1)
+        )
+        return _outside(received_RD, least_RD, most_RD)
+    if codec == expert_pb2.CODEC_INT8:
+        largest_R1, received_R1 = (np.abs(each).max(axis=1, keepdims=True) for each in (own_RD, received_RD))
+        # the largest number is 127 steps
+        scales_R1 = np.clip(
+            received_R1 / 127, (largest_R1 - of_scale_R1).clip(0) * _STEP, (largest_R1 + of_scale_R1) * _STEP
+        )
+        return _off_grid(received_RD, own_RD, scales_R1, slack_R1)
+    size = block_of_int4(own_RD.shape[1])
+    received_RGB, own_RGB = (_rotated(torch.from_numpy(each), size).numpy() for each in (received_RD, own_RD))
+    slack_R11, of_scale_R11 = slack_R1[:, :, None], of_scale_R1[:, :, None]
+    largest_RG1 = np.abs(own_RGB).max(axis=2, keepdims=True)
+    usual, least, most = (
+        _scales_of_int4((largest_RG1 + change * of_scale_R11).clip(0)) for change in (0, -1, 1)
+    )
+    off = np.ones_like(own_RGB, dtype=np.bool_)
+    # the sender's scale is one of these; nearly always they are all the same
+    others = range(min(int((most - least).max(initial=0)) + 1, _MOST_SCALES))
+    for halves_RG1 in (usual, *(np.minimum(least + step, most) for step in others)):
+        scales_RG1: Floats = (halves_RG1 << 16).view(np.float32)
+        off_RGB = _off_grid(received_RGB, own_RGB, scales_RG1, slack_R11, 0.5)
+        is_better_RG1 = off_RGB.sum(axis=2, keepdims=True) < off.sum(axis=2, keepdims=True)
+        off = np.where(is_better_RG1, off_RGB, off)
+    return off.reshape(own_RD.shape)
+
+
+def _off_grid(received: Floats, own: Floats, scales: Floats, slack: Floats, offset: float = 0.0) -> Booleans:
+    """Whether they are not the multiples of the scales, plus `offset`, that are nearest to numbers within the slack."""
+    steps = np.where(scales < _SMALLEST_SCALE, np.inf, scales)
+    scales = np.where(scales < _SMALLEST_SCALE, 0, scales)
+    fuzz = _FUZZ * scales + _SMALLEST_SCALE
+    least = (np.rint((own - slack) / steps - offset) + offset) * scales - fuzz
+    most = (np.rint((own + slack) / steps - offset) + offset) * scales + fuzz
+    return _outside(received, least, most)
+
+
+def _outside(numbers: Floats, least: Floats, most: Floats) -> Booleans:
+    outside: Booleans = (numbers < least) | (numbers > most)
+    return outside
+
+
 def chunks(parts: Iterable[memoryview]) -> Iterator[bytes]:
     """Joins the bytes of all parts and splits them into as few chunks as messages allow."""
     pieces: list[memoryview] = []
@@ -195,8 +271,7 @@ def _encode_int4(numbers_RD: Tensor, rows_RC: Tensor, seed: bytes | None) -> Non
             scales_RG = steps_RGB.abs().amax(2).numpy() / _HALF_STEPS
             scales_RG[~np.isfinite(scales_RG)] = np.inf
         scales_RG[scales_RG < _SMALLEST_SCALE] = 0
-        # as bfloat16, rounded up so that no number is clipped
-        halves_RG = scales_RG.view(np.uint32) + 0xFFFF >> 16
+        halves_RG = _halves_above(scales_RG)
         rows.numpy()[:, :-half] = halves_RG.astype("<u2").view(np.uint8)
         scales_RG = (halves_RG << 16).view(np.float32)
         scales_RG[scales_RG == 0] = np.inf
@@ -208,6 +283,18 @@ def _encode_int4(numbers_RD: Tensor, rows_RC: Tensor, seed: bytes | None) -> Non
             middle += 2**-9
         codes_RD = steps_RGB.add_(middle).clamp_(0, 15).to(torch.int8).view(torch.uint8).view(block.shape)
         torch.add(codes_RD[:, :half], codes_RD[:, half:], alpha=16, out=rows[:, -half:])
+
+
+def _halves_above(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """As bfloat16, rounded up so that no number is clipped. `scales`: float32; the halves: uint32."""
+    return scales.view(np.uint32) + 0xFFFF >> 16
+
+
+def _scales_of_int4(largest: Floats) -> npt.NDArray[Any]:
+    """Of blocks with these largest numbers, as bfloat16; 0 below `_SMALLEST_SCALE`."""
+    scales = (largest / _HALF_STEPS).astype(np.float32)
+    scales[scales < _SMALLEST_SCALE] = 0
+    return _halves_above(scales)
 
 
 def _decode_int4(rows_RC: Tensor, numbers_RD: Tensor) -> None:

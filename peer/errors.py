@@ -17,7 +17,9 @@ TalkootError
 ├── AddressError                an endpoint or a multiaddress that is malformed, or of a kind that is not known
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
 ├── StateError                  saved tensors that are broken, or not those of this expert or model
+│   └── OutOfReachError         another peer's copy is too far away from one's own to be averaged with
 ├── TransferError               an expert's state that did not come from another node
+│   └── VersionGoneError        parameters that have changed since the version that was asked for
 └── ExpertError                 an expert did not do what was asked; has a gRPC status
 """
 
@@ -124,6 +126,15 @@ class StateError(TalkootError):
     """Saved tensors that are broken, or not those of this expert or model."""
 
 
+class OutOfReachError(StateError):
+    """Another peer's copy is too far away from one's own to be averaged with."""
+
+    def __init__(self, message: str, *, is_untrained: bool = False) -> None:
+        """`is_untrained`: one's own copy has taken no update since it came from elsewhere, so it reaches nothing."""
+        super().__init__(message)
+        self.is_untrained = is_untrained
+
+
 class TransferError(TalkootError):
     """An expert's state that did not come from another node.
 
@@ -133,6 +144,10 @@ class TransferError(TalkootError):
     def __init__(self, message: str, answered: bool = False) -> None:
         super().__init__(message)
         self.answered = answered
+
+
+class VersionGoneError(TransferError):
+    """The replica says that its parameters are not those of that version any more."""
 
 
 class ExpertError(TalkootError):

@@ -1,44 +1,94 @@
-"""One peer of the network: its libp2p daemon (p2pd), its DHT node and its tunnels, restarted when p2pd dies."""
+"""One peer of the network: its gRPC server, its node of the DHT, and the ways by which others reach it."""
 
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Self
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
 from peer.clock import CLOCK
-from peer.errors import DaemonError, UnreachableError, UserError
+from peer.errors import DaemonError, UnreachableError
 from peer.formatting import counted
 from peer.identity import Identity, PeerID
-from peer.kademlia.hivemind import DHTNode, RecordValidatorBase
-from peer.kademlia.node import BootstrapReply, bootstrap, known_peers, start_dht, stop_dht
+from peer.kademlia.bootstrap import BootstrapReply, bootstrap
+from peer.kademlia.contacts import ContactBook
+from peer.kademlia.node import KademliaNode
+from peer.kademlia.server import DHTServer
 from peer.kademlia.storage import StoreBounds, StoreMetrics
-from peer.loop import keep_running
-from peer.metrics import total
+from peer.kademlia.transport import GrpcTransport
+from peer.kademlia.validation import Validator
+from peer.loop import Restarts, TaskSet
 from peer.parsing import ParseGuard
 from peer.processes import raise_descriptor_limit, sweep_socket_folders
 from peer.rates import upload_limit
-from peer.transport.addresses import Multiaddress, NetworkConfig, require_free_port
+from peer.relays.client import RelayClient
+from peer.relays.dialler import RelayDialler
+from peer.relays.reservations import Reservations
+from peer.relays.service import RelayServicer
+from peer.rpc.channels import ChannelPool
+from peer.rpc.server import RpcServer, server_credentials
+from peer.rpc.sessions import Admission, Sessions
+from peer.transport.addresses import Multiaddress
+from peer.transport.contacts import OwnContact
 from peer.transport.dialling import Dialling, nearest_scope, resolved
 from peer.transport.endpoints import AddressScope, Endpoint
-from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, start_daemon
-from peer.transport.tunnel import OpenExit, Pipe, Tunnels
+from peer.transport.libp2p import Libp2p
+from peer.transport.p2pd_setup import Libp2pConfig, is_offered
+from peer.transport.pipes import Pipe
+from peer.transport.port_mapping import PortMapping
+from peer.transport.tunnel import Tunnels
 
 logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
-_RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""Before p2pd is started again. The last one holds for all later tries: whoever can end p2pd must not end its node."""
-_STEADY_S = 60.0
-"""A p2pd that ran for so long died of something new, and the pauses start from the first."""
-_MOST_DAEMON_BYTES = 256 * 2**20
-"""A p2pd that takes more memory is started again. Usually it takes about 60 MiB."""
-_WATCH_EVERY_S = 1.0
-_DOWN = "the libp2p daemon has ended; it is being started again"
+
+
+class Exit(Protocol):
+    """Connects a peer whose tunnel ends here, or that a relay brings, with a gRPC server. Raises OSError."""
+
+    def __call__(self, caller: PeerID, relay: PeerID | None = None) -> Awaitable[Pipe]: ...
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Where a peer listens, and how others reach it."""
+
+    listen: str
+    """The IP address to listen on."""
+    port: int = 0
+    """The TCP port of its gRPC server; 0: any free one."""
+    announce: Endpoint | None = None
+    """Where others reach the server, when it is not where it listens."""
+    serves_dht: bool = True
+    """Others connect to it, and it hosts DHT keys for others; without, it is a client and has no server here."""
+    most_calls: int = 64
+    """Calls to its services at the same time, beside those of the DHT and of relays."""
+    relay_mbit: float = 0.0
+    """Mbit/s that it carries for peers behind routers; 0: it relays for nobody."""
+    p2pd: bool = False
+    """Starts p2pd where this machine can, for streams to and from peers behind routers."""
+    p2pd_port: int = 0
+    """p2pd's TCP port; 0: any free one."""
+    maps_port: bool = False
+    """Asks the router to forward the server's port (UPnP), and p2pd's (UPnP, NAT-PMP)."""
+
+    @property
+    def libp2p(self) -> Libp2pConfig:
+        """What p2pd has of it. Its port is announced at the same host as the server's, if it is a given one."""
+        announce = None
+        if self.announce is not None and self.p2pd_port:
+            announce = Endpoint.of(self.announce.host, self.p2pd_port)
+        return Libp2pConfig(
+            self.listen,
+            self.p2pd_port,
+            public=self.serves_dht,
+            announce=announce,
+            maps_port=self.maps_port,
+            relays_others=self.relay_mbit > 0,
+        )
 
 
 class Host:
@@ -48,39 +98,70 @@ class Host:
         self,
         identity: Identity,
         config: NetworkConfig,
-        validator: RecordValidatorBase | None,
+        *,
+        swarm_id: str = "",
+        admission: Admission | None = None,
+        validator: Validator | None = None,
         store_bounds: StoreBounds | None = None,
         metrics: CollectorRegistry | None = None,
         dialling: Dialling | None = None,
         guard: ParseGuard | None = None,
     ) -> None:
         self.identity = identity
+        self.config = config
         self.dialling = dialling or Dialling(AddressScope.LOOPBACK)
         """Which of the addresses that others write are dialled; for all that this process dials."""
-        self.config = config
-        self.tunnels = Tunnels(self._open_stream, metrics=metrics)
+        self.restarts = Restarts(metrics)
+        """Of this process's tasks that fail."""
+        self.certificate = identity.make_certificate()
+        bounds = store_bounds or StoreBounds()
+        served = metrics if config.serves_dht else None
+        self.upload = upload_limit(bounds.upload_mbit, served)
+        """Of all that this peer sends, in the DHT and elsewhere."""
         self.bootstrapped_from: tuple[Multiaddress, ...] = ()
         """Addresses of the peers that answered at the start."""
-        self._restarts = Counter(
-            "talkoot_p2pd_restarts",
-            "Times that the libp2p daemon died and was started again.",
-            registry=metrics,
-        )
-        self._store_bounds = store_bounds or StoreBounds()
-        served = metrics if config.serves_dht else None
-        self._store_metrics = StoreMetrics(served)
-        self.upload = upload_limit(self._store_bounds.upload_mbit, served)
-        """Of all that this peer sends, in the DHT and elsewhere."""
-        self._validator = validator
         self._guard = guard or ParseGuard()
-        self._daemon: Daemon | None = None
-        self._dht: DHTNode | None = None
-        self._remembered: tuple[Multiaddress, ...] = ()
-        self._ready = False
-        self._supervisor: asyncio.Task[None] | None = None
-        self._restarted = asyncio.Event()
-        self._problem = ""
-        """Why p2pd can't be started, as logged last."""
+        self.contacts = ContactBook(metrics=metrics, guard=self._guard)
+        self._own = OwnContact(identity, self.certificate)
+        self._transport = GrpcTransport(identity, swarm_id, self.contacts, self._own, self.dialling)
+        self.dht = KademliaNode(
+            self._transport,
+            validator,
+            serves_dht=config.serves_dht,
+            bounds=bounds,
+            metrics=StoreMetrics(served),
+            upload=self.upload,
+        )
+        self.sessions = Sessions(swarm_id, identity.peer_id, admission, metrics=served)
+        self.server: RpcServer | None = None
+        """Its services are added by whoever has some. None: this peer is a client, and serves nothing here."""
+        if config.serves_dht:
+            self.server = RpcServer(self.sessions, config.most_calls, metrics, self.restarts)
+            self._transport.add_to(self.server.services, self.sessions)
+            relaying = RelayServicer(self.sessions, config.relay_mbit, self.upload, metrics)
+            relaying.add_to(self.server.services)
+        self._libp2p = Libp2p(identity, config.libp2p, self.dialling, metrics)
+        self.tunnels = Tunnels(self._libp2p.open_stream, metrics=metrics)
+        self._relay_client = RelayClient(
+            identity,
+            swarm_id,
+            self.dialling,
+            self.contacts.certificate_of,
+            metrics,
+            self._own_endpoint,
+            admission,
+        )
+        self.relays = RelayDialler(self._relay_client, metrics)
+        """Dials others through their relays."""
+        self.reservations = Reservations(self._relay_client, metrics, self.restarts)
+        """By which others reach this peer through relays."""
+        self.port_mapping: PortMapping | None = None
+        """What the router forwards; None: it is not asked."""
+        self._port = 0
+        self._starting: asyncio.Task[None] | None = None
+        """What starts p2pd, or has; None: there is none."""
+        self._announced: tuple[Endpoint, ...] = ()
+        self._tasks = TaskSet(self.restarts)
 
     @classmethod
     async def start(
@@ -90,15 +171,18 @@ class Host:
         *,
         bootstrap: Sequence[Multiaddress] = (),
         remembered: Sequence[Multiaddress] = (),
-        validator: RecordValidatorBase | None = None,
+        swarm_id: str = "",
+        admission: Admission | None = None,
+        validator: Validator | None = None,
         store_bounds: StoreBounds | None = None,
         metrics: CollectorRegistry | None = None,
         guard: ParseGuard | None = None,
     ) -> Self:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
-        If there is no `bootstrap`, it may be that none of the remembered peers answers. Raises StartError when this
-        machine can't start it, and UnreachableError when no bootstrap address answers.
+        If there is no `bootstrap`, it may be that none of the remembered peers answers. `admission`: who may call this
+        peer's services; None: everybody. Raises StartError when this machine can't start it, and UnreachableError when
+        no bootstrap address answers.
         """
         given = await resolved(bootstrap)
         own = (
@@ -107,8 +191,17 @@ class Host:
             else await resolved([config.announce or Endpoint.of(config.listen, config.port or 1)])
         )
         named = [address.endpoint for address in given or (remembered if bootstrap else ())]
-        dialling = Dialling(nearest_scope(named or own), [a.endpoint for a in given], metrics)
-        host = cls(identity, config, validator, store_bounds, metrics, dialling, guard)
+        host = cls(
+            identity,
+            config,
+            swarm_id=swarm_id,
+            admission=admission,
+            validator=validator,
+            store_bounds=store_bounds,
+            metrics=metrics,
+            dialling=Dialling(nearest_scope(named or own), [a.endpoint for a in given], metrics),
+            guard=guard,
+        )
         try:
             await host._start(bootstrap, remembered)
         except BaseException:
@@ -116,242 +209,165 @@ class Host:
             raise
         return host
 
-    async def stop(self) -> None:
-        """Leaves the DHT and ends p2pd. Stopping twice is harmless."""
-        await self._dismiss_supervisor()
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Leaves the DHT and ends everything. `grace_s`: for calls that are under way. Stopping twice is harmless."""
+        await self._tasks.aclose()
+        if self.port_mapping is not None:
+            await self.port_mapping.end()
+        await self.reservations.close()
+        await self.relays.close()
+        await self._relay_client.close()
         await self.tunnels.close()
-        await self._end()
+        if self.server is not None:
+            await self.server.stop(grace_s)
+        await self.dht.close()
+        await self._transport.close()
+        await self._libp2p.stop()
 
-    async def restart_as(self, *, serves_dht: bool, relays: Sequence[Multiaddress] = ()) -> None:
-        """Restarts p2pd on its port: as a peer to which others connect, or as a client that they reach by relays.
-
-        Raises DaemonError when it does not start; then it is restarted as if it had died.
-        """
-        await self._dismiss_supervisor()
-        await self._end()
-        self.config = replace(self.config, serves_dht=serves_dht, relays=tuple(relays))
-        try:
-            await self._start_daemon()
-            await self.join(self.bootstrap_candidates)
-            self._ready = True
-            self._restarted.set()
-        except BaseException:
-            await self._end()
-            raise
-        finally:
-            self._start_supervisor()
-
-    async def serve_tunnel(self, open_exit: OpenExit, most_streams: int = 256) -> None:
-        """Forwards other peers' gRPC that comes through libp2p to this peer's server."""
-        self.tunnels.set_exit(open_exit, most_streams)
-        try:
-            await self.tunnels.serve_on(self.p2p)
-        except (UnreachableError, *TRANSPORT_ERRORS) as error:
-            logger.warning("the tunnel is served when the libp2p daemon runs again: %s", error)
-
-    @property
-    def restarts(self) -> int:
-        """How often p2pd died and was started again."""
-        return int(total(self._restarts))
-
-    @property
-    def bootstrap_candidates(self) -> tuple[Multiaddress, ...]:
-        """Addresses of peers by which this one joins after a restart of p2pd."""
-        return self._remembered
-
-    def remember(self, addresses: Sequence[Multiaddress]) -> None:
-        """From now on these are the candidates."""
-        self._remembered = tuple(addresses)
+    def channels(self, limit: int) -> ChannelPool:
+        """Channels to other peers, by all the ways that this one has. Close them when done."""
+        return ChannelPool(limit, self.tunnels, self.dialling, self.relays)
 
     @property
     def peer_id(self) -> PeerID:
         return self.identity.peer_id
 
     @property
-    def alive(self) -> bool:
-        """Whether p2pd runs. False while it is restarted and joins."""
-        return self._ready
-
-    @property
-    def p2p(self) -> Daemon:
-        """The current p2pd. Raises UnreachableError while there is none."""
-        if self._daemon is None:
-            raise UnreachableError(_DOWN)
-        return self._daemon
-
-    @property
-    def dht(self) -> DHTNode:
-        """The current DHT node; don't keep it. Raises UnreachableError while p2pd is restarted."""
-        if self._dht is None or not self._ready:
-            raise UnreachableError(_DOWN)
-        return self._dht
+    def port(self) -> int:
+        """Of the server; 0 without one."""
+        return self._port
 
     def peers(self) -> frozenset[PeerID]:
         """The DHT peers in the routing table."""
-        if self._dht is None or not self._ready:
-            return frozenset()
-        return known_peers(self._dht)
+        return frozenset(peer_id for _, peer_id in self.dht.table)
 
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         """Dials peers and joins their DHT. Returns the addresses of those that answered."""
         return list(_addresses(await self._bootstrap(await self._accepting(addresses))))
 
-    async def confirmed(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
-        """Those of the addresses at which the peers are, as far as can be told: it is there that they are connected.
+    def reached_at(self, peer_id: PeerID) -> list[Multiaddress]:
+        """Where this peer has found another; empty if it has not."""
+        contact = self.contacts.get(peer_id)
+        endpoints = () if contact is None else contact.addresses
+        return [Multiaddress.of(e, peer_id) for e in endpoints if self.dialling.is_known(e, peer_id)]
 
-        Peers that are not connected are dialled. Raises UnreachableError if p2pd does not answer.
-        """
-        daemon = self.p2p
-        by_peer: dict[PeerID, list[Multiaddress]] = {}
-        for address in addresses:
-            by_peer.setdefault(address.peer_id, []).append(address)
+    async def announce_at(self, endpoints: Iterable[Endpoint]) -> None:
+        """Others hear that the server is reached there, the best first. Names are looked up."""
+        self._announced = tuple(endpoints)
+        self._own.set(addresses=tuple(await resolved(self._announced))[:8])
 
-        async def dial(peer_id: PeerID) -> None:
-            with contextlib.suppress(*TRANSPORT_ERRORS):
-                await daemon.connect(peer_id, by_peer[peer_id], DIAL_DEADLINE_S)
+    def serve_dht(self, serves: bool) -> None:
+        """As a client, when nobody reaches the server, or as a node of the DHT."""
+        self.dht.serves_dht = serves and self.server is not None
 
-        try:
-            connected = await daemon.connected_ips(DIAL_DEADLINE_S)
-            await asyncio.gather(*map(dial, by_peer.keys() - connected.keys()))
-            connected = await daemon.connected_ips(DIAL_DEADLINE_S)
-        except TRANSPORT_ERRORS as error:
-            raise UnreachableError("the libp2p daemon does not answer") from error
-        return [
-            address
-            for address in addresses
-            if self.dialling.allows(address.endpoint)
-            and address.endpoint.ip in connected.get(address.peer_id, ())
-        ]
-
-    async def wait_for_restart(self, longest_s: float) -> None:
-        """Sleeps for `longest_s`, or until p2pd was restarted: then everything has to be announced again."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(longest_s):
-                await self._restarted.wait()
-        self._restarted.clear()
-
-    async def bootstrap_addresses(self) -> list[Multiaddress]:
-        """Multiaddresses by which others can join; loopback ones only if there are no others. A client has none.
-
-        Raises UnreachableError when p2pd does not answer.
-        """
-        if not self.config.serves_dht:
+    def bootstrap_addresses(self) -> list[Multiaddress]:
+        """Multiaddresses by which others can join; loopback ones only if there are no others. A client has none."""
+        if not self.dht.serves_dht:
             return []
-        direct = [a for a in await self._visible() if not a.is_relayed]
-        further = [a for a in direct if a.endpoint.scope is not AddressScope.LOOPBACK]
-        return (further or direct)[:8]
+        further = [each for each in self._announced if each.scope is not AddressScope.LOOPBACK]
+        return [Multiaddress.of(each, self.peer_id) for each in further or self._announced][:8]
+
+    async def serve_tunnel(self, open_exit: Exit, most_streams: int = 256) -> None:
+        """Forwards other peers' gRPC that comes through libp2p or relays to a server of this peer."""
+        self.tunnels.set_exit(open_exit, most_streams)
+        self.reservations.set_exit(open_exit)
+        await self.tunnels.serve_on(self._libp2p)
 
     async def tunnel_addresses(self) -> list[Multiaddress]:
-        """Multiaddresses by which other peers open streams to this one: its own, or those of its relays.
+        """Multiaddresses by which other peers open libp2p streams to this one; none while there is no p2pd."""
+        if not self._libp2p.alive:
+            return []
+        with contextlib.suppress(UnreachableError):
+            return await self._libp2p.addresses()
+        return []
 
-        Raises UnreachableError when p2pd does not answer.
+    @property
+    def runs_p2pd(self) -> bool:
+        """Whether p2pd is started here and again whenever it ends. It may be down now."""
+        return self._starting is not None
+
+    async def tunnel_through(self, relays: Sequence[Multiaddress]) -> None:
+        """Lets p2pd start again, if it runs: with these relays, or without any as a relay of others itself.
+
+        Raises DaemonError when it does not start; it is tried again.
         """
-        if self.config.serves_dht:
-            return await self.bootstrap_addresses()
-        return [a for a in await self._visible() if a.is_relayed or a.is_public][:8]
-
-    async def _visible(self) -> list[Multiaddress]:
-        try:
-            return await self.p2p.own_addresses(DIAL_DEADLINE_S)
-        except TRANSPORT_ERRORS as error:
-            raise UnreachableError("the libp2p daemon does not answer") from error
-
-    async def _open_stream(
-        self, peer_id: PeerID, addresses: Sequence[Multiaddress], protocol: str, deadline_s: float
-    ) -> Pipe:
-        """Raises UnreachableError."""
-        if self._daemon is None:
-            raise UnreachableError(_DOWN)
-        try:
-            with contextlib.suppress(*TRANSPORT_ERRORS):  # they may be connected by other addresses
-                await self._daemon.connect(peer_id, addresses, deadline_s)
-            return await self._daemon.open_stream(peer_id, protocol, deadline_s)
-        except TRANSPORT_ERRORS as error:
-            raise UnreachableError(f"no stream to {peer_id}: {error}") from error
+        public, now = self.dht.serves_dht and not relays, self._libp2p.config
+        if self._starting is None or (public, tuple(relays)) == (now.public, now.relays):
+            return
+        self._starting.cancel()
+        await asyncio.wait([self._starting])
+        await self._libp2p.restart_as(public=public, relays=relays)
 
     async def _start(self, bootstrap: Sequence[Multiaddress], remembered: Sequence[Multiaddress]) -> None:
         raise_descriptor_limit()
         sweep_socket_folders()
-        if self.config.serves_dht:
-            require_free_port(self.config.listen, self.config.port)
         accepting = await self._accepting((*bootstrap, *remembered))
         if bootstrap and not accepting:
             raise UnreachableError(
                 f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
                 "have a network connection? If it has, they may be gone for good: ask for a new invite"
             )
-        await self._start_daemon()
+        if self.server is not None:
+            await self._listen(self.server)
+        if self.config.p2pd:
+            # not waited for: the swarm is joined without it
+            self._starting = self._tasks.spawn(self._start_libp2p(), "start the libp2p daemon")
         # a busy peer may be late, so all are asked twice
         replies = await self._bootstrap(accepting) or await self._bootstrap(accepting)
         if bootstrap and not replies:
+            said = (self._transport.refusal_of(address.peer_id) for address in accepting)
+            if refusals := {refusal for refusal in said if refusal}:
+                raise UnreachableError(
+                    f"no peer at the bootstrap addresses takes calls of this one ({'; '.join(sorted(refusals)[:3])}); "
+                    "update Talkoot, or ask for a new invite"
+                )
             raise UnreachableError(
                 f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
                 "other programs may have their ports now: ask for a new invite"
             )
         for warning in self._doubts(replies):
             logger.warning("%s", warning)
-        self.remember((*bootstrap, *remembered))
         self.bootstrapped_from = _addresses(replies)
-        self._ready = True
-        self._start_supervisor()
+
+    async def _listen(self, server: RpcServer) -> None:
+        """Raises PortError."""
+        config = self.config
+        await DHTServer(self.dht, self._guard).start()
+        credentials = server_credentials(self.identity, self.certificate)
+        self._port = await server.start(credentials, config.listen, config.port)
+        await self.announce_at([config.announce or Endpoint.of(config.listen, self._port)])
+        if config.maps_port and PortMapping.helps(config.listen):
+            self.port_mapping = PortMapping(config.listen, self._port)
+            # not waited for: others reach this peer by its relays meanwhile
+            self._tasks.supervise("ask the router to forward the port", self.port_mapping.keep)
+
+    async def _start_libp2p(self) -> None:
+        try:
+            await self._libp2p.start()
+        except DaemonError as error:
+            self._starting = None
+            logger.log(
+                logging.WARNING if is_offered() else logging.INFO,
+                "peers behind routers are reached by relays only: %s",
+                error,
+            )
 
     def _doubts(self, replies: Sequence[BootstrapReply]) -> Iterator[str]:
         """What others say against this peer. They may be wrong or lie, so none of it keeps a peer from starting."""
         if CLOCK.warning:
             yield CLOCK.warning
-        if self.config.serves_dht and replies and not any(reply.reaches_us for reply in replies):
+        if self.server is not None and replies and not any(reply.reaches_us for reply in replies):
             yield (
-                f"none of the {counted(len(replies), 'peer')} asked can reach this one: open its DHT port to the "
+                f"none of the {counted(len(replies), 'peer')} asked can reach this one: open its port to the "
                 "others, or pass the address by which they reach this machine as --host"
             )
 
-    async def _start_daemon(self) -> None:
-        """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises DaemonError."""
-        config = self.config
-        daemon = self._daemon = await start_daemon(self.identity, config, self.dialling)
-        try:
-            async with asyncio.timeout(START_DEADLINE_S):
-                self._dht = await start_dht(
-                    daemon,
-                    self._validator,
-                    config.serves_dht,
-                    self._store_bounds,
-                    self._store_metrics,
-                    self.upload,
-                    self._guard,
-                )
-                await self.tunnels.serve_on(daemon)
-                addresses = await self._visible() if config.listens else []
-        except (*TRANSPORT_ERRORS, UnreachableError) as error:
-            raise DaemonError(
-                "the libp2p daemon does not answer: is this machine very busy? Start this again"
-            ) from error
-        own = next((address for address in addresses if not address.is_relayed), None)
-        if not config.port and own is not None:
-            # what is announced need not be where it listens
-            self.config = replace(config, port=own.endpoint.port)
-
-    async def _end(self) -> None:
-        self._ready = False
-        dht, self._dht = self._dht, None
-        if dht is not None:
-            stop_dht(dht)
-        if self._daemon is not None:
-            await self._daemon.shutdown()
-            self._daemon = None
-
-    def _start_supervisor(self) -> None:
-        self._supervisor = asyncio.create_task(keep_running("supervise the libp2p daemon", self._supervise))
-
-    async def _dismiss_supervisor(self) -> None:
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.wait([self._supervisor])
-
     async def _bootstrap(self, addresses: Sequence[Multiaddress]) -> list[BootstrapReply]:
-        if self._daemon is None or self._dht is None:
-            raise UnreachableError(_DOWN)
-        return await bootstrap(self._daemon, self._dht, addresses, DIAL_DEADLINE_S)
+        return await bootstrap(self.dht, addresses, DIAL_DEADLINE_S)
+
+    def _own_endpoint(self) -> Endpoint | None:
+        """Where this peer's own server listens: it may be the relay of whom it calls."""
+        return Endpoint.of(self.config.listen, self._port) if self._port else None
 
     async def _accepting(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         """Those of the addresses that may be dialled and at which something accepts a connection, in the same order.
@@ -374,52 +390,6 @@ class Host:
         numeric = await resolved(addresses)
         results = await asyncio.gather(*map(accepts, numeric))
         return [address for address, ok in zip(numeric, results, strict=True) if ok]
-
-    async def _supervise(self) -> None:
-        """Restarts p2pd whenever it ends or takes too much memory."""
-        tries = 0
-        while True:
-            if self._daemon is not None and self._ready:
-                began = time.monotonic()
-                logger.warning("the libp2p daemon %s; starting it again", await _failure(self._daemon))
-                if time.monotonic() - began > _STEADY_S:
-                    tries = 0
-            restarted = False
-            while not restarted:
-                await self._end()
-                await asyncio.sleep(_RESTART_PAUSES_S[min(tries, len(_RESTART_PAUSES_S) - 1)])
-                tries += 1
-                restarted = await self._restart()
-
-    async def _restart(self) -> bool:
-        """Whether it succeeded."""
-        try:
-            await self._start_daemon()
-            joined = await self.join(self.bootstrap_candidates)
-        except (*TRANSPORT_ERRORS, UserError) as error:
-            if str(error) != self._problem:
-                logger.warning("the libp2p daemon can't be started again: %s; trying on", error)
-            self._problem = str(error)
-            return False
-        self._problem = ""
-        self._ready = True
-        self._restarts.inc()
-        self._restarted.set()
-        logger.warning("the libp2p daemon runs again and has joined by %d known addresses", len(joined))
-        return True
-
-
-async def _failure(daemon: Daemon) -> str:
-    """Waits until p2pd ends or takes too much memory, and says which."""
-    ended = asyncio.ensure_future(daemon.ended())
-    try:
-        while not ended.done():
-            if (taken := daemon.memory_bytes) > _MOST_DAEMON_BYTES:
-                return f"takes {taken / 2**20:.0f} MiB of memory, which is too much"
-            await asyncio.wait([ended], timeout=_WATCH_EVERY_S)
-        return f"ended with status {ended.result()}"
-    finally:
-        ended.cancel()
 
 
 def _addresses(replies: Iterable[BootstrapReply]) -> tuple[Multiaddress, ...]:

@@ -1,23 +1,23 @@
 """A peer's single RSA key, which is its libp2p identity, signs its records, and is its TLS key.
 
 The PeerID is the hash of the public key (libp2p's peer-id rules for RSA). With a PeerID, anyone can check a key, a
-signature and a certificate; no authority is needed. `PeerID` itself is hivemind's class, and this module is its home:
-everything else imports it from here.
+signature and a certificate; no authority is needed.
 """
 
+import hashlib
 import os
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
+import base58
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
-from google.protobuf.message import DecodeError
-from hivemind.p2p import PeerID as PeerID
-from hivemind.proto import crypto_pb2
 
 from peer.errors import RecordError, StartError
 
@@ -26,6 +26,8 @@ TLS_NAME = "talkoot.peer"
 
 _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 """What cryptography raises for bytes that are no key or another kind of key; TypeError if it needs a password."""
+_RSA_MESSAGE = b"\x08\x00\x12"
+"""How libp2p's message of an RSA key begins: field 1, the type, is 0; field 2, the key, follows with its length."""
 _KEY_BITS = 2048
 _SERIAL_BYTES = 16
 _VALID_FROM = datetime(2025, 1, 1, tzinfo=UTC)
@@ -35,11 +37,52 @@ _SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=
 RECORD_DOMAIN = b"talkoot record v1\0"
 SESSION_DOMAIN = b"talkoot session v1\0"
 GRANT_DOMAIN = b"talkoot grant v1\0"
+CONTACT_DOMAIN = b"talkoot contact v1\0"
 """Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
 _MAX_PUBLIC_KEY_BYTES = 600
 """In DER. A key of 4096 bits takes 550."""
 _EXPONENT = 65537
 """Used by all of libp2p's RSA keys. With a large exponent, verifying a signature would be as slow as signing."""
+
+
+class PeerID:
+    """A peer's name: the multihash of its public key. It may be any bytes: who reads it from others checks it."""
+
+    __slots__ = ("_data", "_text")
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._text = ""
+
+    @classmethod
+    def from_base58(cls, text: str) -> Self:
+        """Raises ValueError."""
+        return cls(base58.b58decode(text))
+
+    def to_bytes(self) -> bytes:
+        return self._data
+
+    def to_base58(self) -> str:
+        """Encoded when it is first asked for, which takes 20 µs."""
+        if not self._text:
+            self._text = base58.b58encode(self._data).decode()
+        return self._text
+
+    def __str__(self) -> str:
+        return self.to_base58()
+
+    def __repr__(self) -> str:
+        return f"PeerID({self})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PeerID) and self._data == other._data
+
+    def __lt__(self, other: "PeerID") -> bool:
+        """In the order of the texts."""
+        return self.to_base58() < other.to_base58()
+
+    def __hash__(self) -> int:
+        return hash(self._data)
 
 
 @dataclass(frozen=True)
@@ -58,13 +101,12 @@ class Identity:
         try:
             if not path.exists():
                 _write_new_key(path)
-            message = crypto_pb2.PrivateKey.FromString(path.read_bytes())
-            key = serialization.load_der_private_key(message.data, password=None)
+            key = serialization.load_der_private_key(_key_in(path.read_bytes()), password=None)
         except OSError as error:
             raise StartError(
                 f"can't use the identity file {path}: {error.strerror}; pass another --state"
             ) from error
-        except (DecodeError, *_NO_KEY) as error:
+        except _NO_KEY as error:
             raise StartError(f"{path} holds no libp2p RSA key: move it away to get a new identity") from error
         if not isinstance(key, rsa.RSAPrivateKey):
             raise StartError(f"{path} holds no RSA key: move it away to get a new identity")
@@ -100,10 +142,12 @@ class Identity:
 
 def peer_id_of(public_key: bytes) -> PeerID:
     """The PeerID of a DER SubjectPublicKeyInfo: the sha2-256 multihash of libp2p's PublicKey message."""
-    message = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=public_key).SerializeToString()
-    digest = hashes.Hash(hashes.SHA256())
-    digest.update(message)
-    return PeerID(b"\x12\x20" + digest.finalize())
+    return PeerID(b"\x12\x20" + hashlib.sha256(key_message(public_key)).digest())
+
+
+def key_message(key: bytes) -> bytes:
+    """libp2p's protobuf message (crypto.proto) of an RSA key in DER, public or private. Of 128 to 16,383 bytes."""
+    return _RSA_MESSAGE + bytes((len(key) % 128 | 128, len(key) // 128)) + key
 
 
 def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = RECORD_DOMAIN) -> None:
@@ -126,20 +170,34 @@ def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = REC
 
 def certificate_pem(certificate: bytes, peer_id: PeerID) -> bytes:
     """Converts a DER certificate to PEM, if its key is the peer's. Raises RecordError."""
+    certificate_key(certificate, peer_id)
+    return ssl.DER_cert_to_PEM_cert(certificate).encode()
+
+
+def certificate_key(certificate: bytes, peer_id: PeerID) -> bytes:
+    """The key in a DER certificate, as DER SubjectPublicKeyInfo, if it is the peer's. Raises RecordError."""
     try:
-        parsed = x509.load_der_x509_certificate(certificate)
-        public_key = parsed.public_key()
+        public_key = x509.load_der_x509_certificate(certificate).public_key()
     except (*_NO_KEY, x509.InvalidVersion) as error:
         raise RecordError("the record carries no certificate") from error
     if not isinstance(public_key, rsa.RSAPublicKey):
         raise RecordError("the certificate's key is no RSA key")
-    if peer_id_of(_public_bytes(public_key)) != peer_id:
+    encoded = _public_bytes(public_key)
+    if peer_id_of(encoded) != peer_id:
         raise RecordError(f"the certificate is not that of peer {peer_id}")
-    return parsed.public_bytes(serialization.Encoding.PEM)
+    return encoded
 
 
 def _public_bytes(key: rsa.RSAPublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _key_in(message: bytes) -> bytes:
+    """The key of such a message. Raises ValueError."""
+    key = message[len(_RSA_MESSAGE) + 2 :]
+    if not 128 <= len(key) < 2**14 or message != key_message(key):
+        raise ValueError("not libp2p's message of an RSA key")
+    return key
 
 
 def _write_new_key(path: Path) -> None:
@@ -149,13 +207,12 @@ def _write_new_key(path: Path) -> None:
         serialization.PrivateFormat.TraditionalOpenSSL,
         serialization.NoEncryption(),
     )
-    message = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=data)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(message.SerializeToString())
+        file.write(key_message(data))
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

@@ -7,6 +7,7 @@ the task starts again (`keep_running`) or goes on with what comes next (`tolerat
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -44,14 +45,20 @@ _MOST_MISSED = 4000
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop loop. It does not log that a stream's handler was cancelled, which Python 3.11 takes for an error."""
+    """A uvloop loop. It does not log what is no fault.
+
+    That is a stream's handler that was cancelled, which Python 3.11 takes for an error, and a call that ended after its
+    loop was closed: all loops of a process share gRPC's queue, and another one hears of it.
+    """
     loop = uvloop.new_event_loop()
     loop.set_exception_handler(_report)
     return loop
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    if not isinstance(context.get("exception"), asyncio.CancelledError):
+    exception, handle = context.get("exception"), repr(context.get("handle"))
+    is_of_closed_loop = isinstance(exception, RuntimeError) and "PollerCompletionQueue" in handle
+    if not isinstance(exception, asyncio.CancelledError) and not is_of_closed_loop:
         loop.default_exception_handler(context)
 
 
@@ -280,6 +287,49 @@ async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) ->
     tasks = [asyncio.create_task(take_turns()) for _ in range(most)]
     try:
         await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def first_few(
+    works: Iterable[Coroutine[Any, Any, T | None]], enough: int, patience_s: float
+) -> list[T]:
+    """Runs them in their order, `enough` at the same time, until so many gave something other than None.
+
+    Once one has, the rest get `patience_s` seconds more. Raises the first exception of any, and ends the others.
+    """
+    queue, found = iter(works), list[T]()
+
+    async def take_turns() -> None:
+        for work in queue:
+            if (result := await work) is not None:
+                found.append(result)
+                return
+
+    tasks = [asyncio.create_task(take_turns()) for _ in range(enough)]
+    try:
+        for task in asyncio.as_completed(tasks):
+            await task
+            if found:
+                break
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await asyncio.gather(*tasks)
+        return found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def first_of(*works: Coroutine[Any, Any, T]) -> T:
+    """Runs them side by side until one ends, and cancels the others. Returns or raises what that one does."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task in done).result()
     finally:
         for task in tasks:
             task.cancel()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import socket
@@ -11,17 +12,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 _PREFIX = "talkoot-sockets-"
 """Of a folder's name. The process id and a random word follow."""
+_PROCESS_ID = re.compile(r"[0-9]{1,9}")
 _LONGEST_PARENT = 40
 """Bytes. A unix socket's path has at most 107, and its own folder and name need the rest."""
 
 # Runs in a fresh interpreter, which then becomes the child. It asks the kernel for SIGKILL when the parent ends
-# (PR_SET_PDEATHSIG = 1), and checks that the parent has not ended already. A separate process group keeps Ctrl-C from
-# the child: only the parent gets it, which still needs the child in order to leave properly.
+# (PR_SET_PDEATHSIG = 1), and checks that the parent has not ended already. macOS has no prctl. A separate process group
+# keeps Ctrl-C from the child: only the parent gets it, which still needs the child in order to leave properly.
 _DIE_WITH_PARENT = (
     "import ctypes,os,sys;"
-    "ctypes.CDLL(None).prctl(1,9)==0 or sys.exit('prctl failed');"
+    "libc=ctypes.CDLL(None);"
+    "hasattr(libc,'prctl') and libc.prctl(1,9) and sys.exit('prctl failed');"
     "os.getppid()==int(sys.argv[1]) or sys.exit(1);"
     "os.setpgid(0,0);"
     "os.execv(sys.argv[2],sys.argv[2:])"
@@ -29,7 +34,10 @@ _DIE_WITH_PARENT = (
 
 
 def die_with_parent(arguments: Sequence[str]) -> list[str]:
-    """The command line that runs `arguments` as a child that the kernel kills when this process ends in any way."""
+    """The command line that runs `arguments` as a child that the kernel kills when this process ends in any way.
+
+    On macOS the child has to notice by itself, as p2pd does: it ends when its client's connection does.
+    """
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *arguments]
 
 
@@ -54,7 +62,7 @@ def sweep_socket_folders() -> None:
     for parent in {Path(tempfile.gettempdir()), Path("/tmp")}:  # noqa: S108  # where the others may be
         for folder in parent.glob(f"{_PREFIX}*"):
             number = folder.name.removeprefix(_PREFIX).partition("-")[0]
-            if number.isdecimal() and not Path(f"/proc/{number}").exists():
+            if _PROCESS_ID.fullmatch(number) and not psutil.pid_exists(int(number)):
                 with contextlib.suppress(OSError):
                     _remove_dead(folder)
 

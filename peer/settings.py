@@ -3,11 +3,11 @@
 import logging
 import os
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -36,6 +36,14 @@ MetricsHost = Annotated[
     ),
 ]
 MetricsPort = Annotated[int, Field(ge=0, le=65535, description="TCP port of /metrics; 0: any free one")]
+
+P2pd = Annotated[
+    Literal["auto", "off"],
+    Field(
+        description="whether to run the libp2p daemon, which punches holes through routers; auto: where hivemind "
+        "brings one; off: never, which saves about 50 MB; peers behind routers are then reached through relays only"
+    ),
+]
 
 
 def _several(value: object) -> object:
@@ -87,9 +95,9 @@ class RoleSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     env_prefix: ClassVar[str]
-    removed: ClassVar[frozenset[str]] = frozenset()
-    """Settings of the previous release that no longer exist. For one release they are ignored with a warning, so that
-    files, variables and command lines keep working.
+    removed: ClassVar[Mapping[str, str]] = {}
+    """Settings of the previous release that no longer exist, and what takes their place, if anything does. For one
+    release they are ignored with a warning, so that files, variables and command lines keep working.
     """
 
     @classmethod
@@ -101,8 +109,9 @@ class RoleSettings(BaseModel):
         flags = {name: value for name, value in flags.items() if value is not None}
         from_file = {} if config is None else read_toml(config)
         given = {**from_file, **cls._from_environment(), **flags}
-        for name in sorted(cls.removed & given.keys()):
-            logger.warning("the setting %s no longer exists and is ignored: remove it", name)
+        for name in sorted(cls.removed.keys() & given.keys()):
+            advice = cls.removed[name] or "remove it"
+            logger.warning("the setting %s no longer exists and is ignored: %s", name, advice)
             del given[name]
         try:
             return cls.model_validate(given)

@@ -88,7 +88,7 @@ def main() -> None:
 def imports_without_gc() -> Iterator[None]:
     """Keeps garbage collection from traversing what is imported inside, during the import and ever after.
 
-    torch and hivemind make a quarter of a million objects that live as long as the process.
+    torch and others make a quarter of a million objects that live as long as the process.
     """
     gc.disable()
     try:
@@ -257,6 +257,9 @@ def demo(
             "100mbit,80ms or 20mbit,80ms,5ms,0.1%.  [default: none]",
         ),
     ] = None,
+    p2pd: Annotated[
+        bool, typer.Option("--p2pd/--no-p2pd", help="Start libp2p's daemon beside each peer, as by default.")
+    ] = True,
 ) -> None:
     """Train on a swarm on this machine, and kill a node meanwhile."""
     with command(LogFormat.TEXT) as (terminal, signals):
@@ -265,7 +268,7 @@ def demo(
             from talkoot.demo.scenario import DemoPlan, run_demo
 
         before = None if link is None else Link.parse(link)
-        run_demo(terminal, DemoPlan(nodes, steps, kill, data, link=before), json_file)
+        run_demo(terminal, DemoPlan(nodes, steps, kill, data, link=before, p2pd=p2pd), json_file)
 
 
 @app.command(cls=GenerateCommand)

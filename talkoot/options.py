@@ -233,7 +233,7 @@ class NodeCommand(SettingsCommand):
         "Swarm": ("join", "new", "bootstrap", "invite_file", "name"),
         "Resources": ("experts", "memory", "device", "threads", "upload_mbit", "download_mbit"),
         "When to work": ("schedule", "only_when_idle", "not_on_battery", "niceness"),
-        "Network": ("host", "dht_port", "grpc_port", "announce_host"),
+        "Network": ("host", "port", "announce_host", "relay_mbit"),
         "Settings and output": ("state", "config", "check", "log_format"),
     }
 
@@ -250,7 +250,7 @@ class DoctorCommand(NodeCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Swarm": ("join", "new", "bootstrap"),
         "Resources": ("experts", "memory", "device", "precision", "threads"),
-        "Network": ("host", "dht_port", "grpc_port", "metrics_port"),
+        "Network": ("host", "port", "metrics_port"),
         "Settings and output": ("state", "config", "cached", "as_json"),
     }
 
@@ -286,7 +286,7 @@ class TrainCommand(SettingsCommand):
         return {TrainerSettings: _all_settings(TrainerSettings)}
 
 
-_TRAINED_MODEL = ("checkpoint", "wait_for_experts_s", "threads", "state")
+_TRAINED_MODEL = ("checkpoint", "wait_for_experts_s", "threads", "state", "p2pd")
 _TRAINED_MODEL_SHOWN = ("join", "checkpoint", "state", "threads", "wait_for_experts_s")
 
 

@@ -22,10 +22,9 @@ from dht.uid import UID, grid_coordinates
 from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import age_in_words, counted
+from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
-from peer.kademlia.hivemind import quiet_hivemind
 from peer.loop import new_loop
-from peer.transport.addresses import NetworkConfig
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import FittingTable, Terminal
 
@@ -130,7 +129,6 @@ class SwarmReader:
 
 def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> None:
     """Prints a reading of the swarm; with `watch`, again and again. Raises UserError when it can't be reached."""
-    quiet_hivemind()
     invite = invite_of(join)
     with (
         tempfile.TemporaryDirectory(prefix="talkoot-status-") as folder,

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -116,12 +115,9 @@ class StepBar(Progress):
 
 
 def set_up_logging(terminal: Terminal) -> None:
-    """Sends all log records to the terminal's standard error. Call it before hivemind is imported."""
-    os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+    """Sends all log records to the terminal's standard error."""
     # otherwise any client that speaks no TLS, such as a port scanner, makes gRPC write to standard error
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # importing hivemind uses torch.jit, which torch has deprecated
-    warnings.filterwarnings("ignore", message=r".*torch\.jit.*")
     handler = _TerminalHandler(terminal.err)
     handler.setFormatter(_JsonFormatter() if terminal.json else _TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

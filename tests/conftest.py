@@ -5,10 +5,12 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from attending import attending_experts
 from hypothesis import settings
 from make_release import build_wheel, recorded_wheels
 
@@ -90,6 +92,15 @@ def loop() -> Iterator[LoopThread]:
     thread = LoopThread()
     yield thread
     thread.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def experts_attend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the tests of what computes experts, who must see what a row takes from the others of its segment."""
+    folders = {"expert_server/experts", "expert_server/serving"}
+    attends = "/".join(request.path.parts[-3:-1]) in folders
+    with attending_experts() if attends else nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -24,8 +24,6 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 GOLDEN = Path(__file__).parent / "golden"
 LIMIT_S = 60.0
 

@@ -13,6 +13,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 
@@ -91,7 +92,7 @@ def test_metadata_says_what_an_installer_needs(wheel: Path) -> None:
     assert found["Description-Content-Type"] == "text/markdown"
     assert {*project["optional-dependencies"]} == {*found.get_all("Provides-Extra", [])}
     needed = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert {line.split(">")[0] for line in needed} == {line.split(">")[0] for line in project["dependencies"]}
+    assert {*map(Requirement, needed)} == {*map(Requirement, project["dependencies"])}
     with zipfile.ZipFile(wheel) as archive:
         assert "talkoot = talkoot.cli:main" in archive.read(f"{info_folder()}/entry_points.txt").decode()
 

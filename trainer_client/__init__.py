@@ -20,7 +20,7 @@ else:
     }
 
     def __getattr__(name: str) -> object:
-        """Imports torch and hivemind, which takes seconds, only when they are needed."""
+        """Imports torch, which takes seconds, only when they are needed."""
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_HOMES[name]), name)

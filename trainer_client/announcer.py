@@ -142,7 +142,7 @@ class TrainerAnnouncer:
             "talkoot_trainer_relay_addresses",
             "Addresses by which other trainers reach this one through relays.",
             registry=swarm.metrics,
-        ).set_function(lambda: 0 if self._averaging is None else len(self._averaging.tunnel_addresses))
+        ).set_function(lambda: 0 if self._averaging is None else len(self._averaging.relay_addresses))
         Gauge(
             "talkoot_trainer_tunnel_streams", "Streams open in tunnels, both ways.", registry=swarm.metrics
         ).set_function(lambda: total(tunnels.streams))
@@ -191,6 +191,7 @@ def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
     """Where and with what other trainers can average with this one."""
     record.addresses.extend(averaging.addresses)
     record.tunnel_addresses.extend(averaging.tunnel_addresses)
+    record.relay_addresses.extend(averaging.relay_addresses)
     record.certificate = averaging.certificate
     record.dense_fingerprint = averaging.form.fingerprint
     record.dense_age = averaging.part.age

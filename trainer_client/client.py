@@ -6,11 +6,13 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import platformdirs
+from prometheus_client import Gauge
 
 from dht.admission import RIGHTS, Denylist, Role
 from dht.directory import Directory
@@ -21,15 +23,16 @@ from dht.swarm import Stage, Swarm, join_swarm
 from peer.codec import codec_of
 from peer.errors import SwarmError, UnreachableError
 from peer.files import StateFolder
+from peer.host import NetworkConfig
 from peer.identity import Identity
-from peer.loop import LoopLag, LoopThread, Restarts, TaskSet
-from peer.rpc.channels import ChannelPool
+from peer.loop import LoopLag, LoopThread, TaskSet
+from peer.rpc.channels import WAYS
 from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
-from peer.transport.addresses import NetworkConfig, default_listen_address
+from peer.transport.addresses import default_listen_address
 from peer.transport.endpoints import AddressScope
 from trainer_client.announcer import TrainerAnnouncer, reached_at
-from trainer_client.averaging.averager import Averaging, AveragingSchedule
+from trainer_client.averaging.averager import MAX_CALLS, Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
 from trainer_client.averaging.exchange import AveragingMetrics, DenseExchange
 from trainer_client.dispatch.batches import ExpertCaller
@@ -37,6 +40,8 @@ from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.grpc_caller import GrpcCaller, SessionWarmer
 from trainer_client.dispatch.policy import WaitPolicy
+from trainer_client.dispatch.snapshots import BlockClient
+from trainer_client.dispatch.spot_checks import Checking, ExpertLoader
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
@@ -46,10 +51,12 @@ _RETRY_S = 0.5
 """Between two looks for live experts, while waiting for them."""
 _CHECK_EVERY_S = 10.0
 """Between two checks that this trainer still knows other peers of its swarm, and who is admitted."""
-_MAX_RELAYS = 4
+_MAX_TUNNEL_RELAYS = 4
 """Relays through which other trainers reach this one if its router admits nobody."""
 _MAX_TUNNEL_STREAMS = 32
 """Streams that they may have open to this trainer through relays."""
+_MAX_CHANNELS = 256
+"""To nodes."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,12 @@ class SwarmClient:
         stage: Stage = lambda text: None,
         through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
         reads_only: bool = False,
+        make_loader: Callable[[Manifest, str], ExpertLoader | None] = lambda manifest, swarm_id: None,
         timing: TrainerTiming = TrainerTiming(),
     ) -> None:
         """`stage` is told what happens while joining. `through` may put something between the dispatcher and the
-        network, such as faults. `reads_only`: it uses experts and changes none. Raises UserError when joining fails.
+        network, such as faults. `reads_only`: it uses experts and changes none. `make_loader`: makes what spot checks
+        need, of the manifest and the swarm's id; None if there are to be none. Raises UserError when joining fails.
         """
         self._invite = invite
         self._settings = settings
@@ -100,7 +109,7 @@ class SwarmClient:
         self._loop = LoopThread()
         self._exits = contextlib.AsyncExitStack()
         try:
-            self._joined = self._loop.run(self._join(through, reads_only, timing))
+            self._joined = self._loop.run(self._join(through, reads_only, make_loader, timing))
         except BaseException:
             self.close()
             raise
@@ -138,6 +147,11 @@ class SwarmClient:
     def manifest(self) -> Manifest:
         """What all peers of the swarm share: the sizes of the model and the grid, and more."""
         return self._joined.swarm.manifest
+
+    @property
+    def settings(self) -> TrainerSettings:
+        """Those given, and for the rest those of the manifest's preset."""
+        return self._settings
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -200,12 +214,12 @@ class SwarmClient:
         exchange = DenseExchange(form, part, self._joined.averaging_metrics, guard=self._joined.swarm.guard)
         return self._loop.run(self._average(exchange))
 
-    def take_freshest(self, averaging: Averaging) -> int | None:
-        """Takes over the parameters of the trainer in the swarm that has most steps behind it.
+    def take_whole(self, averaging: Averaging) -> int | None:
+        """Takes over the dense part of another trainer, as `Averaging.take_whole` does.
 
-        Returns how many; None when nobody has any to give.
+        Returns the steps behind it; None if nobody gave an older one.
         """
-        return self._loop.run(averaging.take_freshest())
+        return self._loop.run(averaging.take_whole())
 
     def close(self) -> None:
         """Leaves the swarm. Closing twice is harmless."""
@@ -215,7 +229,11 @@ class SwarmClient:
         self._folder.close()
 
     async def _join(
-        self, through: Callable[[ExpertCaller], ExpertCaller], reads_only: bool, timing: TrainerTiming
+        self,
+        through: Callable[[ExpertCaller], ExpertCaller],
+        reads_only: bool,
+        make_loader: Callable[[Manifest, str], ExpertLoader | None],
+        timing: TrainerTiming,
     ) -> _Joined:
         """Builds all parts; `self._exits` stops those that were started, the last one first."""
         settings, exits = self._settings, self._exits
@@ -223,13 +241,14 @@ class SwarmClient:
         swarm = await join_swarm(
             identity,
             self._invite,
-            NetworkConfig(_listen_address(self._invite), serves_dht=False),
+            NetworkConfig(_listen_address(self._invite), serves_dht=False, p2pd=settings.p2pd == "auto"),
             state=self._folder.path,
             roles=(Role.TRAINER, Role.READER) if reads_only else (Role.TRAINER,),
             denylist=Denylist(settings.denylist or self._folder.path / DENYLIST, settings.deny),
             stage=self._stage,
         )
         exits.push_async_callback(swarm.stop)
+        self._settings = settings = settings.in_swarm(swarm.manifest.preset)
         lag = LoopLag(swarm.metrics)
         lag.start()
         exits.callback(lag.stop)
@@ -238,24 +257,36 @@ class SwarmClient:
         directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=timing.refresh_every_s)
         await directory.refresh()
 
-        channels = ChannelPool(tunnels=swarm.host.tunnels, dialling=swarm.host.dialling)
+        channels = swarm.host.channels(_MAX_CHANNELS)
         exits.push_async_callback(channels.close)
+        called = Gauge(
+            "talkoot_trainer_nodes",
+            "Nodes that this trainer called lately, by the way that it took last.",
+            ["way"],
+            registry=swarm.metrics,
+        )
+        for way in WAYS:
+            called.labels(way).set_function(partial(channels.called_by, way))
         rights = sorted(RIGHTS[Role.READER if reads_only else Role.TRAINER])
-        sessions = SessionClient(identity, swarm.keys.swarm_id, rights, swarm.admission.badge)
+        sessions = SessionClient(identity, swarm.keys.swarm_id, rights, swarm.admission)
         exits.push_async_callback(sessions.close)
         codec = codec_of(swarm.manifest.wire.codec)
         metrics = DispatchMetrics(swarm.metrics)
         caller = GrpcCaller(channels, swarm.keys.swarm_id, swarm.manifest.width, codec, sessions, metrics)
+        checking, loader = None, make_loader(swarm.manifest, swarm.keys.swarm_id)
+        if loader is not None and settings.check_share:
+            source = BlockClient(channels, sessions, swarm.keys.swarm_id, loader.max_bytes)
+            checking = Checking(settings.check_share, source, loader, swarm.guard)
         dispatcher = Dispatcher(
             directory,
             through(caller),
             WaitPolicy(settings.call_deadline_s, settings.grace_s, settings.k_min, timing.least_deadline_s),
-            spot_checks=settings.spot_checks,
+            checking=checking,
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,
             metrics=metrics,
         )
-        tasks = TaskSet(Restarts(swarm.metrics))
+        tasks = TaskSet(swarm.host.restarts)
         announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher)
         exits.push_async_callback(announcer.close)
         exits.push_async_callback(dispatcher.close)
@@ -278,20 +309,19 @@ class SwarmClient:
 
     async def _average(self, exchange: DenseExchange) -> Averaging:
         joined, settings = self._joined, self._settings
-        swarm, tunnels = joined.swarm, joined.swarm.host.tunnels
+        swarm = joined.swarm
         host = settings.average_host or reached_at(self._invite)
         # a peer has one tunnel, and it leads to the first of them
         relays = None
         if is_hidden(host) and not joined.averagings:
-            relays = RelayKeeper(swarm, _MAX_RELAYS, random.SystemRandom())
+            relays = RelayKeeper(swarm, _MAX_TUNNEL_RELAYS, random.SystemRandom())
         averaging = Averaging(
             exchange,
             swarm.host.identity,
             swarm.registry,
             AveragingSchedule(settings.average_every, settings.announce_every_s),
             admission=swarm.admission,
-            tunnels=tunnels,
-            dialling=swarm.host.dialling,
+            channels=swarm.host.channels(MAX_CALLS),
             relays=relays,
         )
         joined.averagings.append(averaging)

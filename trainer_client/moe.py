@@ -2,7 +2,9 @@
 
 Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. An expert
 answers its update f_k(x) - x, so that the sum over those that answered is right whatever its weights add up to, and
-nothing for a row that nobody answered. The router says which experts a row is sent to, and what their answers weigh.
+nothing for a row that nobody answered. Where a row has several experts at one node, the node answers the mean of their
+updates by the weights that they have among each other, and that mean weighs as much as all of them together. The router
+says which experts a row is sent to, and what their answers weigh.
 
 Experts may be narrower than the model (LatentMoE, arXiv 2601.18089): then rows are projected to their width before they
 travel, and the sum of updates is projected back. A shared expert at the trainer, which every token passes, may stand
@@ -30,7 +32,7 @@ from peer.errors import SettingsError
 from peer.layers import make_feed_forward, make_norm
 from trainer_client.balancing import LoadBias, LoadSpread, LoadSum, balancing_loss, load_spread
 from trainer_client.dispatch.batches import ForwardPass, RoutedRows
-from trainer_client.routers import Gate, Routing, noisy_scores
+from trainer_client.routers import Gate, NodeLimit, Routing, noisy_scores
 
 T = TypeVar("T")
 
@@ -53,8 +55,10 @@ class Experts(Protocol):
         """Sends each row to the experts that were selected for it among the `live`, and takes what they answer."""
         ...
 
-    async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
-        """Sends the gradients of the updates [R, K, W] to whoever answered; gives those of the inputs [R, W]."""
+    async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
+        """Sends the gradients of the updates [R, K, W] to whoever answered. Gives those of the inputs [R, W], and those
+        of the experts' logits [R, K] through their shares in the updates.
+        """
         ...
 
 
@@ -149,7 +153,9 @@ class RemoteMixtureOfExperts(nn.Module):
         scores = self._score(h_RD.view(x_BTD.shape), rng)
         bias = None if self.balance is None else self.balance.table()
         live: LiveExperts = self._run(self._experts.find(self.layer, _arrays(scores), self.k, bias))
-        selection = self._router.choose(_arrays(scores), live.tables, self.k, rng, bias)
+        most = self._routing.nodes_per_token
+        limit = None if most is None else NodeLimit.of(live, most)
+        selection = self._router.choose(_arrays(scores), live.tables, self.k, rng, bias, limit)
         if self.training:
             self._note_routing(scores, selection, live.tables)
         if self._routing.choose_by == "sequence":
@@ -157,13 +163,17 @@ class RemoteMixtureOfExperts(nn.Module):
         z_RW = h_RD if self.projections is None else self.projections.narrowed(h_RD)
         inputs = z_RW.detach().cpu().numpy()
         rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, length, torch.is_grad_enabled(), bias)
-        updates_RKW, answered_RK, coordinates = _SendToExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
-            z_RW, self.gate.linear.weight, self, rows, selection, live
+        result = self.send(rows, selection, live)
+        logits_RK = self.gate.logits(scores, torch.from_numpy(result.coordinates).to(z_RW.device))
+        updates_RKW: Tensor = _Updates.apply(z_RW, logits_RK, self.gate.linear.weight, self, result)  # type: ignore[no-untyped-call]  # torch's lacks types
+        answered_RK, leads_RK = (
+            torch.from_numpy(array).to(z_RW.device) for array in (result.answered, result.leads)
         )
-        logits_RK = self.gate.logits(scores, coordinates)
         weights_RK = self._router.weigh(scores, live.tables, logits_RK, answered_RK).float()
         if self.training and self._router.drops_updates:
             updates_RKW = self._drop(updates_RKW)
+        # each answer weighs as much as all experts in it
+        weights_RK = torch.zeros_like(weights_RK).scatter_add(1, leads_RK, weights_RK)
         sum_RW = (weights_RK.unsqueeze(1) @ updates_RKW).squeeze(1)
         y_RD = x_RD + (sum_RW if self.projections is None else self.projections.widened(sum_RW))
         return y_RD if self.shared is None else y_RD + _through(self.shared, x_RD)
@@ -196,16 +206,18 @@ class RemoteMixtureOfExperts(nn.Module):
         result: ForwardPass = self._run(self._experts.send(rows, selection, live))
         return result
 
-    def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
-        """Calls nobody where a gradient is not finite: experts would refuse it. Then all it gives are NaN."""
+    def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
+        """As the experts' `send_back`. Calls nobody where a gradient is not finite: experts would refuse it. Then all
+        it gives are NaN.
+        """
         if not np.isfinite(gradients).all():
-            return np.full_like(forward.rows.inputs, np.nan)
+            return np.full_like(forward.rows.inputs, np.nan), np.full_like(forward.shares, np.nan)
         if self._gradient_scale is None:
-            unscaled: Floats = self._run(self._experts.send_back(forward, gradients))
+            unscaled: tuple[Floats, Floats] = self._run(self._experts.send_back(forward, gradients))
             return unscaled
         scale = np.float32(self._gradient_scale())
-        unscaled = self._run(self._experts.send_back(forward, gradients / scale))
-        return unscaled * scale
+        inputs, logits = self._run(self._experts.send_back(forward, gradients / scale))
+        return inputs * scale, logits * scale
 
 
 class Projections(nn.Module):
@@ -270,36 +282,30 @@ def _for_each_row(
     )
 
 
-class _SendToExperts(torch.autograd.Function):
-    """The remote part of the layer as one function, so that backward too calls all nodes at once."""
+class _Updates(torch.autograd.Function):
+    """What a forward pass brought, so that backward calls all of its nodes at once."""
 
     @staticmethod
     def forward(
         ctx: Any,
         z_RW: Tensor,
+        logits_RK: Tensor,
         anchor: Tensor,
         mixture: RemoteMixtureOfExperts,
-        rows: RoutedRows,
-        selection: Selection,
-        live: LiveExperts,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Updates [R, K, W], which of them are there [R, K], and the experts' coordinates [R, K, dims].
+        result: ForwardPass,
+    ) -> Tensor:
+        """The answers [R, K, W], each in its leading slot.
 
-        `anchor` is any parameter: experts are sent gradients also where x needs none, as in a model's first layer.
-        `rows` holds the numbers of `z_RW`.
+        They depend on the inputs, and on the logits by which nodes weigh their experts. `anchor` is any parameter:
+        experts are sent gradients also where neither of them needs one, as in a model's first layer.
         """
-        ctx.mixture = mixture
-        ctx.forward_pass = result = mixture.send(rows, selection, live)
-        updates_RKW = torch.from_numpy(result.updates).to(z_RW.device)
-        answered_RK = torch.from_numpy(result.answered).to(z_RW.device)
-        coordinates = torch.from_numpy(result.coordinates).to(z_RW.device)
-        ctx.mark_non_differentiable(answered_RK, coordinates)
-        return updates_RKW, answered_RK, coordinates
+        ctx.mixture, ctx.forward_pass = mixture, result
+        return torch.from_numpy(result.updates).to(z_RW.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradients_RKW = gradients[0]
-        numbers = np.ascontiguousarray(gradients_RKW.detach().cpu().numpy())
-        total_RW = ctx.mixture.send_back(ctx.forward_pass, numbers)
-        return torch.from_numpy(total_RW).to(gradients_RKW.device), None, None, None, None, None
+        numbers = np.ascontiguousarray(gradients[0].detach().cpu().numpy())
+        found = ctx.mixture.send_back(ctx.forward_pass, numbers)
+        inputs_RW, logits_RK = (torch.from_numpy(array).to(gradients[0].device) for array in found)
+        return inputs_RW, logits_RK, None, None, None

@@ -6,6 +6,9 @@ choice to the beam search over live prefixes, which needs no list of the experts
 live experts, and `log_total` has that without a list too: the exponential of a sum of scores is a product. `base`
 weighs every row against every expert, so it needs the list, and at most `MOST_BALANCED` experts in a layer.
 
+Where a trainer limits the nodes of each row, experts are chosen among those of its best nodes alone, as in DeepSeek-V3
+(arXiv 2412.19437, section 2.1.2). Rows travel once to each node, so that fewer nodes are less traffic.
+
 `rng` is None in evaluation. Then nothing is random, and each row's choice follows from its own scores.
 
 Shapes: R rows, D hidden size, G_d size of grid dimension d, K chosen experts for each row, E live experts, P prefixes
@@ -15,7 +18,7 @@ of all dimensions but the last.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -23,23 +26,66 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dht.beam_search import Selection, default_beam_size, select_experts
-from dht.directory import PrefixTables
+from dht.directory import LiveExperts, PrefixTables
 from dht.manifest import Manifest
-from peer.codec import Floats
+from peer.codec import Floats, Integers
 from peer.errors import SettingsError
+from peer.identity import PeerID
 from trainer_client.balancing import balanced_assignment
 from trainer_client.settings import Balance, RouterName, TrainerSettings
 
 MOST_BALANCED = 256
 """Experts in a layer that `base` can balance."""
 
-Choose = Callable[[Sequence[Floats], PrefixTables, int, np.random.Generator | None, Floats | None], Selection]
-"""(one [R, G_d] of scores per grid dimension, prefix tables, k, rng, bias of the grid's shape or None) -> k experts for
-each row, best first
-"""
+_MOST_LISTED = 4096
+"""Live experts that a choice among few nodes weighs one by one: as many as a layer that is known whole can have."""
+_CANDIDATES = 16
+"""Times k experts, the best of each row, that it is made among where there are more."""
+
+
+@dataclass(frozen=True)
+class NodeLimit:
+    """How many nodes a row's experts may be at."""
+
+    nodes: Integers
+    """A number for the node of each expert, of the grid's shape; -1 for experts that none hosts."""
+    most: int
+
+    @classmethod
+    def of(cls, live: LiveExperts, most: int) -> Self:
+        """By the replicas that are to be called."""
+        numbers: dict[PeerID, int] = {}
+        nodes = np.full(live.tables[-1].shape, -1)
+        for uid, peer_id in live.hosts.items():
+            nodes[uid.coordinate] = numbers.setdefault(peer_id, len(numbers))
+        return cls(nodes, most)
+
+
+class Choose(Protocol):
+    """How experts are chosen."""
+
+    def __call__(
+        self,
+        scores: Sequence[Floats],
+        alive: PrefixTables,
+        k: int,
+        rng: np.random.Generator | None = None,
+        bias: Floats | None = None,
+        limit: NodeLimit | None = None,
+    ) -> Selection:
+        """k experts for each row, best first, by one [R, G_d] of scores per grid dimension and a bias of the grid's
+        shape.
+        """
+        ...
+
 
 Weigh = Callable[[Sequence[Tensor], PrefixTables, Tensor, Tensor], Tensor]
-"""(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 where none answered"""
+"""(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 where none answered.
+
+Where a row has several experts, their weights must be in the ratios of exp(logit), whatever answered: a node mixes what
+the experts of a row answer by these ratios (`relative_weights`), and the mean that it returns weighs as much as all of
+them together.
+"""
 
 
 class Gate(nn.Module):
@@ -107,9 +153,47 @@ def best(
     k: int,
     rng: np.random.Generator | None = None,
     bias: Floats | None = None,
+    limit: NodeLimit | None = None,
 ) -> Selection:
-    """The k live experts with the highest scores, the bias included."""
-    return select_experts(scores, alive, k, default_beam_size(k), bias)
+    """The k live experts with the highest scores, the bias included; under a limit of nodes, at the best nodes."""
+    if limit is None or limit.most >= k:
+        return select_experts(scores, alive, k, default_beam_size(k), bias)
+    count = int(np.count_nonzero(alive[-1]))
+    count = max(k, count if count <= _MOST_LISTED else _CANDIDATES * k)
+    return of_best_nodes(select_experts(scores, alive, count, count, bias), limit, k)
+
+
+def of_best_nodes(found: Selection, limit: NodeLimit, k: int) -> Selection:
+    """Each row's best k of the experts `found` [R, C], best first, that are at its best nodes.
+
+    A node is as good as the logsumexp of its best k scores. A row has fewer experts where those nodes have fewer.
+    """
+    rows, count = found.valid.shape
+    node_RC = np.where(found.valid, limit.nodes[tuple(np.moveaxis(found.coordinates, -1, 0))], -1)
+    nodes = int(limit.nodes.max(initial=-1)) + 1
+    # node by node, and of each its experts in order of their scores
+    node_rank_RC, rank_RC = np.divmod(np.sort(node_RC * count + np.arange(count), axis=1), count)
+    place_C = np.arange(count)
+    begins_RC = np.ones((rows, count), np.bool_)
+    begins_RC[:, 1:] = node_rank_RC[:, 1:] != node_rank_RC[:, :-1]
+    first_RC = np.maximum.accumulate(np.where(begins_RC, place_C, 0), axis=1)
+    counted_RC = (node_rank_RC >= 0) & (place_C - first_RC < k)
+    weight_RC = np.exp(found.scores.astype(np.float64) - found.scores[:, :1])
+    weight_RC = np.where(counted_RC, np.take_along_axis(weight_RC, rank_RC, axis=1), 0)
+    at_RC = np.arange(rows)[:, None] * (nodes + 1) + node_rank_RC + 1  # 0: no node
+    size_RN = np.bincount(at_RC.ravel(), weight_RC.ravel(), rows * (nodes + 1)).reshape(rows, nodes + 1)
+    size_RN[:, 0] = -1
+    allowed_RN = np.zeros(size_RN.shape, np.bool_)
+    np.put_along_axis(allowed_RN, np.argsort(-size_RN, axis=1, kind="stable")[:, : limit.most], True, axis=1)
+    allowed_RN[:, 0] = False
+    usable_RC = np.take_along_axis(allowed_RN, node_RC + 1, axis=1)
+    chosen_Rk = np.argsort(~usable_RC, axis=1, kind="stable")[:, :k]
+    valid_Rk = np.take_along_axis(usable_RC, chosen_Rk, axis=1)
+    coordinates = np.take_along_axis(found.coordinates, chosen_Rk[..., None], axis=1)
+    scores_Rk = np.take_along_axis(found.scores, chosen_Rk, axis=1)
+    return Selection(
+        np.where(valid_Rk[..., None], coordinates, 0), np.where(valid_Rk, scores_Rk, np.float32(0)), valid_Rk
+    )
 
 
 def best_others_by_chance(
@@ -118,12 +202,13 @@ def best_others_by_chance(
     k: int,
     rng: np.random.Generator | None = None,
     bias: Floats | None = None,
+    limit: NodeLimit | None = None,
 ) -> Selection:
     """The best expert, and each of the k - 1 next with probability min(1, k g), g its weight among the k.
 
     GShard (arXiv 2006.16668), algorithm 1, "random routing", there with k = 2. In evaluation all k.
     """
-    selection = best(scores, alive, k, bias=bias)
+    selection = best(scores, alive, k, bias=bias, limit=limit)
     if rng is None:
         return selection
     chance_RK = rng.random(selection.valid.shape, dtype=np.float32)
@@ -140,6 +225,7 @@ def balanced(
     k: int,
     rng: np.random.Generator | None = None,
     bias: Floats | None = None,
+    limit: NodeLimit | None = None,
 ) -> Selection:
     """In training one expert for each row and R / E rows for each live expert (BASE, arXiv 2103.16716, section 3.1).
 
@@ -273,6 +359,8 @@ class Routing:
     """Of the balancing loss in the loss."""
     expert_dropout: float = 0.1
     gate_scale: float = 0.1
+    nodes_per_token: int | None = None
+    """Nodes that the experts of a row may be at; None: any number."""
     seed: int = 0
     """Of noise, chance and dropout."""
 
@@ -295,6 +383,7 @@ class Routing:
             settings.balance_weight,
             settings.expert_dropout,
             settings.gate_scale,
+            settings.nodes_per_token,
             own_seed if settings.seed is None else settings.seed,
         )
 

@@ -1,4 +1,4 @@
-"""The settings of `talkoot train` and `talkoot generate`, with presets for each kind of experts."""
+"""The settings of `talkoot train` and `talkoot generate`, and those that go with each preset of a manifest."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,48 +6,54 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from dht.presets import PresetName
 from peer.errors import SettingsError
 from peer.settings import (
     Denied,
     DenylistPath,
     MetricsHost,
     MetricsPort,
+    P2pd,
     PeerName,
     RoleSettings,
     describe_validation_error,
 )
 from peer.transport.endpoints import HostName
 
-PresetName = Literal["transformer", "ffn"]
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 Balance = Literal["bias", "loss", "both", "none"]
 Precision = Literal["fp32", "bf16"]
 
-_ONE_EXPERT: dict[str, Any] = {
-    "router": "switch",
-    "balance_weight": 0.01,
-    "gate_scale": 0.1,
-    # in the runs that found this preset no text was seen twice
-    "expert_dropout": 0.0,
+_BALANCED: dict[str, Any] = {
+    "router": "product-key",
+    "balance": "bias",
     "learning_rate": 2e-3,
     "warmup_steps": 20,
 }
 
-PRESETS: dict[PresetName, dict[str, Any]] = {"transformer": _ONE_EXPERT, "ffn": _ONE_EXPERT}
-"""What learned best with each kind of experts (docs/recipe.md). The manifests for them are in deploy/presets/."""
+_THIN_LINES: dict[str, Any] = _BALANCED | {"nodes_per_token": 2}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "transformer": _THIN_LINES,
+    "ffn": _THIN_LINES,
+    "paper": _BALANCED,
+    "none": {},
+}
+"""What the models of dht/presets.py were measured with (docs/recipe.md)."""
 
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s"),
     *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
-    *("average_host", "average_port", "start_from"),
+    *("average_host", "average_port", "p2pd", "start_from"),
 }
 """Settings that have no influence on what is learned, so that checkpoints leave them out."""
 
 
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, completed with those of the preset that they name. An unknown name changes nothing."""
-    preset = PRESETS.get(values.get("preset"))  # type: ignore[arg-type]  # any value may be given
+    name = values.get("preset")
+    preset = PRESETS.get(name) if isinstance(name, str) else None  # any value may be given
     return dict(values) if preset is None else {**preset, **values}
 
 
@@ -59,11 +65,12 @@ class TrainerSettings(RoleSettings):
     """How a trainer trains, and how long it waits for experts. Times are in seconds."""
 
     env_prefix: ClassVar[str] = "TALKOOT_TRAIN_"
-    removed: ClassVar[frozenset[str]] = frozenset(
-        {
+    removed: ClassVar[Mapping[str, str]] = {"spot_checks": "check_share"} | dict.fromkeys(
+        (
             *("in_flight_limit", "least_deadline_s", "backoff_first_s", "backoff_longest_s", "most_hedged"),
             *("refresh_every_s", "average_deadline_s", "average_relays", "average_tunnel_streams"),
-        }
+        ),
+        "",
     )
 
     data: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
@@ -122,7 +129,8 @@ class TrainerSettings(RoleSettings):
     )
     preset: PresetName | None = Field(
         default=None,
-        description="router, gate and learning rate that suit this kind of experts; other settings override it",
+        description="router, balance and learning rate that go with a manifest's preset; other settings override it; "
+        "unset: the swarm's",
     )
     router: RouterName = Field(default="product-key", description="how experts are chosen for each token")
     top_k: int | None = Field(
@@ -130,6 +138,13 @@ class TrainerSettings(RoleSettings):
         ge=1,
         le=64,
         description="experts for each token, at most the manifest's top_k; unset: as many as the router needs",
+    )
+    nodes_per_token: int | None = Field(
+        default=None,
+        ge=2,
+        le=64,
+        description="nodes that a token is sent to at most, unless experts fail: fewer are less traffic, and less "
+        "choice; unset: any number",
     )
     balance: Balance | None = Field(
         default=None,
@@ -166,11 +181,11 @@ class TrainerSettings(RoleSettings):
     k_min: int = Field(
         default=2, ge=1, le=64, description="answers that each token must have before late ones are left out"
     )
-    spot_checks: float = Field(
+    check_share: float = Field(
         default=0.01,
         ge=0,
         le=1,
-        description="share of the answers that are compared with another replica's; 0: none",
+        description="share of the answers of which rows are computed again here, to find nodes that lie; 0: none",
     )
     wait_for_experts_s: float = Field(
         default=60.0,
@@ -203,9 +218,10 @@ class TrainerSettings(RoleSettings):
         le=65535,
         description="TCP port at which other trainers reach this one; 0: any free one",
     )
+    p2pd: P2pd = "auto"
     start_from: Literal["swarm", "fresh"] = Field(
         default="swarm",
-        description="where a new run's dense part comes from: the freshest in the swarm, or a fresh start",
+        description="swarm: a new run, or a resumed one that is far behind, takes over another trainer's dense part",
     )
     log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
     tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
@@ -254,6 +270,13 @@ class TrainerSettings(RoleSettings):
             return type(self).model_validate({**known, **given})
         except ValidationError as error:
             raise SettingsError(describe_validation_error(error, type(self))) from error
+
+    def in_swarm(self, preset: PresetName) -> Self:
+        """With the preset of the swarm's manifest, unless one was set. What was set stays."""
+        if self.preset is not None or preset == "none":
+            return self
+        given = self.model_dump(include=self.model_fields_set - {"preset"})
+        return type(self).model_validate({**given, "preset": preset})
 
     @property
     def lifetime_s(self) -> float:

@@ -5,10 +5,14 @@ schedule that follows from the seed kills with SIGKILL, stops politely, freezes 
 and kills the founder.
 
     python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
-        [--hostile]
+        [--strangers]
+    python -m benchmarks.chaos --hostile 0.2 [--seeds N] [--only KIND...] [--placement random] [--json FILE] [--quick]
 
-With `--hostile`, strangers of several kinds attack the chaos part meanwhile (tests/hostile/siege.py).
+With `--strangers`, strangers of several kinds attack the chaos part meanwhile (tests/hostile/siege.py).
 With `--only`, the other part is taken from the JSON file, if it is there.
+
+With `--hostile`, nobody dies. Instead some peers lie, in one run for each kind of attack (hostile.py, attacks.py). Runs
+that the JSON file already has are not repeated.
 """
 
 import argparse
@@ -21,19 +25,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import uvloop
 from rich.console import Console
 
 from benchmarks.chaos.accounts import losses
+from benchmarks.chaos.attacks import ATTACKS
+from benchmarks.chaos.hostile import QUICK_KINDS, HostilePlan, Placement, run_all
+from benchmarks.chaos.hostile import show as show_attacks
 from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.report import plot, show, verdicts
 from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
 from benchmarks.chaos.strangers import besieging
 from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
-from peer.kademlia.hivemind import quiet_hivemind
 from peer.processes import sweep_socket_folders
 
 PARTS = ("calm", "chaos")
@@ -170,21 +176,37 @@ def main() -> None:
         action="store_true",
         help="both parts at the same time: on a machine that does other work too",
     )
-    parser.add_argument("--only", choices=PARTS, help="one part; the other is taken from the JSON file")
-    parser.add_argument("--hostile", action="store_true", help="strangers attack the chaos part")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="one part, calm or chaos; with --hostile, kinds of attacks"
+    )
+    parser.add_argument("--strangers", action="store_true", help="strangers attack the chaos part")
+    parser.add_argument(
+        "--hostile", type=float, metavar="SHARE", help="lying peers in place of deaths; of the nodes"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="with --hostile: how often, each time otherwise")
+    parser.add_argument(
+        "--placement",
+        choices=get_args(Placement),
+        default="minority",
+        help="with --hostile: fewer than half of each expert's hosts are hostile, or as it happens in a larger swarm",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="write a PNG with the steps over time there"
     )
     options = parser.parse_args()
-    plan, seconds = (_QUICK, _QUICK_S) if options.quick else (Plan(), 60 * options.minutes)
     console = Console(width=120)
+    if options.hostile is not None:
+        lie(parser, options, console)
+        return
+    if options.only and (len(options.only) != 1 or options.only[0] not in PARTS):
+        parser.error(f"--only: one of {', '.join(PARTS)}")
+    plan, seconds = (_QUICK, _QUICK_S) if options.quick else (Plan(), 60 * options.minutes)
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
-    quiet_hivemind()
     results: dict[str, Any] = {"plan": asdict(plan), "seed": options.seed}
     if options.only and options.json and options.json.exists():
         results |= json.loads(options.json.read_text())
-    parts = (options.only,) if options.only else PARTS
+    parts = options.only or PARTS
     events = {"calm": (), "chaos": make_schedule(options.seed, seconds, plan.nodes, plan.every_s)}
     results |= uvloop.run(
         run_parts(
@@ -193,7 +215,7 @@ def main() -> None:
             seconds,
             options.quick or options.at_once,
             console,
-            {"chaos": options.seed} if options.hostile else {},
+            {"chaos": options.seed} if options.strangers else {},
         )
     )
     sweep_socket_folders()
@@ -204,6 +226,22 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:
         plot(results, options.plot)
+
+
+def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> None:
+    """The runs with peers that lie."""
+    kinds = options.only or (QUICK_KINDS if options.quick else list(ATTACKS))
+    if unknown := [kind for kind in kinds if kind not in ATTACKS]:
+        parser.error(f"--only: {unknown[0]} is none of {', '.join(ATTACKS)}")
+    if not 0 < options.hostile < 1:
+        parser.error("--hostile: a share of the nodes, between 0 and 1")
+    plan = HostilePlan.of(options.hostile, options.placement, options.quick)
+    results: dict[str, Any] = {"plan": asdict(plan) | {"grid": list(plan.grid)}, "runs": {}}
+    if options.json and options.json.exists():
+        saved = json.loads(options.json.read_text())
+        results["runs"] = saved["runs"] if saved.get("plan") == results["plan"] else {}
+    run_all(plan, options.seeds, kinds, console, results, options.json)
+    show_attacks(results, console)
 
 
 if __name__ == "__main__":

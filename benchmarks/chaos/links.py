@@ -32,17 +32,14 @@ class PairLinks:
         self._cut_off: set[str] = set()
         self._proxies: list[Proxy] = []
 
-    async def before(self, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Puts proxies before a peer; gives the ports on which it shall listen, and those that others dial."""
-        ports = free_ports(_HOST, 2)
-        proxies = [
-            await Proxy.start(
-                self._wire(name, OUTSIDE), (_HOST, port), _HOST, wire_from=partial(self._wire_from, name)
-            )
-            for port in ports
-        ]
-        self._proxies += proxies
-        return (ports[0], ports[1]), (proxies[0].port, proxies[1].port)
+    async def before(self, name: str) -> tuple[int, int]:
+        """Puts a proxy before a peer; gives the port on which it shall listen, and the one that others dial."""
+        (port,) = free_ports(_HOST, 1)
+        proxy = await Proxy.start(
+            self._wire(name, OUTSIDE), (_HOST, port), _HOST, wire_from=partial(self._wire_from, name)
+        )
+        self._proxies.append(proxy)
+        return port, proxy.port
 
     def cut(self, names: Iterable[str]) -> None:
         """These peers reach nobody but each other, and nobody reaches them."""
@@ -85,11 +82,12 @@ class PairLinks:
 
 
 def _socket_at(port: int) -> str | None:
-    """The kernel's name of the connected socket with this port, as in /proc/PID/fd."""
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[1].endswith(f":{port:04X}") and fields[3] != _LISTENS and fields[9] != "0":
-            return f"socket:[{fields[9]}]"
+    """The kernel's name of the connected socket with this port, as in /proc/PID/fd. gRPC's are of IPv6."""
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[1].endswith(f":{port:04X}") and fields[3] != _LISTENS and fields[9] != "0":
+                return f"socket:[{fields[9]}]"
     return None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 _MANIFEST = """
 name = "chaos"
+preset = "none"
 [model]
 layers = {layers}
 hidden = 32

@@ -44,7 +44,7 @@ class Node:
 
     name: str
     folder: Path
-    ports: tuple[tuple[int, int], tuple[int, int]]
+    ports: tuple[int, int]
     """Where it listens, and where others dial it."""
     child: DemoProcess | None = None
     lives: int = 0
@@ -267,17 +267,17 @@ class ChaosSwarm:
         addresses = []
         for node in self.nodes:
             if node.is_well and node is not newcomer and node.peer_id:
-                addresses.append(Multiaddress(f"/ip4/{HOST}/tcp/{node.ports[1][0]}/p2p/{node.peer_id}"))
+                addresses.append(Multiaddress(f"/ip4/{HOST}/tcp/{node.ports[1]}/p2p/{node.peer_id}"))
         return str(Invite(self.invite.keys, tuple(addresses[:3]) or self.invite.bootstrap))
 
     async def _start_node(self, node: Node, *origin: str) -> None:
         plan = self.plan
         node.lives += 1
         node.serves = False
-        (dht, grpc), (announced_dht, announced_grpc) = node.ports
+        port, announced = node.ports
         config = self._folder / f"{node.name}.toml"
         config.write_text(
-            f"announce_dht_port = {announced_dht}\nannounce_grpc_port = {announced_grpc}\n"
+            f"announce_port = {announced}\n"
             f"checkpoint_every_s = {plan.checkpoint_every_s}\naverage_every_s = {plan.average_every_s}\n"
             f"standby_every_s = {plan.standby_every_s}\n"
         )
@@ -285,7 +285,7 @@ class ChaosSwarm:
             f"{node.name}-life-{node.lives}",
             (
                 *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--niceness", "0"),
-                *("--config", str(config), "--dht-port", str(dht), "--grpc-port", str(grpc)),
+                *("--config", str(config), "--port", str(port)),
                 *("--experts", str(plan.room), "--spare", str(plan.spare), "--state", str(node.folder)),
                 *("--announce-every-s", str(plan.announce_every_s), "--log-format", "json"),
                 *("--drain-timeout", str(plan.drain_s)),

@@ -17,17 +17,20 @@ from dht.swarm import Swarm, join_swarm
 from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import ExpertError, UnreachableError
+from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
-from peer.transport.addresses import NetworkConfig
 from peer.wire import session_pb2
-from trainer_client.dispatch.batches import ExpertBatch, NodeCall, Request
+from trainer_client.dispatch.batches import AnsweredRows, ExpertReply, NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
-from trainer_client.dispatch.spot_checks import TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
 
+TOLERANCE = 0.75
+"""Of the difference between two answers, against the larger of them. Honest replicas that had taken 25, 100 and 200
+updates apart and never averaged differed by up to 0.45, 0.58 and 0.56.
+"""
 _ROWS = 4
 _CALL_S = 2.0
 _BEFORE_DEATH_S = 1.0
@@ -129,16 +132,18 @@ class Watcher:
         uids = self._announced_by(node)
         if info is None or not uids:
             return {}
-        rows = np.arange(_ROWS)
-        batches = [ExpertBatch(uid, rows, np.zeros_like(rows), np.array([_ROWS]), rows) for uid in uids]
-        call = NodeCall(info, "forward", [Request(batch, self._rows) for batch in batches], _CALL_S)
+        batch = NodeBatch.apart(uids, [_ROWS], range(_ROWS))
+        weights = np.ones(batch.experts.shape, np.float32)
+        call = NodeCall(info, "forward", batch, _CALL_S, np.tile(self._rows, (len(uids), 1)), weights)
         counts, tensors = dict[str, int](), dict[UID, Floats]()
         try:
-            async for answer in self._caller.call(call):
-                if answer.tensor is not None:
-                    uid = answer.batch.uid
-                    counts[str(uid)] = answer.update_count
-                    tensors[uid] = answer.tensor
+            async for reply in self._caller.call(call):
+                match reply:
+                    case ExpertReply(error=None):
+                        counts[str(reply.uid)] = reply.update_count
+                    case AnsweredRows():
+                        of_rows = batch.experts[reply.places, 0]
+                        tensors |= {uids[e]: reply.tensor[of_rows == e] for e in np.unique(of_rows).tolist()}
         except ExpertError as error:
             logger.debug("%s did not answer: %s", node.name, error)
             return {}
@@ -178,3 +183,9 @@ class Watcher:
             for uid, count in experts.items():
                 counts.setdefault(uid, {})[node] = count
         return counts
+
+
+def difference(one: Floats, other: Floats) -> float:
+    """How far two answers [R, W] are apart: 0 when they are equal, 1 when one is zero, 2 at most."""
+    largest = max(float(np.linalg.norm(one)), float(np.linalg.norm(other)))
+    return float(np.linalg.norm(one - other)) / max(largest, 1e-6)

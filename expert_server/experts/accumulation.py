@@ -4,8 +4,9 @@ The sum is that of one batch with all the rows: nothing is divided by a number o
 that trainers send are of a mean already.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -22,22 +23,30 @@ class AccumulatedGradients:
     """The sum of the parameters' gradients over all rows of one or more backward passes."""
 
     def __init__(
-        self, gradients: list[Tensor | None], rows: int, sizes: tuple[float, float] = (0.0, 0.0)
+        self,
+        gradients: list[Tensor | None],
+        rows: int,
+        sizes: tuple[float, float] = (0.0, 0.0),
+        callers: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """`gradients`: of each parameter, or None if nothing has reached it. `sizes`: as the property."""
+        """`gradients`: of each parameter, or None if nothing has reached it. `sizes`, `callers`: as the properties."""
         self.gradients = gradients
         self.rows = rows
         self.sizes = sizes
         """The least and the largest root mean square of one pass's gradients of the updates, zeros left out."""
+        self.callers = dict(callers)
+        """How many of the rows each caller sent, as far as that is known."""
 
     @classmethod
-    def take_from(cls, parameters: Sequence[nn.Parameter], parts: Sequence[Rows]) -> Self:
+    def take_from(
+        cls, parameters: Sequence[nn.Parameter], parts: Sequence[Rows], callers: Mapping[str, int]
+    ) -> Self:
         """Takes the gradients of the parameters, which then have none. `parts`: the rows they are of."""
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
         size = size_of(parts)
-        return cls(gradients, sum(map(len, parts)), (size, size))
+        return cls(gradients, sum(map(len, parts)), (size, size), callers)
 
     def give_to(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes these the gradients of the parameters."""
@@ -61,6 +70,8 @@ class AccumulatedGradients:
             elif its is not None:
                 mine += its
         self.rows += others.rows
+        for caller, rows in others.callers.items():
+            self.callers[caller] = self.callers.get(caller, 0) + rows
         self.sizes = self._sizes_with(others)
 
     def _sizes_with(self, others: Self) -> tuple[float, float]:
@@ -73,7 +84,15 @@ class AccumulatedGradients:
 
 
 def size_of(parts: Sequence[Rows]) -> float:
-    """Root mean square of their gradients of the updates; in float64, in which the square of no float32 overflows."""
+    """Root mean square of their gradients of the updates."""
     tensors = [part.gradients for part in parts if part.gradients is not None]
-    squares = sum(float(torch.linalg.vector_norm(each, dtype=torch.float64)) ** 2 for each in tensors)
+    squares = sum(_norm(each) ** 2 for each in tensors)
     return sqrt(squares / max(1, sum(each.numel() for each in tensors)))
+
+
+def _norm(tensor: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(tensor))
+    if 1e-15 < norm < 1e15:
+        return norm
+    # the squares may be none that float32 holds; float64 takes fifty times as long
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

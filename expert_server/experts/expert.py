@@ -5,12 +5,15 @@ An expert answers its update: what its block adds to its input.
 Shape suffixes: R = rows, S = segments, D = width.
 """
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import chain
 from math import isfinite
+from types import MappingProxyType
 from typing import TypeGuard
+from weakref import WeakValueDictionary
 
 import torch
 from grpc import StatusCode
@@ -21,6 +24,7 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
 from expert_server.experts.accumulation import AccumulatedGradients
+from expert_server.experts.callers import Callers
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.format import (
     ACCUMULATED_ROWS,
@@ -35,10 +39,12 @@ from expert_server.experts.format import (
     check_state,
     gradient_name,
     moment_name,
+    moving_tensors,
 )
 from expert_server.experts.graphs import (
     ForwardGraph,
     GraphMeter,
+    ParameterGradients,
     ParameterSlots,
     Rows,
     SharedGraph,
@@ -50,11 +56,15 @@ from expert_server.experts.grouped import GroupedBlock
 from expert_server.experts.optimizer import Guard, Optimizer, StepOutcome
 from expert_server.experts.plausibility import Scale, require_plausible
 from peer.averaging import MAX_UPDATE_COUNT
+from peer.clipping import OwnMoves, sketch_bytes
 from peer.errors import ExpertError, StateError
 from peer.layers import step_size
 
 _ROWS_WORTH_A_COPY = 64
 """Rows whose updates take longer to compute again than the parameters take to copy."""
+_LONGEST_WITHHELD_STEPS = 64
+"""After so many steps without them, withheld gradients are of parameters too old to be of use."""
+_UNKNOWN: Mapping[str, int] = MappingProxyType({})
 
 
 class Expert:
@@ -81,19 +91,39 @@ class Expert:
         self.form = StateForm.of(manifest)
         self.refuted = ""
         """Who gave the last state that turned bad on probation, until somebody has taken note and cleared it."""
+        self.own_moves = OwnMoves({BLOCK + name: p for name, p in self.block.named_parameters()})
+        """How far its updates have led since the state was last replaced, an average included."""
         self._first_scale = Scale.of(dict(self.block.named_parameters()))
         self._source = ""
         self._own_count = 0
         """Update count of the state that returns if the present one turns bad on probation."""
         self._step_is_due = False
         self._accumulated: AccumulatedGradients | None = None
+        self.callers = Callers()
+        self._withheld: AccumulatedGradients | None = None
+        """Gradients of callers that had caused more than their share of the steps. No part of the state."""
+        self._withheld_steps = 0
+        """Taken since there are any."""
         self._version: WeightVersion | None = None
         """The present parameters, once a graph was made with them."""
+        self._kept_versions = WeakValueDictionary[int, WeightVersion]()
+        """Those that graphs still need, by number."""
+        self._first_version = secrets.randbits(32) + 1 << 30
+        self._changes = 0
+        """Optimizer steps and imports so far."""
 
     @property
     def step_is_due(self) -> bool:
         """Whether the last backward pass left its optimizer step for later. Whatever reads the state takes it first."""
         return self._step_is_due
+
+    @property
+    def version(self) -> int:
+        """Rises whenever the parameters change, and no other replica's is the same but by chance. Above 0, below 2^63.
+
+        A step that is due has not changed them yet.
+        """
+        return self._first_version + self._changes + self.guard.rollbacks
 
     @property
     def accumulated_rows(self) -> int:
@@ -104,9 +134,10 @@ class Expert:
         """Makes a step due for what is accumulated, of however few rows. `settle` takes it."""
         if self._accumulated is None:
             return StepOutcome.NONE
+        callers = self._accumulated.callers
         self._accumulated.give_to(self._parameters)
         self._accumulated = None
-        outcome = self._prepare_step()
+        outcome = self._prepare_step(callers)
         if not self._step_is_due:
             self.optimizer.zero_grad()
         return outcome
@@ -116,6 +147,7 @@ class Expert:
         if not self._step_is_due:
             return True
         self._step_is_due = False
+        self._changes += 1
         self._leave_version()
         try:
             self.optimizer.step()
@@ -138,6 +170,7 @@ class Expert:
         x_RD = self.device.load(rows.inputs.detach()).requires_grad_()
         if self._version is None or self._version.generation != self.generation:
             self._version = WeightVersion(self._parameters, self.generation)
+            self._kept_versions[self.version] = self._version
         with self._meter.measuring(x_RD, self._parameters, self._cast_bytes()):
             u_RD = self._updates(x_RD, rows.lengths, rows.positions, self._version)
         size = self._cast_bytes() + self._meter.bytes_of(len(x_RD))
@@ -149,7 +182,7 @@ class Expert:
 
     def updates_in(self, shared: SharedPass, index: int) -> Tensor:
         """Its updates [R, D] in a pass of several experts. Raises ExpertError as `forward` does."""
-        return self._fetched(shared.updates[index], "updates")
+        return self._fetched(shared.updates[index], "updates", shared.are_finite)
 
     @cached_property
     def grouped_block(self) -> GroupedBlock | None:
@@ -185,7 +218,14 @@ class Expert:
         """Differs whenever the state was replaced by anything but an optimizer step."""
         return self._imported, self.guard.rollbacks
 
-    def backward(self, parts: Sequence[Rows], *, may_defer: bool = False) -> tuple[list[Tensor], StepOutcome]:
+    def backward(
+        self,
+        parts: Sequence[Rows],
+        *,
+        may_defer: bool = False,
+        callers: Mapping[str, int] = _UNKNOWN,
+        withhold: bool = False,
+    ) -> tuple[list[Tensor], StepOutcome]:
         """Returns the gradient of each part's inputs [R, D], and takes one optimizer step for all parts together.
 
         If they are of fewer rows than `rows_per_update`, their gradients accumulate, and the step is that of all
@@ -195,34 +235,55 @@ class Expert:
         The step is skipped when the gradient of a parameter is not finite, and what was accumulated stays. Raises
         ExpertError (INTERNAL), and takes no step, when the gradient of an input is not finite.
 
-        `may_defer`: the caller ensures that `settle` takes the step soon; it already counts as taken.
+        `may_defer`: whoever calls this ensures that `settle` takes the step soon; it already counts as taken.
+        `callers`: how many of the rows each of them sent. `withhold`: the gradients lead to no step; they join the next
+        that takes place without them, if they are of its size and none of their callers is over its share by then.
         """
         self.settle()
-        return self._backward(parts, lambda: [self._gradient_of_inputs(part) for part in parts], may_defer)
+
+        def compute() -> list[Tensor]:
+            return [self._gradient_of_inputs(part) for part in parts]
+
+        return self._backward(parts, compute, may_defer, callers, withhold)
 
     def backward_by(
-        self, part: Rows, of_inputs: Tensor, of_parameters: Sequence[Tensor]
+        self,
+        part: Rows,
+        of_inputs: Tensor,
+        of_parameters: ParameterGradients,
+        *,
+        callers: Mapping[str, int] = _UNKNOWN,
+        withhold: bool = False,
     ) -> tuple[Tensor, StepOutcome]:
         """As `backward`, and may defer the step, by gradients that were computed together with other experts'."""
         assert not self._step_is_due, "the gradients are of parameters that are about to change"
 
         def take_gradients() -> list[Tensor]:
-            accumulates = self._settings.rows_per_update > 1
-            for parameter, gradient in zip(self._parameters, of_parameters, strict=True):
+            accumulates = withhold or self._settings.rows_per_update > 1
+            for parameter, gradient in zip(self._parameters, of_parameters.tensors, strict=True):
                 # one that stays must not keep those of all the others in memory
                 parameter.grad = gradient.clone() if accumulates else gradient
-            return [self._fetched(of_inputs, "gradients of the inputs")]
+            are_finite = of_parameters.inputs_are_finite
+            return [self._fetched(of_inputs, "gradients of the inputs", are_finite)]
 
-        (gradient,), outcome = self._backward([part], take_gradients, may_defer=True)
+        (gradient,), outcome = self._backward(
+            [part], take_gradients, True, callers, withhold, of_parameters.norm
+        )
         return gradient, outcome
 
     def _backward(
-        self, parts: Sequence[Rows], compute: Callable[[], list[Tensor]], may_defer: bool
+        self,
+        parts: Sequence[Rows],
+        compute: Callable[[], list[Tensor]],
+        may_defer: bool,
+        callers: Mapping[str, int],
+        withhold: bool,
+        norm: Tensor | None = None,
     ) -> tuple[list[Tensor], StepOutcome]:
-        """`compute`: leaves gradients in the parameters, and returns those of the inputs."""
+        """`compute`: leaves gradients in the parameters, and returns those of the inputs. `norm`: of the former."""
         try:
             grad_inputs = compute()
-            outcome = self._step_or_accumulate(parts)
+            outcome = self._step_or_accumulate(parts, callers, withhold, norm)
         finally:
             if not self._step_is_due:
                 self.optimizer.zero_grad()
@@ -232,14 +293,22 @@ class Expert:
         self.device.wait()
         return grad_inputs, outcome
 
-    def _step_or_accumulate(self, parts: Sequence[Rows]) -> StepOutcome:
+    def _step_or_accumulate(
+        self, parts: Sequence[Rows], callers: Mapping[str, int], withhold: bool, norm: Tensor | None
+    ) -> StepOutcome:
         """Called with the gradients of these parts in the parameters."""
         enough = self._settings.rows_per_update
-        if self._accumulated is None and sum(map(len, parts)) >= enough:
-            return self._prepare_step()
-        batch = AccumulatedGradients.take_from(self._parameters, parts)
+        is_whole = not withhold and self._accumulated is None and sum(map(len, parts)) >= enough
+        if is_whole and not self._can_join_withheld():
+            return self._prepare_step(callers, norm)
+        batch = AccumulatedGradients.take_from(self._parameters, parts, callers)
         if not batch.are_finite:
             return self._skip_step()
+        if withhold:
+            return self._withhold(batch)
+        if self._withheld is not None and self._can_join_withheld() and self._withheld.are_like(batch):
+            batch.add(self._withheld)
+            self._withheld = None
         outcome = StepOutcome.NONE
         if self._accumulated is not None and not self._accumulated.are_like(batch):
             # if that step is skipped, it is not this batch's
@@ -251,6 +320,17 @@ class Expert:
         else:
             self._accumulated.add(batch)
         return outcome | self.end_accumulation() if self._accumulated.rows >= enough else outcome
+
+    def _withhold(self, batch: AccumulatedGradients) -> StepOutcome:
+        """Those of another size than what is withheld already would drown or be drowned: they are dropped."""
+        if self._withheld is None:
+            self._withheld, self._withheld_steps = batch, 0
+        elif self._withheld.are_like(batch):
+            self._withheld.add(batch)
+        return StepOutcome.WITHHELD
+
+    def _can_join_withheld(self) -> bool:
+        return self._withheld is not None and not any(map(self.callers.is_over, self._withheld.callers))
 
     def _gradient_of_inputs(self, part: Rows) -> Tensor:
         """Adds to the gradients of the parameters. A graph can be used only once."""
@@ -293,13 +373,13 @@ class Expert:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, optimizer state and accumulated gradients, without the guard's copy.
+        """Bytes of weights, optimizer state, and accumulated and withheld gradients, without the guard's copy.
 
         Moments come with the first step.
         """
         moments = (value for state in self.optimizer.state.values() for value in state.values())
-        accumulated = self._accumulated.bytes if self._accumulated is not None else 0
-        return sum(tensor.nbytes for tensor in chain(self._parameters, moments)) + accumulated
+        waiting = sum(each.bytes for each in (self._accumulated, self._withheld) if each is not None)
+        return sum(tensor.nbytes for tensor in chain(self._parameters, moments)) + waiting
 
     def export_state(self) -> State:
         """Copies the block's parameters and persistent buffers, the optimizer's moments of each parameter, and the
@@ -324,6 +404,26 @@ class Expert:
         check_numbers(self.uid, copies)
         return copies
 
+    def export_block(self, version: int) -> State | None:
+        """Copies the block's parameters and persistent buffers. None if they are of another version by now, and no
+        graph keeps those of this one.
+
+        Raises StateError when a number is not finite.
+        """
+        tensors = block_tensors(self.block)
+        if version != self.version:
+            kept = self._kept_versions.get(version)
+            if kept is None or not kept.is_whole or kept.generation != self.generation:
+                return None
+            names = [name for name, _ in self.block.named_parameters()]
+            tensors |= dict(zip(names, kept.parameters, strict=True))
+        copies = {
+            BLOCK + name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in tensors.items()
+        }
+        check_numbers(self.uid, copies)
+        return copies
+
     def checkpoint(self) -> Checkpoint:
         """A copy of its state and its update count. Raises StateError when a number is not finite."""
         state = self.export_state()
@@ -341,23 +441,26 @@ class Expert:
         """
         return check_state(self.uid, state, update_count, self.form)
 
-    def require_plausible(self, state: Mapping[str, Tensor], update_count: int) -> None:
-        """For a state of another peer that `check_state` accepts. Raises StateError if no training can have made it."""
+    def require_good(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
+        """As `check_state`, for a state of another peer. Raises StateError also if no training can have made it."""
+        stepped = self.check_state(state, update_count)
         known = [self._first_scale, Scale.of(dict(self.block.named_parameters()))]
         require_plausible(self.uid, state, update_count, known, self._settings)
+        return stepped
 
     def import_state(self, state: Mapping[str, Tensor], update_count: int, source: str = "") -> None:
         """Goes on from an exported state as if it had never stopped.
 
         `source`: who gave it, if not this node: it must be plausible, and is on probation. Raises StateError as
-        `check_state` and `require_plausible` do; then nothing has changed.
+        `check_state` or, with a source, `require_good` does; then nothing has changed.
         """
         self.settle()
-        stepped = self.check_state(state, update_count)
+        check = self.require_good if source else self.check_state
+        stepped = check(state, update_count)
         if source:
-            self.require_plausible(state, update_count)
             self._keep_own_state()
         parameters = dict(self.block.named_parameters())
+        self._changes += 1
         with torch.no_grad():
             for name, tensor in block_tensors(self.block).items():
                 tensor.copy_(state[BLOCK + name])
@@ -368,7 +471,9 @@ class Expert:
                 for m in self.optimizer.moments
             }
         self._accumulated = self._accumulated_in(state)
+        self._withheld = None
         self.update_count = update_count
+        self.own_moves.start(moving_tensors(state))
         self._imported = object()
         self._source = source
         if source:
@@ -401,24 +506,33 @@ class Expert:
     def _is_sound(self, check: Callable[[], bool]) -> bool:
         """What the guard's `check` returns. After a rollback on probation, goes back to the update count too.
 
-        A rollback drops what is accumulated: the gradients are those of parameters that were bad.
+        A rollback drops what is accumulated or withheld: the gradients are those of parameters that were bad.
         """
         source = self.source
         if check():
             return True
-        self._accumulated = None
+        self._accumulated = self._withheld = None
+        self.own_moves.lose_start()
         if source:
             self.update_count, self.refuted = self._own_count, source
         return False
 
-    def _prepare_step(self) -> StepOutcome:
-        """Makes the step due, or skips it when the gradients are not finite."""
-        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+    def _prepare_step(self, callers: Mapping[str, int], norm: Tensor | None = None) -> StepOutcome:
+        """Makes the step due, or skips it when the gradients are not finite. `norm`: theirs, if it is known.
+
+        `callers`: those of the gradients, and their rows.
+        """
+        if norm is None:
+            norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         size = float(norm)
         if not isfinite(size):
             return self._skip_step()
         if size > self._settings.clip_norm:
             clip_grads_with_norm_(self._parameters, self._settings.clip_norm, norm)
+        self.callers.note_step(callers)
+        self._withheld_steps += 1
+        if self._withheld_steps > _LONGEST_WITHHELD_STEPS:
+            self._withheld = None
         self.optimizer.learning_rate = self._learning_rate()
         self.update_count = min(self.update_count + 1, MAX_UPDATE_COUNT)
         self._step_is_due = True
@@ -432,22 +546,28 @@ class Expert:
         spec = self._settings
         return step_size(self.update_count, spec.learning_rate, spec.warmup_updates, spec.decay_updates)
 
-    def _fetched(self, tensor_RD: Tensor, name: str) -> Tensor:
-        """Starts the copy to the CPU, complete after `device.wait`. Raises ExpertError when it is not finite."""
+    def _fetched(self, tensor_RD: Tensor, name: str, is_finite: bool = False) -> Tensor:
+        """Starts the copy to the CPU, complete after `device.wait`. Raises ExpertError when it is not finite.
+
+        `is_finite`: whether it is known to be.
+        """
         fetched_RD = self.device.fetch(tensor_RD)
-        if not self.device.is_finite(tensor_RD):
+        if not (is_finite or self.device.is_finite(tensor_RD)):
             self._is_sound(self.guard.check)
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return fetched_RD
 
 
 def expert_bytes(manifest: Manifest) -> int:
-    """Estimates the memory of one expert: weights, gradients, moments and the guard's half. Allocates nothing.
+    """Estimates the memory of one expert: weights, gradients, moments, the guard's half and the sketches of its moves.
 
-    It holds for every precision: parameters are always float32, and bfloat16 matrices live for one batch.
+    Gradients are those of a batch, those that are withheld, and those that accumulate. Allocates nothing. It holds for
+    every precision: parameters are always float32, and bfloat16 matrices live for one batch.
     """
     block = weightless_block(manifest)
     weights = sum(parameter.nbytes for parameter in block.parameters())
-    state = (1 + manifest.optimizer.moments) * weights
-    gradients = weights if manifest.optimizer.rows_per_update == 1 else 2 * weights
-    return state + gradients + state // 2 + sum(buffer.nbytes for buffer in block.buffers())
+    copies = 1 + manifest.optimizer.moments
+    state = copies * weights
+    gradients = (2 if manifest.optimizer.rows_per_update == 1 else 3) * weights
+    sketches = copies * sum(map(sketch_bytes, block.parameters()))
+    return state + gradients + state // 2 + sketches + sum(buffer.nbytes for buffer in block.buffers())

@@ -25,6 +25,8 @@ ACCUMULATED = "accumulated."
 """Gradients that have not led to a step yet: of parameters by name, and two more tensors."""
 ACCUMULATED_ROWS, ACCUMULATED_SIZES = ACCUMULATED + "rows", ACCUMULATED + "sizes"
 """How many rows the gradients are of, int64 []; and their sizes, float64 [2] (`AccumulatedGradients.sizes`)."""
+FIRST_MOMENT, SECOND_MOMENT, STEP = ".exp_avg", ".exp_avg_sq", ".step"
+"""How the names of Adam's moments end."""
 AVERAGED = "averaged"
 """The source of a state that is the average of this node's own and of another's."""
 _ABOUT_ACCUMULATED: Outline = {
@@ -41,6 +43,15 @@ def moment_name(parameter: str, moment: str) -> str:
 
 def gradient_name(parameter: str) -> str:
     return f"{ACCUMULATED}gradient.{parameter}"
+
+
+def moving_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that an average moves: parameters, buffers of floats and moments, without counts and what accumulates."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not name.endswith(STEP) and not name.startswith(ACCUMULATED)
+    }
 
 
 def block_tensors(block: nn.Module) -> dict[str, Tensor]:
@@ -108,6 +119,13 @@ class StateForm:
         if self._accumulates:
             forms += self.parameters.values()
         return sum(prod(shape) * dtype.itemsize for shape, dtype in forms) + self.max_outline_bytes
+
+    @property
+    def max_block_bytes(self) -> int:
+        """Of the encoded block alone."""
+        return (
+            sum(prod(shape) * dtype.itemsize for shape, dtype in self.block.values()) + self.max_outline_bytes
+        )
 
     @property
     def _accumulates(self) -> bool:
@@ -195,6 +213,30 @@ def to_bytes(checkpoint: Checkpoint, swarm_id: str, uid: UID, saved_at: float) -
     return encode_checkpoint(header, checkpoint.state)
 
 
+def block_to_bytes(state: State, update_count: int, swarm_id: str, uid: UID, saved_at: float) -> bytes:
+    """An expert's block alone, without moments: what its answers can be checked with."""
+    header = Header(swarm_id=swarm_id, uid=str(uid), update_count=update_count, saved_at=saved_at)
+    return encode_checkpoint(header, state)
+
+
+def block_from_bytes(data: bytes, swarm_id: str, uid: UID, form: StateForm) -> State:
+    """The block's tensors, under their names in the state. Raises StateError when they are not all there and finite."""
+
+    def check(header: Header, outline: Outline) -> None:
+        _check_owner(header, swarm_id, uid)
+        _check_outline(uid, outline, form.block)
+
+    _, state = decode_checkpoint(data, Header, check, form.max_outline_bytes)
+    check_numbers(uid, state)
+    return state
+
+
+def _check_owner(header: Header, swarm_id: str, uid: UID) -> None:
+    for name, found, expected in (("swarm", header.swarm_id, swarm_id), ("expert", header.uid, str(uid))):
+        if found != expected:
+            raise StateError(f"it is of {name} {printable(found)}, not {expected}")
+
+
 def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int, form: StateForm) -> Checkpoint:
     """Raises StateError when the bytes are not this expert's state in this form, or are damaged.
 
@@ -202,13 +244,9 @@ def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int, form: St
     """
 
     def check(header: Header, outline: Outline) -> None:
-        for name, found, expected in (
-            ("swarm", header.swarm_id, swarm_id),
-            ("expert", header.uid, str(uid)),
-            ("update count", header.update_count, update_count),
-        ):
-            if found != expected:
-                raise StateError(f"it is of {name} {printable(str(found))}, not {expected}")
+        _check_owner(header, swarm_id, uid)
+        if header.update_count != update_count:
+            raise StateError(f"it is of update count {header.update_count}, not {update_count}")
         form.check(uid, outline, update_count)
 
     _, state = decode_checkpoint(data, Header, check, form.max_outline_bytes)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable
 from enum import Flag, auto
 from math import sqrt
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ PROBATION_UPDATES = 100
 
 
 class StepOutcome(Flag):
-    """What became of the optimizer step of a backward pass: taken or skipped, and possibly a rollback."""
+    """What became of the optimizer step of a backward pass: taken, skipped or withheld, and possibly a rollback."""
 
     NONE = 0
     """There was none: a forward pass."""
@@ -42,6 +43,8 @@ class StepOutcome(Flag):
     """The gradient of a parameter was not finite."""
     ROLLED_BACK = auto()
     """The parameters had turned bad, and the expert returned to its last good state."""
+    WITHHELD = auto()
+    """Its callers had caused more than their share of the steps."""
 
 
 def moments_of(spec: OptimizerSpec) -> tuple[str, ...]:
@@ -64,6 +67,11 @@ class Optimizer:
         for parameter in parameters:
             groups.setdefault((parameter.dim() > 1, parameter.dtype), []).append(parameter)
         self._groups = [(spec.weight_decay if decays else 0.0, ps) for (decays, _), ps in groups.items()]
+        self._counts: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        """By the number of a group: how many steps each of its parameters has taken, in one tensor, and its numbers.
+
+        Adding to each by itself takes as long as the step of a narrow expert.
+        """
 
     def zero_grad(self) -> None:
         for _, parameters in self._groups:
@@ -73,19 +81,32 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Steps each parameter that has a gradient."""
-        for weight_decay, parameters in self._groups:
+        for group, (weight_decay, parameters) in enumerate(self._groups):
             moved = [parameter for parameter in parameters if parameter.grad is not None]
             if not moved:
                 continue
             for parameter in moved:
                 if self.moments and parameter not in self.state:
                     self.state[parameter] = self.no_moments(parameter)
+            if "step" in self.moments:
+                self._count_step(group, moved)
             moments = {name: [self.state[p][name] for p in moved] for name in self.moments}
             gradients = [p.grad for p in moved if p.grad is not None]
             if self._spec.name == "sgd":
                 self._step_sgd(moved, gradients, moments.get("momentum_buffer", []), weight_decay)
             else:
                 self._step_adam(moved, gradients, moments, weight_decay)
+
+    def _count_step(self, group: int, moved: list[Tensor]) -> None:
+        counts = [self.state[parameter]["step"] for parameter in moved]
+        together, numbers = self._counts.get(group, (None, []))
+        if together is None or len(counts) != len(numbers) or not all(map(is_, counts, numbers)):
+            # others have gradients than last time, or the state was replaced
+            together = torch.stack(counts)
+            self._counts[group] = together, list(together.unbind())
+            for parameter, number in zip(moved, self._counts[group][1], strict=True):
+                self.state[parameter]["step"] = number
+        together += 1
 
     def no_moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """Those of a parameter that has had no gradient."""
@@ -101,7 +122,6 @@ class Optimizer:
         moments: dict[str, list[Tensor]],
         weight_decay: float,
     ) -> None:
-        torch._foreach_add_(moments["step"], 1)
         step = torch._fused_adamw_ if self._spec.name == "adamw" else torch._fused_adam_
         step(
             parameters, gradients, moments["exp_avg"], moments["exp_avg_sq"], [], moments["step"],

@@ -12,20 +12,31 @@ from weakref import WeakValueDictionary
 
 import torch
 from prometheus_client import CollectorRegistry, Counter
-from torch import Tensor
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import ACCUMULATED, AVERAGED, Checkpoint, State, from_bytes
+from expert_server.experts.format import (
+    AVERAGED,
+    BLOCK,
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    STEP,
+    Checkpoint,
+    State,
+    from_bytes,
+    moving_tensors,
+)
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
 from expert_server.state.servicer import FetchHint, HintQueue
 from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker
-from peer.averaging import MAX_UPDATE_COUNT, interpolate, partner_weight
-from peer.errors import ExpertError, StateError, TransferError, UnreachableError
+from peer.averaging import MAX_UPDATE_COUNT, last_meeting, partner_weight
+from peer.bounded import BoundedDict
+from peer.clipping import at_base, believed_updates, clip, distance
+from peer.errors import ExpertError, OutOfReachError, StateError, TransferError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import Restarts, keep_running, side_by_side, tolerating
 from peer.wire import state_pb2
@@ -40,6 +51,16 @@ _MAX_HINTS = 256
 """Experts that others may ask this node to fetch, at one time."""
 _AT_ONCE = 4
 """Hints of one kind that are followed at the same time, and averages that are begun."""
+_REFUSED = 4096
+"""Replicas of others that are remembered as out of reach."""
+_LONGEST_REFUSED = 32
+"""How many times `average_every_s` it is left alone at most; at first once, and each further time twice as long."""
+_MOST_SCALE = 4.0
+"""How many times as large another's second moments may be."""
+_MOST_SHRINKING = 1.5
+"""And how many times as small. The smaller they are, the longer are steps, and own moves with them."""
+_MOST_RATIO = 7.3
+"""Adam's first moment against the root of the second never exceeds this (`plausibility`)."""
 
 Adopt: TypeAlias = Callable[[PeerID, Collection[UID]], Coroutine[Any, Any, None]]
 
@@ -62,6 +83,9 @@ class ReplicaAveraging:
         self.averagings = Counter(
             "talkoot_averagings", "Replicas averaged with another node's.", registry=metrics
         )
+        self.refused = Counter(
+            "talkoot_averagings_refused", "Replicas of others that were out of reach.", registry=metrics
+        )
         self._restarts = restarts
         self._every_s = settings.average_every_s
         self._swarm = swarm
@@ -70,11 +94,13 @@ class ReplicaAveraging:
         self._adopt = adopt
         self._rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # whom to average with is no secret
         self._clock = clock
-        self._hints = HintQueue(_MAX_HINTS, self._every_s / 10)
+        self._hints = HintQueue(_MAX_HINTS, self._every_s)
         self._hinted = {kind: asyncio.Event() for kind in (False, True)}
         """Whether averages were asked for, and adoptions."""
         self._runs = False
         self._last_averaging: asyncio.Task[None] | None = None
+        self._refused = BoundedDict[tuple[UID, PeerID], tuple[int, float]](_REFUSED)
+        """How often in a row another's replica was out of reach, and until when it is left alone."""
         self._meeting = WeakValueDictionary[UID, asyncio.Lock]()
         """One meeting of an expert at a time: a base that was handed out must stay one."""
 
@@ -109,7 +135,7 @@ class ReplicaAveraging:
         meetings = (
             self._attempt(self.meet(replica.uid, nodes[replica.peer_id]))
             for replica in partners
-            if replica.peer_id in nodes and not self._is_idle(replica)
+            if replica.peer_id in nodes and self._is_worth_meeting(replica)
         )
         await side_by_side(meetings, _AT_ONCE)
 
@@ -142,7 +168,7 @@ class ReplicaAveraging:
         meetings = (
             self._attempt(self._average_last_with(replica.uid, nodes[replica.peer_id]))
             for replica in partners
-            if replica.peer_id in nodes and not self._is_idle(replica)
+            if replica.peer_id in nodes and self._is_worth_meeting(replica)
         )
         await side_by_side(meetings, _AT_ONCE)
 
@@ -161,12 +187,16 @@ class ReplicaAveraging:
         """Averages this node's replica with another node's, and asks that node to do the same.
 
         Returns an event that is set when the other node has fetched what it needs for that, or None if it won't. Raises
-        TransferError, StateError or ExpertError if the replica could not be averaged; it is then as it was.
+        TransferError, StateError or ExpertError if the replica could not be averaged; it is then as it was. If only the
+        other is out of this one's reach, it is asked nevertheless: this one may be in its own.
         """
         async with self._lock_of(uid):
             base = await self._snapshots.take(uid)
             fetched = await self._replicas.states.fetch(node, uid)
-            await self._average(base, fetched, node.peer_id)
+            try:
+                await self._average(base, fetched, node.peer_id)
+            except OutOfReachError as error:
+                logger.info("%s", error)
         given = base.given_to(node.peer_id)
         accepted = await self._replicas.states.ask(
             node, state_pb2.ASK_REASON_AVERAGE, [uid], base.sha256, base_sha256=fetched.sha256
@@ -184,31 +214,70 @@ class ReplicaAveraging:
             expert = self._replicas.experts.get(uid)
             if base is None or expert is None or base.generation != expert.generation:
                 return
+            if self._is_refused(uid, hint.peer_id):
+                return
             fetched = await self._replicas.states.fetch(node, uid, hint.sha256)
             await self._average(base, fetched, node.peer_id)
 
     async def _average(self, base: Snapshot, fetched: Fetched, peer_id: PeerID) -> None:
-        claimed = fetched.checkpoint.update_count
-        believed = self._replicas.history.capped_claim(base.uid, base.update_count, claimed)
+        history, claimed = self._replicas.history, fetched.checkpoint.update_count
+        believed = history.capped_claim(base.uid, base.update_count, claimed)
         theirs = replace(fetched.checkpoint, update_count=believed)
-        met = max(base.met.get(peer_id, 0), fetched.met_update_count)
+        met = last_meeting(base.met.get(peer_id), fetched.met_update_count)
         share = partner_weight(base.update_count, believed, met)
         expert = self._replicas.experts.get(base.uid)
         if expert is None:
             return  # given up meanwhile
-        await self._replicas.runtime.run(
-            partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share)
-        )
-        self._replicas.history.record(base.uid, peer_id, max(base.update_count, believed))
+        average = partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share)
+        try:
+            belief = await self._replicas.runtime.run(average)
+        except OutOfReachError as error:
+            self.refused.inc()
+            await self._note_out_of_reach(expert, peer_id, believed, error.is_untrained)
+            raise
+        self._refused.pop((base.uid, peer_id), None)
+        mine = believed_updates(base.update_count, believed, share, belief)
+        history.record(base.uid, peer_id, mine, believed)
         self._replicas.checkpoints.note_replaced(base.uid)
         self.averagings.inc()
-        logger.debug("averaged %s with %s, whose share was %.2f", base.uid, peer_id, share)
+        logger.debug("averaged %s with %s: %.2f of it, %.2f believed", base.uid, peer_id, share, belief)
 
-    def _is_idle(self, replica: Replica) -> bool:
-        """Whether neither replica took an update since the two were averaged."""
+    async def _note_out_of_reach(
+        self, expert: Expert, peer_id: PeerID, believed: int, is_untrained: bool
+    ) -> None:
+        """Leaves that replica alone for a while. `believed`: of its update count.
+
+        One that has never taken an update of its own reaches nothing, and one that is far slower than all others falls
+        behind them: both take over whole what a majority has.
+        """
+        uid = expert.uid
+        times = self._refused.get((uid, peer_id), (0, 0.0))[0]
+        wait_s = self._every_s * min(2**times, _LONGEST_REFUSED)
+        self._refused[uid, peer_id] = min(times + 1, 16), self._clock() + wait_s
+        hosts = await self._swarm.registry.replicas([uid])
+        others = [
+            replace(r, update_count=believed) if r.peer_id == peer_id else r
+            for r in serving_elsewhere(hosts[uid], self._swarm.host.peer_id)
+        ]
+        refused = [(uid, r.peer_id) for r in others if (uid, r.peer_id) in self._refused]
+        if is_untrained or is_astray(len(refused), len(others)):
+            for key in refused:
+                del self._refused[key]
+            await self._replicas.take_whole(uid, others)
+
+    def _is_refused(self, uid: UID, peer_id: PeerID) -> bool:
+        return self._clock() < self._refused.get((uid, peer_id), (0, 0.0))[1]
+
+    def _is_worth_meeting(self, replica: Replica) -> bool:
+        """Not if neither took an update since the two were averaged, or if its state was out of reach lately."""
+        if self._is_refused(replica.uid, replica.peer_id):
+            return False
         met = self._replicas.history.of(replica.uid).get(replica.peer_id)
         expert = self._replicas.experts.get(replica.uid)
-        return expert is None or met == replica.update_count == expert.update_count
+        if expert is None or met is None:
+            return expert is not None
+        # the other may have gone on with a few more than it had
+        return expert.update_count != met.mine or replica.update_count > max(met.mine, met.theirs)
 
     async def _average_now_and_then(self) -> None:
         while True:
@@ -246,6 +315,13 @@ class ReplicaAveraging:
             logger.info("%s", error)
 
 
+def is_astray(out_of_reach: int, others: int) -> bool:
+    """Whether so many of the others' replicas are out of reach that this node's own must be the one which went astray:
+    most of them, and more than one.
+    """
+    return out_of_reach > max(1, others / 2)
+
+
 def choose_partners(
     replicas: Mapping[UID, Collection[Replica]], me: PeerID, rng: random.Random
 ) -> list[Replica]:
@@ -254,49 +330,68 @@ def choose_partners(
     return [rng.choice(others) for others in found if others and rng.random() < _TAKES_INITIATIVE]
 
 
-def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: str, share: float) -> None:
-    """Gives the expert the average of its state at `base` and `theirs`, and keeps its updates since `base`.
+def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: str, share: float) -> float:
+    """Averages the expert's state at `base` with `theirs`, as far as its own moves allow, and keeps its updates since.
 
-    `share`: the weight of `theirs`. Raises StateError, and changes nothing, if anything but updates changed the expert
-    since `base`, or if a state is not this expert's, not finite or not plausible.
+    `share`: the weight of `theirs`. Returns how much of the way to `theirs` was believed, 0 to 1. Raises StateError,
+    and changes nothing, if anything but updates changed the expert since `base`, or if a state is not this expert's,
+    not finite or not plausible; OutOfReachError if it is too far away.
     """
     if expert.generation != base.generation:
         raise StateError(f"expert {expert.uid} was replaced or rolled back while it was averaged")
-    expert.check_state(theirs.state, theirs.update_count)
-    expert.require_plausible(theirs.state, theirs.update_count)
-    before = from_bytes(base.data, swarm_id, base.uid, base.update_count, expert.form)
-    state = averaged(expert.export_state(), before.state, theirs.state, share)
-    since = expert.update_count - base.update_count
-    updates = max(base.update_count, theirs.update_count) + since
+    expert.require_good(theirs.state, theirs.update_count)
+    before = from_bytes(base.data, swarm_id, base.uid, base.update_count, expert.form).state
+    moves = expert.own_moves
+    present = moves.present(moving_tensors(before))
+    block = {name: tensor for name, tensor in moving_tensors(before).items() if name.startswith(BLOCK)}
+    away, reach = distance(block, theirs.state), moves.reach(present, block)
+    if away > reach:
+        is_untrained = moves.are_none(present)
+        if not present:
+            moves.start(moving_tensors(before))  # after a rollback, it is measured from here
+        message = f"expert {expert.uid} is {away:.3g} away from this node's, which reaches {reach:.3g}"
+        raise OutOfReachError(message, is_untrained=is_untrained)
+    current, radii = expert.export_state(), moves.radii(present)
+    state, belief = averaged(current, before, theirs.state, radii, share, theirs.update_count)
+    updates = believed_updates(base.update_count, theirs.update_count, share, belief)
+    updates += expert.update_count - base.update_count
     expert.import_state(state, min(updates, MAX_UPDATE_COUNT), AVERAGED)
+    moves.note(present)
+    moves.start(at_base(moving_tensors(state), current, before))
+    return belief
 
 
-def averaged(current: State, base: State, theirs: State, share: float) -> State:
-    """The average of `base` and `theirs`, plus what changed from `base` to `current`.
+def averaged(
+    current: State, base: State, theirs: State, radii: Mapping[str, float], share: float, most_steps: int
+) -> tuple[State, float]:
+    """Moves `base` by `share` of the way to `theirs`, within `radii`, and adds what changed from `base` to `current`.
 
-    A moment of the optimizer that one side lacks counts as zeros. Gradients that `current` has accumulated stay as they
-    are, and those of `theirs` are left to the other replica, which takes a step with them: each counts once.
+    Returns the state, and how much of the way between the parameters was believed. Moments that one side lacks count as
+    zeros. `most_steps`: what the other's optimizer can have counted. Whole numbers stay as they are, and so do the
+    gradients that `current` has accumulated. Those of `theirs` are left to the other replica, which takes a step with
+    them: each counts once.
     """
-    names = current.keys() | theirs.keys()
-    state = {
-        name: _averaged(name, current.get(name), base.get(name), theirs.get(name), share)
-        for name in sorted(names)
-        if not name.startswith(ACCUMULATED)
-    }
-    return state | {name: tensor for name, tensor in current.items() if name.startswith(ACCUMULATED)}
+    moving = moving_tensors(current)
+    before, other = _like(current, base), _like(current, theirs)
+    for name in moving:
+        if name.endswith(SECOND_MOMENT):
+            other[name] = other[name].clamp(before[name] / _MOST_SHRINKING, before[name] * _MOST_SCALE)
+    block = clip({n: t for n, t in moving.items() if n.startswith(BLOCK)}, before, other, radii, share)
+    moments = clip({n: t for n, t in moving.items() if not n.startswith(BLOCK)}, before, other, radii, share)
+    state = current | block.tensors | moments.tensors
+    for name, tensor in current.items():
+        if name.endswith(SECOND_MOMENT):
+            state[name] = state[name].clamp(tensor / _MOST_SHRINKING, tensor * _MOST_SCALE)
+            first = name.removesuffix(SECOND_MOMENT) + FIRST_MOMENT
+            most = torch.maximum(_MOST_RATIO * state[name].sqrt(), current[first].abs())
+            state[first] = state[first].clamp(-most, most)
+        elif name.endswith(STEP):
+            believed = believed_updates(
+                int(before[name]), min(int(other[name]), most_steps), share, block.belief
+            )
+            state[name] = tensor + (believed - int(before[name]))
+    return state, block.belief
 
 
-def _averaged(
-    name: str, current: Tensor | None, base: Tensor | None, theirs: Tensor | None, share: float
-) -> Tensor:
-    like = current if current is not None else theirs
-    assert like is not None, "one of the two states has it"
-    now, then, other = (torch.zeros_like(like) if t is None else t for t in (current, base, theirs))
-    if not like.is_floating_point():
-        return torch.maximum(now, other)
-    if name.endswith(".step"):  # the optimizer counts steps to correct its bias
-        return now + (torch.maximum(then, other) - then)
-    result = interpolate(now, then, other, share)
-    if name.endswith(".exp_avg_sq"):
-        result.clamp_(min=0)
-    return result.to(like.dtype)
+def _like(current: State, other: State) -> State:
+    return {name: other.get(name, torch.zeros_like(tensor)) for name, tensor in current.items()}

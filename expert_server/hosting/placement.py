@@ -20,11 +20,9 @@ from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
 from dht.registry import Prefix, Registry
 from dht.uid import UID
-from peer.averaging import MAX_UPDATE_COUNT, freshest_first, max_plausible_updates
+from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_plausible_updates
 from peer.identity import PeerID
 
-_BEHIND = 0.9
-"""Replicas that average differ less in their updates: with fewer than this part of another's, one was restarted."""
 _OUTLIER = 10
 """How many times the updates of a middling node's experts the most popular one can have taken."""
 BUSY_ROWS = 512
@@ -69,11 +67,6 @@ def regressed(
         ):
             found[uid] = saved - max(replica.update_count for replica in others)
     return found
-
-
-def is_behind(update_count: int, saved: int) -> bool:
-    """Whether a replica has far fewer updates than another state of its expert."""
-    return update_count < _BEHIND * saved
 
 
 def rank_vacancies(
@@ -164,9 +157,18 @@ def lasting_replicas(hosts: Collection[Replica]) -> int:
 
 
 def state_sources(hosts: Collection[Replica], besides: PeerID, rng: random.Random) -> list[Replica]:
-    """The replicas of others whose state can be fetched, freshest first. A single false claim changes little."""
+    """The replicas of others whose state can be fetched, in random order: no claim of many updates comes first."""
     able = [r for r in hosts if r.state is not ReplicaState.CLAIMED and r.peer_id != besides]
-    return freshest_first(able, lambda replica: replica.update_count, rng)
+    return drawn_stale_last(able, lambda replica: replica.update_count, rng)
+
+
+def ahead_of(update_count: int, others: Sequence[Replica]) -> list[Replica]:
+    """The replicas with more updates than this, or none if half of them have no more: a few claims are no reason to
+    take a state whole.
+    """
+    if not others or median_low(replica.update_count for replica in others) <= update_count:
+        return []
+    return [replica for replica in others if replica.update_count > update_count]
 
 
 def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:

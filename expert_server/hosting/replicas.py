@@ -16,12 +16,13 @@ from expert_server.experts.devices import ComputeDevice, roomiest
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.format import Checkpoint
 from expert_server.experts.plausibility import Scale
-from expert_server.hosting.placement import is_behind, lost_claims, state_sources
+from expert_server.hosting.placement import ahead_of, lost_claims, state_sources
+from expert_server.hosting.whole_states import WholeStates
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.transfer import StateClient
 from peer import clock
-from peer.averaging import AveragingHistory, max_plausible_updates
+from peer.averaging import AveragingHistory, is_behind, max_plausible_updates
 from peer.bounded import BoundedDict
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
@@ -80,6 +81,7 @@ class LocalReplicas:
         self._claim_wait_s = claim_wait_s
         self._now = now
         self._rng = random.SystemRandom()
+        self._whole_states = WholeStates(swarm, runtime, states, self._rng)
         self._leaving = False
         self._claimed_at: dict[UID, float] = {}
         self._taking: asyncio.Task[list[UID]] | None = None
@@ -115,7 +117,7 @@ class LocalReplicas:
     def claim_wait_s(self) -> float:
         """How long to wait for the claims of others, in seconds: not at all while this node knows no other peer."""
         host = self._swarm.host
-        is_alone = host.alive and not host.peers() and not self._swarm.peer_store.addresses()
+        is_alone = not host.peers() and not self._swarm.peer_store.addresses()
         return 0.0 if is_alone else self._claim_wait_s
 
     def fitting(self) -> int:
@@ -189,8 +191,7 @@ class LocalReplicas:
         expert, given = self.experts[uid], 0
 
         def check(checkpoint: Checkpoint) -> None:
-            expert.check_state(checkpoint.state, checkpoint.update_count)
-            expert.require_plausible(checkpoint.state, checkpoint.update_count)
+            expert.require_good(checkpoint.state, checkpoint.update_count)
             if is_behind(checkpoint.update_count, expert.update_count):
                 raise StateError(f"it has {checkpoint.update_count} updates of {expert.update_count}")
 
@@ -207,6 +208,20 @@ class LocalReplicas:
             if given >= enough:
                 return True
         return False
+
+    async def take_whole(self, uid: UID, hosts: Sequence[Replica]) -> bool:
+        """Replaces the state of an expert in service by the medoid of up to three `hosts`, if most of them claim more.
+
+        For a replica that averaging cannot bring along. Does nothing, and returns False, if it takes an update while
+        the states are compared. Raises UnreachableError.
+        """
+        expert = self.experts.get(uid)
+        if expert is None:
+            return False
+        others = state_sources(hosts, self._swarm.host.peer_id, self._rng)
+        fresher = ahead_of(expert.update_count, others)
+        cap = partial(self.history.capped_claim, uid, expert.update_count)
+        return await self._take_whole(expert, fresher, cap, set())
 
     def is_withheld(self, uid: UID) -> bool:
         """Whether nobody gave this expert's state when it was last tried, which was not long ago."""
@@ -345,7 +360,7 @@ class LocalReplicas:
         most_updates: int,
         unreachable: set[PeerID],
     ) -> bool:
-        """Brings an expert that does not serve yet to the freshest state there is: another's, or the one saved here.
+        """Brings an expert that does not serve yet to a fresh state: the medoid of others', or the one saved here.
 
         `saved`: updates of this node's newest checkpoint. It is restored first: what others give is compared with it,
         and gives way to it if it turns bad. An expert that nobody has keeps its first parameters. False when others
@@ -356,38 +371,19 @@ class LocalReplicas:
         most = max_plausible_updates([replica.update_count for replica in others])
         most = min(most, max(most_updates, saved or 0))
         restored = saved is not None and await self.checkpoints.restore(expert)
-        least = expert.update_count if restored else -1
-        fresher = [replica for replica in others if replica.update_count > least]
-        if await self._fetch_first(expert, fresher, most, unreachable):
+        fresher = ahead_of(expert.update_count if restored else -1, others)
+        if await self._take_whole(expert, fresher, lambda claimed: min(claimed, most), unreachable):
             return True
         if restored:
             self.checkpoints.restored.inc()
         return restored or not others
 
-    async def _fetch_first(
-        self, expert: Expert, replicas: Sequence[Replica], most: int, unreachable: set[PeerID]
+    async def _take_whole(
+        self, expert: Expert, hosts: Sequence[Replica], cap: Callable[[int], int], unreachable: set[PeerID]
     ) -> bool:
-        """Takes the first good state that one of the replicas gives; it counts for `most` updates at most."""
-        peers = {replica.peer_id for replica in replicas} - unreachable
-        nodes = await self._swarm.registry.nodes(peers) if peers else {}
-        for replica in replicas:
-            if replica.peer_id not in nodes:
-                continue
-            try:
-                fetched = await self.states.fetch(nodes[replica.peer_id], expert.uid)
-                checkpoint = fetched.checkpoint
-                update_count = min(checkpoint.update_count, most)
-                source = replica.peer_id.to_base58()
-                await self.runtime.run(partial(expert.import_state, checkpoint.state, update_count, source))
-            except TransferError as error:
-                logger.warning("%s", error)
-                if not error.answered:
-                    unreachable.add(replica.peer_id)
-                continue
-            except StateError as error:
-                logger.warning("refused the state of %s by %s: %s", expert.uid, replica.peer_id, error)
-                continue
-            self.history.record(expert.uid, replica.peer_id, update_count)
-            self.checkpoints.note_replaced(expert.uid)
-            return True
-        return False
+        taken = await self._whole_states.take(expert, hosts, cap, unreachable)
+        if taken is None:
+            return False
+        self.history.record(expert.uid, taken.peer_id, taken.update_count, taken.update_count)
+        self.checkpoints.note_replaced(expert.uid)
+        return True

@@ -72,10 +72,20 @@ class Result:
     graph: ForwardGraph | SharedGraph | None = None
     """Of a forward pass that was to be kept, unless it was merged with others."""
     step: StepOutcome = StepOutcome.NONE
+    updates: Tensor | None = None
+    """[R, D]: in backward, if they were computed once more."""
+    is_clipped: bool = False
+    """Whether the expert took less than the whole gradient."""
+    version: int = 0
+    """In forward: of the parameters that computed the updates."""
 
     @property
     def skipped_update(self) -> bool:
         return StepOutcome.SKIPPED in self.step
+
+    @property
+    def withheld_update(self) -> bool:
+        return StepOutcome.WITHHELD in self.step
 
     @property
     def rolled_back(self) -> bool:

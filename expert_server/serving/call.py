@@ -1,47 +1,56 @@
-"""One call while it is answered: its header, the payload it brings, and the replies that go back.
+"""One call while it is answered: the payload that it brings, the work of its experts, and the replies that go back.
 
-A call has a part for each expert. Parts are computed while the payload of later ones is still arriving, and each is
-answered as soon as it is ready.
+All experts of a call get their work at once, so that narrow ones are computed together. Rows are answered as they
+become ready (answers.py).
 
-Shape suffixes: S = segments, R = rows, D = width.
+Shape suffixes as in assignment.py: R = rows, P = pairs of a row and an expert, D = width.
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
-from typing import TypeAlias, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 import grpc
 import numpy as np
 import torch
 from grpc import StatusCode
+from torch import Tensor
 
-from dht.manifest import Manifest, parse_uid
+from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.experts.graphs import Rows
+from expert_server.serving.answers import AnswerAssembler, RowAnswers
+from expert_server.serving.assignment import Assignment, products
 from expert_server.serving.batching import Direction, Entry, Result, WorkItem
-from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache
-from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
+from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache, Graph
+from expert_server.serving.headers import MAX_EXPERTS_IN_CALL, CallSize, HeaderParser, ParsedHeader
+from expert_server.serving.runtime import Runtime
+from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, Floats, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
 from peer.rates import Bandwidth, Pace, RateLimit
-from peer.rpc.calls import note_failure, require_same_swarm
+from peer.rpc.calls import note_failure
 from peer.rpc.channels import SERVER_WINDOW_BYTES
 from peer.wire import expert_pb2
 
-MAX_EXPERTS_IN_CALL = 4096
 OPEN_CALL_BYTES = SERVER_WINDOW_BYTES + MAX_CHUNK_BYTES
 """Memory of a call whatever its header says: what gRPC receives ahead of its reader, and the chunk that was read."""
-_TENSORS_OF_ROW = 2
-"""Its inputs or gradients as they came, and what is answered."""
-_ROW_BYTES = 24
-"""Memory of a row's position, and of a segment's length: parsed, and as int64."""
+_FLUSH_AFTER = 0.8
+"""Part of a call's time after which its rows are answered with what is there."""
 _LEAST_BYTES_PER_S = 16_384
 """The slowest payload that is waited for: an upload of 1 Mbit/s that eight calls share."""
 _LOOP_NUMBERS = 2**18
 """Tensors of so many numbers are converted on the loop: int4 takes 4 ms for them. Larger ones are on another thread."""
+_EXPERT_NUMBERS = 2**10
+"""An expert takes as long as so many numbers, however few rows it has."""
+_AT_ONCE = 256
+"""Experts whose work enters the queue in one turn of the loop."""
+_MOST_DESCRIBED = 2**20
+"""Bytes of a message beside its chunk, before the last of what is packed into it."""
 _GRACE_S = 5.0
 """How long a payload may stall."""
 _SETTLE_S = 1.0
@@ -51,153 +60,161 @@ T = TypeVar("T")
 
 Requests: TypeAlias = AsyncIterator[expert_pb2.CallRequest]
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
-Reply: TypeAlias = tuple[expert_pb2.ExpertReply, memoryview]
-"""One part's reply, and its tensor."""
-Keep: TypeAlias = Callable[[CacheKey, WorkItem, Result], bool]
-"""Keeps a forward pass for its backward call. Returns whether it was kept."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One expert's part of a call, as its header describes it: everything about its rows but the tensors."""
-
-    index: int
-    """Its place in the call."""
-    uid: UID
-    row_count: int
-    lengths: torch.Tensor
-    """int64 [S]"""
-    positions: torch.Tensor
-    """int64 [R]"""
-    cached: CachedForward | None = None
-    """In backward: the forward pass that was kept here."""
-    lost: bool = False
-    """In backward: the forward pass was kept here and is gone. Nothing but the row count is known of the rows."""
-
-
-class HeaderParser:
-    """Reads the headers of calls to one node."""
-
-    def __init__(self, swarm_id: str, manifest: Manifest, max_call_bytes: int, cache: ForwardCache) -> None:
-        """`max_call_bytes`: of the payload as float32."""
-        self._swarm_id = swarm_id
-        self._manifest = manifest
-        self._max_call_bytes = max_call_bytes
-        self._cache = cache
-
-    def parse(self, header: expert_pb2.CallHeader, direction: Direction, caller: str) -> list[Part]:
-        """The call's parts, once every number in the header is known to be right. Takes cached forward passes.
-
-        Raises WireError or ExpertError.
-        """
-        require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
-        if len(header.request_id) != 16:
-            raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
-        if header.width != self._manifest.width:
-            raise WireError(f"width {header.width}; this swarm's experts have {self._manifest.width}")
-        if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
-            raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
-        rows = sum(_tensor_rows(expert, direction) for expert in header.experts)
-        encoded_bytes(rows, header.width, header.codec)  # refuses an unknown codec
-        size = 4 * rows * header.width
-        if size > self._max_call_bytes:
-            raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED,
-                f"a call of {size} bytes; at most {self._max_call_bytes}: send fewer rows at once",
-            )
-        return [
-            self._parse_part(index, expert, direction, caller) for index, expert in enumerate(header.experts)
-        ]
-
-    def _parse_part(
-        self, index: int, expert: expert_pb2.ExpertRows, direction: Direction, caller: str
-    ) -> Part:
-        if not expert.kept_request_id:
-            return parse_part(index, expert, self._manifest)
-        if direction == "forward" or expert.segment_lengths or expert.positions:
-            raise WireError("a kept forward pass is named in backward calls, without segments and positions")
-        uid = parse_uid(expert.uid, self._manifest)
-        cached = self._cache.take((caller, expert.kept_request_id, expert.kept_index))
-        if cached is None:
-            nothing = torch.empty(0, dtype=torch.int64)
-            return Part(index, uid, expert.kept_rows, nothing, nothing, lost=True)
-        rows = cached.rows
-        if (cached.uid, len(rows)) != (uid, expert.kept_rows):
-            raise WireError(f"the kept forward pass is of {len(rows)} rows for expert {cached.uid}")
-        return Part(index, uid, len(rows), rows.lengths, rows.positions, cached)
-
-
-def parse_part(index: int, expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
-    """Checks one expert's segments and positions. Raises WireError."""
-    uid = parse_uid(expert.uid, manifest)
-    lengths = np.array(expert.segment_lengths, dtype=np.int64)
-    positions = np.array(expert.positions, dtype=np.int64)
-    if not len(positions):
-        raise WireError(f"no rows for expert {uid}")
-    if not len(lengths) or lengths.min() < 1 or lengths.sum() != len(positions):
-        raise WireError(f"segments of {lengths.sum()} rows for the {len(positions)} rows of expert {uid}")
-    if positions.max() >= manifest.model.context:
-        raise WireError(
-            f"position {positions.max()}; this swarm's context is {manifest.model.context} tokens"
-        )
-    starts = np.cumsum(lengths)[:-1]
-    rising = np.diff(positions) > 0
-    rising[starts - 1] = True  # from one segment to the next, positions may fall
-    if not rising.all():
-        raise WireError(f"positions of expert {uid} do not rise within a segment")
-    return Part(index, uid, len(positions), torch.from_numpy(lengths), torch.from_numpy(positions))
-
-
-def call_bytes(header: expert_pb2.CallHeader, direction: Direction) -> int:
-    """Memory that a call needs for its header, its payload and its answers."""
-    rows = sum(_tensor_rows(expert, direction) for expert in header.experts)
-    described = sum(len(expert.positions) + len(expert.segment_lengths) for expert in header.experts)
-    return _TENSORS_OF_ROW * 4 * rows * header.width + _ROW_BYTES * described
+Outcome: TypeAlias = Result | ExpertError
+Reply: TypeAlias = expert_pb2.ExpertReply | tuple[expert_pb2.AnsweredRows, memoryview]
+"""That an expert's part is over; or answers to rows, with their tensor."""
 
 
 def smallest_call_memory(manifest: Manifest) -> int:
     """What a node must have, to take a backward call of one whole sequence."""
-    return OPEN_CALL_BYTES + manifest.model.context * (
-        2 * _TENSORS_OF_ROW * 4 * manifest.width + 2 * _ROW_BYTES
-    )
+    rows = manifest.model.context
+    pairs, experts = rows * manifest.routing.top_k, min(rows * manifest.routing.top_k, MAX_EXPERTS_IN_CALL)
+    return OPEN_CALL_BYTES + CallSize(rows, pairs, rows, experts, manifest.width, "backward").bytes
 
 
-def _tensor_rows(expert: expert_pb2.ExpertRows, direction: Direction) -> int:
-    """Rows in the payload, of inputs and gradients together."""
-    if expert.kept_request_id:
-        return expert.kept_rows
-    return len(expert.positions) * (2 if direction == "backward" else 1)
-
-
-class Call:
-    """One call while it is answered. As a context manager, it writes replies as they become ready.
-
-    `read` and `begin` each part in order, then `finish`.
-    """
+class CallTensors:
+    """The tensors of one call, and what is computed of them here: the experts' rows and the answers. Pure."""
 
     def __init__(
         self,
         header: expert_pb2.CallHeader,
-        parts: list[Part],
+        assignment: Assignment,
+        inputs: Tensor,
+        gradients: Tensor | None = None,
+        cached: CachedForward | None = None,
+    ) -> None:
+        """`gradients` [R, D]: in backward, those of the answers S. `cached`: the forward call that was kept."""
+        self.assignment = assignment
+        self.inputs = inputs
+        self._header = header
+        self._gradients = gradients
+        self._graphs = {} if cached is None else cached.graphs
+        expected = None if cached is None else cached.answered
+        self.answers = AnswerAssembler(assignment, header.width, weighs=gradients is None, expected=expected)
+        self._expected = np.ones(len(assignment.rows), np.bool_) if expected is None else expected
+        self._updates: Tensor | None = None
+        """[P, D]; in backward."""
+        self._computes_updates = gradients is not None and cached is None
+        if gradients is not None:
+            self._updates = torch.empty_like(self.answers.tensor) if cached is None else cached.updates
+        self._blocks = 0
+        """Of answers, so far."""
+
+    def rows_of(self, expert: int) -> int:
+        return len(self.assignment.rows[self.assignment.pairs_of(expert)])
+
+    def rows_of_experts(self) -> list[Rows | None]:
+        """What each expert computes: None if it is in no answer of the forward call."""
+        assignment, found = self.assignment, list[Rows | None]()
+        inputs_RD = self.inputs.numpy()
+        gradients_RD = None if self._gradients is None else self._gradients.numpy()
+        shares_P = None if gradients_RD is None else self._shares()
+        for expert, lengths in enumerate(assignment.segments()):
+            pairs = assignment.pairs_of(expert)
+            if not self._expected[pairs].any():
+                found.append(None)
+                continue
+            rows = assignment.rows[pairs]
+            gradients = None
+            if gradients_RD is not None and shares_P is not None:
+                gradients = torch.from_numpy(gradients_RD[rows] * shares_P[pairs, None])
+            # with storage of its own: what an expert keeps must not keep all of it
+            inputs = torch.from_numpy(inputs_RD[rows])
+            positions = torch.from_numpy(assignment.positions[rows])
+            found.append(Rows(inputs, lengths, positions, gradients, self._graphs.pop(expert, None)))
+        return found
+
+    def replies(self, outcomes: Sequence[tuple[int, Outcome]], flush: bool) -> list[Reply]:
+        """What is to be said once these experts are over. `flush`: see answers.py."""
+        numbers: list[tuple[int, Tensor | None]] = []
+        for expert, outcome in outcomes:
+            if isinstance(outcome, ExpertError):
+                numbers.append((expert, None))
+                continue
+            numbers.append((expert, outcome.tensor))
+            if self._computes_updates:
+                assert self._updates is not None, "they are computed in backward"
+                assert outcome.updates is not None, "no graph was kept"
+                self._updates[self.assignment.pairs_of(expert)] = outcome.updates
+        answers = [*self.answers.take(numbers), *(self.answers.flush() if flush else ())]
+        return [_expert_reply(*each) for each in outcomes] + [self._encoded(each) for each in answers]
+
+    def _shares(self) -> Floats:
+        """[P]: each expert's part of the gradient of S; 0 if it was not in the answer."""
+        shares_P = np.zeros(len(self.assignment.rows), np.float32)
+        every_row = np.arange(len(self.assignment))
+        pairs_Q, _, counts_R = self.assignment.of_rows(every_row, self._expected)
+        if len(pairs_Q):
+            shares_P[pairs_Q] = self.assignment.shares(pairs_Q, counts_R[counts_R > 0])
+        return shares_P
+
+    def _encoded(self, answers: RowAnswers) -> tuple[expert_pb2.AnsweredRows, memoryview]:
+        is_gradient = self._gradients is not None
+        seed = b"answer %b %d" % (self._header.request_id, self._blocks) if is_gradient else None
+        self._blocks += 1
+        data = encode(answers.tensor.numpy(), self._header.codec, seed)
+        its_products: Sequence[float] = ()
+        if self._gradients is not None and self._updates is not None:
+            rows, pairs = self.assignment.rows[answers.pairs], answers.pairs
+            its_products = products(self._gradients.numpy(), rows, self._updates.numpy(), pairs).tolist()
+        return answers.message(self.assignment, len(data), its_products), data
+
+
+def _expert_reply(expert: int, outcome: Outcome) -> expert_pb2.ExpertReply:
+    if isinstance(outcome, ExpertError):
+        status: int = outcome.status.value[0]
+        return expert_pb2.ExpertReply(
+            index=expert, status=status, message=str(outcome), retry_after_s=outcome.retry_after_s
+        )
+    return expert_pb2.ExpertReply(
+        index=expert,
+        update_count=outcome.update_count,
+        skipped_update=outcome.skipped_update,
+        rolled_back=outcome.rolled_back,
+        version=outcome.version,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CallTimes:
+    """When what ends, in monotonic seconds."""
+
+    flush_at: float
+    """Rows are answered with what is there."""
+    deadline: float
+    """Nobody waits any more."""
+    kept_until: float
+
+    @classmethod
+    def of(cls, now: float, longest_s: float, kept_s: float) -> Self:
+        return cls(now + _FLUSH_AFTER * longest_s, now + longest_s, now + kept_s)
+
+
+class Call:
+    """One call while it is answered."""
+
+    def __init__(
+        self,
+        header: expert_pb2.CallHeader,
+        parsed: ParsedHeader,
         direction: Direction,
         requests: "RequestStream",
         replies: "ReplyStream",
         caller: str,
-        keep: Keep,
     ) -> None:
         self.header = header
-        self.parts = parts
+        self.parsed = parsed
         self._direction = direction
         self._requests = requests
         self._replies = replies
         self._caller = caller
-        self._keep = keep
         self._computing: dict[int, Entry] = {}
-        """By the index of their parts."""
-        self._done: list[tuple[Part, Entry | ExpertError]] = []
-        """Parts that were computed or refused, and have no reply yet."""
+        """By expert."""
+        self._done: list[tuple[int, Outcome]] = []
+        """Experts that have computed or failed, and are not answered yet."""
         self._is_done = asyncio.Event()
-        self._writing: asyncio.Task[None] | None = None
+        """Set when there are some, or when it is time to flush."""
+        self._flush_is_due = False
 
     @classmethod
     async def open(
@@ -208,127 +225,183 @@ class Call:
         caller: str,
         parser: HeaderParser,
         traffic: Bandwidth,
-        keep: Keep,
+        reserve: Callable[[int], object],
     ) -> "Call":
-        """Reads the header. Raises WireError or ExpertError when it is wrong, and TimeoutError if it does not come."""
+        """Reads the header. `reserve`: as for `HeaderParser.parse`.
+
+        Raises WireError or ExpertError when it is wrong, and TimeoutError if it does not come.
+        """
         stream = RequestStream(requests, traffic.down)
         header = await stream.header()
-        parts = parser.parse(header, direction, caller)
-        return cls(header, parts, direction, stream, ReplyStream(context, traffic.up), caller, keep)
+        parsed = parser.parse(header, direction, caller, reserve)
+        return cls(header, parsed, direction, stream, ReplyStream(context, traffic.up), caller)
 
     @property
-    def bytes(self) -> int:
-        """Memory that it needs beside what every call does."""
-        return call_bytes(self.header, self._direction)
+    def pairs(self) -> int:
+        """Rows of all of its experts together. Of a forward call that is lost, only the rows are known."""
+        assignment = self.parsed.assignment
+        return self.parsed.rows if assignment is None else len(assignment.rows)
 
-    async def __aenter__(self) -> None:
-        self._writing = asyncio.create_task(self._write_replies(), name="write replies")
+    @property
+    def uids(self) -> Sequence[UID]:
+        return () if self.parsed.assignment is None else self.parsed.assignment.uids
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._writing is not None, "the call was entered"
-        for entry in list(self._computing.values()):
-            entry.cancel()  # nobody waits any more for what is not computed yet
-        self._writing.cancel()
-        await asyncio.gather(self._writing, return_exceptions=True)
-        await self._replies.settle()
+    async def answer(self, runtime: Runtime, cache: ForwardCache, times: CallTimes) -> None:
+        """Reads the payload, has it computed, and writes the replies.
 
-    async def read(self, part: Part) -> Rows:
-        """Reads the rows of the next part.
-
-        Raises ExpertError (FAILED_PRECONDITION) when the forward pass is kept no more, WireError when the payload is
-        too short or a number in it is not finite, and TimeoutError when it stalls.
+        Raises ExpertError (FAILED_PRECONDITION) when the forward call is kept no more, WireError when the payload is
+        too short or too long or a number in it is not finite, and TimeoutError when it stalls.
         """
-        size = encoded_bytes(part.row_count, self.header.width, self.header.codec)
-        sends_inputs = part.cached is None and not part.lost
-        inputs = await self._requests.read(size) if sends_inputs else None
-        gradients = await self._requests.read(size) if self._direction == "backward" else None
-        if part.lost:
-            message = f"the forward pass of expert {part.uid} is kept no more: send its inputs"
-            raise ExpertError(StatusCode.FAILED_PRECONDITION, message)
-        if part.cached is not None:
-            rows = part.cached.rows
+        tensors = await self._receive()
+        uids = tensors.assignment.uids
+        parts = await self._converted(tensors.rows_of_experts, len(tensors.assignment.rows), len(uids))
+        with self._keeping(tensors, cache, times.kept_until) as kept:
+            timer = asyncio.get_running_loop().call_later(times.flush_at - time.monotonic(), self._flush)
+            writing = asyncio.create_task(self._write_replies(tensors, kept), name="write replies")
+            try:
+                for expert, (uid, rows) in enumerate(zip(uids, parts, strict=True)):
+                    self._begin(expert, uid, rows, runtime, times.deadline, kept)
+                    if expert % _AT_ONCE == _AT_ONCE - 1:
+                        await asyncio.sleep(0)
+                del parts, rows  # with their graphs
+                await self._requests.expect_end()
+                await writing
+            finally:
+                timer.cancel()
+                for entry in list(self._computing.values()):
+                    entry.cancel()  # nobody waits any more for what is not computed yet
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
+                await self._replies.settle()
+
+    async def _receive(self) -> CallTensors:
+        size = encoded_bytes(self.parsed.rows, self.header.width, self.header.codec)
+        assignment, cached = self.parsed.assignment, self.parsed.cached
+        if assignment is None:
+            # a status that comes while the caller still sends might not reach it
+            await self._requests.skip(size)
+            await self._requests.expect_end()
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION, "the forward call is kept no more: send its inputs"
+            )
+        if cached is not None:
+            inputs = cached.inputs
         else:
-            assert inputs is not None, "inputs that are not cached come in the payload"
-            rows = Rows(await self._decoded(inputs, part), part.lengths, part.positions)
-        return rows if gradients is None else replace(rows, gradients=await self._decoded(gradients, part))
+            inputs = await self._decoded(await self._requests.read(size))
+        gradients = None
+        if self._direction == "backward":
+            gradients = await self._decoded(await self._requests.read(size))
+        return CallTensors(self.header, assignment, inputs, gradients, cached)
 
-    def begin(self, part: Part, entry: Entry) -> None:
-        """Answers a part when its work is done."""
-        self._computing[part.index] = entry
-        entry.future.add_done_callback(lambda _: self._end(part, entry))
+    @contextmanager
+    def _keeping(
+        self, tensors: CallTensors, cache: ForwardCache, until: float
+    ) -> Iterator["_Keeping | None"]:
+        """What keeps the call for its backward call, if that is wanted and there is room."""
+        if not self.header.keep or self._direction == "backward":
+            yield None
+            return
+        answers, key = tensors.answers, (self._caller, self.header.request_id)
+        forward = CachedForward(tensors.assignment, tensors.inputs, answers.tensor, answers.sent, until)
+        if not cache.put(key, forward, time.monotonic()):
+            yield None
+            return
+        try:
+            yield _Keeping(cache, key, forward)
+        finally:
+            if not forward.is_complete:
+                cache.discard(key, forward)
 
-    def refuse(self, part: Part, error: ExpertError) -> None:
-        """Answers a part with an error."""
-        self._note(part, error)
+    def _begin(
+        self,
+        expert: int,
+        uid: UID,
+        rows: Rows | None,
+        runtime: Runtime,
+        deadline: float,
+        kept: "_Keeping | None",
+    ) -> None:
+        try:
+            if rows is None:
+                message = f"expert {uid} is in no answer of the forward call"
+                raise ExpertError(StatusCode.FAILED_PRECONDITION, message)
+            work = WorkItem(uid, self._direction, rows, deadline, self._caller, kept is not None)
+            entry = self._computing[expert] = runtime.enqueue(work)
+            entry.future.add_done_callback(lambda _: self._end(expert, entry, runtime, kept))
+        except ExpertError as error:  # concerns this expert alone
+            self._note(expert, error)
 
-    async def finish(self) -> None:
-        """Waits until every part is answered. Raises WireError when the payload is longer than the header says."""
-        assert self._writing is not None, "the call was entered"
-        await self._requests.expect_end()
-        await self._writing
+    def _end(self, expert: int, entry: Entry, runtime: Runtime, kept: "_Keeping | None") -> None:
+        self._computing.pop(expert, None)
+        if entry.future.cancelled():
+            return
+        if (error := entry.future.exception()) is not None:
+            assert isinstance(error, ExpertError), "the runtime raises no other"
+            self._note(expert, error)
+            return
+        result = entry.future.result()
+        if kept is not None and result.graph is not None and entry.work.uid in runtime.experts:
+            kept.add(expert, result.graph)
+        # the cache alone has the graph: this call may wait long for a caller that does not read
+        self._note(expert, replace(result, graph=None))
 
-    def _end(self, part: Part, entry: Entry) -> None:
-        self._computing.pop(part.index, None)
-        if not entry.future.cancelled():
-            entry.future.exception()  # retrieved even if the call ends before it is answered
-            self._note(part, entry)
-
-    def _note(self, part: Part, outcome: Entry | ExpertError) -> None:
-        self._done.append((part, outcome))
+    def _note(self, expert: int, outcome: Outcome) -> None:
+        self._done.append((expert, outcome))
         self._is_done.set()
 
-    async def _write_replies(self) -> None:
-        """Parts that are ready together share a message."""
-        unanswered = len(self.parts)
-        while unanswered:
+    def _flush(self) -> None:
+        self._flush_is_due = True
+        self._is_done.set()
+
+    async def _write_replies(self, tensors: CallTensors, kept: "_Keeping | None") -> None:
+        """Rows that become ready together share a message."""
+        assignment = tensors.assignment
+        unfinished = len(assignment.uids)
+        while unfinished:
             await self._is_done.wait()
             self._is_done.clear()
             done, self._done = self._done, []
-            unanswered -= len(done)
-            await self._replies.write([await self._reply(part, outcome) for part, outcome in done])
+            flush, self._flush_is_due = self._flush_is_due, False
+            unfinished -= len(done)
+            pairs = len(assignment.rows) if flush else sum(tensors.rows_of(expert) for expert, _ in done)
+            replies = await self._converted(partial(tensors.replies, done, flush), pairs, len(done))
+            if flush:
+                self._give_up_unneeded(tensors)
+            is_kept = not unfinished and kept is not None and kept.complete()
+            await self._replies.write(replies, is_kept)
 
-    async def _reply(self, part: Part, outcome: Entry | ExpertError) -> Reply:
-        if isinstance(outcome, ExpertError):
-            return _error_reply(part, outcome)
-        try:
-            result = outcome.future.result()
-        except ExpertError as error:
-            return _error_reply(part, error)
-        seed = b"answer %b %d" % (self.header.request_id, part.index)
-        is_gradient = self._direction == "backward"
-        convert = partial(encode, result.tensor.numpy(), self.header.codec, seed if is_gradient else None)
-        data = await self._converted(convert, part)
-        key = (self._caller, self.header.request_id, part.index)
-        reply = expert_pb2.ExpertReply(
-            index=part.index,
-            update_count=result.update_count,
-            payload_bytes=len(data),
-            kept=outcome.work.keep and self._keep(key, outcome.work, result),
-            skipped_update=result.skipped_update,
-            rolled_back=result.rolled_back,
-        )
-        return reply, data
+    def _give_up_unneeded(self, tensors: CallTensors) -> None:
+        """Ends the work of experts whose rows were all answered without them."""
+        for expert, entry in list(self._computing.items()):
+            if not tensors.answers.is_needed(expert):
+                del self._computing[expert]
+                entry.cancel()
+                message = f"expert {entry.work.uid} was late: its rows are answered without it"
+                self._note(expert, ExpertError(StatusCode.DEADLINE_EXCEEDED, message))
 
-    async def _decoded(self, data: bytearray, part: Part) -> torch.Tensor:
+    async def _decoded(self, data: bytearray) -> Tensor:
         convert = partial(decode, data, self.header.width, self.header.codec)
-        return torch.from_numpy(await self._converted(convert, part))
+        return torch.from_numpy(await self._converted(convert, self.parsed.rows))
 
-    async def _converted(self, convert: Callable[[], T], part: Part) -> T:
-        is_large = part.row_count * self.header.width > _LOOP_NUMBERS
+    async def _converted(self, convert: Callable[[], T], rows: int, experts: int = 0) -> T:
+        is_large = rows * self.header.width + experts * _EXPERT_NUMBERS > _LOOP_NUMBERS
         return await asyncio.to_thread(convert) if is_large else convert()
 
 
-def _error_reply(part: Part, error: ExpertError) -> Reply:
-    status: int = error.status.value[0]
-    reply = expert_pb2.ExpertReply(
-        index=part.index, status=status, message=str(error), retry_after_s=error.retry_after_s
-    )
-    return reply, memoryview(b"")
+@dataclass(frozen=True, slots=True)
+class _Keeping:
+    """Keeps a forward call while it is computed."""
+
+    cache: ForwardCache
+    key: CacheKey
+    forward: CachedForward
+
+    def add(self, expert: int, graph: Graph) -> None:
+        self.cache.add_graph(self.key, self.forward, expert, graph)
+
+    def complete(self) -> bool:
+        """Whether it is kept, now that all is answered."""
+        return bool(self.forward.answered.any()) and self.cache.complete(self.key, self.forward)
 
 
 class RequestStream:
@@ -361,6 +434,15 @@ class RequestStream:
             data += self._chunk[:missing]
             self._chunk = self._chunk[missing:]
         return data
+
+    async def skip(self, size: int) -> None:
+        """Reads over the next `size` bytes. Raises as `read` does."""
+        while size:
+            if not self._chunk:
+                self._chunk = memoryview(await self._next_chunk(size))
+            skipped = min(size, len(self._chunk))
+            self._chunk = self._chunk[skipped:]
+            size -= skipped
 
     async def expect_end(self) -> None:
         """Raises WireError when there is more than the header said."""
@@ -401,14 +483,16 @@ class ReplyStream:
     def __init__(self, context: Context, uploads: RateLimit) -> None:
         self._context = context
         self._uploads = uploads
-        self._unsent: deque[tuple[expert_pb2.ExpertReply | None, memoryview]] = deque()
-        """Replies with their tensors; the first may be the rest of a tensor, without its reply."""
+        self._unsent: deque[Reply | memoryview] = deque()
+        """The first may be the rest of a tensor."""
         self._sending: asyncio.Future[None] | None = None
 
-    async def write(self, replies: list[Reply]) -> None:
+    async def write(self, replies: Sequence[Reply], is_kept: bool) -> None:
+        """`is_kept`: these are the last replies, and the node keeps the call."""
         self._unsent.extend(replies)
         while self._unsent:
             message = self._next_message()
+            message.kept = is_kept and not self._unsent
             await self._uploads.take(len(message.chunk))
             self._sending = asyncio.ensure_future(self._context.write(message))
             self._sending.add_done_callback(note_failure)
@@ -420,15 +504,24 @@ class ReplyStream:
             await asyncio.wait([self._sending], timeout=_SETTLE_S)
 
     def _next_message(self) -> expert_pb2.CallReply:
-        experts: list[expert_pb2.ExpertReply] = []
+        message = expert_pb2.CallReply()
         pieces: list[memoryview] = []
-        room = CHUNK_BYTES
-        while room and self._unsent:
-            reply, data = self._unsent.popleft()
-            if reply is not None:
-                experts.append(reply)
+        room, described = CHUNK_BYTES, 0
+        while room and self._unsent and described < _MOST_DESCRIBED:
+            reply = self._unsent.popleft()
+            if isinstance(reply, expert_pb2.ExpertReply):
+                message.experts.append(reply)
+                described += reply.ByteSize()
+                continue
+            if isinstance(reply, memoryview):
+                data = reply
+            else:
+                rows, data = reply
+                message.rows.append(rows)
+                described += rows.ByteSize()
             pieces.append(data[:room])
             if len(data) > room:
-                self._unsent.appendleft((None, data[room:]))
+                self._unsent.appendleft(data[room:])
             room -= len(pieces[-1])
-        return expert_pb2.CallReply(experts=experts, chunk=b"".join(pieces))
+        message.chunk = b"".join(pieces)
+        return message

@@ -9,6 +9,7 @@ from math import inf
 from operator import itemgetter
 
 import torch
+from torch import Tensor
 
 from expert_server.experts.accumulation import MOST_APART, size_of
 from expert_server.experts.expert import Expert
@@ -17,22 +18,25 @@ from expert_server.experts.grouped import LEAST_EXPERTS, backward
 from expert_server.serving.batching import Result, WorkItem
 from peer.errors import ExpertError
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
     """Computes work of one expert and direction as one batch, in backward with one optimizer step.
 
     If the batch fails, each work item is computed by itself, so that one caller's numbers cannot spoil another's. For
-    the same reason callers whose gradients differ greatly in size take separate steps, each clipped by itself. The
-    last step may be left for `Expert.settle`.
+    the same reason callers whose gradients differ greatly in size take separate steps, each clipped by itself, and
+    those over their share of the steps take none (`Callers`). The last step may be left for `Expert.settle`.
     """
-    if batch[0].direction == "backward" and len(groups := by_size(batch)) > 1:
-        results = {
-            work: result
-            for group in groups
-            for work, result in zip(group, _computed(expert, group), strict=True)
-        }
-        return [results[work] for work in batch]
-    return _computed(expert, batch)
+    if batch[0].direction == "forward":
+        return _computed(expert, batch)
+    clipped = [_clipped(expert, work) for work in batch]
+    over = {caller for caller in {work.caller for work in batch} if expert.callers.is_over(caller)}
+    results: dict[WorkItem, Result | ExpertError] = {}
+    for withhold in (False, True):
+        for group in by_size([work for work, _ in clipped if (work.caller in over) is withhold]):
+            results |= zip(group, _computed(expert, group, withhold), strict=True)
+    return [_unclipped(results[work], factor) for work, factor in clipped]
 
 
 def can_join(expert: Expert, work: WorkItem) -> bool:
@@ -68,28 +72,41 @@ def _forward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> l
     for index, expert in enumerate(experts):
         graph = SharedGraph(shared, index, expert.generation) if keep else None
         try:
-            results.append(Result(expert.updates_in(shared, index), expert.update_count, graph))
+            results.append(
+                Result(expert.updates_in(shared, index), expert.update_count, graph, version=expert.version)
+            )
         except ExpertError as error:
             results.append(error)
     return results
 
 
 def _backward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
-    ordered, shared = list(zip(experts, works, strict=True)), works[0].shared
+    clipped = [_clipped(expert, work) for expert, work in zip(experts, works, strict=True)]
+    works = [work for work, _ in clipped]
+    ordered, shared, is_new = list(zip(experts, works, strict=True)), works[0].shared, False
     if shared is not None and _are_whole(shared, experts, works):
         ordered.sort(key=lambda pair: _graph_of(pair[1]).index)
     else:
-        shared = _pass_together(experts, works, keep=True)
+        shared, is_new = _pass_together(experts, works, keep=True), True
     gradients = [work.rows.gradients for _, work in ordered if work.rows.gradients is not None]
     of_inputs, of_parameters = backward(shared, gradients)
     results: dict[WorkItem, Result | ExpertError] = {}
-    for (expert, work), own, others in zip(ordered, of_inputs, of_parameters, strict=True):
+    for index, ((expert, work), own, others) in enumerate(
+        zip(ordered, of_inputs, of_parameters, strict=True)
+    ):
         try:
-            gradient, outcome = expert.backward_by(work.rows, own, others)
-            results[work] = Result(gradient, expert.update_count, step=outcome)
+            updates = expert.updates_in(shared, index) if is_new else None
+            gradient, outcome = expert.backward_by(
+                work.rows,
+                own,
+                others,
+                callers=rows_by_caller([work]),
+                withhold=expert.callers.is_over(work.caller),
+            )
+            results[work] = Result(gradient, expert.update_count, step=outcome, updates=updates)
         except ExpertError as error:
             results[work] = error
-    return [results[work] for work in works]
+    return [_unclipped(results[work], factor) for work, factor in clipped]
 
 
 def _are_whole(shared: SharedPass, experts: Sequence[Expert], works: Sequence[WorkItem]) -> bool:
@@ -102,6 +119,33 @@ def _are_whole(shared: SharedPass, experts: Sequence[Expert], works: Sequence[Wo
 def _graph_of(work: WorkItem) -> SharedGraph:
     assert isinstance(work.rows.graph, SharedGraph), "it shares a pass"
     return work.rows.graph
+
+
+def _clipped(expert: Expert, work: WorkItem) -> tuple[WorkItem, float]:
+    """Notes the work's rows, and scales its gradients down if they are large beside those of other callers.
+
+    Also returns the factor, at most 1.
+    """
+    factor = expert.callers.note_rows(work.caller, len(work.rows), size_of([work.rows]))
+    if factor == 1.0:
+        return work, factor
+    assert work.rows.gradients is not None, "only backward has gradients"
+    return replace(work, rows=replace(work.rows, gradients=work.rows.gradients * factor)), factor
+
+
+def _unclipped(result: Result | ExpertError, factor: float) -> Result | ExpertError:
+    """The answer to the gradients as they were sent: a backward pass is linear in them."""
+    if isinstance(result, ExpertError) or factor == 1.0:
+        return result
+    tensor = (result.tensor / factor).clamp(-_LARGEST, _LARGEST)
+    return replace(result, tensor=tensor, is_clipped=True)
+
+
+def rows_by_caller(works: Sequence[WorkItem]) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for work in works:
+        rows[work.caller] = rows.get(work.caller, 0) + len(work.rows)
+    return rows
 
 
 def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
@@ -123,10 +167,12 @@ def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
     return groups
 
 
-def _computed(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
-    compute_batch = _forward if batch[0].direction == "forward" else _backward
+def _computed(
+    expert: Expert, batch: Sequence[WorkItem], withhold: bool = False
+) -> list[Result | ExpertError]:
+    is_forward = batch[0].direction == "forward"
     try:
-        results = compute_batch(expert, batch)
+        results = _forward(expert, batch) if is_forward else _backward(expert, batch, withhold)
         if len(batch) == 1 or not results[0].skipped_update:
             return list(results)
     except ExpertError as error:
@@ -134,31 +180,47 @@ def _computed(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | Expert
             return [error]
     # one by one, to see whose numbers were at fault; the graphs are used up
     alone = [replace(work, rows=replace(work.rows, graph=None)) for work in batch]
-    return [result for work in alone for result in _computed(expert, [work])]
+    return [
+        result
+        for work in alone
+        for result in _computed(expert, [work], not is_forward and expert.callers.is_over(work.caller))
+    ]
 
 
 def _forward(expert: Expert, batch: Sequence[WorkItem]) -> list[Result]:
     if len(batch) == 1 and batch[0].keep:
         output_RD, graph = expert.forward_with_graph(batch[0].rows)
-        return [Result(output_RD, expert.update_count, graph)]
+        return [Result(output_RD, expert.update_count, graph, version=expert.version)]
     output_RD = expert.forward(_joined(batch))
     parts = torch.split(output_RD, [len(work.rows) for work in batch])
-    return [Result(part, expert.update_count) for part in parts]
+    return [Result(part, expert.update_count, version=expert.version) for part in parts]
 
 
-def _backward(expert: Expert, batch: Sequence[WorkItem]) -> list[Result]:
+def _backward(expert: Expert, batch: Sequence[WorkItem], withhold: bool) -> list[Result]:
     """Rows with a good graph go by themselves, the others as one part; all of them share one optimizer step."""
     ready = [work for work in batch if expert.is_good(work.rows.graph)]
     others = [work for work in batch if not expert.is_good(work.rows.graph)]
     parts = [work.rows for work in ready]
+    updates: dict[WorkItem, Tensor] = {}
     if others:
-        parts.append(_joined(others))
-    gradients, outcome = expert.backward(parts, may_defer=True)
+        joined = _joined(others)
+        updates_RD, graph = expert.forward_with_graph(joined)
+        parts.append(replace(joined, graph=graph))
+        updates = _of_works(others, updates_RD)
+    gradients, outcome = expert.backward(
+        parts, may_defer=True, callers=rows_by_caller(batch), withhold=withhold
+    )
     by_work = dict(zip(ready, gradients, strict=False))
     if others:
-        split = torch.split(gradients[-1], [len(work.rows) for work in others])
-        by_work |= dict(zip(others, split, strict=True))
-    return [Result(by_work[work], expert.update_count, step=outcome) for work in batch]
+        by_work |= _of_works(others, gradients[-1])
+    return [
+        Result(by_work[work], expert.update_count, step=outcome, updates=updates.get(work)) for work in batch
+    ]
+
+
+def _of_works(works: Sequence[WorkItem], joined_RD: Tensor) -> dict[WorkItem, Tensor]:
+    split = torch.split(joined_RD, [len(work.rows) for work in works])
+    return dict(zip(works, split, strict=True))
 
 
 def _joined(works: Sequence[WorkItem]) -> Rows:

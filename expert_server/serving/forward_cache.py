@@ -1,44 +1,59 @@
-"""Forward passes cached until their backward call comes, and the backward calls already seen. Pure and bounded.
+"""Forward calls cached until their backward call comes, and the backward calls already seen. Pure and bounded.
 
-A cached pass spares sending the inputs again and computing the updates again. Remembering the request ids of backward
+A cached call spares sending its inputs again and computing the updates again. Remembering the request ids of backward
 calls ensures that none is applied twice.
+
+Shape suffixes: R = rows, P = pairs of a row and an expert (see assignment.py), D = width.
 """
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from dht.uid import UID
-from expert_server.experts.graphs import Rows, SharedPass, WeightVersion
+from torch import Tensor
 
-CacheKey: TypeAlias = tuple[str, bytes, int]
-"""The caller of the forward pass, its request id, and the index of the part within the call."""
+from expert_server.experts.graphs import ForwardGraph, SharedGraph, SharedPass, WeightVersion
+from expert_server.serving.assignment import Assignment
+from peer.codec import Booleans
+
+_CALL_BYTES, _EXPERT_BYTES = 2048, 128
+"""What a call takes beside its numbers, and each of its experts."""
+
+CacheKey: TypeAlias = tuple[str, bytes]
+"""The caller of the forward call, and its request id."""
+Graph: TypeAlias = ForwardGraph | SharedGraph
 Version: TypeAlias = WeightVersion | SharedPass
 """What several graphs share."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CachedForward:
-    """The rows that one expert was given in a forward call, with their graph if there is room for it."""
+    """One forward call: what it was given, what its experts answered, and the graphs for which there is room."""
 
-    uid: UID
-    rows: Rows
+    assignment: Assignment
+    inputs: Tensor
+    """[R, D]"""
+    updates: Tensor
+    """[P, D], where `answered`."""
+    answered: Booleans
+    """[P]: which pairs are in the answers that were sent."""
     expires_at: float
+    graphs: dict[int, Graph] = field(default_factory=dict)
+    """By expert. The cache adds and evicts them."""
+    is_complete: bool = False
+    """Whether the call has been answered. Before, no backward call may have it."""
 
     @property
     def bytes(self) -> int:
-        rows = self.rows
-        without_graph = rows.inputs.nbytes + rows.lengths.nbytes + rows.positions.nbytes
-        return without_graph + (0 if rows.graph is None else rows.graph.bytes)
-
-    def without_graph(self) -> "CachedForward":
-        return replace(self, rows=replace(self.rows, graph=None))
+        """Without graphs."""
+        numbers = self.inputs.nbytes + self.updates.nbytes + self.answered.nbytes + self.assignment.nbytes
+        return numbers + _CALL_BYTES + _EXPERT_BYTES * len(self.assignment.uids)
 
 
 class ForwardCache:
-    """Keeps within a memory budget. When full, it evicts passes of the caller that takes the most memory.
+    """Keeps within a memory budget. When full, it evicts from the caller that takes the most memory.
 
-    Of that caller, it evicts the oldest graphs first, then the oldest inputs. So a stranger evicts only its own passes
+    Of that caller, it evicts the oldest graphs first, then the oldest calls. So a stranger evicts only its own calls
     as long as the others take less than it does.
     """
 
@@ -58,22 +73,51 @@ class ForwardCache:
         return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
     def put(self, key: CacheKey, forward: CachedForward, now: float) -> bool:
-        """Returns whether the pass is cached: not if it is over the budget by itself, even without its graph."""
+        """Takes a call that has no graphs yet. Returns whether it is cached: not if it is over the budget by itself."""
         self._drop_expired(now)
-        if forward.bytes > self._budget_bytes:
-            forward = forward.without_graph()
         if forward.bytes > self._budget_bytes:
             return False
         self._remove(key)
-        self._add(key, forward)
+        self._cached[key] = forward
+        kept = self._callers.setdefault(key[0], _Kept())
+        kept.calls[key] = None
+        kept.own_bytes += forward.bytes
+        self._own_bytes += forward.bytes
         self._keep_to_budget()
         return key in self._cached
 
-    def take(self, key: CacheKey) -> CachedForward | None:
-        """Removes a pass and returns it."""
-        forward = self._remove(key)
+    def add_graph(self, key: CacheKey, forward: CachedForward, expert: int, graph: Graph) -> None:
+        """Adds what one expert of a call kept, if the call is still cached and there is room."""
+        if self._cached.get(key) is not forward or forward.bytes + graph.bytes > self._budget_bytes:
+            return
+        kept = self._callers[key[0]]
+        forward.graphs[expert] = graph
+        kept.graphs[key, expert] = graph.version
+        kept.own_bytes += graph.bytes
+        self._own_bytes += graph.bytes
+        for versions in (kept.versions, self._versions):
+            versions[graph.version] += 1
         self._keep_to_budget()
-        return forward
+
+    def complete(self, key: CacheKey, forward: CachedForward) -> bool:
+        """Notes that a call has been answered. Returns whether it is still cached."""
+        forward.is_complete = True
+        return self._cached.get(key) is forward
+
+    def take(self, key: CacheKey) -> CachedForward | None:
+        """Removes a call that is complete, and returns it."""
+        forward = self._cached.get(key)
+        if forward is not None and forward.is_complete:
+            graphs = dict(forward.graphs)
+            self._remove(key)
+            forward.graphs = graphs
+        self._keep_to_budget()
+        return forward if forward is not None and forward.is_complete else None
+
+    def discard(self, key: CacheKey, forward: CachedForward) -> None:
+        """Removes a call that came to nothing, unless another has taken its place."""
+        if self._cached.get(key) is forward:
+            self._remove(key)
 
     def clear(self) -> None:
         self._cached.clear()
@@ -84,54 +128,61 @@ class ForwardCache:
     def __len__(self) -> int:
         return len(self._cached)
 
-    def _add(self, key: CacheKey, forward: CachedForward) -> None:
-        self._cached[key] = forward
-        kept = self._callers.setdefault(key[0], _Kept())
-        kept.passes[key] = None
-        kept.own_bytes += forward.bytes
-        self._own_bytes += forward.bytes
-        if forward.rows.graph is not None:
-            version = kept.graphs[key] = forward.rows.graph.version
-            for versions in (kept.versions, self._versions):
-                versions[version] += 1
-
-    def _remove(self, key: CacheKey) -> CachedForward | None:
+    def _remove(self, key: CacheKey) -> None:
         forward = self._cached.pop(key, None)
-        if forward is not None:
-            kept = self._callers[key[0]]
-            del kept.passes[key]
-            self._shrink(key, forward.bytes)
-            if not kept.passes:
-                del self._callers[key[0]]
-        return forward
+        if forward is None:
+            return
+        for expert in list(forward.graphs):
+            self._drop_graph(key, forward, expert)
+        kept = self._callers[key[0]]
+        del kept.calls[key]
+        kept.own_bytes -= forward.bytes
+        self._own_bytes -= forward.bytes
+        if not kept.calls:
+            del self._callers[key[0]]
+
+    def _drop_graph(self, key: CacheKey, forward: CachedForward, expert: int) -> tuple[int, int]:
+        """Gives the bytes that this frees, and by how many its caller has less."""
+        kept, graph = self._callers[key[0]], forward.graphs.pop(expert)
+        version = kept.graphs.pop((key, expert))
+        kept.own_bytes -= graph.bytes
+        self._own_bytes -= graph.bytes
+        freed = []
+        for versions in (self._versions, kept.versions):
+            versions[version] -= 1
+            freed.append(graph.bytes if versions[version] else graph.bytes + version.bytes)
+            if not versions[version]:
+                del versions[version]
+        return freed[0], freed[1]
 
     def _keep_to_budget(self) -> None:
         """Called even when nothing was added, because versions grow whenever an expert steps."""
-        while self.bytes > self._budget_bytes:
-            largest = max(self._callers.values(), key=lambda kept: kept.bytes)
-            if largest.graphs:
-                key = next(iter(largest.graphs))
-                forward = self._cached[key]
-                self._cached[key] = bare = forward.without_graph()
-                self._shrink(key, forward.bytes - bare.bytes)
-            else:
-                self._remove(next(iter(largest.passes)))
+        while (excess := self.bytes - self._budget_bytes) > 0:
+            self._evict(excess)
 
-    def _shrink(self, key: CacheKey, size: int) -> None:
-        """Notes that a pass has gone, or its graph."""
-        kept = self._callers[key[0]]
-        kept.own_bytes -= size
-        self._own_bytes -= size
-        version = kept.graphs.pop(key, None)
-        if version is None:
-            return
-        for versions in (kept.versions, self._versions):
-            versions[version] -= 1
-            if not versions[version]:
-                del versions[version]
+    def _evict(self, excess: int) -> None:
+        """Frees so many bytes, or fewer if versions have grown meanwhile.
+
+        To add up what is kept takes a while. So that is done once, and not for each call that goes.
+        """
+        sizes = {name: kept.bytes for name, kept in self._callers.items()}
+        while excess > 0 and sizes:
+            name = max(sizes, key=sizes.__getitem__)
+            kept = self._callers[name]
+            if kept.graphs:
+                key, expert = next(iter(kept.graphs))
+                freed, less = self._drop_graph(key, self._cached[key], expert)
+            else:
+                key = next(iter(kept.calls))
+                freed = less = self._cached[key].bytes
+                self._remove(key)
+            excess -= freed
+            sizes[name] -= less
+            if not kept.calls:
+                del sizes[name]
 
     def _drop_expired(self, now: float) -> None:
-        """All passes have the same lifetime, so the oldest expire first."""
+        """All calls have the same lifetime, so the oldest expire first."""
         while self._cached and next(iter(self._cached.values())).expires_at <= now:
             self._remove(next(iter(self._cached)))
 
@@ -140,9 +191,9 @@ class ForwardCache:
 class _Kept:
     """What is cached for one caller, oldest first."""
 
-    passes: dict[CacheKey, None] = field(default_factory=dict)
-    graphs: dict[CacheKey, Version] = field(default_factory=dict)
-    """What each pass that has its graph shares with others."""
+    calls: dict[CacheKey, None] = field(default_factory=dict)
+    graphs: dict[tuple[CacheKey, int], Version] = field(default_factory=dict)
+    """What each graph shares with others."""
     versions: Counter[Version] = field(default_factory=Counter)
     own_bytes: int = 0
 

@@ -68,6 +68,16 @@ class RuntimeMetrics:
             "Optimizer steps skipped for gradients that were not finite.",
             registry=metrics,
         )
+        self.withheld_updates = Counter(
+            "talkoot_withheld_updates",
+            "Backward work without a step, as its caller had caused more than its share of them.",
+            registry=metrics,
+        )
+        self.clipped_rows = Counter(
+            "talkoot_clipped_rows",
+            "Rows whose gradients were scaled down, as they were large beside those of other callers.",
+            registry=metrics,
+        )
         self.rollbacks = Counter(
             "talkoot_rollbacks", "Experts rolled back to their last good state.", registry=metrics
         )
@@ -463,11 +473,13 @@ class Runtime:
                 logger.exception("expert %s failed on a batch from %s", names, callers)
                 message = f"expert {names} failed: {type(error).__name__}"
                 results = [ExpertError(StatusCode.INTERNAL, message) for _ in batch]
-        for result in results:
+        for work, result in zip(works, results, strict=True):
             if isinstance(result, ExpertError):
                 self.metrics.failed.labels("failed").inc()
-            elif result.skipped_update:
-                self.metrics.skipped_updates.inc()
+                continue
+            self.metrics.skipped_updates.inc(result.skipped_update)
+            self.metrics.withheld_updates.inc(result.withheld_update)
+            self.metrics.clipped_rows.inc(len(work.rows) * result.is_clipped)
         return results
 
     def _expire(self, entries: Sequence[Entry]) -> None:

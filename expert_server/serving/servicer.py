@@ -1,8 +1,8 @@
-"""ExpertService: what trainers call. Checks who calls and what it may cost, then answers the call part by part."""
+"""ExpertService: what trainers call. Checks who calls and what it may cost, then answers the call."""
 
 import time
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import grpc
@@ -11,9 +11,10 @@ from prometheus_client import CollectorRegistry, Counter
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.serving.batching import Direction, Result, WorkItem
-from expert_server.serving.call import OPEN_CALL_BYTES, Call, Context, HeaderParser, Requests
-from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache, SeenRequests
+from expert_server.serving.batching import Direction
+from expert_server.serving.call import OPEN_CALL_BYTES, Call, CallTimes, Context, Requests
+from expert_server.serving.forward_cache import ForwardCache, SeenRequests
+from expert_server.serving.headers import HeaderParser
 from expert_server.serving.runtime import Runtime
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
@@ -35,7 +36,7 @@ class BudgetLimits:
     """What each caller may use. None means no limit."""
 
     rows_per_s: float | None = None
-    """Forward and backward together."""
+    """Rows of all experts, forward and backward together."""
     updates_per_s: float | None = None
     """Optimizer steps of all experts together."""
     expert_updates_per_hour: float | None = None
@@ -68,14 +69,15 @@ class Budgets:
         self._of_expert = _buckets(None if hourly is None else hourly / 3600, _EXPERT_BURST_S)
         self._bounded = limits != BudgetLimits()
 
-    def take(self, caller: str, direction: Direction, parts: Sequence[tuple[UID, int]], now: float) -> None:
-        """Counts a call with so many rows for each expert. Raises ExpertError (RESOURCE_EXHAUSTED), and counts nothing.
+    def take(self, caller: str, direction: Direction, rows: int, uids: Collection[UID], now: float) -> None:
+        """Counts a call with so many rows for all of its experts together.
 
-        Each expert in a backward call counts as one step, even if its rows are merged with others into one step.
+        Each expert in a backward call counts as one step, even if its rows are merged with others into one step. Raises
+        ExpertError (RESOURCE_EXHAUSTED), and counts nothing.
         """
         if not self._bounded:
             return
-        steps = {(caller, uid) for uid, _ in parts} if direction == "backward" else set[tuple[str, UID]]()
+        steps = {(caller, uid) for uid in uids} if direction == "backward" else set[tuple[str, UID]]()
         waits = {"rows": self._rows.wait_s(caller, now)}
         if steps:
             waits["optimizer steps"] = self._updates.wait_s(caller, now)
@@ -88,7 +90,7 @@ class Budgets:
                 f"your budget of {what} at this node is spent: come back in {wait_s:.1f} s",
                 retry_after_s=wait_s,
             )
-        self._rows.take(caller, sum(rows for _, rows in parts), now)
+        self._rows.take(caller, rows, now)
         for step in steps:
             self._updates.take(caller, 1, now)
             self._of_expert.take(step, 1, now)
@@ -105,7 +107,7 @@ class CallLimits:
     max_call_bytes: int = 64 * 2**20
     """The payload of one call as float32, which is what it takes in memory however it is encoded."""
     max_call_s: float = MAX_CALL_S
-    """How long a call may last, whatever its own deadline, and how long a forward pass is cached."""
+    """How long a call may last, whatever its own deadline. Kept forward calls expire after twice that."""
     max_kept_bytes: int = 0
     """Memory for cached forward passes."""
     remembered_requests: int = 65_536
@@ -163,45 +165,24 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         )
 
     async def _serve(self, direction: Direction, requests: Requests, context: Context) -> None:
-        """Answers one call, part by part."""
+        """Answers one call."""
         self.calls.inc()
         remaining_s = context.time_remaining()
         longest_s = (
             self._limits.max_call_s if remaining_s is None else min(self._limits.max_call_s, remaining_s)
         )
-        deadline = time.monotonic() + longest_s
+        times = CallTimes.of(time.monotonic(), longest_s, 2 * self._limits.max_call_s)
         async with abort_on_error(context, longest_s, f"the call lasted longer than {longest_s:.1f} s"):
             caller = self._sessions.require(context, _RIGHTS[direction]).name
             with self.memory.holding(caller, OPEN_CALL_BYTES) as memory:
                 call = await Call.open(
-                    direction, requests, context, caller, self._parser, self._traffic, self._keep
+                    direction, requests, context, caller, self._parser, self._traffic, memory.grow
                 )
-                memory.grow(call.bytes)
                 self._admit(direction, call, caller)
-                await self._answer(call, direction, caller, deadline)
-
-    async def _answer(self, call: Call, direction: Direction, caller: str, deadline: float) -> None:
-        keep = call.header.keep and direction == "forward"
-        async with call:
-            for part in call.parts:  # in the payload's order
-                try:
-                    rows = await call.read(part)
-                    work = WorkItem(part.uid, direction, rows, deadline, caller, keep)
-                    call.begin(part, self._runtime.enqueue(work))
-                except ExpertError as error:  # concerns this part alone
-                    call.refuse(part, error)
-            await call.finish()
+                await call.answer(self._runtime, self.forward_cache, times)
 
     def _admit(self, direction: Direction, call: Call, caller: str) -> None:
         """Raises ExpertError when the caller's budget is spent, or when this backward call was seen before."""
-        rows = [(part.uid, part.row_count) for part in call.parts]
-        self.budgets.take(caller, direction, rows, time.monotonic())
+        self.budgets.take(caller, direction, call.pairs, call.uids, time.monotonic())
         if direction == "backward" and not self._seen.is_new(caller, call.header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
-
-    def _keep(self, key: CacheKey, work: WorkItem, result: Result) -> bool:
-        if work.uid not in self._runtime.experts:  # released in the meantime
-            return False
-        now = time.monotonic()
-        rows = replace(work.rows, graph=result.graph)
-        return self.forward_cache.put(key, CachedForward(work.uid, rows, now + self._limits.max_call_s), now)

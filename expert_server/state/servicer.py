@@ -11,8 +11,10 @@ from grpc import StatusCode
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
+from expert_server.experts.devices import Precision
 from expert_server.state.transfer import (
     MAX_TRANSFER_S,
+    Block,
     Snapshot,
     SnapshotTaker,
     TransferMetrics,
@@ -35,8 +37,15 @@ MAX_TRANSFERS = 8
 MAX_UIDS_IN_ASK = 256
 _REMEMBERED = 4096
 _ADOPT_EVERY_S = 1.0
+_AHEAD = 2
+"""Times that one peer may ask for an average of the same expert before it is due: a node that leaves asks once more."""
 _EXPERTS_PER_S = 32.0
 """That one peer may ask this one to fetch, on average."""
+_PRECISIONS: dict[Precision, state_pb2.Precision] = {
+    "fp32": state_pb2.PRECISION_FP32,
+    "tf32": state_pb2.PRECISION_TF32,
+    "bf16": state_pb2.PRECISION_BF16,
+}
 
 
 @dataclass(frozen=True)
@@ -59,31 +68,34 @@ class HintQueue:
     """The hints that wait to be followed. Pure.
 
     The peers take turns, and share the room fairly, so that no stranger keeps others from being heard. What one peer
-    asked for may come again from another at once, but not from the same one.
+    asked for may come again from another at once, but not from the same one: a replica that averages with another more
+    often draws it further towards itself, as each meeting may move it (`peer.clipping`).
     """
 
     def __init__(self, limit: int, average_every_s: float) -> None:
-        """`limit`: experts, of all hints together. `average_every_s`: before a peer may ask again for the same one."""
+        """`limit`: experts, of all hints together. `average_every_s`: between two hints of a peer for one of them."""
         self._room = FairBudget(limit)
         self._average_every_s = average_every_s
         self._waiting: OrderedDict[PeerID, dict[tuple[UID, bool], tuple[FetchHint, Reservation]]] = (
             OrderedDict()
         )
         """By peer, those whose turn was longest ago first. No peer is without any."""
-        self._taken_at = BoundedDict[tuple[PeerID, UID, bool], float](_REMEMBERED)
+        self._due_at = BoundedDict[tuple[PeerID, UID, bool], float](_REMEMBERED)
         self._paces = TokenBuckets[PeerID](_EXPERTS_PER_S, MAX_UIDS_IN_ASK)
 
     def put(self, hint: FetchHint, now: float) -> int:
         """Returns how many of the hint's experts were taken, from the first on."""
         every_s = self._average_every_s if hint.is_average else _ADOPT_EVERY_S
+        most_early_s = _AHEAD * every_s if hint.is_average else 0.0
         if self._paces.wait_s(hint.peer_id, now):
             return 0
         self._paces.take(hint.peer_id, len(hint.uids), now)
         for taken, uid in enumerate(hint.uids):
             key = hint.peer_id, uid, hint.is_average
-            if now < self._taken_at.get(key, float("-inf")) + every_s or not self._add(hint, uid):
+            due_at = max(now, self._due_at.get(key, now))
+            if due_at > now + most_early_s or not self._add(hint, uid):
                 return taken
-            self._taken_at[key] = now
+            self._due_at[key] = due_at + every_s
         return len(hint.uids)
 
     def pop(self, is_average: bool) -> FetchHint | None:
@@ -165,12 +177,21 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         raise AssertionError("abort raises")
 
     async def _give(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
-        caller = self._sessions.require(context, session_pb2.RIGHT_FETCH).caller
+        # who may ask what an expert answers may ask for what it answers with, and for no more
+        right = session_pb2.RIGHT_FORWARD if request.version else session_pb2.RIGHT_FETCH
+        caller = self._sessions.require(context, right).caller
         require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
         uid = parse_uid(request.uid, self._manifest)
         if request.offset and not request.sha256:
             raise WireError("an offset belongs to a snapshot: give its checksum")
+        if request.version and request.sha256:
+            raise WireError("a version is no snapshot's: leave the checksum out")
         with self._slots.taken(caller, self._state_bytes):
+            if request.version:
+                await self._stream_block(
+                    await self._snapshots.block_for(caller, uid, request.version), context
+                )
+                return
             snapshot = await self._find(uid, request.sha256, caller)
             await self._stream(snapshot, caller, request.offset, context)
 
@@ -189,13 +210,27 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
             update_count=snapshot.update_count,
             total_bytes=len(snapshot.data),
             sha256=snapshot.sha256,
-            met_update_count=snapshot.met.get(caller, 0),
+            met_update_count=snapshot.met[caller].mine if caller in snapshot.met else 0,
         )
+        await self._send(header, snapshot.data, offset, context)
+        snapshot.note_given(caller)
+
+    async def _stream_block(self, block: Block, context: FetchContext) -> None:
+        header = state_pb2.StateHeader(
+            update_count=block.update_count,
+            total_bytes=len(block.data),
+            sha256=block.sha256,
+            precision=_PRECISIONS[block.precision],
+        )
+        await self._send(header, block.data, 0, context)
+
+    async def _send(
+        self, header: state_pb2.StateHeader, data: bytes, offset: int, context: FetchContext
+    ) -> None:
         pace = TransferPace()
-        async for reply in outgoing(header, snapshot.data, offset, self._up):
+        async for reply in outgoing(header, data, offset, self._up):
             await pace.write(context.write(reply), len(reply.chunk))
             self._metrics.bytes.labels("sent").inc(len(reply.chunk))
-        snapshot.note_given(caller)
 
     def _hint(self, request: state_pb2.AskRequest, caller: PeerID) -> FetchHint:
         if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:

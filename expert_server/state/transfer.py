@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import grpc
 from grpc import StatusCode
@@ -15,21 +16,21 @@ from prometheus_client import CollectorRegistry, Counter
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from dht.uid import UID
+from expert_server.experts.devices import Precision
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import Checkpoint, StateForm, from_bytes, to_bytes
+from expert_server.experts.format import Checkpoint, StateForm, block_to_bytes, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
+from peer.averaging import Meeting
 from peer.errors import ExpertError, StateError, TransferError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.parsing import ParseGuard
-from peer.rates import RateLimit, TokenBuckets
+from peer.rates import RateLimit, TokenBucket, TokenBuckets
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.rpc.transfer import SnapshotCache, SnapshotClient, SnapshotReceiver
-from peer.transport.dialling import Dialling
-from peer.transport.tunnel import Tunnels
 from peer.wire import state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,11 @@ _ALL_SHARE, _ALL_BURST_S = 0.1, 10.0
 
 Beyond that they get the newest that was made, or none.
 """
+_MAX_BLOCKS = 8
+"""Parameters that are copied for peers at the same time."""
 _ASK_S = 5.0
 """Longest that a peer may take to answer an Ask."""
-_CHANNELS = 64
+CHANNELS = 64
 
 
 class TransferMetrics:
@@ -82,8 +85,8 @@ class Snapshot:
     """Rows whose gradients had not led to a step at that moment."""
     generation: object
     """Of the expert at that moment."""
-    met: Mapping[PeerID, int]
-    """Update counts of its averages with other peers' replicas, at that moment."""
+    met: Mapping[PeerID, Meeting]
+    """Its last averages with other peers' replicas, at that moment."""
     data: bytes
     sha256: bytes
     expires_at: float
@@ -103,6 +106,20 @@ class Snapshot:
             given.set()
 
 
+@dataclass(frozen=True, eq=False)
+class Block:
+    """An expert's parameters at one version, encoded for a peer that checks what they answered."""
+
+    data: bytes
+    sha256: bytes
+    update_count: int
+    precision: Precision
+    """Of the device that computes with them."""
+
+
+Kind: TypeAlias = type[Snapshot] | type[Block]
+
+
 class SnapshotTaker:
     """Takes snapshots of the experts of one runtime: tensors on its compute thread, the rest on another."""
 
@@ -110,7 +127,7 @@ class SnapshotTaker:
         self,
         runtime: Runtime,
         swarm_id: str,
-        met: Callable[[UID], Mapping[PeerID, int]],
+        met: Callable[[UID], Mapping[PeerID, Meeting]],
         limit: int = MAX_SNAPSHOTS,
         lifetime_s: float = SNAPSHOT_S,
         clock: Callable[[], float] = time.monotonic,
@@ -123,7 +140,10 @@ class SnapshotTaker:
         self._taking = asyncio.Lock()
         self._tasks = TaskSet()
         self._of_peer = TokenBuckets[PeerID](_PEER_SHARE, _PEER_BURST_S)
-        self._of_all = TokenBuckets[None](_ALL_SHARE, _ALL_BURST_S)
+        self._blocks = TaskSet()
+        kinds: tuple[Kind, ...] = (Snapshot, Block)
+        self._of_all = {kind: TokenBucket(_ALL_SHARE, _ALL_BURST_S, clock()) for kind in kinds}
+        """By what is made: whoever may call experts may check them, and must not keep nodes from their states."""
 
     async def take(self, uid: UID) -> Snapshot:
         """A snapshot of the expert as it is now. Raises ExpertError (NOT_FOUND), or StateError if it is not finite."""
@@ -137,15 +157,48 @@ class SnapshotTaker:
         """
         return await self._take(uid, None if self._runtime.is_refusing else peer_id)
 
+    async def block_for(self, peer_id: PeerID, uid: UID, version: int) -> Block:
+        """The expert's parameters as they are at this version, for a peer that asked. They are not kept.
+
+        Raises ExpertError: FAILED_PRECONDITION if they have changed since, RESOURCE_EXHAUSTED if too many were asked
+        for lately, and NOT_FOUND.
+        """
+        # those that break off go on: they count until they end
+        if len(self._blocks) >= _MAX_BLOCKS:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED, "the parameters of other experts are being copied"
+            )
+        made = self._blocks.spawn(self._make_block(uid, peer_id, version), f"take the parameters of {uid}")
+        return await asyncio.shield(made)
+
+    async def _make_block(self, uid: UID, peer_id: PeerID, version: int) -> Block:
+        expert, began = self._expert(uid), self._clock()
+        self._require_pace(peer_id, began, Block)
+        state = await self._runtime.run(lambda: expert.export_block(version))
+        if state is None:
+            self._count_time(peer_id, began, Block)
+            raise ExpertError(StatusCode.FAILED_PRECONDITION, "the parameters have changed since")
+        count, now = expert.update_count, time.time()
+        data, sha256 = await asyncio.to_thread(
+            lambda: _hashed(block_to_bytes(state, count, self._swarm_id, uid, now))
+        )
+        self._count_time(peer_id, began, Block)
+        return Block(data, sha256, count, expert.device.precision)
+
+    def _expert(self, uid: UID) -> Expert:
+        """Raises ExpertError (NOT_FOUND)."""
+        expert = self._runtime.experts.get(uid)
+        if expert is None:
+            raise ExpertError(StatusCode.NOT_FOUND, f"expert {uid} is not hosted here")
+        return expert
+
     async def _take(self, uid: UID, peer_id: PeerID | None) -> Snapshot:
         # shielded, so that a peer that begins and breaks off causes no work that is thrown away
         return await asyncio.shield(self._tasks.spawn(self._make(uid, peer_id), f"take a snapshot of {uid}"))
 
     async def _make(self, uid: UID, peer_id: PeerID | None) -> Snapshot:
         async with self._taking:
-            expert = self._runtime.experts.get(uid)
-            if expert is None:
-                raise ExpertError(StatusCode.NOT_FOUND, f"expert {uid} is not hosted here")
+            expert = self._expert(uid)
             met = self._met(uid)
             snapshot = self._current(expert, met)
             if snapshot is None and peer_id is not None:
@@ -164,21 +217,31 @@ class SnapshotTaker:
                 )  # fmt: skip
                 self._snapshots.put(snapshot, now)
                 if peer_id is not None:
-                    self._of_peer.take(peer_id, now - began, now)
-                    self._of_all.take(None, now - began, now)
+                    self._count_time(peer_id, began, Snapshot)
             return snapshot
 
     def _instead(self, uid: UID, peer_id: PeerID) -> Snapshot | None:
         """What a peer gets in place of a new snapshot; None if one may be made. Raises ExpertError."""
         now = self._clock()
-        wait_s = max(self._of_peer.wait_s(peer_id, now), self._of_all.wait_s(None, now))
-        if not wait_s:
-            return None
         newest = [kept for kept in self._snapshots.all(now) if kept.uid == uid][-1:]
-        if not newest:
+        if newest and self._wait_s(peer_id, now, Snapshot):
+            return newest[0]
+        self._require_pace(peer_id, now, Snapshot)
+        return None
+
+    def _wait_s(self, peer_id: PeerID, now: float, kind: Kind) -> float:
+        return max(self._of_peer.wait_s(peer_id, now), self._of_all[kind].take(0.0, now))
+
+    def _require_pace(self, peer_id: PeerID, now: float, kind: Kind) -> None:
+        """Raises ExpertError (RESOURCE_EXHAUSTED)."""
+        if wait_s := self._wait_s(peer_id, now, kind):
             message = f"too many new snapshots were asked for lately: come back in {wait_s:.1f} s"
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=wait_s)
-        return newest[0]
+
+    def _count_time(self, peer_id: PeerID, began: float, kind: Kind) -> None:
+        now = self._clock()
+        self._of_peer.take(peer_id, now - began, now)
+        self._of_all[kind].take(now - began, now)
 
     @property
     def kept_bytes(self) -> int:
@@ -189,7 +252,7 @@ class SnapshotTaker:
         """The kept snapshot with this checksum."""
         return self._snapshots.find(uid, sha256, self._clock())
 
-    def _current(self, expert: Expert, met: Mapping[PeerID, int]) -> Snapshot | None:
+    def _current(self, expert: Expert, met: Mapping[PeerID, Meeting]) -> Snapshot | None:
         """The kept snapshot of the expert as it is now, if there is one."""
         state = expert.uid, expert.update_count, expert.accumulated_rows, expert.generation, met
         for kept in self._snapshots.all(self._clock()):
@@ -199,7 +262,10 @@ class SnapshotTaker:
 
 
 def _encode(checkpoint: Checkpoint, swarm_id: str, uid: UID) -> tuple[bytes, bytes]:
-    data = to_bytes(checkpoint, swarm_id, uid, time.time())
+    return _hashed(to_bytes(checkpoint, swarm_id, uid, time.time()))
+
+
+def _hashed(data: bytes) -> tuple[bytes, bytes]:
     return data, hashlib.sha256(data).digest()
 
 
@@ -210,7 +276,7 @@ class Fetched:
     checkpoint: Checkpoint
     sha256: bytes
     met_update_count: int
-    """The update count of the last average with this peer, as the other remembers it."""
+    """With which the other went on after it last met this peer's replica; 0 if it remembers no meeting."""
 
 
 class StateClient:
@@ -222,15 +288,13 @@ class StateClient:
         manifest: Manifest,
         sessions: SessionClient,
         down: RateLimit,
-        tunnels: Tunnels | None = None,
-        dialling: Dialling | None = None,
+        channels: ChannelPool | None = None,
         max_transfer_s: float = MAX_TRANSFER_S,
         metrics: CollectorRegistry | None = None,
         guard: ParseGuard | None = None,
     ) -> None:
-        """`sessions`: show other nodes who fetches. `down`: how fast states may come. `dialling`: the rules for
-        addresses that others wrote. `max_transfer_s`: longest that one may take, with all attempts. `guard`: of the
-        parser of states.
+        """`sessions`: show other nodes who fetches. `down`: how fast states may come. `channels`: to other nodes, for
+        this alone. `max_transfer_s`: longest that one may take, with all attempts. `guard`: of the parser of states.
         """
         self.metrics = TransferMetrics(metrics)
         self._down = down
@@ -239,7 +303,7 @@ class StateClient:
         self._guard = guard or ParseGuard()
         self._service = SnapshotClient(
             state_pb2_grpc.StateServiceStub,
-            ChannelPool(_CHANNELS, tunnels, dialling),
+            channels or ChannelPool(CHANNELS),
             sessions,
             partial(SnapshotReceiver, self._form.max_bytes, self._count_received),
             open_s=_ASK_S,

@@ -1,1 +1,1 @@
-"""The DHT: hivemind's node with bounds and validation, and our own look-ups."""
+"""The DHT: a Kademlia node with bounds and validation, and look-ups of many keys at once."""

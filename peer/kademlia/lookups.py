@@ -1,15 +1,11 @@
-"""Looks up and stores many keys at once, over the calls of hivemind's DHT node.
+"""Looks up and stores many keys at once.
 
-hivemind's `get_many` and `store_many` ask four peers at a time, wait three seconds for each dead one, and finish all
-keys together. Here, every key asks its nearest nodes at once, the keys for one peer travel in one call, and a peer that
-is slower than others usually are is passed over until it answers.
+Every key asks its nearest nodes at once, the keys for one peer travel in one call, and a peer that is slower than
+others usually are is passed over until it answers.
 
 Signed records can't be forged, only withheld, so more answers never do harm. Enough peers beside a key could still hide
 what is stored there. So each look-up also asks a few witnesses elsewhere, and every peer stores what it finds: what one
 peer has seen, others hear of.
-
-`find` replaces hivemind's `call_find`, which makes a PeerID of every neighbour in an answer, 20 for each key, and
-encodes each in base 58. That took half of a look-up's CPU time. Here they stay bytes until they are asked.
 """
 
 import asyncio
@@ -17,23 +13,16 @@ import contextlib
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from peer.bounded import BoundedDict
 from peer.identity import PeerID
-from peer.kademlia.hivemind import (
-    DHTID,
-    DHTNode,
-    DHTProtocol,
-    DHTRecord,
-    MSGPackSerializer,
-    dht_pb2,
-)
+from peer.kademlia.node import FindResult, KademliaNode, Row
+from peer.kademlia.routing import BUCKET_SIZE, ID_BITS, REPLICAS, id_bytes, key_id_of
 from peer.kademlia.search import (
     DEFAULT_LIMITS,
-    ContactBook,
     IterativeSearch,
     RttEstimator,
     SearchLimits,
@@ -48,13 +37,11 @@ from peer.kademlia.validation import (
     Entries,
     Entry,
     EntryChecker,
-    is_peer_id,
-    node_id_of,
-    serves_keys,
+    Record,
+    pack,
 )
 from peer.loop import TaskSet, TimeSlices
 from peer.parsing import ParseGuard
-from peer.transport.p2pd import TRANSPORT_ERRORS
 
 T = TypeVar("T")
 
@@ -75,16 +62,6 @@ _STORE_S = 3.0
 _REMEMBERED_KEYS = 4096
 
 
-@dataclass(frozen=True)
-class FindResult:
-    """A peer's answer for one key."""
-
-    entries: Entries
-    """Those that the validator accepts."""
-    nearer: dict[int, bytes]
-    """Kademlia ID → PeerID of the nodes it knows nearest to the key."""
-
-
 class Item(NamedTuple):
     """Something to store."""
 
@@ -94,22 +71,13 @@ class Item(NamedTuple):
     expires_at: float
 
 
-class Row(NamedTuple):
-    """The same, packed."""
-
-    key: DHTID
-    tag: bytes
-    """The subkey; empty if the value is a dictionary of entries."""
-    value: bytes
-    expires_at: float
-
-
 @dataclass(frozen=True)
 class Found:
     """The result of a look-up."""
 
     search: IterativeSearch
-    peers: ContactBook = field(repr=False)
+    peers: Mapping[int, PeerID] = field(repr=False)
+    """Those of the nodes in the search."""
     entries: Entries = field(default_factory=dict)
     """By subkey, from the answer that expires last. Some may have expired."""
 
@@ -131,13 +99,13 @@ class Lookups:
 
     def __init__(
         self,
-        dht: Callable[[], DHTNode],
+        dht: KademliaNode,
         *,
         parallel_calls: int = 512,
         rng: random.Random | None = None,
         guard: ParseGuard | None = None,
     ) -> None:
-        """`dht` returns the current DHT node. `parallel_calls`: the limit in one look-up, without late calls.
+        """`parallel_calls`: the limit in one look-up, without late calls.
 
         `guard`: of this process.
         """
@@ -151,62 +119,59 @@ class Lookups:
         self._sample_at = 0.0
         self._tasks = TaskSet()
         self.unverified = UnverifiedNodes()
-        self._near = BoundedDict[DHTID, dict[int, PeerID]](_REMEMBERED_KEYS)
+        self._near = BoundedDict[int, dict[int, PeerID]](_REMEMBERED_KEYS)
         """Who answered in the last look-up of each key; the key looked up most recently comes last."""
 
     async def find(
         self,
-        keys: Collection[DHTID],
+        keys: Collection[int],
         limits: SearchLimits = DEFAULT_LIMITS,
         besides_self: bool = False,
         patience_s: float = math.inf,
-    ) -> dict[DHTID, Found]:
+    ) -> dict[int, Found]:
         """Looks up all keys, and stores what is found. `besides_self`: leaves out what this peer itself stores.
 
         `patience_s`: so long the search for a key to which few have answered waits for late answers, if any peer has.
         """
-        dht, now = self._dht(), asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         if limits.witnesses and now >= self._sample_at:
             self._sample_at = now + _SAMPLE_EVERY_S
-            self.spawn(self.sample(dht))
-        run = _Run(self, dht, keys, limits, besides_self, patience_s)
+            self.spawn(self.sample())
+        run = _Run(self, self._dht, keys, limits, besides_self, patience_s)
         await run.until_finished()
         slices = TimeSlices()
         for key, found in run.found.items():
             self._remember(key, found)
             if found.entries:
-                dht.protocol.storage.put(key, found.entries)
+                self._dht.storage.put(key, found.entries)
             await slices.pause()
         return run.found
 
-    async def sample(self, dht: DHTNode) -> None:
+    async def sample(self) -> None:
         """Looks up random keys, because nobody can have made peers to surround them. So it also gets to know nodes
         everywhere.
         """
         keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
-        run = _Run(self, dht, keys, _NEAREST, besides_self=False)
+        run = _Run(self, self._dht, keys, _NEAREST, besides_self=False)
         await run.until_finished()
         for key, found in run.found.items():
             # others on the way there have answered, too, and they are not all that is near
             self.reach.note(key, found.search.nearest()[: DEFAULT_LIMITS.front])
 
-    def usual_reach(self, dht: DHTNode) -> int:
+    def usual_reach(self) -> int:
         """The distance from a key within which its holders usually are."""
-        table = dht.protocol.routing_table
-        neighbours = table.get_nearest_neighbors(dht.node_id, dht.protocol.bucket_size)
-        return self.reach.distance(dht.node_id, [node for node, _ in neighbours])
+        own = self._dht.node_id
+        neighbours = self._dht.table.nearest(own, BUCKET_SIZE)
+        return self.reach.distance(own, [node for node, _ in neighbours])
 
-    def witnesses(self, dht: DHTNode, number: int) -> dict[int, PeerID]:
+    def witnesses(self, number: int) -> dict[int, PeerID]:
         """Known nodes nearest to random places. Those that crowd at one place are rarely drawn."""
-        table = dht.protocol.routing_table
-        return dict(
-            node for _ in range(number) for node in table.get_nearest_neighbors(self._random_key(), 1)
-        )
+        return dict(node for _ in range(number) for node in self._dht.table.nearest(self._random_key(), 1))
 
-    def _random_key(self) -> DHTID:
-        return DHTID(self.rng.getrandbits(8 * DHTID.HASH_NBYTES))
+    def _random_key(self) -> int:
+        return self.rng.getrandbits(ID_BITS)
 
-    def near(self, key: DHTID) -> Mapping[int, PeerID]:
+    def near(self, key: int) -> Mapping[int, PeerID]:
         """Nodes near the key from the last look-up. The next one starts there, and mostly needs one round."""
         return self._near.get(key, {})
 
@@ -218,7 +183,7 @@ class Lookups:
     def note_store(self, took_s: float) -> None:
         self._store_trips.note(took_s)
 
-    def _remember(self, key: DHTID, found: Found) -> None:
+    def _remember(self, key: int, found: Found) -> None:
         nearest = found.search.nearest()[: DEFAULT_LIMITS.front]
         self._near[key] = {node: found.peers[node] for node in nearest}
 
@@ -229,10 +194,10 @@ class Lookups:
         well, drawn at random: those that crowd beside the key may be liars. A node that is late is passed over: the
         next one gets the item too.
         """
-        dht = self._dht()
-        by_key: dict[DHTID, list[Item]] = {}
+        dht = self._dht
+        by_key: dict[int, list[Item]] = {}
         for item in items:
-            by_key.setdefault(DHTID.generate(source=item.key), []).append(item)
+            by_key.setdefault(key_id_of(item.key), []).append(item)
         kept = await _store_here(dht, by_key)
         found = await self.find(list(by_key), _NEAREST, patience_s=_PATIENCE_S)
         writing = _Writing(self, dht, by_key, found, kept)
@@ -240,16 +205,13 @@ class Lookups:
         return writing.accepted
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Starts a call that may outlive its look-up. It ends at hivemind's own deadline.
-
-        It is not cancelled, because hivemind leaves the connection of a cancelled call open.
-        """
+        """Starts a call that may outlive its look-up. It ends at its own deadline: a late answer still counts."""
         return self._tasks.spawn(coroutine, "call a DHT peer")
 
 
-def _parts(keys: Sequence[DHTID], by_key: Mapping[DHTID, Sequence[Item]]) -> Iterator[Sequence[DHTID]]:
+def _parts(keys: Sequence[int], by_key: Mapping[int, Sequence[Item]]) -> Iterator[Sequence[int]]:
     """Splits the keys in order, for one request each; a key's items stay together."""
-    part: list[DHTID] = []
+    part: list[int] = []
     size = count = 0
     for key in keys:
         taken = sum(ITEM_OVERHEAD_BYTES + len(item.value) for item in by_key[key])
@@ -262,20 +224,21 @@ def _parts(keys: Sequence[DHTID], by_key: Mapping[DHTID, Sequence[Item]]) -> Ite
     yield part
 
 
-def _row(key: DHTID, item: Item) -> Row:
-    pack = MSGPackSerializer.dumps
+def _row(key: int, item: Item) -> Row:
     return Row(key, pack(item.subkey), pack(item.value), float(item.expires_at))
 
 
-async def _store_here(dht: DHTNode, by_key: Mapping[DHTID, Sequence[Item]]) -> set[tuple[str, int | bytes]]:
+async def _store_here(
+    dht: KademliaNode, by_key: Mapping[int, Sequence[Item]]
+) -> set[tuple[str, int | bytes]]:
     """Returns key and subkey of those that this peer accepts."""
-    validator, kept, slices = dht.protocol.record_validator, set(), TimeSlices()
+    kept, slices = set(), TimeSlices()
     rows = ((item, _row(key, item)) for key, some in by_key.items() for item in some)
     for item, row in rows:
         await slices.pause()
-        record, entry = DHTRecord(row.key.to_bytes(), *row[1:]), Entry(row.value, row.expires_at)
-        is_valid = validator is None or validator.validate(record)
-        if is_valid and dht.protocol.storage.put(row.key, {item.subkey: entry}):
+        record, entry = Record(id_bytes(row.key), *row[1:]), Entry(row.value, row.expires_at)
+        is_valid = dht.validator is None or dht.validator.validate(record)
+        if is_valid and dht.storage.put(row.key, {item.subkey: entry}):
             kept.add(_name(item))
     return kept
 
@@ -286,9 +249,9 @@ class _Writing:
     def __init__(
         self,
         lookups: Lookups,
-        dht: DHTNode,
-        by_key: Mapping[DHTID, Sequence[Item]],
-        found: Mapping[DHTID, "Found"],
+        dht: KademliaNode,
+        by_key: Mapping[int, Sequence[Item]],
+        found: Mapping[int, "Found"],
         kept: Collection[tuple[str, int | bytes]],
     ) -> None:
         """`kept`: what this peer itself has stored."""
@@ -300,19 +263,17 @@ class _Writing:
         self._kept = kept
         self._clock = asyncio.get_running_loop().time
         self._ends_at = self._clock() + _STORE_S
-        self._candidates: dict[DHTID, deque[int]] = {}
-        self._missing: dict[DHTID, int] = {}
+        self._candidates: dict[int, deque[int]] = {}
+        self._missing: dict[int, int] = {}
         """For each key, nodes that have it not and are not being sent it."""
-        self._answered: set[DHTID] = set()
-        self._in_time: dict[asyncio.Task[bool], tuple[float, Sequence[DHTID]]] = {}
+        self._answered: set[int] = set()
+        self._in_time: dict[asyncio.Task[bool], tuple[float, Sequence[int]]] = {}
         """Calls, when each is late, and what it brings."""
-        self._late: dict[asyncio.Task[bool], Sequence[DHTID]] = {}
+        self._late: dict[asyncio.Task[bool], Sequence[int]] = {}
         for key in by_key:
-            holders, others = found[key].search.places(
-                dht.num_replicas, _WIDE * dht.num_replicas, lookups.rng
-            )
+            holders, others = found[key].search.places(REPLICAS, _WIDE * REPLICAS, lookups.rng)
             self._candidates[key] = deque([*holders, *others])
-            self._missing[key] = max(len(holders), dht.num_replicas)
+            self._missing[key] = max(len(holders), REPLICAS)
 
     async def until_finished(self) -> None:
         """Late calls go on. They are waited for only if nobody else takes a key."""
@@ -350,7 +311,7 @@ class _Writing:
                     self._answered.update(keys)
 
     def _send(self) -> None:
-        by_node: dict[int, list[DHTID]] = {}
+        by_node: dict[int, list[int]] = {}
         peers: dict[int, PeerID] = {}
         now = self._clock()
         for key, candidates in self._candidates.items():
@@ -365,14 +326,14 @@ class _Writing:
                 call = self._lookups.spawn(self._store_at(peers[node], part))
                 self._in_time[call] = late_at, part
 
-    async def _store_at(self, peer: PeerID, keys: Sequence[DHTID]) -> bool:
+    async def _store_at(self, peer: PeerID, keys: Sequence[int]) -> bool:
         """Whether the peer answered, whether it accepted them or not."""
         items = [(key, item) for key in keys for item in self._by_key[key]]
         if peer == self._dht.peer_id:
             self.accepted.update(_name(item) for _, item in items if _name(item) in self._kept)
             return True
         began = self._clock()
-        stored = await store(self._dht.protocol, peer, [_row(key, item) for key, item in items])
+        stored = await self._dht.store(peer, [_row(key, item) for key, item in items])
         if not stored:
             return False
         self._lookups.note_store(self._clock() - began)
@@ -388,7 +349,7 @@ def _name(item: Item) -> tuple[str, int | bytes]:
 @dataclass(eq=False)
 class _Call:
     node: int
-    keys: Sequence[DHTID]
+    keys: Sequence[int]
     late_at: float
     is_answered: bool = False
     is_late: bool = False
@@ -400,8 +361,8 @@ class _Run:
     def __init__(
         self,
         lookups: Lookups,
-        dht: DHTNode,
-        keys: Collection[DHTID],
+        dht: KademliaNode,
+        keys: Collection[int],
         limits: SearchLimits,
         besides_self: bool,
         patience_s: float = math.inf,
@@ -411,24 +372,25 @@ class _Run:
         self._clock = asyncio.get_running_loop().time
         self._patient_until = self._clock() + patience_s
         self._is_patient = True
-        self._peers = ContactBook()
-        self._queue: dict[int, list[DHTID]] = {}
+        self._peers: dict[int, PeerID] = {}
+        self._queue: dict[int, list[int]] = {}
         """The keys that each node will be asked for."""
         self._waiting: deque[_Call] = deque()
         """Calls, oldest first. Answered ones are removed when they come to the front."""
         self._active = 0
         self._calls: Counter[int] = Counter()
         """Calls under way to each node, without late ones."""
-        self._overdue: Counter[DHTID] = Counter()
+        self._overdue: Counter[int] = Counter()
         """Late calls for each key. A search with too few answers waits for them after all."""
-        self._answers: asyncio.Queue[tuple[_Call, Mapping[DHTID, FindResult] | None]] = asyncio.Queue()
+        self._answers: asyncio.Queue[tuple[_Call, Mapping[int, FindResult] | None]] = asyncio.Queue()
         self._answering: set[int] = set()
         """Nodes that have answered for any key."""
-        self.found: dict[DHTID, Found] = {}
-        reach, witnesses = lookups.usual_reach(dht), lookups.witnesses(dht, limits.witnesses)
-        self._peers.know(witnesses)
+        self.found: dict[int, Found] = {}
+        reach, witnesses = lookups.usual_reach(), lookups.witnesses(limits.witnesses)
+        self._peers.update(witnesses)
         for key in keys:
-            search = IterativeSearch(key, self._nearest_known(key, dht.protocol.bucket_size), limits, reach)
+            known = self._nearest_known(key, BUCKET_SIZE)
+            search = IterativeSearch(key, known, limits, reach, self._neighbourhood_of)
             if search.is_crowded:
                 search.know(self._nearest_known(key, limits.crowd))
             self.found[key] = Found(search, self._peers)
@@ -439,12 +401,15 @@ class _Run:
                     self._queue.setdefault(node, []).append(key)
         self._unfinished = set(self.found)
 
-    def _nearest_known(self, key: DHTID, most: int) -> Collection[int]:
+    def _nearest_known(self, key: int, most: int) -> Collection[int]:
         """Those in the routing table, and those that answered when the key was looked up last."""
-        table = self._dht.protocol.routing_table.get_nearest_neighbors(key, most, exclude=self._dht.node_id)
-        known = {**dict(table), **self._lookups.near(key)}
-        self._peers.know(known)
+        known = {**dict(self._dht.table.nearest(key, most)), **self._lookups.near(key)}
+        self._peers.update(known)
         return known
+
+    def _neighbourhood_of(self, node: int) -> str:
+        peer_id = self._peers.get(node)
+        return "" if peer_id is None else self._dht.transport.contacts.neighbourhood_of(peer_id)
 
     async def until_finished(self) -> None:
         self._advance(self.found)
@@ -453,32 +418,38 @@ class _Run:
             for call, answers in await self._next_answers():
                 self._settle(call, answers)
 
-    def _ask_self(self, key: DHTID) -> None:
-        found, protocol = self.found[key], self._dht.protocol
-        has_value = found.take(protocol.storage.get(key))
-        if not protocol.client_mode:
-            self._peers.know({self._dht.node_id: self._dht.peer_id})
+    def _ask_self(self, key: int) -> None:
+        found = self.found[key]
+        has_value = found.take(self._dht.storage.get(key))
+        if self._dht.serves_dht:
+            self._peers.update({self._dht.node_id: self._dht.peer_id})
             found.search.holds(self._dht.node_id, has_value)
 
-    def _advance(self, keys: Iterable[DHTID]) -> None:
+    def _advance(self, keys: Iterable[int]) -> None:
         """Queues the next requests of these searches."""
         for key in keys:
             search = self.found[key].search
-            heard = self._lookups.unverified.near(key)
-            self._peers.hear(heard)
+            heard = {
+                node: peer
+                for node, peer in self._lookups.unverified.near(key).items()
+                if self._dht.transport.contacts.reaches(peer)
+            }
+            self._peers.update(heard)
             search.hear(heard)
             if search.is_stranded:
                 search.know(self._answering)
             while wanted := search.ask():
                 for node in wanted:
-                    if self._peers[node] in self._dht.blacklist and not search.asks_again:
+                    if not search.asks_again and self._dht.backoff.holds_back(
+                        self._peers[node], self._clock()
+                    ):
                         search.pass_over(node)
                     else:
                         self._queue.setdefault(node, []).append(key)
             if search.finished and not self._waits_for_late(key):
                 self._unfinished.discard(key)
 
-    def _waits_for_late(self, key: DHTID) -> bool:
+    def _waits_for_late(self, key: int) -> bool:
         search = self.found[key].search
         if not search.is_thin or self._overdue[key] <= 0:
             return False
@@ -509,19 +480,19 @@ class _Run:
         finally:
             self._answers.put_nowait((call, answers))
 
-    async def _answers_of(self, call: _Call) -> Mapping[DHTID, FindResult] | None:
+    async def _answers_of(self, call: _Call) -> Mapping[int, FindResult] | None:
         peer, began = self._peers[call.node], self._clock()
-        answers = await find(self._dht.protocol, peer, call.keys, self._lookups.checker)
+        answers = await self._dht.find(peer, call.keys, self._lookups.checker)
         if answers is not None:
-            self._dht.blacklist.register_success(peer)
+            self._dht.backoff.answered(peer)
             self._lookups.round_trips.note(self._clock() - began)
         else:
-            self._dht.blacklist.register_failure(peer)
+            self._dht.backoff.failed(peer, self._clock())
         return answers
 
-    async def _next_answers(self) -> list[tuple[_Call, Mapping[DHTID, FindResult] | None]]:
+    async def _next_answers(self) -> list[tuple[_Call, Mapping[int, FindResult] | None]]:
         """The answers since the last time: at least one, unless calls become late first."""
-        came: list[tuple[_Call, Mapping[DHTID, FindResult] | None]] = []
+        came: list[tuple[_Call, Mapping[int, FindResult] | None]] = []
         while not came and not self._give_up_late() and not self._lose_patience():
             late_at = self._waiting[0].late_at if self._waiting else math.inf
             wakes_at = min(late_at, self._patient_until)
@@ -559,13 +530,13 @@ class _Run:
         self._active -= 1
         self._calls[call.node] -= 1
 
-    def _fail(self, node: int, keys: Sequence[DHTID]) -> None:
+    def _fail(self, node: int, keys: Sequence[int]) -> None:
         self._lookups.unverified.forget(node)
         for key in keys:
             self.found[key].search.failed(node)
         self._advance(keys)
 
-    def _settle(self, call: _Call, answers: Mapping[DHTID, FindResult] | None) -> None:
+    def _settle(self, call: _Call, answers: Mapping[int, FindResult] | None) -> None:
         call.is_answered = True
         if call.is_late:
             self._overdue.subtract(call.keys)
@@ -575,66 +546,14 @@ class _Run:
             self._fail(call.node, call.keys)
             return
         self._answering.add(call.node)
-        named: dict[int, bytes] = {}
+        named: dict[int, PeerID] = {}
         for key, answer in answers.items():
             found = self.found[key]
             answer.nearer.pop(self._dht.node_id, None)
             named.update(answer.nearer)
+            self._peers.update(answer.nearer)
             found.search.answered(call.node, answer.nearer, found.take(answer.entries))
         if not call.is_late and len(answers) < len(call.keys):
             self._queue.setdefault(call.node, []).extend(call.keys[len(answers) :])
-        self._peers.hear(named)
         self._lookups.unverified.note(named)
-        self._advance(answers)
-
-
-async def find(
-    protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID], checker: EntryChecker
-) -> dict[DHTID, FindResult] | None:
-    """The answers for the first keys, or for all: a message has an end.
-
-    None if the peer gives no proper answer within hivemind's `wait_timeout`. `checker`: takes turns with other answers.
-    """
-    request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in keys], peer=protocol.node_info)
-    try:
-        response = await protocol.get_stub(peer).rpc_find(request, timeout=protocol.wait_timeout)
-    except TRANSPORT_ERRORS:
-        response = None
-    node = node_id_of(peer.to_bytes())
-    if response is None or not 0 < len(response.results) <= len(keys):
-        await protocol.update_routing_table(node, peer, responded=False)
-        return None
-    if serves_keys(response.peer):
-        await protocol.update_routing_table(node, peer)
-    answers = {}
-    for key, result in zip(keys, response.results, strict=False):
-        # Talkoot stores no plain values
-        entries = checker.unpack(peer, result.value) if result.type == dht_pb2.FOUND_DICTIONARY else {}
-        if entries and protocol.record_validator is not None:
-            entries = await checker.accepted(protocol.record_validator, peer, key, entries)
-        named = result.nearest_peer_ids[: protocol.bucket_size]
-        nearer: dict[int, bytes] = {node_id_of(peer): peer for peer in named if is_peer_id(peer)}
-        answers[key] = FindResult(entries, nearer)
-    return answers
-
-
-async def store(protocol: DHTProtocol, peer: PeerID, rows: Sequence[Row]) -> Sequence[bool] | None:
-    """Tells for each row whether it was stored; None if the peer does not answer in time."""
-    request = dht_pb2.StoreRequest(
-        keys=[row.key.to_bytes() for row in rows],
-        subkeys=[row.tag for row in rows],
-        values=[row.value for row in rows],
-        expiration_time=[row.expires_at for row in rows],
-        in_cache=[False] * len(rows),
-        peer=protocol.node_info,
-    )
-    node = node_id_of(peer.to_bytes())
-    try:
-        response = await protocol.get_stub(peer).rpc_store(request, timeout=protocol.wait_timeout)
-    except TRANSPORT_ERRORS:
-        await protocol.update_routing_table(node, peer, responded=False)
-        return None
-    if serves_keys(response.peer):
-        await protocol.update_routing_table(node, peer)
-    stored: Sequence[bool] = response.store_ok[: len(rows)]
-    return stored
+        self._advance(call.keys)  # also those that found no room in the answer: they may have waited for it

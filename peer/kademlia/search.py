@@ -5,13 +5,15 @@ because a round trip is expensive and a request is cheap. And a value does not e
 holders has given theirs: many peers write to one dictionary, and a single holder could leave out what it likes.
 
 A node's place is the hash of its public key, but keys are cheap: anybody can make peers that are nearer to a key than
-all others. Four rules keep them from hiding what is stored under it.
+all others. Five rules keep them from hiding what is stored under it.
 
 - Paths: S/Kademlia (Baumgart & Mies 2007) searches along several paths that share no node, so that a liar spoils only
   one of them. Here, each answer opens a path, of the nodes that it names. A node is asked once, on one path, and a path
   ends after three failures. So a liar that names nodes which don't exist causes three useless questions.
 - Reach: other keys show within which distance holders usually are (Sridhar et al., NDSS 2024). All nodes within it are
   asked, even if a crowd is nearer, and writers store beyond the nearest ones. A crowd widens it.
+- Neighbourhoods: of the nodes at one IP address the nearest counts, and the others only if there are too few. Addresses
+  cost more than keys.
 - Witnesses: a few nodes elsewhere are asked, too.
 - Doubt: if the nearest nodes have no value, as many more are asked, and those that did not answer are asked again.
 
@@ -23,19 +25,19 @@ import math
 import random
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
 from peer.identity import PeerID
-from peer.kademlia.hivemind import DHTID
+from peer.kademlia.routing import BUCKET_SIZE, ID_BITS, REPLICAS
 
 _MIN_TIMEOUT_S, _MAX_TIMEOUT_S = 0.3, 3.0
-_BUCKET_SHIFT = 8 * DHTID.HASH_NBYTES - 8
+_BUCKET_SHIFT = ID_BITS - 8
 _BUCKET_NODES = 16
 """Nodes remembered for each first byte of their IDs: the ones named most recently."""
 _SAMPLES, _FEWEST_SAMPLES = 32, 8
-_EVERYWHERE: int = 2 ** (8 * DHTID.HASH_NBYTES)
+_EVERYWHERE: int = 2**ID_BITS
 _WIDER = 4
 _FAILURE = 2
 """What a failure takes of a path's width; a question takes 1 while it is under way."""
@@ -53,7 +55,7 @@ class SearchLimits:
     """Nodes within reach that are asked, at most."""
     first: int = 4
     """Nodes asked before the first answer, when the known ones may be far from the key."""
-    holders: int = 5
+    holders: int = REPLICAS
     """Nearest nodes, at which writers store. Values elsewhere may be old: nodes hand them to new peers."""
     quorum: int = 3
     """Holders whose values are enough: a majority."""
@@ -61,14 +63,17 @@ class SearchLimits:
     """Nodes elsewhere that are asked as well."""
     path: int = 6
     """Nodes of one path that are asked at the same time."""
-    most: int = 96
+    most: int = 128
     """Nodes asked in total: a liar could name nearer ones forever."""
+    spared: int = 32
+    """Of those, only asked as nodes of the front. A peer that has just joined overrates the reach, and would ask no
+    others than nodes on the way."""
     tries: int = 3
     """How often a node is asked while nobody has answered: if few nodes are known, all requests may be lost."""
 
 
 DEFAULT_LIMITS = SearchLimits()
-NEIGHBOURS = SearchLimits(front=20, doubt=0, witnesses=0, quorum=2**31)
+NEIGHBOURS = SearchLimits(front=BUCKET_SIZE, doubt=0, witnesses=0, quorum=2**31)
 """For a peer that joins and looks itself up: as many as fill a bucket of its routing table."""
 
 
@@ -90,9 +95,17 @@ class IterativeSearch:
     """A search for one key. Nodes are named by their Kademlia IDs, as integers."""
 
     def __init__(
-        self, key: int, known: Iterable[int], limits: SearchLimits = DEFAULT_LIMITS, reach: int = 0
+        self,
+        key: int,
+        known: Iterable[int],
+        limits: SearchLimits = DEFAULT_LIMITS,
+        reach: int = 0,
+        near_of: Callable[[int], str] = lambda node: "",
     ) -> None:
-        """`known`: nodes that answered this peer before. `reach`: distance within which all nodes are asked."""
+        """`known`: nodes that answered this peer before. `reach`: distance within which all nodes are asked.
+
+        `near_of`: the neighbourhood that a node is in, empty if that does not matter.
+        """
         self.key = key
         self.found_after: int | None = None
         """Rounds of requests until the first value; None while there is none."""
@@ -102,6 +115,9 @@ class IterativeSearch:
         """Nodes that returned a value."""
         self._limits = limits
         self._usual_reach = reach
+        self._near_of = near_of
+        self._near: dict[int, str] = {}
+        """The neighbourhoods of nodes: what their contacts say, until they have answered from there."""
         self._nearest: list[tuple[int, int]] = []
         """(distance, node) of the known nodes that have not failed, nearest first."""
         self._depth: dict[int, int] = {}
@@ -125,7 +141,7 @@ class IterativeSearch:
     @property
     def satisfied(self) -> bool:
         """Whether enough holders have given their values, and everybody within reach has answered."""
-        holders = sum(node in self._holding for _, node in self._nearest[: self._limits.holders])
+        holders = sum(node in self._holding for node in self._holders())
         return holders >= self._limits.quorum and self._all_answered(self._within_reach())
 
     @property
@@ -149,7 +165,7 @@ class IterativeSearch:
         """Whether all requests were lost and another try is allowed."""
         if self._tries >= self._limits.tries or not self._failed:
             return False
-        return all(node == self._own for node in self._usable())
+        return all(node == self._own for node, _ in self._usable())
 
     @property
     def _is_doubtful(self) -> bool:
@@ -187,7 +203,7 @@ class IterativeSearch:
 
         If all holders have answered and too few had the value, the whole front: it may be stored beside its place.
         """
-        holders = [node for _, node in self._nearest[: self._limits.holders]]
+        holders = list(self._holders())
         if self._all_answered(holders):
             return self._limits.front
         hopeful = sum(node in self._holding or self._is_pending(node) for node in holders)
@@ -225,6 +241,7 @@ class IterativeSearch:
         self._restore(node)
         self._charge(node, 0)
         self._answered.add(node)
+        self._near[node] = self._near_of(node)
         if node in self._awaited:
             self._awaited.clear()
         self.rounds = max(self.rounds, depth)
@@ -245,17 +262,18 @@ class IterativeSearch:
             self._charge(node, 0)
 
     def nearest(self) -> list[int]:
-        """The nodes that have answered, nearest first."""
-        return [node for _, node in self._nearest if node in self._answered]
+        """The nodes that have answered: the nearest of each neighbourhood, nearest first, and then the others."""
+        return [node for node, _ in self._spread(self._answered)]
 
     def places(self, usual: int, most: int, rng: random.Random) -> tuple[list[int], list[int]]:
         """The nodes at which to store, and the other live nodes, which replace those that fail.
 
         The usual number of the nearest nodes, and up to `most` in all within reach: who crowds there may be liars.
         """
-        nearest = self.nearest()
+        spread = list(self._spread(self._answered))
+        nearest = [node for node, _ in spread]
         reach = self._reach
-        within = [node for node in nearest[usual:] if node ^ self.key <= reach]
+        within = [node for node, is_first in spread[usual:] if is_first and node ^ self.key <= reach]
         drawn = rng.sample(within, min(len(within), most - usual))
         taken = nearest[:usual] + drawn
         return taken, [node for node in nearest if node not in taken]
@@ -279,11 +297,37 @@ class IterativeSearch:
             self._depth[node] += 1
             self._restore(node)
 
-    def _usable(self) -> Iterator[int]:
-        """The nodes that were asked or may be asked, nearest first."""
+    def _usable(self) -> Iterator[tuple[int, bool]]:
+        """The nodes that were asked or may be asked, as `_spread` has them."""
+        return self._spread(self._paths, self._may_ask)
+
+    def _may_ask(self, node: int) -> bool:
+        return node in self._asked or any(path.is_open for path in self._paths[node])
+
+    def _spread(
+        self, nodes: Container[int], are_wanted: Callable[[int], bool] = lambda node: True
+    ) -> Iterator[tuple[int, bool]]:
+        """Those of these nodes that are wanted, and whether each is the first of its neighbourhood.
+
+        The first ones come first, nearest first, and then all others.
+        """
+        places: set[str] = set()
+        further: list[tuple[int, bool]] = []
         for _, node in self._nearest:
-            if node in self._asked or any(path.is_open for path in self._paths[node]):
-                yield node
+            if node not in nodes or not are_wanted(node):
+                continue
+            near = self._near[node]
+            if near in places:
+                further.append((node, False))
+            else:
+                yield node, True
+                if near:
+                    places.add(near)
+        yield from further
+
+    def _holders(self) -> Iterator[int]:
+        """The nodes at which writers store, as far as is known."""
+        return (node for node, _ in islice(self._spread(self._paths), self._limits.holders))
 
     @property
     def is_crowded(self) -> bool:
@@ -301,22 +345,25 @@ class IterativeSearch:
         front: list[int] = []
         reach = self._reach
         usable = self._usable()
-        for node in usable:
-            if len(front) >= self._limits.front and (
-                node ^ self.key > reach or len(front) >= self._limits.crowd
-            ):
-                break
+        is_sparing = len(self._asked) >= self._limits.most - self._limits.spared
+        for node, is_first in usable:
+            if len(front) >= self._limits.front:
+                if not is_first or node ^ self.key > reach or len(front) >= self._limits.crowd:
+                    break
+                if is_sparing and node not in self._asked:
+                    continue
             front.append(node)
         else:
             return front
         if not self._holding and self._all_answered(front):
-            front += islice(chain([node], usable), self._limits.doubt)
+            further = chain([node], (node for node, _ in usable))
+            front += islice(further, self._limits.doubt)
         return front
 
     def _within_reach(self) -> Iterator[int]:
         reach = self._reach
-        for node in islice(self._usable(), self._limits.crowd):
-            if node ^ self.key > reach:
+        for node, is_first in islice(self._usable(), self._limits.crowd):
+            if not is_first or node ^ self.key > reach:
                 break
             yield node
 
@@ -324,6 +371,7 @@ class IterativeSearch:
         for node in nodes:
             paths = self._paths.get(node)
             if paths is None:
+                self._near[node] = self._near_of(node)
                 self._paths[node] = (path,)
                 self._depth[node] = depth
                 bisect.insort(self._nearest, (node ^ self.key, node))
@@ -387,30 +435,10 @@ class UsualReach:
         count = len(nearest)
         if count < self._holders:
             return _EVERYWHERE
-        width = (nearest[-1] ^ place) + 1
+        width = max(node ^ place for node in nearest) + 1
         empty = count - len({(node ^ place) * count // width for node in nearest})
         number = count * math.log(count / (empty + 0.5))
         return min(_EVERYWHERE, int(width * self._holders / number))
-
-
-class ContactBook:
-    """Kademlia ID → PeerID of the nodes in a look-up. A PeerID is made when it is needed, because that is slow."""
-
-    def __init__(self) -> None:
-        self._heard: dict[int, bytes] = {}
-        self._made: dict[int, PeerID] = {}
-
-    def __getitem__(self, node: int) -> PeerID:
-        if node not in self._made:
-            self._made[node] = PeerID(self._heard[node])
-        return self._made[node]
-
-    def know(self, peers: Mapping[int, PeerID]) -> None:
-        for node, peer in peers.items():
-            self._made.setdefault(node, peer)
-
-    def hear(self, peers: Mapping[int, bytes]) -> None:
-        self._heard.update(peers)
 
 
 class RttEstimator:
@@ -440,9 +468,9 @@ class UnverifiedNodes:
     start from them."""
 
     def __init__(self) -> None:
-        self._buckets: dict[int, dict[int, bytes]] = {}
+        self._buckets: dict[int, dict[int, PeerID]] = {}
 
-    def note(self, peers: Mapping[int, bytes]) -> None:
+    def note(self, peers: Mapping[int, PeerID]) -> None:
         for node, peer in peers.items():
             bucket = self._buckets.setdefault(node >> _BUCKET_SHIFT, {})
             bucket.pop(node, None)
@@ -453,6 +481,6 @@ class UnverifiedNodes:
     def forget(self, node: int) -> None:
         self._buckets.get(node >> _BUCKET_SHIFT, {}).pop(node, None)
 
-    def near(self, key: int) -> Mapping[int, bytes]:
+    def near(self, key: int) -> Mapping[int, PeerID]:
         """Those whose first byte is the key's."""
         return self._buckets.get(key >> _BUCKET_SHIFT, {})

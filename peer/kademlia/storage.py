@@ -1,17 +1,17 @@
 """The store of a DHT node: its share of the swarm's records, within bounds.
 
-It replaces hivemind's, which is unbounded and takes three times the memory of what it stores. Here, all entries of a
-key are kept as they travel, packed in one piece.
+All entries of a key are kept as they travel, packed in one piece, which takes a third of the memory of objects.
 """
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from peer.kademlia.hivemind import DHTID, timed_storage
+from peer import clock
 from peer.kademlia.validation import (
     MAX_ENTRIES,
     MAX_KEY_BYTES,
@@ -92,22 +92,30 @@ class _Stored(NamedTuple):
 class BoundedStorage:
     """When it is full, it evicts keys at random, so that no writer can choose which."""
 
-    def __init__(self, bounds: StoreBounds, metrics: StoreMetrics, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        bounds: StoreBounds,
+        metrics: StoreMetrics,
+        now: Callable[[], float] = clock.now,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`now`: Unix time in seconds."""
         self.bytes = 0
         """The memory of all entries."""
         self._bounds = bounds
         self._metrics = metrics
+        self._now = now
         self._rng = rng or random.SystemRandom()
-        self._stored: dict[bytes, _Stored] = {}
-        self._order: list[bytes] = []
+        self._stored: dict[int, _Stored] = {}
+        self._order: list[int] = []
         """The same keys, to draw from."""
         self._report()
 
-    def put(self, key: DHTID, entries: Entries) -> set[Subkey]:
+    def put(self, key: int, entries: Entries) -> set[Subkey]:
         """Stores those that are newer than what is stored. Returns their subkeys."""
         if not entries:
             return set()
-        now, held = timed_storage.get_dht_time(), self.get(key)
+        now, held = self._now(), self.get(key)
         new = {
             subkey: entry
             for subkey, entry in entries.items()
@@ -116,15 +124,15 @@ class BoundedStorage:
             and packed_bytes({subkey: entry}) <= self._bounds.key_bytes
         }
         if new:
-            self._set(key.to_bytes(), self._fitting({**held, **new}, next(iter(new))))
+            self._set(key, self._fitting({**held, **new}, next(iter(new))))
             self._drop_expired(now)
-            self._make_room_beside(key.to_bytes())
+            self._make_room_beside(key)
             self._report()
         return set(new)
 
-    def get(self, key: DHTID) -> Entries:
+    def get(self, key: int) -> Entries:
         """The entries that have not expired."""
-        now, stored = timed_storage.get_dht_time(), self._stored.get(key.to_bytes())
+        now, stored = self._now(), self._stored.get(key)
         if stored is None or stored.last_expiry <= now:
             return {}
         entries = unpack_entries(stored.packed)
@@ -132,22 +140,27 @@ class BoundedStorage:
             return entries
         return {subkey: entry for subkey, entry in entries.items() if entry.expires_at > now}
 
-    def packed(self, key: DHTID) -> bytes:
+    def packed(self, key: int) -> bytes:
         """The same, as `pack_entries` packs them. Empty if there are none."""
-        now, stored = timed_storage.get_dht_time(), self._stored.get(key.to_bytes())
+        now, stored = self._now(), self._stored.get(key)
         if stored is None or stored.last_expiry <= now:
             return b""
         if stored.first_expiry <= now:
-            self._set(key.to_bytes(), self.get(key))
+            self._set(key, self.get(key))
             self._report()
-        return self._stored[key.to_bytes()].packed
+        return self._stored[key].packed
 
-    def bytes_of(self, key: DHTID) -> int:
+    def expires_at(self, key: int) -> float:
+        """When the last of the key's entries expires; 0 if there are none."""
+        stored = self._stored.get(key)
+        return 0.0 if stored is None else stored.last_expiry
+
+    def bytes_of(self, key: int) -> int:
         """Of all entries under the key, packed, expired ones included."""
-        stored = self._stored.get(key.to_bytes())
+        stored = self._stored.get(key)
         return 0 if stored is None else len(stored.packed)
 
-    def keys(self) -> list[bytes]:
+    def keys(self) -> list[int]:
         """As they are now. Some may have expired."""
         return list(self._order)
 
@@ -157,7 +170,7 @@ class BoundedStorage:
         self.bytes = 0
         self._report()
 
-    def _set(self, key: bytes, entries: Entries) -> None:
+    def _set(self, key: int, entries: Entries) -> None:
         """The entries must not be empty."""
         expiries = [entry.expires_at for entry in entries.values()]
         before = self._stored.get(key)
@@ -183,7 +196,7 @@ class BoundedStorage:
             if self._stored[self._order[drawn]].last_expiry <= now:
                 self._remove(drawn)
 
-    def _make_room_beside(self, newest: bytes) -> None:
+    def _make_room_beside(self, newest: int) -> None:
         while self.bytes > self._bounds.total_bytes and len(self._order) > 1:
             drawn = self._rng.randrange(len(self._order))
             if self._order[drawn] != newest:

@@ -1,42 +1,33 @@
 """What this peer accepts of the values that other peers pack, answer and hand over.
 
-A value is refused by its size before it is unpacked. hivemind's own unpacker follows nested tuples as deep as they go;
-at some hundred levels the whole process ends with a stack overflow. Here, a value contains no types of its sender's
-choice, and a dictionary is one level of entries.
-
-hivemind also rejects a whole dictionary for one bad entry, and a peer that checks nothing stores bad entries from
-anybody. Here, the entries that the validator rejects are left out, and the others are used.
+A value is refused by its size before it is unpacked, contains no types of its sender's choice, and nests nothing: an
+unpacker that followed nested tuples as deep as they go would end the process with a stack overflow. A dictionary is one
+level of entries. Those that the validator rejects are left out, and the others are used.
 """
 
 import asyncio
-import hashlib
 import math
 import random
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard
 
 import msgpack
 
 from peer.errors import WireError
 from peer.identity import PeerID
-from peer.kademlia.hivemind import (
-    DHTID,
-    DHTRecord,
-    MSGPackSerializer,
-    RecordValidatorBase,
-    dht_pb2,
-)
+from peer.kademlia.routing import id_bytes
 from peer.loop import TimeSlices
 from peer.parsing import ParseGuard
-from peer.transport.p2pd import MAX_MESSAGE_BYTES
 
+MAX_MESSAGE_BYTES = 128 * 2**10
+"""Of a message, in either direction."""
 MAX_ENTRIES = 512
 """Under one key. A shard of nodes is full at 192."""
 MAX_KEY_BYTES = 96 * 2**10
 """All entries of one key, packed. With the nearest nodes, they fit into one message."""
-MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 4 * 2**10
-"""Of a message, with room for the headers of libp2p."""
+MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 8 * 2**10
+"""Of what an answer or a request brings, beside who speaks."""
 MAX_FIND_KEYS = 16
 """Keys in one look-up request. Their nearest nodes take 19 KiB of the answer, and three records for each 48 KiB."""
 MAX_ITEMS = 256
@@ -44,17 +35,17 @@ MAX_ITEMS = 256
 ITEM_OVERHEAD_BYTES = 64
 """What an item takes in such a request beside its value."""
 MAX_SUBKEY_BYTES = 64
+DICTIONARY = b""
+"""In place of a subkey: the value is a dictionary of entries."""
 _MAX_NUMBER = 2**31
 _ENTRY_BYTES = 24
 """The most that msgpack needs for an entry beside its subkey and value."""
 _HEADER_BYTES = 32
 """The same, for a dictionary beside its entries."""
-_DICTIONARY = 0x50
-"""How hivemind marks a dictionary."""
-_PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
-"""Of a key's SHA-256 hash, and of an Ed25519 key as it is. 32 bytes follow."""
+_DICTIONARY_TYPE = 0x50
+"""The msgpack extension type of a dictionary."""
 _NO_BOUND = math.inf
-"""hivemind packs the most entries that a dictionary may have. Ours have no bound of their own."""
+"""A dictionary begins with the most entries that it may have."""
 
 Subkey: TypeAlias = int | bytes
 """A coordinate or a PeerID."""
@@ -69,6 +60,23 @@ class Entry(NamedTuple):
 
 
 Entries: TypeAlias = dict[Subkey, Entry]
+
+
+class Record(NamedTuple):
+    """An entry and where it is stored, as validators see it."""
+
+    key: bytes
+    """The key's ID."""
+    subkey: bytes
+    """As it is stored, like the value: packed with msgpack."""
+    value: bytes
+    expires_at: float
+
+
+class Validator(Protocol):
+    """Decides which entries a peer stores, and which it believes in answers."""
+
+    def validate(self, record: Record) -> bool: ...
 
 
 class EntryChecker:
@@ -87,18 +95,26 @@ class EntryChecker:
         return self._guard.read("dht", sender, partial(unpack_entries, data)) or {}
 
     async def accepted(
-        self, validator: RecordValidatorBase, sender: PeerID, key: DHTID, entries: Entries
+        self, validator: Validator | None, sender: PeerID, key: int, entries: Entries
     ) -> Entries:
-        """The entries that the validator accepts."""
-        kept, packed = {}, key.to_bytes()
+        """The entries that the validator accepts; all, if there is none."""
+        if validator is None:
+            return entries
+        kept, packed = {}, id_bytes(key)
         async with self._turn:
             slices = TimeSlices()
             for subkey, entry in entries.items():
-                record = DHTRecord(packed, MSGPackSerializer.dumps(subkey), *entry)
+                record = Record(packed, pack(subkey), *entry)
                 if self._guard.read("dht", sender, partial(validator.validate, record)):
                     kept[subkey] = entry
                 await slices.pause()
         return kept
+
+
+def pack(value: object) -> bytes:
+    """A value, or a subkey."""
+    packed: bytes = msgpack.packb(value)
+    return packed
 
 
 def unpack(data: bytes) -> str | bytes | int:
@@ -120,8 +136,7 @@ def unpack_subkey(data: bytes) -> Subkey:
 def unpack_entries(data: bytes) -> Entries:
     """The entries of a dictionary that another peer packed, without those that are malformed. Raises WireError.
 
-    A peer that runs plain hivemind stores what anybody brings, among it entries that are malformed, or too many. Of
-    those a sample is taken, so that nobody can choose which are lost.
+    If there are too many, a sample is taken, so that nobody can choose which are lost.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"a dictionary of {len(data)} bytes")
@@ -136,13 +151,10 @@ def unpack_entries(data: bytes) -> Entries:
 
 
 def pack_entries(entries: Mapping[Subkey, Entry]) -> bytes:
-    """A dictionary, as hivemind packs it."""
+    """A dictionary, as it travels."""
     latest = max((entry.expires_at for entry in entries.values()), default=-math.inf)
     rows = [[subkey, *entry] for subkey, entry in entries.items()]
-    packed: bytes = msgpack.packb(
-        msgpack.ExtType(_DICTIONARY, msgpack.packb([_NO_BOUND, latest, rows], use_bin_type=True))
-    )
-    return packed
+    return pack(msgpack.ExtType(_DICTIONARY_TYPE, pack([_NO_BOUND, latest, rows])))
 
 
 def packed_bytes(entries: Mapping[Subkey, Entry]) -> int:
@@ -155,21 +167,6 @@ def entry_bytes(subkey: Subkey, entry: Entry) -> int:
     return _ENTRY_BYTES + (len(subkey) if isinstance(subkey, bytes) else 0) + len(entry.value)
 
 
-def node_id_of(peer_id: bytes) -> DHTID:
-    """The peer's place in the DHT: the hash of its PeerID. The ID that a peer claims is never read."""
-    return DHTID(int.from_bytes(hashlib.sha1(peer_id, usedforsecurity=False).digest(), "big"))
-
-
-def serves_keys(peer: dht_pb2.NodeInfo) -> bool:
-    """Whether a peer says that it is a node of the DHT and no mere client."""
-    return bool(len(peer.node_id) == DHTID.HASH_NBYTES)
-
-
-def is_peer_id(name: bytes) -> bool:
-    """Whether it is the PeerID of an RSA key, as Talkoot's peers have, or of an Ed25519 key, as `hivemind-dht` has."""
-    return any(len(name) == len(prefix) + 32 and name.startswith(prefix) for prefix in _PEER_ID_PREFIXES)
-
-
 def _unpack(data: bytes, hook: Any, **bounds: int) -> Any:
     try:
         return msgpack.unpackb(data, ext_hook=hook, raw=False, **bounds)
@@ -178,7 +175,7 @@ def _unpack(data: bytes, hook: Any, **bounds: int) -> Any:
 
 
 def _mark_dictionary(code: int, data: bytes) -> msgpack.ExtType:
-    if code != _DICTIONARY:
+    if code != _DICTIONARY_TYPE:
         raise ValueError("no other types are packed")
     return msgpack.ExtType(code, data)
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import grpc
 
@@ -17,19 +17,19 @@ from peer.identity import TLS_NAME, PeerID
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
-from peer.transport.tunnel import Tunnels
 
 WINDOW_BYTES = 16 * 2**20
 """Bytes in flight to a client: enough for 100 Mbit/s at a round trip of over a second."""
 SERVER_WINDOW_BYTES = 2**20
 """Bytes of each call that a server receives before anybody reads them. It holds as many for every stranger's call."""
-_COMMON_OPTIONS: list[tuple[str, int | str]] = [
+Options: TypeAlias = Sequence[tuple[str, int | str]]
+_COMMON_OPTIONS: Options = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.bdp_probe", 0),  # its guesses fall far behind on busy machines with a second of delay
 ]
-SERVER_OPTIONS: list[tuple[str, int | str]] = [
+SERVER_OPTIONS: Options = [
     *_COMMON_OPTIONS,
     ("grpc.http2.lookahead_bytes", SERVER_WINDOW_BYTES),
     ("grpc.so_reuseport", 0),  # or a second server would silently share the port
@@ -45,7 +45,7 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
-CLIENT_OPTIONS: list[tuple[str, int | str]] = [
+CLIENT_OPTIONS: Options = [
     *_COMMON_OPTIONS,
     ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ("grpc.ssl_target_name_override", TLS_NAME),
@@ -54,8 +54,9 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
-_TUNNEL = "tunnel"
-"""Stands for the tunnel among a peer's addresses."""
+_TUNNEL: Literal["tunnel"] = "tunnel"
+_RELAY: Literal["relay"] = "relay"
+"""Stand for the tunnel and the relays among a peer's addresses, none of which looks so."""
 _HEAD_START_S = 1.0
 """How long one way is tried alone before the next is tried beside it."""
 _TRY_S = 20.0
@@ -63,6 +64,20 @@ _SILENT_S = 5.0
 """How long a peer counts as silent after a connection failed."""
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
+
+
+Way: TypeAlias = Literal["direct", "tunnel", "relay"]
+WAYS: tuple[Way, ...] = get_args(Way)
+
+
+class Detour(Protocol):
+    """Leads to peers other than by dialling their addresses. Its streams begin at unix sockets of this process."""
+
+    async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
+        """The address at which gRPC reaches that peer; nothing is dialled yet. Raises UnreachableError."""
+
+    def address_of(self, peer_id: PeerID) -> str:
+        """The address that `open_to` returned for the peer."""
 
 
 class Contact(Protocol):
@@ -80,6 +95,10 @@ class Contact(Protocol):
         """By which its tunnel is reached; empty if it has none."""
 
     @property
+    def relay_addresses(self) -> Sequence[Multiaddress]:
+        """Of its server through relays over gRPC."""
+
+    @property
     def certificate_pem(self) -> bytes: ...
 
 
@@ -87,20 +106,49 @@ class ChannelPool:
     """Open channels, one per address and pinned certificate. Of too many, the least recently used is closed.
 
     A peer with several addresses is called by the one that worked last. If that fails, all are tried again, its tunnel
-    last. gRPC dials again and again for a channel that is broken, so only those that connected once are kept.
+    and its relays last. gRPC dials again and again for a channel that is broken, so only those that connected once are
+    kept.
     """
 
     def __init__(
-        self, limit: int = 256, tunnels: Tunnels | None = None, dialling: Dialling | None = None
+        self,
+        limit: int = 256,
+        tunnels: Detour | None = None,
+        dialling: Dialling | None = None,
+        relays: Detour | None = None,
+        *,
+        options: Options = CLIENT_OPTIONS,
+        try_s: float = _TRY_S,
     ) -> None:
-        """`dialling`: the rules for addresses that others wrote; None: all of this machine may be dialled."""
-        self._tunnels = tunnels
+        """`dialling`: the rules for addresses that others wrote; None: all of this machine may be dialled.
+
+        `try_s`: how long all addresses of a peer are tried, at most.
+        """
+        self._options = options
+        self._try_s = try_s
+        self._detours: dict[str, Detour] = {}
+        if tunnels is not None:
+            self._detours[_TUNNEL] = tunnels
+        if relays is not None:
+            self._detours[_RELAY] = relays
         self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
         self._channels = BoundedDict[tuple[str, bytes], grpc.aio.Channel](limit)
         self._worked = BoundedDict[PeerID, str](limit)
+        self._called = BoundedDict[PeerID, Way](limit)
+        """Of the channel to each peer that was given out last."""
         self._tries: dict[tuple[PeerID, tuple[str, ...]], asyncio.Task[grpc.aio.Channel | None]] = {}
         self._failed = BoundedDict[PeerID, float](limit)
         """When a connection to the peer failed last."""
+        self._is_closed = False
+
+    def called_by(self, way: Way) -> int:
+        """How many peers were called by this way last, of those that were called not too long ago. For any thread."""
+        return list(self._called.values()).count(way)
+
+    def endpoint_of(self, peer_id: PeerID) -> Endpoint | None:
+        """At which the peer was reached last; None if it was by a detour, or too long ago."""
+        way = self._worked.get(peer_id)
+        return None if way is None or way in self._detours else Endpoint(way)
 
     async def get(self, address: str, certificate_pem: bytes) -> grpc.aio.Channel:
         """A channel to `host:port` that accepts exactly this certificate. Opening it does no I/O yet.
@@ -111,7 +159,7 @@ class ChannelPool:
         channel = self._channels.get(key)
         if channel is None:
             credentials = grpc.ssl_channel_credentials(root_certificates=certificate_pem)
-            channel = grpc.aio.secure_channel(address, credentials, CLIENT_OPTIONS)
+            channel = grpc.aio.secure_channel(address, credentials, self._options)
         for oldest in self._channels.put(key, channel):
             await oldest.close()
         return channel
@@ -124,7 +172,7 @@ class ChannelPool:
         if (peer.peer_id, tuple(ways)) in self._tries:
             return True
         way = self._worked.get(peer.peer_id, ways[0])
-        address = way if way != _TUNNEL or self._tunnels is None else self._tunnels.address_of(peer.peer_id)
+        address = self._detours[way].address_of(peer.peer_id) if way in self._detours else way
         channel = self._channels.get((address, peer.certificate_pem))
         if channel is None:
             return time.monotonic() - self._failed.get(peer.peer_id, -math.inf) < _SILENT_S
@@ -133,16 +181,20 @@ class ChannelPool:
     async def reach(self, peer: Contact) -> grpc.aio.Channel:
         """A channel to a peer. Waits for a connection if the peer was never connected to, or has several addresses.
 
-        A channel that was connected before may be broken, and a tunnel may lead nowhere; then a call says why. Raises
-        UnreachableError if the peer has no address that can be called from here, or none that answers.
+        A channel that was connected before may be broken, and a tunnel or a relay may lead nowhere; then a call says
+        why. Raises UnreachableError if the peer has no address that can be called from here, or none that answers.
         """
+        if self._is_closed:  # calls that are late would open channels that nobody closes
+            raise UnreachableError("this peer stops, and calls nobody any more")
         ways = self._ways(peer)
         if not ways:
             raise UnreachableError(f"node {peer.peer_id} gives no address that is called from here")
-        worked = _TUNNEL if ways == [_TUNNEL] else self._worked.get(peer.peer_id)
+        is_detour = len(ways) == 1 and ways[0] in self._detours
+        worked = ways[0] if is_detour else self._worked.get(peer.peer_id)
         if worked in ways:
             channel = await self._open(peer, worked)
             if len(ways) == 1 or channel.get_state() not in _BROKEN:
+                self._called[peer.peer_id] = _kind(worked)
                 return channel
         key = peer.peer_id, tuple(ways)
         trying = self._tries.get(key)
@@ -155,6 +207,8 @@ class ChannelPool:
         return channel_or_none
 
     async def close(self) -> None:
+        """Ends calls that are under way. Nobody can be called any more."""
+        self._is_closed = True
         tries = list(self._tries.values())
         for trying in tries:
             trying.cancel()
@@ -165,13 +219,12 @@ class ChannelPool:
                 await channel.close()
 
     def _ways(self, peer: Contact) -> list[str]:
-        tunnel = [_TUNNEL] if self._tunnels is not None and peer.tunnel_addresses else []
-        return [*filter(self._dialling.allows, peer.addresses), *tunnel]
+        detours = [way for way in self._detours if _detour_addresses(peer, way)]
+        return [*filter(self._dialling.allows, peer.addresses), *detours]
 
     async def _open(self, peer: Contact, way: str) -> grpc.aio.Channel:
-        if way == _TUNNEL:
-            assert self._tunnels is not None
-            way = await self._tunnels.open_to(peer.peer_id, peer.tunnel_addresses)
+        if way in self._detours:
+            way = await self._detours[way].open_to(peer.peer_id, _detour_addresses(peer, way))
         return await self.get(way, peer.certificate_pem)
 
     async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel | None:
@@ -180,7 +233,7 @@ class ChannelPool:
         opened: list[str] = []
         found = None
         try:
-            async with asyncio.timeout(_TRY_S):
+            async with asyncio.timeout(self._try_s):
                 for way in (*filter(partial(self._may_dial, peer), ways), None):
                     if way is not None:
                         channel = await self._open(peer, way)
@@ -188,7 +241,7 @@ class ChannelPool:
                         connecting[asyncio.create_task(_connects(channel))] = way, channel
                     if found := await self._first(connecting, None if way is None else _HEAD_START_S):
                         break
-        except (TimeoutError, UnreachableError):  # the latter: there are no sockets left for a tunnel
+        except (TimeoutError, UnreachableError):  # the latter: there are no sockets left for a detour
             pass
         finally:
             for task in connecting:
@@ -199,18 +252,19 @@ class ChannelPool:
         else:
             self._failed.pop(peer.peer_id, None)
             self._worked[peer.peer_id] = found[0]
-            if found[0] != _TUNNEL:
+            self._called[peer.peer_id] = _kind(found[0])
+            if found[0] not in self._detours:
                 self._dialling.reached(Endpoint(found[0]), peer.peer_id)
         await self._close_unknown(peer, opened)
         return None if found is None else found[1]
 
     def _may_dial(self, peer: Contact, way: str) -> bool:
-        return way == _TUNNEL or self._dialling.begin(Endpoint(way), peer.peer_id)
+        return way in self._detours or self._dialling.begin(Endpoint(way), peer.peer_id)
 
     async def _close_unknown(self, peer: Contact, ways: Sequence[str]) -> None:
         """Closes the channels to endpoints at which the peer was never found."""
         for way in ways:
-            if way != _TUNNEL and not self._dialling.is_known(Endpoint(way), peer.peer_id):
+            if way not in self._detours and not self._dialling.is_known(Endpoint(way), peer.peer_id):
                 channel = self._channels.pop((way, peer.certificate_pem), None)
                 if channel is not None:
                     await channel.close()
@@ -230,6 +284,16 @@ class ChannelPool:
                 if task.result():
                     return way
         return None
+
+
+def _detour_addresses(peer: Contact, way: str) -> Sequence[Multiaddress]:
+    return peer.tunnel_addresses if way == _TUNNEL else peer.relay_addresses
+
+
+def _kind(way: str) -> Way:
+    if way == _TUNNEL:
+        return _TUNNEL
+    return _RELAY if way == _RELAY else "direct"
 
 
 async def _connects(channel: grpc.aio.Channel) -> bool:

@@ -32,7 +32,7 @@ from peer.metrics import start_at_zero
 from peer.processes import private_socket_folder
 from peer.rates import FairTurns
 from peer.transport.endpoints import address_of, ip_address, neighbourhood
-from peer.transport.tunnel import Pipe
+from peer.transport.pipes import Pipe
 
 _MOST_CONNECTIONS = 2048
 _DESCRIPTORS_EACH = 3
@@ -58,9 +58,12 @@ class Connection:
     """One connection of a caller."""
 
     peer: str
-    """The caller's address as gRPC names it, or its PeerID if it comes through a tunnel, where libp2p has proved it."""
+    """The caller's address as gRPC names it, or its PeerID if it comes through a tunnel, where libp2p has proved it.
+
+    After `relay …/` if it comes through a relay, which says who it is.
+    """
     origin: str
-    """The neighbourhood of the caller's address, or its PeerID if it comes through a tunnel."""
+    """The neighbourhood of the caller's address, its PeerID if it comes through a tunnel, or its relay."""
     close: Callable[[], None]
     began_at: float
     has_spoken: bool = False
@@ -212,6 +215,8 @@ class Connections:
         self._short_until = 0.0
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
+        self.ends: set[_End] = set()
+        """Of all connections that came from outside, two for each."""
         self._tasks = TaskSet()
 
     @property
@@ -231,13 +236,16 @@ class Connections:
         self._sweep()
         return bound
 
-    async def open_for(self, caller: PeerID) -> Pipe:
-        """A connection to the server for a peer whose tunnel ends here. Raises OSError."""
+    async def open_for(self, caller: PeerID, relay: PeerID | None = None) -> Pipe:
+        """A connection to the server for a peer whose tunnel ends here. Raises OSError.
+
+        `relay`: that says who the caller is, and may lie. All that it brings count as one neighbourhood.
+        """
         made, name = self._dial()
         reader, writer = await asyncio.open_unix_connection(sock=made)
         now = self._clock()
-        peer = f"tunnel of {caller}"
-        connection = Connection(peer, peer, writer.transport.abort, now, has_spoken=True)
+        peer = f"tunnel of {caller}" if relay is None else f"relay {relay}/{caller}"
+        connection = Connection(peer, origin_of(peer), writer.transport.abort, now, has_spoken=True)
         self._by_name[name] = connection
         self.add(connection)
         self._tasks.spawn(self._wait_for_end(writer, connection, name), "wait for the end of a tunnel")
@@ -271,6 +279,10 @@ class Connections:
         for connection in self._table.all():
             connection.close()
         await self._tasks.aclose()
+        while self.ends:
+            for end in list(self.ends):  # one may have been accepted since the last turn
+                end.abort()
+            await asyncio.sleep(0)  # the loop tells them in its next turn that they are closed
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -305,7 +317,7 @@ class Connections:
             caller.close()
             return
         self._by_name[name] = caller
-        inside = _End(lambda: self.forget(caller, name))
+        inside = _End(lambda: self.forget(caller, name), self.ends)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: inside, sock=made)
         except OSError:
@@ -367,8 +379,10 @@ class Connections:
 class _End(asyncio.Protocol):
     """One end of a connection. What comes in there goes out at the other end."""
 
-    def __init__(self, lost: Callable[[], None]) -> None:
+    def __init__(self, lost: Callable[[], None], ends: "set[_End]") -> None:
+        """`ends`: all that are open; it is one of them until it is closed."""
         self._lost = lost
+        self._ends = ends
         self._early: list[bytes] = []
         self._other: _End | None = None
         self._transport: asyncio.Transport | None = None
@@ -395,6 +409,7 @@ class _End(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass
+        self._ends.add(self)
         self._transport.set_write_buffer_limits(_BUFFER_BYTES)
 
     def data_received(self, data: bytes) -> None:
@@ -438,6 +453,7 @@ class _End(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        self._ends.discard(self)
         self._early.clear()
         self._lost()
         if self._other is not None:
@@ -450,7 +466,7 @@ class _Outside(_End):
     connection: Connection
 
     def __init__(self, connections: Connections) -> None:
-        super().__init__(lambda: connections.forget(self.connection))
+        super().__init__(lambda: connections.forget(self.connection), connections.ends)
         self._connections = connections
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -480,7 +496,11 @@ def _most_descriptors() -> int:
 
 
 def origin_of(peer: str) -> str:
-    """The neighbourhood of a caller that gRPC names so."""
+    """The neighbourhood of a caller that gRPC or `open_for` names so."""
+    if peer.startswith("tunnel of "):
+        return peer
+    if peer.startswith("relay "):
+        return peer.partition("/")[0]
     address = address_of(peer)
     return "somewhere" if address is None else neighbourhood(address)
 
@@ -498,8 +518,12 @@ def _peer_name(transport: asyncio.BaseTransport) -> str:
 def _listening_socket(host: str, port: int) -> socket.socket:
     """Where gRPC would listen: all addresses of both kinds if the host is one of the two that stand for all."""
     if host in {"0.0.0.0", "::"} and socket.has_dualstack_ipv6():  # noqa: S104  # the owner chooses it
-        return socket.create_server(
+        made = socket.create_server(
             ("::", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
         )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    else:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        made = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    # connections inherit it. asyncio sets it only for sockets that name the protocol, and then an answer may wait 40 ms
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made

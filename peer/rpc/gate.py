@@ -9,6 +9,7 @@ whose caller has more of them, or which does nothing but wait for its caller.
 import asyncio
 import inspect
 import logging
+import math
 import time
 from collections import Counter as Multiset
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
@@ -34,6 +35,11 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M")
 _CALLS_WITHOUT_SESSION = 32
 """At the same time, of all who have no session yet. These calls open sessions, and ask for what anybody may know."""
+_OWN_PLACES = {"talkoot.v1.DhtService": 512, "talkoot.v1.RelayService": 512}
+"""Places for the calls of these services, in sessions. They neither take those of other calls nor lose theirs to them:
+many of the first must not hold up experts, and one of the second lasts for hours."""
+_LASTING = "talkoot.v1.RelayService"
+"""Its calls wait for their callers most of the time, and keep their places all the same."""
 _FIRST_MESSAGE_S, _NEXT_MESSAGE_S = 10.0, 20.0
 """Longest that a call waits for its caller's messages. A slow line takes less for a chunk."""
 _UNREAD_S = 20.0
@@ -70,8 +76,9 @@ class Slot:
 class Slots:
     """Places for calls, in fair shares: by neighbourhood, and then by caller. Pure: `now` is passed in."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, patience_s: float = _PATIENCE_S) -> None:
         self._most = most
+        self._patience_s = patience_s
         self._taken: set[Slot] = set()
 
     def __len__(self) -> int:
@@ -108,11 +115,16 @@ class Slots:
         waiting = (
             taken
             for taken in self._taken
-            if _waited_s(taken, now) > _PATIENCE_S
+            if _waited_s(taken, now) > self._patience_s
             and callers[slot.caller] <= callers[taken.caller]
             and origins[slot.origin] <= origins[taken.origin]
         )
         return max(waiting, key=lambda taken: _waited_s(taken, now), default=None)
+
+
+def _service(method: str) -> str:
+    """Of a method's full name, `/service/method`."""
+    return method[1:].partition("/")[0]
 
 
 def _waited_s(slot: Slot, now: float) -> float:
@@ -135,7 +147,10 @@ class CallGate(grpc.aio.ServerInterceptor):
         restarts: Restarts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`most_calls`: in sessions, at the same time. `restarts`: counts handlers that fail unexpectedly."""
+        """`most_calls`: in sessions, at the same time, but for those of the DHT and of relays.
+
+        `restarts`: counts handlers that fail unexpectedly.
+        """
         refused = Counter(
             "talkoot_calls_refused",
             "Calls that were not answered: no place was left, others lost theirs, their caller came too often, kept "
@@ -149,6 +164,10 @@ class CallGate(grpc.aio.ServerInterceptor):
         self._restarts = restarts
         self._clock = clock
         self._slots = Slots(most_calls)
+        self._own_slots = {
+            service: Slots(most, math.inf if service == _LASTING else _PATIENCE_S)
+            for service, most in _OWN_PLACES.items()
+        }
         self._strange_slots = Slots(_CALLS_WITHOUT_SESSION)
         self._rates = TokenBuckets[Hashable](_CALLS_PER_S, _CALLS_AT_ONCE)
         self._strange_rates = TokenBuckets[Hashable](_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE)
@@ -191,7 +210,7 @@ class CallGate(grpc.aio.ServerInterceptor):
             else:
                 self._connections.prove(connection, session.caller)
                 slot = Slot(connection.origin, session.caller, task)
-                slots, rates = self._slots, self._rates
+                slots, rates = self._own_slots.get(_service(method), self._slots), self._rates
             self._admit(connection, slot, slots, rates)
         except ExpertError as error:
             await self._end(_Context(context, connection, None, self._clock), _EndedError.by(error))

@@ -16,7 +16,7 @@ from peer.rpc.connections import Connections
 from peer.rpc.gate import CallGate
 from peer.rpc.sessions import Sessions, SessionServicer
 from peer.transport.addresses import require_free_port
-from peer.transport.tunnel import Pipe
+from peer.transport.pipes import Pipe
 from peer.wire import session_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _GRPC = logging.getLogger("grpc._cython.cygrpc")
 
 
 class RpcServer:
-    """Serves the services that are added to `services` before it starts. Stop it when done."""
+    """Serves the services that are added to `services`, also after it has started. Stop it when done."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class RpcServer:
         await self.services.start()
         return await self.connections.listen(host, port)
 
-    async def open_for(self, caller: PeerID) -> Pipe:
-        """A connection for a peer whose tunnel ends here. Raises OSError."""
-        return await self.connections.open_for(caller)
+    async def open_for(self, caller: PeerID, relay: PeerID | None = None) -> Pipe:
+        """A connection for a peer whose tunnel ends here, or that this relay brings. Raises OSError."""
+        return await self.connections.open_for(caller, relay)
 
     async def stop(self, grace_s: float | None) -> None:
         """Ends calls that are not done after the grace period. Stopping twice is harmless."""
@@ -79,8 +79,10 @@ def _is_of_ours(record: logging.LogRecord) -> bool:
     """Drops gRPC's complaints that a caller, who has gone or does not read, took no message or status.
 
     gRPC itself passes over them once it knows that the call has ended. On a busy machine it may learn that later, and
-    then it logs a traceback.
+    then it logs a traceback. It also complains of services that are added after the start, and yet serves them.
     """
+    if str(record.msg).startswith("Cannot register method handlers"):
+        return False
     error: Any = record.exc_info[1] if record.exc_info else None
     if isinstance(error, grpc.aio.InternalError):
         logger.debug("a call ended before its answer: %s", error)

@@ -67,6 +67,11 @@ class Admitted:
 class Admission(Protocol):
     """Who may do what. `dht.admission` has the rules of a swarm."""
 
+    @property
+    def badge(self) -> admission_pb2.Badge | None:
+        """What admits this peer itself elsewhere, if it needs that and has it by now."""
+        ...
+
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
         """Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
         ...
@@ -78,6 +83,8 @@ class Admission(Protocol):
 
 class AllowAll:
     """Admits every caller that proves who it is."""
+
+    badge: admission_pb2.Badge | None = None
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
         return Admitted()
@@ -143,7 +150,7 @@ class Challenges:
 
 
 class Sessions:
-    """The sessions of one server, one per caller.
+    """The sessions of one server: of each caller one for the same rights, such as one for the DHT and one for experts.
 
     When there are too many, one of the neighbourhood with the most sessions ends, the one used longest ago. So a
     stranger with many keys pushes out its own.
@@ -179,7 +186,7 @@ class Sessions:
         self._now = now
         self._clock = clock
         self._sessions: dict[bytes, Session] = {}
-        self._by_caller: dict[PeerID, bytes] = {}
+        self._by_purpose: dict[tuple[PeerID, frozenset[Right]], bytes] = {}
         self._near: dict[str, OrderedDict[bytes, None]] = {}
         """The sessions of each neighbourhood, used longest ago first."""
 
@@ -198,14 +205,14 @@ class Sessions:
             badge = statement.badge if statement.HasField("badge") else None
             admitted = self._admission.admit(caller, rights, badge)
             self.challenges.use(statement.challenge)
-        self._end(caller)
+        self._end(self._by_purpose.get((caller, rights)))
         while len(self._sessions) >= self._limit:
             self._evict()
         key = secrets.token_bytes(_SESSION_BYTES)
         lifetime_s = max(0.0, min(self._lifetime_s, admitted.expires_at - self._now()))
         ends_at = self._clock() + lifetime_s
         self._sessions[key] = Session(caller, caller.to_base58(), rights, admitted.serial, ends_at, near)
-        self._by_caller[caller] = key
+        self._by_purpose[caller, rights] = key
         self._near.setdefault(near, OrderedDict())[key] = None
         self.events.labels("opened").inc()
         return session_pb2.OpenReply(session=key, lifetime_s=lifetime_s)
@@ -236,10 +243,10 @@ class Sessions:
     def recheck(self) -> None:
         """Ends the sessions of callers that have been denied or revoked, and those that have expired."""
         now = self._clock()
-        for session in self.all():
+        for key, session in list(self._sessions.items()):
             gone = session.ends_at <= now
             if gone or not self._admission.still_admits(session.caller, session.serial):
-                self._end(session.caller)
+                self._end(key)
 
     def check(self, request: session_pb2.OpenRequest) -> session_pb2.OpenStatement:
         """The statement, after all checks that need no signature: none is made for a request that is refused anyway.
@@ -283,17 +290,22 @@ class Sessions:
             raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement's signature is wrong") from None
         return caller
 
-    def _end(self, caller: PeerID) -> None:
-        key = self._by_caller.pop(caller, None)
-        if key is not None:
-            near = self._sessions.pop(key).near
-            del self._near[near][key]
-            if not self._near[near]:
-                del self._near[near]
+    def _end(self, key: bytes | None) -> None:
+        if key is None:
+            return
+        session = self._sessions.pop(key)
+        del self._by_purpose[session.caller, session.rights]
+        del self._near[session.near][key]
+        if not self._near[session.near]:
+            del self._near[session.near]
+
+    def still_admits(self, session: Session) -> bool:
+        """Whether the caller has not been denied or revoked since, for calls that last."""
+        return self._admission.still_admits(session.caller, session.serial)
 
     def _evict(self) -> None:
         most: OrderedDict[bytes, None] = max(self._near.values(), key=len)
-        self._end(self._sessions[next(iter(most))].caller)
+        self._end(next(iter(most)))
         self.events.labels("evicted").inc()
 
 
@@ -318,8 +330,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[
     ) -> session_pb2.OpenReply:
         async with abort_on_error(context):
             self._sessions.check(request)
-            address = address_of(context.peer())
-            near = _TUNNELS if address is None else neighbourhood(address)
+            near = _near(context.peer())
             with self._sessions.counting_refusals():
                 if not await self._checks.turn(near, context.peer()):
                     raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "too many open sessions now", 1.0)
@@ -339,17 +350,17 @@ class SessionClient:
         identity: Identity,
         swarm_id: str,
         rights: Sequence[Right],
-        badge: admission_pb2.Badge | None = None,
+        admission: Admission | None = None,
         *,
         limit: int = 1024,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`limit`: sessions remembered, the newest ones."""
+        """`admission`: has this peer's badge. `limit`: sessions remembered, the newest ones."""
         self.opened = 0
         self._identity = identity
         self._swarm_id = swarm_id
         self._rights = rights
-        self._badge = badge
+        self._admission = admission or AllowAll()
         self._clock = clock
         self._known = BoundedDict[PeerID, tuple[Metadata, float]](limit)
         """The metadata of calls to each server, and until when it is good."""
@@ -421,7 +432,7 @@ class SessionClient:
             caller=self._identity.peer_id.to_bytes(),
             challenge=challenge,
             rights=self._rights,
-            badge=self._badge,
+            badge=self._admission.badge,
         ).SerializeToString()
         return session_pb2.OpenRequest(
             statement=statement,
@@ -433,6 +444,14 @@ class SessionClient:
         del self._opening[server]
         if not task.cancelled():
             task.exception()  # told to whoever waits; nobody may any more
+
+
+def _near(peer: str) -> str:
+    """The neighbourhood in which a caller opens sessions. Each relay is one, and so are all tunnels together."""
+    if peer.startswith("relay "):
+        return peer.partition("/")[0]
+    address = address_of(peer)
+    return _TUNNELS if address is None else neighbourhood(address)
 
 
 def session_named(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:

@@ -1,4 +1,4 @@
-"""Where a peer listens and how others reach it: network settings and libp2p's multiaddresses.
+"""Where a peer listens and how others reach it: multiaddresses, as libp2p writes them.
 
 A multiaddress such as /ip4/192.0.2.7/tcp/31337/p2p/Qm… names a peer and its endpoint; one that goes on with
 /p2p-circuit/p2p/Qm… names the peer that the first one relays to. Strangers write them, so they have one strict grammar
@@ -95,34 +95,6 @@ class Multiaddress(str):
     def endpoint_bytes(self) -> bytes:
         """The part that says what to dial, in the same form."""
         return _encoded(self._parts[:2])
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """Where a peer listens, and how others reach it."""
-
-    listen: str
-    """The IP address to listen on."""
-    port: int = 0
-    """The TCP port to listen on; 0: any free one."""
-    announce: Endpoint | None = None
-    """Where others reach this peer, when it is not where it listens."""
-    serves_dht: bool = True
-    """Others connect to it, and it hosts DHT keys and relays for others; without, it is a client."""
-    relays: tuple[Multiaddress, ...] = ()
-    """Peers by which others reach this one, when they can't connect to it."""
-    maps_port: bool = False
-    """Asks the router to forward the port (UPnP, NAT-PMP)."""
-
-    @property
-    def listening(self) -> str:
-        """The multiaddress to listen on, of no peer. Raises ValueError if `listen` is no IP address."""
-        return f"/ip{ipaddress.ip_address(self.listen).version}/{self.listen}/tcp/{self.port}"
-
-    @property
-    def listens(self) -> bool:
-        """A client listens too, unless it is on loopback: others may find a way through its router."""
-        return self.serves_dht or bool(self.relays) or not self.listen.startswith("127.")
 
 
 def default_listen_address() -> str:

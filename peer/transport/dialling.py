@@ -59,7 +59,7 @@ class Dialling:
         self._peers = BoundedDict[tuple[Endpoint, PeerID], None](_REMEMBERED)
         """Who was found where."""
         self._met = BoundedDict[tuple[IpAddress, PeerID], None](_REMEMBERED)
-        """Who was connected from where, by libp2p."""
+        """Who called from where."""
 
     def allows(self, endpoint: Endpoint) -> bool:
         """Whether it may be dialled at all. A name may not: whoever owns it can let it lead anywhere at any time."""
@@ -94,7 +94,7 @@ class Dialling:
             self._machines.give_back(machine, 1)
 
     def met(self, peer_id: PeerID, address: IpAddress) -> None:
-        """The peer proved that it is at this IP address, at whatever port.
+        """The peer called from this IP address, so that it may be dialled there, at whatever port.
 
         Without that, strangers who name a node's endpoint as theirs would use up the dials of the node itself.
         """

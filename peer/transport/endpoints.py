@@ -79,6 +79,8 @@ def ip_address(text: str) -> IpAddress:
 class Endpoint(str):
     """`host:port`, parsed: an IP address or a host name in its canonical form, and a port from 1 to 65535."""
 
+    __slots__ = ("host", "ip", "port")  # there are thousands
+
     host: str
     ip: IpAddress | None
     """None if the host is a name."""

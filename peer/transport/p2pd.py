@@ -1,19 +1,20 @@
 """p2pd, the libp2p daemon: a peer's only child process, started and controlled through hivemind.
 
-This module holds everything we change in `hivemind.p2p`. p2pd ends with us, even after SIGKILL. When it ends by itself,
-pending calls fail at once. A cancelled call affects no other call, and leaves no connection open.
+This module holds everything we change in `hivemind.p2p`, and is the only one that imports it; import this one only to
+start p2pd. p2pd ends with us, even after SIGKILL. A cancelled request leaves no connection open.
 """
 
 import asyncio
+import logging
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
-from uuid import UUID
 
 import psutil
 from google.protobuf.message import DecodeError
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import (
     P2PDaemonError,
     P2PHandlerError,
@@ -22,23 +23,19 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
     write_pbmsg,
 )
 from hivemind.proto import p2pd_pb2
+from hivemind.utils.logging import use_hivemind_log_handler
 
-from peer.errors import DaemonError
-from peer.identity import Identity
+from peer.errors import DaemonError, UnreachableError
+from peer.identity import Identity, PeerID
 from peer.processes import die_with_parent, private_socket_folder
-from peer.transport.addresses import Multiaddress, NetworkConfig, known_bytes, multiaddress
+from peer.transport.addresses import Multiaddress, is_circuit, known_bytes, multiaddress
 from peer.transport.dialling import Dialling
-from peer.transport.endpoints import AddressScope, IpAddress
+from peer.transport.p2pd_setup import REINSTALL, START_DEADLINE_S, Libp2pConfig
+from peer.transport.pipes import Pipe
+from peer.transport.tunnel import StreamHandler
 
-START_DEADLINE_S = 60.0
 _STOP_DEADLINE_S = 3.0
 """p2pd is killed if it takes longer to stop when asked."""
-MAX_MESSAGE_BYTES = 128 * 2**10
-"""Of a message of the DHT, in either direction. p2pd resets a stream that brings more; hivemind's default is 4 MiB."""
-_REINSTALL = (
-    "if p2pd is missing or broken, reinstall it: "
-    "`python -m pip install --force-reinstall --no-deps hivemind==1.1.12`"
-)
 
 _RELAY_BUFFER_BYTES = 256 * 2**10
 """For each direction of a relayed connection. p2pd's default is 16 MiB."""
@@ -55,7 +52,7 @@ _RETURNS_MEMORY = "GOMEMLIMIT=128MiB"
 _CONNECTIONS = {"connLo": 192, "connHi": 256, "connGrace": "20s"}
 """Beyond the higher number, p2pd closes connections that are no longer new, the idle ones first."""
 
-TRANSPORT_ERRORS = (
+_FAILURES = (
     P2PDaemonError,
     P2PHandlerError,
     OSError,  # includes TimeoutError
@@ -66,7 +63,7 @@ TRANSPORT_ERRORS = (
 
 
 class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
-    """hivemind's P2P, which also notices when p2pd ends, and leaves no task behind."""
+    """hivemind's P2P, which leaves no task behind. Requests raise UnreachableError if p2pd or the other peer fails."""
 
     # hivemind's `_terminate` reads both, even if no p2pd was found
     _daemon_listen_maddr: Any = None
@@ -77,7 +74,6 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     async def ended(self) -> int:
         """Waits until p2pd has ended; returns its exit status, negative after a signal."""
         status: int = await self._child.wait()
-        self._has_ended()
         return status
 
     @property
@@ -103,7 +99,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         new = [a for a in addresses if not _is_there(a, connected)]
         addresses = [a for a in addresses if a not in new or self._dialling.begin(a.endpoint, a.dialled)]
         if not addresses:
-            raise P2PDaemonError("none of the peer's addresses may be dialled now")
+            raise UnreachableError("none of the peer's addresses may be dialled now")
         connect = p2pd_pb2.ConnectRequest(
             peer=peer_id.to_bytes(),
             addrs=[address.to_bytes(without_peer=True) for address in addresses],
@@ -118,17 +114,6 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
                 if _is_there(address, connected):
                     self._dialling.reached(address.endpoint, address.dialled)
 
-    async def connected_ips(self, deadline_s: float) -> dict[PeerID, frozenset[IpAddress]]:
-        """The peers to which there are connections, and the IP addresses at their other ends."""
-        connected = {}
-        for data, ends in (await self._connections(deadline_s)).items():
-            peer_id = PeerID(data)
-            direct = [a.endpoint.ip for a in known_bytes(ends, peer_id) if a.endpoint.ip and not a.is_relayed]
-            for address in direct:
-                self._dialling.met(peer_id, address)
-            connected[peer_id] = frozenset(direct)
-        return connected
-
     async def _connections(self, deadline_s: float) -> dict[bytes, list[bytes]]:
         """PeerID → the multiaddresses at the other ends of the connections to that peer, as p2pd encodes them."""
         answer, _, writer = await self._request(
@@ -140,9 +125,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
             ends.setdefault(peer.id, []).extend(peer.addrs)
         return ends
 
-    async def open_stream(
-        self, peer_id: PeerID, protocol: str, deadline_s: float
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def open_stream(self, peer_id: PeerID, protocol: str, deadline_s: float) -> Pipe:
         """A stream to a peer that serves this protocol, through a relay if needed. hivemind's own leaks likewise."""
         opening = p2pd_pb2.StreamOpenRequest(
             peer=peer_id.to_bytes(), proto=[protocol], timeout=math.ceil(deadline_s)
@@ -150,6 +133,19 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
         _, reader, writer = await self._request(request, deadline_s)
         return reader, writer
+
+    async def serve_streams(self, protocol: str, handler: StreamHandler) -> None:
+        """Hands over other peers' streams of this protocol from now on."""
+
+        async def handle(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            caller, is_relayed = PeerID(info.peer_id.to_bytes()), is_circuit(info.addr.to_bytes())
+            await handler(caller, is_relayed, (reader, writer))
+
+        try:
+            async with asyncio.timeout(_STOP_DEADLINE_S):
+                await self.add_binary_stream_handler(protocol, handle)
+        except _FAILURES as error:
+            raise UnreachableError(str(error) or "the libp2p daemon did not answer in time") from error
 
     async def _request(
         self, request: p2pd_pb2.Request, deadline_s: float
@@ -163,20 +159,16 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
                 await write_pbmsg(writer, request)
                 await read_pbmsg_safe(reader, answer)
             raise_if_failed(answer)
-        except BaseException:
+        except BaseException as error:
             if writer is not None:
                 writer.close()
+            if isinstance(error, _FAILURES):
+                raise UnreachableError(str(error) or "the libp2p daemon did not answer in time") from error
             raise
         return answer, reader, writer
 
-    async def call_protobuf_handler(self, *arguments: Any, **options: Any) -> Any:
-        if not self.is_alive:
-            raise P2PDaemonError("p2pd has ended")  # hivemind would wait for its own deadline
-        return await super().call_protobuf_handler(*arguments, **options)
-
     async def shutdown(self) -> None:
         tasks = self._tasks()
-        self._has_ended()
         self._terminate()
         for task in tasks:
             task.cancel()
@@ -193,28 +185,20 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         if self._sockets is not None:
             self._sockets.cleanup()
 
-    def _has_ended(self) -> None:
-        """Fails the pending calls, whose answers can't come any more."""
-        self._alive = False
-        if self._client is not None:
-            for call in self._client.control._pending_calls.values():
-                if not call.done():
-                    call.set_exception(P2PDaemonError("p2pd has ended"))
-                    call.exception()  # marks it as retrieved: its caller may have given up
-
     def _tasks(self) -> list["asyncio.Task[Any]"]:
         tasks = [self._reader_task, self._listen_task]
         if self._client is not None:
             control = self._client.control
-            tasks += [control._read_task, control._write_task, *control._handler_tasks.values()]
+            tasks += [control._read_task, control._write_task]
         return [task for task in tasks if task is not None]
 
 
-async def start_daemon(identity: Identity, config: NetworkConfig, dialling: Dialling | None = None) -> Daemon:
+async def start_daemon(identity: Identity, config: Libp2pConfig, dialling: Dialling) -> Daemon:
     """Starts p2pd. Raises DaemonError when this machine can't.
 
-    `dialling`: this process's rules for addresses that others wrote; None: all of this machine may be dialled.
+    `dialling`: this process's rules for addresses that others wrote.
     """
+    _quiet_hivemind()
     started: list[Daemon] = []
     sockets = private_socket_folder()
 
@@ -227,13 +211,16 @@ async def start_daemon(identity: Identity, config: NetworkConfig, dialling: Dial
         def __init__(self) -> None:
             super().__init__()
             self._sockets = sockets
-            self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
+            self._dialling = dialling
             started.append(self)
 
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
+            if not config.relays:
+                # nothing here needs libp2p's own DHT, but p2pd insists on one if it is to find relays
+                options = {name: value for name, value in options.items() if not name.startswith("dht")}
             command = P2P._make_process_args(*arguments, **options, **_relay_options(config))
-            environment = [_RETURNS_MEMORY, *([_ONE_PROCESSOR] if config.serves_dht else [])]
+            environment = [_RETURNS_MEMORY, *([_ONE_PROCESSOR] if config.public else [])]
             return die_with_parent(["/usr/bin/env", *environment, *command])
 
     task = asyncio.current_task()
@@ -246,54 +233,31 @@ async def start_daemon(identity: Identity, config: NetworkConfig, dialling: Dial
             check_if_identity_free=False,  # the lock of the state folder protects it
             host_maddrs=[config.listening],
             announce_maddrs=None if config.announce is None else [multiaddress(config.announce)],
-            dht_mode="server" if config.serves_dht else "client",
+            dht_mode="client",
             no_listen=not config.listens,
             nat_port_map=config.maps_port,
             auto_nat=True,  # p2pd punches holes only with this
-            force_reachability="public" if config.serves_dht else "private",
+            force_reachability="public" if config.public else "private",
             use_relay=True,
             use_auto_relay=bool(config.relays),
             trusted_relays=config.relays or None,
             startup_timeout=START_DEADLINE_S,
-            persistent_conn_max_msg_size=MAX_MESSAGE_BYTES,
         )
         if task.cancelling() > cancels:  # Python 3.11's wait_for, in hivemind, loses it
             raise asyncio.CancelledError
-        patch_control_client(created._client.control)
+        created.peer_id = identity.peer_id  # of our own type
         daemon = created
     except P2PDaemonError as error:
-        raise DaemonError(f"the libp2p daemon did not start: {error}; {_REINSTALL}") from error
+        raise DaemonError(
+            f"the libp2p daemon did not start: {error}; if p2pd is broken, {REINSTALL}"
+        ) from error
     except (OSError, EOFError) as error:
-        raise DaemonError(f"can't run the libp2p daemon: {error}; {_REINSTALL}") from error
+        raise DaemonError(f"can't run the libp2p daemon: {error}; if p2pd is broken, {REINSTALL}") from error
     finally:
         if daemon is None:
             for half_started in started:
                 await half_started.shutdown()
     return daemon
-
-
-class _PendingCalls(dict[UUID, "asyncio.Future[Any]"]):
-    """This peer's calls, by id.
-
-    It claims not to contain a call that is done. If the answer arrives in the turn of the loop in which the call is
-    cancelled, hivemind's reader would set its result, fail on that and end, and no later call would get an answer.
-    """
-
-    def __contains__(self, call_id: object) -> bool:
-        return super().__contains__(call_id) and not self[call_id].done()  # type: ignore[index]  # a UUID
-
-
-class _HandlerTasks(dict[UUID, "asyncio.Task[None]"]):
-    """Other peers' calls while they are handled, by id. hivemind never forgets one that is cancelled."""
-
-    def __setitem__(self, call_id: UUID, task: "asyncio.Task[None]") -> None:
-        super().__setitem__(call_id, task)
-        task.add_done_callback(lambda _: self.pop(call_id, None))
-
-
-def patch_control_client(control: Any) -> None:
-    """Replaces the tables of a hivemind ControlClient, which must have no calls under way."""
-    control._pending_calls, control._handler_tasks = _PendingCalls(), _HandlerTasks()
 
 
 def _is_there(address: Multiaddress, connected: Mapping[bytes, Sequence[bytes]]) -> bool:
@@ -302,10 +266,16 @@ def _is_there(address: Multiaddress, connected: Mapping[bytes, Sequence[bytes]])
     return any(data.startswith(end) for data in connected.get(address.dialled.to_bytes(), ()))
 
 
-def _relay_options(config: NetworkConfig) -> dict[str, Any]:
+def _quiet_hivemind() -> None:
+    """Removes hivemind's own log handler, so that its errors appear as our log lines."""
+    use_hivemind_log_handler("nowhere")
+    logging.getLogger("hivemind").setLevel(os.environ.get("HIVEMIND_LOGLEVEL", "ERROR"))
+
+
+def _relay_options(config: Libp2pConfig) -> dict[str, Any]:
     """Options of p2pd for which hivemind has no arguments."""
     return {
-        "relayService": config.serves_dht,
+        "relayService": config.public and config.relays_others,
         "relayBufferSize": _RELAY_BUFFER_BYTES,
         "relayDataLimit": _RELAYED_BYTES,
         "relayTimeLimit": _RELAYED_FOR,

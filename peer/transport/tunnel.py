@@ -8,39 +8,39 @@ either side ends a stream, p2pd ends both directions: there is no half-close, an
 import asyncio
 import contextlib
 import logging
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from peer.bounded import BoundedDict
 from peer.budget import FairBudget
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
-from peer.processes import private_socket_folder
 from peer.rates import TokenBuckets
-from peer.transport.addresses import Multiaddress, is_circuit
+from peer.transport.addresses import Multiaddress
+from peer.transport.pipes import Listeners, Pipe, SocketStream, copy_both_ways
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL = "/talkoot/grpc/1"
 OPEN_DEADLINE_S = 15.0
 """To open a stream: dialling, a relay, and agreeing on the protocol."""
-_FLUSH_DEADLINE_S = 5.0
-"""For the last bytes of one side to reach the other."""
-_CHUNK_BYTES = 256 * 2**10
 
-Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 OpenExit: TypeAlias = Callable[[PeerID], Awaitable[Pipe]]
 """Connects a peer whose tunnel ends here with this peer's gRPC server. Raises OSError."""
+StreamHandler: TypeAlias = Callable[[PeerID, bool, Pipe], Awaitable[None]]
+"""Takes a stream that another peer opened: who did, and whether it comes through a relay."""
 OpenStream: TypeAlias = Callable[[PeerID, Sequence[Multiaddress], str, float], Awaitable[Pipe]]
 """Takes a peer, its addresses, the protocol and a deadline in seconds. Raises UnreachableError."""
+
+
+class StreamServer(Protocol):
+    async def serve_streams(self, protocol: str, handler: StreamHandler) -> None:
+        """Hands over other peers' streams of this protocol."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class Tunnels:
         """Whether the last stream that another peer opened came through a relay."""
         self._open_stream = open_stream
         self._limits = limits
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._listeners = BoundedDict[PeerID, _Listener](limits.streams)  # least recently used first
+        self._listeners = Listeners(limits.streams, self._forward)
         self._exit: OpenExit | None = None
         self._room = FairBudget(limits.streams)
         """Streams that others opened. When all are open, the peer with the most gives one up for another peer."""
@@ -95,61 +94,33 @@ class Tunnels:
         self._exit = open_exit
         self._limits = replace(self._limits, streams=most_streams)
         self._room = FairBudget(most_streams)
-        self._listeners.most = most_streams
+        self._listeners.limit(most_streams)
 
-    async def serve_on(self, daemon: Any) -> None:
-        """Accepts other peers' streams from this p2pd, if an exit is set."""
+    async def serve_on(self, server: StreamServer) -> None:
+        """Accepts other peers' streams there, if an exit is set."""
         if self._exit is not None:
-            await daemon.add_binary_stream_handler(PROTOCOL, self._accept)
+            await server.serve_streams(PROTOCOL, self._accept)
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
-        """Returns the address at which gRPC reaches that peer through a tunnel; nothing is dialled yet.
-
-        `addresses`: the multiaddresses that the peer announces now. Raises UnreachableError if this machine has no
-        sockets left.
-        """
-        listener = self._listeners.get(peer_id) or await self._listen_for(peer_id)
-        listener.addresses = tuple(addresses)
-        self._keep(peer_id, listener)
-        return _grpc_name(listener.path)
-
-    async def _listen_for(self, peer_id: PeerID) -> "_Listener":
-        listener = _Listener(self._path(_file_name(peer_id)))
-        self._keep(peer_id, listener)
+        """As of `Listeners`."""
         try:
-            listener.server = await asyncio.start_unix_server(
-                lambda reader, writer: self._forward(peer_id, listener, (reader, writer)),
-                str(listener.path),
-                limit=_CHUNK_BYTES,
-            )
-        except OSError as error:
-            self._listeners.pop(peer_id, None)  # the next call tries again
+            return await self._listeners.open_to(peer_id, addresses)
+        except UnreachableError:
             self.failures.inc()
-            raise UnreachableError(f"can't open a tunnel to {peer_id}: {error}") from error
-        return listener
-
-    def _keep(self, peer_id: PeerID, listener: "_Listener") -> None:
-        """As the one used last; the least recently used ones are closed when there are too many."""
-        for oldest in self._listeners.put(peer_id, listener):
-            oldest.close()
+            raise
 
     def address_of(self, peer_id: PeerID) -> str:
         """The address that `open_to` returned for the peer."""
-        return _grpc_name(self._path(_file_name(peer_id)))
+        return self._listeners.address_of(peer_id)
 
     async def close(self) -> None:
         """Ends all streams. Closing twice is harmless."""
         self._exit = None
-        while self._listeners:
-            self._listeners.popitem()[1].close()
+        self._listeners.close()
         await self._tasks.aclose()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
-    async def _accept(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Handles a stream that another peer opened; hivemind calls it."""
-        caller: PeerID = info.peer_id
+    async def _accept(self, caller: PeerID, is_relayed: bool, pipe: Pipe) -> None:
+        """Handles a stream that another peer opened."""
         now, task = time.monotonic(), asyncio.current_task()
         assert task is not None
         exit_, room = self._exit, None
@@ -163,22 +134,22 @@ class Tunnels:
                 room = self._room.reserve(caller, 1, give_up)
         if exit_ is None or room is None:
             self.opened.labels("refused").inc()
-            writer.close()
+            pipe[1].close()
             return
         self._opening.take(caller, 1, now)
-        self.last_relayed = is_circuit(info.addr.to_bytes())
+        self.last_relayed = is_relayed
         self.opened.labels("relayed" if self.last_relayed else "punched").inc()
         try:
-            await self._connect_pipes((reader, writer), exit_(caller))
+            await self._connect_pipes(pipe, exit_(caller))
         finally:
             room.release()
 
-    async def _forward(self, peer_id: PeerID, listener: "_Listener", accepted: Pipe) -> None:
+    async def _forward(self, peer_id: PeerID, addresses: Sequence[Multiaddress], accepted: Pipe) -> None:
         """Handles a connection of this process's own gRPC."""
         if len(self._tasks) >= 2 * self._limits.streams:
             accepted[1].close()
             return
-        stream = self._open_stream(peer_id, listener.addresses, PROTOCOL, OPEN_DEADLINE_S)
+        stream = self._open_stream(peer_id, addresses, PROTOCOL, OPEN_DEADLINE_S)
         await self._connect_pipes(accepted, stream)
 
     async def _connect_pipes(self, here: Pipe, opening: Awaitable[Pipe]) -> None:
@@ -187,67 +158,10 @@ class Tunnels:
             with self._tasks.including_current(), contextlib.closing(here[1]):
                 there = await opening
                 with contextlib.closing(there[1]):
-                    await self._copy_both_ways(here, there)
+                    idle_s = self._limits.idle_s
+                    await copy_both_ways(SocketStream(here), SocketStream(there), idle_s, self.bytes.inc)
         except UnreachableError as error:
             self.failures.inc()
             logger.debug("%s", error)
         except (OSError, TimeoutError) as error:
             logger.debug("a tunnel ended: %s", error)
-
-    async def _copy_both_ways(self, here: Pipe, there: Pipe) -> None:
-        """Copies both ways until either side ends. Reads no faster than the other side accepts."""
-        ways = [
-            asyncio.create_task(self._copy(here[0], there[1])),
-            asyncio.create_task(self._copy(there[0], here[1])),
-        ]
-        try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for way in ways:
-                way.cancel()
-            for error in await asyncio.gather(*ways, return_exceptions=True):
-                if isinstance(error, OSError):
-                    logger.debug("a tunnel broke: %s", error)
-
-    async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        while True:
-            async with asyncio.timeout(self._limits.idle_s):
-                chunk = await source.read(_CHUNK_BYTES)
-            if not chunk:
-                break
-            self.bytes.inc(len(chunk))
-            target.write(chunk)
-            async with asyncio.timeout(self._limits.idle_s):
-                await target.drain()
-        target.close()
-        async with asyncio.timeout(_FLUSH_DEADLINE_S):
-            await target.wait_closed()
-
-    def _path(self, name: str) -> Path:
-        if self._folder is None:
-            self._folder = private_socket_folder()
-        return Path(self._folder.name) / name
-
-
-class _Listener:
-    """The unix socket at which gRPC reaches one peer."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.addresses: tuple[Multiaddress, ...] = ()
-        self.server: asyncio.Server | None = None
-
-    def close(self) -> None:
-        """Streams that are open stay open."""
-        if self.server is not None:
-            self.server.close()
-        self.path.unlink(missing_ok=True)
-
-
-def _file_name(peer_id: PeerID) -> str:
-    """Short, because a unix socket's path has at most 107 bytes."""
-    return str(peer_id.to_base58()[-16:])
-
-
-def _grpc_name(path: Path) -> str:
-    return f"unix:{path}"

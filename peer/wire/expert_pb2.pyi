@@ -31,68 +31,84 @@ class CallRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[CallHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class CallHeader(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "request_id", "width", "codec", "experts", "keep")
+    __slots__ = ("protocol_version", "swarm_id", "request_id", "width", "codec", "segment_lengths", "positions", "experts", "keep", "kept_request_id", "kept_rows")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    KEPT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    KEPT_ROWS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
     request_id: bytes
     width: int
     codec: Codec
-    experts: _containers.RepeatedCompositeFieldContainer[ExpertRows]
-    keep: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., width: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., keep: _Optional[bool] = ...) -> None: ...
-
-class ExpertRows(_message.Message):
-    __slots__ = ("uid", "segment_lengths", "positions", "kept_request_id", "kept_index", "kept_rows")
-    UID_FIELD_NUMBER: _ClassVar[int]
-    SEGMENT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
-    POSITIONS_FIELD_NUMBER: _ClassVar[int]
-    KEPT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    KEPT_INDEX_FIELD_NUMBER: _ClassVar[int]
-    KEPT_ROWS_FIELD_NUMBER: _ClassVar[int]
-    uid: str
     segment_lengths: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertRows]
+    keep: bool
     kept_request_id: bytes
-    kept_index: int
     kept_rows: int
-    def __init__(self, uid: _Optional[str] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., kept_request_id: _Optional[bytes] = ..., kept_index: _Optional[int] = ..., kept_rows: _Optional[int] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., width: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., keep: _Optional[bool] = ..., kept_request_id: _Optional[bytes] = ..., kept_rows: _Optional[int] = ...) -> None: ...
+
+class ExpertRows(_message.Message):
+    __slots__ = ("uid", "rows", "weights")
+    UID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    uid: str
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, uid: _Optional[str] = ..., rows: _Optional[_Iterable[int]] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CallReply(_message.Message):
-    __slots__ = ("experts", "chunk")
+    __slots__ = ("experts", "rows", "chunk", "kept")
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedCompositeFieldContainer[ExpertReply]
+    rows: _containers.RepeatedCompositeFieldContainer[AnsweredRows]
     chunk: bytes
-    def __init__(self, experts: _Optional[_Iterable[_Union[ExpertReply, _Mapping]]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    kept: bool
+    def __init__(self, experts: _Optional[_Iterable[_Union[ExpertReply, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AnsweredRows, _Mapping]]] = ..., chunk: _Optional[bytes] = ..., kept: _Optional[bool] = ...) -> None: ...
+
+class AnsweredRows(_message.Message):
+    __slots__ = ("rows", "masks", "products", "payload_bytes")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    MASKS_FIELD_NUMBER: _ClassVar[int]
+    PRODUCTS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    masks: _containers.RepeatedScalarFieldContainer[int]
+    products: _containers.RepeatedScalarFieldContainer[float]
+    payload_bytes: int
+    def __init__(self, rows: _Optional[_Iterable[int]] = ..., masks: _Optional[_Iterable[int]] = ..., products: _Optional[_Iterable[float]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class ExpertReply(_message.Message):
-    __slots__ = ("index", "status", "message", "update_count", "payload_bytes", "kept", "skipped_update", "rolled_back", "retry_after_s")
+    __slots__ = ("index", "status", "message", "update_count", "skipped_update", "rolled_back", "retry_after_s", "version")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_COUNT_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
-    KEPT_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_UPDATE_FIELD_NUMBER: _ClassVar[int]
     ROLLED_BACK_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     index: int
     status: int
     message: str
     update_count: int
-    payload_bytes: int
-    kept: bool
     skipped_update: bool
     rolled_back: bool
     retry_after_s: float
-    def __init__(self, index: _Optional[int] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., update_count: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., kept: _Optional[bool] = ..., skipped_update: _Optional[bool] = ..., rolled_back: _Optional[bool] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    version: int
+    def __init__(self, index: _Optional[int] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., update_count: _Optional[int] = ..., skipped_update: _Optional[bool] = ..., rolled_back: _Optional[bool] = ..., retry_after_s: _Optional[float] = ..., version: _Optional[int] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ("protocol_version", "swarm_id")

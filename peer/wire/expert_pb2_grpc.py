@@ -55,16 +55,19 @@ class ExpertServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Forward(self, request_iterator, context):
-        """Runs experts on rows of activations. An expert answers its update: what it adds to its input. Requests: one
-        CallHeader, then payload chunks. Replies: for every expert one ExpertReply, and its tensor in the payload.
+        """Runs experts on rows of activations. An expert answers its update f: what it adds to its input. The answer to a row
+        is S = sum of u f / sum of u over the experts that answered it, with the caller's weights u. Requests: one
+        CallHeader, then payload chunks. Replies: as rows become ready, AnsweredRows and their tensor in the payload; one
+        ExpertReply for every expert.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Backward(self, request_iterator, context):
-        """Runs experts backwards: gives the gradient of their input, and takes one optimizer step per backward batch.
-        The stream looks as in Forward. A repeated request id is refused with ALREADY_EXISTS and applied at most once.
+        """Runs experts backwards: gives the gradient of each row's input, and takes one optimizer step per backward batch of
+        an expert. The stream looks as in Forward. A repeated request id is refused with ALREADY_EXISTS and applied at most
+        once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -5,7 +5,7 @@ import warnings
 
 from peer.wire import probe_pb2 as peer_dot_wire_dot_probe__pb2
 
-GRPC_GENERATED_VERSION = '1.83.0'
+GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 

@@ -88,7 +88,7 @@ class Announcement(_message.Message):
     def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
-    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "bootstrap_addresses", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady")
+    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady", "relay_addresses")
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -98,7 +98,6 @@ class NodeRecord(_message.Message):
     ROWS_PROCESSED_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
-    BOOTSTRAP_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +110,7 @@ class NodeRecord(_message.Message):
     REACHABILITY_FIELD_NUMBER: _ClassVar[int]
     TUNNEL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     UNSTEADY_FIELD_NUMBER: _ClassVar[int]
+    RELAY_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     addresses: _containers.RepeatedScalarFieldContainer[str]
     certificate: bytes
     protocol_version: int
@@ -120,7 +120,6 @@ class NodeRecord(_message.Message):
     rows_processed: int
     updates: int
     started_at: float
-    bootstrap_addresses: _containers.RepeatedScalarFieldContainer[str]
     left: bool
     name: str
     activity: NodeActivity
@@ -133,10 +132,11 @@ class NodeRecord(_message.Message):
     reachability: Reachability
     tunnel_addresses: _containers.RepeatedScalarFieldContainer[str]
     unsteady: bool
-    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., bootstrap_addresses: _Optional[_Iterable[str]] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., unsteady: _Optional[bool] = ...) -> None: ...
+    relay_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., unsteady: _Optional[bool] = ..., relay_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TrainerRecord(_message.Message):
-    __slots__ = ("name", "protocol_version", "software_version", "started_at", "renew_every_s", "metrics_address", "step", "steps", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "forward", "backward", "calls", "failures", "bytes_sent", "bytes_received", "nodes", "left", "addresses", "certificate", "dense_fingerprint", "dense_age", "tunnel_addresses")
+    __slots__ = ("name", "protocol_version", "software_version", "started_at", "renew_every_s", "metrics_address", "step", "steps", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "forward", "backward", "calls", "failures", "bytes_sent", "bytes_received", "nodes", "left", "addresses", "certificate", "dense_fingerprint", "dense_age", "tunnel_addresses", "relay_addresses")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,7 @@ class TrainerRecord(_message.Message):
     DENSE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DENSE_AGE_FIELD_NUMBER: _ClassVar[int]
     TUNNEL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    RELAY_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     name: str
     protocol_version: int
     software_version: str
@@ -187,7 +188,8 @@ class TrainerRecord(_message.Message):
     dense_fingerprint: bytes
     dense_age: int
     tunnel_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., started_at: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., forward: _Optional[_Union[Latency, _Mapping]] = ..., backward: _Optional[_Union[Latency, _Mapping]] = ..., calls: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failures, _Mapping]]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeLatency, _Mapping]]] = ..., left: _Optional[bool] = ..., addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., dense_fingerprint: _Optional[bytes] = ..., dense_age: _Optional[int] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    relay_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., started_at: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., forward: _Optional[_Union[Latency, _Mapping]] = ..., backward: _Optional[_Union[Latency, _Mapping]] = ..., calls: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failures, _Mapping]]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeLatency, _Mapping]]] = ..., left: _Optional[bool] = ..., addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., dense_fingerprint: _Optional[bytes] = ..., dense_age: _Optional[int] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., relay_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Failures(_message.Message):
     __slots__ = ("cause", "count")

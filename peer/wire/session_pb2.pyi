@@ -15,11 +15,15 @@ class Right(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RIGHT_BACKWARD: _ClassVar[Right]
     RIGHT_FETCH: _ClassVar[Right]
     RIGHT_AVERAGE: _ClassVar[Right]
+    RIGHT_DHT: _ClassVar[Right]
+    RIGHT_RELAY: _ClassVar[Right]
 RIGHT_UNSPECIFIED: Right
 RIGHT_FORWARD: Right
 RIGHT_BACKWARD: Right
 RIGHT_FETCH: Right
 RIGHT_AVERAGE: Right
+RIGHT_DHT: Right
+RIGHT_RELAY: Right
 
 class ChallengeRequest(_message.Message):
     __slots__ = ()

@@ -5,7 +5,7 @@ import warnings
 
 from peer.wire import session_pb2 as peer_dot_wire_dot_session__pb2
 
-GRPC_GENERATED_VERSION = '1.83.0'
+GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -60,8 +60,8 @@ class SessionServiceServicer:
         """Opens a session. Refused with UNAUTHENTICATED when the statement does not prove who the caller is, or when its
         challenge is not this server's, is too old or was used before; with PERMISSION_DENIED when the caller may not do
         what it asks for; with FAILED_PRECONDITION when it is of another swarm or protocol version; and with
-        RESOURCE_EXHAUSTED when too many callers wait. A caller has one session with a server: a new one ends the one
-        before.
+        RESOURCE_EXHAUSTED when too many callers wait. A caller has one session with a server for the same rights: a new
+        one ends the one before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,8 +59,8 @@ class StateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Ask(self, request, context):
-        """Asks the node to fetch experts from another now. A hint and no more: the node believes the DHT alone, so it looks
-        up there what the other peer announces, and pins the certificate of that peer's record.
+        """Asks the node to fetch experts from the caller now. A hint and no more: the node believes the DHT alone, so it looks
+        up there what the caller announces, and pins the certificate of that peer's record.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

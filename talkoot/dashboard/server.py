@@ -18,7 +18,6 @@ from dht.invites import Invite, invite_of
 from peer.errors import PortError
 from peer.files import StateFolder
 from peer.formatting import endpoint
-from peer.kademlia.hivemind import quiet_hivemind
 from peer.metrics import new_registry
 from talkoot.dashboard.app import Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
@@ -40,7 +39,6 @@ _KEEP_S = 5.0
 
 def run_dashboard(terminal: Terminal, join: str | None, settings: DashboardSettings) -> None:
     """Watches until a signal arrives, which is not an error. Raises UserError when it can't start."""
-    quiet_hivemind()
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     invite = invite_of(join)
     listener = listen(settings.host, settings.port)

@@ -1,5 +1,6 @@
 """The dashboard's settings, from a TOML file, the environment (`TALKOOT_DASHBOARD_…`) and flags."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,12 +13,13 @@ class DashboardSettings(RoleSettings):
     """Where the dashboard listens, and how often it reads the swarm. Times are in seconds."""
 
     env_prefix: ClassVar[str] = "TALKOOT_DASHBOARD_"
-    removed: ClassVar[frozenset[str]] = frozenset(
-        {
+    removed: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (
             *("list_every_s", "silence_factor", "most_nodes", "most_trainers", "most_gone", "gone_kept_s"),
             *("most_cells", "max_streams", "max_connections", "experts_every_s", "history_series"),
             "history_experts",
-        }
+        ),
+        "",
     )
 
     host: str = Field(

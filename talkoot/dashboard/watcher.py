@@ -16,9 +16,9 @@ from dht.invites import Invite
 from dht.swarm import Swarm, join_swarm
 from peer import clock
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopLag, Restarts, TaskSet, keep_running
-from peer.transport.addresses import NetworkConfig
 from talkoot.dashboard.api import DashboardState
 from talkoot.dashboard.history import MAX_EXPERTS, HistoryStore, Sample
 from talkoot.dashboard.picture import MAX_NODES, MAX_TRAINERS, CallRateMeter, Census, Picture, paint
@@ -139,8 +139,6 @@ class Watcher:
             else:
                 try:
                     await self._watch(swarm)
-                except StartError as error:  # p2pd can't be restarted; joining again may help
-                    self._failed(error)
                 finally:
                     await swarm.stop()
             await asyncio.sleep(_JOIN_AGAIN_S)

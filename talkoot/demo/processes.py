@@ -15,6 +15,7 @@ from peer.processes import die_with_parent
 
 _LEAVES_WITHIN_S = 10.0
 _LINES_SHOWN = 8
+_TALKOOT = ("-m", "talkoot.cli")
 _CODE = re.compile(r" \[T[0-9]{3}\]$")
 
 Hear = Callable[["DemoProcess", Mapping[str, Any] | None], None]
@@ -31,9 +32,11 @@ class DemoProcesses:
         self._changed = asyncio.Event()
         self._all: list[DemoProcess] = []
 
-    async def start(self, name: str, arguments: Sequence[str]) -> "DemoProcess":
-        """Runs `talkoot` with the arguments."""
-        process = await DemoProcess.start(name, arguments, self._folder, self._hear)
+    async def start(
+        self, name: str, arguments: Sequence[str], program: Sequence[str] = _TALKOOT
+    ) -> "DemoProcess":
+        """Runs `talkoot` with the arguments, or another `program` of Python's."""
+        process = await DemoProcess.start(name, (*program, *arguments), self._folder, self._hear)
         self._all.append(process)
         return process
 
@@ -76,9 +79,9 @@ class DemoProcess:
 
     @classmethod
     async def start(cls, name: str, arguments: Sequence[str], folder: Path, hear: Hear) -> Self:
-        """Runs `talkoot` with the arguments."""
+        """Runs Python with the arguments."""
         errors = folder / f"{name.replace(' ', '-')}.log"
-        command = die_with_parent([sys.executable, "-P", "-m", "talkoot.cli", *arguments])
+        command = die_with_parent([sys.executable, "-P", *arguments])
         with errors.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
                 *command,

@@ -66,6 +66,13 @@ class DemoPlan:
     """Index of the node to kill, in the order of their start."""
     link: Link | None = None
     """Emulated before every node."""
+    p2pd: bool = True
+    """Nodes and the trainer start one."""
+
+    @property
+    def common_options(self) -> tuple[str, ...]:
+        """Of nodes and trainers."""
+        return () if self.p2pd else ("--p2pd", "off")
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class _Demo:
         self._step = 0
         self._summary: Mapping[str, Any] | None = None
         self._reading: Mapping[str, Any] | None = None
-        self._experts_total = Manifest(name="demo").experts_total
+        self._experts_total = Manifest.founded({"name": "demo"}).experts_total
 
     async def run(self) -> DemoResult:
         began = time.monotonic()
@@ -239,6 +246,7 @@ class _Demo:
             *("--experts", experts, "--spare", experts),  # room for all experts of the killed node
             *("--announce-every-s", str(announce_every_s), "--niceness", "0"),  # somebody is watching
             *("--drain-timeout", "0"),  # all leave together, so nobody can take over
+            *self._plan.common_options,
         )
         self._nodes.append(node)
         self._display.show_node_state(name, node.pid, "starting")
@@ -248,12 +256,12 @@ class _Demo:
         """Puts a link before a node that is about to start; returns the options by which the node announces it."""
         if self._plan.link is None:
             return ()
-        wire, (dht_port, grpc_port) = Wire(self._plan.link, seed=len(self._nodes)), free_ports(_HOST, 2)
-        dht, grpc = [await Proxy.start(wire, (_HOST, port), _HOST) for port in (dht_port, grpc_port)]
-        self._proxies += [dht, grpc]
+        wire, (port,) = Wire(self._plan.link, seed=len(self._nodes)), free_ports(_HOST, 1)
+        proxy = await Proxy.start(wire, (_HOST, port), _HOST)
+        self._proxies.append(proxy)
         config = self._folder / f"{name}.toml"
-        config.write_text(f"announce_dht_port = {dht.port}\nannounce_grpc_port = {grpc.port}\n")
-        return "--config", str(config), "--dht-port", str(dht_port), "--grpc-port", str(grpc_port)
+        config.write_text(f"announce_port = {proxy.port}\n")
+        return "--config", str(config), "--port", str(port)
 
     async def _start_trainer(self, invite: str) -> None:
         data = () if self._plan.data is None else ("--data", str(self._plan.data))
@@ -262,6 +270,7 @@ class _Demo:
             *("train", "--join", invite, "--steps", str(self._plan.steps), *data),
             *("--threads", "1", "--log-format", "json", "--state", str(self._folder / "trainer")),
             *("--call-deadline-s", str(_CALL_DEADLINE_S), "--seed", "0"),
+            *self._plan.common_options,
         )
 
     async def _start(self, name: str, *arguments: str) -> DemoProcess:

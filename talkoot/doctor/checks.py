@@ -42,7 +42,9 @@ from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import require_free_port
+from peer.transport.port_mapping import PortMapping
 from talkoot.doctor.traffic import row_traffic, trainer_traffic
+from trainer_client.settings import PRESETS
 
 _PEERS_ASKED = 3
 _SLOW_LINE_ROWS_PER_S = 500.0
@@ -102,13 +104,16 @@ def check_state(folder: Path, error: UserError | None) -> Finding:
 
 
 def check_software() -> Finding:
-    """The versions, and whether p2pd runs on this platform."""
+    """The versions, and whether this platform was tried."""
     versions = {name: _version(name) for name in ("torch", "hivemind", "grpcio")}
     shown = ", ".join(f"{name} {number}" for name, number in versions.items())
     python, system = platform.python_version(), f"{platform.system()} {platform.machine()}"
     verdict, fix = Verdict.OK, ""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        verdict, fix = Verdict.PROBLEM, "p2pd runs only on Linux on x86-64: use such a machine or a container"
+        verdict, fix = (
+            Verdict.WEAK,
+            "Talkoot is tested on Linux on x86-64 only: use such a machine, or a container",
+        )
     elif not _PYTHONS[0] <= sys.version_info[:2] < _PYTHONS[1]:
         verdict, fix = Verdict.WEAK, "not tested with this Python: use 3.11, 3.12 or 3.13"
     return Finding(
@@ -131,10 +136,9 @@ def check_device(settings: NodeSettings) -> Finding:
 
 
 def check_ports(settings: NodeSettings, host: str) -> Finding:
-    """Whether a node could listen on its three ports. `host`: the address of the first two."""
+    """Whether a node could listen on its port and on that of /metrics. `host`: where it would listen."""
     wanted = {
-        "--dht-port": (host, settings.dht_port),
-        "--grpc-port": (host, settings.grpc_port),
+        "--port": (host, settings.port),
         "--metrics-port": (settings.metrics_host, settings.metrics_port),
     }
     taken = []
@@ -245,9 +249,12 @@ def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts:
     return Finding(name="disk", verdict=verdict, says=says, fix=fix, values=values)
 
 
-async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> list[Finding]:
+async def ask_peers(
+    swarm: Swarm, host: str, port: int, rng: random.Random, *, upnp: bool = False
+) -> list[Finding]:
     """Asks some nodes of the swarm. `host`, `port`: where a node would serve here; port 0: any free one.
 
+    `upnp`: asks the router to forward the port meanwhile, as a node would.
     Raises PortError when nothing can listen there, and UnreachableError when the DHT does not answer.
     """
     others = await _others(swarm)
@@ -256,10 +263,15 @@ async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> l
     failures: list[str] = []
     pool = ChannelPool(dialling=swarm.host.dialling)
     try:
-        async with _listening(host, port) as own_port:
+        async with (
+            _listening(host, port) as listening,
+            _forwarding(host, listening if upnp and others else 0) as router,
+        ):
+            own_port = router.external.port if router.external else listening
+            router_says = router.in_words
             for node in rng.sample(others, min(_PEERS_ASKED, len(others))):
                 try:
-                    channel = await pool.reach(replace(node, tunnel_addresses=()))
+                    channel = await pool.reach(replace(node, tunnel_addresses=(), relay_addresses=()))
                     links.append(await call_probe(channel, swarm.keys.swarm_id))
                     dials.append(await call_dial_back(channel, swarm.keys.swarm_id, own_port))
                 except UnreachableError as error:
@@ -270,7 +282,7 @@ async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> l
     return [
         judge_clock(links, nobody),
         judge_bandwidth(links, swarm.manifest, nobody),
-        judge_reachability(dials, host, own_port, nobody),
+        judge_reachability(dials, host, own_port, nobody, router_says),
     ]
 
 
@@ -300,8 +312,9 @@ def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
 
 
 def check_traffic(manifest: Manifest) -> Finding:
-    """What a trainer would move over its line. A figure to compare with one's own."""
-    traffic = trainer_traffic(manifest, _TOKENS_PER_S)
+    """What a trainer with the preset's settings would move over its line. A figure to compare with one's own."""
+    most = PRESETS[manifest.preset].get("nodes_per_token")
+    traffic = trainer_traffic(manifest, _TOKENS_PER_S, nodes_per_token=most)
     up, down = traffic.upload_mbit, traffic.download_mbit
     return Finding(
         name="traffic",
@@ -336,9 +349,12 @@ def judge_bandwidth(links: Sequence[Link], manifest: Manifest, nobody: str) -> F
     )
 
 
-def judge_reachability(dials: Sequence[DialledBack], host: str, port: int, nobody: str) -> Finding:
+def judge_reachability(
+    dials: Sequence[DialledBack], host: str, port: int, nobody: str, router: str = ""
+) -> Finding:
     """Judges by the best answer: a lying peer can only deny a connection, or claim one that it never made.
 
+    `port`: the one that they dialled. `router`: what the router did about it, if it was asked.
     A node that nobody can reach serves through relays, which is slower and takes up the relays' bandwidth.
     """
     if not dials:
@@ -352,16 +368,20 @@ def judge_reachability(dials: Sequence[DialledBack], host: str, port: int, nobod
     }
     says = f"a peer connected to {best.address} port {port}"
     if best.connected:
+        says = f"{says}: {router}" if router else says
         return Finding(name="reachability", verdict=Verdict.OK, says=says, values=values)
     hidden = best.address != host
     fix = (
-        f"forward two TCP ports on your router to {host}" if hidden else "open two TCP ports in the firewall"
+        f"forward TCP port {port} on your router to {host}"
+        if hidden
+        else f"open TCP port {port} in the firewall"
     )
     return Finding(
         name="reachability",
         verdict=Verdict.WEAK,
         says=f"peers can't connect to {best.address} port {port}: {best.message}; a node would serve through relays",
-        fix=f"{fix}, and pass them as --grpc-port and --dht-port: then others reach the node directly",
+        fix=(f"{router}: " if router and hidden else "")
+        + f"{fix}, and pass it as --port: then others reach the node directly",
         values=values,
     )
 
@@ -370,7 +390,7 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "(unknown version)"
+        return "(not installed)"
 
 
 def _rows_per_s(manifest: Manifest, threads: int) -> float:
@@ -422,6 +442,18 @@ async def _others(swarm: Swarm) -> list[NodeInfo]:
     listed: frozenset[PeerID] = await swarm.registry.node_ids()
     nodes = await swarm.registry.nodes(listed - {swarm.host.peer_id})
     return [node for node in nodes.values() if node.addresses]
+
+
+@asynccontextmanager
+async def _forwarding(host: str, port: int) -> AsyncIterator[PortMapping]:
+    """Has the router forward the port while it is open. The port is 0 when the router is not asked."""
+    mapping = PortMapping(host, port)
+    if port and PortMapping.helps(host):
+        await mapping.ask()
+    try:
+        yield mapping
+    finally:
+        await mapping.end()
 
 
 @asynccontextmanager

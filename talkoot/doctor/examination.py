@@ -19,14 +19,16 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from expert_server.settings import NodeSettings
-from peer.errors import DataError, StartError, UserError
+from peer.errors import DaemonError, DataError, StartError, UserError
 from peer.files import StateFolder, write_atomically
 from peer.formatting import age_in_words
-from peer.host import Host
+from peer.host import NetworkConfig
 from peer.identity import Identity
-from peer.kademlia.hivemind import quiet_hivemind
 from peer.loop import new_loop
-from peer.transport.addresses import NetworkConfig
+from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope
+from peer.transport.libp2p import Libp2p
+from peer.transport.p2pd_setup import Libp2pConfig, is_offered, why_unavailable
 from talkoot.doctor.checks import (
     Finding,
     Verdict,
@@ -111,12 +113,11 @@ def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cac
 
     `cached`: prints the last findings instead. Raises UserError when nothing can be checked.
     """
-    quiet_hivemind()
     folder = node_folder(settings.state)
     if cached:
         report = Report.load(folder)
     else:
-        source = origin.read() if origin.join or origin.new else Manifest(name="demo")
+        source = origin.read() if origin.join or origin.new else Manifest.founded({"name": "demo"})
         report = _check(terminal, source, settings, folder)
     show(terminal, report, cached=cached)
     return report.can_serve
@@ -185,34 +186,41 @@ class Check:
             await asyncio.to_thread(check_device, self._settings),
             check_ports(self._settings, self._host),
         ]
-        stage("starting p2pd, the libp2p daemon")
-        starts = await self._start_daemon(identity)
-        manifest, swarm_id = Manifest(name="demo"), None
+        await self._check_p2pd(identity, stage)
+        manifest, swarm_id = Manifest.founded({"name": "demo"}), None
         if isinstance(self._source, Manifest):
             manifest = self._source
             why = "pass --join INVITE to check against a swarm"
             self._skip(why, "swarm", "bandwidth", "reachability")
             self._findings.append(check_clock_keeping())
-        elif not starts:
-            self._skip("p2pd does not start", "swarm", "clock", "bandwidth", "reachability")
         else:
             swarm_id = self._source.keys.swarm_id
             manifest = await self._join_swarm(identity, self._source, stage) or manifest
         await self._check_machine(manifest, stage)
         return Report(checked_at=time.time(), swarm=swarm_id, findings=tuple(self._findings))
 
-    async def _start_daemon(self, identity: Identity) -> bool:
-        """As a node does, with a DHT of its own; returns whether it worked."""
+    async def _check_p2pd(self, identity: Identity, stage: Stage) -> None:
+        """A node can do without, so that nothing about it is a problem."""
+        if self._settings.p2pd == "off":
+            self._skip("switched off: peers behind routers are reached through relays only", "p2pd")
+            return
+        if not is_offered() and (why := why_unavailable()):
+            self._skip(why, "p2pd")
+            return
+        stage("starting p2pd, the libp2p daemon")
         began = time.monotonic()
+        config = Libp2pConfig(self._host, self._settings.p2pd_port)
+        libp2p = Libp2p(identity, config, Dialling(AddressScope.LOOPBACK))
         try:
-            host = await Host.start(identity, NetworkConfig(self._host))
-            await host.stop()
-        except UserError as error:
-            self._note("p2pd", Verdict.PROBLEM, "it does not start", fix=str(error))
-            return False
-        seconds = time.monotonic() - began
-        self._note("p2pd", Verdict.OK, f"starts, in {seconds:.1f} s", start_s=seconds)
-        return True
+            await libp2p.start()
+        except DaemonError as error:
+            says = "it does not start; peers behind routers are reached through relays only"
+            self._note("p2pd", Verdict.WEAK, says, fix=f"{error}; or pass --p2pd off")
+        else:
+            seconds = time.monotonic() - began
+            self._note("p2pd", Verdict.OK, f"starts, in {seconds:.1f} s", start_s=seconds)
+        finally:
+            await libp2p.stop()
 
     async def _join_swarm(self, identity: Identity, invite: Invite, stage: Stage) -> Manifest | None:
         began = time.monotonic()
@@ -245,7 +253,10 @@ class Check:
         stage("asking other nodes: clock, bandwidth, reachability")
         try:
             rng = random.Random()  # noqa: S311  # chooses whom to ask
-            self._findings += await ask_peers(swarm, self._host, self._settings.grpc_port, rng)
+            settings = self._settings
+            self._findings += await ask_peers(
+                swarm, self._host, settings.port, rng, upnp=settings.asks_router
+            )
         except StartError as error:
             self._note("reachability", Verdict.PROBLEM, "nobody can listen there", fix=str(error))
             self._skip("nobody was asked", "clock", "bandwidth")

@@ -1,6 +1,6 @@
 """What training moves over a trainer's line.
 
-Shapes: R rows. A row is what one token sends to one expert; a trainer sends it forward, and later its gradient.
+A token sends one row to each of its nodes, forward, and later the row's gradient. A row is for one or several experts.
 """
 
 from dataclasses import dataclass
@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from dht.manifest import Manifest
 from peer.codec import codec_of, encoded_bytes
 
+TYPICAL_NODES = 10
+"""Of a swarm, where nobody says how many it has."""
 _FRAMES = 1.003
 """Bytes on a connection for each byte in gRPC's messages: HTTP/2 and TLS. Counted in a proxy, like those below."""
-_SENT_BESIDE, _RECEIVED_BESIDE = 3.5, 1.5
-"""Bytes beside a row's tensors, forward and backward together: its position, and its share of the headers in calls of
-128 rows for each expert. With 32 rows it is 9 and 5.
+_SENT_BESIDE, _RECEIVED_BESIDE = 3.0, 1.6
+"""Bytes beside a row's tensors, forward and backward together: its position or number, and its share of the headers in
+calls of 256 rows.
+"""
+_NUMBER, _WEIGHT, _PRODUCT = 1.5, 4.0, 4.0
+"""And for each expert of a row: the row's number, the expert's weight, which is left out where no row has several, and
+the product that comes back.
 """
 _PACKET, _PACKET_HEADERS = 1500, 52
 """Of TCP over IPv4 with timestamps. Every second packet is acknowledged, which costs headers in the other direction."""
@@ -27,24 +33,39 @@ class Traffic:
 
 
 def trainer_traffic(
-    manifest: Manifest, tokens_per_s: float = 1000.0, rows_per_token: float | None = None
+    manifest: Manifest,
+    tokens_per_s: float = 1000.0,
+    nodes: int = TYPICAL_NODES,
+    nodes_per_token: int | None = None,
 ) -> Traffic:
-    """What a trainer moves to and from nodes for so many tokens a second, all mixtures together.
+    """What a trainer moves to and from so many nodes for so many tokens a second, all mixtures together.
+
+    Each token is for the manifest's top_k experts, which are anywhere, at `nodes_per_token` nodes at most.
 
     Retries, hedges, and the averaging of dense parts are not included.
-
-    `rows_per_token`: rows that a token sends in one mixture, by default one for each of its `top_k` experts.
     """
-    rows = manifest.routing.top_k if rows_per_token is None else rows_per_token
-    return row_traffic(manifest, tokens_per_s * manifest.model.layers * rows)
+    k = manifest.routing.top_k
+    rows = nodes_of_token(k, nodes, nodes_per_token)
+    return row_traffic(manifest, tokens_per_s * manifest.model.layers * rows, k / rows)
 
 
-def row_traffic(manifest: Manifest, rows_per_s: float) -> Traffic:
-    """What a trainer moves for so many rows a second, each forward and backward."""
-    # inputs and gradients of updates one way, updates and gradients of inputs the other
+def nodes_of_token(experts: int, nodes: int, most: int | None = None) -> float:
+    """At how many nodes so many experts are on average, each being at any node, where a token may go to `most`."""
+    chances = [1.0]  # of being at 0, 1, ... nodes
+    for _ in range(experts):
+        met = [chance * at / nodes for at, chance in enumerate(chances)]
+        new = [chance * (1 - at / nodes) for at, chance in enumerate(chances)]
+        chances = [one + other for one, other in zip([*met, 0.0], [0.0, *new], strict=True)]
+    return sum(chance * min(at, most or at) for at, chance in enumerate(chances))
+
+
+def row_traffic(manifest: Manifest, rows_per_s: float, experts: float = 1.0) -> Traffic:
+    """What a trainer moves for so many rows a second, forward and backward, each for so many experts of a node."""
+    # inputs and gradients of answers one way, answers and gradients of inputs the other
     tensors = 2 * encoded_bytes(1, manifest.width, codec_of(manifest.wire.codec))
-    sent = rows_per_s * (_FRAMES * tensors + _SENT_BESIDE)
-    received = rows_per_s * (_FRAMES * tensors + _RECEIVED_BESIDE)
+    with_each = _NUMBER + (_WEIGHT if experts > 1 else 0.0)
+    sent = rows_per_s * (_FRAMES * tensors + _SENT_BESIDE + with_each * experts)
+    received = rows_per_s * (_FRAMES * tensors + _RECEIVED_BESIDE + _PRODUCT * experts)
     return Traffic(_mbit_per_s(sent, received), _mbit_per_s(received, sent))
 
 

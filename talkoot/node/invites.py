@@ -160,13 +160,11 @@ def _day(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
-def invite_advice(
-    bootstrap: Sequence[Multiaddress], host: str, dht_port: int, grpc_port: int, *, chosen: bool = True
-) -> str:
+def invite_advice(bootstrap: Sequence[Multiaddress], host: str, port: int, *, chosen: bool = True) -> str:
     """What a founder should do so that people elsewhere can join by these multiaddresses; empty when they can.
 
     It is also empty when the founder chose loopback. `host`: the address that the founder listens on; not `chosen`: the
-    machine's first one. A port is 0 when it changes with each run. Pure.
+    machine's first one. The port is 0 when it changes with each run. Pure.
     """
     hosts = [address.endpoint.host for address in bootstrap]
     if not all(map(_is_private, hosts)):
@@ -180,11 +178,11 @@ def invite_advice(
     named = (
         f"it has only private addresses ({', '.join(dict.fromkeys(hosts))})" if hosts else "it has no address"
     )
-    ports = f"TCP ports {dht_port} and {grpc_port}" if dht_port and grpc_port else "both TCP ports"
-    fix = "" if dht_port and grpc_port else "pass --dht-port and --grpc-port, "
+    named_port = f"TCP port {port}" if port else "that TCP port"
+    fix = "" if port else "pass --port, "
     return (
         f"nobody outside this network can join by this invite: {named}. Make this machine reachable and start again "
-        f"({fix}forward {ports} on your router to {host}, and set announce_host to the router's public address), "
+        f"({fix}forward {named_port} on your router to {host}, and set announce_host to the router's public address), "
         "or found the swarm on a machine with a public address: others then join through it, this machine too"
     )
 

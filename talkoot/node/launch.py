@@ -25,12 +25,12 @@ from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
 from peer.errors import AddressError, PortError, SettingsError, StartError, UnreachableError, UserError
 from peer.files import StateFolder, write_atomically
+from peer.host import NetworkConfig
 from peer.identity import Identity
-from peer.kademlia.hivemind import quiet_hivemind
 from peer.kademlia.storage import StoreBounds
 from peer.loop import keep_running, new_loop
 from peer.settings import DENYLIST
-from peer.transport.addresses import Multiaddress, NetworkConfig, default_listen_address, require_free_port
+from peer.transport.addresses import Multiaddress, default_listen_address, require_free_port
 from peer.transport.endpoints import Endpoint, ip_address
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm, invite_advice
@@ -44,8 +44,8 @@ _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
 """Between attempts to rejoin a swarm when none of its peers answers."""
-_LAST_PORT = "dht-port"
-"""File with the DHT's last port. A node that keeps its port can be found by invites and by peers that remember it."""
+_LAST_PORT = "port"
+"""File with the node's last port. A node that keeps its port can be found by invites and by peers that remember it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ class Origin:
 def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_file: Path | None) -> None:
     """Runs until a signal arrives. Raises UserError when it can't start, and Stopped when stopped before it serves."""
     keep_freed_memory()
-    quiet_hivemind()
     check_devices(settings.device, settings.precision)  # fails before other peers are contacted
     source = origin.read()
     if isinstance(source, Manifest):
@@ -152,13 +151,15 @@ class _NodeRun:
             # from here on the node owns the swarm and stops it
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
-            remember_port(self._state, swarm.host.config.port)
+            remember_port(self._state, swarm.host.port)
             self._control.attach(node)
             self._served = True
             self._node = node
-            self._show_invite(node, await swarm.invite())
+            invite = await swarm.invite()
+            self._show_invite(node, invite)
             async with asyncio.TaskGroup() as group:
                 group.create_task(node.run())
+                group.create_task(self._show_wider_invite(node, invite))
                 show = partial(self._show_state, node)
                 group.create_task(keep_running("show the node's state", show, node.restarts))
         finally:
@@ -183,9 +184,16 @@ class _NodeRun:
     async def _found_or_join(self, identity: Identity, stage: Stage) -> Swarm:
         settings, host, state = self._settings, self._host, self._state
         announce = announced_address(settings, host)
-        maps_port = settings.upnp and announce is None and not host.startswith("127.")
-        port = settings.dht_port or last_port(state, host)
-        config = NetworkConfig(host, port, announce, maps_port=maps_port)
+        config = NetworkConfig(
+            host,
+            settings.port or last_port(state, host),
+            announce,
+            most_calls=settings.max_calls,
+            relay_mbit=settings.relay_mbit,
+            p2pd=settings.p2pd == "auto",
+            p2pd_port=settings.p2pd_port,
+            maps_port=settings.asks_router and not host.startswith("127."),
+        )
         denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
         bounds = StoreBounds(settings.max_dht_bytes, upload_mbit=settings.upload_mbit)
         if isinstance(self._source, Manifest):
@@ -241,18 +249,25 @@ class _NodeRun:
                 )
             if self._terminal.live:
                 self._terminal.err.rule()
-        settings = self._settings
-        if isinstance(self._source, Manifest) and (
-            narrow := invite_advice(
-                made.bootstrap,
-                self._host,
-                settings.dht_port,
-                settings.grpc_port,
-                chosen=settings.host is not None,
-            )
-        ):
+        if narrow := self._invite_advice(made):
             logger.warning("%s", narrow)
         logger.info("peer %s serves on %s; metrics at %s", peer_id, node.address, node.metrics_address)
+
+    async def _show_wider_invite(self, node: Node, shown: Invite) -> None:
+        """Once the router forwards the port of a founder at home, people elsewhere can join."""
+        if not self._invite_advice(shown):
+            return
+        while self._invite_advice(shown):
+            await asyncio.sleep(_LOOK_EVERY_S)
+            shown = await node.swarm.invite()
+        self._show_invite(node, shown)
+
+    def _invite_advice(self, made: Invite) -> str:
+        """Why nobody outside this network can join by a founder's invite, and what to do; empty if others can."""
+        settings = self._settings
+        if not isinstance(self._source, Manifest):
+            return ""
+        return invite_advice(made.bootstrap, self._host, settings.port, chosen=settings.host is not None)
 
     async def _show_state(self, node: Node) -> None:
         if self._terminal.json:
@@ -298,10 +313,10 @@ def _first(error: BaseException) -> BaseException:
 
 
 def announced_address(settings: NodeSettings, host: str) -> Endpoint | None:
-    """Where others reach this node's DHT; None: where it listens."""
-    if not (settings.announce_host or settings.announce_dht_port):
+    """Where others reach this node; None: where it listens."""
+    if not (settings.announce_host or settings.announce_port):
         return None
-    return Endpoint.of(settings.announce_host or host, settings.announce_dht_port or settings.dht_port)
+    return Endpoint.of(settings.announce_host or host, settings.announce_port or settings.port)
 
 
 def listen_address(settings: NodeSettings) -> str:
@@ -320,7 +335,7 @@ def listen_address(settings: NodeSettings) -> str:
 
 
 def last_port(state: Path, host: str) -> int:
-    """The DHT's port of the last run; 0 when there is none, or when another program uses it."""
+    """The port of the last run; 0 when there is none, or when another program uses it."""
     try:
         port = int((state / _LAST_PORT).read_text())
         require_free_port(host, port)

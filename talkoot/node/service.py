@@ -58,7 +58,7 @@ WantedBy=default.target
 [X-Talkoot]
 State={state}
 """
-"""KillMode: only the node gets SIGTERM. It needs p2pd to withdraw its announcements, and then ends it."""
+"""KillMode: only the node gets SIGTERM. It ends p2pd once it has left: callers may come through it until then."""
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ _COUNTS = frozenset(
         *(
             "unanswered_rows",
             "late_gradients",
-            "spot_checks",
-            "differing_answers",
-            "outvoted_answers",
+            "checked_rows",
+            "failed_spot_checks",
             "wrong_answers",
         ),
         *("skipped_updates", "rollbacks", "averagings", "checkpoint"),

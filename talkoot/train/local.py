@@ -7,6 +7,7 @@ Shapes: R rows, K experts for each row, W width of the experts.
 """
 
 import itertools
+import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ from expert_server.serving.batching import Result, WorkItem
 from expert_server.serving.compute import compute_together
 from peer.codec import Floats, codec_of, decode, encode
 from peer.errors import ExpertError, WireError
-from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, RoutedRows, group_by_expert
+from peer.identity import PeerID
+from trainer_client.dispatch.batches import ExpertPart, ForwardPass, NodeBatch, RoutedRows
 from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import Routing
@@ -38,6 +40,8 @@ from trainer_client.training.record import Progress
 T = TypeVar("T")
 
 _OWN_SEED = 0
+_NO_KEY = b"\x12\x20"
+"""What the id of a peer begins with."""
 
 
 class LocalSwarm:
@@ -45,11 +49,15 @@ class LocalSwarm:
 
     own_seed = _OWN_SEED
 
-    def __init__(self, manifest: Manifest, settings: TrainerSettings) -> None:
-        """Raises UserError when the settings or the experts' kind do not fit."""
+    def __init__(self, manifest: Manifest, settings: TrainerSettings, nodes: int | None = None) -> None:
+        """`nodes`: of the swarm that it stands for, by which `nodes_per_token` chooses; None: as many as experts.
+
+        Raises UserError when the settings or the experts' kind do not fit.
+        """
         self.manifest = manifest
-        self.dispatcher = LocalExperts(manifest)
-        self._routing = Routing.of(settings, manifest, _OWN_SEED)
+        self.settings = settings.in_swarm(manifest.preset)
+        self.dispatcher = LocalExperts(manifest, nodes)
+        self._routing = Routing.of(self.settings, manifest, _OWN_SEED)
 
     def mixture(
         self, layer: int, choose_by: Literal["token", "sequence"] | None = None
@@ -84,18 +92,23 @@ def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T:
 class LocalForward(ForwardPass):
     """With what the experts need for their backward pass."""
 
-    parts: list[tuple[ExpertBatch, Rows]] = field(default_factory=list)
+    parts: list[tuple[ExpertPart, Rows]] = field(default_factory=list)
     """The gradients in them are not there yet."""
 
 
 class LocalExperts:
     """All experts of a manifest, as the layer sees them. Several threads may use it, one at a time computes."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, nodes: int | None = None) -> None:
+        """`nodes`: on which the experts would be, at random, each node having as many."""
         grid = manifest.experts.grid
         self.metrics = DispatchMetrics()
         self.experts = {uid: Expert(uid, manifest) for uid in manifest.uids()}
         self._view = View(manifest, {}, {}, 0.0)
+        uids = manifest.uids()
+        drawn = random.Random(_OWN_SEED).sample(range(len(uids)), len(uids))  # noqa: S311  # keeps no secret
+        peers = [PeerID(_NO_KEY + number.to_bytes(32, "big")) for number in range(nodes or len(uids))]
+        self._hosts = {uid: peers[number % len(peers)] for uid, number in zip(uids, drawn, strict=True)}
         self._tables = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
         self._lock = threading.Lock()
         self._codec = codec_of(manifest.wire.codec)
@@ -109,59 +122,61 @@ class LocalExperts:
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
     ) -> LiveExperts:
         """All of them: they are all here."""
-        return LiveExperts(layer, self._view, NOBODY, self._tables)
+        hosts = {uid: peer_id for uid, peer_id in self._hosts.items() if uid.layer == layer}
+        return LiveExperts(layer, self._view, NOBODY, self._tables, hosts)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
         """As the dispatcher's, but no row is sent elsewhere when an expert's updates are not finite."""
         result = LocalForward.of(rows)
         result.coordinates[:] = selection.coordinates
         with self._lock, torch.set_grad_enabled(rows.keep), torch.autocast("cpu", enabled=False):
-            batches = group_by_expert(
+            batch = NodeBatch.of(
                 rows.layer, selection.coordinates, selection.valid, rows.grid, rows.sequence_length
             )
-            self._compute(list(batches), result)
+            self._compute(batch, result)
         self.metrics.unanswered_rows.inc(int((~result.answered.any(axis=1)).sum()))
         return result
 
-    def _compute(self, batches: Sequence[ExpertBatch], result: LocalForward) -> None:
-        parts = []
-        for batch in batches:
+    def _compute(self, batch: NodeBatch, result: LocalForward) -> None:
+        """Each slot's answer is that of its expert alone."""
+        asked = []
+        for part in batch.parts():
             with self._noting_failures():
-                x_RW = torch.from_numpy(self._arrived(result.rows.inputs[batch.rows]))
-                lengths, positions = torch.from_numpy(batch.lengths), torch.from_numpy(batch.positions)
-                parts.append((batch, Rows(x_RW, lengths, positions)))
-        works = [WorkItem(b.uid, "forward", part, inf, "", result.rows.keep) for b, part in parts]
-        for (batch, part), computed in zip(parts, self._computed(works), strict=True):
+                x_RW = torch.from_numpy(self._arrived(result.rows.inputs[part.places]))
+                lengths, positions = map(torch.from_numpy, batch.segments(part.places))
+                asked.append((part, Rows(x_RW, lengths, positions)))
+        works = [WorkItem(part.uid, "forward", rows, inf, "", result.rows.keep) for part, rows in asked]
+        for (part, rows), computed in zip(asked, self._computed(works), strict=True):
             with self._noting_failures():
                 if isinstance(computed, ExpertError):
                     raise computed
-                result.updates[batch.rows, batch.slots] = self._arrived(computed.tensor.numpy())
-                result.answered[batch.rows, batch.slots] = True
+                result.updates[part.places, part.slots] = self._arrived(computed.tensor.numpy())
+                result.answered[part.places, part.slots] = True
                 if result.rows.keep:
-                    result.parts.append((batch, replace(part, graph=computed.graph)))
+                    result.parts.append((part, replace(rows, graph=computed.graph)))
 
-    async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
+    async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
         """As the dispatcher's: each expert steps once, after all its rows. Of those that fail, the gradient is zero."""
         assert isinstance(forward, LocalForward), "of another swarm"
         total = np.zeros_like(forward.rows.inputs)
         with self._lock, torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            batches, works = [], []
-            for batch, part in forward.parts:
+            parts, works = [], []
+            for part, rows in forward.parts:
                 with self._noting_failures():
-                    own = self._arrived(gradients[batch.rows, batch.slots], self._next_seed())
-                    rows = replace(part, gradients=torch.from_numpy(own))
-                    works.append(WorkItem(batch.uid, "backward", rows, inf, ""))
-                    batches.append(batch)
-            for batch, computed in zip(batches, self._computed(works), strict=True):
+                    own = self._arrived(gradients[part.places, part.slots], self._next_seed())
+                    with_gradients = replace(rows, gradients=torch.from_numpy(own))
+                    works.append(WorkItem(part.uid, "backward", with_gradients, inf, ""))
+                    parts.append(part)
+            for part, computed in zip(parts, self._computed(works), strict=True):
                 with self._noting_failures():
                     if isinstance(computed, ExpertError):
                         raise computed
                     self.metrics.skipped_updates.inc(computed.skipped_update)
                     self.metrics.rollbacks.inc(computed.rolled_back)
-                    total[batch.rows] += self._arrived(computed.tensor.numpy(), self._next_seed())
+                    total[part.places] += self._arrived(computed.tensor.numpy(), self._next_seed())
             for work in works:
                 self.experts[work.uid].settle()
-        return total
+        return total, np.zeros_like(forward.shares)
 
     def _computed(self, works: Sequence[WorkItem]) -> list[Result | ExpertError]:
         """In their order, narrow experts several at once as on a node."""

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,12 +14,12 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from peer.errors import SettingsError
 from peer.formatting import counted
-from peer.kademlia.hivemind import quiet_hivemind
 from peer.metrics import total
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, check_writable, write_json
 from talkoot.train.display import Write, check_plot, logs_written, plot_losses, progress_shown, summary_table
 from talkoot.train.local import LocalSwarm
+from talkoot.train.recompute import BlockLoader
 from trainer_client.averaging.averager import Averaging
 from trainer_client.averaging.dense_part import SharedParameters
 from trainer_client.client import SwarmClient
@@ -51,7 +51,6 @@ def run_train(
     json_file: Path | None,
 ) -> None:
     """Raises UserError when it can't train, and Stopped after a signal. A stopped run prints its summary too."""
-    quiet_hivemind()
     if (join is None) == (local is None):
         raise SettingsError(
             "pass --join INVITE, the line that you were given or @FILE with the file that holds it, or "
@@ -95,9 +94,9 @@ def _train(
         if isinstance(where, Manifest):
             client = LocalSwarm(where, start.settings)
         else:
-            client = SwarmClient(where, start.settings, state, stage=stage)
+            client = SwarmClient(where, start.settings, state, stage=stage, make_loader=BlockLoader.of)
     try:
-        run = _Run(terminal, signals, client, start)
+        run = _Run(terminal, signals, client, replace(start, settings=client.settings))
         values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
         folder = None if run.saver is None or not run.saver.saved_step else str(run.saver.folder)
         return values | {"checkpoint": folder, "stopped": signals.received is not None}
@@ -192,16 +191,18 @@ class _Run:
 
 
 def _begin_averaging(client: Client, part: SharedParameters, start: RunStart) -> Averaging | None:
-    """Averages with other trainers. A new run starts from what they have trained, if so set. Raises UserError."""
+    """Averages with other trainers. A new run starts from what they have trained, if so set, and so does a resumed one
+    that is far behind. Raises UserError.
+    """
     settings = start.settings
     if isinstance(client, LocalSwarm) or not settings.average_every:
         return None
     averaging = client.average(part, start.tokenizer.to_json(), settings.router)
-    if start.checkpoint is None and settings.start_from == "swarm":
-        age = client.take_freshest(averaging)
+    if settings.start_from == "swarm":
+        age = client.take_whole(averaging)
         if age is not None:
             logger.info(
-                "starts from the freshest dense part in the swarm, which was trained for %s",
+                "goes on from another trainer's dense part, which was trained for %s",
                 counted(age, "step"),
             )
     return averaging

@@ -21,10 +21,10 @@ from rich.table import Table
 from dht.invites import invite_of
 from peer.errors import DataError
 from peer.formatting import counted
-from peer.kademlia.hivemind import quiet_hivemind
 from peer.metrics import total
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, escaped, to_json
+from talkoot.train.recompute import BlockLoader
 from talkoot.train.session import once, trainer_state
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
@@ -88,7 +88,6 @@ def trained_model(
 
     `prepare` is called first, with the tokenizer, the settings and a folder that lasts as long as the model.
     """
-    quiet_hivemind()
     invite = invite_of(join)
     swarm_id = invite.keys.swarm_id
     path = checkpoint_folder(settings.checkpoint, trainer_state(settings), swarm_id, newest=True)
@@ -99,7 +98,9 @@ def trained_model(
         folder = Path(name)
         prepare(tokenizer, settings, folder)
         with terminal.stages("making ready") as stage:
-            client = SwarmClient(invite, settings, folder / "state", stage=stage, reads_only=True)
+            client = SwarmClient(
+                invite, settings, folder / "state", stage=stage, reads_only=True, make_loader=BlockLoader.of
+            )
         try:
             checkpoint.check_manifest(client.manifest)
             with terminal.stages("looking for experts") as stage:

@@ -13,8 +13,8 @@ from benchmarks.discovery_simulated import make_trainer, measure_crawl, measure_
 from benchmarks.kademlia_walk import DrawnNetwork, measure, walk
 from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedSwarm, grid_of
-from peer.kademlia.hivemind import DHTID
 from peer.kademlia.lookups import Lookups
+from peer.kademlia.routing import key_id_of
 
 NODES = 20
 
@@ -48,10 +48,10 @@ def test_a_swarm_put_in_place_is_like_one_that_joined_and_announced() -> None:
 
         async def run() -> None:
             swarm = await SimulatedSwarm.start(loop, NODES, 40, Link(), seed=5)
-            keys = [DHTID.generate(source=swarm.keys.expert(uid)) for uid in swarm.hosts]
+            keys = [key_id_of(swarm.keys.expert(uid)) for uid in swarm.hosts]
             really = holders(swarm, keys)
             for peer in swarm.peers:
-                peer.dht.protocol.storage.clear()
+                peer.dht.storage.clear()
             await swarm.announce_all(LIFETIME_S, in_place=True)
             placed = holders(swarm, keys)
             assert all(len(some) == 5 for some in placed)
@@ -62,8 +62,8 @@ def test_a_swarm_put_in_place_is_like_one_that_joined_and_announced() -> None:
         loop.run_until_complete(run())
 
 
-def holders(swarm: SimulatedSwarm, keys: list[DHTID]) -> list[set[int]]:
-    return [{n for n, peer in enumerate(swarm.peers) if peer.dht.protocol.storage.get(key)} for key in keys]
+def holders(swarm: SimulatedSwarm, keys: list[int]) -> list[set[int]]:
+    return [{n for n, peer in enumerate(swarm.peers) if peer.dht.storage.get(key)} for key in keys]
 
 
 @given(st.integers(0, 2**32), st.integers(20, 80))
@@ -77,19 +77,19 @@ def test_the_walk_takes_as_many_rounds_as_the_simulation(seed: int, nodes: int) 
             swarm.peers = [await swarm.make_peer() for _ in range(nodes)]
             swarm.fill_tables(swarm.peers, swarm.peers)
             await swarm.announce_all(LIFETIME_S, in_place=True)
-            tables = {int(p.dht.node_id): p.dht.protocol.routing_table for p in swarm.peers}
+            tables = {int(p.dht.node_id): p.dht.table for p in swarm.peers}
             name = swarm.keys.node(random.Random(seed).choice(swarm.peers).peer_id)
-            key = DHTID.generate(source=name)
-            having = {int(p.dht.node_id) for p in swarm.peers if p.dht.protocol.storage.get(key)}
+            key = key_id_of(name)
+            having = {int(p.dht.node_id) for p in swarm.peers if p.dht.storage.get(key)}
             asking = next(p for p in swarm.peers if int(p.dht.node_id) not in having)
             me = asking.dht.node_id
 
             def named(node: int) -> list[int]:
-                return [int(n) for n, _ in tables[node].get_nearest_neighbors(key, 20, exclude=me)]
+                return [int(n) for n, _ in tables[node].nearest(key, 20, exclude=me)]
 
             search, _ = walk(key, named(int(me)), having, named, reach=2**160 * 5 // nodes)
             before = loop.time()
-            lookups = Lookups(lambda: asking.dht, rng=random.Random(seed))
+            lookups = Lookups(asking.dht, rng=random.Random(seed))
             found = (await lookups.find([key], besides_self=True))[key]
             assert found.entries
             assert found.search.found_after == search.found_after

@@ -6,7 +6,16 @@ from collections import Counter
 
 import pytest
 import torch
-from expert_fakes import FakeSwarm, make_manifest, make_node, make_request, random_rows, virtual_time
+from expert_fakes import (
+    FakeSwarm,
+    Request,
+    collect,
+    make_call,
+    make_manifest,
+    make_node,
+    random_rows,
+    virtual_time,
+)
 from rich.console import Console
 
 from benchmarks.faults import FaultyCaller
@@ -22,9 +31,7 @@ from benchmarks.learning import (
     text_of_python,
 )
 from dht.manifest import Manifest
-from peer.errors import ExpertError
 from talkoot.train.local import LocalSwarm
-from trainer_client.dispatch.batches import NodeCall
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 
@@ -35,20 +42,16 @@ def fates(seed: int) -> tuple[list[str], int]:
     """What became of each of many calls, and how many reached the node."""
     swarm = FakeSwarm(make_manifest((1,)))
     (uid,) = swarm.manifest.uids()
-    call = NodeCall(
-        make_node(swarm.peer_of[uid]), "forward", [make_request(uid, [2], [0, 1], random_rows(2))], 9.0
-    )
+    request = Request(uid, [2], [0, 1], random_rows(2))
+    call = make_call(make_node(swarm.peer_of[uid]), "forward", [request], 9.0)
 
     async def scenario() -> list[str]:
         time = asyncio.get_running_loop().time
         caller, seen = FaultyCaller(swarm, 1.0, 0.1, seed), []
         for _ in range(CALLS):
             began = time()
-            try:
-                answers = [answer async for answer in caller.call(call)]
-                seen.append(f"{len(answers)} answer")
-            except ExpertError as error:
-                seen.append(error.status.name)
+            collected = await collect(caller, call)
+            seen.append(collected.status.name if collected.status else f"{len(collected.answered)} answer")
             assert time() - began == pytest.approx(1.0)
         assert caller.failed == seen.count("UNAVAILABLE")
         return seen

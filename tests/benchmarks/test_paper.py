@@ -17,8 +17,6 @@ from training_swarm import signals_restored
 from benchmarks.paper import QUICK, WAYS, Plan, main, plot, show, to_toml
 from dht.manifest import Manifest
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.mark.parametrize(("plan", "experts"), [(Plan(), 256), (QUICK, 64)])
 def test_transformer_layers_compete_with_a_dense_model_of_equal_compute(plan: Plan, experts: int) -> None:

@@ -119,6 +119,7 @@ def test_a_cache_name_changes_with_what_is_learned_alone() -> None:
         name(replace(SMALL, steps=7)),
         name(replace(SMALL, batch=5)),
         name(replace(SMALL, hidden=32)),
+        name(replace(SMALL, seed=1)),
         name(feed_forward=1.0),
         name(expert_kind="transformer"),
         name(settings={"router": "base"}),

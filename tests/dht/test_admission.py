@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from dht.admission import (
     MAX_REVOKED,
+    OPEN_TO_ALL,
+    OPEN_TO_MEMBERS,
     RIGHTS,
     Denylist,
     Mode,
@@ -25,7 +27,8 @@ from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.records import RecordValidator, SwarmKeys, sign_record
 from peer.errors import ExpertError, RecordError, SettingsError, StartError, UserError
 from peer.identity import Identity
-from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
+from peer.kademlia.routing import id_bytes, key_id_of
+from peer.kademlia.validation import Record, pack
 from peer.rpc.sessions import Admitted, Right
 from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2, records_pb2, session_pb2
@@ -91,12 +94,26 @@ def test_a_token_gives_the_rights_of_its_role_and_no_others(
     badge = make_badge(token_of(founder, role), alice.peer_id)
     for number in session_pb2.Right.values():
         right = cast(Right, number)
-        if right in RIGHTS[role]:
+        if right in RIGHTS[role] | OPEN_TO_MEMBERS:
             rules(founder).admit(alice.peer_id, {right}, badge)
         else:
             with pytest.raises(ExpertError, match=f"a {role.word}'s token does not give") as caught:
                 rules(founder).admit(alice.peer_id, {right}, badge)
             assert caught.value.status is StatusCode.PERMISSION_DENIED
+
+
+def test_the_dht_is_open_to_whoever_is_not_denied(founder: Identity, alice: Identity) -> None:
+    starting = SwarmAdmission(keys_of(founder))
+    for admission in (rules(founder), starting):
+        assert admission.admit(alice.peer_id, OPEN_TO_ALL, None) == Admitted()
+    for right in (FORWARD, session_pb2.RIGHT_RELAY):
+        with pytest.raises(ExpertError, match="is starting"):
+            starting.admit(alice.peer_id, {right}, None)
+    with pytest.raises(ExpertError, match="admits by token, and there is none"):
+        rules(founder).admit(alice.peer_id, OPEN_TO_MEMBERS, None)
+    denying = SwarmAdmission(keys_of(founder), Denylist(None, [alice.peer_id.to_base58()]))
+    with pytest.raises(ExpertError, match="denied"):
+        denying.admit(alice.peer_id, OPEN_TO_ALL, None)
 
 
 def test_a_badge_that_was_seen_is_of_no_use_to_another(
@@ -148,15 +165,15 @@ BADGES: dict[bytes, admission_pb2.Badge] = {}
 
 def a_record(
     writer: Identity, founder: Identity, badge: admission_pb2.Badge | None, **body: Any
-) -> tuple[records_pb2.RecordPayload, DHTRecord]:
+) -> tuple[records_pb2.RecordPayload, Record]:
     key = f"{keys_of(founder).swarm_id}.0.0"
     payload = records_pb2.RecordPayload(
         key=key, peer_id=writer.peer_id.to_bytes(), expires_at=NOW + 60, badge=badge, **body
     )
-    stored = DHTRecord(
-        DHTID.generate(source=key).to_bytes(),
-        MSGPackSerializer.dumps(writer.peer_id.to_bytes()),
-        MSGPackSerializer.dumps(sign_record(writer, payload)),
+    stored = Record(
+        id_bytes(key_id_of(key)),
+        pack(writer.peer_id.to_bytes()),
+        pack(sign_record(writer, payload)),
         payload.expires_at,
     )
     return payload, stored
@@ -210,10 +227,10 @@ def test_long_lives_are_for_manifests_and_revocations_under_their_own_keys(found
     revocations = admission_pb2.Revocations(serials=[1])
     for key, fits in ((keys.revocations, True), (f"{keys.swarm_id}.0.0", False)):
         payload = records_pb2.RecordPayload(key=key, expires_at=NOW + 86400, revocations=revocations)
-        stored = DHTRecord(
-            DHTID.generate(source=key).to_bytes(),
-            MSGPackSerializer.dumps(founder.peer_id.to_bytes()),
-            MSGPackSerializer.dumps(sign_record(founder, payload)),
+        stored = Record(
+            id_bytes(key_id_of(key)),
+            pack(founder.peer_id.to_bytes()),
+            pack(sign_record(founder, payload)),
             payload.expires_at,
         )
         assert validator.validate(stored) is fits

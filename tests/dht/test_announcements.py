@@ -21,7 +21,8 @@ from dht.announcements import (
 from dht.records import RecordValidator, SwarmKeys, trainer_shard_of
 from peer.errors import RecordError
 from peer.identity import Identity, PeerID
-from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
+from peer.kademlia.routing import id_bytes, key_id_of
+from peer.kademlia.validation import Record, pack
 from peer.wire import records_pb2
 
 NOW = 1_700_000_000.0
@@ -147,9 +148,8 @@ def test_an_activity_of_a_newer_version_is_unknown() -> None:
     assert Activity.of(77) is Activity.UNKNOWN
 
 
-def entry(value: str, subkey: object) -> DHTRecord:
-    dumps = MSGPackSerializer.dumps
-    return DHTRecord(DHTID.generate(source=value).to_bytes(), dumps(subkey), dumps(value), NOW + 30)
+def entry(value: str, subkey: object) -> Record:
+    return Record(id_bytes(key_id_of(value)), pack(subkey), pack(value), NOW + 30)
 
 
 def test_trainers_are_listed_in_the_shard_of_their_last_half_byte() -> None:

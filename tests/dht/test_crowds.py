@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.simulated_p2p import Link, SimulatedIdentity, SimulatedP2P, VirtualLoop, simulated_world
+from benchmarks.simulated_p2p import Link, SimulatedIdentity, SimulatedTransport, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.directory import Directory
 from dht.uid import UID
 from peer.identity import PeerID
-from peer.kademlia.hivemind import DHTID, dht_pb2
-from peer.kademlia.node import ping
-from peer.kademlia.validation import node_id_of
+from peer.kademlia.routing import key_id_of, node_id_of
+from peer.wire import dht_pb2
 
 HONEST = 20
 EXPERTS = 16
@@ -33,35 +32,33 @@ def play(scenario: Callable[[VirtualLoop, SimulatedSwarm], Awaitable[None]]) -> 
 
 async def crowd(swarm: SimulatedSwarm, key: str, number: int) -> list[PeerID]:
     """Peers nearer to the key than all others. They are known to all, store nothing, and know only each other."""
-    place = DHTID.generate(source=key)
+    place = key_id_of(key)
     tried: list[Any] = [SimulatedIdentity(10**6 + n) for n in range(_TRIED)]
     tried.sort(key=lambda identity: node_id_of(identity.peer_id.to_bytes()) ^ place)
     liars = tried[:number]
     names = [liar.peer_id.to_bytes() for liar in liars]
 
-    async def find(request: Any, context: Any) -> Any:
-        own = dht_pb2.NodeInfo(node_id=bytes(20))
-        nothing = dht_pb2.FindResult(type=dht_pb2.NOT_FOUND, nearest_peer_ids=names[:20])
-        return dht_pb2.FindResponse(results=[nothing] * len(request.keys), peer=own)
+    own = dht_pb2.NodeInfo(node_id=bytes(20))
 
-    async def store(request: Any, context: Any) -> Any:
-        own = dht_pb2.NodeInfo(node_id=bytes(20))
-        return dht_pb2.StoreResponse(store_ok=[True] * len(request.keys), peer=own)
+    async def find(sender: PeerID, request: bytes) -> bytes:
+        asked = len(dht_pb2.FindRequest.FromString(request).keys)
+        nothing = dht_pb2.FindResult(type=dht_pb2.RESULT_TYPE_NOT_FOUND, nearest_peer_ids=names[:20])
+        return dht_pb2.FindResponse(results=[nothing] * asked, peer=own).SerializeToString()
 
-    async def pong(request: Any, context: Any) -> Any:
-        return dht_pb2.PingResponse(peer=dht_pb2.NodeInfo(node_id=bytes(20)), available=True)
+    async def store(sender: PeerID, request: bytes) -> bytes:
+        brought = len(dht_pb2.StoreRequest.FromString(request).keys)
+        return dht_pb2.StoreResponse(store_ok=[True] * brought, peer=own).SerializeToString()
+
+    async def pong(sender: PeerID, request: bytes) -> bytes:
+        return dht_pb2.PingResponse(peer=own, available=True).SerializeToString()
 
     for liar in liars:
-        p2p = SimulatedP2P(swarm.network, liar.peer_id)
-        p2p.handlers |= {f"DHTProtocol.rpc_{name}": do for name, do in _named(find, store, pong).items()}
+        transport = SimulatedTransport(swarm.network, liar.peer_id)
+        transport.handlers |= {"find": find, "store": store, "ping": pong}
     for peer in swarm.peers:
         for liar in liars:
-            await ping(peer.dht.protocol, liar.peer_id, 3.0)
+            await peer.dht.ping(liar.peer_id)
     return [liar.peer_id for liar in liars]
-
-
-def _named(find: Any, store: Any, pong: Any) -> dict[str, Any]:
-    return {"find": find, "store": store, "ping": pong}
 
 
 async def trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> tuple[SimulatedPeer, Directory]:
@@ -97,6 +94,26 @@ def test_with_as_many_hostile_keys_beside_a_key_as_there_are_nodes_a_trainer_fin
     play(scenario)
 
 
+def test_known_experts_stay_in_view_as_long_as_they_live_when_their_prefixes_are_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        peer, directory = await trainer(loop, swarm)
+        assert (await directory.refresh()).live_experts() == EXPERTS
+
+        async def nothing(prefixes: Any, size: int) -> Any:
+            return {prefix: set() for prefix in prefixes}
+
+        monkeypatch.setattr(peer.registry, "prefixes", nothing)
+        for _ in range(2):
+            assert (await directory.refresh()).live_experts() == EXPERTS
+        await asyncio.sleep(700)
+        assert (await directory.refresh()).live_experts() == 0, "nobody announced them any more"
+        assert not any((await directory.refresh()).replicas.values())
+
+    play(scenario)
+
+
 def test_of_a_crowd_too_large_to_ask_them_all_the_witnesses_tell() -> None:
     """Four times as many as nodes, and more than one look-up asks."""
 
@@ -110,7 +127,7 @@ def test_of_a_crowd_too_large_to_ask_them_all_the_witnesses_tell() -> None:
         for _ in range(5):
             peer, _ = await trainer(loop, swarm)
             for _ in range(4):
-                peer.dht.protocol.storage.clear()
+                peer.dht.storage.clear()
                 seen += bool((await peer.registry.replicas([HIDDEN]))[HIDDEN])
         assert seen >= 19
 

@@ -38,6 +38,7 @@ class FakeRegistry:
         self.active = set(active)
         self.served = set(served)
         self.reads: list[str] = []
+        self.experts_read: list[UID] = []
 
     async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
         if prefixes:
@@ -48,7 +49,9 @@ class FakeRegistry:
         }
 
     async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
-        self.reads.append(f"{len(uids)} experts")
+        if uids:
+            self.reads.append(f"{len(uids)} experts")
+            self.experts_read += uids
         return {uid: (make_replica(uid, FIRST),) if uid.coordinate in self.served else () for uid in uids}
 
     async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
@@ -60,7 +63,7 @@ def make_replica(uid: UID, peer_id: PeerID, queued_rows: int = 0) -> Replica:
 
 
 def make_node(peer_id: PeerID, expires_at: float = math.inf) -> NodeInfo:
-    return NodeInfo(peer_id, (Endpoint("127.0.0.1:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, (), expires_at)
+    return NodeInfo(peer_id, (Endpoint("127.0.0.1:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, expires_at)
 
 
 def make_directory(registry: Any) -> Directory:
@@ -102,15 +105,38 @@ def test_what_is_known_is_not_read_again() -> None:
     directory = make_directory(registry)
 
     async def scenario() -> None:
-        await directory.search(0, random_scores(1), 4)
+        await directory.search(0, random_scores(1, rows=50), 4)
         assert len(registry.reads) == 3, (
             "both levels of prefixes, of different sizes, together; then the experts"
         )
         registry.reads.clear()
-        await directory.search(0, random_scores(1), 4)
+        await directory.search(0, random_scores(1, rows=50), 4)
         assert registry.reads == []
 
     asyncio.run(scenario())
+
+
+def test_the_first_search_for_few_rows_reads_likely_experts_beside_the_prefixes() -> None:
+    experts = random_experts(0.8, 0)
+    registry, scores = FakeRegistry(experts, experts), random_scores(1, rows=1)
+    directory = make_directory(registry)
+
+    async def scenario() -> None:
+        view = await directory.search(0, scores, 4)
+        assert sorted(registry.reads) == ["1 prefixes", "12 experts", "16 prefixes"]
+        assert len(view.replicas) == 4, "those that were chosen, of what was read"
+        registry.reads.clear()
+        await directory.search(0, random_scores(2, rows=1), 4)
+        assert "12 experts" not in registry.reads, "what is active is known now"
+
+    asyncio.run(scenario())
+
+
+def test_no_expert_is_read_twice_when_few_of_the_likely_ones_live() -> None:
+    experts = random_experts(0.1, 0)
+    registry = FakeRegistry(experts, experts)
+    asyncio.run(make_directory(registry).search(0, random_scores(1, rows=1), 4))
+    assert len(registry.experts_read) == len(set(registry.experts_read)) > 12
 
 
 def test_experts_that_nobody_hosts_make_room_for_the_next_best_and_are_not_asked_for_again() -> None:
@@ -228,23 +254,6 @@ def test_the_index_names_the_prefixes_of_all_rows_beams(seed: int, width: int) -
     assert set(index.best([scores], width)) == expected
     assert index.knows(())
     assert not index.knows((0,))
-
-
-def test_of_two_replicas_the_much_faster_or_else_the_less_loaded_is_called() -> None:
-    uid = UID(0, (0, 0))
-    replicas = (make_replica(uid, FIRST, queued_rows=9), make_replica(uid, SECOND, queued_rows=1))
-    nodes = {peer_id: make_node(peer_id) for peer_id in (FIRST, SECOND)}
-    view, rng = View(make_directory(None)._manifest, {uid: replicas}, nodes, 1.0), random.Random(1)
-
-    def chosen(times_s: dict[PeerID, float]) -> PeerID:
-        replica = view.replica(uid, rng, times_s=times_s)
-        assert replica is not None
-        return replica.peer_id
-
-    assert chosen({}) == SECOND
-    assert chosen({FIRST: 0.1}) == SECOND
-    assert chosen({FIRST: 0.1, SECOND: 0.15}) == SECOND
-    assert chosen({FIRST: 0.1, SECOND: 0.25}) == FIRST
 
 
 class TwoHosts(FakeRegistry):

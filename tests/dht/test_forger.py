@@ -23,13 +23,12 @@ from dht.records import RecordValidator, SwarmKeys, sign_record
 from dht.registry import Prefix, Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.host import Host
+from peer.host import Host, NetworkConfig
 from peer.identity import Identity, PeerID, peer_id_of
+from peer.kademlia.validation import Validator
 from peer.loop import LoopThread
-from peer.transport.addresses import Multiaddress, NetworkConfig
+from peer.transport.addresses import Multiaddress
 from peer.wire import records_pb2
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 MANIFEST = Manifest.model_validate(
     {"name": "swarm", "model": {"layers": 2}, "experts": {"grid": (3, 4)}, "routing": {"top_k": 2}}
@@ -46,7 +45,7 @@ class Swarm:
     keys: SwarmKeys
 
     def registry(self, n: int) -> Registry:
-        return Registry(lambda: self.hosts[n].dht, self.keys, self.hosts[n].identity)
+        return Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity)
 
     async def forge(self, key: str, subkey: object, value: object, expires_at: float) -> None:
         """Offers it to all, and keeps it in the forger's own store, from where it is given to whoever asks."""
@@ -60,14 +59,15 @@ def swarm(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     async def start() -> Swarm:
         bootstrap: list[Multiaddress] = []
-        for n, validator in enumerate((RecordValidator(), RecordValidator(), Gullible())):
+        validators: tuple[Validator, ...] = RecordValidator(), RecordValidator(), Gullible()
+        for n, validator in enumerate(validators):
             identity = Identity.load_or_create(folder / f"{n}.key")
             hosts.append(
                 await Host.start(
                     identity, NetworkConfig("127.0.0.1"), bootstrap=bootstrap, validator=validator
                 )
             )
-            bootstrap = bootstrap or await hosts[0].bootstrap_addresses()
+            bootstrap = bootstrap or hosts[0].bootstrap_addresses()
         return Swarm(hosts, SwarmKeys("swarm", hosts[0].peer_id))
 
     try:

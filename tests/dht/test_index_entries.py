@@ -13,8 +13,7 @@ from dht.records import (
 )
 from peer.clock import CLOCK_TOLERANCE_S
 from peer.identity import Identity, PeerID
-from peer.kademlia.hivemind import MSGPackSerializer
-from peer.kademlia.validation import Entries, Entry, pack_entries
+from peer.kademlia.validation import Entries, Entry, pack, pack_entries
 
 __all__ = ["keys"]
 
@@ -56,7 +55,7 @@ def test_no_piece_of_a_prefix_passes_32_kilobytes() -> None:
         entries: Entries = {}
         for following in range(4095 - INDEX_PIECE + 1, 4096):
             assert keys.index(999_999, coordinate, following) == longest
-            entries[following] = Entry(MSGPackSerializer.dumps(longest), EXPIRES_AT)
+            entries[following] = Entry(pack(longest), EXPIRES_AT)
         assert len(pack_entries(entries)) < 32_000
 
 

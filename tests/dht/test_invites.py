@@ -2,6 +2,7 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import base58
 import pytest
@@ -26,12 +27,12 @@ PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " "
 
 
 def line_of(message: records_pb2.InviteMessage) -> str:
-    return "talkoot1" + str(base58.b58encode_check(message.SerializeToString()).decode())
+    return "talkoot2" + str(base58.b58encode_check(message.SerializeToString()).decode())
 
 
 def message_of(**changes: object) -> records_pb2.InviteMessage:
-    fields = {"name": "sauna-42", "author": AUTHOR.to_bytes(), "bootstrap_addresses": [ADDRESS], **changes}
-    return records_pb2.InviteMessage(**fields)
+    fields: dict[str, Any] = {"author": AUTHOR.to_bytes(), "bootstrap_addresses": [ADDRESS]}
+    return records_pb2.InviteMessage(**{"name": "sauna-42", **fields, **changes})
 
 
 peer_ids = st.binary(min_size=32, max_size=32).map(lambda digest: PeerID(b"\x12\x20" + digest))
@@ -95,7 +96,7 @@ def test_any_two_exchanged_neighbours_are_found(position: int) -> None:
 
 @given(st.text(max_size=200))
 def test_garbage_raises_only_invite_error(text: str) -> None:
-    for garbage in (text, "talkoot1" + text):
+    for garbage in (text, "talkoot2" + text):
         with pytest.raises(InviteError):
             Invite.parse(garbage)
 
@@ -103,18 +104,18 @@ def test_garbage_raises_only_invite_error(text: str) -> None:
 @given(st.binary(max_size=200))
 def test_garbage_with_a_right_checksum_raises_only_invite_error(data: bytes) -> None:
     with pytest.raises(InviteError):
-        Invite.parse("talkoot1" + base58.b58encode_check(data).decode())
+        Invite.parse("talkoot2" + base58.b58encode_check(data).decode())
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("", "an invite starts with 'talkoot1'"),
-        ("hello", "an invite starts with 'talkoot1'"),
+        ("", "an invite starts with 'talkoot2'"),
+        ("hello", "an invite starts with 'talkoot2'"),
         (LINE.removeprefix("talkoot"), "copy the whole line that you were given, or pass @FILE"),
-        (LINE.replace("talkoot1", "talkoot2", 1), "another version of Talkoot: update it, or ask for a new"),
+        (LINE.replace("talkoot2", "talkoot1", 1), "another version of Talkoot: update it, or ask for a new"),
         (LINE[:-1], "incomplete or mistyped"),
-        ("talkoot1", "incomplete or mistyped"),
+        ("talkoot2", "incomplete or mistyped"),
         (LINE + "1" * 5000, "at most 4096 characters"),
         (LINE + "\N{LATIN SMALL LETTER A WITH DIAERESIS}", "incomplete or mistyped"),
     ],
@@ -182,7 +183,7 @@ def test_it_is_read_from_what_was_passed_or_from_a_file(
         assert Invite.read(passed) == INVITE
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"talkoot1nonsense", b"x" * 10_000])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"talkoot2nonsense", b"x" * 10_000])
 def test_a_file_without_an_invite_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "invite"
     if content is not None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from dht.manifest import ExpertSpec, Manifest, ModelSpec
+from dht.manifest import ExpertSpec, Manifest, ModelSpec, WireSpec
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.errors import SettingsError, SwarmError
@@ -94,7 +94,7 @@ def test_json_names_what_differs_from_the_defaults(manifest: Manifest) -> None:
 
 
 def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> None:
-    text = 'name = "sauna"\n[model]\nlayers = 3\n[experts]\ngrid = [8, 16]\n[routing]\ntop_k = 2\n'
+    text = 'name = "sauna"\npreset = "none"\n[model]\nlayers = 3\n[experts]\ngrid = [8, 16]\n[routing]\ntop_k = 2\n'
     manifest = Manifest.from_toml(write(tmp_path, text))
     assert manifest.name == "sauna"
     assert manifest.model.layers == 3
@@ -102,6 +102,16 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
     assert manifest.routing.top_k == 2
     assert manifest.protocol_version == PROTOCOL_VERSION
     assert manifest.model.hidden == ModelSpec.model_fields["hidden"].default
+    assert manifest.wire == WireSpec()
+
+
+def test_toml_without_a_preset_is_completed_by_that_of_its_experts(tmp_path: Path) -> None:
+    manifest = Manifest.from_toml(write(tmp_path, 'name = "sauna"\n[model]\nhidden = 1024\nheads = 16\n'))
+    assert (manifest.preset, manifest.experts.grid, manifest.routing.top_k) == ("transformer", (8, 8), 4)
+    assert (manifest.width, manifest.experts.heads, manifest.wire.codec) == (512, 1, "int4")
+    kind = Manifest.from_toml(write(tmp_path, 'name = "sauna"\n[experts]\nkind = "ffn"\n'))
+    assert (kind.preset, kind.width, kind.model.feed_forward) == ("ffn", 128, 128)
+    assert Manifest.from_json(kind.to_json()) == kind
 
 
 @pytest.mark.parametrize(
@@ -131,7 +141,7 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
         ('name = "sauna"\n[experts]\nwidth = 33', "the experts' width (33) must be even"),
         ('name = "sauna"\n[experts]\nwidth = 4', "experts.width: "),
         (
-            'name = "sauna"\n[experts]\nwidth = 32\nheads = 3',
+            'name = "sauna"\npreset = "none"\n[experts]\nwidth = 32\nheads = 3',
             "the experts' width (32) must be an even multiple of heads (3), unless head_size is set",
         ),
         (
@@ -148,6 +158,9 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
             'name = "sauna"\n[model]\nhidden = 72\n[wire]\ncodec = "int4"',
             "int4 needs a width that 16 divides, and it is 72",
         ),
+        ('name = "sauna"\npreset = "best"', "preset: must be 'transformer', 'ffn', 'paper' or 'none'"),
+        ('name = "sauna"\npreset = ["ffn"]', "preset: must be 'transformer', 'ffn', 'paper' or 'none'"),
+        ('name = "sauna"\nexperts = "ffn"', "experts: must be a table"),
         ('name = "sauna"\n[experts]\ngrid = []', "experts.grid"),
         ('name = "sauna"\n[experts]\ngrid = [4, 0]', "experts.grid.1"),
         ('name = "sauna"\n[experts]\ngrid = [4096, 4096]', "at most 1048576"),
@@ -276,6 +289,6 @@ def test_a_manifest_of_the_old_kind_means_the_same_model() -> None:
 
 def test_the_example_manifest_says_the_defaults() -> None:
     path = Path(__file__).parents[2] / "deploy" / "swarm.toml"
-    assert Manifest.from_toml(path) == Manifest(name="demo")
+    assert Manifest.from_toml(path) == Manifest.founded({"name": "demo"})
     named = path.read_text(encoding="utf-8")
     assert all(f"{key} = " in named for key in ModelSpec.model_fields)

@@ -26,7 +26,8 @@ from dht.uid import UID
 from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, PeerID, verify
-from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
+from peer.kademlia.routing import id_bytes, key_id_of
+from peer.kademlia.validation import Record, pack
 from peer.wire import admission_pb2, records_pb2
 
 __all__ = ["keys"]
@@ -85,7 +86,7 @@ def test_the_validator_accepts_every_kind_of_own_record(identity: Identity, keys
         node=records_pb2.NodeRecord(
             addresses=["203.0.113.77:65535"] * 8,
             certificate=identity.make_certificate(),
-            bootstrap_addresses=[f"/ip4/203.0.113.77/tcp/65535/p2p/{identity.peer_id.to_base58()}"] * 8,
+            tunnel_addresses=[f"/ip4/203.0.113.77/tcp/65535/p2p/{identity.peer_id.to_base58()}"] * 8,
         ),
     )
     days = NOW + MAX_MANIFEST_LIFETIME_S
@@ -271,10 +272,10 @@ def test_an_oversized_record_is_refused(identity: Identity, keys: SwarmKeys) -> 
 def test_a_plain_value_is_refused(identity: Identity, keys: SwarmKeys) -> None:
     """hivemind hands over an empty subkey for what is stored without one."""
     key, _, value = announced(identity, keys)
-    key_bytes = DHTID.generate(source=key).to_bytes()
-    refused(DHTRecord(key_bytes, b"", MSGPackSerializer.dumps(value), EXPIRES_AT), "can't be parsed")
+    key_bytes = id_bytes(key_id_of(key))
+    refused(Record(key_bytes, b"", pack(value), EXPIRES_AT), "can't be parsed")
     prefix = stored(keys.prefix(1), 2, keys.prefix(1))
-    refused(DHTRecord(prefix.key, b"", prefix.value, EXPIRES_AT), "can't be parsed")
+    refused(Record(prefix.key, b"", prefix.value, EXPIRES_AT), "can't be parsed")
 
 
 @pytest.mark.parametrize("value", [None, 0, 1.5, True, [], {}, [b"bytes"], ("text",)])
@@ -290,7 +291,7 @@ packed = st.one_of(
         st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
         max_leaves=6,
-    ).map(MSGPackSerializer.dumps),
+    ).map(pack),
 )
 
 
@@ -299,7 +300,7 @@ packed = st.one_of(
 def test_hostile_bytes_are_refused_and_raise_nothing(
     key: bytes, subkey: bytes, value: bytes, expires_at: float
 ) -> None:
-    assert VALIDATOR.validate(DHTRecord(key, subkey, value, expires_at)) is False
+    assert VALIDATOR.validate(Record(key, subkey, value, expires_at)) is False
 
 
 @settings(max_examples=300)
@@ -310,7 +311,8 @@ def test_a_record_with_any_one_byte_changed_is_refused(
     record = stored(*announced(identity, keys))
     pieces = [bytearray(record.key), bytearray(record.subkey), bytearray(record.value)]
     pieces[part][position % len(pieces[part])] ^= change
-    assert not VALIDATOR.validate(DHTRecord(*map(bytes, pieces), EXPIRES_AT))
+    key, subkey, value = map(bytes, pieces)
+    assert not VALIDATOR.validate(Record(key, subkey, value, EXPIRES_AT))
 
 
 @given(st.one_of(st.binary(max_size=300), st.none(), st.text(), st.integers(), st.lists(st.binary())))

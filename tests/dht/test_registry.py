@@ -34,8 +34,6 @@ from peer.kademlia.validation import unpack
 from peer.loop import LoopThread
 from peer.metrics import new_registry
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.fixture(scope="module")
 def hosts(loop: LoopThread) -> Iterator[list[Host]]:
@@ -200,7 +198,7 @@ def test_nothing_to_say_and_nothing_to_ask_costs_no_call(swarm: Swarm) -> None:
 def test_a_dht_that_does_not_answer_is_unreachable_in_bounded_time(swarm: Swarm) -> None:
     async def scenario() -> None:
         host = swarm.hosts[1]
-        hurried = Registry(lambda: host.dht, swarm.keys, host.identity, deadline_s=0.0)
+        hurried = Registry(host.dht, swarm.keys, host.identity, deadline_s=0.0)
         for call in (
             hurried.replicas([FIRST]),
             hurried.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S),
@@ -218,7 +216,7 @@ def test_what_is_asked_of_the_dht_is_counted(swarm: Swarm) -> None:
         return metrics.get_sample_value(f"talkoot_dht_{name}", labels)
 
     async def scenario() -> None:
-        registry = Registry(lambda: host.dht, swarm.keys, host.identity, metrics=metrics)
+        registry = Registry(host.dht, swarm.keys, host.identity, metrics=metrics)
         await registry.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
         await registry.replicas([FIRST, SECOND])
         await registry.replicas([])  # asks for nothing
@@ -282,7 +280,7 @@ def test_two_authors_of_one_name_do_not_see_each_other(swarm: Swarm) -> None:
     async def scenario() -> None:
         until = time.time() + 3600
         rival = Registry(
-            lambda: swarm.hosts[1].dht,
+            swarm.hosts[1].dht,
             SwarmKeys(swarm.keys.name, swarm.hosts[1].peer_id),
             swarm.hosts[1].identity,
         )

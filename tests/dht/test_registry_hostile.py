@@ -26,8 +26,6 @@ from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.wire import records_pb2
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.fixture(scope="module")
 def hosts(loop: LoopThread) -> Iterator[list[Host]]:

@@ -12,7 +12,8 @@ from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.records import FULL, MOST_DIGITS, child_shards, choose_shard, digits_of, first_shards, shards_of
 from dht.registry import Registry
 from peer.identity import PeerID
-from peer.kademlia.hivemind import DHTID, MSGPackSerializer
+from peer.kademlia.routing import key_id_of
+from peer.kademlia.validation import pack
 from peer.wire import records_pb2
 
 PEER = PeerID(b"\x12\x20" + bytes(30) + b"\xcd\xab")
@@ -54,7 +55,7 @@ def test_no_shard_of_a_large_swarm_passes_32_kilobytes_and_every_node_is_found(n
         shard = choose_shard(peer_id, listed)
         listed[shard] += 1
         peers.append(shard)
-    entry = len(MSGPackSerializer.dumps([PEER.to_bytes(), b"x" * 80, 1e9]))
+    entry = len(pack([PEER.to_bytes(), b"x" * 80, 1e9]))
     assert max(listed.values()) * entry < 32_000
     read, shards = set(), ["ab"]
     while shards:
@@ -77,7 +78,7 @@ def test_nodes_of_a_full_shard_are_listed_below_it_and_come_back_when_there_is_r
             if (identity := SimulatedIdentity(n + 100)).peer_id.to_bytes()[-1] == 0xAB
         ]
         registries = [
-            Registry(lambda: swarm.peers[0].dht, swarm.keys, identity, now=world.unix_time)  # type: ignore[arg-type]
+            Registry(swarm.peers[0].dht, swarm.keys, identity, now=world.unix_time)  # type: ignore[arg-type]
             for identity in one_shard
         ]
         assert len(registries) > 8
@@ -96,7 +97,7 @@ def test_nodes_of_a_full_shard_are_listed_below_it_and_come_back_when_there_is_r
 
 
 async def listed_in(swarm: SimulatedSwarm, digits: str) -> set[object]:
-    key = DHTID.generate(source=swarm.keys.node_shard(digits))
+    key = key_id_of(swarm.keys.node_shard(digits))
     found = (await swarm.peers[2].lookups.find([key]))[key]
     now = swarm.peers[2].registry._now()
     return {subkey for subkey, entry in found.entries.items() if entry.expires_at > now}

@@ -9,14 +9,13 @@ from real_swarm import LOCAL, MANIFEST
 
 from dht.invites import Invite
 from dht.manifest import AdmissionSpec
-from dht.records import RecordValidator
+from dht.records import RecordValidator, SwarmKeys
 from dht.swarm import found_swarm, join_swarm
-from peer.host import Host
+from peer.errors import UnreachableError
+from peer.host import Host, NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import Multiaddress, NetworkConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.transport.addresses import Multiaddress
 
 CONFIG = NetworkConfig(LOCAL)
 
@@ -26,11 +25,13 @@ def identities() -> list[Identity]:
     return numbered_identities(4)
 
 
-async def forgetful_peer(stack: contextlib.AsyncExitStack, identity: Identity) -> list[Multiaddress]:
-    """The addresses of a DHT peer that knows nothing."""
-    host = await Host.start(identity, CONFIG, validator=RecordValidator())
+async def forgetful_peer(
+    stack: contextlib.AsyncExitStack, identity: Identity, keys: SwarmKeys
+) -> list[Multiaddress]:
+    """The addresses of a DHT peer of the swarm that knows nothing."""
+    host = await Host.start(identity, CONFIG, swarm_id=keys.swarm_id, validator=RecordValidator())
     stack.push_async_callback(host.stop)
-    return await host.bootstrap_addresses()
+    return host.bootstrap_addresses()
 
 
 def test_founder_and_joiner_start_again_without_the_dhts_manifest(
@@ -44,7 +45,7 @@ def test_founder_and_joiner_start_again_without_the_dhts_manifest(
         await joined.stop()
         await founded.stop()
         async with contextlib.AsyncExitStack() as stack:
-            only = tuple(await forgetful_peer(stack, stranger))
+            only = tuple(await forgetful_peer(stack, stranger, invite.keys))
             hidden = Invite(invite.keys, only)
             again = await join_swarm(joiner, hidden, CONFIG, state=tmp_path / "joiner")
             stack.push_async_callback(again.stop)
@@ -72,7 +73,7 @@ def test_what_was_revoked_is_known_at_the_start(
         await joined.stop()
         await founded.stop()
         async with contextlib.AsyncExitStack() as stack:
-            hidden = Invite(invite.keys, tuple(await forgetful_peer(stack, stranger)))
+            hidden = Invite(invite.keys, tuple(await forgetful_peer(stack, stranger, invite.keys)))
             again = await join_swarm(joiner, hidden, CONFIG, state=tmp_path / "joiner")
             stack.push_async_callback(again.stop)
             assert again.admission.revoked == {7}
@@ -98,31 +99,19 @@ def test_a_spoilt_copy_on_disk_counts_as_none(
     loop.run(scenario(), 60)
 
 
-def test_a_stranger_of_the_same_name_stops_nobody(
-    loop: LoopThread, identities: list[Identity], tmp_path: Path
-) -> None:
-    """Both swarms run in one DHT; each is founded again while the other runs."""
+def test_a_swarm_of_the_same_name_is_another_dht(loop: LoopThread, identities: list[Identity]) -> None:
+    """Calls of the DHT are in sessions, which name the swarm by its founder's key as well."""
 
     async def scenario() -> None:
         async with contextlib.AsyncExitStack() as stack:
-            first = await found_swarm(identities[0], MANIFEST, CONFIG, state=tmp_path)
-            away = contextlib.AsyncExitStack()
-            away.push_async_callback(first.stop)
-            bootstrap = await first.host.bootstrap_addresses()
+            first = await found_swarm(identities[0], MANIFEST, CONFIG)
+            stack.push_async_callback(first.stop)
             others = MANIFEST.model_copy(update={"routing": MANIFEST.routing.model_copy(update={"top_k": 1})})
-            rival = await found_swarm(identities[1], others, CONFIG, bootstrap=bootstrap)
-            stack.push_async_callback(rival.stop)
-            await away.aclose()
-            back = await found_swarm(
-                identities[0],
-                MANIFEST,
-                CONFIG,
-                bootstrap=await rival.host.bootstrap_addresses(),
-            )
-            stack.push_async_callback(back.stop)
-            assert back.manifest == MANIFEST
-            joined = await join_swarm(identities[2], await back.invite(), CONFIG)
+            with pytest.raises(UnreachableError, match="this node belongs to swarm"):
+                await found_swarm(identities[1], others, CONFIG, bootstrap=first.host.bootstrap_addresses())
+            joined = await join_swarm(identities[2], await first.invite(), CONFIG)
             stack.push_async_callback(joined.stop)
             assert joined.manifest == MANIFEST
+            assert first.host.peers() <= {joined.host.peer_id}
 
     loop.run(scenario(), 120)

@@ -13,6 +13,7 @@ from benchmarks.village import RunningNode, running_village
 
 SWARM = """
 name = "sauna"
+preset = "none"
 [model]
 layers = 2
 hidden = 32

@@ -9,21 +9,20 @@ from callers import InSession, numbered_identities
 from grpc import StatusCode
 from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, playing
 
-from dht.admission import RIGHTS, Denylist, Role, make_token, new_serial
+from dht.admission import OPEN_TO_ALL, RIGHTS, Denylist, Role, make_token, new_serial
 from dht.announcements import NodeInfo
 from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.manifest import AdmissionSpec
 from dht.swarm import Swarm, join_swarm
 from expert_server.node import Node
 from peer.errors import ExpertError, InviteError
+from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Right, SessionClient
-from peer.transport.addresses import NetworkConfig
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 BY_TOKEN = MANIFEST.model_copy(update={"admission": AdmissionSpec(mode="token")})
 
 
@@ -57,19 +56,27 @@ async def come_in(village: Village, number: int, invite: Invite, role: Role) -> 
     return swarm
 
 
-async def ask(swarm: Swarm, node: Node, *rights: Right) -> StatusCode:
-    """Of a call of the first right that this peer makes to the node."""
-    pool, found = ChannelPool(), dict[PeerID, NodeInfo]()
+async def found_by(swarm: Swarm, node: Node) -> NodeInfo:
+    found = dict[PeerID, NodeInfo]()
 
     async def is_announced() -> bool:
         found.update(await swarm.registry.nodes([node.swarm.host.peer_id]))
         return bool(found)
 
+    await eventually(is_announced)
+    return found[node.swarm.host.peer_id]
+
+
+async def ask(swarm: Swarm, node: Node, *rights: Right) -> StatusCode:
+    """Of a call of the first right that this peer makes to the node."""
+    return await ask_at(await found_by(swarm, node), swarm, *rights)
+
+
+async def ask_at(info: NodeInfo, swarm: Swarm, *rights: Right) -> StatusCode:
+    pool = ChannelPool()
     try:
-        await eventually(is_announced)
-        (info,) = found.values()
         channel = await pool.get(info.addresses[0], info.certificate_pem)
-        sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission.badge)
+        sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
         stub = InSession(
             expert_pb2_grpc.ExpertServiceStub(channel), await sessions.metadata(info.peer_id, channel, 10.0)
         )
@@ -81,6 +88,11 @@ async def ask(swarm: Swarm, node: Node, *rights: Right) -> StatusCode:
         return error.status
     finally:
         await pool.close()
+
+
+def admitted(node: Node) -> set[PeerID]:
+    """Who may do more there than anybody."""
+    return {session.caller for session in node.sessions.all() if session.rights - OPEN_TO_ALL}
 
 
 async def hosts(swarm: Swarm) -> set[PeerID]:
@@ -113,14 +125,14 @@ def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> 
         let_in = StatusCode.INVALID_ARGUMENT
         assert await ask(trainer, node, forward, backward) is let_in
         assert await ask(trainer, node, backward) is let_in
-        assert await ask(trainer, node, session_pb2.RIGHT_FETCH) is StatusCode.PERMISSION_DENIED
+        assert await ask(trainer, node, forward, session_pb2.RIGHT_FETCH) is StatusCode.PERMISSION_DENIED
         assert await ask(node.swarm, founder, forward) is StatusCode.PERMISSION_DENIED
 
-        assert len(node.sessions) >= 1
+        assert trainer.host.peer_id in admitted(node)
         InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
 
         async def is_out() -> bool:
-            return trainer.host.peer_id not in {s.caller for s in node.sessions.all()}
+            return trainer.host.peer_id not in admitted(node)
 
         await eventually(is_out)
         assert await ask(trainer, node, forward) is StatusCode.PERMISSION_DENIED
@@ -162,14 +174,18 @@ def test_a_denied_peer_is_not_called_and_does_not_call(play: Play, tmp_path: Pat
         denied = tmp_path / "denied"
         founder.swarm.admission.denylist = Denylist(denied)
         caller = await village.observe(1, await founder.swarm.invite())
-        assert await ask(caller, founder, session_pb2.RIGHT_FORWARD) is StatusCode.INVALID_ARGUMENT
+        info = await found_by(caller, founder)
+        assert await ask_at(info, caller, session_pb2.RIGHT_FORWARD) is StatusCode.INVALID_ARGUMENT
         await founder._access.look()
-        assert len(founder.sessions) == 1
+        assert admitted(founder) == {caller.host.peer_id}
         denied.write_text(f"{caller.host.peer_id}\n")
         await founder._access.look()
         assert len(founder.sessions) == 0
-        assert await ask(caller, founder, session_pb2.RIGHT_FORWARD) is StatusCode.PERMISSION_DENIED
-        caller.admission.denylist = Denylist(None, [str(founder.swarm.host.peer_id)])
-        assert await hosts(caller) == set()
+        for right in (session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_DHT):
+            assert await ask_at(info, caller, right) is StatusCode.PERMISSION_DENIED
+        other = await village.observe(2, await founder.swarm.invite())
+        await sees(other, founder)
+        other.admission.denylist = Denylist(None, [str(founder.swarm.host.peer_id)])
+        assert await hosts(other) == set()
 
     play(scenario)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from callers import a_caller, numbered_identities
-from expert_fakes import make_request
+from expert_fakes import Collected, Request, ask
 from node_process import found_by_a_trainer, started
 from raw_dht import store_raw
 from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
@@ -26,20 +26,19 @@ from dht.records import SwarmKeys, sign_record
 from dht.swarm import join_swarm
 from dht.uid import UID
 from expert_server.state.checkpoints import CheckpointStore
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
-from trainer_client.dispatch.batches import Answer, Direction, NodeCall
+from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.grpc_caller import GrpcCaller
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 HIDDEN, ROWS = 64, 5
 AN_EXPERT = UID(0, (0,))
 MANIFEST_TOML = f"""
 name = "hardship"
+preset = "none"
 [model]
 layers = 1
 hidden = {HIDDEN}
@@ -61,14 +60,13 @@ class Trainer:
     node: NodeInfo
     caller: GrpcCaller
 
-    async def call(self, direction: Direction) -> Answer:
+    async def call(self, direction: Direction) -> Collected:
         rows = np.random.default_rng(0).standard_normal((ROWS, HIDDEN), dtype=np.float32)
-        gradients = rows if direction == "backward" else None
-        request = make_request(AN_EXPERT, [ROWS], range(ROWS), rows, gradients)
-        (answer,) = [a async for a in self.caller.call(NodeCall(self.node, direction, [request], 20.0))]
-        assert answer.error is None, answer.error
-        assert answer.tensor is not None
-        assert np.isfinite(answer.tensor).all()
+        answer = await ask(
+            self.caller, self.node, direction, Request(AN_EXPERT, [ROWS], range(ROWS), rows, rows)
+        )
+        assert not answer.errors, answer.errors
+        assert np.isfinite(answer.tensor(AN_EXPERT)).all()
         return answer
 
 
@@ -113,7 +111,7 @@ def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopTh
             assert saved(node, tmp_path) == 2
             answer = await trainer.call("backward")
             node.process.send_signal(signal.SIGKILL)  # the third may be on its way to the disk
-            return 2 if answer.tensor is not None else 0
+            return 2 if answer.answered else 0
 
     async def what_is_left(node: NodeVictim) -> None:
         assert "go on from this node's checkpoints" in node.log.read_text()

@@ -35,6 +35,18 @@ def test_an_ffn_expert_treats_every_row_by_itself(norm: Norm, activation: Activa
     torch.testing.assert_close(whole, alone)
 
 
+def test_a_transformer_expert_starts_as_one_and_learns_to_attend() -> None:
+    block = builder_of("transformer")(ModelSpec(hidden=8, heads=1, feed_forward=16))
+    x_RD = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    together, alone = torch.tensor([5]), torch.ones(5, dtype=torch.int64)
+    whole = block(x_RD, together, torch.arange(5))
+    torch.testing.assert_close(whole, block(x_RD, alone, torch.arange(5)))
+    torch.autograd.backward(whole.square().sum())
+    torch.optim.SGD(block.parameters(), 0.1).step()
+    whole = block(x_RD, together, torch.arange(5))
+    assert not torch.allclose(whole, block(x_RD, alone, torch.arange(5)))
+
+
 @pytest.mark.parametrize("kind", ["transformer", "ffn"])
 def test_the_manifest_chooses_norm_and_activation(kind: str) -> None:
     block = builder_of(kind)(ModelSpec(hidden=8, heads=1, feed_forward=16, norm="rms", activation="swiglu"))

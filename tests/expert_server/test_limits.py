@@ -22,8 +22,6 @@ from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2, expert_pb2_grpc
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.fixture(scope="module")
 def identities() -> list[Identity]:
@@ -79,11 +77,9 @@ async def forward(stub: Any, swarm: Swarm, uid: UID, segments: int) -> float:
         request_id=time.monotonic_ns().to_bytes(16, "big"),
         width=8,
         codec=expert_pb2.CODEC_FP32,
-        experts=[
-            expert_pb2.ExpertRows(
-                uid=str(uid), segment_lengths=[8] * segments, positions=[*range(8)] * segments
-            )
-        ],
+        segment_lengths=[8] * segments,
+        positions=[*range(8)] * segments,
+        experts=[expert_pb2.ExpertRows(uid=str(uid))],
     )
     payload = torch.randn(8 * segments, 8).numpy().tobytes()
     chunks = [payload[n : n + 65536] for n in range(0, len(payload), 65536)]

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -14,18 +15,18 @@ from real_swarm import (
     LOCAL,
     MANIFEST,
     children,
+    eventually,
     node_settings,
 )
 
 from dht.swarm import found_swarm
 from expert_server.node import Node
 from expert_server.status import NodeState
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import die_with_parent
-from peer.transport.addresses import NetworkConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.transport.libp2p import Libp2p
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,12 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]
     assert used, "no host was started"
 
 
+_WAKE_UPS = 2
+"""Descriptors by which gRPC wakes its threads. It makes another one now and then, and keeps it. A leak of each boot
+would be seven.
+"""
+
+
 @dataclass(frozen=True)
 class Held:
     """What a process holds of the things that leak."""
@@ -67,6 +74,10 @@ def held(loop: LoopThread) -> Held:
     )
 
 
+async def runs(p2pd: Libp2p) -> bool:
+    return p2pd.alive
+
+
 @pytest.mark.parametrize("boots", [12, pytest.param(50, marks=pytest.mark.slow)])
 def test_boots_and_stops_leave_nothing(
     loop: LoopThread,
@@ -77,17 +88,20 @@ def test_boots_and_stops_leave_nothing(
 ) -> None:
     manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
 
-    async def boot_and_stop() -> None:
-        swarm = await found_swarm(identities[0], manifest, NetworkConfig(LOCAL))
+    async def boot_and_stop(waits_for_p2pd: bool) -> None:
+        """Otherwise p2pd is somewhere within its start."""
+        swarm = await found_swarm(identities[0], manifest, NetworkConfig(LOCAL, p2pd=True))
         node = await Node.start(node_settings(experts=2), swarm, host=LOCAL, state=tmp_path)
         try:
             assert len(node.runtime.experts) == 2
+            if waits_for_p2pd:
+                await eventually(partial(runs, swarm.host._libp2p))
             assert node.status().state is NodeState.SERVING
         finally:
             await node.stop()
 
     for boot in range(boots):
-        loop.run(boot_and_stop(), 120)
+        loop.run(boot_and_stop(waits_for_p2pd=boot % 2 == 0), 120)
         assert sockets() == []
         if boot == 4:
             after_five = held(loop)
@@ -97,6 +111,6 @@ def test_boots_and_stops_leave_nothing(
         time.sleep(0.05)  # the last boot's descriptors and threads end a moment later
     now = held(loop)
     assert now.children == 0
-    assert now.descriptors <= after_five.descriptors
+    assert now.descriptors <= after_five.descriptors + _WAKE_UPS
     assert now.threads <= after_five.threads
     assert now.tasks <= after_five.tasks

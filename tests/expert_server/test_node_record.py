@@ -32,7 +32,6 @@ def describe(
         activity,
         now,
         addresses=["10.0.0.1:1"],
-        bootstrap_addresses=["/x"],
         metrics_address="10.0.0.1:2",
     )
 

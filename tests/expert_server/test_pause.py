@@ -25,13 +25,11 @@ from expert_server.node import Node, NodeTiming
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
 from peer.errors import UnreachableError
+from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import NetworkConfig
 from peer.wire import expert_pb2, expert_pb2_grpc
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 
 @pytest.fixture(scope="module")
@@ -100,25 +98,26 @@ async def record_of(node: Node, observer: Swarm) -> NodeInfo:
 
 
 async def call(swarm: Swarm, node: Node, uid: UID, pool: ChannelPool, *, keep: bool = False) -> Any:
-    """A forward call as a trainer makes it. Gives the first reply."""
+    """A forward call as a trainer makes it. Gives its only reply."""
     info = await record_of(node, swarm)
     channel = await pool.get(info.addresses[0], info.certificate_pem)
     session = opened(node.sessions, node.swarm.host.identity, swarm.keys.swarm_id)
     stub = InSession(expert_pb2_grpc.ExpertServiceStub(channel), session)
-    rows = expert_pb2.ExpertRows(uid=str(uid), segment_lengths=[5], positions=range(5))
     header = expert_pb2.CallHeader(
         protocol_version=PROTOCOL_VERSION,
         swarm_id=swarm.keys.swarm_id,
         request_id=time.monotonic_ns().to_bytes(16, "big"),
         width=8,
         codec=expert_pb2.CODEC_FP32,
-        experts=[rows],
+        segment_lengths=[5],
+        positions=range(5),
+        experts=[expert_pb2.ExpertRows(uid=str(uid))],
         keep=keep,
     )
     payload = torch.randn(5, 8).numpy().tobytes()
     requests = [expert_pb2.CallRequest(header=header), expert_pb2.CallRequest(chunk=payload)]
-    replies = [reply async for reply in stub.Forward(iter(requests), timeout=60)]
-    return replies[0].experts[0]
+    (reply,) = [reply async for reply in stub.Forward(iter(requests), timeout=60)]
+    return reply
 
 
 def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play) -> None:
@@ -176,15 +175,15 @@ def test_calls_to_a_paused_node_are_refused_and_kept_passes_forgotten(play: Play
         village.stack.push_async_callback(pool.close)
         uid = next(iter(node.runtime.experts))
         reply = await call(observer, node, uid, pool, keep=True)
-        assert (reply.status, reply.kept) == (0, True)
+        assert (reply.experts[0].status, reply.kept) == (0, True)
         used = node.status().memory_bytes
         await node.pause()
         assert node.status().memory_bytes == 0 < used
-        refused = await call(observer, node, uid, pool, keep=True)
+        (refused,) = (await call(observer, node, uid, pool, keep=True)).experts
         assert refused.status == StatusCode.NOT_FOUND.value[0]
         assert refused.message == f"expert {uid} is not hosted here"
         await node.resume()
-        assert (await call(observer, node, uid, pool)).status == 0
+        assert (await call(observer, node, uid, pool)).experts[0].status == 0
         assert node.status().calls == 3
 
     play(scenario)

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from expert_server.pauses import (
@@ -71,6 +71,7 @@ def test_a_load_that_stays_high_makes_it_busy(
 
 
 @given(looks, st.floats(0, 10), st.floats(1, 5))
+@example([(10.0, 25.0)], 10.0, 1.4470092889770818)
 def test_a_load_that_stays_low_makes_it_idle(
     steps: list[tuple[float, float]], percent: float, seconds: float
 ) -> None:

@@ -1,7 +1,6 @@
 """A node that nobody can be asked about, as when all nodes of its swarm are behind routers."""
 
 import asyncio
-import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,18 +9,31 @@ from typing import Any
 
 import pytest
 
-import dht.relays
 from dht.announcements import Reachability
 from expert_server.probe import DialledBack
-from expert_server.reachability import DialledPorts, ReachabilityMonitor
+from expert_server.reachability import ReachabilityMonitor
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
-from peer.transport.endpoints import AddressScope
+from peer.transport.endpoints import AddressScope, Endpoint
 
 PEER = "/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 PUBLIC, NEIGHBOUR = Multiaddress(f"/ip4/44.1.1.1/tcp/1{PEER}"), Multiaddress(f"/ip4/192.168.1.9/tcp/1{PEER}")
+
+
+@dataclass
+class Reserved:
+    """The relays over gRPC that a host asks for."""
+
+    asked: list[str] = field(default_factory=list)
+    addresses: tuple[Multiaddress, ...] = ()
+
+    def keep(self, candidates: object) -> None:
+        self.asked.append("keep")
+
+    async def drop(self) -> None:
+        self.asked.append("drop")
 
 
 @dataclass
@@ -29,26 +41,30 @@ class LonelyHost:
     """Knows peers, of which none is a node of its swarm."""
 
     peer_id: Any
-    bootstrap_candidates: tuple[Multiaddress, ...]
-    bootstrapped_from: tuple[Multiaddress, ...] = ()
-    config: SimpleNamespace = field(
-        default_factory=lambda: SimpleNamespace(serves_dht=True, relays=(), port=1)
-    )
+    bootstrapped_from: tuple[Multiaddress, ...]
+    serves: bool = True
+    announced: tuple[Endpoint, ...] = ()
+    reservations: Reserved = field(default_factory=Reserved)
     tunnels: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(last_relayed=None))
-
     dialling: Dialling = field(default_factory=lambda: Dialling(AddressScope.GLOBAL))
+    moves: int = 0
+    port_mapping: Any = None
+    runs_p2pd: bool = True
 
     def peers(self) -> frozenset[Any]:
         return frozenset()
 
-    async def restart_as(self, *, serves_dht: bool, relays: tuple[Multiaddress, ...]) -> None:
-        self.config = SimpleNamespace(serves_dht=serves_dht, relays=tuple(relays), port=1)
+    def serve_dht(self, serves: bool) -> None:
+        self.serves = serves
+
+    async def announce_at(self, endpoints: Sequence[Endpoint]) -> None:
+        self.announced = tuple(endpoints)
+
+    async def tunnel_through(self, relays: Sequence[Multiaddress]) -> None:
+        self.moves += 1
 
     async def tunnel_addresses(self) -> list[Multiaddress]:
-        return [Multiaddress(f"{relay}/p2p-circuit{PEER}") for relay in self.config.relays]
-
-    async def confirmed(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
-        return list(addresses)
+        return []
 
 
 async def nobody(peers: object) -> dict[Any, Any]:
@@ -72,7 +88,7 @@ def test_a_private_address_and_a_public_peer_are_enough_to_go_behind_relays(iden
     assert first.status.kind is Reachability.UNKNOWN, "who was asked may have been busy"
     second = asyncio.run(after_rounds(2, LonelyHost(identity.peer_id, (PUBLIC,)), "192.168.1.2"))
     assert second.status.kind is Reachability.RELAYED
-    assert second.tunnel_addresses == (f"{PUBLIC}/p2p-circuit{PEER}",)
+    assert second.status.looking
 
 
 @pytest.mark.parametrize(
@@ -84,57 +100,108 @@ def test_neighbours_in_one_network_and_public_nodes_stay_as_they_are(
     host = LonelyHost(identity.peer_id, known)
     monitor = asyncio.run(after_rounds(4, host, address))
     assert monitor.status.kind is Reachability.UNKNOWN
-    assert host.config.serves_dht
+    assert host.serves
+    assert not host.reservations.asked
 
 
 def test_what_others_told_holds_while_nobody_can_be_asked(
     identity: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached = DialledBack(True, "44.1.1.2", "")
-    answers = [[DialledPorts(service=reached, dht=reached)]]
+    answers = [[DialledBack(True, "44.1.1.2", "")]]
 
-    async def dials(_: ReachabilityMonitor) -> list[DialledPorts]:
+    async def dials(_: ReachabilityMonitor) -> list[DialledBack]:
         return answers.pop() if answers else []
 
     monkeypatch.setattr(ReachabilityMonitor, "_dials", dials)
     host = LonelyHost(identity.peer_id, (PUBLIC,))
     monitor = asyncio.run(after_rounds(4, host, "192.168.1.2"))
     assert monitor.status.kind is Reachability.DIRECT
-    assert "44.1.1.2:2" in monitor.addresses
-    assert host.config.serves_dht
+    assert monitor.addresses == host.announced == ("44.1.1.2:2", "192.168.1.2:2")
+    assert host.serves
 
 
-class HostWithoutEntrance(LonelyHost):
-    """None of its relays lets anybody in."""
-
-    moves = 0
-
-    async def restart_as(self, *, serves_dht: bool, relays: tuple[Multiaddress, ...]) -> None:
-        await super().restart_as(serves_dht=serves_dht, relays=relays)
-        self.moves += 1
-
-    async def tunnel_addresses(self) -> list[Multiaddress]:
-        return []
-
-
-def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
-    identity: Identity, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
-    host = HostWithoutEntrance(identity.peer_id, (PUBLIC,))
+@pytest.mark.parametrize("mode", ["public", "private"])
+def test_the_owner_decides(identity: Identity, mode: str) -> None:
+    host = LonelyHost(identity.peer_id, (PUBLIC,))
     swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
-    every_ten_s = itertools.count(0.0, 10.0).__next__
-    settings = NodeSettings.load(reachability="private")
+    monitor = ReachabilityMonitor(NodeSettings.load(reachability=mode), swarm, random.Random(0), lambda: 0.0)
 
     async def scenario() -> None:
-        monitor = ReachabilityMonitor(settings, swarm, random.Random(0), every_ten_s)
         await monitor.begin("192.168.1.2", 2)
-        moved_at = []
-        for look in range(1, 23):
-            before = host.moves
-            await monitor.check()
-            if host.moves > before:
-                moved_at.append(look)
-        assert (moved_at, monitor.status.kind) == ([3, 9, 21], Reachability.RELAYED)
+        await monitor.check()
 
     asyncio.run(scenario())
+    assert host.serves is (mode == "public")
+    assert host.reservations.asked == ([] if mode == "public" else ["keep"])
+    assert monitor.status.looking is (mode == "private")
+
+
+def test_a_reservation_is_announced_as_long_as_it_holds(identity: Identity) -> None:
+    host = LonelyHost(identity.peer_id, (PUBLIC,))
+    through = Multiaddress(f"{PUBLIC}/p2p-circuit{PEER}")
+
+    async def scenario() -> None:
+        monitor = await after_rounds(2, host, "192.168.1.2")
+        host.reservations.addresses = (through,)
+        await monitor.check()
+        assert (monitor.relay_addresses, monitor.status.in_words) == ((through,), "relayed by 1 relay")
+        host.reservations.addresses = ()
+        await monitor.check()
+        assert (monitor.relay_addresses, monitor.status.looking) == ((), True)
+
+    asyncio.run(scenario())
+
+
+@dataclass
+class Mapping:
+    """What a router forwards."""
+
+    external: Endpoint | None = None
+    in_words: str = "no router answers UPnP"
+    renewals: int = 0
+
+    def renew(self) -> None:
+        self.renewals += 1
+
+
+FORWARDED = Endpoint("44.1.1.2:40000")
+
+
+def test_the_port_that_a_router_forwards_is_tried_at_once_and_announced_when_others_get_in(
+    identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    async def dials(monitor: ReachabilityMonitor) -> list[DialledBack]:
+        tried.append(monitor._announced_port)
+        return [DialledBack(tried[-1] == 40000, "44.1.1.2", "")]
+
+    monkeypatch.setattr(ReachabilityMonitor, "_dials", dials)
+    host = LonelyHost(identity.peer_id, (PUBLIC,), port_mapping=Mapping())
+    swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
+    monitor = ReachabilityMonitor(NodeSettings.load(port=2), swarm, random.Random(0), lambda: 0.0)
+
+    async def scenario() -> None:
+        await monitor.begin("192.168.1.2", 2)
+        assert monitor.status.kind is Reachability.RELAYED
+        assert monitor.advice == "no router answers UPnP: forward TCP port 2 on your router to 192.168.1.2"
+        assert host.port_mapping.renewals == 1
+        host.port_mapping = Mapping(FORWARDED, "the router at 192.168.1.1 forwards port 40000")
+        await monitor.check()
+        assert host.announced == monitor.addresses == (FORWARDED, "192.168.1.2:2")
+        assert monitor.in_words == "direct: the router at 192.168.1.1 forwards port 40000"
+        await monitor.check()
+        host.port_mapping = Mapping()
+        await monitor.check()  # others may be wrong
+        await monitor.check()
+        assert monitor.status.kind is Reachability.RELAYED
+        assert FORWARDED not in monitor.addresses
+
+    asyncio.run(scenario())
+    assert tried == [2, 40000, 2, 2], "asked when the router changed its mind, and not in between"
+
+
+def test_a_founder_that_knows_nobody_announces_what_its_router_forwards(identity: Identity) -> None:
+    host = LonelyHost(identity.peer_id, (), port_mapping=Mapping(FORWARDED))
+    monitor = asyncio.run(after_rounds(1, host, "192.168.1.2"))
+    assert monitor.addresses == (FORWARDED, "192.168.1.2:2")

@@ -30,14 +30,12 @@ from dht.swarm import Swarm, found_swarm, join_swarm
 from expert_server.node import Node
 from expert_server.status import NodeState
 from peer.errors import SwarmError, UnreachableError
-from peer.host import Host
+from peer.host import Host, NetworkConfig
 from peer.identity import Identity
 from peer.kademlia.lookups import Lookups
 from peer.loop import LoopThread
 from peer.metrics import new_registry
-from peer.transport.addresses import Multiaddress, NetworkConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.transport.addresses import Multiaddress
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 async def knows(node: Node, other: Node) -> bool:
-    return any(a.endswith(other.swarm.host.peer_id.to_base58()) for a in node.swarm.host.bootstrap_candidates)
+    return any(a.peer_id == other.swarm.host.peer_id for a in node.swarm.peer_store.addresses())
 
 
 async def at_least_once(swarm: Swarm) -> bool:
@@ -114,10 +112,12 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
 async def other_half(village: Village, swarm: Swarm) -> Swarm:
     """Another peer of the same swarm, which knows nobody, and remembers where this one is."""
     identity = village.identities[1]
-    host = await Host.start(identity, NetworkConfig(LOCAL), validator=RecordValidator())
-    registry = Registry(lambda: host.dht, swarm.keys, identity)
+    host = await Host.start(
+        identity, NetworkConfig(LOCAL), swarm_id=swarm.keys.swarm_id, validator=RecordValidator()
+    )
+    registry = Registry(host.dht, swarm.keys, identity)
     peer_store = PeerStore(None)
-    peer_store.add(await swarm.host.bootstrap_addresses(), time.time())
+    peer_store.add(swarm.host.bootstrap_addresses(), time.time())
     membership = Membership(host, registry, peer_store, dial_every_s=0.0)
     return replace(
         swarm,
@@ -176,14 +176,15 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
         second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
         swarm = second.swarm
         assert await swarm.registry.is_seen_by_others()
-        first.swarm.host.dht.protocol.storage.clear()
-        swarm.host.dht.blacklist.register_failure(first.swarm.host.peer_id)  # as after a call that failed
+        first.swarm.host.dht.storage.clear()
+        now = asyncio.get_running_loop().time
+        swarm.host.dht.backoff.failed(first.swarm.host.peer_id, now())  # as after a call
         assert await swarm.registry.nodes([swarm.host.peer_id]), "its own store answers"
         assert not await swarm.registry.is_seen_by_others()
         with pytest.raises(UnreachableError, match=r"no other peer returned .* rejoined by"):
             await swarm.membership.check(announced=True)
         assert swarm.membership.rejoined == 1
-        assert first.swarm.host.peer_id not in swarm.host.dht.blacklist
+        assert not swarm.host.dht.backoff.holds_back(first.swarm.host.peer_id, now())
         await second._publish_record()
         await swarm.membership.check(announced=True)
 
@@ -251,12 +252,12 @@ def test_a_trainer_that_forgot_everybody_in_an_outage_finds_them_again(play: Pla
         node = await village.found(experts=8)
         trainer = await village.observe(1, await node.swarm.invite())
         assert await serving(trainer) == ONCE_EACH
-        table = trainer.host.dht.protocol.routing_table
+        table = trainer.host.dht.table
 
         async def has_forgotten() -> bool:
-            for node_id in list(table.uid_to_peer_id):
-                del table[node_id]
-            trainer.registry.lookups = Lookups(lambda: trainer.host.dht)
+            for node, _ in list(table):
+                table.remove(node)
+            trainer.registry.lookups = Lookups(trainer.host.dht)
             with contextlib.suppress(UnreachableError):
                 await serving(trainer)
             return not trainer.host.peers()

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from callers import a_caller
-from expert_fakes import make_request
+from expert_fakes import Collected, Request, ask
 from hostile_callers import Troublemakers
 from node_process import found_by_a_trainer, started
 from real_swarm import eventually
@@ -31,10 +31,8 @@ from expert_server.experts.graphs import Rows
 from expert_server.node import NodeTiming
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from trainer_client.dispatch.batches import Answer, Direction, KeptForward, NodeCall
+from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.grpc_caller import GrpcCaller
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 SOAK_S = float(os.environ.get("TALKOOT_SOAK_S", "600"))
 CALLERS = 6
@@ -42,6 +40,7 @@ FLAT_MB = 3.0
 HIDDEN, ROWS = 64, 12
 MANIFEST_TOML = f"""
 name = "soak"
+preset = "none"
 [model]
 layers = 1
 hidden = {HIDDEN}
@@ -64,6 +63,7 @@ SETTINGS = {
     "threads": 2,
     "max_kept_bytes": 4 * 2**20,  # soon full
     "checkpoint_every_s": 1,
+    "p2pd": "off",  # its tasks come when it is ready, which would be after the first sample
 }
 
 
@@ -128,24 +128,18 @@ class RightCaller:
         inputs: torch.Tensor,
         gradients: torch.Tensor | None,
         keep: bool = False,
-        kept: KeptForward | None = None,
-    ) -> Answer:
-        request = make_request(
-            OWN,
-            [ROWS],
-            range(ROWS),
-            inputs.numpy(),
-            None if gradients is None else gradients.numpy(),
-            keep=keep,
-            kept=kept,
+        kept: bytes | None = None,
+    ) -> Collected:
+        numbers = None if gradients is None else gradients.numpy()
+        request = Request(OWN, [ROWS], range(ROWS), inputs.numpy(), numbers)
+        answer = await ask(
+            self._caller, self._node, direction, request, deadline_s=30.0, keep=keep, kept=kept
         )
-        (answer,) = [a async for a in self._caller.call(NodeCall(self._node, direction, [request], 30.0))]
-        assert answer.error is None, answer.error
+        assert not answer.errors, answer.errors
         return answer
 
-    def _assert_close(self, answer: Answer, expected: torch.Tensor) -> None:
-        assert answer.tensor is not None
-        np.testing.assert_allclose(answer.tensor, expected.numpy(), rtol=1e-3, atol=1e-4)
+    def _assert_close(self, answer: Collected, expected: torch.Tensor) -> None:
+        np.testing.assert_allclose(answer.tensor(OWN), expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
 class Siege:
@@ -192,7 +186,10 @@ class Siege:
             now = await self.quiet()
             return now.tasks <= before.tasks and now.descriptors <= before.descriptors
 
-        await eventually(is_quiet)
+        try:
+            await eventually(is_quiet)
+        finally:
+            print(f"before {before}, after {now}")
         return now
 
 

@@ -1,4 +1,4 @@
-"""Strangers of several kinds that attack a swarm for a while, in a process of their own: `benchmarks.chaos --hostile`.
+"""Strangers of several kinds that attack a swarm for a while, in a process of their own: `benchmarks.chaos --strangers`
 
     python tests/hostile/siege.py INVITE SECONDS [SEED]
 
@@ -20,23 +20,23 @@ from typing import Any
 
 import grpc
 import mutations
+from google.protobuf.message import DecodeError
 from stranger import HostileCaller, Stranger, digest, new_identity, packed
 
 from dht.announcements import NodeInfo, ReplicaAnnouncement, ReplicaState
 from dht.invites import Invite
 from peer import PROTOCOL_VERSION
 from peer.errors import TalkootError
-from peer.kademlia.hivemind import dht_pb2
 from peer.kademlia.validation import Entries, Entry, pack_entries
-from peer.transport.p2pd import TRANSPORT_ERRORS
-from peer.wire import expert_pb2, state_pb2
+from peer.wire import dht_pb2, expert_pb2, state_pb2
 
 _EXPECTED = (
     TalkootError,
     grpc.aio.AioRpcError,
     grpc.aio.BaseError,
     asyncio.InvalidStateError,
-    *TRANSPORT_ERRORS,
+    TimeoutError,
+    DecodeError,
 )
 """What a refused misdeed ends with."""
 _PAUSE_S = 0.2
@@ -77,9 +77,7 @@ async def _repeat(
 async def publish_spoilt_records(stranger: Stranger, rng: random.Random) -> None:
     """Records of every kind whose fields are spoilt, listed as right ones are."""
     if rng.random() < 0.5:
-        node = stranger.node_record(
-            bootstrap_addresses=["/ip4/127.0.0.1/tcp/1/p2p/Qm"], tunnel_addresses=["/onion/x:80"]
-        )
+        node = stranger.node_record(tunnel_addresses=["/onion/x:80"])
         node.ParseFromString(mutations.protobuf(node.SerializeToString(), rng))
         await stranger.swarm.registry.publish_node(node, 30.0)
     else:
@@ -122,7 +120,7 @@ async def flood_the_dht(stranger: Stranger, rng: random.Random) -> None:
     request = stranger.store_request([(key, b"", pack_entries(entries), until)])
     await stranger.store_at(peer, request)
     keys = [digest(stranger.keys.prefix(layer)) for layer in range(32)]
-    await stranger.find_at(peer, dht_pb2.FindRequest(keys=keys, peer=stranger.protocol.node_info))
+    await stranger.find_at(peer, dht_pb2.FindRequest(keys=keys, peer=stranger.dht.info))
 
 
 async def hold_calls(stranger: Stranger, rng: random.Random) -> None:
@@ -136,7 +134,9 @@ async def hold_calls(stranger: Stranger, rng: random.Random) -> None:
             request_id=rng.randbytes(16),
             width=stranger.swarm.manifest.width,
             codec=expert_pb2.CODEC_FP32,
-            experts=[expert_pb2.ExpertRows(uid="0.0.0", segment_lengths=[64], positions=range(64))],
+            segment_lengths=[64],
+            positions=range(64),
+            experts=[expert_pb2.ExpertRows(uid="0.0.0")],
         )
         for stream in streams[::2]:
             with contextlib.suppress(*_EXPECTED):

@@ -25,7 +25,7 @@ from typing import Any, Self, TypeAlias
 import grpc
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from hivemind.proto import crypto_pb2
+from google.protobuf.message import Message
 
 from dht.admission import Role
 from dht.announcements import NodeInfo
@@ -33,14 +33,16 @@ from dht.invites import Invite
 from dht.records import sign_record
 from dht.swarm import Swarm, join_swarm
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of
-from peer.kademlia.hivemind import DHTID, MSGPackSerializer, dht_pb2
+from peer.host import NetworkConfig
+from peer.identity import SESSION_DOMAIN, Identity, PeerID, key_message, peer_id_of
 from peer.kademlia.lookups import Item
+from peer.kademlia.node import KademliaNode
+from peer.kademlia.routing import id_bytes, key_id_of, node_id_of
+from peer.kademlia.validation import pack
 from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS, Contact
 from peer.rpc.server import server_credentials
 from peer.rpc.sessions import SESSION_KEY, Metadata, Right, Sessions, SessionServicer
-from peer.transport.addresses import NetworkConfig
-from peer.wire import records_pb2, session_pb2, session_pb2_grpc
+from peer.wire import dht_pb2, records_pb2, session_pb2, session_pb2_grpc
 
 LOCAL = "127.0.0.1"
 LIFETIME_S = 60.0
@@ -58,7 +60,12 @@ Frames: TypeAlias = AsyncIterator[bytes]
 Handler: TypeAlias = Callable[[Frames, Any], Frames]
 """Answers a call's messages, in bytes, with others; it may read `context`, a grpc.aio.ServicerContext."""
 DHTHandler: TypeAlias = Callable[[Any, Any], Awaitable[Any]]
-"""Takes hivemind's request message and P2PContext."""
+"""Takes the request and its sender."""
+_REQUESTS: dict[str, type[Message]] = {
+    "ping": dht_pb2.PingRequest,
+    "store": dht_pb2.StoreRequest,
+    "find": dht_pb2.FindRequest,
+}
 
 
 class Stranger:
@@ -96,9 +103,8 @@ class Stranger:
         return self.identity.peer_id
 
     @property
-    def protocol(self) -> Any:
-        """hivemind's DHTProtocol."""
-        return self.swarm.host.dht.protocol
+    def dht(self) -> KademliaNode:
+        return self.swarm.host.dht
 
     async def publish(
         self,
@@ -151,11 +157,18 @@ class Stranger:
 
     async def store_at(self, peer: PeerID, request: dht_pb2.StoreRequest) -> dht_pb2.StoreResponse:
         """Sends any store request to one peer. See `store_request`."""
-        return await self.protocol.get_stub(peer).rpc_store(request, timeout=_DEADLINE_S)
+        return dht_pb2.StoreResponse.FromString(await self._ask(peer, "store", request))
 
     async def find_at(self, peer: PeerID, request: dht_pb2.FindRequest) -> dht_pb2.FindResponse:
         """Asks one peer for keys."""
-        return await self.protocol.get_stub(peer).rpc_find(request, timeout=_DEADLINE_S)
+        return dht_pb2.FindResponse.FromString(await self._ask(peer, "find", request))
+
+    async def _ask(self, peer: PeerID, method: str, request: Message) -> bytes:
+        """Raises TimeoutError if there is no answer."""
+        answer = await self.dht.transport.call(peer, method, request.SerializeToString(), _DEADLINE_S)
+        if answer is None:
+            raise TimeoutError
+        return answer
 
     def store_request(
         self, entries: Sequence[tuple[str | bytes, bytes, bytes, float]]
@@ -163,7 +176,7 @@ class Stranger:
         """`entries`: key as text or as digest, subkey or mark as packed bytes, value as packed bytes, expiry."""
         keys, subkeys, values, expires = zip(*entries, strict=True)
         return dht_pb2.StoreRequest(
-            peer=self.protocol.node_info,
+            peer=self.dht.info,
             keys=[digest(key) for key in keys],
             subkeys=subkeys,
             values=values,
@@ -173,12 +186,9 @@ class Stranger:
 
     async def answer(self, **handlers: DHTHandler) -> None:
         """Replaces its handlers `ping`, `store` and `find` of the DHT."""
-        protocol = self.protocol
-        assert not protocol.client_mode, "nobody asks a client"
-        for name, handler in handlers.items():
-            setattr(protocol, f"rpc_{name}", handler)
-        await protocol.remove_p2p_handlers(protocol.p2p)
-        await protocol.add_p2p_handlers(protocol.p2p)
+        assert self.dht.serves_dht, "nobody asks a client"
+        for method, handler in handlers.items():
+            await self.dht.transport.serve(method, functools.partial(_answer, _REQUESTS[method], handler))
 
     async def serve(self, handlers: Mapping[str, Handler], *, sessions: bool = True, port: int = 0) -> str:
         """Serves these methods (`talkoot.v1.StateService/Fetch`) over TLS, and opens sessions. Returns `host:port`.
@@ -321,20 +331,24 @@ def identities_near(key: str, count: int, among: int = 1000) -> list[Identity]:
     place = int.from_bytes(digest(key), "big")
 
     def distance(identity: Identity) -> int:
-        return int(DHTID.generate(source=identity.peer_id.to_bytes())) ^ place
+        return node_id_of(identity.peer_id.to_bytes()) ^ place
 
     return sorted(itertools.islice(_identities(), among), key=distance)[:count]
 
 
 def digest(key: str | bytes) -> bytes:
     """The DHT's id of a key; bytes stay as they are."""
-    return DHTID.generate(source=key).to_bytes() if isinstance(key, str) else key
+    return id_bytes(key_id_of(key)) if isinstance(key, str) else key
 
 
 def packed(value: object) -> bytes:
     """As the DHT packs subkeys and values."""
-    data: bytes = MSGPackSerializer.dumps(value)
-    return data
+    return pack(value)
+
+
+async def _answer(request: type[Message], handler: DHTHandler, sender: PeerID, data: bytes) -> bytes:
+    answer: Message = await handler(request.FromString(data), sender)
+    return answer.SerializeToString()
 
 
 _UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -391,5 +405,5 @@ def _write(identity: Identity, path: Path) -> Identity:
         serialization.PrivateFormat.TraditionalOpenSSL,
         serialization.NoEncryption(),
     )
-    path.write_bytes(crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=data).SerializeToString())
+    path.write_bytes(key_message(data))
     return Identity.load_or_create(path)

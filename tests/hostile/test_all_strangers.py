@@ -10,8 +10,6 @@ from victim import founder, honest_caller
 
 from peer.loop import LoopThread
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.mark.parametrize("seconds", [3.0, pytest.param(120.0, marks=pytest.mark.slow)])
 def test_a_node_under_siege_lives_and_serves_others(loop: LoopThread, tmp_path: Path, seconds: float) -> None:

@@ -15,8 +15,6 @@ from peer.averaging import MAX_UPDATE_COUNT
 from peer.identity import Identity
 from peer.loop import LoopThread
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.fixture
 def identities() -> list[Identity]:

@@ -17,8 +17,6 @@ from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2, probe_pb2
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 FORGED = "\x1b[2J\x1b]0;owned\x07\n12:00:00 error: your key is\r\u202e gone\n" + "x" * 2000
 
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from checkpoint_samples import AN_UID, MANIFEST, SWARM, make_expert, step
-from expert_fakes import make_node, make_peer_id, make_request, random_rows
+from expert_fakes import Request, make_call, make_node, make_peer_id, random_rows
 from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,24 +40,23 @@ from dht.records import RecordValidator, SwarmKeys, digits_of, open_record, sign
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import StateForm, from_bytes, to_bytes
-from expert_server.serving.call import HeaderParser, call_bytes
 from expert_server.serving.forward_cache import ForwardCache
+from expert_server.serving.headers import HeaderParser
 from peer import PROTOCOL_VERSION
 from peer.codec import CodecName, codec_of, decode, encode
 from peer.errors import AddressError, TalkootError, UserError
-from peer.identity import SESSION_DOMAIN
-from peer.kademlia.hivemind import DHTRecord, P2PContext, dht_pb2
-from peer.kademlia.validation import Entry, pack_entries, unpack, unpack_entries, unpack_subkey
+from peer.identity import CONTACT_DOMAIN, SESSION_DOMAIN
+from peer.kademlia.validation import Entry, Record, pack_entries, unpack, unpack_entries, unpack_subkey
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import SnapshotReceiver
 from peer.transport.addresses import Multiaddress
+from peer.transport.contacts import Contact
 from peer.transport.endpoints import Endpoint
-from peer.wire import admission_pb2, expert_pb2, records_pb2, session_pb2, state_pb2
+from peer.wire import admission_pb2, contact_pb2, dht_pb2, expert_pb2, records_pb2, session_pb2, state_pb2
 from talkoot.dashboard import api
 from talkoot.node import control
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters, require_near
 from trainer_client.balancing import LoadBias
-from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import ReplyAssembler
 
 pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number")  # of a spoilt certificate
@@ -103,10 +102,10 @@ def payloads() -> list[bytes]:
         addresses=["192.0.2.7:50051", "[2001:db8::1]:1", "example.org:2"],
         certificate=NODE.make_certificate(), protocol_version=PROTOCOL_VERSION, software_version="1.2",
         expert_count=3, expert_capacity=9, rows_processed=5, updates=6, started_at=NOW - 5,
-        bootstrap_addresses=[ADDRESS], name="sauna", activity=records_pb2.NODE_ACTIVITY_SERVING,
+        name="sauna", activity=records_pb2.NODE_ACTIVITY_SERVING,
         metrics_address="192.0.2.7:9100", rows_per_s=1.5, renew_every_s=9.0, contributed_rows=7,
         contributed_updates=8, contributed_s=9.5, reachability=records_pb2.REACHABILITY_RELAYED,
-        tunnel_addresses=[RELAYED, ADDRESS],
+        tunnel_addresses=[RELAYED, ADDRESS], relay_addresses=[RELAYED, ADDRESS],
     )  # fmt: skip
     latency = records_pb2.Latency(p50_s=0.1, p99_s=0.3)
     trainer = records_pb2.TrainerRecord(
@@ -115,7 +114,7 @@ def payloads() -> list[bytes]:
         calls=4, bytes_sent=5, bytes_received=6, failures=[records_pb2.Failures(cause="unavailable", count=2)],
         nodes=[records_pb2.NodeLatency(peer_id=NODE.peer_id.to_bytes(), mean_s=0.5)], addresses=["192.0.2.9:1"],
         certificate=NODE.make_certificate(), dense_fingerprint=b"f" * 32, dense_age=7, tunnel_addresses=[RELAYED],
-        metrics_address="192.0.2.7:9100", renew_every_s=9.0,
+        relay_addresses=[RELAYED], metrics_address="192.0.2.7:9100", renew_every_s=9.0,
     )  # fmt: skip
     replica = records_pb2.Announcement(
         state=records_pb2.REPLICA_STATE_SERVING, update_count=3, queued_rows=1, claimed_at=NOW - 1
@@ -139,7 +138,7 @@ def deliver_payload(data: bytes) -> None:
     record = records_pb2.SignedRecord(
         payload=signed, public_key=NODE.public_key, signature=NODE.sign(signed)
     ).SerializeToString()
-    stored = DHTRecord(digest(key), packed(payload.peer_id), packed(record), payload.expires_at)
+    stored = Record(digest(key), packed(payload.peer_id), packed(record), payload.expires_at)
     OPEN.validate(stored)
     opened = open_record(record, key, NODE.peer_id, NOW)
     for read in (
@@ -157,7 +156,7 @@ def deliver_payload(data: bytes) -> None:
 def deliver_signed_record(data: bytes) -> None:
     """As it is: the key, the signature and the payload may all be spoilt."""
     OPEN.check(
-        DHTRecord(digest(KEYS.node(NODE.peer_id)), packed(NODE.peer_id.to_bytes()), packed(data), NOW + 60)
+        Record(digest(KEYS.node(NODE.peer_id)), packed(NODE.peer_id.to_bytes()), packed(data), NOW + 60)
     )
 
 
@@ -174,7 +173,7 @@ def invites() -> list[bytes]:
 
 def deliver_invite(data: bytes) -> None:
     line: bytes = base58.b58encode_check(data[:4000])
-    str(Invite.parse(f"talkoot1{line.decode()}"))
+    str(Invite.parse(f"talkoot2{line.decode()}"))
 
 
 def deliver_badge(data: bytes) -> None:
@@ -209,13 +208,22 @@ def deliver_statement(data: bytes) -> None:
 
 
 def headers() -> list[bytes]:
-    rows = expert_pb2.ExpertRows(uid="0.1.1", segment_lengths=[2, 1], positions=[0, 4, 1])
-    kept = expert_pb2.ExpertRows(uid="0.1.1", kept_request_id=b"k" * 16, kept_index=0, kept_rows=3)
-    header = expert_pb2.CallHeader(
-        protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, request_id=b"r" * 16, width=MANIFEST.width,
-        codec=expert_pb2.CODEC_FP32, experts=[rows, kept], keep=True,
-    )  # fmt: skip
-    return serialized(header)
+    about: dict[str, Any] = {
+        "protocol_version": PROTOCOL_VERSION,
+        "swarm_id": SWARM,
+        "request_id": b"r" * 16,
+        "width": MANIFEST.width,
+        "codec": expert_pb2.CODEC_FP32,
+    }
+    rows = [
+        expert_pb2.ExpertRows(uid="0.1.1", rows=[0, 2], weights=[0.5, 1.0]),
+        expert_pb2.ExpertRows(uid="0.0.1"),
+    ]
+    right = expert_pb2.CallHeader(
+        **about, segment_lengths=[2, 1], positions=[0, 4, 1], experts=rows, keep=True
+    )
+    kept = expert_pb2.CallHeader(**about, kept_request_id=b"k" * 16, kept_rows=3)
+    return serialized(right, kept)
 
 
 HEADERS = HeaderParser(SWARM, MANIFEST, 2**20, ForwardCache(2**20))
@@ -225,18 +233,24 @@ def deliver_header(data: bytes) -> None:
     header = parsed(expert_pb2.CallHeader, data)
     for direction in ("forward", "backward"):
         with contextlib.suppress(TalkootError):
-            HEADERS.parse(header, direction, "caller")
-            assert call_bytes(header, direction) > 0
+            reserved: list[int] = []
+            assignment = HEADERS.parse(header, direction, "caller", reserved.append).assignment
+            if assignment is not None:
+                assert reserved[0] > assignment.nbytes
 
 
 def replies() -> list[bytes]:
     size = 4 * 3 * 8
-    answer = expert_pb2.ExpertReply(index=0, update_count=5, payload_bytes=size, kept=True)
+    computed = expert_pb2.ExpertReply(index=0, update_count=5)
     error = expert_pb2.ExpertReply(index=1, status=8, message="busy", retry_after_s=1.5)
+    rows = expert_pb2.AnsweredRows(rows=range(3), masks=[1, 1, 1], payload_bytes=size)
+    all_rows = expert_pb2.AnsweredRows(products=range(6), payload_bytes=2 * size)
+    both = [computed, expert_pb2.ExpertReply(index=1)]
     return serialized(
-        expert_pb2.CallReply(experts=[answer], chunk=bytes(size)),
+        expert_pb2.CallReply(experts=[computed], rows=[rows], chunk=bytes(size)),
         expert_pb2.CallReply(experts=[error]),
-        expert_pb2.CallReply(experts=[error, answer], chunk=bytes(size)),
+        expert_pb2.CallReply(experts=[error, computed], rows=[rows], chunk=bytes(size), kept=True),
+        expert_pb2.CallReply(experts=both, rows=[all_rows], chunk=bytes(2 * size)),
     )
 
 
@@ -254,15 +268,20 @@ def deliver_tensor(data: bytes) -> None:
     decode(bytearray(encode(numbers, codec)), max(1, width), codec)  # whatever was taken can be sent on
 
 
-REQUESTS = [make_request(UID(0, (0, n)), [3], range(3), random_rows(3, 8, seed=n)) for n in range(2)]
+_REQUESTS = [
+    Request(UID(0, (0, n)), [3], range(3), *random_rows(6, 8, seed=n).reshape(2, 3, 8)) for n in range(2)
+]
+FORWARD = make_call(make_node(make_peer_id(1)), "forward", _REQUESTS, 1.0)
+BACKWARD = make_call(make_node(make_peer_id(1)), "backward", _REQUESTS, 1.0)
 
 
 def deliver_reply(data: bytes) -> None:
-    call = NodeCall(make_node(make_peer_id(1)), "forward", REQUESTS, 1.0)
+    reply = parsed(expert_pb2.CallReply, data)
+    call = BACKWARD if any(rows.products for rows in reply.rows) else FORWARD
     assembler = ReplyAssembler(call, b"r" * 16, 8, expert_pb2.CODEC_FP32)
-    list(assembler.take(parsed(expert_pb2.CallReply, data)))
+    list(assembler.take(reply))
     with contextlib.suppress(TalkootError):
-        list(assembler.take(parsed(expert_pb2.CallReply, data)))
+        list(assembler.take(reply))
 
 
 @functools.cache
@@ -306,10 +325,10 @@ def deliver_dense(data: bytes) -> None:
     form, part, _ = dense()
     own, theirs = part.read(), form.from_bytes(data, 3)
     require_near(form.trained(own.tensors), form.trained(theirs))
-    part.merge("liar", own, theirs, 3, 0.5, 0.0)
+    part.merge("liar", own, theirs, 3, 0.5, 0.0, part.moves_to(own))
     with part.stepping():
         pass
-    assert all(float(part.read().tensors[name].abs().max()) <= 1 for name in form.buffers)
+    assert all(torch.equal(tensor, own.tensors[name]) for name, tensor in part.read().tensors.items())
 
 
 def snapshot_headers() -> list[bytes]:
@@ -335,7 +354,24 @@ def entries() -> list[bytes]:
 def deliver_entries(data: bytes) -> None:
     key = digest(KEYS.prefix(0))
     for subkey, entry in unpack_entries(data).items():
-        OPEN.validate(DHTRecord(key, packed(subkey), *entry))
+        OPEN.validate(Record(key, packed(subkey), *entry))
+
+
+def statements_of_contacts() -> list[bytes]:
+    kinds: list[dict[str, Any]] = [{"direct": "192.0.2.7:1"}, {"relayed": RELAYED}, {"libp2p": ADDRESS}, {}]
+    statement = contact_pb2.ContactStatement(
+        peer_id=NODE.peer_id.to_bytes(), sequence=7, expires_at=NOW + 60, certificate=NODE.make_certificate(),
+        addresses=[contact_pb2.ContactAddress(**kind) for kind in kinds],
+    )  # fmt: skip
+    return serialized(statement)
+
+
+def deliver_contact(data: bytes) -> None:
+    """Signed by its peer, and passed on."""
+    contact = contact_pb2.Contact(statement=data, signature=NODE.sign(data, CONTACT_DOMAIN))
+    read = Contact.parse(contact, NOW)
+    assert read.peer_id == NODE.peer_id
+    assert read.certificate_pem
 
 
 def deliver_value(data: bytes) -> None:
@@ -344,7 +380,7 @@ def deliver_value(data: bytes) -> None:
             read(data)
         except TalkootError:
             continue
-    OPEN.check(DHTRecord(digest(KEYS.prefix(0)), packed(3), data, NOW + 60))
+    OPEN.check(Record(digest(KEYS.prefix(0)), packed(3), data, NOW + 60))
 
 
 def deliver_known_peers(data: bytes) -> None:
@@ -393,8 +429,8 @@ def deliver_address(data: bytes) -> None:
     opened = records_pb2.RecordPayload(
         expires_at=NOW + 60,
         node=records_pb2.NodeRecord(
-            certificate=NODE.make_certificate(), addresses=[text], bootstrap_addresses=[text],
-            tunnel_addresses=[text], metrics_address=text,
+            certificate=NODE.make_certificate(), addresses=[text],
+            tunnel_addresses=[text], relay_addresses=[text], metrics_address=text,
         ),
     )  # fmt: skip
     node = read_node(opened, NODE.peer_id)
@@ -418,6 +454,7 @@ TARGETS = [
     Target("signed record", mutations.protobuf, signed_records, deliver_signed_record),
     Target("DHT value", mutations.packed, lambda: [packed(KEYS.prefix(0))], deliver_value),
     Target("DHT entries", mutations.packed, entries, deliver_entries),
+    Target("contact", mutations.protobuf, statements_of_contacts, deliver_contact),
     Target("address", mutations.text, addresses, deliver_address),
     Target("encoded address", mutations.mutate_bytes,
            lambda: [Multiaddress(text).to_bytes() for text in (ADDRESS, RELAYED)], Multiaddress.decode),
@@ -492,7 +529,6 @@ def test_a_spoilt_request_of_the_dht_gets_an_answer() -> None:
         async def scenario() -> None:
             swarm = await SimulatedSwarm.start(world, 1, 4, Link(rtt_s=0.1), seed=1)
             peer, until = swarm.peers[0], world.unix_time() + 60
-            handlers: Any = peer.dht.p2p
             key = digest(swarm.keys.prefix(0))
             info = dht_pb2.NodeInfo(node_id=digest("node"))
             real = {
@@ -506,17 +542,15 @@ def test_a_spoilt_request_of_the_dht_gets_an_answer() -> None:
             for seed in range(300):
                 rng = random.Random(seed)
                 name = rng.choice(list(real))
-                request = parsed(type(real[name]), mutations.protobuf(real[name].SerializeToString(), rng))
-                called = f"DHTProtocol.rpc_{name}"
-                context = P2PContext(called, peer.peer_id, STRANGER.peer_id)
-                answer = await handlers.handlers[called](request, context)
-                assert isinstance(answer, Message), (name, seed)
+                request = mutations.protobuf(real[name].SerializeToString(), rng)
+                answer = await peer.transport.handlers[name](STRANGER.peer_id, request)
+                assert isinstance(answer, bytes), (name, seed)
             await peer.registry.prefixes([(0, ())], 2)
 
         world.run_until_complete(scenario())
 
 
-def right_records() -> list[DHTRecord]:
+def right_records() -> list[Record]:
     """One of each kind, and index entries."""
     badge = make_badge(TOKEN, NODE.peer_id)
     bodies = [parsed(records_pb2.RecordPayload, data) for data in payloads()]
@@ -540,12 +574,12 @@ def right_records() -> list[DHTRecord]:
     ]
 
 
-def stored(key: str, subkey: object, value: object) -> DHTRecord:
-    return DHTRecord(digest(key), packed(subkey), packed(value), NOW + 60)
+def stored(key: str, subkey: object, value: object) -> Record:
+    return Record(digest(key), packed(subkey), packed(value), NOW + 60)
 
 
-def spoilt(record: DHTRecord, others: list[DHTRecord], rng: random.Random) -> DHTRecord:
-    key, subkey, value, expiry = record.key, record.subkey, record.value, record.expiration_time
+def spoilt(record: Record, others: list[Record], rng: random.Random) -> Record:
+    key, subkey, value, expiry = record.key, record.subkey, record.value, record.expires_at
     other = rng.choice(others)
     match rng.randrange(7):
         case 0 | 1:
@@ -560,10 +594,10 @@ def spoilt(record: DHTRecord, others: list[DHTRecord], rng: random.Random) -> DH
             key, subkey = other.key, other.subkey
         case _:
             expiry = rng.choice([expiry + 1, NOW + 10**7, float("nan"), float("inf"), -1.0])
-    return DHTRecord(key, subkey, value, expiry)
+    return Record(key, subkey, value, expiry)
 
 
-def as_read(record: DHTRecord) -> DHTRecord:
+def as_read(record: Record) -> Record:
     """As a reader takes it: where a field of the signed message comes twice, the last one counts."""
     value = unpack(record.value)
     if not isinstance(value, bytes):
@@ -572,7 +606,7 @@ def as_read(record: DHTRecord) -> DHTRecord:
     again = records_pb2.SignedRecord(
         payload=message.payload, public_key=message.public_key, signature=message.signature
     )
-    return DHTRecord(record.key, record.subkey, packed(again.SerializeToString()), record.expiration_time)
+    return Record(record.key, record.subkey, packed(again.SerializeToString()), record.expires_at)
 
 
 def test_no_changed_record_is_taken_for_another() -> None:

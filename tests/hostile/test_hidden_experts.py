@@ -14,14 +14,12 @@ from stranger import DHTHandler, Stranger, digest, identities_near, packed
 
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.swarm import Swarm, found_swarm, join_swarm
-from peer.kademlia.hivemind import dht_pb2
+from peer.host import NetworkConfig
 from peer.kademlia.lookups import Lookups
-from peer.kademlia.validation import Entry, node_id_of, pack_entries
+from peer.kademlia.routing import node_id_of
+from peer.kademlia.validation import Entry, pack_entries
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
-from peer.wire import records_pb2
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.wire import dht_pb2, records_pb2
 
 HIDDEN = UIDS[0]
 HONEST = 4
@@ -69,8 +67,8 @@ def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) 
 
 async def sees(watcher: Swarm, host: Swarm) -> bool:
     """Whether a look finds the expert's host, where nothing was seen before."""
-    watcher.host.dht.protocol.storage.clear()
-    watcher.registry.lookups = Lookups(lambda: watcher.host.dht)
+    watcher.host.dht.storage.clear()
+    watcher.registry.lookups = Lookups(watcher.host.dht)
     found = await watcher.registry.replicas([HIDDEN])
     return host.host.peer_id in {replica.peer_id for replica in found[HIDDEN]}
 
@@ -95,7 +93,7 @@ class Crowd:
             return self.nothing(key)
         subkey, value, until = self._record
         entries = pack_entries({subkey: Entry(value, until)})
-        return {**self.nothing(key), "type": dht_pb2.FOUND_DICTIONARY, "value": entries}
+        return {**self.nothing(key), "type": dht_pb2.RESULT_TYPE_DICTIONARY, "value": entries}
 
     def nobody(self, key: bytes) -> dict[str, Any]:
         """Nearer nodes, which don't exist."""
@@ -112,7 +110,7 @@ class Crowd:
             await stranger.answer(**self._handlers(stranger, lie))
 
     def _handlers(self, stranger: Stranger, lie: Lie) -> dict[str, DHTHandler]:
-        own = stranger.protocol.node_info
+        own = stranger.dht.info
 
         async def find(request: Any, context: Any) -> Any:
             answers = [dht_pb2.FindResult(**lie(key)) for key in request.keys]
@@ -125,4 +123,4 @@ class Crowd:
 
     def _named(self, names: list[bytes]) -> dict[str, Any]:
         ids = [node_id_of(name).to_bytes() for name in names]
-        return {"type": dht_pb2.NOT_FOUND, "nearest_node_ids": ids, "nearest_peer_ids": names}
+        return {"type": dht_pb2.RESULT_TYPE_NOT_FOUND, "nearest_node_ids": ids, "nearest_peer_ids": names}

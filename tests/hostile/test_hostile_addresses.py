@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 from stranger import LIFETIME_S, LOCAL, Stranger, new_identities
 from victim import Victim, founder, trainer
 
@@ -17,8 +16,6 @@ from dht.swarm import Swarm
 from peer.identity import Identity
 from peer.transport.dialling import ENDPOINT_BURST, ENDPOINT_EVERY_S
 from peer.transport.endpoints import Endpoint
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 NAMES_OF_NOBODY = 24
 EVERY_S = 1.0
@@ -66,13 +63,13 @@ async def name_it(swarm: Swarm, identities: Sequence[Identity], victim: Endpoint
     uids = swarm.manifest.uids()
     serving = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 10**6) for uid in uids]
     for identity in identities:
-        registry = Registry(lambda: swarm.host.dht, swarm.keys, identity)
+        registry = Registry(swarm.host.dht, swarm.keys, identity)
         here = f"/ip4/{victim.host}/tcp/{victim.port}/p2p/{identity.peer_id}"
         record = Stranger(swarm).node_record(
             certificate=identity.make_certificate(),
             addresses=[victim],
-            bootstrap_addresses=[here],
             tunnel_addresses=[here],
+            relay_addresses=[f"{here}/p2p-circuit/p2p/{identity.peer_id}"],
         )
         await registry.publish_node(record, LIFETIME_S)
         await registry.announce(serving, LIFETIME_S)
@@ -112,11 +109,16 @@ def test_no_addresses_end_a_peer_and_none_make_it_dial_a_victim(tmp_path: Path) 
                 async with Stranger.joined(node.invite) as stranger, Listener() as victim:
                     bad = bad_addresses(stranger.peer_id.to_base58())
                     await stranger.publish_node(
-                        addresses=BAD_ENDPOINTS, tunnel_addresses=bad, bootstrap_addresses=bad
+                        addresses=BAD_ENDPOINTS,
+                        tunnel_addresses=bad,
+                        relay_addresses=bad,
                     )
                     certificate = stranger.identity.make_certificate()
                     await stranger.publish_trainer(
-                        certificate=certificate, addresses=BAD_ENDPOINTS, tunnel_addresses=bad
+                        certificate=certificate,
+                        addresses=BAD_ENDPOINTS,
+                        tunnel_addresses=bad,
+                        relay_addresses=bad,
                     )
                     began = time.monotonic()
                     await name_it(stranger.swarm, new_identities(NAMES_OF_NOBODY), victim.endpoint)

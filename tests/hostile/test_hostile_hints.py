@@ -16,7 +16,6 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from peer.wire import state_pb2
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 STRANGERS = 3
 
 

@@ -4,36 +4,34 @@ import random
 import time
 from pathlib import Path
 
-import pytest
 from callers import numbered_identities
 from real_swarm import UIDS, Village, playing
 from stranger import Stranger
 
 from dht.records import digits_of, first_shards
 from peer.identity import PeerID
-from peer.kademlia.hivemind import DHTID, MSGPackSerializer, dht_pb2
-from peer.kademlia.validation import Entries, Entry, pack_entries
+from peer.kademlia.routing import id_bytes, key_id_of
+from peer.kademlia.validation import DICTIONARY, Entries, Entry, pack, pack_entries
 from peer.loop import LoopThread
 from peer.metrics import total
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.wire import dht_pb2
 
 _LISTED = 100
 """In each shard: it seems to be split then."""
 
 
 async def list_made_up_nodes(stranger: Stranger, at: PeerID, shards: list[str]) -> None:
-    rng, protocol = random.Random(shards[0]), stranger.protocol
+    rng = random.Random(shards[0])
     for shard in shards:
         key = stranger.keys.node_shard(shard)
-        packed, last = MSGPackSerializer.dumps(key), bytes([int(shard, 16)])
+        packed, last = pack(key), bytes([int(shard, 16)])
         names = [b"\x12\x20" + rng.randbytes(31) + last for _ in range(_LISTED)]
         assert all(digits_of(name).startswith(shard) for name in names)
         entries: Entries = {name: Entry(packed, time.time() + 500) for name in names}
         request = dht_pb2.StoreRequest(
-            peer=protocol.node_info,
-            keys=[DHTID.generate(source=key).to_bytes()],
-            subkeys=[protocol.IS_DICTIONARY],
+            peer=stranger.dht.info,
+            keys=[id_bytes(key_id_of(key))],
+            subkeys=[DICTIONARY],
             values=[pack_entries(entries)],
             expiration_time=[0.0],
             in_cache=[False],
@@ -50,7 +48,7 @@ def test_a_leaving_node_looks_for_heirs_among_made_up_nodes_at_a_bounded_cost(
         heir = await village.join(1, invite, experts=0, spare=8)
         async with Stranger.joined(invite) as stranger:
             await list_made_up_nodes(stranger, leaver.swarm.host.peer_id, first_shards()[:64])
-        assert leaver.swarm.host.dht.protocol.storage.bytes > 2**19, "the lists are long"
+        assert leaver.swarm.host.dht.storage.bytes > 2**19, "the lists are long"
         await village.run(heir)
         keys_read = leaver.swarm.registry._keys_read
         before = total(keys_read)

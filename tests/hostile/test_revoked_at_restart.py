@@ -19,8 +19,6 @@ from peer.loop import LoopThread
 from peer.wire import session_pb2
 from talkoot.demo.links import free_ports
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 BY_TOKEN = MANIFEST.model_copy(update={"admission": AdmissionSpec(mode="token")})
 
 
@@ -32,7 +30,7 @@ def play(loop: LoopThread, tmp_path: Path) -> Play:
 def test_a_revoked_token_opens_nothing_while_the_founder_starts_again(play: Play) -> None:
     async def scenario(village: Village) -> None:
         (port,) = free_ports(LOCAL, 1)
-        node = await village.found(manifest=BY_TOKEN, experts=1, grpc_port=port)
+        node = await village.found(manifest=BY_TOKEN, experts=1, port=port)
         swarm, state, now = node.swarm, village.state(node.swarm), time.time()
         issued = IssuedInvite(
             serial=new_serial(), role=Role.TRAINER, name="", made_at=now, expires_at=now + 3600
@@ -66,7 +64,7 @@ def test_a_revoked_token_opens_nothing_while_the_founder_starts_again(play: Play
                         await another.close()
 
             asking = asyncio.create_task(keep_asking())
-            await village.found(manifest=BY_TOKEN, experts=1, grpc_port=port)
+            await village.found(manifest=BY_TOKEN, experts=1, port=port)
 
             async def was_answered() -> bool:
                 return bool(outcomes & {"PERMISSION_DENIED", "opened"})

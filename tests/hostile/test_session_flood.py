@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import grpc
-import pytest
 from loop_lags import LoopLags, exposed_at
 from stranger import HostileCaller, Stranger, new_identities
 from victim import MANIFEST_TOML, founder, honest_caller
@@ -15,8 +14,6 @@ from victim import MANIFEST_TOML, founder, honest_caller
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from peer.loop import LoopThread
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 ATTACK_S = 4.0
 CONNECTIONS = 12

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 from stranger import HostileCaller, Stranger, new_identities, new_identity
 from victim import MANIFEST_TOML, NodeVictim, founder, honest_caller
 
@@ -15,8 +14,6 @@ from peer import PROTOCOL_VERSION
 from peer.codec import CHUNK_BYTES
 from peer.loop import LoopThread
 from peer.wire import expert_pb2
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 MEMORY = 512 * 10**6
 MOST = MEMORY // 8 + 256 * 2**20
@@ -29,7 +26,6 @@ FORWARD = "talkoot.v1.ExpertService/Forward"
 
 def header(swarm_id: str, payload_bytes: int) -> bytes:
     rows = payload_bytes // (4 * WIDTH)
-    experts = [expert_pb2.ExpertRows(uid="0.0.0", segment_lengths=[1] * rows, positions=[0] * rows)]
     return expert_pb2.CallRequest(
         header=expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
@@ -37,7 +33,9 @@ def header(swarm_id: str, payload_bytes: int) -> bytes:
             request_id=os.urandom(16),
             width=WIDTH,
             codec=expert_pb2.CODEC_FP32,
-            experts=experts,
+            segment_lengths=[1] * rows,
+            positions=[0] * rows,
+            experts=[expert_pb2.ExpertRows(uid="0.0.0")],
         )
     ).SerializeToString()
 

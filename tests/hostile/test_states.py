@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,13 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from peer.wire import state_pb2
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 OWN_UPDATES, CLAIMED = 3, 20_000
 CHUNK = 2**18
 
 
 @pytest.fixture
 def play(loop: LoopThread, tmp_path: Path) -> Play:
-    return playing(loop, numbered_identities(2), tmp_path)
+    return playing(loop, numbered_identities(3), tmp_path)
 
 
 def eighty_bytes() -> bytes:
@@ -172,5 +170,81 @@ def test_states_that_outlived_their_host_are_not_lost_to_a_stranger_that_claims_
             await keeper.runtime.run(partial(explode, expert))
         await checkpoints.save_changed()
         torch.testing.assert_close(await trained(keeper, 0), own, rtol=0, atol=0)
+
+    play(scenario)
+
+
+def flipped(state: State) -> State:
+    return changed(state, torch.neg)
+
+
+def doubled(state: State) -> State:
+    return changed(state, lambda tensor: 2 * tensor)
+
+
+def drifted(state: State) -> State:
+    return changed(state, lambda tensor: tensor + 0.05)
+
+
+def rushing(state: State) -> State:
+    """The parameters of an honest state, with first moments that lead far away from them in the next steps."""
+    return {
+        name: 10 * state[f"{name}_sq"].sqrt() if name.endswith(".exp_avg") else tensor
+        for name, tensor in state.items()
+    }
+
+
+HARMFUL = (noise, flipped, doubled, drifted, rushing)
+
+
+async def assert_honest(node: Node, honest: Sequence[Mapping[UID, State]]) -> None:
+    """The node has the parameters of one of the honest states of each expert, and moments between theirs."""
+    for uid, state in (await trained(node, 0)).items():
+        of_weights = [
+            all(torch.equal(state[name], one[uid][name]) for name in state if name.startswith(BLOCK))
+            for one in honest
+        ]
+        assert any(of_weights), uid
+        for name in state.keys() - {name for name in state if name.startswith(BLOCK)}:
+            all_of_it = torch.stack([one[uid][name] for one in honest])
+            assert (all_of_it.amin(0) <= state[name]).all(), name
+            assert (state[name] <= all_of_it.amax(0)).all(), name
+
+
+def test_of_three_hosts_none_that_is_hostile_gives_its_state_to_who_adopts_or_is_idle(play: Play) -> None:
+    """It claims the most updates, and its state is as large as others."""
+
+    async def scenario(village: Village) -> None:
+        one = await village.found(experts=8)
+        invite = await one.swarm.invite()
+        other = await village.join(1, invite, experts=8, replicas=2)
+        await other.hosting.replicate()
+        adopter = await village.join(2, invite, experts=0, replicas=1)
+        states = [await trained(node, 2 + 3 * n) for n, node in enumerate((one, other))]
+        async with Stranger.joined(invite) as stranger:
+            host = HostileHost(stranger)
+
+            async def offer(number: int) -> None:
+                spoiled = {
+                    uid: HARMFUL[(n + number) % len(HARMFUL)](state)
+                    for n, (uid, state) in enumerate(states[0].items())
+                }
+                await host.offer(host.packed(spoiled))
+                for node in (one, other):
+                    await node.hosting.announce()
+
+            await offer(0)
+            assert set(await adopter.replicas.take(UIDS, CLAIMED, enough=4)) == set(UIDS)
+            assert set(host.given) == set(UIDS)
+            await assert_honest(adopter, states)
+            assert {expert.update_count for expert in adopter.runtime.experts.values()} == {5}
+
+            states[:] = [await trained(node, 4) for node in (one, other)]
+            await offer(1)
+            found = await adopter.swarm.registry.replicas(UIDS)
+            for uid in UIDS:
+                assert await adopter.replicas.take_whole(uid, found[uid])
+            assert set(host.given) == set(UIDS)
+            await assert_honest(adopter, states)
 
     play(scenario)

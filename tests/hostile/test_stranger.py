@@ -14,11 +14,9 @@ from stranger import HostileCaller, Stranger, digest, identities_near, new_ident
 from victim import honest_caller
 
 from peer.identity import verify
-from peer.kademlia.hivemind import DHTID, dht_pb2
+from peer.kademlia.routing import node_id_of
 from peer.loop import LoopThread
-from peer.wire import records_pb2, state_pb2
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.wire import dht_pb2, records_pb2, state_pb2
 
 
 @pytest.fixture
@@ -31,7 +29,7 @@ def test_identities_are_cheap_and_sign() -> None:
     assert len({identity.peer_id for identity in identities}) == 66
     verify(identities[-1].public_key, b"data", identities[-1].sign(b"data"))
     near = identities_near("key", 2, among=50)
-    ids = [DHTID.generate(source=identity.peer_id.to_bytes()) for identity in near]
+    ids = [node_id_of(identity.peer_id.to_bytes()) for identity in near]
     assert all(int(i) ^ int.from_bytes(digest("key"), "big") < 2**157 for i in ids)
 
 
@@ -73,7 +71,7 @@ async def store_at_the_node(stranger: Stranger, node: Any) -> None:
     )
     answer = await stranger.store_at(node.swarm.host.peer_id, request)
     assert list(answer.store_ok) == [False, False]
-    question = dht_pb2.FindRequest(keys=[digest(payload.key)], peer=stranger.protocol.node_info)
+    question = dht_pb2.FindRequest(keys=[digest(payload.key)], peer=stranger.dht.info)
     (result,) = (await stranger.find_at(node.swarm.host.peer_id, question)).results
     assert record in result.value
 
@@ -83,8 +81,8 @@ async def answer_the_node(stranger: Stranger, node: Any) -> None:
 
     async def lie(request: dht_pb2.FindRequest, context: Any) -> dht_pb2.FindResponse:
         asked.extend(request.keys)
-        results = [dht_pb2.FindResult(type=dht_pb2.NOT_FOUND) for _ in request.keys]
-        return dht_pb2.FindResponse(results=results, peer=stranger.protocol.node_info)
+        results = [dht_pb2.FindResult(type=dht_pb2.RESULT_TYPE_NOT_FOUND) for _ in request.keys]
+        return dht_pb2.FindResponse(results=results, peer=stranger.dht.info)
 
     await stranger.answer(find=lie)
     key = node.swarm.keys.node(new_identities(1)[0].peer_id)

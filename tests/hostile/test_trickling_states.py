@@ -19,7 +19,6 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.wire import state_pb2, state_pb2_grpc
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 SIZE = 10_000
 HEADER = state_pb2.FetchReply(
     header=state_pb2.StateHeader(update_count=9, total_bytes=SIZE, sha256=bytes(32))

@@ -13,8 +13,6 @@ from stranger import Stranger
 from expert_server.status import NodeState
 from peer.loop import LoopThread
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.fixture
 def play(loop: LoopThread, tmp_path: Path) -> Play:

@@ -46,6 +46,7 @@ class Served:
             peer_id=self.peer_id,
             addresses=(Endpoint.of(LOCAL, port or self.port),),
             tunnel_addresses=(),
+            relay_addresses=(),
             certificate_pem=self.certificate_pem,
         )
         return HostileCaller(contact, SWARM, identity)

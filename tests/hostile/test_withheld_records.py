@@ -4,16 +4,13 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import pytest
 from callers import numbered_identities
 from real_swarm import Village, eventually, playing
 from stranger import Stranger
 
 from expert_server.status import NodeState
-from peer.kademlia.hivemind import dht_pb2
 from peer.loop import LoopThread
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.wire import dht_pb2
 
 
 def test_a_founder_whose_only_peer_hides_its_records_does_not_rejoin_for_ever(
@@ -23,8 +20,7 @@ def test_a_founder_whose_only_peer_hides_its_records_does_not_rejoin_for_ever(
         node = await village.found(experts=8, announce_every_s=1)
         swarm = node.swarm
         async with Stranger.joined(await swarm.invite()) as stranger:
-            own = await stranger.swarm.host.bootstrap_addresses()
-            await stranger.publish_node(bootstrap_addresses=[str(address) for address in own])
+            await stranger.publish_node()
             await village.run(node)
 
             async def is_remembered() -> bool:
@@ -33,8 +29,8 @@ def test_a_founder_whose_only_peer_hides_its_records_does_not_rejoin_for_ever(
             await eventually(is_remembered)
 
             async def find(request: Any, context: Any) -> dht_pb2.FindResponse:
-                nothing = [dht_pb2.FindResult(type=dht_pb2.NOT_FOUND) for _ in request.keys]
-                return dht_pb2.FindResponse(peer=stranger.protocol.node_info, results=nothing)
+                nothing = [dht_pb2.FindResult(type=dht_pb2.RESULT_TYPE_NOT_FOUND) for _ in request.keys]
+                return dht_pb2.FindResponse(peer=stranger.dht.info, results=nothing)
 
             await stranger.answer(find=find)
 

@@ -23,25 +23,25 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from expert_fakes import make_request
+from expert_fakes import Request, collect, make_call
 from stranger import ALL_RIGHTS, LOCAL, new_identity
 
 from dht.announcements import NodeInfo
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.uid import UID
-from peer.errors import ExpertError
 from peer.identity import Identity
 from peer.processes import die_with_parent
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from talkoot.demo.links import free_ports
 from talkoot.node.control import ControlClient, ControlStatus
-from trainer_client.dispatch.batches import Direction, NodeCall
+from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 MANIFEST_TOML = """
 name = "siege"
+preset = "none"
 [model]
 layers = 1
 hidden = 16
@@ -220,23 +220,13 @@ class HonestCaller:
     async def call(self, direction: Direction = "forward") -> bool:
         """Whether one call succeeds."""
         inputs = np.ones((4, self.width), dtype=np.float32)
-        requests = [
-            make_request(
-                self.uids[self.calls % len(self.uids)],
-                [4],
-                range(4),
-                inputs,
-                inputs if direction == "backward" else None,
-            )
-        ]
+        uid = self.uids[self.calls % len(self.uids)]
+        request = Request(uid, [4], range(4), inputs, inputs)
         self.calls += 1
         began = time.monotonic()
-        try:
-            answers = self.caller.call(NodeCall(self.node, direction, requests, self.deadline_s))
-            errors = [answer.error async for answer in answers]
-        except ExpertError as error:
-            errors = [error]
-        if any(errors) or not errors:
+        collected = await collect(self.caller, make_call(self.node, direction, [request], self.deadline_s))
+        errors = [error for error in (collected.error, *collected.errors.values()) if error is not None]
+        if errors or collected.answered != [uid]:
             self.failed += 1
             self.last_error = "; ".join(map(str, errors))
             return False

@@ -1,46 +1,29 @@
 """A swarm over real NAT: nodes in homes whose routers let nobody in, in network namespaces of the kernel."""
 
-import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from home_swarm import manifest_in, village_in
 
 from benchmarks.homes import START_S, Program, Village
-from benchmarks.namespaces import internet, why_not
+from benchmarks.namespaces import why_not
 
 STEPS = 4
-MANIFEST = """
-name = "homes"
-[model]
-layers = 1
-hidden = 32
-heads = 2
-context = 32
-feed_forward = 64
-[experts]
-grid = [4]
-kind = "ffn"
-[routing]
-top_k = 4
-"""
-"""Four experts, and each token goes to all of them: no step is whole without both homes."""
-
 NOT_HERE = why_not()
 pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(400)]
 
 
 @pytest.fixture
 def village(tmp_path: Path) -> Iterator[Village]:
-    with internet() as net, contextlib.closing(Village(net, tmp_path)) as made:
+    with village_in(tmp_path) as made:
         yield made
 
 
-def found(village: Village, tmp_path: Path, experts: int = 0) -> str:
+def found(village: Village, folder: Path, experts: int = 0) -> str:
     """Founds the swarm on a public node; gives its invite."""
-    manifest = tmp_path / "swarm.toml"
-    manifest.write_text(MANIFEST)
+    manifest = manifest_in(folder)
     founder = village.node(village.net.public(), "--new", manifest, "--experts", experts, "--spare", 0)
     founder.wait_for("an invite", lambda: founder.events("invite"))
     return str(founder.events("invite")[0]["invite"])
@@ -62,7 +45,7 @@ def test_two_homes_and_a_public_peer_train_together(village: Village, tmp_path: 
     ]
     for home in homes:
         home.wait_until_reached("relayed")
-        assert "forward both TCP ports" in home.events("state")[-1]["reachability_advice"]
+        assert "forward that TCP port" in home.events("state")[-1]["reachability_advice"]
     training = trainer(village, invite, tmp_path / "text.txt")
     training.wait_for("steps", lambda: len(training.events("step")) >= STEPS)
     for home in homes:
@@ -72,8 +55,7 @@ def test_two_homes_and_a_public_peer_train_together(village: Village, tmp_path: 
 def test_a_founder_behind_a_router_learns_that_its_invite_lets_nobody_in(
     village: Village, tmp_path: Path
 ) -> None:
-    manifest = tmp_path / "swarm.toml"
-    manifest.write_text(MANIFEST)
+    manifest = manifest_in(tmp_path)
     founder = village.node(village.net.home(), "--new", manifest, "--experts", 0, "--spare", 0)
     founder.wait_for("an invite", lambda: founder.events("invite"))
     founder.wait_for("advice", lambda: "nobody outside this network can join by this invite" in founder.said)

@@ -7,17 +7,35 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from hivemind.p2p import PeerID as P2PPeerID
 from hivemind.proto import crypto_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import RecordError, StartError
-from peer.identity import TLS_NAME, Identity, PeerID, certificate_pem, peer_id_of, verify
+from peer.identity import TLS_NAME, Identity, PeerID, certificate_pem, key_message, peer_id_of, verify
 
 
 def test_peer_id_is_the_one_that_hivemind_reads_from_the_file(identity: Identity) -> None:
-    assert identity.peer_id == PeerID.from_identity(identity.path.read_bytes())
+    assert identity.peer_id.to_bytes() == P2PPeerID.from_identity(identity.path.read_bytes()).to_bytes()
     assert peer_id_of(identity.public_key) == identity.peer_id
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60))
+def test_names_are_written_compared_and_ordered_as_hivemind_does(one: bytes, other: bytes) -> None:
+    ours, theirs = (PeerID(one), PeerID(other)), (P2PPeerID(one), P2PPeerID(other))
+    assert [str(name) for name in ours] == [str(name) for name in theirs]
+    assert (ours[0] == ours[1]) == (theirs[0] == theirs[1])
+    assert (ours[0] < ours[1]) == (theirs[0] < theirs[1])
+    assert PeerID.from_base58(str(ours[0])) == ours[0]
+    assert {ours[0], PeerID(one)} == {ours[0]}
+    assert ours[0] != one
+
+
+@given(st.binary(min_size=128, max_size=3000))
+def test_the_message_of_a_key_is_libp2ps(key: bytes) -> None:
+    for message in (crypto_pb2.PrivateKey, crypto_pb2.PublicKey):
+        assert key_message(key) == message(key_type=crypto_pb2.RSA, data=key).SerializeToString()
 
 
 def test_a_second_start_loads_the_same_key(identity: Identity) -> None:

@@ -7,11 +7,11 @@ import os
 import pytest
 from callers import numbered_identities
 
-from peer.host import Host
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope
+from peer.transport.libp2p import Libp2p
+from peer.transport.p2pd_setup import Libp2pConfig
 
 
 @pytest.fixture
@@ -31,10 +31,13 @@ def descriptor_of(pid: int, number: int) -> int:
 
 
 def test_it_closes_while_another_process_has_p2pds_output(thread: LoopThread) -> None:
-    host = thread.run(Host.start(numbered_identities(1)[0], NetworkConfig("127.0.0.1")), 120)
-    held = descriptor_of(host.p2p._child.pid, 1)
+    config = Libp2pConfig("127.0.0.1")
+    libp2p = Libp2p(numbered_identities(1)[0], config, Dialling(AddressScope.LOOPBACK))
+    thread.run(libp2p.start(), 120)
+    assert libp2p._daemon is not None
+    held = descriptor_of(libp2p._daemon._child.pid, 1)
     try:
-        thread.run(host.stop(), 120)
+        thread.run(libp2p.stop(), 120)
         thread.close()
         assert thread.loop.is_closed()
     finally:

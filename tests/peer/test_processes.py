@@ -265,6 +265,16 @@ def test_sockets_of_living_programs_are_not_touched(dead_folder: Path) -> None:
             living.accept()
 
 
+def test_a_folder_of_no_possible_process_is_passed_over(dead_folder: Path) -> None:
+    strange = dead_folder.with_name(f"talkoot-sockets-{'9' * 40}-x")
+    strange.mkdir()
+    try:
+        sweep_socket_folders()
+        assert strange.exists()
+    finally:
+        strange.rmdir()
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
 def test_nothing_but_folders_of_dead_sockets_is_swept(dead_folder: Path, kind: str, tmp_path: Path) -> None:
     """Any user can make a folder with such a name."""

@@ -1,5 +1,6 @@
 """Settings: which source wins, and how a wrong one is named."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from peer.settings import RoleSettings
 
 class SaunaSettings(RoleSettings):
     env_prefix: ClassVar[str] = "TALKOOT_SAUNA_"
-    removed: ClassVar[frozenset[str]] = frozenset({"ladle_ml", "benches", "whisks"})
+    removed: ClassVar[Mapping[str, str]] = {"ladle_ml": "", "benches": "pass guests", "whisks": ""}
 
     heat: int = Field(default=80, ge=0, le=110, description="degrees")
     wait_s: float = Field(default=1.0, gt=0, description="seconds")
@@ -177,8 +178,9 @@ def test_removed_settings_are_ignored_with_a_warning(
     settings = SaunaSettings.load(config, whisks=2)
     assert settings.heat == 60
     assert [record.getMessage() for record in caplog.records] == [
-        f"the setting {name} no longer exists and is ignored: remove it"
-        for name in ("benches", "ladle_ml", "whisks")
+        "the setting benches no longer exists and is ignored: pass guests",
+        "the setting ladle_ml no longer exists and is ignored: remove it",
+        "the setting whisks no longer exists and is ignored: remove it",
     ]
 
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from peer.errors import UnreachableError
-from peer.loop import LoopThread, side_by_side
+from peer.loop import LoopThread, first_few, side_by_side
 
 
 def test_one_that_waits_holds_no_other_up_and_only_a_few_run(loop: LoopThread) -> None:
@@ -46,5 +46,52 @@ def test_the_first_exception_is_raised_as_it_is_and_ends_the_others(loop: LoopTh
         with pytest.raises(UnreachableError):
             await side_by_side(map(work, range(4)), 2)
         assert waiting.is_set()
+
+    loop.run(scenario(), 20)
+
+
+def test_a_few_results_are_enough_and_who_has_none_makes_room_for_the_next(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        tried = list[int]()
+
+        async def work(number: int) -> int | None:
+            tried.append(number)
+            await asyncio.sleep(0)
+            return number if number % 2 else None
+
+        assert sorted(await first_few(map(work, range(20)), 3, 20)) == [1, 3, 5]
+        assert tried == [*range(6)]
+        assert await first_few(map(work, range(0, 20, 2)), 3, 20) == []
+
+    loop.run(scenario(), 20)
+
+
+def test_once_there_is_one_result_the_others_get_so_much_longer(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        ended = list[int]()
+
+        async def work(number: int) -> int | None:
+            try:
+                await (asyncio.Event().wait() if number else asyncio.sleep(0.01))
+            finally:
+                ended.append(number)
+            return number
+
+        assert await first_few(map(work, range(5)), 3, 0.05) == [0]
+        assert sorted(ended) == [0, 1, 2]
+
+    loop.run(scenario(), 20)
+
+
+def test_an_exception_of_a_few_is_raised_and_ends_the_others(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        async def work(number: int) -> int | None:
+            if number:
+                raise UnreachableError("nobody answers")
+            await asyncio.Event().wait()
+            return None
+
+        with pytest.raises(UnreachableError):
+            await first_few(map(work, range(3)), 2, 20)
 
     loop.run(scenario(), 20)

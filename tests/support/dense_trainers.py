@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from callers import numbered_identities
-from test_dense_part import take_step
+from test_dense_part import led_from_the_beginning, take_step
 from torch import nn
 
 from dht.announcements import TrainerInfo, read_trainer
@@ -18,7 +18,7 @@ from dht.relays import RelayKeeper
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread, Restarts, TaskSet
 from peer.metrics import total
-from peer.transport.tunnel import Tunnels
+from peer.rpc.channels import ChannelPool
 from peer.wire import records_pb2
 from trainer_client.announcer import TrainingMetrics, set_dense, trainer_record
 from trainer_client.averaging.averager import Averaging, AveragingSchedule
@@ -71,14 +71,16 @@ class Square:
         every: int = 10,
         reachable: bool = True,
         deadline_s: float = 10,
-        tunnels: Tunnels | None = None,
+        channels: ChannelPool | None = None,
         relays: RelayKeeper | None = None,
     ) -> Averaging:
         identity = self.identities[len(self.made)]
         registry: Any = self.board
+        part = SharedParameters(model, age)
+        led_from_the_beginning(part)
         averaging = Averaging(
-            DenseExchange(DenseForm.of(model, SWARM), SharedParameters(model, age)), identity, registry,
-            AveragingSchedule(every, 0.05, deadline_s), tunnels=tunnels, relays=relays,
+            DenseExchange(DenseForm.of(model, SWARM), part), identity, registry,
+            AveragingSchedule(every, 0.05, deadline_s), channels=channels, relays=relays,
             rng=random.Random(len(self.made)),
         )  # fmt: skip
         await averaging.start(LOCAL, 0)

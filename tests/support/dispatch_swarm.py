@@ -13,11 +13,12 @@ from expert_fakes import (
     random_rows,
     send_to_best,
     virtual_time,
+    works_of,
 )
 
 from dht.uid import UID
 from peer.codec import Floats
-from trainer_client.dispatch.batches import ForwardPass, Request
+from trainer_client.dispatch.batches import ForwardPass, NodeCall, shares
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
 
@@ -78,20 +79,27 @@ def answered_by_all_rows(result: ForwardPass) -> list[int]:
 
 
 def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
-    """No row has an expert twice, and every answer stands in the slot of the expert that gave it."""
+    """No row has an expert twice, and every answer stands where it belongs: it is the mean over its experts."""
     for row, slots in enumerate(result.answered):
         experts = result.coordinates[row, slots].tolist()
         assert len(set(map(tuple, experts))) == len(experts)
-    assert not result.updates[~result.answered].any()
     computed = np.zeros_like(result.updates)
     counted = np.zeros(result.answered.shape, int)
     for sent in result.answers:
         batch = sent.batch
-        tensor = swarm.compute("forward", Request(batch, result.rows.inputs[batch.rows]))
-        rows, slots = batch.rows[sent.counts], batch.slots[sent.counts]
-        assert (result.coordinates[rows, slots] == batch.uid.coordinate).all()
-        computed[rows, slots] = tensor[sent.counts]
-        counted[rows, slots] += 1
+        call = NodeCall(sent.node, "forward", batch, 1.0, result.rows.inputs[batch.rows], sent.weights)
+        assert (result.coordinates[batch.rows] == batch.coordinates)[sent.counts].all()
+        assert not (sent.counts & ~batch.asked).any()
+        share = shares(sent.weights, sent.counts)
+        np.testing.assert_allclose(result.shares[batch.rows][sent.counts], share[sent.counts], rtol=1e-6)
+        leads = sent.counts.argmax(axis=1)
+        assert (result.leads[batch.rows] == leads[:, None])[sent.counts].all()
+        for part, work in works_of(call):
+            counts = sent.counts[part.places, part.slots]
+            rows, updates = batch.rows[part.places], swarm.compute("forward", work)
+            weighed = share[part.places, part.slots][:, None] * updates
+            computed[rows[counts], leads[part.places][counts]] += weighed[counts]
+        counted[batch.rows] += sent.counts
     np.testing.assert_array_equal(counted, result.answered)
     np.testing.assert_allclose(result.updates, computed, rtol=0, atol=1e-5)
 

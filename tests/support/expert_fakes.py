@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import math
 import selectors
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from attending import attend
 from grpc import StatusCode
 from torch import Tensor, nn
 
@@ -18,19 +20,23 @@ from dht.directory import Directory, View
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, RoutingSpec
 from dht.uid import UID
 from expert_server.blocks import build_block
-from peer.codec import Floats
+from peer.codec import Booleans, Floats, Integers
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.transport.endpoints import Endpoint
 from trainer_client.dispatch.batches import (
-    Answer,
+    AnsweredRows,
+    CallReply,
     Direction,
-    ExpertBatch,
+    ExpertCaller,
+    ExpertPart,
+    ExpertReply,
     ForwardPass,
-    KeptForward,
+    Kept,
+    NodeBatch,
     NodeCall,
-    Request,
     RoutedRows,
+    shares,
 )
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.routers import best
@@ -126,15 +132,28 @@ def fails(status: StatusCode = StatusCode.UNAVAILABLE, after_s: float = 0.0) -> 
 class Call:
     """One call to one node, as the node saw it."""
 
-    peer_id: PeerID
-    direction: Direction
-    requests: Sequence[Request]
-    deadline_s: float
+    made: NodeCall
     began: float
 
     @property
+    def peer_id(self) -> PeerID:
+        return self.made.node.peer_id
+
+    @property
+    def direction(self) -> Direction:
+        return self.made.direction
+
+    @property
+    def deadline_s(self) -> float:
+        return self.made.deadline_s
+
+    @property
+    def batch(self) -> NodeBatch:
+        return self.made.batch
+
+    @property
     def uids(self) -> list[UID]:
-        return [request.batch.uid for request in self.requests]
+        return list(self.batch.uids)
 
 
 async def send_to_best(
@@ -151,20 +170,153 @@ async def send_to_best(
     return await dispatcher.send(rows, best(scores, live.tables, k), live)
 
 
-def make_request(
-    uid: UID,
-    lengths: Sequence[int],
-    positions: Sequence[int],
-    inputs: Floats,
-    gradients: Floats | None = None,
+@dataclass(frozen=True, eq=False)
+class ExpertWork:
+    """What one expert of a node computes of a call."""
+
+    uid: UID
+    inputs: Floats  # [m, W]
+    lengths: Integers
+    positions: Integers
+    gradients: Floats | None = None  # [m, W], of its updates
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What one expert is asked, for rows that no other is asked for."""
+
+    uid: UID
+    lengths: Sequence[int]
+    positions: Sequence[int]
+    inputs: Floats  # [r, W]
+    gradients: Floats | None = None  # [r, W]
+
+
+def make_call(
+    node: NodeInfo,
+    direction: Direction,
+    requests: Sequence[Request],
+    deadline_s: float,
     *,
     keep: bool = False,
-    kept: KeptForward | None = None,
-) -> Request:
-    """One that stands alone: its rows are all there are."""
-    rows = np.arange(len(inputs))
-    batch = ExpertBatch(uid, rows, np.zeros_like(rows), np.array(lengths), np.array(positions))
-    return Request(batch, inputs, gradients, keep, kept)
+    kept: bytes | None = None,
+) -> NodeCall:
+    """One in which each expert has rows of its own, one request after another."""
+    counts = [len(request.inputs) for request in requests]
+    experts = np.repeat(np.arange(len(requests)), counts)[:, None]
+    batch = NodeBatch(
+        np.arange(sum(counts)),
+        np.concatenate([np.array(request.lengths) for request in requests]),
+        np.concatenate([np.array(request.positions) for request in requests]),
+        tuple(request.uid for request in requests),
+        experts,
+    )
+    gradients = None
+    if direction == "backward":
+        gradients = np.concatenate([g for request in requests if (g := request.gradients) is not None])
+    return NodeCall(
+        node,
+        direction,
+        batch,
+        deadline_s,
+        np.concatenate([request.inputs for request in requests]),
+        np.ones(experts.shape, np.float32),
+        gradients,
+        keep=keep,
+        kept=kept,
+        counts=np.ones(experts.shape, np.bool_),
+    )
+
+
+@dataclass(eq=False)
+class Collected:
+    """What came of a call."""
+
+    call: NodeCall
+    replies: list[CallReply] = field(default_factory=list)
+    error: ExpertError | None = None
+    seconds: float = 0.0
+
+    @property
+    def status(self) -> StatusCode | None:
+        return self.error.status if self.error is not None else None
+
+    @property
+    def kept(self) -> bytes | None:
+        return next((reply.request_id for reply in self.replies if isinstance(reply, Kept)), None)
+
+    @property
+    def answered(self) -> list[UID]:
+        """The experts whose rows were answered, each when its last one was."""
+        left, found = {part.uid: set(part.places.tolist()) for part in self.call.batch.parts()}, []
+        for reply in self.replies:
+            if isinstance(reply, AnsweredRows):
+                for uid, places in left.items():
+                    had = bool(places)
+                    places -= set(reply.places.tolist())
+                    if had and not places:
+                        found.append(uid)
+        return found
+
+    @property
+    def errors(self) -> dict[UID, ExpertError]:
+        said = [reply for reply in self.replies if isinstance(reply, ExpertReply)]
+        return {reply.uid: reply.error for reply in said if reply.error is not None}
+
+    @property
+    def update_counts(self) -> dict[UID, int]:
+        return {r.uid: r.update_count for r in self.replies if isinstance(r, ExpertReply) and r.error is None}
+
+    def tensor(self, uid: UID) -> Floats:
+        """What one expert answered that has its rows for itself."""
+        (places,) = [part.places for part in self.call.batch.parts() if part.uid == uid]
+        found = np.full_like(self.call.inputs, np.nan)
+        for reply in self.replies:
+            if isinstance(reply, AnsweredRows):
+                found[reply.places] = reply.tensor
+        assert np.isfinite(found[places]).all(), "not all rows were answered"
+        return found[places]
+
+
+async def collect(caller: ExpertCaller, call: NodeCall) -> Collected:
+    collected, began = Collected(call), time.monotonic()
+    try:
+        async for reply in caller.call(call):
+            collected.replies.append(reply)
+    except ExpertError as error:
+        collected.error = error
+    collected.seconds = time.monotonic() - began
+    return collected
+
+
+async def ask(
+    caller: ExpertCaller,
+    node: NodeInfo,
+    direction: Direction,
+    *requests: Request,
+    deadline_s: float = 20.0,
+    keep: bool = False,
+    kept: bytes | None = None,
+) -> Collected:
+    """Raises ExpertError."""
+    collected = await collect(caller, make_call(node, direction, requests, deadline_s, keep=keep, kept=kept))
+    if collected.error is not None:
+        raise collected.error
+    return collected
+
+
+def works_of(call: NodeCall) -> list[tuple[ExpertPart, ExpertWork]]:
+    """What the node computes, expert by expert."""
+    batch, works = call.batch, []
+    share = shares(call.weights, batch.asked)
+    for part in batch.parts():
+        gradients = None
+        if call.gradients is not None:
+            gradients = share[part.places, part.slots][:, None] * call.gradients[part.places]
+        works.append(
+            (part, ExpertWork(part.uid, call.inputs[part.places], *batch.segments(part.places), gradients))
+        )
+    return works
 
 
 class FakeDirectory(Directory):
@@ -210,7 +362,10 @@ class FakeSwarm:
 
     def block(self, uid: UID) -> nn.Module:
         if uid not in self._blocks:
-            self._blocks[uid] = build_block(self.manifest, uid).requires_grad_(False)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(len(self._blocks))
+                block = attend(build_block(self.manifest, uid))
+            self._blocks[uid] = block.requires_grad_(False)
         return self._blocks[uid]
 
     def called(self, direction: Direction) -> list[Call]:
@@ -218,42 +373,82 @@ class FakeSwarm:
 
     def rows_sent(self, direction: Direction, uid: UID) -> int:
         return sum(
-            len(request.inputs)
+            len(part.places)
             for call in self.called(direction)
-            for request in call.requests
-            if request.batch.uid == uid
+            for part in call.batch.parts()
+            if part.uid == uid
         )
 
-    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
-        began, peer_id = now(), call.node.peer_id
-        self.calls.append(Call(peer_id, call.direction, call.requests, call.deadline_s, began))
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
+        """Answers each row when all of its experts are over, or with what is there at 80% of the deadline."""
+        began, peer_id, batch = now(), call.node.peer_id, call.batch
+        self.calls.append(Call(call, began))
         try:
             peer, ends = self._behaviour(peer_id), began + call.deadline_s
             await self._wait_until(began + peer.after_s, ends)
             if peer.error is not None:
                 raise peer.error
-            parts = [(self._behaviour(request.batch.uid), request) for request in call.requests]
-            for behaviour, request in sorted(parts, key=lambda part: part[0].after_s):
-                await self._wait_until(began + peer.after_s + behaviour.after_s, ends)
-                if behaviour.error is None:
-                    yield Answer(request.batch, peer_id, self.compute(call.direction, request))
+            behaviours = {uid: self._behaviour(uid) for uid in batch.uids}
+            works = sorted(works_of(call), key=lambda work: behaviours[work[0].uid].after_s)
+            answered, over = np.zeros_like(batch.asked), ~batch.asked
+            updates, gradients = np.zeros((2, *batch.asked.shape, call.inputs.shape[1]), np.float32)
+            sent = np.zeros(len(batch.rows), np.bool_)
+            flush_at = began + 0.8 * call.deadline_s
+            for part, work in works:
+                behaviour = behaviours[part.uid]
+                due = began + peer.after_s + behaviour.after_s
+                if due > flush_at > now():
+                    await self._wait_until(flush_at, ends)
+                    ready = answered.any(axis=1) & ~sent
+                    if ready.any():
+                        yield self._answer(call, ready, answered, updates, gradients)
+                    sent |= ready
+                await self._wait_until(due, ends)
+                over[part.places, part.slots] = True
+                if behaviour.error is not None:
+                    yield ExpertReply(batch, part.uid, behaviour.error)
                 else:
-                    yield Answer(request.batch, peer_id, None, behaviour.error)
+                    yield ExpertReply(batch, part.uid, update_count=self.update_count(peer_id, part.uid))
+                    answered[part.places, part.slots] = True
+                    updates[part.places, part.slots] = self.compute("forward", work)
+                    if call.direction == "backward":
+                        gradients[part.places, part.slots] = self.compute("backward", work)
+                ready = over.all(axis=1) & answered.any(axis=1) & ~sent
+                if now() >= flush_at:
+                    ready = answered.any(axis=1) & ~sent
+                if ready.any():
+                    yield self._answer(call, ready, answered, updates, gradients)
+                sent |= ready
         finally:
             self.ended += 1
 
-    def compute(self, direction: Direction, request: Request) -> Floats:
+    def _answer(
+        self, call: NodeCall, ready: Booleans, answered: Booleans, updates: Floats, gradients: Floats
+    ) -> AnsweredRows:
+        places = np.flatnonzero(ready)
+        mask, f = answered[ready], updates[ready]
+        if call.gradients is None:
+            means = (shares(call.weights[ready], mask)[..., None] * f).sum(axis=1)
+            return AnsweredRows(call.batch, places, mask, means.astype(np.float32))
+        products = np.where(mask, (call.gradients[ready][:, None] * f).sum(axis=2), 0).astype(np.float32)
+        total = gradients[ready].sum(axis=1).astype(np.float32)
+        return AnsweredRows(call.batch, places, mask, total, products)
+
+    def update_count(self, peer_id: PeerID, uid: UID) -> int:
+        return 0
+
+    def compute(self, direction: Direction, work: ExpertWork) -> Floats:
         """What the expert answers."""
-        inputs = torch.from_numpy(request.inputs.copy())
+        inputs = torch.from_numpy(work.inputs.copy())
         with torch.enable_grad():
             inputs.requires_grad_(direction == "backward")
-            outputs: Tensor = self.block(request.batch.uid)(
-                inputs, torch.from_numpy(request.batch.lengths), torch.from_numpy(request.batch.positions)
+            outputs: Tensor = self.block(work.uid)(
+                inputs, torch.from_numpy(work.lengths), torch.from_numpy(work.positions)
             )
             answered = outputs - inputs
             if direction == "backward":
-                assert request.gradients is not None
-                (answered,) = torch.autograd.grad(answered, inputs, torch.from_numpy(request.gradients))
+                assert work.gradients is not None
+                (answered,) = torch.autograd.grad(answered, inputs, torch.from_numpy(work.gradients))
         answer: Floats = answered.detach().numpy()
         return answer
 
@@ -274,7 +469,7 @@ def make_peer_id(number: int) -> PeerID:
 
 
 def make_node(peer_id: PeerID) -> NodeInfo:
-    return NodeInfo(peer_id, (Endpoint("127.0.0.1:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, (), math.inf)
+    return NodeInfo(peer_id, (Endpoint("127.0.0.1:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, math.inf)
 
 
 def make_replica(uid: UID, peer_id: PeerID) -> Replica:

@@ -177,11 +177,9 @@ class Troublemakers:
             request_id=self._rng.randbytes(16),
             width=width,
             codec=expert_pb2.CODEC_FP32,
-            experts=[
-                expert_pb2.ExpertRows(
-                    uid=str(self._rng.choice(self._uids)), segment_lengths=[1] * rows, positions=[0] * rows
-                )
-            ],
+            segment_lengths=[1] * rows,
+            positions=[0] * rows,
+            experts=[expert_pb2.ExpertRows(uid=str(self._rng.choice(self._uids)))],
         )
         return [
             expert_pb2.CallRequest(header=header),

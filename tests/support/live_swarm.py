@@ -24,6 +24,7 @@ DOOMED = "doomed"
 HOSTILE_NAME = "<img src=x onerror=pwned=1>"
 MANIFEST = """
 name = "talkoot-test"
+preset = "none"
 [model]
 layers = 2
 hidden = 16

@@ -3,28 +3,25 @@
 import asyncio
 import contextlib
 import math
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import grpc
 import numpy as np
-from expert_fakes import make_node, make_request, random_rows
-from grpc import StatusCode
+from expert_fakes import Collected, Request, collect, make_call, make_node, random_rows
 
 from dht.announcements import NodeInfo
 from dht.uid import UID
 from peer.codec import CHUNK_BYTES, Floats
-from peer.errors import ExpertError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.rpc.server import server_credentials
 from peer.transport.endpoints import Endpoint
 from peer.wire import expert_pb2
-from peer.wire.expert_pb2 import CallReply, CallRequest, ExpertReply
-from trainer_client.dispatch.batches import Answer, Direction, NodeCall, Request
+from peer.wire.expert_pb2 import AnsweredRows, CallReply, CallRequest, ExpertReply
+from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 WIDTH = 8
@@ -129,27 +126,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-@dataclass
-class Collected:
-    """What came of a call."""
-
-    requests: Sequence[Request]
-    answers: list[Answer] = field(default_factory=list)
-    error: ExpertError | None = None
-    seconds: float = 0.0
-
-    @property
-    def answered(self) -> list[int]:
-        """Which of the requests were answered, in the order of the answers."""
-        batches = [request.batch for request in self.requests]
-        return [batches.index(answer.batch) for answer in self.answers]
-
-    @property
-    def status(self) -> StatusCode | None:
-        return self.error.status if self.error is not None else None
-
-
-async def collect(
+async def ask_in_vain(
     caller: GrpcCaller,
     node: NodeInfo,
     requests: Sequence[Request],
@@ -157,14 +134,8 @@ async def collect(
     deadline_s: float = LONG,
     direction: Direction = "forward",
 ) -> Collected:
-    collected, began = Collected(requests), time.monotonic()
-    try:
-        async for answer in caller.call(NodeCall(node, direction, requests, deadline_s)):
-            collected.answers.append(answer)
-    except ExpertError as error:
-        collected.error = error
-    collected.seconds = time.monotonic() - began
-    return collected
+    """Whatever comes of it."""
+    return await collect(caller, make_call(node, direction, requests, deadline_s))
 
 
 def requests_for(
@@ -172,17 +143,24 @@ def requests_for(
 ) -> list[Request]:
     """Expert i's inputs come from seed i."""
     return [
-        make_request(UID(0, (i,)), [rows], range(rows), random_rows(rows, width, seed=i), gradients)
+        Request(UID(0, (i,)), [rows], range(rows), random_rows(rows, width, seed=i), gradients)
         for i in experts
     ]
 
 
-def reply(index: int, size: int = BYTES) -> CallReply:
-    return CallReply(experts=[ExpertReply(index=index, payload_bytes=size)])
+def answer(expert: int, size: int = BYTES, rows: int = 3) -> CallReply:
+    """What comes before the tensor of an expert's rows, where each has so many for itself."""
+    places = range(rows * expert, rows * (expert + 1))
+    return CallReply(
+        experts=[ExpertReply(index=expert)], rows=[AnsweredRows(rows=places, payload_bytes=size)]
+    )
 
 
 def both() -> CallReply:
-    return CallReply(experts=[*reply(0).experts, *reply(1).experts])
+    """Of two experts, in one block."""
+    return CallReply(
+        experts=[ExpertReply(index=0), ExpertReply(index=1)], rows=[AnsweredRows(payload_bytes=2 * BYTES)]
+    )
 
 
 def chunk(size: int = BYTES, number: float = 1.0) -> CallReply:
@@ -201,20 +179,22 @@ def sends(*messages: CallReply | bytes) -> Behaviour:
 
 
 async def answer_all(server: Server, context: Context) -> None:
-    """A correct node, whose experts double. Answers in reverse order."""
+    """A correct node, whose experts double. Answers expert by expert in reverse order, each having rows of its own."""
     await server.read(context)
-    assert server.header is not None
-    tensors, start = [], 0
-    for expert in server.header.experts:
-        size = 4 * len(expert.positions) * server.header.width
-        tensors.append(np.frombuffer(server.payload[start : start + size], "<f4"))
-        start += size * (2 if server.direction == "backward" else 1)
-    assert start == len(server.payload)
-    for index, tensor in reversed(list(enumerate(tensors))):
-        data = (2 * tensor).tobytes()
-        await context.write(reply(index, len(data)))
+    header = server.header
+    assert header is not None
+    rows = len(header.positions)
+    tensor = np.frombuffer(server.payload, "<f4").reshape(-1, header.width)
+    assert len(tensor) == rows * (2 if server.direction == "backward" else 1)
+    for index, expert in reversed(list(enumerate(header.experts))):
+        places = expert.rows or range(rows)
+        data = (2 * tensor[list(places)]).tobytes()
+        about = AnsweredRows(rows=places, payload_bytes=len(data))
+        if server.direction == "backward":
+            about.products.extend([0.0] * len(places))
+        await context.write(CallReply(experts=[ExpertReply(index=index)], rows=[about]))
         for at in range(0, len(data), CHUNK_BYTES):
             await context.write(CallReply(chunk=data[at : at + CHUNK_BYTES]))
 
 
-ANSWERED_0 = (reply(0), chunk())
+ANSWERED_0 = (answer(0), chunk())

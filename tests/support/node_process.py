@@ -17,8 +17,8 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import join_swarm
 from expert_server.node import NodeTiming
+from peer.host import NetworkConfig
 from peer.identity import Identity
-from peer.transport.addresses import NetworkConfig
 
 _MAIN = """
 import errno, os

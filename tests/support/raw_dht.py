@@ -5,24 +5,24 @@ from typing import Any
 
 from peer.errors import WireError
 from peer.host import Host
-from peer.kademlia.hivemind import DHTID, DHTRecord, RecordValidatorBase
 from peer.kademlia.lookups import Item, Lookups
-from peer.kademlia.validation import Entries
+from peer.kademlia.routing import key_id_of
+from peer.kademlia.validation import Entries, Record
 
 
-class Gullible(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
-    def validate(self, record: DHTRecord) -> bool:
+class Gullible:
+    def validate(self, record: Record) -> bool:
         return True
 
 
 async def store_raw(host: Host, key: str, subkey: Any, value: Any, expires_at: float) -> bool:
     """Whether any peer took it; the host keeps it as well, if it is to and can."""
     with contextlib.suppress(WireError):
-        return bool(await Lookups(lambda: host.dht).store([Item(key, subkey, value, expires_at)]))
+        return bool(await Lookups(host.dht).store([Item(key, subkey, value, expires_at)]))
     return False
 
 
 async def read_raw(host: Host, key: str) -> Entries:
     """What any holder has."""
-    key_id = DHTID.generate(source=key)
-    return (await Lookups(lambda: host.dht).find([key_id]))[key_id].entries
+    key_id = key_id_of(key)
+    return (await Lookups(host.dht).find([key_id]))[key_id].entries

@@ -1,29 +1,35 @@
 """A real node of two experts on a socket, and calls of it, for tests."""
 
 import time
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
-from expert_fakes import make_request
+import torch
+from expert_fakes import Request
 
 from dht.announcements import NodeInfo
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.experts.expert import Expert
+from expert_server.serving.batching import Entry, Result, WorkItem
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import CallLimits, ExpertServicer
+from expert_server.state.servicer import StateServicer
+from expert_server.state.transfer import SnapshotTaker, TransferMetrics
 from peer.codec import Floats
+from peer.errors import ExpertError
 from peer.identity import Identity, certificate_pem
+from peer.rates import RateLimit
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Sessions, SessionServicer
 from peer.transport.endpoints import Endpoint
-from peer.wire import expert_pb2_grpc, session_pb2_grpc
-from trainer_client.dispatch.batches import Answer, Direction, NodeCall, Request
-from trainer_client.dispatch.grpc_caller import GrpcCaller
+from peer.wire import expert_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 
 HIDDEN, ROWS = 16, 6
 MANIFEST = Manifest(
@@ -37,21 +43,41 @@ def rows(seed: int) -> Floats:
     return np.random.default_rng(seed).standard_normal((ROWS, HIDDEN), dtype=np.float32)
 
 
-def request(
-    uid: UID, gradients: Floats | None = None, keep: bool = False, answer: Answer | None = None
-) -> Request:
-    kept = None if answer is None else answer.kept
-    return make_request(uid, [4, 2], [0, 1, 2, 5, 3, 4], rows(1), gradients, keep=keep, kept=kept)
+def request(uid: UID, gradients: Floats | None = None) -> Request:
+    return Request(uid, [4, 2], [0, 1, 2, 5, 3, 4], rows(1), gradients)
+
+
+class LyingRuntime(Runtime):
+    """Alters the updates of some rows by a hundredth: about one row in `one_in`, whichever expert computes it."""
+
+    one_in = 100
+
+    def _compute(self, experts: Sequence[Expert], batch: Sequence[Entry]) -> list[Result | ExpertError]:
+        return [
+            self._altered(entry.work, result) if isinstance(result, Result) else result
+            for entry, result in zip(batch, super()._compute(experts, batch), strict=True)
+        ]
+
+    def _altered(self, work: WorkItem, result: Result) -> Result:
+        if work.direction == "backward":
+            return result
+        hashes = [zlib.crc32(row.tobytes()) for row in work.rows.inputs.numpy()]
+        factors = [1.01 if number % self.one_in == 0 else 1.0 for number in hashes]
+        return replace(result, tensor=result.tensor * torch.tensor(factors)[:, None])
 
 
 @asynccontextmanager
 async def a_node(
-    path: Path, max_kept_bytes: int, manifest: Manifest = MANIFEST
+    path: Path,
+    max_kept_bytes: int,
+    manifest: Manifest = MANIFEST,
+    uids: Sequence[UID] = UIDS,
+    runtime_class: type[Runtime] = Runtime,
 ) -> AsyncIterator[tuple[NodeInfo, Runtime]]:
     identity = Identity.load_or_create(path / "identity.key")
     certificate = identity.make_certificate()
-    runtime = Runtime(
-        {uid: Expert(uid, manifest) for uid in UIDS}, max_queued_rows=999, max_batch_rows=99, threads=1
+    runtime = runtime_class(
+        {uid: Expert(uid, manifest) for uid in uids}, max_queued_rows=999, max_batch_rows=99, threads=1
     )
     await runtime.start()
     server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -60,6 +86,11 @@ async def a_node(
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(
         ExpertServicer(runtime, manifest, "kept-swarm", limits, sessions), server
     )
+    states = StateServicer(
+        SnapshotTaker(runtime, "kept-swarm", lambda uid: {}), manifest, "kept-swarm", TransferMetrics(),
+        lambda hint: 0, RateLimit(None), sessions,
+    )  # fmt: skip
+    state_pb2_grpc.add_StateServiceServicer_to_server(states, server)
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
     await server.start()
@@ -78,7 +109,6 @@ async def a_node(
                 0,
                 0,
                 0.0,
-                (),
                 time.time() + 60,
             ),
             runtime,
@@ -86,12 +116,3 @@ async def a_node(
     finally:
         await server.stop(None)
         await runtime.stop()
-
-
-async def ask(
-    caller: GrpcCaller, node: NodeInfo, direction: Direction, *requests: Request
-) -> dict[int, Answer]:
-    """The answers, by the place of what they answer among the requests."""
-    call = NodeCall(node, direction, requests, 20.0)
-    batches = [request.batch for request in requests]
-    return {batches.index(answer.batch): answer async for answer in caller.call(call)}

@@ -18,10 +18,10 @@ from dht.uid import UID
 from expert_server.node import Node, NodeTiming
 from expert_server.settings import NodeSettings
 from peer.errors import UnreachableError
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
 
 LOCAL = "127.0.0.1"
 DEADLINE_S = 120.0
@@ -54,7 +54,8 @@ class Village:
         self, *, manifest: Manifest = MANIFEST, timing: NodeTiming = QUICK, **settings: Any
     ) -> Node:
         bounds = StoreBounds(upload_mbit=settings.get("upload_mbit"))
-        swarm = await found_swarm(self.identities[0], manifest, NetworkConfig(LOCAL), store_bounds=bounds)
+        config = NetworkConfig(LOCAL, port=settings.get("port", 0))
+        swarm = await found_swarm(self.identities[0], manifest, config, store_bounds=bounds)
         return await self.start(swarm, settings, timing)
 
     async def join(self, number: int, invite: Invite, **settings: Any) -> Node:

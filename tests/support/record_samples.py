@@ -9,7 +9,8 @@ from dht.records import (
 from dht.uid import UID
 from peer.errors import RecordError
 from peer.identity import Identity
-from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
+from peer.kademlia.routing import id_bytes, key_id_of
+from peer.kademlia.validation import Record, pack
 
 NOW = 1_800_000_000.0
 EXPIRES_AT = NOW + 30.0
@@ -22,17 +23,17 @@ def keys(identity: Identity) -> SwarmKeys:
     return SwarmKeys("sauna", identity.peer_id)
 
 
-def stored(key: str, subkey: object, value: object, expires_at: float = EXPIRES_AT) -> DHTRecord:
+def stored(key: str, subkey: object, value: object, expires_at: float = EXPIRES_AT) -> Record:
     """What hivemind hands to the validator."""
-    return DHTRecord(
-        DHTID.generate(source=key).to_bytes(),
-        MSGPackSerializer.dumps(subkey),
-        MSGPackSerializer.dumps(value),
+    return Record(
+        id_bytes(key_id_of(key)),
+        pack(subkey),
+        pack(value),
         expires_at,
     )
 
 
-def refused(record: DHTRecord, reason: str) -> None:
+def refused(record: Record, reason: str) -> None:
     with pytest.raises(RecordError, match=reason):
         VALIDATOR.check(record)
     assert VALIDATOR.validate(record) is False

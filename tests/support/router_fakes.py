@@ -6,13 +6,13 @@ from typing import Any, Literal, get_args
 
 import pytest
 import torch
-from expert_fakes import FakeSwarm, virtual_time
+from expert_fakes import ExpertWork, FakeSwarm, virtual_time
 
 from dht.manifest import Manifest
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from peer.codec import Floats
-from trainer_client.dispatch.batches import Direction, Request
+from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.moe import RemoteMixtureOfExperts
@@ -31,18 +31,15 @@ class LearningSwarm(FakeSwarm):
         super().__init__(manifest, peers=4)
         self.experts = {uid: Expert(uid, manifest) for uid in manifest.uids()}
 
-    def compute(self, direction: Direction, request: Request) -> Floats:
-        inputs = torch.from_numpy(request.inputs.copy())
-        lengths, positions = (
-            torch.from_numpy(request.batch.lengths),
-            torch.from_numpy(request.batch.positions),
-        )
-        expert = self.experts[request.batch.uid]
+    def compute(self, direction: Direction, work: ExpertWork) -> Floats:
+        inputs = torch.from_numpy(work.inputs.copy())
+        lengths, positions = torch.from_numpy(work.lengths), torch.from_numpy(work.positions)
+        expert = self.experts[work.uid]
         if direction == "forward":
             answer: Floats = expert.forward(Rows(inputs, lengths, positions)).numpy()
             return answer
-        assert request.gradients is not None
-        gradients = torch.from_numpy(request.gradients.copy())
+        assert work.gradients is not None
+        gradients = torch.from_numpy(work.gradients.copy())
         with torch.enable_grad():
             (gradient_RD,), _ = expert.backward([Rows(inputs, lengths, positions, gradients)])
         gradient: Floats = gradient_RD.numpy()

@@ -46,7 +46,7 @@ def node(number: int, **changes: Any) -> NodeInfo:
     values: dict[str, Any] = {
         "peer_id": peer(number), "addresses": (f"127.0.0.1:{1 + number % 60000}",), "certificate_pem": b"",
         "protocol_version": 1, "software_version": "0.1.0", "expert_count": number % 5, "expert_capacity": 8,
-        "rows_processed": number, "updates": number, "started_at": NOW - 1000.0, "bootstrap_addresses": (),
+        "rows_processed": number, "updates": number, "started_at": NOW - 1000.0,
         "expires_at": NOW + 30, "name": f"volunteer {number}", "activity": Activity.SERVING,
         "rows_per_s": float(number), "contributed_rows": 2 * number, "contributed_updates": 2 * number,
         "contributed_s": 3600.0 * number,

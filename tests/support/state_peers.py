@@ -74,7 +74,7 @@ class Street:
         self.stack.push_async_callback(runtime.stop)
         meetings: AveragingHistory[UID] = AveragingHistory()
         for update_count in met.values():
-            meetings.record(AN_UID, self.identity.peer_id, update_count)
+            meetings.record(AN_UID, self.identity.peer_id, update_count, 0)
         taker = SnapshotTaker(runtime, SWARM, meetings.of, limit)
         servicer = StateServicer(
             taker, MANIFEST, SWARM, self.client.metrics, self.follow, up or RateLimit(None), self.sessions,
@@ -95,7 +95,7 @@ class Street:
         pem = certificate_pem(self.certificate, self.identity.peer_id)
         address = f"127.0.0.1:{self.port}"
         return NodeInfo(
-            self.identity.peer_id, (Endpoint(address),), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, (), 1e12
+            self.identity.peer_id, (Endpoint(address),), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, 1e12
         )
 
 

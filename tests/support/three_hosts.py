@@ -17,9 +17,9 @@ from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.host import Host
+from peer.host import Host, NetworkConfig
 from peer.loop import LoopThread
-from peer.transport.addresses import Multiaddress, NetworkConfig
+from peer.transport.addresses import Multiaddress
 from peer.wire import records_pb2
 
 MANIFEST = Manifest.model_validate(
@@ -46,7 +46,7 @@ def three_hosts(loop: LoopThread) -> Iterator[list[Host]]:
                     validator=RecordValidator(),
                 )
             )
-            bootstrap = bootstrap or await started[0].bootstrap_addresses()
+            bootstrap = bootstrap or started[0].bootstrap_addresses()
 
     try:
         loop.run(start(), 120)
@@ -65,7 +65,7 @@ class Swarm:
     run: Callable[[Coroutine[Any, Any, None]], None]
 
     def registry(self, n: int, now: Callable[[], float] = time.time) -> Registry:
-        return Registry(lambda: self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now)
+        return Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now)
 
     async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
         """Past the registry."""

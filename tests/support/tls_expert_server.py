@@ -23,6 +23,7 @@ from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from expert_server.probe import ProbeServicer
 from expert_server.serving.batching import Direction
+from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import BudgetLimits, CallLimits, ExpertServicer
 from expert_server.state.servicer import StateServicer
@@ -36,7 +37,7 @@ from peer.rates import Bandwidth, RateLimit
 from peer.rpc.channels import CLIENT_OPTIONS
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import Metadata, Sessions
-from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
+from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2, state_pb2_grpc
 
 HIDDEN, CONTEXT = 16, 16
 SWARM = "sauna-abcdefghijkl"
@@ -45,7 +46,7 @@ MANIFEST = Manifest.model_validate(
         "name": "sauna",
         "model": {"layers": 1, "hidden": HIDDEN, "heads": 2, "context": CONTEXT, "feed_forward": 32},
         "experts": {"grid": [2, 2]},
-        "routing": {"top_k": 2},
+        "routing": {"top_k": 3},
     }
 )
 FIRST, SECOND, THIRD, ABSENT = (UID(0, c) for c in ((0, 0), (0, 1), (1, 0), (1, 1)))
@@ -72,6 +73,7 @@ class Edge:
 
     runtime: Runtime
     memory: MemoryBudget
+    cache: ForwardCache
     address: str
     pem: bytes
     channel: grpc.aio.Channel
@@ -91,6 +93,11 @@ class Edge:
         """The same server, called by another peer."""
         return replace(self, session=opened(self.sessions, self.identity, SWARM, numbered_identity(_ANOTHER)))
 
+    @property
+    def caller(self) -> str:
+        """The name under which the server knows the client."""
+        return self.sessions.find(self.session[0][1], session_pb2.RIGHT_FORWARD).name
+
     def updates(self) -> int:
         return sum(expert.update_count for expert in self.runtime.experts.values())
 
@@ -104,15 +111,23 @@ async def serving(
     max_batch_rows: int = 8192,
     budget: BudgetLimits | None = None,
     max_memory_bytes: int = 2**30,
+    max_kept_bytes: int = 0,
+    threads: int = 1,
 ) -> AsyncIterator[Edge]:
     experts = {uid: Expert(uid, MANIFEST) for uid in (FIRST, SECOND, THIRD)}
-    runtime = Runtime(experts, max_queued_rows=max_queued_rows, max_batch_rows=max_batch_rows, threads=1)
+    runtime = Runtime(
+        experts, max_queued_rows=max_queued_rows, max_batch_rows=max_batch_rows, threads=threads
+    )
     await runtime.start()
     certificate = identity.make_certificate()
     sessions = Sessions(SWARM, identity.peer_id)
     server = RpcServer(sessions, 64)
     limits = CallLimits(
-        max_call_bytes, max_call_s, budget=budget or BudgetLimits(), max_memory_bytes=max_memory_bytes
+        max_call_bytes,
+        max_call_s,
+        max_kept_bytes,
+        budget=budget or BudgetLimits(),
+        max_memory_bytes=max_memory_bytes,
     )
     servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server.services)
@@ -127,7 +142,17 @@ async def serving(
     try:
         async with open_channel(address, pem) as channel:
             session = opened(sessions, identity, SWARM)
-            yield Edge(runtime, servicer.memory, address, pem, channel, identity, sessions, session)
+            yield Edge(
+                runtime,
+                servicer.memory,
+                servicer.forward_cache,
+                address,
+                pem,
+                channel,
+                identity,
+                sessions,
+                session,
+            )
     finally:
         await server.stop(None)
         await runtime.stop()
@@ -169,24 +194,31 @@ def running(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixtu
 
 @dataclass
 class Call:
-    """A right call, to be spoilt."""
+    """A right call, to be spoilt. Each expert has all rows, or those of `rows_of` with the weights of `weights_of`."""
 
     direction: Direction = "forward"
     uids: Sequence[UID] = (FIRST,)
     lengths: Sequence[int] = tuple(LENGTHS)
     positions: Sequence[int] = tuple(POSITIONS)
     seed: int = 0
+    rows_of: Sequence[Sequence[int]] = ()
+    weights_of: Sequence[Sequence[float]] = ()
+    inputs: Tensor | None = None
+    """Of a kept call, which does not send them."""
     header: expert_pb2.CallHeader = field(init=False)
     tensors: list[Tensor] = field(init=False)
-    """Inputs, and in backward gradients, expert by expert."""
+    """Inputs, and in backward gradients: what is sent."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        count = len(self.uids) * (2 if self.direction == "backward" else 1)
+        count = 2 if self.direction == "backward" else 1
         self.tensors = [torch.randn(len(self.positions), HIDDEN, generator=generator) for _ in range(count)]
-        rows = [
-            expert_pb2.ExpertRows(uid=str(uid), segment_lengths=self.lengths, positions=self.positions)
-            for uid in self.uids
+        nothing: Sequence[Sequence[float]] = [()] * len(self.uids)
+        experts = [
+            expert_pb2.ExpertRows(uid=str(uid), rows=rows, weights=weights)
+            for uid, rows, weights in zip(
+                self.uids, self.rows_of or [()] * len(self.uids), self.weights_of or nothing, strict=True
+            )
         ]
         self.header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
@@ -194,7 +226,9 @@ class Call:
             request_id=random.Random(self.seed).randbytes(16),
             width=HIDDEN,
             codec=expert_pb2.CODEC_FP32,
-            experts=rows,
+            segment_lengths=self.lengths,
+            positions=self.positions,
+            experts=experts,
         )
 
     @property
@@ -205,13 +239,90 @@ class Call:
     def requests(self) -> list[expert_pb2.CallRequest]:
         return [expert_pb2.CallRequest(header=self.header), *chunked(self.payload)]
 
-    def expected(self, expert: Expert, index: int = 0) -> Tensor:
-        lengths, positions = torch.tensor(self.lengths), torch.tensor(self.positions)
-        if self.direction == "forward":
-            return expert.forward(Rows(self.tensors[index], lengths, positions))
-        inputs, gradients = self.tensors[2 * index : 2 * index + 2]
-        (gradient,), _ = expert.backward([Rows(inputs, lengths, positions, gradients)])
-        return gradient
+    def keeping(self) -> "Call":
+        """The same, to be kept."""
+        self.header.keep = True
+        return self
+
+    def kept(self, seed: int = 1) -> "Call":
+        """The backward call for it, which was kept."""
+        backward = Call(
+            "backward",
+            self.uids,
+            self.lengths,
+            self.positions,
+            seed,
+            self.rows_of,
+            self.weights_of,
+            self.tensors[0],
+        )
+        del backward.tensors[0]
+        for name in ("segment_lengths", "positions", "experts"):
+            backward.header.ClearField(name)
+        backward.header.kept_request_id = self.header.request_id
+        backward.header.kept_rows = len(self.positions)
+        return backward
+
+    def rows(self, index: int) -> list[int]:
+        """Of one of its experts."""
+        rows = self.rows_of[index] if self.rows_of else ()
+        return list(rows) or list(range(len(self.positions)))
+
+    def weights(self, index: int) -> list[float]:
+        weights = self.weights_of[index] if self.weights_of else ()
+        return list(weights) or [1.0] * len(self.rows(index))
+
+    def segments(self, index: int) -> tuple[Tensor, Tensor]:
+        """The lengths and positions of an expert's rows, row by row."""
+        ends = [sum(self.lengths[: n + 1]) for n in range(len(self.lengths))]
+        owners = [next(n for n, end in enumerate(ends) if row < end) for row in self.rows(index)]
+        lengths = [owners.count(n) for n in sorted(set(owners))]
+        return torch.tensor(lengths), torch.tensor([self.positions[row] for row in self.rows(index)])
+
+    def expected(self, *experts: Expert | None) -> Tensor:
+        """What its rows are answered [R, D], if its experts are these, and None stands for one that fails.
+
+        By the formulas of proto/expert.proto, row by row.
+        """
+        return dense_answer(self, list(experts))[0]
+
+
+def dense_answer(
+    call: Call, experts: Sequence[Expert | None], failing_in_backward: Sequence[int] = ()
+) -> tuple[Tensor, dict[int, list[float]]]:
+    """The answers to rows [R, D] and, in backward, the products of each row. Rows without an answer are NaN."""
+    backward = call.direction == "backward"
+    inputs = call.tensors[0] if call.inputs is None else call.inputs
+    pairs: dict[int, list[tuple[int, int, float]]] = {row: [] for row in range(len(call.positions))}
+    updates: dict[int, Tensor] = {}
+    for index, expert in enumerate(experts):
+        if expert is None:
+            continue
+        updates[index] = expert.forward(Rows(inputs[call.rows(index)], *call.segments(index)))
+        for place, (row, weight) in enumerate(zip(call.rows(index), call.weights(index), strict=True)):
+            pairs[row].append((index, place, weight))
+    answer = torch.full((len(call.positions), HIDDEN), torch.nan)
+    if not backward:
+        for row, own in pairs.items():
+            if own:
+                parts = [weight * updates[index][place].double() for index, place, weight in own]
+                answer[row] = (sum(parts, torch.zeros(1)) / sum(weight for *_, weight in own)).float()
+        return answer, {}
+    gradients, products = call.tensors[-1], dict[int, list[float]]()
+    of_experts = {index: torch.zeros(len(call.rows(index)), HIDDEN) for index in updates}
+    for row, own in pairs.items():
+        for index, place, weight in own:
+            of_experts[index][place] = gradients[row] * (weight / sum(other for *_, other in own))
+    for index, gradient in of_experts.items():
+        expert = experts[index]
+        if index in failing_in_backward or expert is None:
+            continue
+        rows = Rows(inputs[call.rows(index)], *call.segments(index), gradient)
+        (of_inputs,), _ = expert.backward([rows])
+        for place, row in enumerate(call.rows(index)):
+            answer[row] = answer[row].nan_to_num() + of_inputs[place]
+            products.setdefault(row, []).append(float(gradients[row] @ updates[index][place]))
+    return answer, products
 
 
 def chunked(data: bytes, size: int = CHUNK_BYTES) -> list[expert_pb2.CallRequest]:
@@ -266,27 +377,71 @@ async def make(edge: Edge, call: Call, **options: Any) -> Outcome:
     return await exchange(edge, call.direction, call.requests, **options)
 
 
-def answers(outcome: Outcome, rows: int = ROWS) -> dict[int, tuple[expert_pb2.ExpertReply, Tensor | None]]:
-    """Index → reply and tensor, once the stream is known to have the right form."""
-    found: dict[int, tuple[expert_pb2.ExpertReply, Tensor | None]] = {}
+@dataclass
+class Answers:
+    """What a call was answered, once the stream is known to have the right form."""
+
+    experts: dict[int, expert_pb2.ExpertReply]
+    """By index."""
+    rows: dict[int, Tensor]
+    """[D]"""
+    masks: dict[int, int]
+    products: dict[int, list[float]]
+    is_kept: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        """[R, D], of all rows up to the last."""
+        return torch.stack([self.rows[row] for row in range(len(self.rows))])
+
+    @property
+    def failed(self) -> dict[int, StatusCode]:
+        status = {code.value[0]: code for code in StatusCode}
+        return {index: status[reply.status] for index, reply in self.experts.items() if reply.status}
+
+
+def answers(call: Call, outcome: Outcome) -> Answers:
+    assert outcome.code is StatusCode.OK, outcome.details
+    found = Answers({}, {}, {}, {}, False)
+    experts_of = [
+        [i for i in range(len(call.uids)) if row in call.rows(i)] for row in range(len(call.positions))
+    ]
     payload = memoryview(b"".join(reply.chunk for reply in outcome.replies))
-    assert all(len(reply.chunk) <= MAX_CHUNK_BYTES for reply in outcome.replies)
-    for expert in (expert for reply in outcome.replies for expert in reply.experts):
-        assert expert.index not in found
-        data, payload = bytearray(payload[: expert.payload_bytes]), payload[expert.payload_bytes :]
-        assert len(data) == expert.payload_bytes
-        tensor = torch.frombuffer(data, dtype=torch.float32).view(rows, HIDDEN) if data else None
-        found[expert.index] = expert, tensor
+    for reply in outcome.replies:
+        assert len(reply.chunk) <= MAX_CHUNK_BYTES
+        assert not found.is_kept, "it is said in the last message"
+        found.is_kept = reply.kept
+        for expert in reply.experts:
+            assert expert.index not in found.experts
+            found.experts[expert.index] = expert
+        for block in reply.rows:
+            rows = list(block.rows) or list(range(len(call.positions)))
+            masks = list(block.masks) or [2 ** len(experts_of[row]) - 1 for row in rows]
+            assert rows == sorted(set(rows))
+            data, payload = bytearray(payload[: block.payload_bytes]), payload[block.payload_bytes :]
+            tensor, products = (
+                torch.frombuffer(data, dtype=torch.float32).view(len(rows), HIDDEN),
+                list(block.products),
+            )
+            for row, mask, numbers in zip(rows, masks, tensor, strict=True):
+                assert row not in found.rows
+                assert 0 < mask < 2 ** len(experts_of[row])
+                own = [index for bit, index in enumerate(experts_of[row]) if mask >> bit & 1]
+                assert all(index in found.experts and not found.experts[index].status for index in own)
+                found.rows[row], found.masks[row] = numbers, mask
+                if call.direction == "backward":
+                    found.products[row], products = products[: len(own)], products[len(own) :]
+            assert not products
     assert not payload
+    assert set(found.experts) == set(range(len(call.uids)))
     return found
 
 
 async def check_it_goes_on(edge: Edge) -> None:
     call = Call(uids=[THIRD], seed=99)
-    outcome = await make(edge, call)
-    assert outcome.code is StatusCode.OK, outcome.details
-    (answer,) = answers(outcome).values()
-    torch.testing.assert_close(answer[1], call.expected(Expert(THIRD, MANIFEST)))
+    torch.testing.assert_close(
+        answers(call, await make(edge, call)).tensor, call.expected(Expert(THIRD, MANIFEST))
+    )
 
 
 async def wait_until(condition: Callable[[], bool], deadline_s: float = 60.0) -> None:

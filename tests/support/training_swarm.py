@@ -14,9 +14,9 @@ from dht.manifest import Manifest
 from dht.swarm import found_swarm
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
 from talkoot.cli import app
 from talkoot.signals import stop_signals
 
@@ -24,6 +24,7 @@ HOST = "127.0.0.1"
 MANIFEST = Manifest.model_validate(
     {
         "name": "village",
+        "preset": "transformer",
         "model": {
             "layers": 2,
             "hidden": 16,

@@ -22,8 +22,6 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @dataclass(frozen=True)
 class Founder:
@@ -126,14 +124,14 @@ def test_a_command_ends_without_the_interpreters_own_end() -> None:
 
 def test_example_manifest_is_the_demos() -> None:
     example = Path(__file__).parents[2] / "deploy" / "swarm.toml"
-    assert Manifest.from_toml(example) == Manifest(name="demo")
+    assert Manifest.from_toml(example) == Manifest.founded({"name": "demo"})
 
 
 # What can be wrong
 
 
 def test_wrong_invite_is_refused() -> None:
-    assert_one_clear_line(run_here("node", "--join", "hello"), "an invite starts with 'talkoot1'")
+    assert_one_clear_line(run_here("node", "--join", "hello"), "an invite starts with 'talkoot2'")
 
 
 @pytest.mark.parametrize("name", ["train", "status", "dashboard"])
@@ -158,7 +156,7 @@ def test_invite_is_looked_for_in_the_file_that_is_named(arguments: list[str]) ->
 def test_a_result_that_is_there_outlives_a_command_that_can_not_begin(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{}")
     ended = run_here("train", "--join", "hello", "--json", str(tmp_path / "result.json"))
-    assert_one_clear_line(ended, "an invite starts with 'talkoot1'")
+    assert_one_clear_line(ended, "an invite starts with 'talkoot2'")
     assert (tmp_path / "result.json").read_text() == "{}"
     ended = run_here("train", "--join", "hello", "--json", str(tmp_path / "no" / "such.json"))
     assert_one_clear_line(ended, "can't write", "pass another --json FILE")
@@ -188,7 +186,7 @@ def test_a_link_that_is_none_is_told_with_an_example() -> None:
     assert_one_clear_line(run_here("demo", "--link", "fast"), "'fast' is no part of a link", "100mbit,80ms")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--new", "swarm.toml", "--join", "talkoot1"]])
+@pytest.mark.parametrize("arguments", [[], ["--new", "swarm.toml", "--join", "talkoot2"]])
 def test_node_is_told_to_found_or_to_join(arguments: list[str]) -> None:
     assert_one_clear_line(run_here("node", *arguments), "either --new swarm.toml", "or --join INVITE")
 
@@ -202,7 +200,7 @@ def test_unreachable_bootstrap_is_named(founder: Founder, tmp_path: Path, name: 
     assert_one_clear_line(ended, f"/ip4/{HOST}/tcp/{port}")
 
 
-@pytest.mark.parametrize("option", ["--dht-port", "--grpc-port", "--metrics-port"])
+@pytest.mark.parametrize("option", ["--port", "--metrics-port"])
 def test_busy_port_is_named(tmp_path: Path, option: str) -> None:
     manifest = tmp_path / "swarm.toml"
     manifest.write_text('name = "busy"\n')
@@ -360,9 +358,9 @@ def gone(processes: list[psutil.Process]) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     with founding(tmp_path, "--experts", "1", "--drain-timeout", "600") as node:
+        wait_until(lambda: bool(sockets_of(kin(node.process))), "p2pd's socket")
         processes = kin(node.process)
-        assert "p2pd" in {p.name() for p in processes}
-        assert (sockets := sockets_of(processes))
+        sockets = sockets_of(processes)
         os.killpg(node.process.pid, number)  # as a terminal does it
         wait_until(lambda: gone(processes[1:]), "p2pd's end")
         node.process.send_signal(number)  # impatience changes nothing
@@ -399,8 +397,10 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
             text=True,
             env=os.environ | {"TMPDIR": str(tmp_path)},
         )
-        wait_until(lambda: "p2pd" in {p.name() for p in kin(process)}, "p2pd")
-        wait_until(lambda: bool(sockets_of(kin(process))), "p2pd's socket")
+        if name == "status":  # it needs no p2pd
+            wait_until(lambda: "joining" in (tmp_path / "log").read_text(), "the look for others")
+        else:
+            wait_until(lambda: bool(sockets_of(kin(process))), "p2pd's socket")
         processes = kin(process)
         sockets = sockets_of(processes)
         process.send_signal(number)

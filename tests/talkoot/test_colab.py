@@ -17,7 +17,6 @@ from training_swarm import HOST, Founder, founded
 
 from peer.loop import LoopThread
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 ROOT = Path(__file__).parents[2]
 NOTEBOOK: dict[str, Any] = json.loads((ROOT / "deploy" / "colab" / "talkoot.ipynb").read_text())
 
@@ -102,7 +101,7 @@ def test_notebook_asks_for_an_invite() -> None:
 
 
 def test_notebook_asks_where_talkoot_is_installed_from() -> None:
-    form, install, *_ = cells(INVITE="talkoot1abc")
+    form, install, *_ = cells(INVITE="talkoot2abc")
     names: dict[str, Any] = {}
     exec(compile(form, "cell", "exec"), names)
     with pytest.raises(SystemExit, match="put what pip installs into SOURCE"):

@@ -81,7 +81,7 @@ def test_settings_that_help_does_not_show_are_accepted() -> None:
         ("node", ["--drain-timeout", "5"], NodeSettings, {"drain_timeout_s": 5.0}),
         ("node", ["--memory", "2GB"], NodeSettings, {"memory": "2GB"}),
         ("node", ["--schedule", "22:00-07:00"], NodeSettings, {"schedule": "22:00-07:00"}),
-        ("doctor", ["--grpc-port", "1"], NodeSettings, {"grpc_port": 1}),
+        ("doctor", ["--port", "1"], NodeSettings, {"port": 1}),
         ("train", ["--in-flight", "auto"], TrainerSettings, {"in_flight": "auto"}),
         ("train", ["--in-flight", "3"], TrainerSettings, {"in_flight": "3"}),
         ("train", ["--data", "a", "--data", "b"], TrainerSettings, {"data": ["a", "b"]}),
@@ -118,7 +118,7 @@ def test_options_override_the_file(tmp_path: Path) -> None:
 def test_a_removed_setting_is_still_accepted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(DashboardSettings, "removed", frozenset({"colour"}))
+    monkeypatch.setattr(DashboardSettings, "removed", {"colour": ""})
     command: Any = typer.main.get_command(app).commands["dashboard"]  # type: ignore[attr-defined]  # of a group
     context = command.make_context("dashboard", ["--colour", "red", "--port", "1"])
     assert load_settings(context, DashboardSettings).port == 1
@@ -129,7 +129,11 @@ def test_a_removed_setting_is_still_accepted(
     ("settings", "name", "said"),
     [
         (NodeSettings, "experts", "Experts to host.  [default: a quarter of the free memory]"),
-        (NodeSettings, "grpc_port", "TCP port of the expert service; 0: any free one.  [default: 0]"),
+        (
+            NodeSettings,
+            "port",
+            "TCP port of this node; 0: the one of the last start, or any free one.  [default: 0]",
+        ),
         (NodeSettings, "only_when_idle", "Pause while other programs need the processor.  [default: no]"),
         (NodeSettings, "max_calls", "Calls served at the same time.  [default: 64]"),
         (TrainerSettings, "learning_rate", "Highest learning rate of the dense part.  [default: 0.002]"),
@@ -152,7 +156,7 @@ def test_an_option_that_may_come_several_times_says_so(name: str, option: str) -
     [
         ("train", "router", "product-key|noisy-top-k|switch|base|glam"),
         ("train", "in_flight", "N|auto"),
-        ("node", "grpc_port", "PORT"),
+        ("node", "port", "PORT"),
         ("node", "announce_every_s", "SECONDS"),
         ("node", "experts", "N"),
     ],

@@ -26,7 +26,6 @@ from peer.metrics import total
 
 LIMIT_S = 180.0
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),  # hivemind's, on 3.11
     pytest.mark.timeout(3 * LIMIT_S),
 ]
 LIVELY: dict[str, Any] = {"replicas": 2, "average_every_s": 0.5, "announce_every_s": 3}
@@ -170,6 +169,6 @@ def test_release_of_another_protocol_version_is_refused_with_both_named(
     refused = run_of(other, "node", "--join", founder.invite, "--host", HOST, "--state", tmp_path / "state")
     assert_one_clear_line(
         refused,
-        f"this swarm speaks protocol version {PROTOCOL_VERSION}, this software {later}",
-        "ask its founder",
+        f"speaks protocol version {PROTOCOL_VERSION}, the caller {later}",
+        "update Talkoot",
     )

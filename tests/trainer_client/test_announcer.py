@@ -96,16 +96,15 @@ def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
     calls = DispatchMetrics(registry)
     calls.hedged_calls.inc(3)
     calls.hedges_won.inc(2)
-    calls.spot_checks.inc(5)
-    calls.differing_answers.inc()
-    calls.outvoted_answers.inc()
+    calls.spot_checks.labels("failed").inc(5)
+    calls.checked_rows.inc(6)
     calls.banned.set_function(lambda: 4)
     calls.bytes.labels("sent").inc(25)
     calls.fp32_bytes.labels("sent").inc(100)
     calls.fp32_bytes.labels("received").inc(8)
     for name, labels, value in (
-        ("hedged_calls_total", {}, 3), ("hedges_won_total", {}, 2), ("spot_checks_total", {}, 5),
-        ("differing_answers_total", {}, 1), ("outvoted_answers_total", {}, 1), ("banned", {}, 4),
+        ("hedged_calls_total", {}, 3), ("hedges_won_total", {}, 2), ("checked_rows_total", {}, 6),
+        ("spot_checks_total", {"outcome": "failed"}, 5), ("banned", {}, 4),
         ("bytes_total", {"direction": "sent"}, 25),
         ("fp32_bytes_total", {"direction": "sent"}, 100), ("fp32_bytes_total", {"direction": "received"}, 8),
     ):  # fmt: skip

@@ -55,9 +55,8 @@ def test_rows_know_their_positions_and_their_sequences() -> None:
     with mixtures(swarm, "switch") as make_mixture:
         make_mixture(0)(random_input(2, 2, 2))
     (call,) = swarm.called("forward")
-    (request,) = call.requests
-    assert request.batch.lengths.tolist() == [2, 2, 2, 2]
-    assert request.batch.positions.tolist() == [0, 1] * 4
+    assert call.batch.lengths.tolist() == [2, 2, 2, 2]
+    assert call.batch.positions.tolist() == [0, 1] * 4
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
@@ -98,6 +97,7 @@ def test_a_sequence_longer_than_the_context_is_told_so() -> None:
 @every_router
 def test_under_autocast_the_layer_gives_what_it_gives_without(name: RouterName, dtype: torch.dtype) -> None:
     """Gate and mixture compute in float32; only what comes in may be rounded, and what goes out."""
+    torch.manual_seed(0)  # with another gate, rounding might change which expert is best
     x = random_input(2, 4).detach()
     with mixtures(make_swarm(), name) as make_mixture:
         mixture = make_mixture(0).eval()
@@ -133,8 +133,7 @@ def test_experts_get_gradients_without_the_scalers_factor() -> None:
         with mixtures(swarm, "product-key", gradient_scale=lambda: scale) as make_mixture:
             torch.manual_seed(0)
             (gradient,) = torch.autograd.grad(scale * make_mixture(0)(x).square().sum(), x)
-        requests = [request for call in swarm.called("backward") for request in call.requests]
-        sent = [request.gradients for request in requests if request.gradients is not None]
+        sent = [call.made.gradients for call in swarm.called("backward") if call.made.gradients is not None]
         return gradient / scale, sum(float(abs(gradients).sum()) for gradients in sent)
 
     (plain, plain_sent), (scaled, scaled_sent) = train(1.0), train(1024.0)

@@ -6,7 +6,7 @@ back.
 """
 
 from collections.abc import Set
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dht.beam_search import Selection
 from dht.uid import UID
+from peer.identity import PeerID
 from peer.layers import Norm
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Gate
@@ -187,14 +188,14 @@ def test_with_all_experts_answering_gradients_are_those_of_local_ones(
 @every_router
 @every_kind
 @settings(max_examples=8)
-@given(data=st.data(), grid=grids, seed=seeds)
+@given(data=st.data(), grid=grids, seed=seeds, peers=st.sampled_from([1, 2, 9]))
 def test_with_any_subset_answering_gradients_are_those_of_the_rest(
-    name: RouterName, kind: str, data: st.DataObject, grid: tuple[int, ...], seed: int
+    name: RouterName, kind: str, data: st.DataObject, grid: tuple[int, ...], seed: int, peers: int
 ) -> None:
     """Fewer than k fail, so that no row is sent elsewhere; or one where each row has one expert, and those rows go to
     their next best, in one further call.
     """
-    swarm = FakeSwarm(make_manifest(grid, kind=kind))
+    swarm = FakeSwarm(make_manifest(grid, kind=kind), peers)
     uids = swarm.manifest.uids()
     most = max(1, k_of(name) - 1)
     missing = data.draw(st.sets(st.sampled_from(uids), min_size=1, max_size=most))
@@ -226,10 +227,66 @@ def test_narrow_experts_are_projected_to_and_back(
     training: bool,
 ) -> None:
     """Gradients of norm, projections, gate and shared expert too, with all or any subset answering."""
-    swarm = FakeSwarm(make_manifest(grid, kind=kind, norm=norm, shared_feed_forward=shared, **NARROW))
+    sizes: dict[str, Any] = NARROW | {"norm": norm, "shared_feed_forward": shared}
+    swarm = FakeSwarm(make_manifest(grid, kind=kind, **sizes), peers=data.draw(st.sampled_from([2, 9])))
     missing = frozenset[UID]()
     if fail:
         uids, most = swarm.manifest.uids(), max(1, k_of(name) - 1)
         missing = frozenset(data.draw(st.sets(st.sampled_from(uids), min_size=1, max_size=most)))
         swarm.behaviours |= dict.fromkeys(missing, fails(StatusCode.NOT_FOUND))
     check(name, swarm, seed, missing, training and not fail)
+
+
+@settings(max_examples=40)
+@given(data=st.data(), peers=st.integers(1, 6), seed=seeds, of_node=st.booleans())
+def test_what_fails_in_backward_is_left_out_of_the_gradients_and_nothing_else(
+    data: st.DataObject, peers: int, seed: int, of_node: bool
+) -> None:
+    """Experts one by one, or nodes. A node's answer S and its weight are there, so that the gate learns from them; how
+    the node's experts share in S it learns only from those that answered.
+    """
+    swarm = FakeSwarm(make_manifest((6,), kind="ffn"), peers)
+    uids = swarm.manifest.uids()
+    choices: list[UID | PeerID] = [*swarm.peer_of.values()] if of_node else [*uids]
+    failing = data.draw(st.sets(st.sampled_from(choices)))
+    generator = torch.Generator().manual_seed(seed)
+    x_RD, gradient_RD = torch.randn(2, 5, 8, generator=generator).unbind()
+    x_RD.requires_grad_()
+    with mixtures(swarm, "product-key") as make_mixture:
+        mixture = make_mixture(0)
+        nn.init.normal_(mixture.gate.linear.weight, generator=generator)
+        y_RD = mixture(x_RD)
+        swarm.behaviours |= dict.fromkeys(failing, fails(StatusCode.NOT_FOUND))
+        inputs = [x_RD, *mixture.parameters()]
+        found = torch.autograd.grad(y_RD, inputs, gradient_RD, materialize_grads=True)
+        (logits_RE,) = mixture.gate(x_RD)
+        rows = []
+        for row, logits_E in enumerate(logits_RE):
+            logits, chosen = logits_E.topk(mixture.k)
+            weights = logits.softmax(dim=0)
+            total = x_RD[row]
+            for peer in set(swarm.peer_of.values()):
+                here = [i for i, e in enumerate(chosen.tolist()) if swarm.peer_of[uids[e]] == peer]
+                if not here:
+                    continue
+                f = {i: update_of(swarm, uids[int(chosen[i])], x_RD[row]) for i in here}
+                shares = (weights[here] / weights[here].sum()).detach()
+                s = sum((p * f[i] for p, i in zip(shares, here, strict=True)), torch.zeros(8)).detach()
+                answer = s
+                for p, i in zip(shares, here, strict=True):
+                    if not {uids[int(chosen[i])], peer} & failing:
+                        answer = answer + p * (f[i] - f[i].detach())
+                        answer = answer + p * (f[i].detach() - s) * (logits[i] - logits[i].detach())
+                total = total + weights[here].sum() * answer
+            rows.append(total)
+        expected_RD = torch.stack(rows)
+        expected = torch.autograd.grad(expected_RD, inputs, gradient_RD, materialize_grads=True)
+    torch.testing.assert_close(y_RD, expected_RD, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def update_of(swarm: FakeSwarm, uid: UID, x_D: Tensor) -> Tensor:
+    one = torch.ones(1, dtype=torch.int64)
+    output: Tensor = swarm.block(uid)(x_D[None], one, one - 1)[0]
+    return output - x_D

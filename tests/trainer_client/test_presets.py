@@ -1,47 +1,112 @@
-"""Presets: weaker than whatever a person sets, and fitting to the manifests that go with them."""
+"""Presets: they complete a founder's file, go with what was measured, and are weaker than whatever a person sets."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from benchmarks.paper import Plan
 from benchmarks.recipe_configurations import CONFIGURATIONS, Size
 from dht.manifest import Manifest
+from dht.presets import PRESETS as MODELS
+from dht.presets import PresetName
+from peer.codec import codec_of, encoded_bytes
 from peer.errors import SettingsError
 from trainer_client.routers import experts_for_each_row
-from trainer_client.settings import PRESETS, PresetName, TrainerSettings
+from trainer_client.settings import PRESETS, TrainerSettings
 
 MANIFESTS = Path(__file__).parents[2] / "deploy" / "presets"
+NAMES: tuple[PresetName, ...] = ("transformer", "ffn", "paper")
+MEASURED = {"ffn": "ffn top-4, fine", "transformer": "transformer top-4, half as wide"}
 
 
-def test_each_kind_has_a_preset_and_a_manifest() -> None:
-    assert set(PRESETS) == set(get_args(PresetName))
-    assert {path.stem for path in MANIFESTS.glob("*.toml")} == set(PRESETS)
+def founded(**values: Any) -> Manifest:
+    return Manifest.founded({"name": "sauna"} | values)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_has_a_model_settings_and_a_file() -> None:
+    assert set(MODELS) == set(NAMES) == {path.stem for path in MANIFESTS.glob("*.toml")}
+    assert set(PRESETS) == set(get_args(PresetName)) == {*NAMES, "none"}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_preset_fits_its_manifest(name: PresetName) -> None:
     manifest = Manifest.from_toml(MANIFESTS / f"{name}.toml")
-    settings = TrainerSettings(preset=name)
-    assert manifest.experts.kind == name
-    k = experts_for_each_row(settings.router, settings.top_k, manifest)
-    assert k == manifest.routing.top_k
+    settings = TrainerSettings().in_swarm(manifest.preset)
+    assert settings == TrainerSettings(preset=name)
+    assert experts_for_each_row(settings.router, settings.top_k, manifest) == manifest.routing.top_k == 4
+    assert manifest.experts.count >= 64
     assert manifest.optimizer.learning_rate == settings.learning_rate
 
 
-@pytest.mark.parametrize(
-    ("name", "configuration"), [("ffn", "ffn top-1"), ("transformer", "transformer top-1, thin")]
-)
-def test_a_preset_is_what_the_benchmark_trains(name: PresetName, configuration: str) -> None:
-    """So the figures that recommend it are its own."""
-    trained = next(c for c in CONFIGURATIONS if c.name == configuration)
-    manifest, size = Manifest.from_toml(MANIFESTS / f"{name}.toml"), Size()
-    assert manifest.model_copy(update={"name": "recipe"}) == trained.manifest(size)
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_preset_is_what_the_benchmark_trains(name: PresetName) -> None:
+    """So the figures that recommend it are its own. The benchmark has another hidden size, and no wire."""
+    trained = next(c for c in CONFIGURATIONS if c.name == MEASURED[name])
+    model = {"layers": trained.layers, "hidden": Size().hidden}
+    optimizer = {"decay_updates": Size().steps}
+    manifest = founded(name="recipe", preset=name, model=model, optimizer=optimizer, wire={"codec": "fp32"})
+    assert manifest.model_copy(update={"preset": "none"}) == trained.manifest(Size())
     settings = TrainerSettings(preset=name)
     assert {key: getattr(settings, key) for key in trained.settings} == trained.settings
 
 
-@pytest.mark.parametrize("name", PRESETS)
+def test_the_paper_preset_is_what_its_benchmark_trains() -> None:
+    plan = Plan()
+    optimizer = {"decay_updates": plan.size.steps}
+    manifest = founded(name="recipe", preset="paper", optimizer=optimizer)
+    assert manifest.model_copy(update={"preset": "none"}) == plan.mixture.manifest(plan.size)
+    assert manifest.experts_total == 256
+    assert TrainerSettings(preset="paper").router == plan.mixture.settings["router"]
+
+
+def test_a_file_that_names_no_preset_has_that_of_its_experts() -> None:
+    assert founded().preset == "transformer"
+    assert founded(experts={"kind": "sheep"}).preset == "transformer"
+    assert founded(experts={"kind": "ffn"}) == founded(preset="ffn")
+    assert founded(preset="none") == Manifest(name="sauna")
+
+
+def test_what_a_file_says_is_stronger_than_its_preset() -> None:
+    sizes = {"hidden": 256, "heads": 8, "feed_forward": 100}
+    manifest = founded(model=sizes, experts={"width": 32, "heads": 2}, wire={"codec": "bf16"})
+    assert (manifest.model.feed_forward, manifest.wire.codec) == (100, "bf16")
+    assert (manifest.width, manifest.experts.heads, manifest.experts.head_size) == (32, 2, 24)
+    assert founded(experts={"head_size": 16}).expert_model.heads == 1
+
+
+@given(
+    st.sampled_from(NAMES),
+    st.sampled_from([2, 3, 4, 8, 16]),
+    st.integers(1, 64),
+    st.none() | st.integers(4, 64).map(lambda half: 2 * half),
+)
+def test_sizes_follow_hidden_and_are_valid(
+    name: PresetName, heads: int, half_head: int, width: int | None
+) -> None:
+    hidden = 2 * heads * half_head
+    if hidden < 8 or (width is not None and width > hidden):
+        return
+    experts = {} if width is None else {"width": width}
+    manifest = founded(preset=name, model={"hidden": hidden, "heads": heads}, experts=experts)
+    if width is None:
+        assert abs(manifest.width - max(8, MODELS[name].width * hidden)) <= 1
+    else:
+        assert manifest.width == width
+    assert manifest.model.feed_forward == pytest.approx(MODELS[name].feed_forward * hidden, abs=8)
+    if name == "transformer":
+        head_size = manifest.experts.head_size
+        assert head_size == pytest.approx(hidden / 12, abs=8)
+        assert manifest.experts.heads == 1
+    if name != "paper":
+        assert manifest.wire.codec == ("int8" if manifest.width % 16 else "int4")
+    assert encoded_bytes(1, manifest.width, codec_of(manifest.wire.codec))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_preset_sets_what_it_says(name: PresetName) -> None:
     settings = TrainerSettings.load(preset=name).model_dump()
     assert {key: settings[key] for key in PRESETS[name]} == PRESETS[name]
@@ -51,19 +116,36 @@ def test_flags_environment_and_file_are_stronger_than_a_preset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "train.toml"
-    file.write_text('preset = "ffn"\ngate_scale = 0.7\n')
-    monkeypatch.setenv("TALKOOT_TRAIN_BALANCE_WEIGHT", "0.3")
-    settings = TrainerSettings.load(file, expert_dropout=0.2, steps=None)
-    assert (settings.gate_scale, settings.balance_weight, settings.expert_dropout) == (0.7, 0.3, 0.2)
+    file.write_text('preset = "ffn"\nlearning_rate = 0.7\n')
+    monkeypatch.setenv("TALKOOT_TRAIN_BALANCE", "both")
+    settings = TrainerSettings.load(file, warmup_steps=7, steps=None)
+    assert (settings.learning_rate, settings.balance, settings.warmup_steps) == (0.7, "both", 7)
     assert settings.router == PRESETS["ffn"]["router"]
 
 
+def test_a_trainer_takes_the_swarms_preset_for_what_it_does_not_set() -> None:
+    took = TrainerSettings(balance="none", threads=2).in_swarm("ffn")
+    assert (took.preset, took.balance, took.threads) == ("ffn", "none", 2)
+    assert took.learning_rate == PRESETS["ffn"]["learning_rate"]
+    assert took.in_swarm("transformer") == took, "it has one"
+    for own in (TrainerSettings(preset="none"), TrainerSettings(preset="paper")):
+        assert own.in_swarm("ffn") == own
+    assert TrainerSettings().in_swarm("none") == TrainerSettings()
+
+
 def test_a_resumed_run_keeps_what_was_set_beside_its_preset() -> None:
-    first = TrainerSettings(preset="ffn", gate_scale=0.7)
-    resumed = TrainerSettings(steps=900).resumed(first.saved(seed=1))
-    assert (resumed.gate_scale, resumed.router, resumed.steps) == (0.7, first.router, 900)
+    first = TrainerSettings(warmup_steps=7).in_swarm("ffn")
+    resumed = TrainerSettings(steps=900).resumed(first.saved(seed=1)).in_swarm("ffn")
+    assert (resumed.warmup_steps, resumed.router, resumed.steps) == (7, first.router, 900)
 
 
-def test_an_unknown_preset_is_named() -> None:
-    with pytest.raises(SettingsError, match="preset: must be 'transformer' or 'ffn'"):
-        TrainerSettings.load(preset="dense")
+def test_a_run_from_before_its_swarm_had_a_preset_keeps_its_settings() -> None:
+    first = TrainerSettings(learning_rate=0.5)
+    resumed = TrainerSettings().resumed(first.saved(seed=1)).in_swarm("ffn")
+    assert resumed.model_copy(update={"preset": None}) == first.model_copy(update={"seed": 1, "data": ()})
+
+
+@pytest.mark.parametrize("name", ["dense", ["ffn"]])
+def test_an_unknown_preset_is_named(name: Any) -> None:
+    with pytest.raises(SettingsError, match="preset: must be 'transformer', 'ffn', 'paper' or 'none'"):
+        TrainerSettings.load(preset=name)

@@ -1,13 +1,14 @@
 """The mixture layer with each router: formulas, randomness, failures, causality. Real blocks, no network."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from expert_fakes import FakeSwarm, fails, make_manifest, send_to_best, virtual_time
+from expert_fakes import FakeSwarm, fails, make_manifest, make_peer_id, send_to_best, virtual_time
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,12 +18,14 @@ from torch.nn import functional as F
 
 from dht.beam_search import Selection
 from dht.uid import UID
+from peer.identity import PeerID
 from peer.metrics import total
-from trainer_client.dispatch.batches import Answer, NodeCall, RoutedRows
+from trainer_client.dispatch.batches import CallReply, ExpertReply, NodeCall, RoutedRows
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import Routing
 from trainer_client.settings import RouterName
 
 HIDDEN = 8
@@ -142,10 +145,7 @@ def test_a_sequence_that_is_routed_as_one_stays_together_under_noise_and_chance(
     swarm = FakeSwarm(make_manifest((9,)))
     with mixtures(swarm, "noisy-top-k", choose_by="sequence") as make_mixture:
         make_mixture(0)(random_rows(6, 4))
-    lengths = [
-        n for call in swarm.called("forward") for request in call.requests for n in request.batch.lengths
-    ]
-    assert set(lengths) == {4}
+    assert {n for call in swarm.called("forward") for n in call.batch.lengths.tolist()} == {4}
 
 
 def test_base_balances_whole_sequences_when_they_are_routed_as_one() -> None:
@@ -218,8 +218,7 @@ def test_narrow_experts_receive_and_answer_rows_of_their_width() -> None:
         y_BTD = make_mixture(0)(x_BTD)
         torch.autograd.backward(y_BTD.square().sum())
     assert y_BTD.shape == x_BTD.shape
-    requests = [request for call in swarm.calls for request in call.requests]
-    assert {request.inputs.shape[1] for request in requests} == {8}
+    assert {call.made.inputs.shape[1] for call in swarm.calls} == {8}
 
 
 @every_router
@@ -371,18 +370,60 @@ def test_base_does_see_other_rows_in_training() -> None:
     assert not torch.allclose(together[:, :6], alone)
 
 
+# Few nodes
+
+
+@settings(max_examples=15, deadline=None)
+@given(grids, st.integers(1, 6), st.integers(0, 2**31 - 1), st.integers(0, 11), st.booleans())
+def test_under_a_limit_tokens_go_to_few_nodes_and_the_model_stays_causal(
+    grid: tuple[int, ...], peers: int, seed: int, at: int, replicated: bool
+) -> None:
+    """Whatever replicas there are: the one to be called is chosen before experts are."""
+    swarm = FakeSwarm(make_manifest(grid, hidden=16, layers=2), peers)
+    tokens_BT = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(seed))
+    changed_BT = tokens_BT.clone()
+    changed_BT[0, at] = (changed_BT[0, at] + 1) % 256
+    more_hosts = [make_peer_id(9)] * replicated
+    outputs = []
+    for tokens in (tokens_BT, changed_BT):
+        swarm.calls.clear()
+        with limited_mixtures(swarm, more_hosts) as make_mixture, torch.no_grad():
+            torch.manual_seed(seed)
+            model = LanguageModel(swarm.manifest, lambda layer: sharpen(make_mixture(layer))).eval()
+            outputs.append(model(tokens))
+        for layer in range(2):
+            calls = [call for call in swarm.calls if call.uids[0].layer == layer]
+            nodes = np.bincount(np.concatenate([call.batch.rows for call in calls]), minlength=24)
+            assert 1 <= nodes.min() <= nodes.max() <= 2
+    before_BTV, after_BTV = outputs
+    torch.testing.assert_close(after_BTV[0, :at], before_BTV[0, :at], rtol=0, atol=1e-5)
+    torch.testing.assert_close(after_BTV[1], before_BTV[1], rtol=0, atol=1e-5)
+
+
+@contextmanager
+def limited_mixtures(
+    swarm: FakeSwarm, more_hosts: list[PeerID]
+) -> Iterator[Callable[[int], RemoteMixtureOfExperts]]:
+    routing = Routing(k=3, nodes_per_token=2)
+    with virtual_time() as runner:
+        directory, clock = swarm.directory(more_hosts=more_hosts), runner.get_loop().time
+        dispatcher = Dispatcher(directory, swarm, WaitPolicy(10.0, 0.0, 1), clock=clock)
+        yield lambda layer: RemoteMixtureOfExperts(layer, swarm.manifest, dispatcher, runner.run, routing)
+        runner.run(dispatcher.close())
+
+
 # The guard
 
 
 class GuardedSwarm(FakeSwarm):
     """Whose second expert skips its update, and whose third goes back to its last good state besides."""
 
-    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
-        async for answer in super().call(call):
-            if call.direction == "backward":
-                (number,) = answer.batch.uid.coordinate
-                answer = replace(answer, skipped_update=number > 0, rolled_back=number > 1)
-            yield answer
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
+        async for reply in super().call(call):
+            if call.direction == "backward" and isinstance(reply, ExpertReply):
+                (number,) = reply.uid.coordinate
+                reply = replace(reply, skipped_update=number > 0, rolled_back=number > 1)
+            yield reply
 
 
 def test_what_experts_guards_did_is_counted() -> None:

@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dht.beam_search import Selection
 from dht.directory import PrefixTables
-from peer.codec import Floats
+from peer.codec import Floats, Integers
 from peer.errors import SettingsError
+from trainer_client.dispatch.batches import relative_weights
 from trainer_client.routers import (
     ROUTERS,
     Gate,
+    NodeLimit,
     balanced,
     best,
     best_others_by_chance,
@@ -189,7 +192,117 @@ def test_where_no_expert_is_live_none_is_chosen(name: RouterName, rng: np.random
     assert logits.grad.isfinite().all()
 
 
+# Few nodes
+
+
+def of_best_nodes_one_by_one(
+    logits: Floats, nodes: Integers, k: int, most: int
+) -> tuple[set[int], list[float]]:
+    """Of one row: the nodes that it may go to, and the scores of its experts, best first."""
+    sizes = {
+        node: np.logaddexp.reduce(sorted(logits[nodes == node].astype(np.float64))[-k:])
+        for node in set(nodes.tolist()) - {-1}
+    }
+    allowed = set(sorted(sizes, key=lambda node: -sizes[node])[:most])
+    return allowed, sorted(logits[np.isin(nodes, list(allowed))], reverse=True)[:k]
+
+
+def limited(
+    scores: list[Floats], alive: PrefixTables, k: int, bias: Floats | None, limit: NodeLimit
+) -> Selection:
+    return ROUTERS["product-key"].choose(scores, alive, k, None, bias, limit)
+
+
+@settings(deadline=None)
+@given(seeds, grids, st.integers(3, 5), st.integers(2, 4), st.integers(1, 6), st.booleans())
+def test_under_a_limit_rows_take_the_best_experts_of_their_best_nodes(
+    seed: int, grid: tuple[int, ...], k: int, most: int, hosts: int, biased: bool
+) -> None:
+    rng, alive, scores = make_rng(seed), some_live(grid, seed), arrays(random_scores(5, grid, seed))
+    nodes = np.where(alive[-1], rng.integers(0, hosts, grid), -1)
+    bias = rng.standard_normal(grid, dtype=np.float32) if biased else None
+    found = limited(scores, alive, k, bias, NodeLimit(nodes, most))
+    assert found.valid.shape == (5, k)
+    for row in range(5):
+        logits = np.zeros(grid, np.float32)
+        for d, table in enumerate(scores):
+            logits = logits + table[row].reshape([-1 if e == d else 1 for e in range(len(grid))])
+        logits = logits if bias is None else logits + bias
+        chosen = [tuple(c) for c in found.coordinates[row, found.valid[row]].tolist()]
+        assert len(set(chosen)) == len(chosen)
+        at = {int(nodes[c]) for c in chosen}
+        assert -1 not in at
+        assert len(at) <= most
+        if most >= k:
+            continue  # then it is a choice among all
+        allowed, expected = of_best_nodes_one_by_one(logits[alive[-1]], nodes[alive[-1]], k, most)
+        assert at <= allowed
+        np.testing.assert_allclose([logits[c] for c in chosen], expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(seeds, grids, st.integers(2, 3), st.integers(0, 5))
+def test_under_a_limit_a_row_chooses_by_its_own_scores(
+    seed: int, grid: tuple[int, ...], most: int, changed: int
+) -> None:
+    """So that routing stays causal."""
+    rng, alive, scores = make_rng(seed), some_live(grid, seed), arrays(random_scores(6, grid, seed))
+    limit = NodeLimit(np.where(alive[-1], rng.integers(0, 4, grid), -1), most)
+    before = limited(scores, alive, 4, None, limit)
+    others = [table.copy() for table in scores]
+    for table in others:
+        table[changed] += rng.standard_normal(table.shape[1], dtype=np.float32)
+    after = limited(others, alive, 4, None, limit)
+    same = np.arange(6) != changed
+    np.testing.assert_array_equal(after.coordinates[same], before.coordinates[same])
+    np.testing.assert_array_equal(after.valid[same], before.valid[same])
+
+
+def test_a_row_takes_fewer_experts_than_k_where_its_nodes_have_fewer() -> None:
+    scores = [np.array([[5, 4, 3, 2, 1]], np.float32)]
+    found = limited(scores, all_live(5), 4, None, NodeLimit(np.array([0, 1, 2, 2, 2]), 2))
+    assert found.coordinates[0, found.valid[0], 0].tolist() == [0, 1]
+
+
+def test_among_more_experts_than_can_be_listed_candidates_of_the_search_are_taken() -> None:
+    grid = (80, 80)
+    scores, alive = arrays(random_scores(4, grid)), all_live(*grid)
+    nodes = make_rng().integers(0, 5, grid)
+    found = limited(scores, alive, 4, None, NodeLimit(nodes, 2))
+    assert found.valid.all()
+    for row in range(4):
+        assert len(set(nodes[tuple(found.coordinates[row].T)].tolist())) <= 2
+    everyone = best(scores, alive, 4)
+    assert (found.scores[:, 0] <= everyone.scores[:, 0]).all()
+
+
+def test_a_gate_that_diverged_still_chooses_within_the_limit() -> None:
+    scores = [np.array([[np.nan, np.inf, -np.inf, 0], [np.nan] * 4], np.float32)]
+    found = limited(scores, all_live(4), 3, None, NodeLimit(np.array([0, 1, 2, 1]), 2))
+    assert found.valid.any(axis=1).all()
+
+
 # Weighing
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(get_args(RouterName)), seeds, grids, st.integers(1, 4))
+def test_a_rows_experts_weigh_in_the_ratios_in_which_a_node_mixes_them(
+    name: RouterName, seed: int, grid: tuple[int, ...], k: int
+) -> None:
+    """The contract of all routers, with any subset answering."""
+    alive, scores = some_live(grid, seed), random_scores(5, grid, seed)
+    k = min(ROUTERS[name].k or k, int(alive[-1].sum()))
+    selection = ROUTERS[name].choose(arrays(scores), alive, k, None, None)
+    logits = Gate.logits(tuple(scores), torch.from_numpy(selection.coordinates))
+    there = torch.from_numpy(selection.valid & (make_rng(seed).random(selection.valid.shape) < 0.7))
+    weights = ROUTERS[name].weigh(scores, alive, logits, there).numpy()
+    assert not weights[~there.numpy()].any()
+    relative = relative_weights(logits.numpy(), there.numpy())
+    for row in range(5):
+        if weights[row].any():
+            expected = relative[row] / relative[row].sum()
+            np.testing.assert_allclose(weights[row] / weights[row].sum(), expected, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)

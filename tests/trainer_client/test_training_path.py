@@ -65,9 +65,11 @@ class Watched:
         self.tables: list[tuple[str, PrefixTables]] = []
         router = mixture._router
 
-        def choose(scores: Sequence[Floats], alive: PrefixTables, *others: Any) -> Selection:
+        def choose(
+            scores: Sequence[Floats], alive: PrefixTables, k: int, *others: Any, **named: Any
+        ) -> Selection:
             self.tables.append(("choice", alive))
-            self.selections.append(router.choose(scores, alive, *others))
+            self.selections.append(router.choose(scores, alive, k, *others, **named))
             return self.selections[-1]
 
         def weigh(scores: Sequence[Tensor], alive: PrefixTables, *others: Any) -> Tensor:
@@ -109,10 +111,10 @@ def random_input(seed: int, sequences: int = 4, length: int = 8) -> Tensor:
 def sent_to(swarm: FakeSwarm) -> set[tuple[int, tuple[int, ...]]]:
     """The rows that were sent, and to which experts."""
     return {
-        (row, request.batch.uid.coordinate)
+        (row, part.uid.coordinate)
         for call in swarm.called("forward")
-        for request in call.requests
-        for row in request.batch.rows.tolist()
+        for part in call.batch.parts()
+        for row in call.batch.rows[part.places].tolist()
     }
 
 

@@ -1,17 +1,18 @@
 """Averaging the dense part with other trainers, in pairs.
 
 Every now and then a trainer calls another that it can reach, and both take the average; a trainer that nobody can reach
-calls others all the same. Pairs are enough (NoLoCo, arXiv 2506.10911). A new trainer takes the freshest dense part in
-the swarm to begin with.
+calls others all the same. Pairs are enough (NoLoCo, arXiv 2506.10911). A new trainer takes the dense part of another to
+begin with: of three, the one nearest to the other two.
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median_low
 from typing import Any
 
 import grpc
@@ -22,23 +23,31 @@ from dht.announcements import TrainerInfo
 from dht.registry import Registry
 from dht.relays import RelayKeeper
 from peer import PROTOCOL_VERSION
-from peer.averaging import freshest_first, max_plausible_updates
+from peer.averaging import drawn_stale_last, is_behind, max_plausible_updates
+from peer.clipping import Tensors
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
-from peer.loop import TaskSet
+from peer.loop import TaskSet, first_few
+from peer.medoid import COMPARED, elementwise_median, medoid
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import SessionClient, Sessions
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, chunked, receive
 from peer.transport.addresses import Multiaddress
-from peer.transport.dialling import Dialling, resolved
+from peer.transport.dialling import resolved
 from peer.transport.endpoints import Endpoint
-from peer.transport.tunnel import Pipe, Tunnels
+from peer.transport.pipes import Pipe
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2
-from trainer_client.averaging.dense_part import DenseMerge
-from trainer_client.averaging.exchange import AveragingMetrics, DenseExchange, DenseServicer, Snapshot
+from trainer_client.averaging.dense_part import DenseMerge, DensePart
+from trainer_client.averaging.exchange import (
+    AveragingMetrics,
+    DenseExchange,
+    DenseServicer,
+    PeerDensePart,
+    Snapshot,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +57,17 @@ _MAX_RECORDS = 256
 """Trainers whose records are read in one search, at most; of more, a random sample."""
 _FIRST_PAUSE_S = 1.0
 """Between the first two searches; it doubles up to the usual pause."""
-_TAKE_ATTEMPTS = 4
-"""Trainers that a new one asks for their dense part, the freshest first."""
+_TAKE_ATTEMPTS = 6
+"""Trainers that a new one asks for their dense part, at most."""
+_PATIENCE_S = 60.0
+"""Once one has given it, the others get so much longer."""
 _REST = 3.0
 """After an exchange, its duration times this is left to the calls to experts."""
+_CALLS_IN_TURN = 4
+"""While this trainer begins one exchange, each other may begin so many with it: one that is faster calls more often."""
 _OPEN_S = 10.0
 """Longest that opening a session may take."""
-_MAX_CALLS = 8
+MAX_CALLS = 8
 
 
 @dataclass(frozen=True)
@@ -80,15 +93,14 @@ class Averaging:
         schedule: AveragingSchedule,
         *,
         admission: SwarmAdmission | None = None,
-        tunnels: Tunnels | None = None,
-        dialling: Dialling | None = None,
+        channels: ChannelPool | None = None,
         relays: RelayKeeper | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """`admission`: the swarm's rules and this peer's badge; None admits everybody.
 
-        `tunnels`: through which it calls trainers behind routers. `dialling`: the rules for addresses that others
-        wrote. `relays`: through which others reach this one; None: they reach it at its addresses, or not at all.
+        `channels`: to other trainers, for this alone. `relays`: through which others reach this one; None: they reach
+        it at its addresses, or not at all.
         """
         self.exchange = exchange
         self.part = exchange.part
@@ -104,17 +116,17 @@ class Averaging:
         self._registry = registry
         self._schedule = schedule
         self._rng = rng or random.SystemRandom()
-        badge = None if admission is None else admission.badge
         self._service = SnapshotClient(
             dense_pb2_grpc.DenseServiceStub,
-            ChannelPool(_MAX_CALLS, tunnels, dialling),
-            SessionClient(identity, swarm_id, (session_pb2.RIGHT_AVERAGE,), badge),
+            channels or ChannelPool(MAX_CALLS),
+            SessionClient(identity, swarm_id, (session_pb2.RIGHT_AVERAGE,), admission),
             exchange.receiver,
             open_s=min(deadline_s, _OPEN_S),
             limit_s=deadline_s,
         )
-        self._servicer = DenseServicer(exchange, identity.peer_id, self.sessions, deadline_s)
-        self._server = RpcServer(self.sessions, _MAX_CALLS)
+        least_steps = schedule.every // _CALLS_IN_TURN
+        self._servicer = DenseServicer(exchange, identity.peer_id, self.sessions, deadline_s, least_steps)
+        self._server = RpcServer(self.sessions, MAX_CALLS)
         self._stepped = asyncio.Event()
         self._unsubscribe: Callable[[], None] = lambda: None
         self._rested_at = 0.0
@@ -129,8 +141,13 @@ class Averaging:
 
     @property
     def tunnel_addresses(self) -> tuple[Multiaddress, ...]:
-        """Multiaddresses through which trainers behind other routers reach this one."""
-        return () if self.relays is None else self.relays.addresses
+        """Multiaddresses by which others open libp2p streams to this one."""
+        return () if self.relays is None else self.relays.tunnel_addresses
+
+    @property
+    def relay_addresses(self) -> tuple[Multiaddress, ...]:
+        """Multiaddresses by which others reach this one through relays over gRPC."""
+        return () if self.relays is None else self.relays.relay_addresses
 
     async def start(self, host: str, port: int) -> None:
         """Serves on `host`. Raises PortError."""
@@ -141,9 +158,9 @@ class Averaging:
         self.addresses = tuple(await resolved([served]))
         self._unsubscribe = self.part.subscribe(partial(_wake, asyncio.get_running_loop(), self._stepped))
 
-    async def open_for(self, caller: PeerID) -> Pipe:
-        """A connection for a trainer that comes through this one's tunnel. Raises OSError."""
-        return await self._server.open_for(caller)
+    async def open_for(self, caller: PeerID, relay: PeerID | None = None) -> Pipe:
+        """A connection for a trainer that comes through this one's tunnel, or by this relay. Raises OSError."""
+        return await self._server.open_for(caller, relay)
 
     def keep_meeting(self, tasks: TaskSet) -> None:
         """Searches for other trainers and averages with them, until `tasks` are closed."""
@@ -181,34 +198,51 @@ class Averaging:
         finally:
             self.exchange.end()
 
-    async def take_freshest(self) -> int | None:
-        """Takes over the dense part of the reachable trainer that has most steps behind it.
+    async def take_whole(self) -> int | None:
+        """Takes over the dense part of another trainer, if this one has far fewer steps behind it than most that have
+        any.
 
-        Among three or more, an implausibly high claim wins nothing. Returns the age; None if nobody has an older dense
-        part to give. Raises UnreachableError when the DHT does not answer.
+        Of up to three that are given, the medoid of the parameters is taken, never what claims most; of two, the nearer
+        to this trainer's. Buffers are the elementwise median, and the age is the lower median of the claims. Returns
+        the age; None if nobody gave an older dense part. Raises UnreachableError when the DHT does not answer.
         """
         await self.find_partners()
-        reachable = [p for p in self.partners if _is_reachable(p) and p.dense_age > self.part.age]
-        most = max_plausible_updates([p.dense_age for p in self.partners])
-        for partner in freshest_first(reachable, lambda p: p.dense_age, self._rng)[:_TAKE_ATTEMPTS]:
-            try:
-                return await self._take(partner, most)
-            except (TransferError, StateError) as error:
-                self._note_failure(partner.peer_id, error)
-        return None
+        # those with none are joining, too, and their records say so until they are renewed
+        ages = [partner.dense_age for partner in self.partners if partner.dense_age]
+        if not ages or not is_behind(self.part.age, median_low(ages)):
+            return None
+        most = max_plausible_updates(ages)
+        older = [p for p in self.partners if _is_reachable(p) and p.dense_age > self.part.age]
+        asked = drawn_stale_last(older, lambda partner: partner.dense_age, self._rng)[:_TAKE_ATTEMPTS]
+        mine = await asyncio.to_thread(self.part.read)
+        given = await first_few((self._take(partner, mine) for partner in asked), COMPARED, _PATIENCE_S)
+        if not given:
+            return None
+        tensors = await asyncio.to_thread(self._choose, mine, [theirs.tensors for theirs in given])
+        age = median_low(min(theirs.age, most) for theirs in given)
+        self.part.replace(tensors, age)
+        return age
 
-    async def _take(self, partner: TrainerInfo, most: int) -> int:
-        """Returns its age, at most `most`."""
+    async def _take(self, partner: TrainerInfo, mine: DensePart) -> PeerDensePart | None:
+        """None if that trainer does not give one, or one that cannot be used."""
         request = dense_pb2.TakeRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=self.form.swarm_id, fingerprint=self.form.fingerprint
         )
         what = f"the dense part of {partner.peer_id}"
-        incoming = await self._service.download(partner, "Take", request, what, RateLimit(None))
-        mine = await asyncio.to_thread(self.part.read)
-        theirs = await self.exchange.check(mine, incoming, partner.peer_id)
-        age = min(theirs.age, most)
-        self.part.replace(theirs.tensors, age)
-        return age
+        try:
+            incoming = await self._service.download(partner, "Take", request, what, RateLimit(None))
+            return await self.exchange.check(mine, incoming, partner.peer_id)
+        except (TransferError, StateError) as error:
+            self._note_failure(partner.peer_id, error)
+            return None
+
+    def _choose(self, mine: DensePart, given: Sequence[Tensors]) -> Tensors:
+        if len(given) == 1:
+            return given[0]
+        trained = self.form.trained
+        taken = given[medoid([trained(tensors) for tensors in given], trained(mine.tensors), self._rng)]
+        voices = given if len(given) == COMPARED else [*given, mine.tensors]
+        return {**trained(taken), **elementwise_median(voices, self.form.buffers)}
 
     async def _swap(self, partner: TrainerInfo, mine: Snapshot) -> SnapshotReceiver:
         """Sends this trainer's dense part and returns the partner's, not yet checked."""
@@ -229,7 +263,8 @@ class Averaging:
             if error.code() is StatusCode.UNAUTHENTICATED:
                 self._service.sessions.ended(partner.peer_id, session)  # the next time opens another
             if error.code() is StatusCode.RESOURCE_EXHAUSTED:
-                raise ExpertError(error.code(), f"{partner.peer_id} averages with another") from error
+                said = f"{partner.peer_id} averages with another, or did so with this trainer a moment ago"
+                raise ExpertError(error.code(), said) from error
             reason = f"{error.code().name}: {printable(error.details() or '')}"
             raise TransferError(f"{partner.peer_id} did not exchange: {reason}") from error
         except TimeoutError:
@@ -268,12 +303,14 @@ class Averaging:
             pause_s = min(2 * pause_s, self._schedule.search_every_s)
 
     async def _keep_averaging(self) -> None:
-        exchange, after = self.exchange, self._steps_to_next()
+        """Others that call put it off, by `every` steps at most: or one of them could keep it to itself."""
+        exchange, after, ended_at_step = self.exchange, self._steps_to_next(), 0
         while True:
             self._stepped.clear()
             await self._stepped.wait()
             now = exchange.clock()
-            is_due = self.part.steps >= exchange.ended_at_step + after and now >= self._rested_at
+            last = min(exchange.ended_at_step, ended_at_step + self._schedule.every)
+            is_due = self.part.steps >= last + after and now >= self._rested_at
             partner = choose_partner(self.partners, exchange.breakers.open_at(now), self._rng)
             if not is_due or exchange.is_running or partner is None:
                 continue
@@ -285,6 +322,7 @@ class Averaging:
                 after = self._rng.randint(1, max(1, self._schedule.every // 2))
             except (TransferError, StateError) as error:
                 self._note_failure(partner.peer_id, error)
+            ended_at_step = self.part.steps
 
     def _steps_to_next(self) -> int:
         """Steps to the next exchange that this trainer begins.
@@ -317,4 +355,4 @@ def choose_partner(
 
 
 def _is_reachable(trainer: TrainerInfo) -> bool:
-    return bool(trainer.addresses or trainer.tunnel_addresses)
+    return bool(trainer.addresses or trainer.tunnel_addresses or trainer.relay_addresses)

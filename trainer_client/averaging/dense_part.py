@@ -14,17 +14,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Self, TypeAlias
+from typing import Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peer.averaging import interpolate
 from peer.checkpoints import CheckpointHeader, Outline, decode_checkpoint, encode_checkpoint
-from peer.errors import StateError
-
-Tensors: TypeAlias = Mapping[str, Tensor]
+from peer.clipping import Distances, OwnMoves, Tensors, at_base, believed_updates, clip, distance
+from peer.errors import OutOfReachError, StateError
 
 MAX_BUFFER = 1e9
 """Largest number in a buffer. A bias is a few times as large as the gate's scores; this is far from overflow."""
@@ -172,6 +170,8 @@ class DenseMerge:
     """Of this trainer's dense part afterwards."""
     difference: float
     """Norm of the difference between the two, relative to the norm of this trainer's."""
+    belief: float
+    """How much of the difference was not clipped away, 0 to 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +182,7 @@ class _Waiting:
     their_age: int
     share: float
     difference: float
+    moves: Distances
     done: "Future[DenseMerge]" = field(default_factory=Future)
 
 
@@ -202,6 +203,7 @@ class SharedParameters:
         buffers = shared_buffers(model)
         self._buffers = buffers.keys()
         self._tensors = {**dict(model.named_parameters()), **buffers}
+        self._own_moves = OwnMoves(self._tensors)
         self._changing = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
         self._merges: deque[DenseMerge] = deque(maxlen=_MERGES_REMEMBERED)
@@ -238,16 +240,41 @@ class SharedParameters:
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors.items()}
             return DensePart(tensors, self._age)
 
-    def merge(
-        self, peer: str, base: DensePart, theirs: Tensors, their_age: int, share: float, difference: float
-    ) -> "Future[DenseMerge]":
-        """Moves the parameters, at the end of the next step, by `share` of the way from `base` to `theirs`.
+    def moves_to(self, base: DensePart) -> Distances:
+        """How far this trainer's own steps led to `base`, which was read here, since the last averaging.
 
-        `base` was read here, and `theirs` is what the other trainer had at that time. Numbers of its buffers count as
-        no larger than the largest of one's own: nothing else tells a bias that sends all rows to one expert from one
-        that spreads them. May be called on any thread.
+        May be called on any thread, while no averaging waits for the end of a step.
         """
-        waiting = _Waiting(peer, base, theirs, their_age, share, difference)
+        return self._own_moves.present(base.tensors)
+
+    def require_in_reach(self, base: DensePart, theirs: Tensors, moves: Distances) -> None:
+        """Raises OutOfReachError when `theirs` is further from `base` than trainers of like speed are from each other.
+
+        `moves`: those to `base`. A trainer that has not moved has no measure, and refuses nobody: nor does it believe
+        anybody (`merge`). May be called as `moves_to` may.
+        """
+        names = self._tensors.keys() - self._buffers
+        reach = self._own_moves.reach(moves, names)
+        if reach and distance({name: base.tensors[name] for name in names}, theirs) > reach:
+            raise OutOfReachError("it is further from this trainer's than steps of its own explain")
+
+    def merge(
+        self,
+        peer: str,
+        base: DensePart,
+        theirs: Tensors,
+        their_age: int,
+        share: float,
+        difference: float,
+        moves: Distances,
+    ) -> "Future[DenseMerge]":
+        """Moves the parameters, at the end of the next step, by up to `share` of the way from `base` to `theirs`.
+
+        `base` was read here, and `theirs` is what the other trainer had at that time. Each tensor moves no further than
+        this trainer's own steps move it from one averaging to the next (`peer.clipping`). `moves`: those to `base`. The
+        age grows as far as the difference was believed. May be called on any thread.
+        """
+        waiting = _Waiting(peer, base, theirs, their_age, share, difference, moves)
         self._waiting.append(waiting)
         return waiting.done
 
@@ -257,6 +284,7 @@ class SharedParameters:
         with self._changing:
             for name, tensor in self._tensors.items():
                 tensor.copy_(tensors[name])
+            self._own_moves = OwnMoves(self._tensors)
             self._age = min(age, MAX_AGE)
 
     def take_merges(self) -> list[DenseMerge]:
@@ -270,18 +298,16 @@ class SharedParameters:
     def _merge(self, waiting: _Waiting) -> None:
         if not waiting.done.set_running_or_notify_cancel():
             return
-        base = waiting.base
+        base, share = waiting.base, waiting.share
+        current = {name: tensor.cpu() for name, tensor in self._tensors.items()}
+        radii = self._own_moves.radii(waiting.moves)
+        clipped = clip(current, base.tensors, waiting.theirs, radii, share)
+        self._own_moves.note(waiting.moves)
+        self._own_moves.start(at_base(clipped.tensors, current, base.tensors))
         for name, tensor in self._tensors.items():
-            current, then, theirs = tensor.cpu(), base.tensors[name], waiting.theirs[name]
-            if name in self._buffers:
-                theirs = _no_larger(theirs, then)
-            tensor.copy_(interpolate(current, then, theirs, waiting.share))
-        self._age = min(max(base.age, waiting.their_age) + self._age - base.age, MAX_AGE)
-        merge = DenseMerge(waiting.peer, waiting.share, self._age, waiting.difference)
+            tensor.copy_(clipped.tensors[name])
+        believed = believed_updates(base.age, waiting.their_age, share, clipped.belief)
+        self._age = min(believed + self._age - base.age, MAX_AGE)
+        merge = DenseMerge(waiting.peer, share, self._age, waiting.difference, clipped.belief)
         self._merges.append(merge)
         waiting.done.set_result(merge)
-
-
-def _no_larger(theirs: Tensor, mine: Tensor) -> Tensor:
-    most = float(mine.abs().max()) if mine.numel() else 0.0
-    return theirs.clamp(-most, most)

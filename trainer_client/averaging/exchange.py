@@ -15,8 +15,10 @@ import grpc
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter
 
-from peer.averaging import AveragingHistory, partner_weight
-from peer.errors import ExpertError, StateError, WireError
+from peer.averaging import AveragingHistory, Meeting, last_meeting, partner_weight
+from peer.bounded import BoundedDict
+from peer.clipping import Distances, Tensors, believed_updates
+from peer.errors import ExpertError, OutOfReachError, StateError, WireError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
@@ -32,7 +34,6 @@ from trainer_client.averaging.dense_part import (
     DenseMerge,
     DensePart,
     SharedParameters,
-    Tensors,
     require_near,
 )
 from trainer_client.dispatch.policy import CircuitBreakers
@@ -44,6 +45,8 @@ _SNAPSHOT_LIFETIME_S = 300.0
 """How long a snapshot is kept, so that a trainer that was cut off can go on downloading it."""
 _BACKOFF_S, _LONGEST_BACKOFF_S = 10.0, 900.0
 _MAX_TAKERS = 4
+_CALLERS = 1024
+"""Whose last exchange is remembered."""
 
 Requests = AsyncIterator[dense_pb2.ExchangeRequest]
 ExchangeContext = grpc.aio.ServicerContext[dense_pb2.ExchangeRequest, state_pb2.FetchReply]
@@ -78,8 +81,8 @@ class Snapshot:
     key: bytes
     """The fingerprint of its form."""
     part: DensePart
-    met: Mapping[PeerID, int]
-    """Each trainer that this one had averaged with by then, and the age of both after that."""
+    met: Mapping[PeerID, Meeting]
+    """Each trainer that this one had averaged with by then, and the ages of both after that."""
     data: bytes
     sha256: bytes
     expires_at: float
@@ -90,7 +93,7 @@ class Snapshot:
             update_count=self.part.age,
             total_bytes=len(self.data),
             sha256=self.sha256,
-            met_update_count=0 if peer_id is None else self.met.get(peer_id, 0),
+            met_update_count=self.met[peer_id].mine if peer_id is not None and peer_id in self.met else 0,
         )
 
 
@@ -101,6 +104,8 @@ class PeerDensePart:
     tensors: Tensors
     age: int
     difference: float
+    moves: Distances
+    """How far this trainer's own steps had led, since its last averaging, to its dense part at the same moment."""
 
 
 class DenseExchange:
@@ -189,14 +194,21 @@ class DenseExchange:
         self, base: Snapshot, theirs: PeerDensePart, met_update_count: int, peer_id: PeerID
     ) -> DenseMerge:
         """Merges at the end of the next step, and waits for it."""
-        met = max(base.met.get(peer_id, 0), met_update_count)
+        met = last_meeting(base.met.get(peer_id), met_update_count)
         their_age = self._history.capped_claim(self.form.fingerprint, base.part.age, theirs.age)
         share = partner_weight(base.part.age, their_age, met)
         done = self.part.merge(
-            peer_id.to_base58(), base.part, theirs.tensors, their_age, share, theirs.difference
+            peer_id.to_base58(),
+            base.part,
+            theirs.tensors,
+            their_age,
+            share,
+            theirs.difference,
+            theirs.moves,
         )
         merge = await asyncio.wrap_future(done)
-        self._history.record(self.form.fingerprint, peer_id, max(base.part.age, their_age))
+        after = believed_updates(base.part.age, their_age, share, merge.belief)
+        self._history.record(self.form.fingerprint, peer_id, after, their_age)
         self.breakers.succeeded(peer_id)
         self.metrics.ends.labels("averaged").inc()
         return merge
@@ -214,18 +226,26 @@ class DenseExchange:
         with self._guard.guarding("dense", peer_id, StateError):
             tensors = self.form.from_bytes(data, header.update_count)
             difference = require_near(self.form.trained(mine.tensors), self.form.trained(tensors))
-        return PeerDensePart(tensors, min(header.update_count, MAX_AGE), difference)
+        moves = self.part.moves_to(mine)
+        self.part.require_in_reach(mine, tensors, moves)
+        return PeerDensePart(tensors, min(header.update_count, MAX_AGE), difference, moves)
 
 
 class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
     """Exchanges one trainer's dense part with other trainers of the same swarm and model."""
 
-    def __init__(self, exchange: DenseExchange, me: PeerID, sessions: Sessions, deadline_s: float) -> None:
-        """`sessions`: of those who may call. `deadline_s`: the longest that a call may take."""
+    def __init__(
+        self, exchange: DenseExchange, me: PeerID, sessions: Sessions, deadline_s: float, least_steps: int
+    ) -> None:
+        """`sessions`: of those who may call. `deadline_s`: the longest that a call may take. `least_steps`: of this
+        trainer, between two exchanges with the same caller. Each may move its dense part (`peer.clipping`).
+        """
         self._exchange = exchange
         self._me = me
         self._sessions = sessions
         self._deadline_s = deadline_s
+        self._least_steps = least_steps
+        self._next_at_step = BoundedDict[PeerID, int](_CALLERS)
         self._takers = TransferSlots(_MAX_TAKERS)
         self._merging = TaskSet()
 
@@ -259,6 +279,8 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             merge = self._merge(mine, theirs, offer.header.met_update_count, caller)
             self._merging.spawn(merge, "merge a dense part")
             merging = True
+        except OutOfReachError as error:
+            exchange.refuse(caller, error)  # this one may still be in the caller's reach
         except StateError as error:
             exchange.refuse(caller, error)
             raise WireError(str(error)) from error
@@ -291,6 +313,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
     async def _merge(self, mine: Snapshot, theirs: PeerDensePart, met: int, caller: PeerID) -> None:
         try:
             await self._exchange.merge(mine, theirs, met, caller)
+            self._next_at_step[caller] = self._exchange.part.steps + self._least_steps
         finally:
             self._exchange.end()
 
@@ -323,6 +346,10 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         if caller in exchange.breakers.open_at(exchange.clock()):
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, "what this trainer offered could not be used: come back later"
+            )
+        if exchange.part.steps < self._next_at_step.get(caller, 0):
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED, "the two trainers have averaged lately: come back later"
             )
 
     def _require_same_form(self, fingerprint: bytes) -> None:

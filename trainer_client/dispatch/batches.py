@@ -1,17 +1,19 @@
-"""The records of one training step, and the array functions that group its rows by expert.
+"""The records of one training step, and the array functions that group its rows by node.
 
 A step's rows are all tokens of a batch, sequence after sequence. Each row is sent to K experts, one for each of its
-slots. `group_by_expert` gathers the rows of one expert into an `ExpertBatch`; the batches that go to one node travel
-together in one `NodeCall`. `ExpertCaller` is the network as dispatch sees it: tests put a function in its place.
+slots. What goes to one node is a `NodeBatch`: each row once, whatever number of the node's experts it is for. The node
+answers a row with S = sum of u f / sum of u over those of the experts that answered, where u are relative weights and f
+the experts' updates. A row's answer counts as a whole or not at all. `ExpertCaller` is the network as dispatch sees it:
+tests put a function in its place.
 
-Shapes: R rows, K slots of each row, W width of the experts, G_d size of grid dimension d, r rows of one batch, s its
-segments (the rows of one sequence each), n rows whose experts are chosen again.
+Shapes: R rows, K slots of each row, W width of the experts, G_d size of grid dimension d, n rows of one batch, s its
+segments (the rows of one sequence each), m some of its rows.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Literal, Protocol, Self, TypeAlias
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 
@@ -25,6 +27,11 @@ from peer.identity import PeerID
 
 Direction: TypeAlias = Literal["forward", "backward"]
 
+LEAST_WEIGHT = np.float32(1e-6)
+"""Relative weights are no smaller, so that they stay normal numbers: an expert that weighs less than a millionth of the
+row's best at the same node counts as a millionth of it.
+"""
+
 
 @dataclass(frozen=True)
 class RoutedRows:
@@ -32,7 +39,7 @@ class RoutedRows:
 
     layer: int
     inputs: Floats  # [R, W]
-    scores: Sequence[Floats]  # one [R, G_d] per grid dimension; rows that lack answers choose again by them
+    scores: Sequence[Floats]  # one [R, G_d] per grid dimension: for weights, and to choose again
     k: int
     sequence_length: int  # row r is position r % sequence_length of sequence r // sequence_length
     keep: bool  # a backward pass is meant to follow
@@ -42,104 +49,256 @@ class RoutedRows:
     def grid(self) -> tuple[int, ...]:
         return tuple(table.shape[1] for table in self.scores)
 
+    def logits(self, rows: Integers, coordinates: Integers) -> Floats:
+        """Of the experts at `coordinates` [n, K, dims], for these rows. [n, K]"""
+        tables = zip(self.scores, np.moveaxis(coordinates, -1, 0), strict=True)
+        logits: Floats = np.sum([table[rows[:, None], numbers] for table, numbers in tables], axis=0)
+        return logits
 
-@dataclass(frozen=True, eq=False)
-class ExpertBatch:
-    """The rows that go to one expert, in order of sequence and position, and the slot that each came from."""
+
+class ExpertPart(NamedTuple):
+    """What one expert computes of a batch."""
 
     uid: UID
-    rows: Integers  # [r], indices into the step's rows
-    slots: Integers  # [r], which of the row's K choices this expert is
-    lengths: Integers  # [s], rows of each segment
-    positions: Integers  # [r], in their sequences
-
-
-@dataclass(frozen=True)
-class KeptForward:
-    """How to name a forward pass that the node that answered it has kept."""
-
-    request_id: bytes
-    index: int
+    places: Integers  # [m], rising: which of the batch's rows
+    slots: Integers  # [m], which of the row's K choices this expert is
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
-    """What one expert is asked."""
+class NodeBatch:
+    """Rows that go to one node in one call, in order of sequence and position, and which experts each is for."""
 
-    batch: ExpertBatch
-    inputs: Floats  # [r, W]
-    gradients: Floats | None = None  # [r, W], of the updates; None in forward
-    keep: bool = False
-    """In forward: whether a backward call is meant to follow."""
-    kept: KeptForward | None = None
-    """In backward: where the node keeps the inputs, so that they need not be sent again."""
+    rows: Integers  # [n], rising: indices into the step's rows
+    lengths: Integers  # [s], rows of each segment
+    positions: Integers  # [n], in their sequences
+    uids: tuple[UID, ...]  # the experts, each once, in the order of their coordinates
+    experts: Integers  # [n, K], which of `uids` is asked for each slot; -1 where none is
+
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        coordinates: Integers,
+        wanted: Booleans,
+        grid: tuple[int, ...],
+        sequence_length: int,
+    ) -> Self:
+        """All R rows of a step, for the experts that `wanted` [R, K] slots name in `coordinates` [R, K, dims]."""
+        numbers, which = np.unique(
+            np.ravel_multi_index(tuple(coordinates[wanted].T), grid), return_inverse=True
+        )
+        experts = np.full(wanted.shape, -1)
+        experts[wanted] = which.ravel()
+        places = np.stack(np.unravel_index(numbers, grid), axis=-1).tolist()
+        sequences, positions = np.divmod(np.arange(len(wanted)), sequence_length)
+        uids = tuple(UID(layer, tuple(place)) for place in places)
+        return cls(np.arange(len(wanted)), np.bincount(sequences), positions, uids, experts)
+
+    @classmethod
+    def apart(cls, uids: Sequence[UID], lengths: Sequence[int], positions: Sequence[int]) -> Self:
+        """The same rows once for each expert, so that each answers for itself."""
+        rows, experts = len(positions), len(uids)
+        which = np.repeat(np.arange(experts), rows)
+        lengths_S, positions_N = np.tile(lengths, experts), np.tile(positions, experts)
+        return cls(np.arange(rows * experts), lengths_S, positions_N, tuple(uids), which[:, None])
+
+    @property
+    def asked(self) -> Booleans:
+        """Which slots the node is asked for. [n, K]"""
+        return self.experts >= 0
+
+    @cached_property
+    def coordinates(self) -> Integers:
+        """Of the experts asked; anything elsewhere. [n, K, dims]"""
+        dims = len(self.uids[0].coordinate) if self.uids else 1
+        places = np.array([uid.coordinate for uid in self.uids], dtype=np.int64).reshape(-1, dims)
+        return np.concatenate([places, np.full((1, dims), -1)])[self.experts]
+
+    @cached_property
+    def ranks(self) -> Integers:
+        """Of each slot that is asked: how many of its row's experts come before it in `uids`. [n, K]"""
+        before = self.asked[:, None, :] & (self.experts[:, None, :] < self.experts[:, :, None])
+        ranks: Integers = before.sum(axis=2)
+        return ranks
+
+    def parts(self) -> Iterator[ExpertPart]:
+        """Expert by expert, in the order of `uids`."""
+        places, slots = np.nonzero(self.asked)
+        experts = self.experts[places, slots]
+        order = np.argsort(experts, kind="stable")
+        ends = np.bincount(experts, minlength=len(self.uids)).cumsum()
+        for uid, part in zip(self.uids, np.split(order, ends[:-1]), strict=False):
+            yield ExpertPart(uid, places[part], slots[part])
+
+    def segments(self, places: Integers) -> tuple[Integers, Integers]:
+        """Rows of each segment, and positions, of these rows alone."""
+        segments = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        lengths = np.bincount(segments[places], minlength=len(self.lengths))
+        return lengths[lengths > 0], self.positions[places]
+
+    def only(self, slots: Booleans) -> tuple["NodeBatch", Integers]:
+        """The batch with no other `slots` [n, K] asked, and which of the rows are left."""
+        experts = np.where(slots, self.experts, -1)
+        places = np.flatnonzero((experts >= 0).any(axis=1))
+        experts = experts[places]
+        used = np.unique(experts[experts >= 0])
+        renumbered = np.full(len(self.uids) + 1, -1)  # the last is for -1
+        renumbered[used] = np.arange(len(used))
+        lengths, positions = self.segments(places)
+        uids = tuple(self.uids[number] for number in used.tolist())
+        return NodeBatch(self.rows[places], lengths, positions, uids, renumbered[experts]), places
+
+    def experts_in(self, slots: Booleans) -> list[UID]:
+        """The experts asked for in `slots` [n, K]."""
+        numbers = self.experts[slots & self.asked]
+        return [self.uids[number] for number in np.unique(numbers).tolist()]
+
+
+def relative_weights(logits: Floats, asked: Booleans) -> Floats:
+    """The weights u [n, K] of the experts `asked` in each row, against the best of them, which has 1; others have 0.
+
+    u is exp(logit - the row's largest), at least `LEAST_WEIGHT`: routers weigh a row's experts in these ratios.
+    """
+    finite = np.where(np.isnan(logits), -1e30, np.clip(logits, -1e30, 1e30)).astype(np.float32)
+    highest = np.where(asked, finite, -np.inf).max(axis=1, keepdims=True, initial=-1e30)
+    weights = np.maximum(np.exp(np.where(asked, finite - highest, 0)), LEAST_WEIGHT)
+    return np.where(asked, weights, 0).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class NodeCall:
-    """One call to one node, with the requests to all its experts."""
+    """One call to one node."""
 
     node: NodeInfo
     direction: Direction
-    requests: Sequence[Request]
+    batch: NodeBatch
     deadline_s: float
+    inputs: Floats  # [n, W]
+    weights: Floats  # [n, K], of the experts asked
+    gradients: Floats | None = None
+    """[n, W], in backward: of the answers S; zero where an answer does not count."""
+    keep: bool = False
+    """In forward: whether a backward call is meant to follow."""
+    kept: bytes | None = None
+    """In backward: the id of the forward call, when the node has kept it."""
+    counts: Booleans | None = None
+    """[n, K], in backward: the slots whose answers count."""
+
+    def in_full(self) -> "NodeCall":
+        """A backward call with all that a node needs that has kept nothing.
+
+        Asks for what counts. Rows whose answers don't count go along to the experts that count for others, without a
+        gradient: experts look back at them.
+        """
+        assert self.counts is not None
+        assert self.gradients is not None
+        numbers = np.unique(self.batch.experts[self.counts])
+        counted = self.counts.any(axis=1, keepdims=True)
+        slots = np.where(counted, self.counts, np.isin(self.batch.experts, numbers))
+        batch, places = self.batch.only(slots)
+        weights = np.where(batch.asked, self.weights[places], np.float32(0))
+        return replace(
+            self,
+            batch=batch,
+            inputs=self.inputs[places],
+            weights=weights,
+            gradients=self.gradients[places],
+            kept=None,
+            counts=self.counts[places],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class AnsweredRows:
+    """What a node answered for some rows of a batch."""
+
+    batch: NodeBatch
+    places: Integers  # [m], rising: which of the batch's rows
+    answered: Booleans  # [m, K], the slots whose experts are in the answer
+    tensor: Floats  # [m, W], S; in backward the gradients of the inputs
+    products: Floats | None = None
+    """[m, K], in backward: of the gradient of S and each expert's update; 0 elsewhere."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one expert answered for a batch: a tensor, or why there is none.
+class ExpertReply:
+    """How one expert's part of a call ended."""
 
-    Names the batch and not the request, so that what was sent can be freed as soon as its call has ended.
-    """
-
-    batch: ExpertBatch
-    peer_id: PeerID
-    tensor: Floats | None  # [r, W]
+    batch: NodeBatch
+    uid: UID
     error: ExpertError | None = None
-    call_lost: bool = False
-    """The whole call broke off or reached its deadline; the node has said nothing of the expert."""
+    """Why it is in no row's answer."""
     update_count: int = 0
     """Optimizer steps the replica has taken."""
-    kept: KeptForward | None = None
-    """In forward: set when the node has kept what it was sent."""
     skipped_update: bool = False
     """In backward: the expert's guard refused the step."""
     rolled_back: bool = False
     """In backward: the expert went back to its last good state."""
+    version: int = 0
+    """In forward: of the parameters that computed its rows, by the node's word. 0: it names none."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The node has kept a forward call under this id. The last of a call's replies."""
+
+    batch: NodeBatch
+    request_id: bytes
+
+
+@dataclass(frozen=True)
+class CallEnded:
+    """A call is over, and nothing more comes of it."""
+
+    batch: NodeBatch
+    peer_id: PeerID
+    error: ExpertError | None = None
+    """Why it failed as a whole."""
+    lost: bool = False
+    """It broke off or reached its deadline; the node has said nothing of what is missing."""
+
+
+CallReply: TypeAlias = AnsweredRows | ExpertReply | Kept
 
 
 class ExpertCaller(Protocol):
     """The network, as dispatch sees it."""
 
-    def call(self, call: NodeCall) -> AsyncIterator[Answer]:
-        """Yields one answer to each request, in any order. Raises ExpertError when the call failed as a whole; then no
-        more answers come.
+    def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
+        """Yields one reply of each expert and at most one answer to each row; that of an expert comes before the rows
+        that it is in. Raises ExpertError when the call failed as a whole.
+
+        The replies to a backward call that was made in full in the end name the batch of `NodeCall.in_full`. They
+        answer only slots that count.
         """
         ...
 
 
 @dataclass(eq=False)
-class SentBatch:
-    """A batch from its first forward call to its backward call. Holds no tensors."""
+class CallProgress:
+    """What is known of a call that was started."""
 
-    batch: ExpertBatch
-    peers: list[PeerID] = field(default_factory=list)
-    """Who has still to answer: one peer, or two when the first was slow."""
-    attempts: int = 0
-    hedge: PeerID | None = None
-    answered_by: PeerID | None = None
-    kept: KeptForward | None = None
-    counts: Booleans = field(
-        init=False
-    )  # [r], the rows for which the answer counts: others may have come before
+    kept: bytes | None = None
+    """In forward: set when the node has kept it."""
+
+
+@dataclass(eq=False)
+class SentBatch:
+    """A batch that was sent to one node, from its forward call to its backward call. Holds no tensors."""
+
+    batch: NodeBatch
+    node: NodeInfo
+    weights: Floats  # [n, K]
+    progress: CallProgress
+    is_hedge: bool = False
+    versions: dict[UID, int] = field(default_factory=dict)
+    """Of the parameters of the experts that have computed."""
+    open: Booleans = field(init=False)  # [n, K], the slots of which something may still come
+    counts: Booleans = field(init=False)  # [n, K], the slots whose answers count
 
     def __post_init__(self) -> None:
-        self.counts = np.zeros(len(self.batch.rows), dtype=bool)
-
-    @property
-    def is_waiting(self) -> bool:
-        """Neither answered nor failed by all who were asked."""
-        return self.answered_by is None and bool(self.peers)
+        self.open = self.batch.asked
+        self.counts = np.zeros_like(self.open)
 
 
 @dataclass
@@ -148,10 +307,12 @@ class ForwardPass:
 
     rows: RoutedRows
     coordinates: Integers  # [R, K, dims], of the expert in each slot
-    updates: Floats  # [R, K, W], zeros where nobody answered
+    updates: Floats  # [R, K, W], each answer S in the first slot of its experts; zeros elsewhere
+    leads: Integers  # [R, K], the slot that each slot's answer is in; its own where nobody answered
+    shares: Floats  # [R, K], each expert's share u / sum of u in its answer; 0 where nobody answered
     answered: Booleans  # [R, K]
     answers: list[SentBatch] = field(default_factory=list)
-    """The batches whose answers count, in the order in which these came."""
+    """The batches of which answers count, in the order in which the first of these came."""
 
     @classmethod
     def of(cls, rows: RoutedRows) -> Self:
@@ -161,38 +322,69 @@ class ForwardPass:
             rows,
             np.zeros((count, rows.k, len(rows.scores)), dtype=np.int64),
             np.zeros((count, rows.k, width), dtype=np.float32),
+            np.tile(np.arange(rows.k), (count, 1)),
+            np.zeros((count, rows.k), dtype=np.float32),
             np.zeros((count, rows.k), dtype=bool),
         )
 
+    def accept(self, sent: SentBatch, reply: AnsweredRows) -> Booleans:
+        """Takes in the answers to rows none of whose slots has an answer yet: each as a whole or not at all.
 
-def group_by_expert(
-    layer: int, coordinates: Integers, wanted: Booleans, grid: tuple[int, ...], sequence_length: int
-) -> Iterator[ExpertBatch]:
-    """One batch for each expert that `wanted` [R, K] slots name in `coordinates` [R, K, dims]."""
-    rows, slots = np.nonzero(wanted)  # in order of rows
-    experts = np.ravel_multi_index(tuple(coordinates[rows, slots].T), grid)
-    order = np.argsort(experts, kind="stable")  # by expert, and within it still in order of rows
-    rows, slots, experts = rows[order], slots[order], experts[order]
-    sequences, positions = np.divmod(rows, sequence_length)
-    is_first = _changes(experts)
-    begins = np.flatnonzero(is_first | _changes(sequences))  # of segments
-    lengths = np.diff(begins, append=len(rows))
-    starts = np.flatnonzero(is_first)  # of batches
-    places = np.stack(np.unravel_index(experts[starts], grid), axis=-1).tolist()
-    batch_bounds = pairwise([*starts, len(rows)])
-    segment_bounds = pairwise([*np.searchsorted(begins, starts), len(begins)])
-    for place, (start, end), (first, last) in zip(places, batch_bounds, segment_bounds, strict=True):
-        part = slice(start, end)
-        yield ExpertBatch(
-            UID(layer, tuple(place)), rows[part], slots[part], lengths[first:last], positions[part]
-        )
+        Takes one also in place of earlier answers to the row if it has all of their slots and more: a hedge for one
+        expert of a node must not cost the row that node's others. Gives the slots [m, K] of the reply's rows that were
+        answered so.
+        """
+        batch, rows = sent.batch, sent.batch.rows[reply.places]
+        taken = reply.answered & self.answered[rows]
+        replaced = self._replaced(rows, reply.answered, taken)
+        is_free = np.logical_or(~taken.any(axis=1), replaced.any(axis=1))
+        accepted: Booleans = reply.answered & is_free[:, None]
+        is_free = accepted.any(axis=1)
+        places, slots = reply.places[is_free], reply.answered[is_free]
+        if not len(places):
+            return accepted
+        if replaced.any():
+            self._take_back(rows, replaced)
+        sent.counts[places] |= slots
+        rows, lead = batch.rows[places], slots.argmax(axis=1)
+        self.coordinates[rows] = np.where(slots[..., None], batch.coordinates[places], self.coordinates[rows])
+        self.updates[rows, lead] = reply.tensor[is_free]
+        self.leads[rows] = np.where(slots, lead[:, None], self.leads[rows])
+        self.shares[rows] = np.where(slots, shares(sent.weights[places], slots), self.shares[rows])
+        self.answered[rows] |= slots
+        if sent not in self.answers:
+            self.answers.append(sent)
+        return accepted
+
+    def _replaced(self, rows: Integers, slots: Booleans, taken: Booleans) -> Booleans:
+        """The slots [m, K] of earlier answers to `rows` which one of these `slots` would replace. `taken` [m, K]: those
+        that have an answer.
+        """
+        leads, which = self.leads[rows], np.nonzero(taken)
+        overlaps = np.zeros_like(taken)
+        overlaps[which[0], leads[which]] = True
+        earlier = self.answered[rows] & np.take_along_axis(overlaps, leads, axis=1)
+        is_more = np.logical_and(~(earlier & ~slots).any(axis=1), (slots & ~earlier).any(axis=1))
+        replaced: Booleans = earlier & is_more[:, None]
+        return replaced
+
+    def _take_back(self, rows: Integers, slots: Booleans) -> None:
+        """As if these slots [m, K] had not been answered. Other answers in the same rows count as before."""
+        some = slots.any(axis=1)
+        rows, slots = rows[some], slots[some]
+        self.updates[rows] = np.where(slots[..., None], np.float32(0), self.updates[rows])
+        for sent in self.answers:
+            found, of, places = np.intersect1d(rows, sent.batch.rows, assume_unique=True, return_indices=True)
+            if len(found):
+                sent.counts[places] &= ~slots[of]
 
 
-def _changes(numbers: Integers) -> Booleans:
-    """Where one differs from the one before, the first included."""
-    changes = np.ones(len(numbers), dtype=bool)
-    np.not_equal(numbers[1:], numbers[:-1], out=changes[1:])
-    return changes
+def shares(weights: Floats, slots: Booleans) -> Floats:
+    """Of each expert in the mean over `slots` [m, K] by the weights; 0 elsewhere, and in rows that have none."""
+    weights = np.where(slots, weights, np.float32(0))
+    total = weights.sum(axis=1, keepdims=True)
+    result: Floats = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return result
 
 
 def is_live(coordinates: Integers, tables: PrefixTables) -> Booleans:

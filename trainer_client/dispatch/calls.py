@@ -1,9 +1,10 @@
-"""Calls under way: starts calls to nodes, notes how they went, and hands over an answer to every request."""
+"""Calls under way: starts calls to nodes, notes how they went, and hands over what nodes reply."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 from grpc import StatusCode
@@ -15,7 +16,16 @@ from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import SECONDS, start_at_zero, total, totals
-from trainer_client.dispatch.batches import Answer, Direction, ExpertBatch, ExpertCaller, NodeCall, Request
+from trainer_client.dispatch.batches import (
+    AnsweredRows,
+    CallEnded,
+    CallProgress,
+    Direction,
+    ExpertCaller,
+    ExpertReply,
+    Kept,
+    NodeCall,
+)
 from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
 
 logger = logging.getLogger(__name__)
@@ -30,7 +40,8 @@ _PROVEN_S = 30.0
 _HEARD = 4096
 """Peers of which it is known when they answered last, at most."""
 
-Answers: TypeAlias = asyncio.Queue[Answer]
+Reply: TypeAlias = AnsweredRows | ExpertReply | CallEnded
+Replies: TypeAlias = asyncio.Queue[Reply]
 
 
 class DispatchMetrics:
@@ -66,15 +77,15 @@ class DispatchMetrics:
         self.repeated_calls = counter("repeated_calls", "Calls repeated because the first was lost.")
         self.hedged_calls = counter("hedged_calls", "Forward calls also sent to a second replica.")
         self.hedges_won = counter(
-            "hedges_won", "Parts of hedged calls that the second replica answered first."
+            "hedges_won", "Experts of hedged calls that the second replica answered first."
         )
-        self.spot_checks = counter("spot_checks", "Answers compared with another replica's.")
-        self.differing_answers = counter(
-            "differing_answers", "Spot checks in which the two differed grossly."
+        self.spot_checks = counter(
+            "spot_checks", "Answers of which rows were to be computed again here, by outcome.", "outcome"
         )
-        self.outvoted_answers = counter(
-            "outvoted_answers", "Differing answers that a third replica showed to be wrong."
-        )
+        # "moved_on" and "not_given" say nothing about the answer: the node gave no parameters to check it with
+        start_at_zero(self.spot_checks, "passed", "failed", "moved_on", "not_given")
+        self.checked_rows = counter("checked_rows", "Rows computed again here and compared.")
+        self.evasive = gauge("evasive_nodes", "Nodes of whose last answers none could be checked.")
         self.late_gradients = counter("late_gradients", "Gradients that did not come in time.")
         self.wrong_answers = counter("wrong_answers", "Answers that no honest node gives.")
         self.skipped_updates = counter("skipped_updates", "Optimizer steps that experts refused.")
@@ -95,15 +106,14 @@ class DispatchMetrics:
             "reselected_rows": self.reselected_rows,
             "unanswered_rows": self.unanswered_rows,
             "late_gradients": self.late_gradients,
-            "spot_checks": self.spot_checks,
-            "differing_answers": self.differing_answers,
-            "outvoted_answers": self.outvoted_answers,
+            "checked_rows": self.checked_rows,
             "wrong_answers": self.wrong_answers,
             "skipped_updates": self.skipped_updates,
             "rollbacks": self.rollbacks,
         }
         counts = {name: int(total(metric)) for name, metric in named.items()}
-        return counts | {"failures": self.failures_by_cause()}
+        failed = int(total(self.spot_checks, outcome="failed"))
+        return counts | {"failed_spot_checks": failed, "failures": self.failures_by_cause()}
 
     def failures_by_cause(self) -> dict[str, int]:
         """By the gRPC status in lower case."""
@@ -149,38 +159,41 @@ class CallTracker:
         since = self.now() - _PROVEN_S
         return frozenset(peer_id for peer_id, heard_at in self._heard_at.items() if heard_at > since)
 
-    def start(self, call: NodeCall, sink: Answers) -> None:
-        """Starts a call that puts an answer to each of its requests into `sink`, also when nobody reads them any more.
-
-        Where the call fails, the answers say so.
+    def start(self, call: NodeCall, sink: Replies) -> CallProgress:
+        """Starts a call that puts its replies into `sink`, and in the end a CallEnded, also when nobody reads them any
+        more.
         """
+        progress = CallProgress()
         if self._closed:
-            _fail(call, [request.batch for request in call.requests], _CLOSED, sink)
-            return
-        self._tasks.spawn(self._make(call, sink), "call a node")
+            sink.put_nowait(CallEnded(call.batch, call.node.peer_id, _CLOSED))
+        else:
+            self._tasks.spawn(self._make(call, progress, sink), "call a node")
+        return progress
 
     async def close(self) -> None:
         """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
         self._closed = True
         await self._tasks.aclose()
 
-    async def _make(self, call: NodeCall, sink: Answers) -> None:
+    async def _make(self, call: NodeCall, progress: CallProgress, sink: Replies) -> None:
         self.metrics.calls.inc()
         peer_id = call.node.peer_id
         call_times = self.call_times[call.direction]
-        waiting = {request.batch: request for request in call.requests}
-        did_well, failure, began = True, _CLOSED, self.now()
+        did_well, heard, began = True, False, self.now()
+        failure: ExpertError | None = _CLOSED
         try:
-            async for answer in self._caller.call(call):
-                if len(waiting) == len(call.requests):
-                    self.latencies.note_node(peer_id, self.now() - began)
-                    self._heard_at[peer_id] = self.now()
-                answer = self._screened(waiting.pop(answer.batch), answer)
-                if answer.error is not None:
-                    self._note_failure(peer_id, answer.error)
-                    did_well &= answer.error.status in _NOT_THE_PEERS_FAULT
-                self._note_guard(answer)
-                sink.put_nowait(answer)
+            async with aclosing(self._caller.call(call)) as replies:
+                async for reply in replies:
+                    if not heard:
+                        self.latencies.note_node(peer_id, self.now() - began)
+                        self._heard_at[peer_id] = self.now()
+                        heard = True
+                    if isinstance(reply, Kept):
+                        progress.kept = reply.request_id
+                        continue
+                    did_well &= self._note(call, reply)
+                    sink.put_nowait(reply)
+            failure = None
             if did_well:
                 took_s = self.now() - began
                 self.breakers.succeeded(peer_id)
@@ -201,30 +214,34 @@ class CallTracker:
             failure = ExpertError(StatusCode.DATA_LOSS, "its answers can't be read")
             self._note_failure(peer_id, failure)
         finally:
-            _fail(call, waiting, failure, sink)
+            lost = failure is not None and failure.status in _LOST
+            sink.put_nowait(CallEnded(call.batch, peer_id, failure, lost))
 
-    def _screened(self, request: Request, answer: Answer) -> Answer:
-        """An answer that can't be an honest expert's counts as none, and its peer is banned for a while."""
-        if answer.tensor is None:
-            return answer
-        peer_id = answer.peer_id
-        if request.gradients is not None:
-            fault = self._screening.fault_of_gradient(request.gradients, answer.tensor)
-        else:
-            fault = self._screening.find_fault(peer_id, request.inputs, answer.tensor)
-        if fault is None:
-            return answer
-        error = ExpertError(StatusCode.DATA_LOSS, f"expert {answer.batch.uid} gave a {fault} answer")
-        logger.warning("node %s: %s: banned for a while", peer_id, error)
-        return Answer(answer.batch, peer_id, None, error)
+    def _note(self, call: NodeCall, reply: AnsweredRows | ExpertReply) -> bool:
+        """Gives whether it is as good as can be expected. Raises ExpertError for an answer that can't be an honest
+        node's: then the call is over, and its peer banned for a while.
+        """
+        peer_id = call.node.peer_id
+        if isinstance(reply, ExpertReply):
+            self._note_guard(peer_id, reply)
+            if reply.error is None:
+                return True
+            self._note_failure(peer_id, reply.error)
+            return reply.error.status in _NOT_THE_PEERS_FAULT
+        fault = self._screening.find_fault(call, reply)
+        if fault is not None:
+            raise ExpertError(StatusCode.DATA_LOSS, f"a {fault} answer for {call.batch.uids[0]} and others")
+        return True
 
-    def _note_guard(self, answer: Answer) -> None:
-        self.metrics.skipped_updates.inc(answer.skipped_update)
-        self.metrics.rollbacks.inc(answer.rolled_back)
-        if answer.rolled_back:
-            logger.warning(
-                "expert %s of node %s went back to its last good state", answer.batch.uid, answer.peer_id
-            )
+    def _note_guard(self, peer_id: PeerID, reply: ExpertReply) -> None:
+        self.metrics.skipped_updates.inc(reply.skipped_update)
+        self.metrics.rollbacks.inc(reply.rolled_back)
+        if reply.rolled_back:
+            logger.warning("expert %s of node %s went back to its last good state", reply.uid, peer_id)
+
+    def note_wrong(self, peer_id: PeerID, said: str) -> None:
+        """The peer answered what no honest node does: it is banned for a while."""
+        self._note_failure(peer_id, ExpertError(StatusCode.DATA_LOSS, said))
 
     def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
         self.metrics.failures.labels(error.status.name.lower()).inc()
@@ -232,6 +249,7 @@ class CallTracker:
         if error.status is StatusCode.DATA_LOSS:
             self.metrics.wrong_answers.inc()
             self.breakers.distrust(peer_id, now)
+            logger.warning("node %s: %s: banned for a while", peer_id, error)
         elif error.status is StatusCode.RESOURCE_EXHAUSTED:
             self.breakers.busy(peer_id, now, error.retry_after_s)
         elif error.status not in _NOT_THE_PEERS_FAULT:
@@ -239,21 +257,15 @@ class CallTracker:
         logger.debug("node %s: %s: %s", peer_id, error.status.name, error)
 
 
-def _fail(call: NodeCall, batches: Iterable[ExpertBatch], error: ExpertError, sink: Answers) -> None:
-    for batch in batches:
-        lost = error.status in _LOST
-        sink.put_nowait(Answer(batch, call.node.peer_id, None, error, call_lost=lost))
-
-
-async def next_answers(answers: Answers, timeout_s: float) -> list[Answer]:
-    """All answers that are there, after waiting for the next one if there is none; none when the time is over."""
-    found: list[Answer] = []
-    if answers.empty():
+async def next_replies(replies: Replies, timeout_s: float) -> list[Reply]:
+    """All replies that are there, after waiting for the next one if there is none; none when the time is over."""
+    found: list[Reply] = []
+    if replies.empty():
         try:
             async with asyncio.timeout(timeout_s):
-                found.append(await answers.get())
+                found.append(await replies.get())
         except TimeoutError:
             return []
-    while not answers.empty():
-        found.append(answers.get_nowait())
+    while not replies.empty():
+        found.append(replies.get_nowait())
     return found

@@ -7,29 +7,38 @@ import asyncio
 import contextlib
 import random
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
 from dht.announcements import NodeInfo
 from dht.beam_search import Selection
 from dht.directory import Directory, LiveExperts
-from peer.codec import Floats
+from peer.codec import Booleans, Floats, codec_of, rounding_error
 from peer.errors import UnreachableError
 from peer.identity import PeerID
 from trainer_client.dispatch.batches import (
+    AnsweredRows,
+    CallEnded,
     ExpertCaller,
     ForwardPass,
     NodeCall,
-    Request,
     RoutedRows,
     SentBatch,
 )
-from trainer_client.dispatch.calls import Answers, CallTracker, DispatchMetrics, next_answers
+from trainer_client.dispatch.calls import CallTracker, DispatchMetrics, Replies, next_replies
 from trainer_client.dispatch.forward import ForwardRun
-from trainer_client.dispatch.policy import CircuitBreakers, Latencies, WaitPolicy
-from trainer_client.dispatch.spot_checks import SpotChecks
+from trainer_client.dispatch.policy import (
+    CircuitBreakers,
+    Latencies,
+    WaitPolicy,
+    are_bounded,
+    products_fit,
+)
+from trainer_client.dispatch.replicas import choose_replicas
+from trainer_client.dispatch.spot_checks import Checking, SpotChecks
 
 
 class Dispatcher:
@@ -42,14 +51,14 @@ class Dispatcher:
         policy: WaitPolicy,
         *,
         breakers: CircuitBreakers | None = None,
-        spot_checks: float = 0.0,
+        checking: Checking | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         is_silent: Callable[[NodeInfo], bool] = lambda node: False,
         metrics: DispatchMetrics | None = None,
     ) -> None:
-        """`spot_checks`: part of the answers that are compared with another replica's. All that is left to chance
-        follows from `seed`. `is_silent`: whether a connection to the node was tried and does not stand.
+        """`checking`: what spot checks need; None for none. All that is left to chance follows from `seed`.
+        `is_silent`: whether a connection to the node was tried and does not stand.
         """
         self._directory = directory
         self._policy = policy
@@ -62,7 +71,8 @@ class Dispatcher:
             metrics=metrics,
         )
         self._rng = random.Random(seed)  # noqa: S311  # spreads load, keeps no secret
-        self._checks = SpotChecks(self._calls, spot_checks, random.Random(seed))  # noqa: S311
+        codec = directory.view.manifest.wire.codec
+        self._checks = SpotChecks(self._calls, checking, codec, random.Random(seed))  # noqa: S311
         self.metrics.live_experts.set_function(self.live_experts)
         self.metrics.open_breakers.set_function(self.open_breakers)
         self.metrics.banned.set_function(self.banned)
@@ -95,13 +105,18 @@ class Dispatcher:
     async def find(
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
     ) -> LiveExperts:
-        """A layer's experts that can be called now. On a grid too large to know whole, those among them that a search
-        for each row's best k by `scores`, one [R, G_d] per grid dimension, and the experts' `bias` brings in.
+        """A layer's experts that can be called now, and which replica of each is to be called.
+
+        On a grid too large to know whole, those among them that a search for each row's best k by `scores`, one
+        [R, G_d] per grid dimension, and the experts' `bias` brings in.
         """
         if not self._directory.knows_all:
             with contextlib.suppress(UnreachableError):  # what is known must do
                 await self._directory.search(layer, scores, k, self._calls.avoided(), bias)
-        return self._directory.live(layer, self._calls.avoided())
+        live = self._directory.live(layer, self._calls.avoided())
+        uids = [uid for uid in live.view.replicas if uid.layer == layer]
+        hosts = choose_replicas(uids, live.view, self._rng, live.avoided, self.latencies.nodes)
+        return replace(live, hosts=hosts)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
         """Sends each row to the experts selected for it among those that were `live`, and returns when enough answered.
@@ -118,49 +133,120 @@ class Dispatcher:
         self.metrics.unanswered_rows.inc(int((~run.result.answered.any(axis=1)).sum()))
         return run.result
 
-    async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
-        """Sends `gradients` [R, K, W] to the experts that answered; gives the gradient of the inputs [R, W].
+    async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
+        """Sends the `gradients` [R, K, W] of the updates to the nodes that answered. Gives the gradient of the inputs
+        [R, W], and that of the experts' logits [R, K] through their shares in the updates.
 
-        An expert that does not answer within the deadline contributes nothing.
+        A node that does not answer within the deadline contributes nothing.
         """
         deadline_s = self._policy.deadline_s(self._calls.call_times["backward"])
         ends = self._calls.now() + deadline_s
-        total = np.zeros_like(forward.rows.inputs)
-        answers: Answers = asyncio.Queue()
-        waiting: Counter[PeerID] = Counter()  # answers that each peer has still to give
+        inputs, products = np.zeros_like(forward.rows.inputs), np.zeros_like(forward.shares)
+        came, recomputed = np.zeros_like(forward.answered), np.zeros(len(inputs), dtype=np.bool_)
+        replies: Replies = asyncio.Queue()
+        waiting: dict[PeerID, int] = {}  # calls that each peer has still to end
+        kept = set()
         for call in self._backward_calls(forward, gradients, deadline_s):
-            self._calls.start(call, answers)
-            waiting[call.node.peer_id] = len(call.requests)
-        answered = 0
+            self._calls.start(call, replies)
+            waiting[call.node.peer_id] = waiting.get(call.node.peer_id, 0) + 1
+            if call.kept is not None:
+                kept.add(call.batch)
         while any(waiting.values()) and (left := ends - self._calls.now()) > 0:
-            for answer in await next_answers(answers, left):
-                waiting[answer.peer_id] -= 1
-                if answer.tensor is not None:
-                    total[answer.batch.rows] += answer.tensor  # a batch names each row once
-                    answered += 1
-        self.metrics.late_gradients.inc(len(forward.answers) - answered)
+            for reply in await next_replies(replies, left):
+                if isinstance(reply, CallEnded):
+                    waiting[reply.peer_id] -= 1
+                elif isinstance(reply, AnsweredRows) and reply.products is not None:
+                    rows = reply.batch.rows[reply.places]
+                    inputs[rows] += reply.tensor
+                    products[rows] = np.where(reply.answered, reply.products, products[rows])
+                    came[rows] |= reply.answered
+                    recomputed[rows] |= reply.batch not in kept
         for peer_id, missing in waiting.items():
             if missing:  # at the deadline: the next layer must not wait for this peer again
                 self._calls.breakers.failed(peer_id, self._calls.now())
-        return total
+        logits = np.zeros_like(products)
+        error = rounding_error(inputs.shape[1], codec_of(self._directory.view.manifest.wire.codec))
+        for sent in forward.answers:
+            rows, missing_slots = sent.batch.rows, sent.counts & ~came[sent.batch.rows]
+            self.metrics.late_gradients.inc(len(sent.batch.experts_in(missing_slots)))
+            brought = _Products.of(forward, sent, gradients, came[rows], products[rows])
+            fits = brought.fit(forward.rows.inputs[rows], ~recomputed[rows], error)
+            logits[rows] += np.where(fits[:, None], brought.logit_gradients(), np.float32(0))
+            if not fits.all():
+                self._calls.note_wrong(sent.node.peer_id, "products that do not fit the answers")
+        return inputs, logits
 
     def _backward_calls(self, forward: ForwardPass, gradients: Floats, deadline_s: float) -> list[NodeCall]:
-        """One call to each peer whose answers count."""
+        """One for each forward call of which answers count."""
         avoided, nodes = self._calls.avoided(), self._directory.view.nodes
-        by_peer: dict[PeerID, list[Request]] = defaultdict(list)
+        calls = []
         for sent in forward.answers:
-            # a peer without a node has left since
-            if sent.answered_by in nodes and sent.answered_by not in avoided:
-                by_peer[sent.answered_by].append(_backward_request(sent, forward.rows.inputs, gradients))
-        return [
-            NodeCall(nodes[peer_id], "backward", requests, deadline_s)
-            for peer_id, requests in by_peer.items()
-        ]
+            node = nodes.get(sent.node.peer_id)  # None: it has left since
+            if node is None or node.peer_id in avoided or not sent.counts.any():
+                continue
+            call = NodeCall(
+                node,
+                "backward",
+                sent.batch,
+                deadline_s,
+                forward.rows.inputs[sent.batch.rows],
+                sent.weights,
+                _of_answers(sent, gradients),
+                kept=sent.progress.kept,
+                counts=sent.counts,
+            )
+            calls.append(call if call.kept is not None else call.in_full())
+        return calls
 
 
-def _backward_request(sent: SentBatch, inputs: Floats, gradients: Floats) -> Request:
-    """With the gradients [R, K, W] of the batch's rows, zero where the slot has another expert's answer."""
-    own = gradients[sent.batch.rows, sent.batch.slots]
-    if not sent.counts.all():
-        own[~sent.counts] = 0
-    return Request(sent.batch, inputs[sent.batch.rows], own, kept=sent.kept)
+def _of_answers(sent: SentBatch, numbers: Floats) -> Floats:
+    """Of `numbers` [R, K, W] those of each row's answer; zeros for rows whose answer does not count. [n, W]"""
+    counted = sent.counts.any(axis=1, keepdims=True)
+    return np.where(counted, numbers[sent.batch.rows, sent.counts.argmax(axis=1)], np.float32(0))
+
+
+@dataclass(frozen=True)
+class _Products:
+    """The products <G, f> that have come for one batch, and what they are the products of."""
+
+    values: Floats  # [n, K], 0 where none has come that counts
+    came: Booleans  # [n, K]
+    whole: Booleans  # [n], whether none is missing
+    shares: Floats  # [n, K], of the experts in the answers that count
+    gradients: Floats  # [n, W], G
+    answers: Floats  # [n, W], S
+
+    @classmethod
+    def of(
+        cls, forward: ForwardPass, sent: SentBatch, gradients: Floats, came: Booleans, products: Floats
+    ) -> Self:
+        """`came`, `products` [n, K]: of whichever slots."""
+        here = sent.counts & came
+        return cls(
+            np.where(here, products, np.float32(0)),
+            here,
+            (here == sent.counts).all(axis=1),
+            np.where(sent.counts, forward.shares[sent.batch.rows], np.float32(0)),
+            _of_answers(sent, gradients),
+            _of_answers(sent, forward.updates),
+        )
+
+    def logit_gradients(self) -> Floats:
+        """The gradients of the logits of the batch's experts through their shares p in the answers. [n, K]
+
+        S = sum of p f with p a softmax, so that dL/dlogit = p (<G, f> - <G, S>) with G = dL/dS. Where a product is
+        missing, <G, S> is taken from the S that was answered.
+        """
+        of_products = (self.shares * self.values).sum(axis=1)
+        mean = np.where(self.whole, of_products, (self.gradients * self.answers).sum(axis=1))
+        return np.where(self.came, self.shares * (self.values - mean[:, None]), np.float32(0))
+
+    def fit(self, inputs: Floats, exact: Booleans, error: tuple[float, float]) -> Booleans:
+        """In which rows they are products of the answers. [n]
+
+        `inputs` [n, W]. `exact` [n]: they are of the very updates in the answers, not of those that the experts would
+        give by now. `error`: see `products_fit`.
+        """
+        fits = are_bounded(self.values, self.gradients, inputs)
+        checked = exact & self.whole
+        return fits & (~checked | products_fit(self.shares, self.values, self.gradients, self.answers, error))

@@ -1,13 +1,17 @@
 """One forward pass: sends rows to the chosen experts, waits no longer than agreed, and chooses again for rows that lack
 answers.
 
-Shapes: R rows, K slots of each row, n rows whose experts are chosen again.
+What a row waits for are its slots, each with one expert at a time. A slot may be asked of several nodes: of a second
+replica where the first is slow, or of another expert's node when the first expert was given up. What nodes answer is
+taken row by row, the first answer to a slot counts.
+
+Shapes: R rows, K slots of each row, n rows of one batch, or rows whose experts are chosen again.
 """
 
 import asyncio
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,20 +23,22 @@ from peer.codec import Booleans, Integers
 from peer.identity import PeerID
 from peer.metrics import total
 from trainer_client.dispatch.batches import (
-    Answer,
-    ExpertBatch,
+    AnsweredRows,
+    CallEnded,
+    ExpertReply,
     ForwardPass,
+    NodeBatch,
     NodeCall,
-    Request,
     RoutedRows,
     SentBatch,
-    group_by_expert,
     is_live,
     prefer_proven,
     refill,
+    relative_weights,
 )
-from trainer_client.dispatch.calls import Answers, CallTracker, next_answers
+from trainer_client.dispatch.calls import CallTracker, Replies, Reply, next_replies
 from trainer_client.dispatch.policy import WaitPolicy
+from trainer_client.dispatch.replicas import choose_replicas
 from trainer_client.dispatch.spot_checks import SpotChecks
 
 _MAX_ROUNDS = 8
@@ -67,11 +73,13 @@ class ForwardRun:
         self._began = self._clock()
         self._deadline_s = policy.deadline_s(calls.call_times["forward"])
         self._ends = self._began + self._deadline_s
-        self._answers: Answers = asyncio.Queue()
-        self._sent: dict[ExpertBatch, SentBatch] = {}
-        self._nodes: dict[PeerID, NodeInfo] = {}  # that were called
+        self._replies: Replies = asyncio.Queue()
+        self._sent: dict[NodeBatch, SentBatch] = {}
+        self._asked: dict[UID, list[PeerID]] = defaultdict(list)
         self._failed: set[UID] = set()  # or late: not asked again for any row
-        self._pending = np.zeros((count, rows.k), dtype=bool)  # slots that somebody was asked for
+        # calls under way that may answer each slot with its expert, and all that were made for that
+        self._waiting = np.zeros((count, rows.k), dtype=np.int64)
+        self._tries = np.zeros((count, rows.k), dtype=np.int64)
         self._rounds = np.zeros(count, dtype=np.int64)  # times that each row's experts were chosen
         self._goal = np.full(count, min(policy.k_min, rows.k))  # answers that each row needs
         self.result = ForwardPass.of(rows)
@@ -88,9 +96,9 @@ class ForwardRun:
                 look_at = min(self._ends, enough_at + self._policy.grace_s)
             else:
                 look_at = looks[0][0] if looks else self._ends
-            answers = await next_answers(self._answers, look_at - self._clock())
-            lost = [answer for answer in answers if self._settle(answer)]
-            if answers:
+            replies = await next_replies(self._replies, look_at - self._clock())
+            lost = [sent for reply in replies if (sent := self._settle(reply))]
+            if replies:
                 self._repeat_lost(lost)
                 if enough_at is None:
                     self._reselect_lacking()
@@ -111,6 +119,11 @@ class ForwardRun:
         ]
         return deque(sorted(looks, key=lambda look: look[0]))
 
+    @property
+    def _pending(self) -> Booleans:
+        """The slots that somebody may still answer with their expert. [R, K]"""
+        return self._waiting > 0
+
     # Choosing and sending
 
     def _send_chosen(self, selection: Selection) -> None:
@@ -121,7 +134,7 @@ class ForwardRun:
             coordinates, wanted = self._replace_gone(coordinates, wanted, now.tables)
         self._rounds += 1
         self.result.coordinates[:] = coordinates
-        self._send(wanted, now)
+        self._send(wanted, now, self._live.hosts)
         # no row can get more answers than there are live experts
         self._goal = np.minimum(self._goal, np.maximum(1, self._pending.sum(axis=1)))
 
@@ -156,6 +169,7 @@ class ForwardRun:
         self.result.coordinates[rows] = coordinates
         wanted = np.zeros_like(self._pending)
         wanted[rows] = filled
+        self._tries[wanted] = 0
         self._send(wanted, now)
 
     def _live_now(self) -> LiveExperts:
@@ -173,71 +187,91 @@ class ForwardRun:
             experts[uid.coordinate] = False
         return (*tables[:-1], experts)
 
-    def _send(self, wanted: Booleans, live: LiveExperts) -> None:
-        """The wanted slots, with one call to each node for all its experts."""
-        by_peer: dict[PeerID, list[SentBatch]] = defaultdict(list)
-        for batch in group_by_expert(
-            self._rows.layer, self.result.coordinates, wanted, self._rows.grid, self._rows.sequence_length
-        ):
-            replica = live.view.replica(batch.uid, self._rng, live.avoided, self._calls.latencies.nodes)
-            if replica is not None:
-                by_peer[replica.peer_id].append(SentBatch(batch))
-                self._pending[batch.rows, batch.slots] = True
-        for peer_id, batches in by_peer.items():
-            self._call(live.view.nodes[peer_id], batches)
+    def _send(self, wanted: Booleans, live: LiveExperts, hosts: Mapping[UID, PeerID] | None = None) -> None:
+        """The wanted slots [R, K], with one call to each node. `hosts`: who is asked for an expert, if it is there."""
+        batch = self._batch(wanted)
+        replicas = {
+            uid: peer_id
+            for uid in batch.uids
+            if (peer_id := (hosts or {}).get(uid)) is not None
+            and peer_id in live.view.nodes
+            and peer_id not in live.avoided
+        }
+        others = [uid for uid in batch.uids if uid not in replicas]
+        times = self._calls.latencies.nodes
+        replicas |= choose_replicas(others, live.view, self._rng, live.avoided, times)
+        for peer_id, part in _by_peer(batch, replicas).items():
+            self._call(live.view.nodes[peer_id], part)
 
-    def _call(self, node: NodeInfo, batches: Sequence[SentBatch]) -> None:
-        for sent in batches:
-            self._sent[sent.batch] = sent
-            sent.peers.append(node.peer_id)
-            sent.attempts += 1
-        self._nodes[node.peer_id] = node
-        requests = [self._request(sent.batch, self._rows.keep) for sent in batches]
-        self._calls.start(NodeCall(node, "forward", requests, self._ends - self._clock()), self._answers)
+    def _batch(self, wanted: Booleans) -> NodeBatch:
+        """All rows, with the wanted slots [R, K] and what experts they have."""
+        rows = self._rows
+        return NodeBatch.of(rows.layer, self.result.coordinates, wanted, rows.grid, rows.sequence_length)
 
-    def _request(self, batch: ExpertBatch, keep: bool) -> Request:
-        return Request(batch, self._rows.inputs[batch.rows], keep=keep)
+    def _call(self, node: NodeInfo, batch: NodeBatch, is_hedge: bool = False) -> None:
+        logits = self._rows.logits(batch.rows, self.result.coordinates[batch.rows])
+        weights = relative_weights(logits, batch.asked)
+        inputs, left_s = self._rows.inputs[batch.rows], self._ends - self._clock()
+        call = NodeCall(node, "forward", batch, left_s, inputs, weights, keep=self._rows.keep)
+        progress = self._calls.start(call, self._replies)
+        self._sent[batch] = SentBatch(batch, node, weights, progress, is_hedge)
+        self._waiting[batch.rows] += batch.asked
+        self._tries[batch.rows] += batch.asked
+        for uid in batch.uids:
+            self._asked[uid].append(node.peer_id)
 
-    # Answers
+    # Replies
 
-    def _settle(self, answer: Answer) -> bool:
-        """Takes an answer into those of its slots that have none yet, also where another expert was asked since.
+    def _settle(self, reply: Reply) -> SentBatch | None:
+        """Gives the batch if its call was lost before all was answered."""
+        sent = self._sent[reply.batch]
+        match reply:
+            case AnsweredRows():
+                self._take(sent, reply)
+            case ExpertReply(error=None):
+                sent.versions[reply.uid] = reply.version
+            case ExpertReply():
+                self._fail(sent, sent.batch.experts == sent.batch.uids.index(reply.uid))
+            case CallEnded(lost=True):
+                return sent
+            case CallEnded():
+                self._fail(sent, sent.open)
+        return None
 
-        Gives whether the batch's last call was lost.
+    def _take(self, sent: SentBatch, reply: AnsweredRows) -> None:
+        """Also where another expert was asked since."""
+        accepted = self.result.accept(sent, reply)
+        rows = sent.batch.rows[reply.places]
+        self._waiting[rows] = np.where(accepted, 0, self._waiting[rows])
+        unanswered = self._close(sent, np.ones_like(accepted), reply.places)
+        left_out = sent.batch.experts[reply.places][unanswered & ~reply.answered]
+        self._failed.update(sent.batch.uids[number] for number in np.unique(left_out).tolist())
+        if not accepted.any():
+            return
+        if sent.is_hedge:
+            experts = sent.batch.experts[reply.places][accepted]
+            self._calls.metrics.hedges_won.inc(len(np.unique(experts)))
+        self._checks.note(sent, reply, self._rows.inputs)
+
+    def _close(self, sent: SentBatch, slots: Booleans, places: Integers | None = None) -> Booleans:
+        """Nothing more comes for these slots of a batch, or of some `places` in it. Gives those that nobody else may
+        answer now.
         """
-        sent, result = self._sent[answer.batch], self.result
-        batch = sent.batch
-        sent.peers.remove(answer.peer_id)
-        if sent.answered_by is not None:
-            return False
-        if answer.tensor is None:
-            if not sent.peers and not answer.call_lost:
-                self._fail(sent)
-            return answer.call_lost and not sent.peers
-        sent.answered_by, sent.kept = answer.peer_id, answer.kept
-        self._calls.metrics.hedges_won.inc(answer.peer_id == sent.hedge)
-        sent.counts = ~result.answered[batch.rows, batch.slots]
-        if not sent.counts.any():
-            return False
-        rows, slots = batch.rows[sent.counts], batch.slots[sent.counts]
-        result.coordinates[rows, slots] = batch.uid.coordinate
-        result.updates[rows, slots] = answer.tensor[sent.counts]
-        result.answered[rows, slots] = True
-        self._pending[rows, slots] = False
-        result.answers.append(sent)
-        if self._checks.is_due():
-            request = self._request(batch, keep=False)
-            self._checks.begin(self._directory.view, answer, request, self._deadline_s)
-        return False
+        at = slice(None) if places is None else places
+        rows = sent.batch.rows[at]
+        closed = slots & sent.open[at] & self._is_own(sent.batch, at) & (self._waiting[rows] > 0)
+        sent.open[at] &= ~slots
+        self._waiting[rows] -= closed
+        unanswered: Booleans = closed & (self._waiting[rows] == 0)
+        return unanswered
 
-    def _fail(self, sent: SentBatch) -> None:
-        self._pending[self._own_slots(sent.batch)] = False
-        self._failed.add(sent.batch.uid)
+    def _fail(self, sent: SentBatch, slots: Booleans) -> None:
+        self._failed.update(sent.batch.experts_in(self._close(sent, slots)))
 
-    def _own_slots(self, batch: ExpertBatch) -> tuple[Integers, Integers]:
-        """The rows and slots that are still this batch's, and no other expert's."""
-        own = (self.result.coordinates[batch.rows, batch.slots] == batch.uid.coordinate).all(axis=-1)
-        return batch.rows[own], batch.slots[own]
+    def _is_own(self, batch: NodeBatch, at: "Integers | slice" = slice(None)) -> Booleans:
+        """Which slots are still their expert's, and no other's. [n, K], of all rows or of those `at` some places."""
+        own: Booleans = (self.result.coordinates[batch.rows[at]] == batch.coordinates[at]).all(axis=-1)
+        return own & batch.asked[at]
 
     def _has_enough(self) -> bool:
         return bool((self.result.answered.sum(axis=1) >= self._goal).all())
@@ -254,34 +288,40 @@ class ForwardRun:
         """The rows with fewer answers than they need, but those that were sent often enough."""
         return np.flatnonzero((answers < self._goal) & (self._rounds < _MAX_ROUNDS))
 
-    def _repeat_lost(self, lost: Sequence[Answer]) -> None:
-        """Makes calls that were lost once more: a forward call changes nothing at the node."""
-        by_node: dict[PeerID, tuple[NodeInfo, list[SentBatch]]] = {}
-        for answer in lost:
-            sent = self._sent[answer.batch]
-            node = self._node_to_repeat(sent, answer.peer_id)
-            if node is None:
-                self._fail(sent)
-            else:
-                by_node.setdefault(node.peer_id, (node, []))[1].append(sent)
-        for node, batches in by_node.values():
-            self._calls.metrics.repeated_calls.inc()
-            self._call(node, batches)
+    def _repeat_lost(self, lost: Sequence[SentBatch]) -> None:
+        """Makes calls that were lost once more: a forward call changes nothing at the node.
 
-    def _node_to_repeat(self, sent: SentBatch, first: PeerID) -> NodeInfo | None:
-        """Another replica's, else the same one if it may well be there; none for a batch that was sent twice, and
+        Asks other replicas, else the same one if it may well be there; not for slots that were sent twice, and not
         without more than half of the time.
         """
-        is_wanted = self._pending[self._own_slots(sent.batch)].any() and sent.attempts == 1
-        if not is_wanted or self._ends - self._clock() <= self._deadline_s / 2:
-            return None
-        view, avoided = self._directory.view, self._calls.avoided()
-        other = view.replica(sent.batch.uid, self._rng, avoided | {first}, self._calls.latencies.nodes)
-        if other is not None:
-            return view.nodes[other.peer_id]
-        node = view.nodes.get(first)
-        is_there = node is not None and not self._calls.is_silent(node)
-        return node if is_there and first not in avoided else None
+        again = np.zeros_like(self._pending)
+        first: dict[UID, NodeInfo] = {}
+        for sent in lost:
+            slots, rows = self._close(sent, sent.open), sent.batch.rows
+            again[rows] |= slots & (self._tries[rows] == 1)
+            self._failed.update(sent.batch.experts_in(slots & (self._tries[rows] > 1)))
+            first |= dict.fromkeys(sent.batch.uids, sent.node)
+        if not again.any():
+            return
+        batch, avoided = self._batch(again), self._calls.avoided()
+        replicas: dict[UID, PeerID] = {}
+        if self._ends - self._clock() > self._deadline_s / 2:
+            replicas = {
+                uid: node.peer_id
+                for uid, node in first.items()
+                if node.peer_id in self._directory.view.nodes
+                and node.peer_id not in avoided
+                and not self._calls.is_silent(node)
+            } | self._other_replicas(batch)
+        for peer_id, part in _by_peer(batch, replicas).items():
+            self._calls.metrics.repeated_calls.inc()
+            self._call(self._directory.view.nodes[peer_id], part)
+        self._failed.update(uid for uid in batch.uids if uid not in replicas)
+
+    def _other_replicas(self, batch: NodeBatch) -> dict[UID, PeerID]:
+        """Of the batch's experts, at peers that were not asked for them in this pass."""
+        avoided, times = self._calls.avoided(), self._calls.latencies.nodes
+        return choose_replicas(batch.uids, self._directory.view, self._rng, avoided, times, self._asked)
 
     def _hedge(self) -> None:
         """Asks another replica of each expert that is slow, as far as the policy allows. The first answer counts."""
@@ -290,64 +330,63 @@ class ForwardRun:
         def may_hedge() -> bool:
             return self._policy.may_hedge(total(metrics.hedged_calls), total(metrics.calls))
 
-        self._ask_replicas([sent for sent in self._sent.values() if sent.is_waiting], may_hedge)
+        self._ask_replicas(self._pending, may_hedge)
 
-    def _ask_replicas(
-        self, batches: Sequence[SentBatch], may_ask: Callable[[], bool] = lambda: True
-    ) -> list[SentBatch]:
-        """Calls another replica of each expert too; gives the batches of those that have no other."""
-        view = self._directory.view
-        by_peer: dict[PeerID, list[SentBatch]] = defaultdict(list)
-        alone = []
-        for sent in batches:
-            other = view.replica(sent.batch.uid, self._rng, self._calls.avoided() | set(sent.peers))
-            if other is None:
-                alone.append(sent)
-            else:
-                by_peer[other.peer_id].append(sent)
-        for peer_id, together in by_peer.items():
+    def _ask_replicas(self, slots: Booleans, may_ask: Callable[[], bool] = lambda: True) -> Booleans:
+        """Calls another replica, too, of each expert in the slots [R, K]; gives the slots of those that have none."""
+        batch = self._batch(slots)
+        replicas = self._other_replicas(batch)
+        for peer_id, part in _by_peer(batch, replicas).items():
             if may_ask():
                 self._calls.metrics.hedged_calls.inc()
-                for sent in together:
-                    sent.hedge = peer_id
-                self._call(view.nodes[peer_id], together)
-        return alone
+                self._call(self._directory.view.nodes[peer_id], part, is_hedge=True)
+        alone = [number for number, uid in enumerate(batch.uids) if uid not in replicas]
+        return np.isin(batch.experts, alone)
 
     def _replace_silent(self) -> None:
         """Of peers that can't even be connected to little is to be hoped: others are asked, replicas first."""
-        silent = [
-            sent
-            for sent in self._sent.values()
-            if sent.is_waiting and all(self._calls.is_silent(self._nodes[peer_id]) for peer_id in sent.peers)
-        ]
-        self._leave_alone(silent)
-        self._give_up(self._ask_replicas(silent))
+        heard = np.zeros_like(self._pending)
+        for sent in self._sent.values():
+            if not self._calls.is_silent(sent.node):
+                heard[sent.batch.rows] |= sent.open & self._is_own(sent.batch)
+        silent = self._pending & ~heard
+        if silent.any():
+            self._leave_alone(silent)
+            self._give_up(self._ask_replicas(silent))
 
     def _give_up_late(self) -> None:
         """Sends to other experts the rows that have not reached their goal by now."""
-        self._give_up([sent for sent in self._sent.values() if sent.is_waiting])
+        self._give_up(self._pending)
 
-    def _give_up(self, late: Sequence[SentBatch]) -> None:
-        """Sends to other experts the rows that lack answers without these; theirs still count when they come."""
-        given_up = np.zeros_like(self._pending)
-        for sent in late:
-            given_up[self._own_slots(sent.batch)] = True
-        given_up &= self._pending
-        lacking = self._lacking((self.result.answered | (self._pending & ~given_up)).sum(axis=1))
+    def _give_up(self, late: Booleans) -> None:
+        """Sends to other experts the rows that lack answers without these slots [R, K]; theirs still count when they
+        come.
+        """
+        lacking = self._lacking((self.result.answered | (self._pending & ~late)).sum(axis=1))
         if not len(lacking):
             return
         self._leave_alone(late)
-        self._failed.update(sent.batch.uid for sent in late)
-        kept = np.ones(len(self._goal), dtype=bool)
-        kept[lacking] = False
-        given_up[kept] = False
-        self._pending &= ~given_up  # others may have these slots
+        self._failed.update(self._batch(late).uids)
+        given_up = np.zeros_like(late)
+        given_up[lacking] = late[lacking]
+        waited = np.where(given_up, self._waiting, 0)
+        self._waiting -= waited  # others may have these slots
         self._reselect(lacking)
-        self._pending |= given_up  # where nobody else was found, the late expert keeps its slot
+        # where nobody else was found, the late expert keeps its slot
+        self._waiting = np.where(given_up & ~self._pending, waited, self._waiting)
 
-    def _leave_alone(self, late: Sequence[SentBatch]) -> None:
-        """Nobody calls these peers before this pass is over."""
+    def _leave_alone(self, slots: Booleans) -> None:
+        """Nobody calls the peers that are waited for there [R, K] before this pass is over."""
         now = self._clock()
-        for sent in late:
-            for peer_id in sent.peers:
-                self._calls.breakers.busy(peer_id, now, self._ends - now)
+        for sent in self._sent.values():
+            if (sent.open & self._is_own(sent.batch) & slots[sent.batch.rows]).any():
+                self._calls.breakers.busy(sent.node.peer_id, now, self._ends - now)
+
+
+def _by_peer(batch: NodeBatch, replicas: Mapping[UID, PeerID]) -> dict[PeerID, NodeBatch]:
+    """What is to be asked of each peer, where each expert of the batch has one."""
+    peers = list(dict.fromkeys(replicas[uid] for uid in batch.uids if uid in replicas))
+    numbers = {peer_id: number for number, peer_id in enumerate(peers)}
+    of_experts = [numbers[replicas[uid]] if uid in replicas else -1 for uid in batch.uids]
+    at = np.array([*of_experts, -1])[batch.experts]
+    return {peer_id: batch.only(at == number)[0] for number, peer_id in enumerate(peers)}

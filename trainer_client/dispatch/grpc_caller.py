@@ -1,7 +1,6 @@
-"""Calls to nodes over gRPC: a header and the rows of a node's experts go out, and each expert's answer comes in as soon
-as it is ready.
+"""Calls to nodes over gRPC: a header and a node's rows go out, and answers to rows come in as soon as they are ready.
 
-`ReplyAssembler` puts the answers of one call together and does no I/O. `SessionWarmer` opens sessions with nodes before
+`ReplyAssembler` puts the replies to one call together and does no I/O. `SessionWarmer` opens sessions with nodes before
 a trainer calls them, so that a first call costs no more than any other.
 """
 
@@ -10,18 +9,19 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import grpc
+import numpy as np
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
 from dht.directory import Directory
 from peer import PROTOCOL_VERSION
-from peer.codec import MAX_CHUNK_BYTES, chunks, decode, encode, encoded_bytes
+from peer.codec import MAX_CHUNK_BYTES, Booleans, Floats, Integers, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
@@ -29,7 +29,7 @@ from peer.rpc.calls import make_stub, retry_after_s
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import expert_pb2, expert_pb2_grpc
-from trainer_client.dispatch.batches import Answer, KeptForward, NodeCall, Request
+from trainer_client.dispatch.batches import AnsweredRows, CallReply, ExpertReply, Kept, NodeBatch, NodeCall
 from trainer_client.dispatch.calls import DispatchMetrics
 
 logger = logging.getLogger(__name__)
@@ -38,76 +38,174 @@ _STATUS = {status.value[0]: status for status in StatusCode}
 
 
 class ReplyAssembler:
-    """Puts the answers to one call together, message by message. Does no I/O."""
+    """Puts the replies to one call together, message by message. Does no I/O."""
 
     def __init__(self, call: NodeCall, request_id: bytes, width: int, codec: "expert_pb2.Codec") -> None:
         """`request_id`: under which the call was sent."""
-        self._call = call
+        self._batch = call.batch
+        self._counts = call.counts
+        self._backward = call.direction == "backward"
         self._request_id = request_id
         self._width = width
         self._codec = codec
-        self._waiting = set(range(len(call.requests)))
-        self._due: deque[expert_pb2.ExpertReply] = deque()
-        """Answers whose tensors have not come in whole."""
+        self._waiting = set(range(len(self._batch.uids)))
+        self._computed = np.zeros(len(self._batch.uids), dtype=np.bool_)
+        """The experts that may be in answers."""
+        self._unanswered = np.ones(len(self._batch.rows), dtype=np.bool_)
+        self._due: deque[_Due] = deque()
+        """Rows whose tensor has not come in whole."""
         self._data = bytearray()
-        """Of the first that is due."""
+        """Of the first that are due."""
         self._missing = 0
-        """Bytes that all answers still lack."""
+        """Bytes that all rows still lack."""
+        self._kept = False
 
     @property
     def complete(self) -> bool:
-        """Whether every expert has answered."""
+        """Whether every expert has replied, and all that was announced has come."""
         return not (self._waiting or self._due)
 
-    def take(self, reply: expert_pb2.CallReply) -> Iterator[Answer]:
-        """The answers that are whole with this message. Raises WireError when it is not what must come next."""
+    def end(self) -> None:
+        """Raises WireError when a correct node would have answered more.
+
+        The rows of an expert that has computed are answered, if not with it. In backward a node that has kept the call
+        leaves out rows that it has not answered in forward: of those that it has, only the ones that count are known.
+        """
+        if not self.complete:
+            raise WireError("the stream ended before all experts had answered")
+        computed = self._batch.asked & self._computed[self._batch.experts]
+        if self._counts is not None:
+            computed &= self._counts
+        lacking = self._unanswered & computed.any(axis=1)
+        if lacking.any():
+            raise WireError(f"no answer to {lacking.sum()} rows that experts have computed")
+
+    def take(self, reply: expert_pb2.CallReply) -> Iterator[CallReply]:
+        """What is whole with this message. Raises WireError when it is not what must come next."""
         chunk = memoryview(reply.chunk)
-        if not (reply.experts or chunk) or len(chunk) > MAX_CHUNK_BYTES:
-            raise WireError(f"a message of {len(reply.experts)} answers and {len(chunk)} bytes")
+        is_empty = not (reply.experts or reply.rows or chunk or reply.kept)
+        if is_empty or self._kept or len(chunk) > MAX_CHUNK_BYTES:
+            what = f"{len(reply.experts)} experts, {len(reply.rows)} blocks of rows and {len(chunk)} bytes"
+            raise WireError(
+                f"a message of {what}, {'after the last' if self._kept else 'which has no place'}"
+            )
         for expert in reply.experts:
-            self._expect(expert)
+            yield self._reply_of(expert)
+        for rows in reply.rows:
+            self._expect(rows)
         if len(chunk) > self._missing:
-            raise WireError(f"{len(chunk) - self._missing} bytes more than the answers' tensors have")
+            raise WireError(f"{len(chunk) - self._missing} bytes more than the announced tensors have")
         self._missing -= len(chunk)
         while self._due:
-            expert = self._due[0]
-            missing = expert.payload_bytes - len(self._data)
+            due = self._due[0]
+            missing = due.payload_bytes - len(self._data)
             self._data += chunk[:missing]
             chunk = chunk[missing:]
-            if len(self._data) < expert.payload_bytes:
-                return
+            if len(self._data) < due.payload_bytes:
+                break
             self._due.popleft()
-            yield self._answer(expert, self._data)
+            tensor = decode(self._data, self._width, self._codec)
+            yield AnsweredRows(self._batch, due.places, due.answered, tensor, due.products)
             self._data = bytearray()
+        if reply.kept:
+            if self._backward or not self.complete:
+                raise WireError("said that it has kept the call before its last message")
+            self._kept = True
+            yield Kept(self._batch, self._request_id)
 
-    def _expect(self, expert: expert_pb2.ExpertReply) -> None:
+    def _reply_of(self, expert: expert_pb2.ExpertReply) -> ExpertReply:
         if expert.index not in self._waiting:
-            raise WireError(f"an answer for part {expert.index}, which is not waited for")
-        size = 0
-        if not expert.status:
-            rows = len(self._call.requests[expert.index].inputs)
-            size = encoded_bytes(rows, self._width, self._codec)
-        if expert.payload_bytes != size:
-            raise WireError(f"a tensor of {expert.payload_bytes} bytes; expected {size}")
+            raise WireError(f"a reply for expert {expert.index}, which is not waited for")
         self._waiting.remove(expert.index)
-        self._due.append(expert)
-        self._missing += size
-
-    def _answer(self, expert: expert_pb2.ExpertReply, data: bytearray) -> Answer:
-        batch, peer_id = self._call.requests[expert.index].batch, self._call.node.peer_id
+        uid = self._batch.uids[expert.index]
         if expert.status:
             status = _STATUS.get(expert.status, StatusCode.UNKNOWN)
             error = ExpertError(status, printable(expert.message), max(0.0, expert.retry_after_s))
-            return Answer(batch, peer_id, None, error)
-        return Answer(
-            batch,
-            peer_id,
-            decode(data, self._width, self._codec),
+            return ExpertReply(self._batch, uid, error)
+        self._computed[expert.index] = True
+        return ExpertReply(
+            self._batch,
+            uid,
             update_count=expert.update_count,
-            kept=KeptForward(self._request_id, expert.index) if expert.kept else None,
+            version=expert.version,
             skipped_update=expert.skipped_update,
             rolled_back=expert.rolled_back,
         )
+
+    def _expect(self, rows: expert_pb2.AnsweredRows) -> None:
+        places = _places(rows, len(self._unanswered))
+        if not self._unanswered[places].all():
+            raise WireError("a second answer to a row")
+        answered = _answered(rows, self._batch, places)
+        experts = self._batch.experts[places][answered]
+        if not self._computed[experts].all():
+            raise WireError("an expert in an answer that has not said that it has computed")
+        size = encoded_bytes(len(places), self._width, self._codec)
+        if rows.payload_bytes != size:
+            raise WireError(f"a tensor of {rows.payload_bytes} bytes; expected {size}")
+        products = None
+        if self._backward:
+            products = _products(rows, self._batch, places, answered)
+            if self._counts is not None:  # of the others another node has answered
+                answered = answered & self._counts[places]
+                products = np.where(answered, products, np.float32(0))
+        elif rows.products:
+            raise WireError("products in a forward call")
+        self._unanswered[places] = False
+        self._due.append(_Due(places, answered, products, size))
+        self._missing += size
+
+
+@dataclass(frozen=True)
+class _Due:
+    """Rows that were announced."""
+
+    places: Integers
+    answered: Booleans
+    products: Floats | None
+    payload_bytes: int
+
+
+def _places(rows: expert_pb2.AnsweredRows, count: int) -> Integers:
+    """Which of the call's rows. Raises WireError."""
+    if not rows.rows:
+        return np.arange(count)
+    places = np.array(rows.rows, dtype=np.int64)
+    if places[-1] >= count or (np.diff(places) <= 0).any():
+        raise WireError(f"answers to rows that do not rise within the call's {count}")
+    return places
+
+
+def _answered(rows: expert_pb2.AnsweredRows, batch: NodeBatch, places: Integers) -> Booleans:
+    """The slots [m, K] whose experts are in the answers. Raises WireError."""
+    asked = batch.asked[places]
+    if not rows.masks:
+        return asked
+    if len(rows.masks) != len(places):
+        raise WireError(f"{len(rows.masks)} masks for {len(places)} rows")
+    masks = np.array(rows.masks, dtype=np.uint64)[:, None]
+    bits = np.uint64(1) << batch.ranks[places].astype(np.uint64)
+    answered: Booleans = asked & (masks & bits != 0)
+    if not masks.all() or (np.where(answered, bits, np.uint64(0)).sum(axis=1, keepdims=True) != masks).any():
+        raise WireError("an answer of no expert, or of one that its row was not sent to")
+    return answered
+
+
+def _products(
+    rows: expert_pb2.AnsweredRows, batch: NodeBatch, places: Integers, answered: Booleans
+) -> Floats:
+    """[m, K], 0 where there is none. Raises WireError."""
+    numbers = np.array(rows.products, dtype=np.float32)
+    if len(numbers) != np.count_nonzero(answered) or not np.isfinite(numbers).all():
+        raise WireError(
+            f"{len(numbers)} products for {np.count_nonzero(answered)} experts, or not all finite"
+        )
+    found, slots = np.nonzero(answered)
+    # by row, and in it as the experts stand in the header
+    order = np.lexsort((batch.ranks[places][answered], found))
+    products = np.zeros(answered.shape, dtype=np.float32)
+    products[found[order], slots[order]] = numbers
+    return products
 
 
 Stream: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.CallRequest, expert_pb2.CallReply]"
@@ -139,40 +237,40 @@ class GrpcCaller:
         self._sessions = sessions
         self.metrics = metrics or DispatchMetrics()
 
-    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         if call.deadline_s <= 0:
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no time was left for the call")
-        ends = time.monotonic() + call.deadline_s
-        kept = {request.batch: request for request in call.requests if request.kept}
-        lost = []  # the node had to give up what it kept
-        async with aclosing(self._call_or_repeat(call)) as answers:
-            async for answer in answers:
-                if answer.batch in kept and _is_lost(answer):
-                    lost.append(replace(kept[answer.batch], kept=None))
-                else:
-                    yield answer
-        if lost:
-            left = max(ends - time.monotonic(), 0.001)
-            async with aclosing(
-                self._call_or_repeat(replace(call, requests=lost, deadline_s=left))
-            ) as answers:
-                async for answer in answers:
-                    yield answer
+        ends, heard = time.monotonic() + call.deadline_s, False
+        try:
+            async with aclosing(self._call_or_repeat(call)) as replies:
+                async for reply in replies:
+                    heard = True
+                    yield reply
+            return
+        except ExpertError as error:
+            gave_up = call.kept is not None and error.status is StatusCode.FAILED_PRECONDITION
+            if heard or not gave_up:
+                raise
+        # the node could not keep the forward call
+        left = max(ends - time.monotonic(), 0.001)
+        async with aclosing(self._call_or_repeat(replace(call.in_full(), deadline_s=left))) as replies:
+            async for reply in replies:
+                yield reply
 
     def is_silent(self, node: NodeInfo) -> bool:
         """Whether a connection to the node was tried and does not stand: it is being made, or was refused."""
         return self._channels.is_silent(node)
 
-    async def _call_or_repeat(self, call: NodeCall) -> AsyncGenerator[Answer, None]:
+    async def _call_or_repeat(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         """A backward call that breaks off before any answer came is made once more, while there is time, with the same
         id: a node that has seen it applies nothing twice.
         """
         request_id, ends, answered = secrets.token_bytes(16), time.monotonic() + call.deadline_s, False
         try:
-            async with aclosing(self._call_once(call, request_id, ends)) as answers:
-                async for answer in answers:
+            async with aclosing(self._call_once(call, request_id, ends)) as replies:
+                async for reply in replies:
                     answered = True
-                    yield answer
+                    yield reply
             return
         except ExpertError as error:
             broke_off = error.status is StatusCode.UNAVAILABLE and not answered
@@ -183,25 +281,25 @@ class GrpcCaller:
         await asyncio.sleep(_REPEAT_AFTER_S)
         self.metrics.repeated_calls.inc()
         try:
-            async with aclosing(self._call_once(call, request_id, ends)) as answers:
-                async for answer in answers:
-                    yield answer
+            async with aclosing(self._call_once(call, request_id, ends)) as replies:
+                async for reply in replies:
+                    yield reply
         except ExpertError as error:
             # where it was applied before, only its answer is lost
             raise (first if error.status is StatusCode.ALREADY_EXISTS else error) from error
 
     async def _call_once(
         self, call: NodeCall, request_id: bytes, ends: float
-    ) -> AsyncGenerator[Answer, None]:
+    ) -> AsyncGenerator[CallReply, None]:
         node = call.node
         channel = await self._channel(node, max(ends - time.monotonic(), 0.001))
         for may_repeat in (True, False):
             session = await self._session(node, channel, ends - time.monotonic())
             left = max(ends - time.monotonic(), 0.001)
             try:
-                async with aclosing(self._call_in(session, channel, call, request_id, left)) as answers:
-                    async for answer in answers:
-                        yield answer
+                async with aclosing(self._call_in(session, channel, call, request_id, left)) as replies:
+                    async for reply in replies:
+                        yield reply
                 return
             except ExpertError as error:
                 unknown = error.status is StatusCode.UNAUTHENTICATED
@@ -237,15 +335,15 @@ class GrpcCaller:
         call: NodeCall,
         request_id: bytes,
         deadline_s: float,
-    ) -> AsyncGenerator[Answer, None]:
+    ) -> AsyncGenerator[CallReply, None]:
         stub = make_stub(expert_pb2_grpc.ExpertServiceStub, channel)
         method = stub.Forward if call.direction == "forward" else stub.Backward
         stream: Stream = method(timeout=deadline_s, metadata=session)
         try:
-            await self._send(stream, request_id, call.requests)
-            async with aclosing(self._answers(stream, request_id, call)) as answers:
-                async for answer in answers:
-                    yield answer
+            await self._send(stream, request_id, call)
+            async with aclosing(self._read(stream, request_id, call)) as replies:
+                async for reply in replies:
+                    yield reply
         except grpc.aio.AioRpcError as error:
             retry_s = retry_after_s(error.trailing_metadata(), _BUSY_S)
             raise _call_error(error.code(), error.details(), retry_s) from error
@@ -265,79 +363,61 @@ class GrpcCaller:
         finally:
             stream.cancel()  # no effect on a call that has ended
 
-    async def _send(self, stream: Stream, request_id: bytes, requests: Sequence[Request]) -> None:
+    async def _send(self, stream: Stream, request_id: bytes, call: NodeCall) -> None:
         header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
             request_id=request_id,
             width=self._width,
             codec=self._codec,
-            experts=map(_expert_rows, requests),
-            keep=any(request.keep for request in requests),
+            keep=call.keep,
         )
-        payload = chunks(_encoded(requests, self._codec, request_id))
+        if call.kept is not None:
+            header.kept_request_id, header.kept_rows = call.kept, len(call.batch.rows)
+        else:
+            header.segment_lengths.extend(call.batch.lengths.tolist())
+            header.positions.extend(call.batch.positions.tolist())
+            header.experts.extend(_expert_rows(call))
+        tensors = [] if call.kept is not None else [encode(call.inputs, self._codec)]
+        if call.gradients is not None:  # the same bytes when a call is repeated
+            tensors.append(encode(call.gradients, self._codec, seed=b"request %b" % request_id))
+        payload = chunks(tensors)
         first = next(payload, b"")
         await stream.write(expert_pb2.CallRequest(header=header, chunk=first))
         self.metrics.bytes.labels("sent").inc(len(first))
         for chunk in payload:
             await stream.write(expert_pb2.CallRequest(chunk=chunk))
             self.metrics.bytes.labels("sent").inc(len(chunk))
-        self.metrics.fp32_bytes.labels("sent").inc(sum(map(_fp32_bytes, requests)))
+        self.metrics.fp32_bytes.labels("sent").inc(len(tensors) * call.inputs.nbytes)
         await stream.done_writing()
 
-    async def _answers(
+    async def _read(
         self, stream: Stream, request_id: bytes, call: NodeCall
-    ) -> AsyncGenerator[Answer, None]:
+    ) -> AsyncGenerator[CallReply, None]:
         """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
         cancelled leak (grpc issue 43360).
         """
-        replies = ReplyAssembler(call, request_id, self._width, self._codec)
-        while not replies.complete:
-            reply = await stream.read()
-            if not isinstance(reply, expert_pb2.CallReply):
-                # the end, with status OK: any other was raised by read()
-                raise WireError("the stream ended before all experts had answered")
-            self.metrics.bytes.labels("received").inc(len(reply.chunk))
-            for answer in replies.take(reply):
-                if answer.tensor is not None:
-                    self.metrics.fp32_bytes.labels("received").inc(answer.tensor.nbytes)
-                yield answer
-        if await stream.read() is not grpc.aio.EOF:
-            raise WireError("more than all experts' answers")
+        assembler = ReplyAssembler(call, request_id, self._width, self._codec)
+        while (message := await stream.read()) is not grpc.aio.EOF:
+            assert isinstance(message, expert_pb2.CallReply)
+            self.metrics.bytes.labels("received").inc(len(message.chunk))
+            for reply in assembler.take(message):
+                if isinstance(reply, AnsweredRows):
+                    self.metrics.fp32_bytes.labels("received").inc(reply.tensor.nbytes)
+                yield reply
+        # with status OK: any other was raised by read()
+        assembler.end()
 
 
-def _encoded(
-    requests: Sequence[Request], codec: "expert_pb2.Codec", request_id: bytes
-) -> Iterator[memoryview]:
-    """In the order of the payload. The same bytes when a call is repeated."""
-    for index, request in enumerate(requests):
-        if not request.kept:
-            yield encode(request.inputs, codec)
-        if request.gradients is not None:
-            yield encode(request.gradients, codec, seed=b"request %b %d" % (request_id, index))
-
-
-def _fp32_bytes(request: Request) -> int:
-    inputs = 0 if request.kept else request.inputs.nbytes
-    return inputs + (0 if request.gradients is None else request.gradients.nbytes)
-
-
-def _expert_rows(request: Request) -> expert_pb2.ExpertRows:
-    batch = request.batch
-    if request.kept is not None:
-        return expert_pb2.ExpertRows(
-            uid=str(batch.uid),
-            kept_request_id=request.kept.request_id,
-            kept_index=request.kept.index,
-            kept_rows=len(batch.positions),
+def _expert_rows(call: NodeCall) -> Iterator[expert_pb2.ExpertRows]:
+    count = len(call.batch.rows)
+    for uid, places, slots in call.batch.parts():
+        weights = call.weights[places, slots]
+        yield expert_pb2.ExpertRows(
+            uid=str(uid),
+            rows=None if len(places) == count else places.tolist(),
+            weights=None if (weights == 1).all() else weights.tolist(),
         )
-    return expert_pb2.ExpertRows(
-        uid=str(batch.uid), segment_lengths=batch.lengths.tolist(), positions=batch.positions.tolist()
-    )
-
-
-def _is_lost(answer: Answer) -> bool:
-    return answer.error is not None and answer.error.status is StatusCode.FAILED_PRECONDITION
 
 
 def _is_hidden(error: ExpertError) -> bool:

@@ -1,15 +1,16 @@
 """What a trainer decides by about peers and time: circuit breakers, answer screening, latencies and the wait policy.
 
 - `CircuitBreakers`: peers that failed are left alone for a while, each time longer.
-- `AnswerScreening`: answers that no honest expert gives, seen by the answer alone. Experts carry their own residual
-  connection, so what they answer stays near its input in size and follows it. Wrong shapes and numbers that are not
-  finite are refused earlier, where a call is read.
+- `AnswerScreening`: answers that no honest node gives, seen by the answer alone. Experts carry their own residual
+  connection, so what they answer, and any mean of it, stays near its input in size and follows it. Wrong shapes and
+  numbers that are not finite are refused earlier, where a call is read.
+- `products_fit`: whether the products that a node returns in backward are those of what it answered in forward.
 - `Latencies`: how long calls to nodes took lately.
 - `WaitPolicy`: deadlines and hedging that follow from that.
 
 Everything is bounded, and pure: `now` is passed in.
 
-Shapes: R rows, D columns: the width of the experts.
+Shapes: R rows, K experts of each row, D columns: the width of the experts.
 """
 
 import math
@@ -22,8 +23,9 @@ import numpy as np
 
 from dht.announcements import Latency
 from peer.bounded import BoundedDict
-from peer.codec import Floats
+from peer.codec import Booleans, Floats
 from peer.identity import PeerID
+from trainer_client.dispatch.batches import AnsweredRows, NodeCall
 
 _LONGEST_BAN_S = 86400.0
 _FORGIVEN = 3
@@ -40,6 +42,8 @@ MOST_GROWTH = 1000.0
 """An answer's largest number, against one and the largest that it was computed from."""
 MOST_GRADIENT_GROWTH = 1e6
 """The same for gradients: the norm of a row whose numbers are nearly equal makes them large, by 1/√ε at most."""
+_LEAST_PRODUCT = 1e-9
+"""Products that are smaller may be anything: they make no difference."""
 _APART = 0.1
 """How far two rows must be apart, against their size, that no expert and no codec makes one of them."""
 _COMPARED = 64
@@ -193,11 +197,29 @@ class AnswerScreening:
     def __init__(self) -> None:
         self._lately = BoundedDict[PeerID, list[_RememberedAnswer]](_REMEMBERED_PEERS)
 
+    def find_fault(self, call: NodeCall, reply: AnsweredRows) -> str | None:
+        """In a word, or None."""
+        if call.gradients is not None:
+            return self.fault_of_gradient(call.gradients, reply.tensor)
+        inputs = call.inputs[reply.places]
+        fault = self.fault_of_answer(call.node.peer_id, inputs, reply.tensor)
+        return fault or self._fault_of_experts(inputs, reply)
+
+    def _fault_of_experts(self, inputs_RD: Floats, reply: AnsweredRows) -> str | None:
+        """What is wrong with the rows that an expert answered alone."""
+        alone = reply.answered.sum(axis=1) == 1
+        experts = reply.batch.experts[reply.places].max(axis=1, where=reply.answered, initial=-1)
+        for expert in np.unique(experts[alone]).tolist():
+            rows = alone & (experts == expert)
+            if is_constant(inputs_RD[rows], reply.tensor[rows]):
+                return "constant"
+        return None
+
     def fault_of_gradient(self, gradients_RD: Floats, answer_RD: Floats) -> str | None:
         """In a word, or None. Small gradients may well become zeros on their way, and so equal."""
         return "huge" if is_huge(gradients_RD, answer_RD, MOST_GRADIENT_GROWTH) else None
 
-    def find_fault(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:
+    def fault_of_answer(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:
         """In a word, or None."""
         if is_huge(inputs_RD, answer_RD):
             return "huge"
@@ -228,6 +250,40 @@ def is_constant(inputs_RD: Floats, answer_RD: Floats) -> bool:
     if len(answer_RD) < 2 or not answer_RD[0].any() or not np.array_equal(answer_RD[0], answer_RD[-1]):
         return False
     return are_apart(inputs_RD[0], inputs_RD[-1]) and bool((answer_RD == answer_RD[0]).all())
+
+
+def are_bounded(products_RK: Floats, gradients_RD: Floats, inputs_RD: Floats) -> Booleans:
+    """In which rows no product of the gradient and an update is larger than updates that are not huge allow. [R]"""
+    lengths = np.linalg.norm(gradients_RD.astype(np.float64), axis=1)
+    most = MOST_GROWTH * (1.0 + _largest(inputs_RD)) * gradients_RD.shape[1] ** 0.5 * lengths
+    fits: Booleans = np.abs(products_RK).max(axis=1, initial=0.0) <= 2 * most + _LEAST_PRODUCT
+    return fits
+
+
+def products_fit(
+    shares_RK: Floats,
+    products_RK: Floats,
+    gradients_RD: Floats,
+    answers_RD: Floats,
+    error: tuple[float, float],
+) -> Booleans:
+    """In which rows the products <G, f_k> are those of the experts in the answer S = sum of p_k f_k. [R]
+
+    Their mean by the shares p is <G, S>, but for rounding: the node has G', what it got for our G, and we have S', what
+    we got for its S. So they differ by at most |G' - G| |S| + |G| |S' - S|. `error`: how far a row and what is got for
+    it are apart at most, as a part of its norm and beside it. The products' own sums, in float32, may be a thousandth
+    of their size off.
+    """
+    part, beside = error
+    g, s = gradients_RD.astype(np.float64), answers_RD.astype(np.float64)
+    lengths = np.linalg.norm(g, axis=1)
+    # the node's own S is at most this long
+    sizes = (np.linalg.norm(s, axis=1) + beside) / max(1 - part, 0.1)
+    rounding = (part * lengths + beside) * sizes + lengths * (part * sizes + beside)
+    weighed = shares_RK * products_RK.astype(np.float64)
+    slack = 1e-3 * np.abs(weighed).sum(axis=1) + _LEAST_PRODUCT
+    fits: Booleans = np.abs(weighed.sum(axis=1) - (g * s).sum(axis=1)) <= rounding + slack
+    return fits
 
 
 def are_apart(one_D: Floats, other_D: Floats) -> bool:

@@ -1,113 +1,375 @@
-"""Spot checks: now and then another replica is asked the same, and its answer compared with the first.
+"""Spot checks: the trainer itself recomputes some rows that a node answered, from the parameters that it answered with.
 
-Replicas of an expert have the same parameters when they start and after they have averaged, and drift apart while each
-takes steps of its own. So only answers of equal update counts are compared, and only a gross difference counts. Of two
-that differ nobody can say which is wrong: a third is asked, and who differs from both others that agree is the odd one.
+A node names the version of the parameters with each answer. After some of them the trainer asks for the parameters of
+that version, and computes the same rows. The node learns which answer is checked when it has given it. That needs no
+other replica, and nobody else's word.
+
+An answer is right if the codec made it of numbers that are close to the trainer's own: as close as another processor's
+order of additions explains, or the coarser precision that the node says it computes with. One wrong row makes a failed
+check; two failed checks of different answers are two witnesses, and the node is banned.
+
+Shapes: n rows of the batch, m of an answer, c of those checked, K slots of each row, W width of the experts.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, Self, TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
+import torch
 
-from dht.directory import View
-from peer.codec import Floats
+from dht.announcements import NodeInfo
+from dht.uid import UID
+from peer.bounded import BoundedDict
+from peer.codec import (
+    Booleans,
+    CodecName,
+    Floats,
+    Integers,
+    codec_of,
+    decode,
+    encode,
+    encoded_bytes,
+    unexplained,
+)
+from peer.errors import StateError, TransferError, VersionGoneError
+from peer.identity import PeerID
 from peer.loop import TaskSet
-from trainer_client.dispatch.batches import Answer, NodeCall, Request
-from trainer_client.dispatch.calls import Answers, CallTracker, next_answers
+from peer.parsing import ParseGuard
+from peer.wire import expert_pb2
+from trainer_client.dispatch.batches import AnsweredRows, ExpertPart, SentBatch, shares
+from trainer_client.dispatch.calls import CallTracker
+from trainer_client.dispatch.snapshots import FetchedBlock, Precision
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 0.75
-"""Of the difference between two answers, against the larger of them. Honest replicas that had taken 25, 100 and 200
-updates apart and never averaged differed by up to 0.45, 0.58 and 0.56.
+SLACK: Mapping[Precision, float] = {"fp32": 2e-4, "tf32": 5e-3, "bf16": 1e-2}
+"""How far a number may be from the trainer's own, against the root mean square of its experts' updates of the row.
+
+Measured on CPUs: fp32 on other threads, in another order, and float64, up to 1e-5; bf16 against bf16 in another order,
+up to 8e-3, and 3e-5 on average. tf32 rounds an eighth as much as bf16, which differs from fp32 by 5e-3 on average.
 """
+SPARED: Mapping[Precision, float] = {"fp32": 0.0, "tf32": 0.0, "bf16": 1 / 16}
+"""The share of a row's numbers that may be further away: in bf16, one that is rounded otherwise changes others."""
+OF_INPUTS = 2e-6
+"""How far it may be beside that, against the row's inputs: an update is what is left when they are subtracted."""
+WITNESSES = 2
+"""Failed checks of a node before it is banned."""
+_CHECKED_AFTER_FAILURE = 32
+"""A node's next answers that are all checked, once one has failed."""
+_MOST_ROWS = 512
+"""That each expert computes in a check, beyond one segment."""
+_MOST_AT_ONCE = 2
+_DEADLINE_S = 20.0
+"""For the parameters to come."""
+_TRAFFIC_SHARE = 0.1
+"""Bytes of parameters, as a part of those of forward answers: about a fortieth of all traffic with nodes."""
+_KEPT_EXPERTS = 4
+"""Whose parameters are kept for more answers of the same version."""
+_NODES = 1024
+_LATELY = 32
+"""Checks of a node that say whether it can be checked at all."""
+_NAMED = 4
+"""Experts that a warning names."""
+_VERDICTS = {"passed", "failed"}
+_LARGEST = 1e30
+_LARGEST_UPDATES = 4.0
+"""Of a row's experts, against its answer: parameters in which they cancel out must not widen the slack."""
 
-_MOST_AT_ONCE = 4
-_LEAST = 1e-6
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
-def difference(one: Floats, other: Floats) -> float:
-    """How far two answers [R, W] are apart: 0 when they are equal, 1 when one is zero, 2 at most."""
-    largest = max(float(np.linalg.norm(one)), float(np.linalg.norm(other)))
-    return float(np.linalg.norm(one - other)) / max(largest, _LEAST)
+class LoadedExpert(Protocol):
+    """An expert with a node's parameters."""
+
+    def updates(self, inputs: Floats, lengths: Integers, positions: Integers, precision: Precision) -> Floats:
+        """What it adds to rows [R, W] of these segments [S] and positions [R], computed as a node of that precision
+        does.
+        """
+        ...
 
 
-def outlier(answers: Sequence[Floats]) -> int | None:
-    """Which of three answers differs from both others, which agree; None when that is no one."""
-    a, b, c = answers
-    agree = [difference(*pair) <= TOLERANCE for pair in ((b, c), (a, c), (a, b))]
-    return agree.index(True) if sum(agree) == 1 else None
+class ExpertLoader(Protocol):
+    """Makes experts of parameters. The kinds of experts are none of this package's business."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Of an expert's parameters, encoded."""
+        ...
+
+    def load(self, uid: UID, data: bytes) -> LoadedExpert:
+        """Raises StateError when the data is not the parameters of that expert."""
+        ...
+
+
+class BlockSource(Protocol):
+    """Where parameters come from."""
+
+    async def fetch(
+        self, node: NodeInfo, uid: UID, version: int, deadline_s: float, count: Callable[[int], None]
+    ) -> FetchedBlock:
+        """`count` is called with the bytes of each part that came, even if the rest does not.
+
+        Raises TransferError when they did not come, VersionGoneError among them, and StateError when what came can't
+        be right.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Checking:
+    """What spot checks need."""
+
+    share: float
+    """Of the answers."""
+    source: BlockSource
+    loader: ExpertLoader
+    guard: ParseGuard = field(default_factory=ParseGuard)
+    """Of the parser of parameters."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Rows of one answer, and all that their experts computed them from."""
+
+    node: NodeInfo
+    versions: Mapping[UID, int]
+    """Of the experts in the answers."""
+    parts: Sequence[ExpertPart]
+    """What each of them computed: places in `inputs`."""
+    segments: Sequence[tuple[Integers, Integers]]
+    """Of each part: rows of each segment, and positions."""
+    inputs: Floats  # before the codec
+    places: Integers  # [c], rows of `inputs`
+    shares: Floats  # [c, K], of each expert in the answer
+    answers: Floats  # [c, W], after the codec
+
+    @classmethod
+    def draw(cls, sent: SentBatch, reply: AnsweredRows, inputs: Floats, rng: random.Random) -> Self:
+        """A row by chance, and the others that no other experts have answered, of its segment and the next ones.
+
+        `inputs` [n, W]: of the batch.
+        """
+        batch = sent.batch
+        drawn = rng.randrange(len(reply.places))
+        experts = np.where(reply.answered, batch.experts[reply.places], -1)  # [m, K]
+        wanted = experts[drawn][reply.answered[drawn]]
+        segments = np.repeat(np.arange(len(batch.lengths)), batch.lengths)  # [n]
+        first = segments[reply.places[drawn]]
+        ahead = np.cumsum(np.roll(batch.lengths, -first)) <= _MOST_ROWS
+        ahead[0] = True
+        chosen = np.roll(ahead, first)[segments]  # [n]
+        checked = (np.isin(experts, wanted) | (experts < 0)).all(axis=1) & chosen[reply.places]
+        slots = np.zeros_like(batch.asked)
+        slots[reply.places] = reply.answered
+        only, of_batch = batch.only(np.isin(batch.experts, wanted) & chosen[:, None])
+        places = reply.places[checked]
+        parts = list(only.parts())
+        return cls(
+            sent.node,
+            {uid: sent.versions.get(uid, 0) for uid in only.uids},
+            parts,
+            [only.segments(part.places) for part in parts],
+            inputs[of_batch],
+            np.searchsorted(of_batch, places),
+            shares(sent.weights[places], slots[places]),
+            reply.tensor[checked],
+        )
+
+    def wrong_rows(
+        self, experts: Mapping[UID, LoadedExpert], precision: Precision, codec: "expert_pb2.Codec"
+    ) -> tuple[int, float]:
+        """How many of its rows are wrong, and how far the furthest is away, against its size."""
+        inputs = decode(encode(self.inputs, codec), self.inputs.shape[1], codec)
+        own, sizes = np.zeros_like(self.answers), np.zeros(len(self.answers), np.float32)
+        for part, (lengths, positions) in zip(self.parts, self.segments, strict=True):
+            updates = experts[part.uid].updates(inputs[part.places], lengths, positions, precision)
+            rows = np.flatnonzero(np.isin(self.places, part.places))
+            at = np.searchsorted(part.places, self.places[rows])
+            share = self.shares[rows, part.slots[at]]
+            own[rows] += share[:, None] * updates[at]
+            sizes[rows] += share * _sizes(updates[at])
+        wrong = are_wrong(self.answers, own, sizes, _sizes(inputs[self.places]), precision, codec)
+        apart = np.linalg.norm(self.answers - own, axis=1) / np.maximum(np.linalg.norm(own, axis=1), 1e-30)
+        return int(wrong.sum()), float(apart.max(where=wrong, initial=0.0))
+
+
+def are_wrong(
+    answers: Floats,
+    own: Floats,
+    sizes: Floats,
+    of_inputs: Floats,
+    precision: Precision,
+    codec: "expert_pb2.Codec",
+) -> Booleans:
+    """Which rows of the answers no honest node of this precision gives. [c]
+
+    `answers`, `own` [c, W]: what came, and what the trainer computed. `sizes`, `of_inputs` [c]: root mean squares of
+    the experts' updates and of the inputs.
+    """
+    # an honest node refuses to answer with such numbers
+    is_sane = np.abs(own).max(axis=1, initial=0.0) < _LARGEST
+    own = np.where(is_sane[:, None], own, np.float32(0))
+    slack = SLACK[precision] * np.minimum(sizes, _LARGEST_UPDATES * _sizes(answers)) + OF_INPUTS * of_inputs
+    outside = unexplained(answers, own, slack, codec).sum(axis=1)
+    wrong: Booleans = ~is_sane | (outside > SPARED[precision] * own.shape[1])
+    return wrong
+
+
+def _sizes(tensor: Floats) -> Floats:
+    """The root mean square of each row."""
+    sizes: Floats = np.sqrt(np.square(tensor, dtype=np.float64).mean(axis=1)).astype(np.float32)
+    return sizes
+
+
+@dataclass
+class _Record:
+    """What the checks of one node have shown."""
+
+    failed: int = 0
+    owed: int = 0
+    """Answers that are still to be checked, whatever chance says."""
+    decided: deque[bool] = field(default_factory=lambda: deque(maxlen=_LATELY))
+    """Whether each of the last checks came to a verdict."""
+
+    @property
+    def is_evasive(self) -> bool:
+        return len(self.decided) == _LATELY and not any(self.decided)
 
 
 class SpotChecks:
     """Those of one trainer. Its methods belong to the loop's thread."""
 
-    def __init__(self, calls: CallTracker, part: float, rng: random.Random) -> None:
-        """`part`: of the answers of experts that have another replica."""
+    def __init__(
+        self, calls: CallTracker, checking: Checking | None, codec: CodecName, rng: random.Random
+    ) -> None:
+        """`checking`: None for no checks. `codec`: by its name in the manifest."""
         self._calls = calls
-        self._part = part
+        self._checking = checking
+        self._codec = codec_of(codec)
         self._rng = rng
         self._tasks = TaskSet()
+        self._pool = ThreadPoolExecutor(1, "spot check", initializer=torch.set_num_threads, initargs=(1,))
+        self._records = BoundedDict[PeerID, _Record](_NODES)
+        self._experts = BoundedDict[tuple[PeerID, UID, int], tuple[LoadedExpert, Precision]](_KEPT_EXPERTS)
+        self._answer_bytes = self._fetched_bytes = 0
+        calls.metrics.evasive.set_function(self.evasive)
 
-    def is_due(self) -> bool:
-        """Whether the answer that has just come is one to check."""
-        return self._rng.random() < self._part and len(self._tasks) < _MOST_AT_ONCE
+    def evasive(self) -> int:
+        """Nodes of whose last answers none could be checked."""
+        return sum(record.is_evasive for record in list(self._records.values()))
 
-    def begin(self, view: View, answer: Answer, request: Request, deadline_s: float) -> None:
-        """Checks the answer to a request, if another node can be asked. Costs whoever waits for the answer nothing."""
-        hosts = view.hosts(answer.batch.uid, self._calls.avoided() | {answer.peer_id})
-        if not hosts or answer.tensor is None:
+    def note(self, sent: SentBatch, reply: AnsweredRows, inputs: Floats) -> None:
+        """Checks a part of an answer that has just come, if it is one to check. Costs whoever waits for the answer
+        nothing but the drawing.
+
+        `inputs` [R, W]: of all rows of the step.
+        """
+        if self._checking is None or not len(reply.places):
             return
-        replicas = self._rng.sample(hosts, min(2, len(hosts)))
-        calls = [
-            NodeCall(view.nodes[replica.peer_id], "forward", [request], deadline_s) for replica in replicas
-        ]
-        self._tasks.spawn(self._check(answer, calls), "check an answer at another replica")
+        self._answer_bytes += encoded_bytes(len(reply.tensor), reply.tensor.shape[1], self._codec)
+        if len(self._tasks) >= _MOST_AT_ONCE:
+            return
+        record = self._records.get(sent.node.peer_id)
+        is_owed = record is not None and record.owed > 0
+        if not is_owed and self._rng.random() >= self._checking.share:
+            return
+        sample = Sample.draw(sent, reply, inputs[sent.batch.rows], self._rng)
+        if record is not None and is_owed:
+            record.owed -= 1
+        elif self._fetched_bytes > _TRAFFIC_SHARE * self._answer_bytes and not self._has(sample):
+            return
+        self._tasks.spawn(self._check(sample), "check an answer")
 
     async def close(self) -> None:
         await self._tasks.aclose()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _check(self, first: Answer, calls: Sequence[NodeCall]) -> None:
-        metrics = self._calls.metrics
-        second = await self._ask(calls[0])
-        if not _are_comparable(first, second):
+    async def _check(self, sample: Sample) -> None:
+        peer_id = sample.node.peer_id
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                loaded = await self._load_all(sample)
+                experts = {uid: expert for uid, (expert, _) in zip(sample.versions, loaded, strict=True)}
+                # one device has them all, or each is as precise as it says
+                precision = max((precision for _, precision in loaded), key=SLACK.__getitem__)
+                wrong, apart = await self._run(sample.wrong_rows, experts, precision, self._codec)
+        except VersionGoneError:
+            self._note(peer_id, "moved_on")
             return
-        metrics.spot_checks.inc()
-        apart = difference(_tensor(first), _tensor(second))
-        if apart <= TOLERANCE:
+        except (TransferError, TimeoutError) as error:
+            logger.debug("node %s gave no parameters to check an answer with: %s", peer_id, error)
+            self._note(peer_id, "not_given")
             return
-        metrics.differing_answers.inc()
-        logger.warning(
-            "two replicas of expert %s differ by %.2f: those of nodes %s and %s",
-            first.batch.uid, apart, first.peer_id, second.peer_id,
-        )  # fmt: skip
-        if len(calls) < 2:
+        except StateError as error:
+            self._fail(sample, f"its parameters can't be used: {error}")
             return
-        third = await self._ask(calls[1])
-        if _are_comparable(first, third):
-            self._judge([first, second, third])
+        self._calls.metrics.checked_rows.inc(len(sample.places))
+        if wrong:
+            rows = f"{wrong} of {len(sample.places)} rows are wrong, by up to {apart:.2%}"
+            self._fail(sample, f"{rows}, for a node that computes in {precision}")
+        else:
+            self._note(peer_id, "passed")
 
-    async def _ask(self, call: NodeCall) -> Answer:
-        answers: Answers = asyncio.Queue()
-        self._calls.start(call, answers)
-        found = await next_answers(answers, 2 * call.deadline_s)
-        return found[0] if found else Answer(call.requests[0].batch, call.node.peer_id, None)
+    def _has(self, sample: Sample) -> bool:
+        """Whether nothing must be fetched to check it."""
+        return all((sample.node.peer_id, *each) in self._experts for each in sample.versions.items())
 
-    def _judge(self, answers: Sequence[Answer]) -> None:
-        odd = outlier([_tensor(answer) for answer in answers])
-        if odd is not None:
-            self._calls.metrics.outvoted_answers.inc()
-            self._calls.breakers.distrust(answers[odd].peer_id, self._calls.now())
-            logger.warning("node %s answers otherwise than two others: left alone", answers[odd].peer_id)
+    async def _load_all(self, sample: Sample) -> list[tuple[LoadedExpert, Precision]]:
+        """All at once, for their versions don't last. Raises TransferError, and StateError."""
+        loads = [self._load(sample.node, *each) for each in sample.versions.items()]
+        found = await asyncio.gather(*loads, return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException):
+                raise error
+        return [each for each in found if not isinstance(each, BaseException)]
 
+    async def _load(self, node: NodeInfo, uid: UID, version: int) -> tuple[LoadedExpert, Precision]:
+        """Raises TransferError, and StateError."""
+        assert self._checking is not None, "no check begins without"
+        if not version:
+            raise TransferError("its answer names no version")
+        key = node.peer_id, uid, version
+        found = self._experts.get(key)
+        if found is None:
+            block = await self._checking.source.fetch(node, uid, version, _DEADLINE_S, self._count_fetched)
+            with self._checking.guard.guarding("state", node.peer_id, TransferError):
+                expert = await self._run(self._checking.loader.load, uid, block.data)
+            found = self._experts[key] = expert, block.precision
+        return found
 
-def _are_comparable(one: Answer, other: Answer) -> bool:
-    return other.tensor is not None and one.update_count == other.update_count
+    def _count_fetched(self, size: int) -> None:
+        self._fetched_bytes += size
 
+    async def _run(self, function: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
+        """On the one thread that checks compute on, with one core."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-def _tensor(answer: Answer) -> Floats:
-    assert answer.tensor is not None
-    return answer.tensor
+    def _note(self, peer_id: PeerID, outcome: str) -> _Record:
+        self._calls.metrics.spot_checks.labels(outcome).inc()
+        record = self._records[peer_id] = self._records.get(peer_id) or _Record()
+        was_evasive = record.is_evasive
+        record.decided.append(outcome in _VERDICTS)
+        if record.is_evasive and not was_evasive:
+            logger.warning("none of the last %d answers of node %s could be checked", _LATELY, peer_id)
+        return record
+
+    def _fail(self, sample: Sample, said: str) -> None:
+        peer_id = sample.node.peer_id
+        record = self._note(peer_id, "failed")
+        record.failed, record.owed = record.failed + 1, _CHECKED_AFTER_FAILURE
+        names = ", ".join(map(str, list(sample.versions)[:_NAMED]))
+        logger.debug("node %s failed a spot check of experts %s: %s", peer_id, names, said)
+        if record.failed >= WITNESSES:
+            record.owed = 0
+            self._calls.breakers.distrust(peer_id, self._calls.now())
+            logger.warning(
+                "node %s: failed %d spot checks, the last one of experts %s: %s: banned for a while",
+                peer_id, record.failed, names, said,
+            )  # fmt: skip

@@ -133,7 +133,10 @@ class InFlight(Generic[M, R]):
         self._shared = shared
         self._make_copy = make_copy
         self._clock = clock
-        self._threads = ThreadPoolExecutor(limit, thread_name_prefix="talkoot-step")
+        # a new thread takes over what any other thread set last, such as one core
+        self._threads = ThreadPoolExecutor(
+            limit, "talkoot-step", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        )
         self._free: list[M] = []
         self._begun: dict[Future[R], _Begun[M]] = {}
         self._version = 0

@@ -85,6 +85,18 @@ def test_a_parameter_without_a_gradient_rests_and_is_remembered(name: Literal["a
     assert [float(optimizer.state[p]["step"]) for p in ours] == [3, 3, 3, 4, 3]
 
 
+def test_steps_are_counted_on_from_a_state_that_was_replaced() -> None:
+    parameters = random_parameters(0)
+    optimizer = Optimizer(parameters, OptimizerSpec())
+    for other_steps in (None, 7.0, 3.0):
+        if other_steps is not None:
+            optimizer.state[parameters[2]]["step"] = torch.tensor(other_steps)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in parameters] == [3, 3, 4, 3, 3]
+
+
 def test_gradients_are_gone_after_zero_grad() -> None:
     parameters = random_parameters(0)
     optimizer = Optimizer(parameters, OptimizerSpec())

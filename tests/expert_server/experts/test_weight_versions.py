@@ -63,7 +63,7 @@ class Reference:
             self.expert.block.parameters(), *(own for _, own in found), strict=True
         ):
             parameter.grad = torch.stack(gradients).sum(0)
-        self.expert._prepare_step()
+        self.expert._prepare_step({})
         self.expert.settle()
         return [of_inputs for of_inputs, _ in found]
 

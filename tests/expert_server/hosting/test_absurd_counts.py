@@ -17,8 +17,6 @@ from peer.averaging import MAX_UPDATE_COUNT
 from peer.identity import Identity
 from peer.loop import LoopThread
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 MOST = 10 * 3 + 30_000
 """Where the other node's experts have taken 3."""
 

@@ -13,8 +13,6 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.fixture
 def identities() -> list[Identity]:

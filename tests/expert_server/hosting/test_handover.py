@@ -25,7 +25,6 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 LEAVES: dict[str, Any] = {"drain_timeout_s": 600}
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dht.announcements import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
 from expert_server.hosting.placement import (
+    ahead_of,
     assign_orphans,
     lost_claims,
     plausible_updates,
@@ -255,15 +256,23 @@ def test_who_leaves_takes_no_claim_away(uid: UID, peer_id: PeerID, leaving: set[
 
 
 @given(uids, st.dictionaries(peer_ids, st.tuples(states, st.integers(0, 9)), max_size=6), peer_ids)
-def test_the_freshest_replica_is_fetched_first(
+def test_replicas_far_behind_are_fetched_last(
     uid: UID, hosted: dict[PeerID, tuple[ReplicaState, int]], me: PeerID
 ) -> None:
     found = state_sources([replica(uid, p, *what) for p, what in hosted.items()], me, random.Random(1))
-    counts = [r.update_count for r in found]
-    as_believed = [min(count, median_high(counts)) for count in counts]
-    assert as_believed == sorted(as_believed, reverse=True), "none is before others for claiming most"
+    behind = [r.update_count < 0.9 * median_high(other.update_count for other in found) for r in found]
+    assert behind == sorted(behind), "those that were restarted come last"
     able = {p for p, (state, _) in hosted.items() if state is not CLAIMED and p != me}
     assert {r.peer_id for r in found} == able
+
+
+@given(uids, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(-1, 9))
+def test_a_state_is_fresher_only_if_most_are(uid: UID, counts: list[int], own: int) -> None:
+    """A minority that claims more has no say."""
+    peers = seeded_peers(len(counts))
+    hosts = [replica(uid, peer, SERVING, count) for peer, count in zip(peers, counts, strict=True)]
+    more = [r for r in hosts if r.update_count > own]
+    assert ahead_of(own, hosts) == (more if len(more) > len(hosts) / 2 else [])
 
 
 @given(st.lists(uids, unique=True, max_size=20), st.dictionaries(peer_ids, st.integers(-1, 6), max_size=5))

@@ -15,12 +15,10 @@ from expert_server.experts.expert import Expert
 from expert_server.experts.format import State
 from expert_server.experts.graphs import Rows
 from expert_server.node import Node
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
-from peer.transport.addresses import NetworkConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,6 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.fixture(scope="module")
 def identities() -> list[Identity]:
@@ -96,8 +94,7 @@ def test_an_orphan_goes_on_from_the_copy_on_another_nodes_disk(play: Play) -> No
         assert not keeper.runtime.experts, "it keeps states, and serves nothing"
         assert await copied(keeper) == len(UIDS), "nothing has changed"
 
-        host.swarm.host.p2p._child.kill()  # its announcements expire, and its disk is out of reach
-        await host.swarm.stop()
+        await host.swarm.stop()  # its announcements expire, and its disk is out of reach
 
         async def adopted() -> bool:
             await keeper.hosting.look()  # an expert must be vacant twice in a row
@@ -188,9 +185,10 @@ def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_expert
         host = await village.join(1, await keeper.swarm.invite(), experts=8)
         await train(host, dict.fromkeys(UIDS, 1))
         await host.hosting.announce()
-        assert host._server is not None
-        await host._server.stop(None)
-        async with garbage_server(host.swarm.host.identity, host._certificate, host._port):
+        peer = host.swarm.host
+        assert peer.server is not None
+        await peer.server.stop(None)
+        async with garbage_server(peer.identity, peer.certificate, peer.port):
             assert await copied(keeper) == 0
         assert total(keeper.replicas.states.metrics.fetches, outcome="broken") == len(UIDS)
 

@@ -5,7 +5,7 @@ Where each kind of bad input is tested:
 - wrong shape, dtype (which is the codec here), rank (rows that are not whole), row count 0: test_servicer_headers.py
   (`WRONG_HEADERS`) and test_servicer_streams.py (`WRONG_STREAMS`); too many rows: `test_a_call_of_too_many_bytes…`
 - non-finite: test_servicer_streams.py; unknown expert: test_servicer.py
-- lying headers: test_servicer_headers.py, test_servicer_streams.py, and of kept rows here
+- lying headers: test_servicer_headers.py, test_servicer_streams.py, and of kept calls here; weights: in both
 - oversized streams: test_servicer_streams.py, and without an end here
 - slow-loris streams: test_servicer_slow.py, and as many as the node takes here
 - replayed backward: test_servicer_slow.py; another swarm's call: test_servicer_headers.py
@@ -16,8 +16,10 @@ Where each kind of bad input is tested:
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import grpc
@@ -29,6 +31,7 @@ from hypothesis import strategies as st
 from tls_expert_server import (
     FIRST,
     HIDDEN,
+    MANIFEST,
     ROWS,
     SECOND,
     THIRD,
@@ -37,6 +40,7 @@ from tls_expert_server import (
     Runner,
     answers,
     check_it_goes_on,
+    dense_answer,
     exchange,
     header_of,
     make,
@@ -48,14 +52,12 @@ from tls_expert_server import (
     wait_until,
 )
 
+from expert_server.experts.expert import Expert
 from expert_server.serving.batching import Direction
 from peer.codec import CHUNK_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
-from peer.wire import expert_pb2
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 
 @pytest.fixture
@@ -67,14 +69,15 @@ def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) 
 # Claims, floods and trickles
 
 
-def claim_kept(call: Call, rows: int) -> None:
-    kept = expert_pb2.ExpertRows(uid=str(FIRST), kept_request_id=bytes(16), kept_rows=rows)
-    call.header.experts[0].CopyFrom(kept)
+def claim_kept(rows: int) -> Call:
+    """A backward call for one that was never made."""
+    call = Call(lengths=[1] * ROWS, positions=[0] * ROWS).kept()
+    call.header.kept_rows = rows
+    return call
 
 
 def test_a_claim_of_1_gb_of_kept_rows_with_1_kb_behind_it_is_refused_at_once(run: Runner) -> None:
-    call = Call("backward")
-    claim_kept(call, 2**30 // (4 * HIDDEN))
+    call = claim_kept(2**30 // (4 * HIDDEN))
 
     async def scenario(edge: Edge) -> None:
         outcome = await exchange(edge, "backward", [header_of(call), piece(bytes(1024))], ends=False)
@@ -85,21 +88,120 @@ def test_a_claim_of_1_gb_of_kept_rows_with_1_kb_behind_it_is_refused_at_once(run
     run(scenario)
 
 
-def test_rows_that_were_never_kept_are_said_to_be_lost_and_nothing_is_applied(run: Runner) -> None:
-    call = Call("backward")
-    claim_kept(call, ROWS)
-
+def test_a_call_that_was_never_kept_is_said_to_be_lost_and_nothing_is_applied(run: Runner) -> None:
     async def scenario(edge: Edge) -> None:
-        outcome = await exchange(
-            edge, "backward", [header_of(call), piece(call.payload[: 4 * ROWS * HIDDEN])]
-        )
-        assert outcome.code is StatusCode.OK, outcome.details
-        ((reply, nothing),) = answers(outcome).values()
-        assert (reply.status, nothing) == (StatusCode.FAILED_PRECONDITION.value[0], None)
+        refused(await make(edge, claim_kept(ROWS)), StatusCode.FAILED_PRECONDITION, "send its inputs")
         assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario)
+
+
+def test_only_the_caller_of_a_kept_call_may_name_it_and_only_once(run: Runner) -> None:
+    call = Call(uids=[FIRST, SECOND]).keeping()
+
+    async def scenario(edge: Edge) -> None:
+        assert answers(call, await make(edge, call)).is_kept
+        refused(await make(edge.as_another(), call.kept()), StatusCode.FAILED_PRECONDITION, "send its inputs")
+        assert edge.updates() == 0
+        backward = call.kept()
+        answers(backward, await make(edge, backward))
+        refused(await make(edge, backward), StatusCode.ALREADY_EXISTS)
+        refused(await make(edge, call.kept(seed=2)), StatusCode.FAILED_PRECONDITION, "send its inputs")
+        assert edge.updates() == 2
+
+    run(scenario, max_kept_bytes=2**20)
+
+
+@pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS + 1, 0])
+def test_gradients_of_another_number_of_rows_than_were_kept_are_refused(run: Runner, rows: int) -> None:
+    call = Call().keeping()
+
+    async def scenario(edge: Edge) -> None:
+        assert answers(call, await make(edge, call)).is_kept
+        backward = call.kept()
+        backward.header.kept_rows = rows
+        said = f"the kept forward call is of {ROWS} rows, not {rows}" if rows else "no rows"
+        refused(await make(edge, backward), StatusCode.INVALID_ARGUMENT, said)
+        assert edge.updates() == 0
+        await check_it_goes_on(edge)
+
+    run(scenario, max_kept_bytes=2**20)
+
+
+@pytest.mark.parametrize("name", ["segment_lengths", "positions", "experts"])
+def test_a_kept_call_is_named_by_nothing_else(run: Runner, name: str) -> None:
+    call = Call().keeping()
+
+    async def scenario(edge: Edge) -> None:
+        assert answers(call, await make(edge, call)).is_kept
+        backward = call.kept()
+        getattr(backward.header, name).MergeFrom(getattr(call.header, name))
+        refused(await make(edge, backward), StatusCode.INVALID_ARGUMENT, "without segments, positions")
+        forward = call.kept(seed=5)
+        refused(await exchange(edge, "forward", forward.requests), StatusCode.INVALID_ARGUMENT)
+        assert edge.updates() == 0
+
+    run(scenario, max_kept_bytes=2**20)
+
+
+def test_a_call_that_is_under_way_is_not_kept_yet_and_is_forgotten_if_it_fails(
+    run: Runner,
+) -> None:
+    call = Call().keeping()
+
+    async def scenario(edge: Edge) -> None:
+        release = threading.Event()
+        blocked = asyncio.create_task(edge.runtime.run(release.wait))
+        calling = asyncio.create_task(make(edge, call, timeout_s=2.0))
+        await wait_until(lambda: len(edge.cache) == 1)
+        refused(await make(edge, call.kept()), StatusCode.FAILED_PRECONDITION, "send its inputs")
+        assert (await calling).code is StatusCode.DEADLINE_EXCEEDED
+        await wait_until(lambda: len(edge.cache) == edge.cache.bytes == 0)
+        release.set()
+        await blocked
+
+    run(scenario, max_kept_bytes=2**20)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_weights_at_both_ends_of_float32_give_finite_sums(run: Runner, direction: Direction) -> None:
+    weights = [
+        [1e38, 1e-38, 1e-45, 3e38, 1.0],
+        [1e-38, 1e38, 1e-45, 3e38, 1e-45],
+        [1.0, 1e38, 3e38, 3e38, 1e-45],
+    ]
+    call = Call(direction, uids=[FIRST, SECOND, THIRD], weights_of=weights)
+
+    async def scenario(edge: Edge) -> None:
+        found = answers(call, await make(edge, call))
+        expected, products = dense_answer(call, [Expert(uid, MANIFEST) for uid in call.uids])
+        torch.testing.assert_close(found.tensor, expected)
+        for row, own in products.items():
+            assert found.products[row] == pytest.approx(own, rel=1e-4, abs=1e-5)
+
+    run(scenario)
+
+
+def test_products_that_overflow_stay_finite(run: Runner) -> None:
+    """As does the sum of two experts' gradients."""
+    call = Call(uids=[FIRST, SECOND]).keeping()
+    backward = call.kept()
+    backward.tensors[0].fill_(3e38)
+
+    async def scenario(edge: Edge) -> None:
+        assert answers(call, await make(edge, call)).is_kept
+        (forward,) = edge.cache._cached.values()
+        forward.updates.fill_(1e30)
+        outcome = await make(edge, backward)
+        found = answers(backward, outcome)
+        assert all(isfinite(product) for own in found.products.values() for product in own)
+        assert all(tensor.isfinite().all() for tensor in found.rows.values())
+        for expert in edge.runtime.experts.values():
+            assert all(parameter.isfinite().all() for parameter in expert.block.parameters())
+        await check_it_goes_on(edge)
+
+    run(scenario, max_kept_bytes=2**20)
 
 
 def test_a_stream_without_end_is_cut_off_where_the_payload_should_end(run: Runner) -> None:
@@ -263,8 +365,6 @@ def test_after_all_that_the_fuzzed_node_answers_rightly(fuzzed: Fuzzed, loop: Lo
     edge = fuzzed.edge
     for uid in (FIRST, SECOND, THIRD):
         call = Call(uids=[uid], seed=2**32)
-        outcome = loop.run(make(edge, call), 120)
-        assert outcome.code is StatusCode.OK, outcome.details
-        ((_, tensor),) = answers(outcome).values()
-        torch.testing.assert_close(tensor, call.expected(edge.runtime.experts[uid]))
+        found = answers(call, loop.run(make(edge, call), 120))
+        torch.testing.assert_close(found.tensor, call.expected(edge.runtime.experts[uid]))
         assert all(parameter.isfinite().all() for parameter in edge.runtime.experts[uid].block.parameters())

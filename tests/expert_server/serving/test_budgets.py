@@ -31,7 +31,7 @@ def takes(
     budgets: Budgets, caller: str, now: float, rows: int = 1, direction: Direction = "backward"
 ) -> bool:
     with contextlib.suppress(ExpertError):
-        budgets.take(caller, direction, [(EXPERT, rows)], now)
+        budgets.take(caller, direction, rows, [EXPERT], now)
         return True
     return False
 
@@ -54,7 +54,7 @@ def test_who_comes_back_when_it_was_told_is_served() -> None:
     while takes(budgets, "a", 0.0):
         pass
     with pytest.raises(ExpertError, match="budget of optimizer steps") as caught:
-        budgets.take("a", "backward", [(EXPERT, 1)], 0.0)
+        budgets.take("a", "backward", 1, [EXPERT], 0.0)
     assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
     assert takes(budgets, "a", 0.0, direction="forward")  # costs no step
     assert takes(budgets, "a", caught.value.retry_after_s)
@@ -65,7 +65,7 @@ def test_the_steps_of_one_expert_are_bounded_and_others_are_not_touched() -> Non
     budgets = Budgets(BudgetLimits(expert_updates_per_hour=60.0))
     done = sum(takes(budgets, "a", float(second)) for second in range(0, 7200, 10))
     assert 120 <= done <= 120 + 11  # two hours, and a burst of ten minutes
-    budgets.take("a", "backward", [(UID(0, (1, 1)), 1)], 7200.0)
+    budgets.take("a", "backward", 1, [UID(0, (1, 1))], 7200.0)
 
 
 def test_without_limits_nothing_is_counted() -> None:

@@ -1,21 +1,31 @@
-"""Forward passes kept for their backward call: the budget holds, and what is oldest goes first."""
+"""Forward calls kept for their backward call: the budget holds, and what is oldest goes first."""
 
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from dht.uid import UID
-from expert_server.experts.graphs import ForwardGraph, Rows, SharedGraph, SharedPass, WeightVersion
-from expert_server.serving.forward_cache import CachedForward, ForwardCache
+from expert_server.experts.graphs import ForwardGraph, SharedGraph, SharedPass, WeightVersion
+from expert_server.serving.assignment import Assignment
+from expert_server.serving.forward_cache import CachedForward, ForwardCache, Graph
 
-AN_UID = UID(0, (0, 0))
-BARE = 4 * 8 + 2 * 8  # bytes of inputs, length and position of `a_forward`
+ROW = torch.zeros(1, 8)
+ASSIGNMENT = Assignment(
+    [UID(0, (0, 0)), UID(0, (0, 1)), UID(0, (1, 0))],
+    lengths=np.array([1]),
+    positions=np.array([0]),
+    ends=np.array([1, 2, 3]),
+    rows=np.zeros(3, np.int64),
+    weights=np.ones(3, np.float32),
+)
+BARE = ROW.nbytes + 3 * ROW.nbytes + 3 + ASSIGNMENT.nbytes + 2048 + 3 * 128
+"""Bytes of `a_forward`: its inputs, the updates, which of them are answered, and the rest."""
 
 
 def a_version(size: int = 0) -> WeightVersion:
@@ -29,21 +39,38 @@ def a_stashed_version(size: int) -> WeightVersion:
     return version
 
 
-def a_forward(
-    graph_bytes: int | None = 100, expires_at: float = 60.0, version: WeightVersion | None = None
-) -> CachedForward:
-    inputs = torch.zeros(1, 8)
-    graph = None if graph_bytes is None else ForwardGraph(inputs, inputs, version or a_version(), graph_bytes)
-    rows = Rows(inputs, torch.tensor([1]), torch.tensor([0]), graph=graph)
-    return CachedForward(AN_UID, rows, expires_at)
+def a_forward(expires_at: float = 60.0, is_complete: bool = True) -> CachedForward:
+    return CachedForward(
+        ASSIGNMENT, ROW, ROW.repeat(3, 1), np.ones(3, np.bool_), expires_at, is_complete=is_complete
+    )
 
 
-def key(number: int, caller: str = "QmA") -> tuple[str, bytes, int]:
-    return caller, number.to_bytes(16, "big"), 0
+def a_graph(size: int = 100, version: WeightVersion | None = None) -> ForwardGraph:
+    return ForwardGraph(ROW, ROW, version or a_version(), size)
+
+
+def key(number: int, caller: str = "QmA") -> tuple[str, bytes]:
+    return caller, number.to_bytes(16, "big")
+
+
+def put(store: ForwardCache, key: tuple[str, bytes], *graphs: Graph) -> bool:
+    """Whether a new call is kept."""
+    forward = a_forward()
+    if not store.put(key, forward, now=0.0):
+        return False
+    for expert, graph in enumerate(graphs):
+        store.add_graph(key, forward, expert, graph)
+    return store.complete(key, forward)
+
+
+def graphs_of(store: ForwardCache, *keys: tuple[str, bytes]) -> list[list[int] | None]:
+    """Takes calls, and says of which experts they have graphs; None if they are gone."""
+    taken = [store.take(key) for key in keys]
+    return [None if forward is None else list(forward.graphs) for forward in taken]
 
 
 def test_a_forward_is_handed_over_once() -> None:
-    store, forward = ForwardCache(1000), a_forward()
+    store, forward = ForwardCache(10_000), a_forward()
     assert store.put(key(1), forward, now=0.0)
     assert store.take(key(1)) is forward
     assert store.take(key(1)) is None
@@ -51,30 +78,48 @@ def test_a_forward_is_handed_over_once() -> None:
 
 
 def test_another_caller_cannot_take_it() -> None:
-    store = ForwardCache(1000)
+    store = ForwardCache(10_000)
     store.put(key(1), a_forward(), now=0.0)
     assert store.take(key(2)) is None
-    assert store.take((*key(1)[:2], 1)) is None
     assert store.take(key(1, "QmB")) is None
     assert store.take(key(1)) is not None
 
 
-def test_when_full_the_oldest_graph_goes_first_and_its_inputs_stay() -> None:
-    store = ForwardCache(3 * BARE + 2 * 100)
+def test_a_call_under_way_is_not_handed_over_and_one_that_failed_is_forgotten() -> None:
+    store, forward = ForwardCache(10_000), a_forward(is_complete=False)
+    store.put(key(1), forward, now=0.0)
+    assert store.take(key(1)) is None
+    assert len(store) == 1
+    store.discard(key(1), a_forward())
+    assert len(store) == 1
+    store.discard(key(1), forward)
+    assert (len(store), store.bytes) == (0, 0)
+
+
+def test_a_repeated_call_takes_the_place_of_the_first_which_adds_nothing_to_it() -> None:
+    store, first, second = ForwardCache(10_000), a_forward(is_complete=False), a_forward(is_complete=False)
+    store.put(key(1), first, now=0.0)
+    store.add_graph(key(1), first, 0, a_graph())
+    store.put(key(1), second, now=0.0)
+    store.add_graph(key(1), first, 1, a_graph())
+    assert store.bytes == BARE
+    assert not store.complete(key(1), first)
+    assert store.complete(key(1), second)
+    assert store.take(key(1)) is second
+
+
+def test_when_full_the_oldest_graph_goes_first_and_its_call_stays() -> None:
+    store = ForwardCache(3 * BARE + 3 * 100)
     for number in range(3):
-        assert store.put(key(number), a_forward(), now=0.0)
-    graphs = [kept.rows.graph is not None for number in range(3) if (kept := store.take(key(number)))]
-    assert graphs == [False, True, True]
+        assert put(store, key(number), a_graph(), a_graph())
+    assert graphs_of(store, *map(key, range(3))) == [[], [1], [0, 1]]
 
 
 def test_what_several_experts_share_counts_once_and_until_none_of_them_has_it() -> None:
-    inputs = torch.zeros(3, 8)
-    shared = SharedPass(inputs, inputs, [], [1, 1, 1], 100)
+    shared = SharedPass(ROW.repeat(3, 1), ROW.repeat(3, 1), [], [1, 1, 1], 100)
     store = ForwardCache(3 * BARE + 100)
     for index in range(3):
-        forward = a_forward(None)
-        graph = SharedGraph(shared, index, None)
-        store.put(key(index), replace(forward, rows=replace(forward.rows, graph=graph)), now=0.0)
+        assert put(store, key(index), SharedGraph(shared, index, None))
     assert store.bytes == 3 * BARE + 100
     for index in range(2):
         store.take(key(index))
@@ -85,20 +130,18 @@ def test_what_several_experts_share_counts_once_and_until_none_of_them_has_it() 
     assert store.bytes == 0
 
 
-def test_when_only_inputs_are_left_the_oldest_go() -> None:
+def test_when_no_graphs_are_left_the_oldest_calls_go() -> None:
     store = ForwardCache(2 * BARE)
     for number in range(3):
-        assert store.put(key(number), a_forward(None), now=0.0)
-    assert [store.take(key(number)) is not None for number in range(3)] == [False, True, True]
+        assert put(store, key(number))
+    assert graphs_of(store, *map(key, range(3))) == [None, [], []]
 
 
 def test_what_is_over_the_budget_by_itself_is_not_kept() -> None:
+    assert not put(ForwardCache(BARE - 1), key(1))
     store = ForwardCache(BARE)
-    assert not ForwardCache(BARE - 1).put(key(1), a_forward(), now=0.0)
-    assert store.put(key(1), a_forward(graph_bytes=10**9), now=0.0)
-    kept = store.take(key(1))
-    assert kept is not None
-    assert kept.rows.graph is None
+    assert put(store, key(1), a_graph(10**9))
+    assert graphs_of(store, key(1)) == [[]]
 
 
 def test_what_nobody_came_for_expires() -> None:
@@ -109,30 +152,27 @@ def test_what_nobody_came_for_expires() -> None:
     assert store.take(key(2)) is not None
 
 
-def test_a_stranger_that_fills_it_evicts_only_its_own_passes() -> None:
+def test_a_stranger_that_fills_it_evicts_only_its_own_calls() -> None:
     store = ForwardCache(20 * (BARE + 100))
     honest = [key(number) for number in range(8)]
-    assert all(store.put(each, a_forward(), now=0.0) for each in honest)
+    assert all(put(store, each, a_graph()) for each in honest)
     for number in range(100):
-        store.put(key(number, "stranger"), a_forward(), now=0.0)
-    kept = [store.take(each) for each in honest]
-    assert all(forward is not None and forward.rows.graph is not None for forward in kept)
+        put(store, key(number, "stranger"), a_graph())
+    assert graphs_of(store, *honest) == [[0]] * 8
 
 
 def test_a_stranger_whose_small_graphs_hold_many_older_parameters_loses_them_first() -> None:
-    store = ForwardCache(3000)
-    assert store.put(key(0), a_forward(graph_bytes=1200), now=0.0)
-    for number in range(20):
-        store.put(key(number, "stranger"), a_forward(1, version=a_stashed_version(1000)), now=0.0)
-    kept = store.take(key(0))
-    assert kept is not None
-    assert kept.rows.graph is not None
+    store = ForwardCache(20 * BARE + 3000)
+    assert put(store, key(0), a_graph(1200))
+    for number in range(19):
+        put(store, key(number, "stranger"), a_graph(1, a_stashed_version(1000)))
+    assert graphs_of(store, key(0)) == [[0]]
 
 
 def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
     store, version = ForwardCache(10_000), a_version(1000)
     for number in range(2):
-        store.put(key(number), a_forward(version=version), now=0.0)
+        put(store, key(number), a_graph(version=version))
     version.stash()
     assert store.bytes == 1000 + 2 * (BARE + 100)
     store.take(key(0))
@@ -142,14 +182,33 @@ def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
 
 
 def test_graphs_go_when_steps_of_their_experts_brought_them_over_the_budget() -> None:
-    store, versions = ForwardCache(1500), [a_version(1000), a_version(1000)]
+    store, versions = ForwardCache(1500 + 2 * BARE), [a_version(1000), a_version(1000)]
     for number, version in enumerate(versions):
-        store.put(key(number), a_forward(version=version), now=0.0)
+        put(store, key(number), a_graph(version=version))
         version.stash()
     store.take(key(2))
     assert store.bytes == 1000 + 2 * BARE + 100
-    graphs = [kept.rows.graph is not None for number in range(2) if (kept := store.take(key(number)))]
-    assert graphs == [False, True]
+    assert graphs_of(store, key(0), key(1)) == [[], [0]]
+
+
+def test_to_make_room_for_a_large_call_adds_up_what_is_kept_only_once() -> None:
+    asked = 0
+
+    class Version(WeightVersion):
+        @property
+        def bytes(self) -> int:
+            nonlocal asked
+            asked += 1
+            return 1000
+
+    store = ForwardCache(100 * (BARE + 1100) + 1)
+    for number in range(100):
+        assert put(store, key(number), a_graph(version=Version([], None)))
+    asked = 0
+    inputs = torch.zeros(45 * (BARE + 1100), dtype=torch.uint8)
+    large = CachedForward(ASSIGNMENT, inputs, ROW, np.ones(1, np.bool_), 60.0)
+    assert store.put(key(0, "QmB"), large, now=0.0)
+    assert asked < 1000, "a few times for each"
 
 
 VERSIONS = st.lists(st.integers(0, 500), min_size=3, max_size=3)
@@ -158,32 +217,38 @@ VERSIONS = st.lists(st.integers(0, 500), min_size=3, max_size=3)
 @given(
     st.lists(
         st.tuples(
-            st.booleans(), st.integers(0, 5), st.one_of(st.none(), st.integers(0, 400)), st.integers(0, 2)
+            st.booleans(),
+            st.integers(0, 5),
+            st.lists(st.tuples(st.integers(0, 400), st.integers(0, 2)), max_size=3),
         ),
         max_size=60,
     ),
     VERSIONS,
-    st.integers(0, 800),
+    st.integers(0, 6 * BARE + 800),
 )
 def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
-    steps: list[tuple[bool, int, int | None, int]], sizes: list[int], budget: int
+    steps: list[tuple[bool, int, list[tuple[int, int]]]], sizes: list[int], budget: int
 ) -> None:
     store, versions = ForwardCache(budget), [a_stashed_version(size) for size in sizes]
-    for puts, number, graph_bytes, version in steps:
+    for puts, number, graphs in steps:
         if puts:
-            store.put(key(number), a_forward(graph_bytes, version=versions[version]), now=0.0)
+            put(store, key(number), *(a_graph(size, versions[version]) for size, version in graphs))
         else:
             store.take(key(number))
         assert store.bytes <= budget
-    taken = [kept.bytes for number in range(6) if (kept := store.take(key(number)))]
+    own = [
+        forward.bytes + sum(graph.bytes for graph in forward.graphs.values())
+        for number in range(6)
+        if (forward := store.take(key(number)))
+    ]
     assert store.bytes == 0
-    assert sum(taken) <= budget
+    assert sum(own) <= budget
 
 
 def test_any_thread_may_ask_for_the_bytes() -> None:
     store, versions = ForwardCache(10**9), [a_stashed_version(1) for _ in range(200)]
     for number, version in enumerate(versions):
-        store.put(key(number), a_forward(version=version), now=0.0)
+        put(store, key(number), a_graph(version=version))
     interval, enough = sys.getswitchinterval(), threading.Event()
     sys.setswitchinterval(1e-6)
 
@@ -199,7 +264,7 @@ def test_any_thread_may_ask_for_the_bytes() -> None:
         try:
             for turn in range(3000):
                 store.take(key(turn % 200))
-                store.put(key(turn % 200), a_forward(version=versions[turn % 200]), now=0.0)
+                put(store, key(turn % 200), a_graph(version=versions[turn % 200]))
         finally:
             enough.set()
             sys.setswitchinterval(interval)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -85,13 +86,13 @@ class WatchedExpert(Expert):
                 raise RuntimeError("out of memory")
         return rows.inputs.clone()
 
-    def backward(self, parts: Sequence[Rows], *, may_defer: bool = False) -> tuple[list[Tensor], StepOutcome]:
+    def backward(self, parts: Sequence[Rows], **_: Any) -> tuple[list[Tensor], StepOutcome]:
         with self._witness.sees(self.uid):
             self._witness.note_batch(torch.cat([part.inputs for part in parts]))
             self._witness.steps += 1
             time.sleep(2e-5 * sum(len(part.inputs) for part in parts))
             self.update_count += 1
-        return [2 * part.inputs for part in parts], StepOutcome.TAKEN
+        return [2 * part.gradients for part in parts if part.gradients is not None], StepOutcome.TAKEN
 
 
 class Stress:

@@ -1,6 +1,7 @@
 """Wrong headers, over real TLS and without a network: each is refused, saying what is wrong."""
 
 from collections.abc import Callable, Iterator, Sequence
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -31,8 +32,8 @@ from tls_expert_server import (
 )
 
 from expert_server.serving.batching import Direction
-from expert_server.serving.call import HeaderParser, parse_part
 from expert_server.serving.forward_cache import ForwardCache
+from expert_server.serving.headers import MAX_EXPERTS_IN_CALL, HeaderParser
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError, WireError
@@ -48,22 +49,30 @@ def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) 
         yield runner
 
 
-def rows_of(call: Call) -> expert_pb2.ExpertRows:
-    return call.header.experts[0]
-
-
 def set_header(**values: Any) -> Callable[[Call], None]:
     return lambda call: call.header.MergeFrom(expert_pb2.CallHeader(**values))
 
 
 def set_uid(uid: str) -> Callable[[Call], None]:
-    return lambda call: setattr(rows_of(call), "uid", uid)
+    return lambda call: setattr(call.header.experts[0], "uid", uid)
 
 
 def set_rows(lengths: Sequence[int], positions: Sequence[int] = POSITIONS) -> Callable[[Call], None]:
     def change(call: Call) -> None:
-        rows_of(call).segment_lengths[:] = lengths
-        rows_of(call).positions[:] = positions
+        call.header.segment_lengths[:] = lengths
+        call.header.positions[:] = positions
+
+    return change
+
+
+def set_experts(*rows: Sequence[int], weights: Sequence[float] = ()) -> Callable[[Call], None]:
+    """Rows of the first experts, and the weights of the first."""
+
+    def change(call: Call) -> None:
+        del call.header.experts[:]
+        for uid, own in zip(MANIFEST.uids(), rows, strict=False):
+            call.header.experts.add(uid=str(uid), rows=own)
+        call.header.experts[0].weights[:] = weights
 
     return change
 
@@ -73,14 +82,15 @@ def clear(name: str) -> Callable[[Call], None]:
 
 
 def add_experts(count: int) -> Callable[[Call], None]:
-    return lambda call: call.header.experts.extend([rows_of(call)] * count)
+    return lambda call: call.header.experts.extend([call.header.experts[0]] * count)
 
 
+ALL = range(ROWS)
 WRONG_HEADERS: dict[str, tuple[Callable[[Call], None], tuple[str, ...]]] = {
     "wider": (set_header(width=HIDDEN + 1), ("width 17", "experts have 16")),
     "huge width": (set_header(width=2**32 - 1), ("width 4294967295", "experts have 16")),
     "no width": (clear("width"), ("width 0", "experts have 16")),
-    "no rows": (set_rows([], []), ("no rows for expert 0.0.0",)),
+    "no rows": (set_rows([], []), ("a call of no rows",)),
     "no experts": (clear("experts"), ("0 experts in one call; expected 1 to 4096",)),
     "too many experts": (add_experts(4096), ("4097 experts in one call; expected 1 to 4096",)),
     "off the grid": (set_uid("0.2.0"), ("0.2.0 is not on this swarm's grid",)),
@@ -105,6 +115,31 @@ WRONG_HEADERS: dict[str, tuple[Callable[[Call], None], tuple[str, ...]]] = {
     "falling in the last segment": (set_rows(LENGTHS, [0, 4, 9, 2, 1]), ("do not rise",)),
     "a position beyond the context": (set_rows(LENGTHS, [0, 4, 9, 1, 16]), ("position 16", "16 tokens")),
     "a huge position": (set_rows(LENGTHS, [0, 4, 9, 1, 2**32 - 1]), ("position 4294967295", "16 tokens")),
+    "a row in no expert": (set_experts([0, 1], [1, 2, 4]), ("row 3 is for no expert",)),
+    "fewer pairs than rows": (set_experts([0, 1], [2]), ("3 rows of experts for the 5 rows", "1 to 3")),
+    "a row in too many experts": (
+        set_experts([0, 1], ALL, [1, 2], [1, 3]),
+        ("row 1 is for 4 experts; at most 3",),
+    ),
+    "rows in too many experts": (
+        set_experts(ALL, ALL, ALL, [0]),
+        ("16 rows of experts for the 5 rows", "1 to 3"),
+    ),
+    "an expert twice": (add_experts(1), ("an expert is named twice",)),
+    "falling rows": (set_experts([0, 2, 1, 3, 4]), ("rows of an expert do not rise",)),
+    "equal rows": (set_experts([0, 1, 1, 2, 3, 4]), ("rows of an expert do not rise",)),
+    "falling rows of the last": (set_experts(ALL, [4, 3]), ("rows of an expert do not rise",)),
+    "a row beyond the call": (set_experts([0, 1, 2, 3, 5]), ("row 5 of an expert; the call has 5 rows",)),
+    "a huge row": (set_experts(ALL, [2**32 - 1]), ("row 4294967295 of an expert",)),
+    "too few weights": (set_experts(ALL, weights=[1.0] * 4), ("4 weights for the 5 rows of expert 0.0.0",)),
+    "too many weights": (set_experts(ALL, weights=[1.0] * 6), ("6 weights for the 5 rows of expert 0.0.0",)),
+    **{
+        f"a weight of {weight}": (
+            set_experts(ALL, weights=[1.0, weight, 1.0, 1.0, 1.0]),
+            ("a weight that is not finite and above 0",),
+        )
+        for weight in (0.0, -0.0, -1.0, nan, inf, -inf)
+    },
     "no request id": (clear("request_id"), ("a request id of 0 bytes; expected 16",)),
     "a short request id": (set_header(request_id=b"x" * 15), ("a request id of 15 bytes; expected 16",)),
     "a long request id": (set_header(request_id=b"x" * 17), ("a request id of 17 bytes; expected 16",)),
@@ -174,8 +209,8 @@ def test_a_call_of_too_many_bytes_is_refused_before_they_are_sent_by_what_they_b
 def test_a_header_of_the_largest_size_claims_no_memory(run: Runner) -> None:
     rows = MAX_MESSAGE_BYTES - 1000
     call = Call(lengths=[1], positions=[0])
-    rows_of(call).segment_lengths[:] = [rows]
-    rows_of(call).positions.extend([0] * (rows - 1))
+    call.header.segment_lengths[:] = [rows]
+    call.header.positions.extend([0] * (rows - 1))
 
     async def scenario(edge: Edge) -> None:
         outcome = await exchange(edge, "backward", [expert_pb2.CallRequest(header=call.header)], ends=False)
@@ -183,6 +218,34 @@ def test_a_header_of_the_largest_size_claims_no_memory(run: Runner) -> None:
         await check_it_goes_on(edge)
 
     run(scenario)
+
+
+def test_all_rows_of_4096_experts_are_refused_before_an_array_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = Call()
+    del call.header.experts[:]
+    call.header.experts.extend([expert_pb2.ExpertRows(uid="0.0.0")] * MAX_EXPERTS_IN_CALL)
+    parser = HeaderParser(SWARM, MANIFEST, max_call_bytes=2**20, cache=ForwardCache(0))
+    monkeypatch.setattr("expert_server.serving.headers.parse_assignment", None)
+    with pytest.raises(WireError, match="20480 rows of experts for the 5 rows of the call"):
+        parser.parse(call.header, "forward", "QmA", lambda size: None)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_memory_is_reserved_before_an_array_is_made(
+    monkeypatch: pytest.MonkeyPatch, direction: Direction
+) -> None:
+    call = Call(direction, uids=[FIRST, SECOND])
+    parser = HeaderParser(SWARM, MANIFEST, max_call_bytes=2**20, cache=ForwardCache(0))
+
+    def reserve(size: int) -> None:
+        assert size >= 4 * HIDDEN * (2 * ROWS + 4 * ROWS)
+        raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "no room")
+
+    monkeypatch.setattr("expert_server.serving.headers.parse_assignment", None)
+    with pytest.raises(ExpertError, match="no room"):
+        parser.parse(call.header, direction, "QmA", reserve)
 
 
 # Hostile headers, without a network
@@ -195,67 +258,69 @@ uid_texts = st.one_of(
 )
 small = st.lists(st.one_of(st.integers(0, 20), st.integers(0, 2**32 - 1)), max_size=12)
 steps = st.lists(st.integers(1, 3), min_size=1, max_size=5)
+floats = st.one_of(st.floats(0.25, 4.0, width=32), st.floats(width=32))
 
 
-def packed(uid: str, segments: list[list[int]]) -> expert_pb2.ExpertRows:
+def packed(segments: list[list[int]]) -> dict[str, list[int]]:
     """Rows whose positions rise by the given steps; right unless one passes the context."""
     positions = [sum(rises[: n + 1]) for rises in segments for n in range(len(rises))]
-    return expert_pb2.ExpertRows(uid=uid, segment_lengths=map(len, segments), positions=positions)
+    return {"segment_lengths": list(map(len, segments)), "positions": positions}
 
 
-expert_rows = st.one_of(
-    st.builds(
-        lambda uid, lengths, positions: expert_pb2.ExpertRows(
-            uid=uid, segment_lengths=lengths, positions=positions
-        ),
-        uid_texts,
-        small,
-        small,
+segments = st.one_of(
+    st.fixed_dictionaries({"segment_lengths": small, "positions": small}),
+    st.lists(steps, min_size=1, max_size=4).map(packed),
+)
+expert_rows = st.builds(
+    lambda uid, rows, weights: expert_pb2.ExpertRows(
+        uid=uid, rows=rows, weights=weights[: len(rows)] if rows else ()
     ),
-    st.builds(packed, uid_texts, st.lists(steps, min_size=1, max_size=4)),
+    uid_texts,
+    st.one_of(st.just([]), st.sets(st.integers(0, 8)).map(sorted), small),
+    st.one_of(st.just([]), st.just([0.5] * 20), st.lists(floats, max_size=9)),
 )
 
 
-def is_right(rows: expert_pb2.ExpertRows) -> bool:
+def is_right(header: expert_pb2.CallHeader) -> bool:
     """By the words of proto/expert.proto, row by row."""
-    if rows.uid not in {str(uid) for uid in MANIFEST.uids()}:
-        return False
-    positions = list(rows.positions)
-    for length in rows.segment_lengths:
+    positions, rows = list(header.positions), len(header.positions)
+    for length in header.segment_lengths:
         if not 1 <= length <= len(positions):
             return False
         segment, positions = positions[:length], positions[length:]
         if segment != sorted(set(segment)) or segment[-1] >= CONTEXT:
             return False
-    return len(rows.positions) > 0 and positions == []
-
-
-@settings(max_examples=500)
-@given(expert_rows)
-def test_a_part_is_made_of_right_rows_only(rows: expert_pb2.ExpertRows) -> None:
-    if is_right(rows):
-        part = parse_part(0, rows, MANIFEST)
-        assert str(part.uid) == rows.uid
-        assert part.lengths.tolist() == rows.segment_lengths
-        assert part.positions.tolist() == rows.positions
-        assert part.row_count == len(rows.positions)
-    else:
-        with pytest.raises(WireError):
-            parse_part(0, rows, MANIFEST)
+    names = [expert.uid for expert in header.experts]
+    if not rows or positions or len(set(names)) < len(names):
+        return False
+    if not set(names) <= {str(uid) for uid in MANIFEST.uids()}:
+        return False
+    experts_of_row = [0] * rows
+    for expert in header.experts:
+        own, weights = list(expert.rows) or list(range(rows)), list(expert.weights)
+        if own != sorted(set(own)) or own[-1] >= rows or len(weights) not in (0, len(own)):
+            return False
+        if not all(0 < weight < inf for weight in weights):
+            return False
+        for row in own:
+            experts_of_row[row] += 1
+    return all(1 <= count <= MANIFEST.routing.top_k for count in experts_of_row)
 
 
 headers = st.builds(
-    lambda request_id, width, codec, experts: expert_pb2.CallHeader(
+    lambda request_id, width, codec, segments, experts: expert_pb2.CallHeader(
         protocol_version=PROTOCOL_VERSION,
         swarm_id=SWARM,
         request_id=request_id,
         width=width,
         codec=codec,
         experts=experts,
+        **segments,
     ),
-    st.sampled_from([b"", bytes(15), bytes(16)]),
-    st.sampled_from([HIDDEN, HIDDEN, 0, 2**32 - 1]),
+    st.sampled_from([bytes(16), bytes(16), bytes(16), b"", bytes(15)]),
+    st.sampled_from([HIDDEN, HIDDEN, HIDDEN, 0, 2**32 - 1]),
     st.sampled_from([1, 2, 3, 4, 5, 0, 99]),
+    segments,
     st.lists(expert_rows, max_size=3),
 )
 
@@ -266,16 +331,27 @@ def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
     header: expert_pb2.CallHeader, direction: Direction
 ) -> None:
     parser = HeaderParser(SWARM, MANIFEST, max_call_bytes=800, cache=ForwardCache(0))
-    size = 4 * HIDDEN * sum(len(rows.positions) for rows in header.experts) * (1 + (direction == "backward"))
+    size = 4 * HIDDEN * len(header.positions) * (1 + (direction == "backward"))
     right = (
         (len(header.request_id), header.width) == (16, HIDDEN)
         and header.codec in (1, 2, 3, 4, 5)
         and 0 < size <= 800
-        and all(map(is_right, header.experts))
+        and is_right(header)
     )
-    if right:
-        parts = parser.parse(header, direction, "QmA")
-        assert [str(part.uid) for part in parts] == [rows.uid for rows in header.experts]
-    else:
+    if not right:
         with pytest.raises((WireError, ExpertError)):
-            parser.parse(header, direction, "QmA")
+            parser.parse(header, direction, "QmA", lambda size: None)
+        return
+    parsed = parser.parse(header, direction, "QmA", lambda size: None)
+    assignment = parsed.assignment
+    assert assignment is not None
+    assert parsed.rows == len(assignment) == len(header.positions)
+    assert [str(uid) for uid in assignment.uids] == [expert.uid for expert in header.experts]
+    assert assignment.lengths.tolist() == header.segment_lengths
+    assert assignment.positions.tolist() == header.positions
+    for index, expert in enumerate(header.experts):
+        pairs = assignment.pairs_of(index)
+        assert assignment.rows[pairs].tolist() == (list(expert.rows) or list(range(parsed.rows)))
+        assert assignment.weights[pairs].tolist() == (
+            list(expert.weights) or [1.0] * len(assignment.rows[pairs])
+        )

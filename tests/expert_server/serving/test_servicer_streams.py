@@ -168,8 +168,9 @@ def test_scales_of_int4_are_in_bounds_or_refused(run: Runner, scale: int, said: 
             refused(outcome, StatusCode.INVALID_ARGUMENT, said)
             assert edge.updates() == 0
         else:
-            (reply,) = (expert for message in outcome.replies for expert in message.experts)
-            assert (reply.status, reply.payload_bytes) == (0, len(payload) // 2)
+            assert outcome.code is StatusCode.OK
+            (block,) = (rows for message in outcome.replies for rows in message.rows)
+            assert block.payload_bytes == len(payload) // 2
         await check_it_goes_on(edge)
 
     run(scenario)
@@ -195,8 +196,8 @@ def test_large_tensors_are_converted_off_the_loop(
 
     async def scenario(edge: Edge) -> None:
         call, own = Call(direction), Expert(FIRST, MANIFEST)
-        found = answers(await make(edge, call))
-        torch.testing.assert_close(found[0][1], call.expected(own))
+        found = answers(call, await make(edge, call))
+        torch.testing.assert_close(found.tensor, call.expected(own))
         assert len(threads) == (2 if direction == "forward" else 3)
         assert threading.get_ident() not in threads
 
@@ -210,8 +211,9 @@ def test_finite_numbers_too_large_for_the_expert_spoil_nothing(run: Runner) -> N
     async def scenario(edge: Edge) -> None:
         outcome = await make(edge, call)
         assert outcome.code is StatusCode.OK, outcome.details
-        for _, tensor in answers(outcome).values():
-            assert tensor is None or tensor.isfinite().all()
+        found = answers(call, outcome)
+        assert all(tensor.isfinite().all() for tensor in found.rows.values())
+        assert all(math.isfinite(product) for products in found.products.values() for product in products)
         expert = edge.runtime.experts[FIRST]
         assert all(parameter.isfinite().all() for parameter in expert.block.parameters())
         await check_it_goes_on(edge)

@@ -65,14 +65,15 @@ def test_a_snapshot_is_of_what_has_accumulated_by_now(loop: LoopThread) -> None:
 def test_each_replica_keeps_what_it_has_accumulated_when_they_average() -> None:
     one, other = make_expert(3 + 1), make_expert(2)
     mine, theirs = one.export_state(), other.export_state()
-    found = averaged(mine, mine, theirs, 0.5)
+    found, _ = averaged(mine, mine, theirs, {}, 0.5, 1)
     names = {name for name in mine if name.startswith(ACCUMULATED)}
     assert names == {name for name in found if name.startswith(ACCUMULATED)}
     assert_same({name: found[name] for name in names}, {name: mine[name] for name in names})
     one.import_state(found, 1)
     assert one.accumulated_rows == 5
     before = make_expert(3).export_state()
-    assert not any(name.startswith(ACCUMULATED) for name in averaged(before, before, theirs, 0.5))
+    found, _ = averaged(before, before, theirs, {}, 0.5, 1)
+    assert not any(name.startswith(ACCUMULATED) for name in found)
 
 
 def test_gradients_that_led_to_a_step_during_an_average_do_not_come_back(loop: LoopThread) -> None:

@@ -37,7 +37,8 @@ def test_no_more_wait_than_the_limit_and_peers_share_it() -> None:
 
 def test_an_expert_comes_again_only_after_a_while_from_the_same_peer() -> None:
     queue = HintQueue(100, 6.0)
-    assert queue.put(average(UIDS[0]), 10.0) == 1
+    for _ in range(3):
+        assert queue.put(average(UIDS[0]), 10.0) == 1
     assert queue.put(average(UIDS[0], OTHER), 10.0) == 1
     assert queue.put(average(UIDS[0], sha256=b"c" * 32), 15.9) == 0
     assert queue.put(average(UIDS[0], sha256=b"c" * 32), 16.0) == 1
@@ -78,3 +79,14 @@ def test_however_many_strangers_ask_a_newcomer_has_its_share_and_its_turn(
         pass
     assert not queue._waiting
     assert queue._room.used == 0
+
+
+def test_a_replica_that_always_asks_for_averages_gets_one_in_each_interval() -> None:
+    """Others ask about every second interval, with much spread, and once more when they leave."""
+    queue = HintQueue(64, 60.0)
+    followed = 0
+    for second in range(0, 3600, 2):
+        queue.put(average(UIDS[0]), float(second))
+        followed += queue.pop(is_average=True) is not None
+    assert followed <= 3600 / 60 + 2
+    assert queue.put(average(UIDS[0], OTHER), 3600.0) == 1

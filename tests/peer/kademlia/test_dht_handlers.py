@@ -2,41 +2,42 @@
 
 import asyncio
 import math
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
 from loop_lags import longest_slice
 
-from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
+from benchmarks.simulated_p2p import (
+    Link,
+    SimulatedContacts,
+    SimulatedIdentity,
+    SimulatedTransport,
+    VirtualLoop,
+    simulated_world,
+)
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory
 from dht.records import sign_record
 from dht.uid import UID
 from peer.identity import PeerID
-from peer.kademlia.hivemind import (
-    DHTID,
-    DHTProtocol,
-    MSGPackSerializer,
-    P2PContext,
-    dht_pb2,
-)
-from peer.kademlia.node import ping
+from peer.kademlia.routing import id_bytes, key_id_of, node_id_of
 from peer.kademlia.storage import StoreBounds
 from peer.kademlia.validation import (
     MAX_FIND_KEYS,
     MAX_ITEMS,
+    MAX_MESSAGE_BYTES,
     Entries,
     Entry,
-    node_id_of,
+    pack,
     pack_entries,
     unpack_entries,
 )
 from peer.metrics import total, totals
-from peer.rates import RateLimit, SharedBudget
-from peer.transport.p2pd import MAX_MESSAGE_BYTES
-from peer.wire import records_pb2
+from peer.rates import FairTurns, RateLimit, SharedBudget
+from peer.wire import dht_pb2, records_pb2
 
 HOME = UID(0, (0, 1))
 STRANGER: Any = SimulatedIdentity(1000)
@@ -60,17 +61,19 @@ def play(
     loop.run_until_complete(run())
 
 
-async def send(peer: SimulatedPeer, name: str, request: Any, sender: PeerID = STRANGER.peer_id) -> Any:
-    p2p: Any = peer.dht.p2p
-    name = f"DHTProtocol.rpc_{name}"
-    return await p2p.handlers[name](request, P2PContext(name, peer.peer_id, sender))
+REPLIES = {"ping": dht_pb2.PingResponse, "store": dht_pb2.StoreResponse, "find": dht_pb2.FindResponse}
+
+
+async def send(peer: SimulatedPeer, method: str, request: Any, sender: PeerID = STRANGER.peer_id) -> Any:
+    reply: Any = REPLIES[method]
+    return reply.FromString(await peer.transport.handlers[method](sender, request.SerializeToString()))
 
 
 def store_request(key: str, subkey: object, value: object, expires_at: float, **more: Any) -> Any:
     return dht_pb2.StoreRequest(
-        keys=[DHTID.generate(source=key).to_bytes()],
-        subkeys=[subkey if isinstance(subkey, bytes) and not subkey else MSGPackSerializer.dumps(subkey)],
-        values=[value.packed if isinstance(value, Packed) else MSGPackSerializer.dumps(value)],
+        keys=[id_bytes(key_id_of(key))],
+        subkeys=[subkey if isinstance(subkey, bytes) and not subkey else pack(subkey)],
+        values=[value.packed if isinstance(value, Packed) else pack(value)],
         expiration_time=[expires_at],
         **{"in_cache": [False], **more},
     )
@@ -84,16 +87,25 @@ class Packed:
 
 
 def nested(depth: int, inner: bytes = b"\x01") -> bytes:
-    """Nested tuples, as hivemind packs them."""
+    """Nested tuples, as msgpack's extension type 64."""
     for _ in range(depth):
         inner = b"\xc9" + (len(inner) + 1).to_bytes(4, "big") + b"\x40\x91" + inner
     return inner
 
 
+def answering(swarm: SimulatedSwarm, peer_id: PeerID) -> None:
+    """Lets a stranger answer pings, without which it enters no table."""
+
+    async def answer(caller: PeerID, request: bytes) -> bytes:
+        return dht_pb2.PingResponse(peer=dht_pb2.NodeInfo(node_id=bytes(20))).SerializeToString()
+
+    SimulatedTransport(swarm.network, peer_id).handlers["ping"] = answer
+
+
 async def held(peer: SimulatedPeer, key: str) -> Entries:
-    request = dht_pb2.FindRequest(keys=[DHTID.generate(source=key).to_bytes()])
+    request = dht_pb2.FindRequest(keys=[id_bytes(key_id_of(key))])
     (result,) = (await send(peer, "find", request)).results
-    if result.type == dht_pb2.NOT_FOUND:
+    if result.type == dht_pb2.RESULT_TYPE_NOT_FOUND:
         return {}
     return unpack_entries(result.value)
 
@@ -112,7 +124,7 @@ def announced_by(identity: Any, key: str, expires_at: float) -> bytes:
         b"\x91" * 15_000,
         b"\xc1",
         b"",
-        MSGPackSerializer.dumps({1: 2}),
+        pack({1: 2}),
     ],
 )
 def test_a_value_of_an_odd_form_is_refused_and_ends_nobody(world: VirtualLoop, value: bytes) -> None:
@@ -131,7 +143,7 @@ def test_an_entry_with_an_odd_expiry_is_refused(world: VirtualLoop, expires_in_s
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         key, until = swarm.keys.prefix(5), world.unix_time() + expires_in_s
         await send(peer, "store", store_request(key, 3, key, until))
-        dictionary = Packed(pack_entries({4: Entry(MSGPackSerializer.dumps(key), until)}))
+        dictionary = Packed(pack_entries({4: Entry(pack(key), until)}))
         await send(peer, "store", store_request(key, b"", dictionary, until))
         assert await held(peer, key) == {}
 
@@ -169,7 +181,7 @@ def test_a_dictionary_that_is_handed_over_is_taken_but_for_its_bad_entries(world
         await send(peer, "store", store_request(key, 3, key, until))
         other = swarm.keys.prefix(6)
         brought = ((3, key, until - 10), (4, key, until), (5, other, until), (500, key, until))
-        handed_over = pack_entries({n: Entry(MSGPackSerializer.dumps(v), t) for n, v, t in brought})
+        handed_over = pack_entries({n: Entry(pack(v), t) for n, v, t in brought})
         answer = await send(peer, "store", store_request(key, b"", Packed(handed_over), until))
         assert list(answer.store_ok) == [True]
         assert {name: expiry for name, (_, expiry) in (await held(peer, key)).items()} == {3: until, 4: until}
@@ -179,7 +191,7 @@ def test_a_dictionary_that_is_handed_over_is_taken_but_for_its_bad_entries(world
 
 def test_messages_beyond_their_bounds_get_empty_answers(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        keys = [DHTID(n).to_bytes() for n in range(MAX_FIND_KEYS + 1)]
+        keys = [id_bytes(n) for n in range(MAX_FIND_KEYS + 1)]
         assert len((await send(peer, "find", dht_pb2.FindRequest(keys=keys[:-1]))).results) == MAX_FIND_KEYS
         assert not (await send(peer, "find", dht_pb2.FindRequest(keys=keys))).results
         assert not (await send(peer, "find", dht_pb2.FindRequest(keys=[b"short"]))).results
@@ -210,14 +222,14 @@ def test_an_answer_fits_into_a_message_and_the_rest_is_asked_again(world: Virtua
                     await send(peer, "store", store_request(name, subkey, record, until), stranger.peer_id)
                 ).store_ok
                 assert stored
-        ids = [DHTID.generate(source=name) for name in names]
-        request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in ids])
+        ids = [key_id_of(name) for name in names]
+        request = dht_pb2.FindRequest(keys=[id_bytes(key) for key in ids])
         answer = await send(peer, "find", request)
         assert 1 < len(answer.results) < len(names)
         assert answer.ByteSize() <= MAX_MESSAGE_BYTES - 2**11
         assert all(len(unpack_entries(result.value)) == 30 for result in answer.results)
         client = await swarm.make_peer(serves_dht=False)
-        await ping(client.dht.protocol, peer.peer_id, 3.0)
+        await client.dht.ping(peer.peer_id)
         found = await client.registry.lookups.find(ids)
         assert [len(found[key].entries) for key in ids] == [30] * len(names)
 
@@ -226,12 +238,12 @@ def test_an_answer_fits_into_a_message_and_the_rest_is_asked_again(world: Virtua
 
 def test_a_peer_that_asks_for_more_than_its_share_hears_of_neighbours_only(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        handlers = peer.dht.protocol.rpc_find.__self__
-        upload = handlers._upload = RateLimit(1e6, world.time)
+        handlers = peer.server
+        upload = peer.dht.upload = RateLimit(1e6, world.time)
         handlers._answers = SharedBudget(*StoreBounds().answer_rates(upload.limit))
         withheld, other = handlers._metrics.withheld, SimulatedIdentity(1001).peer_id
         request = dht_pb2.FindRequest(
-            keys=[DHTID.generate(source=swarm.keys.expert(uid)).to_bytes() for uid in swarm.manifest.uids()]
+            keys=[id_bytes(key_id_of(swarm.keys.expert(uid))) for uid in swarm.manifest.uids()]
         )
 
         async def ask(sender: PeerID) -> Any:
@@ -239,7 +251,10 @@ def test_a_peer_that_asks_for_more_than_its_share_hears_of_neighbours_only(world
             assert len(answer.results) == len(request.keys)
             return [result.type for result in answer.results]
 
-        full, empty = ([kind] * len(request.keys) for kind in (dht_pb2.FOUND_DICTIONARY, dht_pb2.NOT_FOUND))
+        full, empty = (
+            [kind] * len(request.keys)
+            for kind in (dht_pb2.RESULT_TYPE_DICTIONARY, dht_pb2.RESULT_TYPE_NOT_FOUND)
+        )
         began, asked = world.time(), 0
         while await ask(STRANGER.peer_id) == full:
             asked += 1
@@ -259,13 +274,13 @@ def test_a_peer_that_makes_others_work_without_end_gets_empty_answers(world: Vir
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         key, until = swarm.keys.prefix(5), world.unix_time() + 60
         forged = Packed(pack_entries({n: Entry(b"\xc4\x01x", until) for n in range(500)}))
-        refused = peer.dht.protocol.rpc_find.__self__._metrics.refused
+        refused = peer.server._metrics.refused
         sent = 0
         while not total(refused):
             await send(peer, "store", store_request(key, b"", forged, until))
             sent += 1
             assert sent < 40
-        find = dht_pb2.FindRequest(keys=[DHTID.generate(source=key).to_bytes()])
+        find = dht_pb2.FindRequest(keys=[id_bytes(key_id_of(key))])
         assert not (await send(peer, "find", find)).results
         assert len((await send(peer, "find", find, SimulatedIdentity(1001).peer_id)).results) == 1
         await asyncio.sleep(10)
@@ -278,11 +293,7 @@ def test_entries_under_a_full_key_count_as_the_work_that_they_make(world: Virtua
     """All entries of a key are unpacked to store one more."""
 
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        handlers, key, until = (
-            peer.dht.protocol.rpc_find.__self__,
-            swarm.keys.expert(HOME),
-            world.unix_time() + 60,
-        )
+        handlers, key, until = peer.server, swarm.keys.expert(HOME), world.unix_time() + 60
 
         async def work_of_one(number: int) -> float:
             stranger: Any = SimulatedIdentity(number)
@@ -307,11 +318,11 @@ def test_a_handler_that_fails_unexpectedly_gives_an_empty_answer_and_says_so_onc
         raise RuntimeError("a mistake\n\x1b[31m")
 
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        guard = peer.dht.protocol.rpc_find.__self__.guard
+        guard = peer.server.guard
         key, until = swarm.keys.prefix(5), world.unix_time() + 60
-        find = dht_pb2.FindRequest(keys=[DHTID.generate(source=key).to_bytes()])
-        monkeypatch.setattr(peer.dht.protocol.storage, "packed", breaks)
-        monkeypatch.setattr(peer.dht.protocol.storage, "put", breaks)
+        find = dht_pb2.FindRequest(keys=[id_bytes(key_id_of(key))])
+        monkeypatch.setattr(peer.dht.storage, "packed", breaks)
+        monkeypatch.setattr(peer.dht.storage, "put", breaks)
         for _ in range(3):
             assert await send(peer, "find", find) == dht_pb2.FindResponse()
             answer = await send(peer, "store", store_request(key, 3, key, until))
@@ -320,7 +331,7 @@ def test_a_handler_that_fails_unexpectedly_gives_an_empty_answer_and_says_so_onc
         (line,) = caplog.messages
         assert "a mistake" in line
         assert line.isprintable()
-        assert not peer.dht.protocol.rpc_find.__self__._under_way
+        assert not peer.server._under_way
 
     play(world, scenario)
 
@@ -330,16 +341,17 @@ def test_an_entry_at_which_the_validator_fails_is_left_out_and_counted(
 ) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         key, until = swarm.keys.prefix(5), world.unix_time() + 60
-        validator, guard = peer.dht.protocol.record_validator, peer.dht.protocol.rpc_find.__self__.guard
+        validator: Any = peer.dht.validator
+        guard = peer.server.guard
         validate = validator.validate
 
         def breaks_at_four(record: Any) -> bool:
-            if record.subkey == MSGPackSerializer.dumps(4):
+            if record.subkey == pack(4):
                 raise TypeError("unforeseen")
             return bool(validate(record))
 
         monkeypatch.setattr(validator, "validate", breaks_at_four)
-        packed = pack_entries({n: Entry(MSGPackSerializer.dumps(key), until) for n in (3, 4, 5)})
+        packed = pack_entries({n: Entry(pack(key), until) for n in (3, 4, 5)})
         answer = await send(peer, "store", store_request(key, b"", Packed(packed), until))
         assert list(answer.store_ok) == [True]
         assert set(await held(peer, key)) == {3, 5}
@@ -358,21 +370,22 @@ def test_a_trainer_that_gets_to_know_a_large_swarm_is_served_within_its_share(wo
             view = await directory.refresh()
             assert view.live_experts() == 1024
             await asyncio.sleep(3.0)
-        handlers = [peer.dht.protocol.rpc_find.__self__ for peer in swarm.peers]
+        handlers = [peer.server for peer in swarm.peers]
         assert not any(total(h._metrics.withheld) or total(h._metrics.refused) for h in handlers)
 
     world.run_until_complete(run())
 
 
 def test_calls_under_way_are_bounded_for_each_peer_and_in_all(world: VirtualLoop) -> None:
-    """hivemind starts a task for each call, without a limit. Here, nobody answers the pings that were asked for."""
+    """Nobody answers the pings that were asked for."""
 
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        handlers = peer.dht.protocol.rpc_find.__self__
+        handlers = peer.server
+        handlers._dials = FairTurns(1e4, 1e4)
         senders = [SimulatedIdentity(3000 + n).peer_id for n in range(500)]
 
         def pings(sender: PeerID, count: int) -> None:
-            node = dht_pb2.NodeInfo(node_id=DHTID.generate(source=sender.to_bytes()).to_bytes())
+            node = dht_pb2.NodeInfo(node_id=id_bytes(node_id_of(sender.to_bytes())))
             request = dht_pb2.PingRequest(peer=node, validate=True)
             tasks.extend(asyncio.create_task(send(peer, "ping", request, sender)) for _ in range(count))
 
@@ -394,11 +407,12 @@ def test_calls_under_way_are_bounded_for_each_peer_and_in_all(world: VirtualLoop
 
 def test_one_peer_has_one_node_id_whatever_it_claims(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        table = peer.dht.protocol.routing_table
+        table = peer.dht.table
+        answering(swarm, STRANGER.peer_id)
         other = await swarm.make_peer()
-        claimed = [DHTID.generate().to_bytes() for _ in range(30)] + [
-            other.dht.node_id.to_bytes(),
-            peer.dht.node_id.to_bytes(),
+        claimed = [os.urandom(20) for _ in range(30)] + [
+            id_bytes(other.dht.node_id),
+            id_bytes(peer.dht.node_id),
         ]
         for node_id in (b"", b"short", bytes(40), *claimed):
             sender = dht_pb2.NodeInfo(node_id=node_id)
@@ -406,7 +420,7 @@ def test_one_peer_has_one_node_id_whatever_it_claims(world: VirtualLoop) -> None
             await send(peer, "find", dht_pb2.FindRequest(peer=sender, keys=[bytes(20)]))
             await send(peer, "store", dht_pb2.StoreRequest(peer=sender))
         await asyncio.sleep(1)
-        assert table.uid_to_peer_id == {node_id_of(STRANGER.peer_id.to_bytes()): STRANGER.peer_id}
+        assert dict(table) == {node_id_of(STRANGER.peer_id.to_bytes()): STRANGER.peer_id}
 
     play(world, scenario)
 
@@ -414,9 +428,9 @@ def test_one_peer_has_one_node_id_whatever_it_claims(world: VirtualLoop) -> None
 @pytest.mark.parametrize("name", [b"", b"\x12\x20" + bytes(31), bytes(34), b"\x12\x20" + bytes(33)])
 def test_a_peer_whose_name_is_no_peer_id_has_no_place(world: VirtualLoop, name: bytes) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        node = dht_pb2.NodeInfo(node_id=node_id_of(name).to_bytes())
+        node = dht_pb2.NodeInfo(node_id=id_bytes(node_id_of(name)))
         await send(peer, "ping", dht_pb2.PingRequest(peer=node), PeerID(name))
-        assert not peer.dht.protocol.routing_table.uid_to_peer_id
+        assert not len(peer.dht.table)
 
     play(world, scenario)
 
@@ -425,11 +439,65 @@ def test_the_routing_table_stays_small_however_many_strangers_come(world: Virtua
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         for n in range(2000):
             stranger: Any = SimulatedIdentity(10_000 + n)
+            answering(swarm, stranger.peer_id)
             node = dht_pb2.NodeInfo(node_id=bytes(20))
             await send(peer, "find", dht_pb2.FindRequest(peer=node), stranger.peer_id)
-        table = peer.dht.protocol.routing_table
-        assert len(table.peer_id_to_uid) == len(table.uid_to_peer_id) <= 2 * 20 * len(table.buckets)
-        assert len(table.buckets) < 64
+            await asyncio.sleep(0.02)  # few are called back at the same time
+        table = peer.dht.table
+        assert len(table) == len(dict(table)) <= 2 * 20 * table.buckets
+        assert len(table) > 100
+        assert table.buckets < 64
+
+    play(world, scenario)
+
+
+def test_a_caller_that_does_not_answer_enters_no_table_and_few_are_called_back(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        pings, node = swarm.network.traffic.by_method, dht_pb2.NodeInfo(node_id=bytes(20))
+        before = pings["ping"]
+        for _ in range(3):
+            for n in range(200):
+                stranger: Any = SimulatedIdentity(10_000 + n)
+                await send(peer, "find", dht_pb2.FindRequest(peer=node), stranger.peer_id)
+            await asyncio.sleep(1)
+        assert pings["ping"] - before == 16, "at the same time"
+        await asyncio.sleep(5)
+        assert not len(peer.dht.table)
+        assert not peer.dht._called_back
+
+    play(world, scenario)
+
+
+def test_strangers_that_ask_to_be_dialled_back_wait_for_turns(world: VirtualLoop) -> None:
+    """Each time a caller can name other addresses, and each of them may be somebody's."""
+
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        dialled = swarm.network.traffic.by_method
+        before = dialled["ping"]
+        request = dht_pb2.PingRequest(validate=True)
+        senders = [SimulatedIdentity(10_000 + n).peer_id for n in range(400)]
+        await asyncio.gather(*(send(peer, "ping", request, sender) for sender in senders))
+        assert dialled["ping"] - before < 100, "a burst, and as many of one neighbourhood as may wait"
+        assert total(peer.server._metrics.refused) > 280
+
+    play(world, scenario)
+
+
+def test_a_pong_with_a_contact_counts_as_an_answer(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        transport = SimulatedTransport(swarm.network, peer.peer_id, SimulatedContacts(swarm.network))
+        transport.handlers, peer.dht.transport = peer.transport.handlers, transport
+        upload = peer.dht.upload = RateLimit(1e6, world.time)
+        peer.server._answers = SharedBudget(*StoreBounds().answer_rates(upload.limit))
+        peer.server._work = SharedBudget(1e6, 1e6)
+        told = sent = 0
+        for _ in range(5000):
+            answer = await send(peer, "ping", dht_pb2.PingRequest())
+            told += answer.peer.HasField("contact")
+            sent += answer.ByteSize()
+        assert 1000 < told < 4500
+        assert answer.dht_time, "it still hears the time"
+        assert upload.bytes == sent < 250_000 * 16 * 1.1
 
     play(world, scenario)
 
@@ -441,7 +509,6 @@ def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(w
         newcomer = await swarm.make_peer()
         await swarm.join(newcomer)
         await asyncio.sleep(10)
-        assert isinstance(newcomer.dht.protocol, DHTProtocol)
         missing = [uid for uid in uids if not await held(newcomer, swarm.keys.expert(uid))]
         assert missing == []
 
@@ -450,11 +517,11 @@ def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(w
 
 def test_look_ups_by_many_leave_turns_to_others(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        table = peer.dht.protocol.routing_table
+        table = peer.dht.table
         for n in range(200):
             other = SimulatedIdentity(4000 + n).peer_id
-            table.add_or_update_node(DHTID.generate(source=other.to_bytes()), other)
-        request = dht_pb2.FindRequest(keys=[DHTID.generate().to_bytes() for _ in range(MAX_FIND_KEYS)])
+            table.add(node_id_of(other.to_bytes()), other)
+        request = dht_pb2.FindRequest(keys=[os.urandom(20) for _ in range(MAX_FIND_KEYS)])
         asked = [send(peer, "find", request, SimulatedIdentity(4000 + n).peer_id) for n in range(50)]
         assert await longest_slice(asyncio.gather(*asked)) < 0.05, "0.3 s together"
 
@@ -463,17 +530,17 @@ def test_look_ups_by_many_leave_turns_to_others(world: VirtualLoop) -> None:
 
 def test_strangers_make_a_node_send_what_it_stores_no_faster_than_a_rate(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        handlers, storage = peer.dht.protocol.rpc_find.__self__, peer.dht.protocol.storage
-        handlers._bounds = StoreBounds(handed_bytes_per_s=10_000.0)
-        refusals = handlers._metrics.not_handed_over
+        storage, refusals = peer.dht.storage, peer.dht.metrics.not_handed_over
+        peer.dht.bounds = StoreBounds(handed_bytes_per_s=10_000.0)
         uids = [UID(0, (n, n)) for n in range(100)]
         await peer.registry.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 600.0)
         sent, began = swarm.network.traffic.by_method["store"], world.time()
         for _ in range(100):
             newcomer = await swarm.make_peer()
-            node = dht_pb2.NodeInfo(node_id=newcomer.dht.node_id.to_bytes())
+            node = dht_pb2.NodeInfo(node_id=id_bytes(newcomer.dht.node_id))
             await send(peer, "ping", dht_pb2.PingRequest(peer=node), newcomer.peer_id)
             await asyncio.sleep(0.1)
+        await asyncio.sleep(0.5)
         handed = swarm.network.traffic.by_method["store"] - sent
         most = 1 + (world.time() - began + 16) * 10_000 / storage.bytes
         assert 1 <= handed <= most

@@ -5,58 +5,56 @@ import time
 from typing import Any
 
 import pytest
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from google.protobuf.message import Message
 from loop_lags import longest_slice
 
+from benchmarks.simulated_p2p import NoContacts
 from peer.identity import PeerID
-from peer.kademlia.hivemind import (
-    DHTID,
-    DHTRecord,
-    MSGPackSerializer,
-    RecordValidatorBase,
-    dht_pb2,
-)
-from peer.kademlia.lookups import FindResult, find
-from peer.kademlia.validation import MAX_ENTRIES, Entry, EntryChecker, node_id_of, pack_entries
+from peer.kademlia.node import FindResult, Handler, KademliaNode
+from peer.kademlia.routing import key_id_of, node_id_of
+from peer.kademlia.validation import MAX_ENTRIES, Entry, EntryChecker, Record, pack, pack_entries
+from peer.wire import dht_pb2
 
-KEY, OTHER = DHTID.generate(source="key"), DHTID.generate(source="other")
+KEY, OTHER = key_id_of("key"), key_id_of("other")
 SOMEBODY = PeerID(b"\x12\x20" + bytes(32))
 NAME = b"\x12\x20" + bytes([7]) * 32
 NODE = bytes(range(20))
 """What a peer claims as its node ID, which counts for nothing."""
 
 
-class OnlyGood(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
-    def validate(self, record: DHTRecord) -> bool:
+class OnlyGood:
+    def validate(self, record: Record) -> bool:
         return bool(record.value == b"good")
 
 
-class Protocol:
-    """The part of hivemind's protocol that a request needs, with a made-up answer."""
+class Canned:
+    """A transport with one answer for all."""
 
-    record_validator = OnlyGood()
-    node_info = dht_pb2.NodeInfo()
-    wait_timeout = 3.0
-    bucket_size = 20
+    peer_id = PeerID(b"\x12\x20" + bytes([1]) * 32)
 
-    def __init__(self, response: Any) -> None:
-        self.response = response
-        self.met: list[tuple[Any, bool]] = []
+    contacts = NoContacts()
 
-    def get_stub(self, peer: PeerID) -> "Protocol":
-        return self
+    def __init__(self, answer: bytes | None) -> None:
+        self.answer = answer
 
-    async def rpc_find(self, request: Any, timeout: float) -> Any:  # noqa: ASYNC109  # hivemind's
-        if isinstance(self.response, Exception):
-            raise self.response
-        return self.response
+    def own_contact(self) -> None:
+        return None
 
-    async def update_routing_table(self, node: Any, peer: PeerID, responded: bool = True) -> None:
-        self.met.append((node, responded))
+    async def call(self, peer_id: PeerID, method: str, request: bytes, deadline_s: float) -> bytes | None:
+        return self.answer
+
+    async def serve(self, method: str, handler: Handler) -> None:
+        raise AssertionError("nobody asks it")
 
 
-def ask(protocol: Any) -> dict[DHTID, FindResult] | None:
-    return asyncio.run(find(protocol, SOMEBODY, [KEY], EntryChecker()))
+def asking(answer: Message | bytes | None) -> KademliaNode:
+    """A node that gets this answer."""
+    data = answer.SerializeToString() if isinstance(answer, Message) else answer
+    return KademliaNode(Canned(data), OnlyGood())
+
+
+def ask(answer: Message) -> dict[int, FindResult] | None:
+    return asyncio.run(asking(answer).find(SOMEBODY, [KEY], EntryChecker()))
 
 
 def response(node_id: bytes = NODE, **result: Any) -> Any:
@@ -72,76 +70,70 @@ def dictionary(entries: dict[int, tuple[bytes, float]]) -> bytes:
 def test_good_entries_and_neighbours_are_taken_and_the_peer_is_remembered() -> None:
     until = time.time() + 10
     value = dictionary({1: (b"good", until), 2: (b"bad", until)})
-    protocol = Protocol(
-        response(type=dht_pb2.FOUND_DICTIONARY, value=value, nearest_node_ids=[NODE], nearest_peer_ids=[NAME])
-    )
-    answers = ask(protocol)
+    kind = dht_pb2.RESULT_TYPE_DICTIONARY
+    node = asking(response(type=kind, value=value, nearest_node_ids=[NODE], nearest_peer_ids=[NAME]))
+    answers = asyncio.run(node.find(SOMEBODY, [KEY], EntryChecker()))
     assert answers is not None
-    assert answers[KEY].nearer == {node_id_of(NAME): NAME}
+    assert answers[KEY].nearer == {node_id_of(NAME): PeerID(NAME)}
     assert {subkey: entry.value for subkey, entry in answers[KEY].entries.items()} == {1: b"good"}
-    assert protocol.met == [(node_id_of(SOMEBODY.to_bytes()), True)]
+    assert dict(node.table) == {node_id_of(SOMEBODY.to_bytes()): SOMEBODY}
 
 
-@pytest.mark.parametrize(
-    "value", [b"", b"\xc1", MSGPackSerializer.dumps([1]), b"\x91" * 5000, b"\xc7\x01\x50\xc1"]
-)
+@pytest.mark.parametrize("value", [b"", b"\xc1", pack([1]), b"\x91" * 5000, b"\xc7\x01\x50\xc1"])
 def test_a_value_that_is_no_dictionary_is_none(value: bytes) -> None:
-    answers = ask(Protocol(response(type=dht_pb2.FOUND_DICTIONARY, value=value)))
+    answers = ask(response(type=dht_pb2.RESULT_TYPE_DICTIONARY, value=value))
     assert answers == {KEY: FindResult({}, {})}
 
 
 def test_a_plain_value_is_none() -> None:
-    assert ask(Protocol(response(type=dht_pb2.FOUND_REGULAR, value=b"good"))) == {KEY: FindResult({}, {})}
+    assert ask(response(type=dht_pb2.RESULT_TYPE_PLAIN, value=b"good")) == {KEY: FindResult({}, {})}
 
 
 def test_neighbours_with_wrong_names_and_those_beyond_20_are_left_out() -> None:
     others = [b"\x12\x20" + bytes([n]) * 32 for n in range(10, 50)]
-    answers = ask(Protocol(response(nearest_peer_ids=[bytes(1000), b"", *others])))
+    answers = ask(response(nearest_peer_ids=[bytes(1000), b"", *others]))
     assert answers is not None
-    assert answers[KEY].nearer == {node_id_of(name): name for name in others[:18]}
+    assert answers[KEY].nearer == {node_id_of(name): PeerID(name) for name in others[:18]}
 
 
 def test_a_neighbour_has_one_place_whatever_is_claimed_for_it() -> None:
     ids = [n.to_bytes(20, "big") for n in range(10)]
-    answers = ask(Protocol(response(nearest_node_ids=ids, nearest_peer_ids=[NAME] * 10)))
+    answers = ask(response(nearest_node_ids=ids, nearest_peer_ids=[NAME] * 10))
     assert answers is not None
-    assert answers[KEY].nearer == {node_id_of(NAME): NAME}
+    assert answers[KEY].nearer == {node_id_of(NAME): PeerID(NAME)}
 
 
 def test_fewer_answers_than_keys_are_for_the_first_keys_and_more_are_none() -> None:
     answer = response()
-    answers = asyncio.run(find(Protocol(answer), SOMEBODY, [KEY, OTHER], EntryChecker()))
+    answers = asyncio.run(asking(answer).find(SOMEBODY, [KEY, OTHER], EntryChecker()))
     assert answers is not None
     assert list(answers) == [KEY]
     answer.results.append(answer.results[0])
     answer.results.append(answer.results[0])
-    assert asyncio.run(find(Protocol(answer), SOMEBODY, [KEY, OTHER], EntryChecker())) is None
+    assert asyncio.run(asking(answer).find(SOMEBODY, [KEY, OTHER], EntryChecker())) is None
 
 
 def test_a_full_answer_of_forged_records_does_not_hold_the_loop() -> None:
     """Nor do many at once."""
     entries = {n: (b"bad", time.time() + 10) for n in range(MAX_ENTRIES)}
-    protocol = Protocol(response(type=dht_pb2.FOUND_DICTIONARY, value=dictionary(entries)))
+    node = asking(response(type=dht_pb2.RESULT_TYPE_DICTIONARY, value=dictionary(entries)))
     checker = EntryChecker()
 
     async def run() -> float:
-        return await longest_slice(
-            asyncio.gather(*(find(protocol, SOMEBODY, [KEY], checker) for _ in range(20)))
-        )
+        return await longest_slice(asyncio.gather(*(node.find(SOMEBODY, [KEY], checker) for _ in range(20))))
 
     assert asyncio.run(run()) < 0.05
 
 
-@pytest.mark.parametrize(
-    "said", [TimeoutError(), P2PDaemonError("gone"), ConnectionResetError(), dht_pb2.FindResponse()]
-)
+@pytest.mark.parametrize("said", [None, b"\xff", dht_pb2.FindResponse()])
 def test_a_peer_that_does_not_answer_what_was_asked_is_forgotten(said: Any) -> None:
-    protocol = Protocol(said)
-    assert ask(protocol) is None
-    assert protocol.met == [(node_id_of(SOMEBODY.to_bytes()), False)]
+    node = asking(said)
+    node.table.add(node_id_of(SOMEBODY.to_bytes()), SOMEBODY)
+    assert asyncio.run(node.find(SOMEBODY, [KEY], EntryChecker())) is None
+    assert not len(node.table)
 
 
 def test_a_client_that_answers_is_not_remembered() -> None:
-    protocol = Protocol(response(node_id=b""))
-    assert ask(protocol) == {KEY: FindResult({}, {})}
-    assert protocol.met == []
+    node = asking(response(node_id=b""))
+    assert asyncio.run(node.find(SOMEBODY, [KEY], EntryChecker())) == {KEY: FindResult({}, {})}
+    assert not len(node.table)

@@ -1,6 +1,7 @@
 """Look-ups and stores among simulated peers: real DHT nodes in virtual time."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -10,10 +11,10 @@ from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
-from peer.kademlia.hivemind import DHTID, P2PContext, dht_pb2
-from peer.kademlia.node import ping
-from peer.kademlia.search import RttEstimator
-from peer.kademlia.validation import node_id_of
+from peer.identity import PeerID
+from peer.kademlia.routing import id_bytes, key_id_of, node_id_of
+from peer.kademlia.search import NEIGHBOURS, RttEstimator
+from peer.wire import dht_pb2
 
 HOME = UID(0, (0, 1))
 
@@ -45,7 +46,7 @@ def test_a_dead_peer_costs_one_estimated_timeout_and_not_three_seconds(world: Vi
         for _ in range(3):  # gets to know how long an answer takes
             await reader.registry.replicas([HOME])
         swarm.kill(0.4)
-        swarm.network.peers[reader.peer_id.to_bytes()] = reader.dht.p2p
+        swarm.network.peers[reader.peer_id.to_bytes()] = reader.transport
         began = world.time()
         found = await reader.registry.replicas(swarm.manifest.uids())
         assert world.time() - began < 1.2
@@ -67,14 +68,48 @@ def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) 
     play(world, scenario, nodes=3)
 
 
+@pytest.mark.parametrize("nodes", [3, 6])
+def test_late_answers_for_the_first_keys_alone_do_not_hold_a_look_up_up(
+    world: VirtualLoop, nodes: int
+) -> None:
+    """Peers are slower than usual, and their messages are full after one key."""
+
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        reader = swarm.peers[0]
+        for _ in range(3):
+            await reader.registry.replicas([HOME])
+        swarm.network.link = Link(rtt_s=2.0)
+        for peer in swarm.peers:
+            cut_off(peer)
+        began = world.time()
+        with contextlib.suppress(UnreachableError):
+            await reader.registry.replicas(swarm.manifest.uids())
+        assert world.time() - began < 12
+
+    play(world, scenario, nodes=nodes)
+
+
+def cut_off(peer: SimulatedPeer) -> None:
+    """Its answers have room for one key."""
+    answer = peer.transport.handlers["find"]
+
+    async def answers_one(sender: PeerID, request: bytes) -> bytes:
+        response = dht_pb2.FindResponse.FromString(await answer(sender, request))
+        del response.results[1:]
+        return response.SerializeToString()
+
+    peer.transport.handlers["find"] = answers_one
+
+
 def silence(peer: SimulatedPeer, *calls: str) -> None:
     """It never answers these calls."""
 
-    async def waits(request: object, context: P2PContext) -> None:
+    async def waits(sender: PeerID, request: bytes) -> bytes:
         await asyncio.get_running_loop().create_future()
+        return b""
 
     for call in calls:
-        peer.dht.protocol.p2p.handlers[f"DHTProtocol.rpc_{call}"] = waits
+        peer.transport.handlers[call] = waits
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 12])
@@ -87,7 +122,7 @@ def test_a_silent_peer_does_not_hold_announcements_up(
         for _ in range(3):
             await peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
         silence(liar, *calls)
-        key = DHTID.generate(source=swarm.keys.expert(HOME))
+        key = key_id_of(swarm.keys.expert(HOME))
         for n in range(1, 4):
             began = world.time()
             announcing = asyncio.create_task(
@@ -95,14 +130,14 @@ def test_a_silent_peer_does_not_hold_announcements_up(
             )
             await asyncio.sleep(0.001)
             until = world.unix_time() - 0.001 + 60 + n
-            own = peer.dht.protocol.storage.get(key)[peer.peer_id.to_bytes()]
+            own = peer.dht.storage.get(key)[peer.peer_id.to_bytes()]
             assert own.expires_at == pytest.approx(until), "its own copy waits for nobody"
             await announcing
             assert world.time() - began < 2.5
             holders = [
                 other
                 for other in swarm.peers
-                if (entry := other.dht.protocol.storage.get(key).get(peer.peer_id.to_bytes()))
+                if (entry := other.dht.storage.get(key).get(peer.peer_id.to_bytes()))
                 and entry.expires_at == own.expires_at
             ]
             assert len(holders) >= min(5, nodes - 1), "others take the silent one's place"
@@ -115,14 +150,13 @@ def test_a_slow_peer_holds_announcements_up_for_a_second_at_most(world: VirtualL
 
     async def scenario(swarm: SimulatedSwarm) -> None:
         peer, liar = swarm.peers[:2]
-        handlers = liar.dht.protocol.p2p.handlers
-        store = handlers["DHTProtocol.rpc_store"]
+        store = liar.transport.handlers["store"]
 
-        async def dawdle(request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
+        async def dawdle(sender: PeerID, request: bytes) -> bytes:
             await asyncio.sleep(2.8)
-            return await store(request, context)
+            return await store(sender, request)
 
-        handlers["DHTProtocol.rpc_store"] = dawdle
+        liar.transport.handlers["store"] = dawdle
         for n in range(10):
             began = world.time()
             await peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0 + n)
@@ -134,7 +168,7 @@ def test_a_slow_peer_holds_announcements_up_for_a_second_at_most(world: VirtualL
 async def know_one(swarm: SimulatedSwarm, bootstrap: SimulatedPeer) -> SimulatedPeer:
     """A client that has pinged one peer and knows no other."""
     client = await swarm.make_peer(serves_dht=False)
-    await ping(client.dht.protocol, bootstrap.peer_id, 3.0)
+    await client.dht.ping(bootstrap.peer_id)
     return client
 
 
@@ -156,16 +190,16 @@ def test_a_newcomer_that_knows_one_peer_finds_all_though_questions_are_lost(
 def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         (lonely,) = swarm.peers
-        client, handlers = await know_one(swarm, lonely), lonely.dht.protocol.p2p.handlers
-        answer = handlers["DHTProtocol.rpc_find"]
-        wanted = DHTID.generate(source=swarm.keys.expert(HOME)).to_bytes()
+        client, handlers = await know_one(swarm, lonely), lonely.transport.handlers
+        answer = handlers["find"]
+        wanted = id_bytes(key_id_of(swarm.keys.expert(HOME)))
 
-        async def answers_some(request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
-            if wanted in request.keys:
+        async def answers_some(sender: PeerID, request: bytes) -> bytes:
+            if wanted in dht_pb2.FindRequest.FromString(request).keys:
                 await asyncio.get_running_loop().create_future()
-            return await answer(request, context)
+            return await answer(sender, request)
 
-        handlers["DHTProtocol.rpc_find"] = answers_some
+        handlers["find"] = answers_some
         with pytest.raises(UnreachableError, match="no DHT peer answered"):
             await client.registry.replicas(swarm.manifest.uids())
 
@@ -176,14 +210,14 @@ def test_peers_that_claim_the_places_beside_a_key_are_not_found_there(world: Vir
     """Otherwise a liar could put itself, or honest peers who don't store the key, in place of its holders."""
 
     async def scenario(swarm: SimulatedSwarm) -> None:
-        reader, key = swarm.peers[0], DHTID.generate(source=swarm.keys.expert(HOME))
+        reader, key = swarm.peers[0], key_id_of(swarm.keys.expert(HOME))
         for n, liar in enumerate(swarm.peers[6:], 1):
-            liar.dht.protocol.node_info.node_id = DHTID(key ^ n).to_bytes()
-            await ping(liar.dht.protocol, reader.peer_id, 3.0)
+            liar.dht.info.node_id = id_bytes(key ^ n)
+            await liar.dht.ping(reader.peer_id)
         found = (await reader.lookups.find([key]))[key]
         places = {node_id_of(peer.peer_id.to_bytes()) for peer in swarm.peers}
         assert set(found.search.nearest()) <= places
-        assert set(reader.dht.protocol.routing_table.uid_to_peer_id) <= places
+        assert {node for node, _ in reader.dht.table} <= places
         assert found.entries
 
     play(world, scenario)
@@ -218,12 +252,40 @@ def test_256_experts_are_renewed_with_a_bounded_number_of_stores(world: VirtualL
 def test_records_are_stored_at_the_nearest_nodes(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         for uid in swarm.manifest.uids():
-            key = DHTID.generate(source=swarm.keys.expert(uid))
-            holders = {p.dht.node_id for p in swarm.peers if p.dht.protocol.storage.get(key)}
-            nearest = sorted((p.dht.node_id for p in swarm.peers), key=key.xor_distance)
+            key = key_id_of(swarm.keys.expert(uid))
+            holders = {p.dht.node_id for p in swarm.peers if p.dht.storage.get(key)}
+            nearest = sorted((p.dht.node_id for p in swarm.peers), key=key.__xor__)
             assert holders >= set(nearest[:5])
 
     play(world, scenario, nodes=20)
+
+
+def test_a_search_finds_the_nearest_of_all_nodes(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        hits = asked = 0
+        for n in range(20):
+            key, reader = key_id_of(f"key {n}"), swarm.rng.choice(swarm.peers)
+            found = (await reader.lookups.find([key], NEIGHBOURS))[key].search.nearest()
+            nearest = sorted((peer.dht.node_id for peer in swarm.peers), key=key.__xor__)[:20]
+            assert found == sorted(found, key=key.__xor__)
+            assert found[0] == nearest[0]
+            hits += len({*found} & {*nearest})
+            asked += len(nearest)
+        assert hits >= 0.97 * asked
+
+    play(world, scenario, nodes=50)
+
+
+def test_a_node_that_knows_nobody_finds_itself_and_what_it_stores(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        lonely = await swarm.make_peer()
+        await lonely.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
+        keys = [key_id_of(swarm.keys.expert(HOME)), key_id_of("nothing")]
+        found = await lonely.lookups.find(keys)
+        assert [found[key].search.nearest() for key in keys] == [[lonely.dht.node_id]] * 2
+        assert [bool(found[key].entries) for key in keys] == [True, False]
+
+    play(world, scenario, nodes=1)
 
 
 def test_a_client_whose_peers_are_all_silent_is_told_so(world: VirtualLoop) -> None:
@@ -273,7 +335,7 @@ def test_a_second_look_up_starts_at_the_holders(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         client = await swarm.make_peer(serves_dht=False)
         await swarm.join(client)
-        key = DHTID.generate(source=swarm.keys.expert(HOME))
+        key = key_id_of(swarm.keys.expert(HOME))
         await client.lookups.find([key])
         found = (await client.lookups.find([key]))[key]
         assert found.entries
@@ -288,8 +350,8 @@ def test_samples_show_within_which_distance_the_holders_are_and_honest_look_ups_
 ) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         for reader in swarm.peers[:5]:
-            await reader.lookups.sample(reader.dht)
-            assert 2 < reader.lookups.usual_reach(reader.dht) * 100 / 2**160 < 11
+            await reader.lookups.sample()
+            assert 2 < reader.lookups.usual_reach() * 100 / 2**160 < 11
             await reader.registry.replicas([HOME])  # samples once more
             await asyncio.sleep(1)
             before = swarm.network.traffic.by_method["find"]
@@ -310,7 +372,7 @@ def test_a_request_that_fails_through_a_bug_counts_as_unanswered(
     async def scenario(swarm: SimulatedSwarm) -> None:
         client = await swarm.make_peer(serves_dht=False)
         await swarm.join(client)
-        monkeypatch.setattr("peer.kademlia.lookups.find", breaks)
+        monkeypatch.setattr(client.dht, "find", breaks)
         monkeypatch.setattr(asyncio.get_running_loop(), "call_exception_handler", lambda context: None)
         async with asyncio.timeout(60):
             with pytest.raises(UnreachableError, match="no DHT peer answered"):

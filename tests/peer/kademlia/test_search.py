@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer.kademlia.routing import ID_BITS, REPLICAS
 from peer.kademlia.search import IterativeSearch, SearchLimits, UsualReach
 
 NODES = st.sets(st.integers(0, 2**16 - 1), min_size=1, max_size=60)
@@ -141,7 +142,25 @@ def test_a_liar_who_names_nearer_nodes_forever_is_given_up() -> None:
         for node in wanted:
             search.answered(node, [node - 1, node - 2, node - 3], has_value=False)
     assert search.finished
-    assert asked < 110
+    assert asked < 142
+
+
+def test_a_newcomer_that_overrates_the_reach_asks_the_holders_all_the_same() -> None:
+    """It knows few nodes, so those within reach seem to be all that there are. Each names ones near to itself."""
+    rng = random.Random(1)
+    ordered = sorted(rng.getrandbits(ID_BITS) for _ in range(4000))
+    for _ in range(8):
+        key = rng.getrandbits(ID_BITS)
+        nearest = by_distance(ordered, key)
+        places = {node: place for place, node in enumerate(nearest)}
+        search = IterativeSearch(key, rng.sample(nearest[1000:], 80), reach=2**ID_BITS)
+        waiting = search.ask()
+        while not search.finished:
+            node = waiting.pop(0)
+            within = nearest[: max(20, places[node] // 2)]
+            search.answered(node, rng.sample(within, 20), has_value=places[node] < REPLICAS)
+            waiting += search.ask()
+        assert search.found_after is not None
 
 
 def test_the_only_known_node_is_asked_again_when_the_request_is_lost() -> None:
@@ -233,6 +252,44 @@ def test_records_are_stored_beyond_a_crowd() -> None:
         assert {*places, *others} >= {*liars, *honest}
         shares.append(len({*places} & {*honest}))
     assert min(shares) == 5, "they all fit"
+
+
+def test_of_many_nodes_on_one_machine_one_counts() -> None:
+    crowd, homes = range(1, 31), range(100, 110)
+    search = IterativeSearch(0, [*crowd, *homes], near_of=lambda n: "machine" if n in crowd else f"home {n}")
+    asked: list[int] = []
+    while wanted := search.ask():
+        asked += wanted
+        for node in wanted:
+            search.answered(node, crowd, node in homes)
+    assert search.satisfied
+    assert len([node for node in asked if node in crowd]) <= 1
+    assert search.places(5, 15, random.Random(1))[0] == [1, 100, 101, 102]
+
+
+def test_a_node_that_is_not_where_its_contact_says_counts_for_where_it_answered() -> None:
+    liars, homes = range(1, 8), range(100, 110)
+    places = {node: f"claim {node}" for node in liars} | {node: f"home {node}" for node in homes}
+    search = IterativeSearch(0, [*liars, *homes], near_of=places.__getitem__)
+    asked: list[int] = []
+    while wanted := search.ask():
+        asked += wanted
+        for node in wanted:
+            if node in liars:
+                places[node] = "machine"
+            search.answered(node, [], node in homes)
+    assert set(homes[:3]) <= set(asked)
+    assert search.nearest()[:4] == [1, 100, 101, 102]  # of the liars, one counts
+
+
+def test_a_search_on_one_machine_alone_asks_as_many_as_ever() -> None:
+    alone = IterativeSearch(0, range(1, 31), near_of=lambda node: "here")
+    anywhere = IterativeSearch(0, range(1, 31))
+    for search in (alone, anywhere):
+        while wanted := search.ask():
+            for node in wanted:
+                search.answered(node, [], has_value=False)
+    assert alone.nearest() == anywhere.nearest()
 
 
 def test_a_larger_crowd_is_drawn_from() -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from peer.kademlia.hivemind import DHTID, timed_storage
+from peer.kademlia.routing import key_id_of
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics, memory_of
 from peer.kademlia.validation import (
     MAX_ENTRIES,
@@ -19,7 +19,7 @@ from peer.kademlia.validation import (
 )
 from peer.metrics import total
 
-KEY, OTHER = DHTID.generate(source="key"), DHTID.generate(source="other")
+KEY, OTHER = key_id_of("key"), key_id_of("other")
 NOW = 1_800_000_000.0
 
 
@@ -31,27 +31,25 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(timed_storage, "get_dht_time", made)
-    return made
+def clock() -> Clock:
+    return Clock()
 
 
-def storage(**bounds: int) -> tuple[BoundedStorage, StoreMetrics]:
+def storage(clock: Clock, **bounds: int) -> tuple[BoundedStorage, StoreMetrics]:
     counts = StoreMetrics()
-    return BoundedStorage(StoreBounds(**bounds), counts, random.Random(1)), counts
+    return BoundedStorage(StoreBounds(**bounds), counts, clock, random.Random(1)), counts
 
 
-def put(stored: BoundedStorage, key: DHTID, subkey: int | bytes, value: bytes, expires_at: float) -> bool:
+def put(stored: BoundedStorage, key: int, subkey: int | bytes, value: bytes, expires_at: float) -> bool:
     return stored.put(key, {subkey: Entry(value, expires_at)}) == {subkey}
 
 
-def values(stored: BoundedStorage, key: DHTID) -> dict[int | bytes, bytes]:
+def values(stored: BoundedStorage, key: int) -> dict[int | bytes, bytes]:
     return {subkey: entry.value for subkey, entry in stored.get(key).items()}
 
 
 def test_an_older_record_stored_again_does_not_end_the_newer_one(clock: Clock) -> None:
-    stored, _ = storage()
+    stored, _ = storage(clock)
     assert put(stored, KEY, 1, b"old", NOW + 10)
     assert put(stored, KEY, 1, b"new", NOW + 30)
     assert not put(stored, KEY, 1, b"old", NOW + 10)
@@ -61,7 +59,7 @@ def test_an_older_record_stored_again_does_not_end_the_newer_one(clock: Clock) -
 
 
 def test_constant_renewal_fills_no_memory(clock: Clock) -> None:
-    stored, counts = storage()
+    stored, counts = storage(clock)
     for n in range(1000):
         assert put(stored, KEY, 1, b"value", NOW + 10 + n / 1000)
     assert total(counts.bytes) == memory_of(stored.packed(KEY))
@@ -71,7 +69,7 @@ def test_constant_renewal_fills_no_memory(clock: Clock) -> None:
 
 def test_a_full_key_evicts_random_entries_for_new_ones(clock: Clock) -> None:
     most = packed_bytes({n: Entry(bytes(100), NOW) for n in range(20)})
-    stored, counts = storage(key_bytes=most)
+    stored, counts = storage(clock, key_bytes=most)
     for n in range(100):
         assert put(stored, KEY, n, bytes(100), NOW + 10)
         assert n in stored.get(KEY)
@@ -83,7 +81,7 @@ def test_a_full_key_evicts_random_entries_for_new_ones(clock: Clock) -> None:
 
 
 def test_a_full_key_still_fits_into_an_answer(clock: Clock) -> None:
-    stored, _ = storage()
+    stored, _ = storage(clock)
     for n in range(MAX_ENTRIES + 100):
         assert put(stored, KEY, n, b"", NOW + 10)
         assert put(stored, OTHER, n, bytes(16_000), NOW + 10)
@@ -94,7 +92,7 @@ def test_a_full_key_still_fits_into_an_answer(clock: Clock) -> None:
 
 
 def test_expired_entries_are_gone_whoever_asks(clock: Clock) -> None:
-    stored, counts = storage()
+    stored, counts = storage(clock)
     put(stored, KEY, 1, b"short", NOW + 10)
     put(stored, KEY, 2, b"long", NOW + 100)
     clock.now = NOW + 20
@@ -109,15 +107,15 @@ def test_expired_entries_are_gone_whoever_asks(clock: Clock) -> None:
 
 
 def test_an_entry_larger_than_a_key_is_refused(clock: Clock) -> None:
-    stored, counts = storage(key_bytes=1000)
+    stored, counts = storage(clock, key_bytes=1000)
     assert not put(stored, KEY, 1, bytes(1000), NOW + 10)
     assert total(counts.bytes) == 0
 
 
 def test_many_keys_stay_within_the_bound_and_the_newest_is_there(clock: Clock) -> None:
-    stored, counts = storage(total_bytes=100_000)
+    stored, counts = storage(clock, total_bytes=100_000)
     for n in range(500):
-        key = DHTID(n)
+        key = n
         assert put(stored, key, b"peer", bytes(1000), NOW + 10)
         assert stored.get(key)
         assert total(counts.bytes) <= 100_000
@@ -126,19 +124,18 @@ def test_many_keys_stay_within_the_bound_and_the_newest_is_there(clock: Clock) -
 
 
 def test_keys_that_expired_make_room_while_others_are_stored(clock: Clock) -> None:
-    stored, counts = storage()
+    stored, counts = storage(clock)
     for n in range(1000):
         clock.now = NOW + n
-        put(stored, DHTID(n), 1, b"value", clock.now + 100)
+        put(stored, n, 1, b"value", clock.now + 100)
     assert 100 <= total(counts.keys) < 200
-    assert all(stored.get(DHTID(n)) for n in range(900, 1000))
+    assert all(stored.get(n) for n in range(900, 1000))
     stored.clear()
     assert (total(counts.keys), total(counts.bytes), stored.keys()) == (0, 0, [])
 
 
 FILL = """
 import random, resource, sys, time
-from peer.kademlia.hivemind import DHTID
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics
 from peer.kademlia.validation import Entry
 
@@ -147,11 +144,11 @@ def resident():
 
 size, most = int(sys.argv[1]), 8 * 2**20
 metrics, rng = StoreMetrics(), random.Random(1)
-stored, until = BoundedStorage(StoreBounds(most), metrics, rng), time.time() + 600
-stored.put(DHTID(1), {1: Entry(b"warm", until)})
+stored, until = BoundedStorage(StoreBounds(most), metrics, rng=rng), time.time() + 600
+stored.put(1, {1: Entry(b"warm", until)})
 before, n = resident(), 0
 for n in range(3 * most // (2 * size + 600)):
-    key = DHTID(rng.randrange(2**160))
+    key = int(rng.randrange(2**160))
     for coordinate in range(1 + n % 2):
         stored.put(key, {coordinate: Entry(rng.randbytes(size), until)})
 print((resident() - before) / stored.bytes, stored.bytes / most)

@@ -14,20 +14,21 @@ from loop_lags import longest_slice
 
 from peer.errors import WireError
 from peer.identity import PeerID
-from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer, RecordValidatorBase
+from peer.kademlia.routing import key_id_of
 from peer.kademlia.validation import (
     MAX_ENTRIES,
+    MAX_MESSAGE_BYTES,
     Entry,
     EntryChecker,
+    Record,
     pack_entries,
     packed_bytes,
     unpack,
     unpack_entries,
     unpack_subkey,
 )
-from peer.transport.p2pd import MAX_MESSAGE_BYTES
 
-KEY = DHTID.generate(source="key")
+KEY = key_id_of("key")
 SOMEBODY = PeerID(b"\x12\x20" + bytes(32))
 SUBKEYS = st.integers(0, 2**31 - 1) | st.binary(max_size=64)
 ENTRIES = st.builds(Entry, st.binary(max_size=200), st.floats(allow_nan=False, allow_infinity=False))
@@ -46,13 +47,13 @@ PACKABLE = st.recursive(
 )
 
 
-class OnlyGood(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
-    def validate(self, record: DHTRecord) -> bool:
+class OnlyGood:
+    def validate(self, record: Record) -> bool:
         return bool(record.value == b"good")
 
 
 def wrapped(inner: bytes) -> bytes:
-    """As hivemind marks a dictionary."""
+    """As dictionaries are marked."""
     packed: bytes = msgpack.packb(msgpack.ExtType(0x50, inner))
     return packed
 
@@ -66,9 +67,6 @@ def test_what_is_packed_is_unpacked(entries: dict[int | bytes, Entry]) -> None:
     packed = pack_entries(entries)
     assert unpack_entries(packed) == entries
     assert len(packed) <= packed_bytes(entries)
-    assert {subkey: Entry(*entry) for subkey, entry in MSGPackSerializer.loads(packed).items()} == {
-        subkey: entry for subkey, entry in entries.items() if entry.expires_at > time.time()
-    }, "as hivemind reads it"
 
 
 @given(st.binary(max_size=300) | PACKABLE.map(msgpack.packb))
@@ -143,7 +141,7 @@ def test_too_many_entries_are_sampled() -> None:
 
 
 def nested(depth: int, inner: bytes = b"\x01") -> bytes:
-    """Nested tuples, as hivemind packs them."""
+    """Nested tuples, as msgpack's extension type 64."""
     for _ in range(depth):
         inner = b"\xc9" + (len(inner) + 1).to_bytes(4, "big") + b"\x40\x91" + inner
     return inner
@@ -190,10 +188,10 @@ def test_messages_of_many_tiny_objects_are_parsed_at_once() -> None:
         unpack_entries(dictionary([[n, b"", 1.0] for n in range(105_000)]))
 
 
-class Slow(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
+class Slow:
     """Takes half a millisecond for each, as if it checked five signatures."""
 
-    def validate(self, record: DHTRecord) -> bool:
+    def validate(self, record: Record) -> bool:
         ends = time.thread_time() + 0.0005
         while time.thread_time() < ends:
             pass

@@ -56,6 +56,21 @@ def test_a_call_that_only_waits_for_its_caller_makes_room_first() -> None:
     assert (loser.caller, loser.lost) == ("stranger 2", True)
 
 
+def test_calls_that_last_keep_their_places_while_they_wait() -> None:
+    slots = Slots(4, patience_s=float("inf"))
+    taken = [slot("here", f"peer {number}", 0.0) for number in range(4)]
+    for each in taken:
+        slots.take(each, 0.0)
+    with pytest.raises(ExpertError):
+        slots.take(slot("here", "newcomer"), 3600.0)
+    for each in taken[1:3]:
+        slots.release(each)
+        slots.take(slot("here", "peer 0", 0.0), 0.0)
+    loser = slots.take(slot("here", "newcomer"), 3600.0)
+    assert loser is not None
+    assert loser.caller == "peer 0", "whoever has several still makes room"
+
+
 def test_a_place_that_was_lost_is_released_only_once() -> None:
     async def scenario() -> None:
         slots = Slots(1)

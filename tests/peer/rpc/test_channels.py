@@ -25,6 +25,7 @@ class Named:
     addresses: tuple[Endpoint, ...]
     certificate_pem: bytes
     tunnel_addresses: tuple[Multiaddress, ...] = ()
+    relay_addresses: tuple[Multiaddress, ...] = ()
 
 
 @dataclass
@@ -34,19 +35,24 @@ class Victim:
 
 
 @contextlib.asynccontextmanager
-async def victim() -> AsyncIterator[Victim]:
+async def victim(is_silent: bool = False) -> AsyncIterator[Victim]:
     """Speaks no TLS, and counts who connects."""
+    accepted: list[asyncio.StreamWriter] = []
 
     async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         here.dials += 1
-        writer.close()
+        accepted.append(writer)
+        if not is_silent:
+            writer.close()
 
-    server = await asyncio.start_server(accept, LOCAL, 0)
+    server = await asyncio.start_server(accept, "0.0.0.0" if is_silent else LOCAL, 0)
     here = Victim(Endpoint.of(LOCAL, server.sockets[0].getsockname()[1]))
     try:
         yield here
     finally:
         server.close()
+        for writer in accepted:
+            writer.close()
 
 
 @pytest.fixture
@@ -76,6 +82,21 @@ def test_however_many_records_name_a_victim_it_is_dialled_a_few_times(pem: bytes
     asyncio.run(scenario())
 
 
+def test_a_peer_that_names_silent_machines_is_tried_for_a_while_only(pem: bytes) -> None:
+    async def scenario() -> None:
+        pool = ChannelPool(try_s=0.2)
+        async with victim(is_silent=True) as here:
+            silent = [Endpoint.of(f"127.0.0.{n}", here.endpoint.port) for n in range(1, 9)]
+            with pytest.raises(UnreachableError, match="does not answer"):
+                await pool.reach(Named(peer(0), tuple(silent), pem))
+            assert here.dials == 1
+            assert not pool._tries
+            assert not pool._channels
+        await pool.close()
+
+    asyncio.run(scenario())
+
+
 def test_what_is_nearer_than_the_swarm_is_not_dialled(pem: bytes) -> None:
     async def scenario() -> None:
         pool = ChannelPool(dialling=Dialling(AddressScope.GLOBAL))
@@ -84,5 +105,18 @@ def test_what_is_nearer_than_the_swarm_is_not_dialled(pem: bytes) -> None:
                 await pool.reach(Named(peer(0), (here.endpoint, Endpoint.of("localhost", 1)), pem))
             assert not here.dials
         await pool.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_closed_pool_calls_nobody_any_more(pem: bytes) -> None:
+    async def scenario() -> None:
+        pool = ChannelPool()
+        async with victim() as here:
+            await pool.close()
+            with pytest.raises(UnreachableError, match="this peer stops"):
+                await pool.reach(Named(peer(0), (here.endpoint,), pem))
+            assert not here.dials
+            assert not pool._channels, "it leaks"
 
     asyncio.run(scenario())

@@ -1,11 +1,13 @@
 """Which connections a server keeps when there are too many, and how long one may stay unproven."""
 
+import socket
 from dataclasses import replace
 from functools import partial
 
+import pytest
 from callers import numbered_identities
 
-from peer.rpc.connections import Connection, ConnectionTable
+from peer.rpc.connections import Connection, ConnectionTable, _listening_socket
 
 
 def connection(origin: str, began_at: float = 0.0, spoken: bool = False) -> Connection:
@@ -66,3 +68,11 @@ def test_the_neighbourhood_that_reads_least_makes_room() -> None:
     assert table.unread(22) == [deaf[1]]
     assert table.unread(13) == [deaf[1], deaf[2]]
     assert set(table.unread(0)) == {*deaf, slow}, "but not the one for which nothing waits"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_small_answers_do_not_wait_until_the_caller_has_acknowledged_others(host: str) -> None:
+    with _listening_socket(host, 0) as listening:
+        port = listening.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)), listening.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -115,6 +115,18 @@ def test_what_the_clocks_say_does_not_matter(server: Identity, alice: Identity) 
     assert sessions.find(key, FORWARD).caller == alice.peer_id
 
 
+def test_a_caller_has_one_session_for_each_set_of_rights(server: Identity, alice: Identity) -> None:
+    sessions = make_sessions(server)
+    first = sessions.open(statement_of(alice, server, sessions, rights=(FORWARD,))).session
+    other = sessions.open(statement_of(alice, server, sessions, rights=(session_pb2.RIGHT_DHT,))).session
+    second = sessions.open(statement_of(alice, server, sessions, rights=(FORWARD,))).session
+    assert sessions.find(second, FORWARD).caller == alice.peer_id
+    assert sessions.find(other, session_pb2.RIGHT_DHT).caller == alice.peer_id
+    with pytest.raises(ExpertError, match="in no session"):
+        sessions.find(first, FORWARD)
+    assert len(sessions) == 2
+
+
 def test_nobody_opens_a_session_in_anothers_name(server: Identity, alice: Identity, bob: Identity) -> None:
     sessions = make_sessions(server)
     request = statement_of(alice, server, sessions)
@@ -215,6 +227,7 @@ class Gate:
     """Admits until it is shut."""
 
     open = True
+    badge = None
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
         return Admitted(serial=7, expires_at=1005.0)

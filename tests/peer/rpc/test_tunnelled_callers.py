@@ -15,7 +15,8 @@ from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import SessionClient, Sessions
-from peer.transport.tunnel import Pipe, Tunnels
+from peer.transport.pipes import Pipe
+from peer.transport.tunnel import Tunnels
 from peer.wire import session_pb2, session_pb2_grpc
 
 

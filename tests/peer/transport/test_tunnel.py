@@ -1,4 +1,4 @@
-"""gRPC through libp2p streams between real hosts: calls pass, streams are bounded, and nothing is left behind."""
+"""gRPC through libp2p streams between real peers: calls pass, streams are bounded, and nothing is left behind."""
 
 import asyncio
 import errno
@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -17,17 +16,17 @@ import pytest
 from callers import numbered_identities
 
 from peer.errors import UnreachableError
-from peer.host import Host
 from peer.identity import Identity, PeerID, certificate_pem
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.rpc.server import server_credentials
-from peer.transport.addresses import Multiaddress, NetworkConfig
-from peer.transport.endpoints import Endpoint
-from peer.transport.tunnel import TunnelLimits, Tunnels
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from peer.transport.addresses import Multiaddress
+from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope, Endpoint
+from peer.transport.libp2p import Libp2p
+from peer.transport.p2pd_setup import Libp2pConfig
+from peer.transport.tunnel import OpenExit, TunnelLimits, Tunnels
 
 LOCAL = "127.0.0.1"
 CALL_S = 30.0
@@ -41,12 +40,32 @@ class Known:
     certificate_pem: bytes
     addresses: tuple[Endpoint, ...] = ()
     tunnel_addresses: tuple[Multiaddress, ...] = ()
+    relay_addresses: tuple[Multiaddress, ...] = ()
+
+
+class Peer:
+    """A peer's p2pd, and its tunnels. Stop it when done."""
+
+    def __init__(self, identity: Identity, *, public: bool) -> None:
+        self.peer_id = identity.peer_id
+        self.libp2p = Libp2p(identity, Libp2pConfig(LOCAL, public=public), Dialling(AddressScope.LOOPBACK))
+        self.tunnels = Tunnels(self.libp2p.open_stream)
+
+    async def start(self, open_exit: OpenExit | None = None) -> None:
+        if open_exit is not None:
+            self.tunnels.set_exit(open_exit, 256)
+            await self.tunnels.serve_on(self.libp2p)
+        await self.libp2p.start()
+
+    async def stop(self) -> None:
+        await self.tunnels.close()
+        await self.libp2p.stop()
 
 
 @dataclass(frozen=True)
 class Village:
-    server: Host
-    caller: Host
+    server: Peer
+    caller: Peer
     contact: Known
 
 
@@ -76,22 +95,18 @@ async def echo_server(identity: Identity, path: Path) -> AsyncIterator[bytes]:
 
 @asynccontextmanager
 async def village(identities: list[Identity]) -> AsyncIterator[Village]:
-    server = await Host.start(identities[0], NetworkConfig(LOCAL))
-    caller = None
+    server, caller = Peer(identities[0], public=True), Peer(identities[1], public=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "exit"
             async with echo_server(identities[0], path) as certificate:
-                await server.serve_tunnel(lambda peer_id: asyncio.open_unix_connection(str(path)))
-                addresses = tuple(await server.tunnel_addresses())
-                caller = await Host.start(
-                    identities[1], NetworkConfig(LOCAL, serves_dht=False), bootstrap=addresses
-                )
+                await server.start(lambda peer_id: asyncio.open_unix_connection(str(path)))
+                await caller.start()
                 pem = certificate_pem(certificate, server.peer_id)
-                yield Village(server, caller, Known(server.peer_id, pem, (), tuple(addresses)))
+                addresses = tuple(await server.libp2p.addresses())
+                yield Village(server, caller, Known(server.peer_id, pem, (), addresses))
     finally:
-        if caller is not None:
-            await caller.stop()
+        await caller.stop()
         await server.stop()
 
 
@@ -118,8 +133,8 @@ async def until(is_so: Callable[[], bool], within_s: float = 60.0) -> None:
             await asyncio.sleep(0.02)
 
 
-async def until_restarted(host: Host) -> None:
-    await until(lambda: host.restarts == 1)
+async def until_restarted(peer: Peer) -> None:
+    await until(lambda: peer.libp2p.restarts == 1)
 
 
 def run(loop: LoopThread, test: Callable[[ChannelPool], Awaitable[None]], tunnels: Tunnels) -> None:
@@ -220,9 +235,10 @@ def test_a_tunnel_works_again_after_p2pd_died_at_either_end(
             pool = ChannelPool(tunnels=both.caller.tunnels)
             try:
                 await call(pool, both.contact, b"ping")
-                for number, host in enumerate((both.server, both.caller), start=1):
-                    host.p2p._child.kill()
-                    await until_restarted(host)
+                for number, peer in enumerate((both.server, both.caller), start=1):
+                    assert peer.libp2p._daemon is not None
+                    peer.libp2p._daemon._child.kill()
+                    await until_restarted(peer)
                     await until(lambda: not total(both.caller.tunnels.streams))
                     assert await call(pool, both.contact, b"%d" % number) == b"%d" % number
             finally:
@@ -278,26 +294,6 @@ def test_a_tunnel_is_opened_once_the_machine_has_sockets_again(
     loop.run(scenario())
 
 
-def test_a_p2pd_that_dies_while_a_tunnel_opens_stops_nobody(
-    loop: LoopThread, identities: list[Identity], caplog: pytest.LogCaptureFixture
-) -> None:
-    class Dying:
-        async def add_binary_stream_handler(self, *arguments: Any) -> None:
-            raise ConnectionResetError("p2pd has gone")
-
-    async def scenario() -> None:
-        host = Host(identities[1], NetworkConfig(LOCAL, 0), None)
-        host._daemon = Dying()  # type: ignore[assignment]
-        try:
-            await host.serve_tunnel(lambda caller: asyncio.open_unix_connection("nowhere"))
-        finally:
-            host._daemon = None
-            await host.stop()
-
-    loop.run(scenario())
-    assert "the tunnel is served when the libp2p daemon runs again: p2pd has gone" in caplog.text
-
-
 def test_a_peer_that_opens_stream_after_stream_is_refused_and_others_are_not(
     loop: LoopThread, identities: list[Identity]
 ) -> None:
@@ -314,9 +310,8 @@ def test_a_peer_that_opens_stream_after_stream_is_refused_and_others_are_not(
         async def accept(caller: Identity) -> None:
             here, there = socket.socketpair()
             with there:
-                reader, writer = await asyncio.open_unix_connection(sock=here)
-                info = SimpleNamespace(peer_id=caller.peer_id, addr=SimpleNamespace(to_bytes=bytes))
-                await tunnels._accept(info, reader, writer)
+                pipe = await asyncio.open_unix_connection(sock=here)
+                await tunnels._accept(caller.peer_id, False, pipe)
 
         for _ in range(9):
             await accept(identities[0])
@@ -346,9 +341,8 @@ def test_strangers_that_hold_all_streams_leave_a_newcomer_its_share(loop: LoopTh
         async def accept(caller: Identity) -> None:
             here, there = socket.socketpair()
             with there:
-                reader, writer = await asyncio.open_unix_connection(sock=here)
-                info = SimpleNamespace(peer_id=caller.peer_id, addr=SimpleNamespace(to_bytes=bytes))
-                await tunnels._accept(info, reader, writer)
+                pipe = await asyncio.open_unix_connection(sock=here)
+                await tunnels._accept(caller.peer_id, False, pipe)
 
         async def streams(callers: list[Identity], number: int) -> list[asyncio.Task[None]]:
             tasks = [asyncio.create_task(accept(caller)) for caller in callers for _ in range(number)]

@@ -108,9 +108,9 @@ def test_keyboard_opens_an_expert(seen: Visit) -> None:
     assert seen.text("#heatmap-cell").startswith("Expert 0.1.1: ")
     seen.page.keyboard.press("Enter")
     seen.until("location.hash === '#/expert/0.1.1'")
-    assert seen.page.evaluate("document.activeElement.id") == "panel-title"
+    seen.until("document.activeElement.id === 'panel-title'")  # a little later than the address
     seen.page.keyboard.press("Escape")
-    assert seen.page.evaluate("document.activeElement.id") == "heatmap"
+    seen.until("document.activeElement.id === 'heatmap'")
 
 
 def test_hostile_name_is_shown_as_text_alone(seen: Visit) -> None:

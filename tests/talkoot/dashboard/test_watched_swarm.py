@@ -25,10 +25,10 @@ from dht.manifest import Manifest
 from dht.swarm import found_swarm, join_swarm
 from expert_server.node import Node, NodeTiming
 from expert_server.settings import NodeSettings
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import NetworkConfig
 from talkoot.dashboard.server import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import WatchIntervals
@@ -50,8 +50,6 @@ MANIFEST = Manifest.model_validate(
         "routing": {"top_k": 2},
     }
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 
 @dataclass

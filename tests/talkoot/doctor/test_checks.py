@@ -109,7 +109,7 @@ def test_machine_that_peers_can_dial_is_reachable() -> None:
     found = judge_reachability([refused], "192.0.2.7", 4711, "")
     assert found.verdict is Verdict.WEAK, "it serves through relays"
     assert "192.0.2.7 port 4711: Connection refused" in found.says
-    assert "--grpc-port" in found.fix
+    assert "--port" in found.fix
 
 
 def test_machine_behind_a_router_is_told() -> None:
@@ -122,6 +122,15 @@ def test_machine_behind_a_router_is_told() -> None:
 def test_machine_whose_router_forwards_the_port_is_reachable() -> None:
     found = judge_reachability([DialledBack(True, "198.51.100.1", "")], "192.168.1.5", 4711, "")
     assert found.verdict is Verdict.OK
+
+
+def test_what_the_router_does_about_the_port_is_told() -> None:
+    dials = [DialledBack(True, "198.51.100.1", "")], [DialledBack(False, "198.51.100.1", "no answer")]
+    reached, hidden = (
+        judge_reachability(each, "192.168.1.5", 4711, "", "the router sleeps") for each in dials
+    )
+    assert reached.says == "a peer connected to 198.51.100.1 port 4711: the router sleeps"
+    assert hidden.fix.startswith("the router sleeps: forward TCP port 4711 on your router")
 
 
 def test_what_nobody_said_is_not_checked() -> None:
@@ -153,7 +162,7 @@ class Swarm:
         peer_id = self.identity.peer_id
         pem = certificate_pem(certificate, peer_id)
         self.nodes[peer_id] = NodeInfo(
-            peer_id, (Endpoint(address),), pem, PROTOCOL_VERSION, "", 0, 0, 0, 0, 0.0, (), 0.0
+            peer_id, (Endpoint(address),), pem, PROTOCOL_VERSION, "", 0, 0, 0, 0, 0.0, 0.0
         )
 
     async def ask(self, host: str = LOCAL, port: int = 0) -> dict[str, Finding]:

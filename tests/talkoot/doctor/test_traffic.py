@@ -6,27 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 from callers import a_caller
-from expert_fakes import make_request
-from hypothesis import given
+from expert_fakes import collect
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_node import UIDS, a_node, ask
+from real_node import UIDS, a_node
 
 from dht.manifest import Manifest
-from dht.uid import UID
 from peer.codec import CodecName, codec_of, encoded_bytes
 from peer.loop import LoopThread
 from peer.metrics import totals
 from peer.rpc.channels import ChannelPool
 from peer.transport.endpoints import Endpoint
 from talkoot.demo.links import Link, Proxy, Wire
-from talkoot.doctor.traffic import row_traffic, trainer_traffic
-from trainer_client.dispatch.batches import Answer, Request
+from talkoot.doctor.traffic import nodes_of_token, row_traffic, trainer_traffic
+from trainer_client.dispatch.batches import NodeBatch, NodeCall, relative_weights
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 CONTEXT = 256
-SEQUENCES, OF_EACH = 16, 8
+SEQUENCES, OF_EACH = 32, 8
 ROWS = SEQUENCES * OF_EACH
-"""For each expert."""
 ROUNDS = 3
 
 
@@ -44,19 +42,21 @@ def make_manifest(
     )
 
 
-async def counted(path: Path, manifest: Manifest) -> tuple[float, float]:
-    """Bytes that connections carried to the node and back for a row, forward and backward."""
+async def counted(path: Path, manifest: Manifest, experts: float) -> tuple[float, float]:
+    """Bytes that connections carried to the node and back for a row, forward and backward.
+
+    Rows are for so many of the node's two experts on average.
+    """
     pool, wire, rng = ChannelPool(), Wire(Link()), np.random.default_rng(0)
     codec = codec_of(manifest.wire.codec)
     caller = GrpcCaller(pool, "kept-swarm", manifest.width, codec, a_caller("kept-swarm"))
 
-    def request(uid: UID, forward: Answer | None = None) -> Request:
-        places = [sorted(rng.choice(CONTEXT, OF_EACH, replace=False)) for _ in range(SEQUENCES)]
-        tensor = rng.standard_normal((ROWS, manifest.width), dtype=np.float32)
-        positions, lengths = np.concatenate(places).tolist(), [OF_EACH] * SEQUENCES
-        if forward is None:
-            return make_request(uid, lengths, positions, tensor, keep=True)
-        return make_request(uid, lengths, positions, tensor, tensor, kept=forward.kept)
+    def batch() -> NodeBatch:
+        positions = [sorted(rng.choice(CONTEXT, OF_EACH, replace=False)) for _ in range(SEQUENCES)]
+        which = np.argsort(rng.random((ROWS, 2)), axis=1)
+        which[rng.permutation(ROWS)[round((experts - 1) * ROWS) :], 1] = -1
+        lengths = np.full(SEQUENCES, OF_EACH)
+        return NodeBatch(np.arange(ROWS), lengths, np.concatenate(positions), tuple(UIDS), which)
 
     async with a_node(path, 2**24, manifest) as (node, _):
         port = int(str(node.addresses[0]).rsplit(":", 1)[1])
@@ -64,11 +64,16 @@ async def counted(path: Path, manifest: Manifest) -> tuple[float, float]:
         behind = replace(node, addresses=(Endpoint(f"127.0.0.1:{proxy.port}"),))
 
         async def train() -> tuple[int, int]:
-            forward = await ask(caller, behind, "forward", *map(request, UIDS))
-            backward = await ask(
-                caller, behind, "backward", *(request(uid, forward[i]) for i, uid in enumerate(UIDS))
+            rows = rng.standard_normal((ROWS, manifest.width), dtype=np.float32)
+            weights = relative_weights(
+                rng.standard_normal((ROWS, 2), dtype=np.float32), (new := batch()).asked
             )
-            assert all(answer.tensor is not None for answer in (*forward.values(), *backward.values()))
+            call = NodeCall(behind, "forward", new, 20.0, rows, weights, keep=True)
+            forward = await collect(caller, call)
+            assert forward.kept is not None, forward
+            call = replace(call, direction="backward", gradients=rows, keep=False, kept=forward.kept)
+            backward = await collect(caller, call)
+            assert forward.answered == backward.answered == UIDS
             return wire.there.bytes_carried, wire.back.bytes_carried
 
         try:
@@ -78,21 +83,23 @@ async def counted(path: Path, manifest: Manifest) -> tuple[float, float]:
         finally:
             await pool.close()
             await proxy.close()
-    rows = len(UIDS) * ROWS
-    payload = 2 * (ROUNDS + 1) * rows * encoded_bytes(1, manifest.width, codec)
+    payload = 2 * (ROUNDS + 1) * ROWS * encoded_bytes(1, manifest.width, codec)
     assert totals(caller.metrics.bytes, "direction") == {"sent": payload, "received": payload}
-    there, back = ((end - start) / (ROUNDS * rows) for start, end in zip(began, ended, strict=True))
+    there, back = ((end - start) / (ROUNDS * ROWS) for start, end in zip(began, ended, strict=True))
     return there, back
 
 
+@pytest.mark.parametrize("experts", [1, 1.25, 1.5])
 @pytest.mark.parametrize(("width", "codec"), [(256, "int4"), (64, "int4"), (64, "fp32")])
-def test_it_is_what_real_calls_move(loop: LoopThread, tmp_path: Path, width: int, codec: CodecName) -> None:
+def test_it_is_what_real_calls_move(
+    loop: LoopThread, tmp_path: Path, width: int, codec: CodecName, experts: float
+) -> None:
     manifest = make_manifest(width, codec)
-    there, back = loop.run(counted(tmp_path, manifest), 60)
+    there, back = loop.run(counted(tmp_path, manifest, experts), 60)
     # 52 bytes of headers in each packet, and an acknowledgement for every second one
     upload = there * 1500 / 1448 + back * 52 / 2 / 1448
     download = back * 1500 / 1448 + there * 52 / 2 / 1448
-    expected = row_traffic(manifest, 1e6 / 8)
+    expected = row_traffic(manifest, 1e6 / 8, experts)
     assert (expected.upload_mbit, expected.download_mbit) == pytest.approx((upload, download), rel=0.02)
 
 
@@ -102,26 +109,48 @@ def test_it_is_what_real_calls_move(loop: LoopThread, tmp_path: Path, width: int
     st.integers(1, 4),
     st.integers(1, 4),
     st.floats(1, 1e6),
+    st.integers(1, 20),
 )
-def test_it_grows_with_tokens_mixtures_and_rows_and_is_little_more_than_the_tensors(
-    width: int, codec: CodecName, layers: int, top_k: int, tokens_per_s: float
+def test_it_grows_with_tokens_mixtures_and_nodes_and_is_little_more_than_the_tensors(
+    width: int, codec: CodecName, layers: int, top_k: int, tokens_per_s: float, nodes: int
 ) -> None:
     manifest = make_manifest(width, codec, layers=layers, top_k=top_k)
-    rows = tokens_per_s * layers * top_k
-    found = trainer_traffic(manifest, tokens_per_s)
-    assert found == row_traffic(manifest, rows)
-    assert astuple(found) == pytest.approx([rows * one for one in astuple(row_traffic(manifest, 1.0))])
-    assert trainer_traffic(manifest, tokens_per_s, rows_per_token=top_k) == found
+    each = nodes_of_token(top_k, nodes)
+    rows = tokens_per_s * layers * each
+    found = trainer_traffic(manifest, tokens_per_s, nodes)
+    assert found == row_traffic(manifest, rows, top_k / each)
+    per_row = astuple(row_traffic(manifest, 1.0, top_k / each))
+    assert astuple(found) == pytest.approx([rows * one for one in per_row])
+    assert trainer_traffic(manifest, tokens_per_s, nodes, 2).upload_mbit <= found.upload_mbit
     tensors = 8e-6 * rows * 2 * encoded_bytes(1, width, codec_of(codec))
-    beside = 8e-6 * rows * 4
-    assert tensors < found.download_mbit < found.upload_mbit < 1.1 * (tensors + beside)
+    beside = 8e-6 * (rows * 4 + tokens_per_s * layers * top_k * 6)
+    assert tensors < min(astuple(found))
+    assert max(astuple(found)) < 1.1 * (tensors + beside)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(2, 4))
+def test_the_nodes_of_a_token_are_those_of_experts_that_are_anywhere(k: int, nodes: int, most: int) -> None:
+    rng = np.random.default_rng(0)
+    found = [len(set(rng.integers(0, nodes, k).tolist())) for _ in range(20_000)]
+    assert nodes_of_token(k, nodes) == pytest.approx(np.mean(found), rel=0.02)
+    assert nodes_of_token(k, nodes, most) == pytest.approx(np.minimum(found, most).mean(), rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("hidden", "width", "codec", "mbit"),
-    [(1024, 1024, "fp32", 554), (1024, 256, "int4", 18.6), (128, 128, "fp32", 70)],
+    ("hidden", "width", "codec", "nodes", "most", "mbit"),
+    [
+        (1024, 1024, "fp32", 10, None, 480),
+        (1024, 256, "int4", 10, None, 16.4),
+        (1024, 256, "int4", 10, 2, 9.7),
+        (1024, 128, "int4", 10, 2, 5.1),
+        (128, 128, "fp32", 3, None, 42),
+    ],
 )
-def test_the_uploads_in_the_documentation(hidden: int, width: int, codec: CodecName, mbit: float) -> None:
+def test_the_uploads_in_the_documentation(
+    hidden: int, width: int, codec: CodecName, nodes: int, most: int | None, mbit: float
+) -> None:
     """For 1,000 tokens/s, two mixtures, and top-4."""
-    upload = trainer_traffic(make_manifest(width, codec, hidden=hidden)).upload_mbit
+    manifest = make_manifest(width, codec, hidden=hidden)
+    upload = trainer_traffic(manifest, nodes=nodes, nodes_per_token=most).upload_mbit
     assert upload == pytest.approx(mbit, rel=0.01)

@@ -59,7 +59,7 @@ def test_an_invite_for_people_says_what_it_is_worth(tmp_path: Path) -> None:
     founded(tmp_path)
     made = run_here("invite", "--state", str(tmp_path))
     assert made.returncode == 0
-    assert made.stdout.startswith("invite: talkoot1")
+    assert made.stdout.startswith("invite: talkoot2")
     assert "for a trainer" in made.stderr
     assert "--revoke" in made.stderr
 
@@ -102,7 +102,7 @@ def test_every_command_reads_an_invite_from_a_file(tmp_path: Path, command: str)
     missing = run_here(command, "--join", f"@{tmp_path / 'missing'}")
     assert missing.returncode == 2
     assert "can't read the invite" in missing.stderr
-    (tmp_path / "cut").write_text("talkoot1abc\n")
+    (tmp_path / "cut").write_text("talkoot2abc\n")
     cut = run_here(command, "--join", f"@{tmp_path / 'cut'}")
     assert cut.returncode == 2
     assert "incomplete or mistyped" in cut.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import command, run_here
+from commands import command, run_here, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -120,8 +120,7 @@ def test_nothing_is_cut_off_for_a_node_of_a_hundred_experts() -> None:
         capacity=192,
         adopted=64,
         handed_over=128,
-        reachability_advice="pass --dht-port and --grpc-port, and forward both TCP ports on your router to "
-        "192.168.178.123",
+        reachability_advice="pass --port, and forward that TCP port on your router to 192.168.178.123",
     )
     text = "\n".join(shown(status, NodeRates()))
     assert "128 of 192, 64 adopted, 128 handed over" in text
@@ -217,7 +216,7 @@ def test_every_flag_is_shown_with_its_unit_and_default() -> None:
 
 
 def test_a_wrong_flag_is_one_clear_line() -> None:
-    ended = run_here("node", "--join", "talkoot1", "--memory", "much", "--schedule", "mon-fry 1:00-2:00")
+    ended = run_here("node", "--join", "talkoot2", "--memory", "much", "--schedule", "mon-fry 1:00-2:00")
     assert ended.returncode == 2
     (error,) = [row for row in ended.stderr.splitlines() if row]
     assert error.startswith("error: ")
@@ -243,8 +242,9 @@ def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(tmp_path: Pa
             event = next(event for event in events if event["event"] == "state")
             assert (event["state"], event["pause_reason"]) == ("paused", f"paused until {begins:%H}:00")
             assert event["experts"] == 0
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
-            assert "p2pd" in {member.name() for member in family}
+            node = psutil.Process(process.pid)
+            wait_until(lambda: "p2pd" in {child.name() for child in node.children()}, "p2pd")
+            family = [node, *node.children()]
             assert {member.nice() for member in family} == {max(10, os.nice(0))}
         finally:
             process.terminate()

@@ -1,4 +1,4 @@
-"""A node's DHT comes back to the port that it had."""
+"""A node comes back to the port that it had."""
 
 import socket
 from pathlib import Path
@@ -30,5 +30,5 @@ def test_a_port_that_somebody_else_has_taken_is_left_to_them(tmp_path: Path) -> 
 @pytest.mark.parametrize("text", ["", "many", "-1", "65536", "9" * 30, "\x00"])
 def test_a_spoilt_file_counts_as_none(tmp_path: Path, text: str) -> None:
     remember_port(tmp_path, 1)
-    (tmp_path / "dht-port").write_text(text)
+    (tmp_path / "port").write_text(text)
     assert last_port(tmp_path, HOST) == 0

@@ -15,15 +15,14 @@ from dht.membership import PeerStore
 from dht.records import SwarmKeys
 from dht.swarm import found_swarm
 from expert_server.settings import NodeSettings
+from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import Multiaddress, NetworkConfig
+from peer.transport.addresses import Multiaddress
 from talkoot.demo.links import free_ports
 from talkoot.node import launch
 from talkoot.node.launch import Origin, _NodeRun
 from talkoot.terminal import LogFormat, Terminal
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 MANIFEST = 'name = "patient"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n'
 STATED = ("--host", HOST, "--threads", "1", "--state")

@@ -75,13 +75,7 @@ def test_a_manifest_with_a_prefix_routes_whole_sequences_by_it() -> None:
     assert found == pytest.approx(expected, rel=1e-4)
     assert found[-1] < found[0] - 0.5
     # all 16 tokens of a sequence go to the same experts
-    lengths = {
-        n
-        for call in swarm.called("forward")
-        for request in call.requests
-        for n in request.batch.lengths.tolist()
-    }
-    assert lengths == {16}
+    assert {n for call in swarm.called("forward") for n in call.batch.lengths.tolist()} == {16}
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])

@@ -8,6 +8,7 @@ from commands import assert_one_clear_line, run, run_here
 
 SWARM = """
 name = "alone"
+preset = "none"
 [model]
 layers = 1
 hidden = 16
@@ -35,7 +36,7 @@ def test_it_trains_all_experts_in_one_process(tmp_path: Path) -> None:
 
 
 def test_one_of_join_and_local_must_be_given() -> None:
-    ended = run_here("train", "--local", "swarm.toml", "--join", "talkoot1")
+    ended = run_here("train", "--local", "swarm.toml", "--join", "talkoot2")
     assert_one_clear_line(ended, "pass --join INVITE", "or --local SWARM.TOML; not both")
 
 

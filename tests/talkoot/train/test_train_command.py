@@ -25,8 +25,8 @@ from talkoot import signals
 from talkoot.train import session
 from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel
-
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+from trainer_client.settings import PRESETS
+from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
 
 SHORT = TEXT[: len(TEXT) // 3]
 """It is evaluated again and again, a window at a time."""
@@ -112,6 +112,14 @@ def test_a_run_is_saved_resumed_evaluated_and_speaks(
     assert said.status == 0, said.err
     assert said.out.endswith("\n")
     assert said.out.strip()
+
+
+def test_a_trainer_has_the_settings_that_go_with_the_swarms_preset(founder: Founder, trained: Path) -> None:
+    swarm_id = Invite.parse(founder.invite).keys.swarm_id
+    run = checkpoint_folder(None, trained, swarm_id, newest=True)
+    settings = load_checkpoint(run, swarm_id).header.settings
+    assert settings["preset"] == "transformer"
+    assert settings.items() >= PRESETS["transformer"].items()
 
 
 def test_the_newest_run_is_taken_by_default(founder: Founder, trained: Path, text: Path) -> None:

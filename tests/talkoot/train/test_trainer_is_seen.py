@@ -13,8 +13,6 @@ from trainer_client.client import SwarmClient
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
 
 @pytest.fixture
 def founder(loop: LoopThread, tmp_path: Path) -> Iterator[Founder]:

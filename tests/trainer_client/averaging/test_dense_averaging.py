@@ -1,22 +1,43 @@
 """Trainers average their dense parts over real sockets."""
 
+import contextlib
+from collections.abc import Callable
+
 import pytest
 import torch
 from dense_trainers import Play, Square, are_one, ended, identities, play
 from test_dense_part import make_model, take_step, trained
+from torch import Tensor, nn
 
-from peer.errors import ExpertError, TransferError
+from peer.errors import ExpertError, StateError, TransferError
 from peer.metrics import total
+from trainer_client.averaging.averager import Averaging
 from trainer_client.averaging.dense_part import DenseMerge
+from trainer_client.averaging.exchange import PeerDensePart
 
 __all__ = ["identities", "play"]
 
 
+HOSTILE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "random": lambda model: trained(model, 9, scale=0.5),
+    "the first parameters flipped": lambda model: changed(model, Tensor.neg),
+    "scaled": lambda model: changed(model, lambda tensor: 2 * tensor),
+    "drifted": lambda model: changed(model, lambda tensor: tensor + 0.5),
+}
+
+
+def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(change(parameter))
+    return model
+
+
 def test_one_call_brings_both_together(play: Play) -> None:
-    """By the steps since they last met: 30 against 10 at first, half of which counts at most; then 20 against 20."""
+    """By the steps since they last met: 30 against 10 at first, half of which counts at most."""
 
     async def scenario(square: Square) -> None:
-        one = await square.trainer(trained(make_model(), 1), 30)
+        one = await square.trainer(trained(make_model(), 1), 30, every=1)
         other = await square.trainer(trained(make_model(), 2), 10, reachable=False)
         merge = await square.stepping(other.average_with(square.info(one)), one.part, other.part)
         await square.until(lambda: ended(one, "averaged") == 1, one.part)
@@ -25,11 +46,7 @@ def test_one_call_brings_both_together(play: Play) -> None:
         assert theirs.share == pytest.approx(0.25, rel=0.2), "a few steps more while they waited"
         assert (merge.peer, theirs.peer) == (one.peer_id.to_base58(), other.peer_id.to_base58())
         assert theirs.difference > 0.05
-        # now the two have as many behind them, whoever stepped more while they waited
-        for part in (one.part, other.part):
-            part.replace(part.read().tensors, 50)
         again = await square.stepping(other.average_with(square.info(one)), one.part, other.part)
-        assert again.share == pytest.approx(0.5, rel=0.1)
         assert again.difference < 0.5 * merge.difference
         assert total(one.metrics.bytes, direction="sent") == total(other.metrics.bytes, direction="received")
 
@@ -93,35 +110,107 @@ def test_one_meeting_at_a_time(play: Play) -> None:
     play(scenario)
 
 
-def test_who_joins_takes_the_oldest_that_it_reaches(play: Play) -> None:
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_partner_moves_no_tensor_further_than_own_steps_did(
+    play: Play, change: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Or it is refused: either way its claim of many steps ages nobody as far."""
+
     async def scenario(square: Square) -> None:
-        young = await square.trainer(trained(make_model(), 1), 30)
-        old = await square.trainer(trained(make_model(), 2), 70)
-        joiner = await square.trainer(make_model(), 0)
-        assert await joiner.take_freshest() == 70
-        assert joiner.part.age == 70
-        for name, tensor in joiner.part.read().tensors.items():
-            assert torch.equal(tensor, old.part.read().tensors[name]), "to the bit"
-        assert (ended(old, "given"), ended(young, "given")) == (1, 0)
-        # nobody is older now
-        assert await joiner.take_freshest() is None
+        victim = await square.trainer(trained(make_model(), 1), 10)
+        villain = await square.trainer(change(make_model()), 10**9)
+        villain.exchange._open = lambda mine, *_: PeerDensePart(mine.tensors, 0, 0.0, {})  # type: ignore[method-assign]  # takes all
+        start, before = make_model().state_dict(), victim.part.read().tensors
+        with contextlib.suppress(StateError):
+            await square.stepping(victim.average_with(square.info(villain)), victim.part)
+        for name, tensor in victim.part.read().tensors.items():
+            own = float((before[name] - start[name]).norm())
+            assert float((tensor - before[name]).norm()) <= 1.001 * own
+        assert victim.part.age < 10 + victim.part.steps + 1000
 
     play(scenario)
 
 
-def test_who_joins_believes_no_age_beyond_what_most_have(play: Play) -> None:
-    """Of two it can't tell who lies; of three it can."""
+def test_one_that_is_behind_learns_from_one_that_it_is_too_far_away_for(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        ahead = await square.trainer(trained(make_model(), 1, scale=0.001), 50)
+        behind = await square.trainer(trained(make_model(), 2), 10, reachable=False)
+        before = ahead.part.read().tensors
+        merge = await square.stepping(behind.average_with(square.info(ahead)), behind.part)
+        assert merge.belief > 0.5
+        await square.until(lambda: ended(ahead, "refused") == 1)
+        assert all(torch.equal(t, before[name]) for name, t in ahead.part.read().tensors.items())
 
+    play(scenario)
+
+
+def test_who_joins_takes_what_the_only_other_gives(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        old = await square.trainer(trained(make_model(), 2), 70)
+        joiner = await square.trainer(make_model(), 0)
+        assert await joiner.take_whole() == 70
+        assert joiner.part.age == 70
+        assert are_same(joiner, old)
+        assert ended(old, "given") == 1
+        # nobody is older now
+        assert await joiner.take_whole() is None
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("honest", [1, 2])
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_who_joins_takes_no_hostile_dense_part_whatever_age_it_claims(
+    play: Play, change: Callable[[nn.Module], nn.Module], honest: int
+) -> None:
+    """Of three, two are nearer to each other; of two, one is nearer to what all begin with."""
+
+    async def scenario(square: Square) -> None:
+        others = [await square.trainer(trained(make_model(), n), 70 + n) for n in range(honest)]
+        await square.trainer(change(make_model()), 10**11)
+        joiner = await square.trainer(make_model(), 0)
+        assert await joiner.take_whole() in range(70, 70 + honest), "the middle claim, of two the lower"
+        assert sum(are_same(joiner, other) for other in others) == 1
+
+    play(scenario)
+
+
+def test_those_who_join_at_the_same_time_take_what_an_old_trainer_gives(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        old = await square.trainer(trained(make_model(), 2), 70)
+        joiners = [await square.trainer(make_model(), 0) for _ in range(3)]
+        for joiner in joiners:
+            assert await joiner.take_whole() == 70
+            assert are_same(joiner, old)
+
+    play(scenario)
+
+
+def test_who_resumes_keeps_its_own_if_only_one_of_three_is_older(play: Play) -> None:
     async def scenario(square: Square) -> None:
         for number, age in enumerate((30, 70, 10**11)):
             await square.trainer(trained(make_model(), number), age)
-        joiner = await square.trainer(make_model(), 0)
-        taken = await joiner.take_freshest()
-        assert taken is not None
-        assert 70 <= taken <= 70 + 30_000
-        assert joiner.part.age == taken
+        joiner = await square.trainer(trained(make_model(), 4), 80)
+        assert await joiner.take_whole() is None
+        assert joiner.part.age == 80
 
     play(scenario)
+
+
+@pytest.mark.parametrize(("age", "taken"), [(500, 1000), (950, None)])
+def test_who_resumes_takes_anothers_only_if_it_is_far_behind(play: Play, age: int, taken: int | None) -> None:
+    async def scenario(square: Square) -> None:
+        await square.trainer(trained(make_model(), 1), 1000)
+        joiner = await square.trainer(trained(make_model(), 2), age)
+        assert await joiner.take_whole() == taken
+
+    play(scenario)
+
+
+def are_same(one: Averaging, other: Averaging) -> bool:
+    """To the bit."""
+    theirs = other.part.read().tensors
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.part.read().tensors.items())
 
 
 def test_a_claim_of_many_steps_makes_no_trainer_older_than_it_can_be(play: Play) -> None:
@@ -141,12 +230,12 @@ def test_who_joins_takes_the_next_when_the_oldest_is_gone_or_useless(play: Play)
         await gone.close()
         young = await square.trainer(trained(make_model(), 2), 30)
         joiner = await square.trainer(make_model(), 0)
-        assert await joiner.take_freshest() == 30
+        assert await joiner.take_whole() == 30
         assert (ended(joiner, "failed"), ended(young, "given")) == (1, 1)
         joiner.part.replace(joiner.part.read().tensors, 0)
         next(young.part.model.parameters()).data.fill_(torch.nan)
         take_step(young.part)
-        assert await joiner.take_freshest() is None
+        assert await joiner.take_whole() is None
         assert joiner.part.read().tensors["0.weight"].isfinite().all()
 
     play(scenario)

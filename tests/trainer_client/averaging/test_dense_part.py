@@ -2,18 +2,27 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peer.averaging import partner_weight
+from peer.averaging import Meeting, partner_weight
 from peer.errors import StateError
-from trainer_client.averaging.dense_part import MAX_AGE, DenseForm, DensePart, SharedParameters, require_near
+from trainer_client.averaging.dense_part import (
+    MAX_AGE,
+    DenseForm,
+    DenseMerge,
+    DensePart,
+    SharedParameters,
+    require_near,
+)
 
 SWARM = "sauna-QmFounder"
+NEVER = Meeting(0, 0)
 
 ages = st.integers(0, 10**6)
 seeds = st.integers(0, 2**31)
@@ -42,30 +51,127 @@ def take_step(part: SharedParameters, move: float = 0.0) -> None:
             parameter.add_(move)
 
 
-def meet(one: SharedParameters, other: SharedParameters, met: int = 0) -> None:
-    """Both sides of a meeting, as the wire would have it."""
+def meet(one: SharedParameters, other: SharedParameters) -> None:
+    """Both sides of a first meeting, as the wire would have it."""
     mine, theirs = one.read(), other.read()
-    one.merge("other", mine, theirs.tensors, theirs.age, partner_weight(mine.age, theirs.age, met), 0.0)
-    other.merge("one", theirs, mine.tensors, mine.age, partner_weight(theirs.age, mine.age, met), 0.0)
+    merge(one, mine, theirs)
+    merge(other, theirs, mine)
+
+
+def merge(part: SharedParameters, mine: DensePart, theirs: DensePart) -> "Future[DenseMerge]":
+    share = partner_weight(mine.age, theirs.age, NEVER)
+    return part.merge("other", mine, theirs.tensors, theirs.age, share, 0.0, part.moves_to(mine))
 
 
 def part_of(seed: int, age: int) -> SharedParameters:
-    return SharedParameters(trained(make_model(), seed), age)
+    part = SharedParameters(trained(make_model(), seed), age)
+    led_from_the_beginning(part)
+    return part
 
 
+def led_from_the_beginning(part: SharedParameters) -> None:
+    """As if own steps had led to its parameters from those that all begin with."""
+    width = len(part.read().tensors["1.bias"])
+    part._own_moves.start(tensors_of(make_model(width=width)))
+
+
+@settings(max_examples=25)
 @given(seeds, seeds, ages, ages)
-def test_two_that_met_are_the_same_age_and_nearer(first: int, second: int, a: int, b: int) -> None:
+def test_two_that_met_are_nearer_and_each_moved_no_further_than_by_own_steps(
+    first: int, second: int, a: int, b: int
+) -> None:
     one, other = part_of(first, a), part_of(second, b)
-    before = [part.read() for part in (one, other)]
+    start, mine, theirs = tensors_of(make_model()), one.read(), other.read()
     meet(one, other)
     take_step(one)
     take_step(other)
     here, there = one.read(), other.read()
-    assert here.age == there.age == max(a, b) + 1
-    for found, share in ((here, partner_weight(a, b, 0)), (there, 1 - partner_weight(b, a, 0))):
-        for name in here.tensors:
-            expected = (1 - share) * before[0].tensors[name] + share * before[1].tensors[name]
-            torch.testing.assert_close(found.tensors[name], expected)
+    for found, was, met in ((here, mine, theirs), (there, theirs, mine)):
+        assert was.age <= found.age - 1 <= max(a, b)
+        share = partner_weight(was.age, met.age, NEVER)
+        for name, tensor in was.tensors.items():
+            way, own = met.tensors[name] - tensor, float((tensor - start[name]).norm())
+            factor = min(1.0, 2 * own / float(way.norm())) if way.any() else 1.0
+            torch.testing.assert_close(found.tensors[name], tensor + share * factor * way)
+
+
+@settings(max_examples=25)
+@given(seeds, st.floats(-1e30, 1e30), ages, st.integers(1, 20))
+def test_whatever_others_give_they_move_a_tensor_no_further_than_own_steps_do(
+    seed: int, number: float, claimed: int, meetings: int
+) -> None:
+    """However many they are, and the age grows by nothing where nothing was believed."""
+    part = part_of(seed, 10)
+    before, start = part.read().tensors, tensors_of(make_model())
+    lie = {name: torch.full_like(tensor, number) for name, tensor in before.items()}
+    for _ in range(meetings):
+        merge(part, part.read(), DensePart(lie, claimed))
+        take_step(part)
+    for name, tensor in part.read().tensors.items():
+        most = meetings * float((before[name] - start[name]).norm())
+        assert float((tensor - before[name]).norm()) <= 1.001 * most
+    if abs(number) > 1e9:
+        assert part.age <= 10 + meetings
+
+
+def test_a_trainer_without_steps_of_its_own_believes_nobody() -> None:
+    part = SharedParameters(make_model(), 10)
+    before, theirs = part.read(), DensePart(tensors_of(trained(make_model(), 1)), 1000)
+    part.require_in_reach(before, theirs.tensors, part.moves_to(before))
+    merge(part, before, theirs)
+    take_step(part)
+    assert all(torch.equal(tensor, before.tensors[name]) for name, tensor in part.read().tensors.items())
+    assert part.age == 11
+
+
+def test_what_is_further_than_own_steps_explain_is_out_of_reach_until_they_explain_it() -> None:
+    part = SharedParameters(make_model())
+    far = {name: tensor + 1.0 for name, tensor in part.read().tensors.items()}
+    take_step(part, 0.01)
+    with pytest.raises(StateError, match="further"):
+        part.require_in_reach(part.read(), far, part.moves_to(part.read()))
+    for _ in range(9):
+        take_step(part, -0.01)
+    part.require_in_reach(part.read(), far, part.moves_to(part.read()))
+
+
+def regression_loss(seed: int, radius: float | None = None) -> float:
+    """The mean loss of two trainers that average every 5 of 150 steps, each with batches of its own.
+
+    `radius`: of every tensor, in place of those of `OwnMoves`.
+    """
+    parts = [SharedParameters(make_model(seed, 4)) for _ in range(2)]
+    if radius is not None:
+        for part in parts:
+            everywhere = dict.fromkeys(part._tensors, radius)
+            part._own_moves.radii = lambda _, radii=everywhere: radii  # type: ignore[method-assign, misc]  # plain averaging
+    optimizers = [torch.optim.Adam(part.model.parameters(), 1e-2) for part in parts]
+    batches = [torch.Generator().manual_seed(seed + 1 + number) for number in range(2)]
+    noises = torch.Generator().manual_seed(seed)
+    target = make_model(seed + 7, 4)
+
+    def loss(part: SharedParameters, inputs: Tensor) -> Tensor:
+        noise = 0.5 * torch.randn(len(inputs), 4, generator=noises)
+        return nn.functional.mse_loss(part.model(inputs), target(inputs).detach() + noise)
+
+    for step in range(150):
+        for part, optimizer, generator in zip(parts, optimizers, batches, strict=True):
+            optimizer.zero_grad()
+            torch.autograd.backward(loss(part, torch.randn(16, 3, generator=generator)))
+            with part.stepping():
+                optimizer.step()
+        if step % 5 == 4:
+            one, other = (part.read() for part in parts)
+            merge(parts[0], one, other)
+            merge(parts[1], other, one)
+    held_out = torch.randn(256, 3, generator=torch.Generator().manual_seed(seed))
+    return float(sum(loss(part, held_out).item() for part in parts)) / 2
+
+
+def test_without_hostiles_the_loss_is_that_of_plain_averaging() -> None:
+    losses = [(regression_loss(seed), regression_loss(seed, math.inf)) for seed in range(4)]
+    clipped, plain = map(sum, zip(*losses, strict=True))
+    assert abs(clipped / plain - 1) < 0.005
 
 
 @given(seeds, ages, ages)
@@ -79,13 +185,17 @@ def test_equals_stay_equal_to_the_bit(seed: int, a: int, b: int) -> None:
 
 
 def test_steps_taken_meanwhile_are_kept() -> None:
-    one, other = part_of(1, 10), part_of(2, 10)
-    before = [part.read().tensors for part in (one, other)]
-    meet(one, other)
-    take_step(one, 0.25)
+    one, still, other = part_of(1, 10), part_of(1, 10), part_of(2, 10)
+    for part, move in ((one, 0.25), (still, 0.0)):
+        merge(part, part.read(), other.read())
+        take_step(part, move)
     for name, tensor in one.read().tensors.items():
-        torch.testing.assert_close(tensor, (before[0][name] + before[1][name]) / 2 + 0.25)
+        torch.testing.assert_close(tensor, still.read().tensors[name] + 0.25)
     assert one.age == 11
+    assert not still.moves_to(still.read())
+    for name, move in one.moves_to(one.read()).items():
+        assert move == pytest.approx(0.25 * tensors_of(one.model)[name].numel() ** 0.5), "part of the next"
+    assert one.moves_to(one.read()).keys() == tensors_of(one.model).keys()
 
 
 def test_nothing_changes_while_a_step_is_computed() -> None:
@@ -104,7 +214,7 @@ def test_nothing_changes_while_a_step_is_computed() -> None:
 def test_a_merge_that_nobody_waits_for_any_more_is_left_out() -> None:
     one, other = part_of(1, 10), part_of(2, 10)
     mine = one.read()
-    done = one.merge("other", mine, other.read().tensors, 10, 0.5, 0.0)
+    done = merge(one, mine, other.read())
     done.cancel()
     take_step(one)
     assert all(torch.equal(tensor, mine.tensors[name]) for name, tensor in one.read().tensors.items())

@@ -19,7 +19,7 @@ from torch import nn
 
 from dht.announcements import TrainerInfo
 from peer import PROTOCOL_VERSION
-from peer.errors import StateError, TransferError
+from peer.errors import ExpertError, StateError, TransferError
 from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Metadata, SessionServicer
 from peer.transport.endpoints import Endpoint
@@ -51,7 +51,7 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
     async def scenario(square: Square) -> None:
         victim = await square.trainer(trained(make_model(), 2), 10)
         villain = await square.trainer(hostile(change), 10**9)
-        villain.exchange._open = lambda mine, *_: PeerDensePart(mine.tensors, 0, 0.0)  # type: ignore[method-assign]  # takes all
+        villain.exchange._open = lambda mine, *_: PeerDensePart(mine.tensors, 0, 0.0, {})  # type: ignore[method-assign]  # takes all
         before = victim.part.read().tensors
         with pytest.raises(StateError) as refused:
             await square.stepping(victim.average_with(square.info(villain)), victim.part)
@@ -68,6 +68,22 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
         assert ended(victim, "refused") == 2
         assert not victim.exchange.is_running
         take_step(victim.part)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in victim.part.read().tensors.items())
+
+    play(scenario)
+
+
+def test_a_dense_part_out_of_reach_of_own_steps_is_refused_and_its_trainer_left_alone(play: Play) -> None:
+    """It is of the same magnitude, and of a direction that training may lead to."""
+
+    async def scenario(square: Square) -> None:
+        victim = await square.trainer(trained(make_model(), 2, scale=0.01), 10)
+        villain = await square.trainer(hostile(lambda model: [p.mul_(2) for p in model.parameters()]), 10)
+        before = victim.part.read().tensors
+        with pytest.raises(StateError, match="further from this trainer's than") as refused:
+            await square.stepping(victim.average_with(square.info(villain)), victim.part)
+        victim._note_failure(villain.peer_id, refused.value)
+        assert villain.peer_id in victim.exchange.breakers.open_at(time.monotonic())
         assert all(torch.equal(tensor, before[name]) for name, tensor in victim.part.read().tensors.items())
 
     play(scenario)
@@ -90,7 +106,7 @@ def test_bytes_that_are_no_dense_part_are_refused_whoever_calls(
         packed = villain.part.read(), data, hashlib.sha256(data).digest()
         villain.exchange._pack = lambda: packed  # type: ignore[method-assign]  # whatever it has
         before = victim.part.read().tensors
-        assert await victim.take_freshest() is None
+        assert await victim.take_whole() is None
         with pytest.raises(StateError):
             await square.stepping(victim.average_with(square.info(villain)), victim.part)
         await square.until(lambda: not villain.exchange.is_running, villain.part)
@@ -175,7 +191,7 @@ def test_a_trainer_that_answers_with_no_messages_is_refused(
             square.announce(liar)
             with pytest.raises(StateError, match="must begin with its header"):
                 await victim.average_with(square.info(liar))
-            assert await victim.take_freshest() is None
+            assert await victim.take_whole() is None
         assert not victim.exchange.is_running
 
     play(scenario)
@@ -330,3 +346,35 @@ async def refused(stub: Any, session: Metadata, request: dense_pb2.ExchangeReque
         await read_all(call)
     code: StatusCode = error.value.code()
     return code
+
+
+def test_no_caller_averages_more_often_than_own_steps_allow(play: Play) -> None:
+    """Or many small meetings would lead further than few, and leave no reach for others."""
+
+    async def scenario(square: Square) -> None:
+        victim = await square.trainer(trained(make_model(), 1), 10, every=400)
+        villain = await square.trainer(trained(make_model(), 2), 10)
+        await square.stepping(villain.average_with(square.info(victim)), victim.part, villain.part)
+        await square.until(lambda: ended(victim, "averaged") == 1, victim.part)
+        with pytest.raises(ExpertError, match="a moment ago"):
+            await square.stepping(villain.average_with(square.info(victim)), villain.part)
+        for _ in range(100):
+            take_step(victim.part)
+        await square.stepping(villain.average_with(square.info(victim)), victim.part, villain.part)
+
+    play(scenario)
+
+
+def test_callers_do_not_keep_a_trainer_from_beginning_exchanges(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        victim = await square.trainer(trained(make_model(), 1), 10, every=20)
+        honest = await square.trainer(trained(make_model(), 2), 10)
+        square.meeting(victim)
+        steps = 0
+        while not ended(victim, "averaged"):
+            victim.exchange.ended_at_step = victim.part.steps  # as if another had just averaged with it
+            await square.stepping(asyncio.sleep(0.005), victim.part, honest.part)
+            steps += 1
+            assert steps < 400
+
+    play(scenario)

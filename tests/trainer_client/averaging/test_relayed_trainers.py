@@ -5,20 +5,20 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from dense_trainers import Play, Square, are_one, ended, identities, play
 from test_dense_part import make_model, trained
 
-import dht.relays
-from dht import relays as relays_module
-from dht.announcements import read_trainer
+from dht.announcements import NodeInfo, Reachability, read_trainer
 from dht.relays import RelayKeeper, is_hidden
 from peer.identity import PeerID
+from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import Multiaddress
-from peer.transport.endpoints import Endpoint
-from peer.transport.tunnel import Pipe, Tunnels
+from peer.transport.pipes import Pipe
+from peer.transport.tunnel import Tunnels
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import choose_partner
 
@@ -53,7 +53,11 @@ class KnownRelays(RelayKeeper):
     """Reached at one address, whoever asks."""
 
     def __init__(self, address: str) -> None:
-        self.addresses = (Multiaddress(address),)
+        self.tunnel_addresses = (Multiaddress(address),)
+
+    @property
+    def relay_addresses(self) -> tuple[Multiaddress, ...]:
+        return ()
 
 
 def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -> None:
@@ -72,8 +76,10 @@ def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -
         relays = KnownRelays(circuit(square.identities[0].peer_id))
         hidden = await square.trainer(trained(make_model(), 1), 30, relays=relays)
         square.announce(hidden, reachable=False)
-        other = await square.trainer(trained(make_model(), 2), 10, reachable=False, tunnels=tunnels)
-        assert await other.take_freshest() == 30
+        other = await square.trainer(
+            trained(make_model(), 2), 10, reachable=False, channels=ChannelPool(8, tunnels)
+        )
+        assert await other.take_whole() == 30
         await other.find_partners()
         partner = choose_partner(other.partners, (), random.Random(0))
         assert partner is not None
@@ -92,57 +98,96 @@ def test_a_record_names_eight_addresses_of_a_tunnel_at_most_and_its_own_alone(pl
         record = square.board.records[one.peer_id]
         own = [circuit(one.peer_id, RELAY.replace("31337", str(port))) for port in range(1000, 1012)]
         record.tunnel_addresses.extend([circuit(PeerID(b"\x12\x20" + bytes(32))), "nonsense", *own])
+        record.relay_addresses.extend(["nonsense", f"{RELAY}", *own])
         payload = records_pb2.RecordPayload(trainer=record, expires_at=1e12)
         info = read_trainer(payload, one.peer_id)
         assert info is not None
         assert info.tunnel_addresses == tuple(own[:6]), "of the first eight, those of itself"
+        assert info.relay_addresses == tuple(own[:6]), "those through relays"
         record.certificate = b""
         info = read_trainer(payload.__class__(trainer=record, expires_at=1e12), one.peer_id)
         assert info is not None
-        assert info.tunnel_addresses == (), "it serves nothing"
+        assert info.tunnel_addresses == info.relay_addresses == (), "it serves nothing"
 
     play(scenario)
 
 
 class FakeSwarm:
-    """A host that finds a relay at the second look after a move, as long as it is told so."""
+    """A host whose tunnel is reached at the second look after a move, as long as it is told so."""
 
-    registry = None
-
-    def __init__(self) -> None:
-        self.host = self
+    def __init__(self, nodes: list[NodeInfo]) -> None:
+        self.host = self.reservations = self
+        self.registry = SimpleNamespace(nodes=self.find)
+        self.nodes = nodes
+        self.searches = 0
         self.moves: list[Sequence[str]] = []
-        self.tunnel: list[str] = []
         self.finds = True
+        self.runs_p2pd = True
+        self.reserved: list[str] = []
+        self.addresses: tuple[Multiaddress, ...] = ()
         self._looks = 0
 
-    async def restart_as(self, *, serves_dht: bool, relays: Sequence[str]) -> None:
-        assert not serves_dht
+    async def find(self, peers: object) -> dict[PeerID, NodeInfo]:
+        self.searches += 1
+        return {node.peer_id: node for node in self.nodes}
+
+    def peers(self) -> frozenset[PeerID]:
+        return frozenset()
+
+    def keep(self, candidates: object) -> None:
+        self.reserved.append("keep")
+
+    async def drop(self) -> None:
+        self.reserved.append("drop")
+
+    async def tunnel_through(self, relays: Sequence[str]) -> None:
         self.moves.append(relays)
         self._looks = 0
 
     async def tunnel_addresses(self) -> list[Multiaddress]:
         self._looks += 1
         is_found = self.finds and self.moves and self._looks > 1
-        return [RELAYED, Multiaddress.of(Endpoint("44.1.1.9:1"), RELAY.peer_id)] if is_found else []
+        return [RELAYED] if is_found else []
+
+
+def relay_node(reachability: Reachability = Reachability.DIRECT) -> NodeInfo:
+    addresses = (RELAY, RELAYED, Multiaddress(RELAY.replace("44.1.1.1", "192.168.1.4")))
+    return NodeInfo(
+        RELAY.peer_id, (RELAY.endpoint,), b"", 1, "", 0, 0, 0, 0, 0.0, 1e12,
+        reachability=reachability, tunnel_addresses=addresses,
+    )  # fmt: skip
 
 
 @pytest.fixture
-def swarm(monkeypatch: pytest.MonkeyPatch) -> FakeSwarm:
-    async def find_relays(host: Any, registry: Any, rng: random.Random, most: int) -> list[Multiaddress]:
-        return [RELAY] * most
-
-    monkeypatch.setattr(relays_module, "find_relays", find_relays)
-    monkeypatch.setattr(dht.relays, "_LOOK_S", 0.001)
-    return FakeSwarm()
+def swarm() -> FakeSwarm:
+    return FakeSwarm([relay_node()])
 
 
-def test_relays_are_taken_and_waited_for(swarm: Any) -> None:
+def test_relays_of_both_kinds_are_taken_and_given_up(swarm: Any) -> None:
     async def scenario() -> None:
         relayed = RelayKeeper(swarm, 2, random.Random(0))
         await relayed.begin()
-        assert swarm.moves == [[RELAY, RELAY]]
-        assert relayed.addresses == (RELAYED,)
+        assert (swarm.moves, swarm.reserved) == ([[RELAY]], ["keep"]), "over libp2p only public ones"
+        await relayed.look()
+        await relayed.look()
+        assert relayed.tunnel_addresses == (RELAYED,)
+        await relayed.end()
+        assert (swarm.moves, swarm.reserved) == ([[RELAY], []], ["keep", "drop"])
+        assert not relayed.tunnel_addresses
+
+    asyncio.run(scenario())
+
+
+def test_nodes_that_others_may_reach_are_relays(
+    swarm: Any,
+) -> None:
+    async def scenario() -> None:
+        relayed = RelayKeeper(swarm, 2, random.Random(0))
+        assert await relayed._candidates() == swarm.nodes
+        for kind in Reachability:
+            swarm.nodes = [relay_node(kind)]
+            may_relay = kind in {Reachability.DIRECT, Reachability.UNKNOWN}
+            assert await relayed._candidates() == (swarm.nodes if may_relay else [])
 
     asyncio.run(scenario())
 
@@ -152,30 +197,8 @@ def ten_seconds_apart() -> Iterator[float]:
     return itertools.count(0.0, 10.0)
 
 
-def test_other_relays_are_taken_after_half_a_minute_without_one(
-    swarm: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(swarm: Any) -> None:
     async def scenario() -> None:
-        relayed = RelayKeeper(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
-        await relayed.begin()
-        monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
-        swarm.finds = False
-        for moves in (1, 1, 1, 2):
-            await relayed.look()
-            assert len(swarm.moves) == moves
-            assert relayed.addresses == ()
-        swarm.finds = True
-        await relayed.look()
-        assert relayed.addresses
-
-    asyncio.run(scenario())
-
-
-def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
-    swarm: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario() -> None:
-        monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
         swarm.finds = False
         relayed = RelayKeeper(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin()
@@ -186,28 +209,36 @@ def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
             assert len(swarm.moves) == before
             await relayed.look()
             assert len(swarm.moves) == before + 1
+        swarm.finds = True
+        for _ in range(2):
+            await relayed.look()
+        assert relayed.tunnel_addresses
 
     asyncio.run(scenario())
 
 
-def test_where_nobody_can_be_a_relay_the_daemon_is_left_alone(
-    swarm: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searches = 0
-
-    async def find_none(*arguments: Any) -> list[str]:
-        nonlocal searches
-        searches += 1
-        return []
-
-    monkeypatch.setattr(relays_module, "find_relays", find_none)
-
+def test_without_p2pd_nobody_is_looked_for_as_its_relay(swarm: Any) -> None:
     async def scenario() -> None:
+        swarm.finds = swarm.runs_p2pd = False
         relayed = RelayKeeper(swarm, 4, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin()
-        assert (swarm.moves, relayed.addresses, searches) == ([], (), 1)
         for _ in range(12):
             await relayed.look()
-        assert (swarm.moves, searches) == ([], 4), "looked for every half minute: nothing is cut by that"
+        assert (swarm.reserved, swarm.moves, swarm.searches) == (["keep"], [], 0)
+
+    asyncio.run(scenario())
+
+
+def test_where_nobody_can_be_a_relay_the_daemon_is_left_alone(swarm: Any) -> None:
+    async def scenario() -> None:
+        swarm.nodes = []
+        relayed = RelayKeeper(swarm, 4, random.Random(0), ten_seconds_apart().__next__)
+        await relayed.begin()
+        assert (swarm.moves, swarm.searches) == ([], 1)
+        for _ in range(12):
+            await relayed.look()
+        assert (swarm.moves, swarm.searches) == ([], 4), (
+            "looked for every half minute: nothing is cut by that"
+        )
 
     asyncio.run(scenario())

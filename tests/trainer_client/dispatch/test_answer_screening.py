@@ -6,6 +6,7 @@ from typing import get_args
 import numpy as np
 import torch
 from expert_fakes import (
+    ExpertWork,
     FakeSwarm,
     make_manifest,
     make_peer_id,
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from expert_server.blocks import build_block
 from peer.codec import CodecName, Floats, codec_of, decode, encode
 from peer.metrics import total
-from trainer_client.dispatch.batches import Direction, Request
+from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import (
     MOST_GRADIENT_GROWTH,
@@ -48,7 +49,7 @@ def test_what_honest_experts_answer_is_let_through(
         with torch.no_grad():
             x_RD = torch.from_numpy(sent(inputs, codec))
             answer = (block(x_RD, torch.tensor([rows]), torch.arange(rows)) - x_RD).numpy()
-        assert test.find_fault(PEER, inputs, sent(answer, codec)) is None
+        assert test.fault_of_answer(PEER, inputs, sent(answer, codec)) is None
         inputs = inputs * np.float32(1.0001)
 
 
@@ -56,7 +57,7 @@ def test_huge_answers_are_seen() -> None:
     inputs = random_rows(4)
     answer = inputs.copy()
     answer[2, 3] = -2 * MOST_GROWTH * (1 + np.abs(inputs).max())
-    assert AnswerScreening().find_fault(PEER, inputs, answer) == "huge"
+    assert AnswerScreening().fault_of_answer(PEER, inputs, answer) == "huge"
 
 
 def test_huge_gradients_are_seen_and_those_of_a_nearly_constant_row_are_not() -> None:
@@ -74,9 +75,9 @@ def test_huge_gradients_are_seen_and_those_of_a_nearly_constant_row_are_not() ->
 
 def test_the_same_answer_for_all_rows_is_seen() -> None:
     inputs = random_rows(4)
-    assert AnswerScreening().find_fault(PEER, inputs, np.full_like(inputs, 1.0)) == "constant"
+    assert AnswerScreening().fault_of_answer(PEER, inputs, np.full_like(inputs, 1.0)) == "constant"
     same = np.repeat(inputs[:1], 4, axis=0)  # and is right for rows that are alike
-    assert AnswerScreening().find_fault(PEER, same, 2 * same) is None
+    assert AnswerScreening().fault_of_answer(PEER, same, 2 * same) is None
 
 
 def test_an_expert_that_adds_nothing_is_honest() -> None:
@@ -84,22 +85,22 @@ def test_an_expert_that_adds_nothing_is_honest() -> None:
     test = AnswerScreening()
     for seed in range(3):
         inputs = random_rows(4, seed=seed)
-        assert test.find_fault(PEER, inputs, np.zeros_like(inputs)) is None
+        assert test.fault_of_answer(PEER, inputs, np.zeros_like(inputs)) is None
 
 
 def test_an_answer_that_is_given_again_for_other_inputs_is_seen() -> None:
     test, answer = AnswerScreening(), random_rows(4, seed=9)
-    assert test.find_fault(PEER, random_rows(4, seed=1), answer) is None
-    assert test.find_fault(PEER, random_rows(4, seed=1), answer) is None  # the same was asked
-    assert test.find_fault(OTHER, random_rows(4, seed=2), answer) is None
-    assert test.find_fault(PEER, random_rows(4, seed=2), answer) == "replayed"
+    assert test.fault_of_answer(PEER, random_rows(4, seed=1), answer) is None
+    assert test.fault_of_answer(PEER, random_rows(4, seed=1), answer) is None  # the same was asked
+    assert test.fault_of_answer(OTHER, random_rows(4, seed=2), answer) is None
+    assert test.fault_of_answer(PEER, random_rows(4, seed=2), answer) == "replayed"
 
 
 def test_what_is_remembered_is_bounded() -> None:
     test = AnswerScreening()
     for number in range(600):
         for seed in range(10):
-            test.find_fault(make_peer_id(number), random_rows(1, seed=seed), random_rows(1, seed=seed))
+            test.fault_of_answer(make_peer_id(number), random_rows(1, seed=seed), random_rows(1, seed=seed))
     assert len(test._lately) == 256
     assert max(map(len, test._lately.values())) == 8
 
@@ -118,9 +119,9 @@ def test_a_ban_grows_with_each_offence_and_good_answers_do_not_end_it() -> None:
 class PoisonedSwarm(FakeSwarm):
     """The first peer's experts answer the same whatever they are asked."""
 
-    def compute(self, direction: Direction, request: Request) -> Floats:
-        answer = super().compute(direction, request)
-        poisoned = self.peer_of[request.batch.uid] == make_peer_id(0)
+    def compute(self, direction: Direction, work: ExpertWork) -> Floats:
+        answer = super().compute(direction, work)
+        poisoned = self.peer_of[work.uid] == make_peer_id(0)
         return np.ones_like(answer) if poisoned else answer
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from callers import a_caller
+from expert_fakes import ask
 from grpc import StatusCode
-from real_node import GENEROUS, HIDDEN, UIDS, a_node, ask, request, rows
+from real_node import GENEROUS, HIDDEN, UIDS, a_node, request, rows
 
 from peer.errors import ExpertError
 from peer.loop import LoopThread
@@ -31,7 +32,7 @@ def test_a_session_that_has_ended_is_opened_again_and_the_call_repeated(
                 answers = await ask(caller, node, "forward", request(UIDS[0]))
             else:
                 answers = await ask(caller, node, "backward", request(UIDS[0], rows(2)))
-            assert answers[0].error is None
+            assert answers.answered == UIDS[:1]
             assert sessions.opened == 1
             assert runtime.experts[UIDS[0]].update_count == (direction == "backward")
             await ask(caller, node, "forward", request(UIDS[0]))
@@ -47,7 +48,7 @@ def test_who_asks_for_forward_alone_may_not_go_backward(loop: LoopThread, tmp_pa
         async with a_node(tmp_path, GENEROUS) as (node, runtime):
             reader = a_caller("kept-swarm", rights=(session_pb2.RIGHT_FORWARD,))
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=reader)
-            assert (await ask(caller, node, "forward", request(UIDS[0])))[0].error is None
+            assert (await ask(caller, node, "forward", request(UIDS[0]))).answered == UIDS[:1]
             with pytest.raises(ExpertError, match="RIGHT_BACKWARD") as caught:
                 await ask(caller, node, "backward", request(UIDS[0], rows(2)))
             assert caught.value.status is StatusCode.PERMISSION_DENIED

@@ -69,7 +69,7 @@ def test_only_rows_that_lack_answers_are_sent_to_others() -> None:
         result = await send_to_best(make_dispatcher(swarm), random_rows(8), scores, 2, LENGTH)
         assert [answered_by(result, row) for row in range(8)] == [[1, 2]] * 8
         assert swarm.rows_sent("forward", uid(2)) == 8
-        assert [call.requests[0].batch.lengths.tolist() for call in swarm.calls if call.uids == [uid(2)]] == [
+        assert [call.batch.lengths.tolist() for call in swarm.calls if call.uids == [uid(2)]] == [
             [4],
             [4],
         ]

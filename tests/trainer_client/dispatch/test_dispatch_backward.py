@@ -22,6 +22,7 @@ from dispatch_swarm import (
 from expert_fakes import (
     SILENT,
     Behaviour,
+    ExpertWork,
     FakeSwarm,
     fails,
     make_peer_id,
@@ -33,7 +34,7 @@ from grpc import StatusCode
 
 from peer import metrics
 from peer.codec import Floats
-from trainer_client.dispatch.batches import ForwardPass, Request
+from trainer_client.dispatch.batches import ForwardPass
 from trainer_client.dispatch.dispatcher import Dispatcher
 
 
@@ -47,12 +48,17 @@ def gradients_of(swarm: FakeSwarm, result: ForwardPass, gradients: Floats, witho
     total = np.zeros_like(inputs)
     for sent in result.answers:
         batch = sent.batch
-        if batch.uid.coordinate[0] not in without:
-            of_batch = np.zeros((len(batch.rows), inputs.shape[1]), np.float32)
-            for i, (row, slot) in enumerate(zip(batch.rows, batch.slots, strict=True)):
-                if sent.counts[i]:
-                    of_batch[i] = gradients[row, slot]
-            total[batch.rows] += swarm.compute("backward", Request(batch, inputs[batch.rows], of_batch))
+        for part in batch.parts():
+            if part.uid.coordinate[0] in without or not sent.counts[part.places, part.slots].any():
+                continue
+            rows = batch.rows[part.places]
+            own = np.zeros((len(rows), inputs.shape[1]), np.float32)
+            for i, (place, slot) in enumerate(zip(part.places, part.slots, strict=True)):
+                if sent.counts[place, slot]:
+                    lead = result.leads[rows[i], slot]
+                    own[i] = result.shares[rows[i], slot] * gradients[rows[i], lead]
+            work = ExpertWork(part.uid, inputs[rows], *batch.segments(part.places), own)
+            total[rows] += swarm.compute("backward", work)
     return total
 
 
@@ -62,7 +68,7 @@ def test_gradient_is_the_sum_over_the_experts() -> None:
         dispatcher = make_dispatcher(swarm)
         result = await forward_once(dispatcher, 5)
         gradients = random_gradients(result)
-        total = await dispatcher.send_back(result, gradients)
+        total, _ = await dispatcher.send_back(result, gradients)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
         assert np.abs(total).min() > 0
         assert sorted(call.uids for call in swarm.called("backward")) == [[uid(0)], [uid(1)], [uid(2)]]
@@ -89,7 +95,7 @@ def test_expert_that_fails_in_backward_contributes_nothing_and_one_that_is_slow_
         result = await forward_once(dispatcher, 5)
         swarm.behaviours[uid(1)] = behaviour
         gradients = random_gradients(result)
-        total = await dispatcher.send_back(result, gradients)
+        total, _ = await dispatcher.send_back(result, gradients)
         without = () if behaviour is LATE else (1,)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, without), atol=1e-5)
         assert now() == ends_at
@@ -160,20 +166,21 @@ def test_expert_that_lost_some_of_its_slots_is_sent_zero_gradients_for_them() ->
         inputs = random_rows(8)
         result = await send_to_best(dispatcher, inputs, scores, 2, LENGTH)
         check_outputs(swarm, result)
-        partial = [batch for batch in result.answers if not batch.counts.all()]
+        partial = [sent for sent in result.answers if not sent.counts.any(axis=1).all()]
         assert partial, "the scenario must have an expert that lost slots"
         swarm.behaviours.clear()
         await settle()
         gradients = random_gradients(result)
-        total = await dispatcher.send_back(result, gradients)
+        total, _ = await dispatcher.send_back(result, gradients)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
-        requests = {call.uids[0]: call.requests[0] for call in swarm.called("backward")}
+        calls = {call.uids[0]: call.made for call in swarm.called("backward")}
         for sent in partial:
-            request = requests[sent.batch.uid]
-            assert request.gradients is not None
-            assert len(request.gradients) == len(sent.batch.rows)
-            assert not request.gradients[~sent.counts].any()
-            assert request.gradients[sent.counts].any(axis=1).all()
+            call = calls[sent.batch.uids[0]]
+            assert call.gradients is not None
+            assert call.batch.rows.tolist() == sent.batch.rows.tolist()
+            counts = sent.counts.any(axis=1)
+            assert not call.gradients[~counts].any()
+            assert call.gradients[counts].any(axis=1).all()
 
     run(scenario())
 
@@ -186,7 +193,7 @@ def test_peer_whose_record_has_expired_since_gets_no_gradients() -> None:
         result = await forward_once(dispatcher, 4)
         directory.view = FakeSwarm(swarm.manifest, peers=1).directory().view  # only peer 0 is known
         gradients = random_gradients(result)
-        total = await dispatcher.send_back(result, gradients)
+        total, _ = await dispatcher.send_back(result, gradients)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, (1, 2)), atol=1e-5)
         assert now() == 0
         assert late_gradients(dispatcher) == 2

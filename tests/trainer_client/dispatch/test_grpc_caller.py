@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from callers import numbered_identities
-from expert_fakes import make_request, random_rows
+from expert_fakes import Request, collect, make_call, random_rows
 from grpc import StatusCode
 from misbehaving_node import (
     BYTES,
@@ -17,11 +17,12 @@ from misbehaving_node import (
     Context,
     Server,
     answer_all,
-    collect,
+    ask_in_vain,
     left_as_it_was,
     open_pool,
     requests_for,
     running_server,
+    sends,
 )
 
 from dht.uid import UID
@@ -32,6 +33,8 @@ from peer.metrics import total, totals
 from peer.rpc.channels import ChannelPool
 from peer.transport.endpoints import Endpoint
 from peer.wire import expert_pb2
+from peer.wire.expert_pb2 import CallReply, ExpertReply
+from trainer_client.dispatch.batches import NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
@@ -71,13 +74,12 @@ def test_every_expert_is_answered_with_its_own_tensor(
     loop: LoopThread, server: Server, caller: GrpcCaller
 ) -> None:
     requests = requests_for(4, 7, 9)
-    collected = loop.run(collect(caller, server.info, requests))
+    collected = loop.run(ask_in_vain(caller, server.info, requests))
     assert collected.error is None
-    assert collected.answered == [2, 1, 0]
-    for answer, index in zip(collected.answers, collected.answered, strict=True):
-        assert answer.error is None
-        assert answer.tensor is not None
-        np.testing.assert_array_equal(answer.tensor, 2 * requests[index].inputs)
+    assert collected.answered == [requests[i].uid for i in (2, 1, 0)]
+    assert not collected.errors
+    for request in requests:
+        np.testing.assert_array_equal(collected.tensor(request.uid), 2 * request.inputs)
     assert totals(caller.metrics.bytes, "direction") == {"sent": 3 * BYTES, "received": 3 * BYTES}
 
 
@@ -86,34 +88,71 @@ def test_the_header_says_what_follows_and_each_call_has_an_id_of_its_own(
 ) -> None:
     ids = set()
     requests = [
-        make_request(UID(2, (1, 3)), [1, 2], [5, 0, 7], random_rows(3), random_rows(3, seed=1)),
-        make_request(UID(2, (0, 0)), [1], [3], random_rows(1, seed=2), random_rows(1, seed=3)),
+        Request(UID(2, (1, 3)), [1, 2], [5, 0, 7], random_rows(3), random_rows(3, seed=1)),
+        Request(UID(2, (0, 0)), [1], [3], random_rows(1, seed=2), random_rows(1, seed=3)),
     ]
+    call = make_call(server.info, "backward", requests, LONG)
+    assert call.gradients is not None
     for _ in range(3):
-        collected = loop.run(collect(caller, server.info, requests, direction="backward"))
-        assert len(collected.answers) == 2
+        assert loop.run(collect(caller, call)).error is None
         header = server.header
         assert header is not None
         ids.add(header.request_id)
         assert len(header.request_id) == 16
         assert (header.protocol_version, header.swarm_id) == (PROTOCOL_VERSION, "sauna-1234")
         assert (header.width, header.codec) == (WIDTH, expert_pb2.CODEC_FP32)
-        assert [(e.uid, list(e.segment_lengths), list(e.positions)) for e in header.experts] == [
-            ("2.1.3", [1, 2], [5, 0, 7]),
-            ("2.0.0", [1], [3]),
+        assert (list(header.segment_lengths), list(header.positions)) == ([1, 2, 1], [5, 0, 7, 3])
+        assert [(e.uid, list(e.rows), list(e.weights)) for e in header.experts] == [
+            ("2.1.3", [0, 1, 2], []),
+            ("2.0.0", [3], []),
         ]
-        tensors = [t for request in requests for t in (request.inputs, request.gradients) if t is not None]
-        assert bytes(server.payload) == b"".join(tensor.tobytes() for tensor in tensors)
+        assert bytes(server.payload) == call.inputs.tobytes() + call.gradients.tobytes()
     assert len(ids) == 3
+
+
+def test_a_row_travels_once_whatever_number_of_experts_it_is_for(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    """With the weights that its experts have among each other. What all have is left out."""
+    uids = (UID(0, (0,)), UID(0, (1,)), UID(0, (2,)))
+    experts = np.array([[1, 0, 2], [2, -1, -1], [0, 2, -1]])
+    batch = NodeBatch(np.arange(3), np.array([3]), np.arange(3), uids, experts)
+    weights = np.array([[0.5, 1, 0.25], [1, 0, 0], [1, 0.125, 0]], np.float32)
+    call = NodeCall(server.info, "forward", batch, LONG, random_rows(3), weights, keep=True)
+    loop.run(collect(caller, call))
+    header = server.header
+    assert header is not None
+    assert header.keep
+    assert [(e.uid, list(e.rows), list(e.weights)) for e in header.experts] == [
+        ("0.0", [0, 2], []),
+        ("0.1", [0], [0.5]),
+        ("0.2", [], [0.25, 1, 0.125]),
+    ]
+    assert bytes(server.payload) == call.inputs.tobytes()
+    assert total(caller.metrics.bytes, direction="sent") == BYTES
+
+
+def test_of_a_kept_call_only_the_gradients_are_sent(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    server.behave = sends(CallReply(experts=[ExpertReply(index=0, status=13)]))
+    request = requests_for(0, gradients=random_rows(3, seed=7))[0]
+    loop.run(collect(caller, make_call(server.info, "backward", [request], LONG, kept=b"k" * 16)))
+    header = server.header
+    assert header is not None
+    assert (header.kept_request_id, header.kept_rows) == (b"k" * 16, 3)
+    assert not header.experts
+    assert not header.positions
+    assert request.gradients is not None
+    assert bytes(server.payload) == request.gradients.tobytes()
 
 
 def test_tensors_of_many_chunks_go_both_ways(loop: LoopThread, server: Server, pool: ChannelPool) -> None:
     requests = requests_for(0, 1, rows=2000, width=512)  # 4 MB each
-    collected = loop.run(collect(GrpcCaller(pool, "s", 512), server.info, requests))
+    collected = loop.run(ask_in_vain(GrpcCaller(pool, "s", 512), server.info, requests))
     assert collected.error is None
-    for answer, index in zip(collected.answers, collected.answered, strict=True):
-        assert answer.tensor is not None
-        np.testing.assert_array_equal(answer.tensor, 2 * requests[index].inputs)
+    for request in requests:
+        np.testing.assert_array_equal(collected.tensor(request.uid), 2 * request.inputs)
 
 
 def test_a_call_that_went_well_is_not_cancelled_at_the_server(
@@ -133,7 +172,7 @@ def test_a_call_that_went_well_is_not_cancelled_at_the_server(
             raise
 
     server.behave = behave
-    assert loop.run(collect(caller, server.info, requests_for(0))).error is None
+    assert loop.run(ask_in_vain(caller, server.info, requests_for(0))).error is None
     assert ended == ["well"]
 
 
@@ -146,9 +185,9 @@ def test_node_with_another_certificate_than_the_pinned_is_unavailable_and_sent_n
     other = identities[1]
     pem = certificate_pem(other.make_certificate(), other.peer_id)
     node = replace(server.info, certificate_pem=pem)
-    collected = loop.run(collect(caller, node, requests_for(0)))
+    collected = loop.run(ask_in_vain(caller, node, requests_for(0)))
     assert collected.status is StatusCode.UNAVAILABLE
-    assert not collected.answers
+    assert not collected.replies
     assert server.calls == 0
     assert total(caller.metrics.bytes, direction="sent") == 0
     assert collected.seconds < LONG / 3
@@ -159,7 +198,9 @@ def test_right_and_wrong_certificate_for_one_address_do_not_share_a_channel(
 ) -> None:
     pem = certificate_pem(identities[1].make_certificate(), identities[1].peer_id)
     wrong = replace(server.info, certificate_pem=pem)
-    statuses = [loop.run(collect(caller, node, requests_for(0))).status for node in (server.info, wrong) * 2]
+    statuses = [
+        loop.run(ask_in_vain(caller, node, requests_for(0))).status for node in (server.info, wrong) * 2
+    ]
     assert statuses == [None, StatusCode.UNAVAILABLE] * 2
 
 
@@ -167,11 +208,11 @@ def test_nobody_listening_is_unavailable(loop: LoopThread, server: Server, calle
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         node = replace(server.info, addresses=(Endpoint.of("127.0.0.1", taken.getsockname()[1]),))
-        collected = loop.run(collect(caller, node, requests_for(0)))
+        collected = loop.run(ask_in_vain(caller, node, requests_for(0)))
     assert collected.status is StatusCode.UNAVAILABLE
     assert collected.seconds < LONG / 3
 
 
 def test_node_without_address_is_unavailable(loop: LoopThread, server: Server, caller: GrpcCaller) -> None:
-    collected = loop.run(collect(caller, replace(server.info, addresses=()), requests_for(0)))
+    collected = loop.run(ask_in_vain(caller, replace(server.info, addresses=()), requests_for(0)))
     assert collected.status is StatusCode.UNAVAILABLE

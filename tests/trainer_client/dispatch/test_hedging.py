@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,20 +10,24 @@ import pytest
 from expert_fakes import (
     SILENT,
     Behaviour,
+    FakeDirectory,
     FakeSwarm,
     fails,
     make_manifest,
+    make_node,
     make_peer_id,
+    make_replica,
     random_rows,
     send_to_best,
     virtual_time,
 )
 from grpc import StatusCode
 
+from dht.directory import View
 from dht.uid import UID
 from peer.codec import Floats
 from peer.metrics import total
-from trainer_client.dispatch.batches import Answer, Direction, NodeCall
+from trainer_client.dispatch.batches import CallReply, Direction, ForwardPass, NodeCall
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import LEAST_KNOWN, WaitPolicy
 
@@ -50,9 +54,15 @@ def make_dispatcher(
 
 
 async def forward(dispatcher: Dispatcher, k: int = 3) -> Floats:
+    """The mean over the experts of each row, which all weigh the same."""
     result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, k, LENGTH)
     assert result.answered.all()
-    return result.updates
+    return mean_of(result)
+
+
+def mean_of(result: ForwardPass) -> Floats:
+    mean: Floats = np.take_along_axis(result.updates, result.leads[..., None], axis=1).mean(axis=1)
+    return mean
 
 
 def test_another_replica_answers_for_one_that_is_silent() -> None:
@@ -193,7 +203,7 @@ class UnsteadySwarm(FakeSwarm):
         super().__init__(make_manifest((4,)))
         self._schedule = random.Random(seed)
 
-    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         chance = self._schedule.random()
         after_s = self._schedule.expovariate(2)
         if chance < 0.1:
@@ -215,14 +225,14 @@ def history(seed: int, schedule: int) -> tuple[list[object], dict[str, Any]]:
             swarm.directory(more_hosts=[make_peer_id(9), make_peer_id(8)]),
             swarm,
             WaitPolicy(9.0, 0.1, 2, least_deadline_s=1.0, most_hedged=0.5),
-            spot_checks=0.3,
             seed=seed,
             clock=asyncio.get_running_loop().time,
         )
         for _ in range(25):
             result = await send_to_best(dispatcher, random_rows(ROWS), [scores], 2, LENGTH)
             gradients = await dispatcher.send_back(result, np.ones_like(result.updates))
-            seen.append((result.updates.tobytes(), result.coordinates.tobytes(), gradients.tobytes()))
+            arrays = (result.updates, result.coordinates, *gradients)
+            seen.append(tuple(array.tobytes() for array in arrays))
             await asyncio.sleep(3.0)  # virtual: breakers close again
         await dispatcher.close()
         return dispatcher
@@ -246,10 +256,40 @@ def test_with_faults_all_kinds_of_counters_move() -> None:
         "hedged_calls",
         "hedges_won",
         "repeated_calls",
-        "spot_checks",
         "reselected_rows",
         "late_gradients",
     )
     for name in named:
         assert stats[name] > 0, name
     assert stats["failures"].keys() >= {"unavailable", "deadline_exceeded"}
+
+
+def test_a_hedge_for_one_expert_of_a_slow_node_does_not_cost_the_row_the_others() -> None:
+    """The node's answer, which has all three, takes the hedge's place, and backward goes to that node alone."""
+
+    async def scenario() -> None:
+        swarm = FakeSwarm(make_manifest((3,)), peers=1)
+        directory = swarm.directory()
+        (first, *_) = swarm.manifest.uids()
+        replicas = dict(directory.view.replicas)
+        replicas[first] += (make_replica(first, OTHER),)
+        nodes = {**directory.view.nodes, OTHER: make_node(OTHER)}
+        slow, quick = make_peer_id(0), OTHER
+        swarm.behaviours[slow] = Behaviour(after_s=4.0)
+        dispatcher = Dispatcher(
+            FakeDirectory(View(swarm.manifest, replicas, nodes, 1.0)),
+            swarm,
+            WaitPolicy(9.0, 1.0, 3),
+            clock=asyncio.get_running_loop().time,
+        )
+        dispatcher.latencies.nodes[quick] = 100.0  # is not asked first
+        dispatcher.latencies.nodes[slow] = 0.1
+        result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
+        assert {call.peer_id for call in swarm.calls} == {slow, quick}
+        assert result.answered.all()
+        assert (result.leads == 0).all(), "one answer"
+        await dispatcher.send_back(result, np.ones_like(result.updates))
+        assert [call.peer_id for call in swarm.called("backward")] == [slow]
+
+    with virtual_time() as runner:
+        runner.run(scenario())

@@ -4,10 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from callers import a_caller
-from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
+from expert_fakes import Request, ask
+from grpc import StatusCode
+from real_node import GENEROUS, HIDDEN, MANIFEST, ROWS, UIDS, a_node, request, rows
 
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
 from peer.codec import Floats
+from peer.errors import ExpertError
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import ChannelPool
@@ -19,19 +25,17 @@ async def forward_and_backward(path: Path, keep: bool, max_kept_bytes: int) -> t
     channels = ChannelPool()
     async with a_node(path, max_kept_bytes) as (node, _):
         caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
-        answers = await ask(caller, node, "forward", *(request(uid, keep=keep) for uid in UIDS))
+        forward = await ask(caller, node, "forward", *(request(uid) for uid in UIDS), keep=keep)
         sent = total(caller.metrics.bytes, direction="sent")
-        requests = [request(uid, rows(2 + i), answer=answers[i]) for i, uid in enumerate(UIDS)]
-        gradients = await ask(caller, node, "backward", *requests)
-        tensors = [gradients[i].tensor for i in range(2)]
+        requests = [request(uid, rows(2 + i)) for i, uid in enumerate(UIDS)]
+        backward = await ask(caller, node, "backward", *requests, kept=forward.kept)
         await channels.close()
-    assert all(tensor is not None for tensor in tensors), gradients
-    return [tensor for tensor in tensors if tensor is not None], total(
-        caller.metrics.bytes, direction="sent"
-    ) - sent
+    return [backward.tensor(uid) for uid in UIDS], total(caller.metrics.bytes, direction="sent") - sent
 
 
 ONE_TENSOR = ROWS * HIDDEN * 4
+ENOUGH_FOR_ONE = 3 * ONE_TENSOR + 3072
+"""Inputs, what the expert answered, and what is less than another tensor beside them; and what any call takes."""
 
 
 @pytest.mark.parametrize(
@@ -54,13 +58,31 @@ def test_kept_or_sent_again_the_gradients_are_the_same(loop: LoopThread, tmp_pat
 
 
 def test_a_node_that_gave_up_what_it_kept_is_sent_the_inputs(loop: LoopThread, tmp_path: Path) -> None:
-    """The memory is enough for one of the two experts' inputs, without a graph."""
-    enough_for_one = ONE_TENSOR + ROWS * 8 + 2 * 8
-    kept, sent = loop.run(forward_and_backward(tmp_path / "kept", True, enough_for_one), 120)
-    assert sent == (2 + 2) * ONE_TENSOR  # a gradient each, and then one expert's inputs and gradients
-    plain, _ = loop.run(forward_and_backward(tmp_path / "sent", False, GENEROUS), 120)
-    for one, other in zip(kept, plain, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    """The memory is enough for one of two calls."""
+
+    async def scenario() -> None:
+        channels = ChannelPool()
+        async with a_node(tmp_path, ENOUGH_FOR_ONE) as (node, runtime):
+            caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
+            kept = [(await ask(caller, node, "forward", request(uid), keep=True)).kept for uid in UIDS]
+            assert all(kept)
+            for i, (uid, tensors) in enumerate(zip(UIDS, (1 + 2, 1), strict=True)):
+                before = total(caller.metrics.bytes, direction="sent")
+                gradients = rows(2 + i)
+                found = await ask(caller, node, "backward", request(uid, gradients), kept=kept[i])
+                assert total(caller.metrics.bytes, direction="sent") - before == tensors * ONE_TENSOR
+                (expected,), _ = Expert(uid, MANIFEST).backward([as_rows(request(uid, gradients))])
+                np.testing.assert_allclose(found.tensor(uid), expected.numpy(), rtol=1e-5, atol=1e-6)
+            await channels.close()
+            assert total(runtime.metrics.updates) == 2
+
+    loop.run(scenario(), 120)
+
+
+def as_rows(asked: Request) -> Rows:
+    assert asked.gradients is not None
+    lengths, positions = torch.tensor(asked.lengths), torch.tensor(asked.positions)
+    return Rows(torch.from_numpy(asked.inputs), lengths, positions, torch.from_numpy(asked.gradients))
 
 
 def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> None:
@@ -68,14 +90,14 @@ def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> N
         channels = ChannelPool()
         async with a_node(tmp_path, GENEROUS) as (node, runtime):
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
-            answers = await ask(caller, node, "forward", request(UIDS[0], keep=True))
+            forward = await ask(caller, node, "forward", request(UIDS[0]), keep=True)
             sent = []
             for _ in range(2):
                 before = total(caller.metrics.bytes, direction="sent")
-                await ask(caller, node, "backward", request(UIDS[0], rows(2), answer=answers[0]))
+                await ask(caller, node, "backward", request(UIDS[0], rows(2)), kept=forward.kept)
                 sent.append(total(caller.metrics.bytes, direction="sent") - before)
-            (again,) = (await ask(caller, node, "forward", request(UIDS[0]))).values()
-            assert (answers[0].update_count, again.update_count) == (0, 2)
+            again = await ask(caller, node, "forward", request(UIDS[0]))
+            assert (forward.update_counts[UIDS[0]], again.update_counts[UIDS[0]]) == (0, 2)
             await channels.close()
             assert total(runtime.metrics.updates) == 2
         return sent[0], sent[1]
@@ -83,16 +105,19 @@ def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> N
     assert loop.run(scenario(), 120) == (ONE_TENSOR, 3 * ONE_TENSOR)
 
 
-def test_another_experts_kept_inputs_are_refused(loop: LoopThread, tmp_path: Path) -> None:
+def test_gradients_of_other_rows_than_were_kept_are_refused(loop: LoopThread, tmp_path: Path) -> None:
     async def scenario() -> None:
         channels = ChannelPool()
-        async with a_node(tmp_path, GENEROUS) as (node, _):
+        async with a_node(tmp_path, GENEROUS) as (node, runtime):
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
-            answers = await ask(caller, node, "forward", request(UIDS[0], keep=True))
+            forward = await ask(caller, node, "forward", request(UIDS[0]), keep=True)
+            twice = [request(uid, rows(2)) for uid in UIDS]
             try:
-                await ask(caller, node, "backward", request(UIDS[1], rows(2), answer=answers[0]))
+                await ask(caller, node, "backward", *twice, kept=forward.kept)
             finally:
                 await channels.close()
+                assert total(runtime.metrics.updates) == 0
 
-    with pytest.raises(Exception, match=r"of 6 rows for expert 0\.0\.0"):
+    with pytest.raises(ExpertError, match="rows") as caught:
         loop.run(scenario(), 120)
+    assert caught.value.status is StatusCode.INVALID_ARGUMENT

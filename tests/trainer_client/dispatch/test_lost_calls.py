@@ -1,7 +1,8 @@
 """A forward call that is lost is made once more: it changes nothing at the node. Time is virtual."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from grpc import StatusCode
 from benchmarks.faults import FaultyCaller
 from peer.errors import ExpertError
 from peer.metrics import total
-from trainer_client.dispatch.batches import Answer, NodeCall
+from trainer_client.dispatch.batches import AnsweredRows, CallReply, NodeCall
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 
@@ -22,7 +23,9 @@ FAILING = 0.1
 
 
 class LossySwarm(FakeSwarm):
-    """Expert i on peer i modulo `peers`. Loses the first `lost` calls of all, each after some answers and seconds."""
+    """Expert i on peer i modulo `peers`. Loses the first `lost` calls of all, each after some seconds and so many rows'
+    answers.
+    """
 
     def __init__(
         self,
@@ -37,13 +40,20 @@ class LossySwarm(FakeSwarm):
         super().__init__(make_manifest((experts,)), peers)
         self._lost, self._after_s, self._answers, self._status = lost, after_s, answers, status
 
-    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         left = self._answers if len(self.calls) < self._lost else None
-        async for answer in super().call(call):
-            if left == 0:
-                break
-            left = None if left is None else left - 1
-            yield answer
+        async for reply in super().call(call):
+            if left is not None and isinstance(reply, AnsweredRows):
+                if not left:
+                    break
+                reply = replace(
+                    reply,
+                    places=reply.places[:left],
+                    answered=reply.answered[:left],
+                    tensor=reply.tensor[:left],
+                )
+                left -= len(reply.places)
+            yield reply
         if left is not None:
             await asyncio.sleep(self._after_s)
             raise ExpertError(self._status, "lost")
@@ -62,7 +72,7 @@ def test_a_lost_call_is_made_again_at_the_only_host() -> None:
         assert (counts["calls"], counts["repeated_calls"], counts["reselected_rows"]) == (4, 1, 0)
         assert counts["failures"] == {"unavailable": 1}
         assert dispatcher.live_experts() == 3
-        gradients = await dispatcher.send_back(result, np.ones_like(result.updates))
+        gradients, _ = await dispatcher.send_back(result, np.ones_like(result.updates))
         assert gradients.any()
         assert [swarm.rows_sent("backward", uid(i)) for i in range(3)] == [8, 8, 8]
 
@@ -78,18 +88,19 @@ def test_another_replica_is_asked_when_there_is_one(status: StatusCode) -> None:
         assert result.answered.all()
         first, second = (call.peer_id for call in swarm.calls)
         assert {first, second} == {make_peer_id(0), OTHER}
-        assert [sent.answered_by for sent in result.answers] == [second]
+        assert [sent.node.peer_id for sent in result.answers] == [second]
 
     run(scenario())
 
 
 def test_only_what_was_not_answered_is_asked_again() -> None:
     async def scenario() -> None:
-        swarm = LossySwarm(3, peers=1, answers=2)
+        swarm = LossySwarm(3, peers=1, answers=5)
         dispatcher = make_dispatcher(swarm, k_min=3)
         result = await forward_once(dispatcher, 3)
         assert result.answered.all()
-        assert [len(call.requests) for call in swarm.calls] == [3, 1]
+        assert [call.batch.rows.tolist() for call in swarm.calls] == [list(range(8)), [5, 6, 7]]
+        assert [call.uids for call in swarm.calls] == [[uid(0), uid(1), uid(2)]] * 2
         assert total(dispatcher.metrics.repeated_calls) == 1
 
     run(scenario())

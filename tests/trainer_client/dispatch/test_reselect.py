@@ -40,10 +40,10 @@ class Case:
     def asked(self, row: int) -> list[UID]:
         """The experts that a row was sent to, each call of its own."""
         return [
-            request.batch.uid
+            part.uid
             for call in self.swarm.called("forward")
-            for request in call.requests
-            if row in request.batch.rows
+            for part in call.batch.parts()
+            if row in call.batch.rows[part.places]
         ]
 
     def chosen(self, row: int) -> list[UID]:

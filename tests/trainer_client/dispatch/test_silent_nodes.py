@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from callers import numbered_identities
+from expert_fakes import Collected, make_call
 from grpc import StatusCode
 from misbehaving_node import (
     ANSWERED_0,
@@ -14,14 +15,13 @@ from misbehaving_node import (
     SHORT,
     WIDTH,
     Behaviour,
-    Collected,
     Context,
     Server,
+    answer,
     answer_all,
-    collect,
+    ask_in_vain,
     left_as_it_was,
     open_pool,
-    reply,
     requests_for,
     running_server,
     sends,
@@ -29,13 +29,13 @@ from misbehaving_node import (
 )
 
 from dht.announcements import NodeInfo
+from dht.uid import UID
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from peer.transport.endpoints import Endpoint
 from peer.wire.expert_pb2 import CallReply
-from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
@@ -82,7 +82,7 @@ async def stops_after_one_answer(server: Server, context: Context) -> None:
 
 
 async def trickles(server: Server, context: Context) -> None:
-    await sends(reply(0))(server, context)
+    await sends(answer(0))(server, context)
     while True:
         await context.write(CallReply(chunk=b"\0"))
         await asyncio.sleep(SHORT / 4)
@@ -101,19 +101,19 @@ async def does_not_end(server: Server, context: Context) -> None:
     ("behave", "answered"),
     [
         (says_nothing, []),
-        (stops_after_one_answer, [0]),
+        (stops_after_one_answer, [UID(0, (0,))]),
         (trickles, []),
         (reads_nothing, []),
-        (does_not_end, [1, 0]),
+        (does_not_end, [UID(0, (1,)), UID(0, (0,))]),
     ],
 )
 def test_silence_ends_at_the_deadline(
-    loop: LoopThread, server: Server, caller: GrpcCaller, behave: Behaviour, answered: list[int]
+    loop: LoopThread, server: Server, caller: GrpcCaller, behave: Behaviour, answered: list[UID]
 ) -> None:
-    loop.run(collect(caller, server.info, requests_for(0, 1)))  # connects
+    loop.run(ask_in_vain(caller, server.info, requests_for(0, 1)))  # connects
     server.behave = behave
     deadline_s = 3.0 if answered else SHORT  # a busy machine needs time for the first answers
-    collected = loop.run(collect(caller, server.info, requests_for(0, 1), deadline_s=deadline_s))
+    collected = loop.run(ask_in_vain(caller, server.info, requests_for(0, 1), deadline_s=deadline_s))
     assert collected.status is StatusCode.DEADLINE_EXCEEDED
     assert collected.answered == answered
     assert deadline_s * 0.9 <= collected.seconds < LONG / 3
@@ -125,16 +125,16 @@ def test_node_that_takes_no_payload_ends_at_the_deadline(
     server.behave = reads_nothing
     requests = requests_for(0, rows=16000, width=512)  # 32 MB, more than the transport takes in by itself
     caller = GrpcCaller(pool, "s", 512)
-    collected = loop.run(collect(caller, server.info, requests, deadline_s=SHORT))
+    collected = loop.run(ask_in_vain(caller, server.info, requests, deadline_s=SHORT))
     assert collected.status in (StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE)
     assert collected.seconds < LONG / 3
     assert total(caller.metrics.bytes, direction="sent") < requests[0].inputs.nbytes
 
 
 def test_no_time_left_is_deadline_exceeded(loop: LoopThread, server: Server, caller: GrpcCaller) -> None:
-    collected = loop.run(collect(caller, server.info, requests_for(0), deadline_s=-1.0))
+    collected = loop.run(ask_in_vain(caller, server.info, requests_for(0), deadline_s=-1.0))
     assert collected.status is StatusCode.DEADLINE_EXCEEDED
-    assert not collected.answers
+    assert not collected.replies
 
 
 @pytest.mark.parametrize("behave", [says_nothing, reads_nothing])
@@ -147,7 +147,7 @@ def test_channel_that_the_pool_closes_ends_its_calls_with_unavailable(
     caller = GrpcCaller(pool, "s", 512)
 
     async def scenario() -> Collected:
-        call = asyncio.create_task(collect(caller, server.info, requests_for(0, rows=rows, width=512)))
+        call = asyncio.create_task(ask_in_vain(caller, server.info, requests_for(0, rows=rows, width=512)))
         await until(lambda: server.running == 1)
         await pool.get("127.0.0.1:1", server.info.certificate_pem)  # takes the only place
         return await call
@@ -165,7 +165,7 @@ def test_cancelling_the_caller_is_felt_as_such_and_ends_the_call_at_the_server(
     server.behave = behave
 
     async def scenario() -> bool:
-        call = asyncio.create_task(collect(caller, server.info, requests_for(0, 1)))
+        call = asyncio.create_task(ask_in_vain(caller, server.info, requests_for(0, 1)))
         await until(lambda: server.running == 1)
         call.cancel()
         await asyncio.wait([call])
@@ -181,10 +181,10 @@ def test_consumer_that_stops_early_ends_the_call_at_the_server(
     server.behave = stops_after_one_answer
 
     async def scenario() -> None:
-        call = NodeCall(server.info, "forward", requests_for(0, 1), LONG)
-        answers = caller.call(call)
-        assert (await anext(answers)).batch is call.requests[0].batch
-        await answers.aclose()  # type: ignore[attr-defined]  # it is a generator, though promised is an iterator
+        call = make_call(server.info, "forward", requests_for(0, 1), LONG)
+        replies = caller.call(call)
+        assert (await anext(replies)).batch is call.batch
+        await replies.aclose()
         await until(lambda: server.running == 0)
 
     loop.run(scenario())
@@ -194,7 +194,7 @@ def test_consumer_that_stops_early_ends_the_call_at_the_server(
 
 
 async def call_in_vain(caller: GrpcCaller, node: NodeInfo) -> StatusCode | None:
-    return (await collect(caller, node, requests_for(0), deadline_s=SHORT)).status
+    return (await ask_in_vain(caller, node, requests_for(0), deadline_s=SHORT)).status
 
 
 def test_a_node_that_accepts_and_says_nothing_is_silent_and_one_that_computes_is_not(
@@ -206,7 +206,7 @@ def test_a_node_that_accepts_and_says_nothing_is_silent_and_one_that_computes_is
         node = replace(server.info, addresses=(Endpoint.of("127.0.0.1", frozen.getsockname()[1]),))
         assert not caller.is_silent(node), "nobody has called it yet"
         both = [
-            asyncio.create_task(collect(caller, info, requests_for(0), deadline_s=LONG))
+            asyncio.create_task(ask_in_vain(caller, info, requests_for(0), deadline_s=LONG))
             for info in (node, server.info)
         ]
         await until(lambda: server.running == 1)

@@ -141,3 +141,18 @@ def test_a_step_alone_is_known_as_such() -> None:
             steps.release(finished, updated=False)
     finally:
         steps.close()
+
+
+def test_a_step_computes_with_as_many_cores_as_its_trainer_whatever_another_thread_takes() -> None:
+    own = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        steps: InFlight[nn.Linear, int] = InFlight(nn.Linear(1, 1), lambda: nn.Linear(1, 1), 1)
+        other = threading.Thread(target=torch.set_num_threads, args=(1,))
+        other.start()
+        other.join()
+        steps.begin(lambda copy: torch.get_num_threads())
+        assert steps.next().result == 2
+        steps.close()
+    finally:
+        torch.set_num_threads(own)

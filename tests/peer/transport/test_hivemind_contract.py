@@ -22,12 +22,8 @@ ROOT = Path(__file__).parents[3]
 PRODUCT = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 BESIDE = ("benchmarks", "deploy", "docs", "examples", "tests", "tools")
 PINNED = "1.1.12"
-FENCE = (
-    "peer/identity.py",
-    "peer/kademlia/hivemind.py",
-    "peer/transport/p2pd.py",
-)
-"""The modules that import hivemind. Their neighbours use what they pass on."""
+FENCE = ("peer/transport/p2pd.py",)
+"""The modules that import hivemind."""
 ALSO_IMPORT = {
     # benchmarks that measure hivemind.moe beside Talkoot
     "benchmarks/discovery_real.py",
@@ -36,23 +32,17 @@ ALSO_IMPORT = {
     "benchmarks/rival_blocks.py",
     "benchmarks/rival_search.py",
     "benchmarks/wan_contenders.py",
-    # a peer that misbehaves writes its own key for p2pd
-    "tests/hostile/stranger.py",
-    # tests of the fence itself
-    "tests/peer/kademlia/test_find_replies.py",
+    # hivemind's DHT beside ours
+    "benchmarks/hivemind_nodes.py",
+    "tests/peer/kademlia/test_beside_hivemind.py",
+    # files that p2pd reads
     "tests/peer/test_identity.py",
-    "tests/peer/transport/test_p2pd_calls.py",
     # compares our grammar with hivemind's
     "tests/peer/transport/test_addresses.py",
 }
 
 IMPORTED = {
-    "hivemind.dht": {"node", "protocol", "routing"},
-    "hivemind.dht.node": {"DHTNode"},
-    "hivemind.dht.protocol": {"DHTProtocol"},
-    "hivemind.dht.routing": {"DHTID", "RoutingTable"},
-    "hivemind.dht.validation": {"DHTRecord", "RecordValidatorBase"},
-    "hivemind.p2p": {"P2P", "P2PContext", "PeerID"},
+    "hivemind.p2p": {"P2P"},
     "hivemind.p2p.p2p_daemon_bindings.utils": {
         "P2PDaemonError",
         "P2PHandlerError",
@@ -60,8 +50,7 @@ IMPORTED = {
         "read_pbmsg_safe",
         "write_pbmsg",
     },
-    "hivemind.proto": {"crypto_pb2", "dht_pb2", "p2pd_pb2"},
-    "hivemind.utils": {"MSGPackSerializer", "timed_storage"},
+    "hivemind.proto": {"p2pd_pb2"},
     "hivemind.utils.logging": {"use_hivemind_log_handler"},
 }
 
@@ -70,7 +59,6 @@ PRIVATE = {
     "asyncio.subprocess.Process": {"_transport"},
     "hivemind.p2p.P2P": {
         "_UNIX_SOCKET_PREFIX",
-        "_alive",
         "_child",
         "_client",
         "_client_listen_maddr",
@@ -81,44 +69,13 @@ PRIVATE = {
         "_terminate",
     },
     "hivemind.p2p.p2p_daemon_bindings.control.ControlClient": {
-        "_handler_tasks",
-        "_pending_calls",
         "_read_task",
         "_write_task",
     },
 }
 
 UNDOCUMENTED = {
-    "hivemind.dht.node.Blacklist": {"register_failure", "register_success"},
-    "hivemind.dht.node.DHTNode": {
-        "blacklist",
-        "cache_refresh_task",
-        "is_alive",
-        "node_id",
-        "num_replicas",
-        "peer_id",
-        "protocol",
-    },
-    "hivemind.dht.protocol.DHTProtocol": {
-        "IS_DICTIONARY",
-        "IS_REGULAR_VALUE",
-        "bucket_size",
-        "client_mode",
-        "node_id",
-        "node_info",
-        "num_replicas",
-        "p2p",
-        "record_validator",
-        "routing_table",
-        "storage",
-        "wait_timeout",
-    },
-    "hivemind.dht.routing.DHTID": {"HASH_NBYTES"},
-    "hivemind.dht.routing.KBucket": {"replacement_nodes", "size"},
-    "hivemind.dht.routing.RoutingTable": {"buckets", "peer_id_to_uid"},
-    "hivemind.dht.validation.DHTRecord": {"expiration_time", "key", "subkey", "value"},
-    "hivemind.p2p.P2P": {"is_alive", "peer_id"},
-    "hivemind.p2p.P2PContext": {"remote_id"},
+    "hivemind.p2p.P2P": {"peer_id"},
     "hivemind.p2p.p2p_daemon_bindings.control.ControlClient": {"daemon_connector"},
     "hivemind.p2p.p2p_daemon_bindings.datastructures.StreamInfo": {"addr", "peer_id"},
     "hivemind.p2p.p2p_daemon_bindings.p2pclient.Client": {"control"},
@@ -126,46 +83,18 @@ UNDOCUMENTED = {
 """Attributes that we read or set."""
 
 SOURCES = {
-    "hivemind.dht.protocol.DHTProtocol.call_find": "433adef0e520",
-    "hivemind.dht.protocol.DHTProtocol.call_store": "61fc01b360f0",
-    "hivemind.dht.protocol.DHTProtocol.rpc_find": "b7e0365bc4ba",
-    "hivemind.dht.protocol.DHTProtocol.rpc_ping": "34c1159e968b",
-    "hivemind.dht.protocol.DHTProtocol.rpc_store": "1be6960bd046",
-    "hivemind.dht.protocol.DHTProtocol.update_routing_table": "2deae2e944d3",
-    "hivemind.dht.storage.DictionaryDHTValue.packb": "7cfaf78a8faf",
     "hivemind.p2p.P2P.__init__": "a83eaaf45423",
     "hivemind.p2p.P2P._make_process_args": "def6fcf33d0d",
     "hivemind.p2p.P2P._terminate": "1d7bc5829e4d",
-    "hivemind.p2p.P2P.call_protobuf_handler": "5f9455b9296a",
     "hivemind.p2p.P2P.create": "2e4720e954b7",
     "hivemind.p2p.P2P.shutdown": "c727c4c6e41e",
-    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient._handle_persistent_request": "9c958fd0b80c",
-    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient._read_from_persistent_conn": "7388e48bacf6",
-    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient.call_unary_handler": "f2704627a5ed",
     "hivemind.p2p.p2p_daemon_bindings.control.ControlClient.connect": "0be03f1f1d91",
     "hivemind.p2p.p2p_daemon_bindings.control.ControlClient.stream_open": "002f5d5b8262",
-    "hivemind.utils.MSGPackSerializer.dumps": "b5889c447075",
 }
 """Digests of the methods that we replace, extend or imitate, or whose inner workings we rely on."""
 
 PARAMETERS = {
-    "hivemind.dht.protocol.DHTProtocol.add_p2p_handlers": "p2p, wrapper=, namespace=, balanced=",
-    "hivemind.dht.protocol.DHTProtocol.get_stub": "peer",
-    "hivemind.dht.protocol.DHTProtocol.remove_p2p_handlers": "p2p, namespace=",
-    "hivemind.dht.routing.DHTID.from_bytes": "raw, byteorder=, signed=",
-    "hivemind.dht.routing.DHTID.generate": "source=, nbits=",
-    "hivemind.dht.routing.DHTID.xor_distance": "other",
-    "hivemind.dht.routing.RoutingTable.add_or_update_node": "node_id, peer_id",
-    "hivemind.dht.routing.RoutingTable.get": "node_id=, peer_id=, default=",
-    "hivemind.dht.routing.RoutingTable.get_bucket_index": "node_id",
-    "hivemind.dht.routing.RoutingTable.get_nearest_neighbors": "query_id, k, exclude=",
-    "hivemind.dht.validation.DHTRecord": "key, subkey, value, expiration_time",
-    "hivemind.dht.validation.RecordValidatorBase.validate": "record",
     "hivemind.p2p.P2P.add_binary_stream_handler": "name, handler, balanced=",
-    "hivemind.p2p.P2P.call_protobuf_handler": "peer_id, name, input, output_protobuf_type",
-    "hivemind.p2p.P2P.get_visible_maddrs": "latest=",
-    "hivemind.p2p.PeerID": "peer_id_bytes",
-    "hivemind.p2p.PeerID.from_base58": "base58_id",
     "hivemind.p2p.p2p_daemon_bindings.control.DaemonConnector.open_connection": "",
     "hivemind.p2p.p2p_daemon_bindings.utils.raise_if_failed": "response",
     "hivemind.p2p.p2p_daemon_bindings.utils.read_pbmsg_safe": "stream, pbmsg",
@@ -175,16 +104,6 @@ PARAMETERS = {
 """Of what we call; `=` marks those with a default."""
 
 KEYWORDS = {
-    "hivemind.dht.node.DHTNode.create": {
-        "cache_locally",
-        "cache_nearest",
-        "cache_on_store",
-        "cache_refresh_before_expiry",
-        "client_mode",
-        "node_id",
-        "p2p",
-        "record_validator",
-    },
     "hivemind.p2p.P2P.create": {
         "announce_maddrs",
         "auto_nat",
@@ -195,7 +114,6 @@ KEYWORDS = {
         "identity_path",
         "nat_port_map",
         "no_listen",
-        "persistent_conn_max_msg_size",
         "startup_timeout",
         "trusted_relays",
         "use_auto_relay",
@@ -205,52 +123,19 @@ KEYWORDS = {
 """Of what takes many, those that we pass."""
 
 MESSAGES = {
-    "hivemind.proto.crypto_pb2.PrivateKey": {"data", "key_type"},
-    "hivemind.proto.crypto_pb2.PublicKey": {"data", "key_type"},
-    "hivemind.proto.dht_pb2.FindRequest": {"keys", "peer"},
-    "hivemind.proto.dht_pb2.FindResponse": {"peer", "results"},
-    "hivemind.proto.dht_pb2.FindResult": {
-        "expiration_time",
-        "nearest_node_ids",
-        "nearest_peer_ids",
-        "type",
-        "value",
-    },
-    "hivemind.proto.dht_pb2.NodeInfo": {"node_id"},
-    "hivemind.proto.dht_pb2.PingRequest": {"peer", "validate"},
-    "hivemind.proto.dht_pb2.PingResponse": {"available", "dht_time", "peer"},
-    "hivemind.proto.dht_pb2.StoreRequest": {
-        "expiration_time",
-        "in_cache",
-        "keys",
-        "peer",
-        "subkeys",
-        "values",
-    },
-    "hivemind.proto.dht_pb2.StoreResponse": {"peer", "store_ok"},
     "hivemind.proto.p2pd_pb2.ConnectRequest": {"addrs", "peer", "timeout"},
     "hivemind.proto.p2pd_pb2.Request": {"connect", "streamOpen", "type"},
     "hivemind.proto.p2pd_pb2.StreamOpenRequest": {"peer", "proto", "timeout"},
 }
 """Fields that we fill in or read."""
 
-PATCHED_BY_NAME = {
-    # `peer.clock` in place of the machine's, and the clocks and identities of benchmarks.simulated_p2p
-    "hivemind.dht.node.get_dht_time",
-    "hivemind.dht.protocol.PeerID",
-    "hivemind.dht.protocol.get_dht_time",
-    "hivemind.dht.routing.get_dht_time",
-    "hivemind.utils.timed_storage.get_dht_time",
-    # a missing p2pd, in the tests of `talkoot doctor`
-    "hivemind.p2p.p2p_daemon.P2PD_FILENAME",
-}
-
 
 def test_installed_hivemind_is_the_pinned_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert [line for line in project["dependencies"] if line.startswith("hivemind")] == [
-        f"hivemind=={PINNED}"
-    ]
+    extras = project["optional-dependencies"].values()
+    wanted = [line for lines in (project["dependencies"], *extras) for line in lines]
+    pins = [line.partition(";")[0] for line in wanted if line.startswith("hivemind")]
+    assert pins == [f"hivemind=={PINNED}"] * 2, "for p2pd, and for tests"
     assert version("hivemind") == PINNED
     advice = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "peer").rglob("*.py")]
     named = [found for path in advice for found in re.findall(r"hivemind==([\d.]*\d)", path.read_text())]
@@ -259,7 +144,7 @@ def test_installed_hivemind_is_the_pinned_one() -> None:
 
 
 def test_what_we_import_is_there() -> None:
-    wanted = {f"{module}.{name}" for module, names in IMPORTED.items() for name in names} | PATCHED_BY_NAME
+    wanted = {f"{module}.{name}" for module, names in IMPORTED.items() for name in names}
     _expect_none("gone", [name for name in wanted if not _exists(*name.rsplit(".", 1))])
 
 
@@ -319,13 +204,13 @@ def test_hivemind_is_imported_where_it_is_listed_and_nowhere_else() -> None:
     assert imported == IMPORTED
 
 
-def test_names_that_are_patched_are_listed() -> None:
+def test_no_name_is_patched_in_tests() -> None:
     """Such as `patch("hivemind…")`: no import shows them."""
     found = set()
     for path, tree in _files(*PRODUCT, *BESIDE):
         if path != _here():
             found |= {text for text in _texts(tree) if re.fullmatch(r"hivemind(\.\w+){2,}", text)}
-    _expect_none("not listed", found - PATCHED_BY_NAME)
+    _expect_none("patched", found)
 
 
 def test_private_names_are_used_where_they_are_listed_and_nowhere_else() -> None:
@@ -335,7 +220,7 @@ def test_private_names_are_used_where_they_are_listed_and_nowhere_else() -> None
     elsewhere = []
     for path, tree in _files(*PRODUCT):
         foreign = {name for name, is_own in _private_attributes(tree) if not is_own}
-        if path == FENCE[0] or path.startswith(("peer/kademlia/", "peer/transport/")):
+        if path.startswith("peer/transport/"):
             used |= foreign
         else:
             elsewhere += [f"{path}: {name}" for name in foreign & listed]
@@ -397,7 +282,7 @@ def _canonical(name: str) -> str:
 
 def _overridden() -> Iterator[tuple[type, str]]:
     """The hivemind class and the attribute, for everything that our subclasses override."""
-    for path, tree in _files("peer/kademlia", "peer/transport"):
+    for path, tree in _files("peer/transport"):
         module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):

@@ -1,0 +1,307 @@
+"""What hostile peers of a chaos run do, and the process of one: a real node or trainer with a small patch.
+
+    python attacks.py ATTACK SEED FILE COMMAND...
+
+runs the `talkoot` command. The peer joins and works like any other, and attacks as soon as the file exists. It then
+claims `CLAIMED` more updates than it took. This file is run as a script, so it imports nothing from its folder.
+"""
+
+import asyncio
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from unittest.mock import patch
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dht.registry import Registry
+    from expert_server.serving.answers import AnswerAssembler
+    from expert_server.state.servicer import StateServicer
+    from expert_server.state.transfer import Snapshot, SnapshotTaker, StateClient
+    from peer.codec import Floats
+    from trainer_client.averaging.dense_part import DenseForm, DensePart
+    from trainer_client.averaging.exchange import DenseExchange
+    from trainer_client.dispatch.batches import CallReply, NodeCall
+    from trainer_client.dispatch.grpc_caller import GrpcCaller
+
+Role: TypeAlias = Literal["node", "trainer"]
+
+LIES = ("random", "sign-flipped", "scaled", "drifting", "1e30", "nan")
+"""How the tensors that a peer gives to others differ from its own."""
+CLAIMED = 10_000
+"""Updates that were never taken."""
+_SCALE = 1.5
+_DRIFT = 0.02
+"""Of a tensor's own size, each time that it is given: others see it move slowly, always in the same direction."""
+_WRONG: Mapping[str, tuple[float, float]] = {"answers-1%": (0.01, 0.01), "answers-30%": (1.0, 0.3)}
+"""The share of the rows that are altered, and by how much of their norm."""
+_TINY_CALLS = 8
+"""Backward calls of one row each, beside each backward call."""
+_TINY_SCALE = np.float32(100.0)
+"""Of their gradients: to an optimizer like Adam it makes no difference."""
+_REMEMBERED = 64
+
+ATTACKS: Mapping[str, Role] = {
+    **{f"replicas-{lie}": "node" for lie in LIES},
+    **{f"dense-{lie}": "trainer" for lie in LIES},
+    **dict.fromkeys(_WRONG, "node"),
+    "gradients-flipped": "trainer",
+}
+"""By name, who does it."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """When an attack begins."""
+
+    file: Path
+
+    @property
+    def is_over(self) -> bool:
+        return self.file.exists()
+
+    def note_deed(self) -> None:
+        """The file has a byte for each lie that was told."""
+        with self.file.open("ab") as file:
+            file.write(b".")
+
+
+def altered(lie: str, tensor: "Tensor", name: str, seed: int, times: int) -> "Tensor":
+    """The tensor as a liar gives it for the `times`-th time, from 1 on; of the same shape and dtype."""
+    import torch
+
+    if lie == "sign-flipped":
+        return -tensor
+    if lie == "scaled":
+        return tensor * _SCALE
+    if lie in ("1e30", "nan"):
+        return torch.full_like(tensor, float(lie))
+    drawn = f"{seed} {name} {times if lie == 'random' else ''}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7]))
+    noise = torch.randn(tensor.shape, generator=generator)
+    noise *= tensor.float().norm() / noise.norm().clamp(min=1e-12)
+    result = noise if lie == "random" else tensor + _DRIFT * times * noise
+    return result.to(tensor.dtype)
+
+
+def altered_rows(tensor: "Floats", share: float, size: float, rng: np.random.Generator) -> "Floats":
+    """A copy of [R, W] in which this share of the rows moved by `size` of their norm, in random directions."""
+    noise = rng.standard_normal(tensor.shape).astype(np.float32)
+    noise *= (
+        size * np.linalg.norm(tensor, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+    )
+    chosen = rng.random((len(tensor), 1)) < share
+    return np.where(chosen, tensor + noise, tensor).astype(np.float32)
+
+
+def tiny_calls(call: "NodeCall", count: int, rng: np.random.Generator) -> "Iterator[NodeCall]":
+    """Backward calls of one random row each, with the sign of its gradient flipped. `call`: in full."""
+    assert call.gradients is not None
+    assert call.counts is not None
+    rows = np.flatnonzero(call.counts.any(axis=1))
+    for row in rng.choice(rows, min(count, len(rows)), replace=False):
+        slots = np.zeros_like(call.counts)
+        slots[row] = call.counts[row]
+        batch, places = call.batch.only(slots)
+        yield replace(
+            call,
+            batch=batch,
+            inputs=call.inputs[places],
+            weights=np.where(batch.asked, call.weights[places], np.float32(0)),
+            gradients=-_TINY_SCALE * call.gradients[places],
+            counts=slots[places],
+        )
+
+
+def lie_in_states(lie: str, seed: int, start: Start) -> None:
+    """Whatever state others fetch from this node is altered. Its own stays good, and so do its answers."""
+    from dht.announcements import ReplicaAnnouncement
+    from dht.registry import Registry
+    from expert_server.experts.format import BLOCK
+    from expert_server.state import transfer
+    from expert_server.state.servicer import StateServicer
+    from peer.bounded import BoundedDict
+
+    encode, stream = transfer._encode, StateServicer._stream
+    find, ask = transfer.SnapshotTaker.find, transfer.StateClient.ask
+    announce = Registry.announce
+    lies = BoundedDict[bytes, tuple[int, bytes, bytes]](_REMEMBERED)
+    """By the checksum of a true state: what is claimed in its place, the data, and their checksum."""
+    truths = BoundedDict[bytes, bytes](_REMEMBERED)
+    """By the checksum of a lie, that of the truth."""
+    times = Counter[str]()
+
+    def encode_both(checkpoint: Any, swarm_id: str, uid: Any) -> tuple[bytes, bytes]:
+        data, sha256 = encode(checkpoint, swarm_id, uid)
+        if start.is_over and checkpoint.update_count:  # a state without moments can claim no updates
+            times[str(uid)] += 1
+            state = {
+                name: altered(lie, tensor, f"{uid} {name}", seed, times[str(uid)])
+                if name.startswith(BLOCK) or name.endswith(".exp_avg")
+                else tensor
+                for name, tensor in checkpoint.state.items()
+            }
+            claimed = checkpoint.update_count + CLAIMED
+            false, false_sha256 = encode(
+                replace(checkpoint, state=state, update_count=claimed), swarm_id, uid
+            )
+            lies[sha256], truths[false_sha256] = (claimed, false, false_sha256), sha256
+        return data, sha256
+
+    def stream_lie(
+        self: "StateServicer", snapshot: "Snapshot", caller: Any, offset: int, context: Any
+    ) -> Any:
+        if (told := lies.get(snapshot.sha256)) is not None:
+            start.note_deed()
+            claimed, data, sha256 = told
+            snapshot = replace(snapshot, update_count=claimed, data=data, sha256=sha256)
+        return stream(self, snapshot, caller, offset, context)
+
+    def find_truth(self: "SnapshotTaker", uid: Any, sha256: bytes) -> "Snapshot | None":
+        return find(self, uid, truths.get(sha256, sha256))
+
+    def ask_for_lie(
+        self: "StateClient", node: Any, reason: Any, uids: Any, sha256: bytes = b"", base_sha256: bytes = b""
+    ) -> Any:
+        told = lies.get(sha256)
+        return ask(self, node, reason, uids, sha256 if told is None else told[2], base_sha256)
+
+    def announce_more(
+        self: "Registry", replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0
+    ) -> Any:
+        if start.is_over:
+            replicas = [replace(r, update_count=r.update_count + CLAIMED) for r in replicas]
+        return announce(self, replicas, lifetime_s, queued_rows)
+
+    patch.object(transfer, "_encode", encode_both).start()
+    patch.object(StateServicer, "_stream", stream_lie).start()
+    patch.object(transfer.SnapshotTaker, "find", find_truth).start()
+    patch.object(transfer.StateClient, "ask", ask_for_lie).start()
+    patch.object(Registry, "announce", announce_more).start()
+
+
+def lie_in_dense_parts(lie: str, seed: int, start: Start) -> None:
+    """Whatever dense part this trainer gives is altered. Its own stays good."""
+    from trainer_client.averaging.dense_part import DenseForm
+    from trainer_client.averaging.exchange import DenseExchange
+
+    to_bytes, pack = DenseForm.to_bytes, DenseExchange._pack
+    times = Counter[str]()
+
+    def encode_lie(self: "DenseForm", tensors: "Mapping[str, Tensor]", age: int) -> bytes:
+        if start.is_over:
+            start.note_deed()
+            times.update(tensors)
+            tensors = {
+                name: altered(lie, tensor, name, seed, times[name]) for name, tensor in tensors.items()
+            }
+        return to_bytes(self, tensors, age)
+
+    def pack_older(self: "DenseExchange") -> "tuple[DensePart, bytes, bytes]":
+        if start.is_over and self.part._age < CLAIMED:
+            self.part._age += CLAIMED
+        return pack(self)
+
+    patch.object(DenseForm, "to_bytes", encode_lie).start()
+    patch.object(DenseExchange, "_pack", pack_older).start()
+
+
+def answer_wrong(attack: str, seed: int, start: Start) -> None:
+    """Some rows of what this node's experts compute are altered, before anything else follows from them."""
+    import torch
+
+    from expert_server.serving.answers import AnswerAssembler
+
+    take, rng, (share, size) = AnswerAssembler.take, np.random.default_rng(seed), _WRONG[attack]
+
+    def take_wrong(self: "AnswerAssembler", outcomes: "Sequence[tuple[int, Tensor | None]]") -> Any:
+        if start.is_over:
+            start.note_deed()
+            outcomes = [
+                (
+                    expert,
+                    None
+                    if tensor is None
+                    else torch.from_numpy(altered_rows(tensor.numpy(), share, size, rng)),
+                )
+                for expert, tensor in outcomes
+            ]
+        return take(self, outcomes)
+
+    patch.object(AnswerAssembler, "take", take_wrong).start()
+
+
+def flip_gradients(seed: int, start: Start) -> None:
+    """Experts get gradients of the wrong sign, and many tiny batches of them: each may be an optimizer step."""
+    from peer.errors import ExpertError
+    from trainer_client.dispatch.batches import AnsweredRows
+    from trainer_client.dispatch.grpc_caller import GrpcCaller
+
+    true_call, rng = GrpcCaller.call, np.random.default_rng(seed)
+
+    async def send(caller: "GrpcCaller", call: "NodeCall") -> None:
+        with suppress(ExpertError):
+            async with aclosing(true_call(caller, call)) as replies:
+                async for _ in replies:
+                    pass
+
+    async def call_flipped(self: "GrpcCaller", call: "NodeCall") -> "AsyncGenerator[CallReply, None]":
+        tiny: list[asyncio.Task[None]] = []
+        if start.is_over and call.gradients is not None:
+            start.note_deed()
+            tiny = [
+                asyncio.create_task(send(self, each)) for each in tiny_calls(call.in_full(), _TINY_CALLS, rng)
+            ]
+            call = replace(call, gradients=-call.gradients)
+        try:
+            async with aclosing(true_call(self, call)) as replies:
+                async for reply in replies:
+                    if tiny and isinstance(reply, AnsweredRows) and reply.products is not None:
+                        # its own dispatcher would take them for lies
+                        reply = replace(reply, tensor=-reply.tensor, products=-reply.products)
+                    yield reply
+            await asyncio.gather(*tiny)
+        finally:
+            for task in tiny:
+                task.cancel()
+
+    patch.object(GrpcCaller, "call", call_flipped).start()
+
+
+def patches_of(attack: str, seed: int, start: Start) -> Callable[[], None]:
+    """What makes a process attack. Raises KeyError when there is no such attack."""
+    if ATTACKS[attack] == "node" and attack not in _WRONG:
+        return lambda: lie_in_states(attack.removeprefix("replicas-"), seed, start)
+    if attack in _WRONG:
+        return lambda: answer_wrong(attack, seed, start)
+    if attack.startswith("dense-"):
+        return lambda: lie_in_dense_parts(attack.removeprefix("dense-"), seed, start)
+    return lambda: flip_gradients(seed, start)
+
+
+def main() -> None:
+    _, attack, seed, file, *arguments = sys.argv
+    from talkoot import cli, options
+    from talkoot.terminal import set_up_logging
+
+    apply = patches_of(attack, int(seed), Start(Path(file)))
+
+    def set_up_and_patch(*values: Any) -> None:
+        set_up_logging(*values)  # first: it says how loud gRPC is, which gRPC reads when it is imported
+        apply()
+
+    patch.object(options, "set_up_logging", set_up_and_patch).start()
+    sys.argv = ["talkoot", *arguments]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,524 @@
+"""A swarm of which a fifth is hostile, beside the same swarm with no hostile peers: one run for each kind of attack.
+
+Each run has the same nodes, with the same identities, and the same trainers with the same data in the same order. The
+last trainer joins after the others; it is the hostile one where trainers attack. Hostile peers begin once training has
+begun, so they never are the only ones that have an expert or a dense part.
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import pydoc_data.topics
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import psutil
+import uvloop
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.chaos import attacks
+from benchmarks.chaos.attacks import ATTACKS
+from benchmarks.chaos.swarm import HOST, until
+from dht.announcements import Replica, ReplicaState
+from dht.invites import Invite
+from dht.swarm import join_swarm
+from dht.uid import UID
+from peer.errors import UnreachableError
+from peer.host import NetworkConfig
+from peer.identity import Identity, PeerID
+from talkoot.demo.links import free_ports
+from talkoot.demo.processes import DemoProcess, DemoProcesses
+
+Placement: TypeAlias = Literal["minority", "random"]
+CALM = "calm"
+MOST_LOSS = 1.05
+"""Of honest trainers, in the end, of the calm run's."""
+
+_MANIFEST = """
+name = "chaos"
+preset = "none"
+[model]
+layers = 1
+hidden = 32
+heads = 2
+context = 64
+feed_forward = 64
+local_layers = 0
+[experts]
+grid = [{grid[0]}, {grid[1]}]
+kind = "transformer"
+[routing]
+top_k = 2
+[optimizer]
+learning_rate = 2e-3
+"""
+"""The trainers have no attention of their own: with experts that never learn, the loss is 17% higher."""
+QUICK_KINDS = ("replicas-random", "dense-sign-flipped", "answers-30%", "gradients-flipped")
+_START_LIMIT_S = 180.0
+_RUN_LIMIT_S = 600.0
+"""Longest that the trainers of one run may train."""
+_LOOK_EVERY_S = 1.0
+_SAY_EVERY_S = 10.0
+_LEAVE_LIMIT_S = 15.0
+_SCRAPE_LIMIT_S = 2.0
+_SHOWN = 400
+"""Characters at the end of a log line that has a fault."""
+_BEGINS_AFTER = 10
+"""Steps of each honest trainer."""
+_BATCH_SIZE = 4
+_EAGERNESS = 4
+"""How many times as often as others a hostile peer averages."""
+_VALIDATION_BATCHES = 16
+_BANNED = re.compile(r"node (\w{20,})[: ][^\"]*: banned for a while")
+"""In a trainer's log."""
+
+
+@dataclass(frozen=True)
+class HostilePlan:
+    """How large the swarm is, and how it is set."""
+
+    share: float = 0.2
+    """Of the nodes. Where trainers attack, one of them does."""
+    nodes: int = 5
+    hosts: int = 3
+    """Replicas of each expert."""
+    trainers: int = 5
+    """With the last, which is hostile in some runs and whose loss never counts."""
+    grid: tuple[int, int] = (2, 5)
+    steps: int = 200
+    """Of each trainer."""
+    average_every_s: float = 2.0
+    average_every: int = 4
+    """Steps between two averagings of a dense part."""
+    check_share: float = 0.1
+    placement: Placement = "minority"
+
+    @classmethod
+    def of(cls, share: float, placement: Placement, quick: bool) -> "HostilePlan":
+        """A random placement needs more nodes, or no expert would ever have a hostile majority."""
+        return cls(
+            share, 5 if placement == "minority" else 10, steps=60 if quick else 200, placement=placement
+        )
+
+    @property
+    def experts(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def room(self) -> int:
+        """Of each node: together exactly what all replicas need."""
+        return self.hosts * self.experts // self.nodes
+
+    @property
+    def manifest(self) -> str:
+        return _MANIFEST.format(grid=self.grid)
+
+    def hostile_nodes(self, seed: int) -> tuple[int, ...]:
+        """Which nodes are hostile when nodes attack: never the founder, whose invite everybody has."""
+        count = min(max(1, round(self.share * self.nodes)), self.nodes - 1)
+        return tuple(sorted(random.Random(f"hostile {seed}").sample(range(1, self.nodes), count)))
+
+    def seed_of(self, seed: int, trainer: int) -> int:
+        return 100 * seed + trainer
+
+
+def hosts_of(replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, frozenset[PeerID]]:
+    """Who serves each expert."""
+    return {
+        uid: frozenset(r.peer_id for r in hosts if r.state is ReplicaState.SERVING)
+        for uid, hosts in replicas.items()
+    }
+
+
+def lost_experts(hosts: Mapping[UID, Collection[PeerID]], hostile: Collection[PeerID]) -> list[UID]:
+    """The experts of whose hosts at least half are hostile: no rule of the honest ones can hold there."""
+    return [
+        uid
+        for uid, peers in hosts.items()
+        if 2 * sum(peer in hostile for peer in peers) >= max(len(peers), 1)
+    ]
+
+
+@dataclass
+class _Peer:
+    """A node or a trainer, and what it has said."""
+
+    name: str
+    hostile: bool
+    metrics_port: int
+    child: DemoProcess | None = None
+    peer_id: str | None = None
+    experts: int = 0
+    """That a node serves."""
+    steps: list[float] = field(default_factory=list)
+    """Seconds between the ends of steps."""
+    summary: Mapping[str, Any] | None = None
+    metrics: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """By name and the value of the only label, as of the last look."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.child is not None and self.child.exit_status is not None
+
+
+class HostileSwarm:
+    """The processes of one run. `stop` it when done."""
+
+    def __init__(self, plan: HostilePlan, seed: int, attack: str | None, folder: Path, keys: Path) -> None:
+        """`attack`: what hostile peers do; None: there are none. `keys`: has the peers' identities, by name."""
+        self._plan = plan
+        self._seed = seed
+        self._attack = attack
+        self._folder = folder
+        self._keys = keys
+        role = None if attack is None else ATTACKS[attack]
+        bad = plan.hostile_nodes(seed) if role == "node" else ()
+        names = [(f"node-{n}", n in bad) for n in range(plan.nodes)]
+        names += [
+            (f"trainer-{n}", role == "trainer" and n == plan.trainers - 1) for n in range(plan.trainers)
+        ]
+        ports = free_ports(HOST, len(names))
+        peers = [_Peer(name, hostile, port) for (name, hostile), port in zip(names, ports, strict=True)]
+        self.nodes, self.trainers = peers[: plan.nodes], peers[plan.nodes :]
+        self._invite: str | None = None
+        self._children = DemoProcesses(folder, self._hear)
+        self._begins = folder / "attack"
+        self._pids: dict[int, float] = {}
+        self.began_at = 0
+        """Steps that each judged trainer had taken when the attack began."""
+
+    @property
+    def judged(self) -> list[_Peer]:
+        """The trainers that are honest in every run."""
+        return self.trainers[:-1]
+
+    async def start_nodes(self) -> dict[UID, frozenset[PeerID]]:
+        """Returns who serves what, once each expert has all its replicas."""
+        (self._folder / "swarm.toml").write_text(self._plan.manifest)
+        await self._start_node(self.nodes[0], "--new", str(self._folder / "swarm.toml"))
+        await self._children.until(lambda: self._invite is not None, _START_LIMIT_S, "the founder's invite")
+        for node in self.nodes:
+            if node.child is None:
+                await self._start_node(node, "--join", str(self._invite))
+            # one after another: each takes what the others lack
+            await self._children.until(
+                lambda node=node: node.experts == self._plan.room,  # type: ignore[misc]  # the default is of mypy's
+                _START_LIMIT_S,
+                f"the experts of {node.name}",
+            )
+        return await self._placed()
+
+    def lost(self, hosts: Mapping[UID, frozenset[PeerID]]) -> list[UID]:
+        """The experts that hostile nodes have the say over."""
+        hostile = {p.peer_id for p in self.nodes if p.hostile}
+        return lost_experts(hosts, {p for peers in hosts.values() for p in peers if p.to_base58() in hostile})
+
+    async def train(self, console: Console) -> None:
+        """Returns when the judged trainers have ended."""
+        text = "\n".join(pydoc_data.topics.topics.values())
+        (self._folder / "text.txt").write_text(text)
+        for number, trainer in enumerate(self.judged):
+            await self._start_trainer(trainer, number)
+        await self._children.until(
+            lambda: all(t.steps for t in self.judged), _START_LIMIT_S, "the trainers' first steps"
+        )
+        await self._start_trainer(self.trainers[-1], len(self.trainers) - 1)
+        ends, said, began = time.monotonic() + _RUN_LIMIT_S, time.monotonic(), time.monotonic()
+        while not all(t.has_ended for t in self.judged) and time.monotonic() < ends:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if not self.began_at and (done := min(len(t.steps) for t in self.judged)) >= _BEGINS_AFTER:
+                self.began_at = done
+                self._begins.touch()
+            await asyncio.to_thread(self._scrape)
+            if time.monotonic() > said + _SAY_EVERY_S:
+                said, done = time.monotonic(), sum(len(t.steps) for t in self.judged)
+                rate = done / (said - began)
+                console.log(
+                    f"  {done} of {len(self.judged) * self._plan.steps} steps, {rate:.1f} steps/s"
+                    f"{', under attack' if self._attack and self.began_at else ''}"
+                )
+
+    def result(self, hosts: Mapping[UID, frozenset[PeerID]]) -> dict[str, Any]:
+        """What the run has shown."""
+        honest = [p for p in [*self.nodes, *self.trainers] if not p.hostile]
+        rates = [1 / statistics.fmean(t.steps[1:]) for t in self.judged if len(t.steps) > 1]
+        banned = self._banned()
+        return {
+            "losses": [_final_loss(t.summary) for t in self.judged],
+            "first_losses": [(t.summary or {}).get("validation_loss_first") for t in self.judged],
+            "steps_per_s": sum(rates),
+            "attack_began_at": self.began_at,
+            "deeds": self._begins.stat().st_size if self._begins.exists() else 0,
+            "experts_lost": len(self.lost(hosts)) / len(hosts),
+            "hosts": sorted(len(peers) for peers in hosts.values()),
+            "hostile_banned": sorted(p.name for p in self.nodes if p.hostile and p.peer_id in banned),
+            "honest_banned": sorted(p.name for p in self.nodes if not p.hostile and p.peer_id in banned),
+            "counts": counts(p.metrics for p in honest),
+            "summaries": [t.summary for t in self.judged],
+        }
+
+    async def stop(self) -> list[str]:
+        """Ends all of them. Returns what went wrong: peers that failed, tracebacks, and processes that are left."""
+        peers = [*self.trainers, *self.nodes]
+        children = [p.child for p in peers if p.child is not None]
+        for child in children:
+            if child.exit_status is None:
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    self._pids[child.pid] = psutil.Process(child.pid).create_time()
+                    os.kill(child.pid, signal.SIGTERM)
+        await until(lambda: all(c.exit_status is not None for c in children), _LEAVE_LIMIT_S)
+        await self._children.stop()
+        faults = [
+            f"{log.name}: {line[-_SHOWN:]}"
+            for log in sorted(self._folder.glob("*.log"))
+            for line in log.read_text(errors="replace").splitlines()
+            if "Traceback" in line
+        ]
+        return faults + [f"process {pid} is left" for pid, began in self._pids.items() if _lives(pid, began)]
+
+    async def _placed(self) -> dict[UID, frozenset[PeerID]]:
+        """Raises TimeoutError when experts lack replicas for too long."""
+        assert self._invite is not None
+        folder = self._folder / "observer"
+        swarm = await join_swarm(
+            Identity.load_or_create(folder / "identity.key"),
+            Invite.parse(self._invite),
+            NetworkConfig(HOST, serves_dht=False),
+            state=folder,
+        )
+        try:
+            async with asyncio.timeout(_START_LIMIT_S):
+                while True:
+                    with contextlib.suppress(UnreachableError):
+                        hosts = hosts_of(await swarm.registry.replicas(swarm.manifest.uids()))
+                        if all(len(peers) >= self._plan.hosts for peers in hosts.values()):
+                            return hosts
+                    await asyncio.sleep(_LOOK_EVERY_S)
+        finally:
+            await swarm.stop()
+
+    async def _start_node(self, node: _Peer, *origin: str) -> None:
+        plan, config = self._plan, self._folder / f"{node.name}.toml"
+        every_s = plan.average_every_s / (_EAGERNESS if node.hostile else 1)
+        config.write_text(
+            f'device = "cpu"\nthreads = 1\nniceness = 0\np2pd = "off"\nmetrics_port = {node.metrics_port}\n'
+            f"experts = {plan.room}\nspare = 0\nreplicas = {plan.hosts}\naverage_every_s = {every_s}\n"
+            "checkpoint_every_s = 0\nstandby_every_s = 0\nannounce_every_s = 2\ndrain_timeout_s = 0\n"
+        )
+        arguments = ("node", *origin, "--host", HOST, "--config", str(config), "--log-format", "json")
+        await self._start(node, arguments)
+
+    async def _start_trainer(self, trainer: _Peer, number: int) -> None:
+        plan, config = self._plan, self._folder / f"{trainer.name}.toml"
+        average_every = plan.average_every
+        if (
+            trainer.hostile
+        ):  # the dense part of one that flips gradients is bad too, and is not to be measured
+            average_every = 0 if self._attack == "gradients-flipped" else average_every // _EAGERNESS
+        config.write_text(
+            f'threads = 1\np2pd = "off"\nmetrics_port = {trainer.metrics_port}\naverage_host = "{HOST}"\n'
+            f"seed = {plan.seed_of(self._seed, number)}\nsteps = {plan.steps}\nbatch_size = {_BATCH_SIZE}\n"
+            f"validation_batches = {_VALIDATION_BATCHES}\ncheckpoint_every = 0\nannounce_every_s = 2\n"
+            f"average_every = {average_every}\ncheck_share = {plan.check_share}\n"
+        )
+        arguments = ("train", "--join", str(self._invite), "--data", str(self._folder / "text.txt"))
+        await self._start(trainer, (*arguments, "--config", str(config), "--log-format", "json"))
+
+    async def _start(self, peer: _Peer, arguments: Sequence[str]) -> None:
+        state = self._folder / peer.name
+        state.mkdir(mode=0o700)
+        Identity.load_or_create(self._keys / peer.name)
+        shutil.copy2(self._keys / peer.name, state / "identity.key")
+        program: Sequence[str] = ("-m", "talkoot.cli")
+        if peer.hostile and self._attack is not None:
+            program = (attacks.__file__, self._attack, str(self._seed), str(self._begins))
+        peer.child = await self._children.start(peer.name, (*arguments, "--state", str(state)), program)
+
+    def _hear(self, child: DemoProcess, event: Mapping[str, Any]) -> None:
+        peer = next(p for p in [*self.nodes, *self.trainers] if p.name == child.name)
+        match event.get("event"):
+            case "invite":
+                peer.peer_id = event["peer_id"]
+                self._invite = self._invite or event["invite"]
+            case "state":
+                peer.experts = event["experts"]
+            case "step":
+                peer.steps.append(event["step_s"])
+            case "summary":
+                peer.summary = event
+
+    def _scrape(self) -> None:
+        for peer in [*self.nodes, *self.trainers]:
+            if peer.child is not None and not peer.has_ended:
+                with contextlib.suppress(OSError, ValueError):
+                    peer.metrics = scraped(_read(f"http://{HOST}:{peer.metrics_port}/metrics"))
+
+    def _banned(self) -> set[str]:
+        """Nodes that the judged trainers banned, by PeerID."""
+        found = set()
+        for trainer in self.judged:
+            log = self._folder / f"{trainer.name}.log"
+            text = log.read_text(errors="replace") if log.exists() else ""
+            found |= set(_BANNED.findall(text))
+        return found
+
+
+def scraped(text: str) -> dict[tuple[str, str], float]:
+    """A /metrics page: its counters and gauges by name and the value of their label, or an empty one."""
+    return {
+        (sample.name, ",".join(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        if family.type in ("counter", "gauge")
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def counts(pages: Iterable[Mapping[tuple[str, str], float]]) -> dict[str, int]:
+    """What the honest peers counted, all together: averages that were made, and those that were refused."""
+    total = Counter[tuple[str, str]]()
+    for page in pages:
+        total.update(page)
+    averaged = [("talkoot_averagings_total", ""), ("talkoot_trainer_averagings_total", "averaged")]
+    refused = [
+        ("talkoot_averagings_refused_total", ""),
+        ("talkoot_state_fetches_total", "broken"),
+        ("talkoot_trainer_averagings_total", "refused"),
+    ]
+    checks = [("talkoot_trainer_spot_checks_total", outcome) for outcome in ("passed", "failed")]
+    return {
+        name: round(sum(total[key] for key in keys))
+        for name, keys in (("averaged", averaged), ("refused", refused), ("spot checks", checks))
+    }
+
+
+def _final_loss(summary: Mapping[str, Any] | None) -> float | None:
+    """None when the trainer failed, or diverged."""
+    loss = None if summary is None else summary["validation_loss_last"]
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def _read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=_SCRAPE_LIMIT_S) as reply:  # noqa: S310  # our own, on loopback
+        text: str = reply.read().decode()
+    return text
+
+
+def _lives(pid: int, began: float) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return process.create_time() == began and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+async def run(
+    plan: HostilePlan, seed: int, attack: str | None, keys: Path, console: Console
+) -> dict[str, Any]:
+    """One run. Raises SystemExit if hostile nodes are no minority of some expert's hosts though the plan says so."""
+    with tempfile.TemporaryDirectory(prefix="talkoot-hostile-") as folder:
+        swarm = HostileSwarm(plan, seed, attack, Path(folder), keys)
+        try:
+            hosts = await swarm.start_nodes()
+            if plan.placement == "minority" and (lost := swarm.lost(hosts)):
+                sys.exit(
+                    f"half of the hosts of {len(lost)} experts are hostile: a smaller share would be a minority"
+                )
+            await swarm.train(console)
+            result = swarm.result(hosts)
+        finally:
+            faults = await swarm.stop()
+    return result | {"faults": faults}
+
+
+def run_all(
+    plan: HostilePlan,
+    seeds: int,
+    kinds: Sequence[str],
+    console: Console,
+    results: dict[str, Any],
+    file: Path | None,
+) -> None:
+    """Runs what `results` lacks: for each seed the calm swarm, and each kind of attack. Writes the file after each."""
+    runs = results.setdefault("runs", {})
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # in good order, as on Ctrl-C
+    with tempfile.TemporaryDirectory(prefix="talkoot-keys-") as keys:
+        for seed, kind in ((seed, kind) for seed in range(seeds) for kind in (CALM, *kinds)):
+            of_seed = runs.setdefault(str(seed), {})
+            if kind in of_seed:
+                continue
+            console.log(f"seed {seed}: {kind}")
+            attack = None if kind == CALM else kind
+            of_seed[kind] = uvloop.run(run(plan, seed, attack, Path(keys), console))
+            if file is not None:
+                file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def rows(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each kind of attack what all seeds have shown, beside the calm runs of the same seeds."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in dict.fromkeys(kind for of_seed in runs.values() for kind in of_seed):
+        pairs = [(s[kind], s[CALM]) for s in runs.values() if kind in s and CALM in s]
+        losses = [mean_loss(run["losses"]) / mean_loss(calm["losses"]) for run, calm in pairs]
+        ratio = statistics.fmean(losses)
+        found[kind] = {
+            "seeds": len(pairs),
+            "loss": statistics.fmean(mean_loss(run["losses"]) for run, _ in pairs),
+            "of_calm": ratio,
+            "speed": statistics.fmean(run["steps_per_s"] / calm["steps_per_s"] for run, calm in pairs),
+            "experts_lost": statistics.fmean(run["experts_lost"] for run, _ in pairs),
+            "hostile_banned": sum(len(run["hostile_banned"]) for run, _ in pairs),
+            "honest_banned": sum(len(run["honest_banned"]) for run, _ in pairs),
+            "counts": dict(sum((Counter(run["counts"]) for run, _ in pairs), Counter[str]())),
+            "faults": sum(len(run["faults"]) for run, _ in pairs),
+            "deeds": sum(run["deeds"] for run, _ in pairs),
+            "reached": ratio <= MOST_LOSS,
+        }
+    return found
+
+
+def mean_loss(losses: Collection[float | None]) -> float:
+    """Infinite when a trainer has none: it failed."""
+    return statistics.fmean(math.inf if loss is None else loss for loss in losses)
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    plan = results["plan"]
+    table = Table(
+        "attack (seeds)", "lies", "loss", "of calm", f"≤ {MOST_LOSS}", "steps/s of calm", "banned: hostile, honest",
+        "averages, refused", "experts lost",
+        title=f"{plan['share']:.0%} hostile, placement: {plan['placement']}",
+    )  # fmt: skip
+    for kind, row in rows(results["runs"]).items():
+        count = row["counts"]
+        table.add_row(
+            f"{kind} ({row['seeds']})",
+            str(row["deeds"]),
+            f"{row['loss']:.3f}",
+            f"{row['of_calm']:.3f}",
+            "" if kind == CALM else "reached" if row["reached"] else "missed",
+            f"{row['speed']:.2f}",
+            f"{row['hostile_banned']}, {row['honest_banned']}",
+            f"{count.get('averaged', 0)}, {count.get('refused', 0)}",
+            f"{row['experts_lost']:.0%}",
+        )
+    console.print(table)
+    for seed, of_seed in results["runs"].items():
+        for kind, each in of_seed.items():
+            for line in each["faults"]:
+                console.print(f"seed {seed}, {kind}: {line}", style="red", markup=False)

@@ -1,0 +1,169 @@
+"""hivemind's `DHTNode` in the simulated network, beside our own nodes; and what a node of each takes of memory.
+
+    python -m benchmarks.hivemind_nodes [--nodes 1000]
+
+Each node knows up to 20 others of each distance, as in `benchmarks.simulated_swarm`, and stores nothing. PeerIDs are
+made anew in each table, as each process does when it reads them from answers. Ours has the others' contacts too, signed
+and with certificates; a `DHTNode` leaves those to its p2pd, which is not counted.
+"""
+
+import argparse
+import asyncio
+import gc
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import P2PContext
+from hivemind.p2p import PeerID as TheirPeerID
+
+from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedTransport
+from benchmarks.simulated_swarm import known_to
+from peer import clock
+from peer.identity import PeerID
+from peer.kademlia.contacts import ContactBook
+from peer.kademlia.node import KademliaNode
+from peer.kademlia.routing import node_id_of
+from peer.kademlia.server import DHTServer
+from peer.kademlia.storage import StoreMetrics
+from peer.parsing import ParseGuard
+from peer.rates import RateLimit
+from peer.transport.contacts import LIFETIME_S
+from peer.transport.endpoints import Endpoint
+from peer.wire import contact_pb2
+
+_NAMED = "DHTProtocol.rpc_"
+_SIDES = ("tables", "talkoot", "hivemind")
+"""`tables`: Talkoot's without the contacts."""
+_SIGNATURE_BYTES = 256
+_PLACE = Endpoint("192.0.2.1:4711")
+_METRICS, _GUARD, _UPLOAD = StoreMetrics(), ParseGuard(), RateLimit(None)
+"""Of this process."""
+
+
+class TheirTransport(SimulatedTransport):
+    """What hivemind's `DHTNode` uses of hivemind's `P2P`, over the simulated network."""
+
+    def __init__(self, network: Network, peer_id: PeerID) -> None:
+        super().__init__(network, peer_id)
+        self.their_id = TheirPeerID(peer_id.to_bytes())
+
+    async def add_protobuf_handler(self, name: str, handler: Any, request_type: Any, **options: Any) -> None:
+        async def handle(sender: PeerID, data: bytes) -> bytes:
+            context = P2PContext(name, self.their_id, TheirPeerID(sender.to_bytes()))
+            answer: bytes = (await handler(request_type.FromString(data), context)).SerializeToString()
+            return answer
+
+        self.handlers[name.removeprefix(_NAMED)] = handle
+
+    async def call_protobuf_handler(self, peer_id: Any, name: str, request: Any, reply_type: Any) -> Any:
+        called = PeerID(peer_id.to_bytes())
+        return reply_type.FromString(
+            await self._network.call(
+                self.peer_id, called, name.removeprefix(_NAMED), request.SerializeToString()
+            )
+        )
+
+
+class _TheirP2P:
+    """The transport with `peer_id` of their type."""
+
+    def __init__(self, transport: TheirTransport) -> None:
+        self.peer_id = transport.their_id
+        self.add_protobuf_handler = transport.add_protobuf_handler
+        self.call_protobuf_handler = transport.call_protobuf_handler
+
+
+async def their_node(network: Network, peer_id: PeerID, **options: Any) -> Any:
+    """A `DHTNode` whose ID is the hash of its PeerID, as ours take it to be. `options`: see `DHTNode.create`."""
+    p2p = _TheirP2P(TheirTransport(network, peer_id))
+    return await DHTNode.create(p2p=p2p, node_id=DHTID(node_id_of(peer_id.to_bytes())), **options)
+
+
+async def our_node(network: Network, peer_id: PeerID) -> KademliaNode:
+    """A node that serves others and accepts whatever they store."""
+    node = KademliaNode(SimulatedTransport(network, peer_id), metrics=_METRICS, upload=_UPLOAD)
+    await DHTServer(node, _GUARD).start()
+    return node
+
+
+def memory_per_node(side: str, nodes: int) -> float:
+    """In bytes, measured in this process."""
+
+    async def run() -> float:
+        network = Network(Link(), 1)
+        names = [SimulatedIdentity(n).peer_id.to_bytes() for n in range(nodes)]
+        places = {node_id_of(name): name for name in names}
+        order, rng, made = sorted(places), random.Random(1), []
+        await _make(side, network, names[0])
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        for name in names:
+            node, add = await _make(side, network, name)
+            for place in known_to(node_id_of(name), order, rng):
+                add(bytes(bytearray(places[place])))
+            made.append((node, add))
+        gc.collect()
+        return (psutil.Process().memory_info().rss - before) / len(made)
+
+    with (
+        patch("peer.transport.contacts.certificate_key", lambda *_: b""),
+        patch("peer.transport.contacts.verify", lambda *_: None),
+    ):
+        return asyncio.run(run())
+
+
+def _contact(peer_id: PeerID) -> contact_pb2.Contact:
+    """As large as a real one; nothing in it is true."""
+    statement = contact_pb2.ContactStatement(
+        peer_id=peer_id.to_bytes(),
+        sequence=1,
+        expires_at=clock.now() + LIFETIME_S,
+        addresses=[contact_pb2.ContactAddress(direct=_PLACE)],
+        certificate=SimulatedIdentity(0).make_certificate(),
+    ).SerializeToString()
+    return contact_pb2.Contact(statement=statement, signature=bytes(_SIGNATURE_BYTES))
+
+
+async def _make(side: str, network: Network, name: bytes) -> tuple[Any, Callable[[bytes], Any]]:
+    """A node, and how it gets to know others."""
+    if side == "hivemind":
+        node = await their_node(network, PeerID(name))
+        table = node.protocol.routing_table
+        return node, lambda other: table.add_or_update_node(DHTID(node_id_of(other)), TheirPeerID(other))
+    ours, book = (
+        await our_node(network, PeerID(name)),
+        None if side == "tables" else ContactBook(guard=_GUARD),
+    )
+
+    def add(other: bytes) -> None:
+        peer_id = PeerID(other)
+        ours.table.add(node_id_of(other), peer_id)
+        if book is not None:
+            book.learn(_contact(peer_id), (peer_id,))
+            book.reached(peer_id, _PLACE)
+
+    return ours, add
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--nodes", type=int, default=1000)
+    parser.add_argument("--side", choices=_SIDES, help="measure one, in this process")
+    options = parser.parse_args()
+    if options.side:
+        print(f"{options.side}: {memory_per_node(options.side, options.nodes) / 1024:.1f} KiB a node")
+        return
+    for side in _SIDES:
+        command = [sys.executable, "-W", "ignore", "-m", __spec__.name]
+        subprocess.run([*command, "--side", side, "--nodes", str(options.nodes)], check=True)
+
+
+if __name__ == "__main__":
+    main()

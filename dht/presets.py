@@ -1,0 +1,119 @@
+"""Presets: models that were measured (docs/recipe.md). They complete the file that founds a swarm.
+
+A manifest names its preset, so that trainers know the settings that go with it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from peer.errors import WireError
+
+if TYPE_CHECKING:
+    from peer.codec import CodecName
+
+PresetName: TypeAlias = Literal["transformer", "ffn", "paper", "none"]
+Values: TypeAlias = Mapping[str, Any]
+"""A founder's file, read: keys, and tables of keys."""
+
+_LARGEST_HEAD: Final = 512
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the keys of a manifest are that its founder leaves out."""
+
+    tables: Mapping[str, Values]
+    """Those that do not depend on the model's sizes."""
+    feed_forward: float
+    """Inner size of feed-forward blocks, as a multiple of hidden."""
+    width: float = 1.0
+    """Of experts, as a share of hidden."""
+    head_size: float | None = None
+    """Of the only head of an expert, as a share of hidden. None: experts have heads like the model's."""
+    codec: "CodecName | None" = None
+    """None: the narrowest that costs at most 0.5% of the loss."""
+
+    def sizes(self, hidden: int, width: int | None) -> dict[str, dict[str, Any]]:
+        """The keys that depend on the model's hidden size. `width`: of experts, where the file says it."""
+        if width is None:
+            width = min(hidden, max(8, 2 * round(self.width * hidden / 2)))
+        experts = {}
+        if width < hidden:
+            experts["width"] = width
+        if self.head_size is not None:
+            experts |= {"heads": 1, "head_size": min(_LARGEST_HEAD, _near(self.head_size * hidden))}
+        return {
+            "model": {"feed_forward": _near(self.feed_forward * hidden)},
+            "experts": experts,
+            "wire": {"codec": self.codec or _narrowest_codec(width)},
+        }
+
+
+_OPTIMIZER = {"learning_rate": 2e-3, "warmup_updates": 20}
+_INSTEAD_OF_FEED_FORWARD = {"layers": 2, "local": "attention", "local_layers": 0}
+
+PRESETS: Final[Mapping[str, Preset]] = {
+    "transformer": Preset(
+        {
+            "model": _INSTEAD_OF_FEED_FORWARD,
+            "experts": {"grid": (8, 8), "kind": "transformer"},
+            "optimizer": _OPTIMIZER,
+        },
+        feed_forward=19 / 12,
+        width=1 / 2,
+        head_size=1 / 12,
+    ),
+    "ffn": Preset(
+        {
+            "model": _INSTEAD_OF_FEED_FORWARD,
+            "experts": {"grid": (8, 8), "kind": "ffn"},
+            "optimizer": _OPTIMIZER,
+        },
+        feed_forward=1.0,
+    ),
+    "paper": Preset(
+        {
+            "model": {"layers": 2, "hidden": 64, "context": 64},
+            "experts": {"grid": (8, 16), "kind": "transformer"},
+            "optimizer": _OPTIMIZER,
+        },
+        feed_forward=2.0,
+        codec="fp32",
+    ),
+}
+"""`transformer` and `ffn` are what learned best with their kind of experts. `paper` is the experiment of Ryabinin &
+Gusev 2020, section 4.3, as `benchmarks.paper` trains it: 256 experts in all.
+"""
+
+
+def default_preset(values: Values) -> PresetName:
+    """Of a file that names none: that of its experts' kind, or else `transformer`."""
+    experts = values.get("experts")
+    kind = experts.get("kind") if isinstance(experts, Mapping) else None
+    return "ffn" if kind == "ffn" else "transformer"
+
+
+def completed(values: Values, more: Values) -> dict[str, Any]:
+    """The values, and `more` where they say nothing."""
+    result = {**more, **values}
+    for key, table in more.items():
+        own = values.get(key)
+        if isinstance(own, Mapping) and isinstance(table, Mapping):
+            result[key] = {**table, **own}
+    return result
+
+
+def _near(size: float) -> int:
+    """A multiple of 8, which processors compute fast."""
+    return max(8, 8 * round(size / 8))
+
+
+def _narrowest_codec(width: int) -> "CodecName":
+    from peer.codec import block_of_int4  # here: it loads torch, which whoever reads settings does without
+
+    try:
+        block_of_int4(width)
+    except WireError:
+        return "int8"
+    return "int4"

@@ -1,0 +1,146 @@
+"""States taken whole from other nodes: of those that up to three hosts give, the medoid, never what claims most."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from statistics import median_low
+
+from dht.announcements import NodeInfo, Replica
+from dht.swarm import Swarm
+from expert_server.experts.expert import Expert
+from expert_server.experts.format import ACCUMULATED, BLOCK, OPTIMIZER, Checkpoint, State
+from expert_server.serving.runtime import Runtime
+from expert_server.state.transfer import StateClient
+from peer.errors import StateError, TransferError
+from peer.identity import PeerID
+from peer.loop import first_few
+from peer.medoid import COMPARED, elementwise_median, medoid
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 60.0
+"""Once a host gave its state, the others get so much longer. A slow uplink sends a state of 7 MB in a minute."""
+_AT_ONCE = 2
+"""Experts whose states are compared at the same time, each with up to three states in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class TakenState:
+    """A state that an expert goes on from."""
+
+    peer_id: PeerID
+    """Whose parameters they are."""
+    update_count: int
+
+
+class WholeStates:
+    """Fetches states from several hosts of an expert, and gives the expert the one that is nearest to the others."""
+
+    def __init__(self, swarm: Swarm, runtime: Runtime, states: StateClient, rng: random.Random) -> None:
+        self._swarm = swarm
+        self._runtime = runtime
+        self._states = states
+        self._rng = rng
+        self._comparing = asyncio.Semaphore(_AT_ONCE)
+
+    async def take(
+        self, expert: Expert, hosts: Sequence[Replica], cap: Callable[[int], int], unreachable: set[PeerID]
+    ) -> TakenState | None:
+        """Takes one of the states of the first three `hosts` that give a good one, unless the expert changes meanwhile.
+
+        `cap`: what is believed of a claimed update count. The lower median of the claims counts. Hosts that are
+        `unreachable` are left out, and those that do not answer, or stall, are added. Returns None if nothing was
+        taken. Raises UnreachableError.
+        """
+        peers = {replica.peer_id for replica in hosts} - unreachable
+        nodes = await self._swarm.registry.nodes(peers) if peers else {}
+        able = [nodes[replica.peer_id] for replica in hosts if replica.peer_id in nodes]
+        async with self._comparing if len(able) > 1 else nullcontext():
+            silent = set[PeerID]()
+            fetches = (
+                self._fetch(expert, node, cap, silent) for node in able if node.peer_id not in unreachable
+            )
+            given = await first_few(fetches, COMPARED, _PATIENCE_S)
+            unreachable |= silent
+            return await self._import(expert, given) if given else None
+
+    async def _fetch(
+        self,
+        expert: Expert,
+        node: NodeInfo,
+        cap: Callable[[int], int],
+        silent: set[PeerID],
+    ) -> tuple[PeerID, Checkpoint] | None:
+        """None if it did not come, or cannot be. The node is among the `silent` until it has answered."""
+        silent.add(node.peer_id)
+        try:
+            fetched = (await self._states.fetch(node, expert.uid)).checkpoint
+            checkpoint = Checkpoint(fetched.state, cap(fetched.update_count))
+            await self._runtime.run(partial(expert.require_good, checkpoint.state, checkpoint.update_count))
+        except TransferError as error:
+            logger.warning("%s", error)
+            if error.answered:
+                silent.discard(node.peer_id)
+            return None
+        except StateError as error:
+            logger.warning("refused the state of %s by %s: %s", expert.uid, node.peer_id, error)
+            silent.discard(node.peer_id)
+            return None
+        silent.discard(node.peer_id)
+        return node.peer_id, checkpoint
+
+    async def _import(self, expert: Expert, given: Sequence[tuple[PeerID, Checkpoint]]) -> TakenState | None:
+        states = [checkpoint for _, checkpoint in given]
+        try:
+            known, version = await self._runtime.run(lambda: (expert.checkpoint(), _version(expert)))
+            index, chosen = await asyncio.to_thread(choose, states, known, self._rng)
+            peer_id = given[index][0]
+            is_taken = await self._runtime.run(
+                partial(_replace, expert, chosen, peer_id.to_base58(), version)
+            )
+        except StateError as error:
+            logger.warning("refused the states that were given of %s: %s", expert.uid, error)
+            return None
+        return TakenState(peer_id, chosen.update_count) if is_taken else None
+
+
+def choose(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random) -> tuple[int, Checkpoint]:
+    """The index of the state whose parameters are taken, and the state that the expert goes on from. Pure.
+
+    `states`: one to three, all good. `known`: what this node has, its checkpoint or the first parameters.
+
+    One state is taken as it is. Of several, gradients that were accumulated stay where they are, with their host or
+    here, and moments are the elementwise median, with those of `known` if there are only two: or whoever copies
+    the parameters of an honest state could add moments that throw them away.
+    """
+    if len(states) == 1:
+        return 0, states[0]
+    index = medoid([_tensors(state, BLOCK) for state in states], _tensors(known, BLOCK), rng)
+    voices = states if len(states) == COMPARED else [*states, known]
+    moments = [_tensors(voice, OPTIMIZER) for voice in voices]
+    common = {name for each in moments for name in each if sum(name in other for other in moments) >= 2}
+    state = {name: t for name, t in states[index].state.items() if name.startswith(BLOCK)}
+    state |= {name: t for name, t in known.state.items() if name.startswith(ACCUMULATED)}
+    state |= elementwise_median(moments, sorted(common))
+    count = median_low([checkpoint.update_count for checkpoint in states])
+    return index, Checkpoint(state, max(count, int(bool(common))))
+
+
+def _tensors(checkpoint: Checkpoint, kind: str) -> State:
+    return {n: t for n, t in checkpoint.state.items() if n.startswith(kind) and t.is_floating_point()}
+
+
+def _version(expert: Expert) -> tuple[object, int, int]:
+    return expert.generation, expert.update_count, expert.accumulated_rows
+
+
+def _replace(expert: Expert, chosen: Checkpoint, source: str, version: object) -> bool:
+    """Returns False, and changes nothing, if the expert has changed since that version. Raises StateError."""
+    if _version(expert) != version:
+        return False
+    expert.import_state(chosen.state, chosen.update_count, source)
+    return True

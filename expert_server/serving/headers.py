@@ -1,0 +1,200 @@
+"""Reads the headers of calls. Every number is checked, and memory is reserved before arrays are made of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from grpc import StatusCode
+
+from dht.manifest import Manifest, parse_uid
+from expert_server.serving.assignment import Assignment
+from expert_server.serving.batching import Direction
+from expert_server.serving.forward_cache import CachedForward, ForwardCache
+from peer.codec import Integers, encoded_bytes
+from peer.errors import ExpertError, WireError
+from peer.rpc.calls import require_same_swarm
+from peer.wire import expert_pb2
+
+MAX_EXPERTS_IN_CALL = 4096
+_SEGMENT_BYTES, _ROW_BYTES, _PAIR_BYTES, _EXPERT_BYTES = 24, 40, 64, 1024
+"""Memory of a segment's length, of a row's position, of an expert's row and weight, and of an expert's work: parsed, in
+arrays, and in indices made from them.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSize:
+    """How much a call brings."""
+
+    rows: int
+    pairs: int
+    """Rows of all of its experts together."""
+    segments: int
+    experts: int
+    width: int
+    direction: Direction
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it needs beside what every call does.
+
+        Of each row as float32 the inputs, the answer, and in backward the gradient; of each pair what its expert is
+        given and answers, and in backward the input and the update, too.
+        """
+        per_row, per_pair = (2, 2) if self.direction == "forward" else (3, 4)
+        numbers = self.width * (per_row * self.rows + per_pair * self.pairs)
+        described = _SEGMENT_BYTES * self.segments + _EXPERT_BYTES * self.experts
+        return 4 * numbers + _ROW_BYTES * self.rows + _PAIR_BYTES * self.pairs + described
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedHeader:
+    """What a header says, once every number in it is known to be right."""
+
+    rows: int
+    assignment: Assignment | None
+    """None if the call is for a forward call that is kept no more."""
+    cached: CachedForward | None = None
+    """In backward: the forward call that was kept here."""
+
+
+class HeaderParser:
+    """Reads the headers of calls to one node."""
+
+    def __init__(self, swarm_id: str, manifest: Manifest, max_call_bytes: int, cache: ForwardCache) -> None:
+        """`max_call_bytes`: of the payload as float32."""
+        self._swarm_id = swarm_id
+        self._manifest = manifest
+        self._max_call_bytes = max_call_bytes
+        self._cache = cache
+
+    def parse(
+        self,
+        header: expert_pb2.CallHeader,
+        direction: Direction,
+        caller: str,
+        reserve: Callable[[int], object],
+    ) -> ParsedHeader:
+        """Takes the forward call that the header names out of the cache.
+
+        `reserve`: is given the bytes of memory that the call needs, and raises ExpertError if there is no room. Raises
+        WireError or ExpertError.
+        """
+        require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
+        if len(header.request_id) != 16:
+            raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
+        if header.width != self._manifest.width:
+            raise WireError(f"width {header.width}; this swarm's experts have {self._manifest.width}")
+        encoded_bytes(1, header.width, header.codec)  # refuses an unknown codec
+        if header.kept_request_id:
+            return self._parse_kept(header, direction, caller, reserve)
+        rows, pairs = self._counted(header)
+        self._require_size(rows * (2 if direction == "backward" else 1))
+        counts = rows, pairs, len(header.segment_lengths), len(header.experts)
+        reserve(CallSize(*counts, header.width, direction).bytes)
+        return ParsedHeader(rows, parse_assignment(header, self._manifest))
+
+    def _parse_kept(
+        self,
+        header: expert_pb2.CallHeader,
+        direction: Direction,
+        caller: str,
+        reserve: Callable[[int], object],
+    ) -> ParsedHeader:
+        if direction == "forward" or header.segment_lengths or header.positions or header.experts:
+            raise WireError(
+                "a kept forward call is named in backward calls, without segments, positions and experts"
+            )
+        rows = header.kept_rows
+        if not rows:
+            raise WireError("a kept forward call of no rows")
+        self._require_size(rows)
+        cached = self._cache.take((caller, header.kept_request_id))
+        if cached is None:
+            return ParsedHeader(rows, None)
+        assignment = cached.assignment
+        if len(assignment) != rows:
+            raise WireError(f"the kept forward call is of {len(assignment)} rows, not {rows}")
+        counts = rows, len(assignment.rows), len(assignment.lengths), len(assignment.uids)
+        reserve(CallSize(*counts, header.width, direction).bytes)
+        return ParsedHeader(rows, assignment, cached)
+
+    def _counted(self, header: expert_pb2.CallHeader) -> tuple[int, int]:
+        """The numbers of rows and pairs, before any of them is looked at."""
+        rows = len(header.positions)
+        if not rows:
+            raise WireError("a call of no rows")
+        if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
+            raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
+        pairs = sum(len(expert.rows) or rows for expert in header.experts)
+        top_k = self._manifest.routing.top_k
+        if not rows <= pairs <= rows * top_k:
+            raise WireError(
+                f"{pairs} rows of experts for the {rows} rows of the call; each is for 1 to {top_k} experts"
+            )
+        return rows, pairs
+
+    def _require_size(self, rows: int) -> None:
+        """`rows`: of the payload."""
+        size = 4 * rows * self._manifest.width
+        if size > self._max_call_bytes:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"a call of {size} bytes; at most {self._max_call_bytes}: send fewer rows at once",
+            )
+
+
+def parse_assignment(header: expert_pb2.CallHeader, manifest: Manifest) -> Assignment:
+    """Checks segments, positions, and the experts' rows and weights. Raises WireError."""
+    lengths = np.array(header.segment_lengths, dtype=np.int64)
+    positions = np.array(header.positions, dtype=np.int64)
+    _check_positions(lengths, positions, manifest.model.context)
+    uids = [parse_uid(expert.uid, manifest) for expert in header.experts]
+    if len(set(uids)) < len(uids):
+        raise WireError("an expert is named twice in one call")
+    every_row = np.arange(len(positions))
+    rows_of = [np.array(e.rows, np.int64) if e.rows else every_row for e in header.experts]
+    weights_of = [
+        np.array(e.weights, np.float32) if e.weights else np.ones(len(its_rows), np.float32)
+        for e, its_rows in zip(header.experts, rows_of, strict=True)
+    ]
+    counts = np.array([len(its_rows) for its_rows in rows_of])
+    for uid, count, weights in zip(uids, counts, weights_of, strict=True):
+        if len(weights) != count:
+            raise WireError(f"{len(weights)} weights for the {count} rows of expert {uid}")
+    assignment = Assignment(
+        uids, lengths, positions, np.cumsum(counts), np.concatenate(rows_of), np.concatenate(weights_of)
+    )
+    _check_pairs(assignment, manifest.routing.top_k)
+    return assignment
+
+
+def _check_positions(lengths: Integers, positions: Integers, context: int) -> None:
+    if not len(lengths) or lengths.min() < 1 or lengths.sum() != len(positions):
+        raise WireError(f"segments of {lengths.sum()} rows for the {len(positions)} rows of the call")
+    if positions.max() >= context:
+        raise WireError(f"position {positions.max()}; this swarm's context is {context} tokens")
+    starts = np.cumsum(lengths)[:-1]
+    rising = np.diff(positions) > 0
+    rising[starts - 1] = True  # from one segment to the next, positions may fall
+    if not rising.all():
+        raise WireError("positions do not rise within a segment")
+
+
+def _check_pairs(assignment: Assignment, top_k: int) -> None:
+    rows, weights, count = assignment.rows, assignment.weights, len(assignment)
+    if rows.max() >= count:
+        raise WireError(f"row {rows.max()} of an expert; the call has {count} rows")
+    rising = np.diff(rows) > 0
+    rising[assignment.ends[:-1] - 1] = True
+    if not rising.all():
+        raise WireError("the rows of an expert do not rise")
+    if not ((weights > 0) & np.isfinite(weights)).all():
+        raise WireError("a weight that is not finite and above 0")
+    experts_of_row = np.bincount(rows, minlength=count)
+    if not experts_of_row.min():
+        raise WireError(f"row {experts_of_row.argmin()} is for no expert")
+    if experts_of_row.max() > top_k:
+        raise WireError(
+            f"row {experts_of_row.argmax()} is for {experts_of_row.max()} experts; at most {top_k}"
+        )

@@ -1,0 +1,61 @@
+"""How a node joins others: it dials them, they dial back, and it compares their clocks with its own."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peer.clock import CLOCK
+from peer.identity import PeerID
+from peer.kademlia.lookups import Lookups
+from peer.kademlia.node import KademliaNode
+from peer.kademlia.search import NEIGHBOURS
+from peer.transport.addresses import Multiaddress
+
+
+@dataclass(frozen=True)
+class BootstrapReply:
+    """What a peer answered when this peer joined by it."""
+
+    addresses: tuple[Multiaddress, ...]
+    reaches_us: bool
+    """Whether it could dial back."""
+
+
+async def bootstrap(
+    dht: KademliaNode, addresses: Sequence[Multiaddress], deadline_s: float
+) -> list[BootstrapReply]:
+    """Pings the peers at these addresses in parallel, then looks up this peer's own neighbours.
+
+    `deadline_s` applies to each ping and the look-up. Returns the replies of those that answered.
+    """
+    by_peer: dict[PeerID, list[Multiaddress]] = {}
+    for address in addresses:
+        if address.peer_id != dht.peer_id:
+            dht.transport.contacts.note(address)
+            by_peer.setdefault(address.peer_id, []).append(address)
+    answers = await asyncio.gather(
+        *(_greet(dht, peer, listed, deadline_s) for peer, listed in by_peer.items())
+    )
+    replies = [answer for answer in answers if answer is not None]
+    if replies:
+        # not cancelled at the deadline: what it finds later still fills the routing table
+        look = dht.spawn(meet_neighbours(dht), "meet DHT neighbours")
+        await asyncio.wait([look], timeout=deadline_s)
+    return replies
+
+
+async def meet_neighbours(dht: KademliaNode) -> None:
+    """Looks this peer's own ID up: whoever answers on the way enters its routing table."""
+    await Lookups(dht).find([dht.node_id], NEIGHBOURS)
+
+
+async def _greet(
+    dht: KademliaNode, peer_id: PeerID, addresses: Sequence[Multiaddress], deadline_s: float
+) -> BootstrapReply | None:
+    answer = await dht.ping(peer_id, deadline_s, dials_back=True)
+    if answer is None:
+        return None
+    # the peer looked at its clock last: the connection, the session and its own dial took longer than the answer's way
+    CLOCK.note(peer_id.to_base58(), answer.dht_time)
+    dht.backoff.answered(peer_id)  # it may be held back from before it restarted
+    return BootstrapReply(tuple(addresses), answer.available)

@@ -1,0 +1,260 @@
+"""Who is where: IDs, the routing table, and which keys a new peer should be handed. No I/O and no clock.
+
+Kademlia (Maymounkov & Mazières 2002): peers and keys have IDs of 160 bits, and a key is stored at the peers whose IDs
+are nearest to its own by XOR. A peer knows up to 20 others in each bucket, and more buckets the nearer it gets to its
+own ID. Whoever has been known for longest stays, since who has lived for long is likely to live on. In a full bucket,
+neighbourhoods have equal shares: whoever runs many peers on few machines makes room for others.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import msgpack
+
+from peer.bounded import BoundedDict
+from peer.identity import PeerID
+
+ID_BYTES = 20
+ID_BITS = 8 * ID_BYTES
+PLACE_BITS = 64
+BUCKET_SIZE = 20
+"""Nodes in a bucket, and nearest nodes in an answer (k in the paper)."""
+REPLICAS = 5
+"""Nearest nodes at which a key is stored."""
+_DEPTH_STEP = 5
+"""Buckets far from this peer's own ID split as well, down to the next multiple of this depth (b in section 4.2)."""
+_PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
+"""Of a key's SHA-256 hash, and of an Ed25519 key as it is. 32 bytes follow."""
+_REMEMBERED_SILENT = 4096
+_FIRST_PAUSE_S, _MOST_DOUBLINGS = 5.0, 7
+
+
+def node_id_of(peer_id: bytes) -> int:
+    """The peer's place in the DHT: the hash of its PeerID. The ID that a peer claims is never read."""
+    return id_of_bytes(hashlib.sha1(peer_id, usedforsecurity=False).digest())
+
+
+def key_id_of(key: str) -> int:
+    """A key's place: the hash of its text, packed as values are."""
+    return id_of_bytes(hashlib.sha1(msgpack.packb(key), usedforsecurity=False).digest())
+
+
+def first_bits(node: int) -> int:
+    """Of a NodeID, by which a request names a node that is known."""
+    return node >> (ID_BITS - PLACE_BITS)
+
+
+def id_of_bytes(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def id_bytes(number: int) -> bytes:
+    """An ID as it travels: `ID_BYTES` bytes."""
+    return number.to_bytes(ID_BYTES, "big")
+
+
+def is_peer_id(name: bytes) -> bool:
+    """Whether it is the PeerID of an RSA key, as Talkoot's peers have, or of an Ed25519 key, as other programs have."""
+    return any(len(name) == len(prefix) + 32 and name.startswith(prefix) for prefix in _PEER_ID_PREFIXES)
+
+
+def should_hand_over(key: int, newcomer: int, own: int, others: Sequence[int]) -> bool:
+    """Whether this peer hands a key to a newcomer: it is the nearest holder, and the newcomer becomes one.
+
+    `others`: up to `REPLICAS` known nodes nearest to the key, nearest first, without these two.
+    """
+    becomes_holder = len(others) < REPLICAS or newcomer ^ key < others[-1] ^ key
+    return becomes_holder and (not others or own ^ key < others[0] ^ key)
+
+
+class _Bucket:
+    """The nodes whose IDs share their first `depth` bits: `low` is the first of those IDs."""
+
+    __slots__ = ("depth", "low", "nodes", "spare")
+
+    def __init__(self, low: int, depth: int) -> None:
+        self.low = low
+        self.depth = depth
+        self.nodes: dict[int, bytes] = {}
+        """Their PeerIDs, which take less memory as bytes. The one heard from longest ago comes first."""
+        self.spare: dict[int, bytes] = {}
+        """Those that take the places of nodes that leave, the newest last (section 4.1)."""
+
+    def has(self, node: int) -> bool:
+        return (node ^ self.low) >> (ID_BITS - self.depth) == 0
+
+    def distance(self, key: int) -> int:
+        """Of the nearest ID in it. The buckets' distances never overlap."""
+        bits = ID_BITS - self.depth
+        return (self.low ^ key) >> bits << bits
+
+
+class RoutingTable:
+    """The nodes that this peer knows. It holds `BUCKET_SIZE` nodes and as many spare ones in a bucket, at most."""
+
+    def __init__(self, own: int) -> None:
+        """`own`: this peer's ID, which is never among the others."""
+        self._own = own
+        self._buckets = [_Bucket(0, 0)]
+        """In the order of their IDs; together they have all."""
+        self._asked: set[int] = set()
+        """Nodes of full buckets that are being pinged."""
+        self._near: dict[int, str] = {}
+        """The neighbourhoods of nodes, if they matter."""
+
+    def __contains__(self, node: int) -> bool:
+        """Spare nodes are included, here and below."""
+        bucket = self._bucket(node)
+        return node in bucket.nodes or node in bucket.spare
+
+    def __iter__(self) -> Iterator[tuple[int, PeerID]]:
+        for bucket in self._buckets:
+            for node, name in (*bucket.nodes.items(), *bucket.spare.items()):
+                yield node, PeerID(name)
+
+    def __len__(self) -> int:
+        return sum(len(bucket.nodes) + len(bucket.spare) for bucket in self._buckets)
+
+    @property
+    def buckets(self) -> int:
+        return len(self._buckets)
+
+    def add(self, node: int, peer_id: PeerID, near: str = "") -> PeerID | None:
+        """Adds a node that has just been heard from. `near`: its neighbourhood, empty if that does not matter.
+
+        If its bucket is full, it becomes a spare one. Returns the node of the bucket that was heard from longest ago,
+        which should be pinged, and either added again or removed (section 2.2). None if there is none to ping.
+        """
+        if node == self._own:
+            return None
+        self._asked.discard(node)
+        bucket = self._bucket(node)
+        while node not in bucket.nodes and len(bucket.nodes) >= BUCKET_SIZE and self._splits(bucket):
+            bucket = self._split(bucket, node)
+        if near:
+            self._near[node] = near
+        else:
+            self._near.pop(node, None)
+        if node not in bucket.nodes and len(bucket.nodes) >= BUCKET_SIZE:
+            crowding = self._crowding(bucket, near)
+            if crowding is not None:
+                self._keep_as_spare(bucket, crowding, bucket.nodes.pop(crowding))
+        if node in bucket.nodes or len(bucket.nodes) < BUCKET_SIZE:
+            bucket.nodes.pop(node, None)
+            bucket.spare.pop(node, None)
+            bucket.nodes[node] = peer_id.to_bytes()
+            return None
+        self._keep_as_spare(bucket, node, peer_id.to_bytes())
+        oldest = next((known for known in bucket.nodes if known not in self._asked), None)
+        if oldest is None:
+            return None
+        self._asked.add(oldest)
+        return PeerID(bucket.nodes[oldest])
+
+    def has_room(self, node: int, near: str = "") -> bool:
+        """Whether the node would enter a bucket, or be a spare one in whose place no other goes.
+
+        `near`: its neighbourhood.
+        """
+        bucket = self._bucket(node)
+        return (
+            len(bucket.nodes) < BUCKET_SIZE
+            or len(bucket.spare) < BUCKET_SIZE
+            or self._splits(bucket)
+            or self._crowding(bucket, near) is not None
+        )
+
+    def remove(self, node: int) -> None:
+        """A node did not answer. The newest spare one takes its place. Unknown nodes are ignored."""
+        bucket = self._bucket(node)
+        self._asked.discard(node)
+        bucket.spare.pop(node, None)
+        self._near.pop(node, None)
+        if bucket.nodes.pop(node, None) is not None and bucket.spare:
+            newest, name = bucket.spare.popitem()
+            bucket.nodes[newest] = name
+
+    def nearest(self, key: int, count: int, exclude: int | None = None) -> list[tuple[int, PeerID]]:
+        """The nodes nearest to the key, nearest first, without `exclude` and spare nodes.
+
+        The nearest one of each neighbourhood, and the others only if there are too few.
+        """
+        found: list[tuple[int, bytes]] = []
+        further: list[tuple[int, bytes]] = []
+        places: set[str] = set()
+        for bucket in sorted(self._buckets, key=lambda bucket: bucket.distance(key)):
+            for node, name in sorted(bucket.nodes.items(), key=lambda item: item[0] ^ key):
+                near = self._near.get(node)
+                if node == exclude:
+                    continue
+                if near is None or near not in places:
+                    found.append((node, name))
+                else:
+                    further.append((node, name))
+                if near is not None:
+                    places.add(near)
+            if len(found) >= count:
+                break
+        return [(node, PeerID(name)) for node, name in (*found, *further)[:count]]
+
+    def _bucket(self, node: int) -> _Bucket:
+        return self._buckets[bisect_right(self._buckets, node, key=lambda bucket: bucket.low) - 1]
+
+    def _splits(self, bucket: _Bucket) -> bool:
+        return bucket.depth < ID_BITS and (bucket.has(self._own) or bucket.depth % _DEPTH_STEP != 0)
+
+    def _crowding(self, bucket: _Bucket, near: str) -> int | None:
+        """The newest node of the neighbourhood with the most, if it has two more than this neighbourhood."""
+        if not near:
+            return None
+        count = Counter(self._near[node] for node in bucket.nodes if node in self._near)
+        most = max(count, key=count.__getitem__, default="")
+        if count[most] <= count[near] + 1:
+            return None
+        return next(node for node in reversed(bucket.nodes) if self._near.get(node) == most)
+
+    def _keep_as_spare(self, bucket: _Bucket, node: int, name: bytes) -> None:
+        bucket.spare.pop(node, None)
+        bucket.spare[node] = name
+        if len(bucket.spare) > BUCKET_SIZE:
+            gone = next(iter(bucket.spare))
+            del bucket.spare[gone]
+            self._near.pop(gone, None)
+
+    def _split(self, bucket: _Bucket, node: int) -> _Bucket:
+        """Splits it into halves. Returns the one in which the node belongs."""
+        halves = [
+            _Bucket(bucket.low, bucket.depth + 1),
+            _Bucket(bucket.low + (1 << (ID_BITS - bucket.depth - 1)), bucket.depth + 1),
+        ]
+        for known, name in (*bucket.nodes.items(), *bucket.spare.items()):
+            half = halves[halves[1].has(known)]
+            room = half.nodes if len(half.nodes) < BUCKET_SIZE else half.spare
+            room[known] = name
+        place = self._buckets.index(bucket)
+        self._buckets[place : place + 1] = halves
+        return halves[halves[1].has(node)]
+
+
+class Backoff:
+    """Peers that did not answer are not asked for a while, which doubles each time. Times are passed in, in seconds."""
+
+    def __init__(self) -> None:
+        self._failures = BoundedDict[PeerID, tuple[int, float]](_REMEMBERED_SILENT)
+        """How often in a row, and until when it is not asked."""
+
+    def failed(self, peer_id: PeerID, now: float) -> None:
+        """Calls that fail while it is not to be asked anyway count once."""
+        times, until = self._failures.get(peer_id, (0, -1.0))
+        if now >= until:
+            pause_s = _FIRST_PAUSE_S * 2 ** min(times, _MOST_DOUBLINGS)
+            self._failures[peer_id] = times + 1, now + pause_s
+
+    def answered(self, peer_id: PeerID) -> None:
+        self._failures.pop(peer_id, None)
+
+    def holds_back(self, peer_id: PeerID, now: float) -> bool:
+        """Whether the peer should not be asked now."""
+        return peer_id in self._failures and now < self._failures[peer_id][1]

@@ -1,0 +1,249 @@
+"""The DHT's calls over gRPC: pinned to the certificates in contacts, in sessions, on the server that the peer has.
+
+The answer has a deadline, and the dial and the session before it have another: a busy peer may take most of one for
+TLS. Whoever is not there costs its dial, and is then left alone for a while, unless it says in a newer contact that it
+is elsewhere.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grpc
+from grpc import StatusCode
+
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError, UnreachableError
+from peer.identity import Identity, PeerID
+from peer.kademlia.contacts import ContactBook
+from peer.kademlia.node import Handler
+from peer.kademlia.validation import MAX_MESSAGE_BYTES
+from peer.rpc.calls import abort_on_error
+from peer.rpc.certificates import fetch_certificate
+from peer.rpc.channels import CLIENT_OPTIONS, ChannelPool, Contact, Options
+from peer.rpc.sessions import SessionClient, Sessions
+from peer.transport.addresses import Multiaddress
+from peer.transport.contacts import OwnContact
+from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope, Endpoint, address_of
+from peer.wire import contact_pb2, dht_pb2, session_pb2
+
+_CHANNELS = 512
+"""Connections to others, of which those that have not been used for a while are closed."""
+_CALLS, _CALLS_OF_PEER = 1024, 64
+"""Under way, to all peers and to each. Further ones to a peer wait: it would refuse them."""
+_TRY_S = 5.0
+"""The addresses of a peer are tried for so long. A stranger's dials must not take the channels of others."""
+_SILENT_S = 5.0
+"""So long a peer is left alone after nobody answered at its addresses."""
+_REFUSED = (StatusCode.FAILED_PRECONDITION, StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED)
+"""How a server says that it opens no session with this peer: not only now, but as it is."""
+_IDLE_MS = 60_000
+_OPTIONS: Options = [
+    *(
+        option
+        for option in CLIENT_OPTIONS
+        if option[0] not in {"grpc.max_receive_message_length", "grpc.http2.lookahead_bytes"}
+    ),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.lookahead_bytes", 2 * MAX_MESSAGE_BYTES),
+    ("grpc.client_idle_timeout_ms", _IDLE_MS),
+]
+"""What a peer that is asked can send unasked is bounded by the messages of the DHT."""
+_SERVICE = dht_pb2.DESCRIPTOR.services_by_name["DhtService"]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A peer at an address that the owner gave. Its certificate came from there."""
+
+    peer_id: PeerID
+    addresses: tuple[Endpoint, ...]
+    certificate_pem: bytes
+    relay_addresses: tuple[Multiaddress, ...] = ()
+    tunnel_addresses: tuple[Multiaddress, ...] = ()
+
+
+class _Turns:
+    """The calls of one peer."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.free = asyncio.Semaphore(_CALLS_OF_PEER)
+
+
+class GrpcTransport:
+    """One peer's calls of others' DHT nodes, and theirs of its own. Close it when done."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        swarm_id: str,
+        contacts: ContactBook,
+        own: OwnContact,
+        dialling: Dialling | None = None,
+    ) -> None:
+        """`contacts`: of this process. `dialling`: its rules; None: all of this machine may be dialled."""
+        self.peer_id = identity.peer_id
+        self.contacts = contacts
+        self._own = own
+        self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
+        self._pool = ChannelPool(_CHANNELS, dialling=self._dialling, options=_OPTIONS, try_s=_TRY_S)
+        self._sessions = SessionClient(identity, swarm_id, (session_pb2.RIGHT_DHT,))
+        self._handlers: dict[str, Handler] = {}
+        self._given = BoundedDict[PeerID, _Given](_CHANNELS)
+        self._silent = BoundedDict[PeerID, tuple[float, object]](_CALLS)
+        """Until when a peer is left alone, and what was known of it then."""
+        self._refusals = BoundedDict[PeerID, str](_CHANNELS)
+        self._turns: dict[PeerID, _Turns] = {}
+        """Of peers that are being called."""
+
+    def own_contact(self) -> contact_pb2.Contact | None:
+        """Where others reach this peer; None if they can't."""
+        return self._own.message()
+
+    async def call(self, peer_id: PeerID, method: str, request: bytes, deadline_s: float) -> bytes | None:
+        """The peer's reply; None if there is none in time, or if nobody knows where it is.
+
+        `deadline_s`: until there is a session, and then until the reply.
+        """
+        if sum(turns.calls for turns in self._turns.values()) >= _CALLS or not self._may_be_there(peer_id):
+            return None
+        now = asyncio.get_running_loop().time()
+        try:
+            async with self._turn(peer_id, now + deadline_s):
+                reply = await self._call(peer_id, method, request, deadline_s, now + 2 * deadline_s)
+        except (UnreachableError, TimeoutError):
+            silent_until = asyncio.get_running_loop().time() + _SILENT_S
+            self._silent[peer_id] = silent_until, self.contacts.get(peer_id)
+            return None
+        except ExpertError as error:
+            if error.status in _REFUSED:
+                self._refusals[peer_id] = str(error)
+            return None
+        except grpc.aio.AioRpcError:
+            return None
+        self._silent.pop(peer_id, None)
+        self._refusals.pop(peer_id, None)
+        if (endpoint := self._pool.endpoint_of(peer_id)) is not None:
+            self.contacts.reached(peer_id, endpoint)
+        return reply
+
+    def refusal_of(self, peer_id: PeerID) -> str | None:
+        """Why the peer opens no session with this one, in its words; None if it has not said that it does not."""
+        return self._refusals.get(peer_id)
+
+    async def serve(self, method: str, handler: Handler) -> None:
+        """Answers other peers' calls from now on, on the servers to which it was added."""
+        self._handlers[method] = handler
+
+    def add_to(self, server: grpc.aio.Server, sessions: Sessions) -> None:
+        """Serves the DHT there, to callers in sessions. Call it before the server starts."""
+        methods: dict[str, Any] = {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                partial(self._answer, sessions, method.name.lower())
+            )
+            for method in _SERVICE.methods
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, methods),))
+
+    async def close(self) -> None:
+        await self._sessions.close()
+        await self._pool.close()
+
+    def _may_be_there(self, peer_id: PeerID) -> bool:
+        if self.contacts.given(peer_id):
+            return True
+        until, known = self._silent.get(peer_id, (-math.inf, None))
+        if asyncio.get_running_loop().time() < until and known == self.contacts.get(peer_id):
+            return False
+        return self.contacts.reaches(peer_id)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, peer_id: PeerID, until: float) -> AsyncIterator[None]:
+        """Raises TimeoutError."""
+        turns = self._turns.setdefault(peer_id, _Turns())
+        turns.calls += 1
+        try:
+            async with asyncio.timeout_at(until):
+                await turns.free.acquire()
+            try:
+                yield
+            finally:
+                turns.free.release()
+        finally:
+            turns.calls -= 1
+            if not turns.calls:
+                del self._turns[peer_id]
+
+    async def _call(
+        self, peer_id: PeerID, method: str, request: bytes, deadline_s: float, until: float
+    ) -> bytes:
+        """Once again if the session has ended, or the channel was closed to make room for others.
+
+        `deadline_s`: for the session, and for the reply; `until`: for all of it. Raises UnreachableError, TimeoutError,
+        ExpertError and AioRpcError.
+        """
+        clock = asyncio.get_running_loop().time
+        path = f"/{_SERVICE.full_name}/{method.capitalize()}"
+        for last in (False, True):
+            open_until = min(clock() + deadline_s, until)
+            async with asyncio.timeout_at(open_until):
+                peer = await self._find(peer_id, open_until - clock())
+                channel = await self._pool.reach(peer)
+                metadata = await self._sessions.metadata(peer_id, channel, open_until - clock())
+            call: Any = channel.unary_unary(path)
+            try:
+                # gRPC keeps to the deadline itself: it leaks calls that are cancelled (issue 43360)
+                left_s = max(0.0, min(deadline_s, until - clock()))
+                reply: bytes = await call(request, timeout=left_s, metadata=metadata)
+                return reply
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not StatusCode.UNAUTHENTICATED or last:
+                    raise
+                self._sessions.ended(peer_id, metadata)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+        raise UnreachableError(f"the channel to {peer_id} was closed meanwhile")
+
+    async def _find(self, peer_id: PeerID, deadline_s: float) -> Contact:
+        """What the peer says, or else where the owner says that it is. Raises UnreachableError."""
+        contact = self.contacts.get(peer_id)
+        if contact is not None:
+            return contact
+        if (given := self._given.get(peer_id)) is not None:
+            return given
+        endpoints = self.contacts.given(peer_id)
+        for endpoint in filter(partial(self._dialling.begin, peer_id=peer_id), endpoints):
+            with contextlib.suppress(UnreachableError):
+                pem = await fetch_certificate(endpoint, peer_id, deadline_s / len(endpoints))
+                self._dialling.reached(endpoint, peer_id)
+                self._given[peer_id] = found = _Given(peer_id, (endpoint,), pem)
+                return found
+        raise UnreachableError(f"peer {peer_id} does not answer at {', '.join(endpoints) or 'any address'}")
+
+    async def _answer(
+        self,
+        sessions: Sessions,
+        method: str,
+        request: bytes,
+        context: "grpc.aio.ServicerContext[bytes, bytes]",
+    ) -> bytes:
+        async with abort_on_error(context):
+            session = sessions.require(context, session_pb2.RIGHT_DHT)
+            self.contacts.called(session.caller, session.near)
+            if (address := address_of(context.peer())) is not None:
+                self._dialling.met(session.caller, address)
+            if len(request) > MAX_MESSAGE_BYTES:
+                raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, f"at most {MAX_MESSAGE_BYTES} bytes")
+            handler = self._handlers.get(method)
+            if handler is None:
+                raise ExpertError(StatusCode.UNAVAILABLE, "this peer serves no DHT now")
+            return await handler(session.caller, request)
+        raise AssertionError("abort raises")

@@ -1,0 +1,86 @@
+"""Which of several states to take whole: the medoid, the one nearest to the others. Pure.
+
+A peer that takes a state over whole (a node adopts an expert, a trainer joins) asks up to `COMPARED` peers that have it
+and takes none for what it claims. The medoid is the state with the least sum of distances to the others. It is a state
+that somebody has trained, not a mixture.
+"""
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from statistics import median
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+COMPARED = 3
+"""States that are asked for: the fewest of which a majority can be honest when one is not."""
+
+
+def medoid(states: Sequence[Tensors], known: Tensors, rng: random.Random) -> int:
+    """The index of the state to take. Ties are drawn.
+
+    `states`: one to three, of the same names, shapes and float dtypes, and finite. `known`: the one that this peer has
+    already, a checkpoint or the first parameters. Of two states it decides: the nearer to it is taken.
+
+    Of three, if two are at most d apart, the one taken is at most d from both: the third is taken only if it is no
+    further from either than they are from each other. Of two, the one taken is no further from `known` than the other.
+    """
+    if len(states) == 1:
+        return 0
+    if len(states) == 2:
+        squares = _squared_distances([*states, known])
+        merits = [-squares[0][2], -squares[1][2]]
+    else:
+        squares = _squared_distances(states)
+        # its own distances have the least sum if that of the other two is the largest
+        merits = [squares[1][2], squares[2][0], squares[0][1]]
+    most = max(merits)
+    return rng.choice([index for index, merit in enumerate(merits) if merit == most])
+
+
+def elementwise_median(states: Sequence[Tensors], names: Collection[str]) -> dict[str, Tensor]:
+    """The middle of three numbers, for each number of each tensor. What a state lacks counts as zeros.
+
+    For what varies too much from state to state to compare, such as moments. If one of three states is hostile, each
+    number lies between those of the other two. Raises ValueError unless there are three states.
+    """
+    if len(states) != 3:
+        raise ValueError(f"the middle one of {len(states)} states was asked for, not of three")
+    found = {}
+    for name in names:
+        like = next(state[name] for state in states if name in state)
+        tensors = [state[name] if name in state else torch.zeros_like(like) for state in states]
+        found[name] = torch.stack(tensors).median(dim=0).values
+    return found
+
+
+def _squared_distances(states: Sequence[Tensors]) -> list[list[float]]:
+    """Between each two states, as a matrix.
+
+    Each tensor counts by its mean square, relative to the middle of the states' own. So a large tensor counts no more
+    than a small one, and one hostile state of three sets no scale. A tensor that began as zeros is measured by the
+    whole, as it may still be small.
+    """
+    sizes = {name: [_mean_square(state[name]) for state in states] for name in states[0]}
+    whole = median(_whole(states[0], sizes, i) for i in range(len(states)))
+    squares = [[0.0] * len(states) for _ in states]
+    for name in states[0]:
+        scale = max(median(sizes[name]), whole)
+        for i in range(len(states)):
+            for j in range(i) if scale else ():
+                apart = _mean_square(states[i][name].double() - states[j][name].double()) / scale
+                squares[i][j] += apart
+                squares[j][i] += apart
+    return squares
+
+
+def _whole(like: Tensors, sizes: Mapping[str, Sequence[float]], index: int) -> float:
+    count = sum(tensor.numel() for tensor in like.values())
+    return sum(sizes[name][index] * tensor.numel() for name, tensor in like.items()) / max(1, count)
+
+
+def _mean_square(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean()) if tensor.numel() else 0.0

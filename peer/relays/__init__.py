@@ -1,0 +1,1 @@
+"""Relays over gRPC, for peers whose router lets nobody in."""

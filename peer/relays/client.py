@@ -1,0 +1,232 @@
+"""How a peer calls relays: over channels and in sessions that all its reservations and circuits share."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import grpc
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError, UnreachableError
+from peer.formatting import printable
+from peer.identity import Identity, PeerID, certificate_pem
+from peer.loop import first_of
+from peer.relays.pieces import ACCEPT_S, BEAT_S, PIECE_BYTES, read_piece
+from peer.rpc.calls import make_stub
+from peer.rpc.certificates import fetch_certificate
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import Admission, SessionClient
+from peer.transport.addresses import Multiaddress
+from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope, Endpoint
+from peer.transport.pipes import Pipe, SocketStream, copy_both_ways
+from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
+
+Method: TypeAlias = Literal["Reserve", "Dial", "Accept"]
+Message: TypeAlias = "relay_pb2.ReserveRequest | relay_pb2.CircuitPiece"
+Call: TypeAlias = Any
+"""grpc's StreamStreamCall, whose messages have no type."""
+_OWN_CHANNELS, _DIAL_CHANNELS = 16, 256
+"""To relays where this peer has reservations, and to those of others. Apart, for strangers name the latter."""
+_FETCH_S = 5.0
+_OPEN_S = ACCEPT_S + 2.0
+"""For a session and the relay's first reply; it waits for the other end in between."""
+_IDLE_S = 600.0
+"""A circuit that carries nothing for so long ends. gRPC opens another when it needs one."""
+
+
+@dataclass(frozen=True)
+class Relay:
+    """Where a relay is called; what `ChannelPool` needs to know of it."""
+
+    peer_id: PeerID
+    endpoint: Endpoint
+    certificate_pem: bytes
+    tunnel_addresses: Sequence[Multiaddress] = ()
+    relay_addresses: Sequence[Multiaddress] = ()
+
+    @property
+    def addresses(self) -> Sequence[Endpoint]:
+        return (self.endpoint,)
+
+
+class RelayClient:
+    """Calls relays. For one event loop; close it when done."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        swarm_id: str,
+        dialling: Dialling | None = None,
+        certificate_of: Callable[[PeerID], bytes | None] = lambda peer_id: None,
+        metrics: CollectorRegistry | None = None,
+        own_endpoint: Callable[[], Endpoint | None] = lambda: None,
+        admission: Admission | None = None,
+    ) -> None:
+        """`dialling`: the rules for addresses that others wrote; None: all of this machine may be dialled.
+
+        `certificate_of`: a relay's certificate, PEM, if it is known. If not, it is fetched.
+
+        `own_endpoint`: where this peer's own server listens on this machine; None: it has none. There it reaches peers
+        that have their reservations at this very peer.
+
+        `admission`: has this peer's badge.
+        """
+        self.peer_id = identity.peer_id
+        self.circuits = 0
+        """Open now, those to others and those that others opened."""
+        self.bytes = Counter(
+            "talkoot_circuit_bytes", "Carried in this peer's circuits, both ways.", registry=metrics
+        )
+        Gauge(
+            "talkoot_circuits", "Connections of this peer through relays, both ways.", registry=metrics
+        ).set_function(lambda: self.circuits)
+        self._identity = identity
+        self._own_endpoint = own_endpoint
+        self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
+        self._pools = (
+            ChannelPool(_OWN_CHANNELS, dialling=self._dialling),
+            ChannelPool(_DIAL_CHANNELS, dialling=self._dialling),
+        )
+        self._sessions = SessionClient(identity, swarm_id, (session_pb2.RIGHT_RELAY,), admission)
+        self._certificate_of = certificate_of
+        self._fetched = BoundedDict[PeerID, bytes](_DIAL_CHANNELS)
+
+    async def relay(self, peer_id: PeerID, endpoint: Endpoint) -> Relay:
+        """A relay of which nothing else is known. Raises UnreachableError."""
+        if peer_id == self.peer_id:
+            own = self._own_endpoint()
+            if own is None:
+                raise UnreachableError("this peer does not relay")
+            return Relay(peer_id, own, certificate_pem(self._identity.make_certificate(), peer_id))
+        pem = self._certificate_of(peer_id) or self._fetched.get(peer_id)
+        if pem is None:
+            if not self._dialling.begin(endpoint, peer_id):
+                raise UnreachableError(f"a relay at {endpoint} is not dialled now")
+            pem = self._fetched[peer_id] = await fetch_certificate(endpoint, peer_id, _FETCH_S)
+            self._dialling.reached(endpoint, peer_id)
+        return Relay(peer_id, endpoint, pem)
+
+    async def open(self, method: Method, relay: Relay, first: Message) -> Call:
+        """Begins a call that lasts, once the relay's first reply has come, which must be empty. Cancel it when done.
+
+        Raises UnreachableError.
+        """
+        try:
+            async with asyncio.timeout(_OPEN_S):
+                channel = await self._channel(relay, self._pools[method == "Dial"])
+                stub = make_stub(relay_pb2_grpc.RelayServiceStub, channel)
+                for may_repeat in (True, False):
+                    metadata = await self._sessions.metadata(relay.peer_id, channel, _OPEN_S)
+                    call: Call = getattr(stub, method)(metadata=metadata)
+                    try:
+                        return await _begun(call, first)
+                    except ExpertError as error:
+                        if error.status is not StatusCode.UNAUTHENTICATED or not may_repeat:
+                            raise
+                        self._sessions.ended(relay.peer_id, metadata)
+        except TimeoutError:
+            raise UnreachableError(f"relay {relay.peer_id} does not answer") from None
+        except (ExpertError, OSError) as error:
+            raise UnreachableError(f"relay {relay.peer_id} refuses: {error}") from error
+        raise AssertionError("the second try returns or raises")
+
+    async def carry(self, pipe: Pipe, call: Call) -> None:
+        """Copies between a socket and a circuit until either ends, and ends both. Raises OSError if one breaks."""
+        self.circuits += 1
+        circuit = CircuitStream(call)
+        try:
+            with contextlib.closing(pipe[1]):
+                here = SocketStream(pipe, PIECE_BYTES)
+                await first_of(copy_both_ways(here, circuit, _IDLE_S, self.bytes.inc), circuit.keep_alive())
+        finally:
+            self.circuits -= 1
+            call.cancel()
+
+    async def close(self) -> None:
+        """Ends all calls. Closing twice is harmless."""
+        await self._sessions.close()
+        for pool in self._pools:
+            await pool.close()
+
+    async def _channel(self, relay: Relay, pool: ChannelPool) -> grpc.aio.Channel:
+        """Raises UnreachableError."""
+        if relay.peer_id == self.peer_id:
+            return await pool.get(relay.endpoint, relay.certificate_pem)
+        return await pool.reach(relay)
+
+
+class CircuitStream:
+    """A byte stream over the pieces of a call."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._writing = asyncio.Lock()
+        self._wrote = False
+
+    async def read(self) -> bytes:
+        while True:
+            with breaking():
+                piece = await self._call.read()
+                if piece is grpc.aio.EOF:
+                    return b""
+                data = read_piece(piece)
+            if data:
+                return data
+
+    async def write(self, data: bytes) -> None:
+        async with self._writing:
+            self._wrote = True
+            with breaking():
+                await self._call.write(relay_pb2.CircuitPiece(data=data))
+
+    async def end(self) -> None:
+        """Waits until the relay has ended it, too: so it has taken all."""
+        with breaking():
+            await self._call.done_writing()
+            await self._call.code()
+
+    async def keep_alive(self) -> None:
+        """Sends an empty piece when nothing else was sent for a while. For ever. Raises OSError."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            if not self._wrote:
+                await self.write(b"")
+            self._wrote = False
+
+
+@contextmanager
+def breaking() -> Iterator[None]:
+    """Raises ConnectionError if a call ends inside, in whatever way."""
+    try:
+        yield
+    except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, ExpertError) as error:
+        raise ConnectionError(f"the call ended: {error}") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionError("the channel was closed meanwhile") from error
+
+
+async def _begun(call: Call, first: Message) -> Call:
+    """The call, once its first message has gone and an empty one has come. Raises ExpertError or ConnectionError."""
+    try:
+        with breaking():
+            with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # its status says why
+                await call.write(first)
+                reply = await call.read()
+                if reply is not grpc.aio.EOF:
+                    if reply.ByteSize():
+                        raise ConnectionError("its first reply is not empty")
+                    return call
+            status, details = await call.code(), await call.details()
+    except BaseException:
+        call.cancel()
+        raise
+    raise ExpertError(status, printable(details or "it ended the call"))

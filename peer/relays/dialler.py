@@ -1,0 +1,113 @@
+"""The caller's side: gRPC's connections to peers behind routers, through the relays at which they have reservations."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter
+
+from peer.errors import UnreachableError
+from peer.identity import PeerID
+from peer.loop import TaskSet
+from peer.metrics import start_at_zero
+from peer.relays.client import Call, RelayClient
+from peer.transport.addresses import Multiaddress
+from peer.transport.pipes import Listeners, Pipe
+from peer.wire import relay_pb2
+
+logger = logging.getLogger(__name__)
+
+_PEERS = 256
+"""That can be dialled without opening a socket again."""
+_CIRCUITS = 256
+"""At the same time."""
+_TRIED = 4
+"""Relays of one peer."""
+_HEAD_START_S = 1.0
+"""How long one relay is tried alone before the next is tried beside it."""
+_DIAL_S = 15.0
+
+
+class RelayDialler:
+    """Opens circuits to peers. For one event loop; close it when done."""
+
+    def __init__(self, client: RelayClient, metrics: CollectorRegistry | None = None) -> None:
+        dials = Counter(
+            "talkoot_relay_dials", "Connections that this peer wanted through relays.", ["outcome"],
+            registry=metrics,
+        )  # fmt: skip
+        self.dials = start_at_zero(dials, "opened", "failed")
+        self._client = client
+        self._listeners = Listeners(_PEERS, self._forward)
+        self._tasks = TaskSet()
+
+    async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
+        """As of `Listeners`."""
+        return await self._listeners.open_to(peer_id, addresses)
+
+    def address_of(self, peer_id: PeerID) -> str:
+        """The address that `open_to` returned for the peer."""
+        return self._listeners.address_of(peer_id)
+
+    async def close(self) -> None:
+        """Ends all circuits. Closing twice is harmless."""
+        self._listeners.close()
+        await self._tasks.aclose()
+
+    async def _forward(self, peer_id: PeerID, addresses: Sequence[Multiaddress], accepted: Pipe) -> None:
+        """Handles a connection of this process's own gRPC."""
+        with contextlib.closing(accepted[1]):
+            if len(self._tasks) >= _CIRCUITS:
+                return
+            with self._tasks.including_current():
+                try:
+                    call = await self.dial(peer_id, addresses)
+                except UnreachableError as error:
+                    self.dials.labels("failed").inc()
+                    logger.debug("%s", error)
+                    return
+                self.dials.labels("opened").inc()
+                try:
+                    await self._client.carry(accepted, call)
+                except OSError as error:
+                    logger.debug("a circuit ended: %s", error)
+
+    async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> Call:
+        """A circuit by the first relay that opens one. Cancel the call when done. Raises UnreachableError."""
+        waiting = [a for a in addresses if a.is_relayed and a.peer_id == peer_id and a.dialled != peer_id]
+        del waiting[_TRIED:]
+        tries: set[asyncio.Task[Call]] = set()
+        found = None
+        try:
+            async with asyncio.timeout(_DIAL_S):
+                while found is None and (waiting or tries):
+                    if waiting:
+                        tries.add(asyncio.create_task(self._dial(peer_id, waiting.pop(0))))
+                    longest_s = _HEAD_START_S if waiting else None
+                    done, _ = await asyncio.wait(
+                        tries, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    worked = [task for task in done if task.exception() is None]
+                    found = worked[0] if worked else None
+                    tries -= done - set(worked)
+        except TimeoutError:
+            pass
+        finally:
+            await _drop(tries - {found})
+        if found is None:
+            raise UnreachableError(f"no relay opens a circuit to {peer_id}")
+        return found.result()
+
+    async def _dial(self, peer_id: PeerID, address: Multiaddress) -> Call:
+        relay = await self._client.relay(address.dialled, address.endpoint)
+        return await self._client.open("Dial", relay, relay_pb2.CircuitPiece(peer_id=peer_id.to_bytes()))
+
+
+async def _drop(tries: "set[asyncio.Task[Call]]") -> None:
+    """Ends tries that are no longer needed, and what they have opened."""
+    for task in tries:
+        task.cancel()
+    for result in await asyncio.gather(*tries, return_exceptions=True):
+        if not isinstance(result, BaseException):
+            result.cancel()

@@ -1,0 +1,50 @@
+"""What both ends of a circuit and its relay agree on."""
+
+from typing import TypeAlias
+
+from grpc import StatusCode
+
+from peer.errors import ExpertError
+from peer.identity import PeerID
+from peer.wire import relay_pb2
+
+Piece: TypeAlias = "relay_pb2.CircuitPiece"
+PIECE_BYTES = 64 * 2**10
+"""The most in one piece."""
+CIRCUIT_BYTES = 16
+"""Of a circuit's name, which is random and known only to the two that it is told."""
+BEAT_S = 6.0
+"""An end that has sent nothing for so long sends something empty. The gate ends calls that say nothing for 20 s."""
+ACCEPT_S = 10.0
+"""How long a circuit waits to be accepted."""
+
+
+def read_piece(piece: Piece) -> bytes:
+    """The data of a piece that is not the first. Raises ExpertError (INVALID_ARGUMENT)."""
+    data = piece.data
+    if len(data) > PIECE_BYTES:
+        raise ExpertError(StatusCode.INVALID_ARGUMENT, f"a piece has at most {PIECE_BYTES} bytes")
+    if piece.peer_id or piece.circuit:
+        raise ExpertError(StatusCode.INVALID_ARGUMENT, "only the first piece names a peer or a circuit")
+    return data
+
+
+def read_peer(data: bytes) -> PeerID:
+    """A PeerID that a stranger wrote. Raises ExpertError (INVALID_ARGUMENT)."""
+    if len(data) != 34 or not data.startswith(b"\x12\x20"):
+        raise ExpertError(StatusCode.INVALID_ARGUMENT, "not the PeerID of a peer")
+    return PeerID(data)
+
+
+def read_target(piece: Piece) -> PeerID:
+    """Whom the first piece of Dial names. Raises ExpertError (INVALID_ARGUMENT)."""
+    if piece.data or piece.circuit:
+        raise ExpertError(StatusCode.INVALID_ARGUMENT, "the first piece names a peer, and nothing else")
+    return read_peer(piece.peer_id)
+
+
+def read_circuit(piece: Piece) -> bytes:
+    """Which circuit the first piece of Accept names. Raises ExpertError (INVALID_ARGUMENT)."""
+    if piece.data or piece.peer_id or len(piece.circuit) != CIRCUIT_BYTES:
+        raise ExpertError(StatusCode.INVALID_ARGUMENT, "the first piece names a circuit, and nothing else")
+    return piece.circuit

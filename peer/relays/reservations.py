@@ -1,0 +1,228 @@
+"""The side of a peer that nobody can reach directly: it keeps reservations at relays, and accepts who calls there.
+
+A relay may lie about who calls, and call without end. So what comes through one relay is bounded, and counts as one
+neighbourhood. TLS of the two ends runs inside: a relay can end a circuit, and nothing else.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter as Multiset
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError, UnreachableError
+from peer.identity import PeerID
+from peer.loop import Restarts, TaskSet, first_of
+from peer.metrics import start_at_zero
+from peer.rates import TokenBucket
+from peer.relays.client import Call, Relay, RelayClient, breaking
+from peer.relays.pieces import BEAT_S, CIRCUIT_BYTES, read_peer
+from peer.rpc.channels import Contact
+from peer.transport.addresses import Multiaddress, multiaddress
+from peer.transport.pipes import Pipe
+from peer.wire import relay_pb2
+
+logger = logging.getLogger(__name__)
+
+RelayExit: TypeAlias = Callable[[PeerID, PeerID], Awaitable[Pipe]]
+"""Takes a caller and the relay that names it. Connects it with this peer's gRPC server. Raises OSError."""
+Candidates: TypeAlias = Callable[[], Awaitable[Sequence[Contact]]]
+"""Peers that may relay, the best first. May raise UnreachableError."""
+WANTED = 2
+"""Relays: one dies, and the other still leads here."""
+_ENDPOINTS_TRIED = 3
+"""Of one relay."""
+_LOOK_S = 5.0
+"""Between two searches for a relay when there is none."""
+_SILENT_S = 3 * BEAT_S
+"""A relay answers each request. One that says nothing for so long has gone."""
+_STEADY_S = 60.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
+"""Until a relay that failed is tried again. The pause doubles until the relay has kept a reservation for a while."""
+_CIRCUITS_OF_RELAY = 32
+_REPLIES_PER_S, _REPLIES_AT_ONCE = 10.0, 64
+_ABUSE_S = 8.0
+"""A relay that is so far beyond its rate is given up."""
+
+
+class Reservations:
+    """Keeps this peer reachable through relays. For one event loop; close it when done."""
+
+    def __init__(
+        self,
+        client: RelayClient,
+        metrics: CollectorRegistry | None = None,
+        restarts: Restarts | None = None,
+        changed: Callable[[], None] = lambda: None,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`changed`: is called whenever `addresses` have changed."""
+        Gauge(
+            "talkoot_relays", "Relays through which others reach this peer now.", registry=metrics
+        ).set_function(lambda: len(self._held))
+        offers = Counter(
+            "talkoot_relay_offers", "Callers whom relays named to this peer.", ["outcome"], registry=metrics
+        )
+        self.offers = start_at_zero(offers, "accepted", "failed", "refused")
+        self._client = client
+        self._changed = changed
+        self._rng = rng or random.SystemRandom()
+        self._clock = clock
+        self._exit: RelayExit | None = None
+        self._held: dict[PeerID, Multiaddress] = {}
+        """By relay."""
+        self._busy: dict[PeerID, Contact] = {}
+        """Relays that are tried or hold a reservation."""
+        self._pauses = BoundedDict[PeerID, tuple[float, float]](1024)
+        """Until when a relay that failed is left alone, and for how long that was."""
+        self._circuits: Multiset[PeerID] = Multiset()
+        """Open, by relay."""
+        self._keeping = TaskSet(restarts)
+        self._accepting = TaskSet(restarts)
+
+    @property
+    def addresses(self) -> tuple[Multiaddress, ...]:
+        """By which others reach this peer now."""
+        return tuple(self._held.values())
+
+    def set_exit(self, open_exit: RelayExit) -> None:
+        """Leads callers there from now on. Before, none is accepted."""
+        self._exit = open_exit
+
+    def keep(self, candidates: Candidates) -> None:
+        """Keeps reservations from now on, unless it does already."""
+        if not self._keeping:
+            for number in range(WANTED):
+                self._keeping.supervise(f"keep reservation {number + 1}", lambda: self._keep(candidates))
+
+    async def drop(self) -> None:
+        """Gives the reservations up. Circuits that are open stay open."""
+        await self._keeping.aclose()
+
+    async def close(self) -> None:
+        """Ends everything. Closing twice is harmless."""
+        await self._keeping.aclose()
+        await self._accepting.aclose()
+
+    async def _keep(self, candidates: Candidates) -> None:
+        while True:
+            try:
+                contact = self._choose(await candidates())
+            except UnreachableError as error:
+                logger.debug("no relays were found: %s", error)
+                contact = None
+            if contact is None:
+                await asyncio.sleep(_LOOK_S)
+                continue
+            began = self._clock()
+            self._busy[contact.peer_id] = contact
+            try:
+                await self._hold(contact)
+            except (UnreachableError, OSError) as error:
+                logger.debug("relay %s: %s", contact.peer_id, error)
+            finally:
+                del self._busy[contact.peer_id]
+            self._pause(contact.peer_id, self._clock() - began)
+
+    def _choose(self, contacts: Sequence[Contact]) -> Contact | None:
+        """The best one, on a machine on which there is no other if possible."""
+        now = self._clock()
+        machines = {address.ip for contact in self._busy.values() for address in contact.addresses}
+        free = [
+            contact
+            for contact in contacts
+            if contact.peer_id not in self._busy
+            and contact.peer_id != self._client.peer_id
+            and contact.addresses
+            and self._pauses.get(contact.peer_id, (now, 0.0))[0] <= now
+        ]
+        return min(free, key=lambda c: any(address.ip in machines for address in c.addresses), default=None)
+
+    def _pause(self, relay: PeerID, held_s: float) -> None:
+        last_s = self._pauses.get(relay, (0.0, 0.0))[1]
+        pause_s = _FIRST_PAUSE_S if held_s > _STEADY_S else min(2 * last_s, _LONGEST_PAUSE_S)
+        pause_s = max(pause_s, _FIRST_PAUSE_S)
+        self._pauses[relay] = self._clock() + pause_s * self._rng.uniform(0.5, 1.0), pause_s
+
+    async def _hold(self, contact: Contact) -> None:
+        """Holds a reservation until it ends. Raises UnreachableError or OSError."""
+        relay, call = await self._reserve(contact)
+        try:
+            circuit = (
+                f"{multiaddress(relay.endpoint)}/p2p/{relay.peer_id}/p2p-circuit/p2p/{self._client.peer_id}"
+            )
+            self._held[relay.peer_id] = Multiaddress(circuit)
+            self._changed()
+            await first_of(_say_there(call), self._read_replies(relay, call))
+        finally:
+            call.cancel()
+            if self._held.pop(relay.peer_id, None) is not None:
+                self._changed()
+
+    async def _reserve(self, contact: Contact) -> tuple[Relay, Call]:
+        """At the first of its endpoints that answers. Raises UnreachableError."""
+        failure = UnreachableError("it has no address")
+        for endpoint in contact.addresses[:_ENDPOINTS_TRIED]:
+            relay = Relay(contact.peer_id, endpoint, contact.certificate_pem)
+            try:
+                return relay, await self._client.open("Reserve", relay, relay_pb2.ReserveRequest())
+            except UnreachableError as error:
+                failure = error
+        raise failure
+
+    async def _read_replies(self, relay: Relay, call: Call) -> None:
+        """Until the relay ends them. Raises OSError if it is silent, or calls too often."""
+        bucket = TokenBucket(_REPLIES_PER_S, _REPLIES_AT_ONCE, self._clock())
+        while True:
+            async with asyncio.timeout(_SILENT_S):
+                with breaking():
+                    reply = await call.read()
+            if reply is grpc.aio.EOF:
+                return
+            wait_s = bucket.take(1, self._clock())
+            if wait_s > _ABUSE_S:
+                raise ConnectionError("it calls without end")
+            if not reply.circuit:
+                continue
+            if wait_s or self._exit is None or self._circuits[relay.peer_id] >= _CIRCUITS_OF_RELAY:
+                self.offers.labels("refused").inc()
+                continue
+            try:
+                caller = read_peer(reply.caller)
+            except ExpertError as error:
+                raise ConnectionError(f"it names a caller that is none: {error}") from error
+            if len(reply.circuit) != CIRCUIT_BYTES:
+                raise ConnectionError("it names a circuit that is none")
+            accepting = self._accept(relay, reply.circuit, caller, self._exit)
+            self._accepting.spawn(accepting, "accept a caller of a relay")
+
+    async def _accept(self, relay: Relay, circuit: bytes, caller: PeerID, open_exit: RelayExit) -> None:
+        self._circuits[relay.peer_id] += 1
+        try:
+            call = await self._client.open("Accept", relay, relay_pb2.CircuitPiece(circuit=circuit))
+            try:
+                pipe = await open_exit(caller, relay.peer_id)
+                self.offers.labels("accepted").inc()
+                await self._client.carry(pipe, call)
+            finally:
+                call.cancel()
+        except (UnreachableError, OSError) as error:
+            logger.debug("a circuit of relay %s ended: %s", relay.peer_id, error)
+        finally:
+            self._circuits[relay.peer_id] -= 1
+            if not self._circuits[relay.peer_id]:
+                del self._circuits[relay.peer_id]
+
+
+async def _say_there(call: Call) -> None:
+    while True:
+        await asyncio.sleep(BEAT_S)
+        with breaking():
+            await call.write(relay_pb2.ReserveRequest())

@@ -1,0 +1,322 @@
+"""The relay's side: lets callers through to peers that hold a reservation here, within what its owner gives.
+
+It sends no more than it receives, except for one small message to the peer that is dialled. It holds one piece of a
+circuit in each direction; what else has come waits in gRPC's windows, so that a slow end slows the other one down.
+"""
+
+import asyncio
+import secrets
+import time
+from collections import Counter as Multiset
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from peer.budget import FairBudget, interruptible
+from peer.budget import Reservation as Place
+from peer.errors import ExpertError
+from peer.identity import PeerID
+from peer.loop import first_of
+from peer.metrics import start_at_zero
+from peer.rates import FairTurns, RateLimit, TokenBucket, TokenBuckets
+from peer.relays.pieces import ACCEPT_S, CIRCUIT_BYTES, Piece, read_circuit, read_piece, read_target
+from peer.rpc.sessions import Session, Sessions
+from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
+
+_RESERVATIONS, _RESERVATIONS_NEAR = 128, 16
+"""In all, and in one neighbourhood."""
+_CIRCUITS, _CIRCUITS_OF_CALLER, _CIRCUITS_TO_TARGET = 128, 32, 32
+"""A swarm may have one relay, through which a trainer calls all its nodes. gRPC holds up to 1 MiB of each, each way."""
+_DIALS_PER_S, _DIALS_AT_ONCE = 4.0, 64
+"""By one caller."""
+_TURNS_PER_S, _TURNS_AT_ONCE = 8.0, 32
+"""Of those that dial one peer."""
+_REQUESTS_PER_S, _REQUESTS_AT_ONCE = 0.5, 8
+"""By which a peer with a reservation says that it is there."""
+_OFFERS = 64
+"""Callers of which a peer has not been told yet."""
+_LEAST_BYTES = 512
+"""A piece counts as so many at least: each takes time, however small it is."""
+_ADMITS_EVERY_S = 10.0
+"""How often a call that lasts is asked whether its caller was denied or revoked since."""
+_CROWDED = "this relay has no room for more: try another"
+_DISPLACED = "others need this relay, too, and this has more than its share"
+_RETRY_S = 10.0
+
+Pieces: TypeAlias = AsyncIterator[Piece]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+@dataclass(eq=False)
+class _Reservation:
+    """A peer that can be dialled here."""
+
+    end: Callable[[], None]
+    """Gives up its place at once, and ends its call."""
+    replies: "asyncio.Queue[relay_pb2.ReserveReply]" = field(default_factory=lambda: asyncio.Queue(_OFFERS))
+    circuits: FairBudget = field(default_factory=lambda: FairBudget(_CIRCUITS_TO_TARGET))
+    turns: FairTurns = field(
+        default_factory=lambda: FairTurns(_TURNS_PER_S, _TURNS_AT_ONCE, most=_CIRCUITS, near=8)
+    )
+    """Of those that dial it."""
+
+
+@dataclass(frozen=True)
+class _End:
+    """One end of a circuit: a call that has begun."""
+
+    pieces: Pieces
+    context: Context
+    session: Session
+
+
+@dataclass(eq=False)
+class _Circuit:
+    """A circuit that waits to be accepted, or is open."""
+
+    target: PeerID
+    accepted: "asyncio.Future[_End]"
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class RelayServicer(relay_pb2_grpc.RelayServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Relays for peers that have a session here."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        relay_mbit: float,
+        upload: RateLimit | None = None,
+        metrics: CollectorRegistry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`relay_mbit`: of all circuits together, in Mbit/s; 0: relays for nobody. `upload`: of the whole peer."""
+        Gauge(
+            "talkoot_relay_reservations", "Peers that others reach through this one.", registry=metrics
+        ).set_function(lambda: len(self._reservations))
+        Gauge("talkoot_relay_circuits", "Connections relayed now.", registry=metrics).set_function(
+            lambda: self._circuits.used
+        )
+        self.bytes = Counter("talkoot_relay_bytes", "Relayed, both ways.", registry=metrics)
+        refused = Counter(
+            "talkoot_relay_refused",
+            "Reservations and circuits that this relay refused or ended: it relays for nobody, there were too many, "
+            "the peer is not here, did not accept, or spoke nonsense.",
+            ["reason"],
+            registry=metrics,
+        )
+        self.refused = start_at_zero(
+            refused, "off", "crowded", "displaced", "hasty", "absent", "unaccepted", "malformed"
+        )
+        self._sessions = sessions
+        self._upload = upload or RateLimit(None)
+        self._rate = RateLimit(relay_mbit * 1e6 / 8, clock) if relay_mbit > 0 else None
+        self._turn = asyncio.Lock()  # towards the other uploads, all circuits are one
+        self._clock = clock
+        self._reservations: dict[PeerID, _Reservation] = {}
+        self._places = FairBudget(_RESERVATIONS)
+        self._circuits = FairBudget(_CIRCUITS)
+        self._of_callers: Multiset[PeerID] = Multiset()
+        """How many of them each caller has."""
+        self._offered: dict[bytes, _Circuit] = {}
+        """Those that are not accepted yet."""
+        self._dials = TokenBuckets[PeerID](_DIALS_PER_S, _DIALS_AT_ONCE)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        relay_pb2_grpc.add_RelayServiceServicer_to_server(self, server)
+
+    async def Reserve(self, requests: AsyncIterator[relay_pb2.ReserveRequest], context: Context) -> None:
+        await anext(requests, None)
+        session = self._require(context)
+        with interruptible(_DISPLACED) as interrupt, self._reserving(session, interrupt) as reservation:
+            await context.write(relay_pb2.ReserveReply())
+            await first_of(
+                self._read_requests(requests, session, reservation), _write_all(reservation.replies, context)
+            )
+
+    async def Dial(self, pieces: Pieces, context: Context) -> None:
+        first = await anext(pieces, None)
+        session = self._require(context)
+        with self._counting_malformed():
+            target = read_target(first or relay_pb2.CircuitPiece())
+        reservation = self._reservations.get(target)
+        if reservation is None:  # whoever is led here by false records still may dial others
+            self._refuse("absent", StatusCode.NOT_FOUND, "this peer has no reservation here")
+        now = self._clock()
+        wait_s = self._dials.wait_s(session.caller, now)
+        self._dials.take(session.caller, 1, now)
+        if wait_s:
+            self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "you dial too often", wait_s)
+        circuit = _Circuit(target, asyncio.get_running_loop().create_future())
+        with interruptible(_DISPLACED) as interrupt, self._opening(session, reservation, interrupt):
+            try:
+                here, there = _End(pieces, context, session), await self._offer(circuit, session, reservation)
+                await context.write(relay_pb2.CircuitPiece())
+                await first_of(self._carry(here, there), self._carry(there, here), _wait_for(circuit.ended))
+            finally:
+                circuit.ended.set()
+
+    async def Accept(self, pieces: Pieces, context: Context) -> None:
+        first = await anext(pieces, None)
+        session = self._require(context)
+        with self._counting_malformed():
+            name = read_circuit(first or relay_pb2.CircuitPiece())
+        circuit = self._offered.get(name)
+        if circuit is None or circuit.target != session.caller or circuit.accepted.done():
+            self._refuse("absent", StatusCode.NOT_FOUND, "no such circuit waits for you")
+        del self._offered[name]
+        try:
+            await context.write(relay_pb2.CircuitPiece())
+            if not circuit.accepted.done():  # the caller may have gone
+                circuit.accepted.set_result(_End(pieces, context, session))
+            await circuit.ended.wait()  # the call that dialled carries both ways
+        finally:
+            circuit.ended.set()
+
+    def _require(self, context: Context) -> Session:
+        """After the first message was read: gRPC tells a caller that still writes nothing of why its call has ended."""
+        session = self._sessions.require(context, session_pb2.RIGHT_RELAY)
+        if self._rate is None:
+            self._refuse("off", StatusCode.PERMISSION_DENIED, "this peer relays for nobody")
+        return session
+
+    @contextmanager
+    def _reserving(self, session: Session, interrupt: Callable[[], None]) -> Iterator[_Reservation]:
+        """A peer's new reservation ends the one before, which may be that of a connection that has broken."""
+        if (earlier := self._reservations.pop(session.caller, None)) is not None:
+            earlier.end()
+        if self._places.held(session.near) >= _RESERVATIONS_NEAR:
+            self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
+        with self._holding([self._places], session.near, interrupt) as end:
+            reservation = self._reservations[session.caller] = _Reservation(end)
+            try:
+                yield reservation
+            finally:
+                if self._reservations.get(session.caller) is reservation:
+                    del self._reservations[session.caller]
+
+    @contextmanager
+    def _opening(
+        self, session: Session, reservation: _Reservation, interrupt: Callable[[], None]
+    ) -> Iterator[None]:
+        """Holds a place among all circuits, and among those to that peer."""
+        if self._of_callers[session.caller] >= _CIRCUITS_OF_CALLER:
+            self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
+        with self._holding([self._circuits, reservation.circuits], session.near, interrupt):
+            self._of_callers[session.caller] += 1
+            try:
+                yield
+            finally:
+                self._of_callers[session.caller] -= 1
+                if not self._of_callers[session.caller]:
+                    del self._of_callers[session.caller]
+
+    @contextmanager
+    def _holding(
+        self, budgets: Sequence[FairBudget], near: str, interrupt: Callable[[], None]
+    ) -> Iterator[Callable[[], None]]:
+        """Holds one place of each budget. If others need one of them, all are given up at once.
+
+        Yields a function that gives them up, and ends the call.
+        """
+        places: list[Place] = []
+
+        def give_up() -> None:
+            for place in places:
+                place.release()
+
+        def end() -> None:
+            give_up()
+            interrupt()
+
+        def revoke() -> None:
+            self.refused.labels("displaced").inc()
+            end()
+
+        try:
+            try:
+                for budget in budgets:
+                    places.append(budget.reserve(near, 1, revoke))  # if one fails, the others go
+            except ExpertError:
+                self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
+            yield end
+        finally:
+            give_up()
+
+    async def _read_requests(
+        self,
+        requests: AsyncIterator[relay_pb2.ReserveRequest],
+        session: Session,
+        reservation: _Reservation,
+    ) -> None:
+        """Answers each, so that the peer knows that its relay is there."""
+        bucket = TokenBucket(_REQUESTS_PER_S, _REQUESTS_AT_ONCE, self._clock())
+        async for _ in requests:
+            if bucket.take(1, self._clock()) or reservation.replies.full():
+                self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "you say too often that you are there")
+            self._require_admitted(session)
+            reservation.replies.put_nowait(relay_pb2.ReserveReply())
+
+    async def _offer(self, circuit: _Circuit, session: Session, reservation: _Reservation) -> _End:
+        """Tells the peer who calls, and waits until it accepts."""
+        name = secrets.token_bytes(CIRCUIT_BYTES)
+        try:
+            async with asyncio.timeout(ACCEPT_S):
+                if not await reservation.turns.turn(session.near, session.name) or reservation.replies.full():
+                    self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "too many dial that peer", 1.0)
+                self._offered[name] = circuit
+                reservation.replies.put_nowait(
+                    relay_pb2.ReserveReply(circuit=name, caller=session.caller.to_bytes())
+                )
+                return await circuit.accepted
+        except TimeoutError:
+            self._refuse("unaccepted", StatusCode.UNAVAILABLE, "that peer does not accept")
+        finally:
+            self._offered.pop(name, None)
+
+    async def _carry(self, here: _End, there: _End) -> None:
+        """Hands pieces on until they end."""
+        assert self._rate is not None
+        checks_at = self._clock() + _ADMITS_EVERY_S
+        async for piece in here.pieces:
+            with self._counting_malformed():
+                size = len(read_piece(piece))
+            async with self._turn:
+                await self._rate.take(max(size, _LEAST_BYTES))
+                await self._upload.take(size)
+            if (now := self._clock()) > checks_at:
+                self._require_admitted(here.session)
+                checks_at = now + _ADMITS_EVERY_S
+            if size:
+                self.bytes.inc(size)
+                await there.context.write(piece)
+
+    def _require_admitted(self, session: Session) -> None:
+        if not self._sessions.still_admits(session):
+            raise ExpertError(StatusCode.PERMISSION_DENIED, "you are no longer admitted")
+
+    def _refuse(self, reason: str, status: StatusCode, message: str, retry_s: float = 0.0) -> NoReturn:
+        self.refused.labels(reason).inc()
+        raise ExpertError(status, message, retry_s)
+
+    @contextmanager
+    def _counting_malformed(self) -> Iterator[None]:
+        try:
+            yield
+        except ExpertError:
+            self.refused.labels("malformed").inc()
+            raise
+
+
+async def _write_all(replies: "asyncio.Queue[relay_pb2.ReserveReply]", context: Context) -> None:
+    while True:
+        await context.write(await replies.get())
+
+
+async def _wait_for(event: asyncio.Event) -> None:
+    await event.wait()

@@ -1,0 +1,190 @@
+"""Where a peer is reached, in its own signed words. Others pass them on, and nobody else can change them.
+
+A contact is valid for an hour at most. Of two contacts of a peer, the one with the higher number holds. It names a few
+addresses by their kinds. One of a kind or form that is not known here is passed over, and so is a host name, which
+could lead anywhere at any time.
+"""
+
+import ssl
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+from google.protobuf.message import DecodeError
+
+from peer import clock
+from peer.clock import CLOCK_TOLERANCE_S
+from peer.errors import AddressError, RecordError, WireError
+from peer.identity import CONTACT_DOMAIN, Identity, PeerID, certificate_key, verify
+from peer.transport.addresses import Address, Multiaddress
+from peer.transport.endpoints import Endpoint
+from peer.wire import contact_pb2
+
+LIFETIME_S = 3600.0
+"""Of a contact, at most."""
+MAX_ADDRESSES = 8
+MAX_CONTACT_BYTES = 4096
+"""Of a contact with the longest addresses. A usual one has 1,400."""
+_MAX_SIGNATURE_BYTES = 512
+"""By a key of 4096 bits."""
+_OVERHEAD_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """A peer's addresses and certificate. `parse` has checked it."""
+
+    peer_id: PeerID
+    sequence: int
+    expires_at: float
+    """Unix time in seconds."""
+    addresses: tuple[Endpoint, ...]
+    """Of its gRPC server; the best first."""
+    relay_addresses: tuple[Multiaddress, ...]
+    """Circuits to its gRPC server."""
+    tunnel_addresses: tuple[Multiaddress, ...]
+    """Of its libp2p daemon."""
+    serialized: bytes
+    """The message that the peer signed. Parsed, it would take three times the memory, and there may be many."""
+
+    @property
+    def message(self) -> contact_pb2.Contact:
+        """As the peer signed it, to pass on."""
+        return contact_pb2.Contact.FromString(self.serialized)
+
+    @property
+    def certificate_pem(self) -> bytes:
+        statement = contact_pb2.ContactStatement.FromString(self.message.statement)
+        return ssl.DER_cert_to_PEM_cert(statement.certificate).encode()
+
+    @classmethod
+    def parse(cls, message: contact_pb2.Contact, now: float) -> "Contact":
+        """`now`: Unix time in seconds. Raises WireError if it is malformed, and RecordError if it is not valid now."""
+        return UncheckedContact.read(message).check(now)
+
+
+@dataclass(frozen=True, slots=True)
+class UncheckedContact:
+    """What a contact says. Nothing shows yet that its peer has said it."""
+
+    peer_id: PeerID
+    statement: contact_pb2.ContactStatement
+    message: contact_pb2.Contact
+
+    @classmethod
+    def read(cls, message: contact_pb2.Contact) -> "UncheckedContact":
+        """Costs little. Raises WireError."""
+        size = len(message.statement) + len(message.signature)
+        if size > MAX_CONTACT_BYTES - _OVERHEAD_BYTES or len(message.signature) > _MAX_SIGNATURE_BYTES:
+            raise WireError(f"a contact has at most {MAX_CONTACT_BYTES} bytes")
+        try:
+            statement = contact_pb2.ContactStatement.FromString(message.statement)
+        except DecodeError:
+            raise WireError("a contact's statement can't be parsed") from None
+        if len(statement.addresses) > MAX_ADDRESSES:
+            raise WireError(f"a contact has at most {MAX_ADDRESSES} addresses")
+        # made anew: whoever passed it on may have added fields to it
+        signed = contact_pb2.Contact(statement=message.statement, signature=message.signature)
+        return cls(PeerID(statement.peer_id), statement, signed)
+
+    def check(self, now: float) -> Contact:
+        """The contact, if its peer signed it and it is valid now. Raises RecordError."""
+        said = self.statement
+        if not now < said.expires_at <= now + LIFETIME_S + CLOCK_TOLERANCE_S:  # also refuses NaN
+            raise RecordError("the contact has expired, or would hold for more than an hour")
+        direct = _known(Endpoint, (a.direct for a in said.addresses if a.HasField("direct")))
+        relayed = _known(Multiaddress, (a.relayed for a in said.addresses if a.HasField("relayed")))
+        libp2p = _known(Multiaddress, (a.libp2p for a in said.addresses if a.HasField("libp2p")))
+        relayed = [a for a in relayed if a.is_relayed and a.peer_id == self.peer_id]
+        libp2p = [a for a in libp2p if a.peer_id == self.peer_id]
+        if not (direct or relayed or libp2p):
+            raise RecordError("the contact has no address of a kind that is known here")
+        key = certificate_key(said.certificate, self.peer_id)
+        verify(key, self.message.statement, self.message.signature, CONTACT_DOMAIN)
+        return Contact(
+            self.peer_id,
+            said.sequence,
+            said.expires_at,
+            tuple(direct),
+            tuple(relayed),
+            tuple(libp2p),
+            self.message.SerializeToString(),
+        )
+
+
+class OwnContact:
+    """This peer's own contact, signed again when its addresses change, and before it expires."""
+
+    def __init__(self, identity: Identity, certificate: bytes, now: Callable[[], float] = clock.now) -> None:
+        """`certificate`: DER. `now`: Unix time in seconds."""
+        self._identity = identity
+        self._certificate = certificate
+        self._now = now
+        self._addresses: tuple[Endpoint, ...] = ()
+        self._relay_addresses: tuple[Multiaddress, ...] = ()
+        self._tunnel_addresses: tuple[Multiaddress, ...] = ()
+        self._sequence = 0
+        self._signed: contact_pb2.Contact | None = None
+        self._renew_at = 0.0
+
+    def set(
+        self,
+        addresses: Iterable[Endpoint] | None = None,
+        relay_addresses: Iterable[Multiaddress] | None = None,
+        tunnel_addresses: Iterable[Multiaddress] | None = None,
+    ) -> None:
+        """Replaces the addresses of those kinds that are given. Of too many, direct ones are named before others."""
+        before = self._kinds
+        if addresses is not None:
+            self._addresses = tuple(addresses)
+        if relay_addresses is not None:
+            self._relay_addresses = tuple(relay_addresses)
+        if tunnel_addresses is not None:
+            self._tunnel_addresses = tuple(tunnel_addresses)
+        if self._kinds != before:
+            self._signed = None
+
+    def message(self) -> contact_pb2.Contact | None:
+        """None while this peer has no address. Signing takes 1 ms, once in half an hour."""
+        now = self._now()
+        if self._signed is None or now >= self._renew_at:
+            self._signed = self._sign(now) if any(self._kinds) else None
+            self._renew_at = now + LIFETIME_S / 2
+        return self._signed
+
+    @property
+    def _kinds(self) -> tuple[tuple[str, ...], ...]:
+        return self._addresses, self._relay_addresses, self._tunnel_addresses
+
+    def _sign(self, now: float) -> contact_pb2.Contact:
+        # by the time, so that it also grows when this peer starts again
+        self._sequence = max(self._sequence + 1, int(now * 1000))
+        named = chain(
+            (contact_pb2.ContactAddress(direct=address) for address in self._addresses),
+            (contact_pb2.ContactAddress(relayed=address) for address in self._relay_addresses),
+            (contact_pb2.ContactAddress(libp2p=address) for address in self._tunnel_addresses),
+        )
+        statement = contact_pb2.ContactStatement(
+            peer_id=self._identity.peer_id.to_bytes(),
+            sequence=self._sequence,
+            expires_at=now + LIFETIME_S,
+            addresses=list(named)[:MAX_ADDRESSES],
+            certificate=self._certificate,
+        ).SerializeToString()
+        return contact_pb2.Contact(
+            statement=statement, signature=self._identity.sign(statement, CONTACT_DOMAIN)
+        )
+
+
+def _known(kind: type[Address], texts: Iterable[str]) -> list[Address]:
+    """Those that are addresses of IP endpoints, in a form that is known here."""
+    found: list[Address] = []
+    for text in texts:
+        try:
+            address = kind(text)
+        except AddressError:
+            continue
+        endpoint = address if isinstance(address, Endpoint) else address.endpoint
+        if endpoint.ip is not None and address not in found:
+            found.append(address)
+    return found

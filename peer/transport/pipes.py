@@ -1,0 +1,166 @@
+"""Streams of bytes in both directions, whatever carries them, and the unix sockets at which this process's own gRPC
+begins one."""
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from peer.bounded import BoundedDict
+from peer.errors import UnreachableError
+from peer.identity import PeerID
+from peer.loop import first_of
+from peer.processes import private_socket_folder
+from peer.transport.addresses import Multiaddress
+
+Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+CHUNK_BYTES = 256 * 2**10
+_FLUSH_S = 5.0
+"""For the last bytes of one side to reach the other."""
+
+
+class ByteStream(Protocol):
+    """One side of what is copied both ways."""
+
+    async def read(self) -> bytes:
+        """Some bytes as soon as there are any; none once the other end has ended. Raises OSError."""
+
+    async def write(self, data: bytes) -> None:
+        """Returns when the stream takes more. Raises OSError."""
+
+    async def end(self) -> None:
+        """Waits until what was written has gone, and ends the stream. Raises OSError."""
+
+
+class SocketStream:
+    """A byte stream over a socket."""
+
+    def __init__(self, pipe: Pipe, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._reader, self._writer = pipe
+        self._chunk_bytes = chunk_bytes
+
+    async def read(self) -> bytes:
+        return await self._reader.read(self._chunk_bytes)
+
+    async def write(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def end(self) -> None:
+        self._writer.close()
+        await self._writer.wait_closed()
+
+
+async def copy_both_ways(
+    here: ByteStream, there: ByteStream, idle_s: float, count: Callable[[int], object]
+) -> None:
+    """Copies until either side ends. Reads no faster than the other side accepts. `count`: of bytes.
+
+    Raises OSError if a stream breaks, or if nothing moves for `idle_s` in either direction.
+    """
+    await first_of(_copy(here, there, idle_s, count), _copy(there, here, idle_s, count))
+
+
+async def _copy(
+    source: ByteStream, target: ByteStream, idle_s: float, count: Callable[[int], object]
+) -> None:
+    while True:
+        async with asyncio.timeout(idle_s):
+            data = await source.read()
+        if not data:
+            break
+        count(len(data))
+        async with asyncio.timeout(idle_s):
+            await target.write(data)
+    async with asyncio.timeout(_FLUSH_S):
+        await target.end()
+
+
+class Listeners:
+    """Unix sockets at which this process's own gRPC reaches other peers, one for each. For one event loop."""
+
+    def __init__(
+        self, most: int, accept: Callable[[PeerID, Sequence[Multiaddress], Pipe], Awaitable[None]]
+    ) -> None:
+        """`most`: sockets; of too many, the least recently used is closed, and its streams stay open.
+
+        `accept`: handles a connection to that peer, which has these addresses. It must not raise.
+        """
+        self._accept = accept
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._listeners = BoundedDict[PeerID, _Listener](most)
+
+    def limit(self, most: int) -> None:
+        self._listeners.most = most
+
+    async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
+        """Returns the address at which gRPC reaches that peer; nothing is dialled yet.
+
+        `addresses`: the multiaddresses that the peer announces now. Raises UnreachableError if this machine has no
+        sockets left.
+        """
+        listener = self._listeners.get(peer_id) or await self._listen_for(peer_id)
+        listener.addresses = tuple(addresses)
+        self._keep(peer_id, listener)
+        return _grpc_name(listener.path)
+
+    def address_of(self, peer_id: PeerID) -> str:
+        """The address that `open_to` returned for the peer."""
+        return _grpc_name(self._path(_file_name(peer_id)))
+
+    def close(self) -> None:
+        """Closing twice is harmless."""
+        while self._listeners:
+            self._listeners.popitem()[1].close()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    async def _listen_for(self, peer_id: PeerID) -> "_Listener":
+        listener = _Listener(self._path(_file_name(peer_id)))
+        self._keep(peer_id, listener)
+        try:
+            listener.server = await asyncio.start_unix_server(
+                lambda reader, writer: self._accept(peer_id, listener.addresses, (reader, writer)),
+                str(listener.path),
+                limit=CHUNK_BYTES,
+            )
+        except OSError as error:
+            self._listeners.pop(peer_id, None)  # the next call tries again
+            raise UnreachableError(f"can't open a way to {peer_id}: {error}") from error
+        return listener
+
+    def _keep(self, peer_id: PeerID, listener: "_Listener") -> None:
+        """As the one used last."""
+        for oldest in self._listeners.put(peer_id, listener):
+            oldest.close()
+
+    def _path(self, name: str) -> Path:
+        if self._folder is None:
+            self._folder = private_socket_folder()
+        return Path(self._folder.name) / name
+
+
+class _Listener:
+    """The unix socket at which gRPC reaches one peer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.addresses: tuple[Multiaddress, ...] = ()
+        self.server: asyncio.Server | None = None
+
+    def close(self) -> None:
+        """Streams that are open stay open."""
+        if self.server is not None:
+            self.server.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _file_name(peer_id: PeerID) -> str:
+    """Short, because a unix socket's path has at most 107 bytes."""
+    return str(peer_id.to_base58()[-16:])
+
+
+def _grpc_name(path: Path) -> str:
+    return f"unix:{path}"

@@ -1,0 +1,174 @@
+"""Keeps the router of a home forwarding a TCP port to this machine, by UPnP (its WANIPConnection service).
+
+What the router says is a stranger's: it is parsed strictly, and whether others come in is found out by other peers.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from ipaddress import IPv4Address
+from pathlib import Path
+from subprocess import DEVNULL, PIPE
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peer.errors import AddressError
+from peer.processes import die_with_parent
+from peer.transport.endpoints import AddressScope, Endpoint, parse_ip4, scope_of
+
+logger = logging.getLogger(__name__)
+
+Command: TypeAlias = Literal["map", "unmap", "look"]
+
+_DEADLINE_S: dict[Command, float] = {"map": 20.0, "unmap": 6.0, "look": 20.0}
+"""A search without an answer takes 8 s."""
+_RENEW_S = 1800.0
+"""Half of the lease."""
+_AGAIN_S = 600.0
+"""Until a router that did not answer or agree is asked again."""
+_DOUBT_S = 30.0
+"""The same, if it did before: an answer may get lost."""
+_OTHER_PORTS = 3
+_LOWEST_PORT = 1024
+"""Other peers dial none below."""
+_MOST_ANSWER_BYTES = 4096
+_PROGRAM = Path(__file__).with_name("upnp.py")
+
+
+class RouterAnswer(BaseModel):
+    """What `upnp.py` prints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    router: IPv4Address | None = None
+    """Its address in this network; None: no router answers."""
+    address: IPv4Address | None = None
+    """The one that it has on the internet."""
+    port: Annotated[int, Field(strict=True, ge=1, le=65535)] | None = None
+    """The external port that leads here."""
+    refusal: str = Field(default="", max_length=200)
+
+    @property
+    def external(self) -> Endpoint | None:
+        """Where the internet reaches this machine; None: nowhere."""
+        return Endpoint.of(str(self.address), self.port) if self.port and self._has_public_address else None
+
+    @property
+    def in_words(self) -> str:
+        """Such as `the router at 192.168.1.1 forwards port 31337`."""
+        if self.router is None:
+            return "no router answers UPnP"
+        if not self._has_public_address:
+            return f"the router at {self.router} has no public address, so forwarding helps nobody"
+        if self.external is None:
+            return f"the router at {self.router} does not forward the port by UPnP ({self.refusal})"
+        return f"the router at {self.router} forwards port {self.port}"
+
+    @property
+    def _has_public_address(self) -> bool:
+        return self.address is not None and scope_of(self.address) is AddressScope.GLOBAL
+
+
+Ask: TypeAlias = Callable[[Command, str, int, Sequence[int]], Awaitable[RouterAnswer]]
+
+
+async def ask_router(
+    command: Command, host: str, port: int, external_ports: Sequence[int] = ()
+) -> RouterAnswer:
+    """Runs `upnp.py` for some seconds, and for 20 at most. A router that answers badly has not answered."""
+    arguments = map(str, (sys.executable, "-I", _PROGRAM, command, host, port, *external_ports))
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *die_with_parent([*arguments]), stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL
+        )
+    except OSError as error:
+        logger.debug("can't ask the router: %s", error)
+        return RouterAnswer()
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(_DEADLINE_S[command]):
+            said = await process.stdout.read(_MOST_ANSWER_BYTES)
+            return RouterAnswer.model_validate_json(said)
+    except (TimeoutError, ValidationError) as error:
+        logger.debug("no answer of a router: %s", error)
+        return RouterAnswer()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+class PortMapping:
+    """One TCP port that the router shall forward. Run `keep`, and `end` it when done."""
+
+    def __init__(self, host: str, port: int, ask: Ask = ask_router) -> None:
+        """`host`: the IPv4 address at which this machine listens."""
+        self._host = host
+        self._port = port
+        self._ask_router = ask
+        self._answer: RouterAnswer | None = None
+        self._missed = False
+        """Whether there was no answer the last time, and what it said before still holds."""
+        self._wanted = asyncio.Event()
+        # the same after a restart, so that what a killed process left is found and renewed
+        others = random.Random(port).sample(range(2**15, 2**16), _OTHER_PORTS)  # noqa: S311  # no secret
+        self._candidates = [*([port] if port >= _LOWEST_PORT else []), *others]
+
+    @staticmethod
+    def helps(host: str) -> bool:
+        """Whether a machine that listens there may be behind a router that hides it."""
+        try:
+            return scope_of(parse_ip4(host)) is AddressScope.PRIVATE
+        except AddressError:
+            return False
+
+    @property
+    def external(self) -> Endpoint | None:
+        """Where the internet reaches this machine, as the router says; None: nowhere, or not known yet."""
+        return None if self._answer is None else self._answer.external
+
+    @property
+    def in_words(self) -> str:
+        """What the router does; empty until it was asked."""
+        return "" if self._answer is None else self._answer.in_words
+
+    def renew(self) -> None:
+        """Asks now rather than later, as when others can't come in: the router may have been restarted."""
+        self._wanted.set()
+
+    async def keep(self) -> None:
+        """Asks the router, and again at half of the lease, for ever."""
+        while True:
+            await self.ask()
+            self._wanted.clear()
+            await self._pause(_DOUBT_S if self._missed else _RENEW_S if self.external else _AGAIN_S)
+
+    async def ask(self) -> None:
+        """Asks the router once. If it forwarded the port, one answer may get lost."""
+        answer = await self._ask_router("map", self._host, self._port, self._candidates)
+        self._missed = answer.router is None and self.external is not None and not self._missed
+        if not self._missed:
+            self._note(answer)
+
+    async def end(self) -> None:
+        """Has the router forward the port no longer. Takes a second or two, if it does. Ending twice is harmless."""
+        external, self._answer = self.external, None
+        if external is not None:
+            await self._ask_router("unmap", self._host, self._port, [external.port])
+
+    def _note(self, answer: RouterAnswer) -> None:
+        if answer.in_words != self.in_words:
+            logger.info("%s", answer.in_words)
+        self._answer = answer
+        if answer.port in self._candidates:
+            self._candidates.remove(answer.port)
+            self._candidates.insert(0, answer.port)  # it is kept, also if another one becomes free
+
+    async def _pause(self, longest_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(longest_s):
+                await self._wanted.wait()

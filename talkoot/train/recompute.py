@@ -1,0 +1,61 @@
+"""Experts with the parameters that nodes give, for the spot checks of a trainer."""
+
+from typing import Self
+
+import torch
+from torch import nn
+
+from dht.manifest import Manifest
+from dht.uid import UID
+from expert_server.blocks import OWN_KINDS, build_block
+from expert_server.experts.devices import ComputeDevice
+from expert_server.experts.format import BLOCK, StateForm, block_from_bytes
+from peer.codec import Floats, Integers
+from trainer_client.dispatch.snapshots import Precision
+
+
+class BlockLoader:
+    """Makes experts of a swarm's kind from parameters. Any thread may use it."""
+
+    def __init__(self, manifest: Manifest, swarm_id: str) -> None:
+        self._manifest = manifest
+        self._swarm_id = swarm_id
+        self._form = StateForm.of(manifest)
+
+    @classmethod
+    def of(cls, manifest: Manifest, swarm_id: str) -> Self | None:
+        """None for kinds of experts from other packages: equal rows may not give equal updates there."""
+        return cls(manifest, swarm_id) if manifest.experts.kind in OWN_KINDS else None
+
+    @property
+    def max_bytes(self) -> int:
+        """Of an expert's parameters, encoded."""
+        return self._form.max_block_bytes
+
+    def load(self, uid: UID, data: bytes) -> "RecomputedExpert":
+        """Raises StateError when the data is not the parameters of that expert."""
+        state = block_from_bytes(data, self._swarm_id, uid, self._form)
+        block = build_block(self._manifest, uid)
+        block.load_state_dict(
+            {name.removeprefix(BLOCK): tensor for name, tensor in state.items()}, strict=False
+        )
+        return RecomputedExpert(block.requires_grad_(False))
+
+
+class RecomputedExpert:
+    """Computes on the CPU, on the thread that calls."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+
+    def updates(self, inputs: Floats, lengths: Integers, positions: Integers, precision: Precision) -> Floats:
+        """The updates of rows [R, W] in segments [S] at positions [R], as `Expert.forward` gives them.
+
+        tf32 is not to be had on a CPU: its updates are those of fp32.
+        """
+        device = ComputeDevice("cpu", "bf16" if precision == "bf16" else "fp32")
+        x_RD = torch.from_numpy(inputs)
+        with torch.no_grad(), device.autocast():
+            y_RD: torch.Tensor = self._block(x_RD, torch.from_numpy(lengths), torch.from_numpy(positions))
+        updates: Floats = (y_RD.float() - x_RD).numpy()
+        return updates

@@ -1,0 +1,239 @@
+"""No caller causes more than its share of an expert's steps, and no minority sets how large gradients may be."""
+
+import random
+from collections import Counter, deque
+from statistics import median_low
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expert_server.experts.callers import LONGEST_S, MOST_OF_ROWS, MOST_SIZE, Callers
+
+WINDOW = 16
+
+calls = st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 100)), max_size=150)
+batches = st.lists(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 100), min_size=1, max_size=3), max_size=150
+)
+
+
+class Window:
+    """The last steps and what was sent before each of them, counted anew."""
+
+    def __init__(self) -> None:
+        self.sent: deque[Counter[str]] = deque([Counter()], maxlen=WINDOW)
+        self.steps: deque[dict[str, float]] = deque(maxlen=WINDOW)
+
+    def most(self, caller: str) -> float:
+        """Steps that the caller may have caused in the window that ends with the next step."""
+        rows = sum(self.sent, Counter())
+        share = max(MOST_OF_ROWS * rows[caller] / rows.total(), 1 / len(rows))
+        return share * min(len(self.steps) + 1, WINDOW) + 1
+
+    def step(self, rows: dict[str, int]) -> None:
+        self.steps.append({caller: own / sum(rows.values()) for caller, own in rows.items()})
+
+    def caused(self, caller: str) -> float:
+        return sum(step.get(caller, 0.0) for step in self.steps)
+
+
+def send(callers: Callers, window: Window, batch: dict[str, int]) -> list[str]:
+    """One batch, with a step of all callers that may take part. Returns those that may not."""
+    for caller, rows in batch.items():
+        callers.note_rows(caller, rows, 1.0)
+        window.sent[-1][caller] += rows
+    over = [caller for caller in batch if callers.is_over(caller)]
+    part = {caller: rows for caller, rows in batch.items() if caller not in over}
+    if part:
+        most = {caller: window.most(caller) for caller in part}
+        callers.note_step(part)
+        window.step(part)
+        for caller in part:
+            assert window.caused(caller) <= most[caller] + 1e-6
+        window.sent.append(Counter())
+    return over
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches)
+def test_in_every_window_a_caller_causes_no_more_than_its_share_of_the_steps(
+    sent: list[dict[str, int]],
+) -> None:
+    callers, window = Callers(WINDOW), Window()
+    for batch in sent:
+        send(callers, window, batch)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(3, 12), st.integers(1, 50), st.integers(0, 1000))
+def test_a_minority_that_sends_many_tiny_batches_gets_no_more_steps_than_its_heads(
+    honest: int, flood: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    hostile = (honest - 1) // 2
+    callers, window = Callers(64), Counter[bool]()
+    for turn in range(300):
+        sender, rows = f"honest {rng.randrange(honest)}", rng.randint(200, 600)
+        batches = [(f"hostile {n % hostile}", 1) for n in range(flood)] + [(sender, rows)]
+        for caller, size in batches:
+            callers.note_rows(caller, size, 1.0)
+            if not callers.is_over(caller):
+                callers.note_step({caller: size})
+                window[caller.startswith("hostile")] += turn >= 100  # once the window is full
+    assert window[True] <= hostile * (1 + window.total() * (1 / (honest + hostile) + 1 / 64))
+
+
+@given(calls)
+def test_a_caller_alone_or_with_half_of_the_rows_is_never_held_back(sent: list[tuple[str, int]]) -> None:
+    callers, window = Callers(WINDOW), Window()
+    for caller, rows in sent:
+        assert (
+            not send(callers, window, {caller: rows + 100 * (caller == "a")})
+            or caller != "a"
+            or (2 * sum(window.sent, Counter())["a"] < sum(window.sent, Counter()).total())
+        )
+    alone = Callers(WINDOW)
+    for _, rows in sent:
+        assert not send(alone, Window(), {"alone": rows})
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 20), st.integers(0, 1000))
+def test_callers_with_batches_alike_are_never_held_back(count: int, seed: int) -> None:
+    """However unequal their speed."""
+    rng = random.Random(seed)
+    names = [str(number) for number in range(count)]
+    speeds = [rng.uniform(0.1, 1.0) for _ in names]
+    callers = Callers()
+    for (caller,) in (rng.choices(names, speeds) for _ in range(600)):
+        callers.note_rows(caller, 64, 1.0)
+        assert not callers.is_over(caller)
+        callers.note_step({caller: 64})
+
+
+@settings(deadline=None)
+@given(batches, st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 100)), min_size=1, max_size=6))
+def test_whoever_goes_on_calling_gets_a_step_in_the_end(
+    sent: list[dict[str, int]], those_who_stay: list[tuple[str, int]]
+) -> None:
+    callers, window = Callers(WINDOW), Window()
+    for batch in sent:
+        send(callers, window, batch)
+    waiting = {caller for caller, _ in those_who_stay}
+    for _ in range(3000):
+        for caller, rows in those_who_stay:
+            if not send(callers, window, {caller: rows}):
+                waiting.discard(caller)
+        if not waiting:
+            return
+    pytest.fail(f"{waiting} wait for ever")
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    callers = Callers()
+    for number in range(10_000):
+        callers.note_rows(f"peer {number}", 1, 1.0)
+        if number % 50 == 49:
+            callers.note_step({f"peer {earlier}": 1 for earlier in range(number - 49, number + 1)})
+    remembered = [
+        len(each) for each in (callers._rows, callers._caused, callers._sizes, callers._usual_sizes)
+    ]
+    assert max(remembered) <= 4096
+    assert callers._all_rows == sum(callers._rows.values())
+
+
+# How large gradients may be
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.lists(st.floats(0.1, 10), min_size=1, max_size=6),
+    st.lists(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=5), max_size=5),
+    st.randoms(use_true_random=False),
+)
+def test_no_minority_moves_the_size_beyond_the_sizes_of_the_others(
+    rounds: int, honest: list[float], hostile: list[list[float]], rng: random.Random
+) -> None:
+    callers = Callers()
+    sizes: dict[str, deque[float]] = {}
+    hostile = hostile[: len(honest) - 1]
+    for _ in range(rounds):
+        turns = [(f"honest {n}", size * rng.uniform(0.5, 2)) for n, size in enumerate(honest)]
+        turns += [(f"hostile {n}", size) for n, own in enumerate(hostile) for size in own]
+        rng.shuffle(turns)
+        for caller, size in turns:
+            factor = callers.note_rows(caller, 1, size)
+            sizes.setdefault(caller, deque(maxlen=8)).append(size)
+            usual = [median_low(own) for name, own in sizes.items() if name.startswith("honest")]
+            of_hostile = len(sizes) - len(usual)
+            if of_hostile < len(usual) and len(sizes) > 1:
+                assert factor * size <= (1 + 1e-9) * max(min(size, MOST_SIZE * max(usual)), 0.0)
+                assert factor * size >= (1 - 1e-9) * min(size, MOST_SIZE * min(usual))
+
+
+def test_a_caller_alone_is_not_scaled_and_one_that_sends_nothing_but_zeros_does_not_count() -> None:
+    callers = Callers()
+    assert [callers.note_rows("alone", 1, size) for size in (1.0, 1e3, 1e-3, 1e6)] == [1.0] * 4
+    assert callers.note_rows("zeros", 10, 0.0) == 1.0
+    assert callers.note_rows("alone", 1, 1e9) == 1.0
+
+
+def test_the_size_follows_training() -> None:
+    """It falls and rises by much more than `MOST_SIZE`, and nobody is scaled."""
+    callers = Callers()
+    for step in range(300):
+        size = 10.0 ** (abs(step - 150) / 30)
+        for caller in "abc":
+            assert callers.note_rows(caller, 1, size) == 1.0
+
+
+def test_of_two_callers_the_one_with_tiny_gradients_does_not_shrink_the_others() -> None:
+    callers = Callers()
+    for _ in range(10):
+        assert callers.note_rows("tiny", 1, 1e-9) == 1.0
+        assert callers.note_rows("honest", 1, 1.0) == 1.0
+
+
+def test_callers_that_left_do_not_count() -> None:
+    callers = Callers(WINDOW)
+    for caller in ("gone", "also gone"):
+        callers.note_rows(caller, 1, 1e-3)
+        callers.note_step({caller: 1})
+    for _ in range(WINDOW):
+        for caller in "ab":
+            callers.note_rows(caller, 1, 1.0)
+            callers.note_step({caller: 1})
+    assert callers.note_rows("a", 1, 3.9) == 1.0
+
+
+def test_keys_without_end_that_cause_no_step_take_no_memory_without_end() -> None:
+    """Such as by gradients that overflow."""
+    callers = Callers()
+    for number in range(20_000):
+        callers.note_rows(str(number), 1, 0.0)
+    assert len(callers._rows) <= 8192
+
+
+def test_those_who_stay_take_steps_again_soon_after_one_with_large_batches_left() -> None:
+    now = 0.0
+    callers = Callers(clock=lambda: now)
+
+    def call(caller: str, rows: int) -> bool:
+        callers.note_rows(caller, rows, 1.0)
+        if callers.is_over(caller):
+            return False
+        callers.note_step({caller: rows})
+        return True
+
+    for _ in range(300):
+        now += 1
+        assert call("large", 2048)
+        assert all([call("a", 16), call("b", 16)])
+    now += LONGEST_S
+    taken = 0
+    for _ in range(300):
+        now += 1
+        taken += call("a", 16) + call("b", 16)
+    assert taken == 600

@@ -1,0 +1,250 @@
+"""Whatever one caller sends, it has its share of an expert's steps, and its gradients drown nobody's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from runtime_samples import FIRST, HIDDEN, NEVER, make_runtime, submit, with_runtime
+
+from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
+from expert_server.experts.callers import Callers
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
+from expert_server.experts.optimizer import StepOutcome
+from expert_server.serving.batching import Result, WorkItem
+from expert_server.serving.compute import compute, compute_together
+from expert_server.serving.runtime import Runtime
+from peer.errors import ExpertError
+from peer.metrics import total
+
+
+def make_manifest(
+    kind: str = "transformer", rows_per_update: int = 1, learning_rate: float = 3e-3
+) -> Manifest:
+    return Manifest(
+        name="test",
+        model=ModelSpec(layers=1, hidden=HIDDEN, heads=2, context=32, feed_forward=32),
+        experts=ExpertSpec(grid=(2, 3), kind=kind),
+        optimizer=OptimizerSpec(
+            learning_rate=learning_rate, warmup_updates=0, rows_per_update=rows_per_update
+        ),
+    )
+
+
+MANIFEST = make_manifest()
+
+
+def work(caller: str, rows: int = 4, size: float = 1.0, seed: int = 0) -> WorkItem:
+    inputs, gradients = torch.randn(2, rows, HIDDEN, generator=torch.Generator().manual_seed(seed)).unbind()
+    part = Rows(inputs, torch.tensor([rows]), torch.arange(rows), size * gradients)
+    return WorkItem(FIRST, "backward", part, NEVER, caller)
+
+
+def result_of(result: Result | ExpertError) -> Result:
+    assert isinstance(result, Result)
+    return result
+
+
+def state_of(expert: Expert) -> torch.Tensor:
+    expert.settle()
+    return torch.cat([each.detach().flatten().clone() for each in expert.parameters])
+
+
+def expert_with_one_over(caller: str = "tiny", rows_per_update: int = 1) -> Expert:
+    """Of three callers, one has caused most of the steps with few rows."""
+    expert = Expert(FIRST, make_manifest(rows_per_update=rows_per_update))
+    for name in ("a", "b"):
+        expert.callers.note_rows(name, 100, 4.0)
+        expert.callers.note_step({name: 100})
+    for _ in range(3):
+        expert.callers.note_rows(caller, 1, 4.0)
+        expert.callers.note_step({caller: 1})
+    assert expert.callers.is_over(caller)
+    return expert
+
+
+class _NoRule(Callers):
+    def note_rows(self, caller: str, rows: int, size: float) -> float:
+        return 1.0
+
+    def is_over(self, caller: str) -> bool:
+        return False
+
+
+def test_an_expert_learns_beside_a_caller_that_floods_it_with_flipped_gradients() -> None:
+    """Fifty tiny batches for each honest one, a thousand times as large; four of the five callers are honest."""
+    manifest = make_manifest("ffn", learning_rate=1e-2)
+    unprotected = Expert(FIRST, manifest)
+    unprotected.callers = _NoRule()
+    first, *_, last = losses_beside_a_flood(make_runtime(unprotected), 6)
+    assert last > 2 * first
+    runtime = make_runtime(Expert(FIRST, manifest))
+    first, *_, last = losses_beside_a_flood(runtime, 24)
+    assert last < 0.5 * first
+    assert total(runtime.metrics.updates) <= 1.3 * 24 + 1
+    assert total(runtime.metrics.withheld_updates) >= 0.9 * 24 * 50
+    assert total(runtime.metrics.clipped_rows) >= 0.9 * 24 * 50
+
+
+def losses_beside_a_flood(runtime: Runtime, turns: int) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5
+    losses = []
+
+    async def gradients(rows: int) -> Rows:
+        inputs = torch.randn(rows, HIDDEN, generator=generator)
+        part = Rows(inputs, torch.ones(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
+        updates = (await submit(runtime, WorkItem(FIRST, "forward", part, NEVER, "anybody"))).tensor
+        error = updates - inputs @ target
+        losses.append(float(error.square().mean()))
+        return replace(part, gradients=2 * error / error.numel())
+
+    async def scenario() -> None:
+        for turn in range(turns):
+            honest = await gradients(500)
+            await submit(runtime, WorkItem(FIRST, "backward", honest, NEVER, f"honest {turn % 4}"))
+            assert honest.gradients is not None
+            for row in torch.arange(50)[:, None]:
+                tiny = Rows(
+                    honest.inputs[row],
+                    honest.lengths[row],
+                    honest.positions[row],
+                    -1e3 * honest.gradients[row],
+                )
+                await submit(runtime, WorkItem(FIRST, "backward", tiny, NEVER, "hostile"))
+
+    with_runtime(runtime, scenario)
+    return losses
+
+
+def test_honest_callers_take_the_steps_that_they_took_without_the_rule() -> None:
+    expert, plain = Expert(FIRST, MANIFEST), Expert(FIRST, MANIFEST)
+    plain.callers = _NoRule()
+    for seed in range(60):
+        batch = [work(f"trainer {seed % 5}", 3 + seed % 4, 1.0, seed)]
+        batch += [work(f"trainer {(seed + 1) % 5}", 4, 1.0, seed + 1)] * (seed % 3 == 0)
+        for one, other in zip(compute(expert, batch), compute(plain, batch), strict=True):
+            assert torch.equal(result_of(one).tensor, result_of(other).tensor)
+    assert expert.update_count == plain.update_count == 60
+    assert torch.equal(state_of(expert), state_of(plain))
+
+
+@pytest.mark.parametrize("rows_per_update", [1, 6])
+def test_a_caller_over_its_share_is_answered_and_takes_no_step(rows_per_update: int) -> None:
+    expert, plain = expert_with_one_over(rows_per_update=rows_per_update), Expert(FIRST, MANIFEST)
+    before = state_of(expert)
+    sent = work("tiny", 1)
+    result = result_of(compute(expert, [sent])[0])
+    assert result.withheld_update
+    torch.testing.assert_close(result.tensor, result_of(compute(plain, [sent])[0]).tensor)
+    assert (expert.update_count, expert.accumulated_rows) == (0, 0)
+    assert torch.equal(state_of(expert), before)
+    assert not any("accumulated" in name for name in expert.export_state()), "it is no part of the state"
+
+
+def test_others_take_their_step_beside_one_that_is_over() -> None:
+    expert, plain = expert_with_one_over(), Expert(FIRST, MANIFEST)
+    results = compute(expert, [work("tiny", 1), work("a", 8, seed=1)])
+    assert [result_of(result).withheld_update for result in results] == [True, False]
+    compute(plain, [work("a", 8, seed=1)])
+    assert torch.equal(state_of(expert), state_of(plain))
+
+
+def test_what_was_withheld_is_part_of_a_step_once_its_caller_is_within_its_share() -> None:
+    expert, plain = expert_with_one_over(), Expert(FIRST, MANIFEST)
+    compute(expert, [work("tiny", 4, seed=1)])
+    for _ in range(10):
+        expert.callers.note_rows("b", 10, 1.0)
+        expert.callers.note_step({"b": 10})
+    assert not expert.callers.is_over("tiny")
+    caused = expert.callers._caused["tiny"]
+    assert result_of(compute(expert, [work("a", 4, seed=2)])[0]).step is StepOutcome.TAKEN
+    assert expert.callers._caused["tiny"] == caused + 0.5
+    compute(plain, [work("both", 4, seed=1), work("both", 4, seed=2)])
+    torch.testing.assert_close(state_of(expert), state_of(plain))
+
+
+@pytest.mark.parametrize("ends", ["state", "age"])
+def test_what_was_withheld_ends_with_the_state_or_with_its_age(ends: str) -> None:
+    expert = expert_with_one_over()
+    compute(expert, [work("tiny", 4, 1.0)])
+    size = expert.state_bytes
+    if ends == "state":
+        expert.import_state(expert.export_state(), 0)
+    else:
+        for seed in range(65):  # of another size, with which it does not join
+            compute(expert, [work("a", 4, 1e-3, seed)])
+        size += 2 * sum(each.nbytes for each in expert.parameters)
+    assert expert.state_bytes == pytest.approx(
+        size - sum(each.nbytes for each in expert.parameters), rel=0.01
+    )
+
+
+def test_what_is_withheld_of_another_size_drowns_nothing() -> None:
+    expert, like = expert_with_one_over(), expert_with_one_over()
+    compute(expert, [work("tiny", 4, 1.0)])
+    compute(expert, [work("tiny", 4, 1e-3)])
+    compute(like, [work("tiny", 4, 1.0)])
+    assert expert._withheld is not None
+    assert like._withheld is not None
+    assert expert._withheld.sizes == like._withheld.sizes
+
+
+def test_a_caller_does_not_end_what_others_accumulate_more_often_than_its_share() -> None:
+    """By gradients of another size, which need a step of their own."""
+    counts = []
+    for callers in (Callers(), _NoRule()):
+        expert = Expert(FIRST, make_manifest(rows_per_update=32))
+        expert.callers = callers
+        for turn in range(120):
+            compute(expert, [work(f"honest {turn % 4}", 8, 1.0, turn)])
+            compute(expert, [work("hostile", 1, 1e-3, turn)])
+        counts.append(expert.update_count)
+    fair, unfair = counts
+    assert unfair >= 200
+    assert fair <= (120 / 4 + 2) / (1 - 2 / 5)  # of each 5 steps one is the caller's, and ends another
+
+
+def test_a_batch_that_fails_buys_its_caller_no_steps() -> None:
+    """Each work is computed by itself then."""
+    expert = Expert(FIRST, MANIFEST)
+    for name in "abc":
+        compute(expert, [work(name, 50)])
+    spoilt = work("hostile", 1)
+    spoilt.rows.inputs.fill_(3e38)
+    *results, failed = compute(expert, [*(work("hostile", 1, 1.0, seed) for seed in range(20)), spoilt])
+    assert isinstance(failed, ExpertError)
+    assert [result_of(result).withheld_update for result in results] == [False] * 2 + [True] * 18
+    assert expert.update_count == 3 + 2
+
+
+def test_narrow_experts_computed_together_hold_the_caller_back_as_well() -> None:
+    uids = MANIFEST.uids()[:5]
+    experts = [Expert(uid, MANIFEST) for uid in uids]
+    for name in ("a", "b"):
+        experts[1].callers.note_rows(name, 100, 1.0)
+        experts[1].callers.note_step({name: 100})
+    experts[1].callers.note_rows("tiny", 1, 1.0)
+    experts[1].callers.note_step({"tiny": 1})
+    experts[1].callers.note_step({"tiny": 1})
+    works = [replace(work("tiny", 3, 1e3 if n == 1 else 1.0, n), uid=uid) for n, uid in enumerate(uids)]
+    results = [result_of(result) for result in compute_together(experts, works)]
+    assert [each.withheld_update for each in results] == [n == 1 for n in range(5)]
+    assert [each.is_clipped for each in results] == [n == 1 for n in range(5)]
+    assert [expert.update_count for expert in experts] == [1, 0, 1, 1, 1]
+    for sent, result in zip(works, results, strict=True):
+        alone = result_of(compute(Expert(sent.uid, MANIFEST), [sent])[0])
+        torch.testing.assert_close(result.tensor, alone.tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e30])
+def test_the_answer_to_gradients_that_were_scaled_down_is_that_to_what_was_sent(size: float) -> None:
+    """Also where attention mixes the rows: all of a call's are scaled alike."""
+    expert, plain = Expert(FIRST, MANIFEST), Expert(FIRST, MANIFEST)
+    for name in "ab":
+        expert.callers.note_rows(name, 4, 1.0)
+    sent = work("hostile", 6, size)
+    result = result_of(compute(expert, [sent])[0])
+    assert result.is_clipped
+    (expected,), _ = plain.backward([sent.rows])
+    torch.testing.assert_close(result.tensor, expected, rtol=1e-4, atol=1e-5 * size)

@@ -1,0 +1,88 @@
+"""Streams of p2pd to a peer behind a router, through another peer that relays, in network namespaces of the kernel."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from benchmarks.namespaces import Machine, internet, why_not
+
+NOT_HERE = why_not()
+pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(120)]
+
+PEER = """
+import asyncio, sys
+from pathlib import Path
+
+from peer.identity import Identity
+from peer.loop import new_loop
+from peer.transport.addresses import Multiaddress
+from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope
+from peer.transport.libp2p import Libp2p
+from peer.transport.p2pd_setup import Libp2pConfig
+
+key, listen, kind, *given = sys.argv[1:]
+SIZE = 2**20
+
+async def echo(caller, is_relayed, pipe):
+    reader, writer = pipe
+    received = len(await reader.readexactly(SIZE))
+    writer.write(f"{received} bytes, relayed: {is_relayed}\\n".encode())
+    writer.close()
+
+async def main():
+    relays = tuple(map(Multiaddress, given)) if kind == "home" else ()
+    config = Libp2pConfig(listen, public=kind == "public", relays=relays)
+    libp2p = Libp2p(Identity.load_or_create(Path(key)), config, Dialling(AddressScope.LOOPBACK))
+    await libp2p.serve_streams("/test/echo/1", echo)
+    await libp2p.start()
+    try:
+        if kind == "caller":
+            address = Multiaddress(given[0])
+            reader, writer = await libp2p.open_stream(address.peer_id, [address], "/test/echo/1", 20.0)
+            writer.write(bytes(SIZE))
+            print((await reader.readline()).decode(), end="", flush=True)
+            return
+        while not (found := await libp2p.addresses()) or (relays and not found[0].is_relayed):
+            await asyncio.sleep(0.1)
+        print(found[0], flush=True)
+        await asyncio.sleep(300)
+    finally:
+        await libp2p.stop()
+
+asyncio.Runner(loop_factory=new_loop).run(main())
+"""
+
+
+@contextmanager
+def peer(machine: Machine, folder: Path, kind: str, *given: str) -> Iterator[IO[str]]:
+    """Runs one there, and gives what it prints."""
+    arguments = [str(folder / f"{machine.namespace}.key"), machine.address, kind, *given]
+    process = subprocess.Popen(
+        machine.command([sys.executable, "-W", "ignore", "-c", PEER, *arguments]),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_peer_behind_a_router_is_reached_through_a_relay(tmp_path: Path) -> None:
+    """No p2pd of the three runs a DHT that would know where another is."""
+    with internet() as net, ExitStack() as stack:
+        relay = stack.enter_context(peer(net.public(), tmp_path, "public")).readline().strip()
+        home = stack.enter_context(peer(net.home(), tmp_path, "home", relay)).readline().strip()
+        assert home.startswith(relay)
+        assert "/p2p-circuit/" in home
+        caller = stack.enter_context(peer(net.home(), tmp_path, "caller", home))
+        assert caller.readline() == "1048576 bytes, relayed: True\n"

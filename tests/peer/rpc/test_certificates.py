@@ -1,0 +1,96 @@
+"""The certificate of whoever is at an endpoint is taken only if its key is the peer's."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from callers import numbered_identity
+
+from peer.errors import UnreachableError
+from peer.identity import Identity, certificate_pem
+from peer.rpc.certificates import fetch_certificate
+from peer.rpc.server import RpcServer, server_credentials
+from peer.rpc.sessions import Sessions
+from peer.transport.endpoints import Endpoint
+
+LOCAL = "127.0.0.1"
+
+
+@contextlib.asynccontextmanager
+async def grpc_server(identity: Identity) -> AsyncIterator[Endpoint]:
+    server = RpcServer(Sessions("sauna", identity.peer_id), most_calls=8)
+    port = await server.start(server_credentials(identity, identity.make_certificate()), LOCAL, 0)
+    try:
+        yield Endpoint.of(LOCAL, port)
+    finally:
+        await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def tcp_server(
+    say: Callable[[asyncio.StreamWriter], None],
+) -> AsyncIterator[Endpoint]:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        say(writer)
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            while await reader.read(2**16):
+                pass
+
+    server = await asyncio.start_server(accept, LOCAL, 0)
+    try:
+        yield Endpoint.of(LOCAL, server.sockets[0].getsockname()[1])
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+async def refused(fetching: Awaitable[bytes], why: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UnreachableError, match=why):
+        await fetching
+    assert time.monotonic() - began < 5
+
+
+def test_a_peers_certificate_is_fetched() -> None:
+    async def scenario() -> None:
+        identity = numbered_identity(0)
+        async with grpc_server(identity) as endpoint:
+            pem = await fetch_certificate(endpoint, identity.peer_id, 10.0)
+            assert pem == certificate_pem(identity.make_certificate(), identity.peer_id)
+
+    asyncio.run(scenario())
+
+
+def test_another_peer_at_the_endpoint_is_refused() -> None:
+    async def scenario() -> None:
+        async with grpc_server(numbered_identity(1)) as endpoint:
+            await refused(fetch_certificate(endpoint, numbered_identity(0).peer_id, 10.0), "is not at")
+
+    asyncio.run(scenario())
+
+
+def test_what_is_no_tls_server_or_silent_or_gone_is_refused_in_time() -> None:
+    async def scenario() -> None:
+        peer_id = numbered_identity(0).peer_id
+        async with tcp_server(lambda writer: writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as endpoint:
+            await refused(fetch_certificate(endpoint, peer_id, 10.0), "no TLS server")
+        async with tcp_server(lambda writer: writer.close()) as endpoint:
+            await refused(fetch_certificate(endpoint, peer_id, 10.0), "no TLS server")
+        async with tcp_server(lambda writer: None) as endpoint:
+            await refused(fetch_certificate(endpoint, peer_id, 0.2), "took too long")
+        await refused(fetch_certificate(endpoint, peer_id, 10.0), "no TLS server")
+
+    asyncio.run(scenario())
+
+
+def test_a_certificate_that_is_too_large_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peer.rpc.certificates.MAX_CERTIFICATE_BYTES", 100)
+
+    async def scenario() -> None:
+        identity = numbered_identity(0)
+        async with grpc_server(identity) as endpoint:
+            await refused(fetch_certificate(endpoint, identity.peer_id, 10.0), "no certificate of a peer")
+
+    asyncio.run(scenario())

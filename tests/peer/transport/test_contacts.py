@@ -1,0 +1,174 @@
+"""A contact is what its peer said, and is refused if anybody changed it, or if it says too much or for too long."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from callers import numbered_identity
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peer.errors import RecordError, WireError
+from peer.identity import CONTACT_DOMAIN, RECORD_DOMAIN, certificate_pem
+from peer.transport.addresses import Multiaddress
+from peer.transport.contacts import MAX_ADDRESSES, MAX_CONTACT_BYTES, Contact, OwnContact
+from peer.transport.endpoints import Endpoint
+from peer.wire import contact_pb2
+
+NOW = 1_800_000_000.0
+HOUR = 3600.0
+PEER, OTHER = numbered_identity(0), numbered_identity(1)
+ADDRESS = Endpoint("192.0.2.7:4711")
+CIRCUIT = Multiaddress(f"/ip4/192.0.2.9/tcp/4711/p2p/{OTHER.peer_id}/p2p-circuit/p2p/{PEER.peer_id}")
+TUNNEL = Multiaddress(f"/ip4/192.0.2.7/tcp/31337/p2p/{PEER.peer_id}")
+CERTIFICATE = PEER.make_certificate()
+
+
+def own(now: float = NOW) -> OwnContact:
+    return OwnContact(PEER, CERTIFICATE, lambda: now)
+
+
+def signed(identity: Any = PEER, domain: bytes = CONTACT_DOMAIN, **changes: Any) -> contact_pb2.Contact:
+    said: dict[str, Any] = {
+        "peer_id": PEER.peer_id.to_bytes(),
+        "sequence": 1,
+        "expires_at": NOW + HOUR,
+        "addresses": [direct(ADDRESS)],
+        "certificate": CERTIFICATE,
+    }
+    statement = contact_pb2.ContactStatement(**{**said, **changes}).SerializeToString()
+    return contact_pb2.Contact(statement=statement, signature=identity.sign(statement, domain))
+
+
+def direct(text: str) -> contact_pb2.ContactAddress:
+    return contact_pb2.ContactAddress(direct=text)
+
+
+def refused(message: contact_pb2.Contact, now: float = NOW) -> None:
+    with pytest.raises((WireError, RecordError)):
+        Contact.parse(message, now)
+
+
+def test_a_peers_own_contact_says_where_it_is() -> None:
+    contact = own()
+    assert contact.message() is None, "it is nowhere yet"
+    contact.set(addresses=[ADDRESS], relay_addresses=[CIRCUIT], tunnel_addresses=[TUNNEL])
+    message = contact.message()
+    assert message is not None
+    read = Contact.parse(message, NOW)
+    assert read.peer_id == PEER.peer_id
+    assert read.addresses == (ADDRESS,)
+    assert read.relay_addresses == (CIRCUIT,)
+    assert read.tunnel_addresses == (TUNNEL,)
+    assert read.certificate_pem == certificate_pem(CERTIFICATE, PEER.peer_id)
+    assert read.message == message
+    contact.set(addresses=(), relay_addresses=(), tunnel_addresses=())
+    assert contact.message() is None
+
+
+def test_it_is_signed_again_when_it_changes_and_when_half_its_hour_is_over() -> None:
+    now = NOW
+    contact = OwnContact(PEER, CERTIFICATE, lambda: now)
+
+    def sequence() -> int:
+        message = contact.message()
+        assert message is not None
+        return Contact.parse(message, now).sequence
+
+    contact.set(addresses=[ADDRESS])
+    first = sequence()
+    contact.set(addresses=[ADDRESS])
+    now += HOUR / 2 - 1
+    assert sequence() == first
+    now += 1
+    renewed = sequence()
+    contact.set(addresses=[Endpoint("192.0.2.8:4711")])
+    changed = sequence()
+    now += 1
+    contact = OwnContact(PEER, CERTIFICATE, lambda: now)
+    contact.set(addresses=[ADDRESS])
+    assert first < renewed < changed < sequence(), "also after a restart"
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_an_altered_contact_is_refused(data: st.DataObject) -> None:
+    message = signed()
+    altered = bytearray(message.SerializeToString())
+    place = data.draw(st.integers(0, len(altered) - 1))
+    altered[place] ^= data.draw(st.integers(1, 255))
+    try:
+        read = contact_pb2.Contact.FromString(bytes(altered))
+    except DecodeError:
+        return
+    refused(read)
+
+
+@given(st.binary(max_size=200), st.binary(max_size=300))
+def test_what_is_no_contact_is_refused(statement: bytes, signature: bytes) -> None:
+    refused(contact_pb2.Contact(statement=statement, signature=signature))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expires_at": NOW},
+        {"expires_at": NOW - 1},
+        {"expires_at": NOW + HOUR + 4},
+        {"expires_at": math.inf},
+        {"expires_at": math.nan},
+        {"addresses": []},
+        {"addresses": [direct("192.0.2.7:4711")] * (MAX_ADDRESSES + 1)},
+        {"addresses": [direct("evil.example:4711")]},
+        {"addresses": [direct("192.0.2.7")]},
+        {"addresses": [contact_pb2.ContactAddress()]},
+        {"addresses": [contact_pb2.ContactAddress(relayed=TUNNEL)]},
+        {"addresses": [contact_pb2.ContactAddress(libp2p=f"/ip4/192.0.2.7/tcp/1/p2p/{OTHER.peer_id}")]},
+        {"addresses": [contact_pb2.ContactAddress(libp2p=f"/dns/evil.example/tcp/1/p2p/{PEER.peer_id}")]},
+        {"certificate": b""},
+        {"certificate": OTHER.make_certificate()},
+        {"certificate": CERTIFICATE + b"x"},
+        {"certificate": bytes(MAX_CONTACT_BYTES)},
+        {"peer_id": OTHER.peer_id.to_bytes()},
+        {"peer_id": b""},
+        {"identity": OTHER},
+        {"domain": RECORD_DOMAIN},
+    ],
+)
+def test_a_false_contact_is_refused(changes: dict[str, Any]) -> None:
+    refused(signed(**changes))
+
+
+def test_addresses_that_are_not_known_here_are_passed_over() -> None:
+    quic = f"/ip4/192.0.2.7/udp/4711/quic-v1/p2p/{PEER.peer_id}"
+    addresses: Sequence[contact_pb2.ContactAddress] = [
+        contact_pb2.ContactAddress(),
+        contact_pb2.ContactAddress(libp2p=quic),
+        direct("evil.example:4711"),
+        direct("[2001:db8::1]:4711"),
+        direct(ADDRESS),
+        direct(ADDRESS),
+    ]
+    read = Contact.parse(signed(addresses=addresses), NOW)
+    assert read.addresses == ("[2001:db8::1]:4711", ADDRESS)
+    assert not read.tunnel_addresses
+
+
+def test_what_others_add_is_not_passed_on() -> None:
+    message = signed()
+    padded = contact_pb2.Contact.FromString(message.SerializeToString() + b"\x7a\x64" + b"x" * 100)
+    assert Contact.parse(padded, NOW).message == message
+
+
+def test_the_longest_contact_is_within_the_bound() -> None:
+    longest = Multiaddress(
+        f"/ip6/2001:db8:1111:1111:1111:1111:1111:1111/tcp/65535/p2p/{OTHER.peer_id}/p2p-circuit/p2p/{PEER.peer_id}"
+    )
+    contact = own()
+    contact.set(addresses=[ADDRESS], relay_addresses=[longest] * 20)
+    message = contact.message()
+    assert message is not None
+    assert message.ByteSize() < MAX_CONTACT_BYTES - 1024, "with room for a key of 4096 bits"
+    assert len(Contact.parse(message, NOW).relay_addresses) == 1

@@ -1,0 +1,38 @@
+"""Homes and public machines in network namespaces of the kernel, and a swarm that is small enough for them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.homes import Village
+from benchmarks.namespaces import internet
+
+MANIFEST = """
+name = "homes"
+preset = "none"
+[model]
+layers = 1
+hidden = 32
+heads = 2
+context = 32
+feed_forward = 64
+[experts]
+grid = [4]
+kind = "ffn"
+[routing]
+top_k = 4
+"""
+"""Four experts, and each token goes to all of them: no step is whole without all nodes that host one."""
+
+
+@contextlib.contextmanager
+def village_in(folder: Path) -> Iterator[Village]:
+    with internet() as net, contextlib.closing(Village(net, folder)) as made:
+        yield made
+
+
+def manifest_in(folder: Path) -> Path:
+    """Of a new swarm."""
+    path = folder / "swarm.toml"
+    path.write_text(MANIFEST)
+    return path

@@ -1,0 +1,114 @@
+"""Which replica of each expert is called: rows find their experts at few nodes, and no node is overloaded."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+from expert_fakes import make_manifest, make_node, make_peer_id, make_replica
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.directory import View
+from dht.uid import UID
+from peer.identity import PeerID
+from trainer_client.dispatch.replicas import choose_replicas
+
+UIDS = [UID(0, (number,)) for number in range(64)]
+PEERS = [make_peer_id(number) for number in range(10)]
+
+
+def make_view(hosts: dict[UID, list[PeerID]], queued: dict[PeerID, int] | None = None) -> View:
+    replicas = {
+        uid: tuple(
+            replace(make_replica(uid, peer), queued_rows=(queued or {}).get(peer, 0)) for peer in peers
+        )
+        for uid, peers in hosts.items()
+    }
+    return View(make_manifest((64,)), replicas, {peer: make_node(peer) for peer in PEERS}, 1.0)
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> dict[UID, list[PeerID]]:
+    rng = random.Random(draw(st.integers(0, 99)))
+    peers = PEERS[: draw(st.integers(1, 10))]
+    most = draw(st.integers(0, len(peers)))
+    return {uid: rng.sample(peers, rng.randint(0, most)) for uid in UIDS[: draw(st.integers(0, 64))]}
+
+
+@given(placements(), st.sets(st.sampled_from(PEERS), max_size=3), st.integers(0, 99))
+def test_each_expert_that_can_be_called_has_one_of_its_replicas(
+    hosts: dict[UID, list[PeerID]], avoided: set[PeerID], seed: int
+) -> None:
+    asked = {uid: peers[:1] for uid, peers in list(hosts.items())[::3]}
+    found = choose_replicas(
+        hosts, make_view(hosts), random.Random(seed), frozenset(avoided), {PEERS[0]: 0.1}, asked
+    )
+    possible = {uid: set(peers) - avoided - set(asked.get(uid, ())) for uid, peers in hosts.items()}
+    assert set(found) == {uid for uid, peers in possible.items() if peers}
+    assert all(peer in possible[uid] for uid, peer in found.items())
+
+
+@given(placements(), st.integers(0, 99))
+def test_no_peer_is_given_more_than_one_and_a_half_times_its_share_but_what_only_it_has(
+    hosts: dict[UID, list[PeerID]], seed: int
+) -> None:
+    found = choose_replicas(hosts, make_view(hosts), random.Random(seed))
+    peers = {peer for some in hosts.values() for peer in some}
+    most = ceil(1.5 * len(hosts) / max(1, len(peers)))
+    alone = Counter(some[0] for some in hosts.values() if len(some) == 1)
+    for peer, carried in Counter(found.values()).items():
+        others = carried - alone[peer]
+        # beyond it only where all other replicas have theirs
+        assert carried <= max(most, alone[peer]) or others <= sum(
+            peer in some and len(some) > 1 for some in hosts.values()
+        )
+
+
+def test_experts_that_every_peer_has_are_at_two_thirds_of_the_peers_and_rows_at_fewer_nodes() -> None:
+    """Of top-4 rows. Drawn one by one, four experts would be at 3.4 of ten nodes."""
+    hosts, rng = dict.fromkeys(UIDS, PEERS), np.random.default_rng(0)
+    view, nodes, loads = make_view(hosts), [], Counter[PeerID]()
+    for seed in range(100):
+        found = choose_replicas(UIDS, view, random.Random(seed))
+        carried = Counter(found.values())
+        loads.update(carried)
+        assert max(carried.values()) <= 10
+        assert len(carried) == 7
+        nodes += [len({found[UIDS[e]] for e in rng.choice(64, 4, replace=False)}) for _ in range(20)]
+    assert np.mean(nodes) < 3.3
+    assert 480 < min(loads.values()) <= max(loads.values()) < 800, "over many passes all carry as much"
+
+
+def test_a_peer_that_is_much_slower_or_much_busier_than_another_is_passed_over() -> None:
+    hosts = dict.fromkeys(UIDS[:8], PEERS[:2])
+    slow = choose_replicas(hosts, make_view(hosts), random.Random(0), times_s={PEERS[0]: 1.0, PEERS[1]: 0.4})
+    assert set(slow.values()) == {PEERS[1]}
+    busy = choose_replicas(hosts, make_view(hosts, {PEERS[1]: 5000}), random.Random(0))
+    assert set(busy.values()) == {PEERS[0]}
+    both = choose_replicas(hosts, make_view(hosts, {PEERS[1]: 10}), random.Random(0), times_s={PEERS[0]: 0.1})
+    assert set(both.values()) == set(PEERS[:2])
+
+
+def test_a_stranger_that_has_every_expert_and_is_the_quickest_carries_twice_its_share_at_most() -> None:
+    stranger, *others = PEERS
+    hosts = {uid: [stranger, others[number % len(others)]] for number, uid in enumerate(UIDS)}
+    times_s = dict.fromkeys(others, 0.1) | {stranger: 0.001}
+    quick = choose_replicas(hosts, make_view(hosts), random.Random(0), times_s=times_s)
+    assert Counter(quick.values())[stranger] == ceil(2 * len(UIDS) / len(PEERS))
+    busy = make_view(hosts, dict.fromkeys(others, 10_000))
+    assert Counter(choose_replicas(hosts, busy, random.Random(0)).values())[stranger] <= 13
+
+
+def test_of_two_replicas_the_much_faster_or_else_the_less_loaded_is_called() -> None:
+    uid, (first, second, *_) = UIDS[0], PEERS
+    view, rng = make_view({uid: [first, second]}, {first: 9, second: 1}), random.Random(1)
+
+    def chosen(times_s: dict[PeerID, float]) -> PeerID:
+        return choose_replicas([uid], view, rng, times_s=times_s)[uid]
+
+    assert chosen({}) == second
+    assert chosen({first: 0.1}) == second
+    assert chosen({first: 0.1, second: 0.15}) == second
+    assert chosen({first: 0.1, second: 0.25}) == first

@@ -1,0 +1,76 @@
+"""Which replica of each expert a trainer calls: rows travel once to a node, so that fewer nodes mean fewer rows."""
+
+import random
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from math import ceil, inf
+from types import MappingProxyType
+
+from dht.announcements import Replica
+from dht.directory import NOBODY, View
+from dht.uid import UID
+from peer.identity import PeerID
+
+_MOST_CARRIED = 1.5
+"""Experts that a peer is given for carrying others already, against the mean of the peers that host any."""
+_MOST_PREFERRED = 2.0
+"""The same for being quicker or less busy than other replicas. A stranger that announces every expert, and answers at
+once whatever it likes, gets no more.
+"""
+_SLOWER = 2.0
+"""Times that a peer takes as long as the quickest one, beyond which it is passed over."""
+_BUSIER_ROWS = 1024
+"""Rows queued beyond those of the least busy one, from which a peer is passed over."""
+_NOT_ASKED: Mapping[UID, Collection[PeerID]] = MappingProxyType({})
+
+
+def choose_replicas(
+    uids: Iterable[UID],
+    view: View,
+    rng: random.Random,
+    avoided: frozenset[PeerID] = NOBODY,
+    times_s: Mapping[PeerID, float] = MappingProxyType({}),
+    asked: Mapping[UID, Collection[PeerID]] = _NOT_ASKED,
+) -> dict[UID, PeerID]:
+    """One replica of each expert, where any is live. `times_s`: how long calls to these peers took lately. `asked`:
+    peers that are not asked for an expert again.
+
+    Experts with one replica go there. Of the others each goes to the peer that carries most of the experts so far, but
+    not to one that is much slower or busier than another replica, and not to one that has 1.5 times its even share.
+    Where only slower or busier ones have less, the others take up to twice their share before these are asked.
+    """
+    hosts = {uid: view.hosts(uid, avoided.union(asked.get(uid, ()))) for uid in uids}
+    peers = {replica.peer_id for some in hosts.values() for replica in some}
+    share = len(hosts) / max(1, len(peers))
+    most, most_preferred = ceil(_MOST_CARRIED * share), ceil(_MOST_PREFERRED * share)
+    carried: Counter[PeerID] = Counter()
+    chosen: dict[UID, PeerID] = {}
+    several = []
+    for uid, some in hosts.items():
+        if len(some) == 1:
+            chosen[uid] = some[0].peer_id
+            carried[some[0].peer_id] += 1
+        elif some:
+            several.append(uid)
+    rng.shuffle(several)
+    for uid in several:
+        fit = _fit(hosts[uid], times_s)
+        free = (
+            [replica for replica in fit if carried[replica.peer_id] < most]
+            or [replica for replica in fit if carried[replica.peer_id] < most_preferred]
+            or [replica for replica in hosts[uid] if carried[replica.peer_id] < most]
+            or fit
+        )
+        drawn = rng.sample(free, len(free))  # among equals by chance
+        best = max(drawn, key=lambda replica: (carried[replica.peer_id], -replica.queued_rows))
+        chosen[uid] = best.peer_id
+        carried[best.peer_id] += 1
+    return {uid: chosen[uid] for uid in hosts if uid in chosen}
+
+
+def _fit(hosts: list[Replica], times_s: Mapping[PeerID, float]) -> list[Replica]:
+    """Those that are neither much slower nor much busier than another."""
+    quickest = min((t for replica in hosts if (t := times_s.get(replica.peer_id, 0.0))), default=inf)
+    quick = [replica for replica in hosts if times_s.get(replica.peer_id, 0.0) <= _SLOWER * quickest]
+    least = min(replica.queued_rows for replica in quick)
+    return [replica for replica in quick if replica.queued_rows <= least + _BUSIER_ROWS]
