@@ -311,7 +311,7 @@ class Averaging:
             now = exchange.clock()
             last = min(exchange.ended_at_step, ended_at_step + self._schedule.every)
             is_due = self.part.steps >= last + after and now >= self._rested_at
-            partner = choose_partner(self.partners, exchange.breakers.open_at(now), self._rng)
+            partner = choose_partner(self.partners, exchange.avoided(), self._rng)
             if not is_due or exchange.is_running or partner is None:
                 continue
             after = self._steps_to_next()
@@ -335,7 +335,7 @@ class Averaging:
         if isinstance(error, StateError):
             self.exchange.refuse(peer_id, error)
             return
-        self.exchange.avoid(peer_id)
+        self.exchange.breakers.failed(peer_id, self.exchange.clock())
         self.metrics.ends.labels("failed").inc()
         logger.debug("no exchange with %s: %s", peer_id, error)
 

@@ -124,6 +124,9 @@ class DenseExchange:
         self.part = part
         self.metrics = metrics or AveragingMetrics()
         self.breakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
+        """Trainers that calls came to nothing with: they are not called, and may call."""
+        self.refused = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
+        """Trainers whose dense parts could not be used, or that kept this one waiting: they may not call either."""
         self.clock = clock
         self.ended_at_step = 0
         """Steps of this trainer when the last exchange ended that it began, or that changed its dense part."""
@@ -181,14 +184,15 @@ class DenseExchange:
         return await asyncio.to_thread(self._open, mine, incoming, peer_id)
 
     def refuse(self, peer_id: PeerID, error: StateError) -> None:
-        """Avoids that trainer for a while, each time for longer."""
+        """Has nothing to do with that trainer for a while, each time for longer."""
         self.metrics.ends.labels("refused").inc()
-        self.avoid(peer_id)
+        self.refused.failed(peer_id, self.clock())
         logger.warning("ignoring the dense part of trainer %s: %s", peer_id, error)
 
-    def avoid(self, peer_id: PeerID) -> None:
-        """For a while, each time for longer."""
-        self.breakers.failed(peer_id, self.clock())
+    def avoided(self) -> frozenset[PeerID]:
+        """Trainers that are not called now."""
+        now = self.clock()
+        return self.breakers.open_at(now) | self.refused.open_at(now)
 
     async def merge(
         self, base: Snapshot, theirs: PeerDensePart, met_update_count: int, peer_id: PeerID
@@ -210,6 +214,7 @@ class DenseExchange:
         after = believed_updates(base.part.age, their_age, share, merge.belief)
         self._history.record(self.form.fingerprint, peer_id, after, their_age)
         self.breakers.succeeded(peer_id)
+        self.refused.succeeded(peer_id)
         self.metrics.ends.labels("averaged").inc()
         return merge
 
@@ -285,7 +290,9 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             exchange.refuse(caller, error)
             raise WireError(str(error)) from error
         except (TimeoutError, asyncio.CancelledError):
-            exchange.avoid(caller)  # meanwhile this trainer could have averaged with others
+            exchange.refused.failed(
+                caller, exchange.clock()
+            )  # meanwhile this trainer could have averaged with others
             raise
         finally:
             if not merging:
@@ -343,7 +350,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         self._require_same_form(offer.fingerprint)
         if caller == self._me:
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "this trainer can't average with itself")
-        if caller in exchange.breakers.open_at(exchange.clock()):
+        if caller in exchange.refused.open_at(exchange.clock()):
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, "what this trainer offered could not be used: come back later"
             )

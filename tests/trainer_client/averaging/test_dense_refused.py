@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -57,12 +56,12 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
             await square.stepping(victim.average_with(square.info(villain)), victim.part)
         victim._note_failure(villain.peer_id, refused.value)
         assert ended(victim, "refused") == 1
-        avoided = victim.exchange.breakers.open_at(time.monotonic())
+        avoided = victim.exchange.avoided()
         assert choose_partner([square.info(villain)], avoided, random.Random(0)) is None
         await square.until(lambda: not villain.exchange.is_running, villain.part)
         with pytest.raises(TransferError, match="PERMISSION_DENIED"):
             await villain.average_with(square.info(victim))
-        victim.exchange.breakers.succeeded(villain.peer_id)
+        victim.exchange.refused.succeeded(villain.peer_id)
         with pytest.raises(TransferError, match="INVALID_ARGUMENT"):
             await villain.average_with(square.info(victim))
         assert ended(victim, "refused") == 2
@@ -83,7 +82,7 @@ def test_a_dense_part_out_of_reach_of_own_steps_is_refused_and_its_trainer_left_
         with pytest.raises(StateError, match="further from this trainer's than") as refused:
             await square.stepping(victim.average_with(square.info(villain)), victim.part)
         victim._note_failure(villain.peer_id, refused.value)
-        assert villain.peer_id in victim.exchange.breakers.open_at(time.monotonic())
+        assert villain.peer_id in victim.exchange.avoided()
         assert all(torch.equal(tensor, before[name]) for name, tensor in victim.part.read().tensors.items())
 
     play(scenario)
@@ -110,7 +109,7 @@ def test_bytes_that_are_no_dense_part_are_refused_whoever_calls(
         with pytest.raises(StateError):
             await square.stepping(victim.average_with(square.info(villain)), victim.part)
         await square.until(lambda: not villain.exchange.is_running, villain.part)
-        victim.exchange.breakers.succeeded(villain.peer_id)
+        victim.exchange.refused.succeeded(villain.peer_id)
         with pytest.raises(TransferError, match="INVALID_ARGUMENT"):
             await villain.average_with(square.info(victim))
         assert ended(victim, "averaged") == 0
@@ -229,7 +228,7 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
         assert one.exchange.is_running
         call.cancel()
         await square.until(lambda: not one.exchange.is_running, one.part)
-        one.exchange.breakers.succeeded(dying.peer_id)
+        one.exchange.refused.succeeded(dying.peer_id)
         assert all(torch.equal(tensor, before[name]) for name, tensor in one.part.read().tensors.items())
         await square.stepping(dying.average_with(square.info(one)), one.part, dying.part)
 
@@ -254,7 +253,7 @@ def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: 
         with pytest.raises(grpc.aio.AioRpcError, match="it stalled, or came slower"):
             await read_all(call)
         assert not one.exchange.is_running
-        assert slow.peer_id in one.exchange.breakers.open_at(time.monotonic())
+        assert slow.peer_id in one.exchange.avoided()
 
     play(scenario)
 
@@ -277,8 +276,25 @@ def test_who_begins_exchanges_and_breaks_them_off_does_not_put_off_those_of_othe
             assert (await call.read()).WhichOneof("part") == "header"
             call.cancel()
             await square.until(lambda: not one.exchange.is_running)
-            assert stranger.peer_id in one.exchange.breakers.open_at(time.monotonic())
+            assert stranger.peer_id in one.exchange.avoided()
         assert one.exchange.ended_at_step == 0
+
+    play(scenario)
+
+
+def test_two_that_each_called_the_other_in_vain_still_meet(play: Play) -> None:
+    """Behind routers both may call before their relays are known. Neither may then turn away the other, for ever."""
+
+    async def scenario(square: Square) -> None:
+        one, other = [await square.trainer(make_model(), 10) for _ in range(2)]
+        for caller, called in ((one, other), (other, one)):
+            caller._note_failure(
+                called.peer_id, TransferError("it gives no address that is called from here")
+            )
+            assert called.peer_id in caller.exchange.avoided()
+        await square.stepping(other.average_with(square.info(one)), one.part, other.part)
+        await square.until(lambda: ended(one, "averaged") == 1, one.part)
+        assert not one.exchange.avoided() | other.exchange.avoided()
 
     play(scenario)
 
