@@ -15,37 +15,31 @@ from torch import Tensor
 from peer.errors import DataError, UserError
 from peer.formatting import counted
 from trainer_client.data.tokenizer import Tokens
+from trainer_client.decoding import Decoder
 from trainer_client.model import LanguageModel
 from trainer_client.settings import Sampling
 from trainer_client.training.record import bits_per_byte, perplexity
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
     prompt: Sequence[int],
     sampling: Sampling,
     is_usable: Callable[[], bool] = lambda: True,
 ) -> Iterator[int]:
-    """Yields the tokens that follow the prompt. The model sees the last ones, as many as fit into its context.
+    """Yields the tokens that follow the prompt.
 
-    `is_usable` is asked after each computation whether its result counts; if not, it is repeated. Raises DataError if
-    the prompt is shorter than the model was trained to continue.
+    `is_usable`: as for `Decoder`. Raises DataError if the prompt is shorter than the model was trained to continue.
     """
-    assert prompt, "the first token follows from one before it"
-    if len(prompt) < model.first_scored:
-        raise DataError(
-            f"the prompt has {len(prompt)} tokens, and this swarm's models go on from {model.first_scored} or more: "
-            "give a longer one"
-        )
-    model.eval()
-    tokens, generator = list(prompt[-model.context :]), make_generator(sampling.seed)
-    for _ in range(sampling.max_tokens):
-        logits_V = model(torch.tensor([tokens]))[0, -1]
-        while not is_usable():
-            logits_V = model(torch.tensor([tokens]))[0, -1]
-        tokens = [*tokens, next_token(logits_V, sampling, generator)][-model.context :]
-        yield tokens[-1]
+    decoder, generator = Decoder(model, is_usable), make_generator(sampling.seed)
+    sequence = decoder.begin(prompt)
+    try:
+        for _ in range(sampling.max_tokens):
+            token = next_token(decoder.logits([sequence])[0], sampling, generator)
+            sequence.append(token)
+            yield token
+    finally:
+        sequence.end()
 
 
 def make_generator(seed: int | None) -> torch.Generator:

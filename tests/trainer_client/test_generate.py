@@ -112,7 +112,7 @@ def test_without_a_seed_each_text_is_another() -> None:
     assert list(generate(make_model(), [65], how)) != list(generate(make_model(), [65], how))
 
 
-def test_each_token_follows_from_as_many_before_it_as_the_context_holds() -> None:
+def test_past_the_context_the_older_half_is_dropped() -> None:
     seen: list[list[int]] = []
 
     class Watched(LanguageModel):
@@ -122,8 +122,9 @@ def test_each_token_follows_from_as_many_before_it_as_the_context_holds() -> Non
 
     model = Watched(MANIFEST, lambda layer: nn.Identity())
     prompt = list(range(40))
-    out = list(generate(model, prompt, sampling(max_tokens=3)))
-    assert seen == [(prompt + out)[24 + i : 40 + i] for i in range(3)]
+    out = list(generate(model, prompt, sampling(max_tokens=11)))
+    text = prompt + out
+    assert seen == [text[24:40], *(text[33 : 41 + i] for i in range(9)), text[42:50]]
     assert not model.training
 
 
