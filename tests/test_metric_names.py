@@ -15,9 +15,10 @@ from training_swarm import HOST, TEXT, Founder, founded
 
 from dht.invites import Invite
 from peer.loop import LoopThread
-from talkoot.dashboard.server import address_of, dashboard, listen
+from talkoot.dashboard.server import dashboard
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import WatchIntervals
+from talkoot.web import address_of, listen
 from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings

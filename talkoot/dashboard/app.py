@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import json
-import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from peer.errors import AddressError
 from peer.transport.addresses import Multiaddress
@@ -27,6 +25,7 @@ from talkoot.dashboard import api
 from talkoot.dashboard.history import HistoryStore
 from talkoot.dashboard.picture import Json, Picture
 from talkoot.dashboard.watcher import Watcher
+from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself
 
 FOLDER = Path(__file__).parent
 STATIC = FOLDER / "static"
@@ -37,17 +36,7 @@ _EXPERT_S = 2 * 86400.0
 """How far back the history of an expert goes."""
 _EXPERT_POINTS = 12_000
 """So many that each tier is shown in full."""
-_SEND_DEADLINE_S = 15.0
-"""A stream is closed when its page takes nothing for this long."""
-_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
-_HEADERS = [
-    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; "
-     b"frame-ancestors 'none'; object-src 'none'"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cache-control", b"no-cache"),
-]  # fmt: skip
+_REFUSAL = JSONResponse({"error": "this dashboard answers at 127.0.0.1 and localhost alone"}, 421)
 
 
 class Streams:
@@ -84,7 +73,9 @@ def make_app(
     ]
     handlers: Mapping[Any, Any] = {api.ApiError: _api_error, HTTPException: _http_error}
     return Starlette(
-        routes=routes, middleware=[Middleware(BrowserProtection, host=host)], exception_handlers=handlers
+        routes=routes,
+        middleware=[Middleware(BrowserProtection, host=host, refusal=_REFUSAL)],
+        exception_handlers=handlers,
     )
 
 
@@ -162,9 +153,10 @@ class EventStream:
             refusal = JSONResponse({"error": "too many pages are open; try again later"}, 503)
             await refusal(scope, receive, send)
             return
+        ends_by_itself(scope)
         self._streams.open += 1
         telling = asyncio.create_task(self._tell(send), name="tell news")
-        leaving = asyncio.create_task(_disconnected(receive), name="wait for the page to close")
+        leaving = asyncio.create_task(disconnected(receive), name="wait for the page to close")
         try:
             await asyncio.wait({telling, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -180,49 +172,13 @@ class EventStream:
             values = json.dumps(api.swarm(self._watcher.state()), allow_nan=False)
             event = f"event: swarm\ndata: {values}\n\n".encode()
             try:
-                async with asyncio.timeout(_SEND_DEADLINE_S):
+                async with asyncio.timeout(SEND_DEADLINE_S):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             except TimeoutError:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_NEWS_AT_LEAST_EVERY_S):
                     await self._watcher.news()
-
-
-class BrowserProtection:
-    """Sets security headers, and on loopback answers only requests for a loopback host.
-
-    Otherwise any web page could read a visitor's dashboard, through a name that resolves to 127.0.0.1 (DNS rebinding).
-    """
-
-    def __init__(self, app: ASGIApp, host: str) -> None:
-        self._app = app
-        self._local = is_loopback(host)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_safely(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *_HEADERS]
-            await send(message)
-
-        if self._local and not is_loopback(_host_of(scope)):
-            refusal = JSONResponse({"error": "this dashboard answers at 127.0.0.1 and localhost alone"}, 421)
-            await refusal(scope, receive, send_safely)
-            return
-        await self._app(scope, receive, send_safely)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def targets(picture: Picture | None, bootstrap: Iterable[Multiaddress]) -> list[Json]:
@@ -256,18 +212,6 @@ def _scope(endpoint: str) -> AddressScope:
         return Endpoint(endpoint).scope or AddressScope.NONE
     except AddressError:
         return AddressScope.NONE
-
-
-def _host_of(scope: Scope) -> str:
-    """The host that was asked for, without its port; empty unless exactly one is named, in the form of RFC 9110."""
-    named = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
-    match = _HOST.fullmatch(named[0]) if len(named) == 1 else None
-    return "" if match is None else match[1] or match[2]
-
-
-async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _api_error(request: Request, error: api.ApiError) -> Response:

@@ -12,10 +12,11 @@ from simulated_readings import NOW, Answer, Asked, manifest, node, peer, picture
 
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
-from talkoot.dashboard.app import OPENAPI, is_loopback, targets
+from talkoot.dashboard.app import OPENAPI, targets
 from talkoot.dashboard.history import Sample
 from talkoot.dashboard.picture import Picture
 from talkoot.dashboard.watcher import expert_samples_of, samples_of
+from talkoot.web import is_loopback
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 

@@ -20,7 +20,7 @@ from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.errors import StartError
 from peer.transport.addresses import Multiaddress
-from talkoot.dashboard.server import address_of, listen
+from talkoot.web import address_of, listen
 
 LIMIT_S = 90.0
 

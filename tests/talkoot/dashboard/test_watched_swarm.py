@@ -29,9 +29,10 @@ from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from talkoot.dashboard.server import address_of, dashboard, listen
+from talkoot.dashboard.server import dashboard
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import WatchIntervals
+from talkoot.web import address_of, listen
 from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings

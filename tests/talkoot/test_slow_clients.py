@@ -1,4 +1,4 @@
-"""Connections that ask for nothing, or don't take what they asked for, don't stay: they would keep other pages out."""
+"""Connections that ask for nothing, or don't take what they asked for, don't stay: they would keep others out."""
 
 import asyncio
 import socket
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from talkoot.dashboard import server
+from talkoot import web
 
 GET = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 ANSWER_BYTES = 32 * 2**20
@@ -16,9 +16,10 @@ Wrote = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with more than sockets hold, unless it is asked for the event stream, which stays open."""
+    """Answers with more than sockets hold, unless it is asked for a stream, which ends by itself."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     if scope["path"] == "/events":
+        web.ends_by_itself(scope)
         await send({"type": "http.response.body", "body": b"x", "more_body": True})
         await asyncio.sleep(30)
     await send({"type": "http.response.body", "body": bytes(ANSWER_BYTES)})
@@ -47,13 +48,13 @@ async def until(condition: Callable[[], bool], limit_s: float) -> None:
 
 def is_let_go(wrote: Wrote, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the server ends the connection within seconds. Nobody reads from it."""
-    monkeypatch.setattr(server, "_PATIENCE_S", 0.4)
-    monkeypatch.setattr(server, "_LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(web, "_PATIENCE_S", 0.4)
+    monkeypatch.setattr(web, "_LOOK_EVERY_S", 0.1)
 
     async def scenario() -> bool:
         listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(app, http=server.Page, ws="none", lifespan="off", log_config=None)
-        running = server._Server(config)
+        config = uvicorn.Config(app, http=web.Connection, ws="none", lifespan="off", log_config=None)
+        running = web._Server(config)
         serving = asyncio.create_task(running.serve([listener]))
         _, writer = await asyncio.open_connection(*listener.getsockname())
         writing = asyncio.ensure_future(wrote(writer))
@@ -74,11 +75,13 @@ def is_let_go(wrote: Wrote, monkeypatch: pytest.MonkeyPatch) -> bool:
 
 
 @pytest.mark.parametrize("wrote", [silent, trickling, taking_nothing])
-def test_a_page_that_neither_asks_nor_takes_is_let_go(wrote: Wrote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_neither_asks_nor_takes_is_let_go(
+    wrote: Wrote, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert is_let_go(wrote, monkeypatch)
 
 
-def test_an_event_stream_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_ends_by_itself_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
     async def listening(writer: asyncio.StreamWriter) -> None:
         writer.write(GET.replace(b"/ ", b"/events ") + b"\r\n")
 

@@ -1,0 +1,158 @@
+"""What the web servers have in common: how they listen, which connections they keep, how browsers are safe."""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from peer.errors import PortError
+from peer.formatting import endpoint
+
+SEND_DEADLINE_S = 15.0
+"""A stream is closed when its reader takes nothing for this long."""
+_MAX_CONNECTIONS = 1000
+_PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
+"""For so long a connection may go on without a whole request, or with an answer that is not taken."""
+_BACKLOG = 128
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
+_HEADERS = [
+    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; "
+     b"frame-ancestors 'none'; object-src 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-cache"),
+]  # fmt: skip
+_ENDS_BY_ITSELF = "talkoot.ends_by_itself"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises PortError when the port is taken or the address is not this machine's."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        # create_server adds the address to its own messages
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise PortError(
+            f"can't listen on {host} port {port}: {why}; pass another --port or --host"
+        ) from error
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{endpoint(host, port)}/"
+
+
+@contextlib.asynccontextmanager
+async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["asyncio.Task[None]"]:
+    """Serves an application inside, and yields the task that does. Afterwards it stops at once."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=10,
+        )
+    )
+    task = asyncio.create_task(server.serve([listener]), name="serve HTTP")
+    try:
+        yield task
+    finally:
+        server.should_exit = server.force_exit = True
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def ends_by_itself(scope: Scope) -> None:
+    """Says that the answer to this request may take its time: the application ends it when nobody takes it."""
+    scope.setdefault("state", {})[_ENDS_BY_ITSELF] = True
+
+
+class Connection(H11Protocol):
+    """A connection that ends if its client neither asks nor takes what it asked for. uvicorn alone waits for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        super().connection_made(transport)
+        self._look(None, self.loop.time())
+
+    def _look(self, before: object, since: float) -> None:
+        """`before`: what it did when last looked at; `since`: when it was first seen to do so."""
+        if self.transport.is_closing():
+            return
+        now, cycle = self.loop.time(), self.cycle
+        answering = cycle is not None and not cycle.response_complete
+        if (cycle, answering) != before:
+            since = now
+        elif now - since > _PATIENCE_S and not (answering and cycle.scope["state"].get(_ENDS_BY_ITSELF)):
+            self.transport.abort()
+            return
+        self.loop.call_later(_LOOK_EVERY_S, self._look, (cycle, answering), since)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the command."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
+    """Returns when the client has gone. The request must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class BrowserProtection:
+    """Sets security headers, and on loopback answers only requests for a loopback host.
+
+    Otherwise any web page could read a visitor's page here, through a name that resolves to 127.0.0.1 (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, host: str, refusal: ASGIApp) -> None:
+        """`host`: where it listens. `refusal` answers requests for another host, with status 421."""
+        self._app = app
+        self._local = is_loopback(host)
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        refused = self._local and not is_loopback(_host_of(scope))
+        await (self._refusal if refused else self._app)(scope, receive, send_safely)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_of(scope: Scope) -> str:
+    """The host that was asked for, without its port; empty unless exactly one is named, in the form of RFC 9110."""
+    named = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
+    match = _HOST.fullmatch(named[0]) if len(named) == 1 else None
+    return "" if match is None else match[1] or match[2]
