@@ -208,10 +208,10 @@ def test_an_expert_that_is_late_for_all_of_its_rows_is_given_up(
 
     async def scenario(edge: Edge) -> None:
         let_go = hold(edge, SECOND, monkeypatch)
-        outcome = await make(edge, call, timeout_s=1.5)
+        outcome = await make(edge, call, timeout_s=4)  # it is given up after 3.2 s
         let_go.set()
         found = answers(call, outcome)
-        assert outcome.seconds < 1.5
+        assert outcome.seconds < 4
         assert found.failed == {1: StatusCode.DEADLINE_EXCEEDED}
         assert set(found.masks.values()) == {0b1}
         torch.testing.assert_close(found.tensor, call.expected(*fresh(FIRST), None))

@@ -1,6 +1,7 @@
 """Checkpoints on disk: what was saved comes back, whoever is killed meanwhile and however full the disk is."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -155,7 +156,9 @@ def test_a_writer_killed_at_any_moment_loses_nothing_that_was_saved(tmp_path: Pa
     ) as writers:
         assert writers.stdin is not None
         assert writers.stdout is not None
-        for _ in range(20):
+        for writer in itertools.count():
+            if writer >= 20 and last_saved > 20:  # a slow disk takes more writers
+                break
             print(file=writers.stdin, flush=True)
             pid = int(writers.stdout.readline())
             time.sleep(rng.uniform(0, 0.1))  # the random moment: nothing is waited for
@@ -169,7 +172,6 @@ def test_a_writer_killed_at_any_moment_loses_nothing_that_was_saved(tmp_path: Pa
                 assert_same(checkpoint.state, filled_with(update_count).state)
             last_saved = update_count
         writers.stdin.close()
-    assert last_saved > 20
     store.sweep()
     assert not list(tmp_path.rglob("*.new"))
 
