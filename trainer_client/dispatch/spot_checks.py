@@ -62,6 +62,8 @@ WITNESSES = 2
 """Failed checks of a node before it is banned."""
 _CHECKED_AFTER_FAILURE = 32
 """A node's next answers that are all checked, once one has failed."""
+_FORGIVEN_AFTER_ROWS = 100_000
+"""Right ones in a row, after which a node's failed checks no longer count: in as many, an honest one may fail once."""
 _MOST_ROWS = 512
 """That each expert computes in a check, beyond one segment."""
 _MOST_AT_ONCE = 2
@@ -233,6 +235,8 @@ class _Record:
     """What the checks of one node have shown."""
 
     failed: int = 0
+    right_rows: int = 0
+    """Checked since the last failure."""
     owed: int = 0
     """Answers that are still to be checked, whatever chance says."""
     decided: deque[bool] = field(default_factory=lambda: deque(maxlen=_LATELY))
@@ -315,7 +319,7 @@ class SpotChecks:
             rows = f"{wrong} of {len(sample.places)} rows are wrong, by up to {apart:.2%}"
             self._fail(sample, f"{rows}, for a node that computes in {precision}")
         else:
-            self._note(peer_id, "passed")
+            self._pass(sample)
 
     def _has(self, sample: Sample) -> bool:
         """Whether nothing must be fetched to check it."""
@@ -360,10 +364,16 @@ class SpotChecks:
             logger.warning("none of the last %d answers of node %s could be checked", _LATELY, peer_id)
         return record
 
+    def _pass(self, sample: Sample) -> None:
+        record = self._note(sample.node.peer_id, "passed")
+        record.right_rows += len(sample.places)
+        if record.right_rows >= _FORGIVEN_AFTER_ROWS:
+            record.failed = 0
+
     def _fail(self, sample: Sample, said: str) -> None:
         peer_id = sample.node.peer_id
         record = self._note(peer_id, "failed")
-        record.failed, record.owed = record.failed + 1, _CHECKED_AFTER_FAILURE
+        record.failed, record.right_rows, record.owed = record.failed + 1, 0, _CHECKED_AFTER_FAILURE
         names = ", ".join(map(str, list(sample.versions)[:_NAMED]))
         logger.debug("node %s failed a spot check of experts %s: %s", peer_id, names, said)
         if record.failed >= WITNESSES:

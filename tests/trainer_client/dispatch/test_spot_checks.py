@@ -446,6 +446,26 @@ def test_after_a_failure_the_next_answers_are_checked_whatever_chance_says() -> 
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(("rows_between", "banned"), [(100_000, 0), (99_000, 1)])
+def test_failures_with_very_many_right_rows_between_them_ban_nobody(rows_between: int, banned: int) -> None:
+    """Or a node that is honest for months would be banned for what one rounding in a million rows looks like."""
+
+    async def scenario() -> None:
+        calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
+        checking = Checking(0.01, Reluctant(TransferError("")), BlockLoader(MANIFEST, SWARM))
+        checks = SpotChecks(calls, checking, "fp32", random.Random(0))
+        sent, reply, of_batch = answered(0, 3, 0.0)
+        sample = Sample.draw(sent, reply, of_batch, random.Random(0))
+        checks._fail(sample, "for a test")
+        for _ in range(-(-rows_between // len(sample.places))):
+            checks._pass(sample)
+        checks._fail(sample, "for a test")
+        assert calls.breakers.banned(calls.now()) == banned
+        await checks.close()
+
+    asyncio.run(scenario())
+
+
 # Parameters from a stranger
 
 
