@@ -62,6 +62,8 @@ OPEN_TO_ALL = frozenset({session_pb2.RIGHT_DHT})
 """What needs no token: whoever reads the manifest is not admitted yet."""
 OPEN_TO_MEMBERS = OPEN_TO_ALL | {session_pb2.RIGHT_RELAY}
 """What any token gives."""
+EXPORT = session_pb2.RIGHT_EXPORT
+"""Beside `RIGHTS`, of the roles that the manifest names."""
 _RECORDS: Mapping[str, frozenset[Role]] = {
     "announcement": frozenset({Role.NODE}),
     "node": frozenset({Role.NODE}),
@@ -149,16 +151,17 @@ class SwarmAdmission:
         self._keys = keys
         self._now = now
         self._mode: Mode | None = None
+        self._exporters: frozenset[Role] = frozenset()
         self._founder_key = b""
         self._badge: admission_pb2.Badge | None = None
         self._revoked: frozenset[int] = frozenset()
 
-    def learn(self, founder_key: bytes, mode: Mode) -> None:
+    def learn(self, founder_key: bytes, mode: Mode, exporters: Iterable[Role] = ()) -> None:
         """Applies the manifest's rules from now on. Until then only the DHT is open to callers, and takes every record.
 
-        `founder_key`: the DER public key in the manifest's record.
+        `founder_key`: the DER public key in the manifest's record. `exporters`: roles that may export the model.
         """
-        self._founder_key, self._mode = founder_key, mode
+        self._founder_key, self._mode, self._exporters = founder_key, mode, frozenset(exporters)
 
     def present(self, token: admission_pb2.Token, holder: PeerID) -> None:
         """Makes this peer's own badge from its token. Raises RecordError that says why the token is of no use."""
@@ -204,7 +207,8 @@ class SwarmAdmission:
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, f"this swarm admits by token, and {error}"
             ) from error
-        if missing := rights - RIGHTS[grant.role] - OPEN_TO_MEMBERS:
+        more = {EXPORT} if grant.role in self._exporters else set()
+        if missing := rights - RIGHTS[grant.role] - OPEN_TO_MEMBERS - more:
             names = ", ".join(sorted(map(_name_of, missing)))
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, f"a {grant.role.word}'s token does not give {names}"

@@ -1,11 +1,12 @@
 """The manifest: the description of the model that all peers of a swarm share, signed by the swarm's founder."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dht.presets import PRESETS, PresetName, completed, default_preset
 from dht.uid import UID, grid_coordinates
@@ -16,6 +17,16 @@ from peer.layers import Activation, Norm, check_heads
 from peer.settings import describe_validation_error, read_toml
 
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
+
+
+def _license(text: str) -> str:
+    if not re.fullmatch(_LICENSE, text):
+        raise ValueError("must be a licence's SPDX identifier, such as Apache-2.0 or CC-BY-SA-4.0")
+    return text
+
+
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,62}")
+License = Annotated[str, AfterValidator(_license)]
 
 
 class _Part(BaseModel):
@@ -202,6 +213,11 @@ class AdmissionSpec(_Part):
         default="open",
         description="open: whoever has the invite; token: whoever has one that the founder made with `talkoot invite`",
     )
+    export: tuple[Literal["trainer", "reader"], ...] = Field(
+        default=("trainer",),
+        max_length=2,
+        description="whose tokens let them export the model; in mode open, all may",
+    )
 
 
 class Manifest(_Part):
@@ -215,6 +231,11 @@ class Manifest(_Part):
         default="none",
         description="keys that a founder's file leaves out, and settings that trainers take unless they "
         "set their own; none: the defaults below; a file without this key has the preset of its experts' kind",
+    )
+    license: License | None = Field(
+        default=None,
+        description="SPDX identifier of the licence that the model is under, such as Apache-2.0, for the card of an "
+        "exported model; unset: the card says that there is none",
     )
     model: ModelSpec = ModelSpec()
     experts: ExpertSpec = ExpertSpec()

@@ -218,7 +218,9 @@ class _Peer:
     ) -> Swarm:
         """`record`: the manifest as its author signed it, and its expiry."""
         self._store.add(host.bootstrapped_from, clock.now())
-        self._admission.learn(writers_key(record[0]), manifest.admission.mode)
+        rules = manifest.admission
+        exporters = (Role[word.upper()] for word in rules.export)
+        self._admission.learn(writers_key(record[0]), rules.mode, exporters)
         return Swarm(
             host,
             registry,

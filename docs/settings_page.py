@@ -72,7 +72,7 @@ def page() -> str:
 
 
 def _flat(manifest: Manifest) -> dict[str, Any]:
-    values = json.loads(manifest.model_dump_json(exclude={"name", "protocol_version", "preset"}))
+    values = json.loads(manifest.model_dump_json(exclude={"name", "protocol_version", "preset", "license"}))
     return {f"{part}.{key}": value for part, keys in values.items() for key, value in keys.items()}
 
 

@@ -3,16 +3,28 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median_low
 
 from dht.announcements import NodeInfo, Replica
+from dht.manifest import Manifest
 from dht.swarm import Swarm
+from dht.uid import UID
+from expert_server.blocks import build_block
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import ACCUMULATED, BLOCK, OPTIMIZER, Checkpoint, State
+from expert_server.experts.format import (
+    ACCUMULATED,
+    BLOCK,
+    OPTIMIZER,
+    Checkpoint,
+    State,
+    block_tensors,
+)
+from expert_server.experts.plausibility import Scale, require_plausible
 from expert_server.serving.runtime import Runtime
 from expert_server.state.transfer import StateClient
 from peer.errors import StateError, TransferError
@@ -60,38 +72,14 @@ class WholeStates:
         nodes = await self._swarm.registry.nodes(peers) if peers else {}
         able = [nodes[replica.peer_id] for replica in hosts if replica.peer_id in nodes]
         async with self._comparing if len(able) > 1 else nullcontext():
-            silent = set[PeerID]()
-            fetches = (
-                self._fetch(expert, node, cap, silent) for node in able if node.peer_id not in unreachable
-            )
-            given = await first_few(fetches, COMPARED, _PATIENCE_S)
-            unreachable |= silent
+            given = await _given(expert.uid, able, partial(self._fetch, expert, cap), unreachable)
             return await self._import(expert, given) if given else None
 
-    async def _fetch(
-        self,
-        expert: Expert,
-        node: NodeInfo,
-        cap: Callable[[int], int],
-        silent: set[PeerID],
-    ) -> tuple[PeerID, Checkpoint] | None:
-        """None if it did not come, or cannot be. The node is among the `silent` until it has answered."""
-        silent.add(node.peer_id)
-        try:
-            fetched = (await self._states.fetch(node, expert.uid)).checkpoint
-            checkpoint = Checkpoint(fetched.state, cap(fetched.update_count))
-            await self._runtime.run(partial(expert.require_good, checkpoint.state, checkpoint.update_count))
-        except TransferError as error:
-            logger.warning("%s", error)
-            if error.answered:
-                silent.discard(node.peer_id)
-            return None
-        except StateError as error:
-            logger.warning("refused the state of %s by %s: %s", expert.uid, node.peer_id, error)
-            silent.discard(node.peer_id)
-            return None
-        silent.discard(node.peer_id)
-        return node.peer_id, checkpoint
+    async def _fetch(self, expert: Expert, cap: Callable[[int], int], node: NodeInfo) -> Checkpoint:
+        fetched = (await self._states.fetch(node, expert.uid)).checkpoint
+        checkpoint = Checkpoint(fetched.state, cap(fetched.update_count))
+        await self._runtime.run(partial(expert.require_good, checkpoint.state, checkpoint.update_count))
+        return checkpoint
 
     async def _import(self, expert: Expert, given: Sequence[tuple[PeerID, Checkpoint]]) -> TakenState | None:
         states = [checkpoint for _, checkpoint in given]
@@ -106,6 +94,84 @@ class WholeStates:
             logger.warning("refused the states that were given of %s: %s", expert.uid, error)
             return None
         return TakenState(peer_id, chosen.update_count) if is_taken else None
+
+
+class WholeParameters:
+    """Fetches the parameters of experts by the same rules, for a peer that hosts none."""
+
+    def __init__(self, manifest: Manifest, states: StateClient, rng: random.Random) -> None:
+        self._manifest = manifest
+        self._states = states
+        self._rng = rng
+        # one at a time: first parameters are drawn from torch's global generator
+        self._checking = ThreadPoolExecutor(1, "check of parameters")
+
+    async def fetch(
+        self, uid: UID, nodes: Sequence[NodeInfo], cap: Callable[[int], int], unreachable: set[PeerID]
+    ) -> tuple[PeerID, Checkpoint] | None:
+        """Parameters that one of the first three `nodes` gave which give good ones, and whose they are.
+
+        `cap` and `unreachable`: as in `WholeStates.take`. Returns None if nobody gave any.
+        """
+        loop = asyncio.get_running_loop()
+        first = await loop.run_in_executor(self._checking, build_block, self._manifest, uid)
+        scale = Scale.of(dict(first.named_parameters()))
+
+        async def fetch(node: NodeInfo) -> Checkpoint:
+            fetched = (await self._states.fetch_parameters(node, uid)).checkpoint
+            checkpoint = Checkpoint(fetched.state, cap(fetched.update_count))
+            await asyncio.to_thread(self._require_plausible, uid, checkpoint, scale)
+            return checkpoint
+
+        given = await _given(uid, nodes, fetch, unreachable)
+        if not given:
+            return None
+        known = Checkpoint({BLOCK + name: tensor for name, tensor in block_tensors(first).items()}, 0)
+        states = [checkpoint for _, checkpoint in given]
+        index, chosen = await asyncio.to_thread(choose, states, known, self._rng)
+        return given[index][0], chosen
+
+    def close(self) -> None:
+        self._checking.shutdown(wait=False, cancel_futures=True)
+
+    def _require_plausible(self, uid: UID, checkpoint: Checkpoint, first: Scale) -> None:
+        require_plausible(uid, checkpoint.state, checkpoint.update_count, [first], self._manifest.optimizer)
+
+
+async def _given(
+    uid: UID,
+    nodes: Sequence[NodeInfo],
+    fetch: Callable[[NodeInfo], Awaitable[Checkpoint]],
+    unreachable: set[PeerID],
+) -> list[tuple[PeerID, Checkpoint]]:
+    """What the first three of the nodes give which give a good state.
+
+    `fetch`: raises TransferError or StateError. Nodes that are `unreachable` are left out, and those that do not
+    answer, or stall, are added.
+    """
+    silent = set[PeerID]()
+    """Nodes that were asked and have not answered."""
+
+    async def ask(node: NodeInfo) -> tuple[PeerID, Checkpoint] | None:
+        silent.add(node.peer_id)
+        try:
+            checkpoint = await fetch(node)
+        except TransferError as error:
+            logger.warning("%s", error)
+            if error.answered:
+                silent.discard(node.peer_id)
+            return None
+        except StateError as error:
+            logger.warning("refused the state of %s by %s: %s", uid, node.peer_id, error)
+            silent.discard(node.peer_id)
+            return None
+        silent.discard(node.peer_id)
+        return node.peer_id, checkpoint
+
+    asked = (ask(node) for node in nodes if node.peer_id not in unreachable)
+    given = await first_few(asked, COMPARED, _PATIENCE_S)
+    unreachable |= silent
+    return given
 
 
 def choose(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random) -> tuple[int, Checkpoint]:

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import grpc
 from grpc import StatusCode
@@ -26,11 +27,13 @@ from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
 from peer.rates import RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
-from peer.rpc.sessions import Sessions
+from peer.rpc.sessions import Right, Sessions
 from peer.rpc.transfer import TransferPace, TransferSlots, outgoing
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
+
+S = TypeVar("S")
 
 MAX_TRANSFERS = 8
 """States that others fetch from a node at the same time."""
@@ -177,33 +180,34 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         raise AssertionError("abort raises")
 
     async def _give(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
-        # who may ask what an expert answers may ask for what it answers with, and for no more
-        right = session_pb2.RIGHT_FORWARD if request.version else session_pb2.RIGHT_FETCH
-        caller = self._sessions.require(context, right).caller
+        caller = self._sessions.require(context, _right_for(request)).caller
         require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
         uid = parse_uid(request.uid, self._manifest)
         if request.offset and not request.sha256:
             raise WireError("an offset belongs to a snapshot: give its checksum")
-        if request.version and request.sha256:
-            raise WireError("a version is no snapshot's: leave the checksum out")
+        if request.version and (request.sha256 or request.parameters):
+            raise WireError("a version is no snapshot's: leave the checksum and `parameters` out")
         with self._slots.taken(caller, self._state_bytes):
             if request.version:
+                block = await self._snapshots.block_for(caller, uid, request.version)
+                await self._stream_block(block, 0, context)
+            elif request.parameters:
                 await self._stream_block(
-                    await self._snapshots.block_for(caller, uid, request.version), context
+                    await self._block(uid, request.sha256, caller), request.offset, context
                 )
-                return
-            snapshot = await self._find(uid, request.sha256, caller)
-            await self._stream(snapshot, caller, request.offset, context)
+            else:
+                snapshot = await self._find(uid, request.sha256, caller)
+                await self._stream(snapshot, caller, request.offset, context)
 
     async def _find(self, uid: UID, sha256: bytes, caller: PeerID) -> Snapshot:
         if not sha256:
             return await self._snapshots.take_for(caller, uid)
-        snapshot = self._snapshots.find(uid, sha256)
-        if snapshot is None:
-            raise ExpertError(
-                StatusCode.FAILED_PRECONDITION, "that snapshot is no longer kept: start again without one"
-            )
-        return snapshot
+        return _still_kept(self._snapshots.find(uid, sha256))
+
+    async def _block(self, uid: UID, sha256: bytes, caller: PeerID) -> Block:
+        if not sha256:
+            return await self._snapshots.parameters_for(caller, uid)
+        return _still_kept(self._snapshots.find_parameters(uid, sha256))
 
     async def _stream(self, snapshot: Snapshot, caller: PeerID, offset: int, context: FetchContext) -> None:
         header = state_pb2.StateHeader(
@@ -215,14 +219,14 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         await self._send(header, snapshot.data, offset, context)
         snapshot.note_given(caller)
 
-    async def _stream_block(self, block: Block, context: FetchContext) -> None:
+    async def _stream_block(self, block: Block, offset: int, context: FetchContext) -> None:
         header = state_pb2.StateHeader(
             update_count=block.update_count,
             total_bytes=len(block.data),
             sha256=block.sha256,
             precision=_PRECISIONS[block.precision],
         )
-        await self._send(header, block.data, 0, context)
+        await self._send(header, block.data, offset, context)
 
     async def _send(
         self, header: state_pb2.StateHeader, data: bytes, offset: int, context: FetchContext
@@ -245,3 +249,19 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
                 return FetchHint(caller, uids, request.sha256, request.base_sha256)
             case _:
                 raise WireError(f"reason {request.reason} is not known here")
+
+
+def _right_for(request: state_pb2.FetchRequest) -> Right:
+    """Who may ask what an expert answers may ask for what it answers with, and for no more."""
+    if request.version:
+        return session_pb2.RIGHT_FORWARD
+    return session_pb2.RIGHT_EXPORT if request.parameters else session_pb2.RIGHT_FETCH
+
+
+def _still_kept(snapshot: S | None) -> S:
+    """Raises ExpertError (FAILED_PRECONDITION) if it is None."""
+    if snapshot is None:
+        raise ExpertError(
+            StatusCode.FAILED_PRECONDITION, "that snapshot is no longer kept: start again without one"
+        )
+    return snapshot

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import grpc
 from grpc import StatusCode
@@ -18,7 +18,15 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.experts.devices import Precision
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import Checkpoint, StateForm, block_to_bytes, from_bytes, to_bytes
+from expert_server.experts.format import (
+    Checkpoint,
+    State,
+    StateForm,
+    block_from_bytes,
+    block_to_bytes,
+    from_bytes,
+    to_bytes,
+)
 from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
 from peer.averaging import Meeting
@@ -41,6 +49,10 @@ MAX_SNAPSHOTS = 8
 """States kept in memory for the nodes that fetch them."""
 SNAPSHOT_S = 300.0
 """How long they are kept."""
+_MAX_EXPORTED = 4
+"""Parameters kept in memory for those who export the model, unless memory is short: then an export that is cut off
+begins that expert anew.
+"""
 _PEER_SHARE, _PEER_BURST_S = 0.02, 2.0
 _ALL_SHARE, _ALL_BURST_S = 0.1, 10.0
 """The share of its time that a node makes new snapshots for one peer, and for all; and how much of it may be saved up.
@@ -108,16 +120,20 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """An expert's parameters at one version, encoded for a peer that checks what they answered."""
+    """An expert's parameters at one version, encoded for a peer that checks what they answered, or keeps them."""
 
+    key: UID
+    version: int
     data: bytes
     sha256: bytes
     update_count: int
     precision: Precision
     """Of the device that computes with them."""
+    expires_at: float
 
 
-Kind: TypeAlias = type[Snapshot] | type[Block]
+Purpose: TypeAlias = Literal["state", "check", "export"]
+"""What a copy of an expert is made for."""
 
 
 class SnapshotTaker:
@@ -141,9 +157,11 @@ class SnapshotTaker:
         self._tasks = TaskSet()
         self._of_peer = TokenBuckets[PeerID](_PEER_SHARE, _PEER_BURST_S)
         self._blocks = TaskSet()
-        kinds: tuple[Kind, ...] = (Snapshot, Block)
-        self._of_all = {kind: TokenBucket(_ALL_SHARE, _ALL_BURST_S, clock()) for kind in kinds}
-        """By what is made: whoever may call experts may check them, and must not keep nodes from their states."""
+        self._exported: SnapshotCache[Block] = SnapshotCache(_MAX_EXPORTED, lifetime_s)
+        self._keeps_exported = limit >= MAX_SNAPSHOTS
+        purposes = get_args(Purpose)
+        self._of_all = {purpose: TokenBucket(_ALL_SHARE, _ALL_BURST_S, clock()) for purpose in purposes}
+        """Whoever may call experts may check them, and must not keep nodes from their states."""
 
     async def take(self, uid: UID) -> Snapshot:
         """A snapshot of the expert as it is now. Raises ExpertError (NOT_FOUND), or StateError if it is not finite."""
@@ -163,6 +181,21 @@ class SnapshotTaker:
         Raises ExpertError: FAILED_PRECONDITION if they have changed since, RESOURCE_EXHAUSTED if too many were asked
         for lately, and NOT_FOUND.
         """
+        return await self._block_for(peer_id, uid, version)
+
+    async def parameters_for(self, peer_id: PeerID, uid: UID) -> Block:
+        """The expert's parameters as they are now, for a peer that keeps them. Raises ExpertError as `block_for`."""
+        expert = self._expert(uid)
+        for kept in self._exported.all(self._clock()):
+            if (kept.key, kept.version) == (uid, expert.version):
+                return kept
+        block = await self._block_for(peer_id, uid, None)
+        if self._keeps_exported:
+            self._exported.put(block, self._clock())
+        return block
+
+    async def _block_for(self, peer_id: PeerID, uid: UID, version: int | None) -> Block:
+        """`version`: None for the present one."""
         # those that break off go on: they count until they end
         if len(self._blocks) >= _MAX_BLOCKS:
             raise ExpertError(
@@ -171,19 +204,26 @@ class SnapshotTaker:
         made = self._blocks.spawn(self._make_block(uid, peer_id, version), f"take the parameters of {uid}")
         return await asyncio.shield(made)
 
-    async def _make_block(self, uid: UID, peer_id: PeerID, version: int) -> Block:
+    async def _make_block(self, uid: UID, peer_id: PeerID, version: int | None) -> Block:
         expert, began = self._expert(uid), self._clock()
-        self._require_pace(peer_id, began, Block)
-        state = await self._runtime.run(lambda: expert.export_block(version))
+        purpose: Purpose = "export" if version is None else "check"
+        self._require_pace(peer_id, began, purpose)
+
+        def copied() -> tuple[int, State | None, int]:
+            wanted = expert.version if version is None else version
+            return wanted, expert.export_block(wanted), expert.update_count
+
+        copied_version, state, count = await self._runtime.run(copied)
         if state is None:
-            self._count_time(peer_id, began, Block)
+            self._count_time(peer_id, began, purpose)
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "the parameters have changed since")
-        count, now = expert.update_count, time.time()
+        now = time.time()
         data, sha256 = await asyncio.to_thread(
             lambda: _hashed(block_to_bytes(state, count, self._swarm_id, uid, now))
         )
-        self._count_time(peer_id, began, Block)
-        return Block(data, sha256, count, expert.device.precision)
+        self._count_time(peer_id, began, purpose)
+        expires_at = self._clock() + self._exported.lifetime_s
+        return Block(uid, copied_version, data, sha256, count, expert.device.precision, expires_at)
 
     def _expert(self, uid: UID) -> Expert:
         """Raises ExpertError (NOT_FOUND)."""
@@ -217,40 +257,45 @@ class SnapshotTaker:
                 )  # fmt: skip
                 self._snapshots.put(snapshot, now)
                 if peer_id is not None:
-                    self._count_time(peer_id, began, Snapshot)
+                    self._count_time(peer_id, began, "state")
             return snapshot
 
     def _instead(self, uid: UID, peer_id: PeerID) -> Snapshot | None:
         """What a peer gets in place of a new snapshot; None if one may be made. Raises ExpertError."""
         now = self._clock()
         newest = [kept for kept in self._snapshots.all(now) if kept.uid == uid][-1:]
-        if newest and self._wait_s(peer_id, now, Snapshot):
+        if newest and self._wait_s(peer_id, now, "state"):
             return newest[0]
-        self._require_pace(peer_id, now, Snapshot)
+        self._require_pace(peer_id, now, "state")
         return None
 
-    def _wait_s(self, peer_id: PeerID, now: float, kind: Kind) -> float:
-        return max(self._of_peer.wait_s(peer_id, now), self._of_all[kind].take(0.0, now))
+    def _wait_s(self, peer_id: PeerID, now: float, purpose: Purpose) -> float:
+        return max(self._of_peer.wait_s(peer_id, now), self._of_all[purpose].take(0.0, now))
 
-    def _require_pace(self, peer_id: PeerID, now: float, kind: Kind) -> None:
+    def _require_pace(self, peer_id: PeerID, now: float, purpose: Purpose) -> None:
         """Raises ExpertError (RESOURCE_EXHAUSTED)."""
-        if wait_s := self._wait_s(peer_id, now, kind):
+        if wait_s := self._wait_s(peer_id, now, purpose):
             message = f"too many new snapshots were asked for lately: come back in {wait_s:.1f} s"
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=wait_s)
 
-    def _count_time(self, peer_id: PeerID, began: float, kind: Kind) -> None:
+    def _count_time(self, peer_id: PeerID, began: float, purpose: Purpose) -> None:
         now = self._clock()
         self._of_peer.take(peer_id, now - began, now)
-        self._of_all[kind].take(now - began, now)
+        self._of_all[purpose].take(now - began, now)
 
     @property
     def kept_bytes(self) -> int:
         """Memory of the snapshots that are kept. Any thread may ask."""
-        return sum(len(snapshot.data) for snapshot in self._snapshots.in_memory)
+        kept: list[Snapshot | Block] = [*self._snapshots.in_memory, *self._exported.in_memory]
+        return sum(len(each.data) for each in kept)
 
     def find(self, uid: UID, sha256: bytes) -> Snapshot | None:
         """The kept snapshot with this checksum."""
         return self._snapshots.find(uid, sha256, self._clock())
+
+    def find_parameters(self, uid: UID, sha256: bytes) -> Block | None:
+        """The same, of the parameters alone."""
+        return self._exported.find(uid, sha256, self._clock())
 
     def _current(self, expert: Expert, met: Mapping[PeerID, Meeting]) -> Snapshot | None:
         """The kept snapshot of the expert as it is now, if there is one."""
@@ -322,10 +367,21 @@ class StateClient:
         request = state_pb2.FetchRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, uid=str(uid), sha256=sha256
         )
+        return await self._fetch(node, uid, request)
+
+    async def fetch_parameters(self, node: NodeInfo, uid: UID) -> Fetched:
+        """The expert's parameters at that node, without what its optimizer keeps. Raises as `fetch` does."""
+        request = state_pb2.FetchRequest(
+            protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, uid=str(uid), parameters=True
+        )
+        return await self._fetch(node, uid, request)
+
+    async def _fetch(self, node: NodeInfo, uid: UID, request: state_pb2.FetchRequest) -> Fetched:
         what = f"expert {uid} of {node.peer_id}"
+        open_ = self._open_parameters if request.parameters else self._open
         try:
             incoming = await self._service.download(node, "Fetch", request, what, self._down)
-            fetched = await asyncio.to_thread(self._open, incoming, uid, node.peer_id)
+            fetched = await asyncio.to_thread(open_, incoming, uid, node.peer_id)
         except TransferError:
             self.metrics.fetches.labels("failed").inc()
             raise
@@ -371,6 +427,12 @@ class StateClient:
         with self._guard.guarding("state", peer_id, StateError):
             checkpoint = from_bytes(data, self._swarm_id, uid, header.update_count, self._form)
         return Fetched(checkpoint, header.sha256, header.met_update_count)
+
+    def _open_parameters(self, incoming: SnapshotReceiver, uid: UID, peer_id: PeerID) -> Fetched:
+        header, data = incoming.whole()
+        with self._guard.guarding("state", peer_id, StateError):
+            state = block_from_bytes(data, self._swarm_id, uid, self._form)
+        return Fetched(Checkpoint(state, header.update_count), header.sha256, 0)
 
 
 def largest_state_bytes(manifest: Manifest) -> int:

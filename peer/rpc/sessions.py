@@ -217,11 +217,14 @@ class Sessions:
         self.events.labels("opened").inc()
         return session_pb2.OpenReply(session=key, lifetime_s=lifetime_s)
 
-    def require(self, context: "grpc.aio.ServicerContext[Any, Any]", right: Right) -> Session:
-        """The session of a caller that has the right. Raises ExpertError: UNAUTHENTICATED or PERMISSION_DENIED."""
-        return self.find(session_named(context), right)
+    def require(self, context: "grpc.aio.ServicerContext[Any, Any]", *rights: Right) -> Session:
+        """The session of a caller that has one of the rights.
 
-    def find(self, key: bytes, right: Right) -> Session:
+        Raises ExpertError: UNAUTHENTICATED or PERMISSION_DENIED.
+        """
+        return self.find(session_named(context), *rights)
+
+    def find(self, key: bytes, *rights: Right) -> Session:
         """Like `require`, by the session's name."""
         session = self._sessions.get(key)
         if session is None or session.ends_at <= self._clock():
@@ -230,9 +233,9 @@ class Sessions:
                 StatusCode.UNAUTHENTICATED, "the call is in no session that is open here: open one"
             )
         self._near[session.near].move_to_end(key)
-        if right not in session.rights:
-            name = session_pb2.Right.Name(right)
-            raise ExpertError(StatusCode.PERMISSION_DENIED, f"the session was opened without {name}")
+        if session.rights.isdisjoint(rights):
+            names = " or ".join(map(session_pb2.Right.Name, rights))
+            raise ExpertError(StatusCode.PERMISSION_DENIED, f"the session was opened without {names}")
         return session
 
     def of_call(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Session | None:

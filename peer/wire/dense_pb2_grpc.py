@@ -61,7 +61,7 @@ class DenseServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Take(self, request, context):
-        """Gives the dense part and takes none. Refused as Exchange is, and with FAILED_PRECONDITION when the snapshot asked
+        """Gives the dense part and takes none. A session that allows exporting will do. Refused as Exchange is, and with FAILED_PRECONDITION when the snapshot asked
         for is kept no more (begin anew without one).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -17,6 +17,7 @@ class Right(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RIGHT_AVERAGE: _ClassVar[Right]
     RIGHT_DHT: _ClassVar[Right]
     RIGHT_RELAY: _ClassVar[Right]
+    RIGHT_EXPORT: _ClassVar[Right]
 RIGHT_UNSPECIFIED: Right
 RIGHT_FORWARD: Right
 RIGHT_BACKWARD: Right
@@ -24,6 +25,7 @@ RIGHT_FETCH: Right
 RIGHT_AVERAGE: Right
 RIGHT_DHT: Right
 RIGHT_RELAY: Right
+RIGHT_EXPORT: Right
 
 class ChallengeRequest(_message.Message):
     __slots__ = ()

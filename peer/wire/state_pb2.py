@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peer/wire/state.proto\x12\ntalkoot.v1\"~\n\x0c\x46\x65tchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\x04J\x04\x08\x04\x10\x05\"P\n\nFetchReply\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.talkoot.v1.StateHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x8c\x01\n\x0bStateHeader\x12\x14\n\x0cupdate_count\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x18\n\x10met_update_count\x18\x04 \x01(\x04\x12(\n\tprecision\x18\x05 \x01(\x0e\x32\x15.talkoot.v1.Precision\"\x98\x01\n\nAskRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12%\n\x06reason\x18\x04 \x01(\x0e\x32\x15.talkoot.v1.AskReason\x12\x0c\n\x04uids\x18\x05 \x03(\t\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x13\n\x0b\x62\x61se_sha256\x18\x07 \x01(\x0cJ\x04\x08\x03\x10\x04\"\x1c\n\x08\x41skReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r*b\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_FP32\x10\x01\x12\x12\n\x0ePRECISION_TF32\x10\x02\x12\x12\n\x0ePRECISION_BF16\x10\x03*U\n\tAskReason\x12\x1a\n\x16\x41SK_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41SK_REASON_AVERAGE\x10\x01\x12\x14\n\x10\x41SK_REASON_ADOPT\x10\x02\x32\x80\x01\n\x0cStateService\x12;\n\x05\x46\x65tch\x12\x18.talkoot.v1.FetchRequest\x1a\x16.talkoot.v1.FetchReply0\x01\x12\x33\n\x03\x41sk\x12\x16.talkoot.v1.AskRequest\x1a\x14.talkoot.v1.AskReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peer/wire/state.proto\x12\ntalkoot.v1\"\x92\x01\n\x0c\x46\x65tchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\x04\x12\x12\n\nparameters\x18\x08 \x01(\x08J\x04\x08\x04\x10\x05\"P\n\nFetchReply\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.talkoot.v1.StateHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x8c\x01\n\x0bStateHeader\x12\x14\n\x0cupdate_count\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x18\n\x10met_update_count\x18\x04 \x01(\x04\x12(\n\tprecision\x18\x05 \x01(\x0e\x32\x15.talkoot.v1.Precision\"\x98\x01\n\nAskRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12%\n\x06reason\x18\x04 \x01(\x0e\x32\x15.talkoot.v1.AskReason\x12\x0c\n\x04uids\x18\x05 \x03(\t\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x13\n\x0b\x62\x61se_sha256\x18\x07 \x01(\x0cJ\x04\x08\x03\x10\x04\"\x1c\n\x08\x41skReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r*b\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_FP32\x10\x01\x12\x12\n\x0ePRECISION_TF32\x10\x02\x12\x12\n\x0ePRECISION_BF16\x10\x03*U\n\tAskReason\x12\x1a\n\x16\x41SK_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41SK_REASON_AVERAGE\x10\x01\x12\x14\n\x10\x41SK_REASON_ADOPT\x10\x02\x32\x80\x01\n\x0cStateService\x12;\n\x05\x46\x65tch\x12\x18.talkoot.v1.FetchRequest\x1a\x16.talkoot.v1.FetchReply0\x01\x12\x33\n\x03\x41sk\x12\x16.talkoot.v1.AskRequest\x1a\x14.talkoot.v1.AskReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peer.wire.state_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRECISION']._serialized_start=575
-  _globals['_PRECISION']._serialized_end=673
-  _globals['_ASKREASON']._serialized_start=675
-  _globals['_ASKREASON']._serialized_end=760
-  _globals['_FETCHREQUEST']._serialized_start=37
-  _globals['_FETCHREQUEST']._serialized_end=163
-  _globals['_FETCHREPLY']._serialized_start=165
-  _globals['_FETCHREPLY']._serialized_end=245
-  _globals['_STATEHEADER']._serialized_start=248
-  _globals['_STATEHEADER']._serialized_end=388
-  _globals['_ASKREQUEST']._serialized_start=391
-  _globals['_ASKREQUEST']._serialized_end=543
-  _globals['_ASKREPLY']._serialized_start=545
-  _globals['_ASKREPLY']._serialized_end=573
-  _globals['_STATESERVICE']._serialized_start=763
-  _globals['_STATESERVICE']._serialized_end=891
+  _globals['_PRECISION']._serialized_start=596
+  _globals['_PRECISION']._serialized_end=694
+  _globals['_ASKREASON']._serialized_start=696
+  _globals['_ASKREASON']._serialized_end=781
+  _globals['_FETCHREQUEST']._serialized_start=38
+  _globals['_FETCHREQUEST']._serialized_end=184
+  _globals['_FETCHREPLY']._serialized_start=186
+  _globals['_FETCHREPLY']._serialized_end=266
+  _globals['_STATEHEADER']._serialized_start=269
+  _globals['_STATEHEADER']._serialized_end=409
+  _globals['_ASKREQUEST']._serialized_start=412
+  _globals['_ASKREQUEST']._serialized_end=564
+  _globals['_ASKREPLY']._serialized_start=566
+  _globals['_ASKREPLY']._serialized_end=594
+  _globals['_STATESERVICE']._serialized_start=784
+  _globals['_STATESERVICE']._serialized_end=912
 # @@protoc_insertion_point(module_scope)

@@ -28,20 +28,22 @@ ASK_REASON_AVERAGE: AskReason
 ASK_REASON_ADOPT: AskReason
 
 class FetchRequest(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "uid", "sha256", "offset", "version")
+    __slots__ = ("protocol_version", "swarm_id", "uid", "sha256", "offset", "version", "parameters")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
     uid: str
     sha256: bytes
     offset: int
     version: int
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., uid: _Optional[str] = ..., sha256: _Optional[bytes] = ..., offset: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+    parameters: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., uid: _Optional[str] = ..., sha256: _Optional[bytes] = ..., offset: _Optional[int] = ..., version: _Optional[int] = ..., parameters: _Optional[bool] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("header", "chunk")

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.admission import (
+    EXPORT,
     MAX_REVOKED,
     OPEN_TO_ALL,
     OPEN_TO_MEMBERS,
@@ -100,6 +101,20 @@ def test_a_token_gives_the_rights_of_its_role_and_no_others(
             with pytest.raises(ExpertError, match=f"a {role.word}'s token does not give") as caught:
                 rules(founder).admit(alice.peer_id, {right}, badge)
             assert caught.value.status is StatusCode.PERMISSION_DENIED
+
+
+def test_only_the_roles_that_the_manifest_names_may_export(founder: Identity, alice: Identity) -> None:
+    admission = rules(founder)
+    admission.learn(founder.public_key, "token", [Role.READER])
+    reader, trainer = (
+        make_badge(token_of(founder, role), alice.peer_id) for role in (Role.READER, Role.TRAINER)
+    )
+    assert admission.admit(alice.peer_id, {EXPORT}, reader) == Admitted(SERIAL, LATER)
+    with pytest.raises(ExpertError, match="a trainer's token does not give export") as caught:
+        admission.admit(alice.peer_id, {EXPORT}, trainer)
+    assert caught.value.status is StatusCode.PERMISSION_DENIED
+    admission.learn(founder.public_key, "open")
+    assert admission.admit(alice.peer_id, {EXPORT}, None) == Admitted()
 
 
 def test_the_dht_is_open_to_whoever_is_not_denied(founder: Identity, alice: Identity) -> None:

@@ -16,6 +16,17 @@ from peer.errors import SettingsError, SwarmError
 from peer.layers import Activation, Norm
 
 
+@pytest.mark.parametrize("text", ["Apache-2.0", "CC-BY-SA-4.0", "MIT"])
+def test_a_licence_is_an_spdx_identifier(text: str) -> None:
+    assert Manifest(name="sauna", license=text).license == text
+
+
+@pytest.mark.parametrize("text", ["", "MIT\nlicense: none", "<b>", "../MIT", "x" * 64, "MIT OR GPL"])
+def test_anything_else_is_no_licence(text: str) -> None:
+    with pytest.raises(ValidationError, match="SPDX"):
+        Manifest(name="sauna", license=text)
+
+
 def write(folder: Path, text: str) -> Path:
     path = folder / "swarm.toml"
     path.write_text(text, encoding="utf-8")

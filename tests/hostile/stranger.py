@@ -51,6 +51,7 @@ ALL_RIGHTS: tuple[Right, ...] = (
     session_pb2.RIGHT_FORWARD,
     session_pb2.RIGHT_BACKWARD,
     session_pb2.RIGHT_FETCH,
+    session_pb2.RIGHT_EXPORT,
     session_pb2.RIGHT_AVERAGE,
 )
 _DEADLINE_S = 10.0

@@ -14,6 +14,7 @@ RIGHTS: tuple[Right, ...] = (
     session_pb2.RIGHT_FORWARD,
     session_pb2.RIGHT_BACKWARD,
     session_pb2.RIGHT_FETCH,
+    session_pb2.RIGHT_EXPORT,
 )
 
 

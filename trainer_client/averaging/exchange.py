@@ -325,7 +325,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             self._exchange.end()
 
     async def _give(self, request: dense_pb2.TakeRequest, context: TakeContext) -> None:
-        caller = self._sessions.require(context, session_pb2.RIGHT_AVERAGE).caller
+        caller = self._sessions.require(context, session_pb2.RIGHT_AVERAGE, session_pb2.RIGHT_EXPORT).caller
         require_same_swarm(self._exchange.form.swarm_id, request.protocol_version, request.swarm_id)
         self._require_same_form(request.fingerprint)
         if request.offset and not request.sha256:

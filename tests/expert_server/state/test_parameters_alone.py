@@ -1,4 +1,4 @@
-"""Parameters alone, as those fetch them who check answers."""
+"""Parameters alone, as those fetch them who check answers, or export the model."""
 
 import asyncio
 import itertools
@@ -7,14 +7,15 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from callers import InSession, a_caller
 from checkpoint_samples import AN_UID, MANIFEST, OTHER_UID, make_expert
 from grpc import StatusCode
-from state_peers import SWARM, Scenario, Street, playing, read_all
+from state_peers import CHUNK, SWARM, Scenario, Street, playing, read_all
 
-from dht.admission import RIGHTS, Role
+from dht.admission import EXPORT, RIGHTS, Role
 from expert_server.experts.format import StateForm, block_from_bytes
-from expert_server.state.transfer import SnapshotTaker
+from expert_server.state.transfer import MAX_SNAPSHOTS, SnapshotTaker
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, TransferError, VersionGoneError
 from peer.identity import Identity, PeerID
@@ -141,6 +142,74 @@ def test_a_version_goes_with_no_snapshot(play: Callable[[Scenario], None]) -> No
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_all((await street.stub()).Fetch(request))
         assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+
+    play(scenario)
+
+
+def test_an_export_gets_the_present_parameters_without_moments(play: Callable[[Scenario], None]) -> None:
+    async def scenario(street: Street) -> None:
+        expert = make_expert(3)
+        await street.host(expert)
+        checkpoint = (await street.client.fetch_parameters(street.node, AN_UID)).checkpoint
+        assert checkpoint.update_count == 3
+        now = expert.export_state()
+        assert checkpoint.state.keys() == StateForm.of(MANIFEST).block.keys()
+        assert all(torch.equal(tensor, now[name]) for name, tensor in checkpoint.state.items())
+
+    play(scenario)
+
+
+def test_an_export_that_is_cut_off_goes_on_where_it_was(play: Callable[[Scenario], None]) -> None:
+    async def scenario(street: Street) -> None:
+        expert = make_expert(3)
+        await street.host(expert, limit=MAX_SNAPSHOTS)
+        fetch = (await street.stub()).Fetch
+        wanted: dict[str, Any] = {"protocol_version": PROTOCOL_VERSION, "swarm_id": SWARM, "uid": str(AN_UID)}
+        whole = [reply async for reply in fetch(state_pb2.FetchRequest(**wanted, parameters=True))]
+        sha256, data = whole[0].header.sha256, b"".join(reply.chunk for reply in whole[1:])
+        rest = state_pb2.FetchRequest(**wanted, parameters=True, sha256=sha256, offset=CHUNK)
+        assert b"".join([reply.chunk async for reply in fetch(rest)]) == data[CHUNK:]
+        gone = fetch(state_pb2.FetchRequest(**wanted, parameters=True, sha256=bytes(32), offset=CHUNK))
+        assert await gone.code() is StatusCode.FAILED_PRECONDITION
+        both = fetch(state_pb2.FetchRequest(**wanted, parameters=True, version=expert.version))
+        assert await both.code() is StatusCode.INVALID_ARGUMENT
+
+    play(scenario)
+
+
+def test_who_may_export_may_take_no_state_and_call_no_expert(play: Callable[[Scenario], None]) -> None:
+    async def scenario(street: Street) -> None:
+        expert = make_expert(3)
+        await street.host(expert)
+        wanted: dict[str, Any] = {"protocol_version": PROTOCOL_VERSION, "swarm_id": SWARM, "uid": str(AN_UID)}
+        stub = await stub_of(street, [EXPORT])
+        assert await read_all(stub.Fetch(state_pb2.FetchRequest(**wanted, parameters=True))) > 1
+        for version in (0, expert.version):
+            call = stub.Fetch(state_pb2.FetchRequest(**wanted, version=version))
+            assert await call.code() is StatusCode.PERMISSION_DENIED
+        stub = await stub_of(street, sorted(RIGHTS[Role.TRAINER]))
+        call = stub.Fetch(state_pb2.FetchRequest(**wanted, parameters=True))
+        assert await call.code() is StatusCode.PERMISSION_DENIED
+
+    play(scenario)
+
+
+def test_many_that_export_keep_no_node_from_a_state_and_nobody_from_checks(
+    play: Callable[[Scenario], None],
+) -> None:
+    async def scenario(street: Street) -> None:
+        expert, ticks = make_expert(3), itertools.count()
+        runtime = await street.host(expert)
+        taker = SnapshotTaker(runtime, SWARM, lambda uid: {}, limit=1, clock=lambda: float(next(ticks)))
+
+        async def ask_all() -> None:
+            for number in range(100):
+                await taker.parameters_for(a_peer(number), AN_UID)
+
+        with pytest.raises(ExpertError, match="too many"):
+            await ask_all()
+        assert (await taker.take_for(a_peer(200), AN_UID)).update_count == 3
+        assert (await taker.block_for(a_peer(201), AN_UID, expert.version)).update_count == 3
 
     play(scenario)
 
