@@ -12,7 +12,8 @@ TalkootError
 │   ├── SwarmError              T110  the swarm is not what was expected: no manifest, or another one or version
 │   ├── DataError               T111  text that is missing, empty or unreadable
 │   ├── InstallationError       T112  something that Talkoot needs is missing or broken
-│   └── CheckpointError         T113  a trainer's checkpoint that is missing, broken or of another swarm
+│   ├── CheckpointError         T113  a trainer's checkpoint that is missing, broken or of another swarm
+│   └── ModelError              T114  a model folder that is missing, broken or of another version
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or not its writer's
 ├── AddressError                an endpoint or a multiaddress that is malformed, or of a kind that is not known
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
@@ -108,6 +109,12 @@ class CheckpointError(UserError):
     """A trainer's checkpoint that is missing, broken or of another swarm."""
 
     code = "T113"
+
+
+class ModelError(UserError):
+    """A model folder that is missing, broken or of another version."""
+
+    code = "T114"
 
 
 class RecordError(TalkootError):

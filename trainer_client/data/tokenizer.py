@@ -65,7 +65,7 @@ class BytePairTokenizer:
             self._library = Library.from_str(json)
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"this is no tokenizer: {error}") from error
-        stands_for = _stands_for()
+        stands_for = byte_letters()
         vocabulary = self._library.get_vocab()
         if (
             sorted(vocabulary.values()) != list(range(len(vocabulary)))
@@ -127,7 +127,7 @@ def digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
-def _stands_for() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The byte that each letter of the library's byte-level alphabet stands for. Printable letters are themselves."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [value for value in range(BYTES) if value not in plain]

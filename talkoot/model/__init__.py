@@ -1,0 +1,1 @@
+"""A trained model as a folder of standard files: exported from a swarm, opened, served, and founding another swarm."""

@@ -1,0 +1,614 @@
+"""A model as a folder of standard files, which `transformers` loads too.
+
+`config.json` holds the manifest and the routing. The weights are float32 in safetensors files: the dense part in the
+first, under the names of `LanguageModel`, and the experts of a layer in one file each, as
+`experts.<layer>.<i>_<j>.<parameter>`. Experts that are not there are named in `config.json`, and no token goes to them.
+
+A folder comes from anywhere. Reading it parses JSON and safetensors and runs none of its Python.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, Self, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dht.manifest import Manifest, parse_uid
+from dht.uid import UID
+from expert_server.blocks import OWN_KINDS, weightless_block
+from peer.checkpoints import Form, form_of
+from peer.errors import DataError, ModelError, SettingsError, StartError, StateError, WireError
+from peer.files import sync_folder, write_atomically
+from peer.formatting import printable
+from peer.layers import make_norm
+from peer.settings import describe_validation_error
+from talkoot.train.local import run_at_once
+from trainer_client.averaging.dense_part import require_bounded
+from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer, byte_letters, load_tokenizer
+from trainer_client.model import LocalPart
+from trainer_client.moe import Experts, RemoteMixtureOfExperts
+from trainer_client.routers import Routing
+from trainer_client.settings import Balance, RouterName, Sampling
+
+FORMAT_VERSION = 1
+CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
+CARD = "README.md"
+PYTHON_FILES: tuple[str, ...] = ()
+"""Copied from this release into every folder. They import torch and transformers alone."""
+
+_MOST_JSON = 2**27
+"""Bytes of a JSON file that is read."""
+_LOCK, _SOURCE = "lock", "source.json"
+"""In a folder that is not finished: its writer's lock, and what it is a model of."""
+_WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What `transformers` may have written a folder in."""
+
+
+class FolderRouting(BaseModel):
+    """What the model's evaluation depends on beside the manifest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    router: RouterName
+    top_k: Annotated[int, Field(ge=1, le=64)]
+    balance: Balance
+
+    @classmethod
+    def of(cls, routing: Routing) -> Self:
+        return cls(router=routing.name, top_k=routing.k, balance=routing.balance or routing.router.balance)
+
+    def routing(self, manifest: Manifest) -> Routing:
+        """For evaluation: all experts are at one place, so that no limit of nodes applies."""
+        prefix = manifest.routing.prefix
+        return Routing(self.router, self.top_k, "sequence" if prefix else "token", prefix, self.balance)
+
+
+class _Config(BaseModel):
+    """What is read of `config.json`. `transformers` adds more keys."""
+
+    model_type: Literal["talkoot"]
+    format_version: int
+    manifest: dict[str, Any]
+    routing: FolderRouting
+    vocab_size: Annotated[int, Field(ge=1, le=2**16)]
+    missing_experts: tuple[str, ...]
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
+
+
+# What a folder must hold
+
+
+def _forms(prefix: str, module: nn.Module) -> dict[str, Form]:
+    return {prefix + name: form_of(tensor) for name, tensor in module.state_dict().items()}
+
+
+def dense_forms(manifest: Manifest, routing: FolderRouting, vocabulary: int) -> dict[str, Form]:
+    """The tensors of a `LanguageModel`, in its order. Allocates nothing."""
+    spec, how = manifest.model, routing.routing(manifest)
+    table = ((vocabulary, spec.hidden), torch.float32)
+    with torch.device("meta"):
+        # not the whole model: on this device normal_ imports torch's compiler, for a second
+        local, norm = LocalPart(spec), make_norm(spec.norm, spec.hidden)
+        # which calls nobody
+        mixture = RemoteMixtureOfExperts(0, manifest, cast(Experts, None), run_at_once, how)
+    forms: dict[str, Form] = {"embedding.weight": table}
+    for layer in range(spec.layers):
+        forms |= _forms(f"local.{layer}.", local)
+    forms |= _forms("norm.", norm) | {"head.weight": table}
+    for layer in range(spec.layers):
+        forms |= _forms(f"mixtures.{layer}.", mixture)
+    return forms
+
+
+def expert_forms(manifest: Manifest) -> dict[str, Form]:
+    """The tensors of one expert's block. Raises SettingsError for kinds of other packages."""
+    kind = manifest.experts.kind
+    if kind not in OWN_KINDS:
+        raise SettingsError(
+            f"experts of kind {kind!r} are code of another package, which a model folder does not hold; it can hold "
+            f"experts of {' and '.join(sorted(OWN_KINDS))}"
+        )
+    return _forms("", weightless_block(manifest))
+
+
+def expert_prefix(uid: UID) -> str:
+    """How the names of its tensors begin."""
+    return f"experts.{uid.layer}.{'_'.join(map(str, uid.coordinate))}."
+
+
+# The tokenizer
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """In the format of the library `tokenizers`: bytes are byte pairs of which none was learned."""
+    return tokenizer.to_json() or json.dumps(_bytes_as_json())
+
+
+def _bytes_as_json() -> dict[str, Any]:
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": byte_letters(),
+        "merges": [],
+    }
+    rest = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    parts = {"pre_tokenizer": level, "decoder": level, "model": model}
+    return {"version": "1.0", "added_tokens": [], **rest, **parts}
+
+
+def _read_tokenizer(text: str) -> Tokenizer:
+    """Raises DataError."""
+    try:
+        model = json.loads(text)["model"]
+        is_bytes = model["merges"] == [] and model["vocab"] == _bytes_as_json()["model"]["vocab"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"this is no tokenizer: {printable(str(error))}") from error
+    return ByteTokenizer() if is_bytes else load_tokenizer(text)
+
+
+# Writing
+
+
+class FolderWriter:
+    """Writes a folder beside its final place, as `NAME.partial`, and moves it there when it is whole.
+
+    Whole files stay after a failure: the next writer of the same model goes on with them. One process at a time.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, routing: FolderRouting, tokenizer: Tokenizer) -> None:
+        """Raises UserError if the path is in use, or the kind of experts can't be in a folder."""
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        """What is written meanwhile. Other files in it become part of the folder."""
+        self._manifest, self._routing, self._tokenizer = manifest, routing, tokenizer
+        self._dense = dense_forms(manifest, routing, len(tokenizer.token_bytes))
+        self._expert = expert_forms(manifest)
+        with _telling(path):
+            if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+                raise SettingsError(f"{path} exists: pass the path of a new folder")
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.partial)
+            try:
+                self._keep_what_fits()
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Leaves what is whole for another writer to go on with."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def has_layer(self, layer: int) -> bool:
+        """Whether an earlier writer has written it."""
+        return self._file(1 + layer).exists()
+
+    def write_dense(self, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors`: the state of a `LanguageModel`. Raises ModelError if they are others, and StartError."""
+        _require_forms(tensors, self._dense, "the dense part")
+        self._write(0, self._dense, ((name, tensors[name]) for name in self._dense))
+
+    def write_layer(self, layer: int, experts: Iterable[tuple[UID, Mapping[str, Tensor]]]) -> None:
+        """The experts of a layer by their blocks' tensors; none of them is held in memory.
+
+        Raises ModelError if a tensor is not one of a block's, and StartError when the file can't be written.
+        """
+        names = {
+            expert_prefix(uid) + name: form
+            for uid in self._manifest.uids()
+            if uid.layer == layer
+            for name, form in self._expert.items()
+        }
+        self._write(1 + layer, names, self._of_experts(layer, experts))
+
+    def finish(self, card: str) -> None:
+        """Writes what is not weights, and moves the folder to its place. `card`: the text of the model card."""
+        with _telling(self.path):
+            places = self._places()
+            there = {name for name in places if name.startswith("experts.")}
+            first = next(iter(self._expert))
+            missing = [str(uid) for uid in self._manifest.uids() if expert_prefix(uid) + first not in there]
+            self._write_json(INDEX, {"metadata": {"total_size": self._size(places)}, "weight_map": places})
+            self._write_json(CONFIG, self._config(missing))
+            self._write_json("generation_config.json", _generation_config())
+            self._write_text(TOKENIZER, tokenizer_json(self._tokenizer))
+            self._write_json("tokenizer_config.json", self._tokenizer_config())
+            for name in PYTHON_FILES:
+                self._write_text(name, python_file(name))
+            self._write_text(CARD, card)
+            for name in (_SOURCE, _LOCK):
+                (self.partial / name).unlink()
+            sync_folder(self.partial)
+            os.replace(self.partial, self.path)
+            sync_folder(self.path.parent)
+        self.close()
+
+    def _keep_what_fits(self) -> None:
+        """Removes what an earlier writer left, unless it was of the same model."""
+        source = {
+            "manifest": self._manifest.model_dump(mode="json"),
+            "routing": self._routing.model_dump(mode="json"),
+            "tokenizer": hashlib.sha256(self._tokenizer.to_json().encode()).hexdigest(),
+        }
+        data = json.dumps(source, indent=1).encode()
+        file = self.partial / _SOURCE
+        is_same = file.exists() and file.read_bytes() == data
+        for path in self.partial.iterdir():
+            if path.name != _LOCK and not (is_same and not path.name.startswith(".")):
+                path.unlink()
+        write_atomically(file, data)
+
+    def _of_experts(
+        self, layer: int, experts: Iterable[tuple[UID, Mapping[str, Tensor]]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for uid, tensors in experts:
+            assert uid.layer == layer, f"expert {uid} is not of layer {layer}"
+            _require_forms(tensors, self._expert, f"expert {uid}")
+            for name in self._expert:
+                yield expert_prefix(uid) + name, tensors[name]
+
+    def _write(self, number: int, most: Mapping[str, Form], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        path = self._file(number)
+        temporary = path.with_name(f".{path.name}.new")
+        try:
+            _write_safetensors(temporary, most, tensors)
+            with _telling(path):
+                os.replace(temporary, path)
+                sync_folder(self.partial)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @property
+    def _count(self) -> int:
+        return 1 + self._manifest.model.layers
+
+    def _file(self, number: int) -> Path:
+        return self.partial / f"model-{number + 1:05}-of-{self._count:05}.safetensors"
+
+    def _places(self) -> dict[str, str]:
+        """The file of each tensor."""
+        places: dict[str, str] = {}
+        for number in range(self._count):
+            path = self._file(number)
+            assert path.exists(), f"{path.name} was not written"
+            with safe_open(path, framework="pt") as file:
+                places |= dict.fromkeys(file.keys(), path.name)
+        return places
+
+    def _size(self, names: Iterable[str]) -> int:
+        forms = (self._dense.get(name) or self._expert[name.split(".", 3)[3]] for name in names)
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in forms)
+
+    def _config(self, missing: list[str]) -> dict[str, Any]:
+        return {
+            "architectures": ["TalkootForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_talkoot.TalkootConfig",
+                "AutoModelForCausalLM": "modeling_talkoot.TalkootForCausalLM",
+            },
+            "model_type": "talkoot",
+            "dtype": "float32",
+            "format_version": FORMAT_VERSION,
+            "vocab_size": len(self._tokenizer.token_bytes),
+            "manifest": self._manifest.model_dump(mode="json"),
+            "routing": self._routing.model_dump(mode="json"),
+            "missing_experts": missing,
+        }
+
+    def _tokenizer_config(self) -> dict[str, Any]:
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self._manifest.model.context,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        }
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self._write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def _write_text(self, name: str, text: str) -> None:
+        write_atomically(self.partial / name, text.encode())
+
+
+def python_file(name: str) -> str:
+    """The text of one of the Python files in a folder."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _generation_config() -> dict[str, Any]:
+    """Samples as `talkoot generate` does."""
+    sampling = Sampling()
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p,
+        "max_new_tokens": sampling.max_tokens,
+    }
+
+
+def _write_safetensors(path: Path, most: Mapping[str, Form], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """One tensor in memory at a time. `most`: all that may come. The header has room for them, and is written last."""
+    room = len(_header(most))
+    forms: dict[str, Form] = {}
+    with _telling(path):
+        file = path.open("wb")
+    try:
+        file.seek(room)
+        # what the tensors' source raises passes as it is
+        for name, tensor in tensors:
+            forms[name] = form_of(tensor)
+            with _telling(path):
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        with _telling(path):
+            file.seek(0)
+            file.write(_header(forms, room))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        with suppress(OSError):  # on a full disk it tries to write the rest
+            file.close()
+
+
+def _header(forms: Mapping[str, Form], size: int | None = None) -> bytes:
+    """Of a safetensors file whose tensors come in this order. Spaces fill it up to `size`, or to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in forms.items():
+        assert dtype is torch.float32, f"{name} is {dtype}"
+        start, end = end, end + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    length = -(-len(text) // 8) * 8 if size is None else size - 8
+    assert len(text) <= length, "more tensors than there was room for"
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _require_forms(tensors: Mapping[str, Tensor], expected: Mapping[str, Form], what: str) -> None:
+    """Raises ModelError."""
+    if different := tensors.keys() ^ expected.keys():
+        name = min(different)
+        raise ModelError(
+            f"{what} {'lacks' if name in expected else 'has the unknown tensor'} {printable(name)}"
+        )
+    for name, form in expected.items():
+        if form_of(tensors[name]) != form:
+            raise ModelError(f"{name} of {what} is {form_of(tensors[name])}; expected {form}")
+
+
+def _locked(folder: Path) -> BinaryIO:
+    """Raises StartError while another process writes there."""
+    lock = (folder / _LOCK).open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise StartError(f"another process writes {folder}: wait for it, or pass another folder") from None
+    return lock
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Turns an OSError into a StartError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise StartError(
+            f"can't write {path}: {error.strerror or error}; files that are whole stay: mend this, and run the same "
+            "command again"
+        ) from error
+
+
+# Reading
+
+
+class ModelFolder:
+    """A folder to read from. Tensors are read when they are asked for."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        routing: FolderRouting,
+        tokenizer: Tokenizer,
+        live: frozenset[UID],
+        places: Mapping[str, Path],
+    ) -> None:
+        """See `open`. `places`: the file of each tensor."""
+        self.path = path
+        self.manifest = manifest
+        self.routing = routing
+        self.tokenizer = tokenizer
+        self.live = live
+        """The experts that are there."""
+        self._places = places
+        self._files: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Checks names, shapes and dtypes of all tensors; their numbers are checked when they are read.
+
+        Raises UserError when the folder is not whole, or this software can't use it.
+        """
+        if not path.is_dir():
+            raise ModelError(f"no model folder {path}: pass one that `talkoot export` wrote")
+        try:
+            config = _Config.model_validate_json(_read(path / CONFIG))
+            if config.format_version != FORMAT_VERSION:
+                later = config.format_version > FORMAT_VERSION
+                raise ModelError(
+                    f"{path} has format version {config.format_version}, this software reads {FORMAT_VERSION}"
+                    + (": update Talkoot" if later else "")
+                )
+            manifest = _manifest(config.manifest)
+            missing = {parse_uid(text, manifest) for text in config.missing_experts}
+        except ValidationError as error:
+            raise ModelError(
+                f"{path / CONFIG} is not that of a Talkoot model: {describe_validation_error(error, _Config)}"
+            ) from error
+        except WireError as error:
+            raise ModelError(f"{path / CONFIG}: missing_experts: {error}") from error
+        tokenizer = _tokenizer_of(path)
+        if len(tokenizer.token_bytes) != config.vocab_size:
+            raise ModelError(
+                f"{path} has a tokenizer of {len(tokenizer.token_bytes)} tokens, and a model of {config.vocab_size}"
+            )
+        _require_routing(path, config.routing, manifest)
+        live = frozenset(manifest.uids()) - missing
+        folder = cls(path, manifest, config.routing, tokenizer, live, _places_in(path))
+        folder._check_forms()
+        return folder
+
+    def close(self) -> None:
+        self._files.clear()
+
+    @cached_property
+    def _dense_forms(self) -> dict[str, Form]:
+        return dense_forms(self.manifest, self.routing, len(self.tokenizer.token_bytes))
+
+    @cached_property
+    def _expert_forms(self) -> dict[str, Form]:
+        return expert_forms(self.manifest)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors in memory."""
+        sizes = [
+            sum(prod(shape) * dtype.itemsize for shape, dtype in forms.values())
+            for forms in (self._dense_forms, self._expert_forms)
+        ]
+        return sizes[0] + len(self.live) * sizes[1]
+
+    def dense(self) -> dict[str, Tensor]:
+        """The state of a `LanguageModel`, float32. Raises ModelError if a number is not finite."""
+        tensors = {name: self._tensor(name) for name in self._dense_forms}
+        try:
+            require_bounded({name: tensor for name, tensor in tensors.items() if ".balance." in name})
+        except StateError as error:
+            raise ModelError(f"{self.path}: {error}") from error
+        return tensors
+
+    def expert(self, uid: UID) -> dict[str, Tensor]:
+        """The tensors of a live expert's block, float32. Raises ModelError if a number is not finite."""
+        assert uid in self.live, f"expert {uid} is missing"
+        return {name: self._tensor(expert_prefix(uid) + name) for name in self._expert_forms}
+
+    def _check_forms(self) -> None:
+        expected = dict(self._dense_forms)
+        for uid in sorted(self.live):
+            expected |= {expert_prefix(uid) + name: form for name, form in self._expert_forms.items()}
+        if different := expected.keys() ^ self._places.keys():
+            name = min(different)
+            raise ModelError(
+                f"{self.path} {'lacks' if name in expected else 'has the unknown tensor'} {printable(name)}"
+            )
+        for name, (shape, _) in expected.items():
+            with _refusing(self._places[name]):
+                found = self._file(name).get_slice(name)
+                if tuple(found.get_shape()) != shape or found.get_dtype() not in _FLOATS:
+                    raise ModelError(
+                        f"{name} in {self._places[name]} is {found.get_dtype()} {found.get_shape()}; expected floats "
+                        f"{list(shape)}"
+                    )
+
+    def _tensor(self, name: str) -> Tensor:
+        with _refusing(self._places[name]):
+            tensor: Tensor = self._file(name).get_tensor(name).float().contiguous()
+        if not tensor.isfinite().all():
+            raise ModelError(f"{name} in {self._places[name]} has numbers that are not finite")
+        return tensor
+
+    def _file(self, name: str) -> Any:
+        path = self._places[name]
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path]
+
+
+def _manifest(values: dict[str, Any]) -> Manifest:
+    """A folder of another protocol version is as good as one of this. Raises ValidationError."""
+    values = {key: value for key, value in values.items() if key != "protocol_version"}
+    return Manifest.model_validate_json(json.dumps(values))
+
+
+def _require_routing(path: Path, routing: FolderRouting, manifest: Manifest) -> None:
+    router = routing.routing(manifest).router
+    if routing.top_k > manifest.routing.top_k or (router.only_k and routing.top_k != router.k):
+        raise ModelError(
+            f"{path / CONFIG}: {routing.router} can't send each token to {routing.top_k} experts here"
+        )
+
+
+def _tokenizer_of(path: Path) -> Tokenizer:
+    try:
+        return _read_tokenizer(_read(path / TOKENIZER).decode())
+    except (DataError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path / TOKENIZER}: {error}") from error
+
+
+def _places_in(path: Path) -> dict[str, Path]:
+    """The file of each tensor: by the index, or all in one file. Raises ModelError."""
+    single = path / "model.safetensors"
+    if not (path / INDEX).exists() and single.exists():
+        with _refusing(single), safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    try:
+        weight_map = _Index.model_validate_json(_read(path / INDEX)).weight_map
+    except ValidationError as error:
+        raise ModelError(f"{path / INDEX} is no index: {describe_validation_error(error, _Index)}") from error
+    places: dict[str, Path] = {}
+    for name in sorted(set(weight_map.values())):
+        if not _WEIGHTS.fullmatch(name):
+            raise ModelError(f"{path / INDEX} names the file {printable(name)!r}")
+        with _refusing(path / name), safe_open(path / name, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path / name)
+    for name, file_name in weight_map.items():
+        if places.get(name) != path / file_name:
+            raise ModelError(f"{path / INDEX} has {printable(name)} in {file_name}, where it is not")
+    return places
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turns errors of the library safetensors and of the disk into a ModelError."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} can't be read: {printable(str(error))}") from error
+
+
+def _read(path: Path) -> bytes:
+    """Raises ModelError."""
+    try:
+        if (size := path.stat().st_size) > _MOST_JSON:
+            raise ModelError(f"{path} has {size} bytes; at most {_MOST_JSON}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}") from error

@@ -1,0 +1,107 @@
+"""A model folder in use in this process: its dense part and its experts, for inference, without `transformers`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+
+from dht.beam_search import Selection
+from dht.directory import NOBODY, LiveExperts, View
+from dht.manifest import Manifest
+from dht.uid import UID
+from expert_server.blocks import build_block
+from peer.codec import Floats
+from peer.errors import ModelError
+from peer.formatting import bytes_in_words
+from talkoot.model.folder import ModelFolder
+from talkoot.train.local import run_at_once
+from trainer_client.data.tokenizer import Tokenizer
+from trainer_client.dispatch.batches import ForwardPass, NodeBatch, RoutedRows
+from trainer_client.model import LanguageModel
+from trainer_client.moe import RemoteMixtureOfExperts
+
+
+class OpenedExperts:
+    """The experts of a folder, as a mixture sees them. For inference; any thread may use them."""
+
+    def __init__(self, manifest: Manifest, blocks: Mapping[UID, nn.Module]) -> None:
+        """`blocks`: those of all experts that are there."""
+        self.blocks = blocks
+        self._view = View(manifest, {}, {}, 0.0)
+        grid = manifest.experts.grid
+        self._tables = []
+        for layer in range(manifest.model.layers):
+            alive = np.zeros(grid, dtype=bool)
+            for uid in blocks:
+                if uid.layer == layer:
+                    alive[uid.coordinate] = True
+            dims = len(grid)
+            self._tables.append(
+                tuple(np.asarray(alive.any(axis=tuple(range(d + 1, dims)))) for d in range(dims))
+            )
+
+    async def find(
+        self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
+    ) -> LiveExperts:
+        """All of them: they are all here."""
+        return LiveExperts(layer, self._view, NOBODY, self._tables[layer])
+
+    async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
+        """Each slot's answer is that of its expert alone."""
+        result = ForwardPass.of(rows)
+        result.coordinates[:] = selection.coordinates
+        batch = NodeBatch.of(
+            rows.layer, selection.coordinates, selection.valid, rows.grid, rows.sequence_length
+        )
+        with torch.no_grad():
+            for part in batch.parts():
+                x_RW = torch.from_numpy(rows.inputs[part.places])
+                lengths_S, positions_R = map(torch.from_numpy, batch.segments(part.places))
+                y_RW: torch.Tensor = self.blocks[part.uid](x_RW, lengths_S, positions_R)
+                result.updates[part.places, part.slots] = (y_RW - x_RW).numpy()
+                result.answered[part.places, part.slots] = True
+        return result
+
+    async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
+        raise AssertionError("an opened model is not trained")
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedModel:
+    """A model that continues text."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    manifest: Manifest
+    experts: OpenedExperts
+
+
+def open_model(path: Path) -> OpenedModel:
+    """Reads all of the folder into memory. Raises UserError when it is not whole, or memory does not suffice."""
+    folder = ModelFolder.open(path)
+    manifest, tokenizer = folder.manifest, folder.tokenizer
+    free = psutil.virtual_memory().available
+    if folder.nbytes > free:
+        raise ModelError(
+            f"the model in {path} takes {bytes_in_words(folder.nbytes)}, and {bytes_in_words(free)} of memory are free"
+        )
+    experts = OpenedExperts(manifest, {uid: _block(folder, uid) for uid in sorted(folder.live)})
+    routing = folder.routing.routing(manifest)
+
+    def mixture(layer: int) -> RemoteMixtureOfExperts:
+        return RemoteMixtureOfExperts(layer, manifest, experts, run_at_once, routing)
+
+    model = LanguageModel(manifest, mixture, len(tokenizer.token_bytes))
+    model.load_state_dict(folder.dense())
+    folder.close()
+    return OpenedModel(model.eval().requires_grad_(False), tokenizer, manifest, experts)
+
+
+def _block(folder: ModelFolder, uid: UID) -> nn.Module:
+    block = build_block(folder.manifest, uid)
+    block.load_state_dict(folder.expert(uid), assign=True)
+    return block.eval().requires_grad_(False)

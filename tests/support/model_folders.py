@@ -1,0 +1,70 @@
+"""Models with random weights, and the folders that hold them."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dht.manifest import Manifest
+from dht.uid import UID
+from expert_server.experts.format import block_tensors
+from peer.layers import seeded
+from talkoot.model.folder import FolderRouting, FolderWriter
+from talkoot.train.local import LocalSwarm
+from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer
+from trainer_client.model import LanguageModel
+from trainer_client.routers import Routing
+from trainer_client.settings import TrainerSettings
+
+
+class RandomModel:
+    """A model of which no number is zero, unlike before training, with its experts."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer | None = None,
+        missing: Collection[str] = (),
+        **settings: Any,
+    ) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer or ByteTokenizer()
+        self.swarm = LocalSwarm(manifest, TrainerSettings(**settings))
+        self.routing = FolderRouting.of(Routing.of(self.swarm.settings, manifest, 0))
+        self.missing = {UID.parse(text) for text in missing}
+        self.model = LanguageModel(manifest, self.swarm.mixture, len(self.tokenizer.token_bytes)).eval()
+        seeded(1, self._disturb)
+
+    def _disturb(self) -> torch.nn.Module:
+        blocks = [expert.block for expert in self.swarm.dispatcher.experts.values()]
+        for module in (self.model, *blocks):
+            for name, tensor in module.state_dict().items():
+                # routing that hangs on a rounding error would tell nothing
+                size = 2.0 if ".gate." in name else 0.3
+                tensor += size * tensor.abs().mean().clamp_min(0.1) * torch.randn_like(tensor)
+        return self.model
+
+    def write(self, path: Path, card: str = "A test.\n") -> Path:
+        with FolderWriter(path, self.manifest, self.routing, self.tokenizer) as writer:
+            writer.write_dense(self.model.state_dict())
+            for layer in range(self.manifest.model.layers):
+                self.write_layer(writer, layer)
+            writer.finish(card)
+        return path
+
+    def write_layer(self, writer: FolderWriter, layer: int) -> None:
+        experts = self.swarm.dispatcher.experts
+        writer.write_layer(
+            layer,
+            (
+                (uid, block_tensors(expert.block))
+                for uid, expert in experts.items()
+                if uid.layer == layer and uid not in self.missing
+            ),
+        )
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
