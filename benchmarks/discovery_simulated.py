@@ -24,7 +24,14 @@ from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.kademlia.routing import key_id_of
-from trainer_client.dispatch.batches import AnsweredRows, CallReply, ExpertReply, NodeCall, RoutedRows
+from trainer_client.dispatch.batches import (
+    AnsweredRows,
+    CallReply,
+    ExpertReply,
+    NodeCall,
+    RoutedRows,
+    Segments,
+)
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.routers import best
@@ -252,7 +259,7 @@ async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[st
         )
         inputs, began = np.zeros((BATCH, 8), dtype=np.float32), loop.time()
         live = await dispatcher.find(0, scores, TOP_K)
-        rows = RoutedRows(0, inputs, scores, TOP_K, sequence_length=1, keep=False)
+        rows = RoutedRows(0, inputs, scores, TOP_K, Segments.whole(len(inputs), 1), keep=False)
         answered = (await dispatcher.send(rows, best(scores, live.tables, TOP_K), live)).answered
         assert loop.time() - began < CALL_DEADLINE_S + 0.01
         await dispatcher.close()

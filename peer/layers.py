@@ -2,11 +2,12 @@
 
 The manifest chooses norm and activation; GLaM (Du et al., arXiv 2112.06905) uses RMSNorm and GEGLU.
 
-Shape suffixes: R = rows, S = segments, D = hidden, H = heads, C = columns of one head, L = longest segment.
+Shape suffixes: R = rows, S = segments, D = hidden, H = heads, C = columns of one head, L = longest segment, P = rows
+of a segment with those before it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ _NORM_EPSILON = 1e-5
 _ROTARY_BASE = 10_000.0
 _LARGEST_PADDING = 1.5
 """Rows with padding over rows without, in one group of segments."""
+_CACHE_BLOCK = 16
+"""Rows by which a cache grows."""
 _FINAL_SHARE = 0.1
 """Of the peak learning rate, at the end of the cosine."""
 
@@ -78,6 +81,35 @@ def check_heads(hidden: int, heads: int, head_size: int | None = None, name: str
         raise ValueError(f"head_size ({head_size}) must be even")
 
 
+class KeyValueCache:
+    """Keys and values of the rows of one sequence that an attention has computed, so that it can go on with it."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        """Rows."""
+        self._kv_P2HC: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._kv_P2HC is None else self._kv_P2HC.nbytes
+
+    def extend(self, kv_L2HC: Tensor) -> Tensor:
+        """Adds rows, and returns all: [P, 2, H, C]."""
+        begin, self.length = self.length, self.length + len(kv_L2HC)
+        if self._kv_P2HC is None or self.length > len(self._kv_P2HC):
+            blocks = -(-self.length // _CACHE_BLOCK)
+            grown = kv_L2HC.new_empty(blocks * _CACHE_BLOCK, *kv_L2HC.shape[1:])
+            if self._kv_P2HC is not None:
+                grown[:begin] = self._kv_P2HC[:begin]
+            self._kv_P2HC = grown
+        self._kv_P2HC[begin : self.length] = kv_L2HC
+        return self._kv_P2HC[: self.length]
+
+    def truncate(self, length: int) -> None:
+        """Forgets the rows after the first `length`."""
+        self.length = min(self.length, length)
+
+
 class Attention(nn.Module):
     """Causal attention with rotary positions (Su et al., arXiv 2104.09864). Normalises its input and adds to it.
 
@@ -103,21 +135,40 @@ class Attention(nn.Module):
             "frequencies_C", torch.tensor(frequencies, dtype=torch.float32), persistent=False
         )
 
-    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
-        """Returns [R, D]. `lengths_S`: int64, on the CPU, each at least 1, with sum R. `positions_R`: int64."""
+    def forward(
+        self,
+        x_RD: Tensor,
+        lengths_S: Tensor,
+        positions_R: Tensor,
+        caches: Sequence[KeyValueCache | None] = (),
+    ) -> Tensor:
+        """Returns [R, D]. `lengths_S`: int64, on the CPU, each at least 1, with sum R. `positions_R`: int64.
+
+        `caches`: none, or one for each segment, or None in its place: its rows come after those in the cache, which
+        takes them, too. Only without gradients.
+        """
         output_RD: Tensor = x_RD + self.attention_output(
-            self._attention(self.attention_norm(x_RD), lengths_S.tolist(), positions_R)
+            self._attention(self.attention_norm(x_RD), lengths_S.tolist(), positions_R, caches)
         )
         return output_RD
 
-    def _attention(self, x_RD: Tensor, lengths: list[int], positions_R: Tensor) -> Tensor:
+    def _attention(
+        self,
+        x_RD: Tensor,
+        lengths: list[int],
+        positions_R: Tensor,
+        caches: Sequence[KeyValueCache | None],
+    ) -> Tensor:
         """Of each row, what its heads see: [R, H * C]."""
         rows = len(x_RD)
         assert sum(lengths) == rows, f"the segments have {sum(lengths)} rows, but there are {rows}"
         qkv_R3HC = self.attention_input(x_RD).view(rows, 3, self.heads, -1)
         angles_R11C = (positions_R[:, None] * self.frequencies_C)[:, None, None]
         qk_R2HC = _rotate(qkv_R3HC[:, :2], angles_R11C.cos(), angles_R11C.sin())
-        return _attend_segments(torch.cat((qk_R2HC, qkv_R3HC[:, 2:]), dim=1), lengths).flatten(1)
+        qkv_R3HC = torch.cat((qk_R2HC, qkv_R3HC[:, 2:]), dim=1)
+        if caches:
+            return _attend_cached(qkv_R3HC, lengths, caches).flatten(1)
+        return _attend_segments(qkv_R3HC, lengths).flatten(1)
 
 
 class TransformerLayer(Attention):
@@ -136,8 +187,14 @@ class TransformerLayer(Attention):
         self.feed_forward_norm = make_norm(norm, hidden)
         self.feed_forward = make_feed_forward(hidden, feed_forward, activation)
 
-    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
-        x_RD = super().forward(x_RD, lengths_S, positions_R)
+    def forward(
+        self,
+        x_RD: Tensor,
+        lengths_S: Tensor,
+        positions_R: Tensor,
+        caches: Sequence[KeyValueCache | None] = (),
+    ) -> Tensor:
+        x_RD = super().forward(x_RD, lengths_S, positions_R, caches)
         output_RD: Tensor = x_RD + self.feed_forward(self.feed_forward_norm(x_RD))
         return output_RD
 
@@ -175,6 +232,28 @@ def _attend(qkv_R3HC: Tensor, segments: int) -> Tensor:
     q_SHLC, k_SHLC, v_SHLC = qkv_SL3HC.permute(2, 0, 3, 1, 4).unbind(0)
     output_SHLC = F.scaled_dot_product_attention(q_SHLC, k_SHLC, v_SHLC, is_causal=True)
     return output_SHLC.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_cached(qkv_R3HC: Tensor, lengths: list[int], caches: Sequence[KeyValueCache | None]) -> Tensor:
+    """As `_attend_segments`, for segments that go on with what is in their caches."""
+    outputs = []
+    for qkv_L3HC, cache in zip(torch.split(qkv_R3HC, lengths), caches, strict=True):
+        if cache is None or (not cache.length and len(qkv_L3HC) > 1):
+            outputs.append(_attend(qkv_L3HC, 1))
+            if cache is not None:
+                cache.extend(qkv_L3HC[:, 1:])
+            continue
+        k_HPC, v_HPC = cache.extend(qkv_L3HC[:, 1:]).permute(1, 2, 0, 3)
+        q_HLC = qkv_L3HC[:, 0].transpose(0, 1)
+        rows, seen = q_HLC.shape[1], k_HPC.shape[1]
+        mask = (
+            None
+            if rows == 1
+            else torch.ones(rows, seen, dtype=torch.bool, device=q_HLC.device).tril(seen - rows)
+        )
+        output_SHLC = F.scaled_dot_product_attention(q_HLC[None], k_HPC[None], v_HPC[None], attn_mask=mask)
+        outputs.append(output_SHLC[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:

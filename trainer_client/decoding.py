@@ -1,15 +1,21 @@
 """Continues sequences token by token, many at once.
 
-Shapes: S sequences, T tokens of a sequence, V vocabulary.
+Of each sequence the keys and values of the local attention are kept, so that a token costs the computation of one row.
+The first computation of a sequence takes all of its tokens at once.
+
+Shapes: S sequences, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from peer.errors import DataError
-from trainer_client.model import LanguageModel
+from trainer_client.model import LanguageModel, SequenceState
+
+_MOST_ROWS = 2048
+"""Of several sequences that are computed at once from their first tokens on."""
 
 
 class Decoding:
@@ -17,18 +23,24 @@ class Decoding:
 
     def __init__(self, tokens: Sequence[int], context: int, shortest: int) -> None:
         """`shortest`: the fewest tokens that the model continues."""
-        self._context = context
-        self._kept = max(context // 2, shortest)
         self.tokens = list(tokens)
         """Those that the model sees. When they outgrow the context, the older half of it is dropped."""
+        self._context = context
+        self._remaining = max(context // 2, shortest)
+        self._state: SequenceState | None = None
+        self._logits: Tensor | None = None
+        """Of the token after these; None if they are not computed yet."""
 
     def append(self, token: int) -> None:
+        self._logits = None
         if len(self.tokens) == self._context:
-            del self.tokens[: self._context + 1 - self._kept]
+            del self.tokens[: self._context + 1 - self._remaining]
+            self._state = None
         self.tokens.append(token)
 
     def end(self) -> None:
         """Frees what is kept for the sequence. May be called twice."""
+        self._state = self._logits = None
 
 
 class Decoder:
@@ -56,14 +68,44 @@ class Decoder:
     @torch.no_grad()
     def logits(self, sequences: Sequence[Decoding]) -> Tensor:
         """Logits of the token after each. Float32 [S, V]"""
-        by_length: dict[int, list[int]] = {}
-        for place, sequence in enumerate(sequences):
-            by_length.setdefault(len(sequence.tokens), []).append(place)
-        found: dict[int, Tensor] = {}
-        for places in by_length.values():
-            tokens_ST = torch.tensor([sequences[place].tokens for place in places])
-            logits_SV = self._model(tokens_ST)[:, -1].float()
-            while not self._is_usable():
-                logits_SV = self._model(tokens_ST)[:, -1].float()
-            found |= zip(places, logits_SV, strict=True)
-        return torch.stack([found[place] for place in range(len(sequences))])
+        going_on = [each for each in sequences if each._logits is None and each._state is not None]
+        if going_on:
+            self._extend(going_on)
+        while anew := [each for each in sequences if each._logits is None]:
+            for group in self._groups(anew):
+                if self._model.can_extend:
+                    self._extend(group)
+                else:
+                    self._compute(group)
+        return torch.stack([each._logits for each in sequences if each._logits is not None])
+
+    def _groups(self, sequences: Sequence[Decoding]) -> Iterator[list[Decoding]]:
+        """Of what is computed from the first token on: those of equal length together."""
+        group: list[Decoding] = []
+        for each in sorted(sequences, key=lambda each: len(each.tokens)):
+            length = len(each.tokens)
+            is_alike = self._model.can_extend or not group or len(group[0].tokens) == length
+            if group and not (is_alike and (len(group) + 1) * length <= _MOST_ROWS):
+                yield group
+                group = []
+            group.append(each)
+        yield group
+
+    def _extend(self, sequences: Sequence[Decoding]) -> None:
+        """Computes what is new in each."""
+        states = [each._state or SequenceState(self._model) for each in sequences]
+        for each in sequences:
+            each._state = None  # a computation that fails leaves a state that is of no use
+        new = [each.tokens[state.length :] for each, state in zip(sequences, states, strict=True)]
+        logits_SV = self._model.extend(new, states)
+        if self._is_usable():
+            for each, state, logits_V in zip(sequences, states, logits_SV, strict=True):
+                each._state, each._logits = state, logits_V
+
+    def _compute(self, sequences: Sequence[Decoding]) -> None:
+        """Computes whole sequences of one length."""
+        tokens_ST = torch.tensor([each.tokens for each in sequences])
+        logits_SV = self._model(tokens_ST)[:, -1].float()
+        if self._is_usable():
+            for each, logits_V in zip(sequences, logits_SV, strict=True):
+                each._logits = logits_V

@@ -3,10 +3,11 @@
 Shapes: B sequences, T positions, R = B * T rows, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from torch.nn import functional as F
 from dht.manifest import Manifest, ModelSpec
 from peer.errors import SettingsError
 from peer.formatting import bytes_in_words
-from peer.layers import Attention, TransformerLayer, make_norm, seeded
+from peer.layers import Attention, KeyValueCache, TransformerLayer, make_norm, seeded
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import VOCABULARY
-from trainer_client.moe import RemoteMixtureOfExperts, Routed
+from trainer_client.dispatch.batches import Segments
+from trainer_client.moe import RemoteMixtureOfExperts, Routed, RoutedSequence
 
 # validation loss of 2 dense layers after 200 steps: 1.90 at 0.02, 1.84 at 0.1, 1.78 here, 1.85 at 1
 _EMBEDDING_SCALE = 0.3
@@ -63,6 +65,34 @@ class LanguageModel(nn.Module):
             x_BTD = mixture(local(x_BTD))
         logits_BTV: Tensor = self.head(self.norm(x_BTD))
         return logits_BTV
+
+    @property
+    def can_extend(self) -> bool:
+        """Whether each mixture can compute rows without those before them."""
+        return len(self._remote()) == len(self.mixtures) and all(each.can_extend for each in self._remote())
+
+    @torch.no_grad()
+    def extend(self, tokens: Sequence[Sequence[int]], states: Sequence["SequenceState"]) -> Tensor:
+        """Logits of the token after each sequence, by its next `tokens` and the state that those before them left.
+
+        As `forward` of the whole sequences gives them in evaluation. The states take the tokens in. Float32 [S, V]
+        """
+        lengths_S = np.array([len(each) for each in tokens])
+        firsts_S = np.array([state.length for state in states])
+        segments = Segments.after(firsts_S, lengths_S)
+        new_R = torch.tensor(
+            [token for each in tokens for token in each], device=self.embedding.weight.device
+        )
+        x_RD = self.embedding(new_R)
+        parts = [local for local in self.local if isinstance(local, LocalPart)]
+        for layer, (local, mixture) in enumerate(zip(parts, self._remote(), strict=True)):
+            x_RD = local.extend(x_RD, segments, [state.caches[layer] for state in states])
+            x_RD = mixture.extend(x_RD, segments, [state.routed[layer] for state in states])
+        for state, each in zip(states, tokens, strict=True):
+            state.length += len(each)
+        last_S = torch.from_numpy(lengths_S.cumsum() - 1)
+        logits_SV: Tensor = self.head(self.norm(x_RD[last_S]))
+        return logits_SV.float()
 
     def loss(self, tokens_BT: Tensor) -> Tensor:
         """Mean cross-entropy of the tokens from `first_scored` on, in nats. int64 [B, T + 1] -> []"""
@@ -142,3 +172,22 @@ class LocalPart(nn.Module):
         for layer in self.layers:
             x_RD = layer(x_RD, lengths_B, positions_R)
         return x_RD.reshape(x_BTD.shape)
+
+    def extend(self, x_RD: Tensor, segments: Segments, caches: Sequence[Sequence[KeyValueCache]]) -> Tensor:
+        """Of the next rows of sequences [R, D]. `caches`: of each segment those of the layers, which take them."""
+        lengths_S = torch.from_numpy(segments.lengths)
+        positions_R = torch.from_numpy(segments.positions).to(x_RD.device)
+        for layer, its_caches in zip(self.layers, zip(*caches, strict=True), strict=True):
+            x_RD = layer(x_RD, lengths_S, positions_R, its_caches)
+        return x_RD
+
+
+class SequenceState:
+    """What is kept of one sequence's rows, of each layer, to compute the next ones without them."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.length = 0
+        """Tokens."""
+        parts = [local for local in model.local if isinstance(local, LocalPart)]
+        self.caches = [[KeyValueCache() for _ in local.layers] for local in parts]
+        self.routed = [RoutedSequence() for _ in model.mixtures]

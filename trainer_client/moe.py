@@ -27,11 +27,11 @@ from torch.autograd.function import once_differentiable
 from dht.beam_search import Selection
 from dht.directory import LiveExperts, PrefixTables
 from dht.manifest import Manifest, ModelSpec
-from peer.codec import Floats
+from peer.codec import Floats, Integers
 from peer.errors import SettingsError
 from peer.layers import make_feed_forward, make_norm
 from trainer_client.balancing import LoadBias, LoadSpread, LoadSum, balancing_loss, load_spread
-from trainer_client.dispatch.batches import ForwardPass, RoutedRows
+from trainer_client.dispatch.batches import ForwardPass, RoutedRows, Segments
 from trainer_client.routers import Gate, NodeLimit, Routing, noisy_scores
 
 T = TypeVar("T")
@@ -72,6 +72,14 @@ class Routed:
     """None where no expert was live."""
 
 
+@dataclass(eq=False)
+class RoutedSequence:
+    """What one mixture keeps of a sequence's rows, to compute the next ones without them."""
+
+    scores: tuple[Tensor, ...] = ()
+    """One [G_d] per grid dimension, where all of the sequence is routed as one; none before its first rows."""
+
+
 class RemoteMixtureOfExperts(nn.Module):
     """Sends each token to the live experts that its router chooses, and adds the weighed sum of their updates to it.
 
@@ -97,6 +105,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self.layer = layer
         self.hidden = manifest.model.hidden
         self.k = routing.k
+        self._is_row_by_row = manifest.experts.kind == "ffn"
         self._routing = routing
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
@@ -140,17 +149,36 @@ class RemoteMixtureOfExperts(nn.Module):
         assert x.shape[-1] == self.hidden, f"{x.shape[-1]} columns, and this swarm's model has {self.hidden}"
         if not x.numel():
             return x
-        x_BTD = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, self.hidden)
+        length = x.shape[-2] if x.dim() > 1 else 1
+        x_RD = x.reshape(-1, self.hidden)
         with torch.autocast(x.device.type, enabled=False):
-            y_RD = self._mix(x_BTD)
+            y_RD = self._mix(x_RD.float(), Segments.whole(len(x_RD) // length, length))
         return y_RD.to(x.dtype).view(x.shape)
 
-    def _mix(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [R, D], float32. One step of a layer: score, find, choose, send, weigh."""
-        length, rng = x_BTD.shape[1], self._rng if self.training else None
-        x_RD = x_BTD.flatten(0, 1).float()
+    @property
+    def can_extend(self) -> bool:
+        """Whether rows can be computed without those before them: no row's experts depend on rows after it, and experts
+        compute each row by itself.
+        """
+        return self._is_row_by_row and (self._routing.choose_by == "token" or self._routing.prefix > 0)
+
+    def extend(self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]) -> Tensor:
+        """Of the next rows of sequences [R, D], as `forward` gives them for whole ones in evaluation.
+
+        `states`: of each segment, what was computed of the rows before these; takes them in.
+        """
+        with torch.autocast(x_RD.device.type, enabled=False):
+            return self._mix(x_RD.float(), segments, states).to(x_RD.dtype)
+
+    def _mix(
+        self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"] | None = None
+    ) -> Tensor:
+        """[R, D] -> [R, D], float32. One step of a layer: score, find, choose, send, weigh."""
+        rng = self._rng if self.training else None
         h_RD = x_RD if self.projections is None else self.projections.normed(x_RD)
-        scores = self._score(h_RD.view(x_BTD.shape), rng)
+        scores = (
+            self._score(h_RD, segments, rng) if states is None else self._scores_of(h_RD, segments, states)
+        )
         bias = None if self.balance is None else self.balance.table()
         live: LiveExperts = self._run(self._experts.find(self.layer, _arrays(scores), self.k, bias))
         most = self._routing.nodes_per_token
@@ -159,10 +187,12 @@ class RemoteMixtureOfExperts(nn.Module):
         if self.training:
             self._note_routing(scores, selection, live.tables)
         if self._routing.choose_by == "sequence":
-            scores, selection = _for_each_row(scores, selection, length)
+            scores, selection = _for_each_row(scores, selection, segments.lengths)
         z_RW = h_RD if self.projections is None else self.projections.narrowed(h_RD)
         inputs = z_RW.detach().cpu().numpy()
-        rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, length, torch.is_grad_enabled(), bias)
+        rows = RoutedRows(
+            self.layer, inputs, _arrays(scores), self.k, segments, torch.is_grad_enabled(), bias
+        )
         result = self.send(rows, selection, live)
         logits_RK = self.gate.logits(scores, torch.from_numpy(result.coordinates).to(z_RW.device))
         updates_RKW: Tensor = _Updates.apply(z_RW, logits_RK, self.gate.linear.weight, self, result)  # type: ignore[no-untyped-call]  # torch's lacks types
@@ -178,16 +208,27 @@ class RemoteMixtureOfExperts(nn.Module):
         y_RD = x_RD + (sum_RW if self.projections is None else self.projections.widened(sum_RW))
         return y_RD if self.shared is None else y_RD + _through(self.shared, x_RD)
 
-    def _score(self, x_BTD: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
+    def _score(self, x_RD: Tensor, segments: Segments, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
         """One table [U, G_d] per grid dimension, with the router's noise in training."""
-        if self._routing.choose_by == "token":
-            x_UD = x_BTD.flatten(0, 1)
-        else:
-            x_UD = x_BTD[:, : self._routing.prefix or None].float().mean(dim=1)
+        x_UD = x_RD
+        if self._routing.choose_by == "sequence":
+            parts = torch.split(x_RD, segments.lengths.tolist())
+            x_UD = torch.stack([part[: self._routing.prefix or None].mean(dim=0) for part in parts])
         scores: tuple[Tensor, ...] = self.gate(x_UD)
         if rng is not None and self._router.has_noise:
             scores = noisy_scores(scores, self.gate.spreads(x_UD), rng)
         return scores
+
+    def _scores_of(
+        self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]
+    ) -> tuple[Tensor, ...]:
+        """As `_score` in evaluation. The first rows of a sequence decide those of all of it."""
+        scores = self._score(x_RD, segments, None)
+        if self._routing.choose_by == "token":
+            return scores
+        for state, own in zip(states, zip(*scores, strict=True), strict=True):
+            state.scores = state.scores or own
+        return tuple(torch.stack(table) for table in zip(*(state.scores for state in states), strict=True))
 
     def _note_routing(self, scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> None:
         loss = None
@@ -272,13 +313,14 @@ def _arrays(scores: Sequence[Tensor]) -> list[Floats]:
 
 
 def _for_each_row(
-    scores: Sequence[Tensor], selection: Selection, length: int
+    scores: Sequence[Tensor], selection: Selection, lengths: Integers
 ) -> tuple[tuple[Tensor, ...], Selection]:
     """From one of each sequence to one of each row: U to R."""
-    return tuple(table.repeat_interleave(length, dim=0) for table in scores), Selection(
-        selection.coordinates.repeat(length, axis=0),
-        selection.scores.repeat(length, axis=0),
-        selection.valid.repeat(length, axis=0),
+    repeats = torch.from_numpy(lengths).to(scores[0].device)
+    return tuple(table.repeat_interleave(repeats, dim=0) for table in scores), Selection(
+        selection.coordinates.repeat(lengths, axis=0),
+        selection.scores.repeat(lengths, axis=0),
+        selection.valid.repeat(lengths, axis=0),
     )
 
 

@@ -54,9 +54,7 @@ class OpenedExperts:
         """Each slot's answer is that of its expert alone."""
         result = ForwardPass.of(rows)
         result.coordinates[:] = selection.coordinates
-        batch = NodeBatch.of(
-            rows.layer, selection.coordinates, selection.valid, rows.grid, rows.sequence_length
-        )
+        batch = NodeBatch.of(rows.layer, selection.coordinates, selection.valid, rows.grid, rows.segments)
         with torch.no_grad():
             for part in batch.parts():
                 x_RW = torch.from_numpy(rows.inputs[part.places])

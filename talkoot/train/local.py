@@ -130,9 +130,7 @@ class LocalExperts:
         result = LocalForward.of(rows)
         result.coordinates[:] = selection.coordinates
         with self._lock, torch.set_grad_enabled(rows.keep), torch.autocast("cpu", enabled=False):
-            batch = NodeBatch.of(
-                rows.layer, selection.coordinates, selection.valid, rows.grid, rows.sequence_length
-            )
+            batch = NodeBatch.of(rows.layer, selection.coordinates, selection.valid, rows.grid, rows.segments)
             self._compute(batch, result)
         self.metrics.unanswered_rows.inc(int((~result.answered.any(axis=1)).sum()))
         return result

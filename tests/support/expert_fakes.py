@@ -36,6 +36,7 @@ from trainer_client.dispatch.batches import (
     NodeBatch,
     NodeCall,
     RoutedRows,
+    Segments,
     shares,
 )
 from trainer_client.dispatch.dispatcher import Dispatcher
@@ -166,7 +167,9 @@ async def send_to_best(
 ) -> ForwardPass:
     """A forward pass of layer 0 in which each row is sent to its best live experts."""
     live = await dispatcher.find(0, scores, k)
-    rows = RoutedRows(0, inputs, scores, k, sequence_length, keep)
+    rows = RoutedRows(
+        0, inputs, scores, k, Segments.whole(len(inputs) // sequence_length, sequence_length), keep
+    )
     return await dispatcher.send(rows, best(scores, live.tables, k), live)
 
 

@@ -6,8 +6,8 @@ answers a row with S = sum of u f / sum of u over those of the experts that answ
 the experts' updates. A row's answer counts as a whole or not at all. `ExpertCaller` is the network as dispatch sees it:
 tests put a function in its place.
 
-Shapes: R rows, K slots of each row, W width of the experts, G_d size of grid dimension d, n rows of one batch, s its
-segments (the rows of one sequence each), m some of its rows.
+Shapes: R rows, S segments (the rows of one sequence each), K slots of each row, W width of the experts, G_d size of
+grid dimension d, n rows of one batch, s its segments, m some of its rows.
 """
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -33,6 +33,25 @@ row's best at the same node counts as a millionth of it.
 """
 
 
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Which of a step's rows belong together: those of one sequence, which stand next to each other."""
+
+    lengths: Integers  # [S], each at least 1
+    positions: Integers  # [R], of each row in its sequence
+
+    @classmethod
+    def whole(cls, sequences: int, length: int) -> Self:
+        """Of sequences that are there from their first row on."""
+        return cls(np.full(sequences, length), np.tile(np.arange(length), sequences))
+
+    @classmethod
+    def after(cls, firsts: Integers, lengths: Integers) -> Self:
+        """`firsts` [S]: the position of the first row of each."""
+        starts = np.repeat(np.cumsum(lengths) - lengths - firsts, lengths)
+        return cls(lengths, np.arange(len(starts)) - starts)
+
+
 @dataclass(frozen=True)
 class RoutedRows:
     """What is sent in one forward pass of a layer."""
@@ -41,7 +60,7 @@ class RoutedRows:
     inputs: Floats  # [R, W]
     scores: Sequence[Floats]  # one [R, G_d] per grid dimension: for weights, and to choose again
     k: int
-    sequence_length: int  # row r is position r % sequence_length of sequence r // sequence_length
+    segments: Segments
     keep: bool  # a backward pass is meant to follow
     bias: Floats | None = None  # of the grid's shape, added to the scores of experts when rows choose again
 
@@ -81,7 +100,7 @@ class NodeBatch:
         coordinates: Integers,
         wanted: Booleans,
         grid: tuple[int, ...],
-        sequence_length: int,
+        segments: Segments,
     ) -> Self:
         """All R rows of a step, for the experts that `wanted` [R, K] slots name in `coordinates` [R, K, dims]."""
         numbers, which = np.unique(
@@ -90,9 +109,8 @@ class NodeBatch:
         experts = np.full(wanted.shape, -1)
         experts[wanted] = which.ravel()
         places = np.stack(np.unravel_index(numbers, grid), axis=-1).tolist()
-        sequences, positions = np.divmod(np.arange(len(wanted)), sequence_length)
         uids = tuple(UID(layer, tuple(place)) for place in places)
-        return cls(np.arange(len(wanted)), np.bincount(sequences), positions, uids, experts)
+        return cls(np.arange(len(wanted)), segments.lengths, segments.positions, uids, experts)
 
     @classmethod
     def apart(cls, uids: Sequence[UID], lengths: Sequence[int], positions: Sequence[int]) -> Self:

@@ -124,10 +124,8 @@ class Dispatcher:
         A row that gets too few answers is sent to its next best by `rows.scores` and `rows.bias`. Never raises for
         experts that fail.
         """
-        context = live.view.manifest.model.context
-        assert rows.sequence_length <= context, (
-            f"{rows.sequence_length} rows in a sequence; this swarm's context is {context}"
-        )
+        context, longest = live.view.manifest.model.context, int(rows.segments.positions.max(initial=-1)) + 1
+        assert longest <= context, f"{longest} rows in a sequence; this swarm's context is {context}"
         run = ForwardRun(rows, live, self._directory, self._calls, self._policy, self._rng, self._checks)
         await run.until_enough(selection)
         self.metrics.unanswered_rows.inc(int((~run.result.answered.any(axis=1)).sum()))

@@ -206,7 +206,7 @@ class ForwardRun:
     def _batch(self, wanted: Booleans) -> NodeBatch:
         """All rows, with the wanted slots [R, K] and what experts they have."""
         rows = self._rows
-        return NodeBatch.of(rows.layer, self.result.coordinates, wanted, rows.grid, rows.sequence_length)
+        return NodeBatch.of(rows.layer, self.result.coordinates, wanted, rows.grid, rows.segments)
 
     def _call(self, node: NodeInfo, batch: NodeBatch, is_hedge: bool = False) -> None:
         logits = self._rows.logits(batch.rows, self.result.coordinates[batch.rows])

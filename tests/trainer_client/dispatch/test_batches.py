@@ -18,6 +18,7 @@ from trainer_client.dispatch.batches import (
     NodeBatch,
     NodeCall,
     RoutedRows,
+    Segments,
     SentBatch,
     prefer_proven,
     refill,
@@ -40,10 +41,16 @@ def distinct_coordinates(rng: np.random.Generator, rows: int, k: int, grid: tupl
     return np.stack(np.unravel_index(np.array(chosen, dtype=np.int64).reshape(rows, k), grid), axis=-1)
 
 
+def cut(rows: int, length: int) -> Segments:
+    """The last may be shorter."""
+    lengths = np.array([min(length, rows - begin) for begin in range(0, rows, length)], np.int64)
+    return Segments.after(np.zeros_like(lengths), lengths)
+
+
 def distinct_batch(rng: np.random.Generator, rows: int, k: int, length: int, density: float) -> NodeBatch:
     """Of experts of a grid of 2 x 3, in each row k different ones of which some are wanted."""
     coordinates = distinct_coordinates(rng, rows, k, (2, 3))
-    return NodeBatch.of(3, coordinates, rng.random((rows, k)) < density, (2, 3), length)
+    return NodeBatch.of(3, coordinates, rng.random((rows, k)) < density, (2, 3), cut(rows, length))
 
 
 def pairs_of(batch: NodeBatch) -> dict[UID, list[tuple[int, int]]]:
@@ -68,7 +75,7 @@ def test_a_batch_has_the_wanted_slots_each_once_with_whole_sequences_as_segments
             if wanted[row, slot]:
                 expected[UID(3, tuple(coordinates[row, slot].tolist()))].append((row, slot))
 
-    batch, _ = NodeBatch.of(3, coordinates, wanted, grid, length).only(wanted)
+    batch, _ = NodeBatch.of(3, coordinates, wanted, grid, Segments.whole(sequences, length)).only(wanted)
 
     assert list(batch.uids) == sorted(expected)  # and so none twice
     assert pairs_of(batch) == expected
@@ -110,7 +117,7 @@ def test_a_part_of_a_batch_has_what_is_left_of_its_rows_and_experts(
 def test_a_batch_of_two_sequences_by_hand() -> None:
     coordinates = np.array([[[0, 1], [1, 0]]] * 6)
     wanted = np.array([[1, 0], [0, 1], [1, 1], [1, 0], [0, 0], [1, 0]], dtype=bool)
-    batch, _ = NodeBatch.of(0, coordinates, wanted, (2, 2), 3).only(wanted)
+    batch, _ = NodeBatch.of(0, coordinates, wanted, (2, 2), Segments.whole(2, 3)).only(wanted)
     assert batch.uids == (UID(0, (0, 1)), UID(0, (1, 0)))
     assert batch.rows.tolist() == [0, 1, 2, 3, 5]
     assert batch.lengths.tolist() == [3, 2]
@@ -124,14 +131,15 @@ def test_a_batch_of_two_sequences_by_hand() -> None:
 
 def test_where_nothing_is_wanted_there_is_nothing_in_a_batch() -> None:
     for rows in (0, 4):
-        batch = NodeBatch.of(0, np.zeros((rows, 2, 2), np.int64), np.zeros((rows, 2), np.bool_), (3, 3), 2)
+        nothing, segments = np.zeros((rows, 2), np.bool_), Segments.whole(rows // 2, 2)
+        batch = NodeBatch.of(0, np.zeros((rows, 2, 2), np.int64), nothing, (3, 3), segments)
         assert list(batch.parts()) == []
         assert len(batch.only(batch.asked)[0].rows) == 0
 
 
 def test_coordinates_of_slots_that_are_not_wanted_may_be_anything() -> None:
     coordinates = np.array([[[0], [99]], [[-5], [1]]])
-    batch = NodeBatch.of(0, coordinates, np.array([[True, False], [False, True]]), (2,), 2)
+    batch = NodeBatch.of(0, coordinates, np.array([[True, False], [False, True]]), (2,), Segments.whole(1, 2))
     assert pairs_of(batch) == {UID(0, (0,)): [(0, 0)], UID(0, (1,)): [(1, 1)]}
 
 
@@ -179,7 +187,7 @@ def test_a_row_is_answered_once_for_each_slot_and_each_answer_counts_as_a_whole_
 ) -> None:
     rng = np.random.default_rng(seed)
     scores = [np.zeros((rows, size), np.float32) for size in (2, 3)]
-    result = ForwardPass.of(RoutedRows(0, random_rows(rows), scores, k, 4, keep=True))
+    result = ForwardPass.of(RoutedRows(0, random_rows(rows), scores, k, cut(rows, 4), keep=True))
     batches, counts = list[SentBatch](), list[np.ndarray]()
     found: list[
         tuple[int, list[int], int, int, np.ndarray]
@@ -341,7 +349,7 @@ def test_a_batch_after_a_refill_holds_only_the_filled_slots() -> None:
     coordinates = np.array([[[0], [1]], [[0], [1]]])
     fresh = Selection(np.array([[[2]], [[1]]]), np.zeros((2, 1), np.float32), np.array([[True], [True]]))
     new, filled = refill(coordinates, taken := np.array([[True, False], [False, True]]), ~taken, fresh)
-    assert pairs_of(NodeBatch.of(0, new, filled, (3,), 2)) == {UID(0, (2,)): [(0, 1)]}
+    assert pairs_of(NodeBatch.of(0, new, filled, (3,), Segments.whole(1, 2))) == {UID(0, (2,)): [(0, 1)]}
 
 
 @given(refills(), refills(), seeds)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from dht.beam_search import Selection
 from dht.uid import UID
 from peer.identity import PeerID
-from trainer_client.dispatch.batches import ForwardPass, RoutedRows
+from trainer_client.dispatch.batches import ForwardPass, RoutedRows, Segments
 from trainer_client.dispatch.policy import CircuitBreakers
 
 GRID, ROWS, PEERS = (3, 3), 8, 5
@@ -81,7 +81,7 @@ def passes(draw: st.DrawFn, behaviours: list[Behaviour]) -> Case:
         live = await dispatcher.find(0, scores, k)
         for peer_id in avoided:  # between choosing and sending
             breakers.distrust(peer_id, now())
-        rows = RoutedRows(0, random_rows(ROWS), scores, k, LENGTH, keep=False)
+        rows = RoutedRows(0, random_rows(ROWS), scores, k, Segments.whole(ROWS // LENGTH, LENGTH), keep=False)
         found.append(await dispatcher.send(rows, selection, live))
         assert now() <= DEADLINE
         await dispatcher.close()

@@ -38,7 +38,7 @@ from peer.metrics import total, totals
 from peer.rpc.channels import ChannelPool
 from peer.wire import session_pb2
 from talkoot.train.recompute import BlockLoader, RecomputedExpert
-from trainer_client.dispatch.batches import AnsweredRows, CallProgress, NodeBatch, SentBatch, shares
+from trainer_client.dispatch.batches import AnsweredRows, CallProgress, NodeBatch, Segments, SentBatch, shares
 from trainer_client.dispatch.calls import CallTracker
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -236,7 +236,7 @@ def answered(seed: int, experts: int, missing: float) -> tuple[SentBatch, Answer
     coordinates = rng.permuted(np.tile(np.arange(experts), (rows, 1)), axis=1)[:, :k, None]
     wanted = rng.random((rows, k)) < 0.7
     wanted[0, 0] = True
-    whole = NodeBatch.of(0, coordinates, wanted, (experts,), LENGTH)
+    whole = NodeBatch.of(0, coordinates, wanted, (experts,), Segments.whole(5, LENGTH))
     batch, _ = whole.only(whole.asked)
     weights = np.where(batch.asked, rng.uniform(0.1, 1, batch.asked.shape), 0).astype(np.float32)
     sent = SentBatch(batch, make_node(make_peer_id(1)), weights, CallProgress())
