@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,13 +122,17 @@ def test_many_that_check_answers_keep_no_node_from_a_state(play: Callable[[Scena
 def test_who_asks_and_breaks_off_makes_a_node_copy_no_more_at_once(play: Callable[[Scenario], None]) -> None:
     async def scenario(street: Street) -> None:
         expert = make_expert(3)
-        taker = SnapshotTaker(await street.host(expert), SWARM, lambda uid: {})
+        runtime = await street.host(expert)
+        taker, let_go = SnapshotTaker(runtime, SWARM, lambda uid: {}), threading.Event()
+        busy = asyncio.ensure_future(runtime.run(lambda: let_go.wait(60)))  # no copy is made meanwhile
         for _ in range(8):
             asking = asyncio.ensure_future(taker.block_for(a_peer(1), AN_UID, expert.version))
             await asyncio.sleep(0)
             asking.cancel()
         with pytest.raises(ExpertError, match="being copied"):
             await taker.block_for(a_peer(2), AN_UID, expert.version)
+        let_go.set()
+        assert await busy
 
     play(scenario)
 
