@@ -44,7 +44,7 @@ from trainer_client.settings import Balance, RouterName, Sampling
 FORMAT_VERSION = 1
 CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
 CARD = "README.md"
-PYTHON_FILES: tuple[str, ...] = ()
+PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
 """Copied from this release into every folder. They import torch and transformers alone."""
 
 _MOST_JSON = 2**27
