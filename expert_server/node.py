@@ -330,6 +330,7 @@ class Node:
     async def _give_up_experts(self) -> None:
         await self._release(self._settings.drain_timeout_s)
         self._servicer.forward_cache.clear()
+        self._servicer.sequences.clear()
         await asyncio.to_thread(return_freed_memory)
         with contextlib.suppress(UnreachableError):
             await self._publish_record()
@@ -433,8 +434,8 @@ class Node:
 
     def _memory_bytes(self) -> int:
         experts = len(self.runtime.experts) * self._expert_bytes
-        calls = self._servicer.memory.used + self._servicer.forward_cache.bytes
-        return experts + calls + self._snapshots.kept_bytes
+        kept = self._servicer.forward_cache.bytes + self._servicer.sequences.bytes
+        return experts + self._servicer.memory.used + kept + self._snapshots.kept_bytes
 
     def _note_work(self) -> None:
         self._account.note(serves=self.state is NodeState.SERVING)

@@ -209,8 +209,8 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=0,
         le=2**40,
-        description="memory for forward passes kept until their backward call, in bytes; "
-        "unset: a sixteenth of the free memory",
+        description="memory for forward passes kept until their backward call, and what they leave of it for keys and "
+        "values of text that is being continued, in bytes; unset: a sixteenth of the free memory",
     )
     max_dht_bytes: int = Field(
         default=64 * 2**20,

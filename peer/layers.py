@@ -24,7 +24,7 @@ _NORM_EPSILON = 1e-5
 _ROTARY_BASE = 10_000.0
 _LARGEST_PADDING = 1.5
 """Rows with padding over rows without, in one group of segments."""
-_CACHE_BLOCK = 16
+CACHE_BLOCK = 16
 """Rows by which a cache grows."""
 _FINAL_SHARE = 0.1
 """Of the peak learning rate, at the end of the cosine."""
@@ -87,6 +87,8 @@ class KeyValueCache:
     def __init__(self) -> None:
         self.length = 0
         """Rows."""
+        self.version = 0
+        """Of the parameters that computed them, for whoever changes these; 0 while there are none."""
         self._kv_P2HC: Tensor | None = None
 
     @property
@@ -97,8 +99,8 @@ class KeyValueCache:
         """Adds rows, and returns all: [P, 2, H, C]."""
         begin, self.length = self.length, self.length + len(kv_L2HC)
         if self._kv_P2HC is None or self.length > len(self._kv_P2HC):
-            blocks = -(-self.length // _CACHE_BLOCK)
-            grown = kv_L2HC.new_empty(blocks * _CACHE_BLOCK, *kv_L2HC.shape[1:])
+            blocks = -(-self.length // CACHE_BLOCK)
+            grown = kv_L2HC.new_empty(blocks * CACHE_BLOCK, *kv_L2HC.shape[1:])
             if self._kv_P2HC is not None:
                 grown[:begin] = self._kv_P2HC[:begin]
             self._kv_P2HC = grown

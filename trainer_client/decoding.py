@@ -1,7 +1,8 @@
 """Continues sequences token by token, many at once.
 
-Of each sequence the keys and values of the local attention are kept, so that a token costs the computation of one row.
-The first computation of a sequence takes all of its tokens at once.
+Of each sequence the keys and values of the local attention are kept, and experts keep theirs, so that a token costs the
+computation of one row. The first computation of a sequence takes all of its tokens at once. It is made anew when an
+expert does not answer, or no longer has what it kept because its parameters have changed or it needed the memory.
 
 Shapes: S sequences, V vocabulary.
 """
@@ -68,6 +69,9 @@ class Decoder:
     @torch.no_grad()
     def logits(self, sequences: Sequence[Decoding]) -> Tensor:
         """Logits of the token after each. Float32 [S, V]"""
+        for each in sequences:
+            if each._state is not None and len(each.tokens) - each._state.length > 1:
+                each._state = None
         going_on = [each for each in sequences if each._logits is None and each._state is not None]
         if going_on:
             self._extend(going_on)
@@ -98,9 +102,13 @@ class Decoder:
             each._state = None  # a computation that fails leaves a state that is of no use
         new = [each.tokens[state.length :] for each, state in zip(sequences, states, strict=True)]
         logits_SV = self._model.extend(new, states)
-        if self._is_usable():
-            for each, state, logits_V in zip(sequences, states, logits_SV, strict=True):
-                each._state, each._logits = state, logits_V
+        if not self._is_usable():
+            return
+        for each, state, tokens, logits_V in zip(sequences, states, new, logits_SV, strict=True):
+            if state.can_go_on:
+                each._state = state
+            if state.is_answered or len(tokens) == len(each.tokens):
+                each._logits = logits_V
 
     def _compute(self, sequences: Sequence[Decoding]) -> None:
         """Computes whole sequences of one length."""

@@ -191,3 +191,13 @@ class SequenceState:
         parts = [local for local in model.local if isinstance(local, LocalPart)]
         self.caches = [[KeyValueCache() for _ in local.layers] for local in parts]
         self.routed = [RoutedSequence() for _ in model.mixtures]
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all experts answered that the last tokens were sent to."""
+        return all(each.held.is_answered for each in self.routed)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether more tokens can be computed by it."""
+        return all(each.held.can_go_on for each in self.routed)

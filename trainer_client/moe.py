@@ -16,7 +16,7 @@ each row, D hidden size, W width of the experts, G_d size of grid dimension d.
 
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from peer.codec import Floats, Integers
 from peer.errors import SettingsError
 from peer.layers import make_feed_forward, make_norm
 from trainer_client.balancing import LoadBias, LoadSpread, LoadSum, balancing_loss, load_spread
-from trainer_client.dispatch.batches import ForwardPass, RoutedRows, Segments
+from trainer_client.dispatch.batches import ForwardPass, HeldSequence, RoutedRows, Segments
 from trainer_client.routers import Gate, NodeLimit, Routing, noisy_scores
 
 T = TypeVar("T")
@@ -52,7 +52,10 @@ class Experts(Protocol):
         ...
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
-        """Sends each row to the experts that were selected for it among the `live`, and takes what they answer."""
+        """Sends each row to the experts that were selected for it among the `live`, and takes what they answer.
+
+        With `rows.held`, experts also see the earlier rows of each sequence, and hold these for the next.
+        """
         ...
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
@@ -78,6 +81,8 @@ class RoutedSequence:
 
     scores: tuple[Tensor, ...] = ()
     """One [G_d] per grid dimension, where all of the sequence is routed as one; none before its first rows."""
+    held: HeldSequence = field(default_factory=HeldSequence)
+    """By the experts, unless they compute each row by itself."""
 
 
 class RemoteMixtureOfExperts(nn.Module):
@@ -105,7 +110,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self.layer = layer
         self.hidden = manifest.model.hidden
         self.k = routing.k
-        self._is_row_by_row = manifest.experts.kind == "ffn"
+        self._kind = manifest.experts.kind
         self._routing = routing
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
@@ -158,9 +163,10 @@ class RemoteMixtureOfExperts(nn.Module):
     @property
     def can_extend(self) -> bool:
         """Whether rows can be computed without those before them: no row's experts depend on rows after it, and experts
-        compute each row by itself.
+        compute each row by itself, or hold those before it.
         """
-        return self._is_row_by_row and (self._routing.choose_by == "token" or self._routing.prefix > 0)
+        is_causal = self._routing.choose_by == "token" or self._routing.prefix > 0
+        return is_causal and self._kind in ("ffn", "transformer")
 
     def extend(self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]) -> Tensor:
         """Of the next rows of sequences [R, D], as `forward` gives them for whole ones in evaluation.
@@ -190,9 +196,10 @@ class RemoteMixtureOfExperts(nn.Module):
             scores, selection = _for_each_row(scores, selection, segments.lengths)
         z_RW = h_RD if self.projections is None else self.projections.narrowed(h_RD)
         inputs = z_RW.detach().cpu().numpy()
-        rows = RoutedRows(
-            self.layer, inputs, _arrays(scores), self.k, segments, torch.is_grad_enabled(), bias
-        )
+        keep, held = torch.is_grad_enabled(), None
+        if states is not None and self._kind != "ffn":
+            held = [state.held for state in states]
+        rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, segments, keep, bias, held)
         result = self.send(rows, selection, live)
         logits_RK = self.gate.logits(scores, torch.from_numpy(result.coordinates).to(z_RW.device))
         updates_RKW: Tensor = _Updates.apply(z_RW, logits_RK, self.gate.linear.weight, self, result)  # type: ignore[no-untyped-call]  # torch's lacks types
@@ -228,6 +235,7 @@ class RemoteMixtureOfExperts(nn.Module):
             return scores
         for state, own in zip(states, zip(*scores, strict=True), strict=True):
             state.scores = state.scores or own
+            state.held.is_routed_as_one = True
         return tuple(torch.stack(table) for table in zip(*(state.scores for state in states), strict=True))
 
     def _note_routing(self, scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> None:

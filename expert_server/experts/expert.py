@@ -58,7 +58,7 @@ from expert_server.experts.plausibility import Scale, require_plausible
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.clipping import OwnMoves, sketch_bytes
 from peer.errors import ExpertError, StateError
-from peer.layers import step_size
+from peer.layers import KeyValueCache, step_size
 
 _ROWS_WORTH_A_COPY = 64
 """Rows whose updates take longer to compute again than the parameters take to copy."""
@@ -156,11 +156,31 @@ class Expert:
         return self._is_sound(self.guard.note_update)
 
     def forward(self, rows: Rows) -> Tensor:
-        """Returns the updates [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
+        """Returns the updates [R, D].
+
+        Raises ExpertError when one of them is not finite (INTERNAL), or when the rows in the caches were computed with
+        other parameters (FAILED_PRECONDITION). Then the caches are as they were.
+        """
         self.settle()
-        with torch.no_grad():
-            u_RD = self._updates(self.device.load(rows.inputs), rows.lengths, rows.positions)
-        updates_RD = self._fetched(u_RD, "updates")
+        caches = [cache for cache in rows.caches if cache is not None]
+        if any(cache.version not in (0, self.version) for cache in caches):
+            message = (
+                f"expert {self.uid} has changed since it computed the rows before these: send all of them"
+            )
+            raise ExpertError(StatusCode.FAILED_PRECONDITION, message)
+        held = [cache.length for cache in caches]
+        try:
+            with torch.no_grad():
+                u_RD = self._updates(
+                    self.device.load(rows.inputs), rows.lengths, rows.positions, caches=rows.caches
+                )
+            updates_RD = self._fetched(u_RD, "updates")
+        except ExpertError:
+            for cache, length in zip(caches, held, strict=True):
+                cache.truncate(length)
+            raise
+        for cache in caches:
+            cache.version = self.version
         self.device.wait()
         return updates_RD
 
@@ -195,10 +215,17 @@ class Expert:
         return self._parameters
 
     def _updates(
-        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: WeightVersion | None = None
+        self,
+        x_RD: Tensor,
+        lengths_S: Tensor,
+        positions_R: Tensor,
+        version: WeightVersion | None = None,
+        caches: Sequence[KeyValueCache | None] = (),
     ) -> Tensor:
+        # blocks of other packages know of no caches
+        others = (caches,) if caches else ()
         with self.device.autocast(), nullcontext() if version is None else self._places.hold(version):
-            y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R))
+            y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R), *others)
         return y_RD.float() - x_RD
 
     def _cast_bytes(self) -> int:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peer.layers import KeyValueCache
+
 NODES_BYTES = 32 * 1024
 """What autograd's nodes and the tensors' own records take, however few the rows. Measured: 38 KB for a Transformer
 block, 66 KB for a pass of four together.
@@ -193,6 +195,8 @@ class Rows:
     """[R, D], of the updates; in backward only."""
     graph: ForwardGraph | SharedGraph | None = None
     """What their forward pass kept, if anything."""
+    caches: Sequence[KeyValueCache | None] = ()
+    """In forward: none, or for each segment the rows before it, if any are known; they take these rows in."""
 
     def __len__(self) -> int:
         return self.inputs.shape[0]

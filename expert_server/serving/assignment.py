@@ -70,16 +70,24 @@ class Assignment:
     def pairs_of(self, expert: int) -> slice:
         return slice(int(self.ends[expert - 1]) if expert else 0, int(self.ends[expert]))
 
-    def segments(self) -> list[Tensor]:
-        """The lengths of each expert's segments: those of the call, of its rows alone."""
-        segment_of_row = np.repeat(np.arange(len(self.lengths)), self.lengths)
+    @cached_property
+    def first_pairs(self) -> list[Integers]:
+        """The first pair of each expert's segments: those of the call, of its rows alone."""
         is_first = np.ones(len(self.rows), np.bool_)
-        is_first[1:] = np.diff(segment_of_row[self.rows]) != 0
+        is_first[1:] = np.diff(self.segment_of_row[self.rows]) != 0
         is_first[self.ends[:-1]] = True
         first = np.flatnonzero(is_first)
-        lengths = np.diff(first, append=len(self.rows))
-        ends = np.searchsorted(first, self.ends)
-        return [torch.from_numpy(part) for part in np.split(lengths, ends[:-1])]
+        return np.split(first, np.searchsorted(first, self.ends)[:-1])
+
+    @cached_property
+    def segment_of_row(self) -> Integers:
+        """[R]"""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    def segments(self) -> list[Tensor]:
+        """The lengths of each expert's segments."""
+        pairs = zip(self.first_pairs, self.ends, strict=True)
+        return [torch.from_numpy(np.diff(first, append=end)) for first, end in pairs]
 
     def of_rows(self, rows_A: Integers, is_in: Booleans) -> tuple[Integers, Integers, Integers]:
         """Those pairs of some rows that are in `is_in` [P].

@@ -28,10 +28,18 @@ from expert_server.serving.answers import AnswerAssembler, RowAnswers
 from expert_server.serving.assignment import Assignment, products
 from expert_server.serving.batching import Direction, Entry, Result, WorkItem
 from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache, Graph
-from expert_server.serving.headers import MAX_EXPERTS_IN_CALL, CallSize, HeaderParser, ParsedHeader
+from expert_server.serving.headers import (
+    MAX_EXPERTS_IN_CALL,
+    CallSize,
+    HeaderParser,
+    HeldSegments,
+    ParsedHeader,
+)
 from expert_server.serving.runtime import Runtime
+from expert_server.serving.sequence_cache import SequenceCache
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, Floats, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
+from peer.layers import KeyValueCache
 from peer.rates import Bandwidth, Pace, RateLimit
 from peer.rpc.calls import note_failure
 from peer.rpc.channels import SERVER_WINDOW_BYTES
@@ -246,7 +254,9 @@ class Call:
     def uids(self) -> Sequence[UID]:
         return () if self.parsed.assignment is None else self.parsed.assignment.uids
 
-    async def answer(self, runtime: Runtime, cache: ForwardCache, times: CallTimes) -> None:
+    async def answer(
+        self, runtime: Runtime, cache: ForwardCache, sequences: SequenceCache, times: CallTimes
+    ) -> None:
         """Reads the payload, has it computed, and writes the replies.
 
         Raises ExpertError (FAILED_PRECONDITION) when the forward call is kept no more, WireError when the payload is
@@ -255,7 +265,7 @@ class Call:
         tensors = await self._receive()
         uids = tensors.assignment.uids
         parts = await self._converted(tensors.rows_of_experts, len(tensors.assignment.rows), len(uids))
-        with self._keeping(tensors, cache, times.kept_until) as kept:
+        with self._keeping(tensors, cache, sequences, times.kept_until) as kept:
             timer = asyncio.get_running_loop().call_later(times.flush_at - time.monotonic(), self._flush)
             writing = asyncio.create_task(self._write_replies(tensors, kept), name="write replies")
             try:
@@ -295,9 +305,14 @@ class Call:
 
     @contextmanager
     def _keeping(
-        self, tensors: CallTensors, cache: ForwardCache, until: float
-    ) -> Iterator["_Keeping | None"]:
-        """What keeps the call for its backward call, if that is wanted and there is room."""
+        self, tensors: CallTensors, cache: ForwardCache, sequences: SequenceCache, until: float
+    ) -> Iterator["_Keeping | _Holding | None"]:
+        """What keeps the call for its backward call, or its rows for the next call, if that is wanted and there is
+        room.
+        """
+        if self.parsed.held:
+            yield _Holding(sequences, self._caller, self.uids, self.parsed.held)
+            return
         if not self.header.keep or self._direction == "backward":
             yield None
             return
@@ -319,19 +334,21 @@ class Call:
         rows: Rows | None,
         runtime: Runtime,
         deadline: float,
-        kept: "_Keeping | None",
+        kept: "_Keeping | _Holding | None",
     ) -> None:
         try:
             if rows is None:
                 message = f"expert {uid} is in no answer of the forward call"
                 raise ExpertError(StatusCode.FAILED_PRECONDITION, message)
-            work = WorkItem(uid, self._direction, rows, deadline, self._caller, kept is not None)
+            if isinstance(kept, _Holding):
+                rows = replace(rows, caches=kept.take(expert))
+            work = WorkItem(uid, self._direction, rows, deadline, self._caller, isinstance(kept, _Keeping))
             entry = self._computing[expert] = runtime.enqueue(work)
             entry.future.add_done_callback(lambda _: self._end(expert, entry, runtime, kept))
         except ExpertError as error:  # concerns this expert alone
             self._note(expert, error)
 
-    def _end(self, expert: int, entry: Entry, runtime: Runtime, kept: "_Keeping | None") -> None:
+    def _end(self, expert: int, entry: Entry, runtime: Runtime, kept: "_Keeping | _Holding | None") -> None:
         self._computing.pop(expert, None)
         if entry.future.cancelled():
             return
@@ -340,7 +357,9 @@ class Call:
             self._note(expert, error)
             return
         result = entry.future.result()
-        if kept is not None and result.graph is not None and entry.work.uid in runtime.experts:
+        if isinstance(kept, _Holding):
+            kept.put(expert, time.monotonic())
+        elif kept is not None and result.graph is not None and entry.work.uid in runtime.experts:
             kept.add(expert, result.graph)
         # the cache alone has the graph: this call may wait long for a caller that does not read
         self._note(expert, replace(result, graph=None))
@@ -353,7 +372,7 @@ class Call:
         self._flush_is_due = True
         self._is_done.set()
 
-    async def _write_replies(self, tensors: CallTensors, kept: "_Keeping | None") -> None:
+    async def _write_replies(self, tensors: CallTensors, kept: "_Keeping | _Holding | None") -> None:
         """Rows that become ready together share a message."""
         assignment = tensors.assignment
         unfinished = len(assignment.uids)
@@ -402,6 +421,38 @@ class _Keeping:
     def complete(self) -> bool:
         """Whether it is kept, now that all is answered."""
         return bool(self.forward.answered.any()) and self.cache.complete(self.key, self.forward)
+
+
+class _Holding:
+    """Keeps the rows of a call's experts for the next call."""
+
+    def __init__(
+        self, cache: SequenceCache, caller: str, uids: Sequence[UID], held: Sequence[HeldSegments]
+    ) -> None:
+        self._cache = cache
+        self._caller = caller
+        self._uids = uids
+        self._held = held
+        self._rows: dict[int, list[KeyValueCache]] = {}
+        """By expert, while they are computed."""
+        self._kept = 0
+        """Experts whose rows are kept."""
+
+    def take(self, expert: int) -> list[KeyValueCache]:
+        """The earlier rows of an expert's segments. Raises ExpertError (FAILED_PRECONDITION) if one is not there."""
+        held = self._held[expert]
+        rows = self._cache.take(self._caller, self._uids[expert], held.numbers, held.counts)
+        self._rows[expert] = rows
+        return rows
+
+    def put(self, expert: int, now: float) -> None:
+        """Called once they are computed."""
+        numbers, rows = self._held[expert].numbers, self._rows.pop(expert)
+        self._kept += self._cache.put(self._caller, self._uids[expert], numbers, rows, now)
+
+    def complete(self) -> bool:
+        """Whether all of them are kept, now that all is answered."""
+        return self._kept == len(self._uids)
 
 
 class RequestStream:

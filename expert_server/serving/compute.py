@@ -40,8 +40,10 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
 
 
 def can_join(expert: Expert, work: WorkItem) -> bool:
-    """Whether the work can be computed together with other experts': there is no graph of its own for it."""
-    return expert.grouped_block is not None and not expert.is_good(work.rows.graph)
+    """Whether the work can be computed together with other experts': there are no graph and no earlier rows of its own
+    for it.
+    """
+    return expert.grouped_block is not None and not (expert.is_good(work.rows.graph) or work.rows.caches)
 
 
 def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
@@ -229,9 +231,11 @@ def _joined(works: Sequence[WorkItem]) -> Rows:
         return works[0].rows
     parts = [work.rows for work in works]
     gradients = [part.gradients for part in parts if part.gradients is not None]
+    caches = [cache for part in parts for cache in part.caches or [None] * len(part.lengths)]
     return Rows(
         torch.cat([part.inputs for part in parts]),
         torch.cat([part.lengths for part in parts]),
         torch.cat([part.positions for part in parts]),
         torch.cat(gradients) if gradients else None,
+        caches=caches if any(part.caches for part in parts) else (),
     )

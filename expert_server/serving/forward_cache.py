@@ -7,6 +7,7 @@ Shape suffixes: R = rows, P = pairs of a row and an expert (see assignment.py), 
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -57,8 +58,10 @@ class ForwardCache:
     as long as the others take less than it does.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, make_room: Callable[[], object] = lambda: None) -> None:
+        """`make_room`: is called when this takes more of the budget, which it may share."""
         self._budget_bytes = budget_bytes
+        self._make_room = make_room
         self._cached: OrderedDict[CacheKey, CachedForward] = OrderedDict()
         """Oldest first."""
         self._callers: dict[str, _Kept] = {}
@@ -159,6 +162,7 @@ class ForwardCache:
         """Called even when nothing was added, because versions grow whenever an expert steps."""
         while (excess := self.bytes - self._budget_bytes) > 0:
             self._evict(excess)
+        self._make_room()
 
     def _evict(self, excess: int) -> None:
         """Frees so many bytes, or fewer if versions have grown meanwhile.

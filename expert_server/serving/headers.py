@@ -1,6 +1,6 @@
 """Reads the headers of calls. Every number is checked, and memory is reserved before arrays are made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,15 @@ from dht.manifest import Manifest, parse_uid
 from expert_server.serving.assignment import Assignment
 from expert_server.serving.batching import Direction
 from expert_server.serving.forward_cache import CachedForward, ForwardCache
+from expert_server.serving.sequence_cache import ENTRY_BYTES
 from peer.codec import Integers, encoded_bytes
 from peer.errors import ExpertError, WireError
+from peer.layers import CACHE_BLOCK
 from peer.rpc.calls import require_same_swarm
 from peer.wire import expert_pb2
 
 MAX_EXPERTS_IN_CALL = 4096
+_NO_SEQUENCES = "sequences are kept of forward calls alone, which are not kept themselves"
 _SEGMENT_BYTES, _ROW_BYTES, _PAIR_BYTES, _EXPERT_BYTES = 24, 40, 64, 1024
 """Memory of a segment's length, of a row's position, of an expert's row and weight, and of an expert's work: parsed, in
 arrays, and in indices made from them.
@@ -48,6 +51,16 @@ class CallSize:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldSegments:
+    """What one expert is to keep of its segments' rows, and what it should have of those before them."""
+
+    numbers: Sequence[int]
+    """Under which it is kept."""
+    counts: Sequence[int]
+    """Rows before these; 0 where it starts anew."""
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedHeader:
     """What a header says, once every number in it is known to be right."""
 
@@ -56,6 +69,8 @@ class ParsedHeader:
     """None if the call is for a forward call that is kept no more."""
     cached: CachedForward | None = None
     """In backward: the forward call that was kept here."""
+    held: Sequence[HeldSegments] = ()
+    """Of each expert, in a call whose rows are to be kept for the next."""
 
 
 class HeaderParser:
@@ -92,7 +107,14 @@ class HeaderParser:
         self._require_size(rows * (2 if direction == "backward" else 1))
         counts = rows, pairs, len(header.segment_lengths), len(header.experts)
         reserve(CallSize(*counts, header.width, direction).bytes)
-        return ParsedHeader(rows, parse_assignment(header, self._manifest))
+        assignment = parse_assignment(header, self._manifest)
+        held = parse_held(header, assignment, self._manifest, direction)
+        if held:
+            segments = sum(len(each.numbers) for each in held)
+            kept = pairs + sum(sum(each.counts) for each in held)
+            # once as they are, and once while they grow
+            reserve(2 * _cache_bytes(self._manifest, segments, kept))
+        return ParsedHeader(rows, assignment, held=held)
 
     def _parse_kept(
         self,
@@ -105,6 +127,8 @@ class HeaderParser:
             raise WireError(
                 "a kept forward call is named in backward calls, without segments, positions and experts"
             )
+        if header.sequences:
+            raise WireError(_NO_SEQUENCES)
         rows = header.kept_rows
         if not rows:
             raise WireError("a kept forward call of no rows")
@@ -167,6 +191,45 @@ def parse_assignment(header: expert_pb2.CallHeader, manifest: Manifest) -> Assig
     )
     _check_pairs(assignment, manifest.routing.top_k)
     return assignment
+
+
+def parse_held(
+    header: expert_pb2.CallHeader, assignment: Assignment, manifest: Manifest, direction: Direction
+) -> list[HeldSegments]:
+    """Empty for a call of which nothing is kept. Raises WireError."""
+    numbers, segments = header.sequences, len(assignment.lengths)
+    if not numbers:
+        if any(expert.held for expert in header.experts):
+            raise WireError("rows that are held, of sequences without numbers")
+        return []
+    if direction == "backward" or header.keep:
+        raise WireError(_NO_SEQUENCES)
+    if manifest.experts.kind != "transformer":
+        raise WireError(f"experts of kind {manifest.experts.kind} keep no rows of sequences")
+    if len(numbers) != segments or len(set(numbers)) < segments:
+        raise WireError(f"{len(set(numbers))} different numbers of sequences for {segments} segments")
+    held = []
+    for expert, pairs in zip(header.experts, assignment.first_pairs, strict=True):
+        first_rows = assignment.rows[pairs]
+        counts = np.array(expert.held, np.int64) if expert.held else np.zeros(len(first_rows), np.int64)
+        if len(counts) != len(first_rows):
+            raise WireError(
+                f"{len(counts)} counts of held rows for the {len(first_rows)} segments of expert {expert.uid}"
+            )
+        if (counts > assignment.positions[first_rows]).any():
+            raise WireError(
+                f"expert {expert.uid} can't hold more rows of a sequence than come before the next"
+            )
+        its_numbers = [numbers[segment] for segment in assignment.segment_of_row[first_rows].tolist()]
+        held.append(HeldSegments(its_numbers, counts.tolist()))
+    return held
+
+
+def _cache_bytes(manifest: Manifest, segments: int, rows: int) -> int:
+    """Of the keys and values of so many rows in so many segments of experts."""
+    model = manifest.expert_model
+    columns = model.heads * (model.head_size or model.hidden // model.heads)
+    return 2 * 4 * columns * (rows + CACHE_BLOCK * segments) + ENTRY_BYTES * segments
 
 
 def _check_positions(lengths: Integers, positions: Integers, context: int) -> None:

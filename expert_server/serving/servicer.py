@@ -1,5 +1,6 @@
 """ExpertService: what trainers call. Checks who calls and what it may cost, then answers the call."""
 
+import asyncio
 import time
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from expert_server.serving.call import OPEN_CALL_BYTES, Call, CallTimes, Context
 from expert_server.serving.forward_cache import ForwardCache, SeenRequests
 from expert_server.serving.headers import HeaderParser
 from expert_server.serving.runtime import Runtime
+from expert_server.serving.sequence_cache import SequenceCache
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.budget import MemoryBudget
@@ -28,6 +30,7 @@ from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 MAX_CALL_S = 60.0
 _RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_BACKWARD}
 _BURST_S = 5.0
+_IDLE_LOOK_S = 10.0
 _EXPERT_BURST_S = 600.0
 
 
@@ -109,7 +112,7 @@ class CallLimits:
     max_call_s: float = MAX_CALL_S
     """How long a call may last, whatever its own deadline. Kept forward calls expire after twice that."""
     max_kept_bytes: int = 0
-    """Memory for cached forward passes."""
+    """Memory for cached forward passes, and for sequences where it is left over."""
     remembered_requests: int = 65_536
     """How many request ids of backward calls are remembered."""
     budget: BudgetLimits = field(default_factory=BudgetLimits)
@@ -131,7 +134,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         metrics: CollectorRegistry | None = None,
     ) -> None:
         self.calls = Counter("talkoot_calls", "Forward and backward calls that came.", registry=metrics)
-        self.forward_cache = ForwardCache(limits.max_kept_bytes)
+        self.forward_cache = ForwardCache(limits.max_kept_bytes, lambda: self.sequences.keep_to_room())
+        self.sequences = SequenceCache(lambda: limits.max_kept_bytes - self.forward_cache.bytes)
+        """Of the same memory, as far as the other leaves it."""
+        self._looks_for_idle = False
         self.budgets = Budgets(limits.budget, metrics)
         self.memory = MemoryBudget(limits.max_memory_bytes, metrics)
         self._runtime = runtime
@@ -179,7 +185,22 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
                     direction, requests, context, caller, self._parser, self._traffic, memory.grow
                 )
                 self._admit(direction, call, caller)
-                await call.answer(self._runtime, self.forward_cache, times)
+                try:
+                    await call.answer(self._runtime, self.forward_cache, self.sequences, times)
+                finally:
+                    self._look_for_idle()
+
+    def _look_for_idle(self) -> None:
+        """Once in a while, as long as there are sequences that may come to be idle."""
+        if self.sequences and not self._looks_for_idle:
+            self._looks_for_idle = True
+            asyncio.get_running_loop().call_later(_IDLE_LOOK_S, self._drop_idle)
+
+    def _drop_idle(self) -> None:
+        self._looks_for_idle = False
+        callers = {session.name for session in self._sessions.all()}
+        self.sequences.drop_idle(time.monotonic(), callers)
+        self._look_for_idle()
 
     def _admit(self, direction: Direction, call: Call, caller: str) -> None:
         """Raises ExpertError when the caller's budget is spent, or when this backward call was seen before."""

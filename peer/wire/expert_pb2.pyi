@@ -31,7 +31,7 @@ class CallRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[CallHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class CallHeader(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "request_id", "width", "codec", "segment_lengths", "positions", "experts", "keep", "kept_request_id", "kept_rows")
+    __slots__ = ("protocol_version", "swarm_id", "request_id", "width", "codec", "segment_lengths", "positions", "experts", "keep", "kept_request_id", "kept_rows", "sequences")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class CallHeader(_message.Message):
     KEEP_FIELD_NUMBER: _ClassVar[int]
     KEPT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     KEPT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
     request_id: bytes
@@ -54,17 +55,20 @@ class CallHeader(_message.Message):
     keep: bool
     kept_request_id: bytes
     kept_rows: int
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., width: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., keep: _Optional[bool] = ..., kept_request_id: _Optional[bytes] = ..., kept_rows: _Optional[int] = ...) -> None: ...
+    sequences: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., width: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., keep: _Optional[bool] = ..., kept_request_id: _Optional[bytes] = ..., kept_rows: _Optional[int] = ..., sequences: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExpertRows(_message.Message):
-    __slots__ = ("uid", "rows", "weights")
+    __slots__ = ("uid", "rows", "weights", "held")
     UID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     uid: str
     rows: _containers.RepeatedScalarFieldContainer[int]
     weights: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, uid: _Optional[str] = ..., rows: _Optional[_Iterable[int]] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+    held: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, uid: _Optional[str] = ..., rows: _Optional[_Iterable[int]] = ..., weights: _Optional[_Iterable[float]] = ..., held: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CallReply(_message.Message):
     __slots__ = ("experts", "rows", "chunk", "kept")

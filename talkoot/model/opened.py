@@ -59,7 +59,9 @@ class OpenedExperts:
             for part in batch.parts():
                 x_RW = torch.from_numpy(rows.inputs[part.places])
                 lengths_S, positions_R = map(torch.from_numpy, batch.segments(part.places))
-                y_RW: torch.Tensor = self.blocks[part.uid](x_RW, lengths_S, positions_R)
+                caches = rows.caches_of(part)
+                others = (caches,) if caches else ()
+                y_RW: torch.Tensor = self.blocks[part.uid](x_RW, lengths_S, positions_R, *others)
                 result.updates[part.places, part.slots] = (y_RW - x_RW).numpy()
                 result.answered[part.places, part.slots] = True
         return result

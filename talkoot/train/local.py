@@ -142,7 +142,8 @@ class LocalExperts:
             with self._noting_failures():
                 x_RW = torch.from_numpy(self._arrived(result.rows.inputs[part.places]))
                 lengths, positions = map(torch.from_numpy, batch.segments(part.places))
-                asked.append((part, Rows(x_RW, lengths, positions)))
+                caches = result.rows.caches_of(part)
+                asked.append((part, Rows(x_RW, lengths, positions, caches=caches)))
         works = [WorkItem(part.uid, "forward", rows, inf, "", result.rows.keep) for part, rows in asked]
         for (part, rows), computed in zip(asked, self._computed(works), strict=True):
             with self._noting_failures():

@@ -56,8 +56,12 @@ class Kind:
 
 def right_calls(edge: Edge, seed: int) -> list[Kind]:
     kinds = []
-    for direction in ("forward", "backward"):
-        call = Call("forward" if direction == "forward" else "backward", [FIRST, SECOND], seed=seed)
+    calls = [
+        ("forward", Call("forward", [FIRST, SECOND], seed=seed)),
+        ("forward", Call("forward", [FIRST, SECOND], seed=seed).holding(1, 2, held=[[0, 1], [0, 0]])),
+        ("backward", Call("backward", [FIRST, SECOND], seed=seed)),
+    ]
+    for direction, call in calls:
         half = len(call.payload) // 2
         parts = [
             expert_pb2.CallRequest(header=call.header),
@@ -179,7 +183,7 @@ def test_no_frames_stop_a_node_make_it_grow_or_spoil_its_experts(run: Runner, co
                 seen[send(channel, edge, kind, spoilt(kind.frames, rng))] += 1
         return seen
 
-    run(scenario, max_call_s=5.0)
+    run(scenario, max_call_s=5.0, max_kept_bytes=2**20)
 
 
 def test_a_flood_of_one_peer_over_many_connections_leaves_another_its_share(

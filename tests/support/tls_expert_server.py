@@ -25,6 +25,7 @@ from expert_server.probe import ProbeServicer
 from expert_server.serving.batching import Direction
 from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.runtime import Runtime
+from expert_server.serving.sequence_cache import SequenceCache
 from expert_server.serving.servicer import BudgetLimits, CallLimits, ExpertServicer
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SnapshotTaker, TransferMetrics
@@ -74,6 +75,7 @@ class Edge:
     runtime: Runtime
     memory: MemoryBudget
     cache: ForwardCache
+    sequences: SequenceCache
     address: str
     pem: bytes
     channel: grpc.aio.Channel
@@ -146,6 +148,7 @@ async def serving(
                 runtime,
                 servicer.memory,
                 servicer.forward_cache,
+                servicer.sequences,
                 address,
                 pem,
                 channel,
@@ -238,6 +241,13 @@ class Call:
     @property
     def requests(self) -> list[expert_pb2.CallRequest]:
         return [expert_pb2.CallRequest(header=self.header), *chunked(self.payload)]
+
+    def holding(self, *numbers: int, held: Sequence[Sequence[int]] = ()) -> "Call":
+        """The same, of sequences of these numbers. `held`: the rows that each expert has of them."""
+        self.header.sequences[:] = numbers
+        for expert, counts in zip(self.header.experts, held, strict=False):
+            expert.held[:] = counts
+        return self
 
     def keeping(self) -> "Call":
         """The same, to be kept."""

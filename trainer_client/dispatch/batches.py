@@ -24,6 +24,7 @@ from dht.uid import UID
 from peer.codec import Booleans, Floats, Integers
 from peer.errors import ExpertError
 from peer.identity import PeerID
+from peer.layers import KeyValueCache
 
 Direction: TypeAlias = Literal["forward", "backward"]
 
@@ -51,6 +52,37 @@ class Segments:
         starts = np.repeat(np.cumsum(lengths) - lengths - firsts, lengths)
         return cls(lengths, np.arange(len(starts)) - starts)
 
+    @property
+    def of_rows(self) -> Integers:
+        """[R]: which one each row is in."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRows:
+    """What one expert keeps of a sequence."""
+
+    peer_id: PeerID
+    """The replica that has them."""
+    count: int
+
+
+@dataclass(eq=False)
+class HeldSequence:
+    """What the experts of one layer keep of a sequence's rows, so that the next row can be computed without them."""
+
+    experts: dict[UID, HeldRows] = field(default_factory=dict)
+    numbers: dict[PeerID, int] = field(default_factory=dict)
+    """By which each node knows the sequence."""
+    caches: dict[UID, KeyValueCache] = field(default_factory=dict)
+    """Of experts in this process."""
+    is_routed_as_one: bool = False
+    """Whether all rows go to the same experts."""
+    is_answered: bool = True
+    """Whether all experts answered that the last rows were sent to."""
+    can_go_on: bool = True
+    """Whether these experts keep all rows that were sent to them."""
+
 
 @dataclass(frozen=True)
 class RoutedRows:
@@ -63,10 +95,21 @@ class RoutedRows:
     segments: Segments
     keep: bool  # a backward pass is meant to follow
     bias: Floats | None = None  # of the grid's shape, added to the scores of experts when rows choose again
+    held: Sequence[HeldSequence] | None = None
+    """Of each segment what experts keep of the rows before these, and what they are to keep. None: nothing, for rows
+    whose segments are all that experts see.
+    """
 
     @property
     def grid(self) -> tuple[int, ...]:
         return tuple(table.shape[1] for table in self.scores)
+
+    def caches_of(self, part: "ExpertPart") -> list[KeyValueCache]:
+        """Those of an expert in this process, for each segment of its rows; none where nothing is to be held."""
+        if self.held is None:
+            return []
+        sequences = [self.held[number] for number in np.unique(self.segments.of_rows[part.places]).tolist()]
+        return [sequence.caches.setdefault(part.uid, KeyValueCache()) for sequence in sequences]
 
     def logits(self, rows: Integers, coordinates: Integers) -> Floats:
         """Of the experts at `coordinates` [n, K, dims], for these rows. [n, K]"""
@@ -201,6 +244,10 @@ class NodeCall:
     """In backward: the id of the forward call, when the node has kept it."""
     counts: Booleans | None = None
     """[n, K], in backward: the slots whose answers count."""
+    numbers: Sequence[int] = ()
+    """In forward, of each segment: under which the node is to keep its rows for the next call. Empty: it keeps none."""
+    held: Integers | None = None
+    """[s, experts], with `numbers`: how many earlier rows of a segment an expert has. None: none."""
 
     def in_full(self) -> "NodeCall":
         """A backward call with all that a node needs that has kept nothing.
@@ -297,7 +344,7 @@ class CallProgress:
     """What is known of a call that was started."""
 
     kept: bytes | None = None
-    """In forward: set when the node has kept it."""
+    """In forward: set when the node has kept it, or its rows for the next call."""
 
 
 @dataclass(eq=False)
@@ -309,6 +356,8 @@ class SentBatch:
     weights: Floats  # [n, K]
     progress: CallProgress
     is_hedge: bool = False
+    numbers: Sequence[int] = ()
+    """Of its segments, where the node is to keep their rows."""
     versions: dict[UID, int] = field(default_factory=dict)
     """Of the parameters of the experts that have computed."""
     open: Booleans = field(init=False)  # [n, K], the slots of which something may still come

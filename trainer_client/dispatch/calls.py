@@ -74,6 +74,9 @@ class DispatchMetrics:
             "reselected_rows", "Rows sent to other experts because the first did not answer."
         )
         self.unanswered_rows = counter("unanswered_rows", "Rows that went on with no expert.")
+        self.forgotten_sequences = counter(
+            "forgotten_sequences", "Times that an expert no longer had the earlier rows of sequences."
+        )
         self.repeated_calls = counter("repeated_calls", "Calls repeated because the first was lost.")
         self.hedged_calls = counter("hedged_calls", "Forward calls also sent to a second replica.")
         self.hedges_won = counter(
@@ -225,6 +228,10 @@ class CallTracker:
         if isinstance(reply, ExpertReply):
             self._note_guard(peer_id, reply)
             if reply.error is None:
+                return True
+            if call.numbers and reply.error.status is StatusCode.FAILED_PRECONDITION:
+                # its parameters have changed, or it needed the memory
+                self.metrics.forgotten_sequences.inc()
                 return True
             self._note_failure(peer_id, reply.error)
             return reply.error.status in _NOT_THE_PEERS_FAULT

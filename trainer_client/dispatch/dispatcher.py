@@ -38,6 +38,7 @@ from trainer_client.dispatch.policy import (
     products_fit,
 )
 from trainer_client.dispatch.replicas import choose_replicas
+from trainer_client.dispatch.sequences import go_on, note_held
 from trainer_client.dispatch.spot_checks import Checking, SpotChecks
 
 
@@ -121,15 +122,21 @@ class Dispatcher:
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
         """Sends each row to the experts selected for it among those that were `live`, and returns when enough answered.
 
-        A row that gets too few answers is sent to its next best by `rows.scores` and `rows.bias`. Never raises for
-        experts that fail.
+        A row that gets too few answers is sent to its next best by `rows.scores` and `rows.bias`, unless it goes on
+        with rows that experts hold. Never raises for experts that fail.
         """
         context, longest = live.view.manifest.model.context, int(rows.segments.positions.max(initial=-1)) + 1
         assert longest <= context, f"{longest} rows in a sequence; this swarm's context is {context}"
-        run = ForwardRun(rows, live, self._directory, self._calls, self._policy, self._rng, self._checks)
-        await run.until_enough(selection)
-        self.metrics.unanswered_rows.inc(int((~run.result.answered.any(axis=1)).sum()))
-        return run.result
+        if rows.held is not None and rows.segments.positions[0] > 0:
+            result = await go_on(rows, selection, live, self._calls, self._policy)
+        else:
+            run = ForwardRun(rows, live, self._directory, self._calls, self._policy, self._rng, self._checks)
+            await run.until_enough(selection)
+            result = run.result
+            if rows.held is not None:
+                note_held(rows.held, selection, result)
+        self.metrics.unanswered_rows.inc(int((~result.answered.any(axis=1)).sum()))
+        return result
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
         """Sends the `gradients` [R, K, W] of the updates to the nodes that answered. Gives the gradient of the inputs

@@ -39,6 +39,7 @@ from trainer_client.dispatch.batches import (
 from trainer_client.dispatch.calls import CallTracker, Replies, Reply, next_replies
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.dispatch.replicas import choose_replicas
+from trainer_client.dispatch.sequences import new_numbers
 from trainer_client.dispatch.spot_checks import SpotChecks
 
 _MAX_ROUNDS = 8
@@ -212,9 +213,12 @@ class ForwardRun:
         logits = self._rows.logits(batch.rows, self.result.coordinates[batch.rows])
         weights = relative_weights(logits, batch.asked)
         inputs, left_s = self._rows.inputs[batch.rows], self._ends - self._clock()
-        call = NodeCall(node, "forward", batch, left_s, inputs, weights, keep=self._rows.keep)
+        numbers = new_numbers(len(batch.lengths)) if self._rows.held is not None else ()
+        call = NodeCall(
+            node, "forward", batch, left_s, inputs, weights, keep=self._rows.keep, numbers=numbers
+        )
         progress = self._calls.start(call, self._replies)
-        self._sent[batch] = SentBatch(batch, node, weights, progress, is_hedge)
+        self._sent[batch] = SentBatch(batch, node, weights, progress, is_hedge, numbers)
         self._waiting[batch.rows] += batch.asked
         self._tries[batch.rows] += batch.asked
         for uid in batch.uids:

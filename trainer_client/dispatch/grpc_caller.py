@@ -378,6 +378,7 @@ class GrpcCaller:
             header.segment_lengths.extend(call.batch.lengths.tolist())
             header.positions.extend(call.batch.positions.tolist())
             header.experts.extend(_expert_rows(call))
+            header.sequences.extend(call.numbers)
         tensors = [] if call.kept is not None else [encode(call.inputs, self._codec)]
         if call.gradients is not None:  # the same bytes when a call is repeated
             tensors.append(encode(call.gradients, self._codec, seed=b"request %b" % request_id))
@@ -410,13 +411,16 @@ class GrpcCaller:
 
 
 def _expert_rows(call: NodeCall) -> Iterator[expert_pb2.ExpertRows]:
-    count = len(call.batch.rows)
-    for uid, places, slots in call.batch.parts():
+    count, lengths = len(call.batch.rows), call.batch.lengths
+    segments = np.repeat(np.arange(len(lengths)), lengths)
+    for number, (uid, places, slots) in enumerate(call.batch.parts()):
         weights = call.weights[places, slots]
+        held = None if call.held is None else call.held[np.unique(segments[places]), number]
         yield expert_pb2.ExpertRows(
             uid=str(uid),
             rows=None if len(places) == count else places.tolist(),
             weights=None if (weights == 1).all() else weights.tolist(),
+            held=None if held is None or not held.any() else held.tolist(),
         )
 
 

@@ -1,0 +1,116 @@
+"""What experts keep of sequences, for the calls that go on with them. Pure and bounded.
+
+A caller names its sequences by numbers, and nobody else's call finds what is kept under them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from grpc import StatusCode
+
+from dht.uid import UID
+from peer.errors import ExpertError
+from peer.layers import KeyValueCache
+
+IDLE_S = 60.0
+"""How long rows are kept that no call goes on with."""
+ENTRY_BYTES = 1024
+"""What the rows of a sequence take beside their numbers."""
+
+_Key: TypeAlias = tuple[UID, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    rows: KeyValueCache
+    bytes: int
+    expires_at: float
+
+
+class SequenceCache:
+    """Keeps rows of sequences as long as there is room.
+
+    When full, it evicts from the caller that takes the most memory: the sequence that was not used for the longest
+    time. Rows that a call goes on with are not in here meanwhile: the call has memory of its own for them, and no other
+    call can go on with them, too.
+    """
+
+    def __init__(self, room: Callable[[], int]) -> None:
+        """`room`: how many bytes it may keep now."""
+        self._room = room
+        self._callers: dict[str, OrderedDict[_Key, _Entry]] = {}
+        """Of each, the one used longest ago first. None is empty."""
+        self._bytes: dict[str, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._bytes.values())
+
+    def __len__(self) -> int:
+        return sum(map(len, self._callers.values()))
+
+    def take(
+        self, caller: str, uid: UID, numbers: Sequence[int], counts: Sequence[int]
+    ) -> list[KeyValueCache]:
+        """Removes and returns the rows of one expert in these sequences, which must be so many; none where that is 0.
+
+        Raises ExpertError (FAILED_PRECONDITION), and removes nothing.
+        """
+        entries = self._callers.get(caller, OrderedDict())
+        found = [
+            entries.get((uid, number)) if count else None
+            for number, count in zip(numbers, counts, strict=True)
+        ]
+        for entry, count in zip(found, counts, strict=True):
+            if count and (entry is None or entry.rows.length != count):
+                message = f"expert {uid} does not have those {count} rows of a sequence (any more): send all of them"
+                raise ExpertError(StatusCode.FAILED_PRECONDITION, message)
+        for number in numbers:
+            self._remove(caller, (uid, number))
+        return [KeyValueCache() if entry is None else entry.rows for entry in found]
+
+    def put(
+        self, caller: str, uid: UID, numbers: Sequence[int], rows: Sequence[KeyValueCache], now: float
+    ) -> bool:
+        """Returns whether all of them are kept."""
+        self.drop_idle(now)
+        for number, each in zip(numbers, rows, strict=True):
+            self._remove(caller, (uid, number))
+            entry = _Entry(each, each.nbytes + ENTRY_BYTES, now + IDLE_S)
+            self._callers.setdefault(caller, OrderedDict())[uid, number] = entry
+            self._bytes[caller] = self._bytes.get(caller, 0) + entry.bytes
+        self.keep_to_room()
+        return all((uid, number) in self._callers.get(caller, ()) for number in numbers)
+
+    def keep_to_room(self) -> None:
+        """Called also when others need the room."""
+        excess = self.bytes - self._room() if self._callers else 0
+        while excess > 0 and self._callers:
+            richest = max(self._bytes, key=self._bytes.__getitem__)
+            excess -= self._remove(richest, next(iter(self._callers[richest])))
+
+    def drop_idle(self, now: float, callers: Container[str] | None = None) -> None:
+        """Drops what was not used for `IDLE_S`, and, if given, all that is not of these `callers`."""
+        for caller, entries in list(self._callers.items()):
+            is_gone = callers is not None and caller not in callers
+            for key, entry in list(entries.items()):
+                if not is_gone and entry.expires_at > now:
+                    break
+                self._remove(caller, key)
+
+    def clear(self) -> None:
+        self._callers.clear()
+        self._bytes.clear()
+
+    def _remove(self, caller: str, key: _Key) -> int:
+        """Returns the bytes that this frees."""
+        entries = self._callers.get(caller)
+        entry = entries.pop(key, None) if entries is not None else None
+        if entries is None or entry is None:
+            return 0
+        self._bytes[caller] -= entry.bytes
+        if not entries:
+            del self._callers[caller], self._bytes[caller]
+        return entry.bytes

@@ -1,0 +1,188 @@
+"""Continuing sequences with experts on nodes, over real sockets: nodes hold rows, forget them, change and die."""
+
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from callers import a_caller
+from expert_fakes import FakeDirectory, make_replica
+from real_node import a_node
+from torch import Tensor
+
+from dht.announcements import NodeInfo
+from dht.directory import View
+from dht.manifest import Manifest
+from expert_server.serving.runtime import Runtime
+from peer.loop import LoopThread
+from peer.metrics import total
+from peer.rpc.channels import ChannelPool
+from trainer_client.decoding import Decoder, Decoding
+from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.dispatch.grpc_caller import GrpcCaller
+from trainer_client.dispatch.policy import WaitPolicy
+from trainer_client.model import LanguageModel
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import Routing
+
+SWARM = "kept-swarm"
+PROMPTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13]]
+
+
+def make_manifest(kind: str = "transformer", prefix: int = 0) -> Manifest:
+    return Manifest.model_validate(
+        {
+            "name": "kept",
+            "model": {
+                "layers": 2,
+                "hidden": 16,
+                "heads": 2,
+                "context": 16,
+                "feed_forward": 32,
+                "local": "attention",
+            },
+            "experts": {"grid": [2, 2], "kind": kind},
+            "routing": {"top_k": 2, "prefix": prefix},
+        }
+    )
+
+
+@dataclass
+class OnNodes:
+    """A trainer's model whose experts are on nodes."""
+
+    loop: LoopThread
+    model: LanguageModel
+    dispatcher: Dispatcher
+    directory: FakeDirectory
+    nodes: list[NodeInfo]
+    runtimes: list[Runtime]
+
+    def rows(self) -> int:
+        """That the nodes have computed so far, of all experts together."""
+        return sum(int(total(runtime.metrics.rows)) for runtime in self.runtimes)
+
+    def uncached(self, sequence: Decoding) -> Tensor:
+        with torch.no_grad():
+            logits_V: Tensor = self.model(torch.tensor([sequence.tokens]))[0, -1]
+            return logits_V
+
+    def check(self, decoder: Decoder, sequences: list[Decoding], token: int) -> int:
+        """One more token of each, as if nothing had been kept. Returns the rows that the nodes computed."""
+        before = self.rows()
+        logits_SV = decoder.logits(sequences)
+        computed = self.rows() - before
+        for logits_V, sequence in zip(logits_SV, sequences, strict=True):
+            torch.testing.assert_close(logits_V, self.uncached(sequence), atol=2e-5, rtol=2e-4)
+            sequence.append(token)
+        return computed
+
+
+@contextmanager
+def on_nodes(
+    loop: LoopThread, path: Path, manifest: Manifest, count: int = 2, max_kept_bytes: int = 2**24
+) -> Iterator[OnNodes]:
+    """Every node has every second expert, if there are two; four nodes are two of each kind."""
+    stack, channels = AsyncExitStack(), ChannelPool()
+
+    async def start() -> tuple[list[NodeInfo], list[Runtime]]:
+        stack.push_async_callback(channels.close)
+        nodes, runtimes = [], []
+        for number in range(count):
+            folder = path / str(number)
+            folder.mkdir()
+            uids = manifest.uids()[number % 2 :: 2]
+            node, runtime = await stack.enter_async_context(a_node(folder, max_kept_bytes, manifest, uids))
+            nodes.append(node)
+            runtimes.append(runtime)
+        return nodes, runtimes
+
+    nodes, runtimes = loop.run(start())
+    try:
+        replicas = {
+            uid: tuple(make_replica(uid, node.peer_id) for node in nodes[number % 2 :: 2])
+            for number, uid in enumerate(manifest.uids())
+        }
+        directory = FakeDirectory(View(manifest, replicas, {node.peer_id: node for node in nodes}, 1.0))
+        caller = GrpcCaller(channels, SWARM, manifest.width, sessions=a_caller(SWARM))
+        dispatcher = Dispatcher(directory, caller, WaitPolicy(60.0, 60.0, 1))
+        routing = Routing(
+            k=2, choose_by="sequence" if manifest.routing.prefix else "token", prefix=manifest.routing.prefix
+        )
+        model = LanguageModel(
+            manifest, lambda layer: RemoteMixtureOfExperts(layer, manifest, dispatcher, loop.run, routing)
+        )
+        yield OnNodes(loop, model.requires_grad_(False), dispatcher, directory, nodes, runtimes)
+        loop.run(dispatcher.close())
+    finally:
+        loop.run(stack.aclose())
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("kind", ["transformer", "ffn"])
+def test_nodes_compute_each_row_once(loop: LoopThread, tmp_path: Path, kind: str, prefix: int) -> None:
+    with on_nodes(loop, tmp_path, make_manifest(kind, prefix)) as swarm:
+        decoder = Decoder(swarm.model)
+        sequences = [decoder.begin(prompt) for prompt in PROMPTS]
+        counts = [swarm.check(decoder, sequences, token) for token in range(9)]
+        rows = 2 * 2  # layers and experts of each
+        assert counts[0] == rows * 13
+        assert counts[1:] == [rows * 3] * 8
+        # the first has 15 tokens now: two more, and half of the context is left out
+        assert [swarm.check(decoder, sequences, token) for token in range(3)] == [
+            rows * 3,
+            rows * 3,
+            rows * (8 + 2),
+        ]
+
+
+def test_an_expert_that_has_changed_is_given_the_prompt_again(loop: LoopThread, tmp_path: Path) -> None:
+    with on_nodes(loop, tmp_path, make_manifest()) as swarm:
+        decoder = Decoder(swarm.model)
+        sequences = [decoder.begin(prompt) for prompt in PROMPTS]
+        swarm.check(decoder, sequences, 0)
+
+        def change() -> None:
+            for expert in swarm.runtimes[0].experts.values():
+                with torch.no_grad():
+                    for parameter in expert.parameters:
+                        parameter.add_(0.05)
+                expert._changes += 1
+
+        swarm.loop.run(swarm.runtimes[0].run(change))
+        assert swarm.check(decoder, sequences, 1) >= 2 * 2 * 16
+        assert swarm.check(decoder, sequences, 2) == 2 * 2 * 3
+        assert total(swarm.dispatcher.metrics.forgotten_sequences) > 0
+        assert swarm.dispatcher.open_breakers() == 0
+
+
+def test_nodes_without_room_are_given_whole_sequences(loop: LoopThread, tmp_path: Path) -> None:
+    with on_nodes(loop, tmp_path, make_manifest(), max_kept_bytes=0) as swarm:
+        decoder = Decoder(swarm.model)
+        sequences = [decoder.begin(prompt) for prompt in PROMPTS]
+        assert [swarm.check(decoder, sequences, token) for token in range(3)] == [
+            2 * 2 * n for n in (13, 16, 19)
+        ]
+        assert total(swarm.dispatcher.metrics.forgotten_sequences) == 0
+
+
+def test_a_sequence_stays_with_its_replicas_and_moves_when_they_leave(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    with on_nodes(loop, tmp_path, make_manifest(), count=4) as swarm:
+        decoder = Decoder(swarm.model)
+        sequences = [decoder.begin(prompt) for prompt in PROMPTS]
+        counts = [swarm.check(decoder, sequences, token) for token in range(4)]
+        assert counts[1:] == [2 * 2 * 3] * 3
+        left = swarm.nodes[:2]
+        view = swarm.directory.view
+        swarm.directory.view = View(
+            view.manifest,
+            {uid: replicas[1:] for uid, replicas in view.replicas.items()},
+            {peer_id: node for peer_id, node in view.nodes.items() if node not in left},
+            2.0,
+        )
+        swarm.check(decoder, sequences, 4)
+        assert swarm.check(decoder, sequences, 5) == 2 * 2 * 3

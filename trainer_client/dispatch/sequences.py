@@ -1,0 +1,143 @@
+"""Sequences that experts hold rows of: the first rows are sent like any others, then one row more at a time.
+
+Rows that follow go to the replicas that hold those before them, and nowhere else. If one of these does not answer, or
+no longer holds them, the sequence can't go on: its rows are sent again from the first. That is left to the caller.
+
+Shapes: R rows, each of another sequence, K slots of each row, s segments of one batch.
+"""
+
+import secrets
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dht.beam_search import Selection
+from dht.directory import LiveExperts
+from dht.uid import UID
+from peer.codec import Integers
+from peer.identity import PeerID
+from trainer_client.dispatch.batches import (
+    AnsweredRows,
+    CallEnded,
+    ForwardPass,
+    HeldRows,
+    HeldSequence,
+    NodeBatch,
+    NodeCall,
+    RoutedRows,
+    SentBatch,
+    relative_weights,
+)
+from trainer_client.dispatch.calls import CallTracker, Replies, next_replies
+from trainer_client.dispatch.policy import WaitPolicy
+
+
+def new_numbers(count: int) -> list[int]:
+    """By which a node may know sequences that it has not seen."""
+    return [secrets.randbits(64) for _ in range(count)]
+
+
+def note_held(held: Sequence[HeldSequence], selection: Selection, result: ForwardPass) -> None:
+    """Notes what is held now that sequences were sent from their first rows on.
+
+    A sequence can go on if every expert of its rows has answered all of those that it was sent, in one call.
+    """
+    of_rows = result.rows.segments.of_rows
+    lacking = result.answered.sum(axis=1) < selection.valid.sum(axis=1)
+    for number in np.unique(of_rows[lacking]).tolist():
+        held[number].is_answered = held[number].can_go_on = False
+    for sent in result.answers:
+        batch, peer_id = sent.batch, sent.node.peer_id
+        segments = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+        firsts = np.cumsum(batch.lengths) - batch.lengths
+        sequences = of_rows[batch.rows[firsts]]
+        for part in batch.parts():
+            counted = np.bincount(segments[part.places[sent.counts[part.places, part.slots]]])
+            counts = np.bincount(segments[part.places])
+            for segment in np.flatnonzero(counted).tolist():
+                sequence, number = held[sequences[segment]], sent.numbers[segment]
+                is_whole = counted[segment] == counts[segment] and part.uid not in sequence.experts
+                is_known_by = sequence.numbers.setdefault(peer_id, number) == number
+                if sent.progress.kept is None or not (is_whole and is_known_by):
+                    sequence.can_go_on = False
+                sequence.experts[part.uid] = HeldRows(peer_id, int(counts[segment]))
+
+
+async def go_on(
+    rows: RoutedRows, selection: Selection, live: LiveExperts, calls: CallTracker, policy: WaitPolicy
+) -> ForwardPass:
+    """Sends the next row of each sequence, and notes what is held then."""
+    assert rows.held is not None, "there are rows before these"
+    result = ForwardPass.of(rows)
+    result.coordinates[:] = selection.coordinates
+    whole = NodeBatch.of(rows.layer, selection.coordinates, selection.valid, rows.grid, rows.segments)
+    peers, at = _replicas(whole, rows.held, live, calls.avoided())
+    deadline_s = policy.deadline_s(calls.call_times["forward"])
+    ends, replies = calls.now() + deadline_s, Replies()
+    sent: dict[NodeBatch, SentBatch] = {}
+    for number, peer_id in enumerate(peers):
+        batch, _ = whole.only(at == number)
+        logits = rows.logits(batch.rows, result.coordinates[batch.rows])
+        weights = relative_weights(logits, batch.asked)
+        sequences = [rows.held[row] for row in batch.rows.tolist()]
+        numbers = [
+            sequence.numbers.setdefault(peer_id, fresh)
+            for sequence, fresh in zip(sequences, new_numbers(len(sequences)), strict=True)
+        ]
+        node = live.view.nodes[peer_id]
+        call = NodeCall(
+            node,
+            "forward",
+            batch,
+            deadline_s,
+            rows.inputs[batch.rows],
+            weights,
+            numbers=numbers,
+            held=np.array([[_count(sequence, uid) for uid in batch.uids] for sequence in sequences]),
+        )
+        sent[batch] = SentBatch(batch, node, weights, calls.start(call, replies), numbers=numbers)
+    open_calls = len(sent)
+    while open_calls and (left_s := ends - calls.now()) > 0:
+        for reply in await next_replies(replies, left_s):
+            if isinstance(reply, AnsweredRows):
+                result.accept(sent[reply.batch], reply)
+            open_calls -= isinstance(reply, CallEnded)
+    _note_next(rows.held, whole, result, sent.values())
+    return result
+
+
+def _replicas(
+    batch: NodeBatch, held: Sequence[HeldSequence], live: LiveExperts, avoided: frozenset[PeerID]
+) -> tuple[list[PeerID], Integers]:
+    """The peers to call, and which of them for each slot; -1 where none is to be called. [R, K]"""
+    numbers: dict[PeerID, int] = {}
+    at = np.full(batch.experts.shape, -1)
+    for row, slot in np.argwhere(batch.asked).tolist():
+        uid, sequence = batch.uids[batch.experts[row, slot]], held[row]
+        known = sequence.experts.get(uid)
+        peer_id = known.peer_id if known is not None else live.hosts.get(uid)
+        lacks_rows = known is None and sequence.is_routed_as_one
+        if peer_id is not None and peer_id in live.view.nodes and peer_id not in avoided and not lacks_rows:
+            at[row, slot] = numbers.setdefault(peer_id, len(numbers))
+    return list(numbers), at
+
+
+def _note_next(
+    held: Sequence[HeldSequence], batch: NodeBatch, result: ForwardPass, sent: Iterable[SentBatch]
+) -> None:
+    lacking = batch.asked & ~result.answered
+    for row, sequence in enumerate(held):
+        sequence.is_answered = not lacking[row].any()
+        sequence.can_go_on &= sequence.is_answered
+    for each in sent:
+        for row, numbers in zip(each.batch.rows.tolist(), each.batch.experts.tolist(), strict=True):
+            held[row].can_go_on &= each.progress.kept is not None
+            for number in numbers:
+                if number >= 0:
+                    uid = each.batch.uids[number]
+                    held[row].experts[uid] = HeldRows(each.node.peer_id, _count(held[row], uid) + 1)
+
+
+def _count(sequence: HeldSequence, uid: UID) -> int:
+    known = sequence.experts.get(uid)
+    return 0 if known is None else known.count
