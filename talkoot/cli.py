@@ -27,6 +27,7 @@ from talkoot.options import (
     Join,
     NodeCommand,
     NodeState,
+    ServeCommand,
     TrainCommand,
     command,
     given_settings,
@@ -51,6 +52,9 @@ An invite is one line that somebody gives you. Without one:
 `talkoot --help` lists all commands."""
 
 _FAILED = 1
+_KEEPS_TO_THIS_MACHINE = (
+    "Only programs on this machine reach it, unless --host says otherwise. See docs/serve.md."
+)
 _ALL_SETTINGS = "Every other setting is an option too, such as {example}: docs/settings.md lists them."
 
 app = typer.Typer(
@@ -288,6 +292,22 @@ def generate(
 
         settings, sampling = load_settings(context, TrainerSettings), load_settings(context, Sampling)
         run_generate(terminal, signals, join, prompt, settings, sampling)
+
+
+@app.command(cls=ServeCommand, epilog=_KEEPS_TO_THIS_MACHINE)
+def serve(
+    context: typer.Context, *, join: Join = None, config: Config = None, log_format: Format = LogFormat.TEXT
+) -> None:
+    """Serve a trained model to OpenAI's clients, and on a web page."""
+    with command(log_format) as (terminal, signals):
+        with signals.importing(), imports_without_gc():
+            from talkoot.serve.server import run_serve
+            from talkoot.serve.settings import ServeSettings
+            from trainer_client.settings import TrainerSettings
+
+        settings = load_settings(context, ServeSettings)
+        trainer = TrainerSettings.load(**given_settings(context, TrainerSettings))
+        run_serve(terminal, signals, join, trainer, settings)
 
 
 @app.command(cls=EvaluateCommand)

@@ -69,7 +69,7 @@ _FLAGS = {
 _METAVARS = {
     **dict.fromkeys(("state", "checkpoint", "tensorboard"), "DIR"),
     **dict.fromkeys(("log", "plot", "denylist"), "FILE"),
-    **dict.fromkeys(("name", "field", "tokenizer"), "NAME"),
+    **dict.fromkeys(("name", "field", "tokenizer", "model_name"), "NAME"),
     "data": "PATH",
     "deny": "PEERID",
     "device": "DEVICE",
@@ -79,6 +79,7 @@ _METAVARS = {
 }
 _METAVARS_BY_ENDING = {
     "host": "ADDRESS",
+    "_file": "FILE",
     "port": "PORT",
     "_s": "SECONDS",
     "_mbit": "MBIT/S",
@@ -330,6 +331,22 @@ class EvaluateCommand(TrainedModelCommand):
         from trainer_client.settings import TrainerSettings
 
         return {TrainerSettings: (*_TRAINED_MODEL, "field")}
+
+
+class ServeCommand(TrainedModelCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Model": (*_TRAINED_MODEL_SHOWN, "model_name"),
+        "Server": ("host", "port", "api_key_file"),
+        "Limits": ("max_tokens", "max_streams", "max_waiting", "max_per_client"),
+        "Settings and output": ("config", "log_format"),
+    }
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from talkoot.serve.settings import ServeSettings
+        from trainer_client.settings import TrainerSettings
+
+        return {TrainerSettings: _TRAINED_MODEL, ServeSettings: _all_settings(ServeSettings)}
 
 
 class DashboardCommand(SettingsCommand):

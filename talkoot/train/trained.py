@@ -30,6 +30,7 @@ from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
 from trainer_client.data.sources import find_texts
 from trainer_client.data.tokenizer import Tokenizer, Tokens, load_tokenizer
+from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.inference import (
     Evaluation,
     check_length,
@@ -63,14 +64,15 @@ class TrainedModel:
     folder: Path
     """For temporary files. Deleted with the model."""
 
-    def has_experts(self) -> bool:
-        """Returns whether any expert is live, so that the last result is valid. Otherwise first waits for one.
+    def has_experts(self, limit_s: float | None = None) -> bool:
+        """Returns whether any expert is live, so that the last result is valid. Otherwise first waits for one, so long
+        or as the settings say.
 
         Raises SwarmError when none comes in time.
         """
         if self.client.dispatcher.live_experts():
             return True
-        limit_s = self.settings.wait_for_experts_s
+        limit_s = self.settings.wait_for_experts_s if limit_s is None else limit_s
         logger.warning("no expert answers: waiting until one does, at most %.0f s", limit_s)
         self.client.wait_for_experts(limit_s, lambda text: None, share=1 / self.client.manifest.experts_total)
         return False
@@ -82,11 +84,13 @@ def trained_model(
     signals: StopSignals,
     join: str | None,
     settings: TrainerSettings,
-    prepare: Callable[[Tokenizer, TrainerSettings, Path], None],
+    prepare: Callable[[Tokenizer, TrainerSettings, Path], None] = lambda tokenizer, settings, folder: None,
+    through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
 ) -> Iterator[TrainedModel]:
     """Joins with a temporary identity, so that it works beside a trainer. Raises UserError when it can't.
 
     `prepare` is called first, with the tokenizer, the settings and a folder that lasts as long as the model.
+    `through` may put something between the client and the network.
     """
     invite = invite_of(join)
     swarm_id = invite.keys.swarm_id
@@ -99,7 +103,13 @@ def trained_model(
         prepare(tokenizer, settings, folder)
         with terminal.stages("making ready") as stage:
             client = SwarmClient(
-                invite, settings, folder / "state", stage=stage, reads_only=True, make_loader=BlockLoader.of
+                invite,
+                settings,
+                folder / "state",
+                stage=stage,
+                through=through,
+                reads_only=True,
+                make_loader=BlockLoader.of,
             )
         try:
             checkpoint.check_manifest(client.manifest)
@@ -219,7 +229,7 @@ def run_generate(
 ) -> None:
     """Raises UserError when it can't, and Stopped after a signal."""
     text = _read_prompt() if prompt == "-" else prompt.encode(errors="replace").decode()
-    with trained_model(terminal, signals, join, settings, lambda *_: None) as trained:
+    with trained_model(terminal, signals, join, settings) as trained:
         try:
             for piece in _text(trained, text, sampling):
                 sys.stdout.write(_CONTROL.sub("\ufffd", piece))

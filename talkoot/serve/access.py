@@ -1,0 +1,99 @@
+"""Who may use the server, and how much each client may ask at once."""
+
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from starlette.types import Scope
+
+from peer.errors import DataError
+from talkoot.serve.api import RequestError
+
+RETRY_S = 5
+"""After how many seconds a client that is refused now may come again."""
+_LONGEST_FILE = 2**20
+
+
+class ApiKeys:
+    """The keys of which a client must send one; none: anybody may use the server."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @property
+    def are_needed(self) -> bool:
+        return bool(self._digests)
+
+    def client(self, scope: Scope) -> str:
+        """Whose request it is: a key's, or else an IP address's. Raises RequestError if the key is missing or wrong."""
+        if not self._digests:
+            return _network(scope["client"][0] if scope.get("client") else "")
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        digest = hashlib.sha256(key.strip()).digest()
+        # all of them, so that the time tells nothing
+        matches = [hmac.compare_digest(digest, each) for each in self._digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            message = "the API key is wrong" if key else "an API key is needed: Authorization: Bearer KEY"
+            raise RequestError(401, message, "invalid_api_key")
+        return f"key {matches.index(True)}"
+
+
+def _network(address: str) -> str:
+    """One client has a whole IPv6 network of 64 bits."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((int(parsed), 64), strict=False))
+
+
+class Places:
+    """Bounds how many requests are under way, for each client and in all."""
+
+    def __init__(self, most: int, most_per_client: int) -> None:
+        self._most = most
+        self._most_per_client = most_per_client
+        self._taken: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def taken(self, client: str) -> Iterator[None]:
+        """Raises RequestError when there is none."""
+        if self._taken.total() >= self._most:
+            raise RequestError(
+                429, "the server is busy; try again later", "rate_limit_exceeded", retry_after_s=RETRY_S
+            )
+        if self._taken[client] >= self._most_per_client:
+            raise RequestError(
+                429, f"you have {self._most_per_client} requests under way; wait until one is answered",
+                "rate_limit_exceeded", retry_after_s=RETRY_S,
+            )  # fmt: skip
+        self._taken[client] += 1
+        try:
+            yield
+        finally:
+            self._taken[client] -= 1
+            self._taken += Counter()  # forgets clients that have none
+
+
+def read_keys(path: Path | None) -> ApiKeys:
+    """Raises DataError."""
+    return ApiKeys([] if path is None else _keys_in(path))
+
+
+def _keys_in(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_FILE + 1)
+        keys = [line.strip() for line in data.decode("ascii").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no file of API keys: it is not text in ASCII") from error
+    if not keys or len(data) > _LONGEST_FILE or any(" " in key for key in keys):
+        raise DataError(f"{path} is no file of API keys: put one key without spaces on each line")
+    return keys

@@ -1,0 +1,357 @@
+"""The server's web application: its routes, and what happens between a request and the end of its answer."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from peer.metrics import start_at_zero
+from talkoot.dashboard.app import STATIC as DASHBOARD_STATIC
+from talkoot.serve import api
+from talkoot.serve.access import RETRY_S, ApiKeys, Places
+from talkoot.serve.api import Json, RequestError
+from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream
+from talkoot.serve.opened import ServedModel
+from talkoot.serve.settings import ServeSettings
+from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself
+
+STATIC = Path(__file__).parent / "static"
+MAX_BODY = 2**20
+"""Bytes of a request."""
+_MOST_DRAINED, _DRAIN_S = 2**25, 5.0
+"""Of a body that is too large, so much is read and forgotten: most clients hear of the refusal only after sending."""
+_REFUSAL = JSONResponse(
+    api.error_json(421, "this server answers at 127.0.0.1 and localhost alone, unless it listens elsewhere"),
+    421,
+)
+
+
+def make_app(
+    served: ServedModel, engine: Engine, keys: ApiKeys, settings: ServeSettings, metrics: CollectorRegistry
+) -> Starlette:
+    """`metrics`: the server's own."""
+    places = Places(settings.max_streams + settings.max_waiting, settings.max_per_client)
+    requests = Counter(
+        "talkoot_serve_requests",
+        "Requests for text, by what became of them.",
+        ["outcome"],
+        registry=metrics,
+    )
+    start_at_zero(requests, *_OUTCOMES)
+    shared = _Shared(served, engine, keys, places, settings.max_tokens, requests)
+    endpoints = _Endpoints(shared, metrics)
+    routes = [
+        Route("/", endpoints.page),
+        Mount("/static/shared", StaticFiles(directory=DASHBOARD_STATIC, check_dir=False)),
+        Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
+        Route("/healthz", endpoints.healthz),
+        Route("/metrics", endpoints.metrics),
+        Route("/status", endpoints.status),
+        Route("/v1/models", endpoints.models),
+        Route("/v1/models/{model:path}", endpoints.model),
+        Route("/v1/completions", Answers(shared, _completion), methods=["POST"]),
+        Route("/v1/chat/completions", Answers(shared, _chat), methods=["POST"]),
+    ]
+    handlers: Mapping[Any, Any] = {RequestError: _request_error, HTTPException: _http_error}
+    protection = Middleware(BrowserProtection, host=settings.host, refusal=_REFUSAL)
+    return Starlette(routes=routes, middleware=[protection], exception_handlers=handlers)
+
+
+_OUTCOMES = ("answered", "left", "refused", "failed")
+"""Whole; the client went away; refused with a status; broken off by the server."""
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the endpoints have in common."""
+
+    served: ServedModel
+    engine: Engine
+    keys: ApiKeys
+    places: Places
+    max_tokens: int
+    requests: Counter
+
+
+class _Endpoints:
+    def __init__(self, shared: _Shared, metrics: CollectorRegistry) -> None:
+        self._shared = shared
+        self._served = shared.served
+        self._metrics = metrics
+        self._since = int(time.time())
+
+    async def page(self, request: Request) -> Response:
+        return FileResponse(STATIC / "index.html")
+
+    async def healthz(self, request: Request) -> Response:
+        if not self._served.live_experts():
+            return JSONResponse({"status": "no expert is live"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self._metrics), media_type=CONTENT_TYPE_LATEST)
+
+    async def status(self, request: Request) -> Response:
+        """What the page shows."""
+        served = self._served
+        return JSONResponse(
+            {
+                "model": served.name,
+                "from": served.source,
+                "context": served.model.context,
+                "max_tokens": self._shared.max_tokens,
+                "experts": {"live": served.live_experts(), "total": served.experts_total},
+                "needs_key": self._shared.keys.are_needed,
+            }
+        )
+
+    async def models(self, request: Request) -> Response:
+        self._shared.keys.client(request.scope)
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: Request) -> Response:
+        self._shared.keys.client(request.scope)
+        _check_model(request.path_params["model"], self._served)
+        return JSONResponse(self._described())
+
+    def _described(self) -> Json:
+        return {"id": self._served.name, "object": "model", "created": self._since, "owned_by": "talkoot"}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request that is valid: what to compute, and how to answer."""
+
+    job: Job
+    reply: api.Reply
+    streams: bool
+
+
+def _completion(body: bytes, shared: _Shared) -> _Asked:
+    """On a thread of its own: a long text takes a while. Raises RequestError."""
+    request = api.CompletionRequest.parse(body)
+    _check_model(request.model, shared.served)
+    prompt = _prompt(request.text_or_tokens(), shared.served)
+    return _asked(request, prompt, request.stops(), request.alternatives(), api.CompletionReply, shared)
+
+
+def _chat(body: bytes, shared: _Shared) -> _Asked:
+    request = api.ChatRequest.parse(body)
+    _check_model(request.model, shared.served)
+    chat = shared.served.chat
+    stops = (*request.stops(), *chat.stop)
+    prompt = _prompt(request.text(chat), shared.served)
+    return _asked(request, prompt, stops, request.alternatives(), api.ChatReply, shared)
+
+
+def _asked(
+    request: api.Request,
+    prompt: Sequence[int],
+    stops: tuple[str, ...],
+    alternatives: int | None,
+    make: type[api.Reply],
+    shared: _Shared,
+) -> _Asked:
+    job = Job(prompt, request.sampling(shared.max_tokens), stops, alternatives)
+    reply = make(
+        shared.served.name, len(prompt), api.TokenNames(shared.served.token_bytes), request.wants_usage
+    )
+    return _Asked(job, reply, bool(request.stream))
+
+
+def _prompt(given: str | Sequence[int], served: ServedModel) -> Sequence[int]:
+    """As tokens. Raises RequestError if it does not fit into the model's context."""
+    context, fewest = served.model.context, served.model.first_scored
+    if isinstance(given, str):
+        size = len(given.encode())
+        # so long a text is not worth being looked at
+        tokens = [] if size > context * served.longest_token else served.tokenizer.encode(given).tolist()
+        count = len(tokens) if tokens or not size else size // served.longest_token
+    else:
+        tokens, count = given, len(given)
+        if max(tokens) >= len(served.token_bytes):
+            raise RequestError(
+                400,
+                f"prompt: tokens go from 0 to {len(served.token_bytes) - 1}",
+                "invalid_value",
+                parameter="prompt",
+            )
+    if count > context:
+        raise RequestError(
+            400,
+            f"the prompt has {'at least ' if not tokens else ''}{count} tokens, and the model's context {context}: "
+            "give a shorter one",
+            "context_length_exceeded",
+            parameter="prompt",
+        )
+    if count < fewest:
+        raise RequestError(
+            400, f"the prompt has {count} tokens, and this model goes on from {fewest} or more", "invalid_value",
+            parameter="prompt",
+        )  # fmt: skip
+    return tokens
+
+
+def _check_model(name: str, served: ServedModel) -> None:
+    if name != served.name:
+        raise RequestError(
+            404,
+            f"no model {name[:200]!r} here; there is {served.name!r}",
+            "model_not_found",
+            parameter="model",
+        )
+
+
+class Answers:
+    """An endpoint that answers with text. A client that hangs up ends its answer before the next token."""
+
+    def __init__(self, shared: _Shared, read: Callable[[bytes, _Shared], _Asked]) -> None:
+        self._shared = shared
+        self._read = read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outcome = "failed"
+        try:
+            client = self._shared.keys.client(scope)
+            with self._shared.places.taken(client):
+                body = await _body(scope, receive)
+                if not self._shared.served.live_experts():
+                    raise RequestError(
+                        503, "no expert of the swarm is live; try again later", retry_after_s=RETRY_S
+                    )
+                asked = await asyncio.to_thread(self._read, body, self._shared)
+                del body
+                ends_by_itself(scope)
+                outcome = await self._answer(asked, client, receive, send)
+        except RequestError as error:
+            outcome = "failed" if error.status >= 500 else "refused"
+            await _refuse(error)(scope, receive, send)
+        except ClientGone:
+            outcome = "left"
+        finally:
+            self._shared.requests.labels(outcome).inc()
+
+    async def _answer(self, asked: _Asked, client: str, receive: Receive, send: Send) -> str:
+        stream = self._shared.engine.begin(asked.job, client)
+        answer = _send_chunks if asked.streams else _send_whole
+        answering = asyncio.create_task(answer(asked.reply, stream, send), name="answer")
+        leaving = asyncio.create_task(disconnected(receive), name="wait for the client to leave")
+        try:
+            done, _ = await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return answering.result() if answering in done else "left"
+        finally:
+            self._shared.engine.cancel(stream)
+            answering.cancel()
+            leaving.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
+
+
+class ClientGone(Exception):
+    """Nobody waits for an answer any more."""
+
+
+async def _send_whole(reply: api.Reply, stream: Stream, send: Send) -> str:
+    whole = Piece()
+    try:
+        async for piece in stream:
+            whole += piece
+    except EngineError as error:
+        raise RequestError(503, str(error), retry_after_s=RETRY_S) from error
+    body = _to_json(reply.whole(whole))
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+    return "answered"
+
+
+async def _send_chunks(reply: api.Reply, stream: Stream, send: Send) -> str:
+    async def write(*events: bytes, more: bool = True) -> None:
+        body = b"".join(b"data: %s\n\n" % event for event in events)
+        async with asyncio.timeout(SEND_DEADLINE_S):
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    try:
+        await write(*map(_to_json, reply.first()))
+        async for piece in stream:
+            await write(*map(_to_json, reply.chunks(piece)))
+        await write(b"[DONE]", more=False)
+    except EngineError as error:
+        await write(_to_json(api.error_json(503, str(error))), more=False)
+        return "failed"
+    except TimeoutError:
+        return "left"
+    return "answered"
+
+
+async def _body(scope: Scope, receive: Receive) -> bytes:
+    """Raises RequestError, and ClientGone."""
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json":
+        # other kinds can be sent by any web page that the user of this machine visits
+        raise RequestError(415, "send JSON, with the header Content-Type: application/json")
+    size = int(length) if (length := headers.get(b"content-length", b"")).isdigit() else 0
+    is_too_large = size > MAX_BODY
+    body = bytearray()
+    drained = 0
+    if not is_too_large or (size <= _MOST_DRAINED and b"expect" not in headers):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S if is_too_large else None):
+                async for part in _parts(receive):
+                    drained += len(part)
+                    is_too_large = is_too_large or drained > MAX_BODY
+                    if drained > _MOST_DRAINED:
+                        break
+                    if is_too_large:
+                        body.clear()
+                    else:
+                        body += part
+    if is_too_large:
+        raise RequestError(413, f"a request has at most {MAX_BODY >> 20} MiB", "request_too_large")
+    return bytes(body)
+
+
+async def _parts(receive: Receive) -> AsyncIterator[bytes]:
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
+
+
+def _to_json(value: Json) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _refuse(error: RequestError) -> Response:
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.json, error.status, headers)
+
+
+async def _request_error(request: Request, error: RequestError) -> Response:
+    return _refuse(error)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    return JSONResponse(api.error_json(error.status_code, message), error.status_code, error.headers)

@@ -1,0 +1,289 @@
+"""The thread that continues all streams together, token by token. Streams join and leave between two tokens."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from torch import Tensor
+
+from peer.errors import TalkootError, UserError
+from peer.metrics import SECONDS, start_at_zero
+from talkoot.serve.schedule import FairSchedule
+from talkoot.serve.text import TextStream
+from trainer_client.decoding import Decoder, Decoding
+from trainer_client.inference import make_generator, next_token
+from trainer_client.settings import Sampling
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_S = 10.0
+"""Longest wait for the token that is computed when the engine closes."""
+
+
+class EngineError(TalkootError):
+    """Why an answer that had begun can't go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a client wants continued."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    alternatives: int | None = None
+    """How many of the likeliest tokens to name at each place; None: no log probabilities at all."""
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token and its log probability, by the model's prediction at temperature 1."""
+
+    token: int
+    logprob: float
+    offset: int
+    """Characters of the answer that were complete before it."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with theirs, the likeliest first."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What has been added to an answer."""
+
+    text: str = ""
+    tokens: int = 0
+    scored: tuple[ScoredToken, ...] = ()
+    finish: str | None = None
+    """Why the answer is over: "stop" or "length"; None while it goes on."""
+    nodes: frozenset[str] = frozenset()
+    """The nodes whose experts answered meanwhile."""
+
+    def __add__(self, later: "Piece") -> "Piece":
+        return Piece(
+            self.text + later.text,
+            self.tokens + later.tokens,
+            self.scored + later.scored,
+            later.finish,
+            self.nodes | later.nodes,
+        )
+
+
+class Stream:
+    """One answer while it is computed. Iterating gives its pieces; whatever came meanwhile is one piece."""
+
+    def __init__(self, job: Job, client: str, token_bytes: Sequence[bytes]) -> None:
+        self.job = job
+        self.client = client
+        self.cancelled = False
+        """Nobody wants the rest of it. Set under the engine's lock."""
+        self.decoding: Decoding | None = None
+        """While it has a place."""
+        self.tokens = job.prompt
+        """What it goes on from when it gets a place."""
+        self.asked_at = time.monotonic()
+        self.has_begun = False
+        self._text = TextStream(token_bytes, job.stops)
+        self._generator = make_generator(job.sampling.seed)
+        self._scored: list[ScoredToken] = []
+        self._left = job.sampling.max_tokens
+        self._pending = Piece()
+        self._came = asyncio.Event()
+        self._failed: EngineError | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Raises EngineError if the answer can't go on."""
+        while True:
+            await self._came.wait()
+            self._came.clear()
+            if self._failed is not None:
+                raise self._failed
+            piece, self._pending = self._pending, Piece()
+            yield piece
+            if piece.finish is not None:
+                return
+
+    def put(self, news: Piece | EngineError) -> None:
+        """On the loop's thread."""
+        if isinstance(news, EngineError):
+            self._failed = news
+        else:
+            self._pending += news
+        self._came.set()
+
+    def rest(self) -> None:
+        """Gives up what is kept for it. It goes on from the same tokens later."""
+        if self.decoding is not None:
+            self.tokens = list(self.decoding.tokens)
+            self.decoding.end()
+            self.decoding = None
+
+    def advance(self, logits_V: Tensor, nodes: frozenset[str]) -> Piece:
+        """Draws the next token. Raises UserError if the model's prediction is broken."""
+        assert self.decoding is not None
+        token = next_token(logits_V, self.job.sampling, self._generator)
+        self.decoding.append(token)
+        self._left -= 1
+        if self.job.alternatives is not None:
+            self._scored.append(self._score(logits_V, token, self._text.decoded))
+        text = self._text.feed(token)
+        if not self._left and not self._text.has_stopped:
+            text += self._text.finish()
+        finish = "stop" if self._text.has_stopped else None if self._left else "length"
+        return Piece(text, 1, self._certain(finish), finish, nodes)
+
+    def _certain(self, finish: str | None) -> tuple[ScoredToken, ...]:
+        """The tokens whose text was given out, at least in part. The others may turn out to be of a stop sequence."""
+        given = [each for each in self._scored if finish == "length" or each.offset < self._text.length]
+        del self._scored[: len(given)]
+        return tuple(given)
+
+    def _score(self, logits_V: Tensor, token: int, offset: int) -> ScoredToken:
+        logprobs_V = logits_V.log_softmax(dim=0)
+        values, tokens = logprobs_V.topk(min(self.job.alternatives or 0, len(logprobs_V)))
+        alternatives = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+        return ScoredToken(token, logprobs_V[token].item(), offset, alternatives)
+
+
+class EngineMetrics:
+    """What the engine counts."""
+
+    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
+        self.tokens = start_at_zero(
+            Counter(
+                "talkoot_serve_tokens", "Tokens of prompts, and tokens generated.", ["kind"], registry=metrics
+            ),
+            "prompt",
+            "generated",
+        )
+        self.first_token = Histogram(
+            "talkoot_serve_first_token_seconds",
+            "From a request to the first token of its answer.",
+            buckets=SECONDS,
+            registry=metrics,
+        )
+        self.step = Histogram(
+            "talkoot_serve_step_seconds",
+            "For one more token of all answers that are computed.",
+            buckets=SECONDS,
+            registry=metrics,
+        )
+        self.computed = Gauge("talkoot_serve_streams", "Answers that are computed now.", registry=metrics)
+        self.waiting = Gauge("talkoot_serve_waiting", "Answers that wait for a place.", registry=metrics)
+
+
+class Engine:
+    """Continues streams on a thread of its own until it is closed."""
+
+    def __init__(
+        self,
+        make_decoder: Callable[[], Decoder],
+        token_bytes: Sequence[bytes],
+        places: int,
+        loop: asyncio.AbstractEventLoop,
+        nodes: Callable[[], frozenset[str]] = frozenset,
+        metrics: CollectorRegistry | None = None,
+    ) -> None:
+        """`places`: for streams that are computed together. `loop`: where streams are read. `nodes`: those that have
+        answered since it was called last.
+        """
+        self._make_decoder = make_decoder
+        self._token_bytes = token_bytes
+        self._loop = loop
+        self._nodes = nodes
+        self._metrics = EngineMetrics(metrics)
+        self._schedule = FairSchedule[Stream](places)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._metrics.computed.set_function(lambda: len(self._schedule) - self._schedule.waiting)
+        self._metrics.waiting.set_function(lambda: self._schedule.waiting)
+        self._thread = threading.Thread(target=self._run, name="talkoot-engine", daemon=True)
+        self._thread.start()
+
+    def begin(self, job: Job, client: str) -> Stream:
+        """The caller bounds how many there are, and cancels those of which it wants no more."""
+        stream = Stream(job, client, self._token_bytes)
+        self._metrics.tokens.labels("prompt").inc(len(job.prompt))
+        with self._changed:
+            self._schedule.add(client, stream)
+            self._changed.notify()
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """Ends a stream before its next token. Harmless when it has ended."""
+        with self._changed:
+            stream.cancelled = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        decoder = self._make_decoder()
+        while (streams := self._next_streams()) is not None:
+            if not streams:
+                continue
+            try:
+                with self._metrics.step.time():
+                    news = self._advance(decoder, streams)
+            except UserError as error:
+                logger.warning("%d answers broke off: %s", len(streams), error)
+                news = dict.fromkeys(streams, EngineError(str(error)))
+            except Exception:  # the next streams must not suffer from a fault that these brought up
+                logger.exception("%d answers broke off", len(streams))
+                news = dict.fromkeys(streams, EngineError("an internal error; the server's log says more"))
+            self._deliver(news)
+
+    def _next_streams(self) -> list[Stream] | None:
+        """Waits until there are streams to continue; None when it closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or len(self._schedule))
+            for stream in [stream for stream in self._schedule if stream.cancelled or self._closing]:
+                self._end(stream)
+            for stream in self._schedule.next_round():
+                stream.rest()
+            return None if self._closing else self._schedule.running
+
+    def _advance(self, decoder: Decoder, streams: Sequence[Stream]) -> dict[Stream, Piece | EngineError]:
+        for stream in streams:
+            if stream.decoding is None:
+                stream.decoding = decoder.begin(stream.tokens)
+        logits_SV = decoder.logits([stream.decoding for stream in streams if stream.decoding is not None])
+        nodes = self._nodes()
+        news: dict[Stream, Piece | EngineError] = {}
+        for stream, logits_V in zip(streams, logits_SV, strict=True):
+            try:
+                news[stream] = stream.advance(logits_V, nodes)
+            except UserError as error:
+                news[stream] = EngineError(str(error))
+                continue
+            self._metrics.tokens.labels("generated").inc()
+            if not stream.has_begun:
+                stream.has_begun = True
+                self._metrics.first_token.observe(time.monotonic() - stream.asked_at)
+        return news
+
+    def _deliver(self, news: dict[Stream, Piece | EngineError]) -> None:
+        with self._changed:
+            for stream, each in news.items():
+                if isinstance(each, EngineError) or each.finish is not None:
+                    self._end(stream)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(_put, news)
+
+    def _end(self, stream: Stream) -> None:
+        self._schedule.remove(stream)
+        stream.rest()
+
+
+def _put(news: dict[Stream, Piece | EngineError]) -> None:
+    for stream, each in news.items():
+        stream.put(each)

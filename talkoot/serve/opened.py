@@ -1,0 +1,104 @@
+"""The model that is served: of a swarm, or of a folder."""
+
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from dht.announcements import NodeInfo
+from talkoot.serve.chat import ChatFormat
+from talkoot.signals import StopSignals
+from talkoot.terminal import Terminal
+from talkoot.train.trained import trained_model
+from trainer_client.data.tokenizer import Tokenizer
+from trainer_client.dispatch.batches import CallReply, ExpertCaller, NodeCall
+from trainer_client.model import LanguageModel
+from trainer_client.settings import TrainerSettings
+
+_WAIT_S = 10.0
+"""So long a stream waits for an expert when none is live."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model with its experts, wherever they are."""
+
+    name: str
+    source: str
+    """Where its experts are: "swarm" or "folder"."""
+    model: LanguageModel
+    tokenizer: Tokenizer
+    experts_total: int
+    live_experts: Callable[[], int]
+    """How many of them can be used now."""
+    chat: ChatFormat = field(default_factory=ChatFormat)
+    is_usable: Callable[[], bool] = lambda: True
+    """Asked after each computation whether its result counts. May wait, and raise UserError."""
+    nodes: Callable[[], frozenset[str]] = frozenset
+    """Whose experts have answered since it was called last."""
+
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        return self.tokenizer.token_bytes
+
+    @cached_property
+    def longest_token(self) -> int:
+        """In bytes."""
+        return max(map(len, self.token_bytes))
+
+
+class AnsweringNodes:
+    """Notes which nodes answer, between the dispatcher and the network."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._nodes: set[str] = set()
+
+    def take(self) -> frozenset[str]:
+        """Those that have answered since the last time. On any thread."""
+        with self._lock:
+            taken = frozenset(self._nodes)
+            self._nodes.clear()
+        return taken
+
+    def through(self, caller: ExpertCaller) -> ExpertCaller:
+        return _NotingCaller(caller, self._note)
+
+    def _note(self, node: NodeInfo) -> None:
+        short = node.peer_id.to_base58()[-8:]
+        with self._lock:
+            self._nodes.add(f"{node.name} ({short})" if node.name else short)
+
+
+@dataclass(frozen=True)
+class _NotingCaller:
+    caller: ExpertCaller
+    note: Callable[[NodeInfo], None]
+
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
+        async with contextlib.aclosing(self.caller.call(call)) as replies:
+            async for reply in replies:
+                self.note(call.node)
+                yield reply
+
+
+@contextmanager
+def model_of_swarm(
+    terminal: Terminal, signals: StopSignals, join: str | None, settings: TrainerSettings
+) -> Iterator[ServedModel]:
+    """The dense part of a run's checkpoint, and the swarm's experts. Raises UserError."""
+    nodes = AnsweringNodes()
+    with trained_model(terminal, signals, join, settings, through=nodes.through) as trained:
+        manifest = trained.client.manifest
+        yield ServedModel(
+            manifest.name,
+            "swarm",
+            trained.model,
+            trained.tokenizer,
+            manifest.experts_total,
+            trained.client.dispatcher.live_experts,
+            is_usable=partial(trained.has_experts, _WAIT_S),
+            nodes=nodes.take,
+        )

@@ -1,0 +1,98 @@
+"""`talkoot serve`: opens a trained model, and answers requests until a signal arrives."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import socket
+from collections.abc import AsyncIterator
+
+import torch
+import uvloop
+from prometheus_client import Gauge, ProcessCollector
+
+from peer.metrics import new_registry
+from talkoot.serve.access import read_keys
+from talkoot.serve.app import make_app
+from talkoot.serve.engine import Engine
+from talkoot.serve.opened import ServedModel, model_of_swarm
+from talkoot.serve.settings import ServeSettings
+from talkoot.signals import Stopped, StopSignals, run_until_stopped
+from talkoot.terminal import Terminal
+from talkoot.web import address_of, listen, serving
+from trainer_client.decoding import Decoder
+from trainer_client.settings import TrainerSettings
+
+logger = logging.getLogger(__name__)
+
+
+def run_serve(
+    terminal: Terminal,
+    signals: StopSignals,
+    join: str | None,
+    trainer: TrainerSettings,
+    settings: ServeSettings,
+) -> None:
+    """Serves until a signal arrives, which is not an error. Raises UserError when it can't start."""
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    read_keys(settings.api_key_file)  # before anything that takes time
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    listener = listen(settings.host, settings.port)
+    try:
+        with model_of_swarm(terminal, signals, join, trainer) as served:
+            _serve_until_stopped(terminal, served, settings, listener)
+    finally:
+        listener.close()
+
+
+def _serve_until_stopped(
+    terminal: Terminal, served: ServedModel, settings: ServeSettings, listener: socket.socket
+) -> None:
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run_until_stopped(_serve(terminal, served, settings, listener)))
+    except Stopped:
+        logger.info("stopped")
+
+
+async def _serve(
+    terminal: Terminal, served: ServedModel, settings: ServeSettings, listener: socket.socket
+) -> None:
+    async with server(served, settings, listener) as running:
+        address = address_of(listener)
+        if terminal.json:
+            terminal.event("serve", {"url": address, "model": served.name})
+        else:
+            terminal.line(f"model {served.name}: {address}")
+            terminal.line(f"for OpenAI's clients: base URL {address}v1")
+        await running
+
+
+@contextlib.asynccontextmanager
+async def server(
+    served: ServedModel, settings: ServeSettings, listener: socket.socket
+) -> AsyncIterator["asyncio.Task[None]"]:
+    """A server that runs inside. Yields its task, which should not end. Raises DataError."""
+    metrics = new_registry()
+    ProcessCollector(registry=metrics)
+    Gauge(
+        "talkoot_serve_experts", "Experts of the model that can be used now.", registry=metrics
+    ).set_function(served.live_experts)
+    if settings.model_name is not None:
+        served = dataclasses.replace(served, name=settings.model_name)
+    keys = read_keys(settings.api_key_file)
+    engine = Engine(
+        lambda: Decoder(served.model, served.is_usable),
+        served.token_bytes,
+        settings.max_streams,
+        asyncio.get_running_loop(),
+        served.nodes,
+        metrics,
+    )
+    try:
+        app = make_app(served, engine, keys, settings, metrics)
+        async with serving(app, listener) as running:
+            yield running
+    finally:
+        await asyncio.to_thread(engine.close)
