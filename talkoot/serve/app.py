@@ -66,7 +66,11 @@ def make_app(
         Route("/v1/completions", Answers(shared, _completion), methods=["POST"]),
         Route("/v1/chat/completions", Answers(shared, _chat), methods=["POST"]),
     ]
-    handlers: Mapping[Any, Any] = {RequestError: _request_error, HTTPException: _http_error}
+    handlers: Mapping[Any, Any] = {
+        RequestError: _request_error,
+        HTTPException: _http_error,
+        Exception: _server_error,
+    }
     protection = Middleware(BrowserProtection, host=settings.host, refusal=_REFUSAL)
     return Starlette(routes=routes, middleware=[protection], exception_handlers=handlers)
 
@@ -355,3 +359,8 @@ async def _request_error(request: Request, error: RequestError) -> Response:
 async def _http_error(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
     return JSONResponse(api.error_json(error.status_code, message), error.status_code, error.headers)
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    """Of an error that nobody foresaw. It is logged all the same."""
+    return JSONResponse(api.error_json(500, "an internal error; the server's log says more"), 500)

@@ -78,9 +78,9 @@ def visit(
     width: int = 1440,
     height: int = 4000,
     scheme: Literal["light", "dark"] = "light",
-    was_read: bool = True,
+    ready: str = "document.querySelector('#age').textContent.startsWith('read ')",
 ) -> Iterator[Visit]:
-    """A fresh profile; `was_read`: whether the dashboard has read its swarm.
+    """A fresh profile. `ready`: is true once the page shows what it is about; by default the dashboard's.
 
     Afterwards the page must not have written an error to its console.
     """
@@ -95,8 +95,7 @@ def visit(
     )
     try:
         visit.page.goto(address)
-        age = "read " if was_read else "not read"
-        visit.until(f"document.querySelector('#age').textContent.startsWith('{age}')")
+        visit.until(ready)
         yield visit
     finally:
         context.close()

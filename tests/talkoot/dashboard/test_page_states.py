@@ -11,6 +11,7 @@ from simulated_readings import NOW, Asked, manifest, node, picture_of, replica, 
 pytestmark = [needs_chromium, pytest.mark.timeout(300)]
 
 UIDS = manifest().uids()
+UNREAD = "document.querySelector('#age').textContent.startsWith('not read')"
 HEALTHY = picture_of([node(1), node(2)], [trainer(1)], replicas=[replica(uid, 1) for uid in UIDS])
 
 
@@ -66,7 +67,7 @@ def test_what_fails_again_and_again_is_told(browser: Browser, tmp_path: Path) ->
 
 def test_swarm_that_was_never_seen_has_no_figures(browser: Browser, tmp_path: Path) -> None:
     asked = Asked(tmp_path, None)
-    with served(asked.app) as address, visit(browser, address, was_read=False) as seen:
+    with served(asked.app) as address, visit(browser, address, ready=UNREAD) as seen:
         assert figures(seen) == ["–"] * 5
         assert seen.text("#tile-nodes .sub") == "–"
         assert seen.page.locator("#tiles .figure .unseen[title]").count() == 6

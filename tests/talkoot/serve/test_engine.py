@@ -1,0 +1,220 @@
+"""The engine: streams share batches and are as if alone, come and go, and fail alone."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from served_model import LIMIT_S, small_model
+from torch import Tensor
+
+from peer.errors import SwarmError
+from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream
+from talkoot.serve.opened import ServedModel
+from trainer_client.decoding import Decoder, Decoding
+from trainer_client.inference import decoded, generate
+from trainer_client.settings import Sampling
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def model() -> ServedModel:
+    return small_model()
+
+
+class CountedDecoder(Decoder):
+    """Tells how many sequences it has begun and not ended, and may be made to fail or wait."""
+
+    def __init__(self, model: ServedModel) -> None:
+        super().__init__(model.model)
+        self.open: set[Decoding] = set()
+        self.batches: list[int] = []
+        self.before: Callable[[], None] = lambda: None
+
+    def begin(self, prompt: Sequence[int]) -> Decoding:
+        decoding = super().begin(prompt)
+        self.open.add(decoding)
+        end = decoding.end
+
+        def ended() -> None:
+            self.open.discard(decoding)
+            end()
+
+        decoding.end = ended  # type: ignore[method-assign]  # so that ends are counted
+        return decoding
+
+    def logits(self, sequences: Sequence[Decoding]) -> Tensor:
+        self.before()
+        self.batches.append(len(sequences))
+        return super().logits(sequences)
+
+
+def job(text: str, tokens: int, seed: int = 0, **changes: Any) -> Job:
+    return Job(list(text.encode()), Sampling(max_tokens=tokens, seed=seed), **changes)
+
+
+async def whole(stream: Stream) -> Piece:
+    result = Piece()
+    async with asyncio.timeout(LIMIT_S):
+        async for piece in stream:
+            result += piece
+    return result
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():  # noqa: ASYNC110  # another thread's state
+            await asyncio.sleep(0.002)
+
+
+def run(
+    model: ServedModel, scenario: Callable[[Engine, CountedDecoder], Coroutine[Any, Any, T]], places: int = 8
+) -> T:
+    decoder = CountedDecoder(model)
+
+    async def scene() -> T:
+        engine = Engine(lambda: decoder, model.token_bytes, places, asyncio.get_running_loop())
+        try:
+            result = await scenario(engine, decoder)
+            await until(lambda: not decoder.open)
+            return result
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    return asyncio.run(scene())
+
+
+def alone(model: ServedModel, wanted: Job) -> str:
+    return "".join(decoded(generate(model.model, wanted.prompt, wanted.sampling), model.token_bytes))
+
+
+def test_streams_share_batches_and_are_as_if_alone(model: ServedModel) -> None:
+    jobs = [job("In the sauna"[: 4 + n], 10 + 7 * n, seed=n) for n in range(6)]
+
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> tuple[list[Piece], list[int]]:
+        answers = await asyncio.gather(*(whole(engine.begin(each, "a")) for each in jobs))
+        return answers, decoder.batches
+
+    answers, batches = run(model, scenario)
+    assert [answer.text for answer in answers] == [alone(model, each) for each in jobs]
+    assert [answer.tokens for answer in answers] == [each.sampling.max_tokens for each in jobs]
+    assert {answer.finish for answer in answers} == {"length"}
+    assert max(batches) == 6
+    assert len(batches) < 60, "together, not one after another"
+
+
+def test_a_stream_that_lost_its_place_goes_on_where_it_was(model: ServedModel) -> None:
+    """Past the context, too."""
+    long = [job("In the sauna", 150, seed=n) for n in range(3)]
+    short = [job("one must behave", 20, seed=n) for n in range(4)]
+
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> list[Piece]:
+        answering = [asyncio.create_task(whole(engine.begin(each, "a"))) for each in long]
+        await until(lambda: len(decoder.batches) > 5)
+        answering += [asyncio.create_task(whole(engine.begin(each, "b"))) for each in short]
+        answers = await asyncio.gather(*answering)
+        assert max(decoder.batches) == 3
+        return answers
+
+    answers = run(model, scenario, places=3)
+    assert [answer.text for answer in answers] == [alone(model, each) for each in long + short]
+
+
+def test_a_cancelled_stream_ends_and_frees_what_it_kept(model: ServedModel) -> None:
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> None:
+        streams = [engine.begin(job("In the sauna", 10**6), "a") for _ in range(3)]
+        await until(lambda: len(decoder.open) == 2)
+        for stream in streams:
+            engine.cancel(stream)
+        await until(lambda: not decoder.open)
+        assert (await whole(engine.begin(job("In the sauna", 3), "a"))).tokens == 3
+
+    run(model, scenario, places=2)
+
+
+def test_stop_sequences_end_a_stream(model: ServedModel) -> None:
+    wanted = job("In the sauna", 60, seed=1)
+    text = alone(model, wanted)
+    stop = text[20:23]
+
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> Piece:
+        return await whole(engine.begin(job("In the sauna", 60, seed=1, stops=(stop,), alternatives=0), "a"))
+
+    answer = run(model, scenario)
+    assert (answer.text, answer.finish) == (text[: text.index(stop)], "stop")
+    assert [each.offset for each in answer.scored] == sorted(each.offset for each in answer.scored)
+    assert all(each.offset < len(answer.text) for each in answer.scored)
+    assert bytes(each.token for each in answer.scored).decode(errors="replace").startswith(answer.text)
+
+
+def test_a_prediction_that_is_not_finite_ends_one_stream(model: ServedModel) -> None:
+    class Broken(CountedDecoder):
+        def logits(self, sequences: Sequence[Decoding]) -> Tensor:
+            logits_SV = super().logits(sequences)
+            broken = [sequence.tokens[0] == ord("X") for sequence in sequences]
+            logits_SV[torch.tensor(broken)] = torch.nan
+            return logits_SV
+
+    async def scene() -> None:
+        engine = Engine(lambda: Broken(model), model.token_bytes, 8, asyncio.get_running_loop())
+        try:
+            good, bad = engine.begin(job("In", 30), "a"), engine.begin(job("Xn", 30), "a")
+            with pytest.raises(EngineError, match="not finite"):
+                await whole(bad)
+            assert (await whole(good)).tokens == 30
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (SwarmError("no expert of this swarm answered"), "no expert"),
+        (RuntimeError("what?"), "internal error"),
+    ],
+)
+def test_a_fault_ends_the_streams_and_later_ones_are_answered(
+    model: ServedModel, fault: Exception, said: str
+) -> None:
+    def fail() -> None:
+        raise fault
+
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> None:
+        decoder.before = fail
+        streams = [engine.begin(job("In the sauna", 9), "a") for _ in range(3)]
+        for stream in streams:
+            with pytest.raises(EngineError, match=said):
+                await whole(stream)
+        decoder.before = lambda: None
+        assert (await whole(engine.begin(job("In the sauna", 9), "a"))).tokens == 9
+
+    run(model, scenario)
+
+
+def test_what_a_slow_reader_misses_is_one_piece(model: ServedModel) -> None:
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> list[Piece]:
+        stream = engine.begin(job("In the sauna", 40), "a")
+        await until(lambda: len(decoder.batches) == 40 and not decoder.open)
+        await asyncio.sleep(0)
+        return [piece async for piece in stream]
+
+    pieces = run(model, scenario)
+    assert sum(piece.tokens for piece in pieces) == 40
+    assert len(pieces) <= 2
+    assert "".join(piece.text for piece in pieces) == alone(model, job("In the sauna", 40))
+
+
+def test_closing_waits_for_no_stream(model: ServedModel) -> None:
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> None:
+        for _ in range(20):
+            engine.begin(job("In the sauna", 10**6), "a")
+        await until(lambda: len(decoder.batches) > 2)
+        await asyncio.to_thread(engine.close)
+        assert not [thread for thread in threading.enumerate() if thread.name == "talkoot-engine"]
+
+    run(model, scenario)
