@@ -296,7 +296,15 @@ def generate(
 
 @app.command(cls=ServeCommand, epilog=_KEEPS_TO_THIS_MACHINE)
 def serve(
-    context: typer.Context, *, join: Join = None, config: Config = None, log_format: Format = LogFormat.TEXT
+    context: typer.Context,
+    *,
+    join: Join = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Serve a folder of `talkoot export` instead, without a swarm."),
+    ] = None,
+    config: Config = None,
+    log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Serve a trained model to OpenAI's clients, and on a web page."""
     with command(log_format) as (terminal, signals):
@@ -307,7 +315,7 @@ def serve(
 
         settings = load_settings(context, ServeSettings)
         trainer = TrainerSettings.load(**given_settings(context, TrainerSettings))
-        run_serve(terminal, signals, join, trainer, settings)
+        run_serve(terminal, signals, join, model, trainer, settings)
 
 
 @app.command(cls=EvaluateCommand)

@@ -335,7 +335,7 @@ class EvaluateCommand(TrainedModelCommand):
 
 class ServeCommand(TrainedModelCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Model": (*_TRAINED_MODEL_SHOWN, "model_name"),
+        "Model": ("join", "model", *_TRAINED_MODEL_SHOWN[1:], "model_name"),
         "Server": ("host", "port", "api_key_file"),
         "Limits": ("max_tokens", "max_streams", "max_waiting", "max_per_client"),
         "Settings and output": ("config", "log_format"),

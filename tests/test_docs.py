@@ -13,6 +13,7 @@ from command_lines import require_parses
 from dht.manifest import Manifest
 from expert_server.settings import NodeSettings
 from talkoot.dashboard.settings import DashboardSettings
+from talkoot.serve.settings import ServeSettings
 from trainer_client.settings import Sampling, TrainerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,7 @@ def test_commands_are_looked_for_where_people_read() -> None:
     sorted(
         {
             name
-            for role in (NodeSettings, TrainerSettings, Sampling, DashboardSettings)
+            for role in (NodeSettings, TrainerSettings, Sampling, DashboardSettings, ServeSettings)
             for name in role.model_fields
         }
     ),

@@ -11,6 +11,7 @@ import pytest
 from byte_texts import byte_dataset
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from served_model import served, small_model
 from training_swarm import HOST, TEXT, Founder, founded
 
 from dht.invites import Invite
@@ -117,3 +118,8 @@ def test_metrics_of_a_dashboard(founder: Founder, tmp_path: Path) -> None:
     finally:
         founder.loop.run(running.__aexit__(None, None, None), 120)
         listener.close()
+
+
+def test_metrics_of_a_server(loop: LoopThread) -> None:
+    with served(loop, small_model()) as address:
+        check("serve", lambda: fetch(f"{address}metrics"))

@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 
 from dht.announcements import NodeInfo
+from talkoot.model.opened import open_model
 from talkoot.serve.chat import ChatFormat
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal
@@ -102,3 +104,19 @@ def model_of_swarm(
             is_usable=partial(trained.has_experts, _WAIT_S),
             nodes=nodes.take,
         )
+
+
+def model_of_folder(path: Path) -> ServedModel:
+    """A folder of `talkoot export`, with its experts in this process. Raises UserError."""
+    chat = ChatFormat.read(path)
+    opened = open_model(path)
+    live = len(opened.experts.blocks)
+    return ServedModel(
+        opened.manifest.name,
+        "folder",
+        opened.model,
+        opened.tokenizer,
+        opened.manifest.experts_total,
+        lambda: live,
+        chat,
+    )

@@ -6,16 +6,18 @@ import dataclasses
 import logging
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import torch
 import uvloop
 from prometheus_client import Gauge, ProcessCollector
 
+from peer.errors import SettingsError
 from peer.metrics import new_registry
 from talkoot.serve.access import read_keys
 from talkoot.serve.app import make_app
 from talkoot.serve.engine import Engine
-from talkoot.serve.opened import ServedModel, model_of_swarm
+from talkoot.serve.opened import ServedModel, model_of_folder, model_of_swarm
 from talkoot.serve.settings import ServeSettings
 from talkoot.signals import Stopped, StopSignals, run_until_stopped
 from talkoot.terminal import Terminal
@@ -30,18 +32,31 @@ def run_serve(
     terminal: Terminal,
     signals: StopSignals,
     join: str | None,
+    folder: Path | None,
     trainer: TrainerSettings,
     settings: ServeSettings,
 ) -> None:
-    """Serves until a signal arrives, which is not an error. Raises UserError when it can't start."""
+    """Serves until a signal arrives, which is not an error. Raises UserError when it can't start.
+
+    `folder`: of a model; None: a run's model, with the experts of the swarm that `join` is the invite of.
+    """
+    if (join is None) == (folder is None):
+        raise SettingsError(
+            "pass --join INVITE to use a swarm's experts, or --model DIR with a folder of `talkoot export`"
+        )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     read_keys(settings.api_key_file)  # before anything that takes time
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
     listener = listen(settings.host, settings.port)
     try:
-        with model_of_swarm(terminal, signals, join, trainer) as served:
+        if folder is not None:
+            with terminal.stages(f"reading {folder}"):
+                served = model_of_folder(folder)
             _serve_until_stopped(terminal, served, settings, listener)
+        else:
+            with model_of_swarm(terminal, signals, join, trainer) as served:
+                _serve_until_stopped(terminal, served, settings, listener)
     finally:
         listener.close()
 

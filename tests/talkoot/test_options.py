@@ -14,12 +14,14 @@ from peer.settings import RoleSettings
 from talkoot.cli import app
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.options import given_settings, help_of, load_settings
+from talkoot.serve.settings import ServeSettings
 from trainer_client.settings import Sampling, TrainerSettings
 
 COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # of a group
 ROLES: list[tuple[str, type[RoleSettings]]] = [
     *(("node", NodeSettings), ("doctor", NodeSettings)),
     *(("train", TrainerSettings), ("generate", Sampling), ("dashboard", DashboardSettings)),
+    ("serve", ServeSettings),
 ]
 _SCREEN = 72
 """Lines at 80 columns. On a terminal of 110 columns there are a quarter fewer."""
@@ -44,12 +46,12 @@ def test_every_setting_is_an_option_of_its_name(name: str, role: type[RoleSettin
         assert (field.annotation is bool) == bool(options[setting].is_flag)
 
 
-@pytest.mark.parametrize("name", ["node", "doctor", "train", "dashboard", "generate", "evaluate"])
+@pytest.mark.parametrize("name", ["node", "doctor", "train", "dashboard", "generate", "serve", "evaluate"])
 def test_every_option_says_what_it_is(name: str) -> None:
     assert [option.name for option in options_of(name).values() if not option.help] == []
 
 
-@pytest.mark.parametrize("name", ["node", "doctor", "train", "dashboard", "generate", "evaluate"])
+@pytest.mark.parametrize("name", ["node", "doctor", "train", "dashboard", "generate", "serve", "evaluate"])
 def test_help_shows_what_people_need_in_sections(name: str) -> None:
     ended = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     assert ended.exit_code == 0, ended.output
@@ -165,7 +167,7 @@ def test_an_option_shows_what_its_value_is(name: str, option: str, metavar: str)
     assert options_of(name)[option].metavar == metavar
 
 
-@pytest.mark.parametrize("name", ["generate", "evaluate"])
+@pytest.mark.parametrize("name", ["generate", "serve", "evaluate"])
 def test_a_command_that_reads_checkpoints_does_not_offer_to_write_them(name: str) -> None:
     options = options_of(name)
     assert options["checkpoint"].help.endswith("[default: the newest run's]")

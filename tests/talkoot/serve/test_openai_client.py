@@ -1,6 +1,7 @@
 """The official `openai` client against a server on a real socket."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -49,7 +50,13 @@ def test_completion(client: OpenAI) -> None:
 
 
 def test_stream_is_the_same_text(client: OpenAI) -> None:
-    request = {"model": "village", "prompt": PROMPT, "max_tokens": 40, "seed": 3, "temperature": 0.9}
+    request: dict[str, Any] = {
+        "model": "village",
+        "prompt": PROMPT,
+        "max_tokens": 40,
+        "seed": 3,
+        "temperature": 0.9,
+    }
     whole = client.completions.create(**request)
     chunks = list(client.completions.create(**request, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
@@ -78,7 +85,7 @@ def test_tokens_as_prompt(client: OpenAI) -> None:
 
 
 def test_stop_sequence_is_left_out(client: OpenAI) -> None:
-    request = {"model": "village", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    request: dict[str, Any] = {"model": "village", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
     text = client.completions.create(**request).choices[0].text
     stop = text[10:14]
     answer = client.completions.create(**request, stop=["never in it", stop])
@@ -91,7 +98,12 @@ def test_stop_sequence_is_left_out(client: OpenAI) -> None:
 
 def test_chat(client: OpenAI) -> None:
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Moi!"}]
-    request = {"model": "village", "messages": messages, "temperature": 0, "max_completion_tokens": 20}
+    request: dict[str, Any] = {
+        "model": "village",
+        "messages": messages,
+        "temperature": 0,
+        "max_completion_tokens": 20,
+    }
     whole = client.chat.completions.create(**request)
     assert whole.choices[0].message.role == "assistant"
     assert whole.usage is not None
@@ -119,7 +131,11 @@ def test_logprobs_of_a_completion(client: OpenAI) -> None:
 
 
 def test_logprobs_of_a_chat_in_a_stream(client: OpenAI) -> None:
-    request = {"model": "village", "messages": [{"role": "user", "content": "Moi!"}], "max_tokens": 12}
+    request: dict[str, Any] = {
+        "model": "village",
+        "messages": [{"role": "user", "content": "Moi!"}],
+        "max_tokens": 12,
+    }
     stream = client.chat.completions.create(**request, seed=1, logprobs=True, top_logprobs=2, stream=True)
     scored = [
         token for chunk in stream if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content

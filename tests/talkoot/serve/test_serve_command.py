@@ -1,0 +1,133 @@
+"""The command as people use it: with a swarm, with a folder, and how it ends."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from model_folders import RandomModel
+from openai import OpenAI
+from served_model import LIMIT_S, served
+from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
+
+from peer.errors import DataError
+from peer.loop import LoopThread
+from talkoot.serve.chat import ChatFormat, Message
+from talkoot.serve.opened import model_of_folder
+from trainer_client.inference import decoded, generate
+from trainer_client.settings import Sampling
+
+
+@pytest.fixture(scope="module")
+def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
+    with founded(loop, tmp_path_factory.mktemp("founder"), experts=8) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def run(founder: Founder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state folder of a run of two steps."""
+    state = tmp_path_factory.mktemp("trained")
+    text = state / "sauna.txt"
+    text.write_text(TEXT[:900])
+    quick = ("--batch-size", 2, "--threads", 1, "--call-deadline-s", 60, "--steps", 2)
+    ended = talkoot("train", "--join", founder.invite, "--state", state, "--data", text, *quick)
+    assert ended.status == 0, ended.err
+    return state
+
+
+def test_a_swarms_model_is_served_until_ctrl_c(founder: Founder, run: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "talkoot.cli", "serve", "--join", founder.invite, "--state", str(run)),
+            *("--port", "0", "--threads", "1"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        found = re.fullmatch(r"model village: (http://127\.0\.0\.1:\d+/)\n", process.stdout.readline())
+        assert found is not None
+        assert process.stdout.readline() == f"for OpenAI's clients: base URL {found[1]}v1\n"
+        status = httpx.get(f"{found[1]}status", timeout=LIMIT_S).json()
+        assert (status["from"], status["experts"]) == ("swarm", {"live": 8, "total": 8})
+        with OpenAI(base_url=f"{found[1]}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client:
+            answer = client.completions.create(model="village", prompt="In the sauna", max_tokens=5)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 5
+        short = founder.node.swarm.host.peer_id.to_base58()[-8:]
+        assert answer.to_dict()["talkoot"] == {"nodes": [short]}
+        kin = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in kin)
+
+
+def test_a_folders_model_is_served_and_says_the_same(loop: LoopThread, tmp_path: Path) -> None:
+    wanted = RandomModel(MANIFEST, missing=["0.0.1"])
+    path = wanted.write(tmp_path / "model")
+    model = model_of_folder(path)
+    sampling = Sampling(max_tokens=30, seed=5, temperature=1)
+    tokens = generate(model.model, list(b"In the sauna"), sampling)
+    expected = "".join(decoded(tokens, model.tokenizer.token_bytes))
+    with served(loop, model) as address:
+        assert httpx.get(f"{address}status").json()["experts"] == {"live": 7, "total": 8}
+        with OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client:
+            answer = client.completions.create(model="village", prompt="In the sauna", max_tokens=30, seed=5)
+    assert answer.choices[0].text == expected
+    assert "talkoot" not in answer.to_dict()
+
+
+def test_a_folders_chat_format_is_used(tmp_path: Path) -> None:
+    messages = [
+        Message("system", "Be kind."),
+        Message("user", " Moi! {content} "),
+        Message("assistant", "Moi."),
+    ]
+    assert ChatFormat.read(tmp_path).text(messages) == (
+        "Be kind.\n\nUser: Moi! {content}\nAssistant: Moi.\nAssistant:"
+    )
+    (tmp_path / "chat_format.json").write_text(
+        '{"user": "<u>{content}</u>", "assistant": "<a>{content}</a>", "prompt": "<a>", "stop": ["</a>"]}'
+    )
+    chat = ChatFormat.read(tmp_path)
+    assert chat.text(messages[1:]) == "<u>Moi! {content}</u><a>Moi.</a><a>"
+    assert chat.stop == ("</a>",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"user": "no place"}', '{"user": "{content}{content}"}', '{"colour": "red"}', '{"stop": [""]}',
+     '{"prompt": "' + "x" * 2**16 + '"}'],
+)  # fmt: skip
+def test_what_is_no_chat_format_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "chat_format.json").write_text(text)
+    with pytest.raises(DataError, match="no chat format"):
+        ChatFormat.read(tmp_path)
+
+
+def test_what_to_serve_must_be_said_once(tmp_path: Path) -> None:
+    talkoot("serve").is_one_clear_line("--join INVITE", "--model DIR")
+    talkoot("serve", "--join", "x", "--model", tmp_path).is_one_clear_line("--join INVITE", "--model DIR")
+
+
+def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:
+    talkoot("serve", "--model", tmp_path / "nowhere", "--port", 0).is_one_clear_line("nowhere")
+    talkoot("serve", "--model", tmp_path, "--port", 0).is_one_clear_line(str(tmp_path))
+
+
+def test_a_wrong_file_of_keys_is_told_before_anything_else(tmp_path: Path) -> None:
+    command = ("serve", "--model", tmp_path, "--api-key-file", tmp_path / "keys")
+    talkoot(*command).is_one_clear_line("can't read", "keys")

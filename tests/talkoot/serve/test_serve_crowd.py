@@ -1,0 +1,101 @@
+"""Many clients at once: no error, fair shares, flat memory."""
+
+import asyncio
+import gc
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from served_model import LIMIT_S, served, small_model
+
+from peer.loop import LoopThread
+from talkoot.serve.opened import ServedModel
+
+CLIENTS = 32
+ROUNDS = 6
+ASKED: dict[str, Any] = {"model": "village", "prompt": "In the sauna", "logprobs": 0, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def model() -> ServedModel:
+    return small_model()
+
+
+async def tokens_of(answer: httpx.Response, most: int) -> int:
+    """Tokens in a stream, which is left after `most`."""
+    count = 0
+    async for line in answer.aiter_lines():
+        if line.startswith("data: {"):
+            chunk = json.loads(line.removeprefix("data: "))
+            assert "error" not in chunk
+            scored = chunk["choices"][0]["logprobs"]
+            count += len(scored["tokens"]) if scored else 0
+        if count >= most:
+            break
+    return count
+
+
+def test_many_clients_are_answered_alike_and_leave_nothing(loop: LoopThread, model: ServedModel) -> None:
+    """Half of them hang up in mid-stream, each time."""
+
+    async def client(http: httpx.AsyncClient, url: str, number: int) -> None:
+        leaves = bool(number % 2)
+        asked = ASKED | {"max_tokens": 4000 if leaves else 8, "seed": number}
+        async with http.stream("POST", url, json=asked) as answer:
+            assert answer.status_code == 200
+            assert await tokens_of(answer, most=8) >= 8
+
+    async def crowd(url: str) -> list[int]:
+        sizes = []
+        limits = httpx.Limits(max_connections=CLIENTS)
+        async with httpx.AsyncClient(timeout=LIMIT_S, trust_env=False, limits=limits) as http:
+            for _ in range(ROUNDS):
+                await asyncio.gather(*(client(http, url, number) for number in range(CLIENTS)))
+                gc.collect()
+                sizes.append(psutil.Process().memory_info().rss)
+        return sizes
+
+    with served(loop, model) as address:
+        sizes = asyncio.run(crowd(f"{address}v1/completions"))
+    assert sizes[-1] - sizes[1] < 16 * 2**20, [size >> 20 for size in sizes]
+
+
+def test_a_greedy_client_slows_nobody_down(loop: LoopThread, model: ServedModel, tmp_path: Path) -> None:
+    names = ["greedy", "aino", "onni", "helmi"]
+    (tmp_path / "keys").write_text("\n".join(f"{name}-key" for name in names))
+    got: Counter[str] = Counter()
+
+    async def client(http: httpx.AsyncClient, url: str, name: str, enough: asyncio.Event) -> None:
+        headers = {"authorization": f"Bearer {name}-key"}
+        async with http.stream("POST", url, json=ASKED | {"max_tokens": 4000}, headers=headers) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    scored = json.loads(line.removeprefix("data: "))["choices"][0]["logprobs"]
+                    got[name] += len(scored["tokens"]) if scored else 0
+                if min(got[modest] for modest in names[1:]) >= 40:
+                    enough.set()
+
+    async def crowd(url: str) -> Counter[str]:
+        enough = asyncio.Event()
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(timeout=LIMIT_S, trust_env=False, limits=limits) as http:
+            greedy = [asyncio.create_task(client(http, url, "greedy", enough)) for _ in range(12)]
+            while got["greedy"] < 40:  # noqa: ASYNC110  # answers set no event
+                await asyncio.sleep(0.01)
+            before = Counter(got)
+            modest = [asyncio.create_task(client(http, url, name, enough)) for name in names[1:]]
+            async with asyncio.timeout(LIMIT_S):
+                await enough.wait()
+            for task in (*greedy, *modest):
+                task.cancel()
+            await asyncio.gather(*greedy, *modest, return_exceptions=True)
+        return got - before
+
+    with served(loop, model, max_streams=4, api_key_file=tmp_path / "keys") as address:
+        shares = asyncio.run(crowd(f"{address}v1/completions"))
+    assert all(shares[name] >= 40 for name in names[1:])
+    assert shares["greedy"] <= 1.5 * max(shares[name] for name in names[1:])
