@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +137,14 @@ class Internet:
                 daemon.kill()
                 daemon.wait()
                 _run(*run_there, "nft", "delete", "table", "inet", "upnp")
+
+    def redirect(self, machine: Machine, ports: Mapping[int, int]) -> None:
+        """What comes in for one port of a public machine goes to another one there. `ports`: from which to which."""
+        rules = "".join(f'iifname "wan" tcp dport {port} redirect to :{to}\n' for port, to in ports.items())
+        chain = f"chain prerouting {{\ntype nat hook prerouting priority -100\n{rules}}}\n"
+        _run(
+            "ip", "netns", "exec", machine.namespace, "nft", "-f", "-", stdin=f"table ip nat {{\n{chain}}}\n"
+        )
 
     def forwarded(self, home: Machine) -> str:
         """What the router forwards by UPnP, as nft lists it."""

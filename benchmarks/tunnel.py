@@ -36,8 +36,8 @@ SITES = ("direct", "tunnel")
 WAYS = (*SITES, "relay")
 LEAST_SHARE = 0.50
 LEAST_SHARE_OF_TUNNEL = 0.90
-PORT = 4001
-"""Of DHT and calls: each machine has its own."""
+PORTS = (4001, 4002)
+"""Of gRPC and of p2pd: each machine has its own."""
 SEQUENCES = 8
 _WARM_STEPS = 10
 _STEP_LIMIT_S = 10.0
@@ -120,11 +120,12 @@ class Swarm:
         options = (*options, "--spare", 0)
         if machine.is_behind_router:
             return self._village.node(machine, *options)
-        links = emulated_links(f"{1000 * self._site.passes.delay_s:g}ms", [[PORT]], machine)
-        ((announced,),) = self._stack.enter_context(links).ports
+        links = emulated_links(f"{1000 * self._site.passes.delay_s:g}ms", [PORTS], machine)
+        (delayed,) = self._stack.enter_context(links).ports
+        self._village.net.redirect(machine, dict(zip(PORTS, delayed, strict=True)))
         config = self._folder / f"{machine.namespace}.toml"
         config.write_text(
-            f"port = {PORT}\nannounce_port = {announced}\n"
+            f"port = {PORTS[0]}\np2pd_port = {PORTS[1]}\n"
             "relay_mbit = 1000\n"  # the links limit it, as they limit p2pd's relay
             'reachability = "public"\n'  # who is asked sees the caller at its own address, where the delays are
         )

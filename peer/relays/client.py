@@ -16,7 +16,7 @@ from peer.errors import ExpertError, UnreachableError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID, certificate_pem
 from peer.loop import first_of
-from peer.relays.pieces import ACCEPT_S, BEAT_S, PIECE_BYTES, read_piece
+from peer.relays.pieces import ACCEPT_S, BEAT_S, SENT_BYTES, read_piece
 from peer.rpc.calls import make_stub
 from peer.rpc.certificates import fetch_certificate
 from peer.rpc.channels import ChannelPool
@@ -142,7 +142,7 @@ class RelayClient:
         circuit = CircuitStream(call)
         try:
             with contextlib.closing(pipe[1]):
-                here = SocketStream(pipe, PIECE_BYTES)
+                here = SocketStream(pipe, SENT_BYTES)
                 await first_of(copy_both_ways(here, circuit, _IDLE_S, self.bytes.inc), circuit.keep_alive())
         finally:
             self.circuits -= 1

@@ -11,6 +11,10 @@ from peer.wire import relay_pb2
 Piece: TypeAlias = "relay_pb2.CircuitPiece"
 PIECE_BYTES = 64 * 2**10
 """The most in one piece."""
+SENT_BYTES = 32 * 2**10
+"""The most that an end puts into one. A relay passes a piece on once it has all of it, so large ones come late; small
+ones cost the relay's processor more.
+"""
 CIRCUIT_BYTES = 16
 """Of a circuit's name, which is random and known only to the two that it is told."""
 BEAT_S = 6.0

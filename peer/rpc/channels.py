@@ -62,6 +62,8 @@ _HEAD_START_S = 1.0
 _TRY_S = 20.0
 _SILENT_S = 5.0
 """How long a peer counts as silent after a connection failed."""
+_STEADY_S = 60.0
+"""A detour whose connection ends sooner is tried after all other ways: a libp2p relay may have limits that end each."""
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
 
@@ -139,6 +141,9 @@ class ChannelPool:
         self._tries: dict[tuple[PeerID, tuple[str, ...]], asyncio.Task[grpc.aio.Channel | None]] = {}
         self._failed = BoundedDict[PeerID, float](limit)
         """When a connection to the peer failed last."""
+        self._found_at = BoundedDict[PeerID, float](limit)
+        self._unsteady = BoundedDict[PeerID, str](limit)
+        """The detour to the peer that broke soon after it was found."""
         self._is_closed = False
 
     def called_by(self, way: Way) -> int:
@@ -193,7 +198,7 @@ class ChannelPool:
         worked = ways[0] if is_detour else self._worked.get(peer.peer_id)
         if worked in ways:
             channel = await self._open(peer, worked)
-            if len(ways) == 1 or channel.get_state() not in _BROKEN:
+            if len(ways) == 1 or not self._has_broken(peer.peer_id, worked, channel.get_state()):
                 self._called[peer.peer_id] = _kind(worked)
                 return channel
         key = peer.peer_id, tuple(ways)
@@ -234,6 +239,8 @@ class ChannelPool:
         found = None
         try:
             async with asyncio.timeout(self._try_s):
+                unsteady = self._unsteady.get(peer.peer_id)
+                ways = sorted(ways, key=lambda way: way == unsteady)
                 for way in (*filter(partial(self._may_dial, peer), ways), None):
                     if way is not None:
                         channel = await self._open(peer, way)
@@ -252,11 +259,20 @@ class ChannelPool:
         else:
             self._failed.pop(peer.peer_id, None)
             self._worked[peer.peer_id] = found[0]
+            self._found_at[peer.peer_id] = time.monotonic()
             self._called[peer.peer_id] = _kind(found[0])
             if found[0] not in self._detours:
                 self._dialling.reached(Endpoint(found[0]), peer.peer_id)
         await self._close_unknown(peer, opened)
         return None if found is None else found[1]
+
+    def _has_broken(self, peer_id: PeerID, way: str, state: grpc.ChannelConnectivity) -> bool:
+        """Whether other ways should be tried. Notes a detour whose connection has ended soon, for whatever reason."""
+        age_s = time.monotonic() - self._found_at.get(peer_id, -math.inf)
+        if way in self._detours and state is not grpc.ChannelConnectivity.READY and age_s < _STEADY_S:
+            self._unsteady[peer_id] = way
+            return True
+        return state in _BROKEN
 
     def _may_dial(self, peer: Contact, way: str) -> bool:
         return way in self._detours or self._dialling.begin(Endpoint(way), peer.peer_id)

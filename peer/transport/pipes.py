@@ -57,24 +57,20 @@ async def copy_both_ways(
 ) -> None:
     """Copies until either side ends. Reads no faster than the other side accepts. `count`: of bytes.
 
-    Raises OSError if a stream breaks, or if nothing moves for `idle_s` in either direction.
+    Raises OSError if a stream breaks, or if nothing moves in either direction for `idle_s`.
     """
-    await first_of(_copy(here, there, idle_s, count), _copy(there, here, idle_s, count))
+    now = asyncio.get_running_loop().time
 
-
-async def _copy(
-    source: ByteStream, target: ByteStream, idle_s: float, count: Callable[[int], object]
-) -> None:
-    while True:
-        async with asyncio.timeout(idle_s):
-            data = await source.read()
-        if not data:
-            break
-        count(len(data))
-        async with asyncio.timeout(idle_s):
+    async def copy(source: ByteStream, target: ByteStream) -> None:
+        while data := await source.read():
+            count(len(data))
             await target.write(data)
-    async with asyncio.timeout(_FLUSH_S):
-        await target.end()
+            idle.reschedule(now() + idle_s)
+        async with asyncio.timeout(_FLUSH_S):
+            await target.end()
+
+    async with asyncio.timeout(idle_s) as idle:
+        await first_of(copy(here, there), copy(there, here))
 
 
 class Listeners:

@@ -210,6 +210,7 @@ class Proxy:
         loop = asyncio.get_running_loop()
         while True:
             client, address = await loop.sock_accept(self._listener)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             wire = self.wire if self._wire_from is None else self._wire_from(address[1])
             self._tasks.spawn(self._carry(wire, client), "carry a connection")
 

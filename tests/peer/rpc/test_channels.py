@@ -1,11 +1,16 @@
-"""A pool of channels dials no victim: not again and again, not for many records, and nothing that is near."""
+"""A pool of channels dials no victim: not again and again, not for many records, and nothing that is near. It leaves
+ways that lead nowhere."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import grpc
 import pytest
+from relayed import Known, Served, closing, serve
 
 from peer.errors import UnreachableError
 from peer.identity import Identity, PeerID, certificate_pem
@@ -13,6 +18,7 @@ from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import ENDPOINT_BURST, Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
+from peer.transport.pipes import Listeners, Pipe, SocketStream, copy_both_ways
 
 LOCAL = "127.0.0.1"
 
@@ -120,3 +126,56 @@ def test_a_closed_pool_calls_nobody_any_more(pem: bytes) -> None:
             assert not pool._channels, "it leaks"
 
     asyncio.run(scenario())
+
+
+def way_to(served: Served, cut_after: float) -> Listeners:
+    """A detour that leads to the server, and cuts each connection after so many bytes to it."""
+
+    async def lead(peer_id: PeerID, addresses: Sequence[Multiaddress], accepted: Pipe) -> None:
+        carried = 0
+
+        def count(size: int) -> None:
+            nonlocal carried
+            carried += size
+            if carried > cut_after:
+                raise ConnectionError("cut")
+
+        there = await asyncio.open_connection(LOCAL, served.endpoint.port)
+        with contextlib.closing(accepted[1]), contextlib.closing(there[1]), contextlib.suppress(OSError):
+            await copy_both_ways(SocketStream(accepted), SocketStream(there), 60.0, count)
+
+    return Listeners(4, lead)
+
+
+def test_a_tunnel_whose_connections_are_cut_again_and_again_gives_way_to_the_relay(
+    identity: Identity,
+) -> None:
+    """As libp2p's relays do after 128 KiB, unless they have other limits."""
+
+    async def scenario() -> None:
+        served = await serve(identity)
+        tunnel, relay = way_to(served, 2**17), way_to(served, math.inf)
+        pool = ChannelPool(tunnels=tunnel, relays=relay)
+        some = (Multiaddress.of(served.endpoint, served.peer_id),)
+        known = Known(served.peer_id, served.pem, relay_addresses=some, tunnel_addresses=some)
+        payload = bytes(2**18)
+        async with closing(served):
+            assert await echo(pool, known, b"small") == b"small"
+            assert pool.called_by("tunnel") == 1
+            async with asyncio.timeout(60):
+                while True:
+                    with contextlib.suppress(grpc.aio.AioRpcError):
+                        assert await echo(pool, known, payload) == payload
+                        break
+            assert pool.called_by("relay") == 1
+            await pool.close()
+            tunnel.close()
+            relay.close()
+
+    asyncio.run(scenario())
+
+
+async def echo(pool: ChannelPool, known: Known, payload: bytes) -> bytes:
+    method: Any = (await pool.reach(known)).unary_unary("/test/Echo")
+    answer: bytes = await method(payload, timeout=20.0)
+    return answer
