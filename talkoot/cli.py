@@ -22,6 +22,7 @@ from talkoot.options import (
     DashboardCommand,
     DoctorCommand,
     EvaluateCommand,
+    ExportCommand,
     Format,
     GenerateCommand,
     Join,
@@ -340,6 +341,60 @@ def evaluate(
             from trainer_client.settings import TrainerSettings
 
         run_evaluate(terminal, signals, join, paths, load_settings(context, TrainerSettings))
+
+
+@app.command(cls=ExportCommand)
+def export(
+    context: typer.Context,
+    *,
+    join: Join = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="The folder to write. It must not exist yet."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Take it from this machine's newest run.  [default: from live trainers]"
+        ),
+    ] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Mask experts that no live node hosts.")
+    ] = False,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, metavar="SHARE", help="Keep this share of each layer's experts.  [default: all]"
+        ),
+    ] = None,
+    keep_by: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The file or folder of text whose most used experts --keep keeps."),
+    ] = None,
+    data_note: Annotated[
+        str, typer.Option(metavar="TEXT", help="What the model was trained on, for its model card.")
+    ] = "",
+    download_mbit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, metavar="MBIT/S", help="Limit for the experts' download.  [default: no limit]"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write the model that a swarm trains into a folder, for transformers and for Talkoot.
+
+    If it is stopped, the same command goes on where it was.
+    """
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing(), imports_without_gc():
+            from talkoot.model.export import ExportPlan, run_export
+            from trainer_client.settings import TrainerSettings
+
+        if out is None:
+            raise SettingsError("pass -o DIR, the folder to write")
+        plan = ExportPlan(out, resume, allow_missing, keep, keep_by, data_note, download_mbit)
+        run_export(terminal, signals, join, load_settings(context, TrainerSettings), plan)
 
 
 @app.command()

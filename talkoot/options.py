@@ -349,6 +349,35 @@ class ServeCommand(TrainedModelCommand):
         return {TrainerSettings: _TRAINED_MODEL, ServeSettings: _all_settings(ServeSettings)}
 
 
+class ExportCommand(TrainedModelCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Folder": ("out", "data_note", "allow_missing", "keep", "keep_by"),
+        "Swarm": ("join", "wait_for_experts_s", "download_mbit"),
+        "Dense part": ("resume", "checkpoint", "state", "tokenizer", "router"),
+        "Output": ("as_json",),
+    }
+
+    @cached_property
+    def _setting_options(self) -> list[Any]:
+        options = super()._setting_options
+        changed = {
+            "checkpoint": "Take it from this run: a folder of checkpoints, or one of its files.",
+            "tokenizer": "That of the trainers that give it: bytes, or a tokenizer.json.  [default: bytes]",
+            "router": "That of these trainers.  [default: whichever they use]",
+            "wait_for_experts_s": "How long to wait for experts that no live node hosts.  [default: 60]",
+        }
+        for option in options:
+            option.help = changed.get(option.name, option.help)
+        return options
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from trainer_client.settings import TrainerSettings
+
+        more = ("tokenizer", "router", "balance", "top_k", "field", "batch_size")
+        return {TrainerSettings: (*_TRAINED_MODEL, *more)}
+
+
 class DashboardCommand(SettingsCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Options": ("join", "host", "port", "refresh_s", "state", "config", "log_format"),

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import platformdirs
 from prometheus_client import Gauge
@@ -46,6 +47,8 @@ from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress
+
+T = TypeVar("T")
 
 _RETRY_S = 0.5
 """Between two looks for live experts, while waiting for them."""
@@ -147,6 +150,19 @@ class SwarmClient:
     def manifest(self) -> Manifest:
         """What all peers of the swarm share: the sizes of the model and the grid, and more."""
         return self._joined.swarm.manifest
+
+    @property
+    def swarm(self) -> Swarm:
+        """Its membership. What is asynchronous there belongs to this client's loop: see `run`."""
+        return self._joined.swarm
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on this client's loop, and waits for it. Not for the loop's own thread."""
+        return self._loop.run(coroutine)
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Starts a coroutine on this client's loop."""
+        return self._loop.submit(coroutine)
 
     @property
     def settings(self) -> TrainerSettings:

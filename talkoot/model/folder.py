@@ -185,9 +185,8 @@ class FolderWriter:
         self._manifest, self._routing, self._tokenizer = manifest, routing, tokenizer
         self._dense = dense_forms(manifest, routing, len(tokenizer.token_bytes))
         self._expert = expert_forms(manifest)
+        require_new(path)
         with _telling(path):
-            if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-                raise SettingsError(f"{path} exists: pass the path of a new folder")
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.partial)
             try:
@@ -335,6 +334,13 @@ class FolderWriter:
 
     def _write_text(self, name: str, text: str) -> None:
         write_atomically(self.partial / name, text.encode())
+
+
+def require_new(path: Path) -> None:
+    """Raises SettingsError unless nothing is there, or an empty folder; and StartError."""
+    with _telling(path):
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise SettingsError(f"{path} exists: pass the path of a new folder")
 
 
 def python_file(name: str) -> str:

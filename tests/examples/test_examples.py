@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from expert_fakes import make_manifest
-from model_folders import RandomModel
 
 from benchmarks.village import RunningNode, running_village
 
@@ -76,20 +74,3 @@ def test_ten_lines_are_enough_and_a_layer_that_is_not_there_is_named(
     ended = run("-c", TEN_LINES, node.invite, tmp_path)
     assert ended.stdout == "[]\n", ended.stderr
     assert "SettingsError: layer 2: this swarm has layers 0 to 1" in ended.stderr
-
-
-def test_an_exported_model_is_trained_on_with_ones_own_text(tmp_path: Path) -> None:
-    folder = RandomModel(make_manifest((2, 2), k=2, layers=2, hidden=16, context=32)).write(
-        tmp_path / "model"
-    )
-    text = tmp_path / "mine.txt"
-    text.write_text("The kettle sings, and the sauna is warm. " * 40)
-    losses = []
-    for model in (folder, tmp_path / "mine"):
-        options = ("--out", tmp_path / "mine", "--steps", 50, "--learning-rate", 3e-3)
-        ended = run("examples/fine_tune.py", model, text, *options)
-        assert ended.returncode == 0, ended.stderr
-        losses += re.findall(r"loss (\S+)", ended.stdout)
-    before, after, again, last = losses
-    assert float(last) < float(after) < 0.8 * float(before)
-    assert again == after, "what was saved is what was learned"

@@ -10,7 +10,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from dht.manifest import Manifest
+from dht.manifest import AdmissionSpec, Manifest
 from dht.swarm import found_swarm
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
@@ -91,20 +91,27 @@ class Founder:
         self.loop.run(self.node.resume(), 120)
 
 
+def node_settings(experts: int, **changes: Any) -> NodeSettings:
+    alone = {"replicas": 1, "average_every_s": 0, "drain_timeout_s": 0}
+    return NodeSettings.load(**{"threads": 1, "experts": experts, "announce_every_s": 1, **alone, **changes})
+
+
 @contextmanager
 def founded(
-    loop: LoopThread, folder: Path, experts: int, name: str = "village", **changes: Any
+    loop: LoopThread,
+    folder: Path,
+    experts: int,
+    name: str = "village",
+    admission: AdmissionSpec | None = None,
+    **changes: Any,
 ) -> Iterator[Founder]:
     """`changes`: of the node's settings."""
 
     async def start() -> tuple[Node, str]:
         identity = Identity.load_or_create(folder / "founder.key")
-        manifest = MANIFEST.model_copy(update={"name": name})
+        manifest = MANIFEST.model_copy(update={"name": name, "admission": admission or AdmissionSpec()})
         swarm = await found_swarm(identity, manifest, NetworkConfig(HOST))
-        alone = {"replicas": 1, "average_every_s": 0, "drain_timeout_s": 0}
-        settings = NodeSettings.load(
-            **{"threads": 1, "experts": experts, "announce_every_s": 1, **alone, **changes}
-        )
+        settings = node_settings(experts, **changes)
         node = await Node.start(settings, swarm, host=HOST, state=folder / "founder")
         return node, str(await node.swarm.invite())
 

@@ -33,7 +33,7 @@ from peer.medoid import COMPARED, elementwise_median, medoid
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.server import RpcServer, server_credentials
-from peer.rpc.sessions import SessionClient, Sessions
+from peer.rpc.sessions import Right, SessionClient, Sessions
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, chunked, receive
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import resolved
@@ -95,9 +95,11 @@ class Averaging:
         admission: SwarmAdmission | None = None,
         channels: ChannelPool | None = None,
         relays: RelayKeeper | None = None,
+        rights: Sequence[Right] = (session_pb2.RIGHT_AVERAGE,),
         rng: random.Random | None = None,
     ) -> None:
-        """`admission`: the swarm's rules and this peer's badge; None admits everybody.
+        """`admission`: the swarm's rules and this peer's badge; None admits everybody. `rights`: with which it calls
+        others.
 
         `channels`: to other trainers, for this alone. `relays`: through which others reach this one; None: they reach
         it at its addresses, or not at all.
@@ -119,7 +121,7 @@ class Averaging:
         self._service = SnapshotClient(
             dense_pb2_grpc.DenseServiceStub,
             channels or ChannelPool(MAX_CALLS),
-            SessionClient(identity, swarm_id, (session_pb2.RIGHT_AVERAGE,), admission),
+            SessionClient(identity, swarm_id, rights, admission),
             exchange.receiver,
             open_s=min(deadline_s, _OPEN_S),
             limit_s=deadline_s,

@@ -64,9 +64,7 @@ class DenseForm:
         buffers = shared_buffers(model)
         tensors = {**dict(model.named_parameters()), **buffers}
         kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        told = sorted((name, list(shape), str(dtype)) for name, (shape, dtype) in kinds.items())
-        text = json.dumps([swarm_id, told, meanings])
-        return cls(swarm_id, hashlib.sha256(text.encode()).digest(), kinds, frozenset(buffers))
+        return cls(swarm_id, fingerprint_of(swarm_id, kinds, *meanings), kinds, frozenset(buffers))
 
     @property
     def max_bytes(self) -> int:
@@ -105,6 +103,12 @@ class DenseForm:
     def trained(self, tensors: Tensors) -> Tensors:
         """The parameters among them."""
         return {name: tensor for name, tensor in tensors.items() if name not in self.buffers}
+
+
+def fingerprint_of(swarm_id: str, kinds: Outline, *meanings: str) -> bytes:
+    """That of the form of a dense part with these tensors, parameters and buffers. `meanings`: as in `DenseForm.of`."""
+    told = sorted((name, list(shape), str(dtype)) for name, (shape, dtype) in kinds.items())
+    return hashlib.sha256(json.dumps([swarm_id, told, meanings]).encode()).digest()
 
 
 def shared_buffers(model: nn.Module) -> dict[str, Tensor]:

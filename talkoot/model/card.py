@@ -1,0 +1,226 @@
+"""The model card of an exported folder: what the model is, where it comes from, and what is known of it."""
+
+import hashlib
+import html
+import json
+import re
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median_low
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+
+from dht.manifest import Manifest
+from dht.uid import UID
+from peer import SOFTWARE_VERSION
+from peer.errors import WireError
+from peer.files import write_atomically
+from peer.formatting import printable
+from talkoot.model.dense import ExportedDense
+from talkoot.model.folder import PYTHON_FILES, python_file
+from trainer_client.training.record import perplexity
+
+REPLICAS = "replicas.json"
+_MOST_NAMES, _MOST_MISSING = 1000, 20
+_MOST_NOTE = 10_000
+"""Characters of what the user says about the data."""
+_SYNTAX = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
+_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+prompt = tokenizer("In the sauna", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+"""
+
+
+class ExpertSource(BaseModel):
+    """Where an expert in the folder comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    updates: Annotated[int, Field(ge=0)]
+    """Optimizer steps that the parameters have taken."""
+    node: str
+    """PeerID of the node that gave them."""
+    replicas: dict[str, int]
+    """All nodes that served the expert, by PeerID, and the update count that each announced."""
+
+
+class _Sources(RootModel[dict[str, ExpertSource]]):
+    pass
+
+
+class SourcesFile:
+    """`replicas.json` in the folder: where each expert comes from. Rewritten after each layer."""
+
+    def __init__(self, folder: Path) -> None:
+        """Goes on with what an earlier export wrote there."""
+        self._path = folder / REPLICAS
+        self.experts: dict[UID, ExpertSource] = {}
+        try:
+            read = _Sources.model_validate_json(self._path.read_bytes()).root
+            self.experts = {UID.parse(text): source for text, source in read.items()}
+        except (OSError, ValidationError, WireError):
+            pass  # there is none, or it was cut off: its layers are fetched again
+
+    def of_layer(self, layer: int) -> dict[UID, ExpertSource]:
+        return {uid: source for uid, source in self.experts.items() if uid.layer == layer}
+
+    def replace_layer(self, layer: int, experts: Mapping[UID, ExpertSource]) -> None:
+        """Raises OSError."""
+        others = {uid: source for uid, source in self.experts.items() if uid.layer != layer}
+        self.experts = dict(sorted((others | dict(experts)).items()))
+        values = {str(uid): source.model_dump() for uid, source in self.experts.items()}
+        write_atomically(self._path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+@dataclass(frozen=True, eq=False)
+class CardFacts:
+    """What a card says."""
+
+    swarm_id: str
+    manifest: Manifest
+    dense: ExportedDense
+    experts: Mapping[UID, ExpertSource]
+    is_pruned: bool
+    """Whether experts were left out because a text does not use them."""
+    figures: Mapping[str, float]
+    """Measured at the export: losses in nats per token, by what they are of."""
+    names: Collection[str]
+    """Of nodes and trainers that their owners announce."""
+    data_note: str
+    exported_at: float
+
+
+def model_card(facts: CardFacts) -> str:
+    """In Markdown, with the front matter that model hubs read."""
+    manifest = facts.manifest
+    parts = [
+        _front_matter(manifest),
+        f"# {manifest.name}\n\nA language model with a mixture of experts. Volunteers trained it together in the swarm "
+        f"`{facts.swarm_id}`, with Talkoot. `talkoot export` {SOFTWARE_VERSION} wrote this folder on "
+        f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(facts.exported_at))}.\n",
+        f"## Use it\n\n{_USE}",
+        _code(),
+        _data(facts),
+        _figures(facts),
+        _experts(facts),
+        _contributors(facts),
+        _licence(manifest),
+        f"## Manifest\n\n```json\n{json.dumps(json.loads(manifest.to_json()), indent=2)}\n```\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(manifest: Manifest) -> str:
+    lines = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [talkoot, mixture-of-experts]",
+    ]
+    if manifest.license is not None:
+        lines.append(f"license: {manifest.license.lower()}")
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _code() -> str:
+    if not PYTHON_FILES:
+        return ""
+    hashes = "\n".join(
+        f"| `{name}` | `{hashlib.sha256(python_file(name).encode()).hexdigest()}` |" for name in PYTHON_FILES
+    )
+    return (
+        "`trust_remote_code=True` runs two Python files of this folder. They are those of the release, and must have "
+        f"these checksums:\n\n| file | SHA-256 |\n|---|---|\n{hashes}\n"
+    )
+
+
+def _data(facts: CardFacts) -> str:
+    note = facts.data_note.strip()[:_MOST_NOTE]
+    lines = [_plain(line, _MOST_NOTE) for line in note.splitlines()] or ["Not recorded."]
+    said = "What it was trained on, as the person says who exported it:\n\n" if note else ""
+    return f"## Data\n\n{said}" + "\n".join(lines) + "\n"
+
+
+def _figures(facts: CardFacts) -> str:
+    dense, counts = facts.dense, [source.updates for source in facts.experts.values()]
+    rows = [
+        ("dense part", f"of {dense.origin}, after {dense.steps} steps, those of other trainers included"),
+        ("experts", f"{len(facts.experts)} of {facts.manifest.experts_total}"),
+        ("updates of an expert", f"{median_low(counts)} (median)" if counts else "none"),
+    ]
+    if dense.validation_loss is not None:
+        loss = dense.validation_loss
+        rows.append(
+            (
+                "validation loss",
+                f"{loss:.4f} nats per token (perplexity {perplexity(loss):.2f}), on its trainer's text",
+            )
+        )
+    rows += [(name, f"{loss:.4f} nats per token") for name, loss in facts.figures.items()]
+    table = "".join(f"| {name} | {text} |\n" for name, text in rows)
+    return f"## Figures\n\n| | |\n|---|---|\n{table}"
+
+
+def _experts(facts: CardFacts) -> str:
+    manifest = facts.manifest
+    rows = []
+    for layer in range(manifest.model.layers):
+        sources = [source for uid, source in facts.experts.items() if uid.layer == layer]
+        taken = [source.updates for source in sources]
+        replicas = [count for source in sources for count in source.replicas.values()]
+        rows.append(
+            f"| {layer} | {len(sources)} | {_spread(taken)} | {len(replicas)} | {_spread(replicas)} |\n"
+        )
+    text = (
+        "## Experts\n\nThe parameters of each expert are those of one of its replicas. Update counts are as the nodes "
+        f"announced them, the least, the median and the most; `{REPLICAS}` has each.\n\n"
+        "| layer | experts | updates | replicas | updates of the replicas |\n|---|---|---|---|---|\n"
+        + "".join(rows)
+        + "\nAn export takes minutes. If the swarm was training meanwhile, the parts of this model are of different "
+        "moments: it is a smear over that time, not a snapshot.\n"
+    )
+    if missing := [uid for uid in manifest.uids() if uid not in facts.experts]:
+        named = ", ".join(map(str, missing[:_MOST_MISSING]))
+        more = f" and {len(missing) - _MOST_MISSING} more" if len(missing) > _MOST_MISSING else ""
+        why = "were left out" if facts.is_pruned else "had no host that gave them"
+        text += (
+            f"\n**{len(missing)} of {manifest.experts_total} experts {why}** and are masked; tokens go to others: "
+            f"{named}{more}.\n"
+        )
+    return text
+
+
+def _spread(counts: Sequence[int]) -> str:
+    return f"{min(counts)} / {median_low(counts)} / {max(counts)}" if counts else "–"
+
+
+def _contributors(facts: CardFacts) -> str:
+    names = sorted({_plain(name) for name in facts.names if name}, key=str.lower)[:_MOST_NAMES]
+    if not names:
+        return ""
+    return (
+        "## Contributors\n\nThose who were there at the export, and announce a name: "
+        + ", ".join(names)
+        + ".\n"
+    )
+
+
+def _licence(manifest: Manifest) -> str:
+    if manifest.license is None:
+        return (
+            "## Licence\n\nThe swarm's manifest names none. Ask its founder before you pass this model on.\n"
+        )
+    return f"## Licence\n\n{manifest.license}, as the swarm's manifest says.\n"
+
+
+def _plain(text: str, most: int = 200) -> str:
+    """As it reads, whatever Markdown or HTML it looks like."""
+    return _SYNTAX.sub(r"\\\1", html.escape(printable(text, most), quote=False))

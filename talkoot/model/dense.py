@@ -1,0 +1,157 @@
+"""The dense part of a model that is exported: that of a run on this machine, or of live trainers."""
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from dht.admission import EXPORT
+from dht.announcements import TrainerInfo
+from dht.manifest import Manifest
+from dht.swarm import Swarm
+from peer.errors import SettingsError, SwarmError
+from peer.formatting import counted
+from peer.medoid import COMPARED
+from talkoot.model.folder import FolderRouting, dense_forms
+from trainer_client.averaging.averager import Averaging, AveragingSchedule
+from trainer_client.averaging.dense_part import DenseForm, SharedParameters, fingerprint_of
+from trainer_client.averaging.exchange import DenseExchange
+from trainer_client.client import SwarmClient
+from trainer_client.data.tokenizer import Tokenizer, load_tokenizer
+from trainer_client.model import LanguageModel, require_memory
+from trainer_client.moe import Experts, RemoteMixtureOfExperts
+from trainer_client.routers import ROUTERS, Routing
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.checkpoints import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_ELSE = "pass --resume on a machine that has trained in this swarm, or --checkpoint with the folder of a run"
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedDense:
+    """A dense part, and what belongs to it."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    routing: Routing
+    origin: str
+    """Where it comes from, in words, for the model card."""
+    steps: int
+    """That have gone into it."""
+    validation_loss: float | None
+    """In nats per token; None: not known."""
+
+
+def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) -> ExportedDense:
+    """`checkpoint`: of a run in this swarm, whose settings the client has. Raises UserError if it does not fit."""
+    checkpoint.check_manifest(client.manifest)
+    header = checkpoint.header
+    tokenizer = load_tokenizer(header.tokenizer)
+    routing = Routing.of(client.settings, client.manifest, 0)
+    model = _model(client, routing, tokenizer, experts)
+    checkpoint.load_into(model)
+    losses = checkpoint.tensors.get("history.validation_losses")
+    loss = float(losses[-1]) if losses is not None and losses.numel() else None
+    steps = header.step if header.age is None else header.age
+    return ExportedDense(
+        model, tokenizer, routing, f"a trainer's run of {counted(header.step, 'step')}", steps, loss
+    )
+
+
+def dense_of_trainers(
+    client: SwarmClient, given: TrainerSettings, tokenizer: Tokenizer, experts: Experts
+) -> ExportedDense:
+    """Takes that of live trainers with this tokenizer, as a trainer does that joins: the medoid of up to three.
+
+    `given`: the settings before the swarm's preset completed them. Raises SwarmError that says what else can be done.
+    """
+    swarm = client.swarm
+    trainers = client.run(_trainers(swarm))
+    if not trainers:
+        raise SwarmError(f"no trainer runs that could give the dense part: {_ELSE}")
+    routing = _trained_routing(given, client, tokenizer, trainers)
+    if routing is None:
+        raise SwarmError(
+            f"{counted(len(trainers), 'trainer')} could give a dense part, but of another model: pass --tokenizer FILE "
+            f"with the tokenizer that they use (`bytes` is the default), and --router if it is not found; or {_ELSE}"
+        )
+    model = _model(client, routing, tokenizer, experts)
+    form = DenseForm.of(model, swarm.keys.swarm_id, tokenizer.to_json(), routing.name)
+    age = client.run(_take(swarm, model, form))
+    if age is None:
+        raise SwarmError(
+            f"none of the swarm's trainers gave its dense part: try again in a minute, or {_ELSE}"
+        )
+    same = [trainer for trainer in trainers if trainer.dense_fingerprint == form.fingerprint]
+    losses = [trainer.validation_loss for trainer in same if trainer.validation_loss is not None]
+    loss = sorted(losses)[(len(losses) - 1) // 2] if losses else None
+    return ExportedDense(model, tokenizer, routing, "a trainer that was running", age, loss)
+
+
+async def _trainers(swarm: Swarm) -> list[TrainerInfo]:
+    """Those with a dense part that has been trained."""
+    found = await swarm.registry.trainers(await swarm.registry.trainer_ids())
+    return [trainer for trainer in found.values() if trainer.dense_fingerprint and trainer.dense_age]
+
+
+def _trained_routing(
+    given: TrainerSettings, client: SwarmClient, tokenizer: Tokenizer, trainers: Collection[TrainerInfo]
+) -> Routing | None:
+    """How most of the trainers route that use this tokenizer. Their fingerprints tell."""
+    manifest, swarm_id = client.manifest, client.swarm.keys.swarm_id
+    found: list[tuple[int, Routing]] = []
+    for routing in _routings(given, client.settings, manifest):
+        forms = dense_forms(manifest, FolderRouting.of(routing), len(tokenizer.token_bytes))
+        fingerprint = fingerprint_of(swarm_id, forms, tokenizer.to_json(), routing.name)
+        if count := sum(trainer.dense_fingerprint == fingerprint for trainer in trainers):
+            found.append((count, routing))
+    return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manifest) -> Iterator[Routing]:
+    """Those that the settings leave open, the swarm's own first."""
+    names = [settings.router, *(name for name in ROUTERS if name != settings.router)]
+    balances = [settings.balance, None, "bias", "none"]
+    if "router" in given.model_fields_set:
+        names = names[:1]
+    if "balance" in given.model_fields_set:
+        balances = balances[:1]
+    seen = set[tuple[str, bool]]()
+    for name in names:
+        for balance in balances:
+            with suppress(SettingsError):  # of a router that does not fit this swarm
+                changed = settings.model_copy(update={"router": name, "balance": balance})
+                routing = Routing.of(changed, manifest, 0)
+                if (key := (name, routing.has_bias)) not in seen:
+                    seen.add(key)
+                    yield routing
+
+
+async def _take(swarm: Swarm, model: LanguageModel, form: DenseForm) -> int | None:
+    """Returns the steps behind it; None if nobody gave one."""
+    exchange = DenseExchange(form, SharedParameters(model), guard=swarm.guard)
+    averaging = Averaging(
+        exchange,
+        swarm.host.identity,
+        swarm.registry,
+        AveragingSchedule(every=1, search_every_s=1.0),
+        admission=swarm.admission,
+        channels=swarm.host.channels(COMPARED),
+        rights=(EXPORT,),
+    )
+    try:
+        return await averaging.take_whole()
+    finally:
+        await averaging.close()
+
+
+def _model(client: SwarmClient, routing: Routing, tokenizer: Tokenizer, experts: Experts) -> LanguageModel:
+    manifest, vocabulary = client.manifest, len(tokenizer.token_bytes)
+
+    def mixture(layer: int) -> RemoteMixtureOfExperts:
+        return RemoteMixtureOfExperts(layer, manifest, experts, client.run, routing)
+
+    require_memory(manifest, mixture, vocabulary, 1)
+    return LanguageModel(manifest, mixture, vocabulary)

@@ -1,0 +1,302 @@
+"""`talkoot export`: writes the model that a swarm trains into a folder that its user keeps."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from torch import Tensor
+
+from dht.admission import EXPORT
+from dht.invites import invite_of
+from dht.swarm import Swarm
+from dht.uid import UID
+from peer.errors import ExpertError, InviteError, SettingsError, SwarmError
+from peer.formatting import bytes_in_words, counted
+from talkoot.model.card import CardFacts, ExpertSource, SourcesFile, model_card
+from talkoot.model.dense import ExportedDense, dense_of_run, dense_of_trainers
+from talkoot.model.experts import SwarmExperts, TakenExpert
+from talkoot.model.folder import FolderRouting, FolderWriter, require_new
+from talkoot.model.usage import WatchedExperts, most_used
+from talkoot.signals import Stopped, StopSignals
+from talkoot.terminal import Terminal, to_json
+from talkoot.train.session import once, trainer_state
+from trainer_client.client import SwarmClient
+from trainer_client.data.corpus import encode_corpus
+from trainer_client.data.sources import find_files
+from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, read_tokenizer
+from trainer_client.inference import check_length, evaluate
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 5
+"""Missing experts that an error names."""
+_LOOK_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What is exported, and where to."""
+
+    out: Path
+    resume: bool = False
+    """The dense part is that of this machine's newest run."""
+    allow_missing: bool = False
+    keep: float | None = None
+    """The share of each layer's experts that is kept; None: all."""
+    keep_by: str | None = None
+    """The text that says which."""
+    data_note: str = ""
+    download_mbit: float | None = None
+
+    def check(self) -> None:
+        """Raises SettingsError."""
+        if (self.keep is None) != (self.keep_by is None):
+            raise SettingsError(
+                "--keep and --keep-by belong together: a share, and the text that says which experts"
+            )
+        require_new(self.out)
+
+
+def run_export(
+    terminal: Terminal, signals: StopSignals, join: str | None, settings: TrainerSettings, plan: ExportPlan
+) -> None:
+    """Raises UserError when it can't, and Stopped after a signal. Then the same command goes on later."""
+    plan.check()
+    began = time.monotonic()
+    invite = invite_of(join)
+    tokenizer = _tokenizer(settings)
+    given, checkpoint = settings, None
+    if plan.resume or settings.checkpoint is not None:
+        swarm_id = invite.keys.swarm_id
+        path = checkpoint_folder(settings.checkpoint, trainer_state(settings), swarm_id, newest=True)
+        checkpoint = load_checkpoint(path, swarm_id)
+        settings = settings.resumed(checkpoint.header.settings)
+    with tempfile.TemporaryDirectory(prefix="talkoot-export-") as name:
+        folder = Path(name)
+        with terminal.stages("making ready") as stage:
+            client = SwarmClient(invite, settings, folder / "state", stage=stage, reads_only=True)
+        try:
+            _require_right(client.swarm)
+            export = _Export(terminal, client, plan, folder)
+            try:
+                export.run(lambda experts: _dense(client, given, checkpoint, tokenizer, experts))
+            except Stopped:
+                logger.info("stopped; the same command goes on with what %s has", export.partial)
+                raise
+            finally:
+                export.close()
+            export.report(time.monotonic() - began)
+        finally:
+            signals.ignore()
+            client.close()
+
+
+def _tokenizer(settings: TrainerSettings) -> Tokenizer:
+    if settings.tokenizer == "bytes":
+        return ByteTokenizer()
+    if settings.tokenizer == "bpe":
+        raise SettingsError("tokenizer: pass the tokenizer.json that the swarm's trainers share, or bytes")
+    return read_tokenizer(Path(settings.tokenizer))
+
+
+def _require_right(swarm: Swarm) -> None:
+    """Raises InviteError. Nodes would refuse each call."""
+    admission, roles = swarm.admission, swarm.manifest.admission.export
+    try:
+        admission.admit(swarm.host.peer_id, {EXPORT}, admission.badge)
+    except ExpertError as error:
+        who = (
+            f"for a {' or a '.join(roles)}" if roles else "in person: its manifest gives this right to nobody"
+        )
+        raise InviteError(
+            f"this invite does not let you export the model: {error}; ask the swarm's founder for one {who}"
+        ) from error
+
+
+def _dense(
+    client: SwarmClient,
+    given: TrainerSettings,
+    checkpoint: Checkpoint | None,
+    tokenizer: Tokenizer,
+    experts: WatchedExperts,
+) -> ExportedDense:
+    if checkpoint is not None:
+        return dense_of_run(client, checkpoint, experts)
+    return dense_of_trainers(client, given, tokenizer, experts)
+
+
+class _Export:
+    """One run of the command, once the swarm is joined."""
+
+    def __init__(self, terminal: Terminal, client: SwarmClient, plan: ExportPlan, folder: Path) -> None:
+        """`folder`: for temporary files."""
+        self.partial = plan.out.with_name(plan.out.name + ".partial")
+        self._terminal = terminal
+        self._client = client
+        self._plan = plan
+        self._folder = folder
+        self._wait_s = client.settings.wait_for_experts_s
+        self._experts = client.run(self._open())
+        self._figures: dict[str, float] = {}
+        self._sources: Mapping[UID, ExpertSource] = {}
+
+    async def _open(self) -> SwarmExperts:
+        patience_s = 0.0 if self._plan.allow_missing else self._wait_s
+        return SwarmExperts(self._client.swarm, self._plan.download_mbit, patience_s)
+
+    def close(self) -> None:
+        self._client.run(self._experts.close())
+
+    def run(self, dense_by: Callable[[WatchedExperts], ExportedDense]) -> None:
+        """Raises UserError."""
+        plan, client = self._plan, self._client
+        watched = WatchedExperts(client.dispatcher)
+        with self._terminal.stages("looking for experts") as stage:
+            self._survey(once(stage))
+            stage("fetching the dense part")
+            dense = dense_by(watched)
+            wanted = frozenset(self._experts.hosts)
+            if plan.keep is not None and plan.keep_by is not None:
+                stage(f"looking which experts {plan.keep_by} uses")
+                wanted = self._most_used(dense, watched, plan.keep, plan.keep_by)
+        routing = FolderRouting.of(dense.routing)
+        with FolderWriter(plan.out, client.manifest, routing, dense.tokenizer) as writer:
+            writer.write_dense(dense.model.state_dict())
+            file = SourcesFile(writer.partial)
+            self._write_layers(writer, file, wanted)
+            self._sources = file.experts
+            writer.finish(model_card(self._facts(dense)))
+
+    def report(self, seconds: float) -> None:
+        total, received = self._client.manifest.experts_total, self._experts.received_bytes
+        if self._terminal.json:
+            values = {"folder": str(self._plan.out), "experts": len(self._sources), "experts_total": total}
+            self._terminal.line(to_json(values | {"bytes": received, "seconds": seconds} | self._figures))
+            return
+        for name, loss in self._figures.items():
+            self._terminal.line(f"{name}: {loss:.4f} nats per token")
+        self._terminal.line(
+            f"{self._plan.out} has the model with {len(self._sources)} of {counted(total, 'expert')}: fetched "
+            f"{bytes_in_words(received)} of experts in {seconds:.0f} s"
+        )
+
+    def _survey(self, stage: Callable[[str], None]) -> None:
+        """Reads who hosts what. Raises SwarmError if experts are missing that must be there."""
+        deadline = time.monotonic() + self._wait_s
+        while (missing := self._client.run(self._experts.survey())) and not self._plan.allow_missing:
+            named = ", ".join(map(str, missing[:_NAMED])) + (", …" if len(missing) > _NAMED else "")
+            what = f"{counted(len(missing), 'expert')} of {self._client.manifest.experts_total} ({named})"
+            if time.monotonic() > deadline:
+                raise SwarmError(
+                    f"no live node hosts {what}: wait until one does, or pass --allow-missing to mask them"
+                )
+            stage(f"waiting for {what}, at most {self._wait_s:.0f} s")
+            time.sleep(_LOOK_EVERY_S)
+        if not self._experts.hosts:
+            raise SwarmError(
+                "no live node hosts an expert of this swarm: `talkoot status` shows who is there"
+            )
+        if missing:
+            logger.warning("%s that no live node hosts will be masked", counted(len(missing), "expert"))
+
+    def _most_used(
+        self, dense: ExportedDense, watched: WatchedExperts, share: float, path: str
+    ) -> frozenset[UID]:
+        settings, token_bytes = self._client.settings, dense.tokenizer.token_bytes
+        files = find_files([path])
+        tokens: Tokens = encode_corpus(files, settings.field, dense.tokenizer, self._folder / "text").tokens
+        check_length(tokens, dense.model.first_scored, path)
+
+        def has_experts(done: int) -> bool:
+            return self._client.dispatcher.live_experts() > 0
+
+        def loss() -> float:
+            return evaluate(dense.model, tokens, token_bytes, settings.batch_size, has_experts).loss
+
+        self._figures["loss before leaving experts out"] = loss()
+        watched.kept = most_used(watched.rows, self._experts.hosts, share, dense.routing.k)
+        self._figures["loss after leaving experts out"] = loss()
+        return watched.kept
+
+    def _write_layers(self, writer: FolderWriter, file: SourcesFile, wanted: frozenset[UID]) -> None:
+        by_layer = {
+            layer: {uid for uid in wanted if uid.layer == layer}
+            for layer in range(self._client.manifest.model.layers)
+        }
+        # what died since is in the layer all the same, but what a text does not use is not wanted there
+        todo = {
+            layer: uids
+            for layer, uids in by_layer.items()
+            if not writer.has_layer(layer)
+            or not uids <= (there := file.of_layer(layer).keys())
+            or (self._plan.keep is not None and uids != there)
+        }
+        if len(todo) < len(by_layer):
+            logger.info("going on: %s already whole", counted(len(by_layer) - len(todo), "layer"))
+        with self._shown(sum(map(len, todo.values()))) as (tick, advance):
+            for layer, uids in todo.items():
+                sources: dict[UID, ExpertSource] = {}
+
+                def arriving(
+                    layer: int = layer, uids: set[UID] = uids, sources: dict[UID, ExpertSource] = sources
+                ) -> Iterator[tuple[UID, Mapping[str, Tensor]]]:
+                    for uid, taken in self._experts.each(self._client, uids, tick):
+                        if taken is not None:
+                            yield uid, taken.tensors
+                            sources[uid] = self._source(taken)
+                        elif not self._plan.allow_missing:
+                            raise SwarmError(
+                                f"no host of expert {uid} gave parameters that can be used: run the same command "
+                                "again, which goes on with the layers that are whole, or pass --allow-missing"
+                            )
+                        advance()
+                    file.replace_layer(layer, sources)
+
+                writer.write_layer(layer, arriving())
+
+    def _source(self, taken: TakenExpert) -> ExpertSource:
+        most = taken.update_count
+        replicas = {
+            replica.peer_id.to_base58(): replica.update_count for replica in self._experts.hosts[taken.uid]
+        }
+        return ExpertSource(updates=most, node=taken.peer_id.to_base58(), replicas=replicas)
+
+    def _facts(self, dense: ExportedDense) -> CardFacts:
+        swarm = self._client.swarm
+        givers = {peer for source in self._sources.values() for peer in source.replicas}
+        names = [node.name for peer_id, node in self._experts.nodes.items() if peer_id.to_base58() in givers]
+        return CardFacts(
+            swarm.keys.swarm_id, self._client.manifest, dense, self._sources,
+            is_pruned=self._plan.keep is not None, figures=self._figures, names=names,
+            data_note=self._plan.data_note, exported_at=time.time(),
+        )  # fmt: skip
+
+    @contextmanager
+    def _shown(self, total: int) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+        """Yields what to call now and then, and what to call for each expert that has come."""
+        if not self._terminal.live:
+            yield lambda: None, lambda: None
+            return
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("experts, {task.fields[rate]}/s"),
+            TimeRemainingColumn(),
+        )
+        began = time.monotonic()
+        with ProgressBar(*columns, console=self._terminal.err, transient=True) as bar:
+            task = bar.add_task("", total=total, rate=bytes_in_words(0))
+
+            def tick() -> None:
+                rate = self._experts.received_bytes / max(1e-3, time.monotonic() - began)
+                bar.update(task, rate=bytes_in_words(rate))
+
+            yield tick, lambda: bar.advance(task)

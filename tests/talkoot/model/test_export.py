@@ -1,0 +1,303 @@
+"""Exporting a model as people do it: a folder that holds what the swarm's nodes and trainers have."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from byte_texts import byte_dataset
+from real_swarm import eventually
+from training_swarm import HOST, MANIFEST, TEXT, Founder, founded, node_settings, talkoot
+
+from dht.admission import Role, make_token, new_serial
+from dht.announcements import ReplicaState
+from dht.invites import Invite
+from dht.manifest import AdmissionSpec
+from dht.swarm import join_swarm
+from dht.uid import UID
+from expert_server.experts.format import BLOCK
+from expert_server.node import Node
+from peer import clock
+from peer.host import NetworkConfig
+from peer.identity import Identity, PeerID
+from peer.loop import LoopThread
+from talkoot.model.folder import ModelFolder
+from talkoot.model.opened import open_model
+from talkoot.signals import Stopped
+from trainer_client.client import SwarmClient
+from trainer_client.inference import evaluate
+from trainer_client.model import LanguageModel
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.loop import Training
+
+LIMIT_S = 120.0
+SHORT = TEXT[: len(TEXT) // 3]
+
+
+@pytest.fixture(scope="module")
+def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
+    with founded(loop, tmp_path_factory.mktemp("founder"), experts=8) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "sauna.txt"
+    path.write_text(SHORT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def state(founder: Founder, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a trainer that has done two steps."""
+    state = tmp_path_factory.mktemp("trained")
+    train = ("train", "--join", founder.invite, "--state", state, "--batch-size", 2, "--threads", 1)
+    ended = talkoot(*train, "--call-deadline-s", 60, "--data", text, "--steps", 2)
+    assert ended.status == 0, ended.err
+    return state
+
+
+def export(founder: Founder, out: Path, *options: object) -> tuple[object, ...]:
+    return ("export", "--join", founder.invite, "-o", out, "--wait-for-experts", 0, *options)
+
+
+def assert_has_the_experts_of(founder: Founder, folder: ModelFolder, uids: frozenset[UID]) -> None:
+    assert folder.live == uids
+    for uid in uids:
+        expert = founder.node.runtime.experts[uid]
+        now = founder.loop.run(founder.node.runtime.run(expert.export_state), 60)
+        for name, tensor in folder.expert(uid).items():
+            assert torch.equal(tensor, now[BLOCK + name]), f"{name} of {uid}"
+
+
+def test_a_folder_has_the_experts_of_the_nodes_and_the_dense_part_of_a_run(
+    founder: Founder, state: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    ended = talkoot(
+        *export(founder, out, "--resume", "--state", state, "--data-note", "sauna talk", "--json")
+    )
+    assert ended.status == 0, ended.err
+    values = json.loads(ended.out.splitlines()[-1])
+    assert (values["folder"], values["experts"], values["experts_total"]) == (str(out), 8, 8)
+    assert_has_the_experts_of(founder, ModelFolder.open(out), frozenset(MANIFEST.uids()))
+    assert not list(tmp_path.glob("*.partial"))
+    opened = open_model(out)
+    tokens = opened.tokenizer.encode(SHORT)
+    here = evaluate(opened.model, tokens, opened.tokenizer.token_bytes, 8)
+    there = talkoot("evaluate", text, "--join", founder.invite, "--state", state, "--json")
+    assert here.loss == pytest.approx(json.loads(there.out.splitlines()[-1])["loss"], abs=0.02)
+    card = (out / "README.md").read_text()
+    assert "sauna talk" in card
+    assert "a smear over that time" in card
+    sources = json.loads((out / "replicas.json").read_text())
+    assert sources.keys() == {str(uid) for uid in MANIFEST.uids()}
+    experts = founder.node.runtime.experts
+    for uid in MANIFEST.uids():
+        assert sources[str(uid)]["updates"] == experts[uid].update_count
+        assert list(sources[str(uid)]["replicas"]) == [founder.node.swarm.host.peer_id.to_base58()]
+
+
+@contextlib.contextmanager
+def training(founder: Founder, state: Path, **options: Any) -> Iterator[Training]:
+    """A trainer that has done three steps, and shows its dense part."""
+    settings = TrainerSettings.load(
+        steps=3,
+        batch_size=2,
+        validation_batches=2,
+        announce_every_s=0.5,
+        check_share=0,
+        call_deadline_s=60,
+        **options,
+    )
+    with SwarmClient(Invite.parse(founder.invite), settings, state) as client:
+        client.wait_for_experts(LIMIT_S, lambda text: None, share=1 / client.manifest.experts_total)
+        dataset = byte_dataset(TEXT.encode(), client.manifest.model.context, 1)
+        make = partial(LanguageModel, client.manifest, client.mixture)
+        run = Training(make(), dataset, client.settings, make)
+        client.average(run.part, "", client.settings.router)
+        run.run(lambda progress: None, threading.Event())
+        deadline = time.monotonic() + LIMIT_S
+        while client.run(_age_of(client)) < run.part.age:
+            assert time.monotonic() < deadline, "its record does not say its age"
+            time.sleep(0.1)
+        yield run
+
+
+async def _age_of(client: SwarmClient) -> int:
+    swarm = client.swarm
+    trainers = await swarm.registry.trainers([swarm.host.peer_id])
+    return max((trainer.dense_age for trainer in trainers.values()), default=0)
+
+
+@pytest.mark.parametrize("router", ["product-key", "noisy-top-k"])
+def test_without_a_run_a_live_trainer_gives_the_dense_part_whatever_it_routes_by(
+    founder: Founder, tmp_path: Path, router: str
+) -> None:
+    with training(founder, tmp_path / "trainer", router=router) as run:
+        ended = talkoot(*export(founder, tmp_path / "model"))
+        assert ended.status == 0, ended.err
+        now = run.part.read().tensors
+    folder = ModelFolder.open(tmp_path / "model")
+    assert folder.routing.router == router
+    dense = folder.dense()
+    assert all(torch.equal(dense[name], tensor) for name, tensor in now.items())
+    assert "after 3 steps" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_without_a_run_and_a_trainer_it_says_what_to_pass(founder: Founder, tmp_path: Path) -> None:
+    ended = talkoot(*export(founder, tmp_path / "model"))
+    ended.is_one_clear_line("no trainer runs", "--resume", "--checkpoint")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_exists_is_left_alone(founder: Founder, state: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    ended = talkoot(*export(founder, tmp_path, "--resume", "--state", state))
+    ended.is_one_clear_line("exists", "a new folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_export_that_was_stopped_goes_on_and_fetches_no_layer_again(
+    founder: Founder, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, given = tmp_path / "model", ("--resume", "--state", state, "--json")
+    whole = json.loads(talkoot(*export(founder, tmp_path / "whole", *given)).out.splitlines()[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr("talkoot.model.export.model_card", _stop)
+        assert talkoot(*export(founder, out, *given)).status == 128 + signal.SIGINT
+    assert not out.exists()
+    partial_folder = tmp_path / "model.partial"
+    second = sorted(partial_folder.glob("model-*.safetensors"))[2]
+    second.unlink()
+    again = talkoot(*export(founder, out, *given))
+    assert again.status == 0, again.err
+    assert not partial_folder.exists()
+    assert json.loads(again.out.splitlines()[-1])["bytes"] == whole["bytes"] // 2
+    assert_has_the_experts_of(founder, ModelFolder.open(out), frozenset(MANIFEST.uids()))
+    assert len(json.loads((out / "replicas.json").read_text())) == 8
+
+
+def _stop(*_: object) -> None:
+    raise Stopped(signal.SIGINT)
+
+
+def test_the_experts_that_a_text_uses_most_are_kept(
+    founder: Founder, state: Path, text: Path, tmp_path: Path
+) -> None:
+    kept = ("--keep", 0.5, "--keep-by", text)
+    ended = talkoot(*export(founder, tmp_path / "model", "--resume", "--state", state, "--json", *kept))
+    assert ended.status == 0, ended.err
+    values = json.loads(ended.out.splitlines()[-1])
+    folder = ModelFolder.open(tmp_path / "model")
+    assert [sum(uid.layer == layer for uid in folder.live) for layer in range(2)] == [2, 2]
+    opened = open_model(tmp_path / "model")
+    tokens = opened.tokenizer.encode(SHORT)
+    here = evaluate(opened.model, tokens, opened.tokenizer.token_bytes, 8)
+    assert here.loss == pytest.approx(values["loss after leaving experts out"], abs=0.02)
+    assert values["loss before leaving experts out"] > 0
+    assert "4 of 8 experts were left out" in (tmp_path / "model" / "README.md").read_text()
+    talkoot("export", "--join", founder.invite, "-o", tmp_path / "x", "--keep", 0.5).is_one_clear_line(
+        "--keep-by"
+    )
+
+
+@contextlib.contextmanager
+def killed_node(founder: Founder, folder: Path, experts: int, **changes: Any) -> Iterator[None]:
+    """Inside, a second node has died a moment ago, and its records say that it serves."""
+
+    async def begin() -> Node:
+        identity = Identity.load_or_create(folder / "second.key")
+        swarm = await join_swarm(identity, Invite.parse(founder.invite), NetworkConfig(HOST))
+        settings = node_settings(experts, announce_every_s=60, **changes)
+        node = await Node.start(settings, swarm, host=HOST, state=folder / "second")
+        running = asyncio.create_task(node.run())
+
+        async def is_seen() -> bool:
+            return swarm.host.peer_id in await _hosts(founder)
+
+        await eventually(is_seen)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await swarm.host.stop()  # no farewell
+        return node
+
+    node = founder.loop.run(begin(), LIMIT_S)
+    try:
+        yield
+    finally:
+        founder.loop.run(node.stop(), LIMIT_S)
+
+
+async def _hosts(founder: Founder) -> set[PeerID]:
+    """Those that serve an expert, by the DHT."""
+    registry = founder.node.swarm.registry
+    replicas = chain.from_iterable((await registry.replicas(MANIFEST.uids())).values())
+    serving = {replica.peer_id for replica in replicas if replica.state is ReplicaState.SERVING}
+    return serving & (await registry.nodes(serving)).keys()
+
+
+def test_experts_that_nobody_hosts_are_named_or_masked(loop: LoopThread, state: Path, tmp_path: Path) -> None:
+    with (
+        founded(loop, tmp_path, experts=5, name="hamlet", spare=0) as founder,
+        training(founder, tmp_path / "trainer"),
+    ):
+        live = frozenset(founder.node.runtime.experts)
+        missing = [uid for uid in MANIFEST.uids() if uid not in live]
+        out = tmp_path / "model"
+        named = ", ".join(map(str, missing))
+        talkoot(*export(founder, out)).is_one_clear_line(f"3 experts of 8 ({named})", "--allow-missing")
+        assert not out.exists()
+        with killed_node(founder, tmp_path, experts=3):
+            talkoot(*export(founder, out)).is_one_clear_line("no host of expert", "--allow-missing")
+            assert not out.exists()
+            ended = talkoot(*export(founder, out, "--allow-missing"))
+        assert ended.status == 0, ended.err
+        assert_has_the_experts_of(founder, ModelFolder.open(out), live)
+        assert (
+            f"host that gave them** and are masked; tokens go to others: {named}."
+            in (out / "README.md").read_text()
+        )
+
+
+def test_of_a_host_that_died_another_gives_the_expert(loop: LoopThread, tmp_path: Path) -> None:
+    with (
+        founded(loop, tmp_path, experts=8, name="village-2", replicas=2) as founder,
+        training(founder, tmp_path / "trainer"),
+        killed_node(founder, tmp_path, experts=8, replicas=2),
+    ):
+        ended = talkoot(*export(founder, tmp_path / "model"))
+        assert ended.status == 0, ended.err
+        assert_has_the_experts_of(founder, ModelFolder.open(tmp_path / "model"), frozenset(MANIFEST.uids()))
+
+
+def test_in_a_swarm_with_tokens_only_roles_that_the_manifest_names_export(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    rules = AdmissionSpec(mode="token", export=("reader",))
+    with founded(loop, tmp_path, experts=8, name="club", admission=rules) as founder:
+        trainer, reader = (
+            replace(founder, invite=_token(founder, role)) for role in (Role.TRAINER, Role.READER)
+        )
+        with training(trainer, tmp_path / "trainer"):
+            refused = talkoot(*export(trainer, tmp_path / "model"))
+            refused.is_one_clear_line("a trainer's token does not give export", "for a reader")
+            ended = talkoot(*export(reader, tmp_path / "model"))
+        assert ended.status == 0, ended.err
+        assert_has_the_experts_of(founder, ModelFolder.open(tmp_path / "model"), frozenset(MANIFEST.uids()))
+
+
+def _token(founder: Founder, role: Role) -> str:
+    invite, identity = Invite.parse(founder.invite), founder.node.swarm.host.identity
+    token = make_token(identity, invite.keys.swarm_id, role, clock.now() + 3600, new_serial())
+    return str(replace(invite, token=token.SerializeToString()))
