@@ -15,6 +15,8 @@ from torch import Tensor
 from peer.errors import DataError
 from trainer_client.model import LanguageModel, SequenceState
 
+_LONGEST_PAUSE = 16
+"""While experts are trained, what they keep is soon of no use: then most tokens are computed without an attempt."""
 _MOST_ROWS = 2048
 """Of several sequences that are computed at once from their first tokens on."""
 
@@ -31,6 +33,10 @@ class Decoding:
         self._state: SequenceState | None = None
         self._logits: Tensor | None = None
         """Of the token after these; None if they are not computed yet."""
+        self._failures = 0
+        """Attempts to go on that came to nothing since the last that did not."""
+        self._pause = 0
+        """Tokens for which nothing is kept, before the next attempt."""
 
     def append(self, token: int) -> None:
         self._logits = None
@@ -105,10 +111,16 @@ class Decoder:
         if not self._is_usable():
             return
         for each, state, tokens, logits_V in zip(sequences, states, new, logits_SV, strict=True):
-            if state.can_go_on:
-                each._state = state
-            if state.is_answered or len(tokens) == len(each.tokens):
-                each._logits = logits_V
+            if len(tokens) == len(each.tokens):
+                is_kept, each._pause = not each._pause, max(0, each._pause - 1)
+            else:
+                is_kept = state.is_answered
+                each._failures = 0 if is_kept else each._failures + 1
+                each._pause = min(2**each._failures // 4, _LONGEST_PAUSE)
+                if not is_kept:
+                    continue
+            each._logits = logits_V
+            each._state = state if is_kept and state.can_go_on else None
 
     def _compute(self, sequences: Sequence[Decoding]) -> None:
         """Computes whole sequences of one length."""

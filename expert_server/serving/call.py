@@ -379,6 +379,8 @@ class Call:
         while unfinished:
             await self._is_done.wait()
             self._is_done.clear()
+            if self.parsed.held and len(self._done) < unfinished and not self._flush_is_due:
+                continue  # nothing can be done with the first answers to the next rows of texts
             done, self._done = self._done, []
             flush, self._flush_is_due = self._flush_is_due, False
             unfinished -= len(done)

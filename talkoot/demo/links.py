@@ -218,6 +218,11 @@ class Proxy:
         there, back = wire.next_chances()
         lives_s = there.expovariate(wire.link.resets_per_min / 60) if wire.link.resets_per_min else None
         with contextlib.closing(client), contextlib.closing(_socket(wire.link, self._target[0])) as server:
+            for side in (
+                client,
+                server,
+            ):  # otherwise a second small message waits for the first one's receipt
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
                 async with asyncio.timeout(lives_s), asyncio.TaskGroup() as group:
                     await self._connect(wire, server)
@@ -233,7 +238,6 @@ class Proxy:
         await wire.whole()
         await asyncio.sleep(wire.link.delay_s)
         await asyncio.get_running_loop().sock_connect(server, self._target)
-        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class _Pipe:

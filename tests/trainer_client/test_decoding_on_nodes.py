@@ -64,6 +64,18 @@ class OnNodes:
         """That the nodes have computed so far, of all experts together."""
         return sum(int(total(runtime.metrics.rows)) for runtime in self.runtimes)
 
+    def change_experts(self) -> None:
+        """Those of the first node, as an optimizer step does."""
+
+        def change() -> None:
+            for expert in self.runtimes[0].experts.values():
+                with torch.no_grad():
+                    for parameter in expert.parameters:
+                        parameter.add_(0.01)
+                expert._changes += 1
+
+        self.loop.run(self.runtimes[0].run(change))
+
     def uncached(self, sequence: Decoding) -> Tensor:
         with torch.no_grad():
             logits_V: Tensor = self.model(torch.tensor([sequence.tokens]))[0, -1]
@@ -143,19 +155,25 @@ def test_an_expert_that_has_changed_is_given_the_prompt_again(loop: LoopThread, 
         decoder = Decoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         swarm.check(decoder, sequences, 0)
-
-        def change() -> None:
-            for expert in swarm.runtimes[0].experts.values():
-                with torch.no_grad():
-                    for parameter in expert.parameters:
-                        parameter.add_(0.05)
-                expert._changes += 1
-
-        swarm.loop.run(swarm.runtimes[0].run(change))
+        swarm.change_experts()
         assert swarm.check(decoder, sequences, 1) >= 2 * 2 * 16
         assert swarm.check(decoder, sequences, 2) == 2 * 2 * 3
         assert total(swarm.dispatcher.metrics.forgotten_sequences) > 0
+        assert total(swarm.dispatcher.metrics.unanswered_rows) == 0
         assert swarm.dispatcher.open_breakers() == 0
+
+
+def test_experts_that_change_all_the_time_are_seldom_asked_to_go_on(loop: LoopThread, tmp_path: Path) -> None:
+    with on_nodes(loop, tmp_path, make_manifest()) as swarm:
+        decoder, attempts = Decoder(swarm.model), []
+        sequence = decoder.begin(PROMPTS[0])
+        for token in range(40):
+            before = total(swarm.dispatcher.metrics.forgotten_sequences)
+            decoder.logits([sequence])
+            attempts.append(total(swarm.dispatcher.metrics.forgotten_sequences) > before)
+            sequence.append(token)
+            swarm.change_experts()
+        assert 2 <= sum(attempts) <= 7
 
 
 def test_nodes_without_room_are_given_whole_sequences(loop: LoopThread, tmp_path: Path) -> None:

@@ -133,9 +133,9 @@ class Dispatcher:
             run = ForwardRun(rows, live, self._directory, self._calls, self._policy, self._rng, self._checks)
             await run.until_enough(selection)
             result = run.result
+            self.metrics.unanswered_rows.inc(int((~result.answered.any(axis=1)).sum()))
             if rows.held is not None:
                 note_held(rows.held, selection, result)
-        self.metrics.unanswered_rows.inc(int((~result.answered.any(axis=1)).sum()))
         return result
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:

@@ -1,0 +1,264 @@
+"""Text generation with experts on a node, token by token.
+
+A token needs one call for each mixture, one after another. So one stream is held against what cannot be avoided: the
+same model's computing in one process, and as many calls of one row; and on a slow link, the round trips. Then 16
+streams that are decoded together, against the same in one process. Beside them what it costs to compute the whole text
+anew for each token. All in one run, in turns.
+
+    python -m benchmarks.decoding [--quick] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.emulated import emulated_links
+from benchmarks.village import START_LIMIT_S, RunningNode, running_node
+from dht.manifest import Manifest
+from dht.swarm import Swarm, join_swarm
+from peer.host import NetworkConfig
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import SessionClient
+from peer.wire import session_pb2
+from talkoot.demo.links import free_ports
+from talkoot.train.local import LocalSwarm
+from trainer_client.client import SwarmClient, TrainerTiming
+from trainer_client.decoding import Decoder
+from trainer_client.dispatch.batches import AnsweredRows, CallReply, NodeBatch, NodeCall
+from trainer_client.dispatch.grpc_caller import GrpcCaller
+from trainer_client.model import LanguageModel
+from trainer_client.settings import TrainerSettings
+
+Kind: TypeAlias = Literal["transformer", "ffn"]
+
+LAYERS, STREAMS, PROMPT = 4, 16, 64
+DELAY_S = 0.05
+KINDS: tuple[Kind, ...] = ("transformer", "ffn")
+TARGETS = {
+    "one_stream_vs_bound": "at most 1.30",
+    "one_stream_at_50_ms_vs_round_trips": "at most 1.20",
+    "streams_vs_local": "at least 0.50",
+}
+_HOST = "127.0.0.1"
+_MANIFEST = """
+name = "benchmark"
+preset = "none"
+[model]
+layers = {layers}
+hidden = 256
+heads = 4
+context = 256
+feed_forward = 512
+local = "attention"
+[experts]
+grid = [4, 4]
+kind = "{kind}"
+[routing]
+top_k = 2
+"""
+
+
+def manifest(kind: str) -> str:
+    return _MANIFEST.format(layers=LAYERS, kind=kind)
+
+
+class Contender:
+    """A model that continues some texts. `step` computes one more token of each."""
+
+    def __init__(self, model: LanguageModel, streams: int) -> None:
+        self._decoder = Decoder(model)
+        self._streams = streams
+        self._tokens = np.random.default_rng(0).integers(0, 256, (streams, PROMPT)).tolist()
+        self.begin()
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Their tokens."""
+        return [sequence.tokens for sequence in self._sequences]
+
+    def begin(self) -> None:
+        """From the prompts on."""
+        self._sequences = [self._decoder.begin(tokens) for tokens in self._tokens]
+        self.step()
+
+    def step(self) -> None:
+        logits_SV = self._decoder.logits(self._sequences)
+        for sequence, token in zip(self._sequences, logits_SV.argmax(dim=1).tolist(), strict=True):
+            sequence.append(token)
+
+
+class Whole:
+    """Computes the whole text for each token, as `talkoot generate` once did."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self.text = np.random.default_rng(0).integers(0, 256, PROMPT).tolist()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.text.append(int(self._model(torch.tensor([self.text]))[0, -1].argmax()))
+
+
+@contextmanager
+def empty_calls(node: RunningNode) -> Iterator[Callable[[], object]]:
+    """Makes a forward call of one row to one expert, and waits for the answer."""
+    loop, channels = LoopThread(), ChannelPool()
+    folder = node.folder / "empty"
+    folder.mkdir()
+
+    async def start() -> tuple[GrpcCaller, NodeCall, Swarm]:
+        identity = Identity.load_or_create(folder / "key")
+        swarm = await join_swarm(identity, node.invite, NetworkConfig(_HOST, serves_dht=False))
+        uid = swarm.manifest.uids()[0]
+        (replica, *_) = (await swarm.registry.replicas([uid]))[uid]
+        info = (await swarm.registry.nodes([replica.peer_id]))[replica.peer_id]
+        sessions = SessionClient(identity, node.invite.keys.swarm_id, (session_pb2.RIGHT_FORWARD,))
+        caller = GrpcCaller(channels, node.invite.keys.swarm_id, swarm.manifest.width, sessions=sessions)
+        batch = NodeBatch.apart([uid], [1], [0])
+        row = np.random.default_rng(0).standard_normal((1, swarm.manifest.width)).astype(np.float32)
+        return caller, NodeCall(info, "forward", batch, 60.0, row, np.ones((1, 1), np.float32)), swarm
+
+    async def collect(caller: GrpcCaller, call: NodeCall) -> list[CallReply]:
+        replies = [reply async for reply in caller.call(call)]
+        assert any(isinstance(reply, AnsweredRows) for reply in replies), "no answer"
+        return replies
+
+    caller, call, swarm = loop.run(start())
+    try:
+        yield lambda: loop.run(collect(caller, call))
+    finally:
+        loop.run(channels.close())
+        loop.run(swarm.stop())
+        loop.close()
+
+
+def seconds_of(step: Callable[[], object], times: int) -> float:
+    """The median of one step."""
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+@contextmanager
+def remote_model(node: RunningNode) -> Iterator[LanguageModel]:
+    settings, timing = TrainerSettings(call_deadline_s=60.0), TrainerTiming(least_deadline_s=60.0)
+    with SwarmClient(node.invite, settings, node.folder / "trainer", timing=timing) as client:
+        client.wait_for_experts(START_LIMIT_S, lambda text: None)
+        yield LanguageModel(client.manifest, client.mixture).requires_grad_(False)
+
+
+def measure_nearby(kind: Kind, rounds: int, steps: int) -> dict[str, float]:
+    """On loopback. Seconds of each contender are those of the fastest round."""
+    with ExitStack() as stack:
+        flags = ["--threads", "1", "--niceness", "0"]
+        node = stack.enter_context(running_node(manifest(kind), LAYERS * 16, flags))
+        parsed = Manifest.from_toml(node.folder / "swarm.toml")
+        local = LanguageModel(parsed, LocalSwarm(parsed, TrainerSettings()).mixture).requires_grad_(False)
+        remote = stack.enter_context(remote_model(node))
+        begun = {
+            "local": Contender(local, 1),
+            "remote": Contender(remote, 1),
+            "local_streams": Contender(local, STREAMS),
+            "remote_streams": Contender(remote, STREAMS),
+        }
+        others: dict[str, Callable[[], object]] = {
+            "empty_call": stack.enter_context(empty_calls(node)),
+            "whole": Whole(remote).step,
+        }
+        taken: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for name, contender in begun.items():
+                contender.begin()
+                contender.step()
+                taken.setdefault(name, []).append(seconds_of(contender.step, steps))
+            for name, step in others.items():
+                step()
+                taken.setdefault(name, []).append(seconds_of(step, steps if name == "empty_call" else 5))
+    found = {f"{name}_s": min(seconds) for name, seconds in taken.items()}
+    bound = found["local_s"] + LAYERS * found["empty_call_s"]
+    return found | {
+        "one_stream_vs_bound": found["remote_s"] / bound,
+        "one_stream_tokens_per_s": 1 / found["remote_s"],
+        "whole_tokens_per_s": 1 / found["whole_s"],
+        "streams_tokens_per_s": STREAMS / found["remote_streams_s"],
+        "streams_vs_local": found["local_streams_s"] / found["remote_streams_s"],
+    }
+
+
+def measure_far(kind: Kind, steps: int) -> dict[str, float]:
+    """With a round trip of 50 ms to the node."""
+    target = free_ports(_HOST, 1)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        links = stack.enter_context(emulated_links(f"{DELAY_S * 1000:.0f}ms", [target]))
+        (folder / "node.toml").write_text(f"announce_port = {links.ports[0][0]}\n")
+        flags = ["--config", str(folder / "node.toml"), "--port", str(target[0])]
+        flags += ["--threads", "1", "--niceness", "0"]
+        node = stack.enter_context(running_node(manifest(kind), LAYERS * 16, flags))
+        contender = Contender(stack.enter_context(remote_model(node)), 1)
+        contender.step()
+        seconds = seconds_of(contender.step, steps)
+    return {
+        "one_stream_at_50_ms_s": seconds,
+        "one_stream_at_50_ms_vs_round_trips": seconds / (LAYERS * DELAY_S),
+    }
+
+
+def show(results: dict[str, float], console: Console) -> None:
+    table = Table(title=f"{LAYERS} mixtures, hidden 256, top-2 of 16 experts; a prompt of {PROMPT} tokens")
+    for column in ("", *KINDS, "goal"):
+        table.add_column(column, justify="right")
+    names = dict.fromkeys(key.split(".", 1)[1] for key in results)
+    for name in names:
+        figures = [results.get(f"{kind}.{name}") for kind in KINDS]
+        table.add_row(
+            name.replace("_", " "),
+            *(_shown(name, figure) for figure in figures),
+            TARGETS.get(name, ""),
+        )
+    console.print(table)
+
+
+def _shown(name: str, figure: float | None) -> str:
+    if figure is None:
+        return ""
+    is_time = name.endswith("_s") and not name.endswith("_per_s")
+    return f"{figure * 1000:.2f} ms" if is_time else f"{figure:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round of Transformer experts, under a minute"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, float] = {}
+    for kind in KINDS[:1] if options.quick else KINDS:
+        figures = measure_nearby(kind, *((1, 20) if options.quick else (3, 40)))
+        figures |= measure_far(kind, 5 if options.quick else 20)
+        results |= {f"{kind}.{name}": value for name, value in figures.items()}
+    show(results, Console(width=120))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
