@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 from dht.manifest import Manifest
 from dht.uid import UID
 from peer import SOFTWARE_VERSION
-from peer.errors import WireError
+from peer.errors import StartError, WireError
 from peer.files import write_atomically
 from peer.formatting import printable
 from talkoot.model.dense import ExportedDense
@@ -74,11 +74,16 @@ class SourcesFile:
         return {uid: source for uid, source in self.experts.items() if uid.layer == layer}
 
     def replace_layer(self, layer: int, experts: Mapping[UID, ExpertSource]) -> None:
-        """Raises OSError."""
+        """Raises StartError when it can't be written."""
         others = {uid: source for uid, source in self.experts.items() if uid.layer != layer}
         self.experts = dict(sorted((others | dict(experts)).items()))
         values = {str(uid): source.model_dump() for uid, source in self.experts.items()}
-        write_atomically(self._path, (json.dumps(values, indent=1) + "\n").encode())
+        try:
+            write_atomically(self._path, (json.dumps(values, indent=1) + "\n").encode())
+        except OSError as error:
+            raise StartError(
+                f"can't write {self._path}: {error.strerror}; mend this, and run the same command again"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dht.admission import EXPORT
 from dht.announcements import TrainerInfo
@@ -49,7 +49,7 @@ def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) 
     checkpoint.check_manifest(client.manifest)
     header = checkpoint.header
     tokenizer = load_tokenizer(header.tokenizer)
-    routing = Routing.of(client.settings, client.manifest, 0)
+    routing = _anywhere(Routing.of(client.settings, client.manifest, 0))
     model = _model(client, routing, tokenizer, experts)
     checkpoint.load_into(model)
     losses = checkpoint.tensors.get("history.validation_losses")
@@ -123,10 +123,15 @@ def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manif
         for balance in balances:
             with suppress(SettingsError):  # of a router that does not fit this swarm
                 changed = settings.model_copy(update={"router": name, "balance": balance})
-                routing = Routing.of(changed, manifest, 0)
+                routing = _anywhere(Routing.of(changed, manifest, 0))
                 if (key := (name, routing.has_bias)) not in seen:
                     seen.add(key)
                     yield routing
+
+
+def _anywhere(routing: Routing) -> Routing:
+    """In a folder all experts are at one place."""
+    return replace(routing, nodes_per_token=None)
 
 
 async def _take(swarm: Swarm, model: LanguageModel, form: DenseForm) -> int | None:

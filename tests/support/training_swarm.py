@@ -1,16 +1,17 @@
 """A founder's node and the trainer's commands in one process: what people type, without the start of an interpreter."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from typer.main import get_command
 
-from dht.manifest import AdmissionSpec, Manifest
+from dht.manifest import Manifest
 from dht.swarm import found_swarm
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
@@ -102,14 +103,14 @@ def founded(
     folder: Path,
     experts: int,
     name: str = "village",
-    admission: AdmissionSpec | None = None,
+    parts: Mapping[str, Any] = MappingProxyType({}),
     **changes: Any,
 ) -> Iterator[Founder]:
-    """`changes`: of the node's settings."""
+    """`parts`: of the manifest, in place of the usual ones. `changes`: of the node's settings."""
 
     async def start() -> tuple[Node, str]:
         identity = Identity.load_or_create(folder / "founder.key")
-        manifest = MANIFEST.model_copy(update={"name": name, "admission": admission or AdmissionSpec()})
+        manifest = MANIFEST.model_copy(update={"name": name, **parts})
         swarm = await found_swarm(identity, manifest, NetworkConfig(HOST))
         settings = node_settings(experts, **changes)
         node = await Node.start(settings, swarm, host=HOST, state=folder / "founder")

@@ -1,6 +1,8 @@
 """The model card says what is known, and nothing that somebody else put into it."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_swarm import MANIFEST
 
+from peer.errors import StartError
 from talkoot.model.card import REPLICAS, CardFacts, ExpertSource, SourcesFile, model_card
 from talkoot.model.dense import ExportedDense
 from trainer_client.data.tokenizer import ByteTokenizer
@@ -86,6 +89,18 @@ def test_names_and_notes_are_text_whatever_they_look_like(text: str) -> None:
     assert card.split("\n---\n")[0] == model_card(FACTS).split("\n---\n")[0]
     assert "<script" not in card
     assert "[x](y)" not in card
+
+
+def test_on_a_full_disk_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(
+        StartError, match="No space left on device; mend this, and run the same command again"
+    ):
+        SourcesFile(tmp_path).replace_layer(0, {UIDS[0]: a_source(1, 1)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_sources_of_an_earlier_export_are_read_again_unless_they_are_broken(tmp_path: Path) -> None:

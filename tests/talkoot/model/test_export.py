@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from byte_texts import byte_dataset
@@ -21,13 +22,16 @@ from training_swarm import HOST, MANIFEST, TEXT, Founder, founded, node_settings
 
 from dht.admission import Role, make_token, new_serial
 from dht.announcements import ReplicaState
+from dht.beam_search import Selection
+from dht.directory import LiveExperts
 from dht.invites import Invite
-from dht.manifest import AdmissionSpec
+from dht.manifest import AdmissionSpec, WireSpec
 from dht.swarm import join_swarm
 from dht.uid import UID
 from expert_server.experts.format import BLOCK
 from expert_server.node import Node
 from peer import clock
+from peer.codec import Integers
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
@@ -35,8 +39,10 @@ from talkoot.model.folder import ModelFolder
 from talkoot.model.opened import open_model
 from talkoot.signals import Stopped
 from trainer_client.client import SwarmClient
+from trainer_client.dispatch.batches import ForwardPass, RoutedRows
 from trainer_client.inference import evaluate
 from trainer_client.model import LanguageModel
+from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
 
@@ -286,7 +292,7 @@ def test_in_a_swarm_with_tokens_only_roles_that_the_manifest_names_export(
     loop: LoopThread, tmp_path: Path
 ) -> None:
     rules = AdmissionSpec(mode="token", export=("reader",))
-    with founded(loop, tmp_path, experts=8, name="club", admission=rules) as founder:
+    with founded(loop, tmp_path, experts=8, name="club", parts={"admission": rules}) as founder:
         trainer, reader = (
             replace(founder, invite=_token(founder, role)) for role in (Role.TRAINER, Role.READER)
         )
@@ -302,3 +308,41 @@ def _token(founder: Founder, role: Role) -> str:
     invite, identity = Invite.parse(founder.invite), founder.node.swarm.host.identity
     token = make_token(identity, invite.keys.swarm_id, role, clock.now() + 3600, new_serial())
     return str(replace(invite, token=token.SerializeToString()))
+
+
+def test_a_folder_computes_what_the_swarm_computes_once_training_has_stopped(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 10,000 tokens, without rounding on the wire."""
+    parts = {"wire": WireSpec(codec="fp32")}
+    seed = torch.Generator().manual_seed(0)
+    tokens = torch.randint(256, (625, MANIFEST.model.context), generator=seed)
+    choices: list[Integers] = []
+    send = RemoteMixtureOfExperts.send
+
+    def recording(
+        mixture: RemoteMixtureOfExperts, rows: RoutedRows, selection: Selection, live: LiveExperts
+    ) -> ForwardPass:
+        choices.append(np.ravel_multi_index(tuple(np.moveaxis(selection.coordinates, -1, 0)), (2, 2)))
+        return send(mixture, rows, selection, live)
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        model.eval()
+        with torch.no_grad():
+            found: torch.Tensor = model(tokens)
+        return found
+
+    with (
+        founded(loop, tmp_path, experts=8, name="exact", parts=parts) as founder,
+        training(founder, tmp_path / "trainer") as run,
+    ):
+        ended = talkoot(*export(founder, tmp_path / "model"))
+        assert ended.status == 0, ended.err
+        monkeypatch.setattr(RemoteMixtureOfExperts, "send", recording)
+        there = logits(run.part.model)
+        here = logits(open_model(tmp_path / "model").model)
+    ours, theirs = choices[2:], choices[:2]
+    same = np.all([(np.sort(a) == np.sort(b)).all(axis=1) for a, b in zip(ours, theirs, strict=True)], axis=0)
+    assert same.mean() >= 0.9999
+    apart = (here - there).abs() / (1 + there.abs())
+    assert apart[torch.from_numpy(same).view(tokens.shape)].max() <= 1e-4
