@@ -236,7 +236,7 @@ class FolderWriter:
             missing = [str(uid) for uid in self._manifest.uids() if expert_prefix(uid) + first not in there]
             self._write_json(INDEX, {"metadata": {"total_size": self._size(places)}, "weight_map": places})
             self._write_json(CONFIG, self._config(missing))
-            self._write_json("generation_config.json", _generation_config())
+            self._write_json("generation_config.json", _generation_config(self._manifest.model.context))
             self._write_text(TOKENIZER, tokenizer_json(self._tokenizer))
             self._write_json("tokenizer_config.json", self._tokenizer_config())
             for name in PYTHON_FILES:
@@ -348,15 +348,15 @@ def python_file(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _generation_config() -> dict[str, Any]:
-    """Samples as `talkoot generate` does."""
+def _generation_config(context: int) -> dict[str, Any]:
+    """Samples as `talkoot generate` does, until the context is full."""
     sampling = Sampling()
     return {
         "do_sample": True,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k or 0,
         "top_p": sampling.top_p,
-        "max_new_tokens": sampling.max_tokens,
+        "max_length": context,
     }
 
 

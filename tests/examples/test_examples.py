@@ -1,5 +1,6 @@
 """What the README and `examples/` show, run against a real node as a stranger would."""
 
+import json
 import os
 import re
 import subprocess
@@ -55,7 +56,7 @@ def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
         capture_output=True,
         text=True,
         timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # the node needs the other cores
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},  # the node needs the other cores
     )
 
 
@@ -74,3 +75,22 @@ def test_ten_lines_are_enough_and_a_layer_that_is_not_there_is_named(
     ended = run("-c", TEN_LINES, node.invite, tmp_path)
     assert ended.stdout == "[]\n", ended.stderr
     assert "SettingsError: layer 2: this swarm has layers 0 to 1" in ended.stderr
+
+
+def test_the_notebook_trains_keeps_the_model_and_goes_on_without_the_swarm(
+    node: RunningNode, tmp_path: Path
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("The kettle sings, and the sauna is warm. " * 200)
+    notebook = json.loads(Path("examples/keep_a_model.ipynb").read_text())
+    form, *cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for name, value in {"INVITE": node.invite, "TEXT": str(text), "FOLDER": str(tmp_path / "kept")}.items():
+        form, count = re.subn(rf'^{name} = ".*?"', f'{name} = "{value}"', form, flags=re.MULTILINE)
+        assert count == 1, name
+    ended = run("-c", "\n".join([form, *cells]))
+    assert ended.returncode == 0, ended.stderr
+    first, last = map(float, re.findall(r"loss (\S+) -> (\S+)", ended.stdout)[0])
+    assert last < 0.8 * first
+    assert "model.safetensors.index.json" in ended.stdout
+    written = ended.stdout[ended.stdout.index("The kettle sings") :]
+    assert len(written.encode()) > 32, "until the context is full"
