@@ -24,8 +24,8 @@ _NORM_EPSILON = 1e-5
 _ROTARY_BASE = 10_000.0
 _LARGEST_PADDING = 1.5
 """Rows with padding over rows without, in one group of segments."""
-CACHE_BLOCK = 16
-"""Rows by which a cache grows."""
+CACHE_GROWTH = 1.25
+"""The room of a cache that has grown, against its rows. When it is made it has no more than it needs."""
 _FINAL_SHARE = 0.1
 """Of the peak learning rate, at the end of the cosine."""
 
@@ -98,11 +98,11 @@ class KeyValueCache:
     def extend(self, kv_L2HC: Tensor) -> Tensor:
         """Adds rows, and returns all: [P, 2, H, C]."""
         begin, self.length = self.length, self.length + len(kv_L2HC)
-        if self._kv_P2HC is None or self.length > len(self._kv_P2HC):
-            blocks = -(-self.length // CACHE_BLOCK)
-            grown = kv_L2HC.new_empty(blocks * CACHE_BLOCK, *kv_L2HC.shape[1:])
-            if self._kv_P2HC is not None:
-                grown[:begin] = self._kv_P2HC[:begin]
+        if self._kv_P2HC is None:
+            self._kv_P2HC = kv_L2HC.clone()
+        elif self.length > len(self._kv_P2HC):
+            grown = kv_L2HC.new_empty(int(CACHE_GROWTH * self.length), *kv_L2HC.shape[1:])
+            grown[:begin] = self._kv_P2HC[:begin]
             self._kv_P2HC = grown
         self._kv_P2HC[begin : self.length] = kv_L2HC
         return self._kv_P2HC[: self.length]

@@ -1,5 +1,6 @@
 """Reads the headers of calls. Every number is checked, and memory is reserved before arrays are made of them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from expert_server.serving.forward_cache import CachedForward, ForwardCache
 from expert_server.serving.sequence_cache import ENTRY_BYTES
 from peer.codec import Integers, encoded_bytes
 from peer.errors import ExpertError, WireError
-from peer.layers import CACHE_BLOCK
+from peer.layers import CACHE_GROWTH
 from peer.rpc.calls import require_same_swarm
 from peer.wire import expert_pb2
 
@@ -70,7 +71,7 @@ class ParsedHeader:
     cached: CachedForward | None = None
     """In backward: the forward call that was kept here."""
     held: Sequence[HeldSegments] = ()
-    """Of each expert, in a call whose rows are to be kept for the next."""
+    """Of each expert, in a call whose rows are to be kept for the next; empty if there is no memory for that."""
 
 
 class HeaderParser:
@@ -109,11 +110,12 @@ class HeaderParser:
         reserve(CallSize(*counts, header.width, direction).bytes)
         assignment = parse_assignment(header, self._manifest)
         held = parse_held(header, assignment, self._manifest, direction)
-        if held:
-            segments = sum(len(each.numbers) for each in held)
-            kept = pairs + sum(sum(each.counts) for each in held)
-            # once as they are, and once while they grow
-            reserve(2 * _cache_bytes(self._manifest, segments, kept))
+        try:
+            reserve(_cache_bytes(self._manifest, pairs, held))
+        except ExpertError:
+            if any(any(each.counts) for each in held):
+                raise
+            held = []
         return ParsedHeader(rows, assignment, held=held)
 
     def _parse_kept(
@@ -225,11 +227,15 @@ def parse_held(
     return held
 
 
-def _cache_bytes(manifest: Manifest, segments: int, rows: int) -> int:
-    """Of the keys and values of so many rows in so many segments of experts."""
+def _cache_bytes(manifest: Manifest, pairs: int, held: Sequence[HeldSegments]) -> int:
+    """Of the keys and values of these rows and of those before them: as they are, and once more where they grow."""
+    if not held:
+        return 0
     model = manifest.expert_model
     columns = model.heads * (model.head_size or model.hidden // model.heads)
-    return 2 * 4 * columns * (rows + CACHE_BLOCK * segments) + ENTRY_BYTES * segments
+    counts = sum(sum(each.counts) for each in held)
+    grown = math.ceil(CACHE_GROWTH * (counts + pairs)) if counts else pairs
+    return 2 * 4 * columns * (counts + grown) + ENTRY_BYTES * sum(len(each.numbers) for each in held)
 
 
 def _check_positions(lengths: Integers, positions: Integers, context: int) -> None:

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from dht.uid import UID
 from expert_server.serving.sequence_cache import ENTRY_BYTES, IDLE_S, SequenceCache
 from peer.errors import ExpertError
-from peer.layers import CACHE_BLOCK, KeyValueCache
+from peer.layers import KeyValueCache
 
 FIRST, SECOND = UID(0, (0, 0)), UID(0, (0, 1))
-ENTRY = CACHE_BLOCK * 2 * 4 * 4 + ENTRY_BYTES
-"""Bytes of up to so many rows of `rows`."""
+ENTRY = 16 * 2 * 4 * 4 + ENTRY_BYTES
+"""Bytes of 16 rows of `rows`."""
 
 
-def rows(count: int = 1) -> KeyValueCache:
+def rows(count: int = 16) -> KeyValueCache:
     cache = KeyValueCache()
     cache.extend(torch.zeros(count, 2, 1, 4))
     return cache
@@ -26,7 +26,7 @@ def put(cache: SequenceCache, number: int, caller: str = "A", uid: UID = FIRST, 
     return cache.put(caller, uid, [number], [rows()], now)
 
 
-def has(cache: SequenceCache, number: int, caller: str = "A", uid: UID = FIRST, count: int = 1) -> bool:
+def has(cache: SequenceCache, number: int, caller: str = "A", uid: UID = FIRST, count: int = 16) -> bool:
     """Takes it, too."""
     try:
         (taken,) = cache.take(caller, uid, [number], [count])
@@ -51,8 +51,8 @@ def test_rows_are_taken_once_by_their_caller_for_their_expert_in_their_number() 
 def test_where_one_sequence_is_missing_the_others_stay() -> None:
     cache = SequenceCache(lambda: 10 * ENTRY)
     put(cache, 1)
-    with pytest.raises(ExpertError, match=r"expert 0\.0\.0 does not have those 1 rows") as refused:
-        cache.take("A", FIRST, [1, 2], [1, 1])
+    with pytest.raises(ExpertError, match=r"expert 0\.0\.0 does not have those 16 rows") as refused:
+        cache.take("A", FIRST, [1, 2], [16, 16])
     assert refused.value.status is StatusCode.FAILED_PRECONDITION
     assert has(cache, 1)
 

@@ -1,5 +1,6 @@
 """Sequences that calls go on with, over real TLS: the same answers as to all rows at once, and wrong calls refused."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -27,8 +28,9 @@ from tls_expert_server import (
 from dht.manifest import ExpertSpec
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
+from expert_server.serving.call import OPEN_CALL_BYTES
 from expert_server.serving.forward_cache import ForwardCache
-from expert_server.serving.headers import HeaderParser
+from expert_server.serving.headers import CallSize, HeaderParser
 from expert_server.serving.sequence_cache import ENTRY_BYTES
 from peer.errors import ExpertError, WireError
 from peer.identity import Identity
@@ -214,5 +216,16 @@ def test_memory_for_held_rows_is_reserved_before_they_are_looked_for() -> None:
     parser = HeaderParser(SWARM, MANIFEST, max_call_bytes=2**20, cache=ForwardCache(0))
     reserved: list[int] = []
     parser.parse(second_part().header, "forward", "QmA", reserved.append)
-    rows = 4 + 5 + 3 * 16  # of the call, held, and what caches may grow by
-    assert reserved[1:] == [2 * (2 * 4 * HIDDEN * rows + 3 * ENTRY_BYTES)]
+    rows = 5 + 1.25 * (5 + 4)  # that are held, and with those of the call
+    assert reserved[1:] == [2 * 4 * HIDDEN * math.ceil(rows) + 3 * ENTRY_BYTES]
+
+
+def test_without_memory_for_it_a_call_is_answered_and_not_kept(run: Runner) -> None:
+    async def scenario(edge: Edge) -> None:
+        call = first_part()
+        answered = answers(call, await make(edge, call))
+        assert not answered.is_kept
+        assert [reply.status for reply in answered.experts.values()] == [0, 0]
+
+    bytes_of_call = CallSize(4, 6, 2, 2, HIDDEN, "forward").bytes
+    run(scenario, max_kept_bytes=KEPT, max_memory_bytes=OPEN_CALL_BYTES + bytes_of_call + 100)
