@@ -18,7 +18,7 @@ from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedPeer, SimulatedSwarm
 from dht.announcements import NodeInfo
 from dht.beam_search import Selection, select_experts
-from dht.directory import Directory
+from dht.directory import Directory, prefix_tables
 from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import ExpertError
@@ -307,5 +307,4 @@ def random_scores(swarm: SimulatedSwarm, rows: int) -> list[Floats]:
 
 def best_experts(scores: Sequence[Floats], alive: np.ndarray) -> Selection:
     """By brute force: a beam over all prefixes."""
-    tables = [np.asarray(alive.any(axis=tuple(range(d + 1, alive.ndim)))) for d in range(alive.ndim)]
-    return select_experts(scores, tables, TOP_K, beam_size=alive.shape[0])
+    return select_experts(scores, prefix_tables(alive), TOP_K, beam_size=alive.shape[0])

@@ -46,6 +46,11 @@ _GUESSED, _MOST_GUESSED = 3, 64
 NOBODY: frozenset[PeerID] = frozenset()
 
 
+def prefix_tables(alive: Booleans) -> PrefixTables:
+    """`alive`: which experts are, of the grid's shape."""
+    return tuple(np.asarray(alive.any(axis=tuple(range(d + 1, alive.ndim)))) for d in range(alive.ndim))
+
+
 @dataclass(frozen=True)
 class View:
     """What is known of the swarm at one moment. Never changed, so any thread may read it."""
@@ -84,8 +89,7 @@ class View:
         for uid in self.replicas:
             if uid.layer == layer and self.hosts(uid, avoided):
                 alive[uid.coordinate] = True
-        dimensions = alive.ndim
-        return tuple(np.asarray(alive.any(axis=tuple(range(d + 1, dimensions)))) for d in range(dimensions))
+        return prefix_tables(alive)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dht.beam_search import Selection
-from dht.directory import NOBODY, LiveExperts, View
+from dht.directory import NOBODY, LiveExperts, View, prefix_tables
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block
@@ -39,10 +39,7 @@ class OpenedExperts:
             for uid in blocks:
                 if uid.layer == layer:
                     alive[uid.coordinate] = True
-            dims = len(grid)
-            self._tables.append(
-                tuple(np.asarray(alive.any(axis=tuple(range(d + 1, dims)))) for d in range(dims))
-            )
+            self._tables.append(prefix_tables(alive))
 
     async def find(
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from dht.beam_search import Selection
-from dht.directory import LiveExperts
+from dht.directory import LiveExperts, prefix_tables
 from dht.uid import UID
 from peer.codec import Floats
 from trainer_client.dispatch.batches import ForwardPass, RoutedRows
@@ -46,10 +46,7 @@ def only(live: LiveExperts, kept: Collection[UID]) -> LiveExperts:
     for uid in kept:
         if uid.layer == live.layer:
             mask[uid.coordinate] = True
-    alive = live.tables[-1] & mask
-    dimensions = alive.ndim
-    tables = tuple(np.asarray(alive.any(axis=tuple(range(d + 1, dimensions)))) for d in range(dimensions))
-    return replace(live, tables=tables)
+    return replace(live, tables=prefix_tables(live.tables[-1] & mask))
 
 
 def most_used(rows: Counter[UID], live: Collection[UID], share: float, least: int) -> frozenset[UID]:

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from dht import beam_search
 from dht.beam_search import Selection, default_beam_size, select_experts
+from dht.directory import PrefixTables, prefix_tables
 from peer.codec import Booleans, Floats
 
 
 @dataclass(frozen=True)
 class Case:
     scores: list[Floats]
-    alive: list[Booleans]
+    alive: PrefixTables
     k: int
 
     @property
@@ -35,10 +36,6 @@ def cases(draw: st.DrawFn, max_dims: int = 3, live: float | None = None) -> Case
     scores = [(rng.integers(-levels, levels, (rows, size)) / 8).astype(np.float32) for size in grid]
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9])) if live is None else live
     return Case(scores, prefix_tables(rng.random(grid) < share), draw(st.integers(1, 6)))
-
-
-def prefix_tables(alive: Booleans) -> list[Booleans]:
-    return [np.asarray(alive.any(axis=tuple(range(d + 1, alive.ndim)))) for d in range(alive.ndim)]
 
 
 def brute_force(

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dht.beam_search import Selection
-from dht.directory import PrefixTables
+from dht.directory import PrefixTables, prefix_tables
 from peer.codec import Floats, Integers
 from trainer_client import balancing
 from trainer_client.balancing import LoadSpread, balanced_assignment, balancing_loss, load_spread
@@ -22,11 +22,7 @@ from trainer_client.routers import best
 
 
 def all_live(*grid: int) -> PrefixTables:
-    return tables(np.ones(grid, dtype=np.bool_))
-
-
-def tables(live: np.ndarray) -> PrefixTables:
-    return tuple(np.asarray(live.any(axis=tuple(range(d + 1, live.ndim)))) for d in range(live.ndim))
+    return prefix_tables(np.ones(grid, dtype=np.bool_))
 
 
 def chosen(*rows: list[tuple[int, ...]]) -> Selection:
@@ -95,7 +91,7 @@ def test_an_even_load_costs_1_in_every_grid_with_any_experts_live(seed: int, gri
     # each live expert is chosen once, and a coordinate is as probable as it has live experts
     scores = [torch.from_numpy(n.astype(np.float32)).log().expand(3, -1) for n in under]
     selection = chosen(*[[tuple(expert)] for expert in np.argwhere(live).tolist()])
-    assert balancing_loss(scores, selection, tables(live)).item() == pytest.approx(1)
+    assert balancing_loss(scores, selection, prefix_tables(live)).item() == pytest.approx(1)
 
 
 def test_each_grid_dimension_is_balanced_by_itself() -> None:
@@ -112,7 +108,7 @@ def test_each_grid_dimension_is_balanced_by_itself() -> None:
 def test_dead_experts_count_for_nothing() -> None:
     scores = torch.tensor([[9.0, 1.0, 2.0], [9.0, 2.0, 1.0]], requires_grad=True)
     live = np.array([False, True, True])
-    loss = balancing_loss([scores], chosen([(2,)], [(1,)]), tables(live))
+    loss = balancing_loss([scores], chosen([(2,)], [(1,)]), prefix_tables(live))
     assert loss.item() == pytest.approx(1)
     torch.autograd.backward(loss)
     assert scores.grad is not None
@@ -123,16 +119,16 @@ def test_dead_experts_count_for_nothing() -> None:
 def test_no_choice_at_all_is_no_error(live: np.ndarray) -> None:
     scores = torch.randn(2, 3, requires_grad=True)
     none = Selection(np.zeros((2, 1, 1), np.int64), np.zeros((2, 1), np.float32), np.zeros((2, 1), np.bool_))
-    loss = balancing_loss([scores], none, tables(live))
+    loss = balancing_loss([scores], none, prefix_tables(live))
     torch.autograd.backward(loss)
     assert loss.item() == 0
-    assert load_spread(none, tables(live)) is None
+    assert load_spread(none, prefix_tables(live)) is None
 
 
 def test_the_spread_is_that_of_rows_over_live_experts() -> None:
     live = np.array([True, True, True, True, False])
     selection = chosen([(0,), (1,)], [(1,), (2,)], [(1,), (2,)])  # 1, 3, 2 and 0 rows
-    spread = load_spread(selection, tables(live))
+    spread = load_spread(selection, prefix_tables(live))
     assert spread is not None
     assert spread.cv == pytest.approx(np.std([1, 3, 2, 0]) / 1.5)
     assert spread.max_over_mean == 2

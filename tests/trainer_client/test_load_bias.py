@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from router_fakes import LearningSwarm, mixtures
 from torch import Tensor
 
-from dht.directory import PrefixTables
+from dht.directory import prefix_tables
 from dht.manifest import Manifest
-from peer.codec import Booleans, Floats
+from peer.codec import Floats
 from peer.errors import SettingsError, StateError
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
 from trainer_client.balancing import Load, LoadBias, LoadSum
@@ -32,10 +32,6 @@ from trainer_client.training.loop import Training
 
 seeds = st.integers(0, 2**32 - 1)
 grids = st.sampled_from([(7,), (2, 3), (2, 3, 2)])
-
-
-def tables(live: Booleans) -> PrefixTables:
-    return tuple(np.asarray(live.any(axis=tuple(range(d + 1, live.ndim)))) for d in range(live.ndim))
 
 
 def correct(
@@ -115,8 +111,8 @@ def test_the_load_is_counted_by_expert(grid: tuple[int, ...], seed: int, k: int)
     live = rng.random(grid) < 0.7
     live[(0,) * len(grid)] = True
     scores = [rng.standard_normal((20, size), dtype=np.float32) for size in grid]
-    found = best(scores, tables(live), k)
-    load = LoadBias(grid).measure([torch.from_numpy(table) for table in scores], found, tables(live))
+    found = best(scores, prefix_tables(live), k)
+    load = LoadBias(grid).measure([torch.from_numpy(table) for table in scores], found, prefix_tables(live))
     counts = np.zeros(grid)
     np.add.at(counts, tuple(found.coordinates[found.valid].T), 1)
     np.testing.assert_array_equal(load.rows.reshape(grid), counts)
@@ -126,7 +122,7 @@ def test_the_load_is_counted_by_expert(grid: tuple[int, ...], seed: int, k: int)
 def test_the_spread_is_that_of_a_rows_logits() -> None:
     rng = np.random.default_rng(0)
     scores = [rng.standard_normal((500, size), dtype=np.float32) * scale for size, scale in ((9, 1), (8, 3))]
-    alive = tables(np.ones((9, 8), np.bool_))
+    alive = prefix_tables(np.ones((9, 8), np.bool_))
     load = LoadBias((9, 8)).measure(list(map(torch.from_numpy, scores)), best(scores, alive, 4), alive)
     logits = (scores[0][:, :, None] + scores[1][:, None, :]).reshape(500, -1)
     assert load.spread == pytest.approx(math.sqrt(logits.var(axis=1).mean()), rel=1e-4)
@@ -166,7 +162,7 @@ def gate_that_drifts(steps: int, side: int, rows: int, seed: int) -> Iterator[li
 @pytest.mark.parametrize("in_flight", [1, 9])
 def test_an_uneven_gate_comes_to_fill_all_experts_evenly(in_flight: int) -> None:
     """Also where each step chooses by biases that are 8 steps old."""
-    bias, alive = LoadBias((8, 8)), tables(np.ones((8, 8), np.bool_))
+    bias, alive = LoadBias((8, 8)), prefix_tables(np.ones((8, 8), np.bool_))
     running: deque[Load] = deque()
     loads = []
     for scores in gate_that_drifts(300, 8, 256, 0):
@@ -188,7 +184,7 @@ def test_chance_goes_by_the_weights_and_not_by_the_bias() -> None:
     """The bias makes the worse expert the first choice; the better one is kept as its weight of 0.9 says."""
     rows = 10_000
     scores = [np.tile(np.log(np.array([[0.9, 0.1]], np.float32)), (rows, 1))]
-    alive, bias = tables(np.ones(2, np.bool_)), np.array([0, 5], np.float32)
+    alive, bias = prefix_tables(np.ones(2, np.bool_)), np.array([0, 5], np.float32)
     selection = best_others_by_chance(scores, alive, 2, np.random.default_rng(0), bias)
     assert (selection.coordinates[:, :, 0] == [1, 0]).all()
     assert selection.valid.all(), "2 × 0.9 is more than 1"

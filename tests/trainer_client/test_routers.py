@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dht.beam_search import Selection
-from dht.directory import PrefixTables
+from dht.directory import PrefixTables, prefix_tables
 from peer.codec import Floats, Integers
 from peer.errors import SettingsError
 from trainer_client.dispatch.batches import relative_weights
@@ -38,10 +38,6 @@ grids = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 
 def make_rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-def prefix_tables(live: np.ndarray) -> PrefixTables:
-    return tuple(np.asarray(live.any(axis=tuple(range(d + 1, live.ndim)))) for d in range(live.ndim))
 
 
 def all_live(*grid: int) -> PrefixTables:
