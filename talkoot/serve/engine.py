@@ -182,7 +182,7 @@ class Engine:
 
     def __init__(
         self,
-        make_decoder: Callable[[], Decoder],
+        decoder: Decoder,
         token_bytes: Sequence[bytes],
         places: int,
         loop: asyncio.AbstractEventLoop,
@@ -192,7 +192,7 @@ class Engine:
         """`places`: for streams that are computed together. `loop`: where streams are read. `nodes`: those that have
         answered since it was called last.
         """
-        self._make_decoder = make_decoder
+        self._decoder = decoder
         self._token_bytes = token_bytes
         self._loop = loop
         self._nodes = nodes
@@ -227,13 +227,12 @@ class Engine:
         self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
-        decoder = self._make_decoder()
         while (streams := self._next_streams()) is not None:
             if not streams:
                 continue
             try:
                 with self._metrics.step.time():
-                    news = self._advance(decoder, streams)
+                    news = self._advance(streams)
             except UserError as error:
                 logger.warning("%d answers broke off: %s", len(streams), error)
                 news = dict.fromkeys(streams, EngineError(str(error)))
@@ -252,11 +251,13 @@ class Engine:
                 stream.rest()
             return None if self._closing else self._schedule.running
 
-    def _advance(self, decoder: Decoder, streams: Sequence[Stream]) -> dict[Stream, Piece | EngineError]:
+    def _advance(self, streams: Sequence[Stream]) -> dict[Stream, Piece | EngineError]:
         for stream in streams:
             if stream.decoding is None:
-                stream.decoding = decoder.begin(stream.tokens)
-        logits_SV = decoder.logits([stream.decoding for stream in streams if stream.decoding is not None])
+                stream.decoding = self._decoder.begin(stream.tokens)
+        logits_SV = self._decoder.logits(
+            [stream.decoding for stream in streams if stream.decoding is not None]
+        )
         nodes = self._nodes()
         news: dict[Stream, Piece | EngineError] = {}
         for stream, logits_V in zip(streams, logits_SV, strict=True):

@@ -76,7 +76,7 @@ def run(
     decoder = CountedDecoder(model)
 
     async def scene() -> T:
-        engine = Engine(lambda: decoder, model.token_bytes, places, asyncio.get_running_loop())
+        engine = Engine(decoder, model.token_bytes, places, asyncio.get_running_loop())
         try:
             result = await scenario(engine, decoder)
             await until(lambda: not decoder.open)
@@ -159,7 +159,7 @@ def test_a_prediction_that_is_not_finite_ends_one_stream(model: ServedModel) -> 
             return logits_SV
 
     async def scene() -> None:
-        engine = Engine(lambda: Broken(model), model.token_bytes, 8, asyncio.get_running_loop())
+        engine = Engine(Broken(model), model.token_bytes, 8, asyncio.get_running_loop())
         try:
             good, bad = engine.begin(job("In", 30), "a"), engine.begin(job("Xn", 30), "a")
             with pytest.raises(EngineError, match="not finite"):
