@@ -292,12 +292,13 @@ async def _send_chunks(reply: api.Reply, stream: Stream, send: Send) -> str:
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
         await write(*map(_to_json, reply.first()))
-        async for piece in stream:
-            await write(*map(_to_json, reply.chunks(piece)))
+        try:
+            async for piece in stream:
+                await write(*map(_to_json, reply.chunks(piece)))
+        except EngineError as error:
+            await write(_to_json(api.error_json(503, str(error))), more=False)
+            return "failed"
         await write(b"[DONE]", more=False)
-    except EngineError as error:
-        await write(_to_json(api.error_json(503, str(error))), more=False)
-        return "failed"
     except TimeoutError:
         return "left"
     return "answered"
@@ -342,7 +343,8 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
 
 
 def _to_json(value: Json) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """In ASCII: many clients take U+2028 or U+0085 in a stream for the end of a line."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _refuse(error: RequestError) -> Response:

@@ -81,18 +81,20 @@ def test_a_greedy_client_slows_nobody_down(loop: LoopThread, model: ServedModel,
 
     async def crowd(url: str) -> Counter[str]:
         enough = asyncio.Event()
-        limits = httpx.Limits(max_connections=100)
-        async with httpx.AsyncClient(timeout=LIMIT_S, trust_env=False, limits=limits) as http:
-            greedy = [asyncio.create_task(client(http, url, "greedy", enough)) for _ in range(12)]
+        limits, timeout = httpx.Limits(max_connections=100), httpx.Timeout(LIMIT_S, read=None)
+        async with (
+            asyncio.timeout(LIMIT_S),
+            httpx.AsyncClient(timeout=timeout, trust_env=False, limits=limits) as http,
+            asyncio.TaskGroup() as clients,
+        ):
+            tasks = [clients.create_task(client(http, url, "greedy", enough)) for _ in range(12)]
             while got["greedy"] < 40:  # noqa: ASYNC110  # answers set no event
                 await asyncio.sleep(0.01)
             before = Counter(got)
-            modest = [asyncio.create_task(client(http, url, name, enough)) for name in names[1:]]
-            async with asyncio.timeout(LIMIT_S):
-                await enough.wait()
-            for task in (*greedy, *modest):
+            tasks += [clients.create_task(client(http, url, name, enough)) for name in names[1:]]
+            await enough.wait()
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*greedy, *modest, return_exceptions=True)
         return got - before
 
     with served(loop, model, max_streams=4, api_key_file=tmp_path / "keys") as address:

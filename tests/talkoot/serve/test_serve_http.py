@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peer.loop import LoopThread
 from talkoot.serve.access import read_keys
 from talkoot.serve.app import MAX_BODY
 from talkoot.serve.opened import ServedModel
+from trainer_client.data.tokenizer import ByteTokenizer
 
 ASKED: dict[str, Any] = {"model": "village", "prompt": "In the sauna", "max_tokens": 5}
 ENDLESS = ASKED | {"max_tokens": 10**6, "stream": True}
@@ -167,6 +169,22 @@ def test_every_answer_keeps_a_browser_safe(http: httpx.Client, address: str, pat
     headers = http.get(address + path).headers
     assert "default-src 'self'" in headers["content-security-policy"]
     assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_stream_has_no_line_ends_but_its_own(
+    loop: LoopThread, model: ServedModel, http: httpx.Client
+) -> None:
+    """httpx, among others, takes U+2028 and U+0085 for line ends."""
+    tokenizer = ByteTokenizer()
+    tokenizer.token_bytes = ["\u2028".encode(), "\x85".encode()] * 128
+    with (
+        served(loop, replace(model, tokenizer=tokenizer)) as address,
+        http.stream("POST", f"{address}v1/completions", json=ASKED | {"stream": True}) as answer,
+    ):
+        *events, last = filter(None, answer.iter_lines())
+    assert last == "data: [DONE]"
+    texts = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events]
+    assert len("".join(texts)) == ASKED["max_tokens"]
 
 
 @pytest.mark.parametrize("streams", [True, False])
