@@ -42,7 +42,6 @@ _NAMED = "DHTProtocol.rpc_"
 _SIDES = ("tables", "talkoot", "hivemind")
 """`tables`: Talkoot's without the contacts."""
 _SIGNATURE_BYTES = 256
-_PLACE = Endpoint("192.0.2.1:4711")
 _METRICS, _GUARD, _UPLOAD = StoreMetrics(), ParseGuard(), RateLimit(None)
 """Of this process."""
 
@@ -119,13 +118,18 @@ def memory_per_node(side: str, nodes: int) -> float:
         return asyncio.run(run())
 
 
+def _place_of(peer_id: PeerID) -> Endpoint:
+    """Each peer is on a machine of its own."""
+    return Endpoint.of(".".join(map(str, peer_id.to_bytes()[-4:])), 4711)
+
+
 def _contact(peer_id: PeerID) -> contact_pb2.Contact:
     """As large as a real one; nothing in it is true."""
     statement = contact_pb2.ContactStatement(
         peer_id=peer_id.to_bytes(),
         sequence=1,
         expires_at=clock.now() + LIFETIME_S,
-        addresses=[contact_pb2.ContactAddress(direct=_PLACE)],
+        addresses=[contact_pb2.ContactAddress(direct=_place_of(peer_id))],
         certificate=SimulatedIdentity(0).make_certificate(),
     ).SerializeToString()
     return contact_pb2.Contact(statement=statement, signature=bytes(_SIGNATURE_BYTES))
@@ -144,10 +148,10 @@ async def _make(side: str, network: Network, name: bytes) -> tuple[Any, Callable
 
     def add(other: bytes) -> None:
         peer_id = PeerID(other)
-        ours.table.add(node_id_of(other), peer_id)
         if book is not None:
             book.learn(_contact(peer_id), (peer_id,))
-            book.reached(peer_id, _PLACE)
+            book.reached(peer_id, _place_of(peer_id))
+        ours.table.add(node_id_of(other), peer_id, "" if book is None else book.neighbourhood_of(peer_id))
 
     return ours, add
 

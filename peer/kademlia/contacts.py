@@ -6,12 +6,12 @@ which is that of whoever runs many peers on few machines. A neighbourhood is whe
 whatever else its contact names.
 """
 
-import bisect
-from collections import OrderedDict
+from array import array
+from bisect import bisect_left
+from collections import Counter as Multiset
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 
 from prometheus_client import CollectorRegistry, Counter
 
@@ -24,7 +24,7 @@ from peer.metrics import start_at_zero
 from peer.parsing import ParseGuard
 from peer.transport.addresses import Multiaddress
 from peer.transport.contacts import LIFETIME_S, Contact, UncheckedContact
-from peer.transport.endpoints import AddressScope, Endpoint, neighbourhood
+from peer.transport.endpoints import AddressScope, Endpoint, neighbourhood, scope_of
 from peer.wire import contact_pb2
 
 MOST_KNOWN = 256
@@ -34,6 +34,25 @@ KNOWN_OF_KEY = 32
 """The nearest to each key: somewhat more than another peer names."""
 _OLD_S = LIFETIME_S / 4
 """A contact that ends so soon is asked for again. Its peer has had a newer one for a while."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """A contact that was checked. A parsed one takes 800 bytes more, and there may be thousands."""
+
+    peer_id: PeerID
+    serialized: bytes
+    sequence: int
+    expires_at: float
+    near: str | None
+    """The neighbourhood of the first address that it names, or where its peer was reached; None if it names none."""
+    at: Endpoint | None = None
+    """Where its peer was reached."""
+
+    @classmethod
+    def of(cls, contact: Contact) -> "_Known":
+        near = _near(contact.addresses[0]) if contact.addresses else None
+        return cls(contact.peer_id, contact.serialized, contact.sequence, contact.expires_at, near)
 
 
 class ContactBook:
@@ -60,11 +79,9 @@ class ContactBook:
         self.refused = start_at_zero(refused, "malformed", "invalid")
         self._now = now
         self._most_reached = limit // 2
-        self._heard = BoundedDict[PeerID, Contact](limit - limit // 2)
-        self._reached: dict[PeerID, Contact] = {}
-        self._reached_at: dict[PeerID, Endpoint] = {}
-        self._near: dict[str, OrderedDict[PeerID, None]] = {}
-        """The reached ones by neighbourhood, the one reached longest ago first."""
+        self._heard = BoundedDict[PeerID, _Known](limit - limit // 2)
+        self._reached: dict[PeerID, _Known] = {}
+        """The one reached longest ago first."""
         self._origins = BoundedDict[PeerID, str](limit)
         """The neighbourhoods that peers called from last."""
         self._given = BoundedDict[PeerID, tuple[Endpoint, ...]](_MOST_GIVEN)
@@ -93,14 +110,13 @@ class ContactBook:
         if contact is None:
             self.refused.labels("invalid").inc()
             return None
-        at = self._reached_at.get(contact.peer_id)
-        if at is not None and at in contact.addresses:
-            self._file(contact, at)
+        if known is not None and known.at in contact.addresses:
+            self._file(_Known.of(contact), known.at)
         else:  # it is not passed on before it was reached there, too
             if known is not None:
                 self._forget(contact.peer_id)
             self._places.add(contact.peer_id)
-            for gone in self._heard.put(contact.peer_id, contact):
+            for gone in self._heard.put(contact.peer_id, _Known.of(contact)):
                 self._places.remove(gone.peer_id)
         return contact.peer_id
 
@@ -119,27 +135,25 @@ class ContactBook:
 
     def get(self, peer_id: PeerID) -> Contact | None:
         """The peer's contact, with the addresses that the owner gave after its own."""
-        contact = self._find(peer_id)
-        given = self._given.get(peer_id)
-        if contact is None or not given:
-            return contact
+        if (known := self._find(peer_id)) is None:
+            return None
+        contact, given = Contact.restore(known.serialized), self._given.get(peer_id, ())
         return replace(contact, addresses=tuple(dict.fromkeys((*contact.addresses, *given))))
 
     def certificate_of(self, peer_id: PeerID) -> bytes | None:
         """PEM."""
-        contact = self._find(peer_id)
+        contact = self.get(peer_id)
         return None if contact is None else contact.certificate_pem
 
     def message(self, peer_id: PeerID) -> contact_pb2.Contact | None:
         """The contact to pass on. Only of a peer that was reached: nobody else's may be worth anything."""
-        self._find(peer_id)
-        contact = self._reached.get(peer_id)
-        return None if contact is None else contact.message
+        known = self._find(peer_id)
+        return None if known is None or known.at is None else contact_pb2.Contact.FromString(known.serialized)
 
     def reaches(self, peer_id: PeerID) -> bool:
         """Whether the peer can be called."""
-        contact = self._find(peer_id)
-        return peer_id in self._given or (contact is not None and bool(contact.addresses))
+        known = self._find(peer_id)
+        return peer_id in self._given or (known is not None and known.near is not None)
 
     def called(self, peer_id: PeerID, near: str) -> None:
         """The peer has called, from this neighbourhood."""
@@ -147,11 +161,8 @@ class ContactBook:
 
     def neighbourhood_of(self, peer_id: PeerID) -> str:
         """Where it was reached, or else the first that its contact names; empty if it is on this machine or unknown."""
-        endpoint = self._reached_at.get(peer_id)
-        if endpoint is None:
-            contact = self._heard.get(peer_id)
-            endpoint = contact.addresses[0] if contact is not None and contact.addresses else None
-        return "" if endpoint is None or endpoint.scope is AddressScope.LOOPBACK else _near(endpoint)
+        known = self._reached.get(peer_id) or self._heard.get(peer_id)
+        return (known and known.near) or ""
 
     def origin_of(self, peer_id: PeerID) -> str:
         """The neighbourhood that it called from; empty if it has not called lately."""
@@ -159,13 +170,16 @@ class ContactBook:
 
     def reached(self, peer_id: PeerID, endpoint: Endpoint) -> None:
         """The peer has answered there."""
-        contact = self.get(peer_id)
-        if contact is not None and endpoint in contact.addresses:
-            own = self._heard.pop(peer_id, None) or self._reached[peer_id]
-            self._file(own, endpoint)
-            while len(self._reached) > self._most_reached:
-                most = max(self._near.values(), key=len)
-                self._forget(next(iter(most)))
+        known, contact = self._find(peer_id), None
+        if known is not None and known.at != endpoint:
+            contact = self.get(peer_id)
+        if known is None or (contact is not None and endpoint not in contact.addresses):
+            return
+        self._heard.pop(peer_id, None)
+        self._file(known, endpoint)
+        while len(self._reached) > self._most_reached:
+            ((most, _),) = Multiset(known.near for known in self._reached.values()).most_common(1)
+            self._forget(next(peer for peer, known in self._reached.items() if known.near == most))
 
     def known(self, keys: Iterable[int], most: int = MOST_KNOWN) -> list[int]:
         """The first bits of the NodeIDs, near these keys, of peers whose contacts hold for a while."""
@@ -173,59 +187,55 @@ class ContactBook:
         until = self._now() + _OLD_S
         for key in keys:
             for place, peer_id in self._places.nearest(key, KNOWN_OF_KEY):
-                contact = self._reached.get(peer_id) or self._heard[peer_id]
-                if contact.expires_at > until:
+                known = self._reached.get(peer_id) or self._heard[peer_id]
+                if known.expires_at > until:
                     found[place] = None
             if len(found) >= most:
                 break
         return list(found)[:most]
 
-    def _find(self, peer_id: PeerID) -> Contact | None:
+    def _find(self, peer_id: PeerID) -> _Known | None:
         """Forgets it if it has expired."""
-        contact = self._reached.get(peer_id) or self._heard.get(peer_id)
-        if contact is not None and contact.expires_at <= self._now():
+        known = self._reached.get(peer_id) or self._heard.get(peer_id)
+        if known is not None and known.expires_at <= self._now():
             self._forget(peer_id)
             return None
-        return contact
+        return known
 
-    def _file(self, contact: Contact, endpoint: Endpoint) -> None:
+    def _file(self, known: _Known, endpoint: Endpoint) -> None:
         """Among the reached ones, as the one reached last."""
-        peer_id = contact.peer_id
-        self._leave(peer_id)
-        self._reached[peer_id], self._reached_at[peer_id] = contact, endpoint
-        self._near.setdefault(_near(endpoint), OrderedDict())[peer_id] = None
+        known.at, known.near = endpoint, _near(endpoint)
+        self._reached.pop(known.peer_id, None)
+        self._reached[known.peer_id] = known
 
     def _forget(self, peer_id: PeerID) -> None:
         self._heard.pop(peer_id, None)
-        self._leave(peer_id)
+        self._reached.pop(peer_id, None)
         self._places.remove(peer_id)
-
-    def _leave(self, peer_id: PeerID) -> None:
-        """Removes it from the reached ones, if it is one."""
-        if self._reached.pop(peer_id, None) is None:
-            return
-        near = _near(self._reached_at.pop(peer_id))
-        del self._near[near][peer_id]
-        if not self._near[near]:
-            del self._near[near]
 
 
 class PlaceIndex:
     """PeerIDs by the first bits of their NodeIDs."""
 
     def __init__(self) -> None:
-        self._sorted: list[tuple[int, PeerID]] = []
+        self._places = array("Q")
+        """Sorted."""
+        self._peers: list[PeerID] = []
 
     def __iter__(self) -> Iterator[tuple[int, PeerID]]:
-        return iter(self._sorted)
+        return zip(self._places, self._peers, strict=True)
 
     def add(self, peer_id: PeerID) -> None:
         """One that is not in it."""
-        bisect.insort(self._sorted, _place(peer_id))
+        place = _place(peer_id)
+        number = bisect_left(self._places, place)
+        self._places.insert(number, place)
+        self._peers.insert(number, peer_id)
 
     def remove(self, peer_id: PeerID) -> None:
         """One that is in it."""
-        del self._sorted[bisect.bisect_left(self._sorted, _place(peer_id))]
+        number = self._peers.index(peer_id, bisect_left(self._places, _place(peer_id)))
+        del self._places[number], self._peers[number]
 
     def nearest(self, key: int, count: int) -> Iterator[tuple[int, PeerID]]:
         """The nearest to a key by XOR, in any order.
@@ -233,22 +243,24 @@ class PlaceIndex:
         The nearest of a range of IDs are in that half of it in which the key would be, and then in the other.
         """
         bits = first_bits(key)
-        ranges = [(0, len(self._sorted), 1 << PLACE_BITS - 1)]
+        ranges = [(0, len(self._places), 1 << PLACE_BITS - 1)]
         while ranges and count:
             first, end, bit = ranges.pop()
             if end - first <= count or not bit:
-                yield from self._sorted[first : min(end, first + count)]
+                some = slice(first, min(end, first + count))
+                yield from zip(self._places[some], self._peers[some], strict=True)
                 count -= min(count, end - first)
                 continue
-            upper = (self._sorted[first][0] | bit) & -bit
-            middle = bisect.bisect_left(self._sorted, upper, first, end, key=itemgetter(0))
+            middle = bisect_left(self._places, (self._places[first] | bit) & -bit, first, end)
             halves = [(first, middle, bit >> 1), (middle, end, bit >> 1)]
             ranges += halves if bits & bit else halves[::-1]
 
 
-def _place(peer_id: PeerID) -> tuple[int, PeerID]:
-    return first_bits(node_id_of(peer_id.to_bytes())), peer_id
+def _place(peer_id: PeerID) -> int:
+    return first_bits(node_id_of(peer_id.to_bytes()))
 
 
 def _near(endpoint: Endpoint) -> str:
-    return "" if endpoint.ip is None else neighbourhood(endpoint.ip)
+    """Empty for this machine and for host names."""
+    ip = endpoint.ip
+    return "" if ip is None or scope_of(ip) is AddressScope.LOOPBACK else neighbourhood(ip)

@@ -45,7 +45,7 @@ class Contact:
     tunnel_addresses: tuple[Multiaddress, ...]
     """Of its libp2p daemon."""
     serialized: bytes
-    """The message that the peer signed. Parsed, it would take three times the memory, and there may be many."""
+    """The message that the peer signed."""
 
     @property
     def message(self) -> contact_pb2.Contact:
@@ -61,6 +61,11 @@ class Contact:
     def parse(cls, message: contact_pb2.Contact, now: float) -> "Contact":
         """`now`: Unix time in seconds. Raises WireError if it is malformed, and RecordError if it is not valid now."""
         return UncheckedContact.read(message).check(now)
+
+    @classmethod
+    def restore(cls, serialized: bytes) -> "Contact":
+        """One that was checked before."""
+        return UncheckedContact.read(contact_pb2.Contact.FromString(serialized)).content()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +94,17 @@ class UncheckedContact:
 
     def check(self, now: float) -> Contact:
         """The contact, if its peer signed it and it is valid now. Raises RecordError."""
-        said = self.statement
-        if not now < said.expires_at <= now + LIFETIME_S + CLOCK_TOLERANCE_S:  # also refuses NaN
+        # also refuses NaN
+        if not now < self.statement.expires_at <= now + LIFETIME_S + CLOCK_TOLERANCE_S:
             raise RecordError("the contact has expired, or would hold for more than an hour")
+        content = self.content()
+        key = certificate_key(self.statement.certificate, self.peer_id)
+        verify(key, self.message.statement, self.message.signature, CONTACT_DOMAIN)
+        return content
+
+    def content(self) -> Contact:
+        """The same contact, unchecked. Raises RecordError."""
+        said = self.statement
         direct = _known(Endpoint, (a.direct for a in said.addresses if a.HasField("direct")))
         relayed = _known(Multiaddress, (a.relayed for a in said.addresses if a.HasField("relayed")))
         libp2p = _known(Multiaddress, (a.libp2p for a in said.addresses if a.HasField("libp2p")))
@@ -99,8 +112,6 @@ class UncheckedContact:
         libp2p = [a for a in libp2p if a.peer_id == self.peer_id]
         if not (direct or relayed or libp2p):
             raise RecordError("the contact has no address of a kind that is known here")
-        key = certificate_key(said.certificate, self.peer_id)
-        verify(key, self.message.statement, self.message.signature, CONTACT_DOMAIN)
         return Contact(
             self.peer_id,
             said.sequence,

@@ -79,26 +79,18 @@ def ip_address(text: str) -> IpAddress:
 class Endpoint(str):
     """`host:port`, parsed: an IP address or a host name in its canonical form, and a port from 1 to 65535."""
 
-    __slots__ = ("host", "ip", "port")  # there are thousands
-
-    host: str
-    ip: IpAddress | None
-    """None if the host is a name."""
-    port: int
+    __slots__ = ()  # there are thousands
 
     def __new__(cls, text: str) -> Self:
         """Raises AddressError."""
         match = _ENDPOINT.fullmatch(bounded(text))
         if match is None:
             raise AddressError("an endpoint is an IP address or a host name, and a port: host:port")
-        bracketed, plain, port = match.groups()
-        ip = parse_ip6(bracketed) if bracketed else _ip4_or_none(plain)
-        host = parse_name(plain) if ip is None else str(ip)
-        self = super().__new__(
-            cls, f"[{host}]:{parse_port(port)}" if bracketed else f"{host}:{parse_port(port)}"
-        )
-        self.host, self.ip, self.port = host, ip, int(port)
-        return self
+        bracketed, plain, digits = match.groups()
+        port = parse_port(digits)
+        if bracketed:
+            return super().__new__(cls, f"[{parse_ip6(bracketed)}]:{port}")
+        return super().__new__(cls, f"{_ip4_or_none(plain) or parse_name(plain)}:{port}")
 
     @classmethod
     def of(cls, host: str, port: int) -> Self:
@@ -110,9 +102,23 @@ class Endpoint(str):
         return other
 
     @property
+    def host(self) -> str:
+        return self.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.rpartition(":")[2])
+
+    @property
+    def ip(self) -> IpAddress | None:
+        """None if the host is a name."""
+        return parse_ip6(self.host) if self.startswith("[") else _ip4_or_none(self.host)
+
+    @property
     def scope(self) -> AddressScope | None:
         """None if the host is a name, which may lead anywhere."""
-        return None if self.ip is None else scope_of(self.ip)
+        ip = self.ip
+        return None if ip is None else scope_of(ip)
 
 
 def _host(text: str) -> str:

@@ -222,4 +222,5 @@ def test_the_bounds_and_the_order_hold_whatever_happens(events: list[tuple[str, 
         assert [peer_id for _, peer_id in here._places] == sorted(
             [*here._reached, *here._heard], key=lambda peer_id: node_id_of(peer_id.to_bytes())
         )
-        assert {peer for near in here._near.values() for peer in near} == here._reached.keys()
+        assert all(known.at is not None for known in here._reached.values())
+        assert all(known.at is None for known in here._heard.values())
