@@ -29,7 +29,7 @@ from talkoot.train.session import once, trainer_state
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
 from trainer_client.data.sources import find_files
-from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, read_tokenizer
+from trainer_client.data.tokenizer import Tokenizer, Tokens, read_tokenizer
 from trainer_client.inference import check_length, evaluate
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, load_checkpoint
@@ -100,11 +100,9 @@ def run_export(
 
 
 def _tokenizer(settings: TrainerSettings) -> Tokenizer:
-    if settings.tokenizer == "bytes":
-        return ByteTokenizer()
     if settings.tokenizer == "bpe":
         raise SettingsError("tokenizer: pass the tokenizer.json that the swarm's trainers share, or bytes")
-    return read_tokenizer(Path(settings.tokenizer))
+    return read_tokenizer(settings.tokenizer)
 
 
 def _require_right(swarm: Swarm) -> None:

@@ -111,8 +111,11 @@ def load_tokenizer(json: str) -> Tokenizer:
     return BytePairTokenizer(json) if json else ByteTokenizer()
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Reads a `tokenizer.json`, the format of the library `tokenizers`. Raises DataError."""
+def read_tokenizer(name: str) -> Tokenizer:
+    """`name`: bytes, or the path of a `tokenizer.json`, the format of the library `tokenizers`. Raises DataError."""
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name)
     try:
         return BytePairTokenizer(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -33,7 +33,6 @@ from trainer_client.data.corpus import Corpus, encode_corpus
 from trainer_client.data.sources import find_files, read_text
 from trainer_client.data.tokenizer import (
     BytePairTokenizer,
-    ByteTokenizer,
     Tokenizer,
     load_tokenizer,
     read_tokenizer,
@@ -331,10 +330,8 @@ def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
 
 
 def _make_tokenizer(settings: TrainerSettings, files: list[Path], stage: Callable[[str], None]) -> Tokenizer:
-    if settings.tokenizer == "bytes":
-        return ByteTokenizer()
     if settings.tokenizer != "bpe":
-        return read_tokenizer(Path(settings.tokenizer))
+        return read_tokenizer(settings.tokenizer)
     stage("learning a tokenizer from the text")
     try:
         characters = sum(file.stat().st_size for file in files)

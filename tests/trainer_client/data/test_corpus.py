@@ -71,10 +71,10 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, text: str) -> None
     path = tmp_path / "tokenizer.json"
     path.write_text(text)
     with pytest.raises(DataError, match=rf"{path}.*this is no tokenizer"):
-        read_tokenizer(path)
+        read_tokenizer(str(path))
     absent = tmp_path / "absent"
     with pytest.raises(DataError, match=rf"no tokenizer {absent}: give .* the path of"):
-        read_tokenizer(absent)
+        read_tokenizer(str(absent))
 
 
 def test_a_tokenizer_of_words_is_refused() -> None:
