@@ -19,14 +19,13 @@ from peer.settings import describe_validation_error, read_toml
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
 
 
-def _license(text: str) -> str:
-    if not re.fullmatch(_LICENSE, text):
+def _spdx(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,62}", text):
         raise ValueError("must be a licence's SPDX identifier, such as Apache-2.0 or CC-BY-SA-4.0")
     return text
 
 
-_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,62}")
-License = Annotated[str, AfterValidator(_license)]
+License = Annotated[str, AfterValidator(_spdx)]
 
 
 class _Part(BaseModel):

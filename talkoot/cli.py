@@ -355,7 +355,7 @@ def export(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Take it from this machine's newest run.  [default: from live trainers]"
+            "--resume", help="Take it from the newest run on this machine.  [default: from live trainers]"
         ),
     ] = False,
     allow_missing: Annotated[
@@ -369,7 +369,7 @@ def export(
     ] = None,
     keep_by: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="The file or folder of text whose most used experts --keep keeps."),
+        typer.Option(metavar="PATH", help="The text, a file or folder, whose most used experts are kept."),
     ] = None,
     data_note: Annotated[
         str, typer.Option(metavar="TEXT", help="What the model was trained on, for its model card.")
@@ -384,7 +384,7 @@ def export(
 ) -> None:
     """Write the model that a swarm trains into a folder, for transformers and for Talkoot.
 
-    If it is stopped, the same command goes on where it was.
+    If it is stopped, run the same command again to resume.
     """
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing(), imports_without_gc():

@@ -361,9 +361,9 @@ class ExportCommand(TrainedModelCommand):
     def _setting_options(self) -> list[Any]:
         options = super()._setting_options
         changed = {
-            "checkpoint": "Take it from this run: a folder of checkpoints, or one of its files.",
-            "tokenizer": "That of the trainers that give it: bytes, or a tokenizer.json.  [default: bytes]",
-            "router": "That of these trainers.  [default: whichever they use]",
+            "checkpoint": "Take it from a run: its folder of checkpoints, or one of these files.",
+            "tokenizer": "The tokenizer of the live trainers: bytes, or a tokenizer.json.  [default: bytes]",
+            "router": "The router of the live trainers.  [default: found out]",
             "wait_for_experts_s": "How long to wait for experts that no live node hosts.  [default: 60]",
         }
         for option in options:

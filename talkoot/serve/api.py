@@ -14,8 +14,8 @@ from trainer_client.settings import Sampling
 Json = dict[str, Any]
 R = TypeVar("R", bound="Request")
 
-MOST_STOPS, LONGEST_STOP = 4, 256
-MOST_ALTERNATIVES = 20
+_MOST_STOPS, _LONGEST_STOP = 4, 256
+_MOST_ALTERNATIVES = 20
 _MOST_MESSAGES = 1024
 _MOST_NODES = 64
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 256
@@ -61,7 +61,7 @@ def _single(value: int | None) -> int | None:
 Unsupported = Annotated[Any, AfterValidator(_neutral)]
 """A parameter that clients may send as long as it asks for nothing."""
 One = Annotated[int | None, AfterValidator(_single)]
-StopSequence = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+StopSequence = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 
 
 class StreamOptions(BaseModel):
@@ -83,7 +83,7 @@ class Request(BaseModel):
     top_k: int | None = Field(default=None, ge=1, le=2**31)
     """No parameter of OpenAI's, but of most other servers."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: StopSequence | Annotated[list[StopSequence], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopSequence | Annotated[list[StopSequence], Field(max_length=_MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: One = None
@@ -138,7 +138,7 @@ class CompletionRequest(Request):
 
     prompt: str | TokenList | Annotated[list[str], OneOf] | Annotated[list[TokenList], OneOf]
     """Text or tokens. A list of prompts may have one."""
-    logprobs: int | None = Field(default=None, ge=0, le=MOST_ALTERNATIVES)
+    logprobs: int | None = Field(default=None, ge=0, le=_MOST_ALTERNATIVES)
     best_of: One = None
     echo: Unsupported = None
     suffix: Unsupported = None
@@ -181,7 +181,7 @@ class ChatRequest(Request):
     messages: list[ChatMessage] = Field(min_length=1, max_length=_MOST_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_ALTERNATIVES)
+    top_logprobs: int | None = Field(default=None, ge=0, le=_MOST_ALTERNATIVES)
     tools: Unsupported = None
     tool_choice: Unsupported = None
     parallel_tool_calls: bool | None = None

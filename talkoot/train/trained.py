@@ -65,10 +65,9 @@ class TrainedModel:
     """For temporary files. Deleted with the model."""
 
     def has_experts(self, limit_s: float | None = None) -> bool:
-        """Returns whether any expert is live, so that the last result is valid. Otherwise first waits for one, so long
-        or as the settings say.
+        """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
 
-        Raises SwarmError when none comes in time.
+        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError when none comes in time.
         """
         if self.client.dispatcher.live_experts():
             return True
