@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from expert_fakes import make_manifest
+from model_folders import RandomModel
 
 from benchmarks.village import RunningNode, running_village
 
@@ -94,3 +96,20 @@ def test_the_notebook_trains_keeps_the_model_and_goes_on_without_the_swarm(
     assert "model.safetensors.index.json" in ended.stdout
     written = ended.stdout[ended.stdout.index("The kettle sings") :]
     assert len(written.encode()) > 32, "until the context is full"
+
+
+def test_an_exported_model_is_trained_on_with_ones_own_text(tmp_path: Path) -> None:
+    folder = RandomModel(make_manifest((2, 2), k=2, layers=2, hidden=16, context=32)).write(
+        tmp_path / "model"
+    )
+    text = tmp_path / "mine.txt"
+    text.write_text("The kettle sings, and the sauna is warm. " * 40)
+    losses = []
+    for model in (folder, tmp_path / "mine"):
+        options = ("--out", tmp_path / "mine", "--steps", 50, "--learning-rate", 3e-3)
+        ended = run("examples/fine_tune.py", model, text, *options)
+        assert ended.returncode == 0, ended.stderr
+        losses += re.findall(r"loss (\S+)", ended.stdout)
+    before, after, again, last = losses
+    assert float(last) < float(after) < 0.8 * float(before)
+    assert again == after, "what was saved is what was learned"
