@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from dht.uid import UID
 from expert_server.blocks import OWN_KINDS, weightless_block
 from peer.checkpoints import Form, form_of
 from peer.errors import DataError, ModelError, SettingsError, StartError, StateError, WireError
-from peer.files import sync_folder, write_atomically
+from peer.files import open_plainly, sync_folder, write_atomically
 from peer.formatting import printable
 from peer.layers import make_norm
 from peer.settings import describe_validation_error
@@ -47,8 +48,15 @@ CARD = "README.md"
 PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
 """Copied from this release into every folder. They import torch and transformers alone."""
 
-_MOST_JSON = 2**27
-"""Bytes of a JSON file that is read."""
+_MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25}
+"""Of a JSON file that is read. Parsed it takes up to 40 times as much memory."""
+_MOST_HEADERS = 2**26
+"""Bytes of the headers of all files of weights together, likewise."""
+_NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
+"""Those of tokenizers that can't make a text much longer."""
+_SPLITS = frozenset({"ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"})
+_ODDITIES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+_REPEATS = re.compile(r"[*+?{(]")
 _LOCK, _SOURCE = "lock", "source.json"
 """In a folder that is not finished: its writer's lock, and what it is a model of."""
 _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
@@ -83,11 +91,7 @@ class _Config(BaseModel):
     manifest: dict[str, Any]
     routing: FolderRouting
     vocab_size: Annotated[int, Field(ge=1, le=2**16)]
-    missing_experts: tuple[str, ...]
-
-
-class _Index(BaseModel):
-    weight_map: dict[str, str]
+    missing_experts: Annotated[tuple[str, ...], FailFast()]
 
 
 # What a folder must hold
@@ -161,11 +165,34 @@ def _bytes_as_json() -> dict[str, Any]:
 def _read_tokenizer(text: str) -> Tokenizer:
     """Raises DataError."""
     try:
-        model = json.loads(text)["model"]
+        found = json.loads(text)
+        model = found["model"]
         is_bytes = model["merges"] == [] and model["vocab"] == _bytes_as_json()["model"]["vocab"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        is_plain = model.get("type", "BPE") == "BPE" and not any(map(model.get, _ODDITIES))
+        normalizer, splits = found.get("normalizer"), _steps(found.get("pre_tokenizer"))
+        is_bounded = normalizer is None or normalizer["type"] in _NORMALIZERS
+        is_bounded = is_bounded and all(map(_is_bounded, splits))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"this is no tokenizer: {printable(str(error))}") from error
+    if not is_plain:
+        raise DataError("this is no tokenizer of byte pairs, or one with a dropout, a prefix or a suffix")
+    if not is_bounded:
+        raise DataError("what this tokenizer does before it looks for byte pairs may take any time or memory")
     return ByteTokenizer() if is_bytes else load_tokenizer(text)
+
+
+def _steps(pre_tokenizer: Any) -> list[Any]:
+    if pre_tokenizer is not None and pre_tokenizer["type"] == "Sequence":
+        return [step for each in pre_tokenizer["pretokenizers"] for step in _steps(each)]
+    return [pre_tokenizer]
+
+
+def _is_bounded(step: Any) -> bool:
+    """Whether a step that splits a text takes a time in proportion to its length."""
+    if step is None or step["type"] != "Split":
+        return step is None or step["type"] in _SPLITS
+    # nothing that repeats: no backtracking
+    return "Regex" not in step["pattern"] or not _REPEATS.search(step["pattern"]["Regex"])
 
 
 # Writing
@@ -188,6 +215,7 @@ class FolderWriter:
         require_new(path)
         with _telling(path):
             self.partial.mkdir(parents=True, exist_ok=True)
+            _require_own(self.partial)
             self._lock = _locked(self.partial)
             try:
                 self._keep_what_fits()
@@ -365,7 +393,7 @@ def _write_safetensors(path: Path, most: Mapping[str, Form], tensors: Iterable[t
     room = len(_header(most))
     forms: dict[str, Form] = {}
     with _telling(path):
-        file = path.open("wb")
+        file = _written(path)
     try:
         file.seek(room)
         # what the tensors' source raises passes as it is
@@ -409,9 +437,24 @@ def _require_forms(tensors: Mapping[str, Tensor], expected: Mapping[str, Form], 
             raise ModelError(f"{name} of {what} is {form_of(tensors[name])}; expected {form}")
 
 
+def _require_own(folder: Path) -> None:
+    """Raises SettingsError unless it is empty or of an earlier writer of this user, all of whose files may go."""
+    about = folder.lstat()
+    is_own = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid()
+    if not is_own or (any(folder.iterdir()) and not (folder / _LOCK).exists()):
+        raise SettingsError(
+            f"{folder} is not what an earlier run of yours left: remove it, or pass another folder"
+        )
+
+
+def _written(path: Path) -> BinaryIO:
+    """Raises OSError, also if it is a link."""
+    return os.fdopen(open_plainly(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb")
+
+
 def _locked(folder: Path) -> BinaryIO:
     """Raises StartError while another process writes there."""
-    lock = (folder / _LOCK).open("wb")
+    lock = _written(folder / _LOCK)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -466,7 +509,7 @@ class ModelFolder:
         if not path.is_dir():
             raise ModelError(f"no model folder {path}: pass one that `talkoot export` wrote")
         try:
-            config = _Config.model_validate_json(_read(path / CONFIG))
+            config = _Config.model_validate_json(_read(path, CONFIG))
             if config.format_version != FORMAT_VERSION:
                 later = config.format_version > FORMAT_VERSION
                 raise ModelError(
@@ -474,10 +517,11 @@ class ModelFolder:
                     + (": update Talkoot" if later else "")
                 )
             manifest = _manifest(config.manifest)
-            missing = {parse_uid(text, manifest) for text in config.missing_experts}
+            missing = frozenset(parse_uid(text, manifest) for text in config.missing_experts)
         except ValidationError as error:
             raise ModelError(
-                f"{path / CONFIG} is not that of a Talkoot model: {describe_validation_error(error, _Config)}"
+                f"{path / CONFIG} is not that of a Talkoot model: "
+                + printable(describe_validation_error(error, _Config), 1000)
             ) from error
         except WireError as error:
             raise ModelError(f"{path / CONFIG}: missing_experts: {error}") from error
@@ -487,8 +531,13 @@ class ModelFolder:
                 f"{path} has a tokenizer of {len(tokenizer.token_bytes)} tokens, and a model of {config.vocab_size}"
             )
         _require_routing(path, config.routing, manifest)
+        places = _places_in(path)
+        if (there := manifest.model.layers * manifest.experts.count - len(missing)) > len(places):
+            raise ModelError(
+                f"{path} lacks experts: it has {len(places)} tensors, and should have {there} experts"
+            )
         live = frozenset(manifest.uids()) - missing
-        folder = cls(path, manifest, config.routing, tokenizer, live, _places_in(path))
+        folder = cls(path, manifest, config.routing, tokenizer, live, places)
         folder._check_forms()
         return folder
 
@@ -574,30 +623,42 @@ def _require_routing(path: Path, routing: FolderRouting, manifest: Manifest) -> 
 
 def _tokenizer_of(path: Path) -> Tokenizer:
     try:
-        return _read_tokenizer(_read(path / TOKENIZER).decode())
+        return _read_tokenizer(_read(path, TOKENIZER).decode())
     except (DataError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path / TOKENIZER}: {error}") from error
+        raise ModelError(f"{path / TOKENIZER}: {printable(str(error))}") from error
 
 
 def _places_in(path: Path) -> dict[str, Path]:
     """The file of each tensor: by the index, or all in one file. Raises ModelError."""
     single = path / "model.safetensors"
     if not (path / INDEX).exists() and single.exists():
-        with _refusing(single), safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
+        return _names_in([single])
     try:
-        weight_map = _Index.model_validate_json(_read(path / INDEX)).weight_map
-    except ValidationError as error:
-        raise ModelError(f"{path / INDEX} is no index: {describe_validation_error(error, _Index)}") from error
-    places: dict[str, Path] = {}
-    for name in sorted(set(weight_map.values())):
-        if not _WEIGHTS.fullmatch(name):
-            raise ModelError(f"{path / INDEX} names the file {printable(name)!r}")
-        with _refusing(path / name), safe_open(path / name, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), path / name)
+        weight_map: dict[str, str] = json.loads(_read(path, INDEX))["weight_map"]
+        names = {name for name in weight_map.values() if _WEIGHTS.fullmatch(name)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path / INDEX} is no index: {printable(repr(error))}") from error
+    if strange := set(weight_map.values()) - names:
+        raise ModelError(f"{path / INDEX} names the file {printable(min(strange))!r}")
+    places = _names_in([path / name for name in sorted(names)])
     for name, file_name in weight_map.items():
         if places.get(name) != path / file_name:
             raise ModelError(f"{path / INDEX} has {printable(name)} in {file_name}, where it is not")
+    return places
+
+
+def _names_in(files: Iterable[Path]) -> dict[str, Path]:
+    """The tensors of safetensors files. Raises ModelError."""
+    places: dict[str, Path] = {}
+    left = _MOST_HEADERS
+    for path in files:
+        with _refusing(path):
+            with _opened(path) as file:
+                left -= int.from_bytes(file.read(8), "little")
+            if left < 0:
+                raise ModelError(f"{path}: the names of its tensors and those before take too much memory")
+            with safe_open(path, framework="pt") as weights:
+                places |= dict.fromkeys(weights.keys(), path)
     return places
 
 
@@ -610,11 +671,23 @@ def _refusing(path: Path) -> Iterator[None]:
         raise ModelError(f"{path} can't be read: {printable(str(error))}") from error
 
 
-def _read(path: Path) -> bytes:
+def _read(folder: Path, name: str) -> bytes:
     """Raises ModelError."""
-    try:
-        if (size := path.stat().st_size) > _MOST_JSON:
-            raise ModelError(f"{path} has {size} bytes; at most {_MOST_JSON}")
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {error.strerror}") from error
+    path, most = folder / name, _MOST_BYTES[name]
+    with _refusing(path), _opened(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ModelError(f"{path} has more than {most} bytes")
+    return data
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Raises OSError, and ModelError if it leads out of the folder or is no file."""
+    if path.is_symlink():
+        raise ModelError(f"{path} is a link: copy the folder with the files themselves (cp -rL)")
+    # or a pipe would never open
+    file = os.fdopen(open_plainly(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ModelError(f"{path} is no file")
+    return file

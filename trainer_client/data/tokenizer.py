@@ -73,6 +73,11 @@ class BytePairTokenizer:
             or not set(ByteLevel.alphabet()) <= vocabulary.keys() <= _words(vocabulary, stands_for)
         ):
             raise DataError(f"this is no tokenizer of byte pairs with at most {MOST_TOKENS} tokens")
+        # which have nothing to do with training
+        self._library.no_padding()
+        self._library.no_truncation()
+        if max(self._library.encode("a").ids, default=0) >= len(vocabulary):
+            raise DataError("this tokenizer adds tokens that are not in its vocabulary")
         by_id = sorted(vocabulary, key=vocabulary.__getitem__)
         self.token_bytes = [bytes(stands_for[letter] for letter in token) for token in by_id]
         self._json = json
