@@ -6,6 +6,7 @@ A caller names its sequences by numbers, and nobody else's call finds what is ke
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import TypeAlias
 
 from grpc import StatusCode
@@ -18,6 +19,7 @@ IDLE_S = 60.0
 """How long rows are kept that no call goes on with."""
 ENTRY_BYTES = 1024
 """What the rows of a sequence take beside their numbers."""
+_SPARE = 1024
 
 _Key: TypeAlias = tuple[UID, int]
 
@@ -43,10 +45,9 @@ class SequenceCache:
         self._callers: dict[str, OrderedDict[_Key, _Entry]] = {}
         """Of each, the one used longest ago first. None is empty."""
         self._bytes: dict[str, int] = {}
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._bytes.values())
+        self._most: list[tuple[int, str]] = []
+        """A heap. Of each caller, minus the bytes that it had when it last got more, and perhaps before."""
+        self.bytes = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._callers.values()))
@@ -75,12 +76,14 @@ class SequenceCache:
         self, caller: str, uid: UID, numbers: Sequence[int], rows: Sequence[KeyValueCache], now: float
     ) -> bool:
         """Returns whether all of them are kept."""
-        self.drop_idle(now)
         for number, each in zip(numbers, rows, strict=True):
             self._remove(caller, (uid, number))
             entry = _Entry(each, each.nbytes + ENTRY_BYTES, now + IDLE_S)
             self._callers.setdefault(caller, OrderedDict())[uid, number] = entry
             self._bytes[caller] = self._bytes.get(caller, 0) + entry.bytes
+            self.bytes += entry.bytes
+        if caller in self._bytes:
+            self._note_more(caller)
         self.keep_to_room()
         return all((uid, number) in self._callers.get(caller, ()) for number in numbers)
 
@@ -88,21 +91,39 @@ class SequenceCache:
         """Called also when others need the room."""
         excess = self.bytes - self._room() if self._callers else 0
         while excess > 0 and self._callers:
-            richest = max(self._bytes, key=self._bytes.__getitem__)
+            richest = self._richest()
             excess -= self._remove(richest, next(iter(self._callers[richest])))
 
-    def drop_idle(self, now: float, callers: Container[str] | None = None) -> None:
-        """Drops what was not used for `IDLE_S`, and, if given, all that is not of these `callers`."""
+    def drop_idle(self, now: float, callers: Container[str]) -> None:
+        """Drops what was not used for `IDLE_S`, and all that is not of these `callers`."""
         for caller, entries in list(self._callers.items()):
-            is_gone = callers is not None and caller not in callers
-            for key, entry in list(entries.items()):
-                if not is_gone and entry.expires_at > now:
-                    break
-                self._remove(caller, key)
+            is_gone = caller not in callers
+            while entries and (is_gone or next(iter(entries.values())).expires_at <= now):
+                self._remove(caller, next(iter(entries)))
 
     def clear(self) -> None:
         self._callers.clear()
         self._bytes.clear()
+        self._most.clear()
+        self.bytes = 0
+
+    def _note_more(self, caller: str) -> None:
+        heappush(self._most, (-self._bytes[caller], caller))
+        if len(self._most) > 2 * len(self._bytes) + _SPARE:
+            self._most = [(-size, name) for name, size in self._bytes.items()]
+            heapify(self._most)
+
+    def _richest(self) -> str:
+        """Takes about as long however many callers there are."""
+        while True:
+            noted, caller = self._most[0]
+            size = self._bytes.get(caller, 0)
+            if size == -noted:
+                return caller
+            if size:
+                heapreplace(self._most, (-size, caller))
+            else:
+                heappop(self._most)
 
     def _remove(self, caller: str, key: _Key) -> int:
         """Returns the bytes that this frees."""
@@ -111,6 +132,7 @@ class SequenceCache:
         if entries is None or entry is None:
             return 0
         self._bytes[caller] -= entry.bytes
+        self.bytes -= entry.bytes
         if not entries:
             del self._callers[caller], self._bytes[caller]
         return entry.bytes

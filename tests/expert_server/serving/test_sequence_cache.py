@@ -1,5 +1,7 @@
 """Rows of sequences kept for the next call: the room is kept to, and nobody gets or loses what is another's."""
 
+import time
+
 import pytest
 import torch
 from grpc import StatusCode
@@ -93,7 +95,7 @@ def test_what_is_idle_is_dropped_and_so_is_what_is_of_callers_that_have_left() -
     put(cache, 1, "A", now=0.0)
     put(cache, 2, "A", now=1.0)
     put(cache, 3, "B", now=1.0)
-    cache.drop_idle(IDLE_S + 0.5)
+    cache.drop_idle(IDLE_S + 0.5, callers={"A", "B"})
     assert len(cache) == 2
     cache.drop_idle(IDLE_S + 0.5, callers={"A"})
     assert not has(cache, 3, "B")
@@ -122,3 +124,17 @@ def test_it_keeps_to_its_room_and_takes_nothing_from_those_within_their_share(
         for name, size in before.items():
             if size <= room // owners - 4 * ENTRY:
                 assert cache._bytes[name] == size
+
+
+def test_a_flood_takes_as_long_however_many_keep_something() -> None:
+    """The event loop waits meanwhile. It took minutes to look at all entries and all callers each time."""
+    others, entries = 4096, 2**13
+    cache = SequenceCache(lambda: (others + entries) * ENTRY_BYTES)
+    for number in range(others):
+        cache.put(str(number), FIRST, [1], [KeyValueCache()], 0.0)
+    began = time.thread_time()
+    cache.put("flood", FIRST, range(entries), [KeyValueCache() for _ in range(entries)], 0.0)
+    for number in range(entries):
+        cache.put("flood", SECOND, [number], [KeyValueCache()], 0.0)
+    assert time.thread_time() - began < 5
+    assert len(cache) == others + entries
