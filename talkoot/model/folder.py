@@ -44,11 +44,13 @@ from trainer_client.settings import Balance, RouterName, Sampling
 
 FORMAT_VERSION = 1
 CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
+CHAT_FORMAT = "chat_format.json"
+"""Not written here: see `talkoot.serve.chat`."""
 CARD = "README.md"
 PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
 """Copied from this release into every folder. They import torch and transformers alone."""
 
-_MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25}
+_MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25, CHAT_FORMAT: 2**16}
 """Of a JSON file that is read. Parsed it takes up to 40 times as much memory."""
 _MOST_HEADERS = 2**26
 """Bytes of the headers of all files of weights together, likewise."""
@@ -509,7 +511,7 @@ class ModelFolder:
         if not path.is_dir():
             raise ModelError(f"no model folder {path}: pass one that `talkoot export` wrote")
         try:
-            config = _Config.model_validate_json(_read(path, CONFIG))
+            config = _Config.model_validate_json(read_file(path, CONFIG))
             if config.format_version != FORMAT_VERSION:
                 later = config.format_version > FORMAT_VERSION
                 raise ModelError(
@@ -623,7 +625,7 @@ def _require_routing(path: Path, routing: FolderRouting, manifest: Manifest) -> 
 
 def _tokenizer_of(path: Path) -> Tokenizer:
     try:
-        return _read_tokenizer(_read(path, TOKENIZER).decode())
+        return _read_tokenizer(read_file(path, TOKENIZER).decode())
     except (DataError, UnicodeDecodeError) as error:
         raise ModelError(f"{path / TOKENIZER}: {printable(str(error))}") from error
 
@@ -634,7 +636,7 @@ def _places_in(path: Path) -> dict[str, Path]:
     if not (path / INDEX).exists() and single.exists():
         return _names_in([single])
     try:
-        weight_map: dict[str, str] = json.loads(_read(path, INDEX))["weight_map"]
+        weight_map: dict[str, str] = json.loads(read_file(path, INDEX))["weight_map"]
         names = {name for name in weight_map.values() if _WEIGHTS.fullmatch(name)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path / INDEX} is no index: {printable(repr(error))}") from error
@@ -671,8 +673,8 @@ def _refusing(path: Path) -> Iterator[None]:
         raise ModelError(f"{path} can't be read: {printable(str(error))}") from error
 
 
-def _read(folder: Path, name: str) -> bytes:
-    """Raises ModelError."""
+def read_file(folder: Path, name: str) -> bytes:
+    """One of the JSON files. Raises ModelError, also if it is a link or too large."""
     path, most = folder / name, _MOST_BYTES[name]
     with _refusing(path), _opened(path) as file:
         data = file.read(most + 1)

@@ -1,5 +1,6 @@
 """How a chat is written as one text, for a model that only continues texts."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +8,11 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from peer.errors import DataError
+from peer.errors import ModelError
 from peer.settings import describe_validation_error
+from talkoot.model.folder import CHAT_FORMAT, read_file
 
-CHAT_FORMAT = "chat_format.json"
-"""Its name in a model folder."""
 _PLACE = "{content}"
-_LONGEST = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,14 @@ class ChatFormat(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """A model folder's `chat_format.json`; if there is none, the default. Raises DataError."""
+        """A model folder's `chat_format.json`; if there is none, the default. Raises ModelError."""
         path = folder / CHAT_FORMAT
-        try:
-            with path.open("rb") as file:
-                data = file.read(_LONGEST + 1)
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return cls()
-        except OSError as error:
-            raise DataError(f"can't read {path}: {error.strerror}") from error
-        if len(data) > _LONGEST:
-            raise DataError(f"{path} is no chat format: it is longer than {_LONGEST >> 10} KiB")
         try:
-            return cls.model_validate_json(data)
+            return cls.model_validate_json(read_file(folder, CHAT_FORMAT))
         except ValidationError as error:
-            raise DataError(f"{path} is no chat format: {describe_validation_error(error, cls)}") from error
+            raise ModelError(f"{path} is no chat format: {describe_validation_error(error, cls)}") from error
 
     def text(self, messages: Sequence[Message]) -> str:
         turns = {

@@ -1,5 +1,6 @@
 """The command as people use it: with a swarm, with a folder, and how it ends."""
 
+import os
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from openai import OpenAI
 from served_model import LIMIT_S, served
 from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
 
-from peer.errors import DataError
+from peer.errors import ModelError
 from peer.loop import LoopThread
 from talkoot.serve.chat import ChatFormat, Message
 from talkoot.serve.opened import model_of_folder
@@ -114,7 +115,13 @@ def test_a_folders_chat_format_is_used(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_no_chat_format_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "chat_format.json").write_text(text)
-    with pytest.raises(DataError, match="no chat format"):
+    with pytest.raises(ModelError, match="chat_format"):
+        ChatFormat.read(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_chat_format_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "chat_format.json")
+    with pytest.raises(ModelError, match="is no file"):
         ChatFormat.read(tmp_path)
 
 
