@@ -205,23 +205,25 @@ class SnapshotTaker:
         return await asyncio.shield(made)
 
     async def _make_block(self, uid: UID, peer_id: PeerID, version: int | None) -> Block:
-        expert, began = self._expert(uid), self._clock()
+        expert = self._expert(uid)
         purpose: Purpose = "export" if version is None else "check"
-        self._require_pace(peer_id, began, purpose)
+        self._require_pace(peer_id, self._clock(), purpose)
 
-        def copied() -> tuple[int, State | None, int]:
+        def copied() -> tuple[int, State | None, int, float]:
+            began = self._clock()
             wanted = expert.version if version is None else version
-            return wanted, expert.export_block(wanted), expert.update_count
+            return wanted, expert.export_block(wanted), expert.update_count, self._clock() - began
 
-        copied_version, state, count = await self._runtime.run(copied)
+        # without the time that other work of the node takes before it
+        copied_version, state, count, spent_s = await self._runtime.run(copied)
         if state is None:
-            self._count_time(peer_id, began, purpose)
+            self._count_time(peer_id, spent_s, purpose)
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "the parameters have changed since")
-        now = time.time()
+        began, now = self._clock(), time.time()
         data, sha256 = await asyncio.to_thread(
             lambda: _hashed(block_to_bytes(state, count, self._swarm_id, uid, now))
         )
-        self._count_time(peer_id, began, purpose)
+        self._count_time(peer_id, spent_s + self._clock() - began, purpose)
         expires_at = self._clock() + self._exported.lifetime_s
         return Block(uid, copied_version, data, sha256, count, expert.device.precision, expires_at)
 
@@ -257,7 +259,7 @@ class SnapshotTaker:
                 )  # fmt: skip
                 self._snapshots.put(snapshot, now)
                 if peer_id is not None:
-                    self._count_time(peer_id, began, "state")
+                    self._count_time(peer_id, self._clock() - began, "state")
             return snapshot
 
     def _instead(self, uid: UID, peer_id: PeerID) -> Snapshot | None:
@@ -278,10 +280,10 @@ class SnapshotTaker:
             message = f"too many new snapshots were asked for lately: come back in {wait_s:.1f} s"
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=wait_s)
 
-    def _count_time(self, peer_id: PeerID, began: float, purpose: Purpose) -> None:
+    def _count_time(self, peer_id: PeerID, spent_s: float, purpose: Purpose) -> None:
         now = self._clock()
-        self._of_peer.take(peer_id, now - began, now)
-        self._of_all[purpose].take(now - began, now)
+        self._of_peer.take(peer_id, spent_s, now)
+        self._of_all[purpose].take(spent_s, now)
 
     @property
     def kept_bytes(self) -> int:

@@ -56,7 +56,7 @@ class SwarmExperts:
     """All experts of a swarm. `survey` first. For the loop's thread, but for `each`. Close it when done."""
 
     def __init__(self, swarm: Swarm, download_mbit: float | None, wait_s: float) -> None:
-        """`wait_s`: how long experts whose hosts are gone are waited for, all of them together."""
+        """`wait_s`: how long experts whose hosts are gone are waited for, since the last expert that came."""
         self.hosts: Mapping[UID, Sequence[Replica]] = {}
         """The replicas of each expert that some node serves."""
         self.nodes: dict[PeerID, NodeInfo] = {}
@@ -102,6 +102,7 @@ class SwarmExperts:
             taken = await self._parameters.fetch(uid, nodes, _capped_at(most), self._unreachable)
             if taken is not None:
                 peer_id, checkpoint = taken
+                self._give_up_at = None
                 return TakenExpert(uid, peer_id, checkpoint.update_count, checkpoint.state)
             now = asyncio.get_running_loop().time()
             if self._give_up_at is None:
