@@ -219,6 +219,26 @@ def test_many_that_export_keep_no_node_from_a_state_and_nobody_from_checks(
     play(scenario)
 
 
+def test_an_export_is_not_charged_for_the_time_that_a_busy_node_lets_it_wait(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(street: Street) -> None:
+        expert, now = make_expert(3), [0.0]
+        runtime = await street.host(expert)
+        taker = SnapshotTaker(runtime, SWARM, lambda uid: {}, limit=1, clock=lambda: now[0])
+        run = runtime.run
+
+        async def run_later(function: Callable[[], Any]) -> Any:
+            now[0] += 100.0
+            return await run(function)
+
+        monkeypatch.setattr(runtime, "run", run_later)
+        for _ in range(20):
+            assert (await taker.parameters_for(a_peer(1), AN_UID)).update_count == 3
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("role", [Role.TRAINER, Role.READER])
 def test_who_may_check_answers_may_take_no_state_and_ask_for_nothing(
     play: Callable[[Scenario], None], role: Role
