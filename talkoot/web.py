@@ -20,6 +20,8 @@ SEND_DEADLINE_S = 15.0
 _MAX_CONNECTIONS = 1000
 _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
 """For so long a connection may go on without a whole request, or with an answer that is not taken."""
+_CLOSE_S = 2.0
+"""Longest wait for answers to end after their connections are closed."""
 _BACKLOG = 128
 _HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
 _HEADERS = [
@@ -73,7 +75,12 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["async
         yield task
     finally:
         server.should_exit = server.force_exit = True
+        # or answers that have not ended would be cancelled, and uvicorn logs a traceback for each
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
         await asyncio.gather(task, return_exceptions=True)
+        if answers := server.server_state.tasks:
+            await asyncio.wait(answers, timeout=_CLOSE_S)
 
 
 def ends_by_itself(scope: Scope) -> None:

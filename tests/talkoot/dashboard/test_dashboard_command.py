@@ -77,8 +77,10 @@ def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: st
         assert (shown["name"], shown["nodes"]) == ("sauna", {"live": None, "gone": None, "unsteady": None})
         assert get(found[1] + "healthz") == {"status": "ok"}
         kin = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=LIMIT_S)
+        with urllib.request.urlopen(found[1] + "events", timeout=20) as events:
+            events.readline()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
         process.communicate()

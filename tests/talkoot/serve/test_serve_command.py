@@ -66,8 +66,11 @@ def test_a_swarms_model_is_served_until_ctrl_c(founder: Founder, run: Path, tmp_
         short = founder.node.swarm.host.peer_id.to_base58()[-8:]
         assert answer.to_dict()["talkoot"] == {"nodes": [short]}
         kin = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=LIMIT_S)
+        endless = {"model": "village", "prompt": "In the sauna", "max_tokens": 4096, "stream": True}
+        with httpx.stream("POST", f"{found[1]}v1/completions", json=endless, timeout=LIMIT_S) as answering:
+            next(answering.iter_lines())
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
         process.communicate()
