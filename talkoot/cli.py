@@ -397,6 +397,32 @@ def export(
         run_export(terminal, signals, join, load_settings(context, TrainerSettings), plan)
 
 
+@app.command("import")
+def import_model(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `talkoot export` wrote.")],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="SWARM.TOML", help="The file to found the swarm with."),
+    ] = Path("swarm.toml"),
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the new swarm.  [default: the old one's]")
+    ] = None,
+    state: NodeState = None,
+    trainer_state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The trainer's state folder, where the dense part goes."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a new swarm ready that starts from an exported model."""
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing():
+            from talkoot.model.founding import ImportPlan, run_import
+
+        run_import(terminal, ImportPlan(folder, out, name, state, trainer_state))
+
+
 @app.command()
 def pause(
     *,

@@ -60,7 +60,7 @@ class Header(CheckpointHeader):
     tokenizer: str
     """For `load_tokenizer`."""
     data_sha256: str
-    """As in `Corpus`."""
+    """As in `Corpus`; empty: of a model that was imported."""
     settings: dict[str, Any]
     """What `TrainerSettings.saved` returned."""
 
@@ -254,7 +254,7 @@ def prepare_run(
         else:
             tokenizer = load_tokenizer(checkpoint.header.tokenizer)
         corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
-    if checkpoint is not None and checkpoint.header.data_sha256 != corpus.sha256:
+    if checkpoint is not None and checkpoint.header.data_sha256 not in ("", corpus.sha256):
         logger.warning("the text differs from the one that the checkpoint was trained on")
     return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus)
 

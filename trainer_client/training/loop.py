@@ -243,7 +243,8 @@ def _take_history(tensors: dict[str, Tensor]) -> History:
         tensors.pop(f"history.{name}", torch.empty(0))
         for name in ("losses", "validated", "validation_losses")
     )
-    if len(validated) != len(validation_losses) or not len(validated):
+    # a run that has taken no step, as after an import, may not be validated yet
+    if len(validated) != len(validation_losses) or len(validated) < bool(len(losses)):
         raise StateError("its history is not whole")
     return History(
         array("d", losses.tolist()), array("q", validated.tolist()), array("d", validation_losses.tolist())

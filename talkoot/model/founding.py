@@ -1,0 +1,194 @@
+"""`talkoot import`: makes ready a new swarm whose experts and dense part start from a model folder.
+
+It writes what a founder's node and a trainer start from: the experts into the node's state folder, as checkpoints
+without momentum; the dense part into the trainer's, as a run of no steps; and the manifest as the file to found the
+swarm with.
+"""
+
+import json
+import logging
+import secrets
+import time
+import tomllib
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from dht.founder_records import RecordFile
+from dht.manifest import Manifest
+from dht.records import SwarmKeys
+from dht.uid import UID
+from expert_server.blocks import build_block
+from expert_server.experts.format import BLOCK, Checkpoint, State, StateForm, moment_name
+from expert_server.experts.plausibility import Scale, require_plausible
+from expert_server.state.checkpoints import CheckpointStore
+from peer.averaging import MAX_UPDATE_COUNT
+from peer.errors import ModelError, SettingsError, StartError, StateError
+from peer.files import StateFolder, write_atomically
+from peer.formatting import counted
+from peer.identity import Identity
+from peer.settings import describe_validation_error
+from talkoot.model.folder import ModelFolder
+from talkoot.node.control import node_folder
+from talkoot.terminal import Terminal
+from talkoot.train.session import trainer_state
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.checkpoints import CheckpointWriter, Header, checkpoint_folder, manifest_sha256
+
+logger = logging.getLogger(__name__)
+
+_KEEP = 1
+"""Checkpoints of each expert, and of the dense part."""
+_AGE = 1
+"""Of the dense part: more than that of a new one, so that trainers who join take it over."""
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """What `talkoot import` was asked for."""
+
+    folder: Path
+    manifest_file: Path
+    name: str | None = None
+    """Of the swarm; None: as the model's was called."""
+    node_state: Path | None = None
+    trainer_state: Path | None = None
+
+
+def run_import(terminal: Terminal, plan: ImportPlan) -> None:
+    """Raises UserError when the folder is not whole, or the swarm exists."""
+    with terminal.stages("reading the model") as stage, closing(ModelFolder.open(plan.folder)) as folder:
+        values = import_model(folder, plan, stage)
+    if terminal.json:
+        terminal.event("import", values)
+        return
+    state = "" if plan.node_state is None else f" --state {plan.node_state}"
+    trainers_state = "" if plan.trainer_state is None else f" --state {plan.trainer_state}"
+    terminal.line(f"{values['experts']} experts and the dense part are ready for the swarm {values['name']}.")
+    terminal.line("Found it, with a node that has room for all of them:")
+    terminal.line(f"  talkoot node --new {plan.manifest_file}{state}")
+    terminal.line("Then train on, with the invite that the node shows:")
+    terminal.line(f"  talkoot train --join INVITE --resume --data YOUR-TEXT{trainers_state}")
+
+
+def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], None]) -> dict[str, Any]:
+    """Writes all of it, and returns figures. The manifest's file comes last: it is there when all else is."""
+    if missing := sorted(set(folder.manifest.uids()) - folder.live):
+        raise ModelError(
+            f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}: a swarm would begin them "
+            "from nothing. Export the model again with all of them"
+        )
+    manifest = _manifest(folder.manifest, plan.name)
+    if plan.manifest_file.exists():
+        raise SettingsError(f"{plan.manifest_file} exists: pass another --out")
+    node, trainer = (
+        node_folder(plan.node_state),
+        trainer_state(TrainerSettings.load(state=plan.trainer_state)),
+    )
+    with closing(StateFolder(node)), closing(StateFolder(trainer)):
+        keys = SwarmKeys(manifest.name, Identity.load_or_create(node / "identity.key").peer_id)
+        if RecordFile(node / "manifests" / keys.swarm_id).read() is not None:
+            raise SettingsError(
+                f"this node has founded a swarm {manifest.name} already: pass another --name, or another --state"
+            )
+        try:
+            _write_experts(
+                folder, manifest, CheckpointStore(node / "checkpoints", keys.swarm_id, manifest, _KEEP), stage
+            )
+            stage("writing the dense part")
+            run = _write_dense(folder, manifest, keys.swarm_id, trainer)
+            write_atomically(plan.manifest_file, to_toml(manifest).encode())
+        except OSError as error:
+            raise StartError(f"can't write {error.filename or node}: {error.strerror or error}") from error
+    return {
+        "name": manifest.name,
+        "experts": manifest.experts_total,
+        "manifest": str(plan.manifest_file),
+        "node_state": str(node),
+        "checkpoint": str(run),
+    }
+
+
+def _manifest(model: Manifest, name: str | None) -> Manifest:
+    """The new swarm's. Without a preset if that would fill in keys which this model leaves unset."""
+    try:
+        manifest = Manifest.model_validate(model.model_dump() | ({} if name is None else {"name": name}))
+    except ValidationError as error:
+        raise SettingsError(f"--name: {describe_validation_error(error, Manifest)}") from error
+    if Manifest.founded(tomllib.loads(to_toml(manifest))) == manifest:
+        return manifest
+    return manifest.model_copy(update={"preset": "none"})
+
+
+def _write_experts(
+    folder: ModelFolder, manifest: Manifest, store: CheckpointStore, stage: Callable[[str], None]
+) -> None:
+    form = StateForm.of(manifest)
+    for number, uid in enumerate(manifest.uids()):
+        stage(f"writing experts: {number} of {manifest.experts_total}")
+        state: State = {BLOCK + name: tensor for name, tensor in folder.expert(uid).items()}
+        for name, (shape, dtype) in form.parameters.items():
+            for moment in form.moments:
+                state[moment_name(name, moment)] = torch.zeros(() if moment == "step" else shape, dtype=dtype)
+        try:
+            store.save(uid, Checkpoint(state, _update_count(uid, state, manifest)))
+        except StateError as error:
+            raise ModelError(f"{folder.path}: {error}") from error
+
+
+def _update_count(uid: UID, state: State, manifest: Manifest) -> int:
+    """The fewest updates that can have led there from the first parameters: other nodes compare. Raises StateError."""
+    first = Scale.of(dict(build_block(manifest, uid).named_parameters()))
+    count = 1
+    while True:
+        try:
+            require_plausible(uid, state, count, [first], manifest.optimizer)
+        except StateError:
+            if count >= MAX_UPDATE_COUNT:
+                raise
+            count = min(4 * count, MAX_UPDATE_COUNT)
+        else:
+            return count
+
+
+def _write_dense(folder: ModelFolder, manifest: Manifest, swarm_id: str, state: Path) -> Path:
+    """Returns the folder of the run."""
+    how, tokenizer = folder.routing, folder.tokenizer.to_json()
+    settings = TrainerSettings(
+        router=how.router, top_k=how.top_k, balance=how.balance, tokenizer="bpe" if tokenizer else "bytes"
+    ).in_swarm(folder.manifest.preset)
+    header = Header(
+        swarm_id=swarm_id,
+        manifest_sha256=manifest_sha256(manifest),
+        step=0,
+        age=_AGE,
+        saved_at=time.time(),
+        tokenizer=tokenizer,
+        data_sha256="",
+        settings=settings.saved(secrets.randbelow(2**63)),
+    )
+    writer = CheckpointWriter(checkpoint_folder(None, state, swarm_id, newest=False), _KEEP)
+    # an earlier attempt may have left one
+    writer.open(resumes=True)
+    if not writer.save(header, {f"model.{name}": tensor for name, tensor in folder.dense().items()}):
+        raise StartError(f"can't write the dense part in {writer.folder}: free some space, and try again")
+    return writer.folder
+
+
+def to_toml(manifest: Manifest) -> str:
+    """The file that founds a swarm with this manifest. A JSON text, number or list of these is the same in TOML."""
+    values = manifest.model_dump(mode="json", exclude_none=True, exclude={"protocol_version"})
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    lines = [_line(name, value) for name, value in values.items() if name not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(_line(key, value) for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _line(key: str, value: object) -> str:
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}"

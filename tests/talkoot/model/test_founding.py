@@ -1,0 +1,174 @@
+"""`talkoot import`: a new swarm starts from a model folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import run_here
+from expert_fakes import make_manifest
+from model_folders import RandomModel
+from node_process import started
+from safetensors.torch import load_file, save_file
+from training_swarm import talkoot
+
+from dht.manifest import AdmissionSpec, Manifest, OptimizerSpec
+from dht.records import SwarmKeys
+from expert_server.state.checkpoints import CheckpointStore
+from peer.errors import UserError
+from peer.identity import Identity
+from talkoot.model.folder import ModelFolder
+from talkoot.model.founding import ImportPlan, import_model
+from talkoot.model.opened import open_model
+from talkoot.train.local import LocalSwarm
+from trainer_client.data.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
+from trainer_client.inference import evaluate
+from trainer_client.model import LanguageModel
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.checkpoints import load_checkpoint
+
+MANIFEST = make_manifest((2, 2), k=2, layers=2, hidden=16, width=8, feed_forward=16)
+TEXT = "In the sauna one must behave as in church. " * 20
+
+
+def imported(folder: Path, work: Path, **given: Any) -> dict[str, Any]:
+    plan = ImportPlan(
+        folder, work / "swarm.toml", node_state=work / "node", trainer_state=work / "trainer", **given
+    )
+    return import_model(ModelFolder.open(folder), plan, lambda text: None)
+
+
+def as_started(values: dict[str, Any]) -> tuple[LanguageModel, Tokenizer]:
+    """The model of a trainer and a node that start from what was written."""
+    manifest = Manifest.from_toml(Path(values["manifest"]))
+    state = Path(values["node_state"])
+    keys = SwarmKeys(manifest.name, Identity.load_or_create(state / "identity.key").peer_id)
+    checkpoint = load_checkpoint(Path(values["checkpoint"]), keys.swarm_id)
+    checkpoint.check_manifest(manifest)
+    swarm = LocalSwarm(manifest, TrainerSettings().resumed(checkpoint.header.settings), nodes=1)
+    store = CheckpointStore(state / "checkpoints", keys.swarm_id, manifest, 1)
+    for uid, expert in swarm.dispatcher.experts.items():
+        saved = store.load_newest(uid)
+        assert saved is not None
+        # others take it too
+        expert.import_state(saved.state, saved.update_count, source="QmOther")
+    tokenizer = load_tokenizer(checkpoint.header.tokenizer)
+    model = LanguageModel(manifest, swarm.mixture, len(tokenizer.token_bytes))
+    checkpoint.load_into(model)
+    return model, tokenizer
+
+
+def loss_of(model: LanguageModel, tokenizer: Tokenizer) -> float:
+    return evaluate(model, tokenizer.encode(TEXT), tokenizer.token_bytes, 4).loss
+
+
+MODELS = {
+    "narrow": MANIFEST,
+    "ffn": make_manifest((3,), k=2, kind="ffn", norm="rms", shared_feed_forward=16),
+    "prefix": make_manifest((2, 2), k=2, prefix=3),
+    "token": make_manifest((2,)).model_copy(
+        update={"admission": AdmissionSpec(mode="token", export=("trainer", "reader")), "license": "CC-BY-SA-4.0"}
+    ),
+    "sgd": make_manifest((2,)).model_copy(update={"optimizer": OptimizerSpec(name="sgd", momentum=0)}),
+    "preset": Manifest.founded(
+        {
+            "name": "sauna", "preset": "transformer", "experts": {"grid": [2, 2]},
+            "model": {"hidden": 32, "heads": 2, "context": 16}, "wire": {"codec": "fp32"},
+        }
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_after_an_import_is_that_of_the_folder(name: str, tmp_path: Path) -> None:
+    folder = RandomModel(MODELS[name]).write(tmp_path / "model")
+    values = imported(folder, tmp_path)
+    opened = open_model(folder)
+    expected = loss_of(opened.model, opened.tokenizer)
+    assert loss_of(*as_started(values)) == pytest.approx(expected, rel=1e-6)
+    assert Manifest.from_toml(tmp_path / "swarm.toml") == MODELS[name]
+
+
+def test_tokenizer_router_and_balance_are_the_folders(tmp_path: Path) -> None:
+    tokenizer = BytePairTokenizer.learn([TEXT], len(TEXT), 280)
+    folder = RandomModel(MANIFEST, tokenizer, router="switch", balance="both").write(tmp_path / "model")
+    values = imported(folder, tmp_path)
+    model, found = as_started(values)
+    assert found.to_json() == tokenizer.to_json()
+    opened = open_model(folder)
+    assert loss_of(model, found) == pytest.approx(loss_of(opened.model, tokenizer), rel=1e-6)
+
+
+def test_a_manifest_that_its_preset_would_complete_otherwise_loses_the_preset(tmp_path: Path) -> None:
+    manifest = MANIFEST.model_copy(update={"preset": "paper"})
+    values = imported(RandomModel(manifest).write(tmp_path / "model"), tmp_path)
+    found = Manifest.from_toml(tmp_path / "swarm.toml")
+    assert found in (manifest, MANIFEST)
+    assert as_started(values)
+
+
+def test_parameters_larger_than_first_ones_are_taken_by_other_nodes(tmp_path: Path) -> None:
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    path = folder / "model-00002-of-00003.safetensors"
+    tensors = {name: 20 * tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    model, tokenizer = as_started(imported(folder, tmp_path))
+    assert loss_of(model, tokenizer) == pytest.approx(loss_of(open_model(folder).model, tokenizer), rel=1e-6)
+
+
+def test_missing_experts_a_file_in_the_way_and_a_founded_swarm_are_refused(tmp_path: Path) -> None:
+    lacking = RandomModel(MANIFEST, missing=["1.0.1"]).write(tmp_path / "lacking")
+    with pytest.raises(UserError, match=r"lacks 1 expert, such as 1\.0\.1"):
+        imported(lacking, tmp_path)
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    with pytest.raises(UserError, match="--name: name: small letters"):
+        imported(folder, tmp_path, name="Ä")
+    values = imported(folder, tmp_path, name="kiuas")
+    with pytest.raises(UserError, match=r"swarm\.toml exists"):
+        imported(folder, tmp_path)
+    (tmp_path / "swarm.toml").unlink()
+    assert as_started(imported(folder, tmp_path, name="kiuas"))
+    (tmp_path / "swarm.toml").unlink()
+    keys = SwarmKeys("kiuas", Identity.load_or_create(Path(values["node_state"]) / "identity.key").peer_id)
+    record = Path(values["node_state"]) / "manifests" / keys.swarm_id
+    record.parent.mkdir()
+    record.write_bytes(b"signed")
+    with pytest.raises(UserError, match="has founded a swarm kiuas already"):
+        imported(folder, tmp_path, name="kiuas")
+
+
+def test_a_full_disk_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("peer.checkpoints.write_atomically", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        imported(folder, tmp_path)
+    assert not (tmp_path / "swarm.toml").exists()
+
+
+def test_commands_found_the_swarm_evaluate_as_the_folder_and_train_on(tmp_path: Path) -> None:
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    opened = open_model(folder)
+    expected = loss_of(opened.model, opened.tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    state, trainer = tmp_path / "node" / "state", tmp_path / "trainer"
+    state.parent.mkdir()
+    toml = tmp_path / "swarm.toml"
+    made = run_here(
+        "import", str(folder), "-o", str(toml), "--state", str(state), "--trainer-state", str(trainer)
+    )
+    assert made.returncode == 0, made.stderr
+    assert f"talkoot node --new {toml}" in made.stdout.replace("\n", "")
+    with started(state.parent, toml.read_text(), p2pd="off") as node:
+        joined = ["--join", str(node.invite), "--state", str(trainer)]
+        found = talkoot("evaluate", *joined, "--json", text)
+        assert found.status == 0, found.err
+        assert json.loads(found.out)["loss"] == pytest.approx(expected, rel=1e-4)
+        trained = talkoot(
+            "train", *joined, "--resume", "--data", text, "--steps", 3, "--batch-size", 2, "--p2pd", "off"
+        )
+        assert trained.status == 0, trained.err
