@@ -102,6 +102,8 @@ class _Endpoints:
         return FileResponse(STATIC / "index.html")
 
     async def healthz(self, request: Request) -> Response:
+        if not self._shared.engine.is_alive():
+            return JSONResponse({"status": "nothing is computed any more"}, 503)
         if not self._served.live_experts():
             return JSONResponse({"status": "no expert is live"}, 503)
         return JSONResponse({"status": "ok"})
@@ -250,7 +252,10 @@ class Answers:
             self._shared.requests.labels(outcome).inc()
 
     async def _answer(self, asked: _Asked, client: str, receive: Receive, send: Send) -> str:
-        stream = self._shared.engine.begin(asked.job, client)
+        try:
+            stream = self._shared.engine.begin(asked.job, client)
+        except EngineError as error:
+            raise RequestError(503, str(error)) from error
         answer = _send_chunks if asked.streams else _send_whole
         answering = asyncio.create_task(answer(asked.reply, stream, send), name="answer")
         leaving = asyncio.create_task(disconnected(receive), name="wait for the client to leave")
@@ -269,13 +274,11 @@ class ClientGone(Exception):
 
 
 async def _send_whole(reply: api.Reply, stream: Stream, send: Send) -> str:
-    whole = Piece()
     try:
-        async for piece in stream:
-            whole += piece
+        pieces = [piece async for piece in stream]
     except EngineError as error:
         raise RequestError(503, str(error), retry_after_s=RETRY_S) from error
-    body = _to_json(reply.whole(whole))
+    body = _to_json(reply.whole(Piece.joined(pieces)))
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})

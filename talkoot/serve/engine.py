@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
@@ -64,13 +66,15 @@ class Piece:
     nodes: frozenset[str] = frozenset()
     """The nodes whose experts answered meanwhile."""
 
-    def __add__(self, later: "Piece") -> "Piece":
-        return Piece(
-            self.text + later.text,
-            self.tokens + later.tokens,
-            self.scored + later.scored,
-            later.finish,
-            self.nodes | later.nodes,
+    @classmethod
+    def joined(cls, pieces: Sequence["Piece"]) -> Self:
+        """Pieces that follow each other, as one. At least one."""
+        return cls(
+            "".join(piece.text for piece in pieces),
+            sum(piece.tokens for piece in pieces),
+            tuple(chain.from_iterable(piece.scored for piece in pieces)),
+            pieces[-1].finish,
+            frozenset().union(*(piece.nodes for piece in pieces)),
         )
 
 
@@ -92,7 +96,7 @@ class Stream:
         self._generator = make_generator(job.sampling.seed)
         self._scored: list[ScoredToken] = []
         self._left = job.sampling.max_tokens
-        self._pending = Piece()
+        self._pending: list[Piece] = []
         self._came = asyncio.Event()
         self._failed: EngineError | None = None
 
@@ -103,7 +107,8 @@ class Stream:
             self._came.clear()
             if self._failed is not None:
                 raise self._failed
-            piece, self._pending = self._pending, Piece()
+            piece = Piece.joined(self._pending)
+            self._pending.clear()
             yield piece
             if piece.finish is not None:
                 return
@@ -113,7 +118,7 @@ class Stream:
         if isinstance(news, EngineError):
             self._failed = news
         else:
-            self._pending += news
+            self._pending.append(news)
         self._came.set()
 
     def rest(self) -> None:
@@ -206,13 +211,21 @@ class Engine:
         self._thread.start()
 
     def begin(self, job: Job, client: str) -> Stream:
-        """The caller bounds how many there are, and cancels those of which it wants no more."""
+        """The caller bounds how many there are, and cancels those of which it wants no more.
+
+        Raises EngineError if nobody would answer.
+        """
+        if not self.is_alive():
+            raise EngineError("the server computes nothing any more: start it again")
         stream = Stream(job, client, self._token_bytes)
         self._metrics.tokens.labels("prompt").inc(len(job.prompt))
         with self._changed:
             self._schedule.add(client, stream)
             self._changed.notify()
         return stream
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def cancel(self, stream: Stream) -> None:
         """Ends a stream before its next token. Harmless when it has ended."""

@@ -57,11 +57,8 @@ def job(text: str, tokens: int, seed: int = 0, **changes: Any) -> Job:
 
 
 async def whole(stream: Stream) -> Piece:
-    result = Piece()
     async with asyncio.timeout(LIMIT_S):
-        async for piece in stream:
-            result += piece
-    return result
+        return Piece.joined([piece async for piece in stream])
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -216,5 +213,7 @@ def test_closing_waits_for_no_stream(model: ServedModel) -> None:
         await until(lambda: len(decoder.batches) > 2)
         await asyncio.to_thread(engine.close)
         assert not [thread for thread in threading.enumerate() if thread.name == "talkoot-engine"]
+        with pytest.raises(EngineError, match="start it again"):
+            engine.begin(job("In the sauna", 3), "a")
 
     run(model, scenario)
