@@ -76,7 +76,7 @@ def test_a_greedy_client_slows_nobody_down(loop: LoopThread, model: ServedModel,
                 if line.startswith("data: {"):
                     scored = json.loads(line.removeprefix("data: "))["choices"][0]["logprobs"]
                     got[name] += len(scored["tokens"]) if scored else 0
-                if min(got[modest] for modest in names[1:]) >= 40:
+                if min(got[modest] for modest in names[1:]) >= 60:
                     enough.set()
 
     async def crowd(url: str) -> Counter[str]:
@@ -90,8 +90,10 @@ def test_a_greedy_client_slows_nobody_down(loop: LoopThread, model: ServedModel,
             tasks = [clients.create_task(client(http, url, "greedy", enough)) for _ in range(12)]
             while got["greedy"] < 40:  # noqa: ASYNC110  # answers set no event
                 await asyncio.sleep(0.01)
-            before = Counter(got)
             tasks += [clients.create_task(client(http, url, name, enough)) for name in names[1:]]
+            while not all(got[name] for name in names):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            before = Counter(got)  # from now on all have a place
             await enough.wait()
             for task in tasks:
                 task.cancel()
@@ -99,5 +101,4 @@ def test_a_greedy_client_slows_nobody_down(loop: LoopThread, model: ServedModel,
 
     with served(loop, model, max_streams=4, api_key_file=tmp_path / "keys") as address:
         shares = asyncio.run(crowd(f"{address}v1/completions"))
-    assert all(shares[name] >= 40 for name in names[1:])
     assert shares["greedy"] <= 1.5 * max(shares[name] for name in names[1:])
