@@ -20,6 +20,8 @@ SEND_DEADLINE_S = 15.0
 _MAX_CONNECTIONS = 1000
 _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
 """For so long a connection may go on without a whole request, or with an answer that is not taken."""
+_LEAST_TAKEN = 2**16
+"""Bytes of an answer that a client must take meanwhile."""
 _CLOSE_S = 2.0
 """Longest wait for answers to end after their connections are closed."""
 _BACKLOG = 128
@@ -97,16 +99,17 @@ class Connection(H11Protocol):
 
     def _look(self, before: object, since: float) -> None:
         """`before`: what it did when last looked at; `since`: when it was first seen to do so."""
-        if self.transport.is_closing():
+        if self not in self.connections:  # a transport that was closed still holds what is not taken
             return
         now, cycle = self.loop.time(), self.cycle
         answering = cycle is not None and not cycle.response_complete
-        if (cycle, answering) != before:
+        doing = cycle, answering, self.transport.get_write_buffer_size() // _LEAST_TAKEN
+        if doing != before:
             since = now
         elif now - since > _PATIENCE_S and not (answering and cycle.scope["state"].get(_ENDS_BY_ITSELF)):
             self.transport.abort()
             return
-        self.loop.call_later(_LOOK_EVERY_S, self._look, (cycle, answering), since)
+        self.loop.call_later(_LOOK_EVERY_S, self._look, doing, since)
 
 
 class _Server(uvicorn.Server):

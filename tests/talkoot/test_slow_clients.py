@@ -46,14 +46,21 @@ async def until(condition: Callable[[], bool], limit_s: float) -> None:
             await asyncio.sleep(0.01)
 
 
-def is_let_go(wrote: Wrote, monkeypatch: pytest.MonkeyPatch) -> bool:
+def is_let_go(wrote: Wrote, monkeypatch: pytest.MonkeyPatch, keep_alive_s: int = 5) -> bool:
     """Whether the server ends the connection within seconds. Nobody reads from it."""
     monkeypatch.setattr(web, "_PATIENCE_S", 0.4)
     monkeypatch.setattr(web, "_LOOK_EVERY_S", 0.1)
 
     async def scenario() -> bool:
         listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(app, http=web.Connection, ws="none", lifespan="off", log_config=None)
+        config = uvicorn.Config(
+            app,
+            http=web.Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_keep_alive=keep_alive_s,
+        )
         running = web._Server(config)
         serving = asyncio.create_task(running.serve([listener]))
         _, writer = await asyncio.open_connection(*listener.getsockname())
@@ -79,6 +86,12 @@ def test_a_client_that_neither_asks_nor_takes_is_let_go(
     wrote: Wrote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert is_let_go(wrote, monkeypatch)
+
+
+def test_an_answer_that_nobody_takes_is_forgotten_once_its_connection_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert is_let_go(taking_nothing, monkeypatch, keep_alive_s=0)
 
 
 def test_a_stream_that_ends_by_itself_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
