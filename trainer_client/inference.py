@@ -67,7 +67,8 @@ def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator)
     chances_K = ((values_K - values_K[0]) / max(sampling.temperature, 1e-6)).softmax(dim=0)
     if sampling.top_p < 1:
         before_K = chances_K.cumsum(0) - chances_K
-        chances_K = chances_K * (before_K < sampling.top_p)
+        # the first in any case: as float32 a tiny top p is 0
+        chances_K = chances_K * ((before_K < sampling.top_p) | (before_K == 0))
     return int(ids_K[torch.multinomial(chances_K, 1, generator=generator)])
 
 

@@ -23,6 +23,7 @@ from trainer_client.settings import Sampling
 
 logger = logging.getLogger(__name__)
 
+_INTERNAL = "an internal error; the server's log says more"
 _CLOSE_S = 10.0
 """Longest wait for the token that is computed when the engine closes."""
 
@@ -251,7 +252,7 @@ class Engine:
                 news = dict.fromkeys(streams, EngineError(str(error)))
             except Exception:  # the next streams must not suffer from a fault that these brought up
                 logger.exception("%d answers broke off", len(streams))
-                news = dict.fromkeys(streams, EngineError("an internal error; the server's log says more"))
+                news = dict.fromkeys(streams, EngineError(_INTERNAL))
             self._deliver(news)
 
     def _next_streams(self) -> list[Stream] | None:
@@ -278,6 +279,10 @@ class Engine:
                 news[stream] = stream.advance(logits_V, nodes)
             except UserError as error:
                 news[stream] = EngineError(str(error))
+                continue
+            except Exception:  # what is wrong with one must not break off the others
+                logger.exception("an answer broke off")
+                news[stream] = EngineError(_INTERNAL)
                 continue
             self._metrics.tokens.labels("generated").inc()
             if not stream.has_begun:

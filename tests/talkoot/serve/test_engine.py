@@ -217,3 +217,17 @@ def test_closing_waits_for_no_stream(model: ServedModel) -> None:
             engine.begin(job("In the sauna", 3), "a")
 
     run(model, scenario)
+
+
+def test_a_fault_in_the_choice_of_one_token_breaks_off_no_other_answer(model: ServedModel) -> None:
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> Piece:
+        broken = job("In the sauna", 20)
+        # what no request can ask for
+        object.__setattr__(broken.sampling, "temperature", "hot")
+        streams = [engine.begin(job("In the sauna", 20), "A"), engine.begin(broken, "B")]
+        with pytest.raises(EngineError, match="an internal error"):
+            await whole(streams[1])
+        return await whole(streams[0])
+
+    answer = run(model, scenario)
+    assert (answer.tokens, answer.finish) == (20, "length")
