@@ -18,6 +18,7 @@ _MOST_STOPS, _LONGEST_STOP = 4, 256
 _MOST_ALTERNATIVES = 20
 _MOST_MESSAGES = 1024
 _MOST_NODES = 64
+_MOST_MISTAKES = 1000
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 256
 """Generated where the request does not say how many."""
 
@@ -209,6 +210,8 @@ class ChatRequest(Request):
 
 
 def _refusal(error: ValidationError) -> RequestError:
+    if error.error_count() > _MOST_MISTAKES:  # each takes a kilobyte
+        return RequestError(400, f"the body is wrong in {error.error_count()} places", "invalid_value")
     # of several alternatives, the one that was got furthest into
     problem = max(error.errors(), key=lambda each: len(each["loc"]))
     if problem["type"] == "json_invalid":
