@@ -14,7 +14,7 @@ from served_model import LIMIT_S, served, small_model
 from peer.loop import LoopThread
 from talkoot.serve.api import ChatRequest, CompletionRequest, RequestError
 
-ASKED = {"model": "village", "prompt": "In the sauna", "max_tokens": 5}
+ASKED: dict[str, object] = {"model": "village", "prompt": "In the sauna", "max_tokens": 5}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_body_full_of_mistakes_takes_little_memory(body: bytes) -> None:
 
 
 def test_no_numbers_of_one_client_break_off_anothers_answer(address: str) -> None:
-    odd = [
+    odd: list[dict[str, object]] = [
         {"top_p": 1e-300}, {"top_p": 5e-324}, {"temperature": 5e-324}, {"temperature": 1e-44, "top_p": 1e-44},
         {"top_k": 2**31}, {"seed": -(2**63)}, {"logprobs": 20, "top_p": 1e-300}, {"max_tokens": 10**6 + 1},
     ]  # fmt: skip
