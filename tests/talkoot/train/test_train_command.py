@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from peer.loop import LoopThread
 from talkoot import signals
 from talkoot.train import session
 from trainer_client.client import SwarmClient
-from trainer_client.model import LanguageModel
+from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.settings import PRESETS
 from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
 
@@ -266,12 +266,12 @@ def test_experts_lost_while_text_comes_end_it_in_time(
     computed = 0
 
     class Losing(LanguageModel):
-        def forward(self, tokens_BT: Tensor) -> Tensor:
+        def extend(self, tokens: Sequence[Sequence[int]], states: Sequence[SequenceState]) -> Tensor:
             nonlocal computed
             computed += 1
             if computed == 3:
                 founder.pause()
-            return super().forward(tokens_BT)
+            return super().extend(tokens, states)
 
     monkeypatch.setattr("talkoot.train.trained.LanguageModel", Losing)
     short = ("--wait-for-experts", 0.5, "--max-tokens", 10_000)
