@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Coroutine
@@ -47,6 +48,8 @@ from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -215,6 +218,18 @@ class SwarmClient:
                 )
             report(f"waiting for experts, at most {limit_s:.0f} s: {live} of {total} live")
             self._loop.run(self._refresh_soon())
+
+    def has_experts(self, limit_s: float | None = None) -> bool:
+        """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
+
+        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError when none comes in time.
+        """
+        if self.dispatcher.live_experts():
+            return True
+        limit_s = self.settings.wait_for_experts_s if limit_s is None else limit_s
+        logger.warning("no expert answers: waiting until one does, at most %.0f s", limit_s)
+        self.wait_for_experts(limit_s, lambda text: None, share=1 / self.manifest.experts_total)
+        return False
 
     def note(self, progress: Progress) -> None:
         """Tells the swarm how training goes. May be called on any thread."""

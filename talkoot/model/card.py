@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 from dht.manifest import Manifest
 from dht.uid import UID
 from peer import SOFTWARE_VERSION
-from peer.errors import StartError, WireError
+from peer.errors import WireError
 from peer.files import write_atomically
 from peer.formatting import printable
 from talkoot.model.dense import ExportedDense
-from talkoot.model.folder import PYTHON_FILES, python_file
+from talkoot.model.folder import PYTHON_FILES, naming_failures, python_file
 from trainer_client.training.record import perplexity
 
 REPLICAS = "replicas.json"
@@ -78,12 +78,8 @@ class SourcesFile:
         others = {uid: source for uid, source in self.experts.items() if uid.layer != layer}
         self.experts = dict(sorted((others | dict(experts)).items()))
         values = {str(uid): source.model_dump() for uid, source in self.experts.items()}
-        try:
+        with naming_failures(self._path):
             write_atomically(self._path, (json.dumps(values, indent=1) + "\n").encode())
-        except OSError as error:
-            raise StartError(
-                f"can't write {self._path}: {error.strerror}; mend this, and run the same command again"
-            ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,11 +213,11 @@ class _Export:
         tokens: Tokens = encode_corpus(files, settings.field, dense.tokenizer, self._folder / "text").tokens
         check_length(tokens, dense.model.first_scored, path)
 
-        def has_experts(done: int) -> bool:
-            return self._client.dispatcher.live_experts() > 0
+        def observe(done: int) -> bool:
+            return self._client.has_experts()
 
         def loss() -> float:
-            return evaluate(dense.model, tokens, token_bytes, settings.batch_size, has_experts).loss
+            return evaluate(dense.model, tokens, token_bytes, settings.batch_size, observe).loss
 
         self._figures["loss before leaving experts out"] = loss()
         watched.kept = most_used(watched.rows, self._experts.hosts, share, dense.routing.k)
@@ -242,30 +242,35 @@ class _Export:
         with self._shown(sum(map(len, todo.values()))) as (tick, advance):
             for layer, uids in todo.items():
                 sources: dict[UID, ExpertSource] = {}
+                # or, if this is stopped, what is written would pass for what was there before
+                file.replace_layer(layer, {})
+                writer.write_layer(layer, self._arriving(uids, sources, tick, advance))
+                file.replace_layer(layer, sources)
 
-                def arriving(
-                    layer: int = layer, uids: set[UID] = uids, sources: dict[UID, ExpertSource] = sources
-                ) -> Iterator[tuple[UID, Mapping[str, Tensor]]]:
-                    for uid, taken in self._experts.each(self._client, uids, tick):
-                        if taken is not None:
-                            yield uid, taken.tensors
-                            sources[uid] = self._source(taken)
-                        elif not self._plan.allow_missing:
-                            raise SwarmError(
-                                f"no host of expert {uid} gave parameters that can be used: run the same command "
-                                "again, which goes on with the layers that are whole, or pass --allow-missing"
-                            )
-                        advance()
-                    file.replace_layer(layer, sources)
-
-                writer.write_layer(layer, arriving())
+    def _arriving(
+        self,
+        uids: Collection[UID],
+        sources: dict[UID, ExpertSource],
+        tick: Callable[[], None],
+        advance: Callable[[], None],
+    ) -> Iterator[tuple[UID, Mapping[str, Tensor]]]:
+        """Adds to `sources` where each comes from. Raises SwarmError if one does not come that must be there."""
+        for uid, taken in self._experts.each(self._client, uids, tick):
+            if taken is not None:
+                yield uid, taken.tensors
+                sources[uid] = self._source(taken)
+            elif not self._plan.allow_missing:
+                raise SwarmError(
+                    f"no host of expert {uid} gave parameters that can be used: run the same command again, which "
+                    "keeps the layers that are complete, or pass --allow-missing"
+                )
+            advance()
 
     def _source(self, taken: TakenExpert) -> ExpertSource:
-        most = taken.update_count
         replicas = {
             replica.peer_id.to_base58(): replica.update_count for replica in self._experts.hosts[taken.uid]
         }
-        return ExpertSource(updates=most, node=taken.peer_id.to_base58(), replicas=replicas)
+        return ExpertSource(updates=taken.update_count, node=taken.peer_id.to_base58(), replicas=replicas)
 
     def _facts(self, dense: ExportedDense) -> CardFacts:
         swarm = self._client.swarm

@@ -215,7 +215,7 @@ class FolderWriter:
         self._dense = dense_forms(manifest, routing, len(tokenizer.token_bytes))
         self._expert = expert_forms(manifest)
         require_new(path)
-        with _telling(path):
+        with naming_failures(path):
             self.partial.mkdir(parents=True, exist_ok=True)
             _require_own(self.partial)
             self._lock = _locked(self.partial)
@@ -259,7 +259,7 @@ class FolderWriter:
 
     def finish(self, card: str) -> None:
         """Writes what is not weights, and moves the folder to its place. `card`: the text of the model card."""
-        with _telling(self.path):
+        with naming_failures(self.path):
             places = self._places()
             there = {name for name in places if name.startswith("experts.")}
             first = next(iter(self._expert))
@@ -308,7 +308,7 @@ class FolderWriter:
         temporary = path.with_name(f".{path.name}.new")
         try:
             _write_safetensors(temporary, most, tensors)
-            with _telling(path):
+            with naming_failures(path):
                 os.replace(temporary, path)
                 sync_folder(self.partial)
         finally:
@@ -368,7 +368,7 @@ class FolderWriter:
 
 def require_new(path: Path) -> None:
     """Raises SettingsError unless nothing is there, or an empty folder; and StartError."""
-    with _telling(path):
+    with naming_failures(path):
         if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
             raise SettingsError(f"{path} exists: pass the path of a new folder")
 
@@ -394,16 +394,16 @@ def _write_safetensors(path: Path, most: Mapping[str, Form], tensors: Iterable[t
     """One tensor in memory at a time. `most`: all that may come. The header has room for them, and is written last."""
     room = len(_header(most))
     forms: dict[str, Form] = {}
-    with _telling(path):
+    with naming_failures(path):
         file = _written(path)
     try:
         file.seek(room)
         # what the tensors' source raises passes as it is
         for name, tensor in tensors:
             forms[name] = form_of(tensor)
-            with _telling(path):
+            with naming_failures(path):
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        with _telling(path):
+        with naming_failures(path):
             file.seek(0)
             file.write(_header(forms, room))
             file.flush()
@@ -466,7 +466,7 @@ def _locked(folder: Path) -> BinaryIO:
 
 
 @contextmanager
-def _telling(path: Path) -> Iterator[None]:
+def naming_failures(path: Path) -> Iterator[None]:
     """Turns an OSError into a StartError that names the path."""
     try:
         yield

@@ -101,7 +101,7 @@ def model_of_swarm(
             trained.tokenizer,
             manifest.experts_total,
             trained.client.dispatcher.live_experts,
-            is_usable=partial(trained.has_experts, _WAIT_S),
+            is_usable=partial(trained.client.has_experts, _WAIT_S),
             nodes=nodes.take,
         )
 

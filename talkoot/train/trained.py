@@ -64,18 +64,6 @@ class TrainedModel:
     folder: Path
     """For temporary files. Deleted with the model."""
 
-    def has_experts(self, limit_s: float | None = None) -> bool:
-        """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
-
-        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError when none comes in time.
-        """
-        if self.client.dispatcher.live_experts():
-            return True
-        limit_s = self.settings.wait_for_experts_s if limit_s is None else limit_s
-        logger.warning("no expert answers: waiting until one does, at most %.0f s", limit_s)
-        self.client.wait_for_experts(limit_s, lambda text: None, share=1 / self.client.manifest.experts_total)
-        return False
-
 
 @contextmanager
 def trained_model(
@@ -168,7 +156,7 @@ def _evaluate(
 
         def observe(done: int) -> bool:
             show(done_before + done)
-            return trained.has_experts()
+            return trained.client.has_experts()
 
         for name, tokens in texts.items():
             token_bytes, batch_size = trained.tokenizer.token_bytes, trained.settings.batch_size
@@ -253,7 +241,7 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[st
             context,
             counted(len(tokens) - context, "token"),
         )
-    following = generate(trained.model, tokens, sampling, trained.has_experts)
+    following = generate(trained.model, tokens, sampling, trained.client.has_experts)
     return decoded(following, trained.tokenizer.token_bytes)
 
 
