@@ -32,6 +32,7 @@ from trainer_client.dispatch.batches import (
     ExpertPart,
     ExpertReply,
     ForwardPass,
+    HeldSequence,
     Kept,
     NodeBatch,
     NodeCall,
@@ -164,12 +165,12 @@ async def send_to_best(
     k: int,
     sequence_length: int,
     keep: bool = False,
+    held: Sequence[HeldSequence] | None = None,
 ) -> ForwardPass:
     """A forward pass of layer 0 in which each row is sent to its best live experts."""
     live = await dispatcher.find(0, scores, k)
-    rows = RoutedRows(
-        0, inputs, scores, k, Segments.whole(len(inputs) // sequence_length, sequence_length), keep
-    )
+    segments = Segments.whole(len(inputs) // sequence_length, sequence_length)
+    rows = RoutedRows(0, inputs, scores, k, segments, keep, held=held)
     return await dispatcher.send(rows, best(scores, live.tables, k), live)
 
 

@@ -229,7 +229,7 @@ class CallTracker:
             self._note_guard(peer_id, reply)
             if reply.error is None:
                 return True
-            if call.numbers and reply.error.status is StatusCode.FAILED_PRECONDITION:
+            if call.held is not None and reply.error.status is StatusCode.FAILED_PRECONDITION:
                 # its parameters have changed, or it needed the memory
                 self.metrics.forgotten_sequences.inc()
                 return True

@@ -6,10 +6,12 @@ import pytest
 from dispatch_swarm import (
     DEADLINE,
     GRACE,
+    LENGTH,
     answered_by_all_rows,
     forward_once,
     make_dispatcher,
     make_swarm,
+    ranked,
     run,
     settle,
     uid,
@@ -20,10 +22,13 @@ from expert_fakes import (
     fails,
     make_peer_id,
     now,
+    random_rows,
+    send_to_best,
 )
 from grpc import StatusCode
 
 from peer.metrics import total
+from trainer_client.dispatch.batches import HeldSequence
 from trainer_client.dispatch.policy import CircuitBreakers
 
 
@@ -124,6 +129,19 @@ def test_peer_is_avoided_for_an_experts_failure_only_where_the_peer_is_to_blame(
         result = await forward_once(dispatcher, 6, k=4)  # experts 0 and 3 live on peer 0
         assert answered_by_all_rows(result) == [1, 2, 3]
         assert dispatcher.live_experts() == (4 if avoided else 6)
+
+    run(scenario())
+
+
+def test_a_peer_that_forgot_rows_which_it_was_never_sent_is_avoided() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(6, peers=3)
+        swarm.behaviours[uid(0)] = Behaviour(StatusCode.FAILED_PRECONDITION)
+        dispatcher = make_dispatcher(swarm)
+        held = [HeldSequence(), HeldSequence()]
+        await send_to_best(dispatcher, random_rows(8), ranked(8, 6), 4, LENGTH, held=held)
+        assert dispatcher.live_experts() == 4
+        assert total(dispatcher.metrics.forgotten_sequences) == 0
 
     run(scenario())
 
