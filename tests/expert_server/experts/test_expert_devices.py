@@ -26,7 +26,7 @@ from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.graphs import NODES_BYTES, Rows
 from expert_server.experts.optimizer import StepOutcome
 from peer.errors import ExpertError
-from peer.layers import Activation, Norm
+from peer.layers import Activation, KeyValueCache, Norm
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none"
@@ -115,6 +115,18 @@ def test_a_kept_graph_gives_what_computing_again_gives(make_device: MakeDevice) 
     torch.testing.assert_close(
         backward(kept, random_rows(0), random_rows(1), graph), backward(plain, random_rows(0), random_rows(1))
     )
+
+
+@on_each_device
+def test_rows_that_follow_those_in_a_cache_see_them(make_device: MakeDevice) -> None:
+    expert, cache, x = Expert(AN_UID, make_manifest(), make_device()), KeyValueCache(), random_rows(0)[:5]
+    places = torch.arange(5)
+    parts = [
+        expert.forward(Rows(x[some], torch.tensor([len(x[some])]), places[some], caches=[cache]))
+        for some in (slice(0, 2), slice(2, 3), slice(3, 5))
+    ]
+    assert_near(torch.cat(parts), expert.forward(Rows(x, torch.tensor([5]), places)))
+    assert cache.length == 5
 
 
 @on_each_device
