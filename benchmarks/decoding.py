@@ -80,19 +80,14 @@ class Contender:
 
     def __init__(self, model: LanguageModel, streams: int) -> None:
         self._decoder = Decoder(model)
-        self._streams = streams
-        self._tokens = np.random.default_rng(0).integers(0, 256, (streams, PROMPT)).tolist()
-        self.begin()
+        prompts = np.random.default_rng(0).integers(0, 256, (streams, PROMPT)).tolist()
+        self._sequences = [self._decoder.begin(tokens) for tokens in prompts]
+        self.step()
 
     @property
     def texts(self) -> list[list[int]]:
         """Their tokens."""
         return [sequence.tokens for sequence in self._sequences]
-
-    def begin(self) -> None:
-        """From the prompts on."""
-        self._sequences = [self._decoder.begin(tokens) for tokens in self._tokens]
-        self.step()
 
     def step(self) -> None:
         logits_SV = self._decoder.logits(self._sequences)
@@ -145,14 +140,15 @@ def empty_calls(node: RunningNode) -> Iterator[Callable[[], object]]:
         loop.close()
 
 
-def seconds_of(step: Callable[[], object], times: int) -> float:
-    """The median of one step."""
-    taken = []
+def seconds_of(steps: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
+    """The median of each, while they take turns step by step: what else the machine does slows all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(times):
-        began = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            taken[name].append(time.perf_counter() - began)
+    return {f"{name}_s": statistics.median(seconds) for name, seconds in taken.items()}
 
 
 @contextmanager
@@ -163,34 +159,22 @@ def remote_model(node: RunningNode) -> Iterator[LanguageModel]:
         yield LanguageModel(client.manifest, client.mixture).requires_grad_(False)
 
 
-def measure_nearby(kind: Kind, rounds: int, steps: int) -> dict[str, float]:
-    """On loopback. Seconds of each contender are those of the fastest round."""
+def measure_nearby(kind: Kind, times: int) -> dict[str, float]:
+    """On loopback."""
     with ExitStack() as stack:
         flags = ["--threads", "1", "--niceness", "0"]
         node = stack.enter_context(running_node(manifest(kind), LAYERS * 16, flags))
         parsed = Manifest.from_toml(node.folder / "swarm.toml")
         local = LanguageModel(parsed, LocalSwarm(parsed, TrainerSettings()).mixture).requires_grad_(False)
         remote = stack.enter_context(remote_model(node))
-        begun = {
-            "local": Contender(local, 1),
-            "remote": Contender(remote, 1),
-            "local_streams": Contender(local, STREAMS),
-            "remote_streams": Contender(remote, STREAMS),
-        }
-        others: dict[str, Callable[[], object]] = {
-            "empty_call": stack.enter_context(empty_calls(node)),
-            "whole": Whole(remote).step,
-        }
-        taken: dict[str, list[float]] = {}
-        for _ in range(rounds):
-            for name, contender in begun.items():
-                contender.begin()
-                contender.step()
-                taken.setdefault(name, []).append(seconds_of(contender.step, steps))
-            for name, step in others.items():
-                step()
-                taken.setdefault(name, []).append(seconds_of(step, steps if name == "empty_call" else 5))
-    found = {f"{name}_s": min(seconds) for name, seconds in taken.items()}
+        empty_call = stack.enter_context(empty_calls(node))
+        one = {"local": Contender(local, 1).step, "remote": Contender(remote, 1).step}
+        many = {"local_streams": Contender(local, STREAMS), "remote_streams": Contender(remote, STREAMS)}
+        for step in (*one.values(), empty_call):
+            step()
+        found = seconds_of({**one, "empty_call": empty_call}, times)
+        found |= seconds_of({name: contender.step for name, contender in many.items()}, times)
+        found |= seconds_of({"whole": Whole(remote).step}, 5)
     bound = found["local_s"] + LAYERS * found["empty_call_s"]
     return found | {
         "one_stream_vs_bound": found["remote_s"] / bound,
@@ -201,7 +185,7 @@ def measure_nearby(kind: Kind, rounds: int, steps: int) -> dict[str, float]:
     }
 
 
-def measure_far(kind: Kind, steps: int) -> dict[str, float]:
+def measure_far(kind: Kind, times: int) -> dict[str, float]:
     """With a round trip of 50 ms to the node."""
     target = free_ports(_HOST, 1)
     with ExitStack() as stack:
@@ -213,11 +197,9 @@ def measure_far(kind: Kind, steps: int) -> dict[str, float]:
         node = stack.enter_context(running_node(manifest(kind), LAYERS * 16, flags))
         contender = Contender(stack.enter_context(remote_model(node)), 1)
         contender.step()
-        seconds = seconds_of(contender.step, steps)
-    return {
-        "one_stream_at_50_ms_s": seconds,
-        "one_stream_at_50_ms_vs_round_trips": seconds / (LAYERS * DELAY_S),
-    }
+        found = seconds_of({"one_stream_at_50_ms": contender.step}, times)
+    vs_round_trips = found["one_stream_at_50_ms_s"] / (LAYERS * DELAY_S)
+    return found | {"one_stream_at_50_ms_vs_round_trips": vs_round_trips}
 
 
 def show(results: dict[str, float], console: Console) -> None:
@@ -252,7 +234,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, float] = {}
     for kind in KINDS[:1] if options.quick else KINDS:
-        figures = measure_nearby(kind, *((1, 20) if options.quick else (3, 40)))
+        figures = measure_nearby(kind, 20 if options.quick else 60)
         figures |= measure_far(kind, 5 if options.quick else 20)
         results |= {f"{kind}.{name}": value for name, value in figures.items()}
     show(results, Console(width=120))
