@@ -162,13 +162,12 @@ class Expert:
         other parameters (FAILED_PRECONDITION). Then the caches are as they were.
         """
         self.settle()
-        caches = [cache for cache in rows.caches if cache is not None]
-        if any(cache.version not in (0, self.version) for cache in caches):
+        if not self.can_extend(rows.caches):
             message = (
                 f"expert {self.uid} has changed since it computed the rows before these: send all of them"
             )
             raise ExpertError(StatusCode.FAILED_PRECONDITION, message)
-        held = [cache.length for cache in caches]
+        cached = rows.cached()
         try:
             with torch.no_grad():
                 u_RD = self._updates(
@@ -176,13 +175,15 @@ class Expert:
                 )
             updates_RD = self._fetched(u_RD, "updates")
         except ExpertError:
-            for cache, length in zip(caches, held, strict=True):
-                cache.truncate(length)
+            rows.take_back(cached)
             raise
-        for cache in caches:
-            cache.version = self.version
+        rows.note_version(self.version)
         self.device.wait()
         return updates_RD
+
+    def can_extend(self, caches: Sequence[KeyValueCache | None]) -> bool:
+        """Whether all rows in them were computed with the parameters as they are."""
+        return all(cache is None or cache.version in (0, self.version) for cache in caches)
 
     def forward_with_graph(self, rows: Rows) -> tuple[Tensor, ForwardGraph]:
         """As `forward`, and also returns the graph, which spares `backward` computing the updates again."""

@@ -201,6 +201,29 @@ class Rows:
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
+    def cached(self) -> list[int]:
+        """How many rows each cache has."""
+        return [cache.length for cache in self.caches if cache is not None]
+
+    def note_version(self, version: int) -> None:
+        """Of the parameters that have computed these rows."""
+        for cache in self.caches:
+            if cache is not None:
+                cache.version = version
+
+    def take_back(self, cached: Sequence[int]) -> None:
+        """Lets the caches have as many rows as before."""
+        caches = (cache for cache in self.caches if cache is not None)
+        for cache, length in zip(caches, cached, strict=True):
+            cache.truncate(length)
+
+    @staticmethod
+    def joined_caches(parts: "Sequence[Rows]") -> Sequence[KeyValueCache | None]:
+        """Of the segments of all these, as `caches` of one."""
+        if not any(part.caches for part in parts):
+            return ()
+        return [cache for part in parts for cache in part.caches or [None] * len(part.lengths)]
+
 
 class ParameterSlots:
     """Where a block's parameters are, to put those of a version there for one pass.

@@ -75,9 +75,10 @@ class GroupedBlock:
         self._split.set(counts)
         lengths_S = torch.cat([part.lengths for part in parts])
         positions_R = torch.cat([part.positions for part in parts])
+        others = (caches,) if (caches := Rows.joined_caches(parts)) else ()
         try:
             with torch.set_grad_enabled(keep), self._meter.measuring(x_RD, stacks):
-                u_RD: Tensor = self._block(x_RD, lengths_S, positions_R) - x_RD
+                u_RD: Tensor = self._block(x_RD, lengths_S, positions_R, *others) - x_RD
         finally:
             for layer, _ in self._places:
                 layer.stacks.clear()

@@ -40,10 +40,8 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
 
 
 def can_join(expert: Expert, work: WorkItem) -> bool:
-    """Whether the work can be computed together with other experts': there are no graph and no earlier rows of its own
-    for it.
-    """
-    return expert.grouped_block is not None and not (expert.is_good(work.rows.graph) or work.rows.caches)
+    """Whether the work can be computed together with other experts': there is no graph of its own for it."""
+    return expert.grouped_block is not None and not expert.is_good(work.rows.graph)
 
 
 def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
@@ -57,6 +55,9 @@ def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> li
     for expert in experts:
         expert.settle()
     if works[0].direction == "forward":
+        pairs = list(zip(experts, works, strict=True))
+        if not all(expert.can_extend(work.rows.caches) for expert, work in pairs):
+            return [compute(expert, [work])[0] for expert, work in pairs]
         return _forward_together(experts, works)
     return _backward_together(experts, works)
 
@@ -69,15 +70,18 @@ def _pass_together(experts: Sequence[Expert], works: Sequence[WorkItem], keep: b
 
 def _forward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
     keep = works[0].keep
+    cached = [work.rows.cached() for work in works]
     shared = _pass_together(experts, works, keep)
     results: list[Result | ExpertError] = []
-    for index, expert in enumerate(experts):
+    for index, (expert, work) in enumerate(zip(experts, works, strict=True)):
         graph = SharedGraph(shared, index, expert.generation) if keep else None
         try:
             results.append(
                 Result(expert.updates_in(shared, index), expert.update_count, graph, version=expert.version)
             )
+            work.rows.note_version(expert.version)
         except ExpertError as error:
+            work.rows.take_back(cached[index])
             results.append(error)
     return results
 
@@ -231,11 +235,10 @@ def _joined(works: Sequence[WorkItem]) -> Rows:
         return works[0].rows
     parts = [work.rows for work in works]
     gradients = [part.gradients for part in parts if part.gradients is not None]
-    caches = [cache for part in parts for cache in part.caches or [None] * len(part.lengths)]
     return Rows(
         torch.cat([part.inputs for part in parts]),
         torch.cat([part.lengths for part in parts]),
         torch.cat([part.positions for part in parts]),
         torch.cat(gradients) if gradients else None,
-        caches=caches if any(part.caches for part in parts) else (),
+        caches=Rows.joined_caches(parts),
     )

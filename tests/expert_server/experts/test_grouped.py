@@ -1,6 +1,8 @@
 """Narrow experts computed at once give what each gives alone."""
 
+from dataclasses import replace
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from expert_server.experts.grouped import GroupedBlock
 from expert_server.serving.batching import Direction, Result, WorkItem
 from expert_server.serving.compute import can_join, compute, compute_together
 from peer.errors import ExpertError
+from peer.layers import KeyValueCache
 
 UIDS = [UID(0, (row, column)) for row in range(2) for column in range(3)]
 
@@ -188,6 +191,48 @@ def test_numbers_of_one_expert_that_overflow_cost_the_others_nothing(direction: 
         else:
             torch.testing.assert_close(tensor_of(found[place]), tensor_of(expected))
     assert [e.update_count for e in together] == [e.update_count for e in alone]
+
+
+def test_sequences_go_on_together_as_each_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, alone = make_experts(make_manifest(), 4), make_experts(make_manifest(), 4)
+    caches = [[[KeyValueCache() for _ in range(2)] for _ in together] for _ in range(2)]
+    shared = Mock(wraps=GroupedBlock.forward, side_effect=GroupedBlock.forward)
+    monkeypatch.setattr(GroupedBlock, "forward", lambda self, *given: shared(self, *given))
+
+    def extend(step: int, spoilt: int | None = None) -> list[Result | ExpertError]:
+        works = []
+        for number, expert in enumerate(together):
+            rows = replace(
+                work(expert.uid, [1, 1], 10 * step + number, "forward").rows,
+                positions=torch.tensor([step, step]),
+            )
+            if number == spoilt:
+                rows.inputs.fill_(3e38)
+            works.append(
+                WorkItem(
+                    expert.uid, "forward", replace(rows, caches=caches[0][number]), float("inf"), "a trainer"
+                )
+            )
+        found = compute_together(together, works)
+        for number, (expert, each, result) in enumerate(zip(alone, works, found, strict=True)):
+            by_itself = replace(each, rows=replace(each.rows, caches=caches[1][number]))
+            (expected,) = compute(expert, [by_itself])
+            if isinstance(expected, Result):
+                torch.testing.assert_close(tensor_of(result), expected.tensor, rtol=1e-4, atol=1e-5)
+            else:
+                assert str(result) == str(expected)
+        return found
+
+    for step in range(3):
+        extend(step)
+    assert isinstance(extend(3, spoilt=2)[2], ExpertError)
+    assert [[cache.length for cache in each] for each in caches[0]] == [[4, 4], [4, 4], [3, 3], [4, 4]]
+    assert shared.call_count == 4
+    caches[0][1][0].version += 1
+    caches[1][1][0].version += 1
+    found = extend(4)
+    assert [isinstance(each, Result) for each in found] == [True, False, True, True]
+    assert "has changed since" in str(found[1])
 
 
 def test_gradients_computed_together_accumulate() -> None:
