@@ -408,6 +408,12 @@ def import_model(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the new swarm.  [default: the old one's]")
     ] = None,
+    grid: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="N M", help="A larger grid: its new experts are copies.  [default: the model's]"
+        ),
+    ] = None,
     state: NodeState = None,
     trainer_state: Annotated[
         Path | None,
@@ -420,7 +426,7 @@ def import_model(
         with signals.importing():
             from talkoot.model.founding import ImportPlan, run_import
 
-        run_import(terminal, ImportPlan(folder, out, name, state, trainer_state))
+        run_import(terminal, ImportPlan(folder, out, name, state, trainer_state, grid))
 
 
 @app.command()

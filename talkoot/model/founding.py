@@ -34,6 +34,7 @@ from peer.formatting import counted
 from peer.identity import Identity
 from peer.settings import describe_validation_error
 from talkoot.model.folder import ModelFolder
+from talkoot.model.upcycling import UpcycledModel, grown_manifest
 from talkoot.node.control import node_folder
 from talkoot.terminal import Terminal
 from talkoot.train.session import trainer_state
@@ -58,6 +59,8 @@ class ImportPlan:
     """Of the swarm; None: as the model's was called."""
     node_state: Path | None = None
     trainer_state: Path | None = None
+    grid: tuple[int, ...] | None = None
+    """Larger than the model's; None: as it is."""
 
 
 def run_import(terminal: Terminal, plan: ImportPlan) -> None:
@@ -83,7 +86,8 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
             f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}: a swarm would begin them "
             "from nothing. Export the model again with all of them"
         )
-    manifest = _manifest(folder.manifest, plan.name)
+    grown = folder.manifest if plan.grid is None else grown_manifest(folder.manifest, plan.grid)
+    manifest = _manifest(grown, plan.name)
     if plan.manifest_file.exists():
         raise SettingsError(f"{plan.manifest_file} exists: pass another --out")
     node, trainer = (
@@ -96,12 +100,12 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
             raise SettingsError(
                 f"this node has founded a swarm {manifest.name} already: pass another --name, or another --state"
             )
+        model = folder if plan.grid is None else UpcycledModel(folder, manifest, stage)
+        store = CheckpointStore(node / "checkpoints", keys.swarm_id, manifest, _KEEP)
         try:
-            _write_experts(
-                folder, manifest, CheckpointStore(node / "checkpoints", keys.swarm_id, manifest, _KEEP), stage
-            )
+            _write_experts(model, manifest, store, stage)
             stage("writing the dense part")
-            run = _write_dense(folder, manifest, keys.swarm_id, trainer)
+            run = _write_dense(model, manifest, keys.swarm_id, trainer)
             write_atomically(plan.manifest_file, to_toml(manifest).encode())
         except OSError as error:
             raise StartError(f"can't write {error.filename or node}: {error.strerror or error}") from error
@@ -126,7 +130,10 @@ def _manifest(model: Manifest, name: str | None) -> Manifest:
 
 
 def _write_experts(
-    folder: ModelFolder, manifest: Manifest, store: CheckpointStore, stage: Callable[[str], None]
+    folder: ModelFolder | UpcycledModel,
+    manifest: Manifest,
+    store: CheckpointStore,
+    stage: Callable[[str], None],
 ) -> None:
     form = StateForm.of(manifest)
     for number, uid in enumerate(manifest.uids()):
@@ -156,7 +163,7 @@ def _update_count(uid: UID, state: State, manifest: Manifest) -> int:
             return count
 
 
-def _write_dense(folder: ModelFolder, manifest: Manifest, swarm_id: str, state: Path) -> Path:
+def _write_dense(folder: ModelFolder | UpcycledModel, manifest: Manifest, swarm_id: str, state: Path) -> Path:
     """Returns the folder of the run."""
     how, tokenizer = folder.routing, folder.tokenizer.to_json()
     settings = TrainerSettings(

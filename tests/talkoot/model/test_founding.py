@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from commands import run_here
 from expert_fakes import make_manifest
 from model_folders import RandomModel
@@ -24,6 +26,7 @@ from talkoot.train.local import LocalSwarm
 from trainer_client.data.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
 from trainer_client.inference import evaluate
 from trainer_client.model import LanguageModel
+from trainer_client.moe import RemoteMixtureOfExperts, rebalance
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import load_checkpoint
 
@@ -172,3 +175,60 @@ def test_commands_found_the_swarm_evaluate_as_the_folder_and_train_on(tmp_path: 
             "train", *joined, "--resume", "--data", text, "--steps", 3, "--batch-size", 2, "--p2pd", "off"
         )
         assert trained.status == 0, trained.err
+
+
+GROWN: dict[str, tuple[Manifest, dict[str, Any], float]] = {
+    "bias": (MANIFEST, {}, 1e-6),
+    "ffn": (make_manifest((2, 3), k=2, kind="ffn", context=64), {"balance": "loss"}, 0.02),
+    "prefix": (make_manifest((2, 2), k=2, prefix=3), {}, 1e-6),
+    "base": (make_manifest((2, 2), kind="ffn"), {"router": "base"}, 1e-6),
+    "noise": (make_manifest((2, 2), k=2, kind="ffn"), {"router": "noisy-top-k", "balance": "both"}, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_a_model_with_a_larger_grid_starts_as_it_was(name: str, tmp_path: Path) -> None:
+    manifest, settings, tolerance = GROWN[name]
+    folder = RandomModel(manifest, **settings).write(tmp_path / "model")
+    before = open_model(folder)
+    grid = tuple(2 * size for size in manifest.experts.grid)
+    values = imported(folder, tmp_path, grid=grid)
+    assert values["experts"] == 4 * manifest.experts_total
+    assert Manifest.from_toml(tmp_path / "swarm.toml").experts.grid == grid
+    after = loss_of(*as_started(values))
+    assert after == pytest.approx(loss_of(before.model, before.tokenizer), rel=tolerance)
+
+
+def test_new_experts_get_tokens_and_train(tmp_path: Path) -> None:
+    manifest = make_manifest((2, 2), k=2, kind="ffn", layers=2, hidden=16, context=32)
+    values = imported(RandomModel(manifest).write(tmp_path / "model"), tmp_path, grid=(4, 2))
+    model, tokenizer = as_started(values)
+    tokens = torch.from_numpy(tokenizer.encode(TEXT).astype(np.int64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    losses, chosen = [], set()
+    mixture = model.mixtures[0]
+    assert isinstance(mixture, RemoteMixtureOfExperts)
+    for step in range(120):
+        model.begin_step(step)
+        starts = torch.randint(len(tokens) - 33, (8, 1), generator=torch.Generator().manual_seed(step))
+        loss = model.loss(tokens[starts + torch.arange(33)])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        rebalance(model)
+        losses.append(loss.item())
+        assert mixture.routed is not None
+        assert mixture.routed.spread is not None
+        chosen.add(round(mixture.routed.spread.cv, 3))
+    # half of the experts get nothing at first: then the coefficient of variation is at least 1
+    assert max(chosen) >= 1
+    assert min(chosen) < 0.9
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 2), (2,), (4, 8192)])
+def test_a_grid_that_is_no_copy_of_the_models_is_refused(grid: tuple[int, ...], tmp_path: Path) -> None:
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    with pytest.raises(UserError, match="--grid: "):
+        imported(folder, tmp_path, grid=grid)

@@ -1,0 +1,165 @@
+"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): a model with a larger grid, whose new experts are copies.
+
+A grid dimension grows by whole blocks of its coordinates. A block's experts are copies of the old ones, with noise, and
+so are its rows of the gate, to which a direction of its own is added: a token scores all experts of one block higher by
+as much. So its best experts are those that it had, in one of the blocks, and by the softmax among them they weigh what
+they did. Experts that look back at earlier rows see fewer of them, as a sequence is spread over blocks. Where a bias
+evens out the load, the new blocks are held back by it, so that the model starts exactly as it was, and tokens move as
+the bias is corrected.
+
+Shapes: D hidden, G size of a grid dimension, N rows that the gate saw.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dht.manifest import Manifest
+from dht.uid import UID
+from expert_server.blocks import first_seed
+from peer.errors import SettingsError
+from peer.settings import describe_validation_error
+from talkoot.model.folder import ModelFolder
+from talkoot.model.opened import OpenedModel, open_model
+from trainer_client.decoding import Decoder
+from trainer_client.moe import RemoteMixtureOfExperts
+
+_NOISE = 0.01
+"""Of a copy, relative to the root mean square of each tensor."""
+_SEPARATION = 4.0
+"""Standard deviation of the difference that two blocks make, in those of a row's logits: at 4 the loss of a model with
+feed-forward experts rises by 0.4% if nothing is held back, at 8 by 0.2%, and the bias moves in larger steps.
+"""
+_HELD_BACK = 1e6
+"""A bias below all scores. Its first correction leaves 8 standard deviations of the logits of it."""
+_TEXTS, _TOKENS = 16, 48
+"""That the model writes, to see what its gates read."""
+
+
+def grown_manifest(manifest: Manifest, grid: tuple[int, ...]) -> Manifest:
+    """Raises SettingsError if the grid does not consist of whole copies of the model's."""
+    old = manifest.experts.grid
+    if len(grid) != len(old) or any(new % size for new, size in zip(grid, old, strict=True)) or grid == old:
+        raise SettingsError(
+            f"--grid: each size must be a multiple of the model's, {' '.join(map(str, old))}, and one of them larger"
+        )
+    values = manifest.model_dump()
+    try:
+        return Manifest.model_validate(values | {"experts": values["experts"] | {"grid": grid}})
+    except ValidationError as error:
+        raise SettingsError(f"--grid: {describe_validation_error(error, Manifest)}") from error
+
+
+class UpcycledModel:
+    """A folder's model with a larger grid, in place of a `ModelFolder`."""
+
+    def __init__(self, folder: ModelFolder, manifest: Manifest, stage: Callable[[str], None]) -> None:
+        """`manifest`: the `grown_manifest`. Opens the model. Raises UserError when memory does not suffice."""
+        self.path, self.routing, self.tokenizer = folder.path, folder.routing, folder.tokenizer
+        self.manifest = manifest
+        self._folder = folder
+        stage("looking at what the gates read")
+        self._read = _gate_inputs(open_model(folder.path))
+
+    def expert(self, uid: UID) -> dict[str, Tensor]:
+        """As `ModelFolder.expert`: the old expert's, or those of a copy of it."""
+        old = self._folder.manifest.experts.grid
+        source = UID(uid.layer, tuple(x % size for x, size in zip(uid.coordinate, old, strict=True)))
+        tensors = self._folder.expert(source)
+        if uid == source:
+            return tensors
+        generator = torch.Generator().manual_seed(first_seed(self.manifest, uid))
+        return {name: tensor + _noise(tensor, generator) for name, tensor in tensors.items()}
+
+    def dense(self) -> dict[str, Tensor]:
+        """As `ModelFolder.dense`."""
+        tensors = self._folder.dense()
+        for layer in range(self.manifest.model.layers):
+            self._grow_gate(tensors, layer)
+            if f"mixtures.{layer}.balance.bias" in tensors:
+                self._grow_bias(tensors, f"mixtures.{layer}.balance.")
+        return tensors
+
+    def _grow_gate(self, tensors: dict[str, Tensor], layer: int) -> None:
+        prefix, read_ND = f"mixtures.{layer}.gate.", self._read[layer]
+        old, new = self._folder.manifest.experts.grid, self.manifest.experts.grid
+        weight, bias = tensors[prefix + "linear.weight"], tensors[prefix + "linear.bias"]
+        scores = torch.split(read_ND @ weight.T + bias, list(old), dim=1)
+        # that of a sum of independent scores
+        spread = sum(float(part.var(dim=1, correction=0).mean()) for part in scores) ** 0.5
+        for name in ("linear.weight", "linear.bias", "noise.weight"):
+            if prefix + name in tensors:
+                parts = torch.split(tensors[prefix + name], list(old))
+                tensors[prefix + name] = torch.cat(
+                    [
+                        part.repeat(size // len(part), *[1] * (part.dim() - 1))
+                        for part, size in zip(parts, new, strict=True)
+                    ]
+                )
+        # a sigmoid of the logit is no softmax: there the copies tie, and the first wins
+        separation = 0.0 if self.routing.router == "base" else _SEPARATION * spread
+        generator = torch.Generator().manual_seed(self.manifest.model.seed + layer)
+        mean_D, first = read_ND.mean(dim=0), 0
+        for before, after in zip(old, new, strict=True):
+            for block in range(after // before) if after > before else ():
+                rows = slice(first + block * before, first + (block + 1) * before)
+                direction_D = torch.randn(len(mean_D), generator=generator)
+                size = float(((read_ND - mean_D) @ direction_D).std(correction=0))
+                direction_D *= separation / 2**0.5 / max(size, 1e-6)
+                tensors[prefix + "linear.weight"][rows] += direction_D
+                tensors[prefix + "linear.bias"][rows] -= direction_D @ mean_D
+            first += after
+
+    def _grow_bias(self, tensors: dict[str, Tensor], prefix: str) -> None:
+        old, new = self._folder.manifest.experts.grid, self.manifest.experts.grid
+        times = [after // before for before, after in zip(old, new, strict=True)]
+        is_old = torch.zeros(new, dtype=torch.bool)
+        is_old[tuple(slice(size) for size in old)] = True
+        for name in ("bias", "average_bias", "average_load"):
+            entries = tensors[prefix + name]
+            table = entries.repeat(-(-prod(old) // len(entries)))[: prod(old)].view(old).repeat(times)
+            if name != "average_load":
+                table = table.masked_fill(~is_old, -_HELD_BACK)
+            tensors[prefix + name] = table.flatten()
+
+
+def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    size = _NOISE * tensor.square().mean().sqrt()
+    return size * torch.randn(tensor.shape, generator=generator)
+
+
+@torch.no_grad()
+def _gate_inputs(opened: OpenedModel) -> list[Tensor]:
+    """What each layer's gate reads while the model writes some text: [N, D], float32."""
+    read: list[list[Tensor]] = []
+    for mixture in opened.model.mixtures:
+        assert isinstance(mixture, RemoteMixtureOfExperts)
+        read.append([])
+        mixture.gate.register_forward_pre_hook(_recorder(read[-1]))
+    generator = torch.Generator().manual_seed(opened.manifest.model.seed)
+    decoder, first, vocabulary = (
+        Decoder(opened.model),
+        opened.model.first_scored,
+        len(opened.tokenizer.token_bytes),
+    )
+    drawn = torch.randint(vocabulary, (_TEXTS, first), generator=generator)
+    sequences = [decoder.begin(prompt) for prompt in drawn.tolist()]
+    for _ in range(min(_TOKENS, opened.model.context - first)):
+        chances_SV = decoder.logits(sequences).softmax(dim=1)
+        for sequence, token in zip(
+            sequences, torch.multinomial(chances_SV, 1, generator=generator).flatten().tolist(), strict=True
+        ):
+            sequence.append(token)
+    for sequence in sequences:
+        sequence.end()
+    return [torch.cat(some) for some in read]
+
+
+def _recorder(read: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def record(gate: nn.Module, given: tuple[Tensor, ...]) -> None:
+        read.append(given[0].float())
+
+    return record
