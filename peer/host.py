@@ -226,7 +226,7 @@ class Host:
 
     def channels(self, limit: int) -> ChannelPool:
         """Channels to other peers, by all the ways that this one has. Close them when done."""
-        return ChannelPool(limit, self.tunnels, self.dialling, self.relays)
+        return ChannelPool(limit, self.tunnels if self.config.p2pd else None, self.dialling, self.relays)
 
     @property
     def peer_id(self) -> PeerID:

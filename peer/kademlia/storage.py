@@ -54,7 +54,7 @@ class StoreBounds:
 
 
 class StoreMetrics:
-    """Metrics of what other peers store here. They outlive the stores, each of which ends with its p2pd."""
+    """Metrics of what other peers store here."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         self.bytes = Gauge(
