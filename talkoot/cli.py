@@ -406,7 +406,7 @@ def import_model(
         typer.Option("--out", "-o", metavar="SWARM.TOML", help="The file to found the swarm with."),
     ] = Path("swarm.toml"),
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the new swarm.  [default: the old one's]")
+        str | None, typer.Option(metavar="NAME", help="Name of the new swarm.  [default: the old one's]")
     ] = None,
     grid: Annotated[
         tuple[int, int] | None,
@@ -421,7 +421,7 @@ def import_model(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make a new swarm ready that starts from an exported model."""
+    """Prepare a new swarm that starts from an exported model."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
             from talkoot.model.founding import ImportPlan, run_import

@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import run_here
 from expert_fakes import make_manifest
-from model_folders import RandomModel
+from model_folders import RandomModel, change_json
 from node_process import started
 from safetensors.torch import load_file, save_file
 from training_swarm import talkoot
@@ -100,6 +100,18 @@ def test_tokenizer_router_and_balance_are_the_folders(tmp_path: Path) -> None:
     assert found.to_json() == tokenizer.to_json()
     opened = open_model(folder)
     assert loss_of(model, found) == pytest.approx(loss_of(opened.model, tokenizer), rel=1e-6)
+
+
+def test_rules_that_were_edited_in_the_folder_are_those_of_the_new_swarm(tmp_path: Path) -> None:
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    manifest = MANIFEST.model_dump(mode="json") | {"license": "MIT", "admission": {"mode": "token"}}
+    manifest["optimizer"] |= {"learning_rate": 0.5}
+    change_json(folder / "config.json", manifest=manifest)
+    values = imported(folder, tmp_path)
+    model, tokenizer = as_started(values)
+    assert loss_of(model, tokenizer) == pytest.approx(loss_of(open_model(folder).model, tokenizer), rel=1e-5)
+    founded = Manifest.from_toml(Path(values["manifest"]))
+    assert (founded.license, founded.admission.mode, founded.optimizer.learning_rate) == ("MIT", "token", 0.5)
 
 
 def test_a_manifest_that_its_preset_would_complete_otherwise_loses_the_preset(tmp_path: Path) -> None:
