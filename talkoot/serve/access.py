@@ -11,6 +11,7 @@ from pathlib import Path
 from starlette.types import Scope
 
 from peer.errors import DataError
+from peer.formatting import counted
 from talkoot.serve.api import RequestError
 
 RETRY_S = 5
@@ -69,9 +70,11 @@ class Places:
             )
         if self._taken[client] >= self._most_per_client:
             raise RequestError(
-                429, f"you have {self._most_per_client} requests under way; wait until one is answered",
-                "rate_limit_exceeded", retry_after_s=RETRY_S,
-            )  # fmt: skip
+                429,
+                f"you have {counted(self._most_per_client, 'request')} under way; wait until one is answered",
+                "rate_limit_exceeded",
+                retry_after_s=RETRY_S,
+            )
         self._taken[client] += 1
         try:
             yield
@@ -82,10 +85,8 @@ class Places:
 
 def read_keys(path: Path | None) -> ApiKeys:
     """Raises DataError."""
-    return ApiKeys([] if path is None else _keys_in(path))
-
-
-def _keys_in(path: Path) -> list[str]:
+    if path is None:
+        return ApiKeys([])
     try:
         with path.open("rb") as file:
             data = file.read(_LONGEST_FILE + 1)
@@ -96,4 +97,4 @@ def _keys_in(path: Path) -> list[str]:
         raise DataError(f"{path} is no file of API keys: it is not text in ASCII") from error
     if not keys or len(data) > _LONGEST_FILE or any(" " in key for key in keys):
         raise DataError(f"{path} is no file of API keys: put one key without spaces on each line")
-    return keys
+    return ApiKeys(keys)

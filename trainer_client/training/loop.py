@@ -244,7 +244,7 @@ def _take_history(tensors: dict[str, Tensor]) -> History:
         for name in ("losses", "validated", "validation_losses")
     )
     # a run that has taken no step, as after an import, may not be validated yet
-    if len(validated) != len(validation_losses) or len(validated) < bool(len(losses)):
+    if len(validated) != len(validation_losses) or (len(losses) and not len(validated)):
         raise StateError("its history is not whole")
     return History(
         array("d", losses.tolist()), array("q", validated.tolist()), array("d", validation_losses.tolist())
