@@ -19,6 +19,8 @@ from peer.rpc.calls import require_same_swarm
 from peer.wire import expert_pb2
 
 MAX_EXPERTS_IN_CALL = 4096
+MAX_SEQUENCES_IN_CALL = 2**14
+"""Of all of its experts together, if they are kept: each costs as much as many rows."""
 _NO_SEQUENCES = "sequences are kept of forward calls alone, which are not kept themselves"
 _SEGMENT_BYTES, _ROW_BYTES, _PAIR_BYTES, _EXPERT_BYTES = 24, 40, 64, 1024
 """Memory of a segment's length, of a row's position, of an expert's row and weight, and of an expert's work: parsed, in
@@ -198,7 +200,7 @@ def parse_assignment(header: expert_pb2.CallHeader, manifest: Manifest) -> Assig
 def parse_held(
     header: expert_pb2.CallHeader, assignment: Assignment, manifest: Manifest, direction: Direction
 ) -> list[HeldSegments]:
-    """Empty for a call of which nothing is kept. Raises WireError."""
+    """Empty for a call of which nothing is kept. Raises WireError, and ExpertError if there are too many."""
     numbers, segments = header.sequences, len(assignment.lengths)
     if not numbers:
         if any(expert.held for expert in header.experts):
@@ -208,6 +210,11 @@ def parse_held(
         raise WireError(_NO_SEQUENCES)
     if manifest.experts.kind != "transformer":
         raise WireError(f"experts of kind {manifest.experts.kind} keep no rows of sequences")
+    if (count := sum(map(len, assignment.first_pairs))) > MAX_SEQUENCES_IN_CALL:
+        raise ExpertError(
+            StatusCode.RESOURCE_EXHAUSTED,
+            f"{count} sequences of experts in one call; at most {MAX_SEQUENCES_IN_CALL}: send fewer at once",
+        )
     if len(numbers) != segments or len(set(numbers)) < segments:
         raise WireError(f"{len(set(numbers))} different numbers of sequences for {segments} segments")
     held = []

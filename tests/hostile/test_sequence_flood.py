@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from tls_expert_server import CONTEXT, FIRST, Call, Edge, Runner, answers, make, running
+from grpc import StatusCode
+from tls_expert_server import CONTEXT, FIRST, SECOND, Call, Edge, Runner, answers, make, refused, running
 
+from expert_server.serving.headers import MAX_SEQUENCES_IN_CALL
 from peer.identity import Identity
 from peer.loop import LoopThread
 
@@ -54,3 +56,14 @@ def test_a_stranger_that_guesses_numbers_and_counts_gets_nothing(run: Runner) ->
         assert answers(following, await make(edge, following)).is_kept
 
     run(scenario, max_kept_bytes=BUDGET)
+
+
+def test_more_tiny_sequences_than_a_call_may_have_are_not_computed(run: Runner) -> None:
+    count = MAX_SEQUENCES_IN_CALL // 2 + 1
+
+    async def scenario(edge: Edge) -> None:
+        flood = Call(uids=[FIRST, SECOND], lengths=[1] * count, positions=[0] * count).holding(*range(count))
+        refused(await make(edge, flood), StatusCode.RESOURCE_EXHAUSTED, "send fewer at once")
+        assert (len(edge.sequences), edge.memory.used) == (0, 0)
+
+    run(scenario, max_kept_bytes=2**28)
