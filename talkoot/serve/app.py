@@ -25,7 +25,7 @@ from talkoot.serve import api
 from talkoot.serve.access import RETRY_S, ApiKeys, Places
 from talkoot.serve.api import Json, RequestError
 from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream
-from talkoot.serve.opened import ServedModel
+from talkoot.serve.model import ServedModel
 from talkoot.serve.settings import ServeSettings
 from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself
 

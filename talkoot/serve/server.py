@@ -17,7 +17,7 @@ from peer.metrics import new_registry
 from talkoot.serve.access import read_keys
 from talkoot.serve.app import make_app
 from talkoot.serve.engine import Engine
-from talkoot.serve.opened import ServedModel, model_of_folder, model_of_swarm
+from talkoot.serve.model import ServedModel, model_of_folder, model_of_swarm
 from talkoot.serve.settings import ServeSettings
 from talkoot.signals import Stopped, StopSignals, run_until_stopped
 from talkoot.terminal import Terminal

@@ -10,7 +10,7 @@ from training_swarm import MANIFEST
 
 from dht.manifest import Manifest
 from peer.loop import LoopThread
-from talkoot.serve.opened import ServedModel
+from talkoot.serve.model import ServedModel
 from talkoot.serve.server import server
 from talkoot.serve.settings import ServeSettings
 from talkoot.train.local import LocalSwarm

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peer.errors import SwarmError
 from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream
-from talkoot.serve.opened import ServedModel
+from talkoot.serve.model import ServedModel
 from trainer_client.decoding import Decoder, Decoding
 from trainer_client.inference import decoded, generate
 from trainer_client.settings import Sampling

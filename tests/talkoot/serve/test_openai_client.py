@@ -9,7 +9,7 @@ from openai import OpenAI
 from served_model import CONTEXT, served, small_model
 
 from peer.loop import LoopThread
-from talkoot.serve.opened import ServedModel
+from talkoot.serve.model import ServedModel
 
 PROMPT = "In the sauna"
 

@@ -19,7 +19,7 @@ from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
 from peer.errors import ModelError
 from peer.loop import LoopThread
 from talkoot.serve.chat import ChatFormat, Message
-from talkoot.serve.opened import model_of_folder
+from talkoot.serve.model import model_of_folder
 from trainer_client.inference import decoded, generate
 from trainer_client.settings import Sampling
 

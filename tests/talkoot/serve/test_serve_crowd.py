@@ -13,7 +13,7 @@ import pytest
 from served_model import LIMIT_S, served, small_model
 
 from peer.loop import LoopThread
-from talkoot.serve.opened import ServedModel
+from talkoot.serve.model import ServedModel
 
 CLIENTS = 32
 ROUNDS = 6

@@ -20,7 +20,7 @@ from peer.errors import DataError
 from peer.loop import LoopThread
 from talkoot.serve.access import read_keys
 from talkoot.serve.app import MAX_BODY
-from talkoot.serve.opened import ServedModel
+from talkoot.serve.model import ServedModel
 from trainer_client.data.tokenizer import ByteTokenizer
 
 ASKED: dict[str, Any] = {"model": "village", "prompt": "In the sauna", "max_tokens": 5}

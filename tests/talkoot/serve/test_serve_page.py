@@ -13,7 +13,7 @@ from served_model import served, small_model
 
 from peer.loop import LoopThread
 from talkoot.serve.app import STATIC
-from talkoot.serve.opened import ServedModel
+from talkoot.serve.model import ServedModel
 
 pytestmark = pytest.mark.timeout(300)
 INDEX = (STATIC / "index.html").read_text()
