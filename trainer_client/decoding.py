@@ -90,7 +90,7 @@ class Decoder:
         return torch.stack([each._logits for each in sequences if each._logits is not None])
 
     def _groups(self, sequences: Sequence[Decoding]) -> Iterator[list[Decoding]]:
-        """Of what is computed from the first token on: those of equal length together."""
+        """Of what is computed from the first token on: the shortest first; of one length if nothing is kept."""
         group: list[Decoding] = []
         for each in sorted(sequences, key=lambda each: len(each.tokens)):
             length = len(each.tokens)

@@ -64,7 +64,7 @@ def check(model: Watched, prompts: list[list[int]], seed: int, steps: int) -> No
 @given(
     PROMPTS,
     st.integers(0, 2**31),
-    st.sampled_from(["product-key", "noisy-top-k", "switch", "base"]),
+    st.sampled_from(["product-key", "noisy-top-k", "switch", "base", "glam"]),
     st.sampled_from([0, 3]),
     st.sampled_from(["attention", "layer"]),
     st.sampled_from([None, 8]),
@@ -80,7 +80,7 @@ def test_what_is_kept_of_a_sequence_changes_nothing(
     width: int | None,
     kind: str,
 ) -> None:
-    k = {"noisy-top-k": 2, "switch": 1, "base": 1}.get(router, 3)
+    k = {"noisy-top-k": 2, "switch": 1, "base": 1, "glam": 2}.get(router, 3)
     manifest = make_manifest(
         (2, 3), k=k, kind=kind, prefix=prefix, width=width, hidden=16, layers=2, local=local, local_layers=2
     )
