@@ -17,7 +17,7 @@ from model_folders import RandomModel, change_json
 from peer.errors import ModelError, SettingsError, UserError
 from talkoot.model.folder import CONFIG, INDEX, TOKENIZER, FolderWriter, ModelFolder
 from talkoot.model.opened import open_model
-from trainer_client.data.tokenizer import BytePairTokenizer, ByteTokenizer, load_tokenizer
+from trainer_client.data.tokenizer import BytePairTokenizer, ByteTokenizer, byte_letters, load_tokenizer
 
 MANIFEST = make_manifest((2, 2), k=2, hidden=16, feed_forward=32)
 MOST_MEMORY = 2 * 2**30
@@ -215,6 +215,9 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "says escape sequences": {"decoder": {"type": "\x1b[31m"}},
     "ends words": {"model": json.loads(PAIRS.to_json())["model"] | {"end_of_word_suffix": "</w>"}},
     "begins words": {"model": json.loads(PAIRS.to_json())["model"] | {"continuing_subword_prefix": "##"}},
+    "makes the library panic": {
+        "model": {"type": "BPE", "vocab": byte_letters() | {"aa": 256}, "merges": [["aa", "aa"]]}
+    },
     "draws": {"model": json.loads(PAIRS.to_json())["model"] | {"dropout": 0.5}},
 }
 

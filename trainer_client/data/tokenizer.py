@@ -63,7 +63,10 @@ class BytePairTokenizer:
 
         try:
             self._library = Library.from_str(json)
-        except Exception as error:  # the library raises nothing narrower
+        except BaseException as error:
+            # the library raises nothing narrower than Exception, and where it panics something wider
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise DataError(f"this is no tokenizer: {error}") from error
         stands_for = byte_letters()
         vocabulary = self._library.get_vocab()
