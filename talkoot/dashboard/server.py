@@ -30,7 +30,8 @@ _KEEP_S = 5.0
 
 def run_dashboard(terminal: Terminal, join: str | None, settings: DashboardSettings) -> None:
     """Watches until a signal arrives, which is not an error. Raises UserError when it can't start."""
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # what it warns of, each stranger can bring about as often as it likes
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     invite = invite_of(join)
     listener = listen(settings.host, settings.port)
     folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "dashboard")

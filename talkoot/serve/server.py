@@ -44,7 +44,8 @@ def run_serve(
         raise SettingsError(
             "pass --join INVITE to use a swarm's experts, or --model DIR with a folder of `talkoot export`"
         )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # what it warns of, each stranger can bring about as often as it likes
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     read_keys(settings.api_key_file)  # before anything that takes time
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
