@@ -95,7 +95,7 @@ class CardFacts:
     figures: Mapping[str, float]
     """Measured at the export: losses in nats per token, by what they are of."""
     names: Collection[str]
-    """Of nodes and trainers that their owners announce."""
+    """That nodes announce."""
     data_note: str
     exported_at: float
 
@@ -132,21 +132,19 @@ def _front_matter(manifest: Manifest) -> str:
 
 
 def _code() -> str:
-    if not PYTHON_FILES:
-        return ""
     hashes = "\n".join(
         f"| `{name}` | `{hashlib.sha256(python_file(name).encode()).hexdigest()}` |" for name in PYTHON_FILES
     )
     return (
-        "`trust_remote_code=True` runs two Python files of this folder. They are those of the release, and must have "
-        f"these checksums:\n\n| file | SHA-256 |\n|---|---|\n{hashes}\n"
+        "`trust_remote_code=True` runs two Python files of this folder. They are copies of the release's, and must "
+        f"have these checksums:\n\n| file | SHA-256 |\n|---|---|\n{hashes}\n"
     )
 
 
 def _data(facts: CardFacts) -> str:
     note = facts.data_note.strip()[:_MOST_NOTE]
     lines = [_plain(line, _MOST_NOTE) for line in note.splitlines()] or ["Not recorded."]
-    said = "What it was trained on, as the person says who exported it:\n\n" if note else ""
+    said = "What it was trained on, according to the person who exported it:\n\n" if note else ""
     return f"## Data\n\n{said}" + "\n".join(lines) + "\n"
 
 
@@ -181,11 +179,11 @@ def _experts(facts: CardFacts) -> str:
             f"| {layer} | {len(sources)} | {_spread(taken)} | {len(replicas)} | {_spread(replicas)} |\n"
         )
     text = (
-        "## Experts\n\nThe parameters of each expert are those of one of its replicas. Update counts are as the nodes "
-        f"announced them, the least, the median and the most; `{REPLICAS}` has each.\n\n"
+        "## Experts\n\nThe parameters of each expert are those of one of its replicas. The update counts are those "
+        f"that the nodes announced: the least, the median and the most. `{REPLICAS}` lists all of them.\n\n"
         "| layer | experts | updates | replicas | updates of the replicas |\n|---|---|---|---|---|\n"
         + "".join(rows)
-        + "\nAn export takes minutes. If the swarm was training meanwhile, the parts of this model are of different "
+        + "\nAn export takes minutes. If the swarm was training meanwhile, the parts of this model are from different "
         "moments: it is a smear over that time, not a snapshot.\n"
     )
     if missing := [uid for uid in manifest.uids() if uid not in facts.experts]:
@@ -208,7 +206,7 @@ def _contributors(facts: CardFacts) -> str:
     if not names:
         return ""
     return (
-        "## Contributors\n\nThose who were there at the export, and announce a name: "
+        "## Contributors\n\nNodes that hosted experts at the time of the export, and announce a name: "
         + ", ".join(names)
         + ".\n"
     )
