@@ -27,6 +27,8 @@ REPLICAS = "replicas.json"
 _MOST_NAMES, _MOST_MISSING = 1000, 20
 _MOST_NOTE = 10_000
 """Characters of what the user says about the data."""
+_WORST_LOSS = 100.0
+"""In nats per token: no model is so bad."""
 _SYNTAX = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 _USE = """\
 ```python
@@ -155,8 +157,8 @@ def _figures(facts: CardFacts) -> str:
         ("experts", f"{len(facts.experts)} of {facts.manifest.experts_total}"),
         ("updates of an expert", f"{median_low(counts)} (median)" if counts else "none"),
     ]
-    if dense.validation_loss is not None:
-        loss = dense.validation_loss
+    # a stranger may have announced it
+    if (loss := dense.validation_loss) is not None and 0 <= loss <= _WORST_LOSS:
         rows.append(
             (
                 "validation loss",

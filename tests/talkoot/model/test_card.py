@@ -56,6 +56,12 @@ def test_a_card_has_the_figures_and_the_update_counts_of_each_layer() -> None:
     assert "masked" not in card
 
 
+@pytest.mark.parametrize("loss", [1e308, -1e308, None])
+def test_a_loss_that_no_model_has_is_left_out(loss: float | None) -> None:
+    card = model_card(replace(FACTS, dense=replace(FACTS.dense, validation_loss=loss)))
+    assert "validation loss" not in card
+
+
 def test_missing_experts_are_counted_and_named() -> None:
     card = model_card(replace(FACTS, experts={UIDS[0]: a_source(1, 1)}))
     named = ", ".join(map(str, UIDS[1:]))
