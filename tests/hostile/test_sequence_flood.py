@@ -1,10 +1,24 @@
 """A stranger that has a node keep as many sequences as it can: memory stays bounded, and others keep theirs."""
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 from grpc import StatusCode
-from tls_expert_server import CONTEXT, FIRST, SECOND, Call, Edge, Runner, answers, make, refused, running
+from tls_expert_server import (
+    CONTEXT,
+    FIRST,
+    SECOND,
+    Call,
+    Edge,
+    Runner,
+    answers,
+    exchange,
+    make,
+    refused,
+    running,
+    wait_until,
+)
 
 from expert_server.serving.headers import MAX_SEQUENCES_IN_CALL
 from peer.identity import Identity
@@ -67,3 +81,31 @@ def test_more_tiny_sequences_than_a_call_may_have_are_not_computed(run: Runner) 
         assert (len(edge.sequences), edge.memory.used) == (0, 0)
 
     run(scenario, max_kept_bytes=2**28)
+
+
+def test_of_calls_that_go_on_with_one_sequence_at_once_one_is_answered(run: Runner) -> None:
+    async def scenario(edge: Edge) -> None:
+        await make(edge, Call(uids=[FIRST], lengths=[3], positions=[0, 1, 2]).holding(1))
+        calls = [
+            Call(uids=[FIRST], lengths=[1], positions=[3], seed=seed).holding(1, held=[[3]])
+            for seed in range(6)
+        ]
+        outcomes = await asyncio.gather(*(make(edge, call) for call in calls))
+        found = [answers(*pair) for pair in zip(calls, outcomes, strict=True)]
+        assert sorted(each.experts[0].status for each in found) == [0] + [9] * 5
+        assert [each.is_kept for each in found].count(True) == 1
+
+    run(scenario, max_kept_bytes=BUDGET)
+
+
+def test_calls_that_break_off_leave_no_memory_taken(run: Runner) -> None:
+    async def scenario(edge: Edge) -> None:
+        call = Call(uids=[FIRST, SECOND], lengths=[CONTEXT] * 16, positions=list(range(CONTEXT)) * 16)
+        call.holding(*range(16))
+        for requests in (call.requests[:1], call.requests[:-1] or call.requests, call.requests):
+            await exchange(edge, "forward", requests, ends=False, timeout_s=0.3)
+        await wait_until(lambda: edge.memory.used == 0)
+        assert edge.sequences.bytes <= BUDGET
+        assert answers(call, await make(edge, call)).experts[0].status == 0
+
+    run(scenario, max_kept_bytes=BUDGET)
