@@ -27,6 +27,7 @@ from benchmarks.emulated import emulated_links
 from benchmarks.village import START_LIMIT_S, RunningNode, running_node
 from dht.manifest import Manifest
 from dht.swarm import Swarm, join_swarm
+from expert_server.blocks import build_block
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -34,12 +35,15 @@ from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from talkoot.demo.links import free_ports
-from talkoot.train.local import LocalSwarm
+from talkoot.model.opened import OpenedExperts
+from talkoot.train.local import run_at_once
 from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.decoding import Decoder
 from trainer_client.dispatch.batches import AnsweredRows, CallReply, NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 from trainer_client.model import LanguageModel
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
 
 Kind: TypeAlias = Literal["transformer", "ffn"]
@@ -159,13 +163,24 @@ def remote_model(node: RunningNode) -> Iterator[LanguageModel]:
         yield LanguageModel(client.manifest, client.mixture).requires_grad_(False)
 
 
+def in_this_process(parsed: Manifest) -> LanguageModel:
+    """The same model as `talkoot serve --model` opens it."""
+    routing = Routing.of(TrainerSettings().in_swarm(parsed.preset), parsed, 0)
+    blocks = {uid: build_block(parsed, uid).eval() for uid in parsed.uids()}
+    experts = OpenedExperts(parsed, blocks)
+    model = LanguageModel(
+        parsed, lambda layer: RemoteMixtureOfExperts(layer, parsed, experts, run_at_once, routing)
+    )
+    return model.requires_grad_(False)
+
+
 def measure_nearby(kind: Kind, times: int) -> dict[str, float]:
     """On loopback."""
     with ExitStack() as stack:
         flags = ["--threads", "1", "--niceness", "0"]
         node = stack.enter_context(running_node(manifest(kind), LAYERS * 16, flags))
         parsed = Manifest.from_toml(node.folder / "swarm.toml")
-        local = LanguageModel(parsed, LocalSwarm(parsed, TrainerSettings()).mixture).requires_grad_(False)
+        local = in_this_process(parsed)
         remote = stack.enter_context(remote_model(node))
         empty_call = stack.enter_context(empty_calls(node))
         one = {"local": Contender(local, 1).step, "remote": Contender(remote, 1).step}
