@@ -61,8 +61,8 @@ class DenseServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Take(self, request, context):
-        """Gives the dense part and takes none. A session that allows exporting will do. Refused as Exchange is, and with FAILED_PRECONDITION when the snapshot asked
-        for is kept no more (begin anew without one).
+        """Gives the dense part and takes none. A session with RIGHT_EXPORT may call it too. Refused as Exchange is, and with
+        FAILED_PRECONDITION when the snapshot asked for is kept no more (begin anew without one).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -58,7 +58,8 @@ class RelayServiceServicer:
 
     def Reserve(self, request_iterator, context):
         """Keeps a reservation as long as the call lasts. The first reply says that it holds; each further one brings a caller.
-        The peer sends a request now and then, to show that it is there. Refused with RESOURCE_EXHAUSTED when the relay has
+        The peer sends a request every few seconds, to show that it is there, and the relay answers with an empty reply.
+        Refused with RESOURCE_EXHAUSTED when the relay has
         no room, and with PERMISSION_DENIED when its owner relays for nobody.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -75,7 +76,8 @@ class RelayServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Accept(self, request_iterator, context):
-        """The other end of a circuit, opened by the peer that has the reservation. The first piece names the circuit.
+        """The other end of a circuit, opened by the peer that has the reservation. The first piece names the circuit, and the
+        relay answers it with an empty one. NOT_FOUND: no such circuit waits for this peer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
