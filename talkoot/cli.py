@@ -44,6 +44,12 @@ Neighbours train a large neural network together. There are three things you can
   talkoot train --join INVITE       train a model on the experts of a swarm
   talkoot dashboard --join INVITE   watch a swarm on a web page
 
+Use what a swarm has learned:
+
+  talkoot generate --join INVITE    continue a text with your trained model
+  talkoot serve --join INVITE       serve the model to programs and to a page
+  talkoot export --join INVITE      keep the model in a folder
+
 An invite is one line that somebody gives you. Without one:
 
   talkoot demo                      see a whole swarm work on this machine
@@ -417,7 +423,11 @@ def import_model(
     state: NodeState = None,
     trainer_state: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The trainer's state folder, where the dense part goes."),
+        typer.Option(
+            metavar="DIR",
+            help="The trainer's state folder, where the dense part goes.  "
+            "[default: ~/.local/state/talkoot/trainer]",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -289,6 +289,10 @@ class TrainCommand(SettingsCommand):
 
 _TRAINED_MODEL = ("checkpoint", "wait_for_experts_s", "threads", "state", "p2pd")
 _TRAINED_MODEL_SHOWN = ("join", "checkpoint", "state", "threads", "wait_for_experts_s")
+_TRAINED_MODEL_HELP = {
+    "state": "The trainer's state folder, where its checkpoints are.",
+    "wait_for_experts_s": "How long to wait for the first live expert.",
+}
 
 
 class TrainedModelCommand(SettingsCommand):
@@ -300,9 +304,9 @@ class TrainedModelCommand(SettingsCommand):
         for option in options:
             if option.name == "checkpoint":
                 option.help = "Folder of checkpoints, or one of its files.  [default: the newest run's]"
-            elif option.name == "state":
-                where = option.help[option.help.index("  [default: ") :]
-                option.help = f"The trainer's state folder, where its checkpoints are.{where}"
+            elif option.name in _TRAINED_MODEL_HELP:
+                default = option.help[option.help.index("  [default: ") :]
+                option.help = _TRAINED_MODEL_HELP[option.name] + default
         return options
 
 

@@ -47,6 +47,8 @@ CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "token
 CHAT_FORMAT = "chat_format.json"
 """Not written here: see `talkoot.serve.chat`."""
 CARD = "README.md"
+PARTIAL = ".partial"
+"""Ends the name of a folder that is being written."""
 PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
 """Copied from this release into every folder. They import torch and transformers alone."""
 
@@ -209,7 +211,7 @@ class FolderWriter:
     def __init__(self, path: Path, manifest: Manifest, routing: FolderRouting, tokenizer: Tokenizer) -> None:
         """Raises UserError if the path is in use, or the kind of experts can't be in a folder."""
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = path.with_name(path.name + PARTIAL)
         """What is written meanwhile. Other files in it become part of the folder."""
         self._manifest, self._routing, self._tokenizer = manifest, routing, tokenizer
         self._dense = dense_forms(manifest, routing, len(tokenizer.token_bytes))
@@ -510,6 +512,14 @@ class ModelFolder:
         """
         if not path.is_dir():
             raise ModelError(f"no model folder {path}: pass one that `talkoot export` wrote")
+        if not os.path.lexists(path / CONFIG):
+            stopped = path.suffix == PARTIAL
+            hint = (
+                "run the same `talkoot export` again"
+                if stopped
+                else "pass a folder that `talkoot export` wrote"
+            )
+            raise ModelError(f"{path} has no {CONFIG}: {hint}")
         try:
             config = _Config.model_validate_json(read_file(path, CONFIG))
             if config.format_version != FORMAT_VERSION:

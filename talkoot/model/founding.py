@@ -37,7 +37,7 @@ from talkoot.model.folder import ModelFolder
 from talkoot.model.upcycling import UpcycledModel, grown_manifest
 from talkoot.node.control import node_folder
 from talkoot.terminal import Terminal
-from talkoot.train.session import trainer_state
+from talkoot.train.session import once, trainer_state
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointWriter, Header, checkpoint_folder, manifest_sha256
 
@@ -136,8 +136,9 @@ def _write_experts(
     stage: Callable[[str], None],
 ) -> None:
     form = StateForm.of(manifest)
+    say = once(stage)
     for number, uid in enumerate(manifest.uids()):
-        stage(f"writing experts: {number} of {manifest.experts_total}")
+        say(f"writing experts: {number * 10 // manifest.experts_total * 10}%")
         state: State = {BLOCK + name: tensor for name, tensor in folder.expert(uid).items()}
         for name, (shape, dtype) in form.parameters.items():
             for moment in form.moments:

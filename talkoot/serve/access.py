@@ -92,7 +92,9 @@ def read_keys(path: Path | None) -> ApiKeys:
             data = file.read(_LONGEST_FILE + 1)
         keys = [line.strip() for line in data.decode("ascii").splitlines() if line.strip()]
     except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror}") from error
+        raise DataError(
+            f"can't read {path}: {error.strerror}; pass a file with one key on each line"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no file of API keys: it is not text in ASCII") from error
     if not keys or len(data) > _LONGEST_FILE or any(" " in key for key in keys):

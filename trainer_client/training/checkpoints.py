@@ -193,8 +193,8 @@ def newest_run_folder(runs: Path) -> Path:
     newest = max(runs.glob("*/*.safetensors"), key=_written_at, default=None)
     if newest is None:
         raise CheckpointError(
-            f"no checkpoint of this swarm in {runs}: train first, without --resume, or pass the --checkpoint DIR or "
-            "--state DIR of a run"
+            f"no checkpoint of this swarm in {runs}: train first (`talkoot train` without --resume), or pass "
+            "the --checkpoint DIR or --state DIR of a run"
         )
     return newest.parent
 

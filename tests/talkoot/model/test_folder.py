@@ -19,6 +19,7 @@ from peer.errors import ModelError, SettingsError, StartError, UserError
 from talkoot.model.folder import (
     CONFIG,
     INDEX,
+    PARTIAL,
     PYTHON_FILES,
     FolderWriter,
     ModelFolder,
@@ -220,7 +221,7 @@ def _set(name: str, value: float) -> Callable[[Path], None]:
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda folder: shutil.rmtree(folder), "no model folder"),
-    "no config": (lambda folder: (folder / CONFIG).unlink(), "config.json can't be read"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "has no config.json: pass a folder"),
     "no json": (lambda folder: (folder / CONFIG).write_text("{"), "not that of a Talkoot model"),
     "another model": (lambda f: change_json(f / CONFIG, model_type="llama"), "model_type"),
     "a later format": (lambda f: change_json(f / CONFIG, format_version=2), "update Talkoot"),
@@ -256,6 +257,13 @@ def test_a_broken_folder_is_refused_with_the_reason(case: str, folder: Path) -> 
     break_it(folder)
     with pytest.raises(UserError, match=reason):
         open_model(folder)
+
+
+def test_of_a_stopped_export_the_way_on_is_said(tmp_path: Path) -> None:
+    stopped = tmp_path / f"model{PARTIAL}"
+    stopped.mkdir()
+    with pytest.raises(ModelError, match="run the same `talkoot export` again"):
+        ModelFolder.open(stopped)
 
 
 def test_no_python_of_a_folder_is_run(folder: Path) -> None:

@@ -92,6 +92,20 @@ def test_loss_after_an_import_is_that_of_the_folder(name: str, tmp_path: Path) -
     assert Manifest.from_toml(tmp_path / "swarm.toml") == MODELS[name]
 
 
+def test_progress_takes_at_most_ten_lines_of_a_log(tmp_path: Path) -> None:
+    manifest = make_manifest((4, 4), k=2, layers=2, hidden=16, width=8, feed_forward=16)
+    folder = RandomModel(manifest).write(tmp_path / "model")
+    said: list[str] = []
+    plan = ImportPlan(
+        folder, tmp_path / "swarm.toml", node_state=tmp_path / "n", trainer_state=tmp_path / "t"
+    )
+    import_model(ModelFolder.open(folder), plan, said.append)
+    assert said == [
+        *(f"writing experts: {percent}%" for percent in range(0, 100, 10)),
+        "writing the dense part",
+    ]
+
+
 def test_tokenizer_router_and_balance_are_the_folders(tmp_path: Path) -> None:
     tokenizer = BytePairTokenizer.learn([TEXT], len(TEXT), 280)
     folder = RandomModel(MANIFEST, tokenizer, router="switch", balance="both").write(tmp_path / "model")

@@ -140,4 +140,4 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:
 
 def test_a_wrong_file_of_keys_is_told_before_anything_else(tmp_path: Path) -> None:
     command = ("serve", "--model", tmp_path, "--api-key-file", tmp_path / "keys")
-    talkoot(*command).is_one_clear_line("can't read", "keys")
+    talkoot(*command).is_one_clear_line("can't read", "keys", "one key on each line")

@@ -261,6 +261,7 @@ def test_a_run_whose_checkpoint_is_removed_while_runs_are_compared_is_passed_ove
 
 def test_without_any_run_the_way_on_is_said(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint of this swarm in .*: train first, without --resume, or"
+        CheckpointError,
+        match=r"no checkpoint of this swarm in .*: train first \(`talkoot train` without --resume\), or",
     ):
         newest_run_folder(tmp_path / "runs")
