@@ -24,8 +24,8 @@ from trainer_client.settings import Sampling
 logger = logging.getLogger(__name__)
 
 _INTERNAL = "an internal error; the server's log says more"
-_CLOSE_S = 10.0
-"""Longest wait for the token that is computed when the engine closes."""
+_CLOSE_S = 2.0
+"""Longest wait for the token that is computed when the engine closes: it may itself wait for experts."""
 
 
 class EngineError(TalkootError):
@@ -247,12 +247,16 @@ class Engine:
             try:
                 with self._metrics.step.time():
                     news = self._advance(streams)
-            except UserError as error:
-                logger.warning("%d answers broke off: %s", len(streams), error)
-                news = dict.fromkeys(streams, EngineError(str(error)))
-            except Exception:  # the next streams must not suffer from a fault that these brought up
-                logger.exception("%d answers broke off", len(streams))
-                news = dict.fromkeys(streams, EngineError(_INTERNAL))
+            except Exception as error:  # the next streams must not suffer from a fault that these brought up
+                if self._closing:
+                    continue  # the swarm that it needs is being left
+                if isinstance(error, UserError):
+                    said = str(error)
+                    logger.warning("%d answers broke off: %s", len(streams), said)
+                else:
+                    said = _INTERNAL
+                    logger.exception("%d answers broke off", len(streams))
+                news = dict.fromkeys(streams, EngineError(said))
             self._deliver(news)
 
     def _next_streams(self) -> list[Stream] | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -217,6 +218,30 @@ def test_closing_waits_for_no_stream(model: ServedModel) -> None:
             engine.begin(job("In the sauna", 3), "a")
 
     run(model, scenario)
+
+
+def test_closing_does_not_wait_for_experts_and_what_breaks_then_is_no_news(
+    model: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    let_go = threading.Event()
+
+    def wait_in_vain() -> None:
+        assert let_go.wait(LIMIT_S)
+        raise SwarmError("no expert of this swarm answered")
+
+    async def scenario(engine: Engine, decoder: CountedDecoder) -> None:
+        decoder.before = wait_in_vain
+        engine.begin(job("In the sauna", 9), "a")
+        await until(lambda: bool(decoder.open))
+        began = time.monotonic()
+        await asyncio.to_thread(engine.close)
+        assert time.monotonic() - began < 5
+        assert engine.is_alive()
+        let_go.set()
+        await until(lambda: not engine.is_alive())
+
+    run(model, scenario)
+    assert not caplog.records
 
 
 def test_a_fault_in_the_choice_of_one_token_breaks_off_no_other_answer(model: ServedModel) -> None:
