@@ -4,10 +4,12 @@
     talkoot export --join INVITE -o model
     python examples/fine_tune.py model mine.txt --out my-model
 
+What it saves is a model folder too: `talkoot serve --model` serves it, and `talkoot import` starts a swarm from it.
 Give it a text that the swarm's model has not read, and the loss falls on the part of it that is held out.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -57,7 +59,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True)
     context = model.config.max_position_embeddings
-    tokens_N = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"))["input_ids"])
+    # not verbose: the text is longer than the context, and is cut below
+    tokens_N = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), verbose=False)["input_ids"])
     pieces_BT = pieces(tokens_N, context)
     held_out = max(1, round(HELD_OUT * len(pieces_BT)))
     if len(pieces_BT) <= held_out:
@@ -68,6 +71,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     generator = torch.Generator().manual_seed(0)
     model.train()
+    start_s = time.monotonic()
     for step in range(1, options.steps + 1):
         drawn = torch.randint(len(training_BT), (options.batch_size,), generator=generator)
         loss = loss_of(model, training_BT[drawn])
@@ -75,6 +79,9 @@ def main() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if step == 1:
+            step_s = time.monotonic() - start_s
+            print(f"a step takes {step_s:.1f} s: about {options.steps * step_s:.0f} s in all", flush=True)
         if step % 50 == 0 or step == options.steps:
             loss_now = held_out_loss(model, held_out_BT, options.batch_size)
             print(f"step {step}: held-out loss {loss_now:.4f}", flush=True)
