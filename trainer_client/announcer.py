@@ -85,6 +85,7 @@ class TrainerAnnouncer:
         self._started_at = now()
         self._training = TrainingMetrics(swarm.metrics)
         self._averaging: Averaging | None = None
+        self._has_announced = False
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._add_levels(swarm)
@@ -119,6 +120,7 @@ class TrainerAnnouncer:
                 if self._averaging.relays is not None:
                     await self._averaging.relays.look()
                 set_dense(record, self._averaging)
+            self._has_announced = True
             try:
                 await self._registry.publish_trainer(record, self._settings.lifetime_s)
             except UnreachableError as error:
@@ -128,12 +130,13 @@ class TrainerAnnouncer:
                     await self._news.wait()
 
     async def close(self) -> None:
-        """Withdraws the record, and waits only briefly for a DHT that does not answer."""
+        """Withdraws the record if there is one, and waits only briefly for a DHT that does not answer."""
         closing = asyncio.create_task(asyncio.to_thread(self._metrics.close))
-        left = records_pb2.TrainerRecord(left=True)
-        with contextlib.suppress(UnreachableError, TimeoutError):
-            async with asyncio.timeout(_WITHDRAW_S):
-                await self._registry.publish_trainer(left, self._settings.lifetime_s)
+        if self._has_announced:
+            left = records_pb2.TrainerRecord(left=True)
+            with contextlib.suppress(UnreachableError, TimeoutError):
+                async with asyncio.timeout(_WITHDRAW_S):
+                    await self._registry.publish_trainer(left, self._settings.lifetime_s)
         await closing
 
     def _add_levels(self, swarm: Swarm) -> None:

@@ -105,8 +105,9 @@ class SwarmClient:
         timing: TrainerTiming = TrainerTiming(),
     ) -> None:
         """`stage` is told what happens while joining. `through` may put something between the dispatcher and the
-        network, such as faults. `reads_only`: it uses experts and changes none. `make_loader`: makes what spot checks
-        need, of the manifest and the swarm's id; None if there are to be none. Raises UserError when joining fails.
+        network, such as faults. `reads_only`: it uses experts, changes none, and announces nothing. `make_loader`:
+        makes what spot checks need, of the manifest and the swarm's id; None if there are to be none. Raises UserError
+        when joining fails.
         """
         self._invite = invite
         self._settings = settings
@@ -333,7 +334,8 @@ class SwarmClient:
         tasks.supervise("keep the view of the swarm fresh", directory.keep_fresh)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
         tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, recheck))
-        tasks.supervise("announce this trainer", announcer.run)
+        if not reads_only:
+            tasks.supervise("announce this trainer", announcer.run)
         tasks.supervise("open sessions with nodes", warmer.run)
         averaging_metrics = AveragingMetrics(swarm.metrics)
         return _Joined(swarm, directory, dispatcher, routing, announcer, averaging_metrics, averagings, tasks)

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
 from peer.errors import TalkootError, UserError
+from peer.formatting import counted
 from peer.metrics import SECONDS, start_at_zero
 from talkoot.serve.schedule import FairSchedule
 from talkoot.serve.text import TextStream
@@ -252,10 +253,10 @@ class Engine:
                     continue  # the swarm that it needs is being left
                 if isinstance(error, UserError):
                     said = str(error)
-                    logger.warning("%d answers broke off: %s", len(streams), said)
+                    logger.warning("%s broke off: %s", counted(len(streams), "answer"), said)
                 else:
                     said = _INTERNAL
-                    logger.exception("%d answers broke off", len(streams))
+                    logger.exception("%s broke off", counted(len(streams), "answer"))
                 news = dict.fromkeys(streams, EngineError(said))
             self._deliver(news)
 

@@ -41,3 +41,19 @@ def test_the_swarm_hears_of_the_first_step_at_once(founder: Founder, tmp_path: P
         wait_until(lambda: founder.loop.run(steps(), 120) == [1], "its first step in the swarm")
     finally:
         client.close()
+
+
+def test_who_only_reads_is_no_trainer(founder: Founder, tmp_path: Path) -> None:
+    invite = Invite.parse(founder.invite)
+    client = SwarmClient(invite, TrainerSettings(), tmp_path / "reader", reads_only=True)
+    client.close()
+    assert not founder.loop.run(founder.node.swarm.registry.trainer_ids(), 120)
+
+    client = SwarmClient(invite, TrainerSettings(), tmp_path / "trainer")
+    try:
+        wait_until(
+            lambda: bool(founder.loop.run(founder.node.swarm.registry.trainer_ids(), 120)),
+            "the trainer in the swarm",
+        )
+    finally:
+        client.close()
