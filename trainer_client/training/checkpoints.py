@@ -324,7 +324,8 @@ def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
             f"steps: the checkpoint has done all of the {resumed.steps} steps: pass more, such as --steps "
             f"{2 * header.step}"
         )
-    if changes:
+    # an imported run has no settings of its own yet
+    if changes and header.step > 0:
         logger.warning("resuming with other settings: %s", "; ".join(changes))
     return resumed
 

@@ -90,6 +90,21 @@ def test_a_checkpoint_with_a_setting_that_no_longer_exists_is_resumed(
     assert said(caplog) == ""
 
 
+def test_a_run_of_no_steps_takes_settings_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = train_dense(start(tmp_path, make_settings(data=str(write_text(tmp_path)))), 4).folder
+    checkpoint = load_checkpoint(folder, SWARM)
+    header = checkpoint.header.model_copy(update={"step": 0})
+    imported = CheckpointWriter(folder.with_name("imported"), 1)
+    assert imported.save(header, checkpoint.tensors)
+    resumed = start(
+        tmp_path, make_settings(steps=20, checkpoint=str(folder.with_name("imported"))), resume=True
+    )
+    assert resumed.settings.steps == 20
+    assert said(caplog) == ""
+
+
 def test_what_is_changed_at_a_resume_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = write_text(tmp_path)
     train_dense(start(tmp_path / "state", make_settings(data=str(text))), 4)
