@@ -54,13 +54,13 @@ def section(title: str) -> list[str]:
 
 
 README = (ROOT / "README.md").read_text()
-FOUND, HOST, TRAIN, STATUS, TRAIN_TOO = section("By hand")
+FOUND, HOST, TRAIN, STATUS, TRAIN_TOO, GENERATE = section("By hand")
 DOCTOR, _, _ = section("For volunteers")
 FOR_TRAINERS = [line for line in section("For trainers") if line not in PLAYED_ELSEWHERE]
 
 
 def test_every_command_of_the_readme_is_played_somewhere() -> None:
-    played = {FOUND, HOST, TRAIN, STATUS, TRAIN_TOO, DOCTOR, *FOR_TRAINERS, *PLAYED_ELSEWHERE}
+    played = {FOUND, HOST, TRAIN, STATUS, TRAIN_TOO, GENERATE, DOCTOR, *FOR_TRAINERS, *PLAYED_ELSEWHERE}
     assert set(shell_lines(README)) == played
 
 
@@ -148,7 +148,7 @@ def test_the_readme_by_hand_in_four_terminals(reader: Reader) -> None:
         doctor = talkoot(*shlex.split(reader.line(DOCTOR))[1:])
         assert doctor.status in (0, 1), doctor.err
         assert "swarm" in doctor.out
-        for written in FOR_TRAINERS:
+        for written in (*FOR_TRAINERS, GENERATE):
             ended = talkoot(*shlex.split(reader.line(written))[1:])
             assert ended.status == 0, f"{written}: {ended.err}"
             assert ended.out
