@@ -356,7 +356,7 @@ def export(
     join: Join = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="The folder to write. It must not exist yet."),
+        typer.Option("--out", "-o", metavar="DIR", help="The folder to write: a new or an empty one."),
     ] = None,
     resume: Annotated[
         bool,
@@ -370,7 +370,10 @@ def export(
     keep: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, metavar="SHARE", help="Keep this share of each layer's experts.  [default: all]"
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="Keep this share of each layer's experts, and at least as many as a token is sent to.  [default: all]",
         ),
     ] = None,
     keep_by: Annotated[
