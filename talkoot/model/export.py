@@ -246,6 +246,11 @@ class _Export:
                 file.replace_layer(layer, {})
                 writer.write_layer(layer, self._arriving(uids, sources, tick, advance))
                 file.replace_layer(layer, sources)
+                if not self._terminal.live:
+                    fetched = bytes_in_words(self._experts.received_bytes)
+                    logger.info(
+                        "layer %d is whole: %s, %s so far", layer, counted(len(sources), "expert"), fetched
+                    )
 
     def _arriving(
         self,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import threading
 import time
@@ -87,13 +88,15 @@ def assert_has_the_experts_of(founder: Founder, folder: ModelFolder, uids: froze
 
 
 def test_a_folder_has_the_experts_of_the_nodes_and_the_dense_part_of_a_run(
-    founder: Founder, state: Path, text: Path, tmp_path: Path
+    founder: Founder, state: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     out = tmp_path / "model"
     ended = talkoot(
         *export(founder, out, "--resume", "--state", state, "--data-note", "sauna talk", "--json")
     )
     assert ended.status == 0, ended.err
+    assert "layer 1 is whole: 4 experts" in caplog.text
     values = json.loads(ended.out.splitlines()[-1])
     assert (values["folder"], values["experts"], values["experts_total"]) == (str(out), 8, 8)
     assert_has_the_experts_of(founder, ModelFolder.open(out), frozenset(MANIFEST.uids()))
