@@ -34,9 +34,10 @@ from peer.files import open_plainly, sync_folder, write_atomically
 from peer.formatting import printable
 from peer.layers import make_norm
 from peer.settings import describe_validation_error
+from talkoot.model.tokenizer import parse_tokenizer, tokenizer_json
 from talkoot.train.local import run_at_once
 from trainer_client.averaging.dense_part import require_bounded
-from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer, byte_letters, load_tokenizer
+from trainer_client.data.tokenizer import Tokenizer
 from trainer_client.model import LocalPart
 from trainer_client.moe import Experts, RemoteMixtureOfExperts
 from trainer_client.routers import Routing
@@ -56,11 +57,6 @@ _MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25, CHAT_FORMAT: 2**16
 """Of a JSON file that is read. Parsed it takes up to 40 times as much memory."""
 _MOST_HEADERS = 2**26
 """Bytes of the headers of all files of weights together, likewise."""
-_NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
-"""Those of tokenizers that can't make a text much longer."""
-_SPLITS = frozenset({"ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"})
-_ODDITIES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-_REPEATS = re.compile(r"[*+?{(]")
 _LOCK, _SOURCE = "lock", "source.json"
 """In a folder that is not finished: its writer's lock, and what it is a model of."""
 _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
@@ -137,66 +133,6 @@ def expert_forms(manifest: Manifest) -> dict[str, Form]:
 def expert_prefix(uid: UID) -> str:
     """How the names of its tensors begin."""
     return f"experts.{uid.layer}.{'_'.join(map(str, uid.coordinate))}."
-
-
-# The tokenizer
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """In the format of the library `tokenizers`: bytes are byte pairs of which none was learned."""
-    return tokenizer.to_json() or json.dumps(_bytes_as_json())
-
-
-def _bytes_as_json() -> dict[str, Any]:
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model: dict[str, Any] = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": byte_letters(),
-        "merges": [],
-    }
-    rest = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    parts = {"pre_tokenizer": level, "decoder": level, "model": model}
-    return {"version": "1.0", "added_tokens": [], **rest, **parts}
-
-
-def _read_tokenizer(text: str) -> Tokenizer:
-    """Raises DataError."""
-    try:
-        found = json.loads(text)
-        model = found["model"]
-        is_bytes = model["merges"] == [] and model["vocab"] == _bytes_as_json()["model"]["vocab"]
-        is_plain = model.get("type", "BPE") == "BPE" and not any(map(model.get, _ODDITIES))
-        normalizer, splits = found.get("normalizer"), _steps(found.get("pre_tokenizer"))
-        is_bounded = normalizer is None or normalizer["type"] in _NORMALIZERS
-        is_bounded = is_bounded and all(map(_is_bounded, splits))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"this is no tokenizer: {printable(str(error))}") from error
-    if not is_plain:
-        raise DataError("this is no tokenizer of byte pairs, or one with a dropout, a prefix or a suffix")
-    if not is_bounded:
-        raise DataError("what this tokenizer does before it looks for byte pairs may take any time or memory")
-    return ByteTokenizer() if is_bytes else load_tokenizer(text)
-
-
-def _steps(pre_tokenizer: Any) -> list[Any]:
-    if pre_tokenizer is not None and pre_tokenizer["type"] == "Sequence":
-        return [step for each in pre_tokenizer["pretokenizers"] for step in _steps(each)]
-    return [pre_tokenizer]
-
-
-def _is_bounded(step: Any) -> bool:
-    """Whether a step that splits a text takes a time in proportion to its length."""
-    if step is None or step["type"] != "Split":
-        return step is None or step["type"] in _SPLITS
-    # nothing that repeats: no backtracking
-    return "Regex" not in step["pattern"] or not _REPEATS.search(step["pattern"]["Regex"])
 
 
 # Writing
@@ -431,14 +367,20 @@ def _header(forms: Mapping[str, Form], size: int | None = None) -> bytes:
 
 def _require_forms(tensors: Mapping[str, Tensor], expected: Mapping[str, Form], what: str) -> None:
     """Raises ModelError."""
-    if different := tensors.keys() ^ expected.keys():
-        name = min(different)
-        raise ModelError(
-            f"{what} {'lacks' if name in expected else 'has the unknown tensor'} {printable(name)}"
-        )
+    _require_names(tensors, expected, what)
     for name, form in expected.items():
         if form_of(tensors[name]) != form:
             raise ModelError(f"{name} of {what} is {form_of(tensors[name])}; expected {form}")
+
+
+def _require_names(names: Iterable[str], expected: Iterable[str], what: str) -> None:
+    """Raises ModelError."""
+    wanted = set(expected)
+    if different := wanted ^ set(names):
+        name = min(different)
+        raise ModelError(
+            f"{what} {'lacks' if name in wanted else 'has the unknown tensor'} {printable(name)}"
+        )
 
 
 def _require_own(folder: Path) -> None:
@@ -591,11 +533,7 @@ class ModelFolder:
         expected = dict(self._dense_forms)
         for uid in sorted(self.live):
             expected |= {expert_prefix(uid) + name: form for name, form in self._expert_forms.items()}
-        if different := expected.keys() ^ self._places.keys():
-            name = min(different)
-            raise ModelError(
-                f"{self.path} {'lacks' if name in expected else 'has the unknown tensor'} {printable(name)}"
-            )
+        _require_names(self._places, expected, str(self.path))
         for name, (shape, _) in expected.items():
             with _refusing(self._places[name]):
                 found = self._file(name).get_slice(name)
@@ -635,7 +573,7 @@ def _require_routing(path: Path, routing: FolderRouting, manifest: Manifest) -> 
 
 def _tokenizer_of(path: Path) -> Tokenizer:
     try:
-        return _read_tokenizer(read_file(path, TOKENIZER).decode())
+        return parse_tokenizer(read_file(path, TOKENIZER).decode())
     except (DataError, UnicodeDecodeError) as error:
         raise ModelError(f"{path / TOKENIZER}: {printable(str(error))}") from error
 

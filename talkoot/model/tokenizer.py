@@ -1,0 +1,72 @@
+"""The tokenizer of a model folder, in the format of the library `tokenizers`. A stranger may have written it."""
+
+import json
+import re
+from typing import Any
+
+from peer.errors import DataError
+from peer.formatting import printable
+from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer, byte_letters, load_tokenizer
+
+_NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
+"""Those of tokenizers that can't make a text much longer."""
+_SPLITS = frozenset({"ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"})
+_ODDITIES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+_REPEATS = re.compile(r"[*+?{(]")
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """In the format of the library `tokenizers`: bytes are byte pairs of which none was learned."""
+    return tokenizer.to_json() or json.dumps(_bytes_as_json())
+
+
+def _bytes_as_json() -> dict[str, Any]:
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": byte_letters(),
+        "merges": [],
+    }
+    rest = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    parts = {"pre_tokenizer": level, "decoder": level, "model": model}
+    return {"version": "1.0", "added_tokens": [], **rest, **parts}
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer of a folder. Raises DataError if it is none that a trainer has, or may take any time or memory."""
+    try:
+        found = json.loads(text)
+        model = found["model"]
+        is_bytes = model["merges"] == [] and model["vocab"] == _bytes_as_json()["model"]["vocab"]
+        is_plain = model.get("type", "BPE") == "BPE" and not any(map(model.get, _ODDITIES))
+        normalizer, splits = found.get("normalizer"), _steps(found.get("pre_tokenizer"))
+        is_bounded = normalizer is None or normalizer["type"] in _NORMALIZERS
+        is_bounded = is_bounded and all(map(_is_bounded, splits))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"this is no tokenizer: {printable(str(error))}") from error
+    if not is_plain:
+        raise DataError("this is no tokenizer of byte pairs, or one with a dropout, a prefix or a suffix")
+    if not is_bounded:
+        raise DataError("what this tokenizer does before it looks for byte pairs may take any time or memory")
+    return ByteTokenizer() if is_bytes else load_tokenizer(text)
+
+
+def _steps(pre_tokenizer: Any) -> list[Any]:
+    if pre_tokenizer is not None and pre_tokenizer["type"] == "Sequence":
+        return [step for each in pre_tokenizer["pretokenizers"] for step in _steps(each)]
+    return [pre_tokenizer]
+
+
+def _is_bounded(step: Any) -> bool:
+    """Whether a step that splits a text takes a time in proportion to its length."""
+    if step is None or step["type"] != "Split":
+        return step is None or step["type"] in _SPLITS
+    # nothing that repeats: no backtracking
+    return "Regex" not in step["pattern"] or not _REPEATS.search(step["pattern"]["Regex"])
