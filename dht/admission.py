@@ -45,6 +45,7 @@ class Role(Enum):
     NODE = admission_pb2.ROLE_NODE
     TRAINER = admission_pb2.ROLE_TRAINER
     READER = admission_pb2.ROLE_READER
+    LIBRARIAN = admission_pb2.ROLE_LIBRARIAN
 
     @property
     def word(self) -> str:
@@ -57,16 +58,19 @@ RIGHTS: Mapping[Role, frozenset[Right]] = {
         {session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_BACKWARD, session_pb2.RIGHT_AVERAGE}
     ),
     Role.READER: frozenset({session_pb2.RIGHT_FORWARD}),
+    Role.LIBRARIAN: frozenset(),
 }
 OPEN_TO_ALL = frozenset({session_pb2.RIGHT_DHT})
 """What needs no token: whoever reads the manifest is not admitted yet."""
-OPEN_TO_MEMBERS = OPEN_TO_ALL | {session_pb2.RIGHT_RELAY}
+OPEN_TO_MEMBERS = OPEN_TO_ALL | {session_pb2.RIGHT_RELAY, session_pb2.RIGHT_MEMORY}
 """What any token gives."""
 EXPORT = session_pb2.RIGHT_EXPORT
 """Beside `RIGHTS`, of the roles that the manifest names."""
 _RECORDS: Mapping[str, frozenset[Role]] = {
     "announcement": frozenset({Role.NODE}),
-    "node": frozenset({Role.NODE}),
+    "node": frozenset({Role.NODE, Role.LIBRARIAN}),
+    "cell": frozenset({Role.NODE, Role.LIBRARIAN}),
+    "library": frozenset({Role.LIBRARIAN}),
     "trainer": frozenset({Role.TRAINER, Role.READER}),
 }
 """Which roles may write which record."""

@@ -18,6 +18,7 @@ from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 
+from dht.memory import Cell, MemoryID
 from dht.uid import UID
 from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
@@ -95,6 +96,15 @@ class SwarmKeys:
 
     def trainer_shard(self, shard: int) -> str:
         return f"{self.swarm_id}.trainers.{shard:x}"
+
+    @property
+    def library(self) -> str:
+        """What all publishers list their memories under, each with its PeerID as the subkey."""
+        return f"{self.swarm_id}.library"
+
+    def memory(self, memory: MemoryID, coordinate: Cell = ()) -> str:
+        """Of a cell, or of a prefix that says which coordinates come next."""
+        return ".".join([self.swarm_id, "memory", str(memory), *map(str, coordinate)])
 
 
 class RecordValidator:

@@ -32,8 +32,11 @@ Message = Literal[
     "call",
     "state",
     "dense",
+    "memory",
 ]
-"""What was parsed. `dht`: a message or a value of the DHT itself; `state`: of an expert; `dense`: a dense part."""
+"""What was parsed. `dht`: a message or a value of the DHT itself; `state`: of an expert; `dense`: a dense part;
+`memory`: a record or a part of a memory.
+"""
 _PEERS = 1024
 """Peers of whom it is known that a line was logged."""
 

@@ -13,10 +13,12 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_NODE: _ClassVar[Role]
     ROLE_TRAINER: _ClassVar[Role]
     ROLE_READER: _ClassVar[Role]
+    ROLE_LIBRARIAN: _ClassVar[Role]
 ROLE_UNSPECIFIED: Role
 ROLE_NODE: Role
 ROLE_TRAINER: Role
 ROLE_READER: Role
+ROLE_LIBRARIAN: Role
 
 class Grant(_message.Message):
     __slots__ = ("swarm_id", "role", "expires_at", "serial", "key")

@@ -54,7 +54,7 @@ class SignedRecord(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class RecordPayload(_message.Message):
-    __slots__ = ("key", "peer_id", "expires_at", "announcement", "node", "manifest_json", "trainer", "revocations", "badge")
+    __slots__ = ("key", "peer_id", "expires_at", "announcement", "node", "manifest_json", "trainer", "revocations", "library", "cell", "badge")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,8 @@ class RecordPayload(_message.Message):
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     TRAINER_FIELD_NUMBER: _ClassVar[int]
     REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
+    LIBRARY_FIELD_NUMBER: _ClassVar[int]
+    CELL_FIELD_NUMBER: _ClassVar[int]
     BADGE_FIELD_NUMBER: _ClassVar[int]
     key: str
     peer_id: bytes
@@ -72,8 +74,10 @@ class RecordPayload(_message.Message):
     manifest_json: bytes
     trainer: TrainerRecord
     revocations: _admission_pb2.Revocations
+    library: Library
+    cell: CellRecord
     badge: _admission_pb2.Badge
-    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
+    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., library: _Optional[_Union[Library, _Mapping]] = ..., cell: _Optional[_Union[CellRecord, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
 
 class Announcement(_message.Message):
     __slots__ = ("state", "update_count", "queued_rows", "claimed_at")
@@ -88,7 +92,7 @@ class Announcement(_message.Message):
     def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
-    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady", "relay_addresses")
+    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady", "relay_addresses", "memory_shards", "memory_bytes", "memory_queries", "memory_queries_per_s")
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +115,10 @@ class NodeRecord(_message.Message):
     TUNNEL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     UNSTEADY_FIELD_NUMBER: _ClassVar[int]
     RELAY_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_QUERIES_PER_S_FIELD_NUMBER: _ClassVar[int]
     addresses: _containers.RepeatedScalarFieldContainer[str]
     certificate: bytes
     protocol_version: int
@@ -133,7 +141,11 @@ class NodeRecord(_message.Message):
     tunnel_addresses: _containers.RepeatedScalarFieldContainer[str]
     unsteady: bool
     relay_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., unsteady: _Optional[bool] = ..., relay_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    memory_shards: int
+    memory_bytes: int
+    memory_queries: int
+    memory_queries_per_s: float
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., unsteady: _Optional[bool] = ..., relay_addresses: _Optional[_Iterable[str]] = ..., memory_shards: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_queries: _Optional[int] = ..., memory_queries_per_s: _Optional[float] = ...) -> None: ...
 
 class TrainerRecord(_message.Message):
     __slots__ = ("name", "protocol_version", "software_version", "started_at", "renew_every_s", "metrics_address", "step", "steps", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "forward", "backward", "calls", "failures", "bytes_sent", "bytes_received", "nodes", "left", "addresses", "certificate", "dense_fingerprint", "dense_age", "tunnel_addresses", "relay_addresses")
@@ -190,6 +202,40 @@ class TrainerRecord(_message.Message):
     tunnel_addresses: _containers.RepeatedScalarFieldContainer[str]
     relay_addresses: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, name: _Optional[str] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., started_at: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., forward: _Optional[_Union[Latency, _Mapping]] = ..., backward: _Optional[_Union[Latency, _Mapping]] = ..., calls: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failures, _Mapping]]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeLatency, _Mapping]]] = ..., left: _Optional[bool] = ..., addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., dense_fingerprint: _Optional[bytes] = ..., dense_age: _Optional[int] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., relay_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Library(_message.Message):
+    __slots__ = ("memories",)
+    MEMORIES_FIELD_NUMBER: _ClassVar[int]
+    memories: _containers.RepeatedCompositeFieldContainer[LibraryEntry]
+    def __init__(self, memories: _Optional[_Iterable[_Union[LibraryEntry, _Mapping]]] = ...) -> None: ...
+
+class LibraryEntry(_message.Message):
+    __slots__ = ("name", "manifest_sha256", "manifest_bytes", "revision", "passages", "total_bytes", "licenses", "about")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LICENSES_FIELD_NUMBER: _ClassVar[int]
+    ABOUT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    manifest_sha256: bytes
+    manifest_bytes: int
+    revision: int
+    passages: int
+    total_bytes: int
+    licenses: _containers.RepeatedScalarFieldContainer[str]
+    about: str
+    def __init__(self, name: _Optional[str] = ..., manifest_sha256: _Optional[bytes] = ..., manifest_bytes: _Optional[int] = ..., revision: _Optional[int] = ..., passages: _Optional[int] = ..., total_bytes: _Optional[int] = ..., licenses: _Optional[_Iterable[str]] = ..., about: _Optional[str] = ...) -> None: ...
+
+class CellRecord(_message.Message):
+    __slots__ = ("state", "shards")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    state: ReplicaState
+    shards: bytes
+    def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., shards: _Optional[bytes] = ...) -> None: ...
 
 class Failures(_message.Message):
     __slots__ = ("cause", "count")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from peer.wire import admission_pb2 as peer_dot_wire_dot_admission__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/wire/session.proto\x12\ntalkoot.v1\x1a\x19peer/wire/admission.proto\"\x12\n\x10\x43hallengeRequest\"#\n\x0e\x43hallengeReply\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"G\n\x0bOpenRequest\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\xb3\x01\n\rOpenStatement\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06server\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63\x61ller\x18\x04 \x01(\x0c\x12\x11\n\tchallenge\x18\x05 \x01(\x0c\x12!\n\x06rights\x18\x06 \x03(\x0e\x32\x11.talkoot.v1.Right\x12 \n\x05\x62\x61\x64ge\x18\x07 \x01(\x0b\x32\x11.talkoot.v1.Badge\"0\n\tOpenReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x12\n\nlifetime_s\x18\x02 \x01(\x01*\x9b\x01\n\x05Right\x12\x15\n\x11RIGHT_UNSPECIFIED\x10\x00\x12\x11\n\rRIGHT_FORWARD\x10\x01\x12\x12\n\x0eRIGHT_BACKWARD\x10\x02\x12\x0f\n\x0bRIGHT_FETCH\x10\x03\x12\x11\n\rRIGHT_AVERAGE\x10\x04\x12\r\n\tRIGHT_DHT\x10\x05\x12\x0f\n\x0bRIGHT_RELAY\x10\x06\x12\x10\n\x0cRIGHT_EXPORT\x10\x07\x32\x8f\x01\n\x0eSessionService\x12\x45\n\tChallenge\x12\x1c.talkoot.v1.ChallengeRequest\x1a\x1a.talkoot.v1.ChallengeReply\x12\x36\n\x04Open\x12\x17.talkoot.v1.OpenRequest\x1a\x15.talkoot.v1.OpenReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/wire/session.proto\x12\ntalkoot.v1\x1a\x19peer/wire/admission.proto\"\x12\n\x10\x43hallengeRequest\"#\n\x0e\x43hallengeReply\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"G\n\x0bOpenRequest\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\xb3\x01\n\rOpenStatement\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06server\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63\x61ller\x18\x04 \x01(\x0c\x12\x11\n\tchallenge\x18\x05 \x01(\x0c\x12!\n\x06rights\x18\x06 \x03(\x0e\x32\x11.talkoot.v1.Right\x12 \n\x05\x62\x61\x64ge\x18\x07 \x01(\x0b\x32\x11.talkoot.v1.Badge\"0\n\tOpenReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x12\n\nlifetime_s\x18\x02 \x01(\x01*\xad\x01\n\x05Right\x12\x15\n\x11RIGHT_UNSPECIFIED\x10\x00\x12\x11\n\rRIGHT_FORWARD\x10\x01\x12\x12\n\x0eRIGHT_BACKWARD\x10\x02\x12\x0f\n\x0bRIGHT_FETCH\x10\x03\x12\x11\n\rRIGHT_AVERAGE\x10\x04\x12\r\n\tRIGHT_DHT\x10\x05\x12\x0f\n\x0bRIGHT_RELAY\x10\x06\x12\x10\n\x0cRIGHT_EXPORT\x10\x07\x12\x10\n\x0cRIGHT_MEMORY\x10\x08\x32\x8f\x01\n\x0eSessionService\x12\x45\n\tChallenge\x12\x1c.talkoot.v1.ChallengeRequest\x1a\x1a.talkoot.v1.ChallengeReply\x12\x36\n\x04Open\x12\x17.talkoot.v1.OpenRequest\x1a\x15.talkoot.v1.OpenReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peer.wire.session_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RIGHT']._serialized_start=429
-  _globals['_RIGHT']._serialized_end=584
+  _globals['_RIGHT']._serialized_end=602
   _globals['_CHALLENGEREQUEST']._serialized_start=66
   _globals['_CHALLENGEREQUEST']._serialized_end=84
   _globals['_CHALLENGEREPLY']._serialized_start=86
@@ -44,6 +44,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENSTATEMENT']._serialized_end=376
   _globals['_OPENREPLY']._serialized_start=378
   _globals['_OPENREPLY']._serialized_end=426
-  _globals['_SESSIONSERVICE']._serialized_start=587
-  _globals['_SESSIONSERVICE']._serialized_end=730
+  _globals['_SESSIONSERVICE']._serialized_start=605
+  _globals['_SESSIONSERVICE']._serialized_end=748
 # @@protoc_insertion_point(module_scope)

@@ -18,6 +18,7 @@ class Right(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RIGHT_DHT: _ClassVar[Right]
     RIGHT_RELAY: _ClassVar[Right]
     RIGHT_EXPORT: _ClassVar[Right]
+    RIGHT_MEMORY: _ClassVar[Right]
 RIGHT_UNSPECIFIED: Right
 RIGHT_FORWARD: Right
 RIGHT_BACKWARD: Right
@@ -26,6 +27,7 @@ RIGHT_AVERAGE: Right
 RIGHT_DHT: Right
 RIGHT_RELAY: Right
 RIGHT_EXPORT: Right
+RIGHT_MEMORY: Right
 
 class ChallengeRequest(_message.Message):
     __slots__ = ()

@@ -1,0 +1,287 @@
+"""What a memory is: passages and their hashes, the manifest that lists its shards, and its name in the DHT.
+
+A memory's manifest is named by its SHA-256, which its publisher signs in the DHT. It names all else by hash, so every
+part may come from anybody.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+from google.protobuf.message import DecodeError
+
+from peer.errors import WireError
+from peer.formatting import printable
+from peer.identity import PeerID
+from peer.merkle import HASH_BYTES, leaf_hash
+from peer.wire import memory_pb2
+
+Cell = tuple[int, ...]
+"""A coordinate of a memory's grid."""
+
+FORMAT = 1
+MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_SHARD_BYTES = 8 * 2**20
+MAX_SHARDS = 131_072
+MAX_LEAVES = 65_536
+"""Of one shard."""
+MAX_CELLS = 65_536
+MAX_REVOKED = 65_536
+MAX_LICENSES = 256
+MAX_DIMENSIONS = 1024
+MAX_ENCODER_BYTES = 512 * 2**20
+MAX_CODEBOOK_BYTES = 64 * 2**20
+MAX_TEXT_CHARACTERS = 8192
+"""Of one passage."""
+MAX_LABEL_CHARACTERS = 256
+"""Of a title, a source or a line about a memory."""
+MAX_LICENSE_CHARACTERS = 64
+_LARGEST_GRID = 4096
+"""Branches at one level."""
+_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")
+_SUFFIX_CHARACTERS = 12
+_KIND_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_LEAF_DOMAIN = b"talkoot passage v1\0"
+
+
+@dataclass(frozen=True)
+class MemoryID:
+    """A memory's name and its publisher's suffix. Memories of the same name by two publishers have different ids."""
+
+    name: str
+    publisher: str
+    """The last characters of the publisher's PeerID; no second key gives the same 70 bits."""
+
+    @classmethod
+    def of(cls, name: str, publisher: PeerID) -> Self:
+        """Raises WireError if no memory may be called that."""
+        return cls(check_name(name), publisher.to_base58()[-_SUFFIX_CHARACTERS:])
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises WireError."""
+        name, _, publisher = text.rpartition("-")
+        if len(publisher) != _SUFFIX_CHARACTERS or not publisher.isalnum() or not publisher.isascii():
+            raise WireError(f"not a memory's id: {text[:80]!r}")
+        return cls(check_name(name), publisher)
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.publisher}"
+
+
+def check_name(name: str) -> str:
+    """The name. Raises WireError if no memory may be called that."""
+    if not _NAME_PATTERN.fullmatch(name):
+        raise WireError(
+            f"{name[:80]!r} is no name of a memory: 2 to 24 small letters, digits and hyphens, such as python-docs"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of text, about 100 words, and where it is from."""
+
+    text: str
+    title: str
+    source: str
+    """The file, without the folders that it was in."""
+    offset: int
+    """Where in the file it begins, in characters."""
+    license: str
+
+    @classmethod
+    def parse(cls, message: memory_pb2.Passage) -> Self:
+        """Raises WireError if it is longer than a passage may be."""
+        if (
+            len(message.text) > MAX_TEXT_CHARACTERS
+            or max(len(message.title), len(message.source)) > MAX_LABEL_CHARACTERS
+            or len(message.license) > MAX_LICENSE_CHARACTERS
+        ):
+            raise WireError("a passage is longer than passages are")
+        return cls(message.text, message.title, message.source, message.offset, message.license)
+
+    def message(self) -> memory_pb2.Passage:
+        return memory_pb2.Passage(
+            text=self.text, title=self.title, source=self.source, offset=self.offset, license=self.license
+        )
+
+    def leaf(self, vector: bytes) -> bytes:
+        """The hash that stands for this passage with this vector in its shard's Merkle tree."""
+        hashed = hashlib.sha256(_LEAF_DOMAIN)
+        for field in (self.title, self.source, str(self.offset), self.license, self.text):
+            data = field.encode()
+            hashed.update(len(data).to_bytes(4, "little") + data)
+        return leaf_hash(hashed.digest(), vector)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard, as a memory's manifest lists it."""
+
+    cell: Cell
+    root: bytes
+    leaves: int
+    size: int
+    """Bytes of the file as its publisher wrote it."""
+
+    @property
+    def short(self) -> bytes:
+        """How its hosts announce it."""
+        return self.root[:8]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a memory, by its SHA-256."""
+
+    sha256: bytes
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class MemoryManifest:
+    """One revision of a memory."""
+
+    name: str
+    revision: int
+    about: str
+    created_at: float
+    encoder_kind: str
+    encoder: Part
+    dimensions: int
+    codebook: Part
+    grid: tuple[int, ...]
+    licenses: tuple[str, ...]
+    shards: tuple[ShardInfo, ...]
+    revoked: frozenset[bytes]
+    """Hashes of leaves."""
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Raises WireError."""
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise WireError(f"a memory's manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES}")
+        message = memory_pb2.MemoryManifest()
+        try:
+            message.ParseFromString(data)
+        except DecodeError as error:
+            raise WireError("a memory's manifest that can't be parsed") from error
+        if message.format != FORMAT:
+            raise WireError(
+                f"a memory of format {message.format}, and this Talkoot knows format {FORMAT}: update the older of them"
+            )
+        grid = tuple(message.grid)
+        cells = math.prod(grid) if 0 < len(grid) <= 4 and all(1 <= g <= _LARGEST_GRID for g in grid) else 0
+        if not 1 <= cells <= MAX_CELLS:
+            raise WireError(f"a memory's grid of {grid[:8]}")
+        if not 1 <= message.dimensions <= MAX_DIMENSIONS:
+            raise WireError(f"a memory's vectors of {message.dimensions} numbers")
+        if not _KIND_PATTERN.fullmatch(message.encoder_kind):
+            raise WireError("a memory's encoder of no kind")
+        if len(message.licenses) > MAX_LICENSES or any(
+            len(text) > MAX_LICENSE_CHARACTERS for text in message.licenses
+        ):
+            raise WireError("a memory of more licences than there can be")
+        if len(message.shards) > MAX_SHARDS or len(message.revoked) > MAX_REVOKED:
+            raise WireError("a memory of more shards or revoked passages than there can be")
+        if not math.isfinite(message.created_at) or message.revision < 1:
+            raise WireError("a memory's manifest without a revision or a time")
+        return cls(
+            check_name(message.name),
+            message.revision,
+            printable(message.about, MAX_LABEL_CHARACTERS),
+            message.created_at,
+            message.encoder_kind,
+            _part(message.encoder_sha256, message.encoder_bytes, MAX_ENCODER_BYTES),
+            message.dimensions,
+            _part(message.codebook_sha256, message.codebook_bytes, MAX_CODEBOOK_BYTES),
+            grid,
+            tuple(printable(text, MAX_LICENSE_CHARACTERS) for text in message.licenses),
+            tuple(_shard(entry, grid, cells) for entry in message.shards),
+            frozenset(_hash(leaf) for leaf in message.revoked),
+        )
+
+    def serialize(self) -> bytes:
+        """Always the same bytes for the same manifest."""
+        message = memory_pb2.MemoryManifest(
+            format=FORMAT,
+            name=self.name,
+            revision=self.revision,
+            about=self.about,
+            created_at=self.created_at,
+            encoder_kind=self.encoder_kind,
+            encoder_sha256=self.encoder.sha256,
+            encoder_bytes=self.encoder.size,
+            dimensions=self.dimensions,
+            codebook_sha256=self.codebook.sha256,
+            codebook_bytes=self.codebook.size,
+            grid=self.grid,
+            licenses=self.licenses,
+            shards=[
+                memory_pb2.ShardEntry(
+                    cell=number_of(shard.cell, self.grid),
+                    root=shard.root,
+                    leaves=shard.leaves,
+                    size=shard.size,
+                )
+                for shard in self.shards
+            ],
+            revoked=sorted(self.revoked),
+        )
+        return message.SerializeToString(deterministic=True)
+
+    @cached_property
+    def by_root(self) -> Mapping[bytes, ShardInfo]:
+        return {shard.root: shard for shard in self.shards}
+
+    @cached_property
+    def by_cell(self) -> Mapping[Cell, tuple[ShardInfo, ...]]:
+        found: dict[Cell, list[ShardInfo]] = {}
+        for shard in self.shards:
+            found.setdefault(shard.cell, []).append(shard)
+        return {cell: tuple(shards) for cell, shards in found.items()}
+
+    def refused_licenses(self, allowed: Collection[str]) -> list[str]:
+        """The memory's licences that are not among these; none if these are none: then all are allowed."""
+        return [text for text in self.licenses if text not in allowed] if allowed else []
+
+
+def number_of(cell: Cell, grid: tuple[int, ...]) -> int:
+    """A cell's number in row-major order."""
+    number = 0
+    for coordinate, size in zip(cell, grid, strict=True):
+        number = number * size + coordinate
+    return number
+
+
+def cell_of(number: int, grid: tuple[int, ...]) -> Cell:
+    """The cell with this number in row-major order."""
+    cell: list[int] = []
+    for size in reversed(grid):
+        number, coordinate = divmod(number, size)
+        cell.append(coordinate)
+    return tuple(reversed(cell))
+
+
+def _part(sha256: bytes, size: int, most: int) -> Part:
+    if not 0 < size <= most:
+        raise WireError(f"a part of a memory of {size} bytes; at most {most}")
+    return Part(_hash(sha256), size)
+
+
+def _hash(data: bytes) -> bytes:
+    if len(data) != HASH_BYTES:
+        raise WireError(f"a hash of {len(data)} bytes")
+    return data
+
+
+def _shard(entry: memory_pb2.ShardEntry, grid: tuple[int, ...], cells: int) -> ShardInfo:
+    if entry.cell >= cells or not 1 <= entry.leaves <= MAX_LEAVES or not 0 < entry.size <= MAX_SHARD_BYTES:
+        raise WireError("a shard that no memory can have")
+    return ShardInfo(cell_of(entry.cell, grid), _hash(entry.root), entry.leaves, entry.size)

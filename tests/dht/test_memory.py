@@ -1,0 +1,137 @@
+"""Memories: names, passages' hashes, and manifests, whatever a stranger wrote."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.memory import (
+    MAX_TEXT_CHARACTERS,
+    MemoryID,
+    MemoryManifest,
+    Part,
+    Passage,
+    ShardInfo,
+    cell_of,
+    check_name,
+    number_of,
+)
+from peer.errors import WireError
+from peer.identity import PeerID
+from peer.wire import memory_pb2
+
+PUBLISHER = PeerID(b"\x12\x20" + bytes(range(32)))
+PASSAGE = Passage("A node hosts experts.", "Words", "design.md", 120, "MIT")
+MANIFEST = MemoryManifest(
+    "python-docs",
+    3,
+    "Python's documentation",
+    1_800_000_000.0,
+    "static",
+    Part(b"e" * 32, 1000),
+    256,
+    Part(b"c" * 32, 2000),
+    (16, 16),
+    ("MIT", "PSF-2.0"),
+    (ShardInfo((0, 0), b"r" * 32, 12, 3000), ShardInfo((15, 3), b"s" * 32, 1, 90)),
+    frozenset({b"x" * 32, b"a" * 32}),
+)
+
+texts = st.text(max_size=40)
+passages = st.builds(Passage, texts, texts, texts, st.integers(0, 2**40), texts)
+
+
+def test_a_memorys_id_names_it_and_its_publisher() -> None:
+    memory = MemoryID.of("python-docs", PUBLISHER)
+    assert MemoryID.parse(str(memory)) == memory
+    assert memory != MemoryID.of("python-docs", PeerID(b"\x12\x20" + bytes(32)))
+
+
+@pytest.mark.parametrize("name", ["", "a", "A-b", "-ab", "ab-", "a" * 25, "a b", "a.b", "ab\n"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(WireError, match="no name of a memory"):
+        check_name(name)
+    with pytest.raises(WireError):
+        MemoryID.parse(f"{name}-{'1' * 12}")
+
+
+@given(passages, passages)
+def test_passages_have_the_same_leaf_only_if_they_are_the_same(one: Passage, other: Passage) -> None:
+    assert (one.leaf(b"v") == other.leaf(b"v")) == (one == other)
+    assert one.leaf(b"v") != one.leaf(b"w")
+    assert Passage.parse(one.message()) == one
+
+
+def test_what_moves_from_one_field_to_the_next_changes_the_leaf() -> None:
+    moved = replace(PASSAGE, title="Word", source="sdesign.md")
+    assert moved.leaf(b"") != PASSAGE.leaf(b"")
+
+
+def test_a_long_passage_is_refused() -> None:
+    with pytest.raises(WireError, match="longer"):
+        Passage.parse(memory_pb2.Passage(text="x" * (MAX_TEXT_CHARACTERS + 1)))
+
+
+def test_a_manifest_comes_back_as_it_was() -> None:
+    assert MemoryManifest.parse(MANIFEST.serialize()) == MANIFEST
+    assert MANIFEST.by_cell[15, 3] == (MANIFEST.shards[1],)
+    assert MANIFEST.refused_licenses(["MIT"]) == ["PSF-2.0"]
+    assert MANIFEST.refused_licenses([]) == []
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
+def test_cells_are_numbered_in_row_major_order(grid: list[int], data: st.DataObject) -> None:
+    cell = tuple(data.draw(st.integers(0, size - 1)) for size in grid)
+    assert cell_of(number_of(cell, tuple(grid)), tuple(grid)) == cell
+
+
+def _changed(**fields: object) -> bytes:
+    message = memory_pb2.MemoryManifest.FromString(MANIFEST.serialize())
+    for name, value in fields.items():
+        message.ClearField(name)
+        if isinstance(value, list):
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    return message.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"format": 2},
+        {"name": "../x"},
+        {"revision": 0},
+        {"created_at": float("nan")},
+        {"grid": []},
+        {"grid": [4096, 4096]},
+        {"grid": [0]},
+        {"grid": [2] * 5},
+        {"dimensions": 0},
+        {"dimensions": 2000},
+        {"encoder_kind": "../x"},
+        {"encoder_sha256": b"short"},
+        {"encoder_bytes": 2**60},
+        {"codebook_bytes": 0},
+        {"licenses": ["x" * 65]},
+        {"licenses": ["MIT"] * 257},
+        {"revoked": [b"short"]},
+        {"shards": [memory_pb2.ShardEntry(cell=256, root=b"r" * 32, leaves=1, size=1)]},
+        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r", leaves=1, size=1)]},
+        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r" * 32, leaves=0, size=1)]},
+        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r" * 32, leaves=1, size=2**24)]},
+    ],
+)
+def test_a_manifest_that_no_memory_has_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(WireError):
+        MemoryManifest.parse(_changed(**fields))
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_strangers_are_parsed_or_refused(data: bytes) -> None:
+    try:
+        parsed = MemoryManifest.parse(data)
+    except WireError:
+        return
+    assert MemoryManifest.parse(parsed.serialize()) == parsed
