@@ -104,6 +104,13 @@ class NodeInfo:
     """Some of its tasks fail and start again too often."""
     relay_addresses: tuple[Multiaddress, ...] = ()
     """Of its gRPC server, through relays over gRPC."""
+    memory_shards: int = 0
+    """Shards of memories that it hosts."""
+    memory_bytes: int = 0
+    """Of these on its disk."""
+    memory_queries: int = 0
+    """Answered since it started."""
+    memory_queries_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -247,6 +254,10 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         _own(peer_id, node.tunnel_addresses),
         node.unsteady,
         _relayed(peer_id, node.relay_addresses),
+        node.memory_shards,
+        count(node.memory_bytes),
+        count(node.memory_queries),
+        number(node.memory_queries_per_s) or 0.0,
     )
 
 

@@ -119,6 +119,10 @@ def test_a_node_record_is_seen_in_full(swarm: Swarm) -> None:
             host,
             software_version="1.0\x1b[31m\n" + "x" * 99,
             addresses=[*(f"10.0.0.1:{port}" for port in range(1, 21))],
+            memory_shards=3,
+            memory_bytes=2**63,
+            memory_queries=9,
+            memory_queries_per_s=float("nan"),
         )
         await swarm.registry(1).publish_node(record, LIFETIME_S)
         found = await swarm.registry(2).nodes([host.peer_id, swarm.hosts[0].peer_id])
@@ -131,6 +135,8 @@ def test_a_node_record_is_seen_in_full(swarm: Swarm) -> None:
         assert (node.expert_count, node.expert_capacity) == (2, 5)
         assert (node.rows_processed, node.updates, node.started_at) == (2**40, 7, 1.5)
         assert node.protocol_version == PROTOCOL_VERSION
+        assert (node.memory_shards, node.memory_queries, node.memory_queries_per_s) == (3, 9, 0.0)
+        assert node.memory_bytes < 2**63  # JSON can hold it exactly
 
     swarm.run(scenario())
 
