@@ -91,8 +91,8 @@ def decode_checkpoint(
     `check` raises StateError if the header or the outline is not the expected one. It is called before the checksum is
     computed and any tensor is made. `max_outline_bytes`: what is parsed to get there.
     """
-    text, places = _read_outline(data, max_outline_bytes)
-    header = _read_header(text, kind)
+    metadata, places = read_outline(data, max_outline_bytes)
+    header = _read_header(metadata, kind)
     try:
         # only the keys that were written: another release may have written fewer than this software knows
         written = header.model_dump_json(exclude={"sha256"}, exclude_unset=True)
@@ -117,8 +117,8 @@ def read_checkpoint(path: Path, most: int | None = None) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor is in a file."""
+class Place:
+    """Where a tensor is in a file, in bytes."""
 
     name: str
     form: Form
@@ -126,10 +126,11 @@ class _Place:
     end: int
 
 
-def _read_outline(data: bytes, most: int) -> tuple[str, list[_Place]]:
-    """The header's JSON, and the places of the tensors, which fill the file. Raises StateError.
+def read_outline(data: bytes | memoryview, most: int) -> tuple[Any, list[Place]]:
+    """A safetensors file's metadata, None without any, and the places of the tensors, which fill the file.
 
-    A safetensors file starts with the 8 bytes of a length, and then JSON of that length.
+    Such a file starts with the 8 bytes of a length, and then JSON of that length. Raises StateError if it has more than
+    `most` bytes, or is malformed.
     """
     begin = 8 + int.from_bytes(data[:8], "little")
     if not 8 < begin <= len(data) or begin % _ALIGNMENT:
@@ -138,7 +139,7 @@ def _read_outline(data: bytes, most: int) -> tuple[str, list[_Place]]:
         raise StateError(f"it can't be read: an outline of {begin - 8} bytes; at most {most}")
     try:
         outline = json.loads(
-            data[8:begin].decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+            str(data[8:begin], "utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
         )
     except (ValueError, RecursionError) as error:
         raise StateError(f"it can't be read: {printable(str(error))}") from error
@@ -155,12 +156,7 @@ def _read_outline(data: bytes, most: int) -> tuple[str, list[_Place]]:
         end = place.end
     if end != len(data):
         raise StateError("it can't be read: its tensors do not fill it")
-    if not isinstance(metadata, dict) or metadata.keys() != {_HEADER_KEY}:
-        raise StateError("it has no header of a checkpoint")
-    text = metadata[_HEADER_KEY]
-    if not isinstance(text, str):
-        raise StateError("it has no header of a checkpoint")
-    return text, places
+    return metadata, places
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -174,7 +170,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _read_place(name: str, entry: Any, begin: int) -> _Place:
+def _read_place(name: str, entry: Any, begin: int) -> Place:
     """`begin`: where the tensors begin. Raises StateError."""
     if len(name) > _MAX_NAME or not name.isprintable():
         raise StateError(f"it can't be read: the name {printable(name)!r}")
@@ -193,11 +189,16 @@ def _read_place(name: str, entry: Any, begin: int) -> _Place:
         raise StateError(f"it can't be read: {name!r} has too large a shape")
     if end - start != prod(shape) * dtype.itemsize or start % dtype.itemsize:
         raise StateError(f"it can't be read: {name!r} is not where its shape needs it")
-    return _Place(name, (tuple(shape), dtype), begin + start, begin + end)
+    return Place(name, (tuple(shape), dtype), begin + start, begin + end)
 
 
-def _read_header(text: str, kind: type[H]) -> H:
+def _read_header(metadata: Any, kind: type[H]) -> H:
     """Raises StateError."""
+    if not isinstance(metadata, dict) or metadata.keys() != {_HEADER_KEY}:
+        raise StateError("it has no header of a checkpoint")
+    text = metadata[_HEADER_KEY]
+    if not isinstance(text, str):
+        raise StateError("it has no header of a checkpoint")
     try:
         values = from_json(text, allow_inf_nan=False)
         version = values["format_version"]
@@ -215,7 +216,7 @@ def _read_header(text: str, kind: type[H]) -> H:
         raise StateError(f"its header is not valid: {error.error_count()} errors") from error
 
 
-def _tensors(data: bytes, places: Iterable[_Place]) -> dict[str, Tensor]:
+def _tensors(data: bytes, places: Iterable[Place]) -> dict[str, Tensor]:
     """Views of one copy of the data, which can be changed. Raises StateError."""
     buffer, tensors = bytearray(data), {}
     for place in places:

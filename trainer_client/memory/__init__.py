@@ -1,0 +1,1 @@
+"""Looks passages up in memories: the encoder, the codebook, and the retriever."""

@@ -1,0 +1,57 @@
+"""The codebook of a memory: the centroids of its cells, which say where passages lie and where to look for them.
+
+Shapes: B vectors, C cells in row-major order, D numbers in a vector.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from peer.arrays import decode_arrays, encode_arrays
+from peer.codec import Floats, Integers
+from peer.errors import WireError
+from trainer_client.memory.encoder import Vectors
+
+_LARGEST = 1e3
+
+
+class Codebook:
+    """One centroid for each cell. A cell's score is the inner product with its centroid."""
+
+    def __init__(self, centroids_CD: npt.NDArray[np.float16]) -> None:
+        self._centroids_CD = centroids_CD
+        self._columns_DC: Floats = np.ascontiguousarray(centroids_CD.T, np.float32)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview, grid: Sequence[int], dimensions: int) -> Self:
+        """Raises WireError unless it has a centroid of so many finite numbers for each cell of the grid."""
+        arrays = decode_arrays(data)
+        centroids_CD = arrays.get("centroids")
+        if centroids_CD is None or len(arrays) != 1 or centroids_CD.dtype != np.float16:
+            raise WireError(
+                f"a codebook of arrays {sorted(arrays)[:8]!r:.200}; expected centroids in float16"
+            )
+        if centroids_CD.shape != (prod(grid), dimensions):
+            raise WireError(f"a codebook of shape {centroids_CD.shape}; expected {(prod(grid), dimensions)}")
+        if not (np.abs(centroids_CD) <= _LARGEST).all():
+            raise WireError("a codebook with numbers that are too large, or none")
+        return cls(centroids_CD)
+
+    def to_bytes(self) -> bytes:
+        return encode_arrays({"centroids": self._centroids_CD})
+
+    def scores(self, vectors_BD: Vectors) -> Floats:
+        """How near each vector is to each cell, [B, C]: for unit vectors and centroids, the cosine."""
+        numbers_BD = vectors_BD.astype(np.float32)
+        length_B1 = np.linalg.norm(numbers_BD, axis=1, keepdims=True)
+        scores_BC: Floats = numbers_BD @ self._columns_DC
+        scores_BC /= np.where(length_B1 > 0, length_B1, np.float32(1))
+        return scores_BC
+
+    def assign(self, vectors_BD: Vectors, count: int = 2) -> Integers:
+        """The numbers of the cells that are nearest to each vector, best first, [B, count]; all if there are fewer."""
+        scores_BC = self.scores(vectors_BD)
+        return np.argsort(-scores_BC, axis=1, kind="stable")[:, :count]
