@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Protocol, Self
 
 from prometheus_client import CollectorRegistry
@@ -36,7 +37,7 @@ from peer.transport.contacts import OwnContact
 from peer.transport.dialling import Dialling, nearest_scope, resolved
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.libp2p import Libp2p
-from peer.transport.p2pd_setup import Libp2pConfig, is_offered
+from peer.transport.p2pd_setup import Libp2pConfig, is_offered, why_unavailable
 from peer.transport.pipes import Pipe
 from peer.transport.port_mapping import PortMapping
 from peer.transport.tunnel import Tunnels
@@ -44,6 +45,8 @@ from peer.transport.tunnel import Tunnels
 logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
+_P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
+"""Between attempts to start p2pd for the first time. The last one holds for all later ones."""
 
 
 class Exit(Protocol):
@@ -342,15 +345,23 @@ class Host:
             self._tasks.supervise("ask the router to forward the port", self.port_mapping.keep)
 
     async def _start_libp2p(self) -> None:
-        try:
-            await self._libp2p.start()
-        except DaemonError as error:
-            self._starting = None
-            logger.log(
-                logging.WARNING if is_offered() else logging.INFO,
-                "peers behind routers are reached by relays only: %s",
-                error,
-            )
+        said = ""
+        for pause_s in chain(_P2PD_PAUSES_S, repeat(_P2PD_PAUSES_S[-1])):
+            try:
+                await self._libp2p.start()
+                return
+            except DaemonError as error:
+                if str(error) != said:
+                    said = str(error)
+                    logger.log(
+                        logging.WARNING if is_offered() else logging.INFO,
+                        "peers behind routers are reached by relays only: %s",
+                        error,
+                    )
+            if why_unavailable():
+                break
+            await asyncio.sleep(pause_s)  # the machine may have been busy, or the port taken
+        self._starting = None
 
     def _doubts(self, replies: Sequence[BootstrapReply]) -> Iterator[str]:
         """What others say against this peer. They may be wrong or lie, so none of it keeps a peer from starting."""

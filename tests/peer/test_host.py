@@ -16,7 +16,7 @@ from raw_dht import read_raw, store_raw
 from real_swarm import eventually
 
 from peer import PROTOCOL_VERSION
-from peer.errors import ExpertError, StartError, UnreachableError, UserError
+from peer.errors import DaemonError, ExpertError, StartError, UnreachableError, UserError
 from peer.host import Host, NetworkConfig
 from peer.identity import Identity
 from peer.kademlia.validation import unpack
@@ -25,6 +25,7 @@ from peer.rpc.sessions import Admitted, AllowAll
 from peer.transport import port_mapping
 from peer.transport.addresses import Multiaddress, default_listen_address, require_free_port
 from peer.transport.endpoints import Endpoint
+from peer.transport.libp2p import Libp2p
 
 LOCAL = "127.0.0.1"
 
@@ -322,6 +323,36 @@ def test_p2pd_is_announced_where_the_server_is_on_a_port_that_the_owner_chose() 
     assert config.libp2p.announce == Endpoint.of("192.0.2.7", 31338)
     assert replace(config, p2pd_port=0).libp2p.announce is None, "nobody knows the port yet"
     assert replace(config, announce=None).libp2p.announce is None, "it is where it listens"
+
+
+def test_a_p2pd_that_does_not_start_at_first_is_tried_again(
+    loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, tries = Libp2p.start, []
+
+    async def fails_at_first(self: Libp2p) -> None:
+        tries.append(self)
+        if len(tries) < 3:
+            raise DaemonError("the libp2p daemon does not answer")
+        await start(self)
+
+    monkeypatch.setattr(Libp2p, "start", fails_at_first)
+    monkeypatch.setattr("peer.host._P2PD_PAUSES_S", (0.0,))
+
+    async def scenario() -> None:
+        host = await Host.start(identities[1], NetworkConfig(LOCAL, p2pd=True))
+
+        async def has_tunnel() -> bool:
+            return bool(await host.tunnel_addresses())
+
+        try:
+            assert host.runs_p2pd
+            await eventually(has_tunnel)
+        finally:
+            await host.stop()
+
+    loop.run(scenario())
+    assert len(tries) == 3
 
 
 def test_the_default_address_is_of_this_machine() -> None:
