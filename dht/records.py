@@ -33,17 +33,27 @@ from peer.wire import records_pb2
 Rule = Callable[[records_pb2.RecordPayload, PeerID], None]
 """Raises RecordError if that peer may not write that payload."""
 MAX_RECORD_BYTES = 16 * 1024
+MAX_LIBRARY_BYTES = 8 * 1024
+"""Of a publisher's record of its memories. So those of a dozen publishers fit under one key."""
+MAX_MEMORIES = 32
+"""Of one publisher."""
+MAX_SHARDS_OF_CELL = 1024
+"""That one peer announces."""
+SHORT_ROOT_BYTES = 8
+"""Of a shard's root, in what its hosts announce."""
 MAX_LIFETIME_S = 600.0
 """Of announcements, node records and index entries. Those that claim to live longer are refused."""
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
-"""The same, of manifests and revocations."""
+"""The same, of manifests, revocations and libraries."""
 INDEX_PIECE = 128
 """Coordinates under one key. As many index entries with the longest name stay under 32 KB."""
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
 FULL = 192
 """Nodes in a shard. New ones go into its child shards then; a few more may arrive at the same moment."""
-_FOUNDERS = {"manifest_json": ".manifest", "revocations": ".revoked"}
-"""The founder's records, and how their keys end. They have that long lifetime."""
+_FOUNDERS = {"manifest_json", "revocations"}
+"""Records that only the founder writes."""
+_LONG_LIVED = {"manifest_json": ".manifest", "revocations": ".revoked", "library": ".library"}
+"""Records with that long lifetime, and what their keys are after the swarm's id. Under these keys is nothing else."""
 _MAX_INDEX_BYTES = 128
 _VERIFIED = 4096
 """Verified records that are remembered, about 1 KB each."""
@@ -78,9 +88,7 @@ class SwarmKeys:
 
     def index(self, layer: int, coordinate: tuple[int, ...], following: int) -> str:
         """The key that says whether this next coordinate is active. A prefix in a large grid has several keys."""
-        piece = following // INDEX_PIECE
-        prefix = self.prefix(layer, coordinate)
-        return f"{prefix}:{piece}" if piece else prefix
+        return _piece(self.prefix(layer, coordinate), following)
 
     def expert(self, uid: UID) -> str:
         return self.prefix(uid.layer, uid.coordinate)
@@ -105,6 +113,10 @@ class SwarmKeys:
     def memory(self, memory: MemoryID, coordinate: Cell = ()) -> str:
         """Of a cell, or of a prefix that says which coordinates come next."""
         return ".".join([self.swarm_id, "memory", str(memory), *map(str, coordinate)])
+
+    def memory_index(self, memory: MemoryID, coordinate: Cell, following: int) -> str:
+        """As `index`, of a memory's grid."""
+        return _piece(self.memory(memory, coordinate), following)
 
 
 class RecordValidator:
@@ -182,8 +194,8 @@ class RecordValidator:
         if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
             raise RecordError("an index entry's value is the name of its key")
         self._check_swarm(value)
-        if value.endswith(tuple(_FOUNDERS.values())):
-            raise RecordError("only a founder writes under such a key")
+        if value.endswith(tuple(_LONG_LIVED.values())):
+            raise RecordError("no index entries are under such a key")
         if shard := _SHARD_PATTERN.search(value):
             digits = shard[1] or shard[2]
             if not isinstance(subkey, bytes) or len(subkey) != 34 or not digits_of(subkey).startswith(digits):
@@ -289,7 +301,8 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
         raise RecordError(
             f"a replica after {payload.announcement.update_count} updates; nobody takes so many"
         )
-    _check_founder(payload)
+    _check_kind(payload)
+    _check_memories(payload, len(data))
     verify(record.public_key, record.payload, record.signature)
     return payload
 
@@ -299,26 +312,46 @@ def _author_suffix(author: PeerID) -> str:
     return f"-{author.to_base58()[-12:]}"
 
 
-def _check_founder(payload: records_pb2.RecordPayload) -> None:
-    """Raises RecordError if this is a founder's record, or under the key of one, and not the founder's own.
+def _check_kind(payload: records_pb2.RecordPayload) -> None:
+    """Raises RecordError if this is a long-lived record, or under the key of one, and not both.
 
-    So a swarm's name is unique only for each founder, and nobody can crowd a founder's keys.
+    Of a founder's record also if it is not the founder's own. So a swarm's name is unique only for each founder, and
+    nobody can crowd a founder's keys. Who may write a library depends on the swarm: SwarmAdmission checks it.
     """
-    ending = _FOUNDERS.get(payload.WhichOneof("body") or "")
-    under = next((each for each in _FOUNDERS.values() if payload.key.endswith(each)), None)
-    if ending != under:
+    body = payload.WhichOneof("body") or ""
+    ending = _LONG_LIVED.get(body)
+    if ending != next((each for each in _LONG_LIVED.values() if payload.key.endswith(each)), None):
         raise RecordError("the record is of another kind than its key")
-    if ending is not None:
-        swarm_id = payload.key.removesuffix(ending)
-        if not swarm_id.endswith(_author_suffix(PeerID(payload.peer_id))):
-            raise RecordError("only the swarm's founder writes this record")
+    if ending is None:
+        return
+    swarm_id = payload.key.removesuffix(ending)
+    if "." in swarm_id:  # else one writer could store at many keys for weeks
+        raise RecordError("the record is of another kind than its key")
+    if body in _FOUNDERS and not swarm_id.endswith(_author_suffix(PeerID(payload.peer_id))):
+        raise RecordError("only the swarm's founder writes this record")
+
+
+def _check_memories(payload: records_pb2.RecordPayload, size: int) -> None:
+    """Raises RecordError if a record about memories is larger than it may be. `size`: of the signed record."""
+    if payload.HasField("library") and (
+        size > MAX_LIBRARY_BYTES or len(payload.library.memories) > MAX_MEMORIES
+    ):
+        raise RecordError("a library of more memories than one publisher may have")
+    shards = len(payload.cell.shards)
+    if shards % SHORT_ROOT_BYTES or shards > SHORT_ROOT_BYTES * MAX_SHARDS_OF_CELL:
+        raise RecordError(f"a cell's shards in {shards} bytes")
 
 
 def _check_lifetime(expires_at: float, now: float, payload: records_pb2.RecordPayload | None) -> None:
-    is_founders = payload is not None and payload.WhichOneof("body") in _FOUNDERS
-    longest = MAX_MANIFEST_LIFETIME_S if is_founders else MAX_LIFETIME_S
+    is_long_lived = payload is not None and payload.WhichOneof("body") in _LONG_LIVED
+    longest = MAX_MANIFEST_LIFETIME_S if is_long_lived else MAX_LIFETIME_S
     if not expires_at <= now + longest + CLOCK_TOLERANCE_S:  # also refuses NaN
         raise RecordError(f"the record claims to live longer than {longest:.0f} s")
+
+
+def _piece(prefix: str, following: int) -> str:
+    piece = following // INDEX_PIECE
+    return f"{prefix}:{piece}" if piece else prefix
 
 
 def _piece_of(key: str) -> int:

@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 _HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
 
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 Prefix = tuple[int, tuple[int, ...]]
@@ -65,10 +66,15 @@ _MAX_REPLICAS = 256
 """Announcements of one expert that are read, at most."""
 
 
-def _some(found: Collection[T], most: int) -> Sequence[T]:
+def some_of(found: Collection[T], most: int) -> Sequence[T]:
     """All of them, or a random `most`, so that no writer can choose which are left out."""
     listed = list(found)
     return listed if len(listed) <= most else random.SystemRandom().sample(listed, most)
+
+
+def active_under(key: str, found: Mapping[object, tuple[Any, float]]) -> set[int]:
+    """The coordinates that index entries under this key give."""
+    return {c for c, (value, _) in found.items() if type(c) is int and value == key}
 
 
 class Registry:
@@ -111,12 +117,12 @@ class Registry:
             buckets=_HOPS,
             registry=metrics,
         )
-        self._guard = guard or ParseGuard()
-        self.lookups = Lookups(dht, rng=rng, guard=self._guard)
+        self.guard = guard or ParseGuard()
+        self.lookups = Lookups(dht, rng=rng, guard=self.guard)
         self._identity = identity
         self._admission = admission
         self._deadline_s = deadline_s
-        self._now = now
+        self.now = now
         self.claims = ClaimAges()
         """Since when others have claimed experts."""
         self._shard = ""
@@ -135,12 +141,12 @@ class Registry:
         return sign_record(self._identity, payload)
 
     async def republish(self, key: str, record: bytes, expires_at: float) -> None:
-        """Stores a record of the author again, so that it outlives the peers that held it.
+        """Stores a record of the author again, so that it outlives the peers that held it."""
+        await self.store_again([Item(key, self.keys.author.to_bytes(), record, expires_at)])
 
-        Peers that already have it refuse it, which does not count as a failure.
-        """
-        item = Item(key, self.keys.author.to_bytes(), record, expires_at)
-        await self._in_time(self.lookups.store([item]))
+    async def store_again(self, items: Sequence[Item]) -> None:
+        """Stores what others have signed. Peers that already have it refuse it, which does not count as a failure."""
+        await self._in_time(self.lookups.store(items))
 
     async def publish_revocations(self, serials: Collection[int], expires_at: float) -> bytes:
         """Signs and stores the serials of revoked grants. Returns what was stored."""
@@ -156,15 +162,13 @@ class Registry:
     async def find_revocations(self) -> tuple[tuple[int, ...], bytes, float] | None:
         """The serials of revoked grants, the author's record of them, and its expiry."""
         key, author = self.keys.revocations, self.keys.author
-        value, _ = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
+        value, _ = (await self.get([key]))[key].get(author.to_bytes(), (None, 0.0))
         return self.revocations_record(value)
 
     def revocations_record(self, value: object) -> tuple[tuple[int, ...], bytes, float] | None:
         """The same, of a value that may be anything; None if it is not that record or has expired."""
         key, author = self.keys.revocations, self.keys.author
-        payload = self._guard.read(
-            "revocations", author, lambda: open_record(value, key, author, self._now())
-        )
+        payload = self.guard.read("revocations", author, lambda: open_record(value, key, author, self.now()))
         if payload is None or not isinstance(value, bytes):
             return None
         return tuple(payload.revocations.serials), value, payload.expires_at
@@ -172,29 +176,29 @@ class Registry:
     async def find_manifest(self) -> tuple[bytes, float] | None:
         """The author's signed record of the manifest, and its expiry."""
         key, author = self.keys.manifest, self.keys.author
-        value, _ = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
+        value, _ = (await self.get([key]))[key].get(author.to_bytes(), (None, 0.0))
         return self.manifest_record(value)
 
     def manifest_record(self, value: object) -> tuple[bytes, float] | None:
         """The same, of a value that may be anything; None if it is not that record or has expired."""
         key, author = self.keys.manifest, self.keys.author
-        payload = self._guard.read("manifest", author, lambda: open_record(value, key, author, self._now()))
+        payload = self.guard.read("manifest", author, lambda: open_record(value, key, author, self.now()))
         return (value, payload.expires_at) if isinstance(value, bytes) and payload is not None else None
 
     def manifest_json(self, record: bytes) -> bytes:
         """The manifest in the author's record."""
-        return open_record(record, self.keys.manifest, self.keys.author, self._now()).manifest_json
+        return open_record(record, self.keys.manifest, self.keys.author, self.now()).manifest_json
 
     async def announce(
         self, replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0
     ) -> None:
         """Stores each replica under its expert's key, and marks every coordinate on the way there as active."""
-        expires_at = self._now() + lifetime_s
+        expires_at = self.now() + lifetime_s
         items: dict[tuple[str, int | bytes], Item] = {}
         for replica in replicas:
             key = self.keys.expert(replica.uid)
             announcement = replica.message(queued_rows)
-            record = self._seal(
+            record = self.seal(
                 records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=announcement)
             )
             items[key, b""] = Item(key, self._identity.peer_id.to_bytes(), record, expires_at)
@@ -203,7 +207,7 @@ class Registry:
                     prefix = self.keys.index(replica.uid.layer, replica.uid.coordinate[:depth], coordinate)
                     items[prefix, coordinate] = Item(prefix, coordinate, prefix, expires_at)
             await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
-        await self._store(list(items.values()))
+        await self.store(list(items.values()))
 
     async def withdraw(self, uids: Iterable[UID], lifetime_s: float) -> None:
         """Announces that this peer no longer hosts these experts."""
@@ -217,12 +221,12 @@ class Registry:
         """Stores this peer's node record, and lists the peer in its shard."""
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
-        if self._now() >= self._shard_until:
+        if self.now() >= self._shard_until:
             shards = await self._listed({self.keys.node_shard(shard): shard for shard in shards_of(peer_id)})
             self._shard = choose_shard(
                 peer_id, {shard: len(some - {peer_id}) for shard, some in shards.items()}
             )
-            self._shard_until = self._now() + _SHARD_FOR_S
+            self._shard_until = self.now() + _SHARD_FOR_S
         await self._publish_self(payload, self.keys.node_shard(self._shard), lifetime_s)
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
@@ -233,23 +237,28 @@ class Registry:
 
     async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
         """The active next coordinates after each prefix, in a grid dimension of this size."""
+        keys = {prefix: partial(self.keys.index, *prefix) for prefix in prefixes}
+        return await self.active_coordinates(keys, size)
+
+    async def active_coordinates(
+        self, prefixes: Mapping[P, Callable[[int], str]], size: int
+    ) -> dict[P, frozenset[int]]:
+        """The same, of prefixes of any kind. Each with what gives the key that says whether a coordinate is active."""
         keys = {
-            self.keys.index(layer, coordinate, first): (layer, coordinate)
-            for layer, coordinate in prefixes
+            key_of(first): prefix
+            for prefix, key_of in prefixes.items()
             for first in range(0, size, INDEX_PIECE)
         }
-        found = await self._get(list(keys))
-        active: dict[Prefix, set[int]] = {prefix: set() for prefix in prefixes}
+        found = await self.get(list(keys))
+        active: dict[P, set[int]] = {prefix: set() for prefix in prefixes}
         for key, prefix in keys.items():
-            active[prefix].update(
-                c for c, (value, _) in found[key].items() if type(c) is int and value == key
-            )
+            active[prefix].update(active_under(key, found[key]))
         return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
 
     async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
         """The live announcements of each expert, without the withdrawn ones."""
         keys = {self.keys.expert(uid): uid for uid in uids}
-        found = await self._get(list(keys))
+        found = await self.get(list(keys))
         return {uid: tuple(self._replicas_of(uid, key, found[key])) for key, uid in keys.items()}
 
     async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
@@ -284,17 +293,17 @@ class Registry:
             found = await self._listed({self.keys.node_shard(shard): shard for shard in shards})
             listed.update(*found.values())
             wanted = [lower for shard, some in found.items() for lower in child_shards(shard, len(some))]
-            shards = _some(wanted, _MOST_SHARDS)
-        return frozenset(_some(listed, most))
+            shards = some_of(wanted, _MOST_SHARDS)
+        return frozenset(some_of(listed, most))
 
     async def trainer_ids(self, most: int = 4096) -> frozenset[PeerID]:
         """The peers listed in the 16 trainer shards, at most `most` of them, drawn at random."""
         found = await self._listed({self.keys.trainer_shard(shard): f"{shard:x}" for shard in range(16)})
-        return frozenset(_some(set().union(*found.values()), most))
+        return frozenset(some_of(set().union(*found.values()), most))
 
     async def _listed(self, shards: Mapping[str, str]) -> dict[str, set[PeerID]]:
         """`shards`: key → digits. Returns, by digits, the peers that are listed there and belong there."""
-        found = await self._get(list(shards))
+        found = await self.get(list(shards))
         listed: dict[str, set[PeerID]] = {digits: set() for digits in shards.values()}
         for key, digits in shards.items():
             for subkey, (value, _) in found[key].items():
@@ -307,10 +316,10 @@ class Registry:
         return listed
 
     async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
-        expires_at = payload.expires_at = self._now() + lifetime_s
-        record = self._seal(payload)
+        expires_at = payload.expires_at = self.now() + lifetime_s
+        record = self.seal(payload)
         subkey = self._identity.peer_id.to_bytes()
-        await self._store(
+        await self.store(
             [Item(payload.key, subkey, record, expires_at), Item(shard, subkey, shard, expires_at)]
         )
 
@@ -321,13 +330,13 @@ class Registry:
         read: Callable[[object, str, PeerID], T | None],
     ) -> dict[PeerID, T]:
         """The record of each peer, by its key, as far as it is valid and the peer has not left."""
-        found = await self._get(list(keys))
+        found = await self.get(list(keys))
         records = {}
         for key, peer_id in keys.items():
             value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
             if value is None:
                 continue
-            record = self._guard.read(message, peer_id, partial(read, value, key, peer_id))
+            record = self.guard.read(message, peer_id, partial(read, value, key, peer_id))
             if record is not None:
                 records[peer_id] = record
         return records
@@ -335,40 +344,40 @@ class Registry:
     def _replicas_of(
         self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]
     ) -> Iterable[Replica]:
-        for subkey, (value, _) in _some(found.items(), _MAX_REPLICAS):
-            replica = self._guard.read("replica", subkey, partial(self._replica, uid, key, subkey, value))
+        for subkey, (value, _) in some_of(found.items(), _MAX_REPLICAS):
+            replica = self.guard.read("replica", subkey, partial(self._replica, uid, key, subkey, value))
             if replica is None:
                 continue
             if replica.state is ReplicaState.CLAIMED:
-                if self.claims.is_stale(uid, replica.peer_id, replica.claimed_at, self._now()):
+                if self.claims.is_stale(uid, replica.peer_id, replica.claimed_at, self.now()):
                     continue
             else:
                 self.claims.forget(uid, replica.peer_id)
             if replica.state is not ReplicaState.WITHDRAWN:
                 yield replica
 
-    def _seal(self, payload: records_pb2.RecordPayload) -> bytes:
+    def seal(self, payload: records_pb2.RecordPayload) -> bytes:
         """Signs, and adds this peer's badge if it has one."""
         if self._admission is not None and self._admission.badge is not None:
             payload.badge.CopyFrom(self._admission.badge)
         return sign_record(self._identity, payload)
 
-    def _unseal(self, value: object, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:
+    def unseal(self, value: object, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:
         """Raises RecordError, also if the swarm's rules don't let that peer write this."""
-        payload = open_record(value, key, peer_id, self._now())
+        payload = open_record(value, key, peer_id, self.now())
         if self._admission is not None:
             self._admission.check_record(payload, peer_id)
         return payload
 
     def _replica(self, uid: UID, key: str, subkey: object, value: object) -> Replica:
         peer_id = parse_peer_id(subkey)
-        return read_replica(self._unseal(value, key, peer_id), uid, peer_id)
+        return read_replica(self.unseal(value, key, peer_id), uid, peer_id)
 
     def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
-        return read_node(self._unseal(value, key, peer_id), peer_id)
+        return read_node(self.unseal(value, key, peer_id), peer_id)
 
     def _trainer_info(self, value: object, key: str, peer_id: PeerID) -> TrainerInfo | None:
-        return read_trainer(self._unseal(value, key, peer_id), peer_id)
+        return read_trainer(self.unseal(value, key, peer_id), peer_id)
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
         """A normal look-up can't tell, because it finds what this peer stores itself."""
@@ -376,13 +385,13 @@ class Registry:
         found = await self.lookups.find([key_id], besides_self=True)
         return subkey in found[key_id].entries
 
-    async def _store(self, items: Sequence[Item]) -> None:
+    async def store(self, items: Sequence[Item]) -> None:
         """Raises UnreachableError if no peer accepted any of them."""
         self._records_stored.inc(len(items))
         if items and not await self._in_time(self.lookups.store(items), "store"):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
 
-    async def _get(self, keys: Collection[str]) -> dict[str, dict[object, tuple[Any, float]]]:
+    async def get(self, keys: Collection[str]) -> dict[str, dict[object, tuple[Any, float]]]:
         """The dictionary of each key: subkey → (value, expiry). Merges the answers of several holders.
 
         Raises UnreachableError if nobody answered for one of the keys, because it may not be empty.

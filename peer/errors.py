@@ -13,7 +13,8 @@ TalkootError
 │   ├── DataError               T111  text that is missing, empty or unreadable
 │   ├── InstallationError       T112  something that Talkoot needs is missing or broken
 │   ├── CheckpointError         T113  a trainer's checkpoint that is missing, broken or of another swarm
-│   └── ModelError              T114  a model folder that is missing, broken or of another version
+│   ├── ModelError              T114  a model folder that is missing, broken or of another version
+│   └── LibraryError            T115  a memory that is missing or broken, or that may not be published so
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or not its writer's
 ├── AddressError                an endpoint or a multiaddress that is malformed, or of a kind that is not known
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
@@ -115,6 +116,12 @@ class ModelError(UserError):
     """A model folder that is missing, broken or of another version."""
 
     code = "T114"
+
+
+class LibraryError(UserError):
+    """A memory that is missing or broken, or that may not be published so."""
+
+    code = "T115"
 
 
 class RecordError(TalkootError):

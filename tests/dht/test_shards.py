@@ -99,5 +99,5 @@ def test_nodes_of_a_full_shard_are_listed_below_it_and_come_back_when_there_is_r
 async def listed_in(swarm: SimulatedSwarm, digits: str) -> set[object]:
     key = key_id_of(swarm.keys.node_shard(digits))
     found = (await swarm.peers[2].lookups.find([key]))[key]
-    now = swarm.peers[2].registry._now()
+    now = swarm.peers[2].registry.now()
     return {subkey for subkey, entry in found.entries.items() if entry.expires_at > now}

@@ -86,7 +86,7 @@ async def answer_the_node(stranger: Stranger, node: Any) -> None:
 
     await stranger.answer(find=lie)
     key = node.swarm.keys.node(new_identities(1)[0].peer_id)
-    await node.swarm.registry._get([key])
+    await node.swarm.registry.get([key])
     assert digest(key) in asked
 
 

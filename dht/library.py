@@ -1,0 +1,337 @@
+"""The memories of a swarm in the DHT: which there are, who publishes them, and who hosts their shards.
+
+All publishers list their memories under one key, each in a record of its own. The founder may publish and, in a swarm
+that admits by token, librarians; what others list is refused by those who store it and by those who read it. Hosts
+announce for each cell which of its shards they have, and mark the way to it as active, as it is done for experts.
+"""
+
+import asyncio
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+from dht.announcements import ReplicaState, count
+from dht.founder_records import LIFETIME_S
+from dht.memory import (
+    MAX_LABEL_CHARACTERS,
+    MAX_LICENSE_CHARACTERS,
+    MAX_MANIFEST_BYTES,
+    Cell,
+    MemoryID,
+    MemoryManifest,
+    Part,
+)
+from dht.records import (
+    MAX_LIBRARY_BYTES,
+    MAX_MEMORIES,
+    MAX_SHARDS_OF_CELL,
+    SHORT_ROOT_BYTES,
+    parse_peer_id,
+    sign_record,
+)
+from dht.registry import Registry, active_under, some_of
+from peer.bounded import BoundedDict
+from peer.errors import LibraryError, RecordError
+from peer.formatting import printable
+from peer.identity import Identity, PeerID
+from peer.kademlia.lookups import Item
+from peer.merkle import HASH_BYTES
+from peer.wire import records_pb2
+
+MAX_LISTED_LICENSES = 8
+_RENEW_AFTER_S = LIFETIME_S / 2
+_MAX_PUBLISHERS = 256
+"""Whose libraries are read and remembered."""
+_MAX_HOSTS = 256
+"""Of one cell whose records are read."""
+_MAX_LEVELS = 4
+"""Of a memory's grid."""
+_BRANCHES = 16
+"""Of each level that are followed in search of some hosts."""
+
+
+@dataclass(frozen=True)
+class LibraryEntry:
+    """One memory, as its publisher lists it."""
+
+    memory: MemoryID
+    publisher: PeerID
+    manifest: Part
+    revision: int
+    passages: int
+    """Each once, though it lies in two cells."""
+    total_bytes: int
+    """Of all shards."""
+    licenses: tuple[str, ...]
+    """At most 8. The manifest has all of them."""
+    about: str
+
+    @classmethod
+    def of(cls, manifest: MemoryManifest, part: Part, publisher: PeerID, passages: int) -> Self:
+        """`part`: the manifest as it is served."""
+        return cls(
+            MemoryID.of(manifest.name, publisher),
+            publisher,
+            part,
+            manifest.revision,
+            passages,
+            sum(shard.size for shard in manifest.shards),
+            manifest.licenses[:MAX_LISTED_LICENSES],
+            manifest.about,
+        )
+
+    @classmethod
+    def parse(cls, message: records_pb2.LibraryEntry, publisher: PeerID) -> Self:
+        """Raises WireError or RecordError."""
+        if len(message.manifest_sha256) != HASH_BYTES or not 0 < message.manifest_bytes <= MAX_MANIFEST_BYTES:
+            raise RecordError("a memory without a manifest")
+        if message.revision < 1 or len(message.licenses) > MAX_LISTED_LICENSES:
+            raise RecordError("a memory without a revision, or of more licences than are listed")
+        return cls(
+            MemoryID.of(message.name, publisher),
+            publisher,
+            Part(message.manifest_sha256, message.manifest_bytes),
+            message.revision,
+            count(message.passages),
+            count(message.total_bytes),
+            tuple(printable(text, MAX_LICENSE_CHARACTERS) for text in message.licenses),
+            printable(message.about, MAX_LABEL_CHARACTERS),
+        )
+
+    def message(self) -> records_pb2.LibraryEntry:
+        return records_pb2.LibraryEntry(
+            name=self.memory.name,
+            manifest_sha256=self.manifest.sha256,
+            manifest_bytes=self.manifest.size,
+            revision=self.revision,
+            passages=self.passages,
+            total_bytes=self.total_bytes,
+            licenses=self.licenses,
+            about=self.about,
+        )
+
+
+@dataclass(frozen=True)
+class CellHost:
+    """A peer that hosts shards of a cell."""
+
+    peer_id: PeerID
+    state: ReplicaState
+    """SERVING or LEAVING."""
+    shards: frozenset[bytes]
+    """The first 8 bytes of each root."""
+
+
+@dataclass(frozen=True)
+class _Library:
+    """What one publisher lists."""
+
+    record: bytes
+    expires_at: float
+    entries: tuple[LibraryEntry, ...]
+
+
+class MemoryRegistry:
+    """One peer's access to what its swarm's DHT says of memories. Invalid records are left out."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._keys = registry.keys
+        self._known = BoundedDict[PeerID, _Library](_MAX_PUBLISHERS)
+
+    async def libraries(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
+        """What each publisher lists, as far as it may publish here. Raises UnreachableError.
+
+        An older record never takes the place of one that was read before, and no memory goes back to an older revision.
+        """
+        key = self._keys.library
+        found = (await self._registry.get([key]))[key]
+        author = self._keys.author.to_bytes()
+        # the founder's is read however many others there are
+        for subkey in (*some_of(found.keys() - {author}, _MAX_PUBLISHERS - 1), author):
+            value, _ = found.get(subkey, (None, 0.0))
+            if value is not None:
+                self._registry.guard.read("memory", subkey, partial(self._take, subkey, value))
+        return {publisher: library.entries for publisher, library in self._valid()}
+
+    async def publish_library(self, entries: Sequence[LibraryEntry], signer: Identity | None = None) -> None:
+        """Stores these as all that the publisher lists. `signer`: the founder, where this peer runs for it.
+
+        Raises LibraryError if they are too many for one record, and UnreachableError if nobody takes it.
+        """
+        publisher = self._registry.peer_id if signer is None else signer.peer_id
+        await self.libraries()
+        known = self._known.get(publisher)
+        # later than the last one, even if the clock was set back: peers keep what expires last
+        after = 0.0 if known is None else known.expires_at + 1.0
+        payload = records_pb2.RecordPayload(
+            key=self._keys.library,
+            expires_at=max(self._registry.now() + LIFETIME_S, after),
+            library=records_pb2.Library(memories=[entry.message() for entry in entries]),
+        )
+        record = self._registry.seal(payload) if signer is None else sign_record(signer, payload)
+        if len(record) > MAX_LIBRARY_BYTES or len(entries) > MAX_MEMORIES:
+            raise LibraryError(
+                f"your {len(entries)} memories don't fit into the DHT's record of a publisher, which has room for "
+                f"{MAX_MEMORIES} in {MAX_LIBRARY_BYTES // 1024} KB: give them fewer licences or a shorter line about "
+                "them, or publish some with another key"
+            )
+        await self._registry.store([Item(payload.key, publisher.to_bytes(), record, payload.expires_at)])
+        self._known[publisher] = _Library(record, payload.expires_at, tuple(entries))
+
+    async def keep_libraries(self) -> None:
+        """Stores what was read again, so that it outlives its holders. Its own this peer renews when it is due.
+
+        Raises UnreachableError.
+        """
+        libraries = dict(self._valid())
+        own = libraries.get(self._registry.peer_id)
+        if own is not None and own.expires_at - _RENEW_AFTER_S <= self._registry.now():
+            await self.publish_library(own.entries)
+        items = [
+            Item(self._keys.library, publisher.to_bytes(), library.record, library.expires_at)
+            for publisher, library in self._valid()
+        ]
+        if items:
+            await self._registry.store_again(items)
+
+    async def announce(
+        self,
+        memory: MemoryID,
+        cells: Mapping[Cell, tuple[ReplicaState, Collection[bytes]]],
+        lifetime_s: float,
+    ) -> None:
+        """Stores which shards of each cell this peer hosts, by their roots or the first 8 bytes of those.
+
+        Marks every coordinate on the way there as active. Raises UnreachableError.
+        """
+        expires_at = self._registry.now() + lifetime_s
+        items: dict[tuple[str, int | bytes], Item] = {}
+        own = self._registry.peer_id.to_bytes()
+        for cell, (state, roots) in cells.items():
+            key = self._keys.memory(memory, cell)
+            shorts = sorted({root[:SHORT_ROOT_BYTES] for root in roots})[:MAX_SHARDS_OF_CELL]
+            body = records_pb2.CellRecord(state=state.value, shards=b"".join(shorts))
+            payload = records_pb2.RecordPayload(key=key, expires_at=expires_at, cell=body)
+            items[key, own] = Item(key, own, self._registry.seal(payload), expires_at)
+            if state is not ReplicaState.WITHDRAWN:
+                for depth, coordinate in enumerate(cell):
+                    prefix = self._keys.memory_index(memory, cell[:depth], coordinate)
+                    items[prefix, coordinate] = Item(prefix, coordinate, prefix, expires_at)
+            await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
+        await self._registry.store(list(items.values()))
+
+    async def active_cells(self, memory: MemoryID, grid: tuple[int, ...]) -> frozenset[Cell]:
+        """The cells that somebody announces, found in one look-up for each level. Raises UnreachableError."""
+        cells: list[Cell] = [()]
+        for size in grid:
+            prefixes = {cell: partial(self._keys.memory_index, memory, cell) for cell in cells}
+            active = await self._registry.active_coordinates(prefixes, size)
+            cells = [(*cell, following) for cell, some in active.items() for following in some]
+        return frozenset(cells)
+
+    async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
+        """Who hosts shards of each cell. Raises UnreachableError."""
+        keys = {self._keys.memory(memory, cell): cell for cell in cells}
+        found = await self._registry.get(list(keys))
+        return {cell: tuple(self._hosts_under(key, found[key])) for key, cell in keys.items()}
+
+    async def some_hosts(self, memory: MemoryID, most: int = 8) -> tuple[CellHost, ...]:
+        """Some peers that host shards of any cell, for those who don't know the grid yet. Raises UnreachableError.
+
+        Follows only the first 128 branches of each prefix.
+        """
+        prefixes: list[Cell] = [()]
+        for _ in range(_MAX_LEVELS + 1):
+            keys = {self._keys.memory(memory, prefix): prefix for prefix in prefixes}
+            found = await self._registry.get(list(keys))
+            hosts = {host.peer_id: host for key in keys for host in self._hosts_under(key, found[key])}
+            if hosts:
+                return tuple(some_of(hosts.values(), most))
+            following = [(*prefix, c) for key, prefix in keys.items() for c in active_under(key, found[key])]
+            if not following:
+                return ()
+            prefixes = list(some_of(following, _BRANCHES))
+        return ()
+
+    def _valid(self) -> Iterator[tuple[PeerID, _Library]]:
+        """What is known and not expired, of publishers that still may publish: a token may have been revoked."""
+        for publisher, library in list(self._known.items()):
+            try:
+                self._registry.unseal(library.record, self._keys.library, publisher)
+            except RecordError:
+                del self._known[publisher]
+            else:
+                yield publisher, library
+
+    def _take(self, subkey: object, value: object) -> None:
+        """Raises RecordError or WireError, and then changes nothing."""
+        publisher = parse_peer_id(subkey)
+        payload = self._registry.unseal(value, self._keys.library, publisher)
+        assert isinstance(value, bytes), "what was opened is bytes"
+        known = self._known.get(publisher)
+        if known is not None and payload.expires_at <= known.expires_at:
+            return
+        entries = read_library(payload, publisher)
+        if known is not None:
+            seen = {entry.memory: entry for entry in known.entries}
+            entries = tuple(_newer(seen.get(entry.memory, entry), entry) for entry in entries)
+        self._known[publisher] = _Library(value, payload.expires_at, entries)
+
+    def _hosts_under(self, key: str, found: Mapping[object, tuple[Any, float]]) -> Iterator[CellHost]:
+        records = [(subkey, value) for subkey, (value, _) in found.items() if isinstance(value, bytes)]
+        for subkey, value in some_of(records, _MAX_HOSTS):
+            host = self._registry.guard.read("memory", subkey, partial(self._host, key, subkey, value))
+            if host is not None:
+                yield host
+
+    def _host(self, key: str, subkey: object, value: bytes) -> CellHost | None:
+        peer_id = parse_peer_id(subkey)
+        return read_cell(self._registry.unseal(value, key, peer_id), peer_id)
+
+
+def read_library(payload: records_pb2.RecordPayload, publisher: PeerID) -> tuple[LibraryEntry, ...]:
+    """Parses a publisher's checked record. Raises RecordError or WireError."""
+    entries = tuple(LibraryEntry.parse(message, publisher) for message in payload.library.memories)
+    if len({entry.memory for entry in entries}) < len(entries):
+        raise RecordError("two memories of one name by one publisher")
+    return entries
+
+
+def read_cell(payload: records_pb2.RecordPayload, peer_id: PeerID) -> CellHost | None:
+    """Parses a host's checked record of a cell; None if it hosts none of it any more. Raises RecordError."""
+    try:
+        state = ReplicaState(payload.cell.state)
+    except ValueError as error:
+        raise RecordError(f"a cell in state {payload.cell.state}") from error
+    if state is ReplicaState.WITHDRAWN:
+        return None
+    if state is ReplicaState.CLAIMED:
+        raise RecordError("a cell that is claimed")
+    shards = payload.cell.shards
+    return CellHost(
+        peer_id,
+        state,
+        frozenset(shards[at : at + SHORT_ROOT_BYTES] for at in range(0, len(shards), SHORT_ROOT_BYTES)),
+    )
+
+
+def with_entry(library: Sequence[LibraryEntry], entry: LibraryEntry) -> tuple[LibraryEntry, ...]:
+    """A publisher's library after this memory was published. Raises LibraryError if it has a newer revision of it."""
+    listed = next((each for each in library if each.memory == entry.memory), entry)
+    if listed.revision > entry.revision:
+        raise LibraryError(
+            f"revision {listed.revision} of {entry.memory} is published, and this is revision {entry.revision}: "
+            "build the next one on the newest (`talkoot memory build --base DIR`)"
+        )
+    if listed.revision == entry.revision and listed.manifest != entry.manifest:
+        raise LibraryError(
+            f"another revision {entry.revision} of {entry.memory} is published: build the next one on that "
+            "(`talkoot memory build --base DIR`), or give this memory another name"
+        )
+    return (*(each for each in library if each.memory != entry.memory), entry)
+
+
+def _newer(seen: LibraryEntry, entry: LibraryEntry) -> LibraryEntry:
+    return entry if entry.revision > seen.revision else seen
