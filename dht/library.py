@@ -15,12 +15,15 @@ from dht.announcements import ReplicaState, count
 from dht.founder_records import LIFETIME_S
 from dht.memory import (
     MAX_LABEL_CHARACTERS,
+    MAX_LEVELS,
     MAX_LICENSE_CHARACTERS,
     MAX_MANIFEST_BYTES,
+    MAX_SHARDS,
     Cell,
     MemoryID,
     MemoryManifest,
     Part,
+    check_grid,
 )
 from dht.records import (
     MAX_LIBRARY_BYTES,
@@ -45,8 +48,6 @@ _MAX_PUBLISHERS = 256
 """Whose libraries are read and remembered."""
 _MAX_HOSTS = 256
 """Of one cell whose records are read."""
-_MAX_LEVELS = 4
-"""Of a memory's grid."""
 _BRANCHES = 16
 """Of each level that are followed in search of some hosts."""
 
@@ -66,6 +67,8 @@ class LibraryEntry:
     licenses: tuple[str, ...]
     """At most 8. The manifest has all of them."""
     about: str
+    shards: int
+    grid: tuple[int, ...]
 
     @classmethod
     def of(cls, manifest: MemoryManifest, part: Part, publisher: PeerID, passages: int) -> Self:
@@ -79,6 +82,8 @@ class LibraryEntry:
             sum(shard.size for shard in manifest.shards),
             manifest.licenses[:MAX_LISTED_LICENSES],
             manifest.about,
+            len(manifest.shards),
+            manifest.grid,
         )
 
     @classmethod
@@ -86,8 +91,8 @@ class LibraryEntry:
         """Raises WireError or RecordError."""
         if len(message.manifest_sha256) != HASH_BYTES or not 0 < message.manifest_bytes <= MAX_MANIFEST_BYTES:
             raise RecordError("a memory without a manifest")
-        if message.revision < 1 or len(message.licenses) > MAX_LISTED_LICENSES:
-            raise RecordError("a memory without a revision, or of more licences than are listed")
+        if message.revision < 1 or len(message.licenses) > MAX_LISTED_LICENSES or message.shards > MAX_SHARDS:
+            raise RecordError("a memory without a revision, or of more licences or shards than there can be")
         return cls(
             MemoryID.of(message.name, publisher),
             publisher,
@@ -97,6 +102,8 @@ class LibraryEntry:
             count(message.total_bytes),
             tuple(printable(text, MAX_LICENSE_CHARACTERS) for text in message.licenses),
             printable(message.about, MAX_LABEL_CHARACTERS),
+            message.shards,
+            check_grid(message.grid),
         )
 
     def message(self) -> records_pb2.LibraryEntry:
@@ -109,6 +116,8 @@ class LibraryEntry:
             total_bytes=self.total_bytes,
             licenses=self.licenses,
             about=self.about,
+            shards=self.shards,
+            grid=self.grid,
         )
 
 
@@ -243,7 +252,7 @@ class MemoryRegistry:
         Follows only the first 128 branches of each prefix.
         """
         prefixes: list[Cell] = [()]
-        for _ in range(_MAX_LEVELS + 1):
+        for _ in range(MAX_LEVELS + 1):
             keys = {self._keys.memory(memory, prefix): prefix for prefix in prefixes}
             found = await self._registry.get(list(keys))
             hosts = {host.peer_id: host for key in keys for host in self._hosts_under(key, found[key])}

@@ -7,7 +7,7 @@ part may come from anybody.
 import hashlib
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -40,6 +40,8 @@ MAX_TEXT_CHARACTERS = 8192
 MAX_LABEL_CHARACTERS = 256
 """Of a title, a source or a line about a memory."""
 MAX_LICENSE_CHARACTERS = 64
+MAX_LEVELS = 4
+"""Of a grid."""
 _LARGEST_GRID = 4096
 """Branches at one level."""
 _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")
@@ -176,10 +178,7 @@ class MemoryManifest:
             raise WireError(
                 f"a memory of format {message.format}, and this Talkoot knows format {FORMAT}: update the older of them"
             )
-        grid = tuple(message.grid)
-        cells = math.prod(grid) if 0 < len(grid) <= 4 and all(1 <= g <= _LARGEST_GRID for g in grid) else 0
-        if not 1 <= cells <= MAX_CELLS:
-            raise WireError(f"a memory's grid of {grid[:8]}")
+        grid = check_grid(message.grid)
         if not 1 <= message.dimensions <= MAX_DIMENSIONS:
             raise WireError(f"a memory's vectors of {message.dimensions} numbers")
         if not _KIND_PATTERN.fullmatch(message.encoder_kind):
@@ -203,7 +202,7 @@ class MemoryManifest:
             _part(message.codebook_sha256, message.codebook_bytes, MAX_CODEBOOK_BYTES),
             grid,
             tuple(printable(text, MAX_LICENSE_CHARACTERS) for text in message.licenses),
-            tuple(_shard(entry, grid, cells) for entry in message.shards),
+            tuple(_shard(entry, grid) for entry in message.shards),
             frozenset(_hash(leaf) for leaf in message.revoked),
         )
 
@@ -252,6 +251,16 @@ class MemoryManifest:
         return [text for text in self.licenses if text not in allowed] if allowed else []
 
 
+def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The grid. Raises WireError if no memory may have it."""
+    grid = tuple(sizes[: MAX_LEVELS + 1])
+    if not 1 <= len(grid) <= MAX_LEVELS or not all(1 <= size <= _LARGEST_GRID for size in grid):
+        raise WireError(f"a memory's grid of {grid}")
+    if math.prod(grid) > MAX_CELLS:
+        raise WireError(f"a memory's grid of {math.prod(grid)} cells; at most {MAX_CELLS}")
+    return grid
+
+
 def number_of(cell: Cell, grid: tuple[int, ...]) -> int:
     """A cell's number in row-major order."""
     number = 0
@@ -281,7 +290,11 @@ def _hash(data: bytes) -> bytes:
     return data
 
 
-def _shard(entry: memory_pb2.ShardEntry, grid: tuple[int, ...], cells: int) -> ShardInfo:
-    if entry.cell >= cells or not 1 <= entry.leaves <= MAX_LEAVES or not 0 < entry.size <= MAX_SHARD_BYTES:
+def _shard(entry: memory_pb2.ShardEntry, grid: tuple[int, ...]) -> ShardInfo:
+    if (
+        entry.cell >= math.prod(grid)
+        or not 1 <= entry.leaves <= MAX_LEAVES
+        or not 0 < entry.size <= MAX_SHARD_BYTES
+    ):
         raise WireError("a shard that no memory can have")
     return ShardInfo(cell_of(entry.cell, grid), _hash(entry.root), entry.leaves, entry.size)

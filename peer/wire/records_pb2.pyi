@@ -210,7 +210,7 @@ class Library(_message.Message):
     def __init__(self, memories: _Optional[_Iterable[_Union[LibraryEntry, _Mapping]]] = ...) -> None: ...
 
 class LibraryEntry(_message.Message):
-    __slots__ = ("name", "manifest_sha256", "manifest_bytes", "revision", "passages", "total_bytes", "licenses", "about")
+    __slots__ = ("name", "manifest_sha256", "manifest_bytes", "revision", "passages", "total_bytes", "licenses", "about", "shards", "grid")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,8 @@ class LibraryEntry(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     LICENSES_FIELD_NUMBER: _ClassVar[int]
     ABOUT_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    GRID_FIELD_NUMBER: _ClassVar[int]
     name: str
     manifest_sha256: bytes
     manifest_bytes: int
@@ -227,7 +229,9 @@ class LibraryEntry(_message.Message):
     total_bytes: int
     licenses: _containers.RepeatedScalarFieldContainer[str]
     about: str
-    def __init__(self, name: _Optional[str] = ..., manifest_sha256: _Optional[bytes] = ..., manifest_bytes: _Optional[int] = ..., revision: _Optional[int] = ..., passages: _Optional[int] = ..., total_bytes: _Optional[int] = ..., licenses: _Optional[_Iterable[str]] = ..., about: _Optional[str] = ...) -> None: ...
+    shards: int
+    grid: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., manifest_sha256: _Optional[bytes] = ..., manifest_bytes: _Optional[int] = ..., revision: _Optional[int] = ..., passages: _Optional[int] = ..., total_bytes: _Optional[int] = ..., licenses: _Optional[_Iterable[str]] = ..., about: _Optional[str] = ..., shards: _Optional[int] = ..., grid: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CellRecord(_message.Message):
     __slots__ = ("state", "shards")

@@ -55,6 +55,8 @@ def entry(name: str = "python-docs", publisher: Identity = FOUNDER, **changes: A
         2**28,
         ("PSF-2.0",),
         "Python's documentation",
+        40,
+        (16, 16),
     )
     return replace(sample, **changes)
 
@@ -242,6 +244,10 @@ def test_an_entry_is_read_as_it_was_written() -> None:
         {"manifest_bytes": 2**40},
         {"revision": 0},
         {"licenses": ["MIT"] * 9},
+        {"shards": 2**31},
+        {"grid": [5000]},
+        {"grid": [4096, 4096]},
+        {"grid": [1] * 1000},
     ],
 )
 def test_a_library_with_a_wrong_entry_is_refused(changes: dict[str, Any]) -> None:
@@ -297,6 +303,7 @@ entries = st.builds(
     revision=st.integers(0, 2**32 - 1),
     passages=st.integers(0, 2**64 - 1),
     licenses=st.lists(names, max_size=9),
+    grid=st.lists(st.integers(0, 5000), max_size=5) | st.just([16, 16]),
     about=st.text(max_size=300),
 )
 
