@@ -1,0 +1,252 @@
+"""A small memory, its hosts, and hosts that lie, for tests of who searches it."""
+
+import asyncio
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from grpc import StatusCode
+
+from dht.announcements import NodeInfo
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, ShardInfo, cell_of
+from expert_server.memory.shard import Shard
+from peer import PROTOCOL_VERSION
+from peer.codec import Floats
+from peer.errors import ExpertError
+from peer.identity import PeerID
+from peer.merkle import MerkleTree
+from peer.transport.endpoints import Endpoint
+from peer.wire import memory_pb2
+from trainer_client.memory.checks import LEAF_BYTES, Vectors
+from trainer_client.memory.codebook import Codebook
+from trainer_client.memory.retriever import Located, Method
+
+SWARM = "sauna-abcdefghijkl"
+MEMORY = MemoryID("docs", "abcdefghijkl")
+DIMENSIONS = 8
+
+Lie = Literal[
+    "forged text", "wrong vectors", "inflated scores", "deflated scores", "wrong leaves", "wrong positions", "omits",
+    "omits best", "says missing", "reads nothing", "all revoked", "junk", "stalls", "stalls at reading", "fails",
+    "busy", "too many", "other order",
+]  # fmt: skip
+HONEST = None
+
+
+@dataclass(frozen=True)
+class SampleMemory:
+    """A memory with random vectors, whole."""
+
+    manifest: MemoryManifest
+    shards: Mapping[bytes, Shard]
+    """By root."""
+    codebook: Codebook
+    passages: Sequence[Passage]
+    vectors_ND: Vectors
+
+    @classmethod
+    def make(
+        cls,
+        seed: int,
+        passages: int = 40,
+        grid: tuple[int, ...] = (2, 2),
+        in_shard: int = 8,
+        *,
+        revoked: int = 0,
+    ) -> "SampleMemory":
+        """`in_shard`: passages in a shard, at most. `revoked`: how many are, in the manifest alone."""
+        rng = np.random.default_rng(seed)
+        vectors_ND = rng.integers(-127, 128, (passages, DIMENSIONS)).astype(np.int8)
+        texts = [Passage(f"text {n}", f"title {n}", "file.txt", n, "CC0-1.0") for n in range(passages)]
+        centroids = rng.normal(size=(int(np.prod(grid)), DIMENSIONS)).astype(np.float16)
+        codebook = Codebook(centroids)
+        inside: dict[int, list[int]] = {}
+        for number, cells in enumerate(codebook.assign(vectors_ND).tolist()):
+            for cell in cells:
+                inside.setdefault(cell, []).append(number)
+        infos, shards = [], {}
+        for cell, numbers in inside.items():
+            for at in range(0, len(numbers), in_shard):
+                part = numbers[at : at + in_shard]
+                data = Shard.build([texts[n] for n in part], vectors_ND[part])
+                leaves = [texts[n].leaf(vectors_ND[n].tobytes()) for n in part]
+                root = MerkleTree(leaves).root
+                info = ShardInfo(cell_of(cell, grid), root, len(part), len(data))
+                infos.append(info)
+                shards[root] = Shard.parse(data, info, DIMENSIONS)
+        leaves = [text.leaf(vector.tobytes()) for text, vector in zip(texts, vectors_ND, strict=True)]
+        manifest = MemoryManifest(
+            "docs", 1, "samples", 1.0, "static-words", Part(b"e" * 32, 1), DIMENSIONS, Part(b"c" * 32, 1), grid,
+            ("CC0-1.0",), tuple(infos), frozenset(leaves[:revoked]),
+        )  # fmt: skip
+        return cls(manifest, shards, codebook, texts, vectors_ND)
+
+    def best(self, query_D: Vectors, cells: Iterable[Cell], k: int) -> list[tuple[int, str]]:
+        """Scores and texts of the passages that a search of these cells should find."""
+        inside: dict[str, int] = {}
+        for cell in cells:
+            for info in self.manifest.by_cell.get(cell, ()):
+                for proven in self.shards[info.root].read(range(info.leaves)):
+                    passage = proven.passage
+                    assert passage is not None
+                    if passage.leaf(proven.vector) in self.manifest.revoked:
+                        continue
+                    vector = np.frombuffer(proven.vector, np.int8)
+                    inside[passage.text] = int(query_D.astype(int) @ vector.astype(int))
+        return sorted(((score, text) for text, score in inside.items()), reverse=True)[:k]
+
+
+@dataclass
+class SampleHost:
+    """Answers as a host does, or lies in one way."""
+
+    memory: SampleMemory
+    roots: Collection[bytes]
+    lie: Lie | None = HONEST
+    after_s: float = 0.01
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+    calls: list[str] = field(default_factory=list)
+
+    async def answer(self, method: Method, request: Any, deadline_s: float) -> Any:
+        self.calls.append(method)
+        stalls = self.lie == "stalls" or (self.lie == "stalls at reading" and method == "Read")
+        await asyncio.sleep(deadline_s if stalls else min(self.after_s, deadline_s))
+        if stalls or self.after_s > deadline_s:
+            raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "too late")
+        if self.lie == "fails":
+            raise ExpertError(StatusCode.UNAVAILABLE, "nobody there")
+        if self.lie == "busy" and len(self.calls) % 2:
+            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "busy", 0.1)
+        return self.search(request) if method == "Search" else self.read(request)
+
+    def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
+        queries_QD = np.frombuffer(request.vectors, np.int8).reshape(-1, DIMENSIONS)
+        missing = [n for n, shard in enumerate(request.shards) if shard.root not in self.roots]
+        if self.lie == "says missing":
+            missing = list(range(len(request.shards)))
+        found: list[list[tuple[int, int, int, bytes]]] = [[] for _ in queries_QD]
+        for number, asked in enumerate(request.shards):
+            if number in missing:
+                continue
+            shard = self.memory.shards[asked.root]
+            for query in asked.queries or range(len(queries_QD)):
+                positions_k, scores_k = shard.search(queries_QD[[query]], request.k)
+                for position, score in zip(positions_k[0].tolist(), scores_k[0].tolist(), strict=True):
+                    found[query].append((score, number, position, shard.leaf(position)[:LEAF_BYTES]))
+        lengths = [len(self.memory.shards[asked.root]) for asked in request.shards]
+        best = [sorted(some, key=lambda f: (-f[0], *f[1:]))[: request.k] for some in found]
+        answers = [self._spoilt(some, lengths) for some in best]
+        if self.lie == "junk":
+            answers = answers[1:]
+        return memory_pb2.SearchReply(
+            found=[
+                memory_pb2.Found(
+                    shards=[f[1] for f in some],
+                    positions=[f[2] for f in some],
+                    scores=[f[0] for f in some],
+                    leaves=b"".join(f[3] for f in some),
+                )
+                for some in answers
+            ],
+            missing=missing,
+        )
+
+    def read(self, request: memory_pb2.ReadRequest) -> memory_pb2.ReadReply:
+        if self.lie == "reads nothing":
+            return memory_pb2.ReadReply()
+        reply = memory_pb2.ReadReply()
+        for number, asked in enumerate(request.shards):
+            if asked.root not in self.roots:
+                continue
+            shard = self.memory.shards[asked.root]
+            for position, proven in zip(asked.positions, shard.read(list(asked.positions)), strict=True):
+                assert proven.passage is not None
+                message = memory_pb2.ProvenPassage(
+                    shard=number,
+                    position=position,
+                    passage=None if self.lie == "all revoked" else proven.passage.message(),
+                    vector=proven.vector,
+                    path=b"".join(proven.path),
+                )
+                if self.lie == "forged text":
+                    message.passage.text += " and buy my pills"
+                if self.lie == "wrong vectors":
+                    message.vector = bytes(reversed(message.vector))[:-1] + b"\1"
+                reply.passages.append(message)
+        return reply
+
+    def _spoilt(
+        self, found: list[tuple[int, int, int, bytes]], lengths: Sequence[int]
+    ) -> list[tuple[int, int, int, bytes]]:
+        if self.lie == "inflated scores":
+            return [(score + 1000, *rest) for score, *rest in found]  # type: ignore[misc]  # mypy loses count
+        if self.lie == "deflated scores":
+            return [(score - 1000, *rest) for score, *rest in found]  # type: ignore[misc]  # mypy loses count
+        if self.lie == "wrong leaves":
+            return [(score, number, position, leaf[::-1]) for score, number, position, leaf in found]
+        if self.lie == "wrong positions":
+            return [(s, n, (position + 1) % lengths[n], leaf) for s, n, position, leaf in found]
+        if self.lie == "omits":
+            return [f for f in found if self.rng.random() < 0.5]
+        if self.lie == "omits best":
+            return [f for f in found if f[3] != found[0][3]]
+        if self.lie == "too many":
+            return found * 3
+        if self.lie == "other order":
+            return found[::-1]
+        return found
+
+
+def node_info(peer_id: PeerID, port: int = 1, pem: bytes = b"") -> NodeInfo:
+    endpoint = Endpoint(f"127.0.0.1:{port}")
+    return NodeInfo(peer_id, (endpoint,), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, 1e12)
+
+
+def peer_ids(count: int) -> list[PeerID]:
+    """Of peers without keys."""
+    return [PeerID(b"\x12\x20" + number.to_bytes(32, "big")) for number in range(count)]
+
+
+@dataclass
+class SampleSwarm:
+    """Hosts of one memory, what is known of them, and how they are called."""
+
+    memory_here: SampleMemory
+    hosts: dict[PeerID, SampleHost]
+    newest: MemoryManifest | None = None
+    """What `follow` finds; None: the memory's own."""
+
+    @property
+    def memory(self) -> MemoryID:
+        return MEMORY
+
+    def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
+        vectors_QD = np.array([self.memory_here.vectors_ND[int(text)] for text in texts], np.int8)
+        return vectors_QD, self.memory_here.codebook.scores(vectors_QD)
+
+    async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
+        manifest = self.memory_here.manifest
+        hosts = {
+            root: [
+                host for host, sample in self.hosts.items() if root in sample.roots and host not in avoided
+            ]
+            for root in manifest.by_root
+        }
+        filled = [
+            cell for cell, shards in manifest.by_cell.items() if any(hosts[shard.root] for shard in shards)
+        ]
+        cells = [
+            sorted(filled, key=lambda cell: -row[np.ravel_multi_index(cell, manifest.grid)])[:count]
+            for row in scores_QC
+        ]
+        nodes = {host: node_info(host) for host in self.hosts}
+        return Located(manifest, cells, [()] * len(scores_QC), hosts, nodes)
+
+    async def follow(self) -> MemoryManifest:
+        return self.newest or self.memory_here.manifest
+
+    async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
+        assert (request.swarm_id, request.memory) == (SWARM, str(MEMORY))
+        return await self.hosts[node.peer_id].answer(method, request, deadline_s)

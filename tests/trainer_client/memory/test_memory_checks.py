@@ -1,0 +1,159 @@
+"""What is read of hosts' answers, and what of it is believed."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from memory_samples import MEMORY, SWARM, SampleHost, SampleMemory, peer_ids
+
+from peer import PROTOCOL_VERSION
+from peer.errors import WireError
+from peer.wire import memory_pb2
+from trainer_client.memory.checks import Answer, Ask, Findings, omitted, parse_passages
+
+MEMORY_HERE = SampleMemory.make(0)
+ONE, OTHER = peer_ids(2)
+K = 4
+
+
+def an_ask(numbers: list[int], queries: int, k: int = K) -> Ask:
+    """Asks for all queries in some of the shards, by number."""
+    infos = MEMORY_HERE.manifest.shards
+    shards = tuple(infos[number % len(infos)] for number in dict.fromkeys(n % len(infos) for n in numbers))
+    return Ask(shards, (tuple(range(queries)),) * len(shards), k)
+
+
+def answered(ask: Ask, vectors: list[int], host: SampleHost | None = None) -> memory_pb2.SearchReply:
+    request = ask.request(SWARM, PROTOCOL_VERSION, str(MEMORY), MEMORY_HERE.vectors_ND[vectors])
+    return (host or SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root)).search(request)
+
+
+small = st.integers(0, 9)
+founds = st.builds(
+    memory_pb2.Found,
+    shards=st.lists(small, max_size=5),
+    positions=st.lists(small, max_size=5),
+    scores=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5),
+    leaves=st.binary(max_size=80),
+)
+
+
+@given(found=st.lists(founds, max_size=3), missing=st.lists(small, max_size=3), queries=st.integers(1, 3))
+def test_an_answer_is_refused_or_has_only_what_was_asked_for(
+    found: list[memory_pb2.Found], missing: list[int], queries: int
+) -> None:
+    ask = an_ask([0, 1, 2], queries)
+    try:
+        answer = ask.parse(memory_pb2.SearchReply(found=found, missing=missing), ONE)
+    except WireError:
+        return
+    assert answer.claims.keys() == set(range(queries))
+    for query, claims in answer.claims.items():
+        assert len(claims) <= ask.k
+        assert [c.score for c in claims] == sorted((c.score for c in claims), reverse=True)
+        assert len({claim.place for claim in claims}) == len(claims)
+        for claim in claims:
+            assert claim.place.root in answer.looked_up(query)
+            assert claim.place.position < MEMORY_HERE.manifest.by_root[claim.place.root].leaves
+
+
+def test_an_honest_answer_is_read_as_it_was_given() -> None:
+    ask = an_ask([0, 1], 2)
+    answer = ask.parse(answered(ask, [5, 6]), ONE)
+    for query, number in enumerate((5, 6)):
+        best = MEMORY_HERE.best(MEMORY_HERE.vectors_ND[number], {s.cell for s in ask.shards}, 100)
+        assert all(claim.score in {score for score, _ in best} for claim in answer.claims[query])
+        assert len(answer.claims[query]) == K
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: m.passage.ClearField("text"),
+        lambda m: setattr(m.passage, "license", "MIT"),
+        lambda m: setattr(m, "vector", m.vector[:-1]),
+        lambda m: setattr(m, "vector", bytes(8)),
+        lambda m: setattr(m, "path", m.path[:-1]),
+        lambda m: setattr(m, "path", m.path + bytes(32)),
+        lambda m: setattr(m, "position", m.position + 1),
+        lambda m: setattr(m, "shard", 1),
+        lambda m: setattr(m.passage, "text", "a" * 10_000),
+    ],
+)
+def test_a_passage_that_was_changed_is_not_believed(spoil: object) -> None:
+    manifest = MEMORY_HERE.manifest
+    root = manifest.shards[0].root
+    request = memory_pb2.ReadRequest(shards=[memory_pb2.ShardPositions(root=root, positions=[1])])
+    reply = SampleHost(MEMORY_HERE, manifest.by_root).read(request)
+    (proven,) = parse_passages(reply, {root: [1]}, manifest, ONE).values()
+    assert proven.passage in MEMORY_HERE.passages
+    assert callable(spoil)
+    spoil(reply.passages[0])
+    with pytest.raises(WireError):
+        parse_passages(reply, {root: [1]}, manifest, ONE)
+
+
+def test_a_passage_comes_once_and_only_if_it_was_asked_for() -> None:
+    manifest = MEMORY_HERE.manifest
+    root = manifest.shards[0].root
+    request = memory_pb2.ReadRequest(shards=[memory_pb2.ShardPositions(root=root, positions=[0, 1])])
+    reply = SampleHost(MEMORY_HERE, manifest.by_root).read(request)
+    reply.passages[1].CopyFrom(reply.passages[0])
+    with pytest.raises(WireError, match="the same one twice"):
+        parse_passages(reply, {root: [0, 1]}, manifest, ONE)
+    with pytest.raises(WireError, match="1 passages were asked for"):
+        parse_passages(reply, {root: [0]}, manifest, ONE)
+
+
+@given(
+    one=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    other=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    number=st.integers(0, 39),
+    seed=st.integers(0, 2**16),
+)
+def test_honest_hosts_omit_nothing_and_whatever_is_found_omitted_was_left_out(
+    one: list[int], other: list[int], number: int, seed: int
+) -> None:
+    """They may be asked for different shards."""
+    asks = an_ask(one, 1), an_ask(other, 1, k=3)
+    answers = [ask.parse(answered(ask, [number]), host) for ask, host in zip(asks, (ONE, OTHER), strict=True)]
+    assert not omitted(0, *answers)
+    assert not omitted(0, *reversed(answers))
+    host = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root, "omits", rng=random.Random(seed))
+    spoilt = asks[1].parse(answered(asks[1], [number], host), OTHER)
+    kept = {claim.place for claim in spoilt.claims[0]}
+    assert all(claim.place not in kept for claim in omitted(0, answers[0], spoilt))
+    assert not omitted(0, spoilt, answers[0])
+
+
+def test_an_omission_is_found_where_both_have_looked() -> None:
+    ask = an_ask([0, 1], 1)
+    whole = ask.parse(answered(ask, [5]), ONE)
+    first, *rest = whole.claims[0]
+    without = Answer(ask, OTHER, {0: [c for c in rest if c.leaf != first.leaf]}, whole.present)
+    assert first in omitted(0, whole, without)
+    elsewhere = Answer(ask, OTHER, without.claims, whole.present - {first.place.root})
+    assert first not in omitted(0, whole, elsewhere)
+
+
+def test_the_first_lie_drops_all_that_a_host_said() -> None:
+    ask = an_ask([0, 1], 1)
+    vectors_QD = MEMORY_HERE.vectors_ND[[5]]
+    findings = Findings(MEMORY_HERE.manifest, vectors_QD, K)
+    honest = ask.parse(answered(ask, [5]), ONE)
+    liar = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root, "inflated scores")
+    findings.add(honest)
+    findings.add(ask.parse(answered(ask, [5], liar), OTHER))
+    assert all(hosts == [OTHER] for hosts in findings.unproven().values())
+    place = next(iter(findings.unproven()))
+    request = memory_pb2.ReadRequest(
+        shards=[memory_pb2.ShardPositions(root=place.root, positions=[place.position])]
+    )
+    reply = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root).read(request)
+    findings.prove(parse_passages(reply, {place.root: [place.position]}, MEMORY_HERE.manifest, ONE))
+    assert all(hosts == [ONE] for hosts in findings.unproven().values())
+    assert findings.liars == {OTHER}
+    (found,) = findings.results(0)
+    assert found[0] == int(vectors_QD[0].astype(int) @ np.asarray(found[1].vector_D).astype(int))

@@ -1,0 +1,324 @@
+"""Searches among hosts that fail, stall and lie, in virtual time."""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from expert_fakes import VirtualRunner, virtual_time
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_samples import MEMORY, SWARM, Lie, SampleHost, SampleMemory, SampleSwarm, peer_ids
+
+from peer.errors import DataError
+from peer.metrics import total
+from trainer_client.memory.retriever import (
+    MOST_CHARACTERS,
+    MOST_WANTED,
+    Retriever,
+    SearchResult,
+    check_query,
+    choose_hosts,
+    quick_hosts,
+)
+
+K, CELLS = 5, 3
+MOST = 3
+"""Queries at once: what more of them find is parsed on a thread, for which virtual time does not wait."""
+MEMORIES = [SampleMemory.make(seed, revoked=3) for seed in range(4)]
+FOUND_OUT: tuple[Lie, ...] = (
+    "forged text", "wrong vectors", "inflated scores", "wrong leaves", "wrong positions", "says missing",
+    "reads nothing", "all revoked", "junk", "stalls", "stalls at reading", "fails", "busy", "too many", "other order",
+)  # fmt: skip
+"""Lies and failures after which the right passages are found all the same."""
+OMISSIONS: tuple[Lie, ...] = ("omits", "omits best", "deflated scores")
+DISHONEST: tuple[Lie, ...] = (
+    "forged text", "wrong vectors", "inflated scores", "wrong leaves", "wrong positions", "junk", "too many",
+    "other order",
+)  # fmt: skip
+
+
+def retriever_of(swarm: SampleSwarm, checked_share: float = 0.0, seed: int = 0) -> Retriever:
+    return Retriever(swarm, swarm, SWARM, rng=random.Random(seed), checked_share=checked_share)
+
+
+def swarm_of(memory: SampleMemory, *lies: Lie | None, after_s: float = 0.01) -> SampleSwarm:
+    """A host of everything for each lie."""
+    hosts = [SampleHost(memory, memory.manifest.by_root, lie, after_s) for lie in lies]
+    return SampleSwarm(memory, dict(zip(peer_ids(len(lies)), hosts, strict=True)))
+
+
+def searched(
+    runner: VirtualRunner, retriever: Retriever, numbers: list[int], k: int = K
+) -> list[SearchResult]:
+    """The results for queries that are passages of the memory; also waits for the checks after it."""
+    vectors_QD, scores_QC = retriever.directory.encode([str(number) for number in numbers])
+
+    async def search() -> list[SearchResult]:
+        results = await retriever.search_vectors(vectors_QD, scores_QC, k, CELLS)
+        await asyncio.gather(*retriever._checks._tasks)
+        return results
+
+    return runner.run(search())
+
+
+def check_sound(memory: SampleMemory, numbers: list[int], results: list[SearchResult]) -> None:
+    """Whatever hosts say, what is returned is in the memory, is not revoked, and has its own score and place."""
+    for number, result in zip(numbers, results, strict=True):
+        query_D = memory.vectors_ND[number].astype(int)
+        scores = []
+        for hit in result.hits:
+            assert hit.passage in memory.passages
+            assert hit.leaf not in memory.manifest.revoked
+            vector_D = memory.vectors_ND[hit.passage.offset].astype(int)
+            assert hit.leaf == hit.passage.leaf(memory.vectors_ND[hit.passage.offset].tobytes())
+            assert hit.memory == MEMORY
+            scores.append(int(query_D @ vector_D))
+            assert hit.score == pytest.approx(scores[-1] / int(query_D @ query_D))
+        assert scores == sorted(scores, reverse=True)
+        assert len({hit.leaf for hit in result.hits}) == len(result.hits) <= K
+
+
+def best_texts(memory: SampleMemory, swarm: SampleSwarm, number: int, k: int = K) -> list[str]:
+    _, scores_QC = swarm.encode([str(number)])
+    order = np.argsort(-scores_QC[0], kind="stable")
+    filled = [tuple(int(c) for c in np.unravel_index(c, memory.manifest.grid)) for c in order]
+    cells = [cell for cell in filled if cell in memory.manifest.by_cell][:CELLS]
+    return [text for _, text in memory.best(memory.vectors_ND[number], cells, k)]
+
+
+def texts_of(result: SearchResult) -> list[str]:
+    return [hit.passage.text for hit in result.hits]
+
+
+@given(
+    seed_of_memory=st.sampled_from(range(len(MEMORIES))),
+    lies=st.lists(st.sampled_from(FOUND_OUT), max_size=3),
+    numbers=st.lists(st.integers(0, 39), min_size=1, max_size=MOST),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=150)
+def test_passages_of_honest_replicas_are_found_beside_any_liars(
+    seed_of_memory: int, lies: list[Lie], numbers: list[int], seed: int
+) -> None:
+    """Each shard has one honest host beside all the liars; which one is drawn."""
+    memory = MEMORIES[seed_of_memory]
+    rng = random.Random(seed)
+    swarm = swarm_of(memory, None, None, *lies)
+    honest = [list[bytes](), list[bytes]()]
+    for root in memory.manifest.by_root:
+        rng.choice(honest).append(root)
+    for host, roots in zip(swarm.hosts.values(), honest, strict=False):
+        host.roots = roots
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm, checked_share=1.0, seed=seed)
+        for _ in range(2):  # the second time with what was learnt
+            results = searched(runner, retriever, numbers)
+            check_sound(memory, numbers, results)
+            for number, result in zip(numbers, results, strict=True):
+                assert texts_of(result) == best_texts(memory, swarm, number)
+                assert not result.missing
+        banned = retriever.breakers.banned(runner.get_loop().time())
+    assert banned <= sum(lie in DISHONEST for lie in lies)
+
+
+@given(
+    seed_of_memory=st.sampled_from(range(len(MEMORIES))),
+    lies=st.lists(st.sampled_from((*FOUND_OUT, *OMISSIONS, None)), min_size=1, max_size=4),
+    numbers=st.lists(st.integers(0, 39), min_size=1, max_size=MOST),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=150)
+def test_whatever_hosts_answer_all_that_is_found_is_proven(
+    seed_of_memory: int, lies: list[Lie | None], numbers: list[int], seed: int
+) -> None:
+    memory = MEMORIES[seed_of_memory]
+    swarm = swarm_of(memory, *lies)
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm, checked_share=1.0, seed=seed)
+        for _ in range(2):
+            check_sound(memory, numbers, searched(runner, retriever, numbers))
+        avoided = runner.run(avoided_by(retriever))
+    honest = {host for host, sample in swarm.hosts.items() if sample.lie is None}
+    assert not avoided & honest
+
+
+async def avoided_by(retriever: Retriever) -> frozenset[object]:
+    return frozenset(retriever.avoided())
+
+
+@pytest.mark.parametrize("lie", DISHONEST)
+def test_a_liar_is_asked_once_and_then_avoided(lie: Lie) -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, None, lie)
+    _, liar = swarm.hosts
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        while not swarm.hosts[liar].calls:
+            assert texts_of(searched(runner, retriever, [7])[0]) == best_texts(memory, swarm, 7)
+        calls = len(swarm.hosts[liar].calls)
+        for number in range(20):
+            assert texts_of(searched(runner, retriever, [number])[0]) == best_texts(memory, swarm, number)
+        assert runner.run(avoided_by(retriever)) == {liar}
+    assert len(swarm.hosts[liar].calls) == calls <= 2
+    assert total(retriever.metrics.lies) == 1
+
+
+@pytest.mark.parametrize("lie", OMISSIONS)
+def test_whoever_leaves_passages_out_is_noticed_within_a_thousand_queries(lie: Lie) -> None:
+    memory = MEMORIES[1]
+    swarm = swarm_of(memory, None, lie, None)
+    omitter = list(swarm.hosts)[1]
+    rng = random.Random(1)
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm, checked_share=1 / 50)
+        for _ in range(1000):
+            check_sound(memory, [n := rng.randrange(40)], searched(runner, retriever, [n]))
+            if runner.run(avoided_by(retriever)):
+                break
+        assert runner.run(avoided_by(retriever)) == {omitter}
+    assert total(retriever.metrics.lies) == 1
+
+
+def test_leaving_out_what_the_newest_revision_revokes_is_no_omission() -> None:
+    memory, newest = MEMORIES[2], MEMORIES[2].manifest
+    leaves = [text.leaf(v.tobytes()) for text, v in zip(memory.passages, memory.vectors_ND, strict=True)]
+    revoking = replace(newest, revision=2, revoked=frozenset(leaves))
+    swarm = swarm_of(memory, None, "omits")
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm, checked_share=1.0)
+        swarm.newest = revoking
+        for number in range(20):
+            searched(runner, retriever, [number])
+        assert not runner.run(avoided_by(retriever))
+        swarm.newest = None
+        for number in range(20):
+            searched(runner, retriever, [number])
+        assert runner.run(avoided_by(retriever)) == {list(swarm.hosts)[1]}
+
+
+def test_a_query_takes_one_call_for_scores_and_one_for_text() -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, None, after_s=0.1)
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        searched(runner, retriever, [7])
+        assert runner.get_loop().time() == pytest.approx(0.2)
+        assert next(iter(swarm.hosts.values())).calls == ["Search", "Read"]
+        # what was read lately is not read again
+        searched(runner, retriever, [7])
+        assert runner.get_loop().time() == pytest.approx(0.3)
+
+
+def test_a_batch_costs_one_call_to_each_host() -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, None, None, after_s=0.1)
+    roots = sorted(memory.manifest.by_root)
+    for host, part in zip(swarm.hosts.values(), (roots[::2], roots[1::2]), strict=True):
+        host.roots = part
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        numbers = [3, 14, 15]
+        for number, result in zip(numbers, searched(runner, retriever, numbers), strict=True):
+            assert texts_of(result) == best_texts(memory, swarm, number)
+        assert runner.get_loop().time() == pytest.approx(0.2)
+    assert [host.calls for host in swarm.hosts.values()] == [["Search", "Read"], ["Search", "Read"]]
+
+
+@pytest.mark.parametrize("lie", ["stalls", "fails", "stalls at reading"])
+def test_a_host_that_dies_costs_one_hedge_and_no_passage(lie: Lie) -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, None, None)
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        for number in range(40):
+            retriever._kept.clear()
+            searched(runner, retriever, [number])
+        victim = max(swarm.hosts.values(), key=lambda host: len(host.calls))
+        victim.lie = lie
+        slow = 0
+        for number in range(40):
+            retriever._kept.clear()
+            began = runner.get_loop().time()
+            assert texts_of(searched(runner, retriever, [number])[0]) == best_texts(memory, swarm, number)
+            took_s = runner.get_loop().time() - began
+            assert took_s < 0.2
+            slow += took_s > 0.03
+        assert slow <= 4
+
+
+def test_shards_without_a_live_host_are_reported_as_missing_cells() -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, "fails", None)
+    roots = sorted(memory.manifest.by_root)
+    for host, part in zip(swarm.hosts.values(), (roots[:3], roots[3:]), strict=True):
+        host.roots = part
+    lost = {memory.manifest.by_root[root].cell for root in roots[:3]}
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        for result in searched(runner, retriever, [3, 14, 15]):
+            assert set(result.missing) <= lost
+            assert result.missing or len(result.hits) == K
+
+
+def test_when_all_hosts_stall_a_search_ends_in_time_with_nothing() -> None:
+    swarm = swarm_of(MEMORIES[0], "stalls", "stalls")
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        (result,) = searched(runner, retriever, [7])
+        assert result == SearchResult((), missing=result.missing)
+        assert result.missing
+        assert runner.get_loop().time() <= 10.0
+
+
+def test_a_query_without_a_known_word_finds_nothing_and_asks_nobody() -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, None)
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        vectors_QD = np.stack([memory.vectors_ND[0], np.zeros_like(memory.vectors_ND[0])])
+        scores_QC = memory.codebook.scores(vectors_QD)
+        known, unknown = runner.run(retriever.search_vectors(vectors_QD, scores_QC, K, CELLS))
+        assert len(known.hits) == K
+        assert unknown == SearchResult((), is_understood=False)
+
+
+@pytest.mark.parametrize(
+    ("texts", "k", "cells", "said"),
+    [
+        (["a" * (MOST_CHARACTERS + 1)], 1, 1, "shorten it"),
+        (["a"], 0, 1, "0 passages"),
+        (["a"], MOST_WANTED + 1, 1, "ask for 1 to"),
+        (["a"], 1, 0, "0 cells"),
+    ],
+)
+def test_a_search_that_cannot_be_made_is_refused(texts: list[str], k: int, cells: int, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        check_query(texts, k, cells)
+
+
+@given(
+    wanted=st.dictionaries(st.integers(0, 20), st.sets(st.integers(0, 7)), max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_chosen_hosts_cover_all_that_anybody_has(wanted: dict[int, set[int]], seed: int) -> None:
+    peers = peer_ids(8)
+    hosts = {item: {peers[n] for n in some} for item, some in wanted.items()}
+    chosen = choose_hosts(hosts, random.Random(seed))
+    given_to = [item for items in chosen.values() for item in items]
+    assert sorted(given_to) == sorted(item for item, some in hosts.items() if some)
+    assert all(host in hosts[item] for host, items in chosen.items() for item in items)
+
+
+def test_few_hosts_are_chosen() -> None:
+    a, b, c = peer_ids(3)
+    assert set(choose_hosts({1: [a, b], 2: [a, c], 3: [a]}, random.Random(0))) == {a}
+
+
+def test_a_host_that_is_much_slower_than_another_is_passed_over() -> None:
+    a, b, c = peer_ids(3)
+    assert quick_hosts([a, b, c], {a: 2.0, b: 0.1}) == [b, c]
+    assert quick_hosts([a, b], {a: 0.14, b: 0.1}) == [a, b]
+    assert quick_hosts([a], {a: 2.0}) == [a]
+    assert quick_hosts([], {a: 2.0}) == []
