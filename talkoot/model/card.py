@@ -20,7 +20,8 @@ from peer.errors import WireError
 from peer.files import write_atomically
 from peer.formatting import printable
 from talkoot.model.dense import ExportedDense
-from talkoot.model.folder import PYTHON_FILES, naming_failures, python_file
+from talkoot.model.folder import PYTHON_FILES, python_file
+from talkoot.partial import naming_failures
 from trainer_client.training.record import perplexity
 
 REPLICAS = "replicas.json"

@@ -21,8 +21,9 @@ from peer.formatting import bytes_in_words, counted
 from talkoot.model.card import CardFacts, ExpertSource, SourcesFile, model_card
 from talkoot.model.dense import ExportedDense, dense_of_run, dense_of_trainers
 from talkoot.model.experts import SwarmExperts, TakenExpert
-from talkoot.model.folder import FolderRouting, FolderWriter, require_new
+from talkoot.model.folder import FolderRouting, FolderWriter
 from talkoot.model.usage import WatchedExperts, most_used
+from talkoot.partial import PARTIAL, require_new
 from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import Terminal, to_json
 from talkoot.train.session import once, trainer_state
@@ -136,7 +137,7 @@ class _Export:
 
     def __init__(self, terminal: Terminal, client: SwarmClient, plan: ExportPlan, folder: Path) -> None:
         """`folder`: for temporary files."""
-        self.partial = plan.out.with_name(plan.out.name + ".partial")
+        self.partial = plan.out.with_name(plan.out.name + PARTIAL)
         self._terminal = terminal
         self._client = client
         self._plan = plan

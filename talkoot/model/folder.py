@@ -7,7 +7,6 @@ first, under the names of `LanguageModel`, and the experts of a layer in one fil
 A folder comes from anywhere. Reading it parses JSON and safetensors and runs none of its Python.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,12 +28,13 @@ from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
 from expert_server.blocks import OWN_KINDS, weightless_block
 from peer.checkpoints import Form, form_of
-from peer.errors import DataError, ModelError, SettingsError, StartError, StateError, WireError
+from peer.errors import DataError, ModelError, SettingsError, StateError, WireError
 from peer.files import open_plainly, sync_folder, write_atomically
 from peer.formatting import printable
 from peer.layers import make_norm
 from peer.settings import describe_validation_error
 from talkoot.model.tokenizer import parse_tokenizer, tokenizer_json
+from talkoot.partial import LOCK, PARTIAL, PartialFolder, naming_failures, open_for_writing
 from talkoot.train.local import run_at_once
 from trainer_client.averaging.dense_part import require_bounded
 from trainer_client.data.tokenizer import Tokenizer
@@ -48,8 +48,6 @@ CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "token
 CHAT_FORMAT = "chat_format.json"
 """Not written here: see `talkoot.serve.chat`."""
 CARD = "README.md"
-PARTIAL = ".partial"
-"""Ends the name of a folder that is being written."""
 PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
 """Copied from this release into every folder. They import torch and transformers alone."""
 
@@ -57,8 +55,8 @@ _MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25, CHAT_FORMAT: 2**16
 """Of a JSON file that is read. Parsed it takes up to 40 times as much memory."""
 _MOST_HEADERS = 2**26
 """Bytes of the headers of all files of weights together, likewise."""
-_LOCK, _SOURCE = "lock", "source.json"
-"""In a folder that is not finished: its writer's lock, and what it is a model of."""
+_SOURCE = "source.json"
+"""In a folder that is not finished: what it is a model of."""
 _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What `transformers` may have written a folder in."""
@@ -139,24 +137,16 @@ def expert_prefix(uid: UID) -> str:
 
 
 class FolderWriter:
-    """Writes a folder beside its final place, as `NAME.partial`, and moves it there when it is whole.
-
-    Whole files stay after a failure: the next writer of the same model goes on with them. One process at a time.
-    """
+    """Writes a folder. Whole files stay after a failure: the next writer of the same model goes on with them."""
 
     def __init__(self, path: Path, manifest: Manifest, routing: FolderRouting, tokenizer: Tokenizer) -> None:
         """Raises UserError if the path is in use, or the kind of experts can't be in a folder."""
-        self.path = path
-        self.partial = path.with_name(path.name + PARTIAL)
-        """What is written meanwhile. Other files in it become part of the folder."""
         self._manifest, self._routing, self._tokenizer = manifest, routing, tokenizer
         self._dense = dense_forms(manifest, routing, len(tokenizer.token_bytes))
         self._expert = expert_forms(manifest)
-        require_new(path)
+        self._folder = PartialFolder(path)
+        self.path, self.partial = path, self._folder.partial
         with naming_failures(path):
-            self.partial.mkdir(parents=True, exist_ok=True)
-            _require_own(self.partial)
-            self._lock = _locked(self.partial)
             try:
                 self._keep_what_fits()
             except BaseException:
@@ -165,7 +155,7 @@ class FolderWriter:
 
     def close(self) -> None:
         """Leaves what is whole for another writer to go on with."""
-        self._lock.close()
+        self._folder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -210,12 +200,8 @@ class FolderWriter:
             for name in PYTHON_FILES:
                 self._write_text(name, python_file(name))
             self._write_text(CARD, card)
-            for name in (_SOURCE, _LOCK):
-                (self.partial / name).unlink()
-            sync_folder(self.partial)
-            os.replace(self.partial, self.path)
-            sync_folder(self.path.parent)
-        self.close()
+            (self.partial / _SOURCE).unlink()
+            self._folder.finish()
 
     def _keep_what_fits(self) -> None:
         """Removes what an earlier writer left, unless it was of the same model."""
@@ -228,7 +214,7 @@ class FolderWriter:
         file = self.partial / _SOURCE
         is_same = file.exists() and file.read_bytes() == data
         for path in self.partial.iterdir():
-            if path.name != _LOCK and not (is_same and not path.name.startswith(".")):
+            if path.name != LOCK and not (is_same and not path.name.startswith(".")):
                 path.unlink()
         write_atomically(file, data)
 
@@ -304,13 +290,6 @@ class FolderWriter:
         write_atomically(self.partial / name, text.encode())
 
 
-def require_new(path: Path) -> None:
-    """Raises SettingsError unless nothing is there, or an empty folder; and StartError."""
-    with naming_failures(path):
-        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-            raise SettingsError(f"{path} exists: pass the path of a new folder")
-
-
 def python_file(name: str) -> str:
     """The text of one of the Python files in a folder."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
@@ -333,7 +312,7 @@ def _write_safetensors(path: Path, most: Mapping[str, Form], tensors: Iterable[t
     room = len(_header(most))
     forms: dict[str, Form] = {}
     with naming_failures(path):
-        file = _written(path)
+        file = open_for_writing(path)
     try:
         file.seek(room)
         # what the tensors' source raises passes as it is
@@ -381,44 +360,6 @@ def _require_names(names: Iterable[str], expected: Iterable[str], what: str) -> 
         raise ModelError(
             f"{what} {'lacks' if name in wanted else 'has the unknown tensor'} {printable(name)}"
         )
-
-
-def _require_own(folder: Path) -> None:
-    """Raises SettingsError unless it is empty or of an earlier writer of this user, all of whose files may go."""
-    about = folder.lstat()
-    is_own = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid()
-    if not is_own or (any(folder.iterdir()) and not (folder / _LOCK).exists()):
-        raise SettingsError(
-            f"{folder} is not what an earlier run of yours left: remove it, or pass another folder"
-        )
-
-
-def _written(path: Path) -> BinaryIO:
-    """Raises OSError, also if it is a link."""
-    return os.fdopen(open_plainly(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb")
-
-
-def _locked(folder: Path) -> BinaryIO:
-    """Raises StartError while another process writes there."""
-    lock = _written(folder / _LOCK)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise StartError(f"another process writes {folder}: wait for it, or pass another folder") from None
-    return lock
-
-
-@contextmanager
-def naming_failures(path: Path) -> Iterator[None]:
-    """Turns an OSError into a StartError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise StartError(
-            f"can't write {path}: {error.strerror or error}; files that are whole stay: mend this, and run the same "
-            "command again"
-        ) from error
 
 
 # Reading

@@ -4,8 +4,10 @@ import codecs
 import glob
 import json
 import pydoc_data.topics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peer.errors import DataError
 from peer.settings import require_extra
@@ -18,6 +20,19 @@ _ROWS = 256
 """Rows of Parquet that are read at once."""
 _SUFFIXES = {".txt", ".jsonl", ".parquet"}
 """Files that are read from a folder. A file named by its path with another suffix is plain text."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: a plain file, or a line or row of another file."""
+
+    file: Path
+    number: int
+    """Of its line or row, from 1; 0: it is the whole file."""
+    pieces: Iterable[str]
+    """The text. To be read before the next document is."""
+    labels: Mapping[str, str]
+    """Those of the labels that were asked for, and that it has as text."""
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
@@ -60,18 +75,40 @@ def read_text(files: Sequence[Path], field: str = "text") -> Iterator[str]:
         yield "\n".join(pydoc_data.topics.topics.values())
         return
     separator = ""
+    for document in read_documents(files, field):
+        empty = True
+        for piece in document.pieces:
+            if piece:
+                yield separator + piece
+                separator, empty = "", False
+        if not empty:
+            separator = "\n"
+
+
+def read_documents(
+    files: Sequence[Path], field: str = "text", labels: Sequence[str] = ()
+) -> Iterator[Document]:
+    """The documents of the files: each plain file is one, and so is the `field` of each line or row.
+
+    `labels`: other fields that are wanted. Raises DataError that names the place where something is not text.
+    """
     for file in files:
         try:
-            for document in _documents(file, field):
-                empty = True
-                for piece in document:
-                    if piece:
-                        yield separator + piece
-                        separator, empty = "", False
-                if not empty:
-                    separator = "\n"
+            for document in _documents(file, field, labels):
+                yield Document(document.file, document.number, _readable(document), document.labels)
         except OSError as error:
-            raise DataError(f"can't read {file}: {error.strerror or error}; check who may read it") from error
+            raise _unreadable(file, error) from error
+
+
+def _readable(document: Document) -> Iterator[str]:
+    try:
+        yield from document.pieces
+    except OSError as error:
+        raise _unreadable(document.file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(f"can't read {file}: {error.strerror or error}; check who may read it")
 
 
 def _find(path: str) -> list[Path]:
@@ -92,15 +129,23 @@ def _find(path: str) -> list[Path]:
     return files
 
 
-def _documents(file: Path, field: str) -> Iterator[Iterable[str]]:
-    """Each document in pieces."""
+def _documents(file: Path, field: str, labels: Sequence[str]) -> Iterator[Document]:
     match file.suffix:
         case ".jsonl":
-            yield from map(_in_pieces, _read_json_lines(file, field))
+            found = _read_json_lines(file, field)
         case ".parquet":
-            yield from map(_in_pieces, _read_parquet(file, field))
+            found = _read_parquet(file, field, labels)
         case _:
-            yield _read_plain(file)
+            yield Document(file, 0, _read_plain(file), {})
+            return
+    for number, values in found:
+        known = {label: _text(values[label]) for label in labels if isinstance(values.get(label), str)}
+        yield Document(file, number, _in_pieces(_text(values[field])), known)
+
+
+def _text(value: str) -> str:
+    """Half of a surrogate pair is valid JSON, and no text."""
+    return value.encode(errors="replace").decode()
 
 
 def _in_pieces(text: str) -> Iterator[str]:
@@ -137,7 +182,8 @@ def _decode(
         ) from error
 
 
-def _read_json_lines(path: Path, field: str) -> Iterator[str]:
+def _read_json_lines(path: Path, field: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Each line's number and values, of which the field is text."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(_LONGEST_LINE + 1):
@@ -147,10 +193,10 @@ def _read_json_lines(path: Path, field: str) -> Iterator[str]:
                     f"line {number} of {path} is longer than {_LONGEST_LINE >> 20} MiB: is it JSON lines?"
                 )
             if line.strip():
-                yield _of_line(line, field, f"line {number} of {path}")
+                yield number, _of_line(line, field, f"line {number} of {path}")
 
 
-def _of_line(line: bytes, field: str, where: str) -> str:
+def _of_line(line: bytes, field: str, where: str) -> Mapping[str, Any]:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -161,11 +207,11 @@ def _of_line(line: bytes, field: str, where: str) -> str:
         raise DataError(_no_field(field, where, values))
     if not isinstance(values[field], str):
         raise DataError(f"{where}: the field {field!r} is no text: pass --field")
-    text: str = values[field]
-    return text.encode(errors="replace").decode()  # half of a surrogate pair is valid JSON, and no text
+    return values
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _read_parquet(path: Path, field: str, labels: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Each row's number and values, of which the field is text."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -174,13 +220,16 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
             names = file.schema_arrow.names
             if field not in names:
                 raise DataError(_no_field(field, str(path), names))
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    if value is None:
+            columns = [field, *(label for label in labels if label in names and label != field)]
+            number = 0
+            for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+                for values in batch.to_pylist():
+                    number += 1
+                    if values[field] is None:
                         continue
-                    if not isinstance(value, str):
+                    if not isinstance(values[field], str):
                         raise DataError(f"{path}: the field {field!r} is no text: pass --field")
-                    yield value
+                    yield number, values
     except ArrowException as error:
         raise DataError(f"can't read {path}: {error}; give a whole Parquet file") from error
 

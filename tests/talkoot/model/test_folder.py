@@ -19,13 +19,13 @@ from peer.errors import ModelError, SettingsError, StartError, UserError
 from talkoot.model.folder import (
     CONFIG,
     INDEX,
-    PARTIAL,
     PYTHON_FILES,
     FolderWriter,
     ModelFolder,
     python_file,
 )
 from talkoot.model.opened import open_model
+from talkoot.partial import PARTIAL
 from trainer_client.data.tokenizer import BytePairTokenizer, ByteTokenizer
 
 MANIFEST = make_manifest((2, 3), k=3, layers=2, hidden=16, feed_forward=32, width=8, shared_feed_forward=16)

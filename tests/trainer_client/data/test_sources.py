@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peer import settings
 from peer.errors import DataError, SettingsError
 from trainer_client.data import sources
-from trainer_client.data.sources import find_files, find_texts, read_text
+from trainer_client.data.sources import find_files, find_texts, read_documents, read_text
 
 
 def text_of(*paths: Path, field: str = "text") -> str:
@@ -60,6 +60,25 @@ def test_a_folder_gives_all_text_below_it_in_order(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("not read")
     write_lines(tmp_path / "c.jsonl", {"text": "three"}, {"text": ""}, {"text": "four", "id": 4})
     assert text_of(tmp_path) == "one\ntwo\nthree\nfour\nfive"
+
+
+def test_a_document_says_where_it_is_from_and_has_the_labels_that_are_text(tmp_path: Path) -> None:
+    plain = write_bytes(tmp_path / "a.txt", b"one")
+    lines = write_lines(
+        tmp_path / "b.jsonl", {"text": "two", "title": "T\ud800", "year": 1}, {"text": "three"}
+    )
+    table = write_parquet(tmp_path / "c.parquet", text=["four", None, "five"], title=["F", "X", None])
+    found = [
+        (document.file.name, document.number, "".join(document.pieces), document.labels)
+        for document in read_documents([plain, lines, table], labels=("title", "year"))
+    ]
+    assert found == [
+        ("a.txt", 0, "one", {}),
+        ("b.jsonl", 1, "two", {"title": "T?"}),
+        ("b.jsonl", 2, "three", {}),
+        ("c.parquet", 1, "four", {"title": "F"}),
+        ("c.parquet", 3, "five", {}),
+    ]
 
 
 def test_several_paths_come_in_their_order_and_each_file_once(tmp_path: Path) -> None:

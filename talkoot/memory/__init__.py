@@ -1,0 +1,1 @@
+"""Memories: building, publishing and inspecting them."""

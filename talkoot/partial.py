@@ -1,0 +1,95 @@
+"""Folders that appear whole or not at all: written as `NAME.partial`, and moved to their place at the end."""
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from peer.errors import SettingsError, StartError
+from peer.files import open_plainly, sync_folder
+
+PARTIAL = ".partial"
+"""Ends the name of a folder that is being written."""
+LOCK = "lock"
+"""In such a folder: its writer's lock."""
+
+
+class PartialFolder:
+    """A folder that one process writes. What an earlier writer left in it is there again."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: its final place. Raises UserError if something is there, or the folder is in use."""
+        self.path = path
+        self.partial = path.with_name(path.name + PARTIAL)
+        """What is written meanwhile. All files in it become part of the folder."""
+        require_new(path)
+        with naming_failures(path):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            _require_own(self.partial)
+            self._lock = _locked(self.partial)
+
+    def finish(self) -> None:
+        """Moves the folder to its place. Raises OSError."""
+        (self.partial / LOCK).unlink()
+        sync_folder(self.partial)
+        os.replace(self.partial, self.path)
+        sync_folder(self.path.parent)
+        self.close()
+
+    def close(self) -> None:
+        """Leaves what is there for another writer to go on with."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def require_new(path: Path) -> None:
+    """Raises SettingsError unless nothing is there, or an empty folder; and StartError."""
+    with naming_failures(path):
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise SettingsError(f"{path} exists: pass the path of a new folder")
+
+
+@contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Turns an OSError into a StartError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise StartError(
+            f"can't write {path}: {error.strerror or error}; files that are whole stay: mend this, and run the same "
+            "command again"
+        ) from error
+
+
+def open_for_writing(path: Path) -> BinaryIO:
+    """A file that is new, or loses what was in it. Raises OSError, also if it is a link."""
+    return os.fdopen(open_plainly(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb")
+
+
+def _require_own(folder: Path) -> None:
+    """Raises SettingsError unless it is empty or of an earlier writer of this user, all of whose files may go."""
+    about = folder.lstat()
+    is_own = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid()
+    if not is_own or (any(folder.iterdir()) and not (folder / LOCK).exists()):
+        raise SettingsError(
+            f"{folder} is not what an earlier run of yours left: remove it, or pass another folder"
+        )
+
+
+def _locked(folder: Path) -> BinaryIO:
+    """Raises StartError while another process writes there."""
+    lock = open_for_writing(folder / LOCK)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise StartError(f"another process writes {folder}: wait for it, or pass another folder") from None
+    return lock
