@@ -57,13 +57,13 @@ class LocalSwarm:
         self.manifest = manifest
         self.settings = settings.in_swarm(manifest.preset)
         self.dispatcher = LocalExperts(manifest, nodes)
-        self._routing = Routing.of(self.settings, manifest, _OWN_SEED)
+        self.routing = Routing.of(self.settings, manifest, _OWN_SEED)
 
     def mixture(
         self, layer: int, choose_by: Literal["token", "sequence"] | None = None
     ) -> RemoteMixtureOfExperts:
         """The mixture of the experts in one layer of the model, from 0. Raises SettingsError."""
-        routing = self._routing
+        routing = self.routing
         if choose_by is not None:
             routing = replace(routing, choose_by=choose_by, prefix=0)
         return RemoteMixtureOfExperts(layer, self.manifest, self.dispatcher, run_at_once, routing)
