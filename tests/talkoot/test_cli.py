@@ -421,6 +421,6 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
     said = (tmp_path / "log").read_text()
     assert process.returncode == 128 + number, said
     assert "Traceback" not in said
-    assert gone(processes)
+    wait_until(lambda: gone(processes), "p2pd's end")  # the kernel may be killing it still
     assert not any(path.exists() for path in sockets)
     assert not list(tmp_path.glob("talkoot-*"))
