@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -330,7 +331,7 @@ async def receive(
 
 
 async def outgoing(
-    header: state_pb2.StateHeader, data: bytes, offset: int, up: RateLimit
+    header: state_pb2.StateHeader, data: bytes | mmap, offset: int, up: RateLimit
 ) -> AsyncIterator[state_pb2.FetchReply]:
     """The replies that send a snapshot from an offset on, no faster than `up`. Raises WireError beyond its end."""
     if offset > len(data):
@@ -341,7 +342,7 @@ async def outgoing(
         yield state_pb2.FetchReply(chunk=chunk)
 
 
-def chunked(data: bytes, offset: int = 0) -> Iterator[bytes]:
+def chunked(data: bytes | mmap, offset: int = 0) -> Iterator[bytes]:
     for start in range(offset, len(data), CHUNK_BYTES):
         yield data[start : start + CHUNK_BYTES]
 

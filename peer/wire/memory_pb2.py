@@ -22,41 +22,40 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from peer.wire import state_pb2 as peer_dot_wire_dot_state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16peer/wire/memory.proto\x12\ntalkoot.v1\"\x91\x01\n\rSearchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\t\n\x01k\x18\x04 \x01(\r\x12\x0f\n\x07vectors\x18\x05 \x01(\x0c\x12(\n\x06shards\x18\x06 \x03(\x0b\x32\x18.talkoot.v1.ShardQueries\"-\n\x0cShardQueries\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0f\n\x07queries\x18\x02 \x03(\r\"@\n\x0bSearchReply\x12 \n\x05\x66ound\x18\x01 \x03(\x0b\x32\x11.talkoot.v1.Found\x12\x0f\n\x07missing\x18\x02 \x03(\r\"J\n\x05\x46ound\x12\x0e\n\x06shards\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x0e\n\x06scores\x18\x03 \x03(\x11\x12\x0e\n\x06leaves\x18\x04 \x01(\x0c\"u\n\x0bReadRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12*\n\x06shards\x18\x04 \x03(\x0b\x32\x1a.talkoot.v1.ShardPositions\"1\n\x0eShardPositions\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x11\n\tpositions\x18\x02 \x03(\r\"8\n\tReadReply\x12+\n\x08passages\x18\x01 \x03(\x0b\x32\x19.talkoot.v1.ProvenPassage\"t\n\rProvenPassage\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12$\n\x07passage\x18\x03 \x01(\x0b\x32\x13.talkoot.v1.Passage\x12\x0e\n\x06vector\x18\x04 \x01(\x0c\x12\x0c\n\x04path\x18\x05 \x01(\x0c\"W\n\x07Passage\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0f\n\x07license\x18\x05 \x01(\t\"l\n\x10\x46\x65tchPartRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"@\n\x0e\x46\x65tchPartReply\x12\x15\n\x0btotal_bytes\x18\x01 \x01(\x04H\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc6\x02\n\x0eMemoryManifest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\r\x12\r\n\x05\x61\x62out\x18\x04 \x01(\t\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12\x14\n\x0c\x65ncoder_kind\x18\x06 \x01(\t\x12\x16\n\x0e\x65ncoder_sha256\x18\x07 \x01(\x0c\x12\x15\n\rencoder_bytes\x18\x08 \x01(\x04\x12\x12\n\ndimensions\x18\t \x01(\r\x12\x17\n\x0f\x63odebook_sha256\x18\n \x01(\x0c\x12\x16\n\x0e\x63odebook_bytes\x18\x0b \x01(\x04\x12\x0c\n\x04grid\x18\x0c \x03(\r\x12\x10\n\x08licenses\x18\r \x03(\t\x12&\n\x06shards\x18\x0e \x03(\x0b\x32\x16.talkoot.v1.ShardEntry\x12\x0f\n\x07revoked\x18\x0f \x03(\x0c\"F\n\nShardEntry\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\r\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12\x0e\n\x06leaves\x18\x03 \x01(\r\x12\x0c\n\x04size\x18\x04 \x01(\x04\x32\xce\x01\n\rMemoryService\x12<\n\x06Search\x12\x19.talkoot.v1.SearchRequest\x1a\x17.talkoot.v1.SearchReply\x12\x36\n\x04Read\x12\x17.talkoot.v1.ReadRequest\x1a\x15.talkoot.v1.ReadReply\x12G\n\tFetchPart\x12\x1c.talkoot.v1.FetchPartRequest\x1a\x1a.talkoot.v1.FetchPartReply0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16peer/wire/memory.proto\x12\ntalkoot.v1\x1a\x15peer/wire/state.proto\"\x91\x01\n\rSearchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\t\n\x01k\x18\x04 \x01(\r\x12\x0f\n\x07vectors\x18\x05 \x01(\x0c\x12(\n\x06shards\x18\x06 \x03(\x0b\x32\x18.talkoot.v1.ShardQueries\"-\n\x0cShardQueries\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0f\n\x07queries\x18\x02 \x03(\r\"@\n\x0bSearchReply\x12 \n\x05\x66ound\x18\x01 \x03(\x0b\x32\x11.talkoot.v1.Found\x12\x0f\n\x07missing\x18\x02 \x03(\r\"J\n\x05\x46ound\x12\x0e\n\x06shards\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x0e\n\x06scores\x18\x03 \x03(\x11\x12\x0e\n\x06leaves\x18\x04 \x01(\x0c\"u\n\x0bReadRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12*\n\x06shards\x18\x04 \x03(\x0b\x32\x1a.talkoot.v1.ShardPositions\"1\n\x0eShardPositions\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x11\n\tpositions\x18\x02 \x03(\r\"8\n\tReadReply\x12+\n\x08passages\x18\x01 \x03(\x0b\x32\x19.talkoot.v1.ProvenPassage\"t\n\rProvenPassage\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12$\n\x07passage\x18\x03 \x01(\x0b\x32\x13.talkoot.v1.Passage\x12\x0e\n\x06vector\x18\x04 \x01(\x0c\x12\x0c\n\x04path\x18\x05 \x01(\x0c\"W\n\x07Passage\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0f\n\x07license\x18\x05 \x01(\t\"|\n\x10\x46\x65tchPartRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\"\xc6\x02\n\x0eMemoryManifest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\r\x12\r\n\x05\x61\x62out\x18\x04 \x01(\t\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12\x14\n\x0c\x65ncoder_kind\x18\x06 \x01(\t\x12\x16\n\x0e\x65ncoder_sha256\x18\x07 \x01(\x0c\x12\x15\n\rencoder_bytes\x18\x08 \x01(\x04\x12\x12\n\ndimensions\x18\t \x01(\r\x12\x17\n\x0f\x63odebook_sha256\x18\n \x01(\x0c\x12\x16\n\x0e\x63odebook_bytes\x18\x0b \x01(\x04\x12\x0c\n\x04grid\x18\x0c \x03(\r\x12\x10\n\x08licenses\x18\r \x03(\t\x12&\n\x06shards\x18\x0e \x03(\x0b\x32\x16.talkoot.v1.ShardEntry\x12\x0f\n\x07revoked\x18\x0f \x03(\x0c\"F\n\nShardEntry\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\r\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12\x0e\n\x06leaves\x18\x03 \x01(\r\x12\x0c\n\x04size\x18\x04 \x01(\x04\x32\xca\x01\n\rMemoryService\x12<\n\x06Search\x12\x19.talkoot.v1.SearchRequest\x1a\x17.talkoot.v1.SearchReply\x12\x36\n\x04Read\x12\x17.talkoot.v1.ReadRequest\x1a\x15.talkoot.v1.ReadReply\x12\x43\n\tFetchPart\x12\x1c.talkoot.v1.FetchPartRequest\x1a\x16.talkoot.v1.FetchReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peer.wire.memory_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEARCHREQUEST']._serialized_start=39
-  _globals['_SEARCHREQUEST']._serialized_end=184
-  _globals['_SHARDQUERIES']._serialized_start=186
-  _globals['_SHARDQUERIES']._serialized_end=231
-  _globals['_SEARCHREPLY']._serialized_start=233
-  _globals['_SEARCHREPLY']._serialized_end=297
-  _globals['_FOUND']._serialized_start=299
-  _globals['_FOUND']._serialized_end=373
-  _globals['_READREQUEST']._serialized_start=375
-  _globals['_READREQUEST']._serialized_end=492
-  _globals['_SHARDPOSITIONS']._serialized_start=494
-  _globals['_SHARDPOSITIONS']._serialized_end=543
-  _globals['_READREPLY']._serialized_start=545
-  _globals['_READREPLY']._serialized_end=601
-  _globals['_PROVENPASSAGE']._serialized_start=603
-  _globals['_PROVENPASSAGE']._serialized_end=719
-  _globals['_PASSAGE']._serialized_start=721
-  _globals['_PASSAGE']._serialized_end=808
-  _globals['_FETCHPARTREQUEST']._serialized_start=810
-  _globals['_FETCHPARTREQUEST']._serialized_end=918
-  _globals['_FETCHPARTREPLY']._serialized_start=920
-  _globals['_FETCHPARTREPLY']._serialized_end=984
-  _globals['_MEMORYMANIFEST']._serialized_start=987
-  _globals['_MEMORYMANIFEST']._serialized_end=1313
-  _globals['_SHARDENTRY']._serialized_start=1315
-  _globals['_SHARDENTRY']._serialized_end=1385
-  _globals['_MEMORYSERVICE']._serialized_start=1388
-  _globals['_MEMORYSERVICE']._serialized_end=1594
+  _globals['_SEARCHREQUEST']._serialized_start=62
+  _globals['_SEARCHREQUEST']._serialized_end=207
+  _globals['_SHARDQUERIES']._serialized_start=209
+  _globals['_SHARDQUERIES']._serialized_end=254
+  _globals['_SEARCHREPLY']._serialized_start=256
+  _globals['_SEARCHREPLY']._serialized_end=320
+  _globals['_FOUND']._serialized_start=322
+  _globals['_FOUND']._serialized_end=396
+  _globals['_READREQUEST']._serialized_start=398
+  _globals['_READREQUEST']._serialized_end=515
+  _globals['_SHARDPOSITIONS']._serialized_start=517
+  _globals['_SHARDPOSITIONS']._serialized_end=566
+  _globals['_READREPLY']._serialized_start=568
+  _globals['_READREPLY']._serialized_end=624
+  _globals['_PROVENPASSAGE']._serialized_start=626
+  _globals['_PROVENPASSAGE']._serialized_end=742
+  _globals['_PASSAGE']._serialized_start=744
+  _globals['_PASSAGE']._serialized_end=831
+  _globals['_FETCHPARTREQUEST']._serialized_start=833
+  _globals['_FETCHPARTREQUEST']._serialized_end=957
+  _globals['_MEMORYMANIFEST']._serialized_start=960
+  _globals['_MEMORYMANIFEST']._serialized_end=1286
+  _globals['_SHARDENTRY']._serialized_start=1288
+  _globals['_SHARDENTRY']._serialized_end=1358
+  _globals['_MEMORYSERVICE']._serialized_start=1361
+  _globals['_MEMORYSERVICE']._serialized_end=1563
 # @@protoc_insertion_point(module_scope)

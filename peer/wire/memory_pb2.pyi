@@ -1,3 +1,4 @@
+from peer.wire import state_pb2 as _state_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -105,26 +106,20 @@ class Passage(_message.Message):
     def __init__(self, text: _Optional[str] = ..., title: _Optional[str] = ..., source: _Optional[str] = ..., offset: _Optional[int] = ..., license: _Optional[str] = ...) -> None: ...
 
 class FetchPartRequest(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "memory", "name", "offset")
+    __slots__ = ("protocol_version", "swarm_id", "memory", "name", "offset", "sha256")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
     memory: str
     name: bytes
     offset: int
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., memory: _Optional[str] = ..., name: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
-
-class FetchPartReply(_message.Message):
-    __slots__ = ("total_bytes", "chunk")
-    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
-    CHUNK_FIELD_NUMBER: _ClassVar[int]
-    total_bytes: int
-    chunk: bytes
-    def __init__(self, total_bytes: _Optional[int] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    sha256: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., memory: _Optional[str] = ..., name: _Optional[bytes] = ..., offset: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
 
 class MemoryManifest(_message.Message):
     __slots__ = ("format", "name", "revision", "about", "created_at", "encoder_kind", "encoder_sha256", "encoder_bytes", "dimensions", "codebook_sha256", "codebook_bytes", "grid", "licenses", "shards", "revoked")

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from peer.wire import memory_pb2 as peer_dot_wire_dot_memory__pb2
+from peer.wire import state_pb2 as peer_dot_wire_dot_state__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -47,7 +48,7 @@ class MemoryServiceStub:
         self.FetchPart = channel.unary_stream(
                 '/talkoot.v1.MemoryService/FetchPart',
                 request_serializer=peer_dot_wire_dot_memory__pb2.FetchPartRequest.SerializeToString,
-                response_deserializer=peer_dot_wire_dot_memory__pb2.FetchPartReply.FromString,
+                response_deserializer=peer_dot_wire_dot_state__pb2.FetchReply.FromString,
                 _registered_method=True)
 
 
@@ -71,8 +72,9 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FetchPart(self, request, context):
-        """Gives a part of a memory: its size, then its bytes in chunks. Refused with NOT_FOUND when it is not here, and with
-        RESOURCE_EXHAUSTED when too many fetch at once.
+        """Gives a part of a memory: one StateHeader, then chunks. Refused with NOT_FOUND when it is not here, with
+        RESOURCE_EXHAUSTED when too many fetch at once, and with FAILED_PRECONDITION when the file asked for is kept no more
+        (begin anew without its SHA-256).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,7 +96,7 @@ def add_MemoryServiceServicer_to_server(servicer, server):
             'FetchPart': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchPart,
                     request_deserializer=peer_dot_wire_dot_memory__pb2.FetchPartRequest.FromString,
-                    response_serializer=peer_dot_wire_dot_memory__pb2.FetchPartReply.SerializeToString,
+                    response_serializer=peer_dot_wire_dot_state__pb2.FetchReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,7 +179,7 @@ class MemoryService:
             target,
             '/talkoot.v1.MemoryService/FetchPart',
             peer_dot_wire_dot_memory__pb2.FetchPartRequest.SerializeToString,
-            peer_dot_wire_dot_memory__pb2.FetchPartReply.FromString,
+            peer_dot_wire_dot_state__pb2.FetchReply.FromString,
             options,
             channel_credentials,
             insecure,

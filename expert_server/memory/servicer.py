@@ -1,0 +1,408 @@
+"""MemoryService: retrievers search and read the shards of memories here, and others fetch them.
+
+Search and Read compute on threads of their own, a few calls at a time. Callers take turns, and share the places of
+those that wait. What a call may cost is bounded before any of it is computed.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import grpc
+import numpy as np
+import torch
+from grpc import StatusCode
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from dht.memory import MAX_SHARD_BYTES
+from expert_server.memory.shard import Shard, Vectors
+from expert_server.memory.store import MemoryStore
+from peer.budget import FairBudget, interruptible
+from peer.errors import ExpertError, WireError
+from peer.identity import PeerID
+from peer.merkle import HASH_BYTES
+from peer.metrics import SECONDS, start_at_zero
+from peer.rates import RateLimit
+from peer.rpc.calls import abort_on_error, require_same_swarm
+from peer.rpc.sessions import Sessions
+from peer.rpc.transfer import TransferPace, TransferSlots, outgoing
+from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2, state_pb2
+
+M = TypeVar("M")
+T = TypeVar("T")
+
+MAX_K, MAX_QUERIES, MAX_SHARDS, MAX_READ = 128, 256, 256, 64
+"""Of one call."""
+_MAX_SCORES = 2**28
+"""Inner products that one call may ask for: about four seconds of one core, with 256 dimensions."""
+_MAX_WAITING = 128
+"""Calls that wait or compute, of all callers."""
+_MAX_CALL_S = 30.0
+_MAX_TRANSFERS, _MAX_TRANSFER_S = 8, 600.0
+_LEAF_BYTES = 16
+"""Of a leaf's hash, in the answer to a search."""
+_NO_SCORE = -(2**31)
+_TOO_MANY = "others wait to search too, and more than your share of the places were yours: try again soon"
+
+
+class MemoryMetrics:
+    """What a host of memories counts."""
+
+    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
+        self.queries = Counter(
+            "talkoot_memory_queries",
+            "Queries of memories answered, each once for each call.",
+            registry=metrics,
+        )
+        calls = Counter(
+            "talkoot_memory_calls",
+            "Calls to search or read memories, by outcome.",
+            ["outcome"],
+            registry=metrics,
+        )
+        self.calls = start_at_zero(calls, "answered", "refused")
+        self.seconds = Histogram(
+            "talkoot_memory_search_seconds",
+            "Time to compute the answer to a search, which may be for many queries.",
+            buckets=SECONDS,
+            registry=metrics,
+        )
+        size = Counter(
+            "talkoot_memory_transferred_bytes",
+            "Bytes of shards and other parts of memories, to and from others.",
+            ["direction"],
+            registry=metrics,
+        )
+        self.bytes = start_at_zero(size, "sent", "received")
+
+
+class Turns:
+    """Lets a few calls compute at a time. Those that wait take turns by caller. For one event loop.
+
+    If all places are taken, a newcomer gets that of the caller with the most, who is refused, if that one has more than
+    the newcomer would have.
+    """
+
+    def __init__(self, at_once: int, most: int) -> None:
+        """`most`: calls that wait or compute."""
+        self._free = at_once
+        self._places = FairBudget(most)
+        self._waiting: OrderedDict[PeerID, deque[asyncio.Future[None]]] = OrderedDict()
+        """By caller, those whose turn was longest ago first. No caller is without any."""
+
+    def __len__(self) -> int:
+        """Calls that wait."""
+        return sum(map(len, self._waiting.values()))
+
+    @asynccontextmanager
+    async def turn(self, caller: PeerID) -> AsyncIterator[None]:
+        """Waits for a turn. Raises ExpertError (RESOURCE_EXHAUSTED), also when others need the place."""
+        with interruptible(_TOO_MANY) as interrupt:
+            place = self._places.reserve(caller, 1, interrupt)
+            try:
+                await self._wait(caller)
+                try:
+                    yield
+                finally:
+                    self._free += 1
+                    self._next()
+            finally:
+                place.release()
+
+    async def _wait(self, caller: PeerID) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(caller, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._free += 1
+                self._next()
+            else:
+                self._forget(caller, turn)
+            raise
+
+    def _next(self) -> None:
+        if self._free and self._waiting:
+            caller, turns = next(iter(self._waiting.items()))
+            turn = turns.popleft()
+            self._waiting.move_to_end(caller)
+            if not turns:
+                del self._waiting[caller]
+            self._free -= 1
+            turn.set_result(None)
+
+    def _forget(self, caller: PeerID, turn: "asyncio.Future[None]") -> None:
+        self._waiting[caller].remove(turn)
+        if not self._waiting[caller]:
+            del self._waiting[caller]
+
+
+@dataclass(frozen=True)
+class _ShardSearch:
+    """What one call asks of one shard."""
+
+    number: int
+    """Of the shard in the request."""
+    shard: Shard
+    queries: NDArray[np.intp]
+    """Numbers of the queries."""
+
+
+class Best:
+    """The best passages that were found for each query so far, in some shards."""
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.scores = np.full((queries, k), _NO_SCORE, np.int64)
+        self.shards = np.zeros((queries, k), np.int64)
+        self.positions = np.zeros((queries, k), np.int64)
+
+    def add(
+        self,
+        number: int,
+        queries: NDArray[np.intp],
+        positions: NDArray[np.int64],
+        scores: NDArray[np.int32],
+    ) -> None:
+        """What shard `number` has for these queries. Of equal scores, those that were added first stay first."""
+        k = self.scores.shape[1]
+        joined = np.concatenate((self.scores[queries], scores), axis=1)
+        best = np.argsort(np.negative(joined), axis=1, kind="stable")[:, :k]
+        for kept, new in (
+            (self.scores, scores),
+            (self.positions, positions),
+            (self.shards, np.full_like(positions, number)),
+        ):
+            kept[queries] = np.take_along_axis(np.concatenate((kept[queries], new), axis=1), best, axis=1)
+
+    def found(self, query: int, roots: Sequence[Shard | None]) -> memory_pb2.Found:
+        """As it is sent. `roots`: the shards of the request."""
+        count = int((self.scores[query] > _NO_SCORE).sum())
+        shards, positions = self.shards[query, :count].tolist(), self.positions[query, :count].tolist()
+        leaves = []
+        for number, position in zip(shards, positions, strict=True):
+            shard = roots[number]
+            assert shard is not None, "what was found was searched"
+            leaves.append(shard.leaf(position)[:_LEAF_BYTES])
+        return memory_pb2.Found(
+            shards=shards,
+            positions=positions,
+            scores=self.scores[query, :count].tolist(),
+            leaves=b"".join(leaves),
+        )
+
+
+SearchContext = grpc.aio.ServicerContext[memory_pb2.SearchRequest, memory_pb2.SearchReply]
+ReadContext = grpc.aio.ServicerContext[memory_pb2.ReadRequest, memory_pb2.ReadReply]
+FetchContext = grpc.aio.ServicerContext[memory_pb2.FetchPartRequest, state_pb2.FetchReply]
+
+
+class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Serves the memories that one peer hosts to one swarm. Close it when done."""
+
+    def __init__(
+        self,
+        stores: Mapping[str, MemoryStore],
+        swarm_id: str,
+        sessions: Sessions,
+        up: RateLimit,
+        metrics: MemoryMetrics,
+        threads: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`stores`: by memory; the host may change it. `sessions`: who may call. `up`: how fast answers may go.
+
+        `threads`: calls that compute at the same time.
+        """
+        self.metrics = metrics
+        self._stores = stores
+        self._swarm_id = swarm_id
+        self._sessions = sessions
+        self._up = up
+        self._clock = clock
+        self._turns = Turns(threads, _MAX_WAITING)
+        self._slots = TransferSlots(_MAX_TRANSFERS)
+        # one core for each call: torch's threads would wait for one another on a busy machine
+        self._pool = ThreadPoolExecutor(threads, "memory", initializer=partial(torch.set_num_threads, 1))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._pool.shutdown)
+
+    async def Search(
+        self, request: memory_pb2.SearchRequest, context: SearchContext
+    ) -> memory_pb2.SearchReply:
+        async with self._answering(context):
+            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).caller
+            store = self._store(request)
+            queries = _vectors(request, store.manifest.dimensions)
+            shards = [store.shards.get(_root(wanted.root)) for wanted in request.shards]
+            searches = _searches(request, shards, len(queries))
+            reply = await self._compute(caller, partial(self._search, queries, request.k, shards, searches))
+            reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
+            self.metrics.queries.inc(len(queries))
+            await self._up.take(reply.ByteSize())
+            return reply
+        raise AssertionError("abort raises")
+
+    async def Read(self, request: memory_pb2.ReadRequest, context: ReadContext) -> memory_pb2.ReadReply:
+        async with self._answering(context):
+            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).caller
+            store = self._store(request)
+            if len(request.shards) > MAX_READ or sum(len(s.positions) for s in request.shards) > MAX_READ:
+                raise WireError(f"more than {MAX_READ} passages: read fewer at once")
+            reads = []
+            for number, wanted in enumerate(request.shards):
+                shard = store.shards.get(_root(wanted.root))
+                if shard is None:
+                    continue
+                if max(wanted.positions, default=0) >= len(shard):
+                    raise WireError(f"a passage after the last of {len(shard)}")
+                reads.append((number, shard, list(wanted.positions)))
+            reply = await self._compute(caller, partial(_read, reads))
+            await self._up.take(reply.ByteSize())
+            return reply
+        raise AssertionError("abort raises")
+
+    async def FetchPart(self, request: memory_pb2.FetchPartRequest, context: FetchContext) -> None:
+        async with abort_on_error(context, _MAX_TRANSFER_S, "the part was not read in time"):
+            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).caller
+            store, name = self._store(request), _root(request.name)
+            if request.offset and not request.sha256:
+                raise WireError("an offset belongs to a file: give its checksum")
+            with self._slots.taken(caller, MAX_SHARD_BYTES):
+                try:
+                    data, sha256 = await asyncio.to_thread(store.file, name)
+                except OSError as error:
+                    raise ExpertError(StatusCode.NOT_FOUND, "that part is not here") from error
+                with data:
+                    if request.sha256 not in (b"", sha256):
+                        raise ExpertError(
+                            StatusCode.FAILED_PRECONDITION,
+                            "that file is no longer kept: start again without one",
+                        )
+                    header = state_pb2.StateHeader(total_bytes=len(data), sha256=sha256)
+                    pace = TransferPace()
+                    async for reply in outgoing(header, data, request.offset, self._up):
+                        await pace.write(context.write(reply), len(reply.chunk))
+                        self.metrics.bytes.labels("sent").inc(len(reply.chunk))
+
+    @asynccontextmanager
+    async def _answering(self, context: grpc.aio.ServicerContext[T, M]) -> AsyncIterator[None]:
+        remaining_s = context.time_remaining()
+        longest_s = _MAX_CALL_S if remaining_s is None else min(_MAX_CALL_S, remaining_s)
+        outcome = "refused"
+        try:
+            async with abort_on_error(context, longest_s, f"the call lasted longer than {longest_s:.1f} s"):
+                yield
+                outcome = "answered"
+        finally:
+            self.metrics.calls.labels(outcome).inc()
+
+    def _store(
+        self, request: memory_pb2.SearchRequest | memory_pb2.ReadRequest | memory_pb2.FetchPartRequest
+    ) -> MemoryStore:
+        """Raises ExpertError."""
+        require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
+        store = self._stores.get(request.memory)
+        if store is None:
+            raise ExpertError(StatusCode.NOT_FOUND, f"memory {request.memory[:64]!r} is not hosted here")
+        return store
+
+    async def _compute(self, caller: PeerID, work: Callable[[Callable[[], bool]], T]) -> T:
+        """The result of `work`, which runs on a thread. It asks whether it has been given up, and then ends."""
+        is_given_up = False
+        async with self._turns.turn(caller):
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._pool, work, lambda: is_given_up)
+            finally:
+                is_given_up = True
+
+    def _search(
+        self,
+        queries: Vectors,
+        k: int,
+        shards: Sequence[Shard | None],
+        searches: Sequence[_ShardSearch],
+        is_given_up: Callable[[], bool],
+    ) -> memory_pb2.SearchReply:
+        began = self._clock()
+        best = Best(len(queries), k)
+        for search in searches:
+            if is_given_up():
+                break
+            best.add(search.number, search.queries, *search.shard.search(queries[search.queries], k))
+        reply = memory_pb2.SearchReply(found=[best.found(query, shards) for query in range(len(queries))])
+        self.metrics.seconds.observe(self._clock() - began)
+        return reply
+
+
+def _root(data: bytes) -> bytes:
+    """Raises WireError."""
+    if len(data) != HASH_BYTES:
+        raise WireError(f"a part is named by {HASH_BYTES} bytes, not by {len(data)}")
+    return data
+
+
+def _vectors(request: memory_pb2.SearchRequest, dimensions: int) -> Vectors:
+    """The queries of a request, (Q, D). Raises WireError if it asks for too much."""
+    count, rest = divmod(len(request.vectors), dimensions)
+    if rest or not 1 <= count <= MAX_QUERIES:
+        raise WireError(
+            f"queries of {len(request.vectors)} bytes: of {dimensions} each, 1 to {MAX_QUERIES} can be asked at once"
+        )
+    if not 1 <= request.k <= MAX_K:
+        raise WireError(f"{request.k} passages for each query: 1 to {MAX_K} can be asked for")
+    if not 1 <= len(request.shards) <= MAX_SHARDS:
+        raise WireError(f"{len(request.shards)} shards: 1 to {MAX_SHARDS} can be searched at once")
+    return np.frombuffer(request.vectors, np.int8).reshape(count, dimensions)
+
+
+def _searches(
+    request: memory_pb2.SearchRequest, shards: Sequence[Shard | None], queries: int
+) -> list[_ShardSearch]:
+    """Raises WireError if it makes no sense, or asks for too much."""
+    if len({wanted.root for wanted in request.shards}) < len(request.shards):
+        raise WireError("a shard is named twice")
+    found, cost = [], 0
+    for number, (wanted, shard) in enumerate(zip(request.shards, shards, strict=True)):
+        numbers = np.array(wanted.queries if wanted.queries else range(queries), np.intp)
+        if len(numbers) > queries or numbers.max() >= queries or len(np.unique(numbers)) < len(numbers):
+            raise WireError("a query is named twice, or is not in the request")
+        if shard is not None:
+            cost += len(shard) * len(numbers)
+            found.append(_ShardSearch(number, shard, numbers))
+    if cost > _MAX_SCORES:
+        raise WireError(f"{cost} passages to compare; at most {_MAX_SCORES}: ask for less at once")
+    return found
+
+
+def _read(
+    reads: Sequence[tuple[int, Shard, list[int]]], is_given_up: Callable[[], bool]
+) -> memory_pb2.ReadReply:
+    reply = memory_pb2.ReadReply()
+    for number, shard, positions in reads:
+        if is_given_up():
+            break
+        try:
+            passages = shard.read(positions)
+        except WireError as error:  # the shard was whole when it was loaded
+            raise ExpertError(StatusCode.DATA_LOSS, f"this copy was damaged: {error}") from error
+        for position, proven in zip(positions, passages, strict=True):
+            reply.passages.add(
+                shard=number,
+                position=position,
+                passage=None if proven.passage is None else proven.passage.message(),
+                vector=proven.vector,
+                path=b"".join(proven.path),
+            )
+    return reply

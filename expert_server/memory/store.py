@@ -1,0 +1,226 @@
+"""A memory on disk, whole or in part: what `talkoot memory build` writes, and what a node keeps of each that it hosts.
+
+The folder has the `manifest`, in `parts/` the encoder and the codebook, by the SHA-256 of each, and in `shards/` the
+shards, by the root of each. What is read from it is verified: the owner may have changed it, or the disk.
+"""
+
+import hashlib
+import logging
+import mmap
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from dht.memory import MAX_MANIFEST_BYTES, MemoryManifest, Part, ShardInfo
+from expert_server.memory.shard import Shard, most_bytes
+from peer.errors import WireError
+from peer.files import open_plainly, sync_folder, write_atomically
+from peer.rpc.parts import has_sha256
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, PARTS, SHARDS = "manifest", "parts", "shards"
+_LASTING = ("encoder", "encoder_kind", "dimensions", "codebook", "grid")
+"""What all revisions of a memory have in common."""
+_WRONG = ".wrong"
+"""Ends the name of a file that was not what its name says."""
+
+
+class MemoryStore:
+    """The parts of one memory in a folder. Its methods read and write files: not for the event loop, one at a time.
+
+    The properties may be read meanwhile.
+    """
+
+    def __init__(self, folder: Path, manifest: bytes) -> None:
+        """`manifest`: the bytes in the file. Raises WireError."""
+        self.folder = folder
+        self._shards: dict[bytes, Shard] = {}
+        self._sizes: dict[bytes, int] = {}
+        self._hashes: dict[bytes, bytes] = {}
+        self._set_manifest(manifest)
+
+    @classmethod
+    def open(cls, folder: Path) -> "MemoryStore":
+        """Reads the manifest alone. Raises WireError, and OSError if there is none."""
+        with os.fdopen(open_plainly(folder / MANIFEST, os.O_RDONLY), "rb") as file:
+            return cls(folder, file.read(MAX_MANIFEST_BYTES + 1))
+
+    @classmethod
+    def create(cls, folder: Path, manifest: bytes) -> "MemoryStore":
+        """A new folder, without shards. Raises WireError, and OSError if it can't be written."""
+        store = cls(folder, manifest)
+        for path in (folder / PARTS, folder / SHARDS):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(folder / MANIFEST, manifest)
+        sync_folder(folder)
+        return store
+
+    @property
+    def shards(self) -> Mapping[bytes, Shard]:
+        """Those that are verified and served, by root."""
+        return MappingProxyType(self._shards)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of the served shards on disk."""
+        return sum(self._sizes.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that a host keeps: the served shards and the other parts."""
+        return self.shard_bytes + fixed_bytes(self.manifest, self.part.size)
+
+    def roots(self) -> list[bytes]:
+        """The shards of the manifest that are on disk."""
+        names = set(os.listdir(self.folder / SHARDS))
+        return [shard.root for shard in self.manifest.shards if shard.root.hex() in names]
+
+    def load(self, root: bytes) -> None:
+        """Serves a shard that is on disk, without what was revoked.
+
+        Raises WireError if it is not that shard, and then puts the file aside. Raises OSError.
+        """
+        info = self.manifest.by_root[root]
+        path = self._shard_path(root)
+        try:
+            shard, size = _opened(path, info, self.manifest.dimensions)
+            data = shard.without(self.manifest.revoked)
+            if data is not None:
+                write_atomically(path, data)
+                shard, size = _opened(path, info, self.manifest.dimensions)
+            shard.check(self.manifest.revoked)
+        except WireError:
+            self._serve_no_more(root)
+            os.replace(path, path.with_name(path.name + _WRONG))
+            raise
+        self._shards[root], self._sizes[root] = shard, size
+        self._hashes.pop(root, None)
+
+    def verified(self, root: bytes, data: bytes) -> bytes:
+        """The file that is to be kept of a shard that somebody gave. Raises WireError if it is another."""
+        info = self.manifest.by_root.get(root)
+        if info is None:
+            raise WireError("no shard of this revision of the memory")
+        shard = Shard.parse(data, info, self.manifest.dimensions)
+        shard.check(self.manifest.revoked)
+        return shard.without(self.manifest.revoked) or data
+
+    def save(self, root: bytes, data: bytes) -> None:
+        """Keeps and serves a shard that was verified. Raises OSError, and then keeps nothing."""
+        path = self._shard_path(root)
+        write_atomically(path, data)
+        with suppress(OSError):
+            path.with_name(path.name + _WRONG).unlink()
+        try:
+            self.load(root)
+        except WireError as error:  # what was written is not what is read
+            raise OSError(f"the disk changed {path}: {error}") from error
+
+    def drop(self, root: bytes) -> None:
+        """Serves a shard no more, and removes its file."""
+        self._serve_no_more(root)
+        with suppress(FileNotFoundError):
+            self._shard_path(root).unlink()
+
+    def save_part(self, part: Part, data: bytes) -> None:
+        """`data`: verified. Raises OSError."""
+        write_atomically(self._part_path(part.sha256), data)
+
+    def missing_parts(self) -> list[Part]:
+        """The encoder and the codebook, unless they are here and as they should be. Raises OSError."""
+        return [part for part in (self.manifest.encoder, self.manifest.codebook) if not self._has_part(part)]
+
+    def follow(self, manifest: bytes) -> None:
+        """Goes on with a later revision of this memory: removes what was revoked, and shards that are gone.
+
+        Raises WireError if it is no later revision, and OSError.
+        """
+        new, old = MemoryManifest.parse(manifest), self.manifest
+        if new.name != old.name or new.revision <= old.revision:
+            raise WireError(
+                f"revision {new.revision} of {new.name!r}; here is {old.revision} of {old.name!r}"
+            )
+        if any(getattr(new, name) != getattr(old, name) for name in _LASTING):
+            raise WireError(
+                "a revision with another encoder or other cells: shards would not be found any more"
+            )
+        write_atomically(self.folder / MANIFEST, manifest)
+        self._set_manifest(manifest)
+        for root in list(self._shards):
+            if root not in new.by_root:
+                self.drop(root)
+            elif new.revoked - old.revoked:
+                self.load(root)
+
+    def file(self, name: bytes) -> tuple[mmap.mmap, bytes]:
+        """What others fetch by that name, and its SHA-256. Raises FileNotFoundError if it is not served here."""
+        if name in self._shards:
+            path = self._shard_path(name)
+        elif name == self.part.sha256:
+            path = self.folder / MANIFEST
+        elif name in (self.manifest.encoder.sha256, self.manifest.codebook.sha256):
+            path = self._part_path(name)
+        else:
+            raise FileNotFoundError(name.hex())
+        with os.fdopen(open_plainly(path, os.O_RDONLY), "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if name not in self._shards:
+            return data, name
+        if name not in self._hashes:
+            self._hashes[name] = hashlib.sha256(data).digest()
+        return data, self._hashes[name]
+
+    def remove(self) -> None:
+        """The whole folder. Raises OSError."""
+        self._shards.clear()
+        self._sizes.clear()
+        shutil.rmtree(self.folder)
+
+    def _set_manifest(self, data: bytes) -> None:
+        self.manifest = MemoryManifest.parse(data)
+        self.part = Part(hashlib.sha256(data).digest(), len(data))
+        """Of the manifest itself."""
+
+    def _serve_no_more(self, root: bytes) -> None:
+        for kept in (self._shards, self._sizes, self._hashes):
+            kept.pop(root, None)
+
+    def _has_part(self, part: Part) -> bool:
+        path = self._part_path(part.sha256)
+        try:
+            if path.stat().st_size != part.size:
+                return False
+            has_sha256(part.sha256, path.read_bytes())
+        except (FileNotFoundError, WireError):
+            return False
+        return True
+
+    def _shard_path(self, root: bytes) -> Path:
+        return self.folder / SHARDS / root.hex()
+
+    def _part_path(self, sha256: bytes) -> Path:
+        return self.folder / PARTS / sha256.hex()
+
+
+def fixed_bytes(manifest: MemoryManifest, manifest_bytes: int) -> int:
+    """What a host keeps of a memory besides shards."""
+    return manifest_bytes + manifest.encoder.size + manifest.codebook.size
+
+
+def _opened(path: Path, info: ShardInfo, dimensions: int) -> tuple[Shard, int]:
+    """The shard in a file, mapped into memory, and its size. Raises WireError and OSError."""
+    size = path.lstat().st_size
+    if not 0 < size <= most_bytes(info):
+        raise WireError(f"a shard of {size} bytes; at most {most_bytes(info)}")
+    try:
+        # unlike mmap.mmap, it keeps no descriptor: a node may have thousands of shards
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OSError(f"can't read {path}: {error}") from error
+    return Shard.parse(data.numpy().data, info, dimensions), size

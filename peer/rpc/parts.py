@@ -1,0 +1,106 @@
+"""Fetches the parts of memories from the peers that have them. A hash names each part, so any peer's copy will do."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+from peer import PROTOCOL_VERSION
+from peer.errors import StateError, TransferError, WireError
+from peer.identity import PeerID
+from peer.rates import RateLimit
+from peer.rpc.channels import ChannelPool, Contact
+from peer.rpc.sessions import SessionClient
+from peer.rpc.transfer import SnapshotClient, SnapshotReceiver
+from peer.wire import memory_pb2, memory_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_OPEN_S = 5.0
+_LIMIT_S = 600.0
+"""Longest that one part may take from one peer."""
+
+
+class PartClient:
+    """Fetches parts of memories. Close it when done."""
+
+    def __init__(
+        self,
+        swarm_id: str,
+        sessions: SessionClient,
+        channels: ChannelPool,
+        down: RateLimit,
+        *,
+        count: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        """`sessions`: show others who fetches. `down`: how fast parts may come. `count`: is told of bytes received."""
+        self._swarm_id = swarm_id
+        self._sessions = sessions
+        self._channels = channels
+        self._down = down
+        self._count = count
+
+    async def close(self) -> None:
+        await self._sessions.close()
+        await self._channels.close()
+
+    def service(self, max_bytes: int) -> SnapshotClient:
+        """Of other peers. `max_bytes`: of what they give."""
+        return SnapshotClient(
+            memory_pb2_grpc.MemoryServiceStub,
+            self._channels,
+            self._sessions,
+            partial(SnapshotReceiver, max_bytes, self._count),
+            open_s=_OPEN_S,
+            limit_s=_LIMIT_S,
+        )
+
+    async def fetch(self, peer: Contact, memory: str, name: bytes, max_bytes: int) -> bytes:
+        """The file that the peer says is that part. Raises TransferError if it did not come, and StateError if what
+        came was not a file of that size.
+        """
+        request = memory_pb2.FetchPartRequest(
+            protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, memory=memory, name=name
+        )
+        what = f"part {name.hex()[:8]} of memory {memory} of {peer.peer_id}"
+        incoming = await self.service(max_bytes).download(peer, "FetchPart", request, what, self._down)
+        _, data = await asyncio.to_thread(incoming.whole)
+        return data
+
+    async def fetch_any(
+        self,
+        peers: Iterable[Contact],
+        memory: str,
+        name: bytes,
+        max_bytes: int,
+        check: Callable[[bytes], T],
+        wrong: Callable[[PeerID], None] = lambda peer_id: None,
+    ) -> T:
+        """What `check` makes of the part, from the first of the peers whose copy it accepts.
+
+        `check`: raises WireError if it is not that part. It does not run on the loop. `wrong`: is told who gave another
+        file. Raises TransferError if no peer has it.
+        """
+        reason = "nobody is known to have it"
+        for peer in peers:
+            try:
+                data = await self.fetch(peer, memory, name, max_bytes)
+                return await asyncio.to_thread(check, data)
+            except TransferError as error:
+                reason = str(error)
+            except (WireError, StateError) as error:
+                reason = f"{peer.peer_id} gave another file: {error}"
+                logger.warning("part %s of memory %s: %s", name.hex()[:8], memory, reason)
+                wrong(peer.peer_id)
+        raise TransferError(f"part {name.hex()[:8]} of memory {memory} did not come: {reason}")
+
+
+def has_sha256(name: bytes, data: bytes) -> bytes:
+    """The data. Raises WireError if that is not their SHA-256."""
+    if hashlib.sha256(data).digest() != name:
+        raise WireError("its SHA-256 is another")
+    return data

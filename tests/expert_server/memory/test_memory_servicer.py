@@ -1,0 +1,416 @@
+"""MemoryService over real connections: answers are exact and proven, too much is refused, callers take turns."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import numpy as np
+import pytest
+from callers import new_identity, numbered_identity
+from grpc import StatusCode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_folders import DIMENSIONS, SampleMemory
+from memory_peers import SWARM, Library, in_library, read_request, search_request, until
+
+from dht.memory import Passage
+from expert_server.memory.servicer import MAX_READ, Best, MemoryServicer, Turns
+from expert_server.memory.shard import Shard, Vectors
+from peer import PROTOCOL_VERSION
+from peer.errors import ExpertError, TransferError, WireError
+from peer.identity import PeerID
+from peer.loop import LoopThread
+from peer.merkle import HASH_BYTES, proves
+from peer.metrics import total
+from peer.rpc.parts import has_sha256
+from peer.wire import memory_pb2
+
+MEMORY = SampleMemory.make(each=100)
+QUERIES = np.random.default_rng(5).integers(-127, 128, (3, DIMENSIONS), np.int8)
+
+
+def exact(query: Vectors, roots: list[bytes], k: int) -> list[tuple[int, int, int]]:
+    """Score, shard and position of the best, by exhaustive search."""
+    found = []
+    for number, root in enumerate(roots):
+        _, vectors = MEMORY.passages[root]
+        scores = vectors.astype(int) @ query.astype(int)
+        found += [(-int(score), number, position) for position, score in enumerate(scores)]
+    return [(-score, number, position) for score, number, position in sorted(found)[:k]]
+
+
+def test_a_search_finds_the_best_of_all_shards_and_a_read_proves_them(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    async def scenario(library: Library) -> None:
+        servicer = await library.host(1, MEMORY)
+        stub, memory, roots = await library.stub(1), library.memory_id(MEMORY), MEMORY.roots
+        absent = b"\7" * 32
+        reply = await stub.Search(search_request(memory, 7, QUERIES.tobytes(), *roots[:3], absent))
+        assert list(reply.missing) == [3]
+        for query, found in zip(QUERIES, reply.found, strict=True):
+            hits = list(zip(found.scores, found.shards, found.positions, strict=True))
+            assert hits == exact(query, roots[:3], 7)
+            for i, (_, number, position) in enumerate(hits):
+                assert found.leaves[16 * i : 16 * i + 16] == MEMORY.leaf(roots[number], position)[:16]
+        assert total(servicer.metrics.queries) == 3
+
+        read = await stub.Read(read_request(memory, (roots[1], [99, 4, 4]), (absent, [1]), (roots[0], [0])))
+        assert [(p.shard, p.position) for p in read.passages] == [(0, 99), (0, 4), (0, 4), (2, 0)]
+        for proven in read.passages:
+            root = (roots[1], absent, roots[0])[proven.shard]
+            leaf = Passage.parse(proven.passage).leaf(proven.vector)
+            path = [proven.path[i : i + HASH_BYTES] for i in range(0, len(proven.path), HASH_BYTES)]
+            assert proves(root, leaf, proven.position, 100, path)
+
+    in_library(loop, tmp_path, scenario)
+
+
+def test_each_query_is_looked_up_in_its_own_shards(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario(library: Library) -> None:
+        await library.host(1, MEMORY)
+        request = search_request(library.memory_id(MEMORY), 200, QUERIES.tobytes())
+        request.k = 128
+        request.shards.add(root=MEMORY.roots[0], queries=[2, 0])
+        request.shards.add(root=MEMORY.roots[1], queries=[0])
+        reply = await (await library.stub(1)).Search(request)
+        assert [len(found.shards) for found in reply.found] == [128, 0, 100]
+        assert set(reply.found[2].shards) == {0}
+
+    in_library(loop, tmp_path, scenario)
+
+
+def test_revoked_passages_are_neither_found_nor_read(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario(library: Library) -> None:
+        root, memory = MEMORY.roots[0], library.memory_id(MEMORY)
+        store = MEMORY.write(tmp_path / "m")
+        await library.serve(numbered_identity(1), {str(memory): store})
+        stub = await library.stub(1)
+        (_, _, best), *_ = exact(QUERIES[0], [root], 1)
+        await asyncio.to_thread(store.follow, MEMORY.revoking(MEMORY.leaf(root, best)).manifest.serialize())
+        reply = await stub.Search(search_request(memory, 100, QUERIES[0].tobytes(), root))
+        assert len(reply.found[0].positions) == 99
+        assert best not in reply.found[0].positions
+        (proven,) = (await stub.Read(read_request(memory, (root, [best])))).passages
+        assert not proven.HasField("passage")
+        assert not any(proven.vector)
+
+    in_library(loop, tmp_path, scenario)
+
+
+def with_shards(count: int) -> Callable[[memory_pb2.SearchRequest], None]:
+    return lambda r: r.shards.extend(
+        memory_pb2.ShardQueries(root=bytes([i // 256, i % 256]) * 16) for i in range(count)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (lambda r: setattr(r, "swarm_id", "other"), StatusCode.FAILED_PRECONDITION),
+        (lambda r: setattr(r, "protocol_version", 99), StatusCode.FAILED_PRECONDITION),
+        (lambda r: setattr(r, "memory", "x" * 10**6), StatusCode.NOT_FOUND),
+        (lambda r: setattr(r, "k", 0), StatusCode.INVALID_ARGUMENT),
+        (lambda r: setattr(r, "k", 129), StatusCode.INVALID_ARGUMENT),
+        (lambda r: setattr(r, "k", 2**32 - 1), StatusCode.INVALID_ARGUMENT),
+        (lambda r: setattr(r, "vectors", b""), StatusCode.INVALID_ARGUMENT),
+        (lambda r: setattr(r, "vectors", b"1234567"), StatusCode.INVALID_ARGUMENT),
+        (lambda r: setattr(r, "vectors", bytes(257 * DIMENSIONS)), StatusCode.INVALID_ARGUMENT),
+        (lambda r: r.shards.pop(), StatusCode.INVALID_ARGUMENT),
+        (with_shards(256), StatusCode.INVALID_ARGUMENT),
+        (lambda r: r.shards.add(root=b"short"), StatusCode.INVALID_ARGUMENT),
+        (lambda r: r.shards.add(root=r.shards[0].root), StatusCode.INVALID_ARGUMENT),
+        (lambda r: r.shards[0].queries.append(3), StatusCode.INVALID_ARGUMENT),
+        (lambda r: r.shards[0].queries.append(2**32 - 1), StatusCode.INVALID_ARGUMENT),
+        (lambda r: r.shards[0].queries.extend([1, 1]), StatusCode.INVALID_ARGUMENT),
+        (lambda r: r.shards[0].queries.extend([0] * 100_000), StatusCode.INVALID_ARGUMENT),
+    ],
+)
+def test_a_search_that_asks_for_too_much_or_nonsense_is_refused(
+    loop: LoopThread, tmp_path: Path, change: Callable[[Any], None], status: StatusCode
+) -> None:
+    async def scenario(library: Library) -> None:
+        servicer = await library.host(1, MEMORY)
+        request = search_request(library.memory_id(MEMORY), 5, QUERIES.tobytes(), MEMORY.roots[0])
+        change(request)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await (await library.stub(1)).Search(request)
+        assert raised.value.code() is status
+        assert total(servicer.metrics.calls, outcome="refused") == 1
+
+    in_library(loop, tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        [(MEMORY.roots[0], [100])],
+        [(MEMORY.roots[0], [0] * (MAX_READ + 1))],
+        [(b"x", [0])],
+        [(MEMORY.roots[0], [])] * 65,
+    ],
+)
+def test_a_read_that_asks_for_too_much_or_nonsense_is_refused(
+    loop: LoopThread, tmp_path: Path, wanted: list[tuple[bytes, list[int]]]
+) -> None:
+    async def scenario(library: Library) -> None:
+        await library.host(1, MEMORY)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await (await library.stub(1)).Read(read_request(library.memory_id(MEMORY), *wanted))
+        assert raised.value.code() is StatusCode.INVALID_ARGUMENT
+
+    in_library(loop, tmp_path, scenario)
+
+
+def test_all_parts_are_fetched_and_wrong_ones_come_from_another_host(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    async def scenario(library: Library) -> None:
+        memory = library.memory_id(MEMORY)
+        await library.host(1, MEMORY)
+        liar = SampleMemory.make(each=100)
+        root = MEMORY.roots[0]
+        store = liar.write(tmp_path / "liar")
+        (tmp_path / "liar" / "shards" / root.hex()).write_bytes(MEMORY.files[MEMORY.roots[1]])
+        (tmp_path / "liar" / "parts" / MEMORY.manifest.codebook.sha256.hex()).unlink()
+        await library.serve(numbered_identity(2), {str(memory): store})
+        client, receiver = library.client(), MEMORY.write(tmp_path / "new", lambda root: False)
+        blamed: list[PeerID] = []
+        data = await client.fetch_any(
+            [library.node(2), library.node(1)],
+            str(memory),
+            root,
+            2**23,
+            lambda data: receiver.verified(root, data),
+            blamed.append,
+        )
+        assert data == MEMORY.files[root]
+        assert blamed == [numbered_identity(2).peer_id]
+        for part, content in (
+            (MEMORY.manifest.encoder, MEMORY.encoder),
+            (MEMORY.manifest.codebook, MEMORY.codebook),
+        ):
+            nodes = [library.node(2), library.node(1)]
+            check = lambda data, name=part.sha256: has_sha256(name, data)  # noqa: E731  # one for each part
+            assert await client.fetch_any(nodes, str(memory), part.sha256, part.size, check) == content
+        manifest = MEMORY.manifest.serialize()
+        assert await client.fetch(library.node(1), str(memory), store.part.sha256, len(manifest)) == manifest
+        with pytest.raises(TransferError, match="NOT_FOUND"):
+            await client.fetch(library.node(1), str(memory), b"\1" * 32, 10**6)
+        with pytest.raises(TransferError, match="did not come"):
+            await client.fetch_any([], str(memory), root, 10**6, bytes)
+
+    in_library(loop, tmp_path, scenario)
+
+
+def test_a_fetch_goes_on_where_it_was_cut_off(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.transfer.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("peer.rpc.transfer._BACKOFF_S", 0.01)
+
+    async def scenario(library: Library) -> None:
+        cut: list[int] = []
+        sent: list[int] = []
+        give = MemoryServicer.FetchPart
+
+        async def cut_off_once(servicer: MemoryServicer, request: Any, context: Any) -> None:
+            class Cutting:
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(context, name)
+
+                async def write(self, reply: Any) -> None:
+                    sent.append(len(reply.chunk))
+                    if len(sent) == 4 and not cut:
+                        cut.append(request.offset)
+                        await context.abort(StatusCode.UNAVAILABLE, "a broken line")
+                    await context.write(reply)
+
+            await give(servicer, request, cast(Any, Cutting()))
+
+        monkeypatch.setattr(MemoryServicer, "FetchPart", cut_off_once)
+        root = MEMORY.roots[0]
+        await library.host(1, MEMORY)
+        data = await library.client().fetch(library.node(1), str(library.memory_id(MEMORY)), root, 2**20)
+        assert data == MEMORY.files[root]
+        assert cut == [0]
+        # what had come did not come again
+        assert sum(sent) < len(data) + 2000
+
+    in_library(loop, tmp_path, scenario)
+
+
+def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        turns, order = Turns(1, 100), []
+        greedy, other = new_identity().peer_id, new_identity().peer_id
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def call(caller: Any, name: str) -> None:
+            async with turns.turn(caller):
+                begun.set()
+                await go.wait()
+                order.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            for i in range(20):
+                group.create_task(call(greedy, f"greedy {i}"))
+            await begun.wait()
+            await until(lambda: len(turns) >= 19)
+            group.create_task(call(other, "other"))
+            await until(lambda: len(turns) >= 20)
+            go.set()
+        assert order.index("other") <= 2
+        assert order[0] == "greedy 0"
+        assert len(turns) == 0
+
+    loop.run(scenario(), 60)
+
+
+def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        turns = Turns(1, 10)
+        greedy, other = new_identity().peer_id, new_identity().peer_id
+        go = asyncio.Event()
+
+        async def call(caller: Any) -> str:
+            try:
+                async with turns.turn(caller):
+                    await go.wait()
+            except ExpertError as error:
+                return error.status.name
+            return "answered"
+
+        calls = [asyncio.create_task(call(greedy)) for _ in range(11)]
+        await until(lambda: len(turns) >= 9)
+        others = [asyncio.create_task(call(other)) for _ in range(3)]
+        await until(lambda: sum(task.done() for task in calls) >= 4)
+        go.set()
+        assert await asyncio.gather(*others) == ["answered"] * 3
+        outcomes = await asyncio.gather(*calls)
+        assert outcomes.count("RESOURCE_EXHAUSTED") == 4
+        assert len(turns) == 0
+
+    loop.run(scenario(), 60)
+
+
+@given(st.lists(st.sampled_from(["wait", "cancel", "go"]), max_size=40), st.integers(1, 3))
+@settings(deadline=None)
+def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str], at_once: int) -> None:
+    async def scenario() -> None:
+        turns, running = Turns(at_once, 100), 0
+        callers = [numbered_identity(n).peer_id for n in (1, 2)]
+        gates: list[tuple[asyncio.Task[None], asyncio.Event]] = []
+
+        async def call(n: int, go: asyncio.Event) -> None:
+            nonlocal running
+            async with turns.turn(callers[n % 2]):
+                running += 1
+                assert running <= at_once
+                try:
+                    await go.wait()
+                finally:
+                    running -= 1
+
+        for n, step in enumerate(steps):
+            if step == "wait":
+                go = asyncio.Event()
+                gates.append((asyncio.create_task(call(n, go)), go))
+            elif gates and step == "cancel":
+                gates.pop(n % len(gates))[0].cancel()
+            elif gates:
+                gates[n % len(gates)][1].set()
+            await asyncio.sleep(0)
+        for _, go in gates:
+            go.set()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(task for task, _ in gates))
+            async with asyncio.TaskGroup() as group:
+                gate = asyncio.Event()
+                for n in range(at_once):
+                    group.create_task(call(n, gate))
+                await until(lambda: running >= at_once)
+                gate.set()
+
+    loop.run(scenario(), 60)
+
+
+def test_a_search_that_nobody_waits_for_stops(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched, go = [], threading.Event()
+    search = Shard.search
+
+    def slow(shard: Shard, queries: Vectors, k: int) -> Any:
+        searched.append(shard)
+        assert go.wait(60)
+        return search(shard, queries, k)
+
+    monkeypatch.setattr(Shard, "search", slow)
+
+    async def scenario(library: Library) -> None:
+        servicer = await library.host(1, MEMORY, threads=1)
+        stub = await library.stub(1)
+        call = stub.Search(search_request(library.memory_id(MEMORY), 1, QUERIES.tobytes(), *MEMORY.roots))
+        await until(lambda: bool(searched))
+        call.cancel()
+        await until(lambda: total(servicer.metrics.calls, outcome="refused") >= 1)
+        go.set()
+        # the thread is free again for the next call
+        await stub.Read(read_request(library.memory_id(MEMORY), (MEMORY.roots[0], [0])))
+        assert len(searched) == 1
+
+    try:
+        in_library(loop, tmp_path, scenario)
+    finally:
+        go.set()
+
+
+@given(
+    st.lists(st.lists(st.integers(-5, 5), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(1, 8)
+)
+def test_merged_results_are_those_of_one_search(shards: list[list[int]], k: int) -> None:
+    best, every = Best(1, k), []
+    for number, scores in enumerate(shards):
+        ranked = sorted((-score, position) for position, score in enumerate(scores))[:k]
+        best.add(
+            number,
+            np.array([0]),
+            np.array([[position for _, position in ranked]]),
+            np.array([[-score for score, _ in ranked]], np.int32),
+        )
+        every += [(-score, number, position) for position, score in enumerate(scores)]
+    expected = sorted(every)[:k]
+    count = len(expected)
+    found = zip(-best.scores[0, :count], best.shards[0, :count], best.positions[0, :count], strict=True)
+    assert [tuple(map(int, each)) for each in found] == expected
+
+
+def test_an_offset_without_a_checksum_is_refused(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario(library: Library) -> None:
+        await library.host(1, MEMORY)
+        stub = await library.stub(1)
+        request = memory_pb2.FetchPartRequest(
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=SWARM,
+            memory=str(library.memory_id(MEMORY)),
+            name=MEMORY.roots[0],
+        )
+        request.offset = 2**63
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            _ = [reply async for reply in stub.FetchPart(request)]
+        assert raised.value.code() is StatusCode.INVALID_ARGUMENT
+        request.sha256 = b"x" * 32
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            _ = [reply async for reply in stub.FetchPart(request)]
+        assert raised.value.code() is StatusCode.FAILED_PRECONDITION
+
+    in_library(loop, tmp_path, scenario)
+
+
+def test_has_sha256_says_what_is_wrong() -> None:
+    with pytest.raises(WireError, match="SHA-256"):
+        has_sha256(b"0" * 32, b"data")

@@ -1,0 +1,141 @@
+"""Memories on disk: what is read is verified, what is revoked goes, and a full disk loses nothing."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from memory_folders import SampleMemory
+
+from dht.memory import MemoryManifest
+from expert_server.memory.store import MemoryStore
+from peer.errors import WireError
+
+MEMORY = SampleMemory.make()
+
+
+def test_a_folder_is_opened_again_with_all_its_shards(tmp_path: Path) -> None:
+    MEMORY.write(tmp_path / "m")
+    store = MemoryStore.open(tmp_path / "m")
+    assert not store.shards
+    assert store.manifest == MEMORY.manifest
+    assert store.missing_parts() == []
+    assert store.roots() == MEMORY.roots
+    for root in store.roots():
+        store.load(root)
+    for root, (passages, _) in MEMORY.passages.items():
+        assert list(store.shards[root].passages()) == passages
+    assert store.shard_bytes == sum(len(data) for data in MEMORY.files.values())
+
+
+def test_shards_keep_no_descriptors(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    store = MEMORY.write(tmp_path / "m")
+    assert len(store.shards) == 4
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_shard_that_the_disk_changed_is_put_aside(tmp_path: Path) -> None:
+    MEMORY.write(tmp_path / "m")
+    path = tmp_path / "m" / "shards" / MEMORY.roots[1].hex()
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    store = MemoryStore.open(tmp_path / "m")
+    with pytest.raises(WireError):
+        store.load(MEMORY.roots[1])
+    assert MEMORY.roots[1] not in store.roots()
+    assert path.with_name(path.name + ".wrong").exists()
+    store.save(MEMORY.roots[1], MEMORY.files[MEMORY.roots[1]])
+    assert MEMORY.roots[1] in store.shards
+    assert not path.with_name(path.name + ".wrong").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 100_000])
+def test_a_shard_of_another_size_is_put_aside(tmp_path: Path, data: bytes) -> None:
+    MEMORY.write(tmp_path / "m")
+    (tmp_path / "m" / "shards" / MEMORY.roots[0].hex()).write_bytes(data)
+    with pytest.raises(WireError):
+        MemoryStore.open(tmp_path / "m").load(MEMORY.roots[0])
+
+
+def test_a_shard_that_somebody_gave_is_verified(tmp_path: Path) -> None:
+    store = MEMORY.write(tmp_path / "m", lambda root: False)
+    first, second = MEMORY.roots[:2]
+    assert store.verified(first, MEMORY.files[first]) == MEMORY.files[first]
+    with pytest.raises(WireError):
+        store.verified(first, MEMORY.files[second])
+    with pytest.raises(WireError):
+        store.verified(b"\0" * 32, MEMORY.files[first])
+
+
+def test_others_can_not_keep_a_passage_away_that_was_not_revoked(tmp_path: Path) -> None:
+    root = MEMORY.roots[0]
+    without = MEMORY.write(tmp_path / "a").shards[root].without({MEMORY.leaf(root, 3)})
+    assert without is not None
+    with pytest.raises(WireError, match="not revoked"):
+        MEMORY.write(tmp_path / "b", lambda root: False).verified(root, without)
+
+
+def test_what_is_revoked_goes_from_memory_and_disk(tmp_path: Path) -> None:
+    store = MEMORY.write(tmp_path / "m")
+    root = MEMORY.roots[2]
+    later = MEMORY.revoking(MEMORY.leaf(root, 7))
+    store.follow(later.manifest.serialize())
+    assert store.shards[root].read([7])[0].passage is None
+    assert store.shards[root].read([6])[0].passage is not None
+    again = MemoryStore.open(tmp_path / "m")
+    assert again.manifest.revision == 2
+    again.load(root)
+    assert again.shards[root].read([7])[0].passage is None
+    # and from a whole copy of somebody who does not know yet
+    store.drop(root)
+    store.save(root, store.verified(root, MEMORY.files[root]))
+    assert store.shards[root].read([7])[0].passage is None
+
+
+def test_a_crash_between_manifest_and_shards_revokes_all_the_same(tmp_path: Path) -> None:
+    MEMORY.write(tmp_path / "m")
+    root = MEMORY.roots[2]
+    later = MEMORY.revoking(MEMORY.leaf(root, 7))
+    (tmp_path / "m" / "manifest").write_bytes(later.manifest.serialize())
+    store = MemoryStore.open(tmp_path / "m")
+    store.load(root)
+    assert store.shards[root].read([7])[0].passage is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"revision": 1}, {"name": "other"}, {"grid": (4, 1)}, {"dimensions": 9}, {"encoder_kind": "other"}],
+)
+def test_what_is_no_later_revision_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    store = MEMORY.write(tmp_path / "m")
+    values = {name: getattr(MEMORY.manifest, name) for name in MemoryManifest.__dataclass_fields__}
+    other = MemoryManifest(**values | {"revision": 2} | changes)
+    with pytest.raises(WireError):
+        store.follow(other.serialize())
+    assert store.manifest == MEMORY.manifest
+
+
+def test_shards_of_an_older_revision_go(tmp_path: Path) -> None:
+    store = MEMORY.write(tmp_path / "m")
+    values = {name: getattr(MEMORY.manifest, name) for name in MemoryManifest.__dataclass_fields__}
+    fewer = MemoryManifest(**values | {"revision": 2, "shards": MEMORY.manifest.shards[1:]})
+    store.follow(fewer.serialize())
+    assert list(store.shards) == MEMORY.roots[1:]
+    assert not (tmp_path / "m" / "shards" / MEMORY.roots[0].hex()).exists()
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MEMORY.write(tmp_path / "m", lambda root: root != MEMORY.roots[0])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            store.save(MEMORY.roots[0], MEMORY.files[MEMORY.roots[0]])
+    assert MEMORY.roots[0] not in store.shards
+    assert len(os.listdir(tmp_path / "m" / "shards")) == 3
+    assert len(store.shards) == 3

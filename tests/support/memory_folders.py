@@ -1,0 +1,106 @@
+"""Small memories for tests: their passages, vectors, shards and folders."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dht.memory import MemoryManifest, Part, Passage, ShardInfo, cell_of
+from expert_server.memory.shard import Shard, Vectors
+from expert_server.memory.store import MemoryStore
+from peer.merkle import MerkleTree
+
+DIMENSIONS = 8
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "some", "other", "thing")
+
+
+def some_passages(count: int, seed: int = 0, dimensions: int = DIMENSIONS) -> tuple[list[Passage], Vectors]:
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(-127, 128, (count, dimensions), np.int8)
+    texts = [" ".join(rng.choice(WORDS, 20)) for _ in range(count)]
+    return [
+        Passage(f"{seed}.{i} {text}", f"title {i}", "a.txt", i, "CC0-1.0") for i, text in enumerate(texts)
+    ], vectors
+
+
+def shard_info(
+    data: bytes, passages: Sequence[Passage], vectors: Vectors, cell: tuple[int, ...] = (0,)
+) -> ShardInfo:
+    leaves = [passage.leaf(vector.tobytes()) for passage, vector in zip(passages, vectors, strict=True)]
+    return ShardInfo(cell, MerkleTree(leaves).root, len(leaves), len(data))
+
+
+@dataclass(frozen=True)
+class SampleMemory:
+    """A memory, of one shard for each cell."""
+
+    manifest: MemoryManifest
+    files: dict[bytes, bytes]
+    """Of the shards, by root."""
+    passages: dict[bytes, tuple[list[Passage], Vectors]]
+    encoder: bytes
+    codebook: bytes
+
+    @classmethod
+    def make(
+        cls,
+        name: str = "python-docs",
+        grid: tuple[int, ...] = (2, 2),
+        each: int = 20,
+        seed: int = 0,
+        licenses: tuple[str, ...] = ("CC0-1.0",),
+    ) -> "SampleMemory":
+        """`each`: passages in a cell."""
+        encoder, codebook = b"encoder %d" % seed, json.dumps(grid).encode()
+        files, passages, shards = {}, {}, []
+        for number in range(int(np.prod(grid))):
+            texts, vectors = some_passages(each, 1000 * seed + number)
+            data = Shard.build(texts, vectors)
+            shards.append(shard_info(data, texts, vectors, cell_of(number, grid)))
+            files[shards[-1].root], passages[shards[-1].root] = data, (texts, vectors)
+        parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in (encoder, codebook)]
+        manifest = MemoryManifest(
+            name,
+            1,
+            "",
+            1.0,
+            "static",
+            parts[0],
+            DIMENSIONS,
+            parts[1],
+            grid,
+            licenses,
+            tuple(shards),
+            frozenset(),
+        )
+        return cls(manifest, files, passages, encoder, codebook)
+
+    @property
+    def roots(self) -> list[bytes]:
+        return [shard.root for shard in self.manifest.shards]
+
+    def leaf(self, root: bytes, position: int) -> bytes:
+        passages, vectors = self.passages[root]
+        return passages[position].leaf(vectors[position].tobytes())
+
+    def revoking(self, *leaves: bytes) -> "SampleMemory":
+        """The next revision, without these passages."""
+        manifest = replace(
+            self.manifest,
+            revision=self.manifest.revision + 1,
+            revoked=self.manifest.revoked | frozenset(leaves),
+        )
+        return replace(self, manifest=manifest)
+
+    def write(self, folder: Path, wanted: Callable[[bytes], bool] = lambda root: True) -> MemoryStore:
+        """A folder as `talkoot memory build` makes it, with the shards that are wanted; they are served."""
+        store = MemoryStore.create(folder, self.manifest.serialize())
+        store.save_part(self.manifest.encoder, self.encoder)
+        store.save_part(self.manifest.codebook, self.codebook)
+        for root, data in self.files.items():
+            if wanted(root):
+                store.save(root, data)
+        return store
