@@ -342,11 +342,9 @@ class Runtime:
 
     def _alike(self, batch: Sequence[Entry]) -> list[Entry]:
         """What is computed together with a batch, of other experts: none if it is of several work items."""
-        first = batch[0].work
-        if len(batch) != 1 or not self._can_join(first):
+        if len(batch) != 1 or not self._can_join(batch[0].work):
             return []
-        least = LEAST_ROWS if self._experts[first.uid].grouped_block is not None else 0
-        share = max(least, (len(first.rows) + self._queue.rows) // self._at_once)
+        share = max(LEAST_ROWS, self._queue.rows // self._at_once)
         return self._queue.pop_alike(batch[0], self._busy, min(share, MOST_ROWS), self._can_join)
 
     def _can_join(self, work: WorkItem) -> bool:
@@ -372,10 +370,7 @@ class Runtime:
         torch.set_num_threads(threads)  # affects this thread alone
         began = self._clock()
         batch = [entry for _, entries in job for entry in entries]
-        if job[0][0].grouped_block is not None:
-            results = self._compute([expert for expert, _ in job], batch)
-        else:  # what isn't computed at once fails apart, too
-            results = [result for expert, entries in job for result in self._compute([expert], entries)]
+        results = self._compute([expert for expert, _ in job], batch)
         seconds = self._clock() - began
         rows = sum(len(entry.work.rows) for entry in batch)
         self.metrics.batches.inc()
@@ -387,10 +382,9 @@ class Runtime:
             self._queue.measure(rows, seconds / self._running)
             self._computing -= 1
             self._end(job)
-        self._start()
-        with self._lock:
             self._done.append((batch, results))
             is_last, is_told, self._is_told = not self._computing, self._is_told, True
+        self._start()
         if is_last:
             self._loop.call_soon_threadsafe(self._deliver)
         elif not is_told:
