@@ -48,6 +48,8 @@ _MAX_PUBLISHERS = 256
 """Whose libraries are read and remembered."""
 _MAX_HOSTS = 256
 """Of one cell whose records are read."""
+_MOST_NAMED = 16
+"""Memories that an error names."""
 _BRANCHES = 16
 """Of each level that are followed in search of some hosts."""
 
@@ -340,6 +342,22 @@ def with_entry(library: Sequence[LibraryEntry], entry: LibraryEntry) -> tuple[Li
             "(`talkoot memory build --base DIR`), or give this memory another name"
         )
     return (*(each for each in library if each.memory != entry.memory), entry)
+
+
+def find_memory(libraries: Mapping[PeerID, Sequence[LibraryEntry]], name: str | None) -> LibraryEntry:
+    """The memory of that name or id; None: the only one. Raises LibraryError that says which there are."""
+    listed = [entry for entries in libraries.values() for entry in entries]
+    if not listed:
+        raise LibraryError("no memory is published in this swarm: `talkoot memory publish` publishes one")
+    found = [entry for entry in listed if name in (None, entry.memory.name, str(entry.memory))]
+    if len(found) == 1:
+        return found[0]
+    ids = ", ".join(sorted(str(entry.memory) for entry in found or listed)[:_MOST_NAMED])
+    if name is None:
+        raise LibraryError(f"several memories are published in this swarm: pass one of {ids}")
+    if found:
+        raise LibraryError(f"several publishers have a memory {name!r}: pass one of {ids}")
+    raise LibraryError(f"no memory {printable(name, 40)!r} is published in this swarm: pass one of {ids}")
 
 
 def _newer(seen: LibraryEntry, entry: LibraryEntry) -> LibraryEntry:

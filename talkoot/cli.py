@@ -443,6 +443,29 @@ def import_model(
 
 
 @app.command()
+def search(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to look for, in your own words.")],
+    *,
+    join: Join = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The memory to search.  [default: the only one of the swarm]"),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=64, metavar="N", help="Passages to show.")] = 5,
+    cells: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Cells to look in, those nearest to the question.")
+    ] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find passages in a memory that a swarm hosts, with their sources."""
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing():
+            from talkoot.memory.search import SearchRequest, run_search
+
+        run_search(terminal, join, SearchRequest(question, memory, k, cells))
+
+
+@app.command()
 def pause(
     *,
     duration: Annotated[

@@ -44,6 +44,7 @@ from trainer_client.dispatch.grpc_caller import GrpcCaller, SessionWarmer
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.dispatch.snapshots import BlockClient
 from trainer_client.dispatch.spot_checks import Checking, ExpertLoader
+from trainer_client.memory.memories import Memories, Memory
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
@@ -86,6 +87,7 @@ class _Joined:
     announcer: TrainerAnnouncer
     averaging_metrics: AveragingMetrics
     averagings: list[Averaging]
+    memories: Memories
     tasks: TaskSet
 
 
@@ -253,6 +255,14 @@ class SwarmClient:
         """
         return self._loop.run(averaging.take_whole())
 
+    def memory(self, name: str | None = None) -> Memory:
+        """The memory of that name or id, to be searched; None: the only one of the swarm.
+
+        The first time, its index is fetched: some MB, which stay on disk. Raises LibraryError if there is no such
+        memory or nobody gives its index, and UnreachableError if the DHT does not answer.
+        """
+        return Memory(self._loop.run(self._joined.memories.open(name)), self._loop.run)
+
     def close(self) -> None:
         """Leaves the swarm. Closing twice is harmless."""
         if not self._loop.loop.is_closed():
@@ -318,6 +328,8 @@ class SwarmClient:
             is_silent=caller.is_silent,
             metrics=metrics,
         )
+        memories = Memories(swarm, channels, self._folder.path / "memories")
+        exits.push_async_callback(memories.close)
         tasks = TaskSet(swarm.host.restarts)
         announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher)
         exits.push_async_callback(announcer.close)
@@ -330,7 +342,7 @@ class SwarmClient:
             for averaging in averagings:
                 averaging.sessions.recheck()
 
-        warmer = SessionWarmer(sessions, channels, directory, time.monotonic)
+        warmer = SessionWarmer(sessions, channels, lambda: directory.view.nodes.values(), time.monotonic)
         tasks.supervise("keep the view of the swarm fresh", directory.keep_fresh)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
         tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, recheck))
@@ -338,7 +350,9 @@ class SwarmClient:
             tasks.supervise("announce this trainer", announcer.run)
         tasks.supervise("open sessions with nodes", warmer.run)
         averaging_metrics = AveragingMetrics(swarm.metrics)
-        return _Joined(swarm, directory, dispatcher, routing, announcer, averaging_metrics, averagings, tasks)
+        return _Joined(
+            swarm, directory, dispatcher, routing, announcer, averaging_metrics, averagings, memories, tasks
+        )
 
     async def _average(self, exchange: DenseExchange) -> Averaging:
         joined, settings = self._joined, self._settings

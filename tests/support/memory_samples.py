@@ -1,9 +1,11 @@
 """A small memory, its hosts, and hosts that lie, for tests of who searches it."""
 
 import asyncio
+import hashlib
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ from grpc import StatusCode
 from dht.announcements import NodeInfo
 from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, ShardInfo, cell_of
 from expert_server.memory.shard import Shard
+from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
 from peer.codec import Floats
 from peer.errors import ExpertError
@@ -19,9 +22,11 @@ from peer.identity import PeerID
 from peer.merkle import MerkleTree
 from peer.transport.endpoints import Endpoint
 from peer.wire import memory_pb2
+from trainer_client.memory.calls import Method
 from trainer_client.memory.checks import LEAF_BYTES, Vectors
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.retriever import Located, Method
+from trainer_client.memory.encoder import STATIC, StaticEncoder
+from trainer_client.memory.retriever import Located
 
 SWARM = "sauna-abcdefghijkl"
 MEMORY = MemoryID("docs", "abcdefghijkl")
@@ -37,11 +42,14 @@ HONEST = None
 
 @dataclass(frozen=True)
 class SampleMemory:
-    """A memory with random vectors, whole."""
+    """A memory, whole."""
 
     manifest: MemoryManifest
+    files: Mapping[bytes, bytes]
+    """Of its shards, by root."""
     shards: Mapping[bytes, Shard]
     """By root."""
+    encoder: bytes
     codebook: Codebook
     passages: Sequence[Passage]
     vectors_ND: Vectors
@@ -56,32 +64,91 @@ class SampleMemory:
         *,
         revoked: int = 0,
     ) -> "SampleMemory":
-        """`in_shard`: passages in a shard, at most. `revoked`: how many are, in the manifest alone."""
+        """With random vectors, and no encoder. `in_shard`: passages in a shard, at most.
+
+        `revoked`: how many are, in the manifest alone.
+        """
         rng = np.random.default_rng(seed)
         vectors_ND = rng.integers(-127, 128, (passages, DIMENSIONS)).astype(np.int8)
         texts = [Passage(f"text {n}", f"title {n}", "file.txt", n, "CC0-1.0") for n in range(passages)]
-        centroids = rng.normal(size=(int(np.prod(grid)), DIMENSIONS)).astype(np.float16)
-        codebook = Codebook(centroids)
+        return cls._of(rng, texts, vectors_ND, grid, in_shard, revoked, b"none")
+
+    @classmethod
+    def with_words(
+        cls,
+        seed: int = 0,
+        passages: int = 120,
+        grid: tuple[int, ...] = (3, 2),
+        *,
+        passage: Passage | None = None,
+    ) -> "SampleMemory":
+        """With texts of twenty random words, and an encoder that knows them. `passage`: in place of all these."""
+        rng = np.random.default_rng(seed)
+        words = [f"word{n}" for n in range(60)]
+        encoder = StaticEncoder(
+            words,
+            rng.integers(-127, 128, (len(words), DIMENSIONS)).astype(np.int8),
+            np.ones(len(words), np.float32),
+            np.ones(len(words), np.float32),
+        )
+        texts = [
+            Passage(" ".join(rng.choice(words, 20)), f"title {n}", "words.txt", n, "CC0-1.0")
+            for n in range(passages)
+        ]
+        texts = texts if passage is None else [passage]
+        vectors_ND = encoder.encode([text.text for text in texts])
+        return cls._of(rng, texts, vectors_ND, grid, 16, 0, encoder.to_bytes())
+
+    @classmethod
+    def _of(
+        cls,
+        rng: np.random.Generator,
+        passages: Sequence[Passage],
+        vectors_ND: Vectors,
+        grid: tuple[int, ...],
+        in_shard: int,
+        revoked: int,
+        encoder: bytes,
+    ) -> "SampleMemory":
+        codebook = Codebook(rng.normal(size=(int(np.prod(grid)), DIMENSIONS)).astype(np.float16))
+        leaves = [text.leaf(vector.tobytes()) for text, vector in zip(passages, vectors_ND, strict=True)]
         inside: dict[int, list[int]] = {}
         for number, cells in enumerate(codebook.assign(vectors_ND).tolist()):
             for cell in cells:
                 inside.setdefault(cell, []).append(number)
-        infos, shards = [], {}
+        infos, files = [], {}
         for cell, numbers in inside.items():
             for at in range(0, len(numbers), in_shard):
                 part = numbers[at : at + in_shard]
-                data = Shard.build([texts[n] for n in part], vectors_ND[part])
-                leaves = [texts[n].leaf(vectors_ND[n].tobytes()) for n in part]
-                root = MerkleTree(leaves).root
-                info = ShardInfo(cell_of(cell, grid), root, len(part), len(data))
-                infos.append(info)
-                shards[root] = Shard.parse(data, info, DIMENSIONS)
-        leaves = [text.leaf(vector.tobytes()) for text, vector in zip(texts, vectors_ND, strict=True)]
+                data = Shard.build([passages[n] for n in part], vectors_ND[part])
+                root = MerkleTree([leaves[n] for n in part]).root
+                infos.append(ShardInfo(cell_of(cell, grid), root, len(part), len(data)))
+                files[root] = data
+        parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in (encoder, codebook.to_bytes())]
         manifest = MemoryManifest(
-            "docs", 1, "samples", 1.0, "static-words", Part(b"e" * 32, 1), DIMENSIONS, Part(b"c" * 32, 1), grid,
-            ("CC0-1.0",), tuple(infos), frozenset(leaves[:revoked]),
+            "docs", 1, "samples", 1.0, STATIC, parts[0], DIMENSIONS, parts[1], grid, ("CC0-1.0",), tuple(infos),
+            frozenset(leaves[:revoked]),
         )  # fmt: skip
-        return cls(manifest, shards, codebook, texts, vectors_ND)
+        shards = {info.root: Shard.parse(files[info.root], info, DIMENSIONS) for info in infos}
+        return cls(manifest, files, shards, encoder, codebook, passages, vectors_ND)
+
+    def revoking(self, *numbers: int) -> "SampleMemory":
+        """The next revision, without these passages."""
+        leaves = {self.passages[n].leaf(self.vectors_ND[n].tobytes()) for n in numbers}
+        revoked = self.manifest.revoked | leaves
+        return replace(
+            self, manifest=replace(self.manifest, revision=self.manifest.revision + 1, revoked=revoked)
+        )
+
+    def write(self, folder: Path, roots: Collection[bytes] | None = None) -> MemoryStore:
+        """A folder as a host has it. `roots`: of the shards that it has; None: all."""
+        store = MemoryStore.create(folder, self.manifest.serialize())
+        store.save_part(self.manifest.encoder, self.encoder)
+        store.save_part(self.manifest.codebook, self.codebook.to_bytes())
+        for root, data in self.files.items():
+            if roots is None or root in roots:
+                store.save(root, data)
+        return store
 
     def best(self, query_D: Vectors, cells: Iterable[Cell], k: int) -> list[tuple[int, str]]:
         """Scores and texts of the passages that a search of these cells should find."""
@@ -222,9 +289,16 @@ class SampleSwarm:
     def memory(self) -> MemoryID:
         return MEMORY
 
+    @property
+    def nodes(self) -> list[NodeInfo]:
+        return [node_info(host) for host in self.hosts]
+
     def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
         vectors_QD = np.array([self.memory_here.vectors_ND[int(text)] for text in texts], np.int8)
         return vectors_QD, self.memory_here.codebook.scores(vectors_QD)
+
+    def rarity(self, words: Iterable[str]) -> list[float]:
+        return [1.0 for _ in words]
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         manifest = self.memory_here.manifest

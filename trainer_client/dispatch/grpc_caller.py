@@ -9,9 +9,10 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeAlias
 
 import grpc
@@ -19,7 +20,6 @@ import numpy as np
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
-from dht.directory import Directory
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_CHUNK_BYTES, Booleans, Floats, Integers, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, UnreachableError, WireError
@@ -455,11 +455,16 @@ class SessionWarmer:
     """`run` it as a task of the loop that owns the sessions."""
 
     def __init__(
-        self, sessions: SessionClient, channels: ChannelPool, directory: Directory, clock: Callable[[], float]
+        self,
+        sessions: SessionClient,
+        channels: ChannelPool,
+        nodes: Callable[[], Iterable[NodeInfo]],
+        clock: Callable[[], float],
     ) -> None:
+        """`nodes`: those that may be called."""
         self._sessions = sessions
         self._channels = channels
-        self._directory = directory
+        self._known = nodes
         self._clock = clock
         self._tried_at: dict[PeerID, float] = {}
 
@@ -473,7 +478,7 @@ class SessionWarmer:
 
     def due(self) -> list[NodeInfo]:
         """The nodes to be introduced to now."""
-        nodes = list(self._directory.view.nodes.values())[:_MOST]
+        nodes = list(islice(self._known(), _MOST))
         self._tried_at = {n.peer_id: t for n in nodes if (t := self._tried_at.get(n.peer_id)) is not None}
         now = self._clock()
         return [

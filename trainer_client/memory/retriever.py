@@ -11,32 +11,26 @@ Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 """
 
 import asyncio
-import logging
 import random
-from collections import Counter as Counts
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
-from grpc import StatusCode
-from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.announcements import NodeInfo
 from dht.memory import Cell, MemoryID, MemoryManifest, Passage, ShardInfo
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
 from peer.codec import Floats
-from peer.errors import DataError, ExpertError, UnreachableError, WireError
+from peer.errors import DataError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import TaskSet
-from peer.metrics import SECONDS, start_at_zero
-from peer.parsing import ParseGuard
 from peer.wire import memory_pb2
-from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, WaitPolicy
+from trainer_client.memory.calls import MANY, HostCalls, Kind, loop_time
 from trainer_client.memory.checks import (
     MOST_K,
     MOST_QUERIES,
@@ -52,46 +46,34 @@ from trainer_client.memory.checks import (
     omitted,
     parse_passages,
 )
-
-logger = logging.getLogger(__name__)
+from trainer_client.memory.encoder import words_of
 
 T = TypeVar("T")
-H = TypeVar("H", bound=Hashable)
-Method = Literal["Search", "Read"]
 
 MOST_CHARACTERS = 10_000
 """Of a query."""
 MOST_WANTED = MOST_K // 2
 """Passages for a query. A host is asked for twice as many, because a passage may lie in two of its cells."""
-_SPARE = 4
-"""Passages more that a host is asked for where some of the memory were revoked."""
 CHECKED_SHARE = 1 / 50
 """Queries that a second replica is asked for, too."""
+_SPARE = 4
+"""Passages more that a host is asked for where some of the memory were revoked."""
+_CANDIDATES = 3
+"""Passages read for each one wanted, where words count too."""
+_WORDS = 0.25
+"""Weight of the words that a passage shares with the query, against their vectors' nearness."""
+_SATURATION, _LENGTH = 1.2, 0.75
+"""k1 and b of BM25 (Robertson and Zaragoza, 2009)."""
 _DEADLINE_S = 10.0
-_CALL_DEADLINE_S = 5.0
-_LEAST_DEADLINE_S = 1.0
 _FIRST_PART = 0.6
 """Of the time that a search has, what the first answers may take."""
 _READ_AT_ONCE = 64
 """Passages in one call: the longest that there may be fit into a message."""
-_MANY = 16
-"""Queries from which on answers are parsed and merged on a thread."""
-_SLOWER, _SLOWER_BY_S = 3.0, 0.05
-"""A host that takes so many times as long as the quickest replica, and so much longer, is passed over."""
-_HANGING = 4.0
-"""A call that was given up counts as so many times longer."""
-_SLOW_FOR_S = 60.0
-"""How long it is remembered how slow a host was."""
-_HOSTS = 4096
 _KEPT = 2048
 """Proven passages that are remembered."""
 _CHECKS_AT_ONCE = 2
 _READ_TO_CHECK = 16
 """Passages that are read to see who omitted them, at most."""
-_QUICK = {StatusCode.UNAVAILABLE, StatusCode.NOT_FOUND}
-"""Failures that cost little time, of which a few are forgiven."""
-_BUSY_TRIES = 3
-_BUSY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -100,7 +82,9 @@ class Hit:
 
     passage: Passage
     score: float
-    """How near it is to the query; a text that is the query itself has about 1."""
+    """What it is ranked by: the similarity, and if words count too, more for those that it shares with the query."""
+    similarity: float
+    """The inner product of the vectors, as a part of the query's with itself."""
     memory: MemoryID
     leaf: bytes
     """The hash that names it, by which it may be revoked."""
@@ -139,8 +123,15 @@ class Directory(Protocol):
     @property
     def memory(self) -> MemoryID: ...
 
+    @property
+    def nodes(self) -> Collection[NodeInfo]:
+        """Those that host what was searched lately."""
+
     def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
         """The texts' vectors, [Q, D], and how near they are to each cell, [Q, C]. For any thread."""
+
+    def rarity(self, words: Iterable[str]) -> list[float]:
+        """How rare each word is in the memory."""
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         """The `count` cells nearest to each query that others than `avoided` host. Raises UnreachableError."""
@@ -149,113 +140,24 @@ class Directory(Protocol):
         """The newest manifest that its publisher signed, after a look. Raises UnreachableError."""
 
 
-class MemoryCaller(Protocol):
-    """Calls hosts."""
-
-    async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
-        """The reply. Raises ExpertError."""
-
-
-class RetrieverMetrics:
-    """What one peer counts of its searches."""
-
-    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
-        def counter(name: str, description: str, *labels: str) -> Counter:
-            return Counter(f"talkoot_retriever_{name}", description, labels, registry=metrics)
-
-        self.queries = counter("queries", "Queries to memories.")
-        self.seconds = Histogram(
-            "talkoot_retriever_seconds",
-            "Duration of a search, which may be of many queries.",
-            buckets=SECONDS,
-            registry=metrics,
-        )
-        self.calls = counter("calls", "Calls to hosts of memories, by method.", "method")
-        start_at_zero(self.calls, "Search", "Read")
-        self.failures = counter("failures", "Calls to hosts that failed, by gRPC status.", "cause")
-        self.hedged_calls = counter(
-            "hedged_calls", "Calls whose shards were asked from another replica, too."
-        )
-        self.lies = counter("lies", "Answers of hosts that were not true.", "kind")
-        start_at_zero(self.lies, "malformed", "false", "omission")
-        self.checks = counter("checks", "Queries of which a second replica was asked.")
-
-
-def choose_hosts(wanted: Mapping[H, Collection[PeerID]], rng: random.Random) -> dict[PeerID, list[H]]:
-    """Few hosts that have all that is wanted, as far as anybody has it: the host of most goes first, of several any."""
-    left = {item: hosts for item, hosts in wanted.items() if hosts}
-    chosen: dict[PeerID, list[H]] = {}
-    while left:
-        count = Counts(host for hosts in left.values() for host in hosts)
-        most = max(count.values())
-        host = rng.choice(sorted(host for host, number in count.items() if number == most))
-        chosen[host] = [item for item, hosts in left.items() if host in hosts]
-        for item in chosen[host]:
-            del left[item]
-    return chosen
-
-
-def quick_hosts(hosts: Collection[PeerID], times_s: Mapping[PeerID, float]) -> list[PeerID]:
-    """Those that are not much slower than another one. `times_s`: how long they took lately, as far as it is known."""
-    quickest = min((times_s[host] for host in hosts if host in times_s), default=0.0)
-    return [host for host in hosts if times_s.get(host, 0.0) <= _SLOWER * quickest + _SLOWER_BY_S]
-
-
-class _Pace:
-    """How long calls of one kind took lately."""
-
-    def __init__(self) -> None:
-        self.calls = CallTimes()
-        self._hosts = BoundedDict[PeerID, tuple[float, float]](_HOSTS)
-        """Seconds, and when that was."""
-
-    def note(self, host: PeerID, seconds: float, now: float, *, is_finished: bool) -> None:
-        if is_finished:
-            self.calls.add(seconds)
-        else:
-            self.calls.add_unfinished(seconds)
-        before = self.of_hosts(now).get(host, seconds)
-        # one call that hangs is enough to be passed over for a while
-        self._hosts[host] = (before + seconds) / 2 if is_finished else max(before, _HANGING * seconds), now
-
-    def of_hosts(self, now: float) -> dict[PeerID, float]:
-        return {host: seconds for host, (seconds, at) in self._hosts.items() if now - at < _SLOW_FOR_S}
-
-
-@dataclass
-class _Sent:
-    """A call under way."""
-
-    items: list[Any]
-    late_at: float
-    is_late: bool = False
-
-
 class Retriever:
     """Searches one memory. For one event loop; close it when done."""
 
     def __init__(
         self,
         directory: Directory,
-        caller: MemoryCaller,
+        calls: HostCalls,
         swarm_id: str,
         *,
-        guard: ParseGuard | None = None,
-        metrics: RetrieverMetrics | None = None,
         rng: random.Random | None = None,
         checked_share: float = CHECKED_SHARE,
     ) -> None:
         """`checked_share`: of the queries, asked from a second replica, too."""
         self.directory = directory
-        self.breakers = CircuitBreakers()
-        self.metrics = metrics or RetrieverMetrics()
-        self._caller = caller
+        self.calls = calls
         self._swarm_id = swarm_id
-        self._guard = guard or ParseGuard()
         self._rng = rng or random.SystemRandom()
         self._checked_share = checked_share
-        self._policy = WaitPolicy(_CALL_DEADLINE_S, 0.0, 1, _LEAST_DEADLINE_S)
-        self._paces: dict[tuple[Method, bool], _Pace] = {}
         self._kept = BoundedDict[Place, Proven](_KEPT)
         self._checks = TaskSet()
 
@@ -263,27 +165,38 @@ class Retriever:
         await self._checks.aclose()
 
     async def search(
-        self, texts: Sequence[str], k: int = 10, cells: int = 8, deadline_s: float = _DEADLINE_S
+        self,
+        texts: Sequence[str],
+        k: int = 10,
+        cells: int = 8,
+        *,
+        by_words: bool = True,
+        deadline_s: float = _DEADLINE_S,
     ) -> list[SearchResult]:
         """The k best passages for each text, among those in the cells nearest to it.
 
+        `by_words`: the words that a passage shares with the text count, too; then three times as many are read.
         `deadline_s`: for each 256 texts; what is not found by then is left out. Raises DataError for a text that is
         too long, and UnreachableError if the DHT does not answer.
         """
         check_query(texts, k, cells)
         results: list[SearchResult] = []
+        wanted = min(_CANDIDATES * k, MOST_WANTED) if by_words else k
         for at in range(0, len(texts), MOST_QUERIES):
             some = texts[at : at + MOST_QUERIES]
             vectors_QD, scores_QC = await asyncio.to_thread(self.directory.encode, some)
-            results += await self.search_vectors(vectors_QD, scores_QC, k, cells, deadline_s)
+            found = await self.search_vectors(vectors_QD, scores_QC, wanted, cells, deadline_s)
+            if by_words:
+                found = await asyncio.to_thread(self._by_words, some, found, k)
+            results += found
         return results
 
     async def search_vectors(
         self, vectors_QD: Vectors, scores_QC: Floats, k: int, cells: int, deadline_s: float = _DEADLINE_S
     ) -> list[SearchResult]:
         """The same for at most 256 vectors, and how near they are to each cell."""
-        began = _now()
-        self.metrics.queries.inc(len(vectors_QD))
+        began = loop_time()
+        self.calls.metrics.queries.inc(len(vectors_QD))
         results = [SearchResult((), is_understood=False)] * len(vectors_QD)
         rows = np.flatnonzero(vectors_QD.any(axis=1))
         if len(rows):
@@ -291,26 +204,15 @@ class Retriever:
             found = await search.run(scores_QC[rows], cells)
             for row, result in zip(rows.tolist(), found, strict=True):
                 results[row] = result
-        self.metrics.seconds.observe(_now() - began)
+        self.calls.metrics.seconds.observe(loop_time() - began)
         return results
-
-    def avoided(self) -> frozenset[PeerID]:
-        """The hosts to leave alone now."""
-        return self.breakers.open_at(_now())
-
-    def distrust(self, host: PeerID, kind: Literal["malformed", "false", "omission"], said: str) -> None:
-        """The host answered what no honest one does: it is not asked for a while."""
-        if host not in self.avoided():
-            self.metrics.lies.labels(kind).inc()
-            logger.warning("host %s of memory %s: %s: banned for a while", host, self.directory.memory, said)
-        self.breakers.distrust(host, _now())
 
     async def ask(self, ask: Ask, vectors_QD: Vectors, node: NodeInfo, ends: float) -> Answer:
         """Raises ExpertError."""
         request = ask.request(self._swarm_id, PROTOCOL_VERSION, str(self.directory.memory), vectors_QD)
-        is_large = len(ask.sent) > _MANY
+        is_large = len(ask.sent) > MANY
         parse = partial(ask.parse, host=node.peer_id)
-        return await self._call(
+        return await self.calls.call(
             node, "Search", request, is_large, parse, lambda answer: bool(answer.present), ends
         )
 
@@ -329,9 +231,9 @@ class Retriever:
                 memory_pb2.ShardPositions(root=root, positions=positions) for root, positions in asked.items()
             ],
         )
-        is_large = len(places) > _MANY
+        is_large = len(places) > MANY
         parse = partial(parse_passages, asked=asked, manifest=manifest, host=node.peer_id)
-        found = await self._call(node, "Read", request, is_large, parse, bool, ends)
+        found = await self.calls.call(node, "Read", request, is_large, parse, bool, ends)
         for place, proven in found.items():
             self._kept[place] = proven
         return found
@@ -341,133 +243,22 @@ class Retriever:
         found = ((place, self._kept.get(place)) for place in places)
         return {place: proven for place, proven in found if proven is not None}
 
-    async def spread(
-        self,
-        wanted: Mapping[H, Sequence[Collection[PeerID]]],
-        call: Callable[[PeerID, list[H]], Awaitable[Collection[H]]],
-        kind: tuple[Method, bool],
-        most: int,
-        ends: float,
-    ) -> set[H]:
-        """Gets each item from one of its hosts, from another one if that fails, and from both if it is late.
-
-        `wanted`: hosts, those that are asked first in front. `call` returns those of the items that it got. `most`:
-        items in one call. Returns the items that nobody gave.
-        """
-        pace = self._pace(kind)
-        tried: dict[H, set[PeerID]] = {item: set() for item in wanted}
-        left = set(wanted)
-        sent: dict[asyncio.Task[Collection[H]], _Sent] = {}
-
-        def send(items: Iterable[H]) -> None:
-            avoided, times_s, fit = self.avoided(), pace.of_hosts(_now()), dict[H, list[PeerID]]()
-            for item in items:
-                free = [
-                    [host for host in hosts if host not in avoided and host not in tried[item]]
-                    for hosts in wanted[item]
-                ]
-                quick = quick_hosts({host for hosts in free for host in hosts}, times_s)
-                fit[item] = next((some for hosts in free if (some := [h for h in hosts if h in quick])), [])
-            late_at = _now() + self._policy.hedge_after_s(pace.calls)
-            for host, group in choose_hosts(fit, self._rng).items():
-                for at in range(0, len(group), most):
-                    part = group[at : at + most]
-                    for item in part:
-                        tried[item].add(host)
-                    sent[asyncio.create_task(_tolerate(call(host, part)))] = _Sent(part, late_at)
-
-        try:
-            send(left)
-            while left and sent and (now := _now()) < ends:
-                due = min((s.late_at for s in sent.values() if not s.is_late), default=ends)
-                done, _ = await asyncio.wait(
-                    sent, timeout=max(0.0, min(due, ends) - now), return_when=asyncio.FIRST_COMPLETED
-                )
-                again: dict[H, None] = {}
-                for task in done:
-                    items = sent.pop(task).items
-                    left.difference_update(task.result())
-                    again |= dict.fromkeys(items)
-                for late in sent.values():
-                    if not late.is_late and late.late_at <= _now():
-                        late.is_late = True
-                        self.metrics.hedged_calls.inc()
-                        again |= dict.fromkeys(late.items)
-                send(item for item in again if item in left)
-        finally:
-            for task in sent:
-                task.cancel()
-            await asyncio.gather(*sent, return_exceptions=True)
-        return left
-
     def check_later(self, search: "_Search") -> None:
         """Draws queries of a search, and asks second replicas for them in the background."""
         drawn = [query for query in range(search.count) if self._rng.random() < self._checked_share]
         if drawn and search.answers and len(self._checks) < _CHECKS_AT_ONCE:
-            self.metrics.checks.inc(len(drawn))
+            self.calls.metrics.checks.inc(len(drawn))
             self._checks.spawn(self._check(search, drawn), "check what hosts of a memory answered")
+
+    def _by_words(self, texts: Sequence[str], results: Sequence[SearchResult], k: int) -> list[SearchResult]:
+        return [
+            replace(result, hits=ranked_by_words(text, result.hits, self.directory.rarity)[:k])
+            for text, result in zip(texts, results, strict=True)
+        ]
 
     async def _check(self, search: "_Search", drawn: Sequence[int]) -> None:
         with suppress(UnreachableError):
             await search.check(drawn)
-
-    async def _call(
-        self,
-        node: NodeInfo,
-        method: Method,
-        request: Any,
-        is_large: bool,
-        parse: Callable[[Any], T],
-        has_any: Callable[[T], bool],
-        ends: float,
-    ) -> T:
-        host, pace, began = node.peer_id, self._pace((method, is_large)), _now()
-        self.metrics.calls.labels(method).inc()
-        deadline_s = min(self._policy.deadline_s(pace.calls), ends - began)
-        try:
-            reply = await self._call_patiently(node, method, request, began + deadline_s)
-            with self._guard.guarding("memory", host, WireError):
-                parsed = await asyncio.to_thread(parse, reply) if is_large else parse(reply)
-        except WireError as error:
-            self.metrics.failures.labels("data_loss").inc()
-            self.distrust(host, "malformed", str(error))
-            raise ExpertError(StatusCode.DATA_LOSS, str(error)) from error
-        except ExpertError as error:
-            self.metrics.failures.labels(error.status.name.lower()).inc()
-            quickly = error.status in _QUICK and _now() - began < deadline_s / 2
-            self.breakers.failed(host, _now(), quickly=quickly)
-            if error.status is StatusCode.DEADLINE_EXCEEDED:
-                pace.note(host, _now() - began, _now(), is_finished=False)
-            logger.debug(
-                "host %s of memory %s: %s: %s", host, self.directory.memory, error.status.name, error
-            )
-            raise
-        except asyncio.CancelledError:
-            pace.note(host, _now() - began, _now(), is_finished=False)
-            raise
-        pace.note(host, _now() - began, _now(), is_finished=True)
-        if has_any(parsed):
-            self.breakers.succeeded(host)
-        else:  # it announced something that it does not have
-            self.breakers.failed(host, _now(), quickly=True)
-        return parsed
-
-    async def _call_patiently(self, node: NodeInfo, method: Method, request: Any, ends: float) -> Any:
-        """Tries again, while there is time, if the host is busy. Raises ExpertError."""
-        for tries_left in reversed(range(_BUSY_TRIES)):
-            try:
-                return await self._caller.call(node, method, request, max(ends - _now(), 0.001))
-            except ExpertError as error:
-                pause_s = (error.retry_after_s or _BUSY_S) * self._rng.uniform(1.0, 1.5)
-                if error.status is not StatusCode.RESOURCE_EXHAUSTED or not tries_left:
-                    raise
-                if _now() + pause_s > ends:
-                    raise
-            await asyncio.sleep(pause_s)
-        raise AssertionError("the last try returns or raises")
-
-    def _pace(self, kind: tuple[Method, bool]) -> _Pace:
-        return self._paces.setdefault(kind, _Pace())
 
 
 class _Search:
@@ -483,7 +274,7 @@ class _Search:
         self._k = k
         self._began = began
         self._deadline_s = deadline_s
-        self._is_large = len(vectors_QD) > _MANY
+        self._is_large = len(vectors_QD) > MANY
         self._located: Located
         self._asked: dict[bytes, set[PeerID]] = defaultdict(set)
         """By root, the hosts that were asked."""
@@ -492,7 +283,12 @@ class _Search:
 
     async def run(self, scores_QC: Floats, cells: int) -> list[SearchResult]:
         retriever, ends = self._retriever, self._began + self._deadline_s
-        self._located = located = await retriever.directory.locate(scores_QC, cells, retriever.avoided())
+        try:
+            async with asyncio.timeout_at(ends):
+                located = await retriever.directory.locate(scores_QC, cells, retriever.calls.avoided())
+        except TimeoutError:
+            raise UnreachableError(f"the DHT did not answer within {self._deadline_s:.0f} s") from None
+        self._located = located
         for query, chosen in enumerate(located.cells):
             for cell in chosen:
                 for shard in located.manifest.by_cell.get(cell, ()):
@@ -510,9 +306,11 @@ class _Search:
             unproven = await self._off_loop(findings.unproven)
             new = findings.liars - doubtful
             for liar in new:
-                retriever.distrust(liar, "false", "claimed passages that are not there, or wrong scores")
+                retriever.calls.distrust(
+                    liar, "false", "claimed passages that are not there, or wrong scores"
+                )
             if not new:
-                if not unproven or _now() >= ends:
+                if not unproven or loop_time() >= ends:
                     break
                 new = await self._read(unproven, findings, ends) - doubtful
             doubtful |= new
@@ -524,7 +322,7 @@ class _Search:
 
     async def check(self, drawn: Sequence[int]) -> None:
         """Asks second replicas for these queries, and finds who left something out. Raises UnreachableError."""
-        ends = _now() + self._deadline_s
+        ends = loop_time() + self._deadline_s
         wanted: dict[tuple[bytes, PeerID], list[Collection[PeerID]]] = {}
         for answer in self.answers:
             for root in answer.present:
@@ -538,7 +336,7 @@ class _Search:
             second.append(answer)
             return [item for item in items if item[0] in answer.present]
 
-        await self._retriever.spread(wanted, call, ("Search", False), MOST_SHARDS, ends)
+        await self._retriever.calls.spread(wanted, call, ("Search", False), MOST_SHARDS, ends)
         suspects: dict[tuple[int, Claim], set[PeerID]] = {}
         for query in drawn:
             for one in self.answers:
@@ -570,18 +368,18 @@ class _Search:
             findings.prove(found)
             return found.keys()
 
-        await retriever.spread(places, call, ("Read", False), _READ_AT_ONCE, ends)
+        await retriever.calls.spread(places, call, ("Read", False), _READ_AT_ONCE, ends)
         for (query, claim), silent in by_claim:
             proven = findings.proven.get(claim.place)
             if proven is None or proven.leaf in manifest.revoked:
                 continue
             if not agrees(claim, proven, self._vectors_QD[query]):
-                retriever.distrust(
+                retriever.calls.distrust(
                     claim.host, "false", "claimed a passage that is not there, or a wrong score"
                 )
                 continue
             for host in silent:
-                retriever.distrust(host, "omission", f"left out the passage {proven.leaf.hex()[:16]}")
+                retriever.calls.distrust(host, "omission", f"left out the passage {proven.leaf.hex()[:16]}")
 
     async def _ask(self, roots: Collection[bytes], findings: Findings, ends: float) -> None:
         """Asks for the best passages in these shards, each of a host that was not asked before."""
@@ -600,7 +398,7 @@ class _Search:
             findings.prove(self._retriever.kept(places))
             return answer.present
 
-        await self._retriever.spread(hosts, call, ("Search", self._is_large), MOST_SHARDS, ends)
+        await self._retriever.calls.spread(hosts, call, ("Search", self._is_large), MOST_SHARDS, ends)
 
     def _without_answer(self, doubtful: Collection[PeerID]) -> set[bytes]:
         """The shards in which none but these hosts has looked."""
@@ -635,8 +433,8 @@ class _Search:
         hosts = {
             place: [claimants, located.hosts.get(place.root, ())] for place, claimants in unproven.items()
         }
-        kind: tuple[Method, bool] = ("Read", len(hosts) > _MANY)
-        given_up = await self._retriever.spread(hosts, call, kind, _READ_AT_ONCE, ends)
+        kind: Kind = ("Read", len(hosts) > MANY)
+        given_up = await self._retriever.calls.spread(hosts, call, kind, _READ_AT_ONCE, ends)
         findings.give_up(given_up)
         return set[PeerID]().union(*(unproven[place] for place in given_up))
 
@@ -648,7 +446,7 @@ class _Search:
         for query, vector_D in enumerate(self._vectors_QD):
             whole = float(vector_D.astype(np.int64) @ vector_D.astype(np.int64))
             hits = tuple(
-                Hit(proven.passage, score / whole, memory, proven.leaf, proven.reader)
+                Hit(proven.passage, score / whole, score / whole, memory, proven.leaf, proven.reader)
                 for score, proven in findings.results(query)
             )
             missing = [
@@ -663,12 +461,30 @@ class _Search:
         return await asyncio.to_thread(function) if self._is_large else function()
 
 
-async def _tolerate(call: Awaitable[Collection[H]]) -> Collection[H]:
-    """Nothing, if the call fails."""
-    try:
-        return await call
-    except ExpertError:
-        return ()
+def ranked_by_words(
+    text: str, hits: Sequence[Hit], rarity: Callable[[Iterable[str]], list[float]]
+) -> tuple[Hit, ...]:
+    """The hits by their similarity and by the words that they share with the text, the rare ones above all.
+
+    What is added to the similarity is a part of `_WORDS`: BM25 against what it would be at most.
+    """
+    words = sorted(set(words_of(text)))
+    weights = dict(zip(words, rarity(words), strict=True))
+    whole = sum(weights.values())
+    if not whole or not hits:
+        return tuple(hits)
+    counts = [Counter(words_of(hit.passage.text)) for hit in hits]
+    mean = sum(count.total() for count in counts) / len(counts) or 1.0
+    scored = []
+    for hit, count in zip(hits, counts, strict=True):
+        length = _SATURATION * (1 - _LENGTH + _LENGTH * count.total() / mean)
+        shared = sum(
+            weight * times * (_SATURATION + 1) / (times + length)
+            for word, weight in weights.items()
+            if (times := count[word])
+        )
+        scored.append(replace(hit, score=hit.similarity + _WORDS * shared / whole))
+    return tuple(sorted(scored, key=lambda hit: -hit.score))
 
 
 def check_query(texts: Sequence[str], k: int, cells: int) -> None:
@@ -680,7 +496,3 @@ def check_query(texts: Sequence[str], k: int, cells: int) -> None:
     longest = max(map(len, texts), default=0)
     if longest > MOST_CHARACTERS:
         raise DataError(f"a question of {longest} characters: shorten it to {MOST_CHARACTERS}")
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

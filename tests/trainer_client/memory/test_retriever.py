@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -11,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_samples import MEMORY, SWARM, Lie, SampleHost, SampleMemory, SampleSwarm, peer_ids
 
+from dht.memory import Passage
 from peer.errors import DataError
 from peer.metrics import total
+from trainer_client.memory.calls import HostCalls, choose_hosts, quick_hosts
 from trainer_client.memory.retriever import (
     MOST_CHARACTERS,
     MOST_WANTED,
+    Hit,
     Retriever,
     SearchResult,
     check_query,
-    choose_hosts,
-    quick_hosts,
+    ranked_by_words,
 )
 
 K, CELLS = 5, 3
@@ -40,7 +43,10 @@ DISHONEST: tuple[Lie, ...] = (
 
 
 def retriever_of(swarm: SampleSwarm, checked_share: float = 0.0, seed: int = 0) -> Retriever:
-    return Retriever(swarm, swarm, SWARM, rng=random.Random(seed), checked_share=checked_share)
+    rng = random.Random(seed)
+    return Retriever(
+        swarm, HostCalls(swarm, str(MEMORY), rng=rng), SWARM, rng=rng, checked_share=checked_share
+    )
 
 
 def swarm_of(memory: SampleMemory, *lies: Lie | None, after_s: float = 0.01) -> SampleSwarm:
@@ -75,7 +81,7 @@ def check_sound(memory: SampleMemory, numbers: list[int], results: list[SearchRe
             assert hit.leaf == hit.passage.leaf(memory.vectors_ND[hit.passage.offset].tobytes())
             assert hit.memory == MEMORY
             scores.append(int(query_D @ vector_D))
-            assert hit.score == pytest.approx(scores[-1] / int(query_D @ query_D))
+            assert hit.score == hit.similarity == pytest.approx(scores[-1] / int(query_D @ query_D))
         assert scores == sorted(scores, reverse=True)
         assert len({hit.leaf for hit in result.hits}) == len(result.hits) <= K
 
@@ -119,7 +125,7 @@ def test_passages_of_honest_replicas_are_found_beside_any_liars(
             for number, result in zip(numbers, results, strict=True):
                 assert texts_of(result) == best_texts(memory, swarm, number)
                 assert not result.missing
-        banned = retriever.breakers.banned(runner.get_loop().time())
+        banned = retriever.calls.breakers.banned(runner.get_loop().time())
     assert banned <= sum(lie in DISHONEST for lie in lies)
 
 
@@ -145,7 +151,7 @@ def test_whatever_hosts_answer_all_that_is_found_is_proven(
 
 
 async def avoided_by(retriever: Retriever) -> frozenset[object]:
-    return frozenset(retriever.avoided())
+    return frozenset(retriever.calls.avoided())
 
 
 @pytest.mark.parametrize("lie", DISHONEST)
@@ -162,7 +168,7 @@ def test_a_liar_is_asked_once_and_then_avoided(lie: Lie) -> None:
             assert texts_of(searched(runner, retriever, [number])[0]) == best_texts(memory, swarm, number)
         assert runner.run(avoided_by(retriever)) == {liar}
     assert len(swarm.hosts[liar].calls) == calls <= 2
-    assert total(retriever.metrics.lies) == 1
+    assert total(retriever.calls.metrics.lies) == 1
 
 
 @pytest.mark.parametrize("lie", OMISSIONS)
@@ -178,7 +184,7 @@ def test_whoever_leaves_passages_out_is_noticed_within_a_thousand_queries(lie: L
             if runner.run(avoided_by(retriever)):
                 break
         assert runner.run(avoided_by(retriever)) == {omitter}
-    assert total(retriever.metrics.lies) == 1
+    assert total(retriever.calls.metrics.lies) == 1
 
 
 def test_leaving_out_what_the_newest_revision_revokes_is_no_omission() -> None:
@@ -322,3 +328,33 @@ def test_a_host_that_is_much_slower_than_another_is_passed_over() -> None:
     assert quick_hosts([a, b], {a: 0.14, b: 0.1}) == [a, b]
     assert quick_hosts([a], {a: 2.0}) == [a]
     assert quick_hosts([], {a: 2.0}) == []
+
+
+def a_hit(text: str, similarity: float) -> Hit:
+    passage = Passage(text, "", "", 0, "")
+    return Hit(passage, similarity, similarity, MEMORY, b"", peer_ids(1)[0])
+
+
+def rarities(words: Iterable[str]) -> list[float]:
+    return [{"the": 0.1, "sauna": 5.0}.get(word, 1.0) for word in words]
+
+
+def test_rare_words_that_a_passage_shares_with_the_query_raise_its_rank() -> None:
+    hits = [a_hit("the the the", 0.5), a_hit("a SAUNA.", 0.45), a_hit("nothing", 0.48)]
+    ranked = ranked_by_words("The sauna", hits, rarities)
+    assert [hit.passage.text for hit in ranked] == ["a SAUNA.", "the the the", "nothing"]
+    assert ranked[2].score == ranked[2].similarity == 0.48
+
+
+@given(
+    text=st.text("ab sauna", max_size=20),
+    passages=st.lists(st.tuples(st.text("ab sauna", max_size=20), st.floats(-1, 1)), max_size=5),
+)
+def test_ranking_by_words_keeps_all_hits_and_adds_a_bounded_part(
+    text: str, passages: list[tuple[str, float]]
+) -> None:
+    hits = [a_hit(*passage) for passage in sorted(passages, key=lambda passage: -passage[1])]
+    ranked = ranked_by_words(text, hits, rarities)
+    assert sorted(hit.passage.text for hit in ranked) == sorted(hit.passage.text for hit in hits)
+    assert [hit.score for hit in ranked] == sorted((hit.score for hit in ranked), reverse=True)
+    assert all(0 <= hit.score - hit.similarity <= 0.25 * 2.2 for hit in ranked)

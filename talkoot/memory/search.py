@@ -1,0 +1,158 @@
+"""`talkoot search`: finds passages in a memory of a swarm, and shows them with their sources."""
+
+import asyncio
+import tempfile
+import textwrap
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from dht.admission import Role
+from dht.announcements import NodeInfo
+from dht.invites import Invite, invite_of
+from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MAX_TEXT_CHARACTERS, MemoryID
+from dht.swarm import join_swarm
+from peer.errors import DataError, LibraryError
+from peer.formatting import counted, printable
+from peer.host import NetworkConfig
+from peer.identity import Identity
+from peer.loop import new_loop
+from talkoot.signals import run_until_stopped
+from talkoot.terminal import Terminal, to_json
+from trainer_client.memory.memories import Memories
+from trainer_client.memory.retriever import Hit, SearchResult, check_query
+
+_CHANNELS = 64
+_WIDEST = 100
+"""Columns of text."""
+_INDENT = "   "
+_ROLES = (Role.READER, Role.TRAINER, Role.NODE, Role.LIBRARIAN)
+"""Any invite will do."""
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What is to be found."""
+
+    question: str
+    memory: str | None
+    """Its name or id; None: the only one of the swarm."""
+    k: int
+    cells: int
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What was found, and where."""
+
+    memory: MemoryID
+    result: SearchResult
+    nodes: Collection[NodeInfo]
+    seconds: float
+    """Of the search alone."""
+
+
+def run_search(terminal: Terminal, join: str | None, request: SearchRequest) -> None:
+    """Prints the passages. Raises UserError when none can be found."""
+    if not request.question.strip():
+        raise DataError('ask something, such as: talkoot search --join INVITE "how are lists sorted?"')
+    check_query([request.question], request.k, request.cells)
+    invite = invite_of(join)
+    with (
+        tempfile.TemporaryDirectory(prefix="talkoot-search-") as folder,
+        asyncio.Runner(loop_factory=new_loop) as runner,
+    ):
+        answer = runner.run(run_until_stopped(_search(terminal, invite, Path(folder), request)))
+    _check(answer)
+    if terminal.json:
+        terminal.line(to_json(_to_dict(request, answer)))
+    else:
+        _show(terminal, answer)
+
+
+async def _search(terminal: Terminal, invite: Invite, folder: Path, request: SearchRequest) -> _Answer:
+    with terminal.stages("making ready") as stage:
+        # a temporary identity, so that it works beside a node or a trainer
+        identity = Identity.load_or_create(folder / "identity.key")
+        config = NetworkConfig("127.0.0.1", serves_dht=False)
+        swarm = await join_swarm(identity, invite, config, roles=_ROLES, stage=stage)
+        channels = swarm.host.channels(_CHANNELS)
+        memories = Memories(swarm, channels, platformdirs.user_cache_path("talkoot") / "memories")
+        try:
+            retriever = await memories.open(request.memory, stage)
+            stage(f"searching {retriever.directory.memory}")
+            began = time.monotonic()
+            (result,) = await retriever.search([request.question], request.k, request.cells)
+            seconds = time.monotonic() - began
+            return _Answer(retriever.directory.memory, result, retriever.directory.nodes, seconds)
+        finally:
+            await memories.close()
+            await channels.close()
+            await swarm.stop()
+
+
+def _check(answer: _Answer) -> None:
+    """Raises UserError if nothing was found."""
+    result = answer.result
+    if not result.is_understood:
+        raise DataError(
+            f"memory {answer.memory} knows no word of this question: ask in the words and the language of its passages"
+        )
+    if not result.hits and result.missing:
+        raise LibraryError(
+            f"no live host of memory {answer.memory} answered: wait until a node that hosts it is back; "
+            "`talkoot memory list` shows how many there are"
+        )
+    if not result.hits:
+        raise LibraryError(f"memory {answer.memory} has no passages near this question")
+
+
+def _show(terminal: Terminal, answer: _Answer) -> None:
+    names = {node.peer_id: node.name for node in answer.nodes if node.name}
+    width = min(terminal.out.width, _WIDEST)
+    for number, hit in enumerate(answer.result.hits, 1):
+        passage = hit.passage
+        title = printable(passage.title, MAX_LABEL_CHARACTERS) or "(no title)"
+        terminal.line(f"{number}. {title}")
+        about = (
+            printable(passage.source, MAX_LABEL_CHARACTERS),
+            printable(passage.license, MAX_LICENSE_CHARACTERS) or "licence not given",
+            f"score {hit.score:.3f}",
+            f"served by {names.get(hit.served_by, hit.served_by)}",
+        )
+        terminal.line(_INDENT + " · ".join(text for text in about if text))
+        text = printable(passage.text, MAX_TEXT_CHARACTERS)
+        terminal.line(textwrap.fill(text, width, initial_indent=_INDENT, subsequent_indent=_INDENT) + "\n")
+    missing = len(answer.result.missing)
+    gap = f"; nobody answered for {counted(missing, 'cell')} near the question" if missing else ""
+    found = counted(len(answer.result.hits), "passage")
+    terminal.line(f"{found} of memory {answer.memory} in {answer.seconds:.2f} s{gap}")
+
+
+def _to_dict(request: SearchRequest, answer: _Answer) -> dict[str, Any]:
+    return {
+        "question": request.question,
+        "memory": str(answer.memory),
+        "seconds": answer.seconds,
+        "missing_cells": [list(cell) for cell in answer.result.missing],
+        "passages": [_hit_dict(hit) for hit in answer.result.hits],
+    }
+
+
+def _hit_dict(hit: Hit) -> dict[str, Any]:
+    passage = hit.passage
+    return {
+        "title": passage.title,
+        "source": passage.source,
+        "offset": passage.offset,
+        "license": passage.license,
+        "text": passage.text,
+        "score": hit.score,
+        "similarity": hit.similarity,
+        "hash": hit.leaf.hex(),
+        "served_by": str(hit.served_by),
+    }

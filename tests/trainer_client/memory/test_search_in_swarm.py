@@ -1,0 +1,180 @@
+"""Searches in a real swarm: DHT, TLS and gRPC on this machine."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_samples import SampleMemory
+from memory_swarm import MemorySwarm
+
+from peer.errors import LibraryError, UnreachableError
+from peer.loop import LoopThread
+from peer.metrics import total
+from trainer_client.memory.memories import Memory
+from trainer_client.memory.retriever import SearchResult
+
+WORDS = SampleMemory.with_words()
+LIMIT_S = 120.0
+
+Play = Callable[[Callable[[MemorySwarm], Coroutine[Any, Any, None]]], None]
+
+
+@pytest.fixture
+def play(loop: LoopThread, tmp_path: Path) -> Play:
+    def run(scenario: Callable[[MemorySwarm], Coroutine[Any, Any, None]]) -> None:
+        async def in_swarm() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                await scenario(await MemorySwarm.found(stack, tmp_path, WORDS))
+
+        loop.run(in_swarm(), LIMIT_S)
+
+    return run
+
+
+def expected(memory: SampleMemory, number: int, k: int) -> list[int]:
+    """The scores of a whole search for a passage of the memory."""
+    query_D = memory.vectors_ND[number]
+    return [score for score, _ in memory.best(query_D, memory.manifest.by_cell, k)]
+
+
+def check_whole(memory: SampleMemory, number: int, result: SearchResult, k: int = 5) -> None:
+    query_D = memory.vectors_ND[number].astype(int)
+    assert not result.missing
+    scores = [round(hit.similarity * int(query_D @ query_D)) for hit in result.hits]
+    assert scores == expected(memory, number, k)
+    assert all(hit.passage in memory.passages for hit in result.hits)
+
+
+def test_a_memory_is_searched_where_its_shards_are(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        roots = sorted(WORDS.files)
+        await swarm.host(roots[::2])
+        await swarm.host(roots[1::2])
+        retriever = await (await swarm.searcher()).open("docs")
+        numbers = list(range(0, 120, 3))
+        texts = [WORDS.passages[number].text for number in numbers]
+        results = await retriever.search([*texts, "nothing known"], 5, 100, by_words=False)
+        for number, result in zip(numbers, results, strict=False):
+            check_whole(WORDS, number, result)
+        assert results[-1] == SearchResult((), is_understood=False)
+        # one call to each host for all queries, and one to read
+        assert total(retriever.calls.metrics.calls, method="Search") == 2
+
+    play(scenario)
+
+
+def test_a_query_that_is_a_passage_finds_it_first(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        await swarm.host()
+        memories = await swarm.searcher()
+        retriever = await memories.open()
+        assert await memories.open(str(swarm.memory_id)) is retriever
+        (result,) = await retriever.search([WORDS.passages[7].text], 3, 4)
+        assert result.hits[0].passage == WORDS.passages[7]
+        assert result.hits[0].served_by == swarm.hosts[0].swarm.host.peer_id
+
+    play(scenario)
+
+
+def test_half_of_the_hosts_die_and_no_query_fails(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        roots = sorted(WORDS.files)
+        rng = random.Random(0)
+        rng.shuffle(roots)
+        half = len(roots) // 2
+        for part in (roots[:half], roots[half:], roots[:half], roots[half:]):
+            await swarm.host(part)
+        retriever = await (await swarm.searcher()).open()
+
+        async def check(number: int) -> None:
+            text = WORDS.passages[number].text
+            (result,) = await retriever.search([text], 5, 100, by_words=False)
+            check_whole(WORDS, number, result)
+
+        for number in range(40):
+            await check(number)
+        await swarm.hosts[0].stop()
+        await swarm.hosts[3].stop()
+        for number in range(40, 80):
+            await check(number)
+
+    play(scenario)
+
+
+def test_a_new_revision_is_followed_and_what_it_revokes_is_never_returned(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        host = await swarm.host()
+        retriever = await (await swarm.searcher()).open()
+        text = WORDS.passages[7].text
+        (result,) = await retriever.search([text], 3, 100)
+        assert result.hits[0].passage == WORDS.passages[7]
+        newer = WORDS.revoking(7)
+        await swarm.publish(newer)
+        # nobody has the new manifest yet: the old revision stays
+        with pytest.raises(UnreachableError, match="revision 2"):
+            await retriever.directory.follow()
+        (store,) = host.servicer._stores.values()
+        await asyncio.to_thread(store.follow, newer.manifest.serialize())
+        assert (await retriever.directory.follow()).revision == 2
+        (result,) = await retriever.search([text], 3, 100)
+        assert len(result.hits) == 3
+        assert WORDS.passages[7] not in [hit.passage for hit in result.hits]
+
+    play(scenario)
+
+
+def test_an_index_is_fetched_once_and_kept_on_disk(play: Play, tmp_path: Path) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        host = await swarm.host()
+        memories = await swarm.searcher()
+        await memories.open()
+        kept = sorted(path.name for path in (tmp_path / "searcher0").iterdir())
+        assert len(kept) == 3
+        await host.stop()
+        # the same folder, another peer: everything is there, though nobody could give it
+        again = await swarm.searcher(0 + 1)
+        again._cache = memories._cache
+        await again.open()
+        # a file that was changed is not believed
+        (tmp_path / "searcher0" / kept[0]).write_bytes(b"changed")
+        third = await swarm.searcher(2)
+        third._cache = memories._cache
+        with pytest.raises(LibraryError, match="no live host"):
+            await third.open()
+
+    play(scenario)
+
+
+def test_who_names_no_memory_or_a_wrong_one_hears_which_there_are(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        memories = await swarm.searcher()
+        with pytest.raises(LibraryError, match=f"no memory 'dosc'.*{swarm.memory_id}"):
+            await memories.open("dosc")
+        with pytest.raises(LibraryError, match="no live host of memory docs"):
+            await memories.open()
+        await swarm.publish()
+        with pytest.raises(LibraryError, match="talkoot memory publish"):
+            await memories.open("docs")
+
+    play(scenario)
+
+
+def test_the_same_search_from_another_thread(loop: LoopThread, tmp_path: Path) -> None:
+    async def start(stack: contextlib.AsyncExitStack) -> Memory:
+        swarm = await MemorySwarm.found(stack, tmp_path, WORDS)
+        await swarm.host()
+        return Memory(await (await swarm.searcher()).open(), loop.run)
+
+    stack = contextlib.AsyncExitStack()
+    try:
+        memory = loop.run(start(stack), LIMIT_S)
+        one = memory.search(WORDS.passages[3].text, k=2)
+        assert one.hits[0].passage == WORDS.passages[3]
+        assert memory.search([WORDS.passages[3].text], k=2) == [one]
+        assert memory.id.name == "docs"
+    finally:
+        loop.run(stack.aclose(), LIMIT_S)

@@ -1,0 +1,342 @@
+"""Calls to the hosts of a memory: which of them, when another one is tried, and what becomes of those that fail.
+
+A host that fails or is late costs a call to another one. Those that fail again and again, and those that lie, are left
+alone for a while.
+"""
+
+import asyncio
+import logging
+import random
+from collections import Counter as Counts
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import grpc
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from dht.announcements import NodeInfo
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError, UnreachableError, WireError
+from peer.formatting import printable
+from peer.identity import PeerID
+from peer.metrics import SECONDS, start_at_zero
+from peer.parsing import ParseGuard
+from peer.rpc.calls import make_stub, retry_after_s
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import SessionClient
+from peer.wire import memory_pb2_grpc
+from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, WaitPolicy
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
+Method = Literal["Search", "Read"]
+Kind = tuple[Method, bool]
+"""Calls that take about as long as each other: a method, and whether it is for many queries or passages."""
+Fault = Literal["malformed", "false", "omission"]
+
+_CALL_DEADLINE_S = 5.0
+_LEAST_DEADLINE_S = 1.0
+MANY = 16
+"""Queries, or passages, from which on answers are parsed and merged on a thread."""
+_SLOWER, _SLOWER_BY_S = 3.0, 0.05
+"""A host that takes so many times as long as the quickest replica, and so much longer, is passed over."""
+_HANGING = 4.0
+"""A call that was given up counts as so many times longer."""
+_SLOW_FOR_S = 60.0
+"""How long it is remembered how slow a host was."""
+_HOSTS = 4096
+_QUICK = {StatusCode.UNAVAILABLE, StatusCode.NOT_FOUND}
+"""Failures that cost little time, of which a few are forgiven."""
+_BUSY_TRIES = 3
+
+
+class MemoryCaller(Protocol):
+    """Calls hosts."""
+
+    async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
+        """The reply. Raises ExpertError."""
+
+
+class GrpcMemoryCaller:
+    """Calls hosts over pinned TLS channels."""
+
+    def __init__(self, channels: ChannelPool, sessions: SessionClient) -> None:
+        """`sessions`: with RIGHT_MEMORY."""
+        self._channels = channels
+        self._sessions = sessions
+
+    async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
+        ends = loop_time() + deadline_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                channel = await self._channels.reach(node)
+                for may_repeat in (True, False):
+                    session = await self._sessions.metadata(
+                        node.peer_id, channel, max(ends - loop_time(), 0.001)
+                    )
+                    stub = make_stub(memory_pb2_grpc.MemoryServiceStub, channel)
+                    try:
+                        return await getattr(stub, method)(
+                            request, timeout=max(ends - loop_time(), 0.001), metadata=session
+                        )
+                    except grpc.aio.AioRpcError as error:
+                        if error.code() is not StatusCode.UNAUTHENTICATED or not may_repeat:
+                            raise
+                    self._sessions.ended(node.peer_id, session)
+        except UnreachableError as error:
+            raise ExpertError(StatusCode.UNAVAILABLE, str(error)) from error
+        except TimeoutError as error:
+            raise ExpertError(StatusCode.DEADLINE_EXCEEDED, f"no answer within {deadline_s:.1f} s") from error
+        except grpc.aio.AioRpcError as error:
+            retry_s = retry_after_s(error.trailing_metadata(), 0.0)
+            raise ExpertError(error.code(), printable(error.details() or ""), retry_s) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # not we are cancelled, but the call: the pool closed its channel to make room for others
+            raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
+        raise AssertionError("the second try returns or raises")
+
+
+class RetrieverMetrics:
+    """What one peer counts of its searches."""
+
+    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
+        def counter(name: str, description: str, *labels: str) -> Counter:
+            return Counter(f"talkoot_retriever_{name}", description, labels, registry=metrics)
+
+        self.queries = counter("queries", "Queries to memories.")
+        self.seconds = Histogram(
+            "talkoot_retriever_seconds",
+            "Duration of a search, which may be of many queries.",
+            buckets=SECONDS,
+            registry=metrics,
+        )
+        self.calls = counter("calls", "Calls to hosts of memories, by method.", "method")
+        start_at_zero(self.calls, "Search", "Read")
+        self.failures = counter("failures", "Calls to hosts that failed, by gRPC status.", "cause")
+        self.hedged_calls = counter(
+            "hedged_calls", "Calls whose shards were asked from another replica, too."
+        )
+        self.lies = counter("lies", "Answers of hosts that were not true.", "kind")
+        start_at_zero(self.lies, "malformed", "false", "omission")
+        self.checks = counter("checks", "Queries of which a second replica was asked.")
+
+
+def choose_hosts(wanted: Mapping[H, Collection[PeerID]], rng: random.Random) -> dict[PeerID, list[H]]:
+    """Few hosts that have all that is wanted, as far as anybody has it: the host of most goes first, of several any."""
+    left = {item: hosts for item, hosts in wanted.items() if hosts}
+    chosen: dict[PeerID, list[H]] = {}
+    while left:
+        count = Counts(host for hosts in left.values() for host in hosts)
+        most = max(count.values())
+        host = rng.choice(sorted(host for host, number in count.items() if number == most))
+        chosen[host] = [item for item, hosts in left.items() if host in hosts]
+        for item in chosen[host]:
+            del left[item]
+    return chosen
+
+
+def quick_hosts(hosts: Collection[PeerID], times_s: Mapping[PeerID, float]) -> list[PeerID]:
+    """Those that are not much slower than another one. `times_s`: how long they took lately, as far as it is known."""
+    quickest = min((times_s[host] for host in hosts if host in times_s), default=0.0)
+    return [host for host in hosts if times_s.get(host, 0.0) <= _SLOWER * quickest + _SLOWER_BY_S]
+
+
+class _Pace:
+    """How long calls of one kind took lately."""
+
+    def __init__(self) -> None:
+        self.calls = CallTimes()
+        self._hosts = BoundedDict[PeerID, tuple[float, float]](_HOSTS)
+        """Seconds, and when that was."""
+
+    def note(self, host: PeerID, seconds: float, now: float, *, is_finished: bool) -> None:
+        if is_finished:
+            self.calls.add(seconds)
+        else:
+            self.calls.add_unfinished(seconds)
+        before = self.of_hosts(now).get(host, seconds)
+        # one call that hangs is enough to be passed over for a while
+        self._hosts[host] = (before + seconds) / 2 if is_finished else max(before, _HANGING * seconds), now
+
+    def of_hosts(self, now: float) -> dict[PeerID, float]:
+        return {host: seconds for host, (seconds, at) in self._hosts.items() if now - at < _SLOW_FOR_S}
+
+
+@dataclass
+class _Sent:
+    """A call under way."""
+
+    items: list[Any]
+    late_at: float
+    is_late: bool = False
+
+
+class HostCalls:
+    """The calls that searches of one memory make."""
+
+    def __init__(
+        self,
+        caller: MemoryCaller,
+        memory: str,
+        *,
+        guard: ParseGuard | None = None,
+        metrics: RetrieverMetrics | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`memory`: its id. `guard`: of this process."""
+        self.metrics = metrics or RetrieverMetrics()
+        self.breakers = CircuitBreakers()
+        self._caller = caller
+        self._memory = memory
+        self._guard = guard or ParseGuard()
+        self._rng = rng or random.SystemRandom()
+        self._policy = WaitPolicy(_CALL_DEADLINE_S, 0.0, 1, _LEAST_DEADLINE_S)
+        self._paces: dict[Kind, _Pace] = {}
+
+    def avoided(self) -> frozenset[PeerID]:
+        """The hosts to leave alone now."""
+        return self.breakers.open_at(loop_time())
+
+    def distrust(self, host: PeerID, fault: Fault, said: str) -> None:
+        """The host answered what no honest one does: it is not asked for a while."""
+        if host not in self.avoided():
+            self.metrics.lies.labels(fault).inc()
+            logger.warning("host %s of memory %s: %s: banned for a while", host, self._memory, said)
+        self.breakers.distrust(host, loop_time())
+
+    async def call(
+        self,
+        node: NodeInfo,
+        method: Method,
+        request: Any,
+        is_large: bool,
+        parse: Callable[[Any], T],
+        has_any: Callable[[T], bool],
+        ends: float,
+    ) -> T:
+        host, pace, began = node.peer_id, self._pace((method, is_large)), loop_time()
+        self.metrics.calls.labels(method).inc()
+        deadline_s = min(self._policy.deadline_s(pace.calls), ends - began)
+        try:
+            reply = await self._call_patiently(node, method, request, began + deadline_s)
+            with self._guard.guarding("memory", host, WireError):
+                parsed = await asyncio.to_thread(parse, reply) if is_large else parse(reply)
+        except WireError as error:
+            self.metrics.failures.labels("data_loss").inc()
+            self.distrust(host, "malformed", str(error))
+            raise ExpertError(StatusCode.DATA_LOSS, str(error)) from error
+        except ExpertError as error:
+            self.metrics.failures.labels(error.status.name.lower()).inc()
+            quickly = error.status in _QUICK and loop_time() - began < deadline_s / 2
+            self.breakers.failed(host, loop_time(), quickly=quickly)
+            if error.status is StatusCode.DEADLINE_EXCEEDED:
+                pace.note(host, loop_time() - began, loop_time(), is_finished=False)
+            logger.debug("host %s of memory %s: %s: %s", host, self._memory, error.status.name, error)
+            raise
+        except asyncio.CancelledError:
+            pace.note(host, loop_time() - began, loop_time(), is_finished=False)
+            raise
+        pace.note(host, loop_time() - began, loop_time(), is_finished=True)
+        if has_any(parsed):
+            self.breakers.succeeded(host)
+        else:  # it announced something that it does not have
+            self.breakers.failed(host, loop_time(), quickly=True)
+        return parsed
+
+    async def _call_patiently(self, node: NodeInfo, method: Method, request: Any, ends: float) -> Any:
+        """Tries again, while there is time, if the host is busy. Raises ExpertError."""
+        for tries_left in reversed(range(_BUSY_TRIES)):
+            try:
+                return await self._caller.call(node, method, request, max(ends - loop_time(), 0.001))
+            except ExpertError as error:
+                pause_s = error.retry_after_s * self._rng.uniform(1.0, 1.5)
+                # one that gives no time may be an answer that is too large
+                if error.status is not StatusCode.RESOURCE_EXHAUSTED or not pause_s or not tries_left:
+                    raise
+                if loop_time() + pause_s > ends:
+                    raise
+            await asyncio.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    def _pace(self, kind: Kind) -> _Pace:
+        return self._paces.setdefault(kind, _Pace())
+
+    async def spread(
+        self,
+        wanted: Mapping[H, Sequence[Collection[PeerID]]],
+        call: Callable[[PeerID, list[H]], Awaitable[Collection[H]]],
+        kind: Kind,
+        most: int,
+        ends: float,
+    ) -> set[H]:
+        """Gets each item from one of its hosts, from another one if that fails, and from both if it is late.
+
+        `wanted`: hosts, those that are asked first in front. `call` returns those of the items that it got. `most`:
+        items in one call. Returns the items that nobody gave.
+        """
+        pace = self._pace(kind)
+        tried: dict[H, set[PeerID]] = {item: set() for item in wanted}
+        left = set(wanted)
+        sent: dict[asyncio.Task[Collection[H]], _Sent] = {}
+
+        def send(items: Iterable[H]) -> None:
+            avoided, times_s, fit = self.avoided(), pace.of_hosts(loop_time()), dict[H, list[PeerID]]()
+            for item in items:
+                free = [
+                    [host for host in hosts if host not in avoided and host not in tried[item]]
+                    for hosts in wanted[item]
+                ]
+                quick = quick_hosts({host for hosts in free for host in hosts}, times_s)
+                fit[item] = next((some for hosts in free if (some := [h for h in hosts if h in quick])), [])
+            late_at = loop_time() + self._policy.hedge_after_s(pace.calls)
+            for host, group in choose_hosts(fit, self._rng).items():
+                for at in range(0, len(group), most):
+                    part = group[at : at + most]
+                    for item in part:
+                        tried[item].add(host)
+                    sent[asyncio.create_task(_tolerate(call(host, part)))] = _Sent(part, late_at)
+
+        try:
+            send(wanted)
+            while left and sent and (time := loop_time()) < ends:
+                due = min((s.late_at for s in sent.values() if not s.is_late), default=ends)
+                done, _ = await asyncio.wait(
+                    sent, timeout=max(0.0, min(due, ends) - time), return_when=asyncio.FIRST_COMPLETED
+                )
+                again: dict[H, None] = {}
+                for task in done:
+                    items = sent.pop(task).items
+                    left.difference_update(task.result())
+                    again |= dict.fromkeys(items)
+                send(item for item in again if item in left)
+                late = [s for s in sent.values() if not s.is_late and s.late_at <= loop_time()]
+                under_way = len(sent)
+                send(item for s in late for item in s.items if item in left)
+                self.metrics.hedged_calls.inc(len(sent) - under_way)
+                for s in late:
+                    s.is_late = True
+        finally:
+            for task in sent:
+                task.cancel()
+            await asyncio.gather(*sent, return_exceptions=True)
+        return left
+
+
+async def _tolerate(call: Awaitable[Collection[H]]) -> Collection[H]:
+    """Nothing, if the call fails."""
+    try:
+        return await call
+    except ExpertError:
+        return ()
+
+
+def loop_time() -> float:
+    """By the clock of the loop."""
+    return asyncio.get_running_loop().time()

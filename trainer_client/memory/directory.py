@@ -1,0 +1,368 @@
+"""What is known of one memory: its newest manifest, its encoder and codebook, and who hosts its cells.
+
+A memory's parts are fetched once and kept on disk. Of the DHT it reads what searches need: the first one asks for the
+prefixes level by level, then for the cells nearest to it, then for the nodes that host these. What was read is kept
+and read again in the background, so that later searches ask nobody.
+
+Shapes: Q queries, C cells in row-major order, D numbers in a vector.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Self, TypeVar
+
+import numpy as np
+
+from dht.announcements import NodeInfo, ReplicaState
+from dht.beam_search import select_experts
+from dht.library import CellHost, LibraryEntry, MemoryRegistry
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, cell_of, number_of
+from dht.registry import Registry
+from dht.swarm import Stage
+from peer.bounded import BoundedDict
+from peer.codec import Booleans, Floats, Integers
+from peer.errors import LibraryError, TransferError, UnreachableError, WireError
+from peer.files import open_plainly, write_atomically
+from peer.formatting import bytes_in_words
+from peer.identity import PeerID
+from peer.rpc.parts import PartClient, has_sha256
+from trainer_client.memory.calls import loop_time
+from trainer_client.memory.checks import Vectors
+from trainer_client.memory.codebook import Codebook
+from trainer_client.memory.encoder import Encoder, load_encoder
+from trainer_client.memory.retriever import Located
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CACHE_BYTES = 2**30
+"""Of the parts of memories that are kept on disk."""
+_REFRESH_EVERY_S = 15.0
+"""Between two looks at who hosts what."""
+_FOLLOW_EVERY_S = 30.0
+"""Between two looks for a newer revision."""
+_USED_S = 300.0
+"""After a search, how long all this goes on."""
+_CELLS = 4096
+"""Cells whose hosts are known, those that were needed last."""
+_READ_AT_ONCE = 512
+"""Keys in one look-up, which has one deadline."""
+_ROUNDS = 4
+"""How often a search goes on after it has met cells that nobody hosts."""
+_SOURCES = 8
+"""Hosts of which a part is fetched, at most."""
+
+
+class PartCache:
+    """Parts of memories in a folder, by their SHA-256. Several processes may use it. Not for the loop."""
+
+    def __init__(self, folder: Path, limit_bytes: int = CACHE_BYTES) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+
+    def get(self, part: Part) -> bytes | None:
+        """None if it is not there, or not what it was."""
+        path = self._folder / part.sha256.hex()
+        try:
+            with os.fdopen(open_plainly(path, os.O_RDONLY), "rb") as file:
+                data = has_sha256(part.sha256, file.read(part.size + 1))
+            os.utime(path)  # those used last stay
+        except (OSError, WireError):
+            return None
+        return data
+
+    def put(self, data: bytes) -> None:
+        """Keeps it, and drops what was not used for the longest time where all take too much."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomically(self._folder / hashlib.sha256(data).hexdigest(), data, 0o600)
+            self._trim()
+        except OSError as error:
+            logger.warning("can't keep a part of a memory in %s: %s", self._folder, error.strerror)
+
+    def _trim(self) -> None:
+        files = sorted(((path.stat(), path) for path in self._folder.iterdir()), key=lambda f: -f[0].st_mtime)
+        size = 0
+        for about, path in files:
+            size += about.st_size
+            if size > self._limit_bytes:
+                with suppress(FileNotFoundError):
+                    path.unlink()
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A revision of a memory, and what its queries are encoded with."""
+
+    entry: LibraryEntry
+    manifest: MemoryManifest
+    encoder: Encoder
+    codebook: Codebook
+    filled_C: Booleans
+    """Cells that have shards."""
+
+
+class MemoryParts:
+    """The parts of one memory, from the disk or from its hosts."""
+
+    def __init__(
+        self,
+        memory: MemoryID,
+        memories: MemoryRegistry,
+        registry: Registry,
+        client: PartClient,
+        cache: PartCache,
+        stage: Stage = logger.debug,
+    ) -> None:
+        """`stage` is told what is fetched."""
+        self._memory = memory
+        self._memories = memories
+        self._registry = registry
+        self._client = client
+        self._cache = cache
+        self._stage = stage
+
+    async def open(self, entry: LibraryEntry, before: Opened | None = None) -> Opened:
+        """`before`: another revision that is open. All revisions of a memory have one encoder and one codebook.
+
+        Raises TransferError if nobody gives a part, UnreachableError, and WireError if a part is not what its publisher
+        should have written.
+        """
+        manifest = await self._part("list of shards", entry.manifest, _parse_manifest)
+        if (manifest.name, manifest.revision, manifest.grid) != (
+            entry.memory.name, entry.revision, entry.grid,
+        ):  # fmt: skip
+            raise WireError(f"the manifest of {entry.memory} is not that of revision {entry.revision}")
+        filled_C = np.zeros(prod(manifest.grid), np.bool_)
+        filled_C[[number_of(cell, manifest.grid) for cell in manifest.by_cell]] = True
+        if before is not None:
+            if _lasting(manifest) != _lasting(before.manifest):
+                raise WireError(f"revision {entry.revision} of {entry.memory} has another index")
+            return Opened(entry, manifest, before.encoder, before.codebook, filled_C)
+        parse_encoder = partial(_parse_encoder, manifest.encoder_kind, manifest.dimensions)
+        parse_codebook = partial(_parse_codebook, manifest.grid, manifest.dimensions)
+        encoder = await self._part("encoder", manifest.encoder, parse_encoder)
+        codebook = await self._part("codebook", manifest.codebook, parse_codebook)
+        return Opened(entry, manifest, encoder, codebook, filled_C)
+
+    async def _part(self, what: str, part: Part, parse: Callable[[bytes], T]) -> T:
+        data = await asyncio.to_thread(self._cache.get, part)
+        if data is None:
+            self._stage(f"fetching the {what} of {self._memory}: {bytes_in_words(part.size)}")
+            hosts = await self._memories.some_hosts(self._memory, _SOURCES)
+            nodes = await self._registry.nodes({host.peer_id for host in hosts})
+            check = partial(has_sha256, part.sha256)
+            name = str(self._memory)
+            data = await self._client.fetch_any(nodes.values(), name, part.sha256, part.size, check)
+            await asyncio.to_thread(self._cache.put, data)
+        return await asyncio.to_thread(parse, data)
+
+
+class MemoryDirectory:
+    """One memory, as a retriever needs it. `open` it, then run `keep_fresh` as a task somebody owns."""
+
+    def __init__(
+        self, memories: MemoryRegistry, registry: Registry, parts: MemoryParts, opened: Opened
+    ) -> None:
+        self._memories = memories
+        self._registry = registry
+        self._parts = parts
+        self._opened = opened
+        self._active_C: Booleans | None = None
+        self._hosts = BoundedDict[Cell, tuple[CellHost, ...]](_CELLS)
+        self._nodes: dict[PeerID, NodeInfo] = {}
+        self._reading = asyncio.Lock()
+        self._following = asyncio.Lock()
+        self._used_at = loop_time()
+
+    @classmethod
+    async def open(
+        cls, entry: LibraryEntry, memories: MemoryRegistry, registry: Registry, parts: MemoryParts
+    ) -> Self:
+        """Raises LibraryError if nobody gives the memory's parts, and UnreachableError if the DHT does not answer."""
+        try:
+            return cls(memories, registry, parts, await parts.open(entry))
+        except TransferError as error:
+            raise LibraryError(
+                f"no live host of memory {entry.memory} gives its index ({error}): wait until a node that hosts it, or "
+                "its publisher, is back"
+            ) from error
+        except WireError as error:
+            raise LibraryError(f"memory {entry.memory} can't be used: {error}") from error
+
+    @property
+    def memory(self) -> MemoryID:
+        return self._opened.entry.memory
+
+    @property
+    def manifest(self) -> MemoryManifest:
+        return self._opened.manifest
+
+    @property
+    def nodes(self) -> Collection[NodeInfo]:
+        """Those that host what was searched lately."""
+        return self._nodes.values()
+
+    def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
+        opened = self._opened
+        vectors_QD = opened.encoder.encode(texts)
+        return vectors_QD, opened.codebook.scores(vectors_QD)
+
+    def rarity(self, words: Iterable[str]) -> list[float]:
+        return self._opened.encoder.rarity(words)
+
+    async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
+        self._used_at = loop_time()
+        opened = self._opened
+        grid = opened.manifest.grid
+        async with self._reading:  # searches at the same time need the same cells
+            if self._active_C is None:
+                self._active_C = await self._read_active()
+            for _ in range(_ROUNDS):
+                live_C = opened.filled_C & self._active_C & ~self._known_empty(avoided)
+                chosen_Qk, valid_Qk = _nearest(scores_QC, live_C, count)
+                cells = {number: cell_of(number, grid) for number in np.unique(chosen_Qk[valid_Qk]).tolist()}
+                unknown = [cell for cell in cells.values() if cell not in self._hosts]
+                if not unknown:
+                    break
+                await self._read_hosts(unknown)
+        hosts = {
+            shard.root: tuple(self._serving(cell, avoided, shard.short))
+            for cell in cells.values()
+            for shard in opened.manifest.by_cell.get(cell, ())
+        }
+        best_Qk, filled_Qk = _nearest(scores_QC, opened.filled_C, count)
+        missing_Qk = filled_Qk & ~live_C[best_Qk]
+        return Located(
+            opened.manifest,
+            [
+                [cells[number] for number in chosen_k[valid_k].tolist()]
+                for chosen_k, valid_k in zip(chosen_Qk, valid_Qk, strict=True)
+            ],
+            [
+                [cell_of(number, grid) for number in best_k[missing_k].tolist()]
+                for best_k, missing_k in zip(best_Qk, missing_Qk, strict=True)
+            ],
+            hosts,
+            self._nodes,
+        )
+
+    async def follow(self) -> MemoryManifest:
+        async with self._following:
+            libraries = await self._memories.libraries()
+            listed = (
+                entry for entries in libraries.values() for entry in entries if entry.memory == self.memory
+            )
+            entry = next(listed, self._opened.entry)
+            if entry.revision > self._opened.entry.revision:
+                try:
+                    self._opened = await self._parts.open(entry, self._opened)
+                except (TransferError, WireError) as error:
+                    raise UnreachableError(f"revision {entry.revision} of {self.memory}: {error}") from error
+                logger.info("memory %s has revision %d now", self.memory, entry.revision)
+            return self._opened.manifest
+
+    async def refresh(self) -> None:
+        """Reads again who hosts what, as far as searches needed to know. Raises UnreachableError."""
+        active_C = await self._read_active()
+        cells = list(self._hosts)
+        self._active_C = active_C
+        for at in range(0, len(cells), _READ_AT_ONCE):
+            await self._read_hosts(cells[at : at + _READ_AT_ONCE], again=True)
+        known = {host.peer_id for hosts in self._hosts.values() for host in hosts}
+        self._nodes = {peer_id: node for peer_id, node in self._nodes.items() if peer_id in known}
+
+    async def keep_fresh(self) -> None:
+        """Reads all this again and again, for ever, while somebody searches. When the DHT does not answer, what is
+        known stays.
+        """
+        follow_at = loop_time() + _FOLLOW_EVERY_S
+        while True:
+            await asyncio.sleep(_REFRESH_EVERY_S)
+            if loop_time() - self._used_at > _USED_S:
+                self._forget()
+                continue
+            try:
+                await self.refresh()
+                if loop_time() >= follow_at:
+                    follow_at = loop_time() + _FOLLOW_EVERY_S
+                    await self.follow()
+            except UnreachableError as error:
+                logger.debug("can't refresh what is known of memory %s: %s", self.memory, error)
+
+    def _forget(self) -> None:
+        """The next search asks again who hosts what."""
+        self._active_C = None
+        self._hosts.clear()
+        self._nodes = {}
+
+    async def _read_active(self) -> Booleans:
+        grid = self._opened.manifest.grid
+        active_C = np.zeros(prod(grid), np.bool_)
+        active = await self._memories.active_cells(self.memory, grid)
+        active_C[[number_of(cell, grid) for cell in active]] = True
+        return active_C
+
+    async def _read_hosts(self, cells: Sequence[Cell], *, again: bool = False) -> None:
+        """`again`: their nodes, too, if these are known."""
+        found = await self._memories.cell_hosts(self.memory, cells)
+        peers = {host.peer_id for hosts in found.values() for host in hosts}
+        wanted = list(peers if again else peers - self._nodes.keys())
+        for at in range(0, len(wanted), _READ_AT_ONCE):
+            self._nodes |= await self._registry.nodes(wanted[at : at + _READ_AT_ONCE])
+        for cell, hosts in found.items():
+            self._hosts[cell] = hosts
+
+    def _serving(self, cell: Cell, avoided: frozenset[PeerID], shard: bytes | None = None) -> list[PeerID]:
+        """Who can be asked for the cell, or for one shard of it."""
+        return [
+            host.peer_id
+            for host in self._hosts.get(cell, ())
+            if host.state is ReplicaState.SERVING
+            and host.peer_id not in avoided
+            and host.peer_id in self._nodes
+            and (shard is None or shard in host.shards)
+        ]
+
+    def _known_empty(self, avoided: frozenset[PeerID]) -> Booleans:
+        grid = self._opened.manifest.grid
+        empty_C = np.zeros(prod(grid), np.bool_)
+        empty_C[[number_of(cell, grid) for cell in self._hosts if not self._serving(cell, avoided)]] = True
+        return empty_C
+
+
+def _nearest(scores_QC: Floats, among_C: Booleans, count: int) -> tuple[Integers, Booleans]:
+    """The cells with the highest scores, by their numbers, and which of them there are. Both [Q, at most count].
+
+    The beam search over a grid of one dimension, whose experts are all weighed.
+    """
+    chosen = select_experts([scores_QC], [among_C], min(count, max(1, int(among_C.sum()))))
+    return chosen.coordinates[..., 0], chosen.valid
+
+
+def _lasting(manifest: MemoryManifest) -> tuple[object, ...]:
+    return manifest.encoder_kind, manifest.encoder, manifest.dimensions, manifest.codebook, manifest.grid
+
+
+def _parse_manifest(data: bytes) -> MemoryManifest:
+    manifest = MemoryManifest.parse(data)
+    # made when they are first asked for, which takes long for many shards
+    assert len(manifest.by_root) <= len(manifest.shards) >= len(manifest.by_cell)
+    return manifest
+
+
+def _parse_encoder(kind: str, dimensions: int, data: bytes) -> Encoder:
+    return load_encoder(kind, data, dimensions)
+
+
+def _parse_codebook(grid: Sequence[int], dimensions: int, data: bytes) -> Codebook:
+    return Codebook.from_bytes(data, grid, dimensions)
