@@ -215,6 +215,11 @@ class Expert:
         """As they are, in the block's order."""
         return self._parameters
 
+    @cached_property
+    def size(self) -> int:
+        """The number of its parameters' elements."""
+        return sum(parameter.numel() for parameter in self._parameters)
+
     def _updates(
         self,
         x_RD: Tensor,

@@ -19,6 +19,8 @@ from expert_server.serving.batching import Result, WorkItem
 from peer.errors import ExpertError
 
 _LARGEST = torch.finfo(torch.float32).max
+_BRIEF = 2**22
+"""Products of a row's number and a parameter: half a millisecond."""
 
 
 def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
@@ -40,8 +42,13 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
 
 
 def can_join(expert: Expert, work: WorkItem) -> bool:
-    """Whether the work can be computed together with other experts': there is no graph of its own for it."""
-    return expert.grouped_block is not None and not expert.is_good(work.rows.graph)
+    """Whether the work can be computed in one batch with other experts'.
+
+    Either at once, for which there must be no graph of its own; or one after another, if each takes little longer than
+    to start a batch, and changes no expert.
+    """
+    is_brief = work.direction == "forward" and len(work.rows) * expert.size <= _BRIEF
+    return is_brief or (expert.grouped_block is not None and not expert.is_good(work.rows.graph))
 
 
 def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:

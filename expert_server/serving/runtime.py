@@ -342,9 +342,11 @@ class Runtime:
 
     def _alike(self, batch: Sequence[Entry]) -> list[Entry]:
         """What is computed together with a batch, of other experts: none if it is of several work items."""
-        if len(batch) != 1 or not self._can_join(batch[0].work):
+        first = batch[0].work
+        if len(batch) != 1 or not self._can_join(first):
             return []
-        share = max(LEAST_ROWS, self._queue.rows // self._at_once)
+        least = LEAST_ROWS if self._experts[first.uid].grouped_block is not None else 0
+        share = max(least, (len(first.rows) + self._queue.rows) // self._at_once)
         return self._queue.pop_alike(batch[0], self._busy, min(share, MOST_ROWS), self._can_join)
 
     def _can_join(self, work: WorkItem) -> bool:
@@ -370,7 +372,10 @@ class Runtime:
         torch.set_num_threads(threads)  # affects this thread alone
         began = self._clock()
         batch = [entry for _, entries in job for entry in entries]
-        results = self._compute([expert for expert, _ in job], batch)
+        if job[0][0].grouped_block is not None:
+            results = self._compute([expert for expert, _ in job], batch)
+        else:  # what isn't computed at once fails apart, too
+            results = [result for expert, entries in job for result in self._compute([expert], entries)]
         seconds = self._clock() - began
         rows = sum(len(entry.work.rows) for entry in batch)
         self.metrics.batches.inc()
@@ -382,9 +387,10 @@ class Runtime:
             self._queue.measure(rows, seconds / self._running)
             self._computing -= 1
             self._end(job)
+        self._start()
+        with self._lock:
             self._done.append((batch, results))
             is_last, is_told, self._is_told = not self._computing, self._is_told, True
-        self._start()
         if is_last:
             self._loop.call_soon_threadsafe(self._deliver)
         elif not is_told:

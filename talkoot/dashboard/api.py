@@ -17,8 +17,10 @@ _MAX_FILTER_CHARACTERS = 200
 NODE_KEYS = (
     "peer_id", "short", "name", "state", "unsteady", "experts", "capacity", "rows_per_s", "latency_ms",
     "software_version", "protocol_version", "reach", "up_s", "started_at", "seen_at", "updates", "rows", "hours",
+    "memory_shards", "memory_bytes", "memory_queries", "memory_queries_per_s",
 )  # fmt: skip
 """The keys that nodes can be sorted by."""
+_MEMORY_FIGURES = ("count", "shards", "served", "below_two", "queries_per_s")
 _FILTERED_KEYS = ("peer_id", "name", "state", "software_version", "reach")
 
 UNITS = {
@@ -30,6 +32,8 @@ UNITS = {
     "latency_ms": "ms",
     "failures": "failures/min",
     "bytes_per_s": "bytes/s",
+    "memory_replicas": "replicas",
+    "memory_queries_per_s": "queries/s",
 }
 """The metrics that have a history."""
 
@@ -76,6 +80,7 @@ def swarm(seen: DashboardState) -> Json:
         "experts": figures.get("experts", {"live": None, "total": None}),
         "replicas": figures.get("replicas"),
         "trainers": figures.get("trainers"),
+        "memories": figures.get("memories", dict.fromkeys(_MEMORY_FIGURES)),
         **{
             key: figures.get(key)
             for key in (
@@ -110,6 +115,10 @@ def health(seen: DashboardState) -> Json:
     if missing := total - live:
         words = f"{missing} expert{' has' if missing == 1 else 's have'} no host"
         return {"level": "warn" if 2 * live >= total else "bad", "words": words}
+    memories = figures["memories"]
+    if missing := memories["shards"] - memories["served"]:
+        words = f"{missing} shard{' of a memory has' if missing == 1 else 's of memories have'} no host"
+        return {"level": "warn", "words": words}
     return {"level": "ok", "words": "healthy"}
 
 
@@ -156,6 +165,13 @@ def trainers(picture: Picture | None, query: Mapping[str, str]) -> Json:
         ),
     )
     return _page(ordered, query, "trainers", _public)
+
+
+def memories(picture: Picture | None, query: Mapping[str, str]) -> Json:
+    """Those with the fewest replicas first, as they need hosts most."""
+    found = [] if picture is None else picture.memories
+    ordered = sorted(found, key=lambda row: (row["replicas_mean"] or 0.0, row["memory"]))
+    return _page(ordered, query, "memories", dict)
 
 
 def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:

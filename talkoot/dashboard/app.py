@@ -69,6 +69,7 @@ def make_app(
         Route("/api/v1/experts", endpoints.experts),
         Route("/api/v1/experts/{uid}", endpoints.expert),
         Route("/api/v1/trainers", endpoints.trainers),
+        Route("/api/v1/memories", endpoints.memories),
         Route("/api/v1/history", endpoints.history),
     ]
     handlers: Mapping[Any, Any] = {api.ApiError: _api_error, HTTPException: _http_error}
@@ -114,6 +115,9 @@ class _Endpoints:
 
     async def trainers(self, request: Request) -> Response:
         return JSONResponse(api.trainers(self._watcher.picture, request.query_params))
+
+    async def memories(self, request: Request) -> Response:
+        return JSONResponse(api.memories(self._watcher.picture, request.query_params))
 
     async def experts(self, request: Request) -> Response:
         return JSONResponse(api.experts(self._watcher.picture, request.query_params))

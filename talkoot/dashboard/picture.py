@@ -15,12 +15,15 @@ from dht.announcements import Activity, Latency, NodeInfo, Reachability, Replica
 from dht.directory import View
 from dht.manifest import Manifest
 from peer.identity import PeerID
+from talkoot.memory.survey import WANTED_REPLICAS, Survey
 
 SILENCE_FACTOR = 1.5
 """A peer has gone when it has not renewed its record for so many of its own periods."""
 MAX_NODES = 20_000
 """Of more nodes than this, some are drawn and shown."""
 MAX_TRAINERS = 1000
+MAX_MEMORIES = 64
+"""Of more memories than this, some are watched."""
 MAX_GONE = 1000
 """Peers that have gone and are still listed."""
 GONE_KEPT_S = 86400.0
@@ -152,7 +155,7 @@ def _together(each: list[CallRates]) -> CallRates:
     )
 
 
-FORM = 3
+FORM = 4
 """The format of a picture in a file. Other formats are not read."""
 
 Json = dict[str, Any]
@@ -173,6 +176,7 @@ class Picture:
     trainers: list[Json]
     replicas: dict[str, list[Json]]
     """By UID."""
+    memories: list[Json]
     form: int = FORM
 
     @cached_property
@@ -193,7 +197,9 @@ class Picture:
         here = {row["peer_id"] for row in self.nodes}
         room = max(0, MAX_GONE - self.figures["nodes"]["gone"])
         gone = [
-            row | {"state": "gone", "unsteady": False, "rows_per_s": None, "latency_ms": None}
+            row
+            | {"state": "gone", "unsteady": False}
+            | dict.fromkeys(("rows_per_s", "latency_ms", "memory_queries_per_s"))
             for row in rows
             if row["peer_id"] not in here and self.read_at - row["seen_at"] < GONE_KEPT_S
         ][:room]
@@ -223,6 +229,7 @@ def paint(
     rates: CallRates,
     before: Picture | None = None,
     warning: str = "",
+    memories: Sequence[Survey] = (),
 ) -> Picture:
     """The picture of the last reading. `before`: the previous picture, which tells whose updates have risen."""
     live_nodes, live_trainers = nodes.live(), trainers.live()
@@ -242,6 +249,7 @@ def paint(
         "live": sum(any(r["state"] == "serving" for r in rows) for rows in replicas.values()),
         "total": view.manifest.experts_total,
     }
+    figures["memories"] = _memory_figures(memories, live_nodes.values())
     figures["warning"] = warning or None
     figures["replicas"] = sum(r["state"] == "serving" for rows in replicas.values() for r in rows)
     return Picture(
@@ -251,6 +259,7 @@ def paint(
         [_node_row(seen, view.read_at, latencies.get(peer_id)) for peer_id, seen in nodes.seen.items()],
         [_trainer_row(seen, view.read_at) for seen in trainers.seen.values()],
         {uid: rows for uid, rows in replicas.items() if rows},
+        [_memory_row(found) for found in memories],
     )
 
 
@@ -274,6 +283,16 @@ def _figures(
         "failures_per_min": dict(rates.failures_per_min),
         "latency_ms": _latency_figures(live),
         "announce_s": statistics.median(periods) if periods else None,
+    }
+
+
+def _memory_figures(memories: Sequence[Survey], nodes: Iterable[NodeInfo]) -> Json:
+    return {
+        "count": len(memories),
+        "shards": sum(found.entry.shards for found in memories),
+        "served": sum(found.served for found in memories),
+        "below_two": sum(found.below() for found in memories if found.is_whole),
+        "queries_per_s": sum(node.memory_queries_per_s for node in nodes),
     }
 
 
@@ -379,6 +398,10 @@ def _node_row(seen: Seen[NodeInfo], read_at: float, latency_ms: float | None) ->
         "rows": max(node.contributed_rows, node.rows_processed),
         "hours": round(node.contributed_s / 3600, 2),
         "addresses": list(node.addresses),
+        "memory_shards": node.memory_shards,
+        "memory_bytes": node.memory_bytes,
+        "memory_queries": node.memory_queries,
+        "memory_queries_per_s": None if seen.gone else node.memory_queries_per_s,
         "metrics_address": node.metrics_address,
     }
 
@@ -419,6 +442,29 @@ def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
         "protocol_version": trainer.protocol_version,
         "state": "gone" if seen.gone else "training",
         "metrics_address": trainer.metrics_address,
+    }
+
+
+def _memory_row(found: Survey) -> Json:
+    """Replicas are unknown if there were too many cells to look up."""
+    entry, publisher = found.entry, found.entry.publisher.to_base58()
+    return {
+        "memory": str(entry.memory),
+        "name": entry.memory.name,
+        "publisher": publisher,
+        "short": publisher[-8:],
+        "about": entry.about,
+        "revision": entry.revision,
+        "passages": entry.passages,
+        "bytes": entry.total_bytes,
+        "licenses": list(entry.licenses),
+        "shards": entry.shards,
+        "served": found.served if found.is_whole else None,
+        "below_two": found.below() if found.is_whole else None,
+        "replicas_min": found.fewest if found.is_whole else None,
+        "replicas_mean": round(found.mean, 2) if found.is_whole else None,
+        "replicas_wanted": WANTED_REPLICAS,
+        "hosts": len(found.hosts),
     }
 
 

@@ -1,6 +1,7 @@
 """Watches a swarm: joins it, reads it every few seconds, and keeps the last picture when it can't be reached."""
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.announcements import NodeInfo, TrainerInfo
 from dht.invites import Invite
+from dht.library import MemoryRegistry
 from dht.swarm import Swarm, join_swarm
 from peer import clock
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
@@ -21,7 +23,16 @@ from peer.identity import Identity
 from peer.loop import LoopLag, Restarts, TaskSet, keep_running
 from talkoot.dashboard.api import DashboardState
 from talkoot.dashboard.history import MAX_EXPERTS, HistoryStore, Sample
-from talkoot.dashboard.picture import MAX_NODES, MAX_TRAINERS, CallRateMeter, Census, Picture, paint
+from talkoot.dashboard.picture import (
+    MAX_MEMORIES,
+    MAX_NODES,
+    MAX_TRAINERS,
+    CallRateMeter,
+    Census,
+    Picture,
+    paint,
+)
+from talkoot.memory.survey import Survey, survey
 from talkoot.status import SwarmReader, SwarmReading
 
 logger = logging.getLogger(__name__)
@@ -42,6 +53,10 @@ _FIGURES = (
     ("calls_per_second", "Calls to nodes, by all trainers.", "requests_per_s"),
     ("bytes_per_second", "Payload between trainers and nodes.", "bytes_per_s"),
     ("validation_loss_nats", "Lowest of all trainers, for each token.", "validation_loss"),
+    ("memories", "Memories that are published.", "memories", "count"),
+    ("memory_shards", "Shards of all memories.", "memories", "shards"),
+    ("memory_shards_below_two", "Shards that fewer than two nodes serve.", "memories", "below_two"),
+    ("memory_queries_per_second", "Queries answered, by all nodes.", "memories", "queries_per_s"),
     ("bpb", "Bits per byte, of the trainer with the lowest validation loss.", "bits_per_byte"),
 )
 """Metrics of the whole swarm: name, description, and keys of the picture's figures. No label names a peer."""
@@ -56,6 +71,8 @@ class WatchIntervals:
     """How often it lists all nodes. Between two lists, only nodes that begin to host experts are new to it."""
     experts_every_s: float = 15.0
     """How often each expert's figures are added to the history."""
+    memories_every_s: float = 15.0
+    """How often it looks up who hosts the shards of memories."""
 
 
 class Watcher:
@@ -99,6 +116,7 @@ class Watcher:
         self._trainers: Census[TrainerInfo] = Census(MAX_TRAINERS)
         self._call_rates = CallRateMeter()
         self._earlier = [] if kept is None else kept.nodes
+        self._surveys: tuple[Survey, ...] = ()
         self._experts_at = self._kept_at = float("-inf")
 
     def state(self) -> DashboardState:
@@ -190,6 +208,7 @@ class Watcher:
         reader = SwarmReader(swarm, list_every_s=self._intervals.list_every_s, most_nodes=MAX_NODES)
         tasks = TaskSet(self.restarts)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
+        tasks.supervise("survey the memories", lambda: self._survey_memories(MemoryRegistry(swarm.registry)))
         try:
             while tasks:
                 try:
@@ -203,6 +222,15 @@ class Watcher:
         finally:
             await tasks.aclose()
 
+    async def _survey_memories(self, memories: MemoryRegistry) -> None:
+        """For ever. If the DHT does not answer, the last surveys stay."""
+        while True:
+            with contextlib.suppress(UnreachableError):
+                libraries = await memories.libraries()
+                entries = [entry for listed in libraries.values() for entry in listed][:MAX_MEMORIES]
+                self._surveys = tuple([await survey(memories, entry) for entry in entries])
+            await asyncio.sleep(self._intervals.memories_every_s)
+
     async def _note(self, reading: SwarmReading) -> None:
         if self.unreachable_since is not None:
             logger.info("the swarm can be reached again")
@@ -213,7 +241,9 @@ class Watcher:
         self._nodes.note(reading.nodes, now)
         self._trainers.note(reading.trainers, now)
         rates = self._call_rates.note(self._trainers)
-        picture = paint(reading.view, self._nodes, self._trainers, rates, self.picture, reading.warning)
+        picture = paint(
+            reading.view, self._nodes, self._trainers, rates, self.picture, reading.warning, self._surveys
+        )
         self.picture = picture.with_earlier(self._earlier)
         await self._remember(self.picture, now)
         self.tell()
@@ -257,6 +287,12 @@ def samples_of(picture: Picture) -> Iterator[Sample]:
             yield Sample("latency_ms", name, value)
     for cause, rate in figures["failures_per_min"].items():
         yield Sample("failures", cause, rate)
+    if figures["memories"]["count"]:
+        yield Sample("memory_queries_per_s", "all nodes", figures["memories"]["queries_per_s"])
+    for row in picture.memories:
+        if row["replicas_min"] is not None:
+            yield Sample("memory_replicas", f"{row['memory']}, fewest", row["replicas_min"])
+            yield Sample("memory_replicas", f"{row['memory']}, mean", row["replicas_mean"])
     for row in picture.trainers:
         if row["state"] != "gone":
             for metric, name, value in (

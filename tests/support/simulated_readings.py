@@ -16,7 +16,9 @@ from starlette.applications import Starlette
 from dht.announcements import Activity, Latency, NodeInfo, Replica, ReplicaState, TrainerInfo
 from dht.directory import View
 from dht.invites import Invite
+from dht.library import LibraryEntry
 from dht.manifest import Manifest
+from dht.memory import MemoryID, Part
 from dht.records import SwarmKeys
 from peer.identity import PeerID
 from peer.transport.addresses import Multiaddress
@@ -25,6 +27,7 @@ from talkoot.dashboard.app import MAX_STREAMS, Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import CallRateMeter, Census, Picture, paint
 from talkoot.dashboard.watcher import Watcher, WatchIntervals
+from talkoot.memory.survey import Survey
 
 NOW = 1_700_000_000.0
 
@@ -49,7 +52,8 @@ def node(number: int, **changes: Any) -> NodeInfo:
         "rows_processed": number, "updates": number, "started_at": NOW - 1000.0,
         "expires_at": NOW + 30, "name": f"volunteer {number}", "activity": Activity.SERVING,
         "rows_per_s": float(number), "contributed_rows": 2 * number, "contributed_updates": 2 * number,
-        "contributed_s": 3600.0 * number,
+        "contributed_s": 3600.0 * number, "memory_shards": number % 3, "memory_bytes": 1000 * (number % 3),
+        "memory_queries": number, "memory_queries_per_s": float(number % 3),
     }  # fmt: skip
     return NodeInfo(**values | changes)
 
@@ -73,6 +77,21 @@ def replica(uid: Any, number: int, **changes: Any) -> Replica:
     return Replica(**values | changes)
 
 
+def memory(
+    name: str = "python-docs", replicas: Sequence[int] = (2, 2), shards: int = 2, **changes: Any
+) -> Survey:
+    """Of a memory whose first shards have so many replicas. `changes`: of its entry."""
+    values: dict[str, Any] = {
+        "memory": MemoryID.of(name, peer(-1)), "publisher": peer(-1), "manifest": Part(bytes(32), 1),
+        "revision": 3, "passages": 295_000, "total_bytes": 2**28, "licenses": ("PSF-2.0",),
+        "about": "Python's documentation", "shards": shards, "grid": (16, 16),
+    }  # fmt: skip
+    found = {bytes([number]) * 8: count for number, count in enumerate(replicas)}
+    return Survey(
+        LibraryEntry(**values | changes), found, frozenset(map(peer, range(max(replicas, default=0)))), True
+    )
+
+
 def picture_of(
     nodes: Sequence[NodeInfo],
     trainers: Sequence[TrainerInfo] = (),
@@ -83,6 +102,7 @@ def picture_of(
     now: float = NOW,
     before: Picture | None = None,
     warning: str = "",
+    memories: Sequence[Survey] = (),
 ) -> Picture:
     """What the dashboard shows after one reading; `gone` were seen for the last time long before."""
     seen: Census[NodeInfo] = Census(20_000)
@@ -94,7 +114,7 @@ def picture_of(
     for one in replicas:
         by_uid[one.uid] = (*by_uid.get(one.uid, ()), one)
     view = View(swarm or manifest(), by_uid, {info.peer_id: info for info in nodes}, now)
-    return paint(view, seen, training, CallRateMeter().note(training), before, warning)
+    return paint(view, seen, training, CallRateMeter().note(training), before, warning, memories)
 
 
 def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeAlias
 
 import grpc
@@ -336,11 +336,18 @@ class GrpcCaller:
         request_id: bytes,
         deadline_s: float,
     ) -> AsyncGenerator[CallReply, None]:
-        stub = make_stub(expert_pb2_grpc.ExpertServiceStub, channel)
+        requests = self._requests(request_id, call)
+        first, second = next(requests), next(requests, None)
+        # one message goes out at once with all that gRPC sends before and after it
+        stub = make_stub(expert_pb2_grpc.ExpertServiceStub, channel, sends_one=second is None)
         method = stub.Forward if call.direction == "forward" else stub.Backward
-        stream: Stream = method(timeout=deadline_s, metadata=session)
+        message = (first,) if second is None else ()
+        stream: Stream = method(*message, timeout=deadline_s, metadata=session)
         try:
-            await self._send(stream, request_id, call)
+            if second is not None:
+                for request in chain((first, second), requests):
+                    await stream.write(request)
+                await stream.done_writing()
             async with aclosing(self._read(stream, request_id, call)) as replies:
                 async for reply in replies:
                     yield reply
@@ -363,7 +370,8 @@ class GrpcCaller:
         finally:
             stream.cancel()  # no effect on a call that has ended
 
-    async def _send(self, stream: Stream, request_id: bytes, call: NodeCall) -> None:
+    def _requests(self, request_id: bytes, call: NodeCall) -> Iterator[expert_pb2.CallRequest]:
+        """At least one."""
         header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
@@ -382,15 +390,12 @@ class GrpcCaller:
         tensors = [] if call.kept is not None else [encode(call.inputs, self._codec)]
         if call.gradients is not None:  # the same bytes when a call is repeated
             tensors.append(encode(call.gradients, self._codec, seed=b"request %b" % request_id))
-        payload = chunks(tensors)
-        first = next(payload, b"")
-        await stream.write(expert_pb2.CallRequest(header=header, chunk=first))
-        self.metrics.bytes.labels("sent").inc(len(first))
-        for chunk in payload:
-            await stream.write(expert_pb2.CallRequest(chunk=chunk))
-            self.metrics.bytes.labels("sent").inc(len(chunk))
         self.metrics.fp32_bytes.labels("sent").inc(len(tensors) * call.inputs.nbytes)
-        await stream.done_writing()
+        payload = chunks(tensors)
+        first = expert_pb2.CallRequest(header=header, chunk=next(payload, b""))
+        for request in chain([first], (expert_pb2.CallRequest(chunk=chunk) for chunk in payload)):
+            self.metrics.bytes.labels("sent").inc(len(request.chunk))
+            yield request
 
     async def _read(
         self, stream: Stream, request_id: bytes, call: NodeCall

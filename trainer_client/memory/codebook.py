@@ -22,7 +22,7 @@ class Codebook:
     """One centroid for each cell. A cell's score is the inner product with its centroid."""
 
     def __init__(self, centroids_CD: npt.NDArray[np.float16]) -> None:
-        self._centroids_CD = centroids_CD
+        self.centroids_CD = centroids_CD
         self._columns_DC: Floats = np.ascontiguousarray(centroids_CD.T, np.float32)
 
     @classmethod
@@ -41,7 +41,7 @@ class Codebook:
         return cls(centroids_CD)
 
     def to_bytes(self) -> bytes:
-        return encode_arrays({"centroids": self._centroids_CD})
+        return encode_arrays({"centroids": self.centroids_CD})
 
     def scores(self, vectors_BD: Vectors) -> Floats:
         """How near each vector is to each cell, [B, C]: for unit vectors and centroids, the cosine."""

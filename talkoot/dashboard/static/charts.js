@@ -27,6 +27,8 @@ const CHARTS = [
   { metric: "latency_ms", title: "Latency", write: format.milliseconds, fromZero: true },
   { metric: "failures", title: "Failures by cause", unit: true, write: format.compact, fromZero: true },
   { metric: "bytes_per_s", title: "Bandwidth", write: perSecond, fromZero: true },
+  { metric: "memory_replicas", title: "Replicas of shards", write: format.compact, fromZero: true, ofMemories: true },
+  { metric: "memory_queries_per_s", title: "Memory queries per second", write: format.rate, fromZero: true, ofMemories: true },
 ];
 
 let range = 3600;
@@ -34,6 +36,9 @@ let range = 3600;
 export function makeCharts() {
   const plots = CHARTS.map((chart) => ({ ...chart, plot: new Plot({ ...chart, sync: "time" }) }));
   byId("chart-cards").append(...plots.map(({ plot }) => plot.element));
+  for (const { plot, ofMemories } of plots) {
+    if (ofMemories) Object.assign(plot.element, { hidden: true }).dataset.withMemories = "";
+  }
   const section = new Section(byId("charts"), () => load(plots), rest);
   byId("ranges").append(
     choice("Time shown", RANGES, range, (chosen) => {

@@ -25,8 +25,8 @@ export const moment = known((t) => {
 export const hours = known((value) => (value < 10 ? value.toFixed(1) : compact(value)));
 
 /** A number with the noun it counts: "1 node", "3 nodes". */
-export function counted(number, noun) {
-  return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+export function counted(number, noun, plural = `${noun}s`) {
+  return `${count(number)} ${number === 1 ? noun : plural}`;
 }
 
 /** What a tick of a time axis says, for ticks `step` seconds apart. */

@@ -27,6 +27,7 @@ export function showSwarm(swarm) {
   setText(byId("swarm-name"), swarm.name);
   showState(swarm.state, swarm.name);
   showTiles(swarm);
+  showMemories(swarm.memories);
   for (const box of document.querySelectorAll("[data-command]"))
     showCommand(box, swarm.join[box.dataset.command]);
   setText(
@@ -66,6 +67,12 @@ export function showAge() {
       ? ""
       : `at ${format.moment(swarm.read_at)}, every ${format.duration(swarm.refresh_s)}`;
   document.body.classList.toggle("stale", old || swarm.unreachable_since !== null);
+}
+
+/** What is about memories stands on the page only where there are some. */
+function showMemories({ count, queries_per_s: rate }) {
+  for (const element of document.querySelectorAll("[data-with-memories]")) element.hidden = !count;
+  setText(byId("memories-note"), `${format.rate(rate)} queries per second`);
 }
 
 function showCommand(box, command) {

@@ -110,6 +110,7 @@ function showNode(node) {
         "Given",
         `${format.count(node.updates)} updates, ${format.count(node.rows)} rows, ${format.hours(node.hours)} hours`,
       ],
+      ...(node.memory_shards || node.memory_queries ? [["Memory", memory(node)]] : []),
       [
         "Addresses",
         el(
@@ -126,6 +127,16 @@ function showNode(node) {
       ...node.uids.map((uid) => el("a", { class: "chip", href: `#/expert/${encodeURIComponent(uid)}` }, uid)),
       ...unlisted(node),
     ),
+  );
+}
+
+function memory({ memory_shards: shards, memory_bytes: bytes, memory_queries: queries, memory_queries_per_s: rate }) {
+  const speed = shown(rate, (value) => `${format.rate(value)} a second`);
+  return el(
+    "span",
+    {},
+    `${format.counted(shards, "shard")}, ${format.bytes(bytes)}, ${format.counted(queries, "query", "queries")}, `,
+    speed,
   );
 }
 

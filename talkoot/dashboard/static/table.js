@@ -14,7 +14,7 @@ export class PagedTable {
   #ask;
 
   /**
-   * options: caption, noun, columns, sort, order, perPage, rowClass(row), load({sort, order, filter, page, perPage})
+   * options: caption, noun, plural (if it is not the noun and an s), columns, sort, order, perPage, rowClass(row), load({sort, order, filter, page, perPage})
    * → {total, rows}; a row has a key. A column: id, name, cell(row), and if they hold: numeric, fixed (can't be
    * sorted by), drop (1 is the first to go where there is little room). ask() reads again; default: at once.
    */
@@ -122,11 +122,15 @@ export class PagedTable {
     setText(
       this.#place,
       total > perPage
-        ? `${format.count(from)}–${format.count(Math.min(total, from + perPage - 1))} of ${format.counted(total, this.#options.noun)}`
-        : format.counted(total, this.#options.noun),
+        ? `${format.count(from)}–${format.count(Math.min(total, from + perPage - 1))} of ${this.#counted(total)}`
+        : this.#counted(total),
     );
     this.#pages.forEach((button, i) => (button.disabled = i < 2 ? page === 1 : page === this.#last));
     this.#pages[0].parentElement.hidden = this.#last === 1;
+  }
+
+  #counted(total) {
+    return format.counted(total, this.#options.noun, this.#options.plural);
   }
 
   #makeRow(row) {

@@ -1,4 +1,4 @@
-// The tables of nodes, trainers and volunteers. The server sorts, filters and cuts them into pages.
+// The tables of nodes, trainers, memories and volunteers. The server sorts, filters and cuts them into pages.
 
 import { get } from "./api.js";
 import { byId, el, icon, shown } from "./dom.js";
@@ -80,6 +80,7 @@ const NODE_COLUMNS = [
   figure("updates", "Updates", format.compact, 3),
   figure("rows", "Rows", format.compact, 1),
   figure("hours", "Hours", format.hours, 1),
+  figure("memory_bytes", "Memory", format.bytes, 1),
   { id: "seen_at", name: "Seen", numeric: true, drop: 2, cell: ({ seen_at: t }) => shown(t, when) },
 ];
 
@@ -120,6 +121,17 @@ const TRAINER_COLUMNS = [
   figure("up_s", "Up", format.duration, 2),
 ].map((column) => ({ ...column, fixed: true }));
 
+const MEMORY_COLUMNS = [
+  { id: "name", name: "Memory", cell: memoryName },
+  figure("passages", "Passages", format.compact),
+  figure("bytes", "Size", format.bytes, 3),
+  { id: "shards", name: "Shards", numeric: true, drop: 3, cell: servedShards },
+  { id: "replicas", name: "Replicas", numeric: true, cell: replicaCounts },
+  figure("hosts", "Hosts", format.count, 2),
+  { id: "licenses", name: "Licences", drop: 2, cell: ({ licenses }) => el("bdi", {}, licenses.join(", ")) },
+  figure("revision", "Revision", format.count, 1),
+].map((column) => ({ ...column, fixed: true }));
+
 const LEADER_COLUMNS = [
   {
     id: "rank",
@@ -132,6 +144,29 @@ const LEADER_COLUMNS = [
   { ...figure("rows", "Rows", format.compact, 3), fixed: true },
   { ...figure("hours", "Hours", format.hours), fixed: true },
 ];
+
+function memoryName({ name, short, about }) {
+  return el(
+    "span",
+    { class: "peer", title: about || null },
+    el("bdi", { class: "name" }, name),
+    " ",
+    el("code", { class: "short" }, short),
+  );
+}
+
+function servedShards({ served, shards }) {
+  return [shown(served, format.count), el("small", {}, ` / ${format.count(shards)}`)];
+}
+
+/** The fewest that any shard has, and the mean; a warning where one has fewer than are wanted. */
+function replicaCounts({ replicas_min: fewest, replicas_mean: mean, replicas_wanted: wanted, below_two: few }) {
+  const numbers = [shown(fewest, format.count), el("small", {}, " / "), shown(mean, format.compact)];
+  if (fewest === null || fewest >= wanted) return numbers;
+  const title = `${format.counted(few, "shard")} with fewer than ${wanted} replicas`;
+  const level = fewest ? "warn" : "bad";
+  return [el("span", { class: "badge", "data-level": level, title }, icon(level), ...numbers)];
+}
 
 function steps({ step, steps: all }) {
   if (all === null || all === undefined) return shown(step, format.count);
@@ -173,7 +208,7 @@ function paged(id, path, list, noun, columns, options = {}) {
       ...(filter ? { filter } : {}),
     };
     const answer = await get(path, query);
-    return { total: answer.total, rows: answer[list].map((row) => ({ ...row, key: row.peer_id })) };
+    return { total: answer.total, rows: answer[list].map((row) => ({ ...row, key: row[options.key ?? "peer_id"] })) };
   };
   const caption = byId(`${id}-title`).textContent;
   const settings = {
@@ -202,10 +237,15 @@ export function makeTables() {
     if (target.closest(".unsteady-link")) nodes.table.sortBy("unsteady", "desc");
   });
   const trainers = paged("trainers", "trainers", "trainers", "trainer", TRAINER_COLUMNS);
+  const memories = paged("memories", "memories", "memories", "memory", MEMORY_COLUMNS, {
+    plural: "memories",
+    key: "memory",
+    rowClass: (row) => (row.replicas_min === 0 ? "lost" : ""),
+  });
   const leaders = paged("volunteers", "leaderboard", "nodes", "volunteer", LEADER_COLUMNS, {
     host: "leaders-table",
     perPage: 10,
     rowClass: null,
   });
-  return [nodes.section, trainers.section, leaders.section];
+  return [nodes.section, trainers.section, memories.section, leaders.section];
 }

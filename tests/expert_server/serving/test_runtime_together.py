@@ -1,4 +1,4 @@
-"""A runtime computes narrow experts of one caller at once, and each gets what it would get alone."""
+"""A runtime computes work for several experts of one caller in one batch, and each gets what it would get alone."""
 
 import asyncio
 from dataclasses import replace
@@ -11,8 +11,9 @@ from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import SharedGraph
 from expert_server.serving import runtime as runtime_module
-from expert_server.serving.batching import Result, WorkItem
+from expert_server.serving.batching import Direction, Result, WorkItem
 from expert_server.serving.runtime import Runtime
+from peer.errors import ExpertError
 from peer.metrics import total
 
 MANIFEST = Manifest(
@@ -62,6 +63,51 @@ def test_what_comes_together_is_computed_together_and_each_takes_its_step(thread
                 assert back.update_count == step + 1
         assert total(runtime.metrics.batches) == 6
         assert total(runtime.metrics.updates) == 3 * len(UIDS)
+
+    with_runtime(runtime, scenario)
+
+
+def test_short_forward_work_for_wide_experts_shares_a_batch_in_which_each_may_fail_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Expert, "grouped_block", None)
+    broken, *others = make_experts()
+    monkeypatch.setattr(broken, "block", None)
+    runtime = make_runtime(broken, *others)
+
+    async def scenario() -> None:
+        works = [replace(work, keep=False) for work in works_of()]
+        results = await asyncio.gather(*(submit(runtime, work) for work in works), return_exceptions=True)
+        assert isinstance(results[0], ExpertError)
+        for expert, work, result in zip(others, works[1:], results[1:], strict=True):
+            assert isinstance(result, Result)
+            torch.testing.assert_close(result.tensor, expert.forward(work.rows))
+        assert total(runtime.metrics.batches) == 1
+
+    with_runtime(runtime, scenario)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_long_work_for_wide_experts_shares_no_batch_and_its_results_come_together(
+    direction: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Expert, "grouped_block", None)
+    monkeypatch.setattr(runtime_module, "_GATHER_S", 3600.0)
+    if direction == "forward":
+        monkeypatch.setattr("expert_server.serving.compute._BRIEF", 1)
+    runtime, deliveries = make_runtime(*make_experts()), list[int]()
+    deliver = runtime._deliver
+
+    def noting() -> None:
+        deliveries.append(len(runtime._done))
+        deliver()
+
+    monkeypatch.setattr(runtime, "_deliver", noting)
+
+    async def scenario() -> None:
+        await submit_all(runtime, [make_work(3, uid, direction) for uid in UIDS])
+        assert total(runtime.metrics.batches) == len(UIDS)
+        assert deliveries == [len(UIDS)]
 
     with_runtime(runtime, scenario)
 

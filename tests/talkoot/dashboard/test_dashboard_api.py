@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from simulated_readings import (
     Asked,
     large_swarm,
     manifest,
+    memory,
     node,
     peer,
     picture_of,
@@ -27,6 +29,7 @@ from dht.uid import UID
 from talkoot.dashboard import api
 from talkoot.dashboard.api import ApiError, DashboardState
 from talkoot.dashboard.picture import Picture
+from talkoot.dashboard.watcher import samples_of
 
 API_S = 0.1
 PICTURE_S = 0.2
@@ -102,6 +105,51 @@ def test_missing_hosts_are_counted(hosted: int, level: str, words: str) -> None:
     model = manifest((2, 2))
     replicas = [replica(uid, 0) for uid in model.uids()[:hosted]]
     assert api.health(state_of(healthy(replicas=replicas))) == {"level": level, "words": words}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "level", "words"),
+    [
+        ((2, 1), "ok", "healthy"),
+        ((2,), "warn", "1 shard of a memory has no host"),
+        ((), "warn", "2 shards of memories have no host"),
+    ],
+)
+def test_shards_without_a_host_are_counted(replicas: tuple[int, ...], level: str, words: str) -> None:
+    picture = healthy(memories=[memory(replicas=replicas)])
+    assert api.health(state_of(picture)) == {"level": level, "words": words}
+
+
+def test_memories_are_listed_and_those_that_need_hosts_most_come_first() -> None:
+    memories = [memory("safe"), memory("alone", (1, 3)), memory("lost", (2,)), memory("many", (3, 3, 3))]
+    picture = healthy(memories=[*memories, replace(memory("huge"), is_whole=False)])
+    page = api.memories(picture, {})
+    shown = {
+        row["name"]: (row["below_two"], row["replicas_min"], row["replicas_mean"]) for row in page["memories"]
+    }
+    # anybody may announce a third shard of a memory that has two
+    assert shown == {
+        "huge": (None, None, None),
+        "lost": (1, 0, 1.0),
+        "alone": (1, 1, 2.0),
+        "safe": (0, 2, 2.0),
+        "many": (0, 3, 3.0),
+    }
+    assert [row["name"] for row in page["memories"]][:2] == ["huge", "lost"]
+    assert api.swarm(state_of(picture))["memories"] == {
+        "count": 5, "shards": 10, "served": 9, "below_two": 2, "queries_per_s": 1.0
+    }  # fmt: skip
+    assert api.memories(None, {})["total"] == 0
+
+
+def test_replicas_of_memories_have_a_history() -> None:
+    picture = healthy(memories=[memory(replicas=(1, 3))])
+    samples = {(sample.metric, sample.name.split(", ")[-1]): sample.value for sample in samples_of(picture)}
+    assert samples["memory_replicas", "fewest"] == 1
+    assert samples["memory_replicas", "mean"] == 2.0
+    assert samples["memory_queries_per_s", "all nodes"] == 1.0
+    without = {sample.metric for sample in samples_of(healthy())}
+    assert not without & {"memory_replicas", "memory_queries_per_s"}
 
 
 def test_a_swarm_of_zero_nodes_is_shown_as_none_and_not_as_unseen() -> None:
@@ -297,7 +345,7 @@ def test_what_is_no_expert_is_not_found(uid: str) -> None:
 
 def test_a_layer_that_is_too_large_is_refused() -> None:
     layers = [{"layer": 0, "grid": [4096, 4096]}]
-    picture = Picture(NOW, _SMALL.figures, layers, [], [], {})
+    picture = Picture(NOW, _SMALL.figures, layers, [], [], {}, [])
     with pytest.raises(ApiError) as caught:
         api.experts(picture, {})
     assert caught.value.status == 413
@@ -309,7 +357,7 @@ def test_a_layer_that_is_too_large_is_refused() -> None:
 def test_trainers_that_are_live_come_first() -> None:
     rows = [{"state": "gone", "seen_at": 1.0, "peer_id": "a"}, {"state": "training", "seen_at": 1.0, "peer_id": "b"},
             {"state": "gone", "seen_at": 2.0, "peer_id": "c"}]  # fmt: skip
-    picture = Picture(NOW, _SMALL.figures, [], [], rows, {})
+    picture = Picture(NOW, _SMALL.figures, [], [], rows, {}, [])
     assert [row["peer_id"] for row in api.trainers(picture, {})["trainers"]] == ["b", "c", "a"]
 
 

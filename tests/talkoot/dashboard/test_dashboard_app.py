@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from simulated_readings import NOW, Answer, Asked, manifest, node, peer, picture_of, replica, trainer
+from simulated_readings import NOW, Answer, Asked, manifest, memory, node, peer, picture_of, replica, trainer
 
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
@@ -33,7 +33,7 @@ def small() -> Picture:
         trainer(0, metrics_address="127.0.0.1:9002"),
         trainer(1, loss=None, forward=None, failures={}),
     ]
-    return picture_of(nodes, trainers, swarm=model, replicas=replicas)
+    return picture_of(nodes, trainers, swarm=model, replicas=replicas, memories=[memory(replicas=(2, 1))])
 
 
 @pytest.fixture
@@ -64,8 +64,11 @@ ASKED = [
     ("/api/v1/experts/{uid}", "/api/v1/experts/0.1.0"),
     ("/api/v1/experts/{uid}", "/api/v1/experts/0.1"),
     ("/api/v1/trainers", "/api/v1/trainers"),
+    ("/api/v1/memories", "/api/v1/memories"),
+    ("/api/v1/memories", "/api/v1/memories?per_page=0"),
     ("/api/v1/history", "/api/v1/history?metric=loss&since=1"),
     ("/api/v1/history", "/api/v1/history?metric=latency_ms"),
+    ("/api/v1/history", "/api/v1/history?metric=memory_replicas"),
     ("/api/v1/history", "/api/v1/history"),
     ("/sd", "/sd"),
     ("/healthz", "/healthz"),

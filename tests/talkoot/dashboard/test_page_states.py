@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from browser import Visit, chromium, needs_chromium, served, visit
 from playwright.sync_api import Browser, Route
-from simulated_readings import NOW, Asked, manifest, node, picture_of, replica, trainer
+from simulated_readings import NOW, Asked, manifest, memory, node, picture_of, replica, trainer
 
 pytestmark = [needs_chromium, pytest.mark.timeout(300)]
 
@@ -159,4 +159,42 @@ def test_page_that_nobody_sees_holds_no_stream_and_still_has_its_title(
         assert asked.streams.open == 0
         seen.page.evaluate(look.format("false"))
         seen.until(lambda: asked.streams.open == 1)
+    asked.history.close()
+
+
+def test_memories_are_shown_where_there_are_any(browser: Browser, tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    memories = [
+        memory("safe"),
+        memory("alone", (2, 1), about=hostile, licenses=(hostile,)),
+        memory("lost", (1,)),
+    ]
+    asked = Asked(tmp_path, picture_of([node(1), node(2)], memories=memories))
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.until("document.querySelectorAll('#memories-table tbody tr').length === 3")
+        rows = seen.page.locator("#memories-table tbody tr")
+        badges = [rows.nth(number).locator(".badge").count() for number in range(3)]
+        assert badges == [1, 1, 0]  # those with the fewest replicas come first
+        assert "lost" in rows.nth(0).inner_text()
+        assert rows.nth(0).locator(".badge").get_attribute("data-level") == "bad"
+        assert "alone" in rows.nth(1).inner_text()
+        assert hostile in rows.nth(1).inner_text()
+        assert seen.page.locator("img").count() == 0
+        assert seen.text("#memories .pager").startswith("3 memories")
+        assert seen.text("#memories-note") == "3 queries per second"
+        assert seen.page.locator(".charts article:visible").count() == 10
+        assert seen.overflow() == 0
+        seen.page.goto(f"{address}/#/node/{node(2).peer_id.to_base58()}")
+        seen.until(
+            "document.querySelector('#panel .facts')?.textContent.includes('2 shards, 2 kB, 2 queries')"
+        )
+    asked.history.close()
+
+
+def test_a_swarm_without_memories_shows_nothing_of_them(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, HEALTHY)
+    with served(asked.app) as address, visit(browser, address) as seen:
+        assert seen.page.locator("#memories").is_hidden()
+        assert seen.page.locator("nav a[href='#memories']").is_hidden()
+        assert seen.page.locator(".charts article:visible").count() == 8
     asked.history.close()

@@ -12,16 +12,20 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from byte_texts import byte_dataset
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from simulated_readings import memory
 
+from dht.announcements import ReplicaState
 from dht.invites import Invite
+from dht.library import MemoryRegistry
 from dht.manifest import Manifest
+from dht.memory import MemoryID
 from dht.swarm import found_swarm, join_swarm
 from expert_server.node import Node, NodeTiming
 from expert_server.settings import NodeSettings
@@ -96,7 +100,7 @@ class Watched:
         listener = listen(LOCAL, 0)
         stack.callback(listener.close)
         await stack.enter_async_context(
-            dashboard(self.invite, settings, folder, listener, WatchIntervals(0.3, 1.0, 1.0))
+            dashboard(self.invite, settings, folder, listener, WatchIntervals(0.3, 1.0, 1.0, 0.5))
         )
         return address_of(listener)
 
@@ -195,6 +199,30 @@ def test_nodes_and_trainers_say_what_they_do(watched: Watched) -> None:
     assert (trainer["name"], trainer["state"], trainer["steps"]) == ("Aino", "training", 10**6)
     watched.until(lambda page: page["trainers"][0]["step"] > trainer["step"], "api/v1/trainers")
     watched.until(lambda page: page["trainers"][0]["validation_loss"], "api/v1/trainers")
+
+
+def test_memories_are_watched(watched: Watched) -> None:
+    registries = [MemoryRegistry(node.swarm.registry) for node in watched.nodes]
+    publisher = watched.nodes[0].swarm.registry.peer_id
+    entry = replace(memory().entry, memory=MemoryID.of("python-docs", publisher), publisher=publisher)
+
+    async def publish() -> None:
+        await registries[0].publish_library([entry])
+        for registry, roots in zip(registries, ([b"a" * 32, b"b" * 32], [b"a" * 32]), strict=True):
+            await registry.announce(entry.memory, {(0, 1): (ReplicaState.SERVING, roots)}, 60.0)
+
+    watched.loop.run(publish(), LIMIT_S)
+    page = watched.until(
+        lambda page: page["memories"] and page["memories"][0]["hosts"] == 2, "api/v1/memories"
+    )
+    (row,) = page["memories"]
+    assert (row["memory"], row["below_two"], row["replicas_min"], row["replicas_mean"]) == (
+        str(entry.memory),
+        1,
+        1,
+        1.5,
+    )
+    assert "talkoot_swarm_memory_shards_below_two 1.0" in fetch(watched.url + "metrics")
 
 
 def test_an_expert_tells_who_hosts_it_and_its_history(watched: Watched) -> None:

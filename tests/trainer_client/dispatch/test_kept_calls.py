@@ -57,6 +57,17 @@ def test_kept_or_sent_again_the_gradients_are_the_same(loop: LoopThread, tmp_pat
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_what_goes_in_one_message_or_in_several_is_answered_alike(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, _ = loop.run(forward_and_backward(tmp_path / "one", False, GENEROUS), 120)
+    monkeypatch.setattr("peer.codec.CHUNK_BYTES", 100)
+    in_pieces, sent = loop.run(forward_and_backward(tmp_path / "several", False, GENEROUS), 120)
+    assert sent == 4 * ONE_TENSOR
+    for one, other in zip(at_once, in_pieces, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_node_that_gave_up_what_it_kept_is_sent_the_inputs(loop: LoopThread, tmp_path: Path) -> None:
     """The memory is enough for one of two calls."""
 
