@@ -28,6 +28,8 @@ from talkoot.options import (
     Join,
     NodeCommand,
     NodeState,
+    PublishCommand,
+    RevokeCommand,
     ServeCommand,
     TrainCommand,
     command,
@@ -70,6 +72,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"max_content_width": 100},
+)
+memory = typer.Typer(
+    help="Build, publish and inspect memories: passages of text that nodes host, so that models can look them up.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 service = typer.Typer(
     help="Run a node as a systemd service of this user.", no_args_is_help=True, rich_markup_mode=None
@@ -532,7 +539,8 @@ def invite(
         str | None,
         typer.Option(
             metavar="ROLE",
-            help="What the invite allows: node hosts experts, trainer trains, reader only uses the trained model."
+            help="What the invite allows: node hosts experts, trainer trains, reader only uses the trained model, "
+            "librarian publishes memories."
             "  [default: trainer]",
         ),
     ] = None,
@@ -568,6 +576,110 @@ def invite(
             run_revoke(terminal, state, revoke)
         else:
             run_invite(terminal, state, InviteRequest.parse(role, expires, name))
+
+
+app.add_typer(memory, name="memory")
+
+MemoryFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The folder that `talkoot memory build` wrote.")
+]
+PublisherState = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="The founder's: the state folder of its node, which may be running. A librarian's: a folder for its "
+        "key.  [default: the node's if it founded the swarm, else ~/.local/state/talkoot/publisher]",
+    ),
+]
+
+
+@memory.command(cls=PublishCommand)
+def publish(
+    context: typer.Context,
+    folder: MemoryFolder,
+    *,
+    join: Join = None,
+    state: PublisherState = None,
+    log_format: Format = LogFormat.TEXT,
+) -> None:
+    """List a memory in the swarm, and serve it until nodes host two replicas of each of its shards.
+
+    In an open swarm only the founder publishes; in one that admits by token, librarians do too. If you stop it
+    early, the same command goes on where it was. Nodes take what they have room for with --memory-disk.
+    """
+    with command(log_format) as (terminal, signals):
+        with signals.importing(), imports_without_gc():
+            from expert_server.settings import NodeSettings
+            from talkoot.memory.publish import run_publish
+
+        run_publish(terminal, folder, join, state, load_settings(context, NodeSettings))
+
+
+@memory.command("list")
+def list_memories(
+    *,
+    join: Join = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """List the memories of a swarm."""
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing(), imports_without_gc():
+            from talkoot.memory.listing import run_list
+
+        run_list(terminal, join)
+
+
+@memory.command("inspect")
+def inspect_memory(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The memory's name, or its id.")],
+    *,
+    join: Join = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show a memory of a swarm: its cells and shards, and who hosts them."""
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing(), imports_without_gc():
+            from talkoot.memory.listing import run_inspect
+
+        run_inspect(terminal, join, name)
+
+
+@memory.command("revoke", cls=RevokeCommand)
+def revoke_passages(
+    context: typer.Context,
+    folder: MemoryFolder,
+    *,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Revoke the passages with this in their text or title, in any case."
+        ),
+    ] = None,
+    passage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HASH",
+            help="Revoke this passage: `talkoot search --json` prints the hash. May be given several times.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the passages that would be revoked.")
+    ] = False,
+    join: Join = None,
+    state: PublisherState = None,
+    log_format: Format = LogFormat.TEXT,
+) -> None:
+    """Take passages back: publish a new revision without them, and wait until all hosts have deleted them."""
+    with command(log_format) as (terminal, signals):
+        with signals.importing(), imports_without_gc():
+            from expert_server.settings import NodeSettings
+            from talkoot.memory.revoke import Selection, run_revoke
+
+        selection = Selection.parse(passage or [], match)
+        settings = load_settings(context, NodeSettings)
+        run_revoke(terminal, folder, selection, join, state, settings, only_show=dry_run)
 
 
 app.add_typer(service, name="service")

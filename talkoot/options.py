@@ -310,6 +310,46 @@ class TrainedModelCommand(SettingsCommand):
         return options
 
 
+_SERVED_SETTINGS = (
+    "name",
+    "host",
+    "port",
+    "announce_host",
+    "announce_port",
+    "reachability",
+    "upload_mbit",
+    "upnp",
+    "p2pd",
+    "p2pd_port",
+    "announce_every_s",
+    "max_calls",
+)
+_SERVED_SHOWN = ("host", "port", "announce_host", "upload_mbit", "name")
+
+
+class PublishCommand(SettingsCommand):
+    """A command that serves a memory from its folder."""
+
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Swarm": ("join", "state"),
+        "Network": _SERVED_SHOWN,
+        "Output": ("log_format",),
+    }
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from expert_server.settings import NodeSettings
+
+        return {NodeSettings: _SERVED_SETTINGS}
+
+
+class RevokeCommand(PublishCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Passages": ("match", "passage", "dry_run"),
+        **PublishCommand.sections,
+    }
+
+
 class GenerateCommand(TrainedModelCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Text": ("prompt", "max_tokens", "temperature", "top_k", "top_p", "seed"),

@@ -22,7 +22,7 @@ from talkoot.node.control import node_folder
 from talkoot.node.remote import parse_duration_s
 from talkoot.terminal import Terminal
 
-_FILE = "swarm.json"
+FILE = "swarm.json"
 _LONGEST_NAME = 64
 _LONGEST_S = 10 * 365 * 86400.0
 
@@ -39,22 +39,22 @@ class FoundedSwarm(BaseModel):
     def save(self, folder: Path) -> None:
         """Raises StartError."""
         try:
-            write_atomically(folder / _FILE, self.model_dump_json().encode(), mode=0o600)
+            write_atomically(folder / FILE, self.model_dump_json().encode(), mode=0o600)
         except OSError as error:
-            raise StartError(f"can't write {folder / _FILE}: {error.strerror}") from error
+            raise StartError(f"can't write {folder / FILE}: {error.strerror}") from error
 
     @classmethod
     def load(cls, folder: Path) -> "FoundedSwarm":
         """Raises SettingsError."""
         try:
-            return cls.model_validate_json((folder / _FILE).read_bytes())
+            return cls.model_validate_json((folder / FILE).read_bytes())
         except FileNotFoundError:
             raise SettingsError(
                 f"no swarm was founded with the state folder {folder}: pass the --state of the node that you started "
                 "with --new"
             ) from None
         except (OSError, ValidationError) as error:
-            raise SettingsError(f"can't read {folder / _FILE}: restart your node, which writes it") from error
+            raise SettingsError(f"can't read {folder / FILE}: restart your node, which writes it") from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,15 @@ from record_samples import EXPIRES_AT, NOW, VALIDATOR, refused, stored
 from dht.admission import Denylist, Mode, Role, SwarmAdmission, make_badge, make_token
 from dht.announcements import ReplicaState
 from dht.founder_records import LIFETIME_S
-from dht.library import CellHost, LibraryEntry, MemoryRegistry, read_cell, read_library, with_entry
+from dht.library import (
+    CellHost,
+    LibraryEntry,
+    MemoryRegistry,
+    find_memory,
+    read_cell,
+    read_library,
+    with_entry,
+)
 from dht.memory import Cell, MemoryID, Part
 from dht.records import (
     MAX_LIBRARY_BYTES,
@@ -333,6 +341,25 @@ def test_an_older_or_another_revision_is_not_published() -> None:
         with_entry((entry(revision=3),), entry(revision=2))
     with pytest.raises(LibraryError, match="another revision 3"):
         with_entry((entry(revision=3),), entry(revision=3, manifest=Part(b"n" * 32, 4000)))
+
+
+def test_a_memory_is_found_by_its_name_or_its_id() -> None:
+    ours, theirs, other = entry(), entry(publisher=LIBRARIAN), entry("bible")
+    libraries = {FOUNDER.peer_id: (ours, other), LIBRARIAN.peer_id: (theirs,)}
+    assert find_memory(libraries, "bible") == other
+    assert find_memory(libraries, str(theirs.memory)) == theirs
+    assert find_memory({FOUNDER.peer_id: (other,)}, None) == other
+    with pytest.raises(LibraryError, match="several memories"):
+        find_memory(libraries, None)
+    with pytest.raises(LibraryError, match="several publishers") as several:
+        find_memory(libraries, "python-docs")
+    assert str(ours.memory) in str(several.value)
+    assert str(theirs.memory) in str(several.value)
+    with pytest.raises(LibraryError, match=f"pass one of {other.memory}"):
+        find_memory({FOUNDER.peer_id: (other,)}, "wikipedia")
+    for nothing in ({}, {FOUNDER.peer_id: ()}):
+        with pytest.raises(LibraryError, match="no memory is published"):
+            find_memory(nothing, "bible")
 
 
 # Over real sockets

@@ -1,0 +1,238 @@
+"""`talkoot memory list` and `talkoot memory inspect NAME`: the memories of a swarm, and who hosts one of them."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from dht.admission import Role
+from dht.announcements import NodeInfo
+from dht.invites import Invite, invite_of
+from dht.library import LibraryEntry, MemoryRegistry, find_memory
+from dht.memory import MAX_MANIFEST_BYTES, MemoryManifest
+from dht.swarm import Swarm, join_swarm
+from peer.errors import LibraryError, TransferError
+from peer.formatting import bytes_in_words, counted
+from peer.host import NetworkConfig
+from peer.identity import Identity, PeerID
+from peer.loop import new_loop
+from peer.rates import RateLimit
+from peer.rpc.parts import PartClient, has_sha256
+from peer.rpc.sessions import SessionClient
+from peer.wire import session_pb2
+from talkoot.memory.replication import Replication, entry_values, replication
+from talkoot.memory.survey import Survey, survey
+from talkoot.signals import run_until_stopped
+from talkoot.terminal import FittingTable, Terminal
+
+_CHANNELS = 16
+_MOST_ROWS = 64
+"""Of a grid that is shown."""
+
+
+def run_list(terminal: Terminal, join: str | None) -> None:
+    """Raises UserError."""
+    _run(terminal, join, lambda swarm: _list(terminal, swarm), roles=())
+
+
+def run_inspect(terminal: Terminal, join: str | None, name: str) -> None:
+    """Raises UserError, also if nobody gives the memory's manifest."""
+    _run(terminal, join, lambda swarm: _inspect(terminal, swarm, name), roles=tuple(Role))
+
+
+def _run(
+    terminal: Terminal,
+    join: str | None,
+    look: Callable[[Swarm], Awaitable[None]],
+    roles: tuple[Role, ...],
+) -> None:
+    invite = invite_of(join)
+    with (
+        tempfile.TemporaryDirectory(prefix="talkoot-memory-") as folder,
+        asyncio.Runner(loop_factory=new_loop) as runner,
+    ):
+        runner.run(run_until_stopped(_look(terminal, invite, Path(folder), look, roles)))
+
+
+async def _look(
+    terminal: Terminal,
+    invite: Invite,
+    folder: Path,
+    look: Callable[[Swarm], Awaitable[None]],
+    roles: tuple[Role, ...],
+) -> None:
+    identity = Identity.load_or_create(folder / "identity.key")
+    with terminal.stages("making ready") as stage:
+        config = NetworkConfig("127.0.0.1", serves_dht=False)
+        swarm = await join_swarm(identity, invite, config, roles=roles, stage=stage)
+    try:
+        await look(swarm)
+    finally:
+        await swarm.stop()
+
+
+async def _list(terminal: Terminal, swarm: Swarm) -> None:
+    memories = MemoryRegistry(swarm.registry)
+    libraries = await memories.libraries()
+    surveys = [await survey(memories, entry) for entries in libraries.values() for entry in entries]
+    if terminal.json:
+        terminal.event("memories", {"memories": [_values(each) for each in surveys]})
+    elif surveys:
+        terminal.out.print(_memories_table(surveys))
+    else:
+        terminal.line(f"no memory is published in swarm {swarm.keys.swarm_id}")
+
+
+def _values(found: Survey) -> dict[str, object]:
+    return {
+        **entry_values(found.entry),
+        "fewest_replicas": found.fewest,
+        "mean_replicas": round(found.mean, 2),
+        "hosts": len(found.hosts),
+    }
+
+
+def _memories_table(surveys: list[Survey]) -> FittingTable:
+    columns = ("name", "publisher", "revision", "passages", "size", "licences", "shards", "replicas", "about")
+    table = FittingTable(
+        "memories, and the replicas of the shard with the fewest",
+        columns,
+        ("about", "shards", "revision", "licences"),
+    )
+    for found in sorted(surveys, key=lambda each: (each.entry.memory.name, each.entry.memory.publisher)):
+        entry = found.entry
+        table.add_row(
+            entry.memory.name,
+            entry.memory.publisher,
+            str(entry.revision),
+            f"{entry.passages:,}",
+            bytes_in_words(entry.total_bytes),
+            ", ".join(entry.licenses) or "-",
+            str(entry.shards),
+            str(found.fewest) if found.fewest else f"none of {counted(found.below(1), 'shard')}",
+            entry.about or "-",
+        )
+    return table
+
+
+async def _inspect(terminal: Terminal, swarm: Swarm, name: str) -> None:
+    memories = MemoryRegistry(swarm.registry)
+    entry = find_memory(await memories.libraries(), name)
+    with terminal.stages("looking for its hosts"):
+        some = await memories.some_hosts(entry.memory)
+        if not some:
+            raise LibraryError(f"nobody hosts {entry.memory} now: its publisher can publish it again")
+        contacts = await swarm.registry.nodes([host.peer_id for host in some])
+        manifest = await _fetch_manifest(swarm, entry, contacts.values())
+        replicas = await replication(memories, entry, manifest)
+        hosts = await swarm.registry.nodes(replicas.hosts)
+    if terminal.json:
+        terminal.event("memory", _memory_values(entry, manifest, replicas, hosts))
+        return
+    terminal.out.print(Text(_in_words(entry, manifest)))
+    if len(manifest.grid) <= 2 and manifest.grid[0] <= _MOST_ROWS:
+        terminal.out.print(_cells_table(manifest, replicas))
+    terminal.out.print(_hosts_table(replicas, hosts))
+    terminal.line(replicas.in_words)
+
+
+async def _fetch_manifest(swarm: Swarm, entry: LibraryEntry, hosts: Collection[NodeInfo]) -> MemoryManifest:
+    """From any of these. Raises LibraryError."""
+    rights = (session_pb2.RIGHT_MEMORY,)
+    sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
+    parts = PartClient(swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None))
+
+    def check(data: bytes) -> MemoryManifest:
+        return MemoryManifest.parse(has_sha256(entry.manifest.sha256, data))
+
+    try:
+        size = min(entry.manifest.size, MAX_MANIFEST_BYTES)
+        return await parts.fetch_any(hosts, str(entry.memory), entry.manifest.sha256, size, check)
+    except TransferError as error:
+        raise LibraryError(
+            f"nobody gives the list of shards of {entry.memory}, so it can't be inspected now: {error}"
+        ) from error
+    finally:
+        await parts.close()
+
+
+def _in_words(entry: LibraryEntry, manifest: MemoryManifest) -> str:
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created_at))
+    about = f": {entry.about}" if entry.about else ""
+    revoked = f", {counted(len(manifest.revoked), 'passage', ',')} revoked" if manifest.revoked else ""
+    return (
+        f"{entry.memory}{about}\n"
+        f"publisher {entry.publisher.to_base58()}; revision {manifest.revision} of {made}{revoked}\n"
+        f"{counted(entry.passages, 'passage', ',')} in {counted(len(manifest.shards), 'shard')} of "
+        f"{counted(len(manifest.by_cell), 'cell')}, {bytes_in_words(entry.total_bytes)}; licences: "
+        f"{', '.join(manifest.licenses) or 'none given'}\n"
+        f"encoder {manifest.encoder_kind}, {manifest.dimensions} dimensions, "
+        f"{bytes_in_words(manifest.encoder.size)}"
+    )
+
+
+def _cells_table(manifest: MemoryManifest, replicas: Replication) -> Table:
+    """The fewest replicas of a shard in each cell. The columns are the grid's last dimension."""
+    rows, columns = (manifest.grid[0], manifest.grid[1]) if len(manifest.grid) == 2 else (1, manifest.grid[0])
+    table = Table(title="replicas of the shard with the fewest in each cell")
+    for name in ("", *map(str, range(columns))):
+        table.add_column(name, justify="right")
+    for row in range(rows):
+        cells = [(row, column) if len(manifest.grid) == 2 else (column,) for column in range(columns)]
+        fewest = [
+            min((len(replicas.by_root[shard.root]) for shard in manifest.by_cell.get(cell, ())), default=None)
+            for cell in cells
+        ]
+        table.add_row(str(row), *("" if count is None else str(count or "-") for count in fewest))
+    return table
+
+
+def _hosts_table(replicas: Replication, hosts: Mapping[PeerID, NodeInfo]) -> Table:
+    table = Table(title="hosts")
+    for column in ("peer", "name", "shards", "all its shards"):
+        table.add_column(column, overflow="fold")
+    for peer_id, shards in sorted(_shards_by_host(replicas).items(), key=lambda each: -each[1]):
+        node = hosts.get(peer_id)
+        of_all = "?" if node is None else f"{node.memory_shards}, {bytes_in_words(node.memory_bytes)}"
+        table.add_row(peer_id.to_base58()[-8:], (node and node.name) or "-", str(shards), of_all)
+    return table
+
+
+def _shards_by_host(replicas: Replication) -> dict[PeerID, int]:
+    return {host: sum(host in hosts for hosts in replicas.by_root.values()) for host in replicas.hosts}
+
+
+def _memory_values(
+    entry: LibraryEntry, manifest: MemoryManifest, replicas: Replication, hosts: Mapping[PeerID, NodeInfo]
+) -> dict[str, object]:
+    return {
+        **entry_values(entry),
+        "licenses": list(manifest.licenses),
+        "created_at": manifest.created_at,
+        "encoder": manifest.encoder_kind,
+        "dimensions": manifest.dimensions,
+        "grid": list(manifest.grid),
+        "revoked": [leaf.hex() for leaf in sorted(manifest.revoked)],
+        "shards": [
+            {
+                "cell": list(shard.cell),
+                "root": shard.root.hex(),
+                "passages": shard.leaves,
+                "bytes": shard.size,
+                "hosts": [host.to_base58() for host in replicas.by_root[shard.root]],
+            }
+            for shard in manifest.shards
+        ],
+        "hosts": [
+            {
+                "peer_id": peer_id.to_base58(),
+                "name": (peer_id in hosts and hosts[peer_id].name) or None,
+                "shards": shards,
+            }
+            for peer_id, shards in _shards_by_host(replicas).items()
+        ],
+    }

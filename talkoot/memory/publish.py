@@ -1,0 +1,366 @@
+"""`talkoot memory publish`: serves a memory from its folder until enough others host it."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dht.announcements import Activity, ReplicaState
+from dht.library import LibraryEntry, MemoryRegistry, with_entry
+from dht.swarm import Stage, Swarm
+from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
+from expert_server.memory.store import MemoryStore
+from expert_server.reachability import ReachabilityMonitor
+from expert_server.settings import NodeSettings
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION, clock
+from peer.errors import LibraryError, UnreachableError, WireError
+from peer.formatting import bytes_in_words, counted
+from peer.identity import Identity
+from peer.loop import RetryingRounds, keep_running, new_loop, tolerating
+from peer.transport.dialling import resolved
+from peer.wire import memory_pb2_grpc, records_pb2
+from talkoot.memory.publishers import Publisher, publisher_of
+from talkoot.memory.replication import Replication, entry_values, replication
+from talkoot.node.launch import listen_address
+from talkoot.signals import run_until_stopped
+from talkoot.terminal import Terminal
+
+logger = logging.getLogger(__name__)
+
+WANTED = 2
+"""Replicas of each shard at others."""
+_LOOK_EVERY_S = 2.0
+_SHOW_EVERY_S = 10.0
+_PATIENCE_S = 60.0
+"""Without progress, after which the publisher is told what may be the reason."""
+_FAREWELL_S = 2.0
+_KEEP_EVERY_S = 3600.0
+_THREADS = 2
+"""Searches at the same time: others are to fetch the memory, and to ask those who did."""
+
+
+class Publication:
+    """A memory that one peer serves from its folder, and lists in the DHT."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        store: MemoryStore,
+        signer: Identity,
+        settings: NodeSettings,
+        host: str,
+        passages: int,
+    ) -> None:
+        """`signer`: of the list of memories. `host`: where the peer listens. `passages`: each once."""
+        self.swarm = swarm
+        self.memories = MemoryRegistry(swarm.registry)
+        self.entry = LibraryEntry.of(store.manifest, store.part, signer.peer_id, passages)
+        self.manifest = store.manifest
+        self._store = store
+        self._signer = signer
+        self._settings = settings
+        self._host = host
+        self._metrics = MemoryMetrics(swarm.metrics)
+        self._servicer = MemoryServicer(
+            {str(self.entry.memory): store},
+            swarm.keys.swarm_id,
+            swarm.host.sessions,
+            swarm.host.upload,
+            self._metrics,
+            _THREADS,
+        )
+        rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
+        self._reachability = ReachabilityMonitor(settings, swarm, rng, metrics=swarm.metrics)
+        self._rounds = RetryingRounds(settings.announce_every_s, swarm.metrics, swarm.host.restarts)
+        self._started_at = clock.now()
+
+    @property
+    def advice(self) -> str:
+        """What the owner can do so that others connect to this peer; empty when they do."""
+        return self._reachability.advice
+
+    @property
+    def uploaded_bytes(self) -> float:
+        """Of parts of the memory."""
+        return self.swarm.host.upload.bytes
+
+    @asynccontextmanager
+    async def published(self, stage: Stage) -> AsyncIterator[None]:
+        """Inside, the memory is served, announced and listed. Raises LibraryError and UnreachableError.
+
+        It ends at once, also when the DHT does not answer. The list stays.
+        """
+        library = with_entry((await self.memories.libraries()).get(self._signer.peer_id, ()), self.entry)
+        try:
+            await self._serve(stage)
+            stage("announcing the memory")
+            await self._publish_record()
+            await self._announce()
+            signer = None if self._signer.peer_id == self.swarm.host.peer_id else self._signer
+            await self.memories.publish_library(library, signer)
+            running = asyncio.create_task(self._run(), name="stay announced")
+            try:
+                yield
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+        finally:
+            await self._leave()
+
+    async def _serve(self, stage: Stage) -> None:
+        server = self.swarm.host.server
+        assert server is not None, "a publisher's host has a server"
+        memory_pb2_grpc.add_MemoryServiceServicer_to_server(self._servicer, server.services)
+        await self.swarm.host.serve_tunnel(server.open_for)
+        with (
+            contextlib.suppress(UnreachableError),
+            tolerating("see who reaches this peer", self.swarm.host.restarts),
+        ):
+            await self._reachability.begin(self._host, self.swarm.host.port, stage)
+
+    async def _run(self) -> None:
+        """Stays announced, for ever."""
+        async with asyncio.TaskGroup() as group:
+            for name, run in (("announce", self._stay_announced), ("keep the list", self._keep_library)):
+                group.create_task(keep_running(name, run, self.swarm.host.restarts), name=name)
+            recheck = self.swarm.host.sessions.recheck
+            group.create_task(self.swarm.keep_admission(self._settings.announce_every_s, recheck))
+
+    async def replication(self) -> Replication:
+        """At others. Raises UnreachableError."""
+        return await replication(self.memories, self.entry, self.manifest, self.swarm.host.peer_id)
+
+    async def _leave(self) -> None:
+        """Withdraws what it announced. A DHT that does not answer must not delay it."""
+        with contextlib.suppress(UnreachableError, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                gone = dict.fromkeys(self.manifest.by_cell, (ReplicaState.WITHDRAWN, ()))
+                await self.swarm.registry.leave(self._settings.lifetime_s)
+                await self.memories.announce(self.entry.memory, gone, self._settings.lifetime_s)
+        if self.swarm.host.server is not None:
+            await self.swarm.host.server.stop(0.0)
+        await self._servicer.close()
+
+    async def _stay_announced(self) -> None:
+        stay_member = partial(self.swarm.membership.check, announced=True)
+        while True:
+            await asyncio.sleep(self._settings.announce_every_s)
+            await self._rounds.run(
+                "announce", self._reachability.check, self._announce, self._publish_record, stay_member
+            )
+
+    async def _keep_library(self) -> None:
+        while True:
+            await asyncio.sleep(_KEEP_EVERY_S)
+            await self._rounds.run("keep the list", self.memories.keep_libraries)
+
+    async def _announce(self) -> None:
+        cells = {
+            cell: (ReplicaState.SERVING, [shard.root for shard in shards])
+            for cell, shards in self.manifest.by_cell.items()
+        }
+        await self.memories.announce(self.entry.memory, cells, self._settings.lifetime_s)
+
+    async def _publish_record(self) -> None:
+        record = records_pb2.NodeRecord(
+            addresses=await resolved(self._reachability.addresses),
+            certificate=self.swarm.host.certificate,
+            protocol_version=PROTOCOL_VERSION,
+            software_version=SOFTWARE_VERSION,
+            started_at=self._started_at,
+            name=self._settings.name or "",
+            activity=Activity.SERVING.value,
+            renew_every_s=self._settings.announce_every_s,
+            reachability=self._reachability.status.kind.value,
+            tunnel_addresses=self._reachability.tunnel_addresses,
+            relay_addresses=self._reachability.relay_addresses,
+            memory_shards=len(self.manifest.shards),
+            memory_bytes=self.entry.total_bytes,
+        )
+        await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
+
+
+def open_memory(folder: Path, stage: Stage) -> MemoryStore:
+    """Reads a memory's folder whole, and checks each part. Raises LibraryError."""
+    try:
+        store = MemoryStore.open(folder)
+        roots = store.roots()
+        missing = len(store.manifest.shards) - len(roots)
+        if missing or store.missing_parts():
+            what = counted(missing, "shard") if missing else "its encoder or codebook"
+            raise LibraryError(f"{folder} lacks {what}: build the memory again, or copy its folder whole")
+        for number, root in enumerate(roots, 1):
+            stage(f"checking shard {number} of {len(roots)}")
+            store.load(root)
+    except FileNotFoundError as error:
+        raise LibraryError(
+            f"{folder} is no memory ({error.filename} is missing): `talkoot memory build` writes one"
+        ) from error
+    except OSError as error:
+        raise LibraryError(f"can't read {folder}: {error.strerror or error}") from error
+    except WireError as error:
+        raise LibraryError(f"{folder} is damaged: {error}; build the memory again") from error
+    return store
+
+
+def count_passages(store: MemoryStore) -> int:
+    """Those that were not revoked, each once: most lie in two cells."""
+    leaves = (shard.leaf(position) for shard in store.shards.values() for position in range(len(shard)))
+    # the first 8 bytes of a hash, since all of them would take 32 MB a million
+    hashes = np.fromiter((int.from_bytes(leaf[:8], "little") for leaf in leaves), np.uint64)
+    revoked = np.array([int.from_bytes(leaf[:8], "little") for leaf in store.manifest.revoked], np.uint64)
+    return len(np.setdiff1d(hashes, revoked))
+
+
+def run_publish(
+    terminal: Terminal, folder: Path, join: str | None, state: Path | None, settings: NodeSettings
+) -> None:
+    """Returns once each shard has two replicas at others. Raises UserError, and Stopped when it was stopped before."""
+    host = listen_address(settings)
+    with terminal.stages("reading the memory") as stage:
+        store = open_memory(folder, stage if terminal.live else lambda text: None)
+        passages = count_passages(store)
+    manifest = store.manifest
+    logger.info(
+        "%s, revision %d: %s in %s, %s; licences: %s", manifest.name, manifest.revision,
+        counted(passages, "passage", ","), counted(len(manifest.shards), "shard"),
+        bytes_in_words(store.shard_bytes), ", ".join(manifest.licenses) or "none given",
+    )  # fmt: skip
+    with (
+        publisher_of(join, state) as publisher,
+        asyncio.Runner(loop_factory=new_loop) as runner,
+    ):
+        runner.run(run_until_stopped(_publish(terminal, publisher, store, passages, settings, host)))
+
+
+async def _publish(
+    terminal: Terminal,
+    publisher: Publisher,
+    store: MemoryStore,
+    passages: int,
+    settings: NodeSettings,
+    host: str,
+) -> None:
+    async with AsyncExitStack() as stack:
+        with terminal.stages("making ready") as stage:
+            swarm = await publisher.join(settings, host, stage)
+            stack.push_async_callback(swarm.stop)
+            publication = Publication(swarm, store, publisher.signer, settings, host, passages)
+            await stack.enter_async_context(publication.published(stage))
+        logger.info(
+            "%s is listed. Others fetch it from here now: keep this running until it says that it is done",
+            publication.entry.memory,
+        )
+        watch = ReplicationWatch(terminal, publication)
+        try:
+            await watch.until_replicated()
+        except asyncio.CancelledError:
+            logger.warning("%s", watch.missing)
+            raise
+
+
+class ReplicationWatch:
+    """Shows how far others have taken a memory, and what may be wrong if they don't."""
+
+    def __init__(
+        self, terminal: Terminal, publication: Publication, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._terminal = terminal
+        self._publication = publication
+        self._now = now
+        self._latest: Replication | None = None
+        self._sent = (now(), publication.uploaded_bytes)
+
+    @property
+    def missing(self) -> str:
+        """What is missing, in words, for who stops before it is done."""
+        latest = self._latest
+        so_far = "nothing is known of replicas yet" if latest is None else latest.in_words
+        return (
+            f"stopped before each shard had two replicas elsewhere: {so_far}. What others have taken stays; the same "
+            "command goes on with the rest"
+        )
+
+    async def until_replicated(self) -> None:
+        """Returns once each shard has two replicas at others."""
+        changed_at = shown_at = self._now()
+        shown = ""
+        with self._shown() as show:
+            while True:
+                with contextlib.suppress(UnreachableError):
+                    found = await self._publication.replication()
+                    if self._latest is None or found.by_root != self._latest.by_root:
+                        changed_at = self._now()
+                    self._latest = found
+                    if not found.below(WANTED):
+                        break
+                if self._latest is not None:
+                    text = f"{self._latest.in_words}{self._rate()}{self._advice(self._now() - changed_at)}"
+                    is_due = self._terminal.live or self._now() - shown_at >= _SHOW_EVERY_S or not shown
+                    if text != shown and is_due:
+                        show(text)
+                        shown, shown_at = text, self._now()
+                await asyncio.sleep(_LOOK_EVERY_S)
+        entry, latest = self._publication.entry, self._latest
+        if self._terminal.json:
+            self._terminal.event("published", {**entry_values(entry), "replicas": latest.fewest})
+        else:
+            self._terminal.line(
+                f"done: each shard of {entry.memory} has {latest.fewest} replicas or more, on "
+                f"{counted(len(latest.hosts), 'node')}. They keep it without you"
+            )
+
+    @contextmanager
+    def _shown(self) -> Iterator[Callable[[str], None]]:
+        if self._terminal.json:
+            yield self._event
+        else:
+            with self._terminal.stages("waiting for others to take it") as show:
+                yield show
+
+    def _event(self, text: str) -> None:
+        latest = self._latest
+        assert latest is not None, "it is shown once it is known"
+        self._terminal.event(
+            "replication",
+            {
+                "shards": len(latest.by_root),
+                "with_0": latest.below(1),
+                "with_1": latest.below(2) - latest.below(1),
+                "hosts": len(latest.hosts),
+                "uploaded_bytes": self._publication.uploaded_bytes,
+            },
+        )
+
+    def _rate(self) -> str:
+        then, before = self._sent
+        now, sent = self._now(), self._publication.uploaded_bytes
+        self._sent = now, sent
+        return f"; {bytes_in_words((sent - before) / max(now - then, 1e-3))}/s up" if now > then else ""
+
+    def _advice(self, waited_s: float) -> str:
+        """What may be wrong; empty while others take shards."""
+        if waited_s < _PATIENCE_S or self._latest is None:
+            return ""
+        return ". " + advice(len(self._latest.hosts), self._publication.advice)
+
+
+def advice(hosts: int, reachability: str) -> str:
+    """Why others don't take a memory, as far as its publisher can tell."""
+    if reachability:
+        return f"Others may not reach this machine: {reachability}"
+    if not hosts:
+        return (
+            "No node takes it: those of volunteers host memories if they were started with --memory-disk, such as "
+            "`talkoot node --memory-disk 5GB`, and don't refuse its name or licences"
+        )
+    if hosts < WANTED:
+        return "Only one node takes it: two replicas need another with --memory-disk"
+    return "The nodes that host it may have no room left: more of them need --memory-disk, or more of it"

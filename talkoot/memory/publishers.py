@@ -1,0 +1,110 @@
+"""In whose name memories are published: a founder's, by the key in its node's state folder, or a librarian's."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import platformdirs
+
+from dht.admission import Role, make_token, new_serial
+from dht.invites import Invite, invite_of
+from dht.swarm import Stage, Swarm, join_swarm
+from expert_server.settings import NodeSettings
+from peer.errors import LibraryError, SettingsError
+from peer.files import StateFolder
+from peer.host import NetworkConfig
+from peer.identity import Identity
+from peer.kademlia.storage import StoreBounds
+from talkoot.node.control import node_folder
+from talkoot.node.invites import FILE, FoundedSwarm
+from talkoot.node.launch import announced_address
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_S = 30 * 86400.0
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Who publishes, and the peer that serves what is published."""
+
+    signer: Identity
+    """Signs the list of memories."""
+    identity: Identity
+    """Of the peer. A founder's node may be running with the founder's own."""
+    invite: Invite
+    state: Path | None
+    """Where the peer keeps what it knows of the swarm."""
+
+    async def join(self, settings: NodeSettings, host: str, stage: Stage) -> Swarm:
+        """Starts the peer, which listens on `host`. Raises UserError, also if the publisher may not publish there."""
+        config = NetworkConfig(
+            host,
+            settings.port,
+            announced_address(settings, host),
+            most_calls=settings.max_calls,
+            p2pd=settings.p2pd == "auto",
+            p2pd_port=settings.p2pd_port,
+            maps_port=settings.asks_router and not host.startswith("127."),
+        )
+        swarm = await join_swarm(
+            self.identity,
+            self.invite,
+            config,
+            state=self.state,
+            roles=(Role.LIBRARIAN,),
+            store_bounds=StoreBounds(upload_mbit=settings.upload_mbit),
+            stage=stage,
+        )
+        if swarm.admission.mode == "open" and self.signer.peer_id != swarm.keys.author:
+            await swarm.stop()
+            raise LibraryError(
+                f"swarm {swarm.keys.name!r} is open, so only its founder publishes memories: run this on the founder's "
+                "machine, with --state and the state folder of the node that was started with --new"
+            )
+        return swarm
+
+
+@contextmanager
+def publisher_of(join: str | None, state: Path | None) -> Iterator[Publisher]:
+    """The founder, if the state folder is that of its node, which may be running; else a librarian.
+
+    `join`: as it was given; a founder needs none. `state`: unset: the node's folder, if the swarm was founded with it,
+    else a folder for publishing alone. Raises UserError.
+    """
+    invite = None if join is None else Invite.read(join)
+    founded = _founded(node_folder(state), invite)
+    if founded is not None:
+        with tempfile.TemporaryDirectory(prefix="talkoot-publish-") as folder:
+            own = Identity.load_or_create(Path(folder) / "identity.key")
+            founder = Identity.load_or_create(node_folder(state) / "identity.key")
+            yield Publisher(founder, own, _with_token(founded, invite, founder), None)
+        return
+    invite = invite_of(join)
+    with closing(StateFolder(state or platformdirs.user_state_path("talkoot") / "publisher")) as own_folder:
+        identity = Identity.load_or_create(own_folder.path / "identity.key")
+        yield Publisher(identity, identity, invite, own_folder.path)
+
+
+def _founded(folder: Path, invite: Invite | None) -> Invite | None:
+    """The invite of the swarm that was founded with this folder, unless another is meant. Raises SettingsError."""
+    if not (folder / FILE).exists():
+        return None
+    founded = Invite.parse(FoundedSwarm.load(folder).invite)
+    if invite is not None and invite.keys != founded.keys:
+        return None
+    if Identity.load_or_create(folder / "identity.key").peer_id != founded.keys.author:
+        raise SettingsError(f"{folder} does not have the key of the swarm's founder any more")
+    return founded
+
+
+def _with_token(founded: Invite, given: Invite | None, founder: Identity) -> Invite:
+    """By which the founder's other peer joins. Its token is for this run, and is not kept."""
+    keys = founded.keys
+    token = make_token(founder, keys.swarm_id, Role.LIBRARIAN, time.time() + _TOKEN_S, new_serial())
+    addresses = dict.fromkeys((*(given.bootstrap if given is not None else ()), *founded.bootstrap))
+    return replace(founded, bootstrap=tuple(addresses), token=token.SerializeToString())

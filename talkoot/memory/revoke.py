@@ -1,0 +1,254 @@
+"""`talkoot memory revoke`: a new revision of a memory without some passages, which its hosts then delete."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from dht.library import LibraryEntry, MemoryRegistry, with_entry
+from dht.memory import MAX_REVOKED, Passage
+from dht.swarm import Swarm
+from expert_server.memory.store import MemoryStore
+from expert_server.settings import NodeSettings
+from peer import clock
+from peer.errors import LibraryError, SettingsError, StateError, TransferError, UnreachableError, WireError
+from peer.formatting import counted, printable
+from peer.identity import PeerID
+from peer.loop import new_loop
+from peer.merkle import HASH_BYTES
+from peer.rates import RateLimit
+from peer.rpc.parts import PartClient, has_sha256
+from peer.rpc.sessions import SessionClient
+from peer.wire import session_pb2
+from talkoot.memory.publish import Publication, count_passages, open_memory
+from talkoot.memory.publishers import Publisher, publisher_of
+from talkoot.node.launch import listen_address
+from talkoot.signals import run_until_stopped
+from talkoot.terminal import Terminal
+
+logger = logging.getLogger(__name__)
+
+_FEWEST_DIGITS = 16
+_SHOWN = 20
+_SHOWN_CHARACTERS = 100
+_LOOK_EVERY_S = 2.0
+_SHOW_EVERY_S = 10.0
+_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which passages to revoke."""
+
+    leaves: frozenset[str] = frozenset()
+    """The first digits of their hashes, in hexadecimal."""
+    text: str = ""
+    """What is in their text or title, whatever its case; empty: this selects none."""
+
+    @classmethod
+    def parse(cls, leaves: Sequence[str], text: str | None) -> Self:
+        """Raises SettingsError."""
+        if not leaves and not (text or "").strip():
+            raise SettingsError(
+                "say which passages: --match TEXT, or --passage HASH as `talkoot search --json` prints it"
+            )
+        for leaf in leaves:
+            is_hash = _FEWEST_DIGITS <= len(leaf) <= 2 * HASH_BYTES and set(leaf.lower()) <= set(
+                "0123456789abcdef"
+            )
+            if not is_hash:
+                raise SettingsError(
+                    f"--passage {printable(leaf, 80)}: not a passage's hash, of {_FEWEST_DIGITS} to "
+                    f"{2 * HASH_BYTES} hexadecimal digits"
+                )
+        return cls(frozenset(leaf.lower() for leaf in leaves), (text or "").strip().casefold())
+
+    def find(self, store: MemoryStore) -> dict[bytes, Passage]:
+        """The selected passages by their leaf hashes. Raises LibraryError if there are none, or too many."""
+        found: dict[bytes, Passage] = {}
+        for shard in store.shards.values():
+            for position, passage in enumerate(shard.passages()):
+                if passage is not None and self._has(leaf := shard.leaf(position), passage):
+                    found[leaf] = passage
+        hashes = [leaf.hex() for leaf in found]
+        for wanted in sorted(self.leaves):
+            if not any(each.startswith(wanted) for each in hashes):
+                raise LibraryError(f"{store.folder} has no passage {wanted}, or it was revoked before")
+        if not found:
+            raise LibraryError(f"no passage of {store.folder} has that text in it")
+        if len(found) + len(store.manifest.revoked) > MAX_REVOKED:
+            raise LibraryError(
+                f"that would be {len(found) + len(store.manifest.revoked):,} revoked passages; at most "
+                f"{MAX_REVOKED:,}: build the memory again without them, under another name"
+            )
+        return found
+
+    def _has(self, leaf: bytes, passage: Passage) -> bool:
+        if self.text and self.text in f"{passage.title}\n{passage.text}".casefold():
+            return True
+        digits = leaf.hex()
+        return any(digits.startswith(wanted) for wanted in self.leaves)
+
+
+def run_revoke(
+    terminal: Terminal,
+    folder: Path,
+    selection: Selection,
+    join: str | None,
+    state: Path | None,
+    settings: NodeSettings,
+    *,
+    only_show: bool = False,
+) -> None:
+    """Returns once all hosts have deleted the passages. `only_show`: revokes nothing. Raises UserError and Stopped."""
+    host = listen_address(settings)
+    with terminal.stages("reading the memory") as stage:
+        store = open_memory(folder, stage if terminal.live else lambda text: None)
+        found = selection.find(store)
+    _show(terminal, store, found)
+    if only_show:
+        return
+    with (
+        publisher_of(join, state) as publisher,
+        asyncio.Runner(loop_factory=new_loop) as runner,
+    ):
+        runner.run(run_until_stopped(_revoke(terminal, publisher, store, found, settings, host)))
+
+
+def _show(terminal: Terminal, store: MemoryStore, found: Mapping[bytes, Passage]) -> None:
+    if terminal.json:
+        passages = [
+            {"leaf": leaf.hex(), "title": each.title, "source": each.source, "text": each.text}
+            for leaf, each in found.items()
+        ]
+        terminal.event("selected", {"passages": passages})
+        return
+    terminal.line(f"{counted(len(found), 'passage', ',')} of {store.manifest.name}:")
+    for leaf, each in list(found.items())[:_SHOWN]:
+        about = printable(f"{each.title}, {each.source}", _SHOWN_CHARACTERS)
+        terminal.line(f"  {leaf.hex()[:_FEWEST_DIGITS]}  {about}: {printable(each.text, _SHOWN_CHARACTERS)}")
+    if len(found) > _SHOWN:
+        terminal.line(f"  and {len(found) - _SHOWN:,} more")
+
+
+async def _revoke(
+    terminal: Terminal,
+    publisher: Publisher,
+    store: MemoryStore,
+    found: Mapping[bytes, Passage],
+    settings: NodeSettings,
+    host: str,
+) -> None:
+    async with AsyncExitStack() as stack:
+        with terminal.stages("making ready") as stage:
+            swarm = await publisher.join(settings, host, stage)
+            stack.push_async_callback(swarm.stop)
+            libraries = await MemoryRegistry(swarm.registry).libraries()
+            now = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id, 0)
+            with_entry(
+                libraries.get(publisher.signer.peer_id, ()), now
+            )  # nothing is written if it may not follow
+            stage("writing the new revision")
+            await asyncio.to_thread(_write, store, found)
+            passages = await asyncio.to_thread(count_passages, store)
+            publication = Publication(swarm, store, publisher.signer, settings, host, passages)
+            await stack.enter_async_context(publication.published(stage))
+        logger.info(
+            "revision %d of %s is published: its hosts delete %s and refuse to serve %s",
+            publication.entry.revision,
+            publication.entry.memory,
+            counted(len(found), "passage", ","),
+            "it" if len(found) == 1 else "them",
+        )
+        watch = _FollowerWatch(terminal, swarm, publication)
+        stack.push_async_callback(watch.close)
+        try:
+            await watch.until_all_follow()
+        except asyncio.CancelledError:
+            logger.warning(
+                "stopped: %s. The others follow within two announcement periods, if they can reach a host that has it: "
+                "`talkoot memory publish` with the same folder goes on",
+                watch.in_words,
+            )
+            raise
+
+
+def _write(store: MemoryStore, found: Mapping[bytes, Passage]) -> None:
+    """The next revision, into the memory's folder. Raises LibraryError."""
+    old = store.manifest
+    new = replace(
+        old, revision=old.revision + 1, created_at=clock.now(), revoked=old.revoked | frozenset(found)
+    )
+    try:
+        store.follow(new.serialize())
+    except (OSError, WireError) as error:
+        raise LibraryError(f"can't write the new revision into {store.folder}: {error}") from error
+
+
+class _FollowerWatch:
+    """Sees which hosts have the new revision. Close it when done."""
+
+    def __init__(self, terminal: Terminal, swarm: Swarm, publication: Publication) -> None:
+        self._terminal = terminal
+        self._swarm = swarm
+        self._publication = publication
+        sessions = SessionClient(
+            swarm.host.identity, swarm.keys.swarm_id, (session_pb2.RIGHT_MEMORY,), swarm.admission
+        )
+        self._parts = PartClient(
+            swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None)
+        )
+        self._following: set[PeerID] = set()
+        self._hosts: frozenset[PeerID] = frozenset()
+
+    @property
+    def in_words(self) -> str:
+        return (
+            f"{len(self._hosts & self._following)} of {counted(len(self._hosts), 'host')} have deleted them"
+        )
+
+    async def until_all_follow(self) -> None:
+        shown, shown_at = "", time.monotonic()
+        with self._terminal.stages("waiting for its hosts") as show:
+            while True:
+                with contextlib.suppress(UnreachableError):
+                    await self._look()
+                    if self._hosts <= self._following:
+                        break
+                if self.in_words != shown and (
+                    self._terminal.live or not shown or time.monotonic() - shown_at >= _SHOW_EVERY_S
+                ):
+                    show(self.in_words)
+                    shown, shown_at = self.in_words, time.monotonic()
+                await asyncio.sleep(_LOOK_EVERY_S)
+        entry = self._publication.entry
+        if self._terminal.json:
+            values = {"memory": str(entry.memory), "revision": entry.revision, "hosts": len(self._hosts)}
+            self._terminal.event("revoked", values)
+        elif self._hosts:
+            self._terminal.line(f"done: {self.in_words}")
+        else:
+            self._terminal.line(
+                "done: nobody hosts the memory now. Those who had it delete them when they return"
+            )
+
+    async def _look(self) -> None:
+        """A host that serves the new manifest has deleted what is revoked in it. Raises UnreachableError."""
+        self._hosts = (await self._publication.replication()).hosts
+        contacts = await self._swarm.registry.nodes(self._hosts - self._following)
+        entry = self._publication.entry
+        for peer_id, contact in contacts.items():
+            with contextlib.suppress(TransferError, StateError, WireError):
+                data = await self._parts.fetch(
+                    contact, str(entry.memory), entry.manifest.sha256, entry.manifest.size
+                )
+                has_sha256(entry.manifest.sha256, data)
+                self._following.add(peer_id)
+
+    async def close(self) -> None:
+        await self._parts.close()

@@ -1,0 +1,429 @@
+"""Publishing memories and taking passages back: by whom, from which folders, and until when."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from callers import numbered_identity
+from commands import assert_one_clear_line, run_here
+from hypothesis import given
+from hypothesis import strategies as st
+from memory_folders import SampleMemory
+from memory_hosts import SimpleHost
+
+from dht.admission import Role, make_token, read_grant
+from dht.announcements import ReplicaState
+from dht.invites import Invite
+from dht.library import CellHost, MemoryRegistry
+from dht.manifest import Manifest
+from dht.memory import Cell
+from dht.records import SwarmKeys
+from dht.swarm import Swarm, found_swarm, join_swarm
+from expert_server.memory.store import MemoryStore
+from expert_server.settings import NodeSettings
+from peer.errors import InviteError, LibraryError, SettingsError, StateFolderError
+from peer.host import NetworkConfig
+from peer.identity import Identity, PeerID
+from peer.loop import LoopThread
+from peer.transport.addresses import Multiaddress
+from peer.wire import admission_pb2
+from talkoot.memory.publish import _publish, advice, count_passages, open_memory
+from talkoot.memory.publishers import Publisher, publisher_of
+from talkoot.memory.replication import Replication
+from talkoot.memory.revoke import Selection, _revoke
+from talkoot.node.invites import FoundedSwarm
+from talkoot.terminal import LogFormat, Terminal
+
+HOST = "127.0.0.1"
+MEMORY = SampleMemory.make()
+FOUNDER, FIRST, SECOND, LIBRARIAN = (numbered_identity(number) for number in range(4))
+SETTINGS = NodeSettings(announce_every_s=0.5, p2pd="off")
+SERVING, LEAVING = ReplicaState.SERVING, ReplicaState.LEAVING
+
+
+def swarm_manifest(mode: str) -> Manifest:
+    return Manifest.model_validate(
+        {
+            "name": "sauna",
+            "model": {"layers": 1, "hidden": 8, "heads": 2, "context": 8, "feed_forward": 8},
+            "experts": {"grid": [2, 2]},
+            "routing": {"top_k": 2},
+            "admission": {"mode": mode},
+        }
+    )
+
+
+# Folders
+
+
+def test_a_folder_is_read_whole_before_it_is_published(tmp_path: Path) -> None:
+    MEMORY.write(tmp_path / "memory")
+    store = open_memory(tmp_path / "memory", lambda text: None)
+    assert set(store.shards) == set(MEMORY.roots)
+    assert count_passages(store) == 80
+
+
+def broken(what: str, folder: Path) -> None:
+    MEMORY.write(folder)
+    shard = folder / "shards" / MEMORY.roots[0].hex()
+    if what == "no shard":
+        shard.unlink()
+    elif what == "no encoder":
+        (folder / "parts" / MEMORY.manifest.encoder.sha256.hex()).unlink()
+    elif what == "no manifest":
+        (folder / "manifest").unlink()
+    elif what == "another manifest":
+        (folder / "manifest").write_bytes(b"not a manifest")
+    elif what == "a changed shard":
+        data = bytearray(shard.read_bytes())
+        data[-3] ^= 1
+        shard.write_bytes(data)
+    else:
+        (folder / "shards").rename(folder / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no shard", "lacks 1 shard"),
+        ("no encoder", "lacks its encoder or codebook"),
+        ("no manifest", "is no memory"),
+        ("another manifest", "is damaged"),
+        ("a changed shard", "is damaged"),
+        ("no folder of shards", "is no memory"),
+    ],
+)
+def test_a_broken_folder_is_not_published(tmp_path: Path, what: str, said: str) -> None:
+    broken(what, tmp_path / "memory")
+    with pytest.raises(LibraryError, match=said):
+        open_memory(tmp_path / "memory", lambda text: None)
+
+
+def test_a_folder_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+    ended = run_here("memory", "publish", str(tmp_path), "--host", HOST)
+    assert_one_clear_line(ended, "is no memory", "talkoot memory build")
+
+
+# Who publishes
+
+
+def founded(folder: Path) -> Invite:
+    """What a founder's node leaves in its state folder."""
+    folder.mkdir(parents=True)
+    identity = Identity.load_or_create(folder / "identity.key")
+    invite = Invite(SwarmKeys("sauna", identity.peer_id), (_address(identity),))
+    FoundedSwarm(invite=str(invite), admission="token").save(folder)
+    return invite
+
+
+def _address(identity: Identity, port: int = 31337) -> Multiaddress:
+    return Multiaddress(f"/ip4/127.0.0.1/tcp/{port}/p2p/{identity.peer_id.to_base58()}")
+
+
+def test_a_founder_publishes_by_the_key_of_its_node_which_may_be_running(tmp_path: Path) -> None:
+    invite = founded(tmp_path / "node")
+    for join in (None, str(invite)):
+        with publisher_of(join, tmp_path / "node") as publisher:
+            assert publisher.signer.peer_id == invite.keys.author
+            assert publisher.identity.peer_id != invite.keys.author, "the node's address leads to the node"
+            assert publisher.invite.keys == invite.keys
+            grant = read_grant(admission_pb2.Token.FromString(publisher.invite.token).grant)
+            assert (grant.role, grant.swarm_id) == (Role.LIBRARIAN, invite.keys.swarm_id)
+            assert time.time() < grant.expires_at < time.time() + 40 * 86400
+    assert not (tmp_path / "node" / "lock").exists()
+
+
+def test_a_librarian_publishes_by_a_key_of_its_own_which_it_keeps(tmp_path: Path) -> None:
+    invite = str(Invite(SwarmKeys("sauna", FOUNDER.peer_id), (_address(FOUNDER),)))
+    with publisher_of(invite, tmp_path / "own") as publisher:
+        assert publisher.signer is publisher.identity
+        first = publisher.identity.peer_id
+        with pytest.raises(StateFolderError), publisher_of(invite, tmp_path / "own"):
+            pass
+    with publisher_of(invite, tmp_path / "own") as publisher:
+        assert publisher.identity.peer_id == first
+
+
+def test_the_founder_of_another_swarm_is_no_founder_here(tmp_path: Path) -> None:
+    founded(tmp_path / "node")
+    invite = str(Invite(SwarmKeys("sauna", LIBRARIAN.peer_id), (_address(LIBRARIAN),)))
+    with publisher_of(invite, tmp_path / "node") as publisher:
+        assert publisher.signer is publisher.identity
+        assert publisher.invite.token == b""
+    with pytest.raises(SettingsError, match="--join"), publisher_of(None, tmp_path / "own"):
+        pass
+
+
+def test_a_folder_without_the_founders_key_publishes_nothing(tmp_path: Path) -> None:
+    founded(tmp_path / "node")
+    (tmp_path / "node" / "identity.key").unlink()
+    with (
+        pytest.raises(SettingsError, match="does not have the key"),
+        publisher_of(None, tmp_path / "node"),
+    ):
+        pass
+
+
+# Who hosts what
+
+peers = st.integers(0, 3).map(lambda number: numbered_identity(number).peer_id)
+shorts = st.sampled_from([shard.short for shard in MEMORY.manifest.shards]) | st.binary(
+    min_size=8, max_size=8
+)
+hosts = st.builds(CellHost, peers, st.sampled_from([SERVING, LEAVING]), st.frozensets(shorts, max_size=4))
+cells = st.sampled_from([shard.cell for shard in MEMORY.manifest.shards])
+
+
+@given(st.dictionaries(cells, st.lists(hosts, max_size=5)), st.none() | peers)
+def test_only_others_that_serve_a_shard_count(
+    found: Mapping[Cell, list[CellHost]], besides: PeerID | None
+) -> None:
+    counted = Replication.of(MEMORY.manifest, found, besides)
+    assert set(counted.by_root) == set(MEMORY.roots), "others don't exist"
+    for shard in MEMORY.manifest.shards:
+        expected = {
+            host.peer_id
+            for host in found.get(shard.cell, [])
+            if host.state is SERVING and shard.short in host.shards
+        }
+        assert counted.by_root[shard.root] == expected - {besides}
+    assert counted.fewest == min(map(len, counted.by_root.values()))
+    assert (counted.below(2) == 0) == (counted.fewest >= 2)
+
+
+@pytest.mark.parametrize(
+    ("hosting", "reachability", "said"),
+    [
+        (0, "", "--memory-disk"),
+        (1, "", "two replicas need another"),
+        (2, "", "no room left"),
+        (0, "forward TCP port 1 on your router", "may not reach this machine: forward TCP port 1"),
+    ],
+)
+def test_a_publisher_hears_what_may_be_wrong(hosting: int, reachability: str, said: str) -> None:
+    assert said in advice(hosting, reachability)
+
+
+# What is revoked
+
+
+@pytest.mark.parametrize("leaf", ["", "12345", "g" * 16, "0" * 65, "0x" + "0" * 14, "\x1b[31m" + "0" * 16])
+def test_what_is_no_hash_is_refused(leaf: str) -> None:
+    with pytest.raises(SettingsError, match="not a passage's hash"):
+        Selection.parse([leaf], None)
+
+
+def test_something_must_be_selected() -> None:
+    for text in (None, "", "  "):
+        with pytest.raises(SettingsError, match="say which passages"):
+            Selection.parse([], text)
+
+
+def test_passages_are_selected_by_hash_or_by_what_is_in_them(tmp_path: Path) -> None:
+    store = MEMORY.write(tmp_path)
+    leaf = MEMORY.leaf(MEMORY.roots[1], 5)
+    for digits in (leaf.hex(), leaf.hex()[:16], leaf.hex().upper()):
+        assert list(Selection.parse([digits], None).find(store)) == [leaf]
+    found = Selection.parse([leaf.hex()], "TITLE 19").find(store)
+    assert set(found) == {leaf, *(MEMORY.leaf(root, 19) for root in MEMORY.roots)}
+    assert {passage.title for passage in found.values()} == {"title 5", "title 19"}
+    with pytest.raises(LibraryError, match=r"no passage of .* has that text"):
+        Selection.parse([], "zebra").find(store)
+    with pytest.raises(LibraryError, match="has no passage 0000000000000000"):
+        Selection.parse(["0" * 16], "title 19").find(store)
+
+
+def test_a_passage_is_not_revoked_twice(tmp_path: Path) -> None:
+    leaf = MEMORY.leaf(MEMORY.roots[0], 0)
+    MEMORY.revoking(leaf).write(tmp_path)
+    store = open_memory(tmp_path, lambda text: None)
+    assert count_passages(store) == 79
+    with pytest.raises(LibraryError, match="or it was revoked before"):
+        Selection.parse([leaf.hex()], None).find(store)
+
+
+def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
+    MEMORY.write(tmp_path)
+    before = (tmp_path / "manifest").read_bytes()
+    ended = run_here(
+        "memory", "revoke", str(tmp_path), "--match", "title 7", "--dry-run", "--log-format", "json"
+    )
+    assert ended.returncode == 0
+    assert len(json.loads(ended.stdout)["passages"]) == 4
+    assert (tmp_path / "manifest").read_bytes() == before
+
+
+# In a swarm
+
+
+@contextlib.asynccontextmanager
+async def swarm_of(mode: str, folder: Path) -> AsyncIterator[tuple[Swarm, list[SimpleHost], Invite]]:
+    """The founder, and two peers that host memories."""
+    async with contextlib.AsyncExitStack() as stack:
+        founder = await found_swarm(FOUNDER, swarm_manifest(mode), NetworkConfig(HOST))
+        stack.push_async_callback(founder.stop)
+        invite = await founder.invite()
+        hosts = []
+        for number, identity in enumerate((FIRST, SECOND)):
+            swarm = await join_swarm(
+                identity, _with_token(invite, Role.NODE), NetworkConfig(HOST), roles=(Role.NODE,)
+            )
+            stack.push_async_callback(swarm.stop)
+            hosts.append(SimpleHost(swarm, folder / f"host {number}", stack))
+        yield founder, hosts, invite
+
+
+def _with_token(invite: Invite, role: Role) -> Invite:
+    token = make_token(FOUNDER, invite.keys.swarm_id, role, time.time() + 3600, 1 + role.value)
+    return Invite(invite.keys, invite.bootstrap, token.SerializeToString())
+
+
+async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            if await check():
+                return
+            await asyncio.sleep(0.05)
+
+
+async def taken(host: SimpleHost) -> None:
+    async def listed() -> bool:
+        entry = await host.entry()
+        return entry is not None and bool(await host.memories.some_hosts(entry.memory))
+
+    await eventually(listed)
+    await host.take()
+
+
+def publishing(publisher: Publisher, store: MemoryStore) -> "asyncio.Task[None]":
+    terminal = Terminal(LogFormat.JSON)
+    return asyncio.create_task(_publish(terminal, publisher, store, count_passages(store), SETTINGS, HOST))
+
+
+def founder_with(invite: Invite) -> Publisher:
+    return Publisher(FOUNDER, LIBRARIAN, _with_token(invite, Role.LIBRARIAN), None)
+
+
+def librarian_with(invite: Invite) -> Publisher:
+    return Publisher(LIBRARIAN, LIBRARIAN, _with_token(invite, Role.LIBRARIAN), None)
+
+
+def events(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(("mode", "by"), [("open", founder_with), ("token", librarian_with)])
+def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_them(
+    loop: LoopThread, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, by: Any
+) -> None:
+    async def scenario() -> None:
+        store = MEMORY.write(tmp_path / "memory")
+        async with swarm_of(mode, tmp_path) as (founder, hosts, invite):
+            publisher = by(invite)
+            published = publishing(publisher, store)
+            await taken(hosts[0])
+            await asyncio.sleep(0)
+            assert not published.done()
+            await taken(hosts[1])
+            async with asyncio.timeout(60):
+                await published
+            *_, last = events(capsys)
+            assert (last["event"], last["passages"], last["replicas"]) == ("published", 80, 2)
+            assert last["publisher"] == publisher.signer.peer_id.to_base58()
+
+            found = Selection.parse([], "title 7").find(store)
+            revoked = asyncio.create_task(
+                _revoke(Terminal(LogFormat.JSON), publisher, store, found, SETTINGS, HOST)
+            )
+            reading = MemoryRegistry(founder.registry)
+
+            async def second() -> bool:
+                libraries = await reading.libraries()
+                return any(entry.revision == 2 for entry in libraries[publisher.signer.peer_id])
+
+            await eventually(second)
+            for host in hosts:
+                assert not revoked.done()
+                await eventually(host.follow)
+            async with asyncio.timeout(60):
+                await revoked
+            *_, last = events(capsys)
+            assert (last["event"], last["revision"], last["hosts"]) == ("revoked", 2, 2)
+            (entry,) = (await reading.libraries())[publisher.signer.peer_id]
+            assert entry.passages == 76
+            for some in (store, hosts[0].store, hosts[1].store):
+                assert some is not None
+                left = [passage for shard in some.shards.values() for passage in shard.passages()]
+                assert sum(passage is None for passage in left) == 4
+                assert not any(passage.title == "title 7" for passage in left if passage is not None)
+
+    loop.run(scenario(), 180)
+
+
+def test_a_stopped_publisher_leaves_what_others_have_and_goes_on_when_it_is_started_again(
+    loop: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        store = MEMORY.write(tmp_path / "memory")
+        async with swarm_of("token", tmp_path) as (_, hosts, invite):
+            first = publishing(founder_with(invite), store)
+            await taken(hosts[0])
+
+            first.cancel()
+            began = time.monotonic()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert time.monotonic() - began < 30
+            assert "goes on with the rest" in caplog.text
+            entry = await hosts[1].entry()
+            assert entry is not None
+
+            async def withdrawn() -> bool:
+                some = await hosts[1].memories.some_hosts(entry.memory)
+                return {host.peer_id for host in some} == {FIRST.peer_id}
+
+            await eventually(withdrawn)
+            await hosts[1].take()
+            async with asyncio.timeout(60):
+                await publishing(founder_with(invite), store)
+
+    loop.run(scenario(), 180)
+
+
+def test_who_may_not_publish_is_told_so(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = MEMORY.write(tmp_path / "memory")
+        async with swarm_of("open", tmp_path) as (founder, _, invite):
+            with pytest.raises(LibraryError, match="is open, so only its founder publishes"):
+                await publishing(librarian_with(invite), store)
+            assert await MemoryRegistry(founder.registry).libraries() == {}
+        async with swarm_of("token", tmp_path) as (founder, _, invite):
+            reader = Publisher(LIBRARIAN, LIBRARIAN, _with_token(invite, Role.READER), None)
+            with pytest.raises(InviteError, match="for a reader, not for a librarian"):
+                await publishing(reader, store)
+
+    loop.run(scenario(), 180)
+
+
+def test_an_older_revision_is_not_published_nor_built_upon(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        old = MEMORY.write(tmp_path / "old")
+        new = MEMORY.revoking(MEMORY.leaf(MEMORY.roots[0], 3)).write(tmp_path / "new")
+        async with swarm_of("open", tmp_path) as (_, hosts, invite):
+            published = publishing(founder_with(invite), new)
+            for host in hosts:
+                await taken(host)
+            await published
+            with pytest.raises(LibraryError, match=r"revision 2 of .* is published, and this is revision 1"):
+                await publishing(founder_with(invite), old)
+            found = Selection.parse([], "title 9").find(old)
+            with pytest.raises(LibraryError, match="revision 2 of"):
+                await _revoke(Terminal(LogFormat.JSON), founder_with(invite), old, found, SETTINGS, HOST)
+            assert old.manifest.revision == 1, "nothing was written"
+
+    loop.run(scenario(), 180)
