@@ -23,6 +23,8 @@ from expert_server.hosting.averaging import ReplicaAveraging
 from expert_server.hosting.manager import HostingManager
 from expert_server.hosting.replicas import CLAIM_WAIT_S, LocalReplicas
 from expert_server.hosting.standby import StandbyCopies
+from expert_server.memory.hosting import HostingRules, MemoryHosting
+from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
 from expert_server.pauses import LOOK_EVERY_S, PauseController
 from expert_server.probe import ProbeServicer
 from expert_server.reachability import ReachabilityMonitor
@@ -51,8 +53,10 @@ from peer.formatting import endpoint
 from peer.loop import LoopLag, RetryingRounds, keep_running, tolerating
 from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth, download_limit
+from peer.rpc.parts import PartClient
 from peer.rpc.sessions import SessionClient
 from peer.transport.dialling import resolved
+from peer.wire import session_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +137,25 @@ class Node:
         self._standby = StandbyCopies(
             settings, swarm, self.replicas, lambda: self.hosting.seen, metrics=metrics
         )
+        memory_metrics = MemoryMetrics(metrics)
+        memory_sessions = SessionClient(
+            swarm.host.identity, swarm_id, [session_pb2.RIGHT_MEMORY], swarm.admission
+        )
+        self._parts = PartClient(
+            swarm_id,
+            memory_sessions,
+            swarm.host.channels(CHANNELS),
+            self.traffic.down,
+            count=memory_metrics.bytes.labels("received").inc,
+        )
+        self.memories = MemoryHosting(
+            state / "memory",
+            HostingRules.of(settings),
+            swarm,
+            self._parts,
+            lifetime_s=settings.lifetime_s,
+            metrics=metrics,
+        )
         self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, now)
         self._access = AccessControl(swarm, state, now)
         self.sessions = self._access.sessions
@@ -145,6 +168,14 @@ class Node:
         )
         self._servicer = ExpertServicer(
             runtime, manifest, swarm_id, limits, self.sessions, self.traffic, metrics
+        )
+        self._memory_servicer = MemoryServicer(
+            self.memories.served,
+            swarm_id,
+            self.sessions,
+            self.traffic.up,
+            memory_metrics,
+            threads_of(settings),
         )
         self._expert_bytes = expert_bytes(manifest)
         self._most_bytes = settings.memory or most_bytes(
@@ -194,6 +225,7 @@ class Node:
         node = cls(settings, swarm, runtime, state, devices, timing)
         try:
             await node.replicas.checkpoints.open()
+            await node.memories.open()
             await runtime.start()
             await node._serve(host)
             # what other peers say is looked at again and again; a start must not depend on it
@@ -225,6 +257,7 @@ class Node:
         services = Services(
             experts=self._servicer,
             states=states,
+            memories=self._memory_servicer,
             probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic, dialling=self.swarm.host.dialling),
             health=HealthServicer(lambda: self.state is NodeState.SERVING),
         )
@@ -259,6 +292,8 @@ class Node:
             "look around": self._look_around,
             "average with other nodes": self.averaging.run,
             "copy experts that one node hosts alone": self._standby.run,
+            "host memories": self._host_memories,
+            "follow memories": self._follow_memories,
             "watch when to pause": self._watch_pauses,
             "save the contribution": partial(self._account.save_every, _ACCOUNT_EVERY_S, self._contribution),
         }
@@ -273,7 +308,12 @@ class Node:
         while True:
             await asyncio.sleep(self._settings.announce_every_s)
             await self._rounds.run(
-                "announce", self.reachability.check, self.hosting.announce, self._publish_record, stay_member
+                "announce",
+                self.reachability.check,
+                self.hosting.announce,
+                self.memories.announce,
+                self._publish_record,
+                stay_member,
             )
             await self._rounds.run("admission", self._access.look)
 
@@ -301,6 +341,19 @@ class Node:
             look = self.hosting.look
             await asyncio.sleep(self._settings.announce_every_s)
 
+    async def _host_memories(self) -> None:
+        """Verifies and serves what is on disk, then takes what needs a host."""
+        await self.memories.verify()
+        await self._rounds.run("announce memories", self.memories.announce)
+        while True:
+            await self._rounds.run("look for shards of memories", self.memories.look)
+            await asyncio.sleep(self._settings.announce_every_s)
+
+    async def _follow_memories(self) -> None:
+        while True:
+            await self._rounds.run("follow memories", self.memories.follow)
+            await asyncio.sleep(self._settings.announce_every_s)
+
     async def _watch_pauses(self) -> None:
         while True:
             await asyncio.sleep(self._timing.look_every_s)
@@ -323,6 +376,7 @@ class Node:
         await self._rounds.run("pauses", self._pauses.resume)
 
     async def _take_experts(self) -> None:
+        self.memories.resume()
         await self.hosting.take_first()  # and announces them
         await self.swarm.keep_manifest()
         await self._publish_record()
@@ -336,7 +390,10 @@ class Node:
             await self._publish_record()
 
     async def _release(self, limit_s: float) -> None:
-        """Gives up the experts, once others have the updates that only this node's replicas took."""
+        """Gives up the experts, once others have the updates that only this node's replicas took; and the memories."""
+        await asyncio.gather(self._release_experts(limit_s), self.memories.release(limit_s))
+
+    async def _release_experts(self, limit_s: float) -> None:
         began = time.monotonic()
         if limit_s and self.runtime.experts:
             self.runtime.refuse()
@@ -355,6 +412,8 @@ class Node:
         if self.swarm.host.server is not None:
             await self.swarm.host.server.stop(_CALLS_GRACE_S)
         await self.replicas.states.close()
+        await self._parts.close()
+        await self._memory_servicer.close()
         await self.runtime.stop()
         self._lag.stop()
         if self._metrics is not None:
@@ -368,6 +427,7 @@ class Node:
         """Makes a node that stops wait no longer for others to take over its experts."""
         self.averaging.hurry()
         self.hosting.hurry()
+        self.memories.hurry()
 
     async def _drain(self) -> None:
         """Gives up the experts. Meanwhile the node stays announced, so that others find it and fetch the states."""
@@ -429,6 +489,9 @@ class Node:
             reachability=self.reachability.in_words,
             reachability_advice=self.reachability.advice,
             unsteady=self.restarts.unsteady,
+            memory_shards=self.memories.shards,
+            memory_disk_bytes=self.memories.disk_bytes,
+            memory_queries=int(total(self._memory_servicer.metrics.queries)),
             clock_warning=clock.CLOCK.warning,
         )
 

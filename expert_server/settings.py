@@ -8,7 +8,16 @@ from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
 from expert_server.schedule import Schedule
 from peer.formatting import parse_bytes
-from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, P2pd, PeerName, RoleSettings
+from peer.settings import (
+    Denied,
+    DenylistPath,
+    MetricsHost,
+    MetricsPort,
+    P2pd,
+    PeerName,
+    RoleSettings,
+    several,
+)
 from peer.transport.endpoints import HostName
 
 PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
@@ -161,6 +170,20 @@ class NodeSettings(RoleSettings):
         le=2**50,
         description="memory for experts with their optimizers, kept forward passes and calls under way, in bytes, or "
         "such as 2GB or 512MiB; it lowers `experts`, `spare` and `max_kept_bytes` where needed; unset: no limit",
+    )
+    memory_disk: Annotated[int, BeforeValidator(parse_bytes)] = Field(
+        default=0,
+        ge=0,
+        le=2**50,
+        description="disk space for shards of memories, passages that others search, in bytes, or such as 5GB; "
+        "0: host none",
+    )
+    memory_refuse: Annotated[tuple[str, ...], BeforeValidator(several)] = Field(
+        default=(), description="memories not to host, by name or id"
+    )
+    memory_licenses: Annotated[tuple[str, ...], BeforeValidator(several)] = Field(
+        default=(),
+        description="licences of passages, such as CC0-1.0: host only memories with no others; unset: all",
     )
     upload_mbit: float | None = Field(
         default=None,

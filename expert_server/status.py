@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 4096
 _RATE_OVER_S = 5.0
-"""Shortest time over which rows per second are counted."""
+"""Shortest time over which a rate is counted."""
 
 
 class NodeState(Enum):
@@ -77,9 +77,15 @@ class NodeStatus:
     reachability_advice: str = ""
     """What would let them connect directly; empty when they do."""
     unsteady: tuple[str, ...] = ()
+    """What it does that failed and started again too often lately, such as `announce`."""
+    memory_shards: int = 0
+    """Shards of memories served."""
+    memory_disk_bytes: int = 0
+    """Of memories."""
+    memory_queries: int = 0
+    """Of memories, answered."""
     clock_warning: str = ""
     """In words, if most peers say that this machine's clock is wrong."""
-    """What it does that failed and started again too often lately, such as `announce`."""
 
 
 class Contribution(BaseModel):
@@ -150,6 +156,20 @@ def _read(path: Path) -> Contribution:
         return Contribution()
 
 
+class _Rate:
+    """How fast a count grows, from one record to the next."""
+
+    def __init__(self, started_at: float) -> None:
+        self.per_s = 0.0
+        self._before = started_at, 0
+
+    def note(self, count: int, now: float) -> None:
+        then, before = self._before
+        if now - then >= _RATE_OVER_S:
+            self.per_s = (count - before) / (now - then)
+            self._before = now, count
+
+
 class NodeRecordBuilder:
     """Makes a node's records, one after the other. Rates in a record come from comparing it with the last one."""
 
@@ -158,8 +178,7 @@ class NodeRecordBuilder:
         self._certificate = certificate
         self._started_at = started_at
         self._said_at: float | None = None
-        self._rows_at = (started_at, 0)
-        self._rows_per_s = 0.0
+        self._rows, self._queries = _Rate(started_at), _Rate(started_at)
 
     def record(
         self,
@@ -174,7 +193,8 @@ class NodeRecordBuilder:
         relay_addresses: Sequence[str] = (),
     ) -> records_pb2.NodeRecord:
         """The node's present record. A node that pauses or leaves offers no room."""
-        self._count(status.rows, now)
+        self._rows.note(status.rows, now)
+        self._queries.note(status.memory_queries, now)
         return records_pb2.NodeRecord(
             addresses=addresses,
             certificate=self._certificate,
@@ -188,7 +208,7 @@ class NodeRecordBuilder:
             name=self._settings.name or "",
             activity=activity.value,
             metrics_address=metrics_address,
-            rows_per_s=self._rows_per_s,
+            rows_per_s=self._rows.per_s,
             renew_every_s=self._renewal(now),
             contributed_rows=status.contributed_rows,
             contributed_updates=status.contributed_updates,
@@ -197,13 +217,11 @@ class NodeRecordBuilder:
             tunnel_addresses=tunnel_addresses,
             relay_addresses=relay_addresses,
             unsteady=bool(status.unsteady),
+            memory_shards=status.memory_shards,
+            memory_bytes=status.memory_disk_bytes,
+            memory_queries=status.memory_queries,
+            memory_queries_per_s=self._queries.per_s,
         )
-
-    def _count(self, rows: int, now: float) -> None:
-        then, before = self._rows_at
-        if now - then >= _RATE_OVER_S:
-            self._rows_per_s = (rows - before) / (now - then)
-            self._rows_at = (now, rows)
 
     def _renewal(self, now: float) -> float:
         """Time until the next record: as long as the last one took, for a round of announcements takes time too."""

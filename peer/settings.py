@@ -46,14 +46,14 @@ P2pd = Annotated[
 ]
 
 
-def _several(value: object) -> object:
+def several(value: object) -> object:
     """From the environment they come as one text."""
     return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
 
 Denied = Annotated[
     tuple[str, ...],
-    BeforeValidator(_several),
+    BeforeValidator(several),
     Field(description="PeerIDs of peers to refuse, in addition to those in the denylist"),
 ]
 DenylistPath = Annotated[

@@ -213,12 +213,15 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
         "updates",
         "rows",
         "rows/s",
+        "shards",
         "version",
         "up",
         "expires",
     )
     table = FittingTable(
-        "nodes", columns, ("expires", "rows", "version", "updates", "up", "rows/s", "address", "reached")
+        "nodes",
+        columns,
+        ("expires", "rows", "version", "updates", "up", "rows/s", "shards", "address", "reached"),
     )
     for node in reading.nodes.values():
         table.add_row(
@@ -231,6 +234,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
             str(node.updates),
             str(node.rows_processed),
             _shown(node.rows_per_s, ".0f"),
+            str(node.memory_shards),
             f"{node.software_version}/{node.protocol_version}",
             age_in_words(reading.view.read_at - node.started_at),
             f"{node.expires_at - reading.view.read_at:.0f} s",
@@ -306,6 +310,9 @@ def _node_dict(node: NodeInfo, read_at: float) -> dict[str, Any]:
         "updates": node.updates,
         "rows": node.rows_processed,
         "rows_per_s": node.rows_per_s,
+        "memory_shards": node.memory_shards,
+        "memory_bytes": node.memory_bytes,
+        "memory_queries": node.memory_queries,
         "contributed_hours": round(node.contributed_s / 3600, 1),
         "protocol_version": node.protocol_version,
         "software_version": node.software_version,

@@ -33,6 +33,7 @@ class NodeRates:
     up_mbit: float = 0.0
     down_mbit: float = 0.0
     busy: float = 0.0
+    queries: float = 0.0
 
 
 class RateMeter:
@@ -52,6 +53,7 @@ class RateMeter:
             up_mbit=(status.uploaded_bytes - before.uploaded_bytes) * 8e-6 / seconds,
             down_mbit=(status.downloaded_bytes - before.downloaded_bytes) * 8e-6 / seconds,
             busy=min(1.0, (status.busy_s - before.busy_s) / seconds),
+            queries=(status.memory_queries - before.memory_queries) / seconds,
         )
 
 
@@ -67,7 +69,7 @@ def state_in_words(status: NodeStatus) -> str:
 
 
 def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
-    """Eleven to thirteen lines, at most `WIDTH` columns wide."""
+    """Eleven to fourteen lines, at most `WIDTH` columns wide."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -80,6 +82,8 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
         f"{rates.calls:.1f} requests/s   {rates.rows:,.0f} rows/s   "
         f"{counted(status.queued_rows, 'row', ',')} waiting",
     )
+    if status.memory_disk_bytes:
+        grid.add_row("memories", _memories(status, rates))
     grid.add_row("network", _network(status, rates))
     reached = textwrap.wrap(_reached(status), _WORDS, max_lines=2, placeholder="…")
     grid.add_row("reached", "\n".join(reached))
@@ -109,6 +113,8 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield f"{rates.calls:.1f} requests/s"
     yield f"{rates.rows:.0f} rows/s"
     yield f"{counted(status.queued_rows, 'row')} queued"
+    if status.memory_disk_bytes:
+        yield f"memories: {_memories(status, rates)}"
     yield f"up {rates.up_mbit:.1f} and down {rates.down_mbit:.1f} Mbit/s"
     yield f"{rates.busy:.0%} busy"
     yield f"memory {_memory(status)}"
@@ -122,6 +128,11 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
 def _moved(status: NodeStatus) -> str:
     handed_over, shared = f"{status.handed_over} handed over", f"{status.replicated} shared"
     return f"{status.adopted} adopted, {handed_over if status.handed_over else shared}"
+
+
+def _memories(status: NodeStatus, rates: NodeRates) -> str:
+    shards, size = counted(status.memory_shards, "shard", ","), bytes_in_words(status.memory_disk_bytes)
+    return f"{shards} served, {size} on disk   {rates.queries:.1f} queries/s"
 
 
 def _network(status: NodeStatus, rates: NodeRates) -> str:

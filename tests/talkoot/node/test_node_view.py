@@ -113,6 +113,17 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         assert said in text
 
 
+def test_memories_have_a_line_where_there_are_any() -> None:
+    meter = RateMeter()
+    meter.note(replace(STATUS, memory_queries=3), 100.0)
+    status = replace(STATUS, memory_shards=1200, memory_disk_bytes=5 * 10**9, memory_queries=28)
+    rates = meter.note(status, 110.0)
+    words = "1,200 shards served, 5 GB on disk   2.5 queries/s"
+    assert any(f"memories  {words}" in text for text in shown(status, rates))
+    assert f"memories: {words}" in line(status, rates)
+    assert "memories" not in line(STATUS, rates)
+
+
 def test_nothing_is_cut_off_for_a_node_of_a_hundred_experts() -> None:
     status = replace(
         STATUS,

@@ -1,0 +1,544 @@
+"""`MemoryHosting`: a node takes shards of memories, verifies, serves and announces them, and follows their publishers.
+
+Revisions are looked for in every announcement period, apart from downloads, so that what was revoked goes soon. Shards
+that have too few replicas are taken from any host that has them. Nothing that a host or a publisher says is believed
+but what hashes prove.
+"""
+
+import asyncio
+import errno
+import logging
+import random
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from dht.announcements import NodeInfo, ReplicaState
+from dht.library import LibraryEntry, MemoryRegistry
+from dht.memory import Cell, MemoryID, MemoryManifest, Passage
+from dht.swarm import Swarm
+from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey, seen_shards
+from expert_server.memory.shard import most_bytes
+from expert_server.memory.store import MemoryStore
+from expert_server.settings import NodeSettings
+from peer import PROTOCOL_VERSION
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError, TransferError, UnreachableError, WireError
+from peer.formatting import counted
+from peer.identity import PeerID
+from peer.loop import side_by_side, tolerating
+from peer.metrics import start_at_zero
+from peer.rpc.parts import PartClient, has_sha256
+from peer.wire import memory_pb2
+
+logger = logging.getLogger(__name__)
+
+_ENOUGH = 2
+"""Replicas of a shard."""
+_MOST_MEMORIES = 64
+"""That a node follows. Of more, each follows others."""
+_MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
+"""Shards in one look, and at the same time."""
+_FULL_PAUSE_S = 600.0
+"""How long a node takes nothing after its disk was full."""
+_KEEP_EVERY_S = 3600.0
+"""How often the libraries are stored again."""
+_PROOF_S = 10.0
+"""Longest that a host may take to prove that it has a shard."""
+_LOOK_EVERY_S = 1.0
+"""How often a node that leaves looks whether others have what it alone had."""
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class HostingRules:
+    """What an owner lets a node host."""
+
+    disk_bytes: int
+    """0: nothing."""
+    refuse: frozenset[str] = frozenset()
+    """Memories, by name or id."""
+    licenses: frozenset[str] = frozenset()
+    """If any, the only ones of which passages may be hosted."""
+
+    @classmethod
+    def of(cls, settings: NodeSettings) -> "HostingRules":
+        return cls(
+            settings.memory_disk, frozenset(settings.memory_refuse), frozenset(settings.memory_licenses)
+        )
+
+    def refusal(self, memory: MemoryID, licenses: Iterable[str]) -> str:
+        """Why it is not hosted, in words; else empty."""
+        if {memory.name, str(memory)} & self.refuse:
+            return "this node refuses it by name"
+        if self.licenses and (others := sorted(set(licenses) - self.licenses)):
+            return f"this node does not host passages under {', '.join(others[:3])}"
+        return ""
+
+
+class HostingMetrics:
+    """What a node counts of what it hosts."""
+
+    def __init__(self, hosting: "MemoryHosting", metrics: CollectorRegistry | None = None) -> None:
+        shards = Gauge("talkoot_memory_shards", "Shards of memories served.", registry=metrics)
+        shards.set_function(lambda: hosting.shards)
+        size = Gauge("talkoot_memory_disk_bytes", "Bytes of memories on disk.", registry=metrics)
+        size.set_function(lambda: hosting.disk_bytes)
+        fetches = Counter(
+            "talkoot_memory_fetches",
+            "Shards of memories fetched from other hosts, by outcome.",
+            ["outcome"],
+            registry=metrics,
+        )
+        # "failed": no host gave the right bytes; "wrong": one gave others
+        self.fetches = start_at_zero(fetches, "fetched", "failed", "wrong")
+        self.revisions = Counter(
+            "talkoot_memory_revisions", "Later revisions of memories followed.", registry=metrics
+        )
+
+
+class MemoryHosting:
+    """The memories of one node. Open it, then run its loops; release it before the node goes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rules: HostingRules,
+        swarm: Swarm,
+        parts: PartClient,
+        *,
+        lifetime_s: float,
+        metrics: CollectorRegistry | None = None,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`folder`: has a folder for each memory. `parts`: fetches from others. `lifetime_s`: of announcements."""
+        self.served: dict[str, MemoryStore] = {}
+        """What the service answers from, by memory."""
+        self._folder = folder
+        self._rules = rules
+        self._swarm = swarm
+        self._peer_id = swarm.host.peer_id
+        self._memories = memories = MemoryRegistry(swarm.registry)
+        self._parts = parts
+        self._lifetime_s = lifetime_s
+        self._rng = rng or random.SystemRandom()
+        self._clock = clock
+        self._stores: dict[MemoryID, MemoryStore] = {}
+        self._unverified: dict[MemoryID, list[bytes]] = {}
+        """Shards found on disk at the start."""
+        self._listed: dict[MemoryID, LibraryEntry] = {}
+        """What publishers offered at the last look, and this node may host."""
+        self._refused: dict[MemoryID, str] = {}
+        self._announced: dict[MemoryID, set[Cell]] = {}
+        self._survey = MemorySurvey(memories, rng)
+        self._placement = Placement(self._peer_id, _ENOUGH)
+        self._wrong = BoundedDict[tuple[PeerID, bytes], None](_REMEMBERED)
+        """Who gave wrong bytes for what."""
+        self._writing = asyncio.Lock()
+        """Held while a store changes its files. Not while others are waited for."""
+        self._completing = asyncio.Lock()
+        self._complete_memories: set[MemoryID] = set()
+        """Those whose encoder and codebook are here."""
+        self._full_until = 0.0
+        self._kept_at: float | None = None
+        self._leaving = True
+        self._hurried = asyncio.Event()
+        self._metrics = HostingMetrics(self, metrics)
+
+    @property
+    def shards(self) -> int:
+        return sum(len(store.shards) for store in self.served.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(store.nbytes for store in self._stores.values())
+
+    async def open(self) -> None:
+        """Finds what is on disk from the last run. Nothing is served before it was verified: see `verify`."""
+        if not self._rules.disk_bytes:
+            return
+        self._stores = await asyncio.to_thread(self._found)
+        for memory, store in self._stores.items():
+            self._unverified[memory] = await asyncio.to_thread(store.roots)
+
+    async def verify(self) -> None:
+        """Verifies what is on disk and serves it, shard by shard."""
+        for memory, roots in list(self._unverified.items()):
+            store = self._stores[memory]
+            while roots:
+                root = roots.pop()
+                async with self._writing:
+                    if root not in store.manifest.by_root or self._stores.get(memory) is not store:
+                        continue
+                    try:
+                        await asyncio.to_thread(store.load, root)
+                    except (WireError, OSError) as error:
+                        logger.warning(
+                            "shard %s on disk is not used, and will be fetched again: %s",
+                            ShardKey(memory, root),
+                            error,
+                        )
+            self._unverified.pop(memory, None)
+
+    def resume(self) -> None:
+        """Serves what is hosted, and takes more."""
+        self._leaving = False
+        self._hurried.clear()
+        self.served.update({str(memory): store for memory, store in self._stores.items()})
+
+    async def announce(self) -> None:
+        """Renews the announcements of all cells. Raises UnreachableError."""
+        for memory in {*self._stores, *self._announced}:
+            await self._announce(memory)
+
+    async def follow(self) -> None:
+        """Follows what publishers list: their later revisions, and what they list no more. Raises UnreachableError."""
+        if not self._rules.disk_bytes:
+            return
+        libraries = await self._memories.libraries()
+        listed = {entry.memory: entry for entries in libraries.values() for entry in entries}
+        for memory, offered in listed.items():
+            await self._note_refusal(memory, offered.licenses)
+        self._listed = {memory: entry for memory, entry in listed.items() if memory not in self._refused}
+        for memory, store in list(self._stores.items()):
+            if (entry := self._listed.get(memory)) is not None and entry.revision > store.manifest.revision:
+                with tolerating("follow a memory"):
+                    await self._follow(memory, store, entry)
+            elif memory not in listed and any(MemoryID.of(memory.name, p) == memory for p in libraries):
+                logger.info("hosts memory %s no more: its publisher lists it no more", memory)
+                await self._remove(memory)
+        now = self._clock()
+        if listed and (self._kept_at is None or now >= self._kept_at + _KEEP_EVERY_S):
+            self._kept_at = now
+            await self._memories.keep_libraries()
+
+    async def look(self) -> None:
+        """Takes shards that have too few replicas, as far as there is room. Raises UnreachableError."""
+        if (
+            self._leaving
+            or not self._rules.disk_bytes
+            or self._unverified
+            or self._clock() < self._full_until
+        ):
+            return
+        await self._meet()
+        manifests = {memory: store.manifest for memory, store in self._stores.items()}
+        seen = await self._survey.read(manifests, self._mine())
+        self._placement.note(seen, self._mine())
+        await self._shrink(self.disk_bytes - self._rules.disk_bytes)
+        wanted = [
+            k for k in self._placement.to_take(len(self._swarm.host.peers()) + 1) if k.memory in self._listed
+        ]
+        fitting = self._fitting(wanted, seen)
+        if wanted and len(fitting) < len(wanted):
+            await self._make_room(seen, [key for key in wanted if key not in fitting])
+            fitting = self._fitting(wanted, seen)
+        await side_by_side(
+            (self._take(key, seen[key].info.cell) for key in fitting[:_MOST_TAKEN]), _TAKEN_AT_ONCE
+        )
+
+    async def release(self, timeout_s: float) -> int:
+        """Serves nothing any more, once others have what this node alone has, but after `timeout_s` at the latest.
+
+        Files stay on disk. Returns how many shards nobody else serves. Raises nothing if the DHT does not answer.
+        """
+        self._leaving = True
+        alone = set(self._mine())
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.announce()
+                while alone and timeout_s and not self._hurried.is_set():
+                    alone = await self._without_other_host(alone)
+                    if alone:
+                        await self._wait_hurried(_LOOK_EVERY_S)
+        except (TimeoutError, UnreachableError) as error:
+            logger.debug("memories were not handed over: %s", error)
+        if self._mine():
+            logger.info(
+                "stopped serving %s of memories; %s are at this node alone",
+                counted(len(self._mine()), "shard"),
+                counted(len(alone), "shard"),
+            )
+        self.served.clear()
+        try:
+            async with asyncio.timeout(_LOOK_EVERY_S):
+                await self.announce()
+        except (TimeoutError, UnreachableError):
+            pass  # then they expire
+        return len(alone)
+
+    def hurry(self) -> None:
+        """Ends the wait of `release`."""
+        self._hurried.set()
+
+    # what is hosted
+
+    def _found(self) -> dict[MemoryID, MemoryStore]:
+        found = {}
+        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
+            try:
+                found[MemoryID.parse(path.name)] = MemoryStore.open(path)
+            except (WireError, OSError) as error:
+                logger.warning("%s is not used: %s", path, error)
+        return found
+
+    def _mine(self) -> set[ShardKey]:
+        return {ShardKey(memory, root) for memory, store in self._stores.items() for root in store.shards}
+
+    async def _announce(self, memory: MemoryID) -> None:
+        cells: dict[Cell, list[bytes]] = {}
+        if (store := self.served.get(str(memory))) is not None:
+            for root in store.shards:
+                cells.setdefault(store.manifest.by_root[root].cell, []).append(root)
+        state = ReplicaState.LEAVING if self._leaving else ReplicaState.SERVING
+        records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
+            cell: (state, roots) for cell, roots in cells.items()
+        }
+        for cell in self._announced.get(memory, set()) - cells.keys():
+            records[cell] = ReplicaState.WITHDRAWN, ()
+        if records:
+            await self._memories.announce(memory, records, self._lifetime_s)
+        self._announced[memory] = set(cells)
+        if not cells:
+            del self._announced[memory]
+
+    # following
+
+    async def _note_refusal(self, memory: MemoryID, licenses: Collection[str]) -> None:
+        reason = self._rules.refusal(memory, licenses)
+        if not reason:
+            self._refused.pop(memory, None)
+            return
+        if memory not in self._refused:
+            logger.info("does not host memory %s: %s", memory, reason)
+        self._refused[memory] = reason
+        if memory in self._stores:
+            await self._remove(memory)
+
+    async def _remove(self, memory: MemoryID) -> None:
+        async with self._writing:
+            self.served.pop(str(memory), None)
+            store = self._stores.pop(memory)
+            self._unverified.pop(memory, None)
+            self._complete_memories.discard(memory)
+            self._placement.forget(memory)
+            await asyncio.to_thread(store.remove)
+        await self._announce(memory)
+
+    async def _follow(self, memory: MemoryID, store: MemoryStore, entry: LibraryEntry) -> None:
+        try:
+            data = await self._fetch_manifest(entry)
+            licenses = (await asyncio.to_thread(MemoryManifest.parse, data)).licenses
+            await self._note_refusal(memory, licenses)
+            if memory in self._refused:
+                return
+            async with self._writing:
+                await asyncio.to_thread(store.follow, data)
+        except (TransferError, WireError) as error:
+            logger.warning(
+                "revision %d of memory %s can't be followed yet: %s", entry.revision, memory, error
+            )
+            return
+        except OSError as error:
+            self._note_full(error)
+            return
+        self._placement.forget(memory)
+        self._metrics.revisions.inc()
+        logger.info("follows revision %d of memory %s", entry.revision, memory)
+        await self._announce(memory)
+
+    async def _fetch_manifest(self, entry: LibraryEntry) -> bytes:
+        hosts = {host.peer_id for host in await self._memories.some_hosts(entry.memory)} | {entry.publisher}
+        name = entry.manifest.sha256
+        return await self._parts.fetch_any(
+            await self._contacts(hosts, name),
+            str(entry.memory),
+            name,
+            entry.manifest.size,
+            partial(has_sha256, name),
+        )
+
+    async def _meet(self) -> None:
+        """Fetches the manifests of memories that are new here."""
+        room = _MOST_MEMORIES - len(self._stores)
+        new = [memory for memory in self._listed if memory not in self._stores]
+        for memory in self._rng.sample(new, min(len(new), max(0, room))):
+            entry = self._listed[memory]
+            if self.disk_bytes + entry.manifest.size > self._rules.disk_bytes:
+                continue
+            try:
+                data = await self._fetch_manifest(entry)
+                async with self._writing:
+                    store = await asyncio.to_thread(MemoryStore.create, self._folder / str(memory), data)
+            except (TransferError, WireError) as error:
+                logger.info("memory %s can't be hosted yet: %s", memory, error)
+                continue
+            except OSError as error:
+                self._note_full(error)
+                return
+            self._stores[memory] = store
+            await self._note_refusal(memory, store.manifest.licenses)
+            if memory in self._stores and not self._leaving:
+                self.served[str(memory)] = store
+
+    # taking and dropping
+
+    def _fitting(self, wanted: Iterable[ShardKey], seen: Mapping[ShardKey, SeenShard]) -> list[ShardKey]:
+        """Those for which there is room, in their order."""
+        room, fitting = self._rules.disk_bytes - self.disk_bytes, []
+        for key in wanted:
+            size = most_bytes(seen[key].info)
+            if size <= room:
+                room -= size
+                fitting.append(key)
+        return fitting
+
+    async def _take(self, key: ShardKey, cell: Cell) -> None:
+        """Fetches a shard, if it still has too few replicas."""
+        store = self._stores.get(key.memory)
+        if self._leaving or store is None or self._clock() < self._full_until:
+            return
+        shard = (await self._seen_now(key, cell)).get(key)
+        if shard is None or len(shard.serving) >= _ENOUGH or key.root in store.shards:
+            return
+        hosts = (shard.serving | shard.leaving) - {self._peer_id}
+
+        def wrong(peer_id: PeerID) -> None:
+            self._wrong[peer_id, key.root] = None
+            self._metrics.fetches.labels("wrong").inc()
+
+        try:
+            await self._complete(key.memory, store, hosts)
+            data = await self._parts.fetch_any(
+                await self._contacts(hosts, key.root),
+                str(key.memory),
+                key.root,
+                most_bytes(shard.info),
+                partial(store.verified, key.root),
+                wrong,
+            )
+            async with self._writing:
+                if self._stores.get(key.memory) is not store:
+                    return
+                await asyncio.to_thread(store.save, key.root, data)
+        except (TransferError, WireError) as error:
+            self._metrics.fetches.labels("failed").inc()
+            logger.info("shard %s was not taken: %s", key, error)
+            return
+        except OSError as error:
+            self._note_full(error)
+            return
+        self._metrics.fetches.labels("fetched").inc()
+        await self._announce(key.memory)
+
+    async def _complete(self, memory: MemoryID, store: MemoryStore, hosts: Collection[PeerID]) -> None:
+        """Fetches the encoder and the codebook, which every host keeps. Raises TransferError, WireError and OSError."""
+        async with self._completing:
+            if memory in self._complete_memories:
+                return
+            for part in await asyncio.to_thread(store.missing_parts):
+                name = part.sha256
+                nodes = await self._contacts(hosts, name)
+                check = partial(has_sha256, name)
+                data = await self._parts.fetch_any(nodes, str(memory), name, part.size, check)
+                await asyncio.to_thread(store.save_part, part, data)
+            self._complete_memories.add(memory)
+
+    async def _contacts(self, hosts: Iterable[PeerID], name: bytes) -> list[NodeInfo]:
+        """How to call them, in random order, those last that gave something else for it before."""
+        nodes = list((await self._swarm.registry.nodes(set(hosts) - {self._peer_id})).values())
+        self._rng.shuffle(nodes)
+        return sorted(nodes, key=lambda node: (node.peer_id, name) in self._wrong)
+
+    async def _seen_now(self, key: ShardKey, cell: Cell) -> dict[ShardKey, SeenShard]:
+        hosts = await self._memories.cell_hosts(key.memory, [cell])
+        store = self._stores.get(key.memory)
+        shards = () if store is None else store.manifest.by_cell.get(cell, ())
+        return seen_shards(key.memory, shards, hosts[cell])
+
+    async def _make_room(self, seen: Mapping[ShardKey, SeenShard], wanted: Collection[ShardKey]) -> None:
+        """Drops what others serve often enough, for a shard that nobody else has room for."""
+        smallest = min(most_bytes(seen[key].info) for key in wanted)
+        await self._shrink(smallest - (self._rules.disk_bytes - self.disk_bytes))
+
+    async def _shrink(self, size: int) -> None:
+        """Drops shards of so many bytes, if enough others prove that they have them."""
+        for key in self._placement.to_drop(size) if size > 0 else ():
+            store = self._stores.get(key.memory)
+            if store is None or key.root not in store.shards:
+                continue
+            nodes = await self._swarm.registry.nodes(self._placement.keener(key)[: 2 * _ENOUGH])
+            proofs = await asyncio.gather(*(self._proves(node, key, store) for node in nodes.values()))
+            if sum(proofs) < _ENOUGH:
+                continue
+            async with self._writing:
+                await asyncio.to_thread(store.drop, key.root)
+            logger.info("dropped shard %s, which %s serve", key, counted(sum(proofs), "other node"))
+            await self._announce(key.memory)
+
+    async def _proves(self, node: NodeInfo, key: ShardKey, store: MemoryStore) -> bool:
+        """Whether the node gives a passage of the shard that is drawn at random."""
+        shard = store.shards[key.root]
+        position = self._rng.randrange(len(shard))
+        (own,) = await asyncio.to_thread(shard.read, [position])
+        request = memory_pb2.ReadRequest(
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=self._swarm.keys.swarm_id,
+            memory=str(key.memory),
+            shards=[memory_pb2.ShardPositions(root=key.root, positions=[position])],
+        )
+        try:
+            async with asyncio.timeout(_PROOF_S):
+                stub, session = await self._parts.service(0).stub(node)
+                reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
+            (given,) = reply.passages
+            passage = Passage.parse(given.passage) if given.HasField("passage") else None
+        except (
+            grpc.aio.AioRpcError,
+            ExpertError,
+            TransferError,
+            WireError,
+            TimeoutError,
+            ValueError,
+        ) as error:
+            logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
+            return False
+        return passage == own.passage and given.vector == own.vector
+
+    # leaving
+
+    async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
+        cells: dict[MemoryID, set[Cell]] = {}
+        alone = set(keys) & self._mine()
+        for key in alone:
+            cells.setdefault(key.memory, set()).add(self._stores[key.memory].manifest.by_root[key.root].cell)
+        for memory, some in cells.items():
+            manifest = self._stores[memory].manifest
+            for cell, hosts in (await self._memories.cell_hosts(memory, some)).items():
+                seen = seen_shards(memory, manifest.by_cell[cell], hosts)
+                alone -= {key for key, shard in seen.items() if shard.serving - {self._peer_id}}
+        return alone
+
+    async def _wait_hurried(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._hurried.wait()
+        except TimeoutError:
+            pass
+
+    def _note_full(self, error: OSError) -> None:
+        self._full_until = self._clock() + _FULL_PAUSE_S
+        cause = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        logger.warning(
+            "can't write to %s: %s; what is hosted stays, and nothing more is taken for %.0f minutes. Free some space, "
+            "or lower --memory-disk",
+            self._folder,
+            cause,
+            _FULL_PAUSE_S / 60,
+        )

@@ -1,0 +1,194 @@
+"""Which shards of memories a node hosts: what needs a host most, and what a node reads to know that.
+
+The choices are pure functions of what hosts announce. A shard with too few replicas is taken by the nodes that prefer
+it most, by rendezvous hashing: at the first look by about as many as it lacks, and by twice as many at each look that
+still finds it so. So a thousand nodes that see the same need do not all follow it. A surplus replica goes only for one
+that is lacking, when the disk is full, and never from the hosts that prefer it most: even if all others drop theirs at
+the same moment, enough are left.
+"""
+
+import hashlib
+import random
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from dht.announcements import ReplicaState
+from dht.library import CellHost, MemoryRegistry
+from dht.memory import Cell, MemoryID, MemoryManifest, ShardInfo
+from peer.identity import PeerID
+
+_FIRM_LOOKS = 4
+"""Looks in a row that must find the same replica to spare. Announcements live three periods."""
+READ_WHOLE = 1024
+"""Cells of all memories together, up to which all of them are read in each look."""
+SAMPLED = 256
+"""Of more cells, how many active ones are read. Other nodes read others."""
+_MOST_DOUBLINGS = 40
+
+
+@dataclass(frozen=True)
+class ShardKey:
+    """One shard of one memory."""
+
+    memory: MemoryID
+    root: bytes
+
+    def __str__(self) -> str:
+        return f"{self.root.hex()[:8]} of memory {self.memory}"
+
+
+@dataclass(frozen=True)
+class SeenShard:
+    """What a look saw of a shard."""
+
+    info: ShardInfo
+    serving: frozenset[PeerID]
+    leaving: frozenset[PeerID]
+    """They still give it to others."""
+
+
+def preference(key: ShardKey, peer_id: PeerID) -> int:
+    """How much a peer prefers a shard: 64 bits, more is larger."""
+    text = f"{key.memory} {key.root.hex()}@{peer_id.to_base58()}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def is_called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
+    """Whether the peer is among those whose turn it is to take a shard that lacks so many replicas.
+
+    `looks`: in a row that found it lacking, from 1. `nodes`: in the swarm, about.
+    """
+    called = missing << min(looks - 1, _MOST_DOUBLINGS)
+    return called >= nodes or preference(key, peer_id) >= 2**64 - called * (2**64 // nodes)
+
+
+class Placement:
+    """What one node would take and drop, by what its looks saw."""
+
+    def __init__(self, peer_id: PeerID, enough: int) -> None:
+        """`enough`: replicas of a shard."""
+        self._peer_id = peer_id
+        self._enough = enough
+        self._seen: Mapping[ShardKey, SeenShard] = {}
+        self._lacking: dict[ShardKey, int] = {}
+        """In how many looks in a row each had too few replicas."""
+        self._spare: dict[ShardKey, int] = {}
+        """In how many looks in a row enough hosts that prefer it more served each of this node's."""
+
+    def note(self, seen: Mapping[ShardKey, SeenShard], mine: Collection[ShardKey]) -> None:
+        """Takes up a look. What it did not see keeps its count."""
+        self._seen = seen
+        for key, shard in seen.items():
+            lacks = len(shard.serving) < self._enough
+            self._count(self._lacking, key, lacks and key not in mine)
+            self._count(self._spare, key, key in mine and len(self._keener(key)) >= self._enough)
+
+    def forget(self, memory: MemoryID) -> None:
+        """Its shards are others now, or none."""
+        for counts in (self._lacking, self._spare):
+            for key in [key for key in counts if key.memory == memory]:
+                del counts[key]
+
+    def to_take(self, nodes: int) -> list[ShardKey]:
+        """The shards whose turn it is, those with the fewest replicas first. `nodes`: in the swarm, about."""
+        found = []
+        for key, looks in self._lacking.items():
+            shard = self._seen.get(key)
+            if shard is None:
+                continue
+            missing = self._enough - len(shard.serving)
+            if is_called(key, self._peer_id, missing, looks, max(1, nodes)):
+                found.append(key)
+        return sorted(found, key=lambda k: (len(self._seen[k].serving), -preference(k, self._peer_id)))
+
+    def to_drop(self, size: int) -> list[ShardKey]:
+        """This node's shards that can go to free so many bytes, those with the most replicas first.
+
+        None if they would not free as much.
+        """
+        able = [key for key, looks in self._spare.items() if looks >= _FIRM_LOOKS and key in self._seen]
+        dropped = []
+        for key in sorted(able, key=lambda k: (-len(self._seen[k].serving), preference(k, self._peer_id))):
+            if size <= 0:
+                break
+            dropped.append(key)
+            size -= self._seen[key].info.size
+        return dropped if size <= 0 else []
+
+    def keener(self, key: ShardKey) -> list[PeerID]:
+        """The serving hosts that prefer one of this node's shards more than it does, the keenest first."""
+        hosts = self._keener(key)
+        return sorted(hosts, key=lambda peer_id: preference(key, peer_id), reverse=True)
+
+    def _keener(self, key: ShardKey) -> list[PeerID]:
+        own = preference(key, self._peer_id)
+        return [p for p in self._seen[key].serving if p != self._peer_id and preference(key, p) > own]
+
+    @staticmethod
+    def _count(counts: dict[ShardKey, int], key: ShardKey, is_so: bool) -> None:
+        if is_so:
+            counts[key] = counts.get(key, 0) + 1
+        else:
+            counts.pop(key, None)
+
+
+class MemorySurvey:
+    """What one node reads of the memories in each look: all of a few cells, a part of many.
+
+    Prefixes say at once which cells are active. So of many cells the prefixes are read, and then this node's own cells
+    and some of the active others. The rest of the active cells are left out of what is seen.
+    """
+
+    def __init__(self, memories: MemoryRegistry, rng: random.Random | None = None) -> None:
+        self._memories = memories
+        self._rng = rng or random.SystemRandom()
+
+    async def read(
+        self, manifests: Mapping[MemoryID, MemoryManifest], mine: Collection[ShardKey]
+    ) -> dict[ShardKey, SeenShard]:
+        """Raises UnreachableError."""
+        wanted = {memory: set(manifest.by_cell) for memory, manifest in manifests.items()}
+        vacant: list[tuple[MemoryID, Cell]] = []
+        if sum(map(len, wanted.values())) > READ_WHOLE:
+            wanted, vacant = await self._chosen(manifests, mine)
+        seen: dict[ShardKey, SeenShard] = {}
+        for memory, cell in vacant:
+            seen |= seen_shards(memory, manifests[memory].by_cell[cell], ())
+        for memory, cells in wanted.items():
+            for cell, hosts in (await self._memories.cell_hosts(memory, cells)).items():
+                seen |= seen_shards(memory, manifests[memory].by_cell[cell], hosts)
+        return seen
+
+    async def _chosen(
+        self, manifests: Mapping[MemoryID, MemoryManifest], mine: Collection[ShardKey]
+    ) -> tuple[dict[MemoryID, set[Cell]], list[tuple[MemoryID, Cell]]]:
+        """The cells to read, and those that nobody announces."""
+        vacant, others = [], []
+        for memory, manifest in manifests.items():
+            active = await self._memories.active_cells(memory, manifest.grid)
+            vacant += [(memory, cell) for cell in manifest.by_cell if cell not in active]
+            others += [(memory, cell) for cell in manifest.by_cell if cell in active]
+        own = {
+            (key.memory, manifests[key.memory].by_root[key.root].cell)
+            for key in mine
+            if key.memory in manifests and key.root in manifests[key.memory].by_root
+        }
+        wanted: dict[MemoryID, set[Cell]] = {}
+        for memory, cell in own | set(self._rng.sample(others, min(SAMPLED, len(others)))):
+            wanted.setdefault(memory, set()).add(cell)
+        return wanted, vacant
+
+
+def seen_shards(
+    memory: MemoryID, shards: Collection[ShardInfo], hosts: Collection[CellHost]
+) -> dict[ShardKey, SeenShard]:
+    """What the hosts of a cell announce of its shards."""
+    found = {}
+    for info in shards:
+        having = [host for host in hosts if info.short in host.shards]
+        found[ShardKey(memory, info.root)] = SeenShard(
+            info,
+            frozenset(host.peer_id for host in having if host.state is ReplicaState.SERVING),
+            frozenset(host.peer_id for host in having if host.state is ReplicaState.LEAVING),
+        )
+    return found
