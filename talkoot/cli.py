@@ -593,6 +593,57 @@ PublisherState = Annotated[
 ]
 
 
+@memory.command()
+def build(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="FILES", help="Files, folders or globs of text, as `talkoot train` reads."),
+    ],
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write: a new or an empty one.")
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The memory's name: small letters, digits, hyphens.  [default: the folder's]"
+        ),
+    ] = None,
+    about: Annotated[str | None, typer.Option(metavar="TEXT", help="What the memory is, in a line.")] = None,
+    license: Annotated[
+        str,
+        typer.Option(
+            metavar="SPDX",
+            help="The text's licence, such as CC-BY-SA-4.0. A field `license` of a line or row overrides it.  "
+            "[default: unknown]",
+        ),
+    ] = "",
+    field: Annotated[
+        str, typer.Option(metavar="NAME", help="The field of .jsonl and .parquet that has the text.")
+    ] = "text",
+    title_field: Annotated[
+        str, typer.Option("--title-from", metavar="NAME", help="The field that has the title.")
+    ] = "title",
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Make the next revision of this memory: add to it, and share all of its shards.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is random.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a memory of text: cut it into passages, learn word vectors from them, and write shards."""
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing():
+            from talkoot.memory.build import BuildPlan, run_build
+
+        run_build(
+            terminal, BuildPlan(tuple(paths), out, name, about, license, field, title_field, base, seed)
+        )
+
+
 @memory.command(cls=PublishCommand)
 def publish(
     context: typer.Context,
@@ -633,17 +684,26 @@ def list_memories(
 
 @memory.command("inspect")
 def inspect_memory(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The memory's name, or its id.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|NAME",
+            help="A folder that `talkoot memory build` wrote; with --join, a memory's name or id.",
+        ),
+    ],
     *,
     join: Join = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Show a memory of a swarm: its cells and shards, and who hosts them."""
+    """Verify a memory in a folder and show what is in it. Or show who hosts the cells and shards of a swarm's."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing(), imports_without_gc():
-            from talkoot.memory.listing import run_inspect
+            from talkoot.memory import inspection, listing
 
-        run_inspect(terminal, join, name)
+        if join is None:
+            inspection.run_inspect(terminal, Path(name))
+        else:
+            listing.run_inspect(terminal, join, name)
 
 
 @memory.command("revoke", cls=RevokeCommand)

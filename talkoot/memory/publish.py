@@ -10,8 +10,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from dht.announcements import Activity, ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry, with_entry
 from dht.swarm import Stage, Swarm
@@ -20,12 +18,13 @@ from expert_server.memory.store import MemoryStore
 from expert_server.reachability import ReachabilityMonitor
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION, clock
-from peer.errors import LibraryError, UnreachableError, WireError
+from peer.errors import UnreachableError
 from peer.formatting import bytes_in_words, counted
 from peer.identity import Identity
 from peer.loop import RetryingRounds, keep_running, new_loop, tolerating
 from peer.transport.dialling import resolved
 from peer.wire import memory_pb2_grpc, records_pb2
+from talkoot.memory.inspection import count_passages, open_memory
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication, entry_values, replication
 from talkoot.node.launch import listen_address
@@ -185,38 +184,6 @@ class Publication:
             memory_bytes=self.entry.total_bytes,
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
-
-
-def open_memory(folder: Path, stage: Stage) -> MemoryStore:
-    """Reads a memory's folder whole, and checks each part. Raises LibraryError."""
-    try:
-        store = MemoryStore.open(folder)
-        roots = store.roots()
-        missing = len(store.manifest.shards) - len(roots)
-        if missing or store.missing_parts():
-            what = counted(missing, "shard") if missing else "its encoder or codebook"
-            raise LibraryError(f"{folder} lacks {what}: build the memory again, or copy its folder whole")
-        for number, root in enumerate(roots, 1):
-            stage(f"checking shard {number} of {len(roots)}")
-            store.load(root)
-    except FileNotFoundError as error:
-        raise LibraryError(
-            f"{folder} is no memory ({error.filename} is missing): `talkoot memory build` writes one"
-        ) from error
-    except OSError as error:
-        raise LibraryError(f"can't read {folder}: {error.strerror or error}") from error
-    except WireError as error:
-        raise LibraryError(f"{folder} is damaged: {error}; build the memory again") from error
-    return store
-
-
-def count_passages(store: MemoryStore) -> int:
-    """Those that were not revoked, each once: most lie in two cells."""
-    leaves = (shard.leaf(position) for shard in store.shards.values() for position in range(len(shard)))
-    # the first 8 bytes of a hash, since all of them would take 32 MB a million
-    hashes = np.fromiter((int.from_bytes(leaf[:8], "little") for leaf in leaves), np.uint64)
-    revoked = np.array([int.from_bytes(leaf[:8], "little") for leaf in store.manifest.revoked], np.uint64)
-    return len(np.setdiff1d(hashes, revoked))
 
 
 def run_publish(

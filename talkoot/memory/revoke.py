@@ -25,7 +25,8 @@ from peer.rates import RateLimit
 from peer.rpc.parts import PartClient, has_sha256
 from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
-from talkoot.memory.publish import Publication, count_passages, open_memory
+from talkoot.memory.inspection import count_passages, open_memory
+from talkoot.memory.publish import Publication
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.node.launch import listen_address
 from talkoot.signals import run_until_stopped

@@ -32,7 +32,8 @@ from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2
-from talkoot.memory.publish import _publish, advice, count_passages, open_memory
+from talkoot.memory.inspection import count_passages, open_memory
+from talkoot.memory.publish import _publish, advice
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication
 from talkoot.memory.revoke import Selection, _revoke

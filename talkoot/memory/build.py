@@ -1,0 +1,439 @@
+"""`talkoot memory build`: makes a memory of text, in a folder that is published as it is."""
+
+import hashlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import compress, pairwise
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from dht.memory import (
+    MAX_LABEL_CHARACTERS,
+    MAX_LEAVES,
+    MAX_LICENSE_CHARACTERS,
+    MAX_LICENSES,
+    MAX_SHARD_BYTES,
+    MemoryManifest,
+    Part,
+    Passage,
+    ShardInfo,
+    cell_of,
+    check_name,
+)
+from expert_server.memory.shard import Shard
+from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
+from peer.arrays import decode_arrays
+from peer.codec import Integers
+from peer.errors import DataError, LibraryError, SettingsError, WireError
+from peer.files import write_atomically
+from peer.formatting import bytes_in_words, counted, printable
+from peer.merkle import HASH_BYTES, MerkleTree
+from peer.rpc.parts import has_sha256
+from talkoot.memory.clustering import build_codebook, grid_for, two_cells
+from talkoot.memory.passages import PassageFile, read_passages
+from talkoot.memory.training import WordCounter, train_static_encoder
+from talkoot.partial import LOCK, PartialFolder, naming_failures
+from talkoot.terminal import Terminal
+from trainer_client.data.sources import find_files
+from trainer_client.memory.codebook import Codebook
+from trainer_client.memory.encoder import STATIC, Encoder, StaticEncoder, Vectors, load_encoder
+
+Show: TypeAlias = Callable[[str, str], None]
+"""Is told what is done, and how much of it."""
+
+_PASSAGES = ".passages"
+"""A file of the folder while it is made."""
+_AT_ONCE = 1024
+"""Passages that are encoded together."""
+_BYTES_OF_SHARD = MAX_SHARD_BYTES - 2**16
+_BYTES_OF_PASSAGE = HASH_BYTES + 8
+"""In a shard, besides its text and vector."""
+_SHOWN_EVERY_S, _LOGGED_EVERY_S = 0.2, 5.0
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a memory is made of, and where it goes."""
+
+    paths: tuple[str, ...]
+    out: Path
+    name: str | None = None
+    """None: that of the folder, or of the base."""
+    about: str | None = None
+    license: str = ""
+    field: str = "text"
+    title_field: str = "title"
+    base: Path | None = None
+    """The memory that this is the next revision of."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was made."""
+
+    folder: str
+    name: str
+    revision: int
+    passages: int
+    """Those that are new in this revision."""
+    duplicates: int
+    """Passages that were left out."""
+    shards: int
+    cells: int
+    skew: float
+    """Passages in the fullest cell, as a multiple of the mean."""
+    bytes: int
+    """Of the whole folder."""
+    seconds: float
+
+
+def run_build(terminal: Terminal, plan: BuildPlan) -> None:
+    """Raises UserError."""
+    with terminal.stages("looking for text") as stage:
+        progress = _Progress(stage, _SHOWN_EVERY_S if terminal.live else _LOGGED_EVERY_S)
+        report = build_memory(plan, progress.show)
+    if terminal.json:
+        terminal.event("memory", asdict(report))
+        return
+    terminal.line(
+        f"{report.folder} has revision {report.revision} of the memory {report.name}: "
+        f"{counted(report.passages, 'new passage', ',')} in {counted(report.shards, 'shard')}, "
+        f"{bytes_in_words(report.bytes)} in all, made in {report.seconds:.0f} s"
+    )
+    if report.duplicates:
+        terminal.line(
+            f"{counted(report.duplicates, 'passage', ',')} left out: the same text is there already"
+        )
+    terminal.line(f"Publish it: talkoot memory publish {report.folder} --join INVITE")
+
+
+def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> BuildReport:
+    """Raises UserError. Then nothing is left behind."""
+    began = time.monotonic()
+    plan = replace(
+        plan,
+        about=None if plan.about is None else printable(plan.about, MAX_LABEL_CHARACTERS),
+        license=printable(plan.license, MAX_LICENSE_CHARACTERS),
+    )
+    base = None if plan.base is None else _Base.open(plan.base)
+    name, files = _name(plan, base), find_files(plan.paths)
+    with PartialFolder(plan.out) as folder, naming_failures(plan.out):
+        try:
+            _clear(folder.partial)
+            with closing(_Building(folder.partial, base, plan.seed, show)) as building:
+                building.read(files, plan)
+                manifest = building.write(name, plan.about)
+            size = sum(path.stat().st_size for path in folder.partial.rglob("*") if path.is_file())
+            folder.finish()
+        except BaseException:
+            with suppress(OSError):
+                _clear(folder.partial)
+                (folder.partial / LOCK).unlink()
+                folder.partial.rmdir()
+            raise
+    return BuildReport(
+        str(plan.out),
+        manifest.name,
+        manifest.revision,
+        building.passages,
+        building.duplicates,
+        len(manifest.shards),
+        len(manifest.by_cell),
+        skew(manifest),
+        size,
+        time.monotonic() - began,
+    )
+
+
+def skew(manifest: MemoryManifest) -> float:
+    """Passages in a memory's fullest cell, as a multiple of the mean of all cells."""
+    loads = [sum(shard.leaves for shard in shards) for shards in manifest.by_cell.values()]
+    return max(loads) * float(np.prod(manifest.grid)) / sum(loads)
+
+
+class _Base:
+    """The revision before: its shards are kept, and its encoder and cells are used again."""
+
+    def __init__(self, store: MemoryStore, encoder: Encoder, codebook: Codebook) -> None:
+        """See `open`."""
+        self.manifest = store.manifest
+        self.encoder, self.codebook = encoder, codebook
+        self._store = store
+
+    @classmethod
+    def open(cls, folder: Path) -> "_Base":
+        """Raises LibraryError if it is not a whole memory."""
+        try:
+            store = MemoryStore.open(folder)
+            manifest = store.manifest
+            encoder = load_encoder(
+                manifest.encoder_kind, _part(folder, manifest.encoder), manifest.dimensions
+            )
+            codebook = Codebook.from_bytes(
+                _part(folder, manifest.codebook), manifest.grid, manifest.dimensions
+            )
+        except (WireError, OSError) as error:
+            raise LibraryError(f"--base {folder} is not a memory that can be built on: {error}") from error
+        if missing := len(manifest.by_root.keys() - set(store.roots())):
+            raise LibraryError(
+                f"--base {folder} lacks {counted(missing, 'shard')}: give the folder with all of them"
+            )
+        return cls(store, encoder, codebook)
+
+    def texts(self) -> Iterator[str]:
+        """Of its passages. Raises LibraryError if a shard is not what it should be."""
+        for number, shard in enumerate(self.manifest.shards):
+            try:
+                self._store.load(shard.root)
+            except (WireError, OSError) as error:
+                raise LibraryError(f"--base {self._store.folder}, shard {number}: {error}") from error
+            for passage in self._store.shards[shard.root].passages():
+                if passage is not None:
+                    yield passage.text
+
+    def copy_to(self, folder: Path) -> None:
+        """Its files, as links where that is possible: they are never changed in place. Raises OSError."""
+        for kind in (PARTS, SHARDS):
+            for path in (self._store.folder / kind).iterdir():
+                if len(path.name) == 2 * HASH_BYTES:
+                    _link(path, folder / kind / path.name)
+
+
+class _Building:
+    """One run of the command, in the folder that becomes the memory."""
+
+    def __init__(self, folder: Path, base: _Base | None, seed: int, show: Show) -> None:
+        self._folder, self._base, self._seed, self._show = folder, base, seed, show
+        self._licenses: dict[str, None] = {}
+        known = iter(()) if base is None else base.texts()
+        self._file = PassageFile(folder / _PASSAGES, known)
+        self._counter = WordCounter()
+
+    @property
+    def passages(self) -> int:
+        return len(self._file)
+
+    @property
+    def duplicates(self) -> int:
+        return self._file.duplicates
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, files: Sequence[Path], plan: BuildPlan) -> None:
+        """Raises UserError, and OSError if the disk is full."""
+        rate = _Rate(self._show, "reading", None)
+        for passage in read_passages(files, plan.field, plan.title_field, plan.license):
+            if self._file.add(passage):
+                self._licenses[passage.license] = None
+                if self._base is None:
+                    self._counter.add(text_of(passage))
+            rate.at(len(self._file))
+        if not len(self._file):
+            named = ", ".join(map(str, files[:3]))
+            if self.duplicates:
+                raise DataError(f"all of {named} is in {plan.base} already: give new text")
+            raise DataError(f"{named} is empty: give a file or folder with text in it")
+        self._file.finish()
+
+    def write(self, name: str, about: str | None) -> MemoryManifest:
+        """Raises UserError, and OSError if the disk is full."""
+        base = self._base
+        licenses = tuple(dict.fromkeys([*(base.manifest.licenses if base else ()), *self._licenses]))
+        if len(licenses) > MAX_LICENSES:
+            raise SettingsError(
+                f"the field 'license' has {len(licenses)} different values; a memory has at most {MAX_LICENSES}"
+            )
+        encoder = base.encoder if base else self._train()
+        vectors_ND = self._encode(encoder)
+        codebook = base.codebook if base else self._cluster(vectors_ND)
+        grid = base.manifest.grid if base else grid_for(len(vectors_ND))
+        for folder in (PARTS, SHARDS):
+            (self._folder / folder).mkdir()
+        if base:
+            base.copy_to(self._folder)
+            parts = base.manifest.encoder, base.manifest.codebook
+        else:
+            assert isinstance(encoder, StaticEncoder), "what was trained"
+            parts = self._write_part(encoder.to_bytes()), self._write_part(codebook.to_bytes())
+        shards = self._write_shards(vectors_ND, two_cells(codebook, vectors_ND), grid)
+        manifest = MemoryManifest(
+            name,
+            base.manifest.revision + 1 if base else 1,
+            about if about is not None else base.manifest.about if base else "",
+            time.time(),
+            base.manifest.encoder_kind if base else STATIC,
+            parts[0],
+            encoder.dimensions,
+            parts[1],
+            grid,
+            licenses,
+            (*(base.manifest.shards if base else ()), *shards),
+            base.manifest.revoked if base else frozenset(),
+        )
+        (self._folder / _PASSAGES).unlink()
+        write_atomically(self._folder / MANIFEST, _checked(manifest))
+        return manifest
+
+    def _train(self) -> StaticEncoder:
+        words = self._counter.finish()
+        rate = _Rate(self._show, "learning word vectors", None, "steps")
+        return train_static_encoder(
+            words,
+            seed=self._seed,
+            watch=lambda step, steps, loss: rate.at(step, f", loss {loss:.2f}", steps),
+        )
+
+    def _encode(self, encoder: Encoder) -> Vectors:
+        vectors_ND = np.empty((len(self._file), encoder.dimensions), np.int8)
+        rate = _Rate(self._show, "encoding", len(vectors_ND))
+        for begin in range(0, len(vectors_ND), _AT_ONCE):
+            end = min(begin + _AT_ONCE, len(vectors_ND))
+            vectors_ND[begin:end] = encoder.encode([text_of(self._file[n]) for n in range(begin, end)])
+            rate.at(end)
+        return vectors_ND
+
+    def _cluster(self, vectors_ND: Vectors) -> Codebook:
+        def watch(done: int, rounds: int) -> None:
+            self._show("finding cells", f"{done} of {rounds} rounds")
+
+        return build_codebook(vectors_ND, grid_for(len(vectors_ND)), self._seed, watch)
+
+    def _write_part(self, data: bytes) -> Part:
+        part = Part(hashlib.sha256(data).digest(), len(data))
+        write_atomically(self._folder / PARTS / part.sha256.hex(), data)
+        return part
+
+    def _write_shards(
+        self, vectors_ND: Vectors, cells_N2: Integers, grid: tuple[int, ...]
+    ) -> list[ShardInfo]:
+        revoked = self._base.manifest.revoked if self._base else frozenset()
+        known = set(self._base.manifest.by_root) if self._base else set()
+        order = np.argsort(cells_N2, axis=None, kind="stable")
+        bounds = np.searchsorted(cells_N2.ravel()[order], range(math.prod(grid) + 1))
+        numbers = order // cells_N2.shape[1]
+        shards: list[ShardInfo] = []
+        rate, written = _Rate(self._show, "writing shards", len(numbers)), 0
+        for number, (begin, end) in enumerate(pairwise(bounds)):
+            for chosen in self._parts(numbers[begin:end], vectors_ND.shape[1]):
+                passages = [self._file[n] for n in chosen]
+                written += len(chosen)
+                rate.at(written)
+                if revoked:
+                    kept = [
+                        p.leaf(vectors_ND[n].tobytes()) not in revoked
+                        for n, p in zip(chosen, passages, strict=True)
+                    ]
+                    chosen, passages = list(compress(chosen, kept)), list(compress(passages, kept))
+                    if not chosen:
+                        continue
+                data = Shard.build(passages, vectors_ND[chosen])
+                root = MerkleTree([leaf.tobytes() for leaf in decode_arrays(data)["leaves"]]).root
+                if root in known:
+                    continue  # two cells of the same few passages
+                known.add(root)
+                write_atomically(self._folder / SHARDS / root.hex(), data)
+                shards.append(ShardInfo(cell_of(number, grid), root, len(chosen), len(data)))
+        return shards
+
+    def _parts(self, numbers: Integers, dimensions: int) -> Iterator[list[int]]:
+        """The passages of one cell, as many at a time as fit into a shard."""
+        part: list[int] = []
+        size = 0
+        for number in numbers.tolist():
+            each = self._file.size(number) + dimensions + _BYTES_OF_PASSAGE
+            if part and (size + each > _BYTES_OF_SHARD or len(part) == MAX_LEAVES):
+                yield part
+                part, size = [], 0
+            part.append(number)
+            size += each
+        if part:
+            yield part
+
+
+def text_of(passage: Passage) -> str:
+    """What is encoded. A title says what the passages of one text have in common."""
+    return f"{passage.title}\n{passage.text}"
+
+
+class _Progress:
+    """Shows what is done, not more often than somebody can read it."""
+
+    def __init__(self, stage: Callable[[str], None], every_s: float) -> None:
+        self._stage, self._every_s = stage, every_s
+        self._what, self._at = "", 0.0
+
+    def show(self, what: str, detail: str) -> None:
+        now = time.monotonic()
+        if what != self._what or now >= self._at + self._every_s:
+            self._what, self._at = what, now
+            self._stage(f"{what}: {detail}")
+
+
+class _Rate:
+    """Says how much is done of something, and how fast."""
+
+    def __init__(self, show: Show, what: str, total: int | None, noun: str = "passages") -> None:
+        self._show, self._what, self._total, self._noun = show, what, total, noun
+        self._began = time.monotonic()
+
+    def at(self, done: int, more: str = "", total: int | None = None) -> None:
+        total = total or self._total
+        rate = done / max(time.monotonic() - self._began, 1e-3)
+        share = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        self._show(self._what, f"{share} {self._noun}, {rate:,.0f} a second{more}")
+
+
+def _name(plan: BuildPlan, base: _Base | None) -> str:
+    """Raises SettingsError."""
+    name = plan.name or (base.manifest.name if base else plan.out.name)
+    if base and name != base.manifest.name:
+        raise SettingsError(f"--name {name}: a revision has the name of its base, {base.manifest.name}")
+    try:
+        return check_name(name)
+    except WireError as error:
+        raise SettingsError(f"--name: {error}") from error
+
+
+def _checked(manifest: MemoryManifest) -> bytes:
+    """The file of a manifest. Raises SettingsError if no memory can be so large."""
+    data = manifest.serialize()
+    try:
+        MemoryManifest.parse(data)
+    except WireError as error:
+        raise SettingsError(f"this is too much for one memory: {error}; make several of it") from error
+    return data
+
+
+def _part(folder: Path, part: Part) -> bytes:
+    """Raises WireError if it is another, and OSError."""
+    path = folder / PARTS / part.sha256.hex()
+    if path.stat().st_size != part.size:
+        raise WireError(f"{path} has not {part.size} bytes")
+    data = path.read_bytes()
+    has_sha256(part.sha256, data)
+    return data
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target, follow_symlinks=False)
+
+
+def _clear(folder: Path) -> None:
+    """Leaves the lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()

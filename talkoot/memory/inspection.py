@@ -1,0 +1,143 @@
+"""`talkoot memory inspect DIR`: verifies a memory in a folder, and shows what is in it."""
+
+import datetime
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from dht.memory import Passage
+from expert_server.memory.store import MemoryStore
+from peer.errors import LibraryError, WireError
+from peer.formatting import bytes_in_words, counted, printable
+from talkoot.memory.build import skew
+from talkoot.terminal import Terminal
+
+_SHOWN = 3
+"""Passages, from shards far apart."""
+_CHARACTERS = 300
+"""Of a passage."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a memory's folder holds."""
+
+    folder: str
+    name: str
+    revision: int
+    about: str
+    created_at: float
+    passages: int
+    """Each once, and without those that were revoked."""
+    revoked: int
+    licenses: tuple[str, ...]
+    grid: tuple[int, ...]
+    cells: int
+    """That have passages."""
+    skew: float
+    shards: int
+    shard_bytes: int
+    encoder: str
+    encoder_bytes: int
+    dimensions: int
+    bytes: int
+    """Of all parts."""
+    samples: tuple[Passage, ...]
+
+
+def run_inspect(terminal: Terminal, folder: Path) -> None:
+    """Raises LibraryError if it is not a whole memory."""
+    with terminal.stages("verifying the memory") as stage:
+        found = inspect_memory(folder, stage)
+    if terminal.json:
+        terminal.event("memory", asdict(found))
+        return
+    table = Table(title=f"{found.name}, revision {found.revision}", show_header=False)
+    for label, value in (
+        ("about", found.about),
+        ("made", f"{datetime.datetime.fromtimestamp(found.created_at, datetime.UTC):%Y-%m-%d %H:%M} UTC"),
+        ("passages", f"{found.passages:,}" + (f", and {found.revoked:,} revoked" if found.revoked else "")),
+        ("licences", ", ".join(found.licenses)),
+        (
+            "cells",
+            f"{found.cells} of {' × '.join(map(str, found.grid))}, the fullest {found.skew:.1f} times the mean",
+        ),
+        ("shards", f"{found.shards:,}, {bytes_in_words(found.shard_bytes)}"),
+        ("encoder", f"{found.encoder}, {found.dimensions} dimensions, {bytes_in_words(found.encoder_bytes)}"),
+        ("in all", bytes_in_words(found.bytes)),
+    ):
+        table.add_row(label, Text(value))
+    terminal.out.print(table)
+    for passage in found.samples:
+        where = f"{passage.title} ({passage.source}, character {passage.offset:,}, {passage.license})"
+        terminal.line("")
+        terminal.line(printable(where))
+        terminal.line(printable(passage.text, _CHARACTERS))
+
+
+def inspect_memory(folder: Path, stage: Callable[[str], None] = lambda text: None) -> Inspection:
+    """Reads and verifies all of it. Raises LibraryError."""
+    store = open_memory(folder, stage)
+    manifest = store.manifest
+    samples: dict[Passage, None] = {}
+    for number in range(_SHOWN):
+        info = manifest.shards[len(manifest.shards) * number // _SHOWN]
+        first = next(store.shards[info.root].passages())
+        if first is not None:
+            samples[first] = None
+    return Inspection(
+        str(folder),
+        manifest.name,
+        manifest.revision,
+        manifest.about,
+        manifest.created_at,
+        count_passages(store),
+        len(manifest.revoked),
+        manifest.licenses,
+        manifest.grid,
+        len(manifest.by_cell),
+        skew(manifest),
+        len(manifest.shards),
+        store.shard_bytes,
+        manifest.encoder_kind,
+        manifest.encoder.size,
+        manifest.dimensions,
+        store.nbytes,
+        tuple(samples),
+    )
+
+
+def open_memory(folder: Path, stage: Callable[[str], None] = lambda text: None) -> MemoryStore:
+    """Reads a memory's folder whole, and checks each part. Raises LibraryError."""
+    try:
+        store = MemoryStore.open(folder)
+        roots = store.roots()
+        missing = len(store.manifest.shards) - len(roots)
+        if missing or store.missing_parts():
+            what = counted(missing, "shard") if missing else "its encoder or codebook"
+            raise LibraryError(f"{folder} lacks {what}: build the memory again, or copy its folder whole")
+        for number, root in enumerate(roots, 1):
+            stage(f"checking shard {number} of {len(roots)}")
+            store.load(root)
+    except FileNotFoundError as error:
+        raise LibraryError(
+            f"{folder} is no memory ({error.filename} is missing): `talkoot memory build` writes one"
+        ) from error
+    except OSError as error:
+        raise LibraryError(f"can't read {folder}: {error.strerror or error}") from error
+    except WireError as error:
+        raise LibraryError(f"{folder} is damaged: {error}; build the memory again") from error
+    return store
+
+
+def count_passages(store: MemoryStore) -> int:
+    """Those that were not revoked, each once: most lie in two cells."""
+    leaves = (shard.leaf(position) for shard in store.shards.values() for position in range(len(shard)))
+    # the first 8 bytes of a hash, since all of them would take 32 MB a million
+    hashes = np.fromiter((int.from_bytes(leaf[:8], "little") for leaf in leaves), np.uint64)
+    revoked = np.array([int.from_bytes(leaf[:8], "little") for leaf in store.manifest.revoked], np.uint64)
+    return len(np.setdiff1d(hashes, revoked))

@@ -1,0 +1,261 @@
+"""Memories built from text: nothing is lost, everything is named by its hash, and a folder is whole or not there."""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run_here
+
+from dht.memory import MAX_SHARD_BYTES, MemoryManifest, Passage, number_of
+from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
+from peer.errors import DataError, LibraryError, SettingsError, StartError, UserError
+from talkoot.memory import build
+from talkoot.memory.build import BuildPlan, build_memory, text_of
+from talkoot.memory.clustering import two_cells
+from talkoot.memory.inspection import inspect_memory
+from trainer_client.memory.codebook import Codebook
+from trainer_client.memory.encoder import load_encoder
+
+WORDS = [
+    "oak",
+    "elm",
+    "yew",
+    "leaf",
+    "root",
+    "bark",
+    "bread",
+    "rye",
+    "yeast",
+    "oven",
+    "crust",
+    "flour",
+    "rain",
+]
+
+
+def write_texts(path: Path, count: int, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    lines = [
+        {"text": " ".join(rng.choice(WORDS, 40)), "title": f"Text {n}", "license": ("MIT", "CC0-1.0")[n % 2]}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the texts and a memory of them. Not to be changed."""
+    folder = tmp_path_factory.mktemp("memory")
+    write_texts(folder / "texts.jsonl", 150)
+    build_memory(BuildPlan((str(folder / "texts.jsonl"),), folder / "trees", about="Of trees\n and bread"))
+    return folder
+
+
+def opened(path: Path) -> MemoryStore:
+    store = MemoryStore.open(path)
+    for root in store.roots():
+        store.load(root)
+    assert not store.missing_parts()
+    assert len(store.shards) == len(store.manifest.shards)
+    return store
+
+
+def places(store: MemoryStore) -> dict[Passage, list[int]]:
+    """The cells of each passage."""
+    found: dict[Passage, list[int]] = {}
+    for info in store.manifest.shards:
+        for passage in store.shards[info.root].passages():
+            assert passage is not None
+            found.setdefault(passage, []).append(number_of(info.cell, store.manifest.grid))
+    return found
+
+
+def test_each_passage_is_in_its_two_cells(folder: Path) -> None:
+    store = opened(folder / "trees")
+    manifest, found = store.manifest, places(store)
+    assert len(found) == 150
+    assert sorted(passage.title for passage in found) == sorted(f"Text {n}" for n in range(150))
+    data = (folder / "trees" / PARTS / manifest.encoder.sha256.hex()).read_bytes()
+    encoder = load_encoder(manifest.encoder_kind, data, manifest.dimensions)
+    codebook = Codebook.from_bytes(
+        (folder / "trees" / PARTS / manifest.codebook.sha256.hex()).read_bytes(),
+        manifest.grid,
+        manifest.dimensions,
+    )
+    for passage, cells in found.items():
+        (expected,) = two_cells(codebook, encoder.encode([text_of(passage)]))
+        assert sorted(cells) == sorted(expected)
+
+
+def test_the_manifest_says_what_the_folder_holds(folder: Path) -> None:
+    manifest = MemoryManifest.parse((folder / "trees" / MANIFEST).read_bytes())
+    assert (manifest.name, manifest.revision, manifest.grid) == ("trees", 1, (4, 4))
+    assert manifest.about == "Of trees and bread"
+    assert set(manifest.licenses) == {"MIT", "CC0-1.0"}
+    for part in (manifest.encoder, manifest.codebook):
+        data = (folder / "trees" / PARTS / part.sha256.hex()).read_bytes()
+        assert (hashlib.sha256(data).digest(), len(data)) == (part.sha256, part.size)
+    assert sorted(path.name for path in (folder / "trees").iterdir()) == sorted([MANIFEST, PARTS, SHARDS])
+    names = {path.name for path in (folder / "trees" / SHARDS).iterdir()}
+    assert names == {shard.root.hex() for shard in manifest.shards}
+
+
+def test_the_same_text_gives_the_same_memory(folder: Path, tmp_path: Path) -> None:
+    build_memory(BuildPlan((str(folder / "texts.jsonl"),), tmp_path / "trees", about="Of trees\n and bread"))
+    once, again = (MemoryStore.open(path / "trees").manifest for path in (folder, tmp_path))
+    assert replace(again, created_at=once.created_at) == once
+
+
+def test_equal_passages_are_kept_once(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts.jsonl", 20)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(texts.read_text())
+    report = build_memory(BuildPlan((str(texts), str(copy)), tmp_path / "trees"))
+    assert (report.passages, report.duplicates) == (20, 20)
+    assert {p.source.split(":")[0] for p in places(opened(tmp_path / "trees"))} == {"texts.jsonl"}
+
+
+def test_a_large_cell_has_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_BYTES_OF_SHARD", 4000)
+    texts = write_texts(tmp_path / "texts.jsonl", 150)
+    build_memory(BuildPlan((str(texts),), tmp_path / "trees"))
+    store = opened(tmp_path / "trees")
+    assert max(map(len, store.manifest.by_cell.values())) > 2
+    assert all(shard.leaves <= 8 and shard.size < MAX_SHARD_BYTES for shard in store.manifest.shards)
+    assert len(places(store)) == 150
+
+
+def test_a_revision_shares_all_shards_of_its_base(folder: Path, tmp_path: Path) -> None:
+    more = write_texts(tmp_path / "more.jsonl", 30, seed=1)
+    plan = BuildPlan((str(folder / "texts.jsonl"), str(more)), tmp_path / "second", base=folder / "trees")
+    report = build_memory(plan)
+    assert (report.name, report.revision, report.passages, report.duplicates) == ("trees", 2, 30, 150)
+    first, second = MemoryStore.open(folder / "trees").manifest, opened(tmp_path / "second")
+    assert second.manifest.shards[: len(first.shards)] == first.shards
+    assert (second.manifest.encoder, second.manifest.codebook) == (first.encoder, first.codebook)
+    assert second.manifest.about == first.about
+    found = places(second)
+    assert len(found) == 180
+    assert {len(cells) for cells in found.values()} == {2}
+    with pytest.raises(DataError, match="already"):
+        build_memory(replace(plan, paths=(str(more),), out=tmp_path / "third", base=tmp_path / "second"))
+
+
+def test_what_was_revoked_does_not_come_back(folder: Path, tmp_path: Path) -> None:
+    base, texts = tmp_path / "trees", str(folder / "texts.jsonl")
+    shutil.copytree(folder / "trees", base)
+    store = opened(base)
+    root = store.manifest.shards[0].root
+    gone, leaf = next(store.shards[root].passages()), store.shards[root].leaf(0)
+    assert gone is not None
+    store.follow(replace(store.manifest, revision=2, revoked=frozenset([leaf])).serialize())
+    more = write_texts(tmp_path / "more.jsonl", 10, seed=1)
+    report = build_memory(BuildPlan((texts, str(more)), tmp_path / "third", base=base))
+    assert report.revision == 3
+    third = opened(tmp_path / "third")
+    assert third.manifest.revoked == {leaf}
+    found = {
+        passage.text for shard in third.shards.values() for passage in shard.passages() if passage is not None
+    }
+    assert len(found) == 159
+    assert gone.text not in found
+
+
+def cases(folder: Path, tmp_path: Path) -> Iterator[tuple[str, BuildPlan, type[UserError], str]]:
+    texts = str(folder / "texts.jsonl")
+    (tmp_path / "photo.txt").write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    out = tmp_path / "new"
+    yield "binary", BuildPlan((texts, str(tmp_path / "photo.txt")), out), DataError, r"photo\.txt is not text"
+    yield "empty", BuildPlan((str(tmp_path / "empty.txt"),), out), DataError, r"empty\.txt is empty"
+    yield "missing", BuildPlan((str(tmp_path / "none"),), out), DataError, "no file or folder"
+    yield "no field", BuildPlan((texts,), out, field="body"), DataError, "no field 'body'"
+    yield "name", BuildPlan((texts,), out, name="My Trees"), SettingsError, "small letters"
+    yield "in use", BuildPlan((texts,), tmp_path / "full"), SettingsError, "exists"
+    yield "other name", BuildPlan((texts,), out, name="elms", base=folder / "trees"), SettingsError, "trees"
+    yield "no base", BuildPlan((texts,), out, base=tmp_path / "none"), LibraryError, "--base"
+    yield "nothing new", BuildPlan((texts,), out, base=folder / "trees"), DataError, "already"
+
+
+NAMES = ("binary", "empty", "missing", "no field", "name", "in use", "other name", "no base", "nothing new")
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_a_failure_says_what_to_do_and_leaves_nothing_behind(case: str, folder: Path, tmp_path: Path) -> None:
+    ((plan, kind, reason),) = [found[1:] for found in cases(folder, tmp_path) if found[0] == case]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(kind, match=reason):
+        build_memory(plan)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        if path.parent.name == SHARDS:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(data)
+
+    monkeypatch.setattr(build, "write_atomically", full)
+    with pytest.raises(StartError, match="No space left"):
+        build_memory(BuildPlan((str(folder / "texts.jsonl"),), tmp_path / "trees"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_memory(folder: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "trees.partial"
+    (partial / SHARDS).mkdir(parents=True)
+    for name in ("lock", ".passages", f"{SHARDS}/old"):
+        (partial / name).write_text("old")
+    build_memory(BuildPlan((str(folder / "texts.jsonl"),), tmp_path / "trees"))
+    assert not (tmp_path / "trees" / SHARDS / "old").exists()
+    opened(tmp_path / "trees")
+
+
+def test_build_and_inspect_are_commands(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "oak.txt").write_text("An oak is a tree.\n\n" * 2 + " ".join(WORDS * 6))
+    arguments = (
+        "memory",
+        "build",
+        str(tmp_path / "oak.txt"),
+        "-o",
+        str(tmp_path / "oaks"),
+        "--license",
+        "MIT",
+    )
+    ended = run_here(*arguments, "--json")
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout)
+    assert (report["name"], report["revision"], report["passages"]) == ("oaks", 1, 1)
+    ended = run_here("memory", "inspect", str(tmp_path / "oaks"))
+    assert ended.returncode == 0, ended.stderr
+    assert "An oak is a tree." in ended.stdout
+    assert "MIT" in ended.stdout
+    ended = run_here("memory", "inspect", str(folder))
+    assert ended.returncode == 2
+    assert "talkoot memory build" in ended.stderr
+
+
+def test_inspect_counts_and_verifies(folder: Path, tmp_path: Path) -> None:
+    found = inspect_memory(folder / "trees")
+    assert (found.passages, found.revoked, found.grid, found.cells) == (150, 0, (4, 4), 16)
+    assert len(found.samples) == 3
+    build_memory(BuildPlan((str(folder / "texts.jsonl"),), tmp_path / "trees"))
+    path = next((tmp_path / "trees" / SHARDS).iterdir())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(LibraryError, match="damaged"):
+        inspect_memory(tmp_path / "trees")
+    with pytest.raises(LibraryError, match="lacks 1 shard"):
+        inspect_memory(tmp_path / "trees")
