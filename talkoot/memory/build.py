@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import compress, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from dht.memory import (
     MAX_LICENSE_CHARACTERS,
     MAX_LICENSES,
     MAX_SHARD_BYTES,
+    Cell,
     MemoryManifest,
     Part,
     Passage,
@@ -30,7 +31,7 @@ from dht.memory import (
 from expert_server.memory.shard import Shard
 from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
 from peer.arrays import decode_arrays
-from peer.codec import Integers
+from peer.codec import Booleans, Integers
 from peer.errors import DataError, LibraryError, SettingsError, WireError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted, printable
@@ -156,7 +157,7 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
 def skew(manifest: MemoryManifest) -> float:
     """Passages in a memory's fullest cell, as a multiple of the mean of all cells."""
     loads = [sum(shard.leaves for shard in shards) for shards in manifest.by_cell.values()]
-    return max(loads) * float(np.prod(manifest.grid)) / sum(loads)
+    return max(loads) * math.prod(manifest.grid) / sum(loads) if loads else 1.0
 
 
 class _Base:
@@ -315,34 +316,41 @@ class _Building:
     def _write_shards(
         self, vectors_ND: Vectors, cells_N2: Integers, grid: tuple[int, ...]
     ) -> list[ShardInfo]:
-        revoked = self._base.manifest.revoked if self._base else frozenset()
         known = set(self._base.manifest.by_root) if self._base else set()
+        wanted_N = self._not_revoked(vectors_ND)
         order = np.argsort(cells_N2, axis=None, kind="stable")
         bounds = np.searchsorted(cells_N2.ravel()[order], range(math.prod(grid) + 1))
         numbers = order // cells_N2.shape[1]
         shards: list[ShardInfo] = []
         rate, written = _Rate(self._show, "writing shards", len(numbers)), 0
-        for number, (begin, end) in enumerate(pairwise(bounds)):
-            for chosen in self._parts(numbers[begin:end], vectors_ND.shape[1]):
-                passages = [self._file[n] for n in chosen]
+        for cell, (begin, end) in enumerate(pairwise(bounds)):
+            inside = numbers[begin:end]
+            for chosen in self._parts(inside[wanted_N[inside]], vectors_ND.shape[1]):
+                shards.append(self._write_shard(chosen, vectors_ND, cell_of(cell, grid), known))
                 written += len(chosen)
                 rate.at(written)
-                if revoked:
-                    kept = [
-                        p.leaf(vectors_ND[n].tobytes()) not in revoked
-                        for n, p in zip(chosen, passages, strict=True)
-                    ]
-                    chosen, passages = list(compress(chosen, kept)), list(compress(passages, kept))
-                    if not chosen:
-                        continue
-                data = Shard.build(passages, vectors_ND[chosen])
-                root = MerkleTree([leaf.tobytes() for leaf in decode_arrays(data)["leaves"]]).root
-                if root in known:
-                    continue  # two cells of the same few passages
-                known.add(root)
-                write_atomically(self._folder / SHARDS / root.hex(), data)
-                shards.append(ShardInfo(cell_of(number, grid), root, len(chosen), len(data)))
         return shards
+
+    def _not_revoked(self, vectors_ND: Vectors) -> Booleans:
+        revoked = self._base.manifest.revoked if self._base else frozenset()
+        if not revoked:
+            return np.ones(len(vectors_ND), np.bool_)
+        leaves = (self._file[n].leaf(vector.tobytes()) for n, vector in enumerate(vectors_ND))
+        return np.array([leaf not in revoked for leaf in leaves])
+
+    def _write_shard(
+        self, chosen: list[int], vectors_ND: Vectors, cell: Cell, known: set[bytes]
+    ) -> ShardInfo:
+        """`known`: the roots of all shards; the new one is added."""
+        # if two cells have the same few passages, their shards must not have the same root
+        for numbers in (chosen, chosen[::-1], [*chosen, chosen[-1]]):
+            data = Shard.build([self._file[n] for n in numbers], vectors_ND[numbers])
+            root = MerkleTree([leaf.tobytes() for leaf in decode_arrays(data)["leaves"]]).root
+            if root not in known:
+                break
+        known.add(root)
+        write_atomically(self._folder / SHARDS / root.hex(), data)
+        return ShardInfo(cell, root, len(numbers), len(data))
 
     def _parts(self, numbers: Integers, dimensions: int) -> Iterator[list[int]]:
         """The passages of one cell, as many at a time as fit into a shard."""
@@ -350,7 +358,7 @@ class _Building:
         size = 0
         for number in numbers.tolist():
             each = self._file.size(number) + dimensions + _BYTES_OF_PASSAGE
-            if part and (size + each > _BYTES_OF_SHARD or len(part) == MAX_LEAVES):
+            if part and (size + each > _BYTES_OF_SHARD or len(part) == MAX_LEAVES - 1):
                 yield part
                 part, size = [], 0
             part.append(number)

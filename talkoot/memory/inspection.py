@@ -1,4 +1,4 @@
-"""`talkoot memory inspect DIR`: verifies a memory in a folder, and shows what is in it."""
+"""`talkoot memory inspect DIR`: verifies a memory in a folder, or what a node keeps of one, and shows what is in it."""
 
 import datetime
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a memory's folder holds."""
+    """What a memory's folder holds: all of it, or the shards that a node hosts."""
 
     folder: str
     name: str
@@ -32,7 +32,7 @@ class Inspection:
     about: str
     created_at: float
     passages: int
-    """Each once, and without those that were revoked."""
+    """In these shards, each once, and without those that were revoked."""
     revoked: int
     licenses: tuple[str, ...]
     grid: tuple[int, ...]
@@ -40,6 +40,8 @@ class Inspection:
     """That have passages."""
     skew: float
     shards: int
+    """That are in the folder."""
+    shards_total: int
     shard_bytes: int
     encoder: str
     encoder_bytes: int
@@ -56,6 +58,7 @@ def run_inspect(terminal: Terminal, folder: Path) -> None:
     if terminal.json:
         terminal.event("memory", asdict(found))
         return
+    here = f"{found.shards:,}" + (f" of {found.shards_total:,}" if found.shards < found.shards_total else "")
     table = Table(title=f"{found.name}, revision {found.revision}", show_header=False)
     for label, value in (
         ("about", found.about),
@@ -66,7 +69,7 @@ def run_inspect(terminal: Terminal, folder: Path) -> None:
             "cells",
             f"{found.cells} of {' × '.join(map(str, found.grid))}, the fullest {found.skew:.1f} times the mean",
         ),
-        ("shards", f"{found.shards:,}, {bytes_in_words(found.shard_bytes)}"),
+        ("shards", f"{here}, {bytes_in_words(found.shard_bytes)}"),
         ("encoder", f"{found.encoder}, {found.dimensions} dimensions, {bytes_in_words(found.encoder_bytes)}"),
         ("in all", bytes_in_words(found.bytes)),
     ):
@@ -80,13 +83,12 @@ def run_inspect(terminal: Terminal, folder: Path) -> None:
 
 
 def inspect_memory(folder: Path, stage: Callable[[str], None] = lambda text: None) -> Inspection:
-    """Reads and verifies all of it. Raises LibraryError."""
-    store = open_memory(folder, stage)
-    manifest = store.manifest
+    """Reads and verifies all that is there. Raises LibraryError."""
+    store = open_memory(folder, stage, whole=False)
+    manifest, shards = store.manifest, list(store.shards.values())
     samples: dict[Passage, None] = {}
-    for number in range(_SHOWN):
-        info = manifest.shards[len(manifest.shards) * number // _SHOWN]
-        first = next(store.shards[info.root].passages())
+    for shard in shards[:: -(-len(shards) // _SHOWN) or 1]:
+        first = next(shard.passages())
         if first is not None:
             samples[first] = None
     return Inspection(
@@ -101,6 +103,7 @@ def inspect_memory(folder: Path, stage: Callable[[str], None] = lambda text: Non
         manifest.grid,
         len(manifest.by_cell),
         skew(manifest),
+        len(shards),
         len(manifest.shards),
         store.shard_bytes,
         manifest.encoder_kind,
@@ -111,13 +114,15 @@ def inspect_memory(folder: Path, stage: Callable[[str], None] = lambda text: Non
     )
 
 
-def open_memory(folder: Path, stage: Callable[[str], None] = lambda text: None) -> MemoryStore:
-    """Reads a memory's folder whole, and checks each part. Raises LibraryError."""
+def open_memory(
+    folder: Path, stage: Callable[[str], None] = lambda text: None, *, whole: bool = True
+) -> MemoryStore:
+    """Reads a memory's folder, and checks each part. `whole`: none may be missing. Raises LibraryError."""
     try:
         store = MemoryStore.open(folder)
         roots = store.roots()
         missing = len(store.manifest.shards) - len(roots)
-        if missing or store.missing_parts():
+        if whole and (missing or store.missing_parts()):
             what = counted(missing, "shard") if missing else "its encoder or codebook"
             raise LibraryError(f"{folder} lacks {what}: build the memory again, or copy its folder whole")
         for number, root in enumerate(roots, 1):

@@ -25,7 +25,7 @@ _MOST_WORDS = 2**22
 _PASSAGES_AT_ONCE = 2**14
 """Whose words are counted."""
 _BATCH = 1024
-_TEMPERATURE = 0.05
+_TEMPERATURE = 0.07
 _RATE = 0.1
 _WARM_UP_STEPS = 100
 _SHORTEST, _LONGEST = 5, 15
@@ -35,7 +35,7 @@ _WHOLE = 0.2
 _USABLE_WORDS = 8
 """A passage with fewer teaches nothing."""
 _SMALLEST = 1e-9
-_EPOCHS, _MOST_SAMPLES, _FEWEST_STEPS = 4, 2_000_000, 100
+_EPOCHS, _MOST_SAMPLES, _FEWEST_STEPS = 6, 2_000_000, 100
 
 Numbers = npt.NDArray[np.int32]
 

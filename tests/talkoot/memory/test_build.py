@@ -18,7 +18,7 @@ from peer.errors import DataError, LibraryError, SettingsError, StartError, User
 from talkoot.memory import build
 from talkoot.memory.build import BuildPlan, build_memory, text_of
 from talkoot.memory.clustering import two_cells
-from talkoot.memory.inspection import inspect_memory
+from talkoot.memory.inspection import inspect_memory, open_memory
 from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.encoder import load_encoder
 
@@ -91,7 +91,7 @@ def test_each_passage_is_in_its_two_cells(folder: Path) -> None:
     )
     for passage, cells in found.items():
         (expected,) = two_cells(codebook, encoder.encode([text_of(passage)]))
-        assert sorted(cells) == sorted(expected)
+        assert set(cells) == set(expected)
 
 
 def test_the_manifest_says_what_the_folder_holds(folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_revision_shares_all_shards_of_its_base(folder: Path, tmp_path: Path) 
     assert second.manifest.about == first.about
     found = places(second)
     assert len(found) == 180
-    assert {len(cells) for cells in found.values()} == {2}
+    assert {len(set(cells)) for cells in found.values()} == {2}
     with pytest.raises(DataError, match="already"):
         build_memory(replace(plan, paths=(str(more),), out=tmp_path / "third", base=tmp_path / "second"))
 
@@ -251,11 +251,24 @@ def test_inspect_counts_and_verifies(folder: Path, tmp_path: Path) -> None:
     assert (found.passages, found.revoked, found.grid, found.cells) == (150, 0, (4, 4), 16)
     assert len(found.samples) == 3
     build_memory(BuildPlan((str(folder / "texts.jsonl"),), tmp_path / "trees"))
-    path = next((tmp_path / "trees" / SHARDS).iterdir())
+    path, *others = (tmp_path / "trees" / SHARDS).iterdir()
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(LibraryError, match="damaged"):
         inspect_memory(tmp_path / "trees")
     with pytest.raises(LibraryError, match="lacks 1 shard"):
-        inspect_memory(tmp_path / "trees")
+        open_memory(tmp_path / "trees")
+    others[0].unlink()
+    found = inspect_memory(tmp_path / "trees")  # as at a node that hosts some shards
+    assert (found.shards, found.shards_total) == (len(others) - 1, len(others) + 1)
+    assert 0 < found.passages <= 150
+
+
+def test_a_single_passage_is_in_two_cells(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts.jsonl", 1)
+    report = build_memory(BuildPlan((str(texts),), tmp_path / "trees"))
+    assert (report.passages, report.shards, report.cells) == (1, 2, 2)
+    ((_, cells),) = places(opened(tmp_path / "trees")).items()
+    assert len(set(cells)) == 2
+    assert inspect_memory(tmp_path / "trees").passages == 1
