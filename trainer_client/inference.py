@@ -21,6 +21,10 @@ from trainer_client.settings import Sampling
 from trainer_client.training.record import bits_per_byte, perplexity
 
 
+_FIRST_SORTED = 64
+"""Of the likeliest tokens, to find those that have the top p. Eight times as many where these are too few."""
+
+
 def generate(
     model: LanguageModel,
     prompt: Sequence[int],
@@ -61,15 +65,38 @@ def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator)
         raise UserError("the model's prediction is not finite: its checkpoint or an expert is broken")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    values_K, ids_K = logits_V.float().sort(descending=True, stable=True)
-    values_K = values_K[: sampling.top_k]
+    ids_K, chances_K = choices(logits_V, sampling)
+    ends_K = chances_K.cumsum(0)
+    # one number, however many tokens there are, so that equal seeds go on with equal text
+    drawn = ends_K[-1] * torch.rand((), dtype=torch.float64, generator=generator)
+    return int(ids_K[torch.searchsorted(ends_K, drawn, right=True).clamp_(max=len(ids_K) - 1)])
+
+
+def choices(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The tokens to draw from, and how likely each is, up to a common factor. Sorts no more of them than it must."""
     # minus the largest, so that a low temperature does not overflow
-    chances_K = ((values_K - values_K[0]) / max(sampling.temperature, 1e-6)).softmax(dim=0)
-    if sampling.top_p < 1:
-        before_K = chances_K.cumsum(0) - chances_K
-        # the first in any case: as float32 a tiny top p is 0
-        chances_K = chances_K * ((before_K < sampling.top_p) | (before_K == 0))
-    return int(ids_K[torch.multinomial(chances_K, 1, generator=generator)])
+    scaled_V = (logits_V.double() - logits_V.max()) / max(sampling.temperature, 1e-6)
+    size, count = len(logits_V), sampling.top_k or _FIRST_SORTED
+    if sampling.top_k is None and sampling.top_p == 1:
+        return torch.arange(size), scaled_V.softmax(dim=0)
+    ids_K = _largest(logits_V, count)
+    if sampling.top_k is not None:
+        chances_K = scaled_V[ids_K].softmax(dim=0)
+    else:
+        chances_V = scaled_V.softmax(dim=0)
+        while (chances_K := chances_V[ids_K]).sum() < sampling.top_p and count < size:
+            count *= 8
+            ids_K = _largest(logits_V, count)
+    are_before = chances_K.cumsum(0) < sampling.top_p
+    kept = int(are_before.sum()) + 1
+    return ids_K[:kept], chances_K[:kept]
+
+
+def _largest(logits_V: Tensor, count: int) -> Tensor:
+    """The ids of the `count` largest, in order; of equal ones the first come first."""
+    least = logits_V.topk(min(count, len(logits_V))).values[-1]
+    ids_K = (logits_V >= least).nonzero().squeeze(1)
+    return ids_K[logits_V[ids_K].argsort(descending=True, stable=True)[:count]]
 
 
 def decoded(tokens: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str]:

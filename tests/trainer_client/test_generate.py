@@ -13,7 +13,7 @@ from run_samples import MANIFEST
 from torch import Tensor, nn
 
 from peer.errors import DataError, SettingsError, UserError
-from trainer_client.inference import decoded, generate, make_generator, next_token
+from trainer_client.inference import choices, decoded, generate, make_generator, next_token
 from trainer_client.model import LanguageModel
 from trainer_client.settings import Sampling
 
@@ -63,6 +63,32 @@ def test_top_p_draws_of_the_fewest_that_make_it_up() -> None:
     assert drawn(top_p=0.8).keys() == {1, 2, 3}
     assert drawn(top_p=1e-9).keys() == {1}
     assert drawn(top_p=1e-300).keys() == {1}
+
+
+@given(
+    st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=1, max_size=200),
+    st.sampled_from([0.1, 0.8, 1.0, 20.0]),
+    st.none() | st.integers(1, 250),
+    st.floats(0.001, 1),
+    st.integers(1, 8),
+)
+def test_the_choices_are_those_of_all_tokens_in_order(
+    logits: list[float], temperature: float, k: int | None, p: float, sorted_first: int
+) -> None:
+    how = sampling(temperature=temperature, top_k=k, top_p=p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer_client.inference._FIRST_SORTED", sorted_first)
+        ids, chances = choices(torch.tensor(logits), how)
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])[:k]
+    expected = [math.exp((logits[token] - logits[order[0]]) / temperature) for token in order]
+    before = [sum(expected[:n]) / sum(expected) for n in range(len(expected))]
+    found = dict(zip(ids.tolist(), (chances / chances.max()).tolist(), strict=True))
+    for token, chance, mass in zip(order, expected, before, strict=True):
+        if abs(mass - p) > 1e-5:  # nearer than that, it is decided by rounding
+            assert found.pop(token, 0.0) == pytest.approx(chance if mass < p else 0.0, abs=1e-5)
+        else:
+            found.pop(token, None)
+    assert not any(found.values())
 
 
 @given(
