@@ -7,16 +7,20 @@ expert does not answer, or no longer has what it kept because its parameters hav
 Shapes: S sequences, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from peer.errors import DataError
+from peer.identity import PeerID
 from trainer_client.model import LanguageModel, SequenceState
 
 _LONGEST_PAUSE = 16
 """While experts are trained, what they keep is soon of no use: then most tokens are computed without an attempt."""
+_MOST_FORGOTTEN = 3
+"""Times that a node may forget a sequence, before replicas of its experts elsewhere are preferred."""
 _MOST_ROWS = 2048
 """Of several sequences that are computed at once from their first tokens on."""
 
@@ -35,8 +39,15 @@ class Decoding:
         """Of the token after these; None if they are not computed yet."""
         self._failures = 0
         """Attempts to go on that came to nothing since the last that did not."""
+        self._forgotten = Counter[PeerID]()
+        """How often each node did not keep the sequence."""
         self._pause = 0
         """Tokens for which nothing is kept, before the next attempt."""
+
+    @property
+    def avoided(self) -> frozenset[PeerID]:
+        """Nodes that forget it again and again."""
+        return frozenset(peer_id for peer_id, times in self._forgotten.items() if times >= _MOST_FORGOTTEN)
 
     def append(self, token: int) -> None:
         self._logits = None
@@ -103,7 +114,7 @@ class Decoder:
 
     def _extend(self, sequences: Sequence[Decoding]) -> None:
         """Computes what is new in each."""
-        states = [each._state or SequenceState(self._model) for each in sequences]
+        states = [each._state or SequenceState(self._model, each.avoided) for each in sequences]
         for each in sequences:
             each._state = None  # a computation that fails leaves a state that is of no use
         new = [each.tokens[state.length :] for each, state in zip(sequences, states, strict=True)]
@@ -111,6 +122,7 @@ class Decoder:
         if not self._is_usable():
             return
         for each, state, tokens, logits_V in zip(sequences, states, new, logits_SV, strict=True):
+            each._forgotten.update(state.forgetful)
             if len(tokens) == len(each.tokens):
                 is_kept, each._pause = not each._pause, max(0, each._pause - 1)
             else:

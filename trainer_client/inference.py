@@ -20,7 +20,6 @@ from trainer_client.model import LanguageModel
 from trainer_client.settings import Sampling
 from trainer_client.training.record import bits_per_byte, perplexity
 
-
 _FIRST_SORTED = 64
 """Of the likeliest tokens, to find those that have the top p. Eight times as many where these are too few."""
 

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from dht.manifest import Manifest, ModelSpec
 from peer.errors import SettingsError
 from peer.formatting import bytes_in_words
+from peer.identity import PeerID
 from peer.layers import Attention, KeyValueCache, TransformerLayer, make_norm, seeded
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import VOCABULARY
-from trainer_client.dispatch.batches import Segments
+from trainer_client.dispatch.batches import HeldSequence, Segments
 from trainer_client.moe import RemoteMixtureOfExperts, Routed, RoutedSequence
 
 # validation loss of 2 dense layers after 200 steps: 1.90 at 0.02, 1.84 at 0.1, 1.78 here, 1.85 at 1
@@ -185,12 +186,13 @@ class LocalPart(nn.Module):
 class SequenceState:
     """What is kept of one sequence's rows, of each layer, to compute the next ones without them."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, avoided: frozenset[PeerID] = frozenset()) -> None:
+        """`avoided`: nodes that are asked only for experts that no other node has."""
         self.length = 0
         """Tokens."""
         parts = [local for local in model.local if isinstance(local, LocalPart)]
         self.caches = [[KeyValueCache() for _ in local.layers] for local in parts]
-        self.routed = [RoutedSequence() for _ in model.mixtures]
+        self.routed = [RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in model.mixtures]
 
     @property
     def is_answered(self) -> bool:
@@ -201,3 +203,8 @@ class SequenceState:
     def can_go_on(self) -> bool:
         """Whether more tokens can be computed by it."""
         return all(each.held.can_go_on for each in self.routed)
+
+    @property
+    def forgetful(self) -> set[PeerID]:
+        """Nodes that did not keep rows, or no longer had them."""
+        return set().union(*(each.held.forgetful for each in self.routed))

@@ -1,7 +1,7 @@
 """Continuing sequences with experts on nodes, over real sockets: nodes hold rows, forget them, change and die."""
 
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from callers import a_caller
 from expert_fakes import FakeDirectory, make_replica
+from grpc import StatusCode
 from real_node import a_node
 from torch import Tensor
 
@@ -16,10 +17,12 @@ from dht.announcements import NodeInfo
 from dht.directory import View
 from dht.manifest import Manifest
 from expert_server.serving.runtime import Runtime
+from peer.errors import ExpertError
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from trainer_client.decoding import Decoder, Decoding
+from trainer_client.dispatch.batches import CallReply, ExpertReply, Kept, NodeCall
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 from trainer_client.dispatch.policy import WaitPolicy
@@ -174,6 +177,42 @@ def test_experts_that_change_all_the_time_are_seldom_asked_to_go_on(loop: LoopTh
             sequence.append(token)
             swarm.change_experts()
         assert 2 <= sum(attempts) <= 7
+
+
+@pytest.mark.parametrize("how", ["says so", "keeps nothing"])
+def test_a_node_that_forgets_again_and_again_is_avoided_where_others_have_its_experts(
+    loop: LoopThread, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on_nodes(loop, tmp_path, make_manifest(), count=4) as swarm:
+        forgetful = swarm.nodes[0].peer_id
+
+        async def forget(caller: GrpcCaller, call: NodeCall) -> AsyncGenerator[CallReply, None]:
+            is_so = call.node.peer_id == forgetful
+            asked.append(is_so)
+            async with aclosing(honest(caller, call)) as replies:
+                async for reply in replies:
+                    if is_so and call.held is not None and how == "says so":
+                        error = ExpertError(StatusCode.FAILED_PRECONDITION, "send all of them")
+                        reply = ExpertReply(call.batch, call.batch.uids[0], error)
+                    if not (is_so and isinstance(reply, Kept) and how == "keeps nothing"):
+                        yield reply
+
+        honest, asked = GrpcCaller.call, list[bool]()
+        monkeypatch.setattr(GrpcCaller, "call", forget)
+        decoder = Decoder(swarm.model)
+        sequence = decoder.begin(PROMPTS[0])
+        for token in range(9):
+            asked.clear()
+            computed = swarm.rows()
+            decoder.logits([sequence])
+            computed = swarm.rows() - computed
+            sequence.append(token)
+        assert asked
+        assert not any(asked)
+        assert computed == 2 * 2
+        for _ in range(50):  # other texts may be sent there
+            decoder.logits([decoder.begin(PROMPTS[1])])
+        assert any(asked)
 
 
 def test_nodes_without_room_are_given_whole_sequences(loop: LoopThread, tmp_path: Path) -> None:

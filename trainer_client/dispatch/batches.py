@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
+from grpc import StatusCode
 
 from dht.announcements import NodeInfo
 from dht.beam_search import Selection
@@ -82,6 +83,10 @@ class HeldSequence:
     """Whether all experts answered that the last rows were sent to."""
     can_go_on: bool = True
     """Whether these experts keep all rows that were sent to them."""
+    forgetful: set[PeerID] = field(default_factory=set)
+    """Nodes that did not keep rows, or no longer had them."""
+    avoided: frozenset[PeerID] = frozenset()
+    """Nodes that are asked only for experts that no other node has."""
 
 
 @dataclass(frozen=True)
@@ -301,6 +306,11 @@ class ExpertReply:
     """In backward: the expert went back to its last good state."""
     version: int = 0
     """In forward: of the parameters that computed its rows, by the node's word. 0: it names none."""
+
+    @property
+    def has_forgotten(self) -> bool:
+        """Of a call that goes on with held rows: its parameters have changed since, or its node needed the memory."""
+        return self.error is not None and self.error.status is StatusCode.FAILED_PRECONDITION
 
 
 @dataclass(frozen=True)

@@ -229,8 +229,7 @@ class CallTracker:
             self._note_guard(peer_id, reply)
             if reply.error is None:
                 return True
-            if call.held is not None and reply.error.status is StatusCode.FAILED_PRECONDITION:
-                # its parameters have changed, or it needed the memory
+            if call.held is not None and reply.has_forgotten:
                 self.metrics.forgotten_sequences.inc()
                 return True
             self._note_failure(peer_id, reply.error)

@@ -127,6 +127,9 @@ class Dispatcher:
         """
         context, longest = live.view.manifest.model.context, int(rows.segments.positions.max(initial=-1)) + 1
         assert longest <= context, f"{longest} rows in a sequence; this swarm's context is {context}"
+        avoided = frozenset[PeerID]().union(*(sequence.avoided for sequence in rows.held or ()))
+        if avoided:
+            live = self._with_others(live, avoided)
         if rows.held is not None and rows.segments.positions[0] > 0:
             result = await go_on(rows, selection, live, self._calls, self._policy)
         else:
@@ -137,6 +140,12 @@ class Dispatcher:
             if rows.held is not None:
                 note_held(rows.held, selection, result)
         return result
+
+    def _with_others(self, live: LiveExperts, avoided: frozenset[PeerID]) -> LiveExperts:
+        """With other hosts in place of these, where there are any."""
+        uids = [uid for uid, peer_id in live.hosts.items() if peer_id in avoided]
+        others = choose_replicas(uids, live.view, self._rng, live.avoided | avoided, self.latencies.nodes)
+        return replace(live, hosts={**live.hosts, **others})
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
         """Sends the `gradients` [R, K, W] of the updates to the nodes that answered. Gives the gradient of the inputs

@@ -19,6 +19,7 @@ from peer.identity import PeerID
 from trainer_client.dispatch.batches import (
     AnsweredRows,
     CallEnded,
+    ExpertReply,
     ForwardPass,
     HeldRows,
     HeldSequence,
@@ -58,6 +59,8 @@ def note_held(held: Sequence[HeldSequence], selection: Selection, result: Forwar
                 sequence, number = held[sequences[segment]], sent.numbers[segment]
                 is_whole = counted[segment] == counts[segment] and part.uid not in sequence.experts
                 is_known_by = sequence.numbers.setdefault(peer_id, number) == number
+                if sent.progress.kept is None:
+                    sequence.forgetful.add(peer_id)
                 if sent.progress.kept is None or not (is_whole and is_known_by):
                     sequence.can_go_on = False
                 sequence.experts[part.uid] = HeldRows(peer_id, int(counts[segment]))
@@ -101,6 +104,10 @@ async def go_on(
         for reply in await next_replies(replies, left_s):
             if isinstance(reply, AnsweredRows):
                 result.accept(sent[reply.batch], reply)
+            elif isinstance(reply, ExpertReply) and reply.has_forgotten:
+                its_rows = (reply.batch.experts == reply.batch.uids.index(reply.uid)).any(axis=1)
+                for row in reply.batch.rows[its_rows].tolist():
+                    rows.held[row].forgetful.add(sent[reply.batch].node.peer_id)
             open_calls -= isinstance(reply, CallEnded)
     _note_next(rows.held, whole, result, sent.values())
     return result
