@@ -187,6 +187,7 @@ def test_a_library_lives_long_and_a_cell_does_not() -> None:
         f"{KEYS.swarm_id}.1.library",
         f"{KEYS.library}.1",
     ],
+    ids=["manifest", "revocations", "node", "memory", "cell", "layer", "below"],
 )
 def test_a_library_is_under_its_own_key_alone(key: str) -> None:
     payload = library(entry())
