@@ -161,8 +161,9 @@ class Publication:
             await self._rounds.run("keep the list", self.memories.keep_libraries)
 
     async def _announce(self) -> None:
+        """As one that leaves: others fetch from this peer, and don't count it among the replicas that are enough."""
         cells = {
-            cell: (ReplicaState.SERVING, [shard.root for shard in shards])
+            cell: (ReplicaState.LEAVING, [shard.root for shard in shards])
             for cell, shards in self.manifest.by_cell.items()
         }
         await self.memories.announce(self.entry.memory, cells, self._settings.lifetime_s)

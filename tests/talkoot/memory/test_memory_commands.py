@@ -1,0 +1,73 @@
+"""A memory's whole life by its commands, in real processes: built, published, listed, searched, and taken back."""
+
+import contextlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from commands import run
+from victim import MANIFEST_TOML, NodeVictim, founder, member
+
+QUICK = {"announce_every_s": 1, "p2pd": "off", "upnp": False}
+SUBJECTS = {
+    "bread": "The baker kneads the dough of flour and water, lets the yeast rise, and puts the loaf into a hot oven.",
+    "glaciers": "A glacier is a river of ice that flows slowly down its valley and carries stones from the mountains.",
+    "violins": "A violin has four strings that are bowed or plucked, and its wooden body makes their sound louder.",
+    "bees": "Honey bees dance inside the hive to tell the others in which direction they found blossoms with nectar.",
+    "locks": "A canal lock lifts a boat from one level of water to another by closing a gate and filling a chamber.",
+    "comets": "A comet comes near the sun on a long orbit, and the heat draws a bright tail of dust out of its ice.",
+}
+
+
+def written(folder: Path) -> Path:
+    """A file on each subject, of a few passages."""
+    folder.mkdir()
+    for name, sentence in SUBJECTS.items():
+        paragraphs = [f"Part {number} about {name}. {sentence} " * 4 for number in range(4)]
+        (folder / f"{name}.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+def events(ended: "subprocess.CompletedProcess[str]") -> list[dict[str, Any]]:
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def search(node: NodeVictim, question: str, cache: Path) -> list[dict[str, Any]]:
+    ended = run("search", "--join", str(node.invite), question, "--json", XDG_CACHE_HOME=str(cache))
+    (found,) = events(ended)
+    passages: list[dict[str, Any]] = found["passages"]
+    return passages
+
+
+def test_a_memory_is_built_published_found_and_taken_back(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    texts = written(tmp_path / "texts")
+    built = run(
+        "memory", "build", str(texts), "-o", str(folder), "--name", "subjects", "--license", "CC0-1.0"
+    )
+    assert built.returncode == 0, built.stderr
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(founder(tmp_path, MANIFEST_TOML, experts=4, **QUICK))
+        for name in ("first", "second"):
+            stack.enter_context(member(tmp_path, node.invite, name, experts=0, memory_disk="100MB", **QUICK))
+        own = ("--state", str(node.state), "--host", "127.0.0.1", "--announce-every-s", "1", "--p2pd", "off")
+        *_, published = events(run("memory", "publish", str(folder), *own, "--log-format", "json"))
+        assert (published["event"], published["name"], published["replicas"]) == ("published", "subjects", 2)
+
+        (listed,) = events(run("memory", "list", "--join", str(node.invite), "--json"))
+        (memory,) = listed["memories"]
+        assert (memory["name"], memory["licenses"], memory["fewest_replicas"]) == ("subjects", ["CC0-1.0"], 2)
+        (shown,) = events(run("memory", "inspect", "subjects", "--join", str(node.invite), "--json"))
+        assert len(shown["hosts"]) == 2
+
+        question = "how do bees tell each other where blossoms are?"
+        best = search(node, question, tmp_path)[0]
+        assert best["source"] == "bees.txt"
+        assert "nectar" in best["text"]
+        revoked = events(
+            run("memory", "revoke", str(folder), "--passage", best["hash"], *own, "--log-format", "json")
+        )[-1]
+        assert (revoked["event"], revoked["revision"], revoked["hosts"]) == ("revoked", 2, 2)
+        assert best["hash"] not in {found["hash"] for found in search(node, question, tmp_path)}
