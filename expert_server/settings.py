@@ -175,8 +175,7 @@ class NodeSettings(RoleSettings):
         default=0,
         ge=0,
         le=2**50,
-        description="disk space for shards of memories, passages that others search, in bytes, or such as 5GB; "
-        "0: host none",
+        description="disk space for passages that others search, in bytes, or such as 5GB; 0: host none",
     )
     memory_refuse: Annotated[tuple[str, ...], BeforeValidator(several)] = Field(
         default=(), description="memories not to host, by name or id"

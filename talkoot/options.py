@@ -74,7 +74,7 @@ _METAVARS = {
     "deny": "PEERID",
     "device": "DEVICE",
     "in_flight": "N|auto",
-    "memory": "SIZE",
+    **dict.fromkeys(("memory", "memory_disk"), "SIZE"),
     "schedule": "HOURS",
 }
 _METAVARS_BY_ENDING = {
@@ -190,9 +190,13 @@ def _annotation(name: str, field: "FieldInfo | None") -> Any:
 
 def _value_type(field: "FieldInfo") -> Any:
     """As what the command line reads a value. What is not read here is text, which the settings model reads."""
+    from pydantic import BeforeValidator
+
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not NoneType]
     if get_origin(kinds[0]) is tuple:
         return list[str]
+    if any(isinstance(each, BeforeValidator) for each in field.metadata):
+        return str
     return kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float, Path) else str
 
 
@@ -232,7 +236,15 @@ def _shown(value: object) -> str:
 class NodeCommand(SettingsCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Swarm": ("join", "new", "bootstrap", "invite_file", "name"),
-        "Resources": ("experts", "memory", "device", "threads", "upload_mbit", "download_mbit"),
+        "Resources": (
+            "experts",
+            "memory",
+            "memory_disk",
+            "device",
+            "threads",
+            "upload_mbit",
+            "download_mbit",
+        ),
         "When to work": ("schedule", "only_when_idle", "not_on_battery", "niceness"),
         "Network": ("host", "port", "announce_host", "relay_mbit"),
         "Settings and output": ("state", "config", "check", "log_format"),

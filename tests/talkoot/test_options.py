@@ -82,6 +82,7 @@ def test_settings_that_help_does_not_show_are_accepted() -> None:
         ("node", ["--no-upnp"], NodeSettings, {"upnp": False}),
         ("node", ["--drain-timeout", "5"], NodeSettings, {"drain_timeout_s": 5.0}),
         ("node", ["--memory", "2GB"], NodeSettings, {"memory": "2GB"}),
+        ("node", ["--memory-disk", "5GB"], NodeSettings, {"memory_disk": "5GB"}),
         ("node", ["--schedule", "22:00-07:00"], NodeSettings, {"schedule": "22:00-07:00"}),
         ("doctor", ["--port", "1"], NodeSettings, {"port": 1}),
         ("train", ["--in-flight", "auto"], TrainerSettings, {"in_flight": "auto"}),
@@ -161,6 +162,7 @@ def test_an_option_that_may_come_several_times_says_so(name: str, option: str) -
         ("node", "port", "PORT"),
         ("node", "announce_every_s", "SECONDS"),
         ("node", "experts", "N"),
+        ("node", "memory_disk", "SIZE"),
     ],
 )
 def test_an_option_shows_what_its_value_is(name: str, option: str, metavar: str) -> None:
