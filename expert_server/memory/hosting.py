@@ -11,30 +11,29 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.announcements import NodeInfo, ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest, Passage
+from dht.memory import Cell, MemoryID, MemoryManifest
 from dht.swarm import Swarm
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey, seen_shards
+from expert_server.memory.proofs import ReplicaProofs
 from expert_server.memory.shard import most_bytes
 from expert_server.memory.store import MemoryStore
 from expert_server.settings import NodeSettings
-from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
-from peer.errors import ExpertError, TransferError, UnreachableError, WireError
+from peer.errors import TransferError, UnreachableError, WireError
 from peer.formatting import counted
 from peer.identity import PeerID
-from peer.loop import side_by_side, tolerating
+from peer.loop import first_of, side_by_side, tolerating
 from peer.metrics import start_at_zero
 from peer.rpc.parts import PartClient, has_sha256
-from peer.wire import memory_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +47,10 @@ _FULL_PAUSE_S = 600.0
 """How long a node takes nothing after its disk was full."""
 _KEEP_EVERY_S = 3600.0
 """How often the libraries are stored again."""
-_PROOF_S = 10.0
-"""Longest that a host may take to prove that it has a shard."""
 _LOOK_EVERY_S = 1.0
 """How often a node that leaves looks whether others have what it alone had."""
+_WITHDRAW_S = 2.0
+"""Longest that a node which leaves tries to withdraw its announcements."""
 _REMEMBERED = 4096
 
 
@@ -137,6 +136,7 @@ class MemoryHosting:
         self._refused: dict[MemoryID, str] = {}
         self._announced: dict[MemoryID, set[Cell]] = {}
         self._survey = MemorySurvey(memories, rng)
+        self._proofs = ReplicaProofs(swarm, parts, rng, clock)
         self._placement = Placement(self._peer_id, _ENOUGH)
         self._wrong = BoundedDict[tuple[PeerID, bytes], None](_REMEMBERED)
         """Who gave wrong bytes for what."""
@@ -198,8 +198,11 @@ class MemoryHosting:
             await self._announce(memory)
 
     async def follow(self) -> None:
-        """Follows what publishers list: their later revisions, and what they list no more. Raises UnreachableError."""
-        if not self._rules.disk_bytes:
+        """Follows what publishers list: their later revisions, and what they list no more. Raises UnreachableError.
+
+        The founder's node reads the lists in any case, to renew its own.
+        """
+        if not self._rules.disk_bytes and self._peer_id != self._swarm.keys.author:
             return
         libraries = await self._memories.libraries()
         listed = {entry.memory: entry for entries in libraries.values() for entry in entries}
@@ -230,8 +233,10 @@ class MemoryHosting:
         await self._meet()
         manifests = {memory: store.manifest for memory, store in self._stores.items()}
         seen = await self._survey.read(manifests, self._mine())
+        await self._proofs.check_some(seen)
+        seen = self._proofs.counted(seen)
         self._placement.note(seen, self._mine())
-        await self._shrink(self.disk_bytes - self._rules.disk_bytes)
+        await self._shrink(self.disk_bytes - self._rules.disk_bytes, seen)
         wanted = [
             k for k in self._placement.to_take(len(self._swarm.host.peers()) + 1) if k.memory in self._listed
         ]
@@ -249,28 +254,21 @@ class MemoryHosting:
         Files stay on disk. Returns how many shards nobody else serves. Raises nothing if the DHT does not answer.
         """
         self._leaving = True
-        alone = set(self._mine())
-        try:
+        mine = self._mine()
+        alone = set(mine)
+        with suppress(TimeoutError, UnreachableError):
             async with asyncio.timeout(timeout_s):
-                await self.announce()
-                while alone and timeout_s and not self._hurried.is_set():
-                    alone = await self._without_other_host(alone)
-                    if alone:
-                        await self._wait_hurried(_LOOK_EVERY_S)
-        except (TimeoutError, UnreachableError) as error:
-            logger.debug("memories were not handed over: %s", error)
-        if self._mine():
+                await first_of(self._hand_over(alone), self._until_hurried())
+        if mine:
             logger.info(
-                "stopped serving %s of memories; %s are at this node alone",
-                counted(len(self._mine()), "shard"),
-                counted(len(alone), "shard"),
+                "stopped serving %s of memories; nobody else serves %d of them",
+                counted(len(mine), "shard"),
+                len(alone),
             )
         self.served.clear()
-        try:
-            async with asyncio.timeout(_LOOK_EVERY_S):
+        with suppress(TimeoutError, UnreachableError):  # or they expire
+            async with asyncio.timeout(_WITHDRAW_S):
                 await self.announce()
-        except (TimeoutError, UnreachableError):
-            pass  # then they expire
         return len(alone)
 
     def hurry(self) -> None:
@@ -460,58 +458,41 @@ class MemoryHosting:
         hosts = await self._memories.cell_hosts(key.memory, [cell])
         store = self._stores.get(key.memory)
         shards = () if store is None else store.manifest.by_cell.get(cell, ())
-        return seen_shards(key.memory, shards, hosts[cell])
+        return self._proofs.counted(seen_shards(key.memory, shards, hosts[cell]))
 
     async def _make_room(self, seen: Mapping[ShardKey, SeenShard], wanted: Collection[ShardKey]) -> None:
         """Drops what others serve often enough, for a shard that nobody else has room for."""
         smallest = min(most_bytes(seen[key].info) for key in wanted)
-        await self._shrink(smallest - (self._rules.disk_bytes - self.disk_bytes))
+        await self._shrink(smallest - (self._rules.disk_bytes - self.disk_bytes), seen)
 
-    async def _shrink(self, size: int) -> None:
+    async def _shrink(self, size: int, seen: Mapping[ShardKey, SeenShard]) -> None:
         """Drops shards of so many bytes, if enough others prove that they have them."""
         for key in self._placement.to_drop(size) if size > 0 else ():
             store = self._stores.get(key.memory)
             if store is None or key.root not in store.shards:
                 continue
-            nodes = await self._swarm.registry.nodes(self._placement.keener(key)[: 2 * _ENOUGH])
-            proofs = await asyncio.gather(*(self._proves(node, key, store) for node in nodes.values()))
-            if sum(proofs) < _ENOUGH:
+            keener = self._placement.keener(key)[: 2 * _ENOUGH]
+            proven = await self._proofs.proven([(peer_id, key) for peer_id in keener], seen)
+            if len(proven) < _ENOUGH:
                 continue
             async with self._writing:
                 await asyncio.to_thread(store.drop, key.root)
-            logger.info("dropped shard %s, which %s serve", key, counted(sum(proofs), "other node"))
+            logger.info("dropped shard %s, which %s serve", key, counted(len(proven), "other node"))
             await self._announce(key.memory)
 
-    async def _proves(self, node: NodeInfo, key: ShardKey, store: MemoryStore) -> bool:
-        """Whether the node gives a passage of the shard that is drawn at random."""
-        shard = store.shards[key.root]
-        position = self._rng.randrange(len(shard))
-        (own,) = await asyncio.to_thread(shard.read, [position])
-        request = memory_pb2.ReadRequest(
-            protocol_version=PROTOCOL_VERSION,
-            swarm_id=self._swarm.keys.swarm_id,
-            memory=str(key.memory),
-            shards=[memory_pb2.ShardPositions(root=key.root, positions=[position])],
-        )
-        try:
-            async with asyncio.timeout(_PROOF_S):
-                stub, session = await self._parts.service(0).stub(node)
-                reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
-            (given,) = reply.passages
-            passage = Passage.parse(given.passage) if given.HasField("passage") else None
-        except (
-            grpc.aio.AioRpcError,
-            ExpertError,
-            TransferError,
-            WireError,
-            TimeoutError,
-            ValueError,
-        ) as error:
-            logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
-            return False
-        return passage == own.passage and given.vector == own.vector
-
     # leaving
+
+    async def _hand_over(self, alone: set[ShardKey]) -> None:
+        """Returns when others serve all of these shards. Those that they serve are removed from the set."""
+        await self.announce()
+        while True:
+            alone &= await self._without_other_host(alone)
+            if not alone:
+                return
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _until_hurried(self) -> None:
+        await self._hurried.wait()
 
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
         cells: dict[MemoryID, set[Cell]] = {}
@@ -521,16 +502,11 @@ class MemoryHosting:
         for memory, some in cells.items():
             manifest = self._stores[memory].manifest
             for cell, hosts in (await self._memories.cell_hosts(memory, some)).items():
-                seen = seen_shards(memory, manifest.by_cell[cell], hosts)
-                alone -= {key for key, shard in seen.items() if shard.serving - {self._peer_id}}
+                seen = self._proofs.counted(seen_shards(memory, manifest.by_cell[cell], hosts))
+                others = {key: list(seen[key].serving - {self._peer_id}) for key in alone & seen.keys()}
+                claims = [(self._rng.choice(peers), key) for key, peers in others.items() if peers]
+                alone -= {key for _, key in await self._proofs.proven(claims, seen)}
         return alone
-
-    async def _wait_hurried(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._hurried.wait()
-        except TimeoutError:
-            pass
 
     def _note_full(self, error: OSError) -> None:
         self._full_until = self._clock() + _FULL_PAUSE_S

@@ -99,7 +99,7 @@ class Turns:
 
     def __len__(self) -> int:
         """Calls that wait."""
-        return sum(map(len, self._waiting.values()))
+        return sum(not turn.cancelled() for turns in self._waiting.values() for turn in turns)
 
     @asynccontextmanager
     async def turn(self, caller: PeerID) -> AsyncIterator[None]:
@@ -125,27 +125,25 @@ class Turns:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():  # it came at the same moment
                 self._free += 1
                 self._next()
-            else:
-                self._forget(caller, turn)
+            elif turn in self._waiting.get(caller, ()):
+                self._waiting[caller].remove(turn)
+                if not self._waiting[caller]:
+                    del self._waiting[caller]
             raise
 
     def _next(self) -> None:
-        if self._free and self._waiting:
+        while self._free and self._waiting:
             caller, turns = next(iter(self._waiting.items()))
             turn = turns.popleft()
             self._waiting.move_to_end(caller)
             if not turns:
                 del self._waiting[caller]
-            self._free -= 1
-            turn.set_result(None)
-
-    def _forget(self, caller: PeerID, turn: "asyncio.Future[None]") -> None:
-        self._waiting[caller].remove(turn)
-        if not self._waiting[caller]:
-            del self._waiting[caller]
+            if not turn.cancelled():
+                self._free -= 1
+                turn.set_result(None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import logging
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from callers import InSession, a_caller, numbered_identities
 from grpc import StatusCode
 from memory_folders import DIMENSIONS, SampleMemory
 from memory_peers import MEMORY_RIGHTS, read_request, search_request, until
+from published_memories import HOST, folder, list_memories, memory_id, publishing, replicas, until_hosted
 from real_swarm import Play, Village, end, eventually, playing
 
-from dht.announcements import ReplicaState
-from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import MemoryID, Part
+from dht.memory import MemoryID
 from dht.swarm import Swarm
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
@@ -30,7 +28,6 @@ from peer.rpc.parts import PartClient
 MEMORY = SampleMemory.make(each=100)
 SECOND = SampleMemory.make("other-docs", seed=7, licenses=("GFDL-1.3-only",))
 SIZE = sum(len(data) for data in MEMORY.files.values())
-HOST: dict[str, Any] = {"experts": 0, "announce_every_s": 0.5, "memory_disk": "100MB"}
 
 
 @pytest.fixture(scope="module")
@@ -41,51 +38,6 @@ def identities() -> list[Identity]:
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
     return playing(loop, identities, tmp_path)
-
-
-def memory_id(village: Village, memory: SampleMemory = MEMORY) -> MemoryID:
-    """The founder publishes them."""
-    return MemoryID.of(memory.manifest.name, village.identities[0].peer_id)
-
-
-def folder(village: Village, number: int, memory: SampleMemory = MEMORY) -> Path:
-    """Where that node keeps the memory."""
-    state = village.folder / village.identities[number].peer_id.to_base58()
-    return state / "memory" / str(memory_id(village, memory))
-
-
-async def publishing(village: Village, *memories: SampleMemory, **settings: Any) -> Node:
-    """The founder, with all shards on disk, and its library."""
-    for memory in memories:
-        memory.write(folder(village, 0, memory))
-    founder = await village.found(**HOST | settings)
-    await list_memories(founder, *memories)
-    return founder
-
-
-async def list_memories(founder: Node, *memories: SampleMemory) -> None:
-    publisher = founder.swarm.host.peer_id
-    entries = []
-    for memory in memories:
-        data = memory.manifest.serialize()
-        store = MemoryStore(Path(), data)
-        entries.append(LibraryEntry.of(memory.manifest, Part(store.part.sha256, len(data)), publisher, 1))
-    await MemoryRegistry(founder.swarm.registry).publish_library(entries)
-
-
-async def replicas(swarm: Swarm, memory: MemoryID, sample: SampleMemory = MEMORY) -> Counter[bytes]:
-    """How many serve each shard, by the DHT."""
-    cells = {shard.cell for shard in sample.manifest.shards}
-    found = await MemoryRegistry(swarm.registry).cell_hosts(memory, cells)
-    hosts = [host for some in found.values() for host in some if host.state is ReplicaState.SERVING]
-    return Counter({root: sum(root[:8] in host.shards for host in hosts) for root in sample.roots})
-
-
-async def until_hosted(swarm: Swarm, memory: MemoryID, least: int, sample: SampleMemory = MEMORY) -> None:
-    async def hosted() -> bool:
-        return min((await replicas(swarm, memory, sample)).values()) >= least
-
-    await eventually(hosted)
 
 
 def fetched(node: Node) -> int:
@@ -116,23 +68,23 @@ async def text_of(stub: InSession, swarm: Swarm, memory: MemoryID, root: bytes, 
 def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(play: Play) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
-        memory, invite = memory_id(village), await founder.swarm.invite()
+        memory, invite = memory_id(village, MEMORY), await founder.swarm.invite()
         first_task = await village.run(founder)
-        await until_hosted(founder.swarm, memory, 1)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
         second, third = await village.join(1, invite, **HOST), await village.join(2, invite, **HOST)
         for node in (second, third):
             await village.run(node)
         # two replicas are enough, so the two share the work
-        await until_hosted(second.swarm, memory, 2)
+        await until_hosted(second.swarm, memory, 2, MEMORY)
         assert second.state.name == "SERVING"
         assert second.status().memory_shards + third.status().memory_shards >= 4
         await end(first_task)
         await founder.stop()
-        await until_hosted(second.swarm, memory, 2)
+        await until_hosted(second.swarm, memory, 2, MEMORY)
         # both have all now, with the encoder and the codebook
         assert all(node.memories.shards == 4 for node in (second, third))
         for number in (1, 2):
-            store = MemoryStore.open(folder(village, number))
+            store = MemoryStore.open(folder(village, number, MEMORY))
             assert store.missing_parts() == []
         stub = await stub_of(village, third.swarm, second)
         assert (
@@ -152,11 +104,11 @@ def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(play: Play)
 def test_what_is_revoked_goes_from_all_hosts(play: Play) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
-        memory = memory_id(village)
+        memory = memory_id(village, MEMORY)
         await village.run(founder)
         node = await village.join(1, await founder.swarm.invite(), **HOST)
         await village.run(node)
-        await until_hosted(founder.swarm, memory, 2)
+        await until_hosted(founder.swarm, memory, 2, MEMORY)
         root = MEMORY.roots[2]
         later = MEMORY.revoking(MEMORY.leaf(root, 9))
         # the founder's node follows its own store, too: from whoever serves the new manifest
@@ -172,7 +124,7 @@ def test_what_is_revoked_goes_from_all_hosts(play: Play) -> None:
             passage.text for passage in node.memories.served[str(memory)].shards[root].passages() if passage
         }
         assert await text_of(stub, founder.swarm, memory, root, 8) is not None
-        again = MemoryStore.open(folder(village, 1))
+        again = MemoryStore.open(folder(village, 1, MEMORY))
         assert again.manifest.revision == 2
 
     play(scenario)
@@ -183,14 +135,14 @@ def test_a_node_that_restarts_serves_what_is_on_its_disk_and_fetches_what_was_da
 ) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
-        memory, invite = memory_id(village), await founder.swarm.invite()
+        memory, invite = memory_id(village, MEMORY), await founder.swarm.invite()
         await village.run(founder)
         node = await village.join(1, invite, **HOST)
         running = await village.run(node)
-        await until_hosted(founder.swarm, memory, 2)
+        await until_hosted(founder.swarm, memory, 2, MEMORY)
         await end(running)
         await node.stop()
-        damaged = folder(village, 1) / "shards" / MEMORY.roots[0].hex()
+        damaged = folder(village, 1, MEMORY) / "shards" / MEMORY.roots[0].hex()
         data = bytearray(damaged.read_bytes())
         data[-9] ^= 255
         damaged.write_bytes(data)
@@ -200,7 +152,7 @@ def test_a_node_that_restarts_serves_what_is_on_its_disk_and_fetches_what_was_da
             await until(lambda: back.memories.shards == 4)
         assert "on disk is not used, and will be fetched again" in caplog.text
         assert damaged.read_bytes() == MEMORY.files[MEMORY.roots[0]]
-        assert fetched(back) == 1
+        await until(lambda: fetched(back) == 1)
 
     play(scenario)
 
@@ -212,11 +164,11 @@ def test_wrong_bytes_are_refused_and_come_from_another_host(
 
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
-        memory, invite = memory_id(village), await founder.swarm.invite()
+        memory, invite = memory_id(village, MEMORY), await founder.swarm.invite()
         await village.run(founder)
         liar = await village.join(1, invite, **HOST)
         await village.run(liar)
-        await until_hosted(founder.swarm, memory, 2)
+        await until_hosted(founder.swarm, memory, 2, MEMORY)
         store = liar.memories.served[str(memory)]
         monkeypatch.setattr(
             store,
@@ -244,8 +196,8 @@ def test_refused_memories_and_licences_are_not_hosted(play: Play) -> None:
             await village.run(node)
         await until(lambda: by_name.memories.shards == by_license.memories.shards == 4)
         assert list(by_name.memories.served) == [str(memory_id(village, SECOND))]
-        assert list(by_license.memories.served) == [str(memory_id(village))]
-        assert not folder(village, 1).exists()
+        assert list(by_license.memories.served) == [str(memory_id(village, MEMORY))]
+        assert not folder(village, 1, MEMORY).exists()
 
     play(scenario)
 
@@ -253,14 +205,14 @@ def test_refused_memories_and_licences_are_not_hosted(play: Play) -> None:
 def test_a_node_takes_no_more_than_its_disk_may_hold(play: Play) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
-        memory = memory_id(village)
+        memory = memory_id(village, MEMORY)
         await village.run(founder)
         node = await village.join(1, await founder.swarm.invite(), **HOST | {"memory_disk": SIZE // 2 + 3000})
         await village.run(node)
         await until(lambda: node.memories.shards >= 1)
 
         async def settled() -> bool:
-            return sum((await replicas(founder.swarm, memory)).values()) == 4 + node.memories.shards
+            return sum((await replicas(founder.swarm, memory, MEMORY)).values()) == 4 + node.memories.shards
 
         await eventually(settled)
         assert node.memories.shards <= 2
@@ -299,9 +251,9 @@ def test_a_full_disk_is_a_clear_warning_and_nothing_is_lost(
 def test_a_node_that_leaves_waits_until_others_have_what_it_had_alone(play: Play) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY, drain_timeout_s=100)
-        memory, invite = memory_id(village), await founder.swarm.invite()
+        memory, invite = memory_id(village, MEMORY), await founder.swarm.invite()
         task = await village.run(founder)
-        await until_hosted(founder.swarm, memory, 1)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
         node = await village.join(1, invite, **HOST)
         running = await village.run(node)
         await end(task)
@@ -315,15 +267,15 @@ def test_a_node_that_leaves_waits_until_others_have_what_it_had_alone(play: Play
 def test_a_paused_node_serves_no_memories_and_takes_them_again(play: Play) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
-        memory = memory_id(village)
+        memory = memory_id(village, MEMORY)
         await village.run(founder)
-        await until_hosted(founder.swarm, memory, 1)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
         await founder.pause()
         assert founder.memories.shards == 0
-        assert not +(await replicas(founder.swarm, memory))
+        assert not +(await replicas(founder.swarm, memory, MEMORY))
         await founder.resume()
         assert founder.memories.shards == 4
-        await until_hosted(founder.swarm, memory, 1)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
 
     play(scenario)
 
@@ -352,7 +304,7 @@ def test_stopping_in_the_middle_of_a_download_leaves_whole_shards_alone(
         async with asyncio.timeout(30):
             await end(running)
             await node.stop()
-        names = {path.name for path in (folder(village, 1) / "shards").iterdir()}
+        names = {path.name for path in (folder(village, 1, MEMORY) / "shards").iterdir()}
         assert names <= {root.hex() for root in MEMORY.roots} - {MEMORY.roots[1].hex()}
 
     play(scenario)
@@ -367,7 +319,7 @@ def test_a_memory_that_its_publisher_lists_no_more_is_removed(play: Play) -> Non
         await until(lambda: node.memories.shards == 8)
         await list_memories(founder, SECOND)
         await until(lambda: node.memories.shards == 4)
-        await until(lambda: not folder(village, 1).exists())
+        await until(lambda: not folder(village, 1, MEMORY).exists())
 
     play(scenario)
 
@@ -375,9 +327,9 @@ def test_a_memory_that_its_publisher_lists_no_more_is_removed(play: Play) -> Non
 def test_without_disk_nothing_is_hosted_or_asked_for(play: Play) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
-        memory = memory_id(village)
+        memory = memory_id(village, MEMORY)
         await village.run(founder)
-        await until_hosted(founder.swarm, memory, 1)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
         node = await village.join(1, await founder.swarm.invite(), **HOST | {"memory_disk": 0})
         await village.run(node)
 
@@ -386,7 +338,7 @@ def test_without_disk_nothing_is_hosted_or_asked_for(play: Play) -> None:
 
         await eventually(announced)
         assert node.memories.shards == 0
-        assert not folder(village, 1).exists()
+        assert not folder(village, 1, MEMORY).exists()
         request = search_request(memory, 1, bytes(DIMENSIONS), MEMORY.roots[0])
         request.swarm_id = node.swarm.keys.swarm_id
         with pytest.raises(grpc.aio.AioRpcError) as raised:

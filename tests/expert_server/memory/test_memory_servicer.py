@@ -297,7 +297,7 @@ def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) 
     loop.run(scenario(), 60)
 
 
-@given(st.lists(st.sampled_from(["wait", "cancel", "go"]), max_size=40), st.integers(1, 3))
+@given(st.lists(st.sampled_from(["wait", "cancel", "go", "look"]), max_size=40), st.integers(1, 3))
 @settings(deadline=None)
 def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str], at_once: int) -> None:
     async def scenario() -> None:
@@ -319,11 +319,12 @@ def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str
             if step == "wait":
                 go = asyncio.Event()
                 gates.append((asyncio.create_task(call(n, go)), go))
+            elif step == "look":
+                await asyncio.sleep(0)
             elif gates and step == "cancel":
                 gates.pop(n % len(gates))[0].cancel()
             elif gates:
                 gates[n % len(gates)][1].set()
-            await asyncio.sleep(0)
         for _, go in gates:
             go.set()
         async with asyncio.timeout(30):

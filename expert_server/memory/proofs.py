@@ -1,0 +1,124 @@
+"""Whether hosts have the shards that they announce: each is asked for a passage drawn at random, with its Merkle proof.
+
+Announcements cost nothing. Without proofs, a few liars could make a swarm believe that a shard has enough replicas, and
+its last real host would drop it, or leave.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+
+import grpc
+
+from dht.announcements import NodeInfo
+from dht.memory import Passage
+from dht.swarm import Swarm
+from expert_server.memory.placement import SeenShard, ShardKey
+from peer import PROTOCOL_VERSION
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError, TransferError, WireError
+from peer.identity import PeerID
+from peer.loop import side_by_side
+from peer.merkle import HASH_BYTES, proves
+from peer.rpc.parts import PartClient
+from peer.wire import memory_pb2
+
+logger = logging.getLogger(__name__)
+
+_CHECKED, _AT_ONCE = 8, 8
+"""Claims that are checked in one look, and proofs that are waited for at the same time."""
+_PROOF_S = 10.0
+"""Longest that a proof may take."""
+_TRIES = 3
+"""Passages asked for, as one may have been revoked."""
+_DOUBTED_S = 300.0
+"""How long nothing that a host announces is counted after it failed to prove a claim."""
+_REMEMBERED = 4096
+
+
+class ReplicaProofs:
+    """Asks hosts to prove what they announce, and remembers who could not."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        parts: PartClient,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._swarm = swarm
+        self._parts = parts
+        self._rng = rng or random.SystemRandom()
+        self._clock = clock
+        self._doubted_until = BoundedDict[PeerID, float](_REMEMBERED)
+
+    def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
+        """What was seen, without what doubted hosts say that they serve."""
+        now = self._clock()
+        doubted = {peer_id for peer_id, until in self._doubted_until.items() if until > now}
+        return {key: replace(shard, serving=shard.serving - doubted) for key, shard in seen.items()}
+
+    async def check_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
+        """Checks a few claims of others, drawn at random. Raises UnreachableError."""
+        me = self._swarm.host.peer_id
+        claims = [(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving if peer_id != me]
+        drawn = self._rng.sample(claims, min(_CHECKED, len(claims)))
+        await self.proven(drawn, seen)
+
+    async def proven(
+        self, claims: Collection[tuple[PeerID, ShardKey]], seen: Mapping[ShardKey, SeenShard]
+    ) -> set[tuple[PeerID, ShardKey]]:
+        """Those claims that their hosts prove. The others' hosts are doubted from now on. Raises UnreachableError."""
+        nodes = await self._swarm.registry.nodes({peer_id for peer_id, _ in claims})
+        found: set[tuple[PeerID, ShardKey]] = set()
+
+        async def check(peer_id: PeerID, key: ShardKey) -> None:
+            node = nodes.get(peer_id)
+            if node is not None and await self._proves(node, key, seen[key]):
+                found.add((peer_id, key))
+            else:
+                self._doubted_until[peer_id] = self._clock() + _DOUBTED_S
+
+        await side_by_side((check(*claim) for claim in claims), _AT_ONCE)
+        return found
+
+    async def _proves(self, node: NodeInfo, key: ShardKey, shard: SeenShard) -> bool:
+        info = shard.info
+        request = memory_pb2.ReadRequest(
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=self._swarm.keys.swarm_id,
+            memory=str(key.memory),
+            shards=[
+                memory_pb2.ShardPositions(
+                    root=key.root,
+                    positions=self._rng.sample(range(info.leaves), min(_TRIES, info.leaves)),
+                )
+            ],
+        )
+        try:
+            async with asyncio.timeout(_PROOF_S):
+                stub, session = await self._parts.service(0).stub(node)
+                reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
+            return any(_is_proven(given, shard) for given in _asked_for(reply, request))
+        except (grpc.aio.AioRpcError, ExpertError, TransferError, WireError, TimeoutError) as error:
+            logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
+            return False
+
+
+def _asked_for(
+    reply: memory_pb2.ReadReply, request: memory_pb2.ReadRequest
+) -> Iterable[memory_pb2.ProvenPassage]:
+    wanted = list(request.shards[0].positions)
+    return [given for given in reply.passages[:_TRIES] if given.position in wanted]
+
+
+def _is_proven(given: memory_pb2.ProvenPassage, shard: SeenShard) -> bool:
+    """Raises WireError."""
+    if not given.HasField("passage") or len(given.path) % HASH_BYTES:
+        return False
+    leaf = Passage.parse(given.passage).leaf(given.vector)
+    path = [given.path[at : at + HASH_BYTES] for at in range(0, len(given.path), HASH_BYTES)]
+    return proves(shard.info.root, leaf, given.position, shard.info.leaves, path)

@@ -1,0 +1,87 @@
+"""Peers that announce shards of memories which they do not have: nobody loses a shard because it believes them."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from callers import numbered_identities
+from memory_folders import SampleMemory
+from memory_peers import until
+from published_memories import HOST, folder, memory_id, publishing, until_hosted
+from real_swarm import Play, Village, playing
+
+from dht.announcements import ReplicaState
+from dht.library import MemoryRegistry
+from expert_server.memory.placement import ShardKey
+from expert_server.node import Node
+from peer.identity import Identity
+from peer.loop import LoopThread
+
+MEMORY = SampleMemory.make(each=30)
+
+
+@pytest.fixture(scope="module")
+def identities() -> list[Identity]:
+    return numbered_identities(4)
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path)
+
+
+async def pretending(village: Village, founder: Node) -> list[Node]:
+    """Two nodes that announce all shards and have none."""
+    invite, liars = await founder.swarm.invite(), []
+    for number in (1, 2):
+        liar = await village.join(number, invite, experts=0)
+        await village.run(liar)
+        cells = {shard.cell: (ReplicaState.SERVING, [shard.root]) for shard in MEMORY.manifest.shards}
+        await MemoryRegistry(liar.swarm.registry).announce(memory_id(village, MEMORY), cells, 500.0)
+        liars.append(liar)
+    return liars
+
+
+def test_shards_get_real_replicas_though_liars_announce_enough(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY, drain_timeout_s=100)
+        memory = memory_id(village, MEMORY)
+        running = await village.run(founder)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
+        await pretending(village, founder)
+        node = await village.join(3, await founder.swarm.invite(), **HOST)
+        await village.run(node)
+        # a host that leaves does not believe them either
+        running.cancel()
+        await founder.stop()
+        assert node.memories.shards == 4
+        assert len(list((folder(village, 3, MEMORY) / "shards").iterdir())) == 4
+
+    play(scenario)
+
+
+def test_no_host_drops_a_shard_for_replicas_that_are_not_proven(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        memory = memory_id(village, MEMORY)
+        await village.run(founder)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
+        liars = await pretending(village, founder)
+        key = ShardKey(memory, MEMORY.roots[0])
+        asked = asyncio.Event()
+
+        def keener(_: ShardKey) -> list[object]:
+            asked.set()
+            return [liar.swarm.host.peer_id for liar in liars]
+
+        monkeypatch.setattr(founder.memories._placement, "to_drop", lambda size: [key])
+        monkeypatch.setattr(founder.memories._placement, "keener", keener)
+        monkeypatch.setattr(founder.memories, "_rules", founder.memories._rules.__class__(disk_bytes=1))
+        async with asyncio.timeout(60):
+            await asked.wait()
+        await until(lambda: bool(founder.memories._proofs._doubted_until))
+        assert founder.memories.shards == 4
+
+    play(scenario)

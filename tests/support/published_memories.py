@@ -1,0 +1,62 @@
+"""A real swarm whose founder publishes memories, for tests."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from memory_folders import SampleMemory
+from real_swarm import Village, eventually
+
+from dht.announcements import ReplicaState
+from dht.library import LibraryEntry, MemoryRegistry
+from dht.memory import MemoryID, Part
+from dht.swarm import Swarm
+from expert_server.memory.store import MemoryStore
+from expert_server.node import Node
+
+HOST: dict[str, Any] = {"experts": 0, "announce_every_s": 0.5, "memory_disk": "100MB"}
+
+
+def memory_id(village: Village, memory: SampleMemory) -> MemoryID:
+    """The founder publishes them."""
+    return MemoryID.of(memory.manifest.name, village.identities[0].peer_id)
+
+
+def folder(village: Village, number: int, memory: SampleMemory) -> Path:
+    """Where that node keeps the memory."""
+    state = village.folder / village.identities[number].peer_id.to_base58()
+    return state / "memory" / str(memory_id(village, memory))
+
+
+async def publishing(village: Village, *memories: SampleMemory, **settings: Any) -> Node:
+    """The founder, with all shards on disk, and its library."""
+    for memory in memories:
+        memory.write(folder(village, 0, memory))
+    founder = await village.found(**HOST | settings)
+    await list_memories(founder, *memories)
+    return founder
+
+
+async def list_memories(founder: Node, *memories: SampleMemory) -> None:
+    publisher = founder.swarm.host.peer_id
+    entries = []
+    for memory in memories:
+        data = memory.manifest.serialize()
+        store = MemoryStore(Path(), data)
+        entries.append(LibraryEntry.of(memory.manifest, Part(store.part.sha256, len(data)), publisher, 1))
+    await MemoryRegistry(founder.swarm.registry).publish_library(entries)
+
+
+async def replicas(swarm: Swarm, memory: MemoryID, sample: SampleMemory) -> Counter[bytes]:
+    """How many serve each shard, by the DHT."""
+    cells = {shard.cell for shard in sample.manifest.shards}
+    found = await MemoryRegistry(swarm.registry).cell_hosts(memory, cells)
+    hosts = [host for some in found.values() for host in some if host.state is ReplicaState.SERVING]
+    return Counter({root: sum(root[:8] in host.shards for host in hosts) for root in sample.roots})
+
+
+async def until_hosted(swarm: Swarm, memory: MemoryID, least: int, sample: SampleMemory) -> None:
+    async def hosted() -> bool:
+        return min((await replicas(swarm, memory, sample)).values()) >= least
+
+    await eventually(hosted)
