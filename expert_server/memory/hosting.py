@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.announcements import NodeInfo, ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest
+from dht.memory import Cell, MemoryID, MemoryManifest, Part
 from dht.swarm import Swarm
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey, seen_shards
 from expert_server.memory.proofs import ReplicaProofs
@@ -133,7 +133,8 @@ class MemoryHosting:
         """Shards found on disk at the start."""
         self._listed: dict[MemoryID, LibraryEntry] = {}
         """What publishers offered at the last look, and this node may host."""
-        self._refused: dict[MemoryID, str] = {}
+        self._refused: dict[MemoryID, Part] = {}
+        """What this node may not host, by the manifest that says so."""
         self._announced: dict[MemoryID, set[Cell]] = {}
         self._survey = MemorySurvey(memories, rng)
         self._proofs = ReplicaProofs(swarm, parts, rng, clock)
@@ -163,15 +164,15 @@ class MemoryHosting:
         """Finds what is on disk from the last run. Nothing is served before it was verified: see `verify`."""
         if not self._rules.disk_bytes:
             return
-        self._stores = await asyncio.to_thread(self._found)
-        for memory, store in self._stores.items():
-            self._unverified[memory] = await asyncio.to_thread(store.roots)
+        found = await asyncio.to_thread(self._found)
+        self._stores = {memory: store for memory, (store, _) in found.items()}
+        self._unverified = {memory: roots for memory, (_, roots) in found.items()}
 
     async def verify(self) -> None:
         """Verifies what is on disk and serves it, shard by shard."""
         for memory, roots in list(self._unverified.items()):
-            store = self._stores[memory]
-            while roots:
+            store = self._stores.get(memory)
+            while roots and store is not None:
                 root = roots.pop()
                 async with self._writing:
                     if root not in store.manifest.by_root or self._stores.get(memory) is not store:
@@ -206,13 +207,17 @@ class MemoryHosting:
             return
         libraries = await self._memories.libraries()
         listed = {entry.memory: entry for entries in libraries.values() for entry in entries}
-        for memory, offered in listed.items():
-            await self._note_refusal(memory, offered.licenses)
+        self._refused = {memory: part for memory, part in self._refused.items() if memory in listed}
+        for entry in listed.values():
+            # a list names few licences, and the manifest all of them
+            if self._refused.get(entry.memory) != entry.manifest:
+                await self._refuses(entry, entry.licenses)
         self._listed = {memory: entry for memory, entry in listed.items() if memory not in self._refused}
         for memory, store in list(self._stores.items()):
-            if (entry := self._listed.get(memory)) is not None and entry.revision > store.manifest.revision:
+            latest = self._listed.get(memory)
+            if latest is not None and latest.revision > store.manifest.revision:
                 with tolerating("follow a memory"):
-                    await self._follow(memory, store, entry)
+                    await self._follow(memory, store, latest)
             elif memory not in listed and any(MemoryID.of(memory.name, p) == memory for p in libraries):
                 logger.info("hosts memory %s no more: its publisher lists it no more", memory)
                 await self._remove(memory)
@@ -277,11 +282,13 @@ class MemoryHosting:
 
     # what is hosted
 
-    def _found(self) -> dict[MemoryID, MemoryStore]:
+    def _found(self) -> dict[MemoryID, tuple[MemoryStore, list[bytes]]]:
+        """What is on disk of each memory, with the roots of its shards."""
         found = {}
         for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
             try:
-                found[MemoryID.parse(path.name)] = MemoryStore.open(path)
+                memory, store = MemoryID.parse(path.name), MemoryStore.open(path)
+                found[memory] = store, store.roots()
             except (WireError, OSError) as error:
                 logger.warning("%s is not used: %s", path, error)
         return found
@@ -308,16 +315,18 @@ class MemoryHosting:
 
     # following
 
-    async def _note_refusal(self, memory: MemoryID, licenses: Collection[str]) -> None:
-        reason = self._rules.refusal(memory, licenses)
+    async def _refuses(self, entry: LibraryEntry, licenses: Collection[str]) -> bool:
+        """Whether this node may not host the memory. Then it is removed."""
+        memory, reason = entry.memory, self._rules.refusal(entry.memory, licenses)
         if not reason:
             self._refused.pop(memory, None)
-            return
+            return False
         if memory not in self._refused:
             logger.info("does not host memory %s: %s", memory, reason)
-        self._refused[memory] = reason
+        self._refused[memory] = entry.manifest
         if memory in self._stores:
             await self._remove(memory)
+        return True
 
     async def _remove(self, memory: MemoryID) -> None:
         async with self._writing:
@@ -332,9 +341,8 @@ class MemoryHosting:
     async def _follow(self, memory: MemoryID, store: MemoryStore, entry: LibraryEntry) -> None:
         try:
             data = await self._fetch_manifest(entry)
-            licenses = (await asyncio.to_thread(MemoryManifest.parse, data)).licenses
-            await self._note_refusal(memory, licenses)
-            if memory in self._refused:
+            manifest = await asyncio.to_thread(MemoryManifest.parse, data)
+            if await self._refuses(entry, manifest.licenses):
                 return
             async with self._writing:
                 await asyncio.to_thread(store.follow, data)
@@ -372,6 +380,9 @@ class MemoryHosting:
                 continue
             try:
                 data = await self._fetch_manifest(entry)
+                manifest = await asyncio.to_thread(MemoryManifest.parse, data)
+                if await self._refuses(entry, manifest.licenses):
+                    continue
                 async with self._writing:
                     store = await asyncio.to_thread(MemoryStore.create, self._folder / str(memory), data)
             except (TransferError, WireError) as error:
@@ -381,8 +392,7 @@ class MemoryHosting:
                 self._note_full(error)
                 return
             self._stores[memory] = store
-            await self._note_refusal(memory, store.manifest.licenses)
-            if memory in self._stores and not self._leaving:
+            if not self._leaving:
                 self.served[str(memory)] = store
 
     # taking and dropping

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,56 @@ def test_refused_memories_and_licences_are_not_hosted(play: Play) -> None:
         assert list(by_name.memories.served) == [str(memory_id(village, SECOND))]
         assert list(by_license.memories.served) == [str(memory_id(village, MEMORY))]
         assert not folder(village, 1, MEMORY).exists()
+
+    play(scenario)
+
+
+def test_a_licence_that_only_the_manifest_names_is_refused_once(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list has room for eight."""
+    many = SampleMemory.make("many-licences", seed=3, licenses=(*(f"L-{n}" for n in range(8)), "secret"))
+    fetched, fetch = Counter[bytes](), PartClient.fetch
+
+    async def counting(parts: PartClient, peer: Any, memory: str, name: bytes, most: int) -> bytes:
+        fetched[name] += 1
+        return await fetch(parts, peer, memory, name, most)
+
+    monkeypatch.setattr(PartClient, "fetch", counting)
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, many, MEMORY)
+        await village.run(founder)
+        allowed = tuple(license for license in (*many.manifest.licenses, "CC0-1.0") if license != "secret")
+        node = await village.join(1, await founder.swarm.invite(), **HOST, memory_licenses=allowed)
+        await village.run(node)
+        await until(lambda: node.memories.shards == 4)
+        await until(lambda: fetched[MemoryStore(Path(), many.manifest.serialize()).part.sha256] >= 1)
+        for _ in range(3):
+            await node.memories.follow()
+            await node.memories.look()
+        assert fetched[MemoryStore(Path(), many.manifest.serialize()).part.sha256] == 1
+        assert list(node.memories.served) == [str(memory_id(village, MEMORY))]
+        assert not folder(village, 1, many).exists()
+
+    play(scenario)
+
+
+def test_folders_that_are_no_memory_are_left_alone(play: Play, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(village: Village) -> None:
+        MEMORY.write(folder(village, 0, MEMORY))
+        broken = folder(village, 0, SECOND)
+        SECOND.write(broken, lambda root: False)
+        (broken / "shards").rmdir()
+        other = broken.with_name("notes")
+        other.mkdir()
+        with caplog.at_level(logging.WARNING):
+            founder = await village.found(**HOST)
+            await village.run(founder)
+            await until(lambda: founder.memories.shards == 4)
+        assert f"{broken} is not used" in caplog.text
+        assert f"{other} is not used" in caplog.text
+        assert other.exists()
 
     play(scenario)
 
