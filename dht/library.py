@@ -42,12 +42,16 @@ from peer.kademlia.lookups import Item
 from peer.merkle import HASH_BYTES
 from peer.wire import records_pb2
 
+WANTED_REPLICAS = 2
+"""Of each shard: nodes take what has fewer."""
 MAX_LISTED_LICENSES = 8
 _RENEW_AFTER_S = LIFETIME_S / 2
 _MAX_PUBLISHERS = 256
 """Whose libraries are read and remembered."""
 _MAX_HOSTS = 256
 """Of one cell whose records are read."""
+_CELLS_AT_ONCE = 512
+"""In one look-up, which has one deadline."""
 _MOST_NAMED = 16
 """Memories that an error names."""
 _BRANCHES = 16
@@ -244,9 +248,14 @@ class MemoryRegistry:
 
     async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
         """Who hosts shards of each cell. Raises UnreachableError."""
-        keys = {self._keys.memory(memory, cell): cell for cell in cells}
-        found = await self._registry.get(list(keys))
-        return {cell: tuple(self._hosts_under(key, found[key])) for key, cell in keys.items()}
+        hosts: dict[Cell, tuple[CellHost, ...]] = {}
+        wanted = list(cells)
+        for begin in range(0, len(wanted), _CELLS_AT_ONCE):
+            some = wanted[begin : begin + _CELLS_AT_ONCE]
+            keys = {self._keys.memory(memory, cell): cell for cell in some}
+            found = await self._registry.get(list(keys))
+            hosts |= {cell: tuple(self._hosts_under(key, found[key])) for key, cell in keys.items()}
+        return hosts
 
     async def some_hosts(self, memory: MemoryID, most: int = 8) -> tuple[CellHost, ...]:
         """Some peers that host shards of any cell, for those who don't know the grid yet. Raises UnreachableError.

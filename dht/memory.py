@@ -7,7 +7,7 @@ part may come from anybody.
 import hashlib
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -245,10 +245,6 @@ class MemoryManifest:
         for shard in self.shards:
             found.setdefault(shard.cell, []).append(shard)
         return {cell: tuple(shards) for cell, shards in found.items()}
-
-    def refused_licenses(self, allowed: Collection[str]) -> list[str]:
-        """The memory's licences that are not among these; none if these are none: then all are allowed."""
-        return [text for text in self.licenses if text not in allowed] if allowed else []
 
 
 def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:

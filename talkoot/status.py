@@ -1,11 +1,9 @@
 """`talkoot status`: lists the nodes, trainers and experts of a swarm, by what they wrote to the DHT."""
 
 import asyncio
-import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,17 +13,14 @@ from rich.text import Text
 
 from dht.announcements import NodeInfo, Replica, TrainerInfo
 from dht.directory import Directory, View
-from dht.invites import Invite, invite_of
 from dht.manifest import Manifest
-from dht.swarm import Stage, Swarm, join_swarm
+from dht.swarm import Swarm
 from dht.uid import UID, grid_coordinates
 from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import age_in_words, counted
-from peer.host import NetworkConfig
-from peer.identity import Identity, PeerID
-from peer.loop import new_loop
-from talkoot.signals import run_until_stopped
+from peer.identity import PeerID
+from talkoot.ephemeral import run_in_swarm
 from talkoot.terminal import FittingTable, Terminal
 
 _WATCH_EVERY_S = 2.0
@@ -129,32 +124,17 @@ class SwarmReader:
 
 def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> None:
     """Prints a reading of the swarm; with `watch`, again and again. Raises UserError when it can't be reached."""
-    invite = invite_of(join)
-    with (
-        tempfile.TemporaryDirectory(prefix="talkoot-status-") as folder,
-        asyncio.Runner(loop_factory=new_loop) as runner,
-    ):
-        runner.run(run_until_stopped(_look(terminal, invite, Path(folder), watch)))
+    run_in_swarm(terminal, join, lambda swarm: _look(terminal, swarm, watch))
 
 
-async def _look(terminal: Terminal, invite: Invite, folder: Path, watch: bool) -> None:
-    with terminal.stages("making ready") as stage:
-        swarm = await _join(invite, folder, stage)
-    try:
-        reader = SwarmReader(swarm, list_every_s=_LIST_EVERY_S)
-        if not watch:
-            _show(terminal, await reader.read())
-        elif terminal.json or not terminal.out.is_terminal:
-            await _show_repeatedly(terminal, reader)
-        else:
-            await _show_live(terminal, reader)
-    finally:
-        await swarm.stop()
-
-
-async def _join(invite: Invite, folder: Path, stage: Stage) -> Swarm:
-    identity = Identity.load_or_create(folder / "identity.key")
-    return await join_swarm(identity, invite, NetworkConfig("127.0.0.1", serves_dht=False), stage=stage)
+async def _look(terminal: Terminal, swarm: Swarm, watch: bool) -> None:
+    reader = SwarmReader(swarm, list_every_s=_LIST_EVERY_S)
+    if not watch:
+        _show(terminal, await reader.read())
+    elif terminal.json or not terminal.out.is_terminal:
+        await _show_repeatedly(terminal, reader)
+    else:
+        await _show_live(terminal, reader)
 
 
 async def _show_repeatedly(terminal: Terminal, reader: SwarmReader) -> None:

@@ -132,6 +132,13 @@ class MemoryStore:
         """`data`: verified. Raises OSError."""
         write_atomically(self._part_path(part.sha256), data)
 
+    def read_part(self, part: Part) -> bytes:
+        """The encoder or the codebook. Raises WireError if the file is another, and OSError."""
+        path = self._part_path(part.sha256)
+        if path.stat().st_size != part.size:
+            raise WireError(f"{path} does not have {part.size} bytes")
+        return has_sha256(part.sha256, path.read_bytes())
+
     def missing_parts(self) -> list[Part]:
         """The encoder and the codebook, unless they are here and as they should be. Raises OSError."""
         return [part for part in (self.manifest.encoder, self.manifest.codebook) if not self._has_part(part)]
@@ -192,11 +199,8 @@ class MemoryStore:
             kept.pop(root, None)
 
     def _has_part(self, part: Part) -> bool:
-        path = self._part_path(part.sha256)
         try:
-            if path.stat().st_size != part.size:
-                return False
-            has_sha256(part.sha256, path.read_bytes())
+            self.read_part(part)
         except (FileNotFoundError, WireError):
             return False
         return True

@@ -13,9 +13,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from dht.announcements import Activity, Latency, NodeInfo, Reachability, Replica, ReplicaState, TrainerInfo
 from dht.directory import View
+from dht.library import WANTED_REPLICAS
 from dht.manifest import Manifest
 from peer.identity import PeerID
-from talkoot.memory.survey import WANTED_REPLICAS, Survey
+from talkoot.memory.survey import Survey
 
 SILENCE_FACTOR = 1.5
 """A peer has gone when it has not renewed its record for so many of its own periods."""
@@ -290,7 +291,8 @@ def _memory_figures(memories: Sequence[Survey], nodes: Iterable[NodeInfo]) -> Js
     return {
         "count": len(memories),
         "shards": sum(found.entry.shards for found in memories),
-        "served": sum(found.served for found in memories),
+        # of those that were surveyed in part it is not known
+        "served": sum(found.served if found.is_whole else found.entry.shards for found in memories),
         "below_two": sum(found.below() for found in memories if found.is_whole),
         "queries_per_s": sum(node.memory_queries_per_s for node in nodes),
     }

@@ -36,7 +36,6 @@ from peer.errors import DataError, LibraryError, SettingsError, WireError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted, printable
 from peer.merkle import HASH_BYTES, MerkleTree
-from peer.rpc.parts import has_sha256
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 from talkoot.memory.passages import PassageFile, read_passages
 from talkoot.memory.training import WordCounter, train_static_encoder
@@ -176,10 +175,10 @@ class _Base:
             store = MemoryStore.open(folder)
             manifest = store.manifest
             encoder = load_encoder(
-                manifest.encoder_kind, _part(folder, manifest.encoder), manifest.dimensions
+                manifest.encoder_kind, store.read_part(manifest.encoder), manifest.dimensions
             )
             codebook = Codebook.from_bytes(
-                _part(folder, manifest.codebook), manifest.grid, manifest.dimensions
+                store.read_part(manifest.codebook), manifest.grid, manifest.dimensions
             )
         except (WireError, OSError) as error:
             raise LibraryError(f"--base {folder} is not a memory that can be built on: {error}") from error
@@ -418,16 +417,6 @@ def _checked(manifest: MemoryManifest) -> bytes:
         MemoryManifest.parse(data)
     except WireError as error:
         raise SettingsError(f"this is too much for one memory: {error}; make several of it") from error
-    return data
-
-
-def _part(folder: Path, part: Part) -> bytes:
-    """Raises WireError if it is another, and OSError."""
-    path = folder / PARTS / part.sha256.hex()
-    if path.stat().st_size != part.size:
-        raise WireError(f"{path} has not {part.size} bytes")
-    data = path.read_bytes()
-    has_sha256(part.sha256, data)
     return data
 
 

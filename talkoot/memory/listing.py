@@ -1,32 +1,26 @@
 """`talkoot memory list` and `talkoot memory inspect NAME`: the memories of a swarm, and who hosts one of them."""
 
-import asyncio
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 
 from rich.table import Table
 from rich.text import Text
 
 from dht.admission import Role
 from dht.announcements import NodeInfo
-from dht.invites import Invite, invite_of
 from dht.library import LibraryEntry, MemoryRegistry, find_memory
 from dht.memory import MAX_MANIFEST_BYTES, MemoryManifest
-from dht.swarm import Swarm, join_swarm
+from dht.swarm import Swarm
 from peer.errors import LibraryError, TransferError
 from peer.formatting import bytes_in_words, counted
-from peer.host import NetworkConfig
-from peer.identity import Identity, PeerID
-from peer.loop import new_loop
+from peer.identity import PeerID
 from peer.rates import RateLimit
 from peer.rpc.parts import PartClient, has_sha256
 from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
+from talkoot.ephemeral import run_in_swarm
 from talkoot.memory.replication import Replication, entry_values, replication
 from talkoot.memory.survey import Survey, survey
-from talkoot.signals import run_until_stopped
 from talkoot.terminal import FittingTable, Terminal
 
 _CHANNELS = 16
@@ -36,43 +30,12 @@ _MOST_ROWS = 64
 
 def run_list(terminal: Terminal, join: str | None) -> None:
     """Raises UserError."""
-    _run(terminal, join, lambda swarm: _list(terminal, swarm), roles=())
+    run_in_swarm(terminal, join, lambda swarm: _list(terminal, swarm))
 
 
 def run_inspect(terminal: Terminal, join: str | None, name: str) -> None:
     """Raises UserError, also if nobody gives the memory's manifest."""
-    _run(terminal, join, lambda swarm: _inspect(terminal, swarm, name), roles=tuple(Role))
-
-
-def _run(
-    terminal: Terminal,
-    join: str | None,
-    look: Callable[[Swarm], Awaitable[None]],
-    roles: tuple[Role, ...],
-) -> None:
-    invite = invite_of(join)
-    with (
-        tempfile.TemporaryDirectory(prefix="talkoot-memory-") as folder,
-        asyncio.Runner(loop_factory=new_loop) as runner,
-    ):
-        runner.run(run_until_stopped(_look(terminal, invite, Path(folder), look, roles)))
-
-
-async def _look(
-    terminal: Terminal,
-    invite: Invite,
-    folder: Path,
-    look: Callable[[Swarm], Awaitable[None]],
-    roles: tuple[Role, ...],
-) -> None:
-    identity = Identity.load_or_create(folder / "identity.key")
-    with terminal.stages("making ready") as stage:
-        config = NetworkConfig("127.0.0.1", serves_dht=False)
-        swarm = await join_swarm(identity, invite, config, roles=roles, stage=stage)
-    try:
-        await look(swarm)
-    finally:
-        await swarm.stop()
+    run_in_swarm(terminal, join, lambda swarm: _inspect(terminal, swarm, name), tuple(Role))
 
 
 async def _list(terminal: Terminal, swarm: Swarm) -> None:

@@ -124,7 +124,7 @@ def run_revoke(
 def _show(terminal: Terminal, store: MemoryStore, found: Mapping[bytes, Passage]) -> None:
     if terminal.json:
         passages = [
-            {"leaf": leaf.hex(), "title": each.title, "source": each.source, "text": each.text}
+            {"hash": leaf.hex(), "title": each.title, "source": each.source, "text": each.text}
             for leaf, each in found.items()
         ]
         terminal.event("selected", {"passages": passages})
@@ -151,9 +151,8 @@ async def _revoke(
             stack.push_async_callback(swarm.stop)
             libraries = await MemoryRegistry(swarm.registry).libraries()
             now = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id, 0)
-            with_entry(
-                libraries.get(publisher.signer.peer_id, ()), now
-            )  # nothing is written if it may not follow
+            # nothing is written if it may not follow
+            with_entry(libraries.get(publisher.signer.peer_id, ()), now)
             stage("writing the new revision")
             await asyncio.to_thread(_write, store, found)
             passages = await asyncio.to_thread(count_passages, store)

@@ -1,27 +1,20 @@
 """`talkoot search`: finds passages in a memory of a swarm, and shows them with their sources."""
 
-import asyncio
-import tempfile
 import textwrap
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import platformdirs
 
 from dht.admission import Role
 from dht.announcements import NodeInfo
-from dht.invites import Invite, invite_of
 from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MAX_TEXT_CHARACTERS, MemoryID
-from dht.swarm import join_swarm
+from dht.swarm import Swarm
 from peer.errors import DataError, LibraryError
 from peer.formatting import counted, printable
-from peer.host import NetworkConfig
-from peer.identity import Identity
-from peer.loop import new_loop
-from talkoot.signals import run_until_stopped
+from talkoot.ephemeral import run_in_swarm
 from talkoot.terminal import Terminal, to_json
 from trainer_client.memory.memories import Memories
 from trainer_client.memory.retriever import Hit, SearchResult, check_query
@@ -30,8 +23,6 @@ _CHANNELS = 64
 _WIDEST = 100
 """Columns of text."""
 _INDENT = "   "
-_ROLES = (Role.READER, Role.TRAINER, Role.NODE, Role.LIBRARIAN)
-"""Any invite will do."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +52,7 @@ def run_search(terminal: Terminal, join: str | None, request: SearchRequest) -> 
     if not request.question.strip():
         raise DataError('ask something, such as: talkoot search --join INVITE "how are lists sorted?"')
     check_query([request.question], request.k, request.cells)
-    invite = invite_of(join)
-    with (
-        tempfile.TemporaryDirectory(prefix="talkoot-search-") as folder,
-        asyncio.Runner(loop_factory=new_loop) as runner,
-    ):
-        answer = runner.run(run_until_stopped(_search(terminal, invite, Path(folder), request)))
+    answer = run_in_swarm(terminal, join, lambda swarm: _search(terminal, swarm, request), tuple(Role))
     _check(answer)
     if terminal.json:
         terminal.line(to_json(_to_dict(request, answer)))
@@ -74,12 +60,8 @@ def run_search(terminal: Terminal, join: str | None, request: SearchRequest) -> 
         _show(terminal, answer)
 
 
-async def _search(terminal: Terminal, invite: Invite, folder: Path, request: SearchRequest) -> _Answer:
-    with terminal.stages("making ready") as stage:
-        # a temporary identity, so that it works beside a node or a trainer
-        identity = Identity.load_or_create(folder / "identity.key")
-        config = NetworkConfig("127.0.0.1", serves_dht=False)
-        swarm = await join_swarm(identity, invite, config, roles=_ROLES, stage=stage)
+async def _search(terminal: Terminal, swarm: Swarm, request: SearchRequest) -> _Answer:
+    with terminal.stages("opening the memory") as stage:
         channels = swarm.host.channels(_CHANNELS)
         memories = Memories(swarm, channels, platformdirs.user_cache_path("talkoot") / "memories")
         try:
@@ -92,7 +74,6 @@ async def _search(terminal: Terminal, invite: Invite, folder: Path, request: Sea
         finally:
             await memories.close()
             await channels.close()
-            await swarm.stop()
 
 
 def _check(answer: _Answer) -> None:

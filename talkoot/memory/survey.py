@@ -5,13 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dht.announcements import ReplicaState
-from dht.library import LibraryEntry, MemoryRegistry
+from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry
 from peer.identity import PeerID
 
-WANTED_REPLICAS = 2
-"""Of each shard, as hosts keep them."""
-_CELLS_AT_ONCE = 512
-"""In one look-up, which has one deadline."""
 _MOST_CELLS = 4096
 """Of one memory. A larger one is surveyed in part."""
 
@@ -54,11 +50,9 @@ async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
     looked_up = active[:_MOST_CELLS]
     replicas: Counter[bytes] = Counter()
     hosts = set()
-    for begin in range(0, len(looked_up), _CELLS_AT_ONCE):
-        found = await memories.cell_hosts(entry.memory, looked_up[begin : begin + _CELLS_AT_ONCE])
-        for some in found.values():
-            for host in some:
-                if host.state is ReplicaState.SERVING:
-                    hosts.add(host.peer_id)
-                    replicas.update(host.shards)
+    for some in (await memories.cell_hosts(entry.memory, looked_up)).values():
+        for host in some:
+            if host.state is ReplicaState.SERVING:
+                hosts.add(host.peer_id)
+                replicas.update(host.shards)
     return Survey(entry, replicas, frozenset(hosts), len(looked_up) == len(active))

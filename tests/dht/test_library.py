@@ -538,7 +538,8 @@ def test_a_library_that_does_not_fit_is_not_published(loop: LoopThread) -> None:
     run(loop, scenario)
 
 
-def test_hosts_of_cells_are_found_by_prefixes(loop: LoopThread) -> None:
+def test_hosts_of_cells_are_found_by_prefixes(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dht.library._CELLS_AT_ONCE", 2)
     memory, other = entry().memory, entry("bible").memory
     first, second, third = (bytes([number]) * 32 for number in range(3))
 

@@ -76,8 +76,6 @@ def test_a_long_passage_is_refused() -> None:
 def test_a_manifest_comes_back_as_it_was() -> None:
     assert MemoryManifest.parse(MANIFEST.serialize()) == MANIFEST
     assert MANIFEST.by_cell[15, 3] == (MANIFEST.shards[1],)
-    assert MANIFEST.refused_licenses(["MIT"]) == ["PSF-2.0"]
-    assert MANIFEST.refused_licenses([]) == []
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())

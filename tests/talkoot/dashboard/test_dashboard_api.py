@@ -120,6 +120,11 @@ def test_shards_without_a_host_are_counted(replicas: tuple[int, ...], level: str
     assert api.health(state_of(picture)) == {"level": level, "words": words}
 
 
+def test_a_memory_that_was_surveyed_in_part_is_no_reason_to_warn() -> None:
+    part = replace(memory(replicas=(1,), shards=5000), is_whole=False)
+    assert api.health(state_of(healthy(memories=[part]))) == {"level": "ok", "words": "healthy"}
+
+
 def test_memories_are_listed_and_those_that_need_hosts_most_come_first() -> None:
     memories = [memory("safe"), memory("alone", (1, 3)), memory("lost", (2,)), memory("many", (3, 3, 3))]
     picture = healthy(memories=[*memories, replace(memory("huge"), is_whole=False)])
