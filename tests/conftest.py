@@ -42,6 +42,7 @@ LONGEST = (
     "test_lookups.py",
     "test_hidden_experts.py",
     "test_dht_siege.py",
+    "test_memory_commands.py",
     "test_pause.py",
     "test_examples.py",
     "test_hostile_addresses.py",

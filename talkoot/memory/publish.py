@@ -13,6 +13,8 @@ from pathlib import Path
 from dht.announcements import Activity, ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry, with_entry
 from dht.swarm import Stage, Swarm
+from expert_server.memory.placement import SeenShard, ShardKey
+from expert_server.memory.proofs import ReplicaProofs
 from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
 from expert_server.memory.store import MemoryStore
 from expert_server.reachability import ReachabilityMonitor
@@ -20,10 +22,14 @@ from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION, clock
 from peer.errors import UnreachableError
 from peer.formatting import bytes_in_words, counted
-from peer.identity import Identity
-from peer.loop import RetryingRounds, keep_running, new_loop, tolerating
+from peer.identity import Identity, PeerID
+from peer.loop import RetryingRounds, TaskSet, new_loop, tolerating
+from peer.metrics import total
+from peer.rates import RateLimit
+from peer.rpc.parts import PartClient
+from peer.rpc.sessions import SessionClient
 from peer.transport.dialling import resolved
-from peer.wire import memory_pb2_grpc, records_pb2
+from peer.wire import memory_pb2_grpc, records_pb2, session_pb2
 from talkoot.memory.inspection import count_passages, open_memory
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication, entry_values, replication
@@ -36,11 +42,16 @@ logger = logging.getLogger(__name__)
 WANTED = 2
 """Replicas of each shard at others."""
 _LOOK_EVERY_S = 2.0
+_LOOKING = 0.2
+"""Part of the time that looks may take: of a memory with many cells, one is many look-ups."""
 _SHOW_EVERY_S = 10.0
 _PATIENCE_S = 60.0
 """Without progress, after which the publisher is told what may be the reason."""
 _FAREWELL_S = 2.0
 _KEEP_EVERY_S = 3600.0
+_CHANNELS = 16
+_CHECKED = 64
+"""Claims of others that are checked in one look."""
 _THREADS = 2
 """Searches at the same time: others are to fetch the memory, and to ask those who did."""
 
@@ -78,6 +89,15 @@ class Publication:
         rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
         self._reachability = ReachabilityMonitor(settings, swarm, rng, metrics=swarm.metrics)
         self._rounds = RetryingRounds(settings.announce_every_s, swarm.metrics, swarm.host.restarts)
+        self._tasks = TaskSet(swarm.host.restarts)
+        rights = (session_pb2.RIGHT_MEMORY,)
+        sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
+        self.parts = PartClient(
+            swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None)
+        )
+        """Of other hosts."""
+        self._proofs = ReplicaProofs(swarm, self.parts)
+        self._proven: set[tuple[PeerID, ShardKey]] = set()
         self._started_at = clock.now()
 
     @property
@@ -88,7 +108,7 @@ class Publication:
     @property
     def uploaded_bytes(self) -> float:
         """Of parts of the memory."""
-        return self.swarm.host.upload.bytes
+        return total(self._metrics.bytes, direction="sent")
 
     @asynccontextmanager
     async def published(self, stage: Stage) -> AsyncIterator[None]:
@@ -104,13 +124,15 @@ class Publication:
             await self._announce()
             signer = None if self._signer.peer_id == self.swarm.host.peer_id else self._signer
             await self.memories.publish_library(library, signer)
-            running = asyncio.create_task(self._run(), name="stay announced")
-            try:
-                yield
-            finally:
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
+            for name, run in (
+                ("announce the memory", self._stay_announced),
+                ("keep the list of memories", self._keep_library),
+                ("look who may call", self._keep_admission),
+            ):
+                self._tasks.supervise(name, run)
+            yield
         finally:
+            await self._tasks.aclose()
             await self._leave()
 
     async def _serve(self, stage: Stage) -> None:
@@ -124,17 +146,34 @@ class Publication:
         ):
             await self._reachability.begin(self._host, self.swarm.host.port, stage)
 
-    async def _run(self) -> None:
-        """Stays announced, for ever."""
-        async with asyncio.TaskGroup() as group:
-            for name, run in (("announce", self._stay_announced), ("keep the list", self._keep_library)):
-                group.create_task(keep_running(name, run, self.swarm.host.restarts), name=name)
-            recheck = self.swarm.host.sessions.recheck
-            group.create_task(self.swarm.keep_admission(self._settings.announce_every_s, recheck))
+    async def announced(self) -> Replication:
+        """What others say that they host. Raises UnreachableError."""
+        return await replication(self.memories, self.entry, self.manifest, self.swarm.host.peer_id)
 
     async def replication(self) -> Replication:
-        """At others. Raises UnreachableError."""
-        return await replication(self.memories, self.entry, self.manifest, self.swarm.host.peer_id)
+        """What others have proven to host. Raises UnreachableError.
+
+        A few claims are checked in each look, so that it does not take long.
+        """
+        announced = await self.announced()
+        seen = self._proofs.counted(
+            {
+                ShardKey(self.entry.memory, shard.root): SeenShard(
+                    shard, announced.by_root[shard.root], frozenset()
+                )
+                for shard in self.manifest.shards
+            }
+        )
+        claims = {(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving}
+        unproven = list(claims - self._proven)
+        self._proven &= claims
+        self._proven |= await self._proofs.proven(unproven[:_CHECKED], seen)
+        return Replication(
+            {
+                key.root: frozenset(peer_id for peer_id in shard.serving if (peer_id, key) in self._proven)
+                for key, shard in seen.items()
+            }
+        )
 
     async def _leave(self) -> None:
         """Withdraws what it announced. A DHT that does not answer must not delay it."""
@@ -146,6 +185,7 @@ class Publication:
         if self.swarm.host.server is not None:
             await self.swarm.host.server.stop(0.0)
         await self._servicer.close()
+        await self.parts.close()
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
@@ -159,6 +199,9 @@ class Publication:
         while True:
             await asyncio.sleep(_KEEP_EVERY_S)
             await self._rounds.run("keep the list", self.memories.keep_libraries)
+
+    async def _keep_admission(self) -> None:
+        await self.swarm.keep_admission(self._settings.announce_every_s, self.swarm.host.sessions.recheck)
 
     async def _announce(self) -> None:
         """As one that leaves: others fetch from this peer, and don't count it among the replicas that are enough."""
@@ -262,6 +305,7 @@ class ReplicationWatch:
         shown = ""
         with self._shown() as show:
             while True:
+                began = self._now()
                 with contextlib.suppress(UnreachableError):
                     found = await self._publication.replication()
                     if self._latest is None or found.by_root != self._latest.by_root:
@@ -275,7 +319,7 @@ class ReplicationWatch:
                     if text != shown and is_due:
                         show(text)
                         shown, shown_at = text, self._now()
-                await asyncio.sleep(_LOOK_EVERY_S)
+                await asyncio.sleep(pause_after(self._now() - began))
         entry, latest = self._publication.entry, self._latest
         if self._terminal.json:
             self._terminal.event("published", {**entry_values(entry), "replicas": latest.fewest})
@@ -318,6 +362,11 @@ class ReplicationWatch:
         if waited_s < _PATIENCE_S or self._latest is None:
             return ""
         return ". " + advice(len(self._latest.hosts), self._publication.advice)
+
+
+def pause_after(look_s: float) -> float:
+    """Until the next look at what hosts announce, after one that took so long."""
+    return max(_LOOK_EVERY_S, look_s / _LOOKING)
 
 
 def advice(hosts: int, reachability: str) -> str:

@@ -21,12 +21,9 @@ from peer.formatting import counted, printable
 from peer.identity import PeerID
 from peer.loop import new_loop
 from peer.merkle import HASH_BYTES
-from peer.rates import RateLimit
-from peer.rpc.parts import PartClient, has_sha256
-from peer.rpc.sessions import SessionClient
-from peer.wire import session_pb2
+from peer.rpc.parts import has_sha256
 from talkoot.memory.inspection import count_passages, open_memory
-from talkoot.memory.publish import Publication
+from talkoot.memory.publish import Publication, pause_after
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.node.launch import listen_address
 from talkoot.signals import run_until_stopped
@@ -37,9 +34,7 @@ logger = logging.getLogger(__name__)
 _FEWEST_DIGITS = 16
 _SHOWN = 20
 _SHOWN_CHARACTERS = 100
-_LOOK_EVERY_S = 2.0
 _SHOW_EVERY_S = 10.0
-_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,6 @@ async def _revoke(
             "it" if len(found) == 1 else "them",
         )
         watch = _FollowerWatch(terminal, swarm, publication)
-        stack.push_async_callback(watch.close)
         try:
             await watch.until_all_follow()
         except asyncio.CancelledError:
@@ -191,18 +185,12 @@ def _write(store: MemoryStore, found: Mapping[bytes, Passage]) -> None:
 
 
 class _FollowerWatch:
-    """Sees which hosts have the new revision. Close it when done."""
+    """Sees which hosts have the new revision."""
 
     def __init__(self, terminal: Terminal, swarm: Swarm, publication: Publication) -> None:
         self._terminal = terminal
         self._swarm = swarm
         self._publication = publication
-        sessions = SessionClient(
-            swarm.host.identity, swarm.keys.swarm_id, (session_pb2.RIGHT_MEMORY,), swarm.admission
-        )
-        self._parts = PartClient(
-            swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None)
-        )
         self._following: set[PeerID] = set()
         self._hosts: frozenset[PeerID] = frozenset()
 
@@ -216,6 +204,7 @@ class _FollowerWatch:
         shown, shown_at = "", time.monotonic()
         with self._terminal.stages("waiting for its hosts") as show:
             while True:
+                began = time.monotonic()
                 with contextlib.suppress(UnreachableError):
                     await self._look()
                     if self._hosts <= self._following:
@@ -225,7 +214,7 @@ class _FollowerWatch:
                 ):
                     show(self.in_words)
                     shown, shown_at = self.in_words, time.monotonic()
-                await asyncio.sleep(_LOOK_EVERY_S)
+                await asyncio.sleep(pause_after(time.monotonic() - began))
         entry = self._publication.entry
         if self._terminal.json:
             values = {"memory": str(entry.memory), "revision": entry.revision, "hosts": len(self._hosts)}
@@ -239,16 +228,13 @@ class _FollowerWatch:
 
     async def _look(self) -> None:
         """A host that serves the new manifest has deleted what is revoked in it. Raises UnreachableError."""
-        self._hosts = (await self._publication.replication()).hosts
+        self._hosts = (await self._publication.announced()).hosts
         contacts = await self._swarm.registry.nodes(self._hosts - self._following)
         entry = self._publication.entry
         for peer_id, contact in contacts.items():
             with contextlib.suppress(TransferError, StateError, WireError):
-                data = await self._parts.fetch(
+                data = await self._publication.parts.fetch(
                     contact, str(entry.memory), entry.manifest.sha256, entry.manifest.size
                 )
                 has_sha256(entry.manifest.sha256, data)
                 self._following.add(peer_id)
-
-    async def close(self) -> None:
-        await self._parts.close()

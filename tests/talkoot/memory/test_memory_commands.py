@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from commands import run
+from commands import command
 from victim import MANIFEST_TOML, NodeVictim, founder, member
 
 QUICK = {"announce_every_s": 1, "p2pd": "off", "upnp": False}
@@ -18,6 +19,13 @@ SUBJECTS = {
     "locks": "A canal lock lifts a boat from one level of water to another by closing a gate and filling a chamber.",
     "comets": "A comet comes near the sun on a long orbit, and the heat draws a bright tail of dust out of its ice.",
 }
+
+
+def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Some of these commands wait for others, who may be slow."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=300, env=os.environ | environment
+    )
 
 
 def written(folder: Path) -> Path:

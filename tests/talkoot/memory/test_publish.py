@@ -33,7 +33,7 @@ from peer.loop import LoopThread
 from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2
 from talkoot.memory.inspection import count_passages, open_memory
-from talkoot.memory.publish import _publish, advice
+from talkoot.memory.publish import Publication, _publish, advice
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication
 from talkoot.memory.revoke import Selection, _revoke
@@ -392,6 +392,33 @@ def test_a_stopped_publisher_leaves_what_others_have_and_goes_on_when_it_is_star
             await hosts[1].take()
             async with asyncio.timeout(60):
                 await publishing(founder_with(invite), store)
+
+    loop.run(scenario(), 180)
+
+
+def test_those_who_only_say_that_they_host_a_memory_do_not_count(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = MEMORY.write(tmp_path / "memory")
+        async with contextlib.AsyncExitStack() as stack:
+            founder, hosts, invite = await stack.enter_async_context(swarm_of("open", tmp_path))
+            swarm = await founder_with(invite).join(SETTINGS, HOST, lambda text: None)
+            stack.push_async_callback(swarm.stop)
+            publication = Publication(swarm, store, FOUNDER, SETTINGS, HOST, 80)
+            await stack.enter_async_context(publication.published(lambda text: None))
+            cells: Mapping[Cell, Any] = {
+                shard.cell: (SERVING, [shard.root]) for shard in MEMORY.manifest.shards
+            }
+            for liar in (hosts[0].swarm, founder):
+                await MemoryRegistry(liar.registry).announce(publication.entry.memory, cells, 60)
+            await taken(hosts[1])
+
+            async def all_seen() -> bool:
+                return len((await publication.announced()).hosts) == 3
+
+            await eventually(all_seen)
+            proven = await publication.replication()
+            assert proven.hosts == {SECOND.peer_id}
+            assert (proven.fewest, proven.below(2)) == (1, 4)
 
     loop.run(scenario(), 180)
 
