@@ -380,8 +380,11 @@ class _Progress:
 
     def show(self, what: str, detail: str) -> None:
         now = time.monotonic()
-        if what != self._what or now >= self._at + self._every_s:
+        if what != self._what:
             self._what, self._at = what, now
+            self._stage(what)
+        elif now >= self._at + self._every_s:
+            self._at = now
             self._stage(f"{what}: {detail}")
 
 

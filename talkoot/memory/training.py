@@ -35,7 +35,9 @@ _WHOLE = 0.2
 _USABLE_WORDS = 8
 """A passage with fewer teaches nothing."""
 _SMALLEST = 1e-9
-_EPOCHS, _MOST_SAMPLES, _FEWEST_STEPS = 6, 2_000_000, 100
+_EPOCHS, _MOST_EPOCHS = 6, 60
+_FEWEST_SAMPLES, _MOST_SAMPLES = 500_000, 2_000_000
+"""Passages that are learned from, in all epochs together; of a small memory, as often as `_MOST_EPOCHS` allows."""
 
 Numbers = npt.NDArray[np.int32]
 
@@ -130,7 +132,8 @@ def train_static_encoder(
     if len(usable) > 1:
         descent = _Descent(vectors_VD)
         size = min(_BATCH, len(usable))
-        steps = max(min(_EPOCHS * len(usable), _MOST_SAMPLES) // size, _FEWEST_STEPS)
+        samples = min(max(_EPOCHS * len(usable), _FEWEST_SAMPLES), _MOST_SAMPLES, _MOST_EPOCHS * len(usable))
+        steps = samples // size
         for step, batch in zip(range(steps), _batches(usable, size, rng), strict=False):
             rate = _RATE * (1 - step / steps) * min(1, (step + 1) / _WARM_UP_STEPS)
             loss = descent.step(*_cloze(words, batch, rng), rate)
