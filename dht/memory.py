@@ -47,6 +47,8 @@ _LARGEST_GRID = 4096
 _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")
 _SUFFIX_CHARACTERS = 12
 _KIND_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_MAX_FIELDS = MAX_SHARDS + MAX_REVOKED + MAX_LICENSES + 2**10
+"""Of a manifest that can be parsed."""
 _LEAF_DOMAIN = b"talkoot passage v1\0"
 
 
@@ -169,6 +171,7 @@ class MemoryManifest:
         """Raises WireError."""
         if len(data) > MAX_MANIFEST_BYTES:
             raise WireError(f"a memory's manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES}")
+        _check_count(data)
         message = memory_pb2.MemoryManifest()
         try:
             message.ParseFromString(data)
@@ -272,6 +275,42 @@ def cell_of(number: int, grid: tuple[int, ...]) -> Cell:
         number, coordinate = divmod(number, size)
         cell.append(coordinate)
     return tuple(reversed(cell))
+
+
+def _check_count(data: bytes) -> None:
+    """Raises WireError if there are more fields than a manifest has.
+
+    Millions of empty ones fit into it, and each takes thirty times its size once it is parsed.
+    """
+    at = 0
+    for _ in range(_MAX_FIELDS):
+        if at >= len(data):
+            return
+        key, at = _number(data, at)
+        match key & 7:
+            case 0:
+                _, at = _number(data, at)
+            case 1:
+                at += 8
+            case 2:
+                size, at = _number(data, at)
+                at += size
+            case 5:
+                at += 4
+            case other:
+                raise WireError(f"a memory's manifest with a field of type {other}")
+    raise WireError(f"a memory's manifest of more than {_MAX_FIELDS} fields")
+
+
+def _number(data: bytes, at: int) -> tuple[int, int]:
+    """The varint there, and where the next thing is. Raises WireError."""
+    number = shift = 0
+    for byte in data[at : at + 10]:
+        number |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return number, at + shift // 7
+    raise WireError("a memory's manifest that is cut off")
 
 
 def _part(sha256: bytes, size: int, most: int) -> Part:

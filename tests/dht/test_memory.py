@@ -133,3 +133,20 @@ def test_bytes_of_strangers_are_parsed_or_refused(data: bytes) -> None:
     except WireError:
         return
     assert MemoryManifest.parse(parsed.serialize()) == parsed
+
+
+@pytest.mark.parametrize("tag", [b"\x72\x00", b"\x6a\x00", b"\x7a\x00", b"\x08\x01", b"\xf8\x07\x00"])
+def test_a_manifest_of_millions_of_small_fields_is_refused_before_it_is_parsed(tag: bytes) -> None:
+    """Empty shards, licences and hashes; one field again and again; one that is not known."""
+    with pytest.raises(WireError, match="fields"):
+        MemoryManifest.parse(MANIFEST.serialize() + tag * 200_000)
+
+
+def test_a_manifest_with_fields_of_a_later_version_is_parsed() -> None:
+    more = b"\xa1\x06" + bytes(8) + b"\xa5\x06" + bytes(4) + b"\xa2\x06\x03abc" + b"\xa0\x06\xff\x01"
+    assert MemoryManifest.parse(MANIFEST.serialize() + more) == MANIFEST
+    for cut in range(1, len(more)):
+        try:
+            assert MemoryManifest.parse(MANIFEST.serialize() + more[:cut]) == MANIFEST
+        except WireError:
+            pass
