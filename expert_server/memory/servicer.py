@@ -373,8 +373,10 @@ def _searches(
         raise WireError("a shard is named twice")
     found, cost = [], 0
     for number, (wanted, shard) in enumerate(zip(request.shards, shards, strict=True)):
+        if len(wanted.queries) > queries:  # before an array is made of them
+            raise WireError("a query is named twice")
         numbers = np.array(wanted.queries if wanted.queries else range(queries), np.intp)
-        if len(numbers) > queries or numbers.max() >= queries or len(np.unique(numbers)) < len(numbers):
+        if numbers.max() >= queries or len(np.unique(numbers)) < len(numbers):
             raise WireError("a query is named twice, or is not in the request")
         if shard is not None:
             cost += len(shard) * len(numbers)

@@ -90,7 +90,7 @@ class Ask:
 
     def parse(self, reply: memory_pb2.SearchReply, host: PeerID) -> "Answer":
         """Raises WireError if no honest host answers so."""
-        missing = set(reply.missing)
+        missing = set(reply.missing[: len(self.shards)])
         if len(missing) != len(reply.missing) or not missing <= set(range(len(self.shards))):
             raise WireError("a search whose missing shards are not those that were asked for")
         if len(reply.found) != len(self.sent):

@@ -297,6 +297,26 @@ def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) 
     loop.run(scenario(), 60)
 
 
+def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        turns, go, caller = Turns(1, 10), asyncio.Event(), new_identity().peer_id
+
+        async def call() -> None:
+            async with turns.turn(caller):
+                await go.wait()
+
+        first, second = asyncio.create_task(call()), asyncio.create_task(call())
+        await until(lambda: len(turns) == 1)
+        go.set()
+        second.cancel()
+        await asyncio.wait([first, second])
+        assert (first.exception(), second.cancelled()) == (None, True)
+        async with asyncio.timeout(30):
+            await call()
+
+    loop.run(scenario(), 60)
+
+
 @given(st.lists(st.sampled_from(["wait", "cancel", "go", "look"]), max_size=40), st.integers(1, 3))
 @settings(deadline=None)
 def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str], at_once: int) -> None:
@@ -323,7 +343,7 @@ def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str
                 await asyncio.sleep(0)
             elif gates and step == "cancel":
                 gates.pop(n % len(gates))[0].cancel()
-            elif gates:
+            elif gates and step == "go":
                 gates[n % len(gates)][1].set()
         for _, go in gates:
             go.set()
