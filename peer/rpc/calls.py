@@ -109,12 +109,12 @@ class _Calls:
         return make
 
 
-def or_empty(parse: Parse[M]) -> Parse[M]:
-    """Parses what can be parsed, and gives an empty message for the rest."""
+def or_empty(parse: Parse[M], most_bytes: int | None = None) -> Parse[M]:
+    """Parses what can be parsed and has at most so many bytes, and gives an empty message for the rest."""
 
     def parsed(data: bytes) -> M:
         try:
-            return parse(data)
+            return parse(b"" if most_bytes is not None and len(data) > most_bytes else data)
         except DecodeError:
             return parse(b"")
 

@@ -48,6 +48,9 @@ _END_S = 5.0
 """Longest that the end of a call waits to be taken, with the reply before it."""
 _PATIENCE_S = 1.0
 """For so long a call may wait for its caller before its place goes to another if there is none left."""
+_MOST_BYTES = {"talkoot.v1.MemoryService": 512 * 2**10}
+"""Of a message to these services; the largest search fits in. A larger one counts as empty: a few MB of tiny fields
+would take the loop a tenth of a second to parse, and thirty times their size."""
 _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
 """Of one caller."""
 _STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE = 5.0, 40.0
@@ -184,9 +187,12 @@ class CallGate(grpc.aio.ServerInterceptor):
         async def serve(requests: AsyncIterator[Any], context: "grpc.aio.ServicerContext[Any, Any]") -> None:
             await self._serve(handler_call_details.method, answer, requests, context)
 
-        parse = handler.request_deserializer
+        parse, most_bytes = (
+            handler.request_deserializer,
+            _MOST_BYTES.get(_service(handler_call_details.method)),
+        )
         return grpc.stream_stream_rpc_method_handler(
-            serve, None if parse is None else or_empty(parse), handler.response_serializer
+            serve, None if parse is None else or_empty(parse, most_bytes), handler.response_serializer
         )
 
     async def _serve(

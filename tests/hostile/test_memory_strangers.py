@@ -1,0 +1,76 @@
+"""Strangers call a host of memories as no retriever does: over real connections, through the gate that nodes have."""
+
+import contextlib
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from callers import numbered_identity
+from grpc import StatusCode
+from memory_folders import DIMENSIONS, SampleMemory
+from memory_peers import SWARM, search_request
+from stranger import HostileCaller
+
+from dht.announcements import NodeInfo
+from dht.memory import MemoryID
+from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
+from peer import PROTOCOL_VERSION
+from peer.identity import certificate_pem
+from peer.loop import LoopThread
+from peer.rates import RateLimit
+from peer.rpc.server import RpcServer, server_credentials
+from peer.rpc.sessions import Sessions
+from peer.transport.endpoints import Endpoint
+from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2
+
+MEMORY = SampleMemory.make(each=100)
+HOST = numbered_identity(1)
+ID = MemoryID.of(MEMORY.manifest.name, HOST.peer_id)
+
+
+def attacking(
+    loop: LoopThread, folder: Path, attack: Callable[[HostileCaller], Coroutine[Any, Any, None]]
+) -> None:
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            sessions = Sessions(SWARM, HOST.peer_id)
+            server = RpcServer(sessions, 64)
+            stores = {str(ID): MEMORY.write(folder / "memory")}
+            servicer = MemoryServicer(stores, SWARM, sessions, RateLimit(None), MemoryMetrics(), 1)
+            stack.push_async_callback(servicer.close)
+            memory_pb2_grpc.add_MemoryServiceServicer_to_server(servicer, server.services)
+            certificate = HOST.make_certificate()
+            port = await server.start(server_credentials(HOST, certificate), "127.0.0.1", 0)
+            stack.push_async_callback(server.stop, None)
+            pem, address = certificate_pem(certificate, HOST.peer_id), Endpoint(f"127.0.0.1:{port}")
+            node = NodeInfo(HOST.peer_id, (address,), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, 1e12)
+            stranger = HostileCaller(node, SWARM)
+            stack.push_async_callback(stranger.close)
+            await stranger.open_session(rights=(session_pb2.RIGHT_MEMORY,))
+            await attack(stranger)
+
+    loop.run(run(), 120)
+
+
+def test_a_call_of_millions_of_tiny_fields_is_not_parsed(loop: LoopThread, tmp_path: Path) -> None:
+    """Shards, queries, and fields that nobody knows: parsed, they take the loop long, or memory for as long as the call
+    waits.
+    """
+
+    async def attack(stranger: HostileCaller) -> None:
+        queries = np.zeros((256, DIMENSIONS), np.int8).tobytes()
+        right = search_request(ID, 5, queries, *MEMORY.roots)
+        for wanted in right.shards:
+            wanted.queries.extend(range(256))
+        data = right.SerializeToString()
+        answer = await stranger.unary("talkoot.v1.MemoryService/Search", data)
+        assert len(memory_pb2.SearchReply.FromString(answer).found) == 256
+        for tag in (b"\x32\x00", b"\x28\x01", b"\xf8\x07\x00"):
+            with pytest.raises(grpc.aio.AioRpcError, match="protocol version") as refused:
+                await stranger.unary("talkoot.v1.MemoryService/Search", data + tag * 2**19)
+            assert refused.value.code() is StatusCode.FAILED_PRECONDITION
+
+    attacking(loop, tmp_path, attack)
