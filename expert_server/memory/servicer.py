@@ -7,11 +7,12 @@ those that wait. What a call may cost is bounded before any of it is computed.
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import grpc
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.memory import MAX_SHARD_BYTES
-from expert_server.memory.shard import Shard, Vectors
+from expert_server.memory.shard import MOST_PRODUCTS, NO_SCORE, Shard, Vectors, search_together
 from expert_server.memory.store import MemoryStore
 from peer.budget import FairBudget, interruptible
 from peer.errors import ExpertError, WireError
@@ -48,7 +49,6 @@ _MAX_CALL_S = 30.0
 _MAX_TRANSFERS, _MAX_TRANSFER_S = 8, 600.0
 _LEAF_BYTES = 16
 """Of a leaf's hash, in the answer to a search."""
-_NO_SCORE = -(2**31)
 _TOO_MANY = "others wait to search too, and more than your share of the places were yours: try again soon"
 
 
@@ -161,31 +161,30 @@ class Best:
     """The best passages that were found for each query so far, in some shards."""
 
     def __init__(self, queries: int, k: int) -> None:
-        self.scores = np.full((queries, k), _NO_SCORE, np.int64)
+        self.scores = np.full((queries, k), NO_SCORE, np.int64)
         self.shards = np.zeros((queries, k), np.int64)
         self.positions = np.zeros((queries, k), np.int64)
 
     def add(
         self,
-        number: int,
         queries: NDArray[np.intp],
+        numbers: NDArray[np.int64],
         positions: NDArray[np.int64],
         scores: NDArray[np.int32],
     ) -> None:
-        """What shard `number` has for these queries. Of equal scores, those that were added first stay first."""
+        """The best passages of some shards for these queries. Of equal scores, those that were added first stay first.
+
+        `numbers`: of their shards in the request.
+        """
         k = self.scores.shape[1]
         joined = np.concatenate((self.scores[queries], scores), axis=1)
         best = np.argsort(np.negative(joined), axis=1, kind="stable")[:, :k]
-        for kept, new in (
-            (self.scores, scores),
-            (self.positions, positions),
-            (self.shards, np.full_like(positions, number)),
-        ):
+        for kept, new in ((self.scores, scores), (self.positions, positions), (self.shards, numbers)):
             kept[queries] = np.take_along_axis(np.concatenate((kept[queries], new), axis=1), best, axis=1)
 
     def found(self, query: int, roots: Sequence[Shard | None]) -> memory_pb2.Found:
         """As it is sent. `roots`: the shards of the request."""
-        count = int((self.scores[query] > _NO_SCORE).sum())
+        count = int((self.scores[query] > NO_SCORE).sum())
         shards, positions = self.shards[query, :count].tolist(), self.positions[query, :count].tolist()
         leaves = []
         for number, position in zip(shards, positions, strict=True):
@@ -335,10 +334,12 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
     ) -> memory_pb2.SearchReply:
         began = self._clock()
         best = Best(len(queries), k)
-        for search in searches:
+        for some in _together(searches):
             if is_given_up():
                 break
-            best.add(search.number, search.queries, *search.shard.search(queries[search.queries], k))
+            asked = some[0].queries
+            places, positions, scores = search_together([one.shard for one in some], queries[asked], k)
+            best.add(asked, np.array([one.number for one in some])[places], positions, scores)
         reply = memory_pb2.SearchReply(found=[best.found(query, shards) for query in range(len(queries))])
         self.metrics.seconds.observe(self._clock() - began)
         return reply
@@ -384,6 +385,19 @@ def _searches(
     if cost > _MAX_SCORES:
         raise WireError(f"{cost} passages to compare; at most {_MAX_SCORES}: ask for less at once")
     return found
+
+
+def _together(searches: Sequence[_ShardSearch]) -> Iterator[list[_ShardSearch]]:
+    """Searches for the same queries, some at a time."""
+    for _, group in groupby(searches, lambda search: search.queries.tobytes()):
+        some, rows = list[_ShardSearch](), 0
+        for search in group:
+            if some and (rows + len(search.shard)) * len(search.queries) > MOST_PRODUCTS:
+                yield some
+                some, rows = [], 0
+            some.append(search)
+            rows += len(search.shard)
+        yield some
 
 
 def _read(

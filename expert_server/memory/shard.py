@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cache
 from typing import Self, TypeAlias
 
 import numpy as np
@@ -39,10 +40,14 @@ _LENGTH_BYTES = 4
 """Before each passage in an inflated block."""
 _MOST_PASSAGE_BYTES = 4 * (MAX_TEXT_CHARACTERS + 2 * MAX_LABEL_CHARACTERS + MAX_LICENSE_CHARACTERS) + 64
 """Of a serialized passage: its fields in UTF-8, and what protobuf adds."""
-_SCORES = 2**22
-"""Computed at once: 16 MiB of float32."""
+MOST_PRODUCTS = 2**22
+"""Computed at once: 16 MiB."""
+NO_SCORE = -(2**31)
+"""Of revoked passages."""
+_FEWEST_DIMENSIONS = 16
+"""That torch's product of bytes is used for: with one, its answer is wrong."""
 _ROWS = 1024
-"""Vectors converted to float32 at a time, which stay in the processor's cache until they are multiplied."""
+"""Vectors at a time, which stay in the processor's cache until they are multiplied."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Shard:
         """See `parse`."""
         self._vectors, self._leaves, self._revoked = vectors, leaves, revoked
         self._offsets, self._blocks = offsets, blocks
+        self.live = len(leaves) - int(revoked.sum())
+        """Passages that were not revoked."""
         # the roots of whole, aligned parts of a tree are a level of that tree
         self._top = MerkleTree([self._tree(block).root for block in range(len(offsets) - 1)])
 
@@ -132,28 +139,17 @@ class Shard:
 
         Fewer than k if there are fewer that were not revoked. Of equal scores, the first positions.
         """
-        k = min(k, len(self) - int(self._revoked.sum()))
-        positions = np.empty((len(queries), k), np.int64)
-        scores = np.empty((len(queries), k), np.int32)
-        if k:
-            step = max(1, _SCORES // len(self))
-            for start in range(0, len(queries), step):
-                for row, found in enumerate(self._products(queries[start : start + step]), start):
-                    positions[row] = best = _largest(found, k)
-                    scores[row] = found[best]
+        _, positions, scores = search_together([self], queries, k)
         return positions, scores
 
-    def _products(self, queries: Vectors) -> NDArray[np.float32]:
-        """The inner products with all passages, -inf with revoked ones. (Q, N)
-
-        Sums of up to 1024 products of signed bytes are whole numbers up to 2^24, which float32 holds exactly.
-        """
-        products = np.empty((len(queries), len(self)), np.float32)
-        wanted = torch.from_numpy(queries.astype(np.float32))
+    def products(self, queries: Vectors) -> NDArray[np.int32]:
+        """The inner products with all passages, and the least number of all with revoked ones. (Q, N)"""
+        products = np.empty((len(queries), len(self)), np.int32)
         for start in range(0, len(self), _ROWS):
-            rows = torch.from_numpy(self._vectors[start : start + _ROWS].astype(np.float32))
-            products[:, start : start + _ROWS] = (wanted @ rows.T).numpy()
-        products[:, self._revoked] = -np.inf
+            rows = self._vectors[start : start + _ROWS]
+            products[:, start : start + _ROWS] = _inner_products(queries, rows)
+        if self.live < len(self):
+            products[:, self._revoked] = NO_SCORE
         return products
 
     def leaf(self, position: int) -> bytes:
@@ -277,7 +273,58 @@ def _parsed(data: bytes) -> Passage:
     return passage
 
 
-def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def search_together(
+    shards: Sequence[Shard], queries: Vectors, k: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+    """The best passages over some shards: which of these, the positions there, and the scores. All (Q, k).
+
+    Fewer than k if there are fewer that were not revoked. Of equal scores, those of the first shards and positions.
+    """
+    ends = np.cumsum([len(shard) for shard in shards])
+    k = min(k, sum(shard.live for shard in shards))
+    places, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.int32)
+    step = max(1, MOST_PRODUCTS // int(ends[-1]))
+    for start in range(0, len(queries), step) if k else ():
+        some = queries[start : start + step]
+        for row, found in enumerate(
+            np.concatenate([shard.products(some) for shard in shards], axis=1), start
+        ):
+            places[row] = best = _largest(found, k)
+            scores[row] = found[best]
+    numbers = np.searchsorted(ends, places, side="right")
+    begins = ends - [len(shard) for shard in shards]
+    return numbers, places - begins[numbers], scores
+
+
+def _inner_products(queries: Vectors, rows: Vectors) -> NDArray[np.int32]:
+    """All pairs. (Q, N)"""
+    # copies, for torch warns of arrays that are not writable, as those in a file are
+    left, right = torch.from_numpy(queries.copy()), torch.from_numpy(rows.copy()).T
+    if queries.shape[1] >= _FEWEST_DIMENSIONS and _multiplies_bytes_exactly():
+        whole: NDArray[np.int32] = torch._int_mm(left, right).numpy()
+        return whole
+    # sums of up to 1024 products of signed bytes are whole numbers up to 2^24, which float32 holds exactly
+    return (left.float() @ right.float()).to(torch.int32).numpy()
+
+
+@cache
+def _multiplies_bytes_exactly() -> bool:
+    """Whether torch does here, which is several times as fast: without instructions for it, sums may saturate."""
+    rng = np.random.default_rng(0)
+    for queries, dimensions in ((1, 256), (5, 1024), (64, 250)):
+        rows = rng.integers(-128, 128, (queries + 66, dimensions), np.int8)
+        rows[-4:] = np.array([[127], [-127], [-128], [0]], np.int8)
+        left, right = torch.from_numpy(rows[-queries:]), torch.from_numpy(rows)
+        try:
+            found = torch._int_mm(left, right.T)
+        except (AttributeError, RuntimeError):
+            return False
+        if not torch.equal(found.long(), left.long() @ right.long().T):
+            return False
+    return True
+
+
+def _largest(scores: NDArray[np.int32], k: int) -> NDArray[np.int64]:
     """The positions of the k largest, in falling order; of equal ones, the first."""
     least = np.partition(scores, len(scores) - k)[len(scores) - k]
     above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)

@@ -17,6 +17,7 @@ from memory_folders import DIMENSIONS, SampleMemory
 from memory_peers import SWARM, Library, in_library, read_request, search_request, until
 
 from dht.memory import Passage
+from expert_server.memory import servicer as servicer_module
 from expert_server.memory.servicer import MAX_READ, Best, MemoryServicer, Turns
 from expert_server.memory.shard import Shard, Vectors
 from peer import PROTOCOL_VERSION
@@ -363,14 +364,15 @@ def test_a_search_that_nobody_waits_for_stops(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched, go = [], threading.Event()
-    search = Shard.search
+    products = Shard.products
 
-    def slow(shard: Shard, queries: Vectors, k: int) -> Any:
+    def slow(shard: Shard, queries: Vectors) -> Any:
         searched.append(shard)
         assert go.wait(60)
-        return search(shard, queries, k)
+        return products(shard, queries)
 
-    monkeypatch.setattr(Shard, "search", slow)
+    monkeypatch.setattr(Shard, "products", slow)
+    monkeypatch.setattr(servicer_module, "MOST_PRODUCTS", 1)
 
     async def scenario(library: Library) -> None:
         servicer = await library.host(1, MEMORY, threads=1)
@@ -398,8 +400,8 @@ def test_merged_results_are_those_of_one_search(shards: list[list[int]], k: int)
     for number, scores in enumerate(shards):
         ranked = sorted((-score, position) for position, score in enumerate(scores))[:k]
         best.add(
-            number,
             np.array([0]),
+            np.full((1, len(ranked)), number),
             np.array([[position for _, position in ranked]]),
             np.array([[-score for score, _ in ranked]], np.int32),
         )

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as arrays
 from memory_folders import shard_info, some_passages
 
 from dht.memory import Passage, ShardInfo
-from expert_server.memory.shard import BLOCK, Shard, Vectors, most_bytes
+from expert_server.memory import shard as shard_module
+from expert_server.memory.shard import BLOCK, Shard, Vectors, most_bytes, search_together
 from peer.errors import WireError
 from peer.merkle import proves
 
@@ -83,6 +84,30 @@ def test_search_is_exact_and_never_finds_what_was_revoked(
         ]
         assert positions[row].tolist() == best
         assert scores[row].tolist() == exact[row, best].tolist()
+
+
+@given(st.lists(shards(), min_size=1, max_size=4), st.integers(1, 40), st.booleans())
+@settings(deadline=None)
+def test_shards_are_searched_together_as_one(
+    built: list[tuple[list[Passage], Vectors]], k: int, has_instructions: bool
+) -> None:
+    """With and without the processor's products of bytes."""
+    dimensions = 18  # enough for the processor's products of bytes
+    some, every = [], []
+    for number, (passages, vectors) in enumerate(built):
+        vectors = np.resize(vectors, (len(passages), dimensions))
+        some.append(opened(Shard.build(passages, vectors), passages, vectors))
+        every += [(number, position, vector) for position, vector in enumerate(vectors.astype(int))]
+    query = np.array([-128, 127, 5, -3, 0, 1, 77, -77, 2], np.int8).repeat(2)
+    with pytest.MonkeyPatch.context() as patched:
+        if not has_instructions:
+            patched.setattr(shard_module, "_multiplies_bytes_exactly", lambda: False)
+        found = search_together(some, query[None], k)
+    ranked = sorted(
+        (-int(query.astype(int) @ vector), number, position) for number, position, vector in every
+    )[:k]
+    numbers, positions, scores = (array[0].tolist() for array in found)
+    assert [(-score, *place) for score, *place in zip(scores, numbers, positions, strict=True)] == ranked
 
 
 def test_revoked_passages_leave_their_leaf_alone() -> None:
