@@ -244,6 +244,10 @@ class TaskSet:
         """Starts a task that is started again whenever it fails."""
         self.spawn(keep_running(name, run, self._restarts, first_pause_s=self._first_pause_s), name)
 
+    async def join(self) -> None:
+        """Waits for the tasks that run now, whatever becomes of them. Not for supervised ones, which never end."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     @contextmanager
     def including_current(self) -> Iterator[None]:
         """Holds the task that runs now, for callbacks that are tasks of somebody else."""

@@ -16,7 +16,7 @@ from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, ShardInfo,
 from expert_server.memory.shard import Shard
 from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
-from peer.codec import Floats
+from peer.codec import MAX_MESSAGE_BYTES, Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.merkle import MerkleTree
@@ -35,7 +35,7 @@ DIMENSIONS = 8
 Lie = Literal[
     "forged text", "wrong vectors", "inflated scores", "deflated scores", "wrong leaves", "wrong positions", "omits",
     "omits best", "says missing", "reads nothing", "all revoked", "junk", "stalls", "stalls at reading", "fails",
-    "busy", "too many", "other order",
+    "busy", "too many", "other order", "oversized", "long lists", "denies the memory",
 ]  # fmt: skip
 HONEST = None
 
@@ -184,11 +184,18 @@ class SampleHost:
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "too late")
         if self.lie == "fails":
             raise ExpertError(StatusCode.UNAVAILABLE, "nobody there")
+        if self.lie == "denies the memory":
+            raise ExpertError(StatusCode.NOT_FOUND, "no such memory here")
         if self.lie == "busy" and len(self.calls) % 2:
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "busy", 0.1)
         return self.search(request) if method == "Search" else self.read(request)
 
     def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
+        if self.lie == "oversized":
+            return memory_pb2.SearchReply(found=[memory_pb2.Found(leaves=bytes(2 * MAX_MESSAGE_BYTES))])
+        if self.lie == "long lists":
+            count = MAX_MESSAGE_BYTES // 4
+            return memory_pb2.SearchReply(found=[memory_pb2.Found(scores=[1] * count, shards=[0] * count)])
         queries_QD = np.frombuffer(request.vectors, np.int8).reshape(-1, DIMENSIONS)
         missing = [n for n, shard in enumerate(request.shards) if shard.root not in self.roots]
         if self.lie == "says missing":
@@ -299,6 +306,9 @@ class SampleSwarm:
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         return [1.0 for _ in words]
+
+    async def refresh(self) -> None:
+        pass
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         manifest = self.memory_here.manifest

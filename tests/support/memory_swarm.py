@@ -20,6 +20,7 @@ from dht.swarm import Swarm, found_swarm, join_swarm
 from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
 from peer import PROTOCOL_VERSION
 from peer.host import NetworkConfig
+from peer.rpc.calls import abort_on_error
 from peer.rpc.sessions import Sessions
 from peer.wire import memory_pb2, memory_pb2_grpc, records_pb2, session_pb2
 from trainer_client.memory.memories import Memories
@@ -38,16 +39,18 @@ class LyingServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[misc
         self._sessions = sessions
 
     async def Search(self, request: memory_pb2.SearchRequest, context: Any) -> memory_pb2.SearchReply:
-        self._sessions.require(context, session_pb2.RIGHT_MEMORY)
-        reply = await self.host.answer("Search", request, 3600.0)
-        assert isinstance(reply, memory_pb2.SearchReply)
-        return reply
+        async with abort_on_error(context):
+            self._sessions.require(context, session_pb2.RIGHT_MEMORY)
+            reply: memory_pb2.SearchReply = await self.host.answer("Search", request, 3600.0)
+            return reply
+        raise AssertionError("abort raises")
 
     async def Read(self, request: memory_pb2.ReadRequest, context: Any) -> memory_pb2.ReadReply:
-        self._sessions.require(context, session_pb2.RIGHT_MEMORY)
-        reply = await self.host.answer("Read", request, 3600.0)
-        assert isinstance(reply, memory_pb2.ReadReply)
-        return reply
+        async with abort_on_error(context):
+            self._sessions.require(context, session_pb2.RIGHT_MEMORY)
+            reply: memory_pb2.ReadReply = await self.host.answer("Read", request, 3600.0)
+            return reply
+        raise AssertionError("abort raises")
 
     async def FetchPart(self, request: memory_pb2.FetchPartRequest, context: Any) -> None:
         await self._honest.FetchPart(request, context)
@@ -138,9 +141,11 @@ class MemorySwarm:
         self.hosts.append(host)
         return host
 
-    async def announce(self, host: MemoryHost, roots: Collection[bytes]) -> None:
+    async def announce(
+        self, host: MemoryHost, roots: Collection[bytes], state: ReplicaState = ReplicaState.SERVING
+    ) -> None:
         cells = {
-            cell: (ReplicaState.SERVING, [shard.root for shard in shards if shard.root in roots])
+            cell: (state, [shard.root for shard in shards if shard.root in roots])
             for cell, shards in self.memory.manifest.by_cell.items()
             if any(shard.root in roots for shard in shards)
         }

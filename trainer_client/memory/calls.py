@@ -94,7 +94,7 @@ class GrpcMemoryCaller:
         except grpc.aio.AioRpcError as error:
             retry_s = retry_after_s(error.trailing_metadata(), 0.0)
             raise ExpertError(error.code(), printable(error.details() or ""), retry_s) from error
-        except asyncio.CancelledError as error:
+        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
@@ -273,13 +273,13 @@ class HostCalls:
         wanted: Mapping[H, Sequence[Collection[PeerID]]],
         call: Callable[[PeerID, list[H]], Awaitable[Collection[H]]],
         kind: Kind,
-        most: int,
+        split: Callable[[list[H]], Iterable[list[H]]],
         ends: float,
     ) -> set[H]:
         """Gets each item from one of its hosts, from another one if that fails, and from both if it is late.
 
-        `wanted`: hosts, those that are asked first in front. `call` returns those of the items that it got. `most`:
-        items in one call. Returns the items that nobody gave.
+        `wanted`: hosts, those that are asked first in front. `call` returns those of the items that it got.
+        `split`: what goes to one host, into calls. Returns the items that nobody gave.
         """
         pace = self._pace(kind)
         tried: dict[H, set[PeerID]] = {item: set() for item in wanted}
@@ -295,13 +295,15 @@ class HostCalls:
                 ]
                 quick = quick_hosts({host for hosts in free for host in hosts}, times_s)
                 fit[item] = next((some for hosts in free if (some := [h for h in hosts if h in quick])), [])
-            late_at = loop_time() + self._policy.hedge_after_s(pace.calls)
+            hedge_after_s = self._policy.hedge_after_s(pace.calls)
             for host, group in choose_hosts(fit, self._rng).items():
-                for at in range(0, len(group), most):
-                    part = group[at : at + most]
+                parts = list(split(group))
+                # it may compute them one after another
+                late_at = loop_time() + len(parts) * hedge_after_s
+                for part in parts:
                     for item in part:
                         tried[item].add(host)
-                    sent[asyncio.create_task(_tolerate(call(host, part)))] = _Sent(part, late_at)
+                    sent[asyncio.create_task(_tolerate(call, host, part))] = _Sent(part, late_at)
 
         try:
             send(wanted)
@@ -329,10 +331,12 @@ class HostCalls:
         return left
 
 
-async def _tolerate(call: Awaitable[Collection[H]]) -> Collection[H]:
+async def _tolerate(
+    call: Callable[[PeerID, list[H]], Awaitable[Collection[H]]], host: PeerID, items: list[H]
+) -> Collection[H]:
     """Nothing, if the call fails."""
     try:
-        return await call
+        return await call(host, items)
     except ExpertError:
         return ()
 

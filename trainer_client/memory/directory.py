@@ -55,7 +55,8 @@ _USED_S = 300.0
 _CELLS = 4096
 """Cells whose hosts are known, those that were needed last."""
 _READ_AT_ONCE = 512
-"""Keys in one look-up, which has one deadline."""
+"""Nodes in one look-up, which has one deadline."""
+_EMPTY = 64
 _ROUNDS = 4
 """How often a search goes on after it has met cells that nobody hosts."""
 _SOURCES = 8
@@ -180,6 +181,8 @@ class MemoryDirectory:
         self._active_C: Booleans | None = None
         self._hosts = BoundedDict[Cell, tuple[CellHost, ...]](_CELLS)
         self._nodes: dict[PeerID, NodeInfo] = {}
+        self._empty: dict[frozenset[PeerID], Booleans] = {}
+        """By the peers that are avoided, the cells that nobody else hosts. Emptied whenever more is known."""
         self._reading = asyncio.Lock()
         self._following = asyncio.Lock()
         self._used_at = loop_time()
@@ -236,7 +239,7 @@ class MemoryDirectory:
                     break
                 await self._read_hosts(unknown)
         hosts = {
-            shard.root: tuple(self._serving(cell, avoided, shard.short))
+            shard.root: self._askable(cell, avoided, shard.short)
             for cell in cells.values()
             for shard in opened.manifest.by_cell.get(cell, ())
         }
@@ -276,10 +279,10 @@ class MemoryDirectory:
         active_C = await self._read_active()
         cells = list(self._hosts)
         self._active_C = active_C
-        for at in range(0, len(cells), _READ_AT_ONCE):
-            await self._read_hosts(cells[at : at + _READ_AT_ONCE], again=True)
+        await self._read_hosts(cells, again=True)
         known = {host.peer_id for hosts in self._hosts.values() for host in hosts}
         self._nodes = {peer_id: node for peer_id, node in self._nodes.items() if peer_id in known}
+        self._empty.clear()
 
     async def keep_fresh(self) -> None:
         """Reads all this again and again, for ever, while somebody searches. When the DHT does not answer, what is
@@ -304,6 +307,7 @@ class MemoryDirectory:
         self._active_C = None
         self._hosts.clear()
         self._nodes = {}
+        self._empty.clear()
 
     async def _read_active(self) -> Booleans:
         grid = self._opened.manifest.grid
@@ -318,25 +322,41 @@ class MemoryDirectory:
         peers = {host.peer_id for hosts in found.values() for host in hosts}
         wanted = list(peers if again else peers - self._nodes.keys())
         for at in range(0, len(wanted), _READ_AT_ONCE):
-            self._nodes |= await self._registry.nodes(wanted[at : at + _READ_AT_ONCE])
+            part = wanted[at : at + _READ_AT_ONCE]
+            nodes = await self._registry.nodes(part)
+            for peer_id in part:  # records expire
+                self._nodes.pop(peer_id, None)
+            self._nodes |= nodes
         for cell, hosts in found.items():
             self._hosts[cell] = hosts
+        self._empty.clear()
 
-    def _serving(self, cell: Cell, avoided: frozenset[PeerID], shard: bytes | None = None) -> list[PeerID]:
-        """Who can be asked for the cell, or for one shard of it."""
-        return [
-            host.peer_id
+    def _askable(
+        self, cell: Cell, avoided: frozenset[PeerID], shard: bytes | None = None
+    ) -> Sequence[PeerID]:
+        """Who can be asked for the cell, or for one shard of it. Those that leave, such as the publisher, are
+        asked only if nobody else can be.
+        """
+        hosts = [
+            host
             for host in self._hosts.get(cell, ())
-            if host.state is ReplicaState.SERVING
-            and host.peer_id not in avoided
+            if host.peer_id not in avoided
             and host.peer_id in self._nodes
             and (shard is None or shard in host.shards)
         ]
+        serving = [host.peer_id for host in hosts if host.state is ReplicaState.SERVING]
+        return serving or [host.peer_id for host in hosts]
 
     def _known_empty(self, avoided: frozenset[PeerID]) -> Booleans:
-        grid = self._opened.manifest.grid
-        empty_C = np.zeros(prod(grid), np.bool_)
-        empty_C[[number_of(cell, grid) for cell in self._hosts if not self._serving(cell, avoided)]] = True
+        empty_C = self._empty.get(avoided)
+        if empty_C is None:
+            if len(self._empty) >= _EMPTY:  # hosts fail and come back: only what is current is kept
+                self._empty.clear()
+            grid = self._opened.manifest.grid
+            empty_C = self._empty[avoided] = np.zeros(prod(grid), np.bool_)
+            empty_C[[number_of(cell, grid) for cell in self._hosts if not self._askable(cell, avoided)]] = (
+                True
+            )
         return empty_C
 
 

@@ -67,6 +67,8 @@ _SATURATION, _LENGTH = 1.2, 0.75
 _DEADLINE_S = 10.0
 _FIRST_PART = 0.6
 """Of the time that a search has, what the first answers may take."""
+_SCORES_AT_ONCE = 2**26
+"""Inner products in one call: about a second of one core."""
 _READ_AT_ONCE = 64
 """Passages in one call: the longest that there may be fit into a message."""
 _KEPT = 2048
@@ -133,6 +135,9 @@ class Directory(Protocol):
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word is in the memory."""
 
+    async def refresh(self) -> None:
+        """Reads again who hosts what, as far as searches needed to know. Raises UnreachableError."""
+
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         """The `count` cells nearest to each query that others than `avoided` host. Raises UnreachableError."""
 
@@ -162,7 +167,12 @@ class Retriever:
         self._checks = TaskSet()
 
     async def close(self) -> None:
+        """Ends the checks that are under way."""
         await self._checks.aclose()
+
+    async def checked(self) -> None:
+        """Waits for the checks that are under way."""
+        await self._checks.join()
 
     async def search(
         self,
@@ -336,7 +346,9 @@ class _Search:
             second.append(answer)
             return [item for item in items if item[0] in answer.present]
 
-        await self._retriever.calls.spread(wanted, call, ("Search", False), MOST_SHARDS, ends)
+        await self._retriever.calls.spread(
+            wanted, call, ("Search", False), partial(_parts, most=MOST_SHARDS), ends
+        )
         suspects: dict[tuple[int, Claim], set[PeerID]] = {}
         for query in drawn:
             for one in self.answers:
@@ -368,7 +380,7 @@ class _Search:
             findings.prove(found)
             return found.keys()
 
-        await retriever.calls.spread(places, call, ("Read", False), _READ_AT_ONCE, ends)
+        await retriever.calls.spread(places, call, ("Read", False), partial(_parts, most=_READ_AT_ONCE), ends)
         for (query, claim), silent in by_claim:
             proven = findings.proven.get(claim.place)
             if proven is None or proven.leaf in manifest.revoked:
@@ -398,7 +410,20 @@ class _Search:
             findings.prove(self._retriever.kept(places))
             return answer.present
 
-        await self._retriever.calls.spread(hosts, call, ("Search", self._is_large), MOST_SHARDS, ends)
+        await self._retriever.calls.spread(hosts, call, ("Search", self._is_large), self._split, ends)
+
+    def _split(self, roots: list[bytes]) -> Iterable[list[bytes]]:
+        """Into calls, each of which a host may answer."""
+        part, scores = list[bytes](), 0
+        for root in roots:
+            shard, queries = self._wanted[root]
+            size = shard.leaves * len(queries)
+            if part and (len(part) == MOST_SHARDS or scores + size > _SCORES_AT_ONCE):
+                yield part
+                part, scores = [], 0
+            part.append(root)
+            scores += size
+        yield part
 
     def _without_answer(self, doubtful: Collection[PeerID]) -> set[bytes]:
         """The shards in which none but these hosts has looked."""
@@ -434,7 +459,9 @@ class _Search:
             place: [claimants, located.hosts.get(place.root, ())] for place, claimants in unproven.items()
         }
         kind: Kind = ("Read", len(hosts) > MANY)
-        given_up = await self._retriever.calls.spread(hosts, call, kind, _READ_AT_ONCE, ends)
+        given_up = await self._retriever.calls.spread(
+            hosts, call, kind, partial(_parts, most=_READ_AT_ONCE), ends
+        )
         findings.give_up(given_up)
         return set[PeerID]().union(*(unproven[place] for place in given_up))
 
@@ -461,6 +488,10 @@ class _Search:
         return await asyncio.to_thread(function) if self._is_large else function()
 
 
+def _parts(items: list[T], most: int) -> Iterable[list[T]]:
+    return (items[at : at + most] for at in range(0, len(items), most))
+
+
 def ranked_by_words(
     text: str, hits: Sequence[Hit], rarity: Callable[[Iterable[str]], list[float]]
 ) -> tuple[Hit, ...]:
@@ -473,7 +504,7 @@ def ranked_by_words(
     whole = sum(weights.values())
     if not whole or not hits:
         return tuple(hits)
-    counts = [Counter(words_of(hit.passage.text)) for hit in hits]
+    counts = [Counter(words_of(f"{hit.passage.title} {hit.passage.text}")) for hit in hits]
     mean = sum(count.total() for count in counts) / len(counts) or 1.0
     scored = []
     for hit, count in zip(hits, counts, strict=True):

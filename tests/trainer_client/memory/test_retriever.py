@@ -1,6 +1,5 @@
 """Searches among hosts that fail, stall and lie, in virtual time."""
 
-import asyncio
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -63,7 +62,7 @@ def searched(
 
     async def search() -> list[SearchResult]:
         results = await retriever.search_vectors(vectors_QD, scores_QC, k, CELLS)
-        await asyncio.gather(*retriever._checks._tasks)
+        await retriever.checked()
         return results
 
     return runner.run(search())

@@ -7,10 +7,12 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from memory_samples import SampleMemory
 from memory_swarm import MemorySwarm
 
+from dht.announcements import ReplicaState
 from peer.errors import LibraryError, UnreachableError
 from peer.loop import LoopThread
 from peer.metrics import total
@@ -76,6 +78,24 @@ def test_a_query_that_is_a_passage_finds_it_first(play: Play) -> None:
         (result,) = await retriever.search([WORDS.passages[7].text], 3, 4)
         assert result.hits[0].passage == WORDS.passages[7]
         assert result.hits[0].served_by == swarm.hosts[0].swarm.host.peer_id
+
+    play(scenario)
+
+
+def test_a_publisher_that_leaves_is_asked_only_if_nobody_else_can_be(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        publisher = await swarm.host()
+        await swarm.announce(publisher, WORDS.files, ReplicaState.LEAVING)
+        retriever = await (await swarm.searcher()).open()
+        (result,) = await retriever.search([WORDS.passages[7].text], 3, 100)
+        assert {hit.served_by for hit in result.hits} == {publisher.swarm.host.peer_id}
+        other = await swarm.host()
+        await retriever.directory.refresh()
+        (result,) = await retriever.search([WORDS.passages[8].text], 3, 100)
+        calls = total(retriever.calls.metrics.calls, method="Search")
+        located = await retriever.directory.locate(np.zeros((1, 6), np.float32), 6, frozenset())
+        assert {host for hosts in located.hosts.values() for host in hosts} == {other.swarm.host.peer_id}
+        assert calls == 2
 
     play(scenario)
 
