@@ -3,11 +3,12 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peer import PROTOCOL_VERSION
+from peer.bounded import BoundedDict
 from peer.errors import StateError, TransferError, WireError
 from peer.identity import PeerID
 from peer.rates import RateLimit
@@ -23,6 +24,13 @@ T = TypeVar("T")
 _OPEN_S = 5.0
 _LIMIT_S = 600.0
 """Longest that one part may take from one peer."""
+_FAIR_BYTES_PER_S, _FAIR_S = 125_000, 10.0
+"""A peer that takes longer than a part takes at this rate, and this delay, goes on beside the next one."""
+_AT_ONCE = 2
+"""Peers that give one part at the same time. The slower one makes way for a third."""
+_MOST_PEERS = 8
+"""That are asked for one part."""
+_REMEMBERED = 1024
 
 
 class PartClient:
@@ -43,6 +51,8 @@ class PartClient:
         self._channels = channels
         self._down = down
         self._count = count
+        self._failed = BoundedDict[PeerID, None](_REMEMBERED)
+        """Those that did not give what they were asked for last, or slowly."""
 
     async def close(self) -> None:
         await self._sessions.close()
@@ -82,21 +92,57 @@ class PartClient:
     ) -> T:
         """What `check` makes of the part, from the first of the peers whose copy it accepts.
 
-        `check`: raises WireError if it is not that part. It does not run on the loop. `wrong`: is told who gave another
-        file. Raises TransferError if no peer has it.
+        Eight of them are asked at most, one after another, those last that failed before. One that is slow goes on
+        beside the next, so that nobody holds up the others. `check`: raises WireError if it is not that part. It does
+        not run on the loop. `wrong`: is told who gave another file. Raises TransferError if no peer gives it.
         """
         reason = "nobody is known to have it"
-        for peer in peers:
-            try:
-                data = await self.fetch(peer, memory, name, max_bytes)
-                return await asyncio.to_thread(check, data)
-            except TransferError as error:
-                reason = str(error)
-            except (WireError, StateError) as error:
-                reason = f"{peer.peer_id} gave another file: {error}"
-                logger.warning("part %s of memory %s: %s", name.hex()[:8], memory, reason)
-                wrong(peer.peer_id)
+        patience_s = _FAIR_S + max_bytes / _FAIR_BYTES_PER_S
+        left = sorted(peers, key=lambda peer: peer.peer_id in self._failed)[:_MOST_PEERS]
+        fetching: dict[asyncio.Task[T], PeerID] = {}
+        try:
+            while left or fetching:
+                if left:
+                    if len(fetching) == _AT_ONCE:
+                        await _cancel([next(iter(fetching))])
+                        del fetching[next(iter(fetching))]
+                    peer = left.pop(0)
+                    fetch = self._fetch_checked(peer, memory, name, max_bytes, check)
+                    fetching[asyncio.create_task(fetch)] = peer.peer_id
+                done, slow = await asyncio.wait(
+                    fetching, timeout=patience_s if left else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    self._failed.update((fetching[task], None) for task in slow)
+                for task in done:
+                    peer_id = fetching.pop(task)
+                    try:
+                        found = task.result()
+                    except TransferError as error:
+                        reason = str(error)
+                    except (WireError, StateError) as error:
+                        reason = f"{peer_id} gave another file: {error}"
+                        logger.warning("part %s of memory %s: %s", name.hex()[:8], memory, reason)
+                        wrong(peer_id)
+                    else:
+                        self._failed.pop(peer_id, None)
+                        return found
+                    self._failed[peer_id] = None
+        finally:
+            await _cancel(fetching)
         raise TransferError(f"part {name.hex()[:8]} of memory {memory} did not come: {reason}")
+
+    async def _fetch_checked(
+        self, peer: Contact, memory: str, name: bytes, max_bytes: int, check: Callable[[bytes], T]
+    ) -> T:
+        data = await self.fetch(peer, memory, name, max_bytes)
+        return await asyncio.to_thread(check, data)
+
+
+async def _cancel(tasks: Collection["asyncio.Task[Any]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def has_sha256(name: bytes, data: bytes) -> bytes:

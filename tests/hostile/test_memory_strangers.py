@@ -1,7 +1,8 @@
 """Strangers call a host of memories as no retriever does: over real connections, through the gate that nodes have."""
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from callers import numbered_identity
 from grpc import StatusCode
 from memory_folders import DIMENSIONS, SampleMemory
-from memory_peers import SWARM, search_request
+from memory_peers import SWARM, Library, in_library, search_request, until
 from stranger import HostileCaller
 
 from dht.announcements import NodeInfo
@@ -24,7 +25,7 @@ from peer.rates import RateLimit
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import Sessions
 from peer.transport.endpoints import Endpoint
-from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2
+from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2, state_pb2
 
 MEMORY = SampleMemory.make(each=100)
 HOST = numbered_identity(1)
@@ -74,3 +75,46 @@ def test_a_call_of_millions_of_tiny_fields_is_not_parsed(loop: LoopThread, tmp_p
             assert refused.value.code() is StatusCode.FAILED_PRECONDITION
 
     attacking(loop, tmp_path, attack)
+
+
+class Trickler(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Gives parts that never end."""
+
+    def __init__(self) -> None:
+        self.asked = self.ended = 0
+
+    async def FetchPart(self, request: Any, context: Any) -> AsyncIterator[state_pb2.FetchReply]:
+        self.asked += 1
+        try:
+            yield state_pb2.FetchReply(header=state_pb2.StateHeader(total_bytes=1000, sha256=bytes(32)))
+            while True:
+                yield state_pb2.FetchReply(chunk=b"1")
+                await asyncio.sleep(0.05)
+        finally:
+            self.ended += 1
+
+
+def test_peers_whose_parts_trickle_hold_up_nobody(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.parts._FAIR_S", 0.2)
+
+    async def scenario(library: Library) -> None:
+        tricklers = [Trickler() for _ in range(3)]
+        for number, trickler in enumerate(tricklers, 2):
+            identity = numbered_identity(number)
+            await library.serve_any(identity, Sessions(SWARM, identity.peer_id), trickler)
+        await library.host(1, MEMORY)
+        client, name = library.client(), MEMORY.manifest.codebook.sha256
+        nodes = [library.node(number) for number in (2, 3, 4, 1)]
+        for _ in range(2):
+            async with asyncio.timeout(60):  # ten more seconds for each that is waited for to the end
+                data = await client.fetch_any(
+                    nodes, str(library.memory_id(MEMORY)), name, 1000, lambda data: data
+                )
+            assert data == MEMORY.codebook
+        # the second time the others were known
+        assert [trickler.asked for trickler in tricklers] == [1, 1, 1]
+        await until(lambda: all(trickler.ended for trickler in tricklers))
+
+    in_library(loop, tmp_path, scenario)
