@@ -42,7 +42,8 @@ class MemoryStore:
         self.folder = folder
         self._shards: dict[bytes, Shard] = {}
         self._sizes: dict[bytes, int] = {}
-        self._hashes: dict[bytes, bytes] = {}
+        self._hashes: dict[bytes, tuple[tuple[int, int, int], bytes]] = {}
+        """The SHA-256 of a shard's file, and which file that was."""
         self._set_manifest(manifest)
 
     @classmethod
@@ -97,10 +98,11 @@ class MemoryStore:
             shard.check(self.manifest.revoked)
         except WireError:
             self._serve_no_more(root)
+            for older in path.parent.glob(f"*{_WRONG}"):
+                older.unlink()  # they count for nothing, so one is enough
             os.replace(path, path.with_name(path.name + _WRONG))
             raise
         self._shards[root], self._sizes[root] = shard, size
-        self._hashes.pop(root, None)
 
     def verified(self, root: bytes, data: bytes) -> bytes:
         """The file that is to be kept of a shard that somebody gave. Raises WireError if it is another."""
@@ -109,7 +111,12 @@ class MemoryStore:
             raise WireError("no shard of this revision of the memory")
         shard = Shard.parse(data, info, self.manifest.dimensions)
         shard.check(self.manifest.revoked)
-        return shard.without(self.manifest.revoked) or data
+        kept = shard.without(self.manifest.revoked) or data
+        if len(kept) > most_bytes(info):
+            raise WireError(
+                f"a shard of {len(kept)} bytes without what was revoked; at most {most_bytes(info)}"
+            )
+        return kept
 
     def save(self, root: bytes, data: bytes) -> None:
         """Keeps and serves a shard that was verified. Raises OSError, and then keeps nothing."""
@@ -146,7 +153,8 @@ class MemoryStore:
     def follow(self, manifest: bytes) -> None:
         """Goes on with a later revision of this memory: removes what was revoked, and shards that are gone.
 
-        Raises WireError if it is no later revision, and OSError.
+        A shard that can't be changed so is not served any more. Raises WireError if it is no later revision, and
+        OSError if any file can't be written.
         """
         new, old = MemoryManifest.parse(manifest), self.manifest
         if new.name != old.name or new.revision <= old.revision:
@@ -159,11 +167,21 @@ class MemoryStore:
             )
         write_atomically(self.folder / MANIFEST, manifest)
         self._set_manifest(manifest)
-        for root in list(self._shards):
-            if root not in new.by_root:
-                self.drop(root)
-            elif new.revoked - old.revoked:
-                self.load(root)
+        for root in old.by_root.keys() - new.by_root.keys():
+            self.drop(root)
+        gone, failure = new.revoked - old.revoked, None
+        for root, shard in list(self._shards.items()):
+            try:
+                if shard.without(gone) is not None:
+                    self.load(root)
+            except WireError as error:
+                self._serve_no_more(root)
+                logger.warning("a shard of memory %s is served no more: %s", new.name, error)
+            except OSError as error:
+                self._serve_no_more(root)
+                failure = error
+        if failure is not None:
+            raise failure
 
     def file(self, name: bytes) -> tuple[mmap.mmap, bytes]:
         """What others fetch by that name, and its SHA-256. Raises FileNotFoundError if it is not served here."""
@@ -177,11 +195,15 @@ class MemoryStore:
             raise FileNotFoundError(name.hex())
         with os.fdopen(open_plainly(path, os.O_RDONLY), "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if name not in self._shards:
+            about = os.fstat(file.fileno())
+        if path.parent.name != SHARDS:
             return data, name
-        if name not in self._hashes:
-            self._hashes[name] = hashlib.sha256(data).digest()
-        return data, self._hashes[name]
+        which = about.st_ino, about.st_mtime_ns, about.st_size
+        known, sha256 = self._hashes.get(name, (None, b""))
+        if known != which:  # it is another file since something in it was revoked
+            sha256 = hashlib.sha256(data).digest()
+            self._hashes[name] = which, sha256
+        return data, sha256
 
     def remove(self) -> None:
         """The whole folder. Raises OSError."""

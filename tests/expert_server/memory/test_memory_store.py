@@ -1,15 +1,21 @@
 """Memories on disk: what is read is verified, what is revoked goes, and a full disk loses nothing."""
 
 import errno
+import hashlib
 import os
+import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from memory_folders import SampleMemory
+from memory_folders import DIMENSIONS, SampleMemory, shard_info
 
-from dht.memory import MemoryManifest
+from dht.memory import MemoryManifest, Passage
+from expert_server.memory.shard import Shard
 from expert_server.memory.store import MemoryStore
 from peer.errors import WireError
+from peer.files import write_atomically
 
 MEMORY = SampleMemory.make()
 
@@ -139,3 +145,80 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert MEMORY.roots[0] not in store.shards
     assert len(os.listdir(tmp_path / "m" / "shards")) == 3
     assert len(store.shards) == 3
+
+
+def test_one_damaged_shard_keeps_nothing_revoked_in_the_others(tmp_path: Path) -> None:
+    store = MEMORY.write(tmp_path / "m")
+    for root in MEMORY.roots[1:]:
+        path = tmp_path / "m" / "shards" / root.hex()
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    store.follow(MEMORY.revoking(*(MEMORY.leaf(root, 7) for root in MEMORY.roots)).manifest.serialize())
+    assert list(store.shards) == MEMORY.roots[:1]
+    assert store.shards[MEMORY.roots[0]].read([7])[0].passage is None
+    assert len(list((tmp_path / "m" / "shards").glob("*.wrong"))) <= 1
+
+
+def test_on_a_full_disk_what_was_revoked_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MEMORY.write(tmp_path / "m")
+    write = write_atomically
+
+    def full(path: Path, data: bytes, *more: object) -> None:
+        if path.parent.name == "shards":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr("expert_server.memory.store.write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        store.follow(MEMORY.revoking(MEMORY.leaf(MEMORY.roots[2], 7)).manifest.serialize())
+    assert set(store.shards) == set(MEMORY.roots) - {MEMORY.roots[2]}
+
+
+def test_a_revision_reads_only_the_shards_of_which_something_is_revoked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, loaded, load = MEMORY.write(tmp_path / "m"), list[bytes](), MemoryStore.load
+
+    def counted(store: MemoryStore, root: bytes) -> None:
+        loaded.append(root)
+        load(store, root)
+
+    monkeypatch.setattr(MemoryStore, "load", counted)
+    store.follow(MEMORY.revoking(MEMORY.leaf(MEMORY.roots[2], 7)).manifest.serialize())
+    assert loaded == [MEMORY.roots[2]]
+
+
+def test_the_checksum_is_that_of_the_file_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if something is revoked while the first checksum is computed: on other threads than each other."""
+    store, root = MEMORY.write(tmp_path / "m"), MEMORY.roots[2]
+    sha256, changes = hashlib.sha256, [MEMORY.revoking(MEMORY.leaf(root, 7)).manifest.serialize()]
+
+    def meanwhile(data: bytes) -> object:
+        if changes and len(data) > 10**3:
+            store.follow(changes.pop())
+        return sha256(data)
+
+    monkeypatch.setattr("hashlib.sha256", meanwhile)
+    for _ in range(2):
+        data, checksum = store.file(root)
+        assert sha256(data).digest() == checksum
+    assert not changes
+
+
+def test_a_shard_that_grows_beyond_its_size_when_something_is_revoked_is_refused(tmp_path: Path) -> None:
+    """What is repeated is stored once, as long as it is near enough. Otherwise hosts would take it again and again."""
+    rng = random.Random(1)
+    repeated, *others = ("".join(rng.choices("0123456789abcdef", k=7800)) for _ in range(11))
+    texts = [repeated, *others[:3], repeated, *others[3:6], repeated]
+    passages = [Passage(text, str(n), "", n, "") for n, text in enumerate(texts)]
+    vectors = np.ones((len(texts), DIMENSIONS), np.int8)
+    data = Shard.build(passages, vectors)
+    info = replace(shard_info(data, passages, vectors, (0, 0)), size=len(data) * 8 // 9 + 1)
+    middle = passages[4].leaf(vectors[4].tobytes())
+    manifest = replace(MEMORY.manifest, shards=(info,), revoked=frozenset({middle}))
+    store = MemoryStore.create(tmp_path / "m", manifest.serialize())
+    with pytest.raises(WireError, match="without what was revoked"):
+        store.verified(info.root, data)
