@@ -78,12 +78,17 @@ def retry_after_s(metadata: Iterable[tuple[str, str | bytes]] | None, otherwise:
     return otherwise
 
 
-def make_stub(stub: Callable[[Any], Any], channel: grpc.aio.Channel, sends_one: bool = False) -> Any:
-    """A generated stub that parses replies tolerantly: those that can't be parsed are empty.
+def make_stub(
+    stub: Callable[[Any], Any],
+    channel: grpc.aio.Channel,
+    sends_one: bool = False,
+    most_bytes: int | None = None,
+) -> Any:
+    """A generated stub that parses replies tolerantly: those that can't be parsed, or have more bytes, are empty.
 
     `sends_one`: its methods that take a stream are given one request instead. That is the same to the server.
     """
-    return stub(_Calls(channel, sends_one))
+    return stub(_Calls(channel, sends_one, most_bytes))
 
 
 def note_failure(transfer: "asyncio.Future[Any]") -> None:
@@ -95,16 +100,18 @@ def note_failure(transfer: "asyncio.Future[Any]") -> None:
 class _Calls:
     """What a generated stub needs of a channel."""
 
-    def __init__(self, channel: grpc.aio.Channel, sends_one: bool) -> None:
+    def __init__(self, channel: grpc.aio.Channel, sends_one: bool, most_bytes: int | None) -> None:
         self._channel = channel
         self._sends_one = sends_one
+        self._most_bytes = most_bytes
 
     def __getattr__(self, kind: str) -> Callable[..., Any]:
         """`kind`: such as `unary_unary`."""
         make_call = getattr(self._channel, kind.replace("stream_", "unary_") if self._sends_one else kind)
 
         def make(method: str, *, response_deserializer: Parse[Any], **more: Any) -> Any:
-            return make_call(method, response_deserializer=or_empty(response_deserializer), **more)
+            parse = or_empty(response_deserializer, self._most_bytes)
+            return make_call(method, response_deserializer=parse, **more)
 
         return make
 

@@ -18,7 +18,7 @@ K = 5
 QUERIES = range(0, 120, 10)
 PROVEN_LIES: tuple[Lie, ...] = (
     "forged text", "wrong vectors", "inflated scores", "wrong leaves", "wrong positions", "junk", "too many",
-    "other order", "long lists",
+    "other order", "long lists", "tiny fields",
 )  # fmt: skip
 """After which the host is banned."""
 FAILURES: tuple[Lie, ...] = (

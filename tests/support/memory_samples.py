@@ -35,7 +35,7 @@ DIMENSIONS = 8
 Lie = Literal[
     "forged text", "wrong vectors", "inflated scores", "deflated scores", "wrong leaves", "wrong positions", "omits",
     "omits best", "says missing", "reads nothing", "all revoked", "junk", "stalls", "stalls at reading", "fails",
-    "busy", "too many", "other order", "oversized", "long lists", "denies the memory",
+    "busy", "too many", "other order", "oversized", "long lists", "tiny fields", "denies the memory",
 ]  # fmt: skip
 HONEST = None
 
@@ -193,6 +193,8 @@ class SampleHost:
     def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
         if self.lie == "oversized":
             return memory_pb2.SearchReply(found=[memory_pb2.Found(leaves=bytes(2 * MAX_MESSAGE_BYTES))])
+        if self.lie == "tiny fields":
+            return memory_pb2.SearchReply(found=[memory_pb2.Found()] * (MAX_MESSAGE_BYTES // 4))
         if self.lie == "long lists":
             count = MAX_MESSAGE_BYTES // 4
             return memory_pb2.SearchReply(found=[memory_pb2.Found(scores=[1] * count, shards=[0] * count)])

@@ -17,6 +17,7 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.announcements import NodeInfo
+from dht.memory import MAX_TEXT_CHARACTERS
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
@@ -26,8 +27,9 @@ from peer.parsing import ParseGuard
 from peer.rpc.calls import make_stub, retry_after_s
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
-from peer.wire import memory_pb2_grpc
+from peer.wire import memory_pb2, memory_pb2_grpc
 from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, WaitPolicy
+from trainer_client.memory.checks import MOST_QUERIES
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,10 @@ _HOSTS = 4096
 _QUICK = {StatusCode.UNAVAILABLE, StatusCode.NOT_FOUND}
 """Failures that cost little time, of which a few are forgiven."""
 _BUSY_TRIES = 3
+_FOUND_BYTES = 40
+"""Of one passage that was found, at most, and of what is around those of one query."""
+_PASSAGE_BYTES = 4 * MAX_TEXT_CHARACTERS + 8192
+"""Of a passage with its title, source, licence, vector and proof."""
 
 
 class MemoryCaller(Protocol):
@@ -78,7 +84,9 @@ class GrpcMemoryCaller:
                     session = await self._sessions.metadata(
                         node.peer_id, channel, max(ends - loop_time(), 0.001)
                     )
-                    stub = make_stub(memory_pb2_grpc.MemoryServiceStub, channel)
+                    stub = make_stub(
+                        memory_pb2_grpc.MemoryServiceStub, channel, most_bytes=most_bytes(request)
+                    )
                     try:
                         return await getattr(stub, method)(
                             request, timeout=max(ends - loop_time(), 0.001), metadata=session
@@ -101,6 +109,14 @@ class GrpcMemoryCaller:
             # not we are cancelled, but the call: the pool closed its channel to make room for others
             raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
         raise AssertionError("the second try returns or raises")
+
+
+def most_bytes(request: memory_pb2.SearchRequest | memory_pb2.ReadRequest) -> int:
+    """Of an honest answer. Some MB of tiny fields would take long to parse, and thirty times their size."""
+    if isinstance(request, memory_pb2.ReadRequest):
+        return sum(_PASSAGE_BYTES * len(shard.positions) for shard in request.shards)
+    queries = min(MOST_QUERIES, len(request.vectors))  # in one dimension, at least
+    return queries * (_FOUND_BYTES * request.k + _FOUND_BYTES) + 8 * len(request.shards)
 
 
 class RetrieverMetrics:

@@ -8,10 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_samples import MEMORY, SWARM, SampleHost, SampleMemory, peer_ids
 
+from dht.memory import (
+    MAX_DIMENSIONS,
+    MAX_LABEL_CHARACTERS,
+    MAX_LEAVES,
+    MAX_LICENSE_CHARACTERS,
+    MAX_TEXT_CHARACTERS,
+    Passage,
+)
 from peer import PROTOCOL_VERSION
 from peer.errors import WireError
 from peer.wire import memory_pb2
-from trainer_client.memory.checks import Answer, Ask, Findings, omitted, parse_passages
+from trainer_client.memory.calls import most_bytes
+from trainer_client.memory.checks import MOST_K, Answer, Ask, Findings, omitted, parse_passages
 
 MEMORY_HERE = SampleMemory.make(0)
 ONE, OTHER = peer_ids(2)
@@ -57,6 +66,34 @@ def test_an_answer_is_refused_or_has_only_what_was_asked_for(
         for claim in claims:
             assert claim.place.root in answer.looked_up(query)
             assert claim.place.position < MEMORY_HERE.manifest.by_root[claim.place.root].leaves
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_no_honest_answer_is_larger_than_answers_may_be(queries: int) -> None:
+    everything = list(range(len(MEMORY_HERE.manifest.shards)))
+    ask = an_ask(everything, queries, k=MOST_K)
+    vectors_QD = MEMORY_HERE.vectors_ND[:queries]
+    request = ask.request(SWARM, PROTOCOL_VERSION, str(MEMORY), vectors_QD)
+    host = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root)
+    assert 500 < host.search(request).ByteSize() <= most_bytes(request)
+    asked = memory_pb2.ReadRequest(
+        shards=[memory_pb2.ShardPositions(root=MEMORY_HERE.manifest.shards[0].root, positions=[0])]
+    )
+    wide = "\U0001f525"
+    longest = memory_pb2.ProvenPassage(
+        shard=255,
+        position=MAX_LEAVES - 1,
+        passage=Passage(
+            wide * MAX_TEXT_CHARACTERS,
+            wide * MAX_LABEL_CHARACTERS,
+            wide * MAX_LABEL_CHARACTERS,
+            2**63,
+            wide * MAX_LICENSE_CHARACTERS,
+        ).message(),
+        vector=bytes(MAX_DIMENSIONS),
+        path=bytes(32 * 16),
+    )
+    assert memory_pb2.ReadReply(passages=[longest]).ByteSize() <= most_bytes(asked)
 
 
 def test_an_honest_answer_is_read_as_it_was_given() -> None:
