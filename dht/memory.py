@@ -238,6 +238,11 @@ class MemoryManifest:
         )
         return message.SerializeToString(deterministic=True)
 
+    @property
+    def index(self) -> tuple[object, ...]:
+        """What all revisions of a memory have in common, or shards would not be found any more."""
+        return self.encoder_kind, self.encoder, self.dimensions, self.codebook, self.grid
+
     @cached_property
     def by_root(self) -> Mapping[bytes, ShardInfo]:
         return {shard.root: shard for shard in self.shards}

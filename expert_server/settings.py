@@ -188,13 +188,13 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=0.01,
         le=10**6,
-        description="limit for the answers to trainers, in Mbit/s; unset: no limit",
+        description="limit for the answers, states and passages that it sends, in Mbit/s; unset: no limit",
     )
     download_mbit: float | None = Field(
         default=None,
         ge=0.01,
         le=10**6,
-        description="limit for the calls of trainers, in Mbit/s; unset: no limit",
+        description="limit for the calls, states and passages that it receives, in Mbit/s; unset: no limit",
     )
     schedule: Annotated[InstanceOf[Schedule], BeforeValidator(_parse_schedule)] | None = Field(
         default=None,

@@ -74,7 +74,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 100},
 )
 memory = typer.Typer(
-    help="Build, publish and inspect memories: passages of text that nodes host, so that models can look them up.",
+    help="Build and publish memories, which nodes host. A memory is text in passages, in which models look things up.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -464,7 +464,7 @@ def search(
     ] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find passages in a memory that a swarm hosts, with their sources."""
+    """Find passages in a memory of a swarm."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
             from talkoot.memory.search import SearchRequest, run_search
@@ -634,7 +634,10 @@ def build(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make a memory of text: cut it into passages, learn word vectors from them, and write shards."""
+    """Make a memory of text files.
+
+    Cuts the text into passages, learns word vectors from them, and writes shards.
+    """
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
             from talkoot.memory.build import BuildPlan, run_build
@@ -653,10 +656,11 @@ def publish(
     state: PublisherState = None,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
-    """List a memory in the swarm, and serve it until nodes host two replicas of each of its shards.
+    """Publish a memory in a swarm.
 
-    In an open swarm only the founder publishes; in one that admits by token, librarians do too. If you stop it
-    early, the same command goes on where it was. Nodes take what they have room for with --memory-disk.
+    Lists it, and serves it until nodes host two replicas of each of its shards. Nodes take what they have room for with
+    --memory-disk. If you stop it early, the same command goes on where it was. In an open swarm only the founder
+    publishes; in one that admits by token, librarians do too.
     """
     with command(log_format) as (terminal, signals):
         with signals.importing(), imports_without_gc():
@@ -695,7 +699,11 @@ def inspect_memory(
     join: Join = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Verify a memory in a folder and show what is in it. Or show who hosts the cells and shards of a swarm's."""
+    """Show what is in a memory, or who hosts it.
+
+    Verifies a memory in a folder and shows what is in it. With --join, shows the cells and shards of a swarm's memory,
+    and who hosts them.
+    """
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing(), imports_without_gc():
             from talkoot.memory import inspection, listing
@@ -731,7 +739,10 @@ def revoke_passages(
     state: PublisherState = None,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
-    """Take passages back: publish a new revision without them, and wait until all hosts have deleted them."""
+    """Take passages back from a memory.
+
+    Publishes a new revision without them, and waits until all hosts have deleted them.
+    """
     with command(log_format) as (terminal, signals):
         with signals.importing(), imports_without_gc():
             from expert_server.settings import NodeSettings

@@ -19,7 +19,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.announcements import NodeInfo, ReplicaState
-from dht.library import LibraryEntry, MemoryRegistry
+from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest, Part
 from dht.swarm import Swarm
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey, seen_shards
@@ -37,8 +37,6 @@ from peer.rpc.parts import PartClient, has_sha256
 
 logger = logging.getLogger(__name__)
 
-_ENOUGH = 2
-"""Replicas of a shard."""
 _MOST_MEMORIES = 64
 """That a node follows. Of more, each follows others."""
 _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
@@ -138,7 +136,7 @@ class MemoryHosting:
         self._announced: dict[MemoryID, set[Cell]] = {}
         self._survey = MemorySurvey(memories, rng)
         self._proofs = ReplicaProofs(swarm, parts, rng, clock)
-        self._placement = Placement(self._peer_id, _ENOUGH)
+        self._placement = Placement(self._peer_id, WANTED_REPLICAS)
         self._wrong = BoundedDict[tuple[PeerID, bytes], None](_REMEMBERED)
         """Who gave wrong bytes for what."""
         self._writing = asyncio.Lock()
@@ -199,7 +197,7 @@ class MemoryHosting:
             await self._announce(memory)
 
     async def follow(self) -> None:
-        """Follows what publishers list: their later revisions, and what they list no more. Raises UnreachableError.
+        """Follows what publishers list: their later revisions, and what they no longer list. Raises UnreachableError.
 
         The founder's node reads the lists in any case, to renew its own.
         """
@@ -219,7 +217,7 @@ class MemoryHosting:
                 with tolerating("follow a memory"):
                     await self._follow(memory, store, latest)
             elif memory not in listed and any(MemoryID.of(memory.name, p) == memory for p in libraries):
-                logger.info("hosts memory %s no more: its publisher lists it no more", memory)
+                logger.info("no longer hosts memory %s: its publisher no longer lists it", memory)
                 await self._remove(memory)
         now = self._clock()
         if listed and (self._kept_at is None or now >= self._kept_at + _KEEP_EVERY_S):
@@ -413,7 +411,7 @@ class MemoryHosting:
         if self._leaving or store is None or self._clock() < self._full_until:
             return
         shard = (await self._seen_now(key, cell)).get(key)
-        if shard is None or len(shard.serving) >= _ENOUGH or key.root in store.shards:
+        if shard is None or len(shard.serving) >= WANTED_REPLICAS or key.root in store.shards:
             return
         hosts = (shard.serving | shard.leaving) - {self._peer_id}
 
@@ -481,9 +479,9 @@ class MemoryHosting:
             store = self._stores.get(key.memory)
             if store is None or key.root not in store.shards:
                 continue
-            keener = self._placement.keener(key)[: 2 * _ENOUGH]
+            keener = self._placement.keener(key)[: 2 * WANTED_REPLICAS]
             proven = await self._proofs.proven([(peer_id, key) for peer_id in keener], seen)
-            if len(proven) < _ENOUGH:
+            if len(proven) < WANTED_REPLICAS:
                 continue
             async with self._writing:
                 await asyncio.to_thread(store.drop, key.root)

@@ -25,8 +25,6 @@ from peer.rpc.parts import has_sha256
 logger = logging.getLogger(__name__)
 
 MANIFEST, PARTS, SHARDS = "manifest", "parts", "shards"
-_LASTING = ("encoder", "encoder_kind", "dimensions", "codebook", "grid")
-"""What all revisions of a memory have in common."""
 _WRONG = ".wrong"
 """Ends the name of a file that was not what its name says."""
 
@@ -97,7 +95,7 @@ class MemoryStore:
                 shard, size = _opened(path, info, self.manifest.dimensions)
             shard.check(self.manifest.revoked)
         except WireError:
-            self._serve_no_more(root)
+            self._stop_serving(root)
             for older in path.parent.glob(f"*{_WRONG}"):
                 older.unlink()  # they count for nothing, so one is enough
             os.replace(path, path.with_name(path.name + _WRONG))
@@ -130,8 +128,8 @@ class MemoryStore:
             raise OSError(f"the disk changed {path}: {error}") from error
 
     def drop(self, root: bytes) -> None:
-        """Serves a shard no more, and removes its file."""
-        self._serve_no_more(root)
+        """Stops serving a shard, and removes its file."""
+        self._stop_serving(root)
         with suppress(FileNotFoundError):
             self._shard_path(root).unlink()
 
@@ -161,7 +159,7 @@ class MemoryStore:
             raise WireError(
                 f"revision {new.revision} of {new.name!r}; here is {old.revision} of {old.name!r}"
             )
-        if any(getattr(new, name) != getattr(old, name) for name in _LASTING):
+        if new.index != old.index:
             raise WireError(
                 "a revision with another encoder or other cells: shards would not be found any more"
             )
@@ -175,10 +173,10 @@ class MemoryStore:
                 if shard.without(gone) is not None:
                     self.load(root)
             except WireError as error:
-                self._serve_no_more(root)
+                self._stop_serving(root)
                 logger.warning("a shard of memory %s is served no more: %s", new.name, error)
             except OSError as error:
-                self._serve_no_more(root)
+                self._stop_serving(root)
                 failure = error
         if failure is not None:
             raise failure
@@ -216,7 +214,7 @@ class MemoryStore:
         self.part = Part(hashlib.sha256(data).digest(), len(data))
         """Of the manifest itself."""
 
-    def _serve_no_more(self, root: bytes) -> None:
+    def _stop_serving(self, root: bytes) -> None:
         for kept in (self._shards, self._sizes, self._hashes):
             kept.pop(root, None)
 

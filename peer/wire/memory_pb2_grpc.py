@@ -73,8 +73,8 @@ class MemoryServiceServicer:
 
     def FetchPart(self, request, context):
         """Gives a part of a memory: one StateHeader, then chunks. Refused with NOT_FOUND when it is not here, with
-        RESOURCE_EXHAUSTED when too many fetch at once, and with FAILED_PRECONDITION when the file asked for is kept no more
-        (begin anew without its SHA-256).
+        RESOURCE_EXHAUSTED when too many fetch at once, and with FAILED_PRECONDITION when the file asked for is no longer
+        kept (start over without its SHA-256).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

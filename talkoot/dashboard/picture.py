@@ -16,7 +16,7 @@ from dht.directory import View
 from dht.library import WANTED_REPLICAS
 from dht.manifest import Manifest
 from peer.identity import PeerID
-from talkoot.memory.survey import Survey
+from talkoot.memory.replication import Survey
 
 SILENCE_FACTOR = 1.5
 """A peer has gone when it has not renewed its record for so many of its own periods."""

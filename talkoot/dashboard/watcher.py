@@ -32,7 +32,7 @@ from talkoot.dashboard.picture import (
     Picture,
     paint,
 )
-from talkoot.memory.survey import Survey, survey
+from talkoot.memory.replication import Survey, survey
 from talkoot.status import SwarmReader, SwarmReading
 
 logger = logging.getLogger(__name__)

@@ -53,8 +53,12 @@ class Inspection:
 
 def run_inspect(terminal: Terminal, folder: Path) -> None:
     """Raises LibraryError if it is not a whole memory."""
+    if not folder.is_dir():
+        raise LibraryError(
+            f"{folder} is no folder: pass one that `talkoot memory build` wrote, or a memory's name and --join INVITE"
+        )
     with terminal.stages("verifying the memory") as stage:
-        found = inspect_memory(folder, stage)
+        found = inspect_memory(folder, stage if terminal.live else lambda text: None)
     if terminal.json:
         terminal.event("memory", asdict(found))
         return

@@ -19,8 +19,7 @@ from peer.rpc.parts import PartClient, has_sha256
 from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from talkoot.ephemeral import run_in_swarm
-from talkoot.memory.replication import Replication, entry_values, replication
-from talkoot.memory.survey import Survey, survey
+from talkoot.memory.replication import Replication, Survey, entry_values, replication, survey
 from talkoot.terminal import FittingTable, Terminal
 
 _CHANNELS = 16

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from dht.announcements import Activity, ReplicaState
-from dht.library import LibraryEntry, MemoryRegistry, with_entry
+from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry, with_entry
 from dht.swarm import Stage, Swarm
 from expert_server.memory.placement import SeenShard, ShardKey
 from expert_server.memory.proofs import ReplicaProofs
@@ -39,8 +39,6 @@ from talkoot.terminal import Terminal
 
 logger = logging.getLogger(__name__)
 
-WANTED = 2
-"""Replicas of each shard at others."""
 _LOOK_EVERY_S = 2.0
 _LOOKING = 0.2
 """Part of the time that looks may take: of a memory with many cells, one is many look-ups."""
@@ -235,19 +233,19 @@ def run_publish(
 ) -> None:
     """Returns once each shard has two replicas at others. Raises UserError, and Stopped when it was stopped before."""
     host = listen_address(settings)
-    with terminal.stages("reading the memory") as stage:
-        store = open_memory(folder, stage if terminal.live else lambda text: None)
-        passages = count_passages(store)
-    manifest = store.manifest
-    logger.info(
-        "%s, revision %d: %s in %s, %s; licences: %s", manifest.name, manifest.revision,
-        counted(passages, "passage", ","), counted(len(manifest.shards), "shard"),
-        bytes_in_words(store.shard_bytes), ", ".join(manifest.licenses) or "none given",
-    )  # fmt: skip
     with (
         publisher_of(join, state) as publisher,
         asyncio.Runner(loop_factory=new_loop) as runner,
     ):
+        with terminal.stages("reading the memory") as stage:
+            store = open_memory(folder, stage if terminal.live else lambda text: None)
+            passages = count_passages(store)
+        manifest = store.manifest
+        logger.info(
+            "%s, revision %d: %s in %s, %s; licences: %s", manifest.name, manifest.revision,
+            counted(passages, "passage", ","), counted(len(manifest.shards), "shard"),
+            bytes_in_words(store.shard_bytes), ", ".join(manifest.licenses) or "none given",
+        )  # fmt: skip
         runner.run(run_until_stopped(_publish(terminal, publisher, store, passages, settings, host)))
 
 
@@ -311,7 +309,7 @@ class ReplicationWatch:
                     if self._latest is None or found.by_root != self._latest.by_root:
                         changed_at = self._now()
                     self._latest = found
-                    if not found.below(WANTED):
+                    if not found.below(WANTED_REPLICAS):
                         break
                 if self._latest is not None:
                     text = f"{self._latest.in_words}{self._rate()}{self._advice(self._now() - changed_at)}"
@@ -378,6 +376,6 @@ def advice(hosts: int, reachability: str) -> str:
             "No node takes it: those of volunteers host memories if they were started with --memory-disk, such as "
             "`talkoot node --memory-disk 5GB`, and don't refuse its name or licences"
         )
-    if hosts < WANTED:
+    if hosts < WANTED_REPLICAS:
         return "Only one node takes it: two replicas need another with --memory-disk"
     return "The nodes that host it may have no room left: more of them need --memory-disk, or more of it"

@@ -1,22 +1,23 @@
-"""Which of a memory's shards are hosted, and by whom, for those who have its manifest."""
+"""How many replicas the shards of a memory have, and who hosts them, by what hosts announce in the DHT."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from dht.announcements import ReplicaState
-from dht.library import CellHost, LibraryEntry, MemoryRegistry
+from dht.library import WANTED_REPLICAS, CellHost, LibraryEntry, MemoryRegistry
 from dht.memory import Cell, MemoryManifest
 from peer.formatting import counted
 from peer.identity import PeerID
 
-_CELLS_AT_ONCE = 512
-"""In one look-up, which has one deadline."""
+_MOST_CELLS = 4096
+"""Of one memory. A larger one is surveyed in part."""
 
 
 @dataclass(frozen=True)
 class Replication:
-    """Which of a memory's shards others serve."""
+    """Who serves the shards of a memory, for those who have its manifest."""
 
     by_root: Mapping[bytes, frozenset[PeerID]]
     """Who serves each shard, those of the manifest alone."""
@@ -64,10 +65,54 @@ async def replication(
     memories: MemoryRegistry, entry: LibraryEntry, manifest: MemoryManifest, besides: PeerID | None = None
 ) -> Replication:
     """Looks up who serves the memory's shards. Raises UnreachableError."""
-    cells, found = list(manifest.by_cell), dict[Cell, Sequence[CellHost]]()
-    for begin in range(0, len(cells), _CELLS_AT_ONCE):
-        found |= await memories.cell_hosts(entry.memory, cells[begin : begin + _CELLS_AT_ONCE])
+    found = await memories.cell_hosts(entry.memory, manifest.by_cell)
     return Replication.of(manifest, found, besides)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The replicas of a memory's shards, for those who don't have its manifest."""
+
+    entry: LibraryEntry
+    replicas: Mapping[bytes, int]
+    """Peers that serve each shard, by the first bytes of its root. Those that nobody serves are not among them."""
+    hosts: frozenset[PeerID]
+    is_whole: bool
+    """Whether all active cells were looked up."""
+
+    @property
+    def served(self) -> int:
+        """Shards that somebody serves. Anybody can announce shards that the memory does not have."""
+        return min(len(self.replicas), self.entry.shards)
+
+    @property
+    def fewest(self) -> int:
+        """Replicas of the shard that has the fewest."""
+        return 0 if len(self.replicas) < self.entry.shards else min(self.replicas.values(), default=0)
+
+    @property
+    def mean(self) -> float:
+        """Replicas of a shard on average."""
+        return sum(self.replicas.values()) / max(1, self.entry.shards, len(self.replicas))
+
+    def below(self, wanted: int = WANTED_REPLICAS) -> int:
+        """Shards with fewer replicas than that."""
+        enough = sum(count >= wanted for count in self.replicas.values())
+        return max(0, self.entry.shards - enough)
+
+
+async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
+    """Looks up who serves the memory's shards. Raises UnreachableError."""
+    active = sorted(await memories.active_cells(entry.memory, entry.grid))
+    looked_up = active[:_MOST_CELLS]
+    replicas: Counter[bytes] = Counter()
+    hosts = set()
+    for some in (await memories.cell_hosts(entry.memory, looked_up)).values():
+        for host in some:
+            if host.state is ReplicaState.SERVING:
+                hosts.add(host.peer_id)
+                replicas.update(host.shards)
+    return Survey(entry, replicas, frozenset(hosts), len(looked_up) == len(active))
 
 
 def entry_values(entry: LibraryEntry) -> dict[str, object]:

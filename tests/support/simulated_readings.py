@@ -27,7 +27,7 @@ from talkoot.dashboard.app import MAX_STREAMS, Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import CallRateMeter, Census, Picture, paint
 from talkoot.dashboard.watcher import Watcher, WatchIntervals
-from talkoot.memory.survey import Survey
+from talkoot.memory.replication import Survey
 
 NOW = 1_700_000_000.0
 

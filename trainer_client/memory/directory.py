@@ -146,11 +146,11 @@ class MemoryParts:
         filled_C = np.zeros(prod(manifest.grid), np.bool_)
         filled_C[[number_of(cell, manifest.grid) for cell in manifest.by_cell]] = True
         if before is not None:
-            if _lasting(manifest) != _lasting(before.manifest):
+            if manifest.index != before.manifest.index:
                 raise WireError(f"revision {entry.revision} of {entry.memory} has another index")
             return Opened(entry, manifest, before.encoder, before.codebook, filled_C)
-        parse_encoder = partial(_parse_encoder, manifest.encoder_kind, manifest.dimensions)
-        parse_codebook = partial(_parse_codebook, manifest.grid, manifest.dimensions)
+        parse_encoder = partial(load_encoder, manifest.encoder_kind, dimensions=manifest.dimensions)
+        parse_codebook = partial(Codebook.from_bytes, grid=manifest.grid, dimensions=manifest.dimensions)
         encoder = await self._part("encoder", manifest.encoder, parse_encoder)
         codebook = await self._part("codebook", manifest.codebook, parse_codebook)
         return Opened(entry, manifest, encoder, codebook, filled_C)
@@ -369,20 +369,8 @@ def _nearest(scores_QC: Floats, among_C: Booleans, count: int) -> tuple[Integers
     return chosen.coordinates[..., 0], chosen.valid
 
 
-def _lasting(manifest: MemoryManifest) -> tuple[object, ...]:
-    return manifest.encoder_kind, manifest.encoder, manifest.dimensions, manifest.codebook, manifest.grid
-
-
 def _parse_manifest(data: bytes) -> MemoryManifest:
     manifest = MemoryManifest.parse(data)
     # made when they are first asked for, which takes long for many shards
     assert len(manifest.by_root) <= len(manifest.shards) >= len(manifest.by_cell)
     return manifest
-
-
-def _parse_encoder(kind: str, dimensions: int, data: bytes) -> Encoder:
-    return load_encoder(kind, data, dimensions)
-
-
-def _parse_codebook(grid: Sequence[int], dimensions: int, data: bytes) -> Codebook:
-    return Codebook.from_bytes(data, grid, dimensions)

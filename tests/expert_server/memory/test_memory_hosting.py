@@ -176,7 +176,7 @@ def test_wrong_bytes_are_refused_and_come_from_another_host(
             "file",
             lambda name, give=store.file: give(MEMORY.roots[1 if name == MEMORY.roots[0] else 0]),
         )
-        monkeypatch.setattr("expert_server.memory.hosting._ENOUGH", 3)
+        monkeypatch.setattr("expert_server.memory.hosting.WANTED_REPLICAS", 3)
         last = await village.join(2, invite, **HOST)
         await village.run(last)
         await until(lambda: last.memories.shards == 4)

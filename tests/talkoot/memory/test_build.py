@@ -246,6 +246,12 @@ def test_build_and_inspect_are_commands(folder: Path, tmp_path: Path) -> None:
     assert "talkoot memory build" in ended.stderr
 
 
+def test_inspect_of_a_name_asks_for_a_folder_or_an_invite() -> None:
+    ended = run_here("memory", "inspect", "trees-of-others")
+    assert ended.returncode
+    assert "build` wrote, or a memory's name and --join INVITE" in ended.stderr
+
+
 def test_inspect_counts_and_verifies(folder: Path, tmp_path: Path) -> None:
     found = inspect_memory(folder / "trees")
     assert (found.passages, found.revoked, found.grid, found.cells) == (150, 0, (4, 4), 16)

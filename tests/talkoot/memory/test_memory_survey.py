@@ -11,7 +11,7 @@ from dht.announcements import ReplicaState
 from dht.library import MemoryRegistry
 from dht.memory import Cell
 from peer.loop import LoopThread
-from talkoot.memory.survey import survey
+from talkoot.memory.replication import survey
 
 LIFETIME_S = 60.0
 Cells = dict[Cell, tuple[ReplicaState, Collection[bytes]]]

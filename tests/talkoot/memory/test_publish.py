@@ -106,7 +106,8 @@ def test_a_broken_folder_is_not_published(tmp_path: Path, what: str, said: str) 
 
 
 def test_a_folder_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
-    ended = run_here("memory", "publish", str(tmp_path), "--host", HOST)
+    founded(tmp_path / "node")
+    ended = run_here("memory", "publish", str(tmp_path), "--state", str(tmp_path / "node"), "--host", HOST)
     assert_one_clear_line(ended, "is no memory", "talkoot memory build")
 
 
