@@ -42,6 +42,12 @@ MAX_LABEL_CHARACTERS = 256
 MAX_LICENSE_CHARACTERS = 64
 MAX_LEVELS = 4
 """Of a grid."""
+MAX_QUERIES, MAX_SEARCHED, MAX_K = 256, 256, 128
+"""Of one search: queries, shards, and passages for each query."""
+MAX_READ = 64
+"""Passages in one call: the longest that there may be fit into a message."""
+LEAF_PREFIX_BYTES = 16
+"""Of a leaf's hash, in the answer to a search."""
 _LARGEST_GRID = 4096
 """Branches at one level."""
 _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")

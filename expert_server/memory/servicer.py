@@ -22,7 +22,7 @@ from grpc import StatusCode
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from dht.memory import MAX_SHARD_BYTES
+from dht.memory import LEAF_PREFIX_BYTES, MAX_K, MAX_QUERIES, MAX_READ, MAX_SEARCHED, MAX_SHARD_BYTES
 from expert_server.memory.shard import MOST_PRODUCTS, NO_SCORE, Shard, Vectors, search_together
 from expert_server.memory.store import MemoryStore
 from peer.budget import FairBudget, interruptible
@@ -39,16 +39,12 @@ from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2, state_pb2
 M = TypeVar("M")
 T = TypeVar("T")
 
-MAX_K, MAX_QUERIES, MAX_SHARDS, MAX_READ = 128, 256, 256, 64
-"""Of one call."""
 _MAX_SCORES = 2**28
 """Inner products that one call may ask for: about four seconds of one core, with 256 dimensions."""
 _MAX_WAITING = 128
 """Calls that wait or compute, of all callers."""
 _MAX_CALL_S = 30.0
 _MAX_TRANSFERS, _MAX_TRANSFER_S = 8, 600.0
-_LEAF_BYTES = 16
-"""Of a leaf's hash, in the answer to a search."""
 _TOO_MANY = "others wait to search too, and more than your share of the places were yours: try again soon"
 
 
@@ -190,7 +186,7 @@ class Best:
         for number, position in zip(shards, positions, strict=True):
             shard = roots[number]
             assert shard is not None, "what was found was searched"
-            leaves.append(shard.leaf(position)[:_LEAF_BYTES])
+            leaves.append(shard.leaf(position)[:LEAF_PREFIX_BYTES])
         return memory_pb2.Found(
             shards=shards,
             positions=positions,
@@ -361,8 +357,8 @@ def _vectors(request: memory_pb2.SearchRequest, dimensions: int) -> Vectors:
         )
     if not 1 <= request.k <= MAX_K:
         raise WireError(f"{request.k} passages for each query: 1 to {MAX_K} can be asked for")
-    if not 1 <= len(request.shards) <= MAX_SHARDS:
-        raise WireError(f"{len(request.shards)} shards: 1 to {MAX_SHARDS} can be searched at once")
+    if not 1 <= len(request.shards) <= MAX_SEARCHED:
+        raise WireError(f"{len(request.shards)} shards: 1 to {MAX_SEARCHED} can be searched at once")
     return np.frombuffer(request.vectors, np.int8).reshape(count, dimensions)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, ShardInfo, cell_of
+from dht.memory import LEAF_PREFIX_BYTES, Cell, MemoryID, MemoryManifest, Part, Passage, ShardInfo, cell_of
 from expert_server.memory.shard import Shard
 from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
@@ -23,9 +23,8 @@ from peer.merkle import MerkleTree
 from peer.transport.endpoints import Endpoint
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import Method
-from trainer_client.memory.checks import LEAF_BYTES, Vectors
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import STATIC, StaticEncoder
+from trainer_client.memory.encoder import STATIC, StaticEncoder, Vectors
 from trainer_client.memory.retriever import Located
 
 SWARM = "sauna-abcdefghijkl"
@@ -210,7 +209,7 @@ class SampleHost:
             for query in asked.queries or range(len(queries_QD)):
                 positions_k, scores_k = shard.search(queries_QD[[query]], request.k)
                 for position, score in zip(positions_k[0].tolist(), scores_k[0].tolist(), strict=True):
-                    found[query].append((score, number, position, shard.leaf(position)[:LEAF_BYTES]))
+                    found[query].append((score, number, position, shard.leaf(position)[:LEAF_PREFIX_BYTES]))
         lengths = [len(self.memory.shards[asked.root]) for asked in request.shards]
         best = [sorted(some, key=lambda f: (-f[0], *f[1:]))[: request.k] for some in found]
         answers = [self._spoilt(some, lengths) for some in best]

@@ -17,7 +17,7 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.announcements import NodeInfo
-from dht.memory import MAX_TEXT_CHARACTERS
+from dht.memory import MAX_QUERIES, MAX_TEXT_CHARACTERS
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
@@ -29,7 +29,6 @@ from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.wire import memory_pb2, memory_pb2_grpc
 from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, WaitPolicy
-from trainer_client.memory.checks import MOST_QUERIES
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ def most_bytes(request: memory_pb2.SearchRequest | memory_pb2.ReadRequest) -> in
     """Of an honest answer. Some MB of tiny fields would take long to parse, and thirty times their size."""
     if isinstance(request, memory_pb2.ReadRequest):
         return sum(_PASSAGE_BYTES * len(shard.positions) for shard in request.shards)
-    queries = min(MOST_QUERIES, len(request.vectors))  # in one dimension, at least
+    queries = min(MAX_QUERIES, len(request.vectors))  # in one dimension, at least
     return queries * (_FOUND_BYTES * request.k + _FOUND_BYTES) + 8 * len(request.shards)
 
 

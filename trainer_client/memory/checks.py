@@ -17,22 +17,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from dht.memory import MemoryManifest, Passage, ShardInfo
+from dht.memory import LEAF_PREFIX_BYTES, MemoryManifest, Passage, ShardInfo
 from peer.errors import WireError
 from peer.identity import PeerID
 from peer.merkle import HASH_BYTES, proves
 from peer.wire import memory_pb2
-
-LEAF_BYTES = 16
-"""Of each leaf's hash in the answer to a search."""
-MOST_QUERIES = 256
-MOST_SHARDS = 256
-MOST_K = 128
-"""The largest numbers of a search by the protocol."""
-
-Vectors = npt.NDArray[np.int8]
+from trainer_client.memory.encoder import Vectors
 
 
 class Place(NamedTuple):
@@ -113,7 +104,7 @@ class Ask:
         count = len(found.scores)
         if count > self.k or not len(found.shards) == len(found.positions) == count:
             raise WireError(f"a search for {self.k} passages with {count} scores, or not as many places")
-        if len(found.leaves) != LEAF_BYTES * count:
+        if len(found.leaves) != LEAF_PREFIX_BYTES * count:
             raise WireError(f"{len(found.leaves)} bytes of hashes for {count} passages")
         claims = []
         places = set()
@@ -130,7 +121,7 @@ class Ask:
                 raise WireError("passages that are not in the order of their scores")
             last = score
             places.add((number, position))
-            leaf = found.leaves[LEAF_BYTES * n : LEAF_BYTES * (n + 1)]
+            leaf = found.leaves[LEAF_PREFIX_BYTES * n : LEAF_PREFIX_BYTES * (n + 1)]
             claims.append(Claim(score, leaf, Place(shard.root, position), host))
         return claims
 
@@ -217,7 +208,7 @@ class Findings:
         """Hosts that claimed what is not so."""
         self._vectors_QD = vectors_QD
         self._k = k
-        self._revoked = frozenset(leaf[:LEAF_BYTES] for leaf in manifest.revoked)
+        self._revoked = frozenset(leaf[:LEAF_PREFIX_BYTES] for leaf in manifest.revoked)
         self._claims: list[list[Claim]] = [[] for _ in vectors_QD]
         self._unreadable: set[Place] = set()
         self._true: set[tuple[int, Claim]] = set()
@@ -296,7 +287,7 @@ class Findings:
 
 def agrees(claim: Claim, proven: Proven, query_D: Vectors) -> bool:
     """Whether what was claimed is so, by the passage that lies at that place."""
-    return proven.leaf[:LEAF_BYTES] == claim.leaf and proven.score(query_D) == claim.score
+    return proven.leaf[:LEAF_PREFIX_BYTES] == claim.leaf and proven.score(query_D) == claim.score
 
 
 def omitted(query: int, one: Answer, other: Answer) -> list[Claim]:

@@ -35,9 +35,8 @@ from peer.formatting import bytes_in_words
 from peer.identity import PeerID
 from peer.rpc.parts import PartClient, has_sha256
 from trainer_client.memory.calls import loop_time
-from trainer_client.memory.checks import Vectors
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import Encoder, load_encoder
+from trainer_client.memory.encoder import Encoder, Vectors, load_encoder
 from trainer_client.memory.retriever import Located
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,17 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from dht.announcements import NodeInfo
-from dht.memory import Cell, MemoryID, MemoryManifest, Passage, ShardInfo
+from dht.memory import (
+    MAX_K,
+    MAX_QUERIES,
+    MAX_READ,
+    MAX_SEARCHED,
+    Cell,
+    MemoryID,
+    MemoryManifest,
+    Passage,
+    ShardInfo,
+)
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
 from peer.codec import Floats
@@ -32,27 +42,23 @@ from peer.loop import TaskSet
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import MANY, HostCalls, Kind, loop_time
 from trainer_client.memory.checks import (
-    MOST_K,
-    MOST_QUERIES,
-    MOST_SHARDS,
     Answer,
     Ask,
     Claim,
     Findings,
     Place,
     Proven,
-    Vectors,
     agrees,
     omitted,
     parse_passages,
 )
-from trainer_client.memory.encoder import words_of
+from trainer_client.memory.encoder import Vectors, words_of
 
 T = TypeVar("T")
 
 MOST_CHARACTERS = 10_000
 """Of a query."""
-MOST_WANTED = MOST_K // 2
+MOST_WANTED = MAX_K // 2
 """Passages for a query. A host is asked for twice as many, because a passage may lie in two of its cells."""
 CHECKED_SHARE = 1 / 50
 """Queries that a second replica is asked for, too."""
@@ -69,8 +75,6 @@ _FIRST_PART = 0.6
 """Of the time that a search has, what the first answers may take."""
 _SCORES_AT_ONCE = 2**26
 """Inner products in one call: about a second of one core."""
-_READ_AT_ONCE = 64
-"""Passages in one call: the longest that there may be fit into a message."""
 _KEPT = 2048
 """Proven passages that are remembered."""
 _CHECKS_AT_ONCE = 2
@@ -192,8 +196,8 @@ class Retriever:
         check_query(texts, k, cells)
         results: list[SearchResult] = []
         wanted = min(_CANDIDATES * k, MOST_WANTED) if by_words else k
-        for at in range(0, len(texts), MOST_QUERIES):
-            some = texts[at : at + MOST_QUERIES]
+        for at in range(0, len(texts), MAX_QUERIES):
+            some = texts[at : at + MAX_QUERIES]
             vectors_QD, scores_QC = await asyncio.to_thread(self.directory.encode, some)
             found = await self.search_vectors(vectors_QD, scores_QC, wanted, cells, deadline_s)
             if by_words:
@@ -347,7 +351,7 @@ class _Search:
             return [item for item in items if item[0] in answer.present]
 
         await self._retriever.calls.spread(
-            wanted, call, ("Search", False), partial(_parts, most=MOST_SHARDS), ends
+            wanted, call, ("Search", False), partial(_parts, most=MAX_SEARCHED), ends
         )
         suspects: dict[tuple[int, Claim], set[PeerID]] = {}
         for query in drawn:
@@ -380,7 +384,7 @@ class _Search:
             findings.prove(found)
             return found.keys()
 
-        await retriever.calls.spread(places, call, ("Read", False), partial(_parts, most=_READ_AT_ONCE), ends)
+        await retriever.calls.spread(places, call, ("Read", False), partial(_parts, most=MAX_READ), ends)
         for (query, claim), silent in by_claim:
             proven = findings.proven.get(claim.place)
             if proven is None or proven.leaf in manifest.revoked:
@@ -418,7 +422,7 @@ class _Search:
         for root in roots:
             shard, queries = self._wanted[root]
             size = shard.leaves * len(queries)
-            if part and (len(part) == MOST_SHARDS or scores + size > _SCORES_AT_ONCE):
+            if part and (len(part) == MAX_SEARCHED or scores + size > _SCORES_AT_ONCE):
                 yield part
                 part, scores = [], 0
             part.append(root)
@@ -441,7 +445,7 @@ class _Search:
             queries.append(tuple(numbers if only is None else (n for n in numbers if n in only)))
         # a passage may be there twice, in two cells, and hosts may not have heard yet of the last revocations
         spare = min(len(self._located.manifest.revoked), _SPARE)
-        ask = Ask(tuple(shards), tuple(queries), min(2 * (self._k + spare), MOST_K))
+        ask = Ask(tuple(shards), tuple(queries), min(2 * (self._k + spare), MAX_K))
         return await self._retriever.ask(ask, self._vectors_QD, self._located.nodes[host], ends)
 
     async def _read(
@@ -459,9 +463,7 @@ class _Search:
             place: [claimants, located.hosts.get(place.root, ())] for place, claimants in unproven.items()
         }
         kind: Kind = ("Read", len(hosts) > MANY)
-        given_up = await self._retriever.calls.spread(
-            hosts, call, kind, partial(_parts, most=_READ_AT_ONCE), ends
-        )
+        given_up = await self._retriever.calls.spread(hosts, call, kind, partial(_parts, most=MAX_READ), ends)
         findings.give_up(given_up)
         return set[PeerID]().union(*(unproven[place] for place in given_up))
 

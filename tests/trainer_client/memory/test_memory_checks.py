@@ -10,6 +10,7 @@ from memory_samples import MEMORY, SWARM, SampleHost, SampleMemory, peer_ids
 
 from dht.memory import (
     MAX_DIMENSIONS,
+    MAX_K,
     MAX_LABEL_CHARACTERS,
     MAX_LEAVES,
     MAX_LICENSE_CHARACTERS,
@@ -20,7 +21,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import WireError
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import most_bytes
-from trainer_client.memory.checks import MOST_K, Answer, Ask, Findings, omitted, parse_passages
+from trainer_client.memory.checks import Answer, Ask, Findings, omitted, parse_passages
 
 MEMORY_HERE = SampleMemory.make(0)
 ONE, OTHER = peer_ids(2)
@@ -71,7 +72,7 @@ def test_an_answer_is_refused_or_has_only_what_was_asked_for(
 @pytest.mark.parametrize("queries", [1, 40])
 def test_no_honest_answer_is_larger_than_answers_may_be(queries: int) -> None:
     everything = list(range(len(MEMORY_HERE.manifest.shards)))
-    ask = an_ask(everything, queries, k=MOST_K)
+    ask = an_ask(everything, queries, k=MAX_K)
     vectors_QD = MEMORY_HERE.vectors_ND[:queries]
     request = ask.request(SWARM, PROTOCOL_VERSION, str(MEMORY), vectors_QD)
     host = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root)
