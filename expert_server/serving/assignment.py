@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -67,17 +68,29 @@ class Assignment:
         """Of a row."""
         return int(np.diff(self.starts).max())
 
+    @cached_property
+    def _slices(self) -> list[slice]:
+        return [slice(begin, end) for begin, end in pairwise([0, *self.ends.tolist()])]
+
     def pairs_of(self, expert: int) -> slice:
-        return slice(int(self.ends[expert - 1]) if expert else 0, int(self.ends[expert]))
+        return self._slices[expert]
 
     @cached_property
     def first_pairs(self) -> list[Integers]:
         """The first pair of each expert's segments: those of the call, of its rows alone."""
+        return self._by_expert(self._first_pairs)
+
+    @cached_property
+    def _first_pairs(self) -> Integers:
         is_first = np.ones(len(self.rows), np.bool_)
         is_first[1:] = np.diff(self.segment_of_row[self.rows]) != 0
         is_first[self.ends[:-1]] = True
-        first = np.flatnonzero(is_first)
-        return np.split(first, np.searchsorted(first, self.ends)[:-1])
+        return np.flatnonzero(is_first)
+
+    def _by_expert(self, numbers: Integers) -> list[Integers]:
+        """`numbers`: one of each expert's segments."""
+        bounds = [0, *np.searchsorted(self._first_pairs, self.ends).tolist()]
+        return [numbers[begin:end] for begin, end in pairwise(bounds)]
 
     @cached_property
     def segment_of_row(self) -> Integers:
@@ -86,8 +99,8 @@ class Assignment:
 
     def segments(self) -> list[Tensor]:
         """The lengths of each expert's segments."""
-        pairs = zip(self.first_pairs, self.ends, strict=True)
-        return [torch.from_numpy(np.diff(first, append=end)) for first, end in pairs]
+        lengths = np.diff(self._first_pairs, append=len(self.rows))
+        return [torch.from_numpy(own) for own in self._by_expert(lengths)]
 
     def of_rows(self, rows_A: Integers, is_in: Booleans) -> tuple[Integers, Integers, Integers]:
         """Those pairs of some rows that are in `is_in` [P].

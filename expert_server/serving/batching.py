@@ -206,7 +206,7 @@ class BatchQueue:
         All that shares the entry's forward pass, or else what shares none, in order: up to `most_rows` in all, and
         `MOST_EXPERTS`. `fits`: whether it may be computed together with others'.
         """
-        first, passed_over = entry.work, {*busy, entry.work.uid}
+        first, shared, passed_over = entry.work, entry.work.shared, {*busy, entry.work.uid}
         turns = sorted(
             line.first()
             for (uid, direction), lines in self._by_key.items()
@@ -216,10 +216,10 @@ class BatchQueue:
         rows = len(first.rows)
         for _, _, order in turns:
             work = self._waiting[order].work
-            if work.keep != first.keep or work.shared is not first.shared or not fits(work):
+            if work.keep != first.keep or work.shared is not shared or not fits(work):
                 continue
             rows += len(work.rows)
-            if first.shared is None and (len(found) + 1 == MOST_EXPERTS or rows > most_rows):
+            if shared is None and (len(found) + 1 == MOST_EXPERTS or rows > most_rows):
                 break
             found.append(self._waiting[order])
         for each in found:

@@ -362,7 +362,7 @@ class Call:
         elif kept is not None and result.graph is not None and entry.work.uid in runtime.experts:
             kept.add(expert, result.graph)
         # the cache alone has the graph: this call may wait long for a caller that does not read
-        self._note(expert, replace(result, graph=None))
+        self._note(expert, result if result.graph is None else replace(result, graph=None))
 
     def _note(self, expert: int, outcome: Outcome) -> None:
         self._done.append((expert, outcome))
