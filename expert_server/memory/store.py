@@ -174,7 +174,7 @@ class MemoryStore:
                     self.load(root)
             except WireError as error:
                 self._stop_serving(root)
-                logger.warning("a shard of memory %s is served no more: %s", new.name, error)
+                logger.warning("a shard of memory %s is no longer served: %s", new.name, error)
             except OSError as error:
                 self._stop_serving(root)
                 failure = error

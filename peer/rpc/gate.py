@@ -187,10 +187,8 @@ class CallGate(grpc.aio.ServerInterceptor):
         async def serve(requests: AsyncIterator[Any], context: "grpc.aio.ServicerContext[Any, Any]") -> None:
             await self._serve(handler_call_details.method, answer, requests, context)
 
-        parse, most_bytes = (
-            handler.request_deserializer,
-            _MOST_BYTES.get(_service(handler_call_details.method)),
-        )
+        parse = handler.request_deserializer
+        most_bytes = _MOST_BYTES.get(_service(handler_call_details.method))
         return grpc.stream_stream_rpc_method_handler(
             serve, None if parse is None else or_empty(parse, most_bytes), handler.response_serializer
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from dht.announcements import NodeInfo
 from dht.library import LibraryEntry, MemoryRegistry, with_entry
 from dht.memory import MAX_REVOKED, Passage
 from dht.swarm import Swarm
@@ -19,7 +20,7 @@ from peer import clock
 from peer.errors import LibraryError, SettingsError, StateError, TransferError, UnreachableError, WireError
 from peer.formatting import counted, printable
 from peer.identity import PeerID
-from peer.loop import new_loop
+from peer.loop import new_loop, side_by_side
 from peer.merkle import HASH_BYTES
 from peer.rpc.parts import has_sha256
 from talkoot.memory.inspection import count_passages, open_memory
@@ -35,6 +36,8 @@ _FEWEST_DIGITS = 16
 _SHOWN = 20
 _SHOWN_CHARACTERS = 100
 _SHOW_EVERY_S = 10.0
+_ANSWER_S, _ASKED_AT_ONCE = 120.0, 8
+"""Longest that a host may take to give the manifest, and hosts that are asked at the same time."""
 
 
 @dataclass(frozen=True)
@@ -230,11 +233,12 @@ class _FollowerWatch:
         """A host that serves the new manifest has deleted what is revoked in it. Raises UnreachableError."""
         self._hosts = (await self._publication.announced()).hosts
         contacts = await self._swarm.registry.nodes(self._hosts - self._following)
-        entry = self._publication.entry
-        for peer_id, contact in contacts.items():
-            with contextlib.suppress(TransferError, StateError, WireError):
-                data = await self._publication.parts.fetch(
-                    contact, str(entry.memory), entry.manifest.sha256, entry.manifest.size
-                )
-                has_sha256(entry.manifest.sha256, data)
-                self._following.add(peer_id)
+        await side_by_side((self._ask(contact) for contact in contacts.values()), _ASKED_AT_ONCE)
+
+    async def _ask(self, host: NodeInfo) -> None:
+        memory, manifest = str(self._publication.entry.memory), self._publication.entry.manifest
+        with contextlib.suppress(TransferError, StateError, WireError, TimeoutError):
+            async with asyncio.timeout(_ANSWER_S):
+                data = await self._publication.parts.fetch(host, memory, manifest.sha256, manifest.size)
+            has_sha256(manifest.sha256, data)
+            self._following.add(host.peer_id)

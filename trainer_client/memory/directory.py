@@ -56,6 +56,7 @@ _CELLS = 4096
 _READ_AT_ONCE = 512
 """Nodes in one look-up, which has one deadline."""
 _EMPTY = 64
+"""Sets of avoided peers for which it is known which cells nobody else hosts."""
 _ROUNDS = 4
 """How often a search goes on after it has met cells that nobody hosts."""
 _SOURCES = 8

@@ -352,7 +352,7 @@ def test_stopping_in_the_middle_of_a_download_leaves_whole_shards_alone(
         running = await village.run(node)
         async with asyncio.timeout(60):
             await begun.wait()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await end(running)
             await node.stop()
         names = {path.name for path in (folder(village, 1, MEMORY) / "shards").iterdir()}

@@ -2,26 +2,30 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from callers import numbered_identity
 from commands import assert_one_clear_line, run_here
+from expert_fakes import virtual_time
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_folders import SampleMemory
 from memory_hosts import SimpleHost
+from memory_samples import node_info
 
 from dht.admission import Role, make_token, read_grant
-from dht.announcements import ReplicaState
+from dht.announcements import NodeInfo, ReplicaState
 from dht.invites import Invite
 from dht.library import CellHost, MemoryRegistry
 from dht.manifest import Manifest
-from dht.memory import Cell
+from dht.memory import Cell, Part
 from dht.records import SwarmKeys
 from dht.swarm import Swarm, found_swarm, join_swarm
 from expert_server.memory.store import MemoryStore
@@ -36,7 +40,7 @@ from talkoot.memory.inspection import count_passages, open_memory
 from talkoot.memory.publish import Publication, _publish, advice
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication
-from talkoot.memory.revoke import Selection, _revoke
+from talkoot.memory.revoke import Selection, _FollowerWatch, _revoke
 from talkoot.node.invites import FoundedSwarm
 from talkoot.terminal import LogFormat, Terminal
 
@@ -247,6 +251,33 @@ def test_a_passage_is_not_revoked_twice(tmp_path: Path) -> None:
     assert count_passages(store) == 79
     with pytest.raises(LibraryError, match="or it was revoked before"):
         Selection.parse([leaf.hex()], None).find(store)
+
+
+def test_a_host_that_stalls_does_not_hide_what_others_deleted() -> None:
+    _, _, *hosts = (numbered_identity(number).peer_id for number in range(12))
+    manifest = b"the next revision"
+    part = Part(hashlib.sha256(manifest).digest(), len(manifest))
+
+    class Parts:
+        async def fetch(self, host: NodeInfo, memory: str, name: bytes, most: int) -> bytes:
+            if host.peer_id in hosts[:9]:
+                await asyncio.Event().wait()
+            return manifest
+
+    class Registry:
+        async def nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+            return {peer: node_info(peer) for peer in peers}
+
+    async def announced() -> Replication:
+        return Replication({bytes(32): frozenset(hosts)})
+
+    entry = SimpleNamespace(memory="notes", manifest=part)
+    publication: Any = SimpleNamespace(entry=entry, parts=Parts(), announced=announced)
+    swarm: Any = SimpleNamespace(registry=Registry())
+    watch = _FollowerWatch(Terminal(LogFormat.TEXT), swarm, publication)
+    with virtual_time() as runner:
+        runner.run(watch._look())
+    assert watch.in_words == "1 of 10 hosts have deleted them"
 
 
 def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
