@@ -1,7 +1,7 @@
 """What is known of one memory: its newest manifest, its encoder and codebook, and who hosts its cells.
 
 A memory's parts are fetched once and kept on disk. Of the DHT it reads what searches need: the first one asks for the
-prefixes level by level, then for the cells nearest to it, then for the nodes that host these. What was read is kept
+prefixes level by level, and meanwhile for the cells nearest to it and the nodes that host these. What was read is kept
 and read again in the background, so that later searches ask nobody.
 
 Shapes: Q queries, C cells in row-major order, D numbers in a vector.
@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ _READ_AT_ONCE = 512
 """Nodes in one look-up, which has one deadline."""
 _EMPTY = 64
 """Sets of avoided peers for which it is known which cells nobody else hosts."""
+_MOST_GUESSED = 64
+"""Cells whose hosts the first search reads before it knows which are live."""
 _ROUNDS = 4
 """How often a search goes on after it has met cells that nobody hosts."""
 _SOURCES = 8
@@ -131,6 +134,7 @@ class MemoryParts:
         self._client = client
         self._cache = cache
         self._stage = stage
+        self._nodes: list[NodeInfo] = []
 
     async def open(self, entry: LibraryEntry, before: Opened | None = None) -> Opened:
         """`before`: another revision that is open. All revisions of a memory have one encoder and one codebook.
@@ -138,6 +142,7 @@ class MemoryParts:
         Raises TransferError if nobody gives a part, UnreachableError, and WireError if a part is not what its publisher
         should have written.
         """
+        self._nodes = []
         manifest = await self._part("list of shards", entry.manifest, _parse_manifest)
         if (manifest.name, manifest.revision, manifest.grid) != (
             entry.memory.name, entry.revision, entry.grid,
@@ -151,19 +156,27 @@ class MemoryParts:
             return Opened(entry, manifest, before.encoder, before.codebook, filled_C)
         parse_encoder = partial(load_encoder, manifest.encoder_kind, dimensions=manifest.dimensions)
         parse_codebook = partial(Codebook.from_bytes, grid=manifest.grid, dimensions=manifest.dimensions)
-        encoder = await self._part("encoder", manifest.encoder, parse_encoder)
-        codebook = await self._part("codebook", manifest.codebook, parse_codebook)
+        encoder, codebook = await asyncio.gather(
+            self._part("encoder", manifest.encoder, parse_encoder),
+            self._part("codebook", manifest.codebook, parse_codebook),
+        )
         return Opened(entry, manifest, encoder, codebook, filled_C)
+
+    async def _some_nodes(self) -> list[NodeInfo]:
+        """Hosts, in any order: so readers don't all fetch from the same one."""
+        if not self._nodes:
+            hosts = await self._memories.some_hosts(self._memory, _SOURCES)
+            found = await self._registry.nodes({host.peer_id for host in hosts})
+            self._nodes = random.SystemRandom().sample(list(found.values()), len(found))
+        return self._nodes
 
     async def _part(self, what: str, part: Part, parse: Callable[[bytes], T]) -> T:
         data = await asyncio.to_thread(self._cache.get, part)
         if data is None:
             self._stage(f"fetching the {what} of {self._memory}: {bytes_in_words(part.size)}")
-            hosts = await self._memories.some_hosts(self._memory, _SOURCES)
-            nodes = await self._registry.nodes({host.peer_id for host in hosts})
             check = partial(has_sha256, part.sha256)
             name = str(self._memory)
-            data = await self._client.fetch_any(nodes.values(), name, part.sha256, part.size, check)
+            data = await self._client.fetch_any(await self._some_nodes(), name, part.sha256, part.size, check)
             await asyncio.to_thread(self._cache.put, data)
         return await asyncio.to_thread(parse, data)
 
@@ -229,7 +242,12 @@ class MemoryDirectory:
         grid = opened.manifest.grid
         async with self._reading:  # searches at the same time need the same cells
             if self._active_C is None:
-                self._active_C = await self._read_active()
+                # most of the nearest are live: their hosts are read meanwhile
+                guessed_Qk, guessed = _nearest(scores_QC, opened.filled_C, count)
+                numbers = np.unique(guessed_Qk[guessed])[:_MOST_GUESSED].tolist()
+                self._active_C, _ = await asyncio.gather(
+                    self._read_active(), self._read_hosts([cell_of(number, grid) for number in numbers])
+                )
             for _ in range(_ROUNDS):
                 live_C = opened.filled_C & self._active_C & ~self._known_empty(avoided)
                 chosen_Qk, valid_Qk = _nearest(scores_QC, live_C, count)
