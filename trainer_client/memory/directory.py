@@ -241,15 +241,16 @@ class MemoryDirectory:
         opened = self._opened
         grid = opened.manifest.grid
         async with self._reading:  # searches at the same time need the same cells
-            if self._active_C is None:
+            active_C = self._active_C
+            if active_C is None:
                 # most of the nearest are live: their hosts are read meanwhile
-                guessed_Qk, guessed = _nearest(scores_QC, opened.filled_C, count)
-                numbers = np.unique(guessed_Qk[guessed])[:_MOST_GUESSED].tolist()
-                self._active_C, _ = await asyncio.gather(
-                    self._read_active(), self._read_hosts([cell_of(number, grid) for number in numbers])
-                )
+                guessed_Qk, valid_Qk = _nearest(scores_QC, opened.filled_C, count)
+                numbers = np.unique(guessed_Qk[valid_Qk])[:_MOST_GUESSED].tolist()
+                guessed = self._read_hosts([cell_of(number, grid) for number in numbers])
+                found_C, _ = await asyncio.gather(self._read_active(), guessed)
+                active_C = self._active_C = found_C
             for _ in range(_ROUNDS):
-                live_C = opened.filled_C & self._active_C & ~self._known_empty(avoided)
+                live_C = opened.filled_C & active_C & ~self._known_empty(avoided)
                 chosen_Qk, valid_Qk = _nearest(scores_QC, live_C, count)
                 cells = {number: cell_of(number, grid) for number in np.unique(chosen_Qk[valid_Qk]).tolist()}
                 unknown = [cell for cell in cells.values() if cell not in self._hosts]
