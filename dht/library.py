@@ -19,6 +19,7 @@ from dht.memory import (
     MAX_LICENSE_CHARACTERS,
     MAX_MANIFEST_BYTES,
     MAX_SHARDS,
+    MAX_SHARDS_OF_CELL,
     Cell,
     MemoryID,
     MemoryManifest,
@@ -28,7 +29,6 @@ from dht.memory import (
 from dht.records import (
     MAX_LIBRARY_BYTES,
     MAX_MEMORIES,
-    MAX_SHARDS_OF_CELL,
     SHORT_ROOT_BYTES,
     parse_peer_id,
     sign_record,

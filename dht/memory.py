@@ -7,6 +7,7 @@ part may come from anybody.
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,8 @@ FORMAT = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_SHARD_BYTES = 8 * 2**20
 MAX_SHARDS = 131_072
+MAX_SHARDS_OF_CELL = 1024
+"""As many as one host can announce."""
 MAX_LEAVES = 65_536
 """Of one shard."""
 MAX_CELLS = 65_536
@@ -198,6 +201,9 @@ class MemoryManifest:
             raise WireError("a memory of more licences than there can be")
         if len(message.shards) > MAX_SHARDS or len(message.revoked) > MAX_REVOKED:
             raise WireError("a memory of more shards or revoked passages than there can be")
+        in_cell = Counter(entry.cell for entry in message.shards)
+        if max(in_cell.values(), default=0) > MAX_SHARDS_OF_CELL:
+            raise WireError(f"a memory of more than {MAX_SHARDS_OF_CELL} shards in one cell")
         if not math.isfinite(message.created_at) or message.revision < 1:
             raise WireError("a memory's manifest without a revision or a time")
         return cls(

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 
-from dht.memory import Cell, MemoryID
+from dht.memory import MAX_SHARDS_OF_CELL, Cell, MemoryID
 from dht.uid import UID
 from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
@@ -37,8 +37,6 @@ MAX_LIBRARY_BYTES = 8 * 1024
 """Of a publisher's record of its memories. So those of a dozen publishers fit under one key."""
 MAX_MEMORIES = 32
 """Of one publisher."""
-MAX_SHARDS_OF_CELL = 1024
-"""That one peer announces."""
 SHORT_ROOT_BYTES = 8
 """Of a shard's root, in what its hosts announce."""
 MAX_LIFETIME_S = 600.0

@@ -8,6 +8,7 @@ but what hashes prove.
 import asyncio
 import errno
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -43,6 +44,12 @@ _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
 """Shards in one look, and at the same time."""
 _FULL_PAUSE_S = 600.0
 """How long a node takes nothing after its disk was full."""
+_MANIFEST_S = 60.0
+"""Longest that a manifest is waited for: those of other memories wait meanwhile."""
+_FOLLOWED_AT_ONCE = 8
+_PUT_OFF_S = 600.0
+_UNLISTED_S = 3600.0
+"""How long a memory is kept for certain that nobody lists: the DHT may fail for a while."""
 _KEEP_EVERY_S = 3600.0
 """How often the libraries are stored again."""
 _LOOK_EVERY_S = 1.0
@@ -135,13 +142,17 @@ class MemoryHosting:
         """What this node may not host, by the manifest that says so."""
         self._announced: dict[MemoryID, set[Cell]] = {}
         self._survey = MemorySurvey(memories, rng)
-        self._proofs = ReplicaProofs(swarm, parts, rng, clock)
+        self._proofs = ReplicaProofs(swarm, parts, self._revoked, rng, clock)
         self._placement = Placement(self._peer_id, WANTED_REPLICAS)
         self._wrong = BoundedDict[tuple[PeerID, bytes], None](_REMEMBERED)
         """Who gave wrong bytes for what."""
         self._writing = asyncio.Lock()
         """Held while a store changes its files. Not while others are waited for."""
-        self._completing = asyncio.Lock()
+        self._completing = BoundedDict[MemoryID, asyncio.Lock](_REMEMBERED)
+        self._put_off = BoundedDict[MemoryID, float](_REMEMBERED)
+        """Until when memories are left alone whose manifest, encoder or codebook did not come."""
+        self._unlisted: dict[MemoryID, float] = {}
+        """Since when memories that are hosted here are in nobody's list."""
         self._complete_memories: set[MemoryID] = set()
         """Those whose encoder and codebook are here."""
         self._full_until = 0.0
@@ -211,15 +222,19 @@ class MemoryHosting:
             if self._refused.get(entry.memory) != entry.manifest:
                 await self._refuses(entry, entry.licenses)
         self._listed = {memory: entry for memory, entry in listed.items() if memory not in self._refused}
-        for memory, store in list(self._stores.items()):
-            latest = self._listed.get(memory)
-            if latest is not None and latest.revision > store.manifest.revision:
-                with tolerating("follow a memory"):
-                    await self._follow(memory, store, latest)
-            elif memory not in listed and any(MemoryID.of(memory.name, p) == memory for p in libraries):
+        for memory in list(self._stores):
+            if memory not in listed and any(MemoryID.of(memory.name, p) == memory for p in libraries):
                 logger.info("no longer hosts memory %s: its publisher no longer lists it", memory)
                 await self._remove(memory)
+        latest = [
+            (store, self._listed[memory]) for memory, store in self._stores.items() if memory in self._listed
+        ]
+        due = [(store, entry) for store, entry in latest if entry.revision > store.manifest.revision]
+        await side_by_side((self._follow(store, entry) for store, entry in due), _FOLLOWED_AT_ONCE)
         now = self._clock()
+        self._unlisted = {
+            memory: self._unlisted.get(memory, now) for memory in self._stores if memory not in listed
+        }
         if listed and (self._kept_at is None or now >= self._kept_at + _KEEP_EVERY_S):
             self._kept_at = now
             await self._memories.keep_libraries()
@@ -237,15 +252,20 @@ class MemoryHosting:
         manifests = {memory: store.manifest for memory, store in self._stores.items()}
         seen = await self._survey.read(manifests, self._mine())
         await self._proofs.check_some(seen)
-        seen = self._proofs.counted(seen)
-        self._placement.note(seen, self._mine())
+        seen = await asyncio.to_thread(self._proofs.counted, seen)
+        await asyncio.to_thread(self._placement.note, seen, self._mine())
         await self._shrink(self.disk_bytes - self._rules.disk_bytes, seen)
+        nodes = len(self._swarm.host.peers()) + 1
+        able = {memory for memory in self._listed if not self._is_put_off(memory)}
         wanted = [
-            k for k in self._placement.to_take(len(self._swarm.host.peers()) + 1) if k.memory in self._listed
+            key
+            for key in await asyncio.to_thread(self._placement.to_take, nodes)
+            if key.memory in able and seen[key].serving | seen[key].leaving  # else nobody can give it
         ]
         fitting = self._fitting(wanted, seen)
         if wanted and len(fitting) < len(wanted):
-            await self._make_room(seen, [key for key in wanted if key not in fitting])
+            fit = set(fitting)
+            await self._make_room(seen, [key for key in wanted if key not in fit])
             fitting = self._fitting(wanted, seen)
         await side_by_side(
             (self._take(key, seen[key].info.cell) for key in fitting[:_MOST_TAKEN]), _TAKEN_AT_ONCE
@@ -294,6 +314,10 @@ class MemoryHosting:
     def _mine(self) -> set[ShardKey]:
         return {ShardKey(memory, root) for memory, store in self._stores.items() for root in store.shards}
 
+    def _revoked(self, memory: MemoryID) -> Collection[bytes]:
+        store = self._stores.get(memory)
+        return () if store is None else store.manifest.revoked
+
     async def _announce(self, memory: MemoryID) -> None:
         cells: dict[Cell, list[bytes]] = {}
         if (store := self.served.get(str(memory))) is not None:
@@ -336,7 +360,12 @@ class MemoryHosting:
             await asyncio.to_thread(store.remove)
         await self._announce(memory)
 
-    async def _follow(self, memory: MemoryID, store: MemoryStore, entry: LibraryEntry) -> None:
+    async def _follow(self, store: MemoryStore, entry: LibraryEntry) -> None:
+        with tolerating("follow a memory"):
+            await self._follow_to(store, entry)
+
+    async def _follow_to(self, store: MemoryStore, entry: LibraryEntry) -> None:
+        memory = entry.memory
         try:
             data = await self._fetch_manifest(entry)
             manifest = await asyncio.to_thread(MemoryManifest.parse, data)
@@ -360,20 +389,31 @@ class MemoryHosting:
     async def _fetch_manifest(self, entry: LibraryEntry) -> bytes:
         hosts = {host.peer_id for host in await self._memories.some_hosts(entry.memory)} | {entry.publisher}
         name = entry.manifest.sha256
-        return await self._parts.fetch_any(
-            await self._contacts(hosts, name),
-            str(entry.memory),
-            name,
-            entry.manifest.size,
-            partial(has_sha256, name),
-        )
+        try:
+            async with asyncio.timeout(_MANIFEST_S):
+                return await self._parts.fetch_any(
+                    await self._contacts(hosts, name),
+                    str(entry.memory),
+                    name,
+                    entry.manifest.size,
+                    partial(has_sha256, name),
+                )
+        except TimeoutError:
+            raise TransferError(f"its manifest did not come within {_MANIFEST_S:.0f} s") from None
 
     async def _meet(self) -> None:
         """Fetches the manifests of memories that are new here."""
         room = _MOST_MEMORIES - len(self._stores)
-        new = [memory for memory in self._listed if memory not in self._stores]
+        new = [
+            memory for memory in self._listed if memory not in self._stores and not self._is_put_off(memory)
+        ]
+        unused = [memory for memory, store in self._stores.items() if not store.shards]
+        if new and room <= 0 and unused:  # so that nobody's memories take the places of all others
+            await self._remove(self._rng.choice(unused))
+            room = 1
         for memory in self._rng.sample(new, min(len(new), max(0, room))):
             entry = self._listed[memory]
+            await self._drop_unlisted(entry.manifest.size)
             if self.disk_bytes + entry.manifest.size > self._rules.disk_bytes:
                 continue
             try:
@@ -385,6 +425,7 @@ class MemoryHosting:
                     store = await asyncio.to_thread(MemoryStore.create, self._folder / str(memory), data)
             except (TransferError, WireError) as error:
                 logger.info("memory %s can't be hosted yet: %s", memory, error)
+                self._put_off[memory] = self._clock() + _PUT_OFF_S
                 continue
             except OSError as error:
                 self._note_full(error)
@@ -408,7 +449,7 @@ class MemoryHosting:
     async def _take(self, key: ShardKey, cell: Cell) -> None:
         """Fetches a shard, if it still has too few replicas."""
         store = self._stores.get(key.memory)
-        if self._leaving or store is None or self._clock() < self._full_until:
+        if self._leaving or store is None or self._clock() < self._full_until or self._is_put_off(key.memory):
             return
         shard = (await self._seen_now(key, cell)).get(key)
         if shard is None or len(shard.serving) >= WANTED_REPLICAS or key.root in store.shards:
@@ -445,16 +486,25 @@ class MemoryHosting:
 
     async def _complete(self, memory: MemoryID, store: MemoryStore, hosts: Collection[PeerID]) -> None:
         """Fetches the encoder and the codebook, which every host keeps. Raises TransferError, WireError and OSError."""
-        async with self._completing:
+        async with self._completing.setdefault(memory, asyncio.Lock()):
             if memory in self._complete_memories:
                 return
+            if self._is_put_off(memory):
+                raise TransferError("its encoder or codebook did not come")
             for part in await asyncio.to_thread(store.missing_parts):
                 name = part.sha256
                 nodes = await self._contacts(hosts, name)
                 check = partial(has_sha256, name)
-                data = await self._parts.fetch_any(nodes, str(memory), name, part.size, check)
+                try:
+                    data = await self._parts.fetch_any(nodes, str(memory), name, part.size, check)
+                except TransferError:
+                    self._put_off[memory] = self._clock() + _PUT_OFF_S
+                    raise
                 await asyncio.to_thread(store.save_part, part, data)
             self._complete_memories.add(memory)
+
+    def _is_put_off(self, memory: MemoryID) -> bool:
+        return self._clock() < self._put_off.get(memory, -math.inf)
 
     async def _contacts(self, hosts: Iterable[PeerID], name: bytes) -> list[NodeInfo]:
         """How to call them, in random order, those last that gave something else for it before."""
@@ -469,9 +519,19 @@ class MemoryHosting:
         return self._proofs.counted(seen_shards(key.memory, shards, hosts[cell]))
 
     async def _make_room(self, seen: Mapping[ShardKey, SeenShard], wanted: Collection[ShardKey]) -> None:
-        """Drops what others serve often enough, for a shard that nobody else has room for."""
+        """Drops what nobody lists, or others serve often enough, for a shard that nobody else has room for."""
         smallest = min(most_bytes(seen[key].info) for key in wanted)
+        await self._drop_unlisted(smallest)
         await self._shrink(smallest - (self._rules.disk_bytes - self.disk_bytes), seen)
+
+    async def _drop_unlisted(self, size: int) -> None:
+        """Removes memories that no publisher lists any more, until there is room for so many bytes."""
+        for memory, since in list(self._unlisted.items()):
+            if self.disk_bytes + size <= self._rules.disk_bytes:
+                return
+            if memory in self._stores and self._clock() - since >= _UNLISTED_S:
+                logger.info("no longer hosts memory %s: nobody lists it, and others need the room", memory)
+                await self._remove(memory)
 
     async def _shrink(self, size: int, seen: Mapping[ShardKey, SeenShard]) -> None:
         """Drops shards of so many bytes, if enough others prove that they have them."""

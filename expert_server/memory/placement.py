@@ -7,10 +7,12 @@ that is lacking, when the disk is full, and never from the hosts that prefer it 
 the same moment, enough are left.
 """
 
+import asyncio
 import hashlib
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from dht.announcements import ReplicaState
 from dht.library import CellHost, MemoryRegistry
@@ -63,7 +65,7 @@ def is_called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: i
 
 
 class Placement:
-    """What one node would take and drop, by what its looks saw."""
+    """What one node would take and drop, by what its looks saw. Slow with many shards: not for the loop."""
 
     def __init__(self, peer_id: PeerID, enough: int) -> None:
         """`enough`: replicas of a shard."""
@@ -74,9 +76,14 @@ class Placement:
         """In how many looks in a row each had too few replicas."""
         self._spare: dict[ShardKey, int] = {}
         """In how many looks in a row enough hosts that prefer it more served each of this node's."""
+        self._forgotten: set[MemoryID] = set()
 
     def note(self, seen: Mapping[ShardKey, SeenShard], mine: Collection[ShardKey]) -> None:
         """Takes up a look. What it did not see keeps its count."""
+        forgotten, self._forgotten = self._forgotten, set()
+        for counts in (self._lacking, self._spare):
+            for key in [key for key in counts if key.memory in forgotten]:
+                del counts[key]
         self._seen = seen
         for key, shard in seen.items():
             lacks = len(shard.serving) < self._enough
@@ -84,13 +91,14 @@ class Placement:
             self._count(self._spare, key, key in mine and len(self._keener(key)) >= self._enough)
 
     def forget(self, memory: MemoryID) -> None:
-        """Its shards are others now, or none."""
-        for counts in (self._lacking, self._spare):
-            for key in [key for key in counts if key.memory == memory]:
-                del counts[key]
+        """Its shards are others now, or none. Counts begin anew with the next look. From any thread."""
+        self._forgotten.add(memory)
 
     def to_take(self, nodes: int) -> list[ShardKey]:
-        """The shards whose turn it is, those with the fewest replicas first. `nodes`: in the swarm, about."""
+        """The shards whose turn it is, those of all memories in turns, of each those with the fewest replicas first.
+
+        `nodes`: in the swarm, about.
+        """
         found = []
         for key, looks in self._lacking.items():
             shard = self._seen.get(key)
@@ -99,7 +107,12 @@ class Placement:
             missing = self._enough - len(shard.serving)
             if is_called(key, self._peer_id, missing, looks, max(1, nodes)):
                 found.append(key)
-        return sorted(found, key=lambda k: (len(self._seen[k].serving), -preference(k, self._peer_id)))
+        found.sort(key=lambda k: (len(self._seen[k].serving), -preference(k, self._peer_id)))
+        by_memory: dict[MemoryID, list[ShardKey]] = {}
+        for key in found:
+            by_memory.setdefault(key.memory, []).append(key)
+        turns = zip_longest(*by_memory.values())
+        return [key for turn in turns for key in turn if key is not None]
 
     def to_drop(self, size: int) -> list[ShardKey]:
         """This node's shards that can go to free so many bytes, those with the most replicas first.
@@ -151,13 +164,11 @@ class MemorySurvey:
         vacant: list[tuple[MemoryID, Cell]] = []
         if sum(map(len, wanted.values())) > READ_WHOLE:
             wanted, vacant = await self._chosen(manifests, mine)
-        seen: dict[ShardKey, SeenShard] = {}
-        for memory, cell in vacant:
-            seen |= seen_shards(memory, manifests[memory].by_cell[cell], ())
+        hosts: dict[tuple[MemoryID, Cell], Collection[CellHost]] = dict.fromkeys(vacant, ())
         for memory, cells in wanted.items():
-            for cell, hosts in (await self._memories.cell_hosts(memory, cells)).items():
-                seen |= seen_shards(memory, manifests[memory].by_cell[cell], hosts)
-        return seen
+            found = await self._memories.cell_hosts(memory, cells)
+            hosts |= {(memory, cell): some for cell, some in found.items()}
+        return await asyncio.to_thread(_seen_in, manifests, hosts)
 
     async def _chosen(
         self, manifests: Mapping[MemoryID, MemoryManifest], mine: Collection[ShardKey]
@@ -177,6 +188,16 @@ class MemorySurvey:
         for memory, cell in own | set(self._rng.sample(others, min(SAMPLED, len(others)))):
             wanted.setdefault(memory, set()).add(cell)
         return wanted, vacant
+
+
+def _seen_in(
+    manifests: Mapping[MemoryID, MemoryManifest], hosts: Mapping[tuple[MemoryID, Cell], Collection[CellHost]]
+) -> dict[ShardKey, SeenShard]:
+    """Slow: a memory may have 131,072 shards."""
+    seen: dict[ShardKey, SeenShard] = {}
+    for (memory, cell), some in hosts.items():
+        seen |= seen_shards(memory, manifests[memory].by_cell[cell], some)
+    return seen
 
 
 def seen_shards(

@@ -14,7 +14,7 @@ from dataclasses import replace
 import grpc
 
 from dht.announcements import NodeInfo
-from dht.memory import Passage
+from dht.memory import MemoryID, Passage
 from dht.swarm import Swarm
 from expert_server.memory.placement import SeenShard, ShardKey
 from peer import PROTOCOL_VERSION
@@ -33,7 +33,7 @@ _CHECKED, _AT_ONCE = 8, 8
 _PROOF_S = 10.0
 """Longest that a proof may take."""
 _TRIES = 3
-"""Passages asked for, as one may have been revoked."""
+"""Passages asked for, as one may have been revoked that this node does not know of yet."""
 _DOUBTED_S = 300.0
 """How long nothing that a host announces is counted after it failed to prove a claim."""
 _REMEMBERED = 4096
@@ -46,10 +46,13 @@ class ReplicaProofs:
         self,
         swarm: Swarm,
         parts: PartClient,
+        revoked: Callable[[MemoryID], Collection[bytes]],
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`revoked`: hashes of a memory's leaves. Of these a host has no more than the hash."""
         self._swarm = swarm
+        self._revoked = revoked
         self._parts = parts
         self._rng = rng or random.SystemRandom()
         self._clock = clock
@@ -102,7 +105,8 @@ class ReplicaProofs:
             async with asyncio.timeout(_PROOF_S):
                 stub, session = await self._parts.service(0).stub(node)
                 reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
-            return any(_is_proven(given, shard) for given in _asked_for(reply, request))
+            revoked = self._revoked(key.memory)
+            return any(_is_proven(given, shard, revoked) for given in _asked_for(reply, request))
         except (grpc.aio.AioRpcError, ExpertError, TransferError, WireError, TimeoutError) as error:
             logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
             return False
@@ -115,10 +119,12 @@ def _asked_for(
     return [given for given in reply.passages[:_TRIES] if given.position in wanted]
 
 
-def _is_proven(given: memory_pb2.ProvenPassage, shard: SeenShard) -> bool:
+def _is_proven(given: memory_pb2.ProvenPassage, shard: SeenShard, revoked: Collection[bytes]) -> bool:
     """Raises WireError."""
-    if not given.HasField("passage") or len(given.path) % HASH_BYTES:
+    if len(given.path) % HASH_BYTES:
         return False
-    leaf = Passage.parse(given.passage).leaf(given.vector)
+    leaf = Passage.parse(given.passage).leaf(given.vector) if given.HasField("passage") else given.leaf
+    if not given.HasField("passage") and leaf not in revoked:
+        return False
     path = [given.path[at : at + HASH_BYTES] for at in range(0, len(given.path), HASH_BYTES)]
     return proves(shard.info.root, leaf, given.position, shard.info.leaves, path)

@@ -414,5 +414,6 @@ def _read(
                 passage=None if proven.passage is None else proven.passage.message(),
                 vector=proven.vector,
                 path=b"".join(proven.path),
+                leaf=b"" if proven.passage is not None else shard.leaf(position),
             )
     return reply

@@ -78,18 +78,20 @@ class ReadReply(_message.Message):
     def __init__(self, passages: _Optional[_Iterable[_Union[ProvenPassage, _Mapping]]] = ...) -> None: ...
 
 class ProvenPassage(_message.Message):
-    __slots__ = ("shard", "position", "passage", "vector", "path")
+    __slots__ = ("shard", "position", "passage", "vector", "path", "leaf")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
+    LEAF_FIELD_NUMBER: _ClassVar[int]
     shard: int
     position: int
     passage: Passage
     vector: bytes
     path: bytes
-    def __init__(self, shard: _Optional[int] = ..., position: _Optional[int] = ..., passage: _Optional[_Union[Passage, _Mapping]] = ..., vector: _Optional[bytes] = ..., path: _Optional[bytes] = ...) -> None: ...
+    leaf: bytes
+    def __init__(self, shard: _Optional[int] = ..., position: _Optional[int] = ..., passage: _Optional[_Union[Passage, _Mapping]] = ..., vector: _Optional[bytes] = ..., path: _Optional[bytes] = ..., leaf: _Optional[bytes] = ...) -> None: ...
 
 class Passage(_message.Message):
     __slots__ = ("text", "title", "source", "offset", "license")

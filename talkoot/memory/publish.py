@@ -94,7 +94,7 @@ class Publication:
             swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None)
         )
         """Of other hosts."""
-        self._proofs = ReplicaProofs(swarm, self.parts)
+        self._proofs = ReplicaProofs(swarm, self.parts, lambda memory: self.manifest.revoked)
         self._proven: set[tuple[PeerID, ShardKey]] = set()
         self._started_at = clock.now()
 

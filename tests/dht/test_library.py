@@ -26,13 +26,12 @@ from dht.library import (
     read_library,
     with_entry,
 )
-from dht.memory import Cell, MemoryID, Part
+from dht.memory import MAX_SHARDS_OF_CELL, Cell, MemoryID, Part
 from dht.records import (
     MAX_LIBRARY_BYTES,
     MAX_LIFETIME_S,
     MAX_MANIFEST_LIFETIME_S,
     MAX_MEMORIES,
-    MAX_SHARDS_OF_CELL,
     RecordValidator,
     SwarmKeys,
     sign_record,

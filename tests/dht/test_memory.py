@@ -149,3 +149,10 @@ def test_a_manifest_with_fields_of_a_later_version_is_parsed() -> None:
     for cut in range(1, len(more)):
         with suppress(WireError):
             assert MemoryManifest.parse(MANIFEST.serialize() + more[:cut]) == MANIFEST
+
+
+def test_a_cell_has_no_more_shards_than_a_host_can_announce() -> None:
+    shards = tuple(ShardInfo((0, n // 1024), n.to_bytes(32), 1, 90) for n in range(2048))
+    assert MemoryManifest.parse(replace(MANIFEST, shards=shards).serialize()).shards == shards
+    with pytest.raises(WireError, match="in one cell"):
+        MemoryManifest.parse(replace(MANIFEST, shards=(*shards, MANIFEST.shards[0])).serialize())

@@ -12,7 +12,7 @@ from real_swarm import Play, Village, playing
 
 from dht.announcements import ReplicaState
 from dht.library import MemoryRegistry
-from expert_server.memory.placement import ShardKey
+from expert_server.memory.placement import SeenShard, ShardKey
 from expert_server.node import Node
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -83,5 +83,26 @@ def test_no_host_drops_a_shard_for_replicas_that_are_not_proven(
             await asked.wait()
         await until(lambda: bool(founder.memories._proofs._doubted_until))
         assert founder.memories.shards == 4
+
+    play(scenario)
+
+
+def test_hosts_of_a_shard_of_which_all_is_revoked_are_not_taken_for_liars(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        gone = MEMORY.revoking(*(MEMORY.leaf(MEMORY.roots[0], n) for n in range(30)))
+        founder = await publishing(village, gone)
+        memory = memory_id(village, gone)
+        await village.run(founder)
+        node = await village.join(1, await founder.swarm.invite(), **HOST)
+        await village.run(node)
+        await until_hosted(founder.swarm, memory, 2, gone)
+        claim = founder.swarm.host.peer_id, ShardKey(memory, MEMORY.roots[0])
+        seen = {claim[1]: SeenShard(MEMORY.manifest.shards[0], frozenset({claim[0]}), frozenset())}
+        proofs = node.memories._proofs
+        assert await proofs.proven([claim], seen) == {claim}
+        assert not proofs._doubted_until
+        # and whoever says so of what was not revoked has proven nothing
+        proofs._revoked = lambda memory: frozenset()
+        assert await proofs.proven([claim], seen) == set()
 
     play(scenario)

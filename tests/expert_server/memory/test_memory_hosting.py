@@ -16,11 +16,12 @@ from memory_peers import MEMORY_RIGHTS, read_request, search_request, until
 from published_memories import HOST, folder, list_memories, memory_id, publishing, replicas, until_hosted
 from real_swarm import Play, Village, end, eventually, playing
 
+from dht.library import LibraryEntry
 from dht.memory import MemoryID
 from dht.swarm import Swarm
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rates import RateLimit
@@ -395,5 +396,31 @@ def test_without_disk_nothing_is_hosted_or_asked_for(play: Play) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await (await stub_of(village, founder.swarm, node)).Search(request)
         assert raised.value.code() is StatusCode.NOT_FOUND
+
+    play(scenario)
+
+
+def test_a_memory_that_nobody_lists_any_more_makes_room_for_others(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a librarian whose token was revoked."""
+    monkeypatch.setattr("expert_server.memory.hosting._UNLISTED_S", 0.0)
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY, SECOND)
+        await village.run(founder)
+        node = await village.join(1, await founder.swarm.invite(), **HOST | {"memory_disk": SIZE + 3000})
+        libraries, listed = node.memories._memories.libraries, [memory_id(village, MEMORY)]
+
+        async def by_another() -> dict[PeerID, tuple[LibraryEntry, ...]]:
+            entries = (entry for some in (await libraries()).values() for entry in some)
+            return {node.swarm.host.peer_id: tuple(entry for entry in entries if entry.memory in listed)}
+
+        monkeypatch.setattr(node.memories._memories, "libraries", by_another)
+        await village.run(node)
+        await until(lambda: node.memories.shards == 4)
+        listed[:] = [memory_id(village, SECOND)]
+        await until(lambda: list(node.memories.served) == [str(listed[0])] and node.memories.shards == 4)
+        assert not folder(village, 1, MEMORY).exists()
 
     play(scenario)

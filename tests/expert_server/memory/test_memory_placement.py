@@ -160,3 +160,12 @@ def test_a_replica_is_dropped_only_for_as_much_as_is_needed() -> None:
     assert len(placement.to_drop(50)) == 1
     assert len(placement.to_drop(200)) == 2
     assert placement.to_drop(10_000) == []
+
+
+def test_a_memory_of_many_lacking_shards_takes_no_turns_of_others() -> None:
+    placement, junk, own = Placement(peer(1), ENOUGH), MemoryID("junk", "abcdefghijkl"), peer(2)
+    seen = {ShardKey(junk, shard(n).root): SeenShard(shard(n), frozenset(), frozenset()) for n in range(1000)}
+    wanted = [ShardKey(MEMORY, shard(n).root) for n in range(10)]
+    seen |= {key: SeenShard(shard(n), frozenset({own}), frozenset()) for n, key in enumerate(wanted)}
+    placement.note(seen, set())
+    assert set(placement.to_take(1)[:20]) >= set(wanted)
