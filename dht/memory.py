@@ -266,6 +266,11 @@ class MemoryManifest:
             found.setdefault(shard.cell, []).append(shard)
         return {cell: tuple(shards) for cell, shards in found.items()}
 
+    @cached_property
+    def revoked_prefixes(self) -> frozenset[bytes]:
+        """By which answers to searches name what was revoked."""
+        return frozenset(leaf[:LEAF_PREFIX_BYTES] for leaf in self.revoked)
+
 
 def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:
     """The grid. Raises WireError if no memory may have it."""

@@ -208,7 +208,7 @@ class Findings:
         """Hosts that claimed what is not so."""
         self._vectors_QD = vectors_QD
         self._k = k
-        self._revoked = frozenset(leaf[:LEAF_PREFIX_BYTES] for leaf in manifest.revoked)
+        self._revoked = manifest.revoked_prefixes
         self._claims: list[list[Claim]] = [[] for _ in vectors_QD]
         self._unreadable: set[Place] = set()
         self._true: set[tuple[int, Claim]] = set()

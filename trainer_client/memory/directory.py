@@ -392,4 +392,5 @@ def _parse_manifest(data: bytes) -> MemoryManifest:
     manifest = MemoryManifest.parse(data)
     # made when they are first asked for, which takes long for many shards
     assert len(manifest.by_root) <= len(manifest.shards) >= len(manifest.by_cell)
+    assert len(manifest.revoked_prefixes) <= len(manifest.revoked)
     return manifest
