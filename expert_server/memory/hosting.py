@@ -48,6 +48,7 @@ _MANIFEST_S = 60.0
 """Longest that a manifest is waited for: those of other memories wait meanwhile."""
 _FOLLOWED_AT_ONCE = 8
 _PUT_OFF_S = 600.0
+"""Longest that a memory is left alone whose parts did not come."""
 _UNLISTED_S = 3600.0
 """How long a memory is kept for certain that nobody lists: the DHT may fail for a while."""
 _KEEP_EVERY_S = 3600.0
@@ -149,8 +150,8 @@ class MemoryHosting:
         self._writing = asyncio.Lock()
         """Held while a store changes its files. Not while others are waited for."""
         self._completing = BoundedDict[MemoryID, asyncio.Lock](_REMEMBERED)
-        self._put_off = BoundedDict[MemoryID, float](_REMEMBERED)
-        """Until when memories are left alone whose manifest, encoder or codebook did not come."""
+        self._put_off = BoundedDict[MemoryID, tuple[float, float]](_REMEMBERED)
+        """Until when memories are left alone whose manifest, encoder or codebook did not come, and for how long."""
         self._unlisted: dict[MemoryID, float] = {}
         """Since when memories that are hosted here are in nobody's list."""
         self._complete_memories: set[MemoryID] = set()
@@ -425,7 +426,7 @@ class MemoryHosting:
                     store = await asyncio.to_thread(MemoryStore.create, self._folder / str(memory), data)
             except (TransferError, WireError) as error:
                 logger.info("memory %s can't be hosted yet: %s", memory, error)
-                self._put_off[memory] = self._clock() + _PUT_OFF_S
+                self._leave_alone(memory)
                 continue
             except OSError as error:
                 self._note_full(error)
@@ -498,13 +499,21 @@ class MemoryHosting:
                 try:
                     data = await self._parts.fetch_any(nodes, str(memory), name, part.size, check)
                 except TransferError:
-                    self._put_off[memory] = self._clock() + _PUT_OFF_S
+                    self._leave_alone(memory)
                     raise
                 await asyncio.to_thread(store.save_part, part, data)
             self._complete_memories.add(memory)
+            self._put_off.pop(memory, None)
 
     def _is_put_off(self, memory: MemoryID) -> bool:
-        return self._clock() < self._put_off.get(memory, -math.inf)
+        until, _ = self._put_off.get(memory, (-math.inf, 0.0))
+        return self._clock() < until
+
+    def _leave_alone(self, memory: MemoryID) -> None:
+        """For one announcement period, as its first hosts may not be known yet; then for twice as long each time."""
+        _, pause_s = self._put_off.get(memory, (0.0, self._lifetime_s / 6))
+        pause_s = min(2 * pause_s, _PUT_OFF_S)
+        self._put_off[memory] = self._clock() + pause_s, pause_s
 
     async def _contacts(self, hosts: Iterable[PeerID], name: bytes) -> list[NodeInfo]:
         """How to call them, in random order, those last that gave something else for it before."""
