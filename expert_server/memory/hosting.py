@@ -26,11 +26,11 @@ from dht.swarm import Swarm
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey, seen_shards
 from expert_server.memory.proofs import ReplicaProofs
 from expert_server.memory.shard import most_bytes
-from expert_server.memory.store import MemoryStore
+from expert_server.memory.store import MemoryStore, parts_bytes
 from expert_server.settings import NodeSettings
 from peer.bounded import BoundedDict
 from peer.errors import TransferError, UnreachableError, WireError
-from peer.formatting import counted
+from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
 from peer.loop import first_of, side_by_side, tolerating
 from peer.metrics import start_at_zero
@@ -420,7 +420,7 @@ class MemoryHosting:
             try:
                 data = await self._fetch_manifest(entry)
                 manifest = await asyncio.to_thread(MemoryManifest.parse, data)
-                if await self._refuses(entry, manifest.licenses):
+                if await self._refuses(entry, manifest.licenses) or not self._has_room(entry, manifest):
                     continue
                 async with self._writing:
                     store = await asyncio.to_thread(MemoryStore.create, self._folder / str(memory), data)
@@ -435,16 +435,37 @@ class MemoryHosting:
             if not self._leaving:
                 self.served[str(memory)] = store
 
+    def _has_room(self, entry: LibraryEntry, manifest: MemoryManifest) -> bool:
+        """Whether anything of a new memory fits. If not, says what would, and leaves it alone for a while."""
+        smallest = min((most_bytes(shard) for shard in manifest.shards), default=0)
+        need = entry.manifest.size + parts_bytes(manifest) + smallest
+        left = self._rules.disk_bytes - self.disk_bytes
+        if need <= left:
+            return True
+        if entry.memory not in self._put_off:
+            logger.warning(
+                "no room for memory %s: it needs %s at least, and --memory-disk leaves %s",
+                entry.memory,
+                bytes_in_words(need),
+                bytes_in_words(max(0, left)),
+            )
+        self._leave_alone(entry.memory)
+        return False
+
     # taking and dropping
 
     def _fitting(self, wanted: Iterable[ShardKey], seen: Mapping[ShardKey, SeenShard]) -> list[ShardKey]:
         """Those for which there is room, in their order."""
         room, fitting = self._rules.disk_bytes - self.disk_bytes, []
+        begun = {memory for memory, store in self._stores.items() if store.shards}
         for key in wanted:
             size = most_bytes(seen[key].info)
+            if key.memory not in begun and (store := self._stores.get(key.memory)) is not None:
+                size += parts_bytes(store.manifest)
             if size <= room:
                 room -= size
                 fitting.append(key)
+                begun.add(key.memory)
         return fitting
 
     async def _take(self, key: ShardKey, cell: Cell) -> None:

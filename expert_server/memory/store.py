@@ -72,8 +72,8 @@ class MemoryStore:
 
     @property
     def nbytes(self) -> int:
-        """Of all that a host keeps: the served shards and the other parts."""
-        return self.shard_bytes + fixed_bytes(self.manifest, self.part.size)
+        """Of all that a host keeps: the manifest, the shards, and with the first the encoder and the codebook."""
+        return self.part.size + self.shard_bytes + (parts_bytes(self.manifest) if self._shards else 0)
 
     def roots(self) -> list[bytes]:
         """The shards of the manifest that are on disk."""
@@ -232,9 +232,9 @@ class MemoryStore:
         return self.folder / PARTS / sha256.hex()
 
 
-def fixed_bytes(manifest: MemoryManifest, manifest_bytes: int) -> int:
-    """What a host keeps of a memory besides shards."""
-    return manifest_bytes + manifest.encoder.size + manifest.codebook.size
+def parts_bytes(manifest: MemoryManifest) -> int:
+    """Of the encoder and the codebook."""
+    return manifest.encoder.size + manifest.codebook.size
 
 
 def _opened(path: Path, info: ShardInfo, dimensions: int) -> tuple[Shard, int]:

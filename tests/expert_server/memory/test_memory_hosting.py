@@ -273,6 +273,23 @@ def test_a_node_takes_no_more_than_its_disk_may_hold(play: Play) -> None:
     play(scenario)
 
 
+def test_a_limit_below_the_smallest_shard_is_a_clear_warning(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        await village.run(founder)
+        node = await village.join(1, await founder.swarm.invite(), **HOST | {"memory_disk": 2000})
+        with caplog.at_level(logging.WARNING):
+            await village.run(node)
+            await until(lambda: f"no room for memory {memory_id(village, MEMORY)}" in caplog.text)
+        assert "--memory-disk leaves 2 kB" in caplog.text
+        assert node.memories.disk_bytes == 0
+        assert not folder(village, 1, MEMORY).exists()
+
+    play(scenario)
+
+
 def test_a_full_disk_is_a_clear_warning_and_nothing_is_lost(
     play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
