@@ -92,9 +92,9 @@ def inspect_memory(folder: Path, stage: Callable[[str], None] = lambda text: Non
     manifest, shards = store.manifest, list(store.shards.values())
     samples: dict[Passage, None] = {}
     for shard in shards[:: -(-len(shards) // _SHOWN) or 1]:
-        first = next(shard.passages())
-        if first is not None:
-            samples[first] = None
+        (proven,) = shard.read([len(shard) // 2])
+        if proven.passage is not None:
+            samples[proven.passage] = None
     return Inspection(
         str(folder),
         manifest.name,

@@ -6,6 +6,7 @@ the answer to be told from those of the other passages in a batch. Nothing is ne
 Shapes: N passages, V words of the vocabulary, B passages in a batch, U different words in it, D numbers in a vector.
 """
 
+import math
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ _MOST_WORDS = 2**22
 _PASSAGES_AT_ONCE = 2**14
 """Whose words are counted."""
 _BATCH = 1024
-_TEMPERATURE = 0.07
 _RATE = 0.1
 _WARM_UP_STEPS = 100
 _SHORTEST, _LONGEST = 5, 15
@@ -130,18 +130,24 @@ def train_static_encoder(
     lengths_N = np.diff(words.offsets)
     usable = np.flatnonzero(lengths_N >= _USABLE_WORDS)
     if len(usable) > 1:
-        descent = _Descent(vectors_VD)
+        descent = _Descent(vectors_VD, _temperature(len(usable)))
         size = min(_BATCH, len(usable))
         samples = min(max(_EPOCHS * len(usable), _FEWEST_SAMPLES), _MOST_SAMPLES, _MOST_EPOCHS * len(usable))
         steps = samples // size
+        warm_up = min(_WARM_UP_STEPS, max(1, steps // 10))
         for step, batch in zip(range(steps), _batches(usable, size, rng), strict=False):
-            rate = _RATE * (1 - step / steps) * min(1, (step + 1) / _WARM_UP_STEPS)
+            rate = _RATE * (1 - step / steps) * min(1, (step + 1) / warm_up)
             loss = descent.step(*_cloze(words, batch, rng), rate)
             watch(step + 1, steps, loss)
     largest_V = np.abs(vectors_VD).max(axis=1)
     scales_V = (np.maximum(largest_V, _SMALLEST) / 127).astype(np.float32)
     rounded_VD = np.rint(vectors_VD / scales_V[:, None]).astype(np.int8)
     return StaticEncoder(words.vocabulary, rounded_VD, scales_V, words.rarities_V)
+
+
+def _temperature(passages: int) -> float:
+    """Of the softmax. At a low one a small memory is learned by heart, and a large one is told apart best."""
+    return min(0.15, max(0.05, 0.15 - 0.05 * math.log10(passages / 10_000)))
 
 
 def _random_vectors(rarities_V: Floats, dimensions: int, rng: np.random.Generator) -> Floats:
@@ -194,9 +200,9 @@ class _Descent:
     Written out in numpy: with torch's embedding bags a step takes ten times as long.
     """
 
-    def __init__(self, vectors_VD: Floats) -> None:
+    def __init__(self, vectors_VD: Floats, temperature: float) -> None:
         """`vectors`: are changed."""
-        self._vectors_VD = vectors_VD
+        self._vectors_VD, self._temperature = vectors_VD, temperature
         self._squares_V = np.zeros(len(vectors_VD), np.float32)
 
     def step(self, questions: _Texts, passages: _Texts, rate: float) -> float:
@@ -215,7 +221,7 @@ class _Descent:
 
         scores_BB = q_BD @ p_BD.T
         scores_BB -= 1  # cosines: nothing overflows, and one exponential serves both softmaxes
-        scores_BB *= np.float32(1 / _TEMPERATURE)
+        scores_BB *= np.float32(1 / self._temperature)
         right = float(scores_BB.diagonal().mean())
         np.exp(scores_BB, out=scores_BB)
         rows_B1, columns_1B = scores_BB.sum(1, keepdims=True), scores_BB.sum(0, keepdims=True)
@@ -224,7 +230,7 @@ class _Descent:
         size = len(scores_BB)
         scores_BB *= 1 / rows_B1 + 1 / columns_1B
         scores_BB[np.diag_indices(size)] -= 2
-        scores_BB *= np.float32(1 / (2 * size * _TEMPERATURE))
+        scores_BB *= np.float32(1 / (2 * size * self._temperature))
         toward_q_BD: Floats = np.matmul(scores_BB, p_BD)
         toward_p_BD: Floats = np.matmul(scores_BB.T, q_BD)
         gradient_UD: Floats = bags_q.T @ _through_direction(toward_q_BD, q_BD, q_B1)
