@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks docs deploy examples tools
 
-.PHONY: demo test lint figures proto settings release-fixture clean
+.PHONY: demo test lint figures proto settings picture release-fixture clean
 
 demo: $(VENV)/installed
 	$(BIN)/talkoot demo
@@ -31,6 +31,10 @@ proto: $(VENV)/installed
 # Writes the page of all settings from the code.
 settings: $(VENV)/installed
 	$(BIN)/python -W ignore docs/settings_page.py > docs/settings.md
+
+# Draws the floors and their modules, as docs/architecture.md lists them.
+picture: $(VENV)/installed
+	$(BIN)/python docs/architecture_picture.py > docs/img/architecture.svg
 
 # Records this code as release VERSION for the tests of upgrades: `make release-fixture VERSION=0.2.0`.
 release-fixture: $(VENV)/installed
