@@ -6,6 +6,7 @@ announce for each cell which of its shards they have, and mark the way to it as 
 """
 
 import asyncio
+import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,6 @@ from dht.announcements import ReplicaState, count
 from dht.founder_records import LIFETIME_S
 from dht.memory import (
     MAX_LABEL_CHARACTERS,
-    MAX_LEVELS,
     MAX_LICENSE_CHARACTERS,
     MAX_MANIFEST_BYTES,
     MAX_SHARDS,
@@ -54,8 +54,8 @@ _CELLS_AT_ONCE = 512
 """In one look-up, which has one deadline."""
 _MOST_NAMED = 16
 """Memories that an error names."""
-_BRANCHES = 16
-"""Of each level that are followed in search of some hosts."""
+_BRANCHES, _FEW = 256, 16
+"""Of each level that are followed in search of some hosts, and cells that are read first."""
 
 
 @dataclass(frozen=True)
@@ -254,25 +254,35 @@ class MemoryRegistry:
             some = wanted[begin : begin + _CELLS_AT_ONCE]
             keys = {self._keys.memory(memory, cell): cell for cell in some}
             found = await self._registry.get(list(keys))
-            hosts |= {cell: tuple(self._hosts_under(key, found[key])) for key, cell in keys.items()}
+            for key, cell in keys.items():
+                hosts[cell] = tuple(self._hosts_under(key, found[key]))
+                await asyncio.sleep(0)  # each may have hundreds of records; let other tasks run
         return hosts
 
-    async def some_hosts(self, memory: MemoryID, most: int = 8) -> tuple[CellHost, ...]:
-        """Some peers that host shards of any cell, for those who don't know the grid yet. Raises UnreachableError.
+    async def some_hosts(
+        self, memory: MemoryID, grid: tuple[int, ...], most: int = 8
+    ) -> tuple[CellHost, ...]:
+        """Some peers that host shards of any cell, found without reading all cells. Raises UnreachableError.
 
-        Follows only the first 128 branches of each prefix.
+        Follows only the first 128 branches of each prefix. What stands under a prefix beside them is not a cell.
         """
-        prefixes: list[Cell] = [()]
-        for _ in range(MAX_LEVELS + 1):
-            keys = {self._keys.memory(memory, prefix): prefix for prefix in prefixes}
+        cells: list[Cell] = [()]
+        for size in grid:
+            keys = {self._keys.memory(memory, prefix): prefix for prefix in cells}
             found = await self._registry.get(list(keys))
-            hosts = {host.peer_id: host for key in keys for host in self._hosts_under(key, found[key])}
+            active = [
+                (*prefix, c)
+                for key, prefix in keys.items()
+                for c in active_under(key, found[key])
+                if c < size
+            ]
+            cells = random.SystemRandom().sample(active, min(len(active), _BRANCHES))
+        # strangers can mark cells that nobody hosts: if the first are empty, all of them are read
+        for some in (cells[:_FEW], cells[_FEW:]):
+            hosting = await self.cell_hosts(memory, some)
+            hosts = {host.peer_id: host for each in hosting.values() for host in each}
             if hosts:
                 return tuple(some_of(hosts.values(), most))
-            following = [(*prefix, c) for key, prefix in keys.items() for c in active_under(key, found[key])]
-            if not following:
-                return ()
-            prefixes = list(some_of(following, _BRANCHES))
         return ()
 
     def _valid(self) -> Iterator[tuple[PeerID, _Library]]:

@@ -388,7 +388,9 @@ class MemoryHosting:
         await self._announce(memory)
 
     async def _fetch_manifest(self, entry: LibraryEntry) -> bytes:
-        hosts = {host.peer_id for host in await self._memories.some_hosts(entry.memory)} | {entry.publisher}
+        hosts = {host.peer_id for host in await self._memories.some_hosts(entry.memory, entry.grid)} | {
+            entry.publisher
+        }
         name = entry.manifest.sha256
         try:
             async with asyncio.timeout(_MANIFEST_S):

@@ -41,6 +41,7 @@ from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import LibraryError, RecordError, TalkootError, UnreachableError
 from peer.host import Host, NetworkConfig
 from peer.identity import Identity
+from peer.kademlia.lookups import Item
 from peer.kademlia.validation import Record
 from peer.loop import LoopThread
 from peer.wire import admission_pb2, records_pb2
@@ -546,7 +547,7 @@ def test_hosts_of_cells_are_found_by_prefixes(loop: LoopThread, monkeypatch: pyt
         async with swarm("open") as (hosts, (a, b, c)):
             one, two, reading = MemoryRegistry(a), MemoryRegistry(b), MemoryRegistry(c)
             assert await reading.active_cells(memory, (16, 16)) == frozenset()
-            assert await reading.some_hosts(memory) == ()
+            assert await reading.some_hosts(memory, (16, 16)) == ()
             await one.announce(memory, {(0, 1): (SERVING, [first, second]), (15, 3): (LEAVING, [third])}, 60)
             await two.announce(memory, {(0, 1): (SERVING, [first])}, 60)
             await two.announce(other, {(2, 2): (SERVING, [third])}, 60)
@@ -558,9 +559,16 @@ def test_hosts_of_cells_are_found_by_prefixes(loop: LoopThread, monkeypatch: pyt
             found = await reading.cell_hosts(memory, [(0, 1), (15, 3), (7, 7)])
             assert set(found[0, 1]) == {ours, theirs}
             assert (found[15, 3], found[7, 7]) == ((leaving,), ())
-            some = await reading.some_hosts(memory)
+            some = await reading.some_hosts(memory, (16, 16))
             assert {host.peer_id for host in some} == {hosts[0].peer_id, hosts[1].peer_id}
+            # what strangers store at prefixes, and cells that they mark, hide no hosts
+            await two.announce(memory, {(): (SERVING, [first]), (0,): (SERVING, [first])}, 60)
             await one.announce(memory, {(0, 1): (ReplicaState.WITHDRAWN, [])}, 60)
+            marks = [(b.keys.memory_index(memory, at, n), n) for at in ((), (1,), (2,)) for n in range(16)]
+            await b.store([Item(key, n, key, b.now() + 60) for key, n in marks])
+            some = await reading.some_hosts(memory, (16, 16))
+            assert some
+            assert set(some) <= {theirs, leaving}
             assert await reading.cell_hosts(memory, [(0, 1)]) == {(0, 1): (theirs,)}
 
     run(loop, scenario)

@@ -50,7 +50,7 @@ class SimpleHost:
         """From one that serves it."""
         entry = await self.entry()
         assert entry is not None
-        some = await self.memories.some_hosts(entry.memory)
+        some = await self.memories.some_hosts(entry.memory, entry.grid)
         contacts = list((await self.swarm.registry.nodes([host.peer_id for host in some])).values())
 
         async def fetched(name: bytes) -> bytes:

@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,7 +26,7 @@ from dht.announcements import NodeInfo, ReplicaState
 from dht.beam_search import select_experts
 from dht.library import CellHost, LibraryEntry, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest, Part, cell_of, number_of
-from dht.registry import Registry
+from dht.registry import Registry, some_of
 from dht.swarm import Stage
 from peer.bounded import BoundedDict
 from peer.codec import Booleans, Floats, Integers
@@ -54,6 +54,7 @@ _USED_S = 300.0
 """After a search, how long all this goes on."""
 _CELLS = 4096
 """Cells whose hosts are known, those that were needed last."""
+_HOSTS_OF_CELL = 64
 _READ_AT_ONCE = 512
 """Nodes in one look-up, which has one deadline."""
 _EMPTY = 64
@@ -143,7 +144,7 @@ class MemoryParts:
         should have written.
         """
         self._nodes = []
-        manifest = await self._part("list of shards", entry.manifest, _parse_manifest)
+        manifest = await self._part(entry, "list of shards", entry.manifest, _parse_manifest)
         if (manifest.name, manifest.revision, manifest.grid) != (
             entry.memory.name, entry.revision, entry.grid,
         ):  # fmt: skip
@@ -157,26 +158,27 @@ class MemoryParts:
         parse_encoder = partial(load_encoder, manifest.encoder_kind, dimensions=manifest.dimensions)
         parse_codebook = partial(Codebook.from_bytes, grid=manifest.grid, dimensions=manifest.dimensions)
         encoder, codebook = await asyncio.gather(
-            self._part("encoder", manifest.encoder, parse_encoder),
-            self._part("codebook", manifest.codebook, parse_codebook),
+            self._part(entry, "encoder", manifest.encoder, parse_encoder),
+            self._part(entry, "codebook", manifest.codebook, parse_codebook),
         )
         return Opened(entry, manifest, encoder, codebook, filled_C)
 
-    async def _some_nodes(self) -> list[NodeInfo]:
+    async def _some_nodes(self, entry: LibraryEntry) -> list[NodeInfo]:
         """Hosts, in any order: so readers don't all fetch from the same one."""
         if not self._nodes:
-            hosts = await self._memories.some_hosts(self._memory, _SOURCES)
+            hosts = await self._memories.some_hosts(self._memory, entry.grid, _SOURCES)
             found = await self._registry.nodes({host.peer_id for host in hosts})
             self._nodes = random.SystemRandom().sample(list(found.values()), len(found))
         return self._nodes
 
-    async def _part(self, what: str, part: Part, parse: Callable[[bytes], T]) -> T:
+    async def _part(self, entry: LibraryEntry, what: str, part: Part, parse: Callable[[bytes], T]) -> T:
         data = await asyncio.to_thread(self._cache.get, part)
         if data is None:
             self._stage(f"fetching the {what} of {self._memory}: {bytes_in_words(part.size)}")
             check = partial(has_sha256, part.sha256)
             name = str(self._memory)
-            data = await self._client.fetch_any(await self._some_nodes(), name, part.sha256, part.size, check)
+            nodes = await self._some_nodes(entry)
+            data = await self._client.fetch_any(nodes, name, part.sha256, part.size, check)
             await asyncio.to_thread(self._cache.put, data)
         return await asyncio.to_thread(parse, data)
 
@@ -347,8 +349,17 @@ class MemoryDirectory:
                 self._nodes.pop(peer_id, None)
             self._nodes |= nodes
         for cell, hosts in found.items():
-            self._hosts[cell] = hosts
+            self._hosts[cell] = self._having(cell, hosts)
         self._empty.clear()
+
+    def _having(self, cell: Cell, hosts: Iterable[CellHost]) -> tuple[CellHost, ...]:
+        """The hosts that have shards of the cell, some of very many. What else they announce takes no memory."""
+        known = {shard.short: shard.short for shard in self._opened.manifest.by_cell.get(cell, ())}
+        having = (
+            replace(host, shards=frozenset(known[short] for short in host.shards if short in known))
+            for host in hosts
+        )
+        return tuple(some_of([host for host in having if host.shards], _HOSTS_OF_CELL))
 
     def _askable(
         self, cell: Cell, avoided: frozenset[PeerID], shard: bytes | None = None

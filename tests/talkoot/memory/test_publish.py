@@ -327,7 +327,7 @@ async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
 async def taken(host: SimpleHost) -> None:
     async def listed() -> bool:
         entry = await host.entry()
-        return entry is not None and bool(await host.memories.some_hosts(entry.memory))
+        return entry is not None and bool(await host.memories.some_hosts(entry.memory, entry.grid))
 
     await eventually(listed)
     await host.take()
@@ -417,7 +417,7 @@ def test_a_stopped_publisher_leaves_what_others_have_and_goes_on_when_it_is_star
             assert entry is not None
 
             async def withdrawn() -> bool:
-                some = await hosts[1].memories.some_hosts(entry.memory)
+                some = await hosts[1].memories.some_hosts(entry.memory, entry.grid)
                 return {host.peer_id for host in some} == {FIRST.peer_id}
 
             await eventually(withdrawn)
