@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from peer.errors import WireError
 from peer.formatting import printable
 from peer.identity import PeerID
-from peer.merkle import HASH_BYTES, leaf_hash
+from peer.merkle import HASH_BYTES, leaf_hash, proves
 from peer.wire import memory_pb2
 
 Cell = tuple[int, ...]
@@ -270,6 +270,16 @@ class MemoryManifest:
     def revoked_prefixes(self) -> frozenset[bytes]:
         """By which answers to searches name what was revoked."""
         return frozenset(leaf[:LEAF_PREFIX_BYTES] for leaf in self.revoked)
+
+
+def prove(message: memory_pb2.ProvenPassage, info: ShardInfo) -> tuple[Passage | None, bytes]:
+    """The passage, None if it was revoked, and its leaf hash. Raises WireError unless the shard has that leaf there."""
+    passage = Passage.parse(message.passage) if message.HasField("passage") else None
+    leaf = message.leaf if passage is None else passage.leaf(message.vector)
+    path = [message.path[at : at + HASH_BYTES] for at in range(0, len(message.path), HASH_BYTES)]
+    if not proves(info.root, leaf, message.position, info.leaves, path):
+        raise WireError("a passage that is not in its shard: its text, its vector or its proof is forged")
+    return passage, leaf
 
 
 def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:

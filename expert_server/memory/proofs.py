@@ -14,7 +14,7 @@ from dataclasses import replace
 import grpc
 
 from dht.announcements import NodeInfo
-from dht.memory import MemoryID, Passage
+from dht.memory import MemoryID, ShardInfo, prove
 from dht.swarm import Swarm
 from expert_server.memory.placement import SeenShard, ShardKey
 from peer import PROTOCOL_VERSION
@@ -22,7 +22,6 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import PeerID
 from peer.loop import side_by_side
-from peer.merkle import HASH_BYTES, proves
 from peer.rpc.parts import PartClient
 from peer.wire import memory_pb2
 
@@ -106,7 +105,7 @@ class ReplicaProofs:
                 stub, session = await self._parts.service(0).stub(node)
                 reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
             revoked = self._revoked(key.memory)
-            return any(_is_proven(given, shard, revoked) for given in _asked_for(reply, request))
+            return any(_is_proven(given, shard.info, revoked) for given in _asked_for(reply, request))
         except (grpc.aio.AioRpcError, ExpertError, TransferError, WireError, TimeoutError) as error:
             logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
             return False
@@ -119,12 +118,7 @@ def _asked_for(
     return [given for given in reply.passages[:_TRIES] if given.position in wanted]
 
 
-def _is_proven(given: memory_pb2.ProvenPassage, shard: SeenShard, revoked: Collection[bytes]) -> bool:
+def _is_proven(given: memory_pb2.ProvenPassage, info: ShardInfo, revoked: Collection[bytes]) -> bool:
     """Raises WireError."""
-    if len(given.path) % HASH_BYTES:
-        return False
-    leaf = Passage.parse(given.passage).leaf(given.vector) if given.HasField("passage") else given.leaf
-    if not given.HasField("passage") and leaf not in revoked:
-        return False
-    path = [given.path[at : at + HASH_BYTES] for at in range(0, len(given.path), HASH_BYTES)]
-    return proves(shard.info.root, leaf, given.position, shard.info.leaves, path)
+    passage, leaf = prove(given, info)
+    return passage is not None or leaf in revoked

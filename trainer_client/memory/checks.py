@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dht.memory import LEAF_PREFIX_BYTES, MemoryManifest, Passage, ShardInfo
+from dht.memory import LEAF_PREFIX_BYTES, MemoryManifest, Passage, ShardInfo, prove
 from peer.errors import WireError
 from peer.identity import PeerID
-from peer.merkle import HASH_BYTES, proves
 from peer.wire import memory_pb2
 from trainer_client.memory.encoder import Vectors
 
@@ -190,11 +189,8 @@ def parse_passages(
 def _prove(message: memory_pb2.ProvenPassage, place: Place, manifest: MemoryManifest, host: PeerID) -> Proven:
     if len(message.vector) != manifest.dimensions:
         raise WireError(f"a vector of {len(message.vector)} bytes; expected {manifest.dimensions}")
-    passage = Passage.parse(message.passage)
-    leaf = passage.leaf(message.vector)
-    path = [message.path[at : at + HASH_BYTES] for at in range(0, len(message.path), HASH_BYTES)]
-    if not proves(place.root, leaf, place.position, manifest.by_root[place.root].leaves, path):
-        raise WireError("a passage that is not in its shard: its text, its vector or its proof is forged")
+    passage, leaf = prove(message, manifest.by_root[place.root])
+    assert passage is not None, "revoked ones are left out before"
     return Proven(passage, np.frombuffer(message.vector, np.int8), leaf, host)
 
 
