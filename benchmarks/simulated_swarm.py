@@ -150,7 +150,7 @@ class SimulatedSwarm:
             hosted.setdefault(id(host), []).append(uid)
         if in_place is None:
             in_place = len(self.peers) > JOIN_REALLY
-        placing = _Placing([peer.dht for peer in self.peers]) if in_place else None
+        placing = Placing([peer.dht for peer in self.peers]) if in_place else None
         for peer in self.peers:
             lookups = peer.registry.lookups
             peer.registry.lookups = placing or lookups
@@ -180,7 +180,7 @@ class SimulatedSwarm:
             )
 
 
-class _Placing(Lookups):
+class Placing(Lookups):
     """Stores at the five nearest of all nodes, without asking anybody."""
 
     def __init__(self, nodes: Sequence[KademliaNode]) -> None:

@@ -1,0 +1,206 @@
+"""Memories: what searches find, what hosts take and how fast they answer, and what becomes of hosts that lie.
+
+    python -m benchmarks.memory [--quick] [--only PART...] [--json FILE] [--plot DIR]
+
+The memory is built of two dictionaries, Python's documentation and the Bible, as far as they are installed.
+
+recall      asking a few of 256 cells, against searching all of them
+relevance   WordNet's definitions as questions, beside BM25
+large       a million passages: disk, memory, and whether they are found
+throughput  one host over gRPC, beside FAISS in one process
+killed      half of the hosts of a memory killed, in a swarm of node processes
+lying       searches in which a fourth of the hosts lies
+hops        the first search and later ones in simulated swarms
+
+Parts that are not run are taken from the JSON file, if it is there. `--quick` takes a few thousand passages and kills
+no node, and is too short for figures that one would quote.
+"""
+
+import argparse
+import json
+import logging
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.memory import corpora, hops, killed, large, lying, recall, relevance, throughput
+from benchmarks.memory.built import BuiltMemory, build_memory, write_memory
+from benchmarks.memory.goals import verdicts
+from benchmarks.memory.plots import draw
+from talkoot.memory.clustering import build_codebook, grid_for, two_cells
+
+_QUICK_KINDS = ("forged text", "omits the best", "stalls")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured."""
+
+    characters: float
+    """Of each work, at most."""
+    held_out: int
+    questions: int
+    large: int
+    served: int
+    seconds: float
+    """Of one measurement of throughput."""
+    searches: int
+    """With each kind of liar."""
+    liars: Sequence[str]
+    killed: int
+    """Passages of the memory whose host is killed; 0: none is."""
+    nodes: Sequence[int]
+    """Of simulated swarms."""
+
+
+FULL = Extent(
+    math.inf, 1000, 2000, 1_000_000, 100_000, 4.0, 1000, tuple(lying.KINDS), 4_000, (100, 1000, 10_000)
+)
+QUICK = Extent(1.5e6, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,))
+
+
+class Parts:
+    """The parts of the benchmark. They share one memory, which is built when it is first needed."""
+
+    def __init__(self, extent: Extent, folder: Path) -> None:
+        self._extent = extent
+        self._folder = folder
+
+    @cached_property
+    def _built(self) -> tuple[BuiltMemory, list[str]]:
+        return build_memory(self._folder / "works", self._extent.held_out, self._extent.characters)
+
+    @cached_property
+    def _written(self) -> Path:
+        memory, _ = self._built
+        folder = self._folder / "memory"
+        write_memory(folder, memory, memory.vectors_ND, memory.cells_NT, lambda n: memory.passages[n])
+        return folder
+
+    def recall(self) -> dict[str, Any]:
+        began = time.monotonic()
+        memory, held_out = self._built
+        rng = random.Random(0)
+        queries = {"texts": held_out, "questions": [recall.span(text, rng) for text in held_out]}
+        bytes_of = {str(asked): recall.wire_bytes(memory, asked) for asked in recall.ASKED}
+        built_s = time.monotonic() - began
+        return recall.measure_recall(memory, queries) | {"wire_bytes": bytes_of, "built_in_s": built_s}
+
+    def relevance(self) -> dict[str, Any]:
+        memory, _ = self._built
+        asked = relevance.questions_of(
+            corpora.definitions(), memory.passages, self._extent.questions, random.Random(0)
+        )
+        return relevance.measure(memory, asked) if asked else {}
+
+    def large(self) -> dict[str, Any]:
+        memory, _ = self._built
+        return large.measure(memory, self._extent.large, 200, self._folder / "large")
+
+    def throughput(self) -> dict[str, Any]:
+        memory, _ = self._built
+        texts = self._questions(10 * throughput.BATCH)
+        extent = self._extent
+        return throughput.measure(memory, extent.served, texts, extent.seconds, self._folder / "served")
+
+    def killed(self) -> dict[str, Any]:
+        memory, _ = self._built
+        most = self._extent.killed
+        if not most:
+            return {}
+        folder = self._folder / "killed"
+        vectors_ND, grid = memory.vectors_ND[:most], grid_for(most)
+        codebook = build_codebook(vectors_ND, grid)
+        cells_NT = two_cells(codebook, vectors_ND)
+        small = BuiltMemory(memory.passages[:most], vectors_ND, cells_NT, memory.encoder, codebook, grid)
+        write_memory(folder, small, vectors_ND, cells_NT, lambda n: small.passages[n])
+        return killed.measure(folder, self._questions(50))
+
+    def hops(self) -> dict[str, Any]:
+        memory, _ = self._built
+        return hops.measure(memory, self._written, self._questions(60), self._extent.nodes, 6)
+
+    def lying(self) -> dict[str, Any]:
+        memory, _ = self._built
+        texts = self._questions(self._extent.searches)
+        return lying.measure(memory, self._written, texts, self._extent.liars)
+
+    def _questions(self, count: int) -> list[str]:
+        """Ten words in a row of passages of the memory."""
+        memory, _ = self._built
+        rng = random.Random(1)
+        return [recall.span(rng.choice(memory.passages).text, rng) for _ in range(count)]
+
+
+PARTS: dict[str, Callable[[Parts], dict[str, Any]]] = {
+    "recall": Parts.recall,
+    "relevance": Parts.relevance,
+    "large": Parts.large,
+    "throughput": Parts.throughput,
+    "killed": Parts.killed,
+    "lying": Parts.lying,
+    "hops": Parts.hops,
+}
+
+
+def missing() -> list[str]:
+    """Commands that install what is measured with, and is not here."""
+    packages = [
+        name for module, name in (("faiss", "faiss-cpu"), ("bm25s", "bm25s")) if find_spec(module) is None
+    ]
+    return corpora.remedies() + ([f"pip install {' '.join(packages)}"] if packages else [])
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    table = Table(title="memories")
+    for column in ("what", "goal", "figure", ""):
+        table.add_column(column)
+    for verdict in verdicts(results):
+        table.add_row(verdict.what, verdict.goal, verdict.figure, verdict.words)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small memory, under a minute")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as SVG")
+    options = parser.parse_args()
+    end_in_order_when_stopped()
+    logging.disable(logging.WARNING)  # liars are named, one by one
+    torch.set_num_threads(throughput.IN_FLIGHT)
+    console = Console(width=130)
+    for command in missing():
+        console.print(f"Left out for want of: {command}")
+    results: dict[str, Any] = {}
+    if options.json and options.json.exists() and options.only:
+        results = json.loads(options.json.read_text())
+    with tempfile.TemporaryDirectory(prefix="talkoot-benchmark-") as folder:
+        parts = Parts(QUICK if options.quick else FULL, Path(folder))
+        for name, measure in PARTS.items():
+            if not options.only or name in options.only:
+                with console.status(name):
+                    results[name] = measure(parts)
+                if options.json:
+                    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    show(results, console)
+    if options.plot:
+        for path in draw(results, options.plot):
+            console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

