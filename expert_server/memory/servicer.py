@@ -368,13 +368,15 @@ def _searches(
     """Raises WireError if it makes no sense, or asks for too much."""
     if len({wanted.root for wanted in request.shards}) < len(request.shards):
         raise WireError("a shard is named twice")
-    found, cost = [], 0
+    found, cost, everything = [], 0, np.arange(queries)
     for number, (wanted, shard) in enumerate(zip(request.shards, shards, strict=True)):
-        if len(wanted.queries) > queries:  # before an array is made of them
-            raise WireError("a query is named twice")
-        numbers = np.array(wanted.queries if wanted.queries else range(queries), np.intp)
-        if numbers.max() >= queries or len(np.unique(numbers)) < len(numbers):
-            raise WireError("a query is named twice, or is not in the request")
+        numbers = everything
+        if wanted.queries:
+            if len(wanted.queries) > queries:  # before an array is made of them
+                raise WireError("a query is named twice")
+            numbers = np.array(wanted.queries, np.intp)
+            if numbers.max() >= queries or len(np.unique(numbers)) < len(numbers):
+                raise WireError("a query is named twice, or is not in the request")
         if shard is not None:
             cost += len(shard) * len(numbers)
             found.append(_ShardSearch(number, shard, numbers))
