@@ -353,8 +353,10 @@ class MemoryHosting:
 
     async def _remove(self, memory: MemoryID) -> None:
         async with self._writing:
+            store = self._stores.pop(memory, None)
+            if store is None:  # somebody else did
+                return
             self.served.pop(str(memory), None)
-            store = self._stores.pop(memory)
             self._unverified.pop(memory, None)
             self._complete_memories.discard(memory)
             self._placement.forget(memory)
@@ -373,6 +375,8 @@ class MemoryHosting:
             if await self._refuses(entry, manifest.licenses):
                 return
             async with self._writing:
+                if self._stores.get(memory) is not store:
+                    return
                 await asyncio.to_thread(store.follow, data)
         except (TransferError, WireError) as error:
             logger.warning(
@@ -415,7 +419,9 @@ class MemoryHosting:
             await self._remove(self._rng.choice(unused))
             room = 1
         for memory in self._rng.sample(new, min(len(new), max(0, room))):
-            entry = self._listed[memory]
+            entry = self._listed.get(memory)
+            if entry is None:  # not any more
+                continue
             await self._drop_unlisted(entry.manifest.size)
             if self.disk_bytes + entry.manifest.size > self._rules.disk_bytes:
                 continue
@@ -524,7 +530,10 @@ class MemoryHosting:
                 except TransferError:
                     self._leave_alone(memory)
                     raise
-                await asyncio.to_thread(store.save_part, part, data)
+                async with self._writing:
+                    if self._stores.get(memory) is not store:
+                        raise TransferError("it is no longer hosted here")
+                    await asyncio.to_thread(store.save_part, part, data)
             self._complete_memories.add(memory)
             self._put_off.pop(memory, None)
 

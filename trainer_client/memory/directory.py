@@ -292,6 +292,9 @@ class MemoryDirectory:
                     self._opened = await self._parts.open(entry, self._opened)
                 except (TransferError, WireError) as error:
                     raise UnreachableError(f"revision {entry.revision} of {self.memory}: {error}") from error
+                # of these only the shards of the revision before are known
+                self._hosts.clear()
+                self._empty.clear()
                 logger.info("memory %s has revision %d now", self.memory, entry.revision)
             return self._opened.manifest
 

@@ -393,6 +393,36 @@ def test_a_memory_that_its_publisher_lists_no_more_is_removed(play: Play) -> Non
     play(scenario)
 
 
+def test_a_memory_that_goes_while_its_revision_comes_is_no_full_disk(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        memory = memory_id(village, MEMORY)
+        await village.run(founder)
+        node = await village.join(1, await founder.swarm.invite(), **HOST)
+        await village.run(node)
+        await until(lambda: node.memories.shards == 4)
+        later = MEMORY.revoking(MEMORY.leaf(MEMORY.roots[2], 9))
+        asked = []
+
+        async def removed_meanwhile(entry: LibraryEntry) -> bytes:
+            asked.append(entry)
+            await asyncio.gather(node.memories._remove(memory), node.memories._remove(memory))
+            return later.manifest.serialize()
+
+        monkeypatch.setattr(node.memories, "_fetch_manifest", removed_meanwhile)
+        await list_memories(founder, later)
+        await node.memories.follow()
+        await until(lambda: bool(asked))
+        await node.memories.follow()
+        assert "can't write" not in caplog.text
+        assert node.memories._full_until == 0.0
+        assert node.restarts.total == 0
+
+    play(scenario)
+
+
 def test_without_disk_nothing_is_hosted_or_asked_for(play: Play) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)

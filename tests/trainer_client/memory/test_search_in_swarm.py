@@ -16,6 +16,7 @@ from dht.announcements import ReplicaState
 from peer.errors import LibraryError, UnreachableError
 from peer.loop import LoopThread
 from peer.metrics import total
+from trainer_client.memory.directory import MemoryDirectory
 from trainer_client.memory.memories import Memory
 from trainer_client.memory.retriever import SearchResult
 
@@ -140,6 +141,8 @@ def test_a_new_revision_is_followed_and_what_it_revokes_is_never_returned(play: 
         (store,) = host.servicer._stores.values()
         await asyncio.to_thread(store.follow, newer.manifest.serialize())
         assert (await retriever.directory.follow()).revision == 2
+        assert isinstance(retriever.directory, MemoryDirectory)
+        assert not retriever.directory._hosts, "hosts may have shards that are new"
         (result,) = await retriever.search([text], 3, 100)
         assert len(result.hits) == 3
         assert WORDS.passages[7] not in [hit.passage for hit in result.hits]
