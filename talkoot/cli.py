@@ -51,6 +51,7 @@ Use what a swarm has learned:
   talkoot generate --join INVITE    continue a text with your trained model
   talkoot serve --join INVITE       serve the model to programs and to a page
   talkoot export --join INVITE      keep the model in a folder
+  talkoot search --join INVITE "…"  find passages of text that nodes host
 
 An invite is one line that somebody gives you. Without one:
 
@@ -539,8 +540,8 @@ def invite(
         str | None,
         typer.Option(
             metavar="ROLE",
-            help="What the invite allows: node hosts experts, trainer trains, reader only uses the trained model, "
-            "librarian publishes memories."
+            help="What the invite allows: node hosts experts, trainer trains, reader only uses the trained model and "
+            "searches, librarian publishes memories."
             "  [default: trainer]",
         ),
     ] = None,

@@ -180,7 +180,12 @@ class _Base:
             codebook = Codebook.from_bytes(
                 store.read_part(manifest.codebook), manifest.grid, manifest.dimensions
             )
-        except (WireError, OSError) as error:
+        except OSError as error:
+            raise LibraryError(
+                f"--base {folder}: can't read {error.filename} ({error.strerror or error}): give the folder of a "
+                "memory that `talkoot memory build` wrote"
+            ) from error
+        except WireError as error:
             raise LibraryError(f"--base {folder} is not a memory that can be built on: {error}") from error
         if missing := len(manifest.by_root.keys() - set(store.roots())):
             raise LibraryError(

@@ -369,8 +369,10 @@ def pause_after(look_s: float) -> float:
 
 def advice(hosts: int, reachability: str) -> str:
     """Why others don't take a memory, as far as its publisher can tell."""
-    if reachability:
+    if reachability and hosts:
         return f"Others may not reach this machine: {reachability}"
+    if reachability:
+        return f"{advice(hosts, '')}. Or others can't reach this machine: {reachability}"
     if not hosts:
         return (
             "No node takes it: those of volunteers host memories if they were started with --memory-disk, such as "

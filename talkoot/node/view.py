@@ -132,7 +132,7 @@ def _moved(status: NodeStatus) -> str:
 
 def _memories(status: NodeStatus, rates: NodeRates) -> str:
     shards, size = counted(status.memory_shards, "shard", ","), bytes_in_words(status.memory_disk_bytes)
-    return f"{shards} served, {size} on disk   {rates.queries:.1f} queries/s"
+    return f"{shards} served, {size} on disk, {rates.queries:.1f} queries/s"
 
 
 def _network(status: NodeStatus, rates: NodeRates) -> str:

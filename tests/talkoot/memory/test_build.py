@@ -182,7 +182,7 @@ def cases(folder: Path, tmp_path: Path) -> Iterator[tuple[str, BuildPlan, type[U
     yield "name", BuildPlan((texts,), out, name="My Trees"), SettingsError, "small letters"
     yield "in use", BuildPlan((texts,), tmp_path / "full"), SettingsError, "exists"
     yield "other name", BuildPlan((texts,), out, name="elms", base=folder / "trees"), SettingsError, "trees"
-    yield "no base", BuildPlan((texts,), out, base=tmp_path / "none"), LibraryError, "--base"
+    yield "no base", BuildPlan((texts,), out, base=tmp_path / "none"), LibraryError, "give the folder of a"
     yield "nothing new", BuildPlan((texts,), out, base=folder / "trees"), DataError, "already"
 
 

@@ -208,7 +208,9 @@ def test_only_others_that_serve_a_shard_count(
         (0, "", "--memory-disk"),
         (1, "", "two replicas need another"),
         (2, "", "no room left"),
-        (0, "forward TCP port 1 on your router", "may not reach this machine: forward TCP port 1"),
+        (1, "forward TCP port 1 on your router", "may not reach this machine: forward TCP port 1"),
+        (0, "forward TCP port 1 on your router", "can't reach this machine: forward TCP port 1"),
+        (0, "forward TCP port 1 on your router", "`talkoot node --memory-disk 5GB`"),
     ],
 )
 def test_a_publisher_hears_what_may_be_wrong(hosting: int, reachability: str, said: str) -> None:

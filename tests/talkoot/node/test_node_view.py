@@ -118,7 +118,7 @@ def test_memories_have_a_line_where_there_are_any() -> None:
     meter.note(replace(STATUS, memory_queries=3), 100.0)
     status = replace(STATUS, memory_shards=1200, memory_disk_bytes=5 * 10**9, memory_queries=28)
     rates = meter.note(status, 110.0)
-    words = "1,200 shards served, 5 GB on disk   2.5 queries/s"
+    words = "1,200 shards served, 5 GB on disk, 2.5 queries/s"
     assert any(f"memories  {words}" in text for text in shown(status, rates))
     assert f"memories: {words}" in line(status, rates)
     assert "memories" not in line(STATUS, rates)
