@@ -407,8 +407,8 @@ def test_a_memory_that_goes_while_its_revision_comes_is_no_full_disk(
         asked = []
 
         async def removed_meanwhile(entry: LibraryEntry) -> bytes:
+            await node.memories._remove(memory)
             asked.append(entry)
-            await asyncio.gather(node.memories._remove(memory), node.memories._remove(memory))
             return later.manifest.serialize()
 
         monkeypatch.setattr(node.memories, "_fetch_manifest", removed_meanwhile)
@@ -416,6 +416,7 @@ def test_a_memory_that_goes_while_its_revision_comes_is_no_full_disk(
         await node.memories.follow()
         await until(lambda: bool(asked))
         await node.memories.follow()
+        await asyncio.gather(node.memories._remove(memory), node.memories._remove(memory))
         assert "can't write" not in caplog.text
         assert node.memories._full_until == 0.0
         assert node.restarts.total == 0
