@@ -9,6 +9,7 @@ import logging
 import mmap
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -239,7 +240,10 @@ def parts_bytes(manifest: MemoryManifest) -> int:
 
 def _opened(path: Path, info: ShardInfo, dimensions: int) -> tuple[Shard, int]:
     """The shard in a file, mapped into memory, and its size. Raises WireError and OSError."""
-    size = path.lstat().st_size
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
+        raise WireError("a shard that is no file")
+    size = about.st_size
     if not 0 < size <= most_bytes(info):
         raise WireError(f"a shard of {size} bytes; at most {most_bytes(info)}")
     try:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import base58
 import mutations
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -25,6 +26,7 @@ from expert_fakes import Request, make_call, make_node, make_peer_id, random_row
 from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_folders import DIMENSIONS, SampleMemory
 from mutations import Mutate
 from pydantic import ValidationError
 from stranger import digest, new_identities, packed
@@ -34,12 +36,15 @@ from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.admission import RIGHTS, Role, SwarmAdmission, make_badge, make_token, parse_denied
 from dht.announcements import read_node, read_replica, read_trainer
 from dht.invites import Invite
+from dht.library import read_cell, read_library
 from dht.manifest import Manifest, parse_uid
 from dht.membership import PeerStore
+from dht.memory import MemoryID, MemoryManifest
 from dht.records import RecordValidator, SwarmKeys, digits_of, open_record, sign_record
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import StateForm, from_bytes, to_bytes
+from expert_server.memory.shard import Shard
 from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.headers import HeaderParser
 from peer import PROTOCOL_VERSION
@@ -52,12 +57,24 @@ from peer.rpc.transfer import SnapshotReceiver
 from peer.transport.addresses import Multiaddress
 from peer.transport.contacts import Contact
 from peer.transport.endpoints import Endpoint
-from peer.wire import admission_pb2, contact_pb2, dht_pb2, expert_pb2, records_pb2, session_pb2, state_pb2
+from peer.wire import (
+    admission_pb2,
+    contact_pb2,
+    dht_pb2,
+    expert_pb2,
+    memory_pb2,
+    records_pb2,
+    session_pb2,
+    state_pb2,
+)
 from talkoot.dashboard import api
 from talkoot.node import control
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters, require_near
 from trainer_client.balancing import LoadBias
 from trainer_client.dispatch.grpc_caller import ReplyAssembler
+from trainer_client.memory.checks import Ask, Findings, parse_passages
+from trainer_client.memory.codebook import Codebook
+from trainer_client.memory.encoder import STATIC, StaticEncoder, load_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number")  # of a spoilt certificate
 NOW = 1_700_000_000.0
@@ -66,6 +83,7 @@ KEYS = SwarmKeys("sauna", FOUNDER.peer_id)
 TOKEN = make_token(FOUNDER, KEYS.swarm_id, Role.NODE, NOW + 3600, 7)
 ADMISSION = SwarmAdmission(KEYS, now=lambda: NOW)
 ADMISSION.learn(FOUNDER.public_key, "token")
+MEMORY = MemoryID.of("python-docs", FOUNDER.peer_id)
 ADDRESS = f"/ip4/192.0.2.7/tcp/31337/p2p/{NODE.peer_id.to_base58()}"
 RELAYED = f"/ip4/192.0.2.8/tcp/1/p2p/{FOUNDER.peer_id.to_base58()}/p2p-circuit/p2p/{NODE.peer_id.to_base58()}"
 OPEN = RecordValidator(now=lambda: NOW)
@@ -119,6 +137,12 @@ def payloads() -> list[bytes]:
     replica = records_pb2.Announcement(
         state=records_pb2.REPLICA_STATE_SERVING, update_count=3, queued_rows=1, claimed_at=NOW - 1
     )
+    listed = records_pb2.LibraryEntry(
+        name="python-docs", manifest_sha256=bytes(32), manifest_bytes=900, revision=3, passages=7, total_bytes=8,
+        licenses=["MIT", "PSF-2.0"], about="Python's documentation", shards=4, grid=[16, 16],
+    )  # fmt: skip
+    library = records_pb2.Library(memories=[listed])
+    cell = records_pb2.CellRecord(state=records_pb2.REPLICA_STATE_SERVING, shards=bytes(24))
     return serialized(
         records_pb2.RecordPayload(key=KEYS.node(NODE.peer_id), expires_at=NOW + 60, node=node),
         records_pb2.RecordPayload(key=KEYS.trainer(NODE.peer_id), expires_at=NOW + 60, trainer=trainer),
@@ -126,6 +150,8 @@ def payloads() -> list[bytes]:
             key=KEYS.expert(UID(0, (1, 1))), expires_at=NOW + 60, announcement=replica,
             badge=make_badge(TOKEN, NODE.peer_id),
         ),
+        records_pb2.RecordPayload(key=KEYS.library, expires_at=NOW + 60, library=library),
+        records_pb2.RecordPayload(key=KEYS.memory(MEMORY, (0, 3)), expires_at=NOW + 60, cell=cell),
     )  # fmt: skip
 
 
@@ -145,6 +171,8 @@ def deliver_payload(data: bytes) -> None:
         lambda: read_node(opened, NODE.peer_id),
         lambda: read_trainer(opened, NODE.peer_id),
         lambda: read_replica(opened, AN_UID, NODE.peer_id),
+        lambda: read_library(opened, NODE.peer_id),
+        lambda: read_cell(opened, NODE.peer_id),
         lambda: ADMISSION.check_record(opened, NODE.peer_id),
     ):
         try:
@@ -449,7 +477,114 @@ def addresses() -> list[bytes]:
     return [text.encode() for text in texts]
 
 
+@functools.cache
+def memory() -> SampleMemory:
+    return SampleMemory.make(each=70)
+
+
+def memory_manifests() -> list[bytes]:
+    sample = memory()
+    return [
+        sample.manifest.serialize(),
+        sample.revoking(sample.leaf(sample.roots[0], 3)).manifest.serialize(),
+    ]
+
+
+def deliver_memory_manifest(data: bytes) -> None:
+    parsed = MemoryManifest.parse(data)
+    assert MemoryManifest.parse(parsed.serialize()) == parsed
+    assert sum(map(len, parsed.by_cell.values())) == len(parsed.shards)
+
+
+def shards() -> list[bytes]:
+    """Whole, and without a passage."""
+    sample = memory()
+    root = sample.roots[0]
+    data = sample.files[root]
+    shard = Shard.parse(data, sample.manifest.by_root[root], DIMENSIONS)
+    return [data, shard.without({sample.leaf(root, 3)}) or b""]
+
+
+def deliver_shard(data: bytes) -> None:
+    sample = memory()
+    root = sample.roots[0]
+    shard = Shard.parse(data, sample.manifest.by_root[root], DIMENSIONS)
+    shard.search(np.ones((2, DIMENSIONS), np.int8), 5)
+    shard.check({sample.leaf(root, 3)})
+    assert {passage for passage in shard.passages() if passage} <= set(sample.passages[root][0])
+
+
+def encoders() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    vectors = rng.integers(-127, 128, (3, DIMENSIONS), np.int8)
+    ones = np.ones(3, np.float32)
+    return [StaticEncoder(["sauna", "löyly", "kiuas"], vectors, ones, 2 * ones).to_bytes()]
+
+
+def deliver_encoder(data: bytes) -> None:
+    encoder = load_encoder(STATIC, data, DIMENSIONS)
+    assert encoder.encode(["Sauna: löyly?", ""]).shape == (2, DIMENSIONS)
+    assert min(encoder.rarity(["sauna", "x"])) >= 0
+
+
+def deliver_codebook(data: bytes) -> None:
+    scores = Codebook.from_bytes(data, (2, 2), DIMENSIONS).scores(np.ones((3, DIMENSIONS), np.int8))
+    assert np.isfinite(scores).all()
+
+
+def memory_requests() -> list[bytes]:
+    """What was asked of which the replies are spoilt."""
+    sample = memory()
+    request = memory_pb2.SearchReply(
+        found=[
+            memory_pb2.Found(
+                shards=[0, 1], positions=[3, 69], scores=[40, -4],
+                leaves=b"".join(sample.leaf(sample.roots[n], at)[:16] for n, at in ((0, 3), (1, 69))),
+            )
+        ],
+        missing=[2],
+    )  # fmt: skip
+    return serialized(request)
+
+
+def deliver_search_reply(data: bytes) -> None:
+    infos = memory().manifest.shards[:3]
+    ask = Ask(infos, ((0,), (0,), (0,)), 5)
+    answer = ask.parse(parsed(memory_pb2.SearchReply, data), NODE.peer_id)
+    findings = Findings(memory().manifest, np.ones((1, DIMENSIONS), np.int8), 5)
+    findings.add(answer)
+    for place in findings.unproven():
+        assert place.position < memory().manifest.by_root[place.root].leaves
+
+
+def read_replies() -> list[bytes]:
+    sample = memory()
+    root = sample.roots[0]
+    shard = Shard.parse(sample.files[root], sample.manifest.by_root[root], DIMENSIONS)
+    reply = memory_pb2.ReadReply()
+    for position, proven in zip((3, 69), shard.read([3, 69]), strict=True):
+        assert proven.passage is not None
+        message, path = proven.passage.message(), b"".join(proven.path)
+        reply.passages.add(shard=0, position=position, passage=message, vector=proven.vector, path=path)
+    return serialized(reply)
+
+
+def deliver_read_reply(data: bytes) -> None:
+    sample = memory()
+    root = sample.roots[0]
+    reply = parsed(memory_pb2.ReadReply, data)
+    for place, proven in parse_passages(reply, {root: [3, 69]}, sample.manifest, NODE.peer_id).items():
+        assert proven.passage == sample.passages[root][0][place.position]
+
+
 TARGETS = [
+    Target("memory's manifest", mutations.protobuf, memory_manifests, deliver_memory_manifest),
+    Target("shard", mutations.safetensors, shards, deliver_shard),
+    Target("encoder", mutations.safetensors, encoders, deliver_encoder),
+    Target("codebook", mutations.safetensors,
+           lambda: [Codebook(np.ones((4, DIMENSIONS), np.float16)).to_bytes()], deliver_codebook),
+    Target("search reply", mutations.protobuf, memory_requests, deliver_search_reply),
+    Target("read reply", mutations.protobuf, read_replies, deliver_read_reply),
     Target("record", mutations.protobuf, payloads, deliver_payload),
     Target("signed record", mutations.protobuf, signed_records, deliver_signed_record),
     Target("DHT value", mutations.packed, lambda: [packed(KEYS.prefix(0))], deliver_value),
@@ -554,12 +689,17 @@ def right_records() -> list[Record]:
     """One of each kind, and index entries."""
     badge = make_badge(TOKEN, NODE.peer_id)
     bodies = [parsed(records_pb2.RecordPayload, data) for data in payloads()]
-    bodies = [body for body in bodies if body.WhichOneof("body") != "trainer"]
+    libraries = [body for body in bodies if body.WhichOneof("body") == "library"]
+    bodies = [body for body in bodies if body.WhichOneof("body") not in ("trainer", "library")]
     revoked = admission_pb2.Revocations(serials=range(1, 50))
-    signed = [(NODE, body) for body in bodies] + [
-        (FOUNDER, records_pb2.RecordPayload(key=KEYS.manifest, manifest_json=b'{"name": "sauna"}')),
-        (FOUNDER, records_pb2.RecordPayload(key=KEYS.revocations, revocations=revoked)),
-    ]
+    signed = (
+        [(NODE, body) for body in bodies]
+        + [(FOUNDER, body) for body in libraries]
+        + [
+            (FOUNDER, records_pb2.RecordPayload(key=KEYS.manifest, manifest_json=b'{"name": "sauna"}')),
+            (FOUNDER, records_pb2.RecordPayload(key=KEYS.revocations, revocations=revoked)),
+        ]
+    )
     records = []
     for writer, payload in signed:
         payload.expires_at = NOW + 60

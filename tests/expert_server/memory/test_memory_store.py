@@ -222,3 +222,18 @@ def test_a_shard_that_grows_beyond_its_size_when_something_is_revoked_is_refused
     store = MemoryStore.create(tmp_path / "m", manifest.serialize())
     with pytest.raises(WireError, match="without what was revoked"):
         store.verified(info.root, data)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to the shard"])
+def test_only_plain_files_are_read(tmp_path: Path, kind: str) -> None:
+    MEMORY.write(tmp_path / "m")
+    path, other = tmp_path / "m" / "shards" / MEMORY.roots[0].hex(), tmp_path / "other"
+    path.rename(other)
+    if kind != "link to the shard":
+        other.unlink()
+        os.mkfifo(path if kind == "pipe" else other)
+    if kind != "pipe":
+        path.symlink_to(other)
+    store = MemoryStore.open(tmp_path / "m")
+    with pytest.raises(WireError, match="no file"):
+        store.load(MEMORY.roots[0])
