@@ -17,6 +17,7 @@ from dht.memory import MemoryManifest, Part, Passage, ShardInfo, cell_of
 from expert_server.memory.shard import Shard
 from peer.arrays import decode_arrays
 from peer.merkle import HASH_BYTES, MerkleTree
+from talkoot.memory.build import text_of
 from talkoot.memory.clustering import build_codebook, two_cells
 from talkoot.memory.passages import read_passages
 from talkoot.memory.training import WordCounter, train_static_encoder
@@ -58,9 +59,9 @@ def build_memory(folder: Path, held_out: int, most: float = math.inf) -> tuple[B
     passages = every[held_out:]
     words = WordCounter()
     for passage in passages:
-        words.add(passage.text)
+        words.add(text_of(passage))
     encoder = train_static_encoder(words.finish())
-    vectors_ND = encoder.encode([passage.text for passage in passages])
+    vectors_ND = encoder.encode([text_of(passage) for passage in passages])
     codebook = build_codebook(vectors_ND, GRID)
     memory = BuiltMemory(passages, vectors_ND, two_cells(codebook, vectors_ND), encoder, codebook)
     return memory, [passage.text for passage in every[:held_out]]

@@ -18,6 +18,7 @@ from benchmarks.memory.corpora import Definition
 from benchmarks.memory.recall import K, best, exact_scores
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.memory import MemoryID, Passage
+from talkoot.memory.build import text_of
 from trainer_client.memory.retriever import Hit, ranked_by_words
 
 _ANSWERS = "gcide.jsonl:"
@@ -95,7 +96,7 @@ def bm25(memory: BuiltMemory, texts: Sequence[str]) -> Ranking:
         return bm25s.tokenize(list(some), stopwords="en", show_progress=False)
 
     index = bm25s.BM25()
-    index.index(words([passage.text for passage in memory.passages]), show_progress=False)
+    index.index(words([text_of(passage) for passage in memory.passages]), show_progress=False)
     found, _ = index.retrieve(words(texts), k=K, show_progress=False)
     return list(np.asarray(found, np.int64))
 
