@@ -1,5 +1,6 @@
 """How many replicas the shards of a memory have, and who hosts them, by what hosts announce in the DHT."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,12 +8,12 @@ from typing import Self
 
 from dht.announcements import ReplicaState
 from dht.library import WANTED_REPLICAS, CellHost, LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryManifest
+from dht.memory import MAX_SHARDS, Cell, MemoryManifest
 from peer.formatting import counted
 from peer.identity import PeerID
 
-_MOST_CELLS = 4096
-"""Of one memory. A larger one is surveyed in part."""
+_MOST_CELLS, _CELLS_AT_ONCE = 4096, 64
+"""Of one memory. A larger one is surveyed in part, and strangers can announce much in each cell."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,16 @@ async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
     looked_up = active[:_MOST_CELLS]
     replicas: Counter[bytes] = Counter()
     hosts = set()
-    for some in (await memories.cell_hosts(entry.memory, looked_up)).values():
-        for host in some:
-            if host.state is ReplicaState.SERVING:
-                hosts.add(host.peer_id)
-                replicas.update(host.shards)
+    for begin in range(0, len(looked_up), _CELLS_AT_ONCE):
+        found = await memories.cell_hosts(entry.memory, looked_up[begin : begin + _CELLS_AT_ONCE])
+        for some in found.values():
+            for host in some:
+                if host.state is ReplicaState.SERVING:
+                    hosts.add(host.peer_id)
+                    for shard in host.shards:
+                        if shard in replicas or len(replicas) < MAX_SHARDS:
+                            replicas[shard] += 1
+            await asyncio.sleep(0)
     return Survey(entry, replicas, frozenset(hosts), len(looked_up) == len(active))
 
 

@@ -51,3 +51,19 @@ def test_replicas_are_counted_by_shard(swarm: Swarm) -> None:
         assert found.is_whole
 
     swarm.run(scenario())
+
+
+def test_no_more_shards_are_counted_than_a_memory_may_have(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("talkoot.memory.replication.MAX_SHARDS", 2)
+    entry = replace(memory(shards=2).entry, grid=(2, 2))
+
+    async def scenario() -> None:
+        for n in range(2):
+            announced: Cells = {(0, 1): (ReplicaState.SERVING, [A, B, C])}
+            await MemoryRegistry(swarm.registry(n)).announce(entry.memory, announced, LIFETIME_S)
+        found = await survey(MemoryRegistry(swarm.registry(0)), entry)
+        assert list(found.replicas.values()) == [2, 2]
+
+    swarm.run(scenario())
