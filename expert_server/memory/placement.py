@@ -91,7 +91,7 @@ class Placement:
             self._count(self._spare, key, key in mine and len(self._keener(key)) >= self._enough)
 
     def forget(self, memory: MemoryID) -> None:
-        """Its shards are others now, or none. Counts begin anew with the next look. From any thread."""
+        """Its shards are others now, or none. Its counts start over with the next look. From any thread."""
         self._forgotten.add(memory)
 
     def to_take(self, nodes: int) -> list[ShardKey]:
