@@ -353,7 +353,7 @@ def with_entry(library: Sequence[LibraryEntry], entry: LibraryEntry) -> tuple[Li
     if listed.revision > entry.revision:
         raise LibraryError(
             f"revision {listed.revision} of {entry.memory} is published, and this is revision {entry.revision}: "
-            "build the next one on the newest (`talkoot memory build --base DIR`)"
+            "build the next one on the newest (`talkoot memory build --base DIR`), or give this memory another name"
         )
     if listed.revision == entry.revision and listed.manifest != entry.manifest:
         raise LibraryError(
@@ -373,7 +373,7 @@ def find_memory(libraries: Mapping[PeerID, Sequence[LibraryEntry]], name: str | 
         return found[0]
     ids = ", ".join(sorted(str(entry.memory) for entry in found or listed)[:_MOST_NAMED])
     if name is None:
-        raise LibraryError(f"several memories are published in this swarm: pass one of {ids}")
+        raise LibraryError(f"several memories are published in this swarm: say which (--memory NAME): {ids}")
     if found:
         raise LibraryError(f"several publishers have a memory {name!r}: pass one of {ids}")
     raise LibraryError(f"no memory {printable(name, 40)!r} is published in this swarm: pass one of {ids}")

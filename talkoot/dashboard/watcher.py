@@ -291,8 +291,8 @@ def samples_of(picture: Picture) -> Iterator[Sample]:
         yield Sample("memory_queries_per_s", "all nodes", figures["memories"]["queries_per_s"])
     for row in picture.memories:
         if row["replicas_min"] is not None:
-            yield Sample("memory_replicas", f"{row['memory']}, fewest", row["replicas_min"])
-            yield Sample("memory_replicas", f"{row['memory']}, mean", row["replicas_mean"])
+            yield Sample("memory_replicas", f"fewest, {row['memory']}", row["replicas_min"])
+            yield Sample("memory_replicas", f"mean, {row['memory']}", row["replicas_mean"])
     for row in picture.trainers:
         if row["state"] != "gone":
             for metric, name, value in (

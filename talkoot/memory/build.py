@@ -1,6 +1,7 @@
 """`talkoot memory build`: makes a memory of text, in a folder that is published as it is."""
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -43,7 +44,9 @@ from talkoot.partial import LOCK, PartialFolder, naming_failures
 from talkoot.terminal import Terminal
 from trainer_client.data.sources import find_files
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import STATIC, Encoder, StaticEncoder, Vectors, load_encoder
+from trainer_client.memory.encoder import STATIC, Encoder, StaticEncoder, Vectors, load_encoder, words_of
+
+logger = logging.getLogger(__name__)
 
 Show: TypeAlias = Callable[[str, str], None]
 """Is told what is done, and how much of it."""
@@ -55,6 +58,8 @@ _AT_ONCE = 1024
 _BYTES_OF_SHARD = MAX_SHARD_BYTES - 2**16
 _BYTES_OF_PASSAGE = HASH_BYTES + 8
 """In a shard, besides its text and vector."""
+_MUCH_UNKNOWN = 0.1
+"""Part of the words of new text that the base's encoder may not know before its publisher is warned."""
 _SHOWN_EVERY_S, _LOGGED_EVERY_S = 0.2, 5.0
 
 
@@ -86,6 +91,8 @@ class BuildReport:
     """Those that are new in this revision."""
     duplicates: int
     """Passages that were left out."""
+    unknown: float
+    """Of the new text's words, the part that the base's encoder does not know; 0 without a base."""
     shards: int
     cells: int
     skew: float
@@ -111,6 +118,13 @@ def run_build(terminal: Terminal, plan: BuildPlan) -> None:
     if report.duplicates:
         terminal.line(
             f"{counted(report.duplicates, 'passage', ',')} left out: the same text is there already"
+        )
+    if report.unknown > _MUCH_UNKNOWN:
+        logger.warning(
+            "%.0f%% of the words in the new text are not known in %s, and no question finds passages by them. If this "
+            "is about something else, make a memory of its own: leave out --base",
+            100 * report.unknown,
+            report.name,
         )
     terminal.line(f"Publish it: talkoot memory publish {report.folder} --join INVITE")
 
@@ -145,6 +159,7 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
         manifest.revision,
         building.passages,
         building.duplicates,
+        building.unknown,
         len(manifest.shards),
         len(manifest.by_cell),
         skew(manifest),
@@ -221,6 +236,11 @@ class _Building:
         known = iter(()) if base is None else base.texts()
         self._file = PassageFile(folder / _PASSAGES, known)
         self._counter = WordCounter()
+        self._words = self._unknown_words = 0
+
+    @property
+    def unknown(self) -> float:
+        return self._unknown_words / max(1, self._words)
 
     @property
     def passages(self) -> int:
@@ -241,6 +261,10 @@ class _Building:
                 self._licenses[passage.license] = None
                 if self._base is None:
                     self._counter.add(text_of(passage))
+                else:
+                    words = words_of(text_of(passage))
+                    self._words += len(words)
+                    self._unknown_words += sum(not self._base.encoder.knows(word) for word in words)
             rate.at(len(self._file))
         if not len(self._file):
             named = ", ".join(map(str, files[:3]))

@@ -50,6 +50,9 @@ class Encoder(Protocol):
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word of `words_of` is in the memory: its inverse document frequency, at least 0."""
 
+    def knows(self, word: str) -> bool:
+        """Whether a word of `words_of` says anything about the vector of a text."""
+
 
 def load_encoder(kind: str, data: bytes | memoryview, dimensions: int) -> Encoder:
     """The encoder in a file. Raises WireError if it is malformed, of a kind that is not known, or of other vectors."""
@@ -143,6 +146,9 @@ class StaticEncoder:
             self._rarest if (number := known.get(word)) is None else float(self._rarities_V[number])
             for word in words
         ]
+
+    def knows(self, word: str) -> bool:
+        return word in self._number
 
     def _numbers_of(self, text: str) -> list[int]:
         known = self._number

@@ -149,7 +149,7 @@ def test_memories_are_listed_and_those_that_need_hosts_most_come_first() -> None
 
 def test_replicas_of_memories_have_a_history() -> None:
     picture = healthy(memories=[memory(replicas=(1, 3))])
-    samples = {(sample.metric, sample.name.split(", ")[-1]): sample.value for sample in samples_of(picture)}
+    samples = {(sample.metric, sample.name.split(", ")[0]): sample.value for sample in samples_of(picture)}
     assert samples["memory_replicas", "fewest"] == 1
     assert samples["memory_replicas", "mean"] == 2.0
     assert samples["memory_queries_per_s", "all nodes"] == 1.0

@@ -137,6 +137,7 @@ def test_a_revision_shares_all_shards_of_its_base(folder: Path, tmp_path: Path) 
     plan = BuildPlan((str(folder / "texts.jsonl"), str(more)), tmp_path / "second", base=folder / "trees")
     report = build_memory(plan)
     assert (report.name, report.revision, report.passages, report.duplicates) == ("trees", 2, 30, 150)
+    assert report.unknown == 0
     first, second = MemoryStore.open(folder / "trees").manifest, opened(tmp_path / "second")
     assert second.manifest.shards[: len(first.shards)] == first.shards
     assert (second.manifest.encoder, second.manifest.codebook) == (first.encoder, first.codebook)
@@ -146,6 +147,23 @@ def test_a_revision_shares_all_shards_of_its_base(folder: Path, tmp_path: Path) 
     assert {len(set(cells)) for cells in found.values()} == {2}
     with pytest.raises(DataError, match="already"):
         build_memory(replace(plan, paths=(str(more),), out=tmp_path / "third", base=tmp_path / "second"))
+
+
+def test_new_text_in_words_that_the_base_does_not_know_is_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "oak.txt").write_text("crust gluon meson quark")
+    ended = run_here(
+        "memory",
+        "build",
+        str(tmp_path / "oak.txt"),
+        "-o",
+        str(tmp_path / "new"),
+        "--base",
+        str(folder / "trees"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "60% of the words in the new text are not known in trees" in caplog.text, "its title is known"
 
 
 def test_what_was_revoked_does_not_come_back(folder: Path, tmp_path: Path) -> None:
