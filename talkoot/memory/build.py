@@ -220,11 +220,11 @@ class _Base:
                     yield passage.text
 
     def copy_to(self, folder: Path) -> None:
-        """Its files, as links where that is possible: they are never changed in place. Raises OSError."""
-        for kind in (PARTS, SHARDS):
-            for path in (self._store.folder / kind).iterdir():
-                if len(path.name) == 2 * HASH_BYTES:
-                    _link(path, folder / kind / path.name)
+        """What its manifest names, as links where that is possible: they are never changed in place. Raises OSError."""
+        parts = [part.sha256 for part in (self.manifest.encoder, self.manifest.codebook)]
+        for kind, names in ((PARTS, parts), (SHARDS, self.manifest.by_root)):
+            for name in names:
+                _link(self._store.folder / kind / name.hex(), folder / kind / name.hex())
 
 
 class _Building:

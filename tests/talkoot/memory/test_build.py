@@ -132,6 +132,25 @@ def test_a_large_cell_has_several_shards(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(places(store)) == 150
 
 
+def test_of_a_base_only_what_its_manifest_names_is_taken_over(folder: Path, tmp_path: Path) -> None:
+    """The base may be a stranger's, and the next revision is given to others."""
+    base, secret, more = (
+        tmp_path / "trees",
+        tmp_path / "secret",
+        write_texts(tmp_path / "more.txt", 20, seed=9),
+    )
+    shutil.copytree(folder / "trees", base)
+    secret.write_text("secret")
+    for kind in (PARTS, SHARDS):
+        (base / kind / ("a" * 64)).symlink_to(secret)
+        (base / kind / ("b" * 64)).write_text("another file")
+    build_memory(BuildPlan((str(more),), tmp_path / "second", base=base))
+    manifest = opened(tmp_path / "second").manifest
+    named = {root.hex() for root in manifest.by_root}
+    assert {path.name for path in (tmp_path / "second" / SHARDS).iterdir()} == named
+    assert len(list((tmp_path / "second" / PARTS).iterdir())) == 2
+
+
 def test_a_revision_shares_all_shards_of_its_base(folder: Path, tmp_path: Path) -> None:
     more = write_texts(tmp_path / "more.jsonl", 30, seed=1)
     plan = BuildPlan((str(folder / "texts.jsonl"), str(more)), tmp_path / "second", base=folder / "trees")
