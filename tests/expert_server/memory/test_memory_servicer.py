@@ -140,7 +140,7 @@ def test_a_search_that_asks_for_too_much_or_nonsense_is_refused(
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await (await library.stub(1)).Search(request)
         assert raised.value.code() is status
-        assert total(servicer.metrics.calls, outcome="refused") == 1
+        await until(lambda: total(servicer.metrics.calls, outcome="refused") == 1)
 
     in_library(loop, tmp_path, scenario)
 
