@@ -40,6 +40,10 @@ PLAYED_ELSEWHERE = {
     "talkoot node --new deploy/swarm.toml": "terminal 1 does it",
     "talkoot dashboard --join INVITE": "dashboard/test_page.py",
     "talkoot serve --join INVITE": "serve/test_serve_command.py",
+    "talkoot node --join INVITE --memory-disk 5GB": "memory/test_memory_commands.py",
+    "talkoot memory build notes/ articles.jsonl -o my-notes --license CC-BY-4.0": "memory/test_memory_commands.py",
+    "talkoot memory publish my-notes --join INVITE": "memory/test_memory_commands.py",
+    'talkoot search --join INVITE "how hot is a sauna?"': "memory/test_memory_commands.py",
 }
 
 
