@@ -36,7 +36,7 @@ from dht.memory import (
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
 from peer.codec import Floats
-from peer.errors import DataError, UnreachableError
+from peer.errors import DataError, ExpertError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.wire import memory_pb2
@@ -405,9 +405,14 @@ class _Search:
         }
 
         async def call(host: PeerID, roots: list[bytes]) -> Collection[bytes]:
+            answer = None
+            with suppress(ExpertError):
+                answer = await self._ask_host(host, roots, ends)
+            # not one that was cancelled because another was quicker: that one may turn out to lie
             for root in roots:
                 self._asked[root].add(host)
-            answer = await self._ask_host(host, roots, ends)
+            if answer is None:
+                return ()
             self.answers.append(answer)
             findings.add(answer)
             places = (claim.place for claims in answer.claims.values() for claim in claims)

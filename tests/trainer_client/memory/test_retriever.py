@@ -253,6 +253,27 @@ def test_a_host_that_dies_costs_one_hedge_and_no_passage(lie: Lie) -> None:
         assert slow <= 4
 
 
+def test_a_host_that_a_liar_outran_is_asked_again() -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, None, None)
+    (_, honest), (liars_id, liar) = swarm.hosts.items()
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        for number in range(40):
+            retriever._kept.clear()
+            searched(runner, retriever, [number])
+        # late enough that the other is asked too, and still quicker than that one
+        liar.lie, liar.after_s, honest.after_s = "inflated scores", 0.1, 0.5
+        for number in range(40):
+            retriever._kept.clear()
+            (result,) = searched(runner, retriever, [number])
+            assert not result.missing
+            assert texts_of(result) == best_texts(memory, swarm, number)
+            if runner.run(avoided_by(retriever)):
+                break
+        assert runner.run(avoided_by(retriever)) == {liars_id}
+
+
 def test_shards_without_a_live_host_are_reported_as_missing_cells() -> None:
     memory = MEMORIES[0]
     swarm = swarm_of(memory, "fails", None)
