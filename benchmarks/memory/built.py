@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from benchmarks.memory import corpora
 from dht.memory import MemoryManifest, Part, Passage, ShardInfo, cell_of
 from expert_server.memory.shard import Shard
-from peer.arrays import decode_arrays
-from peer.merkle import HASH_BYTES, MerkleTree
 from talkoot.memory.build import text_of
 from talkoot.memory.clustering import build_codebook, two_cells
 from talkoot.memory.passages import read_passages
@@ -101,7 +99,7 @@ def write_memory(
         for begin in range(0, len(inside), _PASSAGES_OF_SHARD):
             some = inside[begin : begin + _PASSAGES_OF_SHARD]
             data = Shard.build([passage(int(n)) for n in some], vectors_ND[some])
-            info = ShardInfo(cell_of(int(number), like.grid), _root(data), len(some), len(data))
+            info = ShardInfo(cell_of(int(number), like.grid), Shard.root_of(data), len(some), len(data))
             (folder / "shards" / info.root.hex()).write_bytes(data)
             shards.append(info)
     manifest = MemoryManifest(
@@ -120,8 +118,3 @@ def write_memory(
     )
     (folder / "manifest").write_bytes(manifest.serialize())
     return manifest
-
-
-def _root(data: bytes) -> bytes:
-    leaves = decode_arrays(data)["leaves"].tobytes()
-    return MerkleTree([leaves[i : i + HASH_BYTES] for i in range(0, len(leaves), HASH_BYTES)]).root

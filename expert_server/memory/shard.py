@@ -88,6 +88,11 @@ class Shard:
         blocks = [_deflated(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
         return _file(vectors, leaves, np.zeros(len(leaves), np.bool_), blocks)
 
+    @staticmethod
+    def root_of(data: bytes) -> bytes:
+        """The Merkle root of a file that `build` made, which names the shard."""
+        return MerkleTree([leaf.tobytes() for leaf in decode_arrays(data)["leaves"]]).root
+
     @classmethod
     def parse(cls, data: bytes | memoryview, info: ShardInfo, dimensions: int) -> Self:
         """Raises WireError if this is no file of that shard. Texts and vectors are not checked: see `check`."""

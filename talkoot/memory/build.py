@@ -31,12 +31,11 @@ from dht.memory import (
 )
 from expert_server.memory.shard import Shard
 from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
-from peer.arrays import decode_arrays
 from peer.codec import Booleans, Integers
 from peer.errors import DataError, LibraryError, SettingsError, WireError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted, printable
-from peer.merkle import HASH_BYTES, MerkleTree
+from peer.merkle import HASH_BYTES
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 from talkoot.memory.passages import PassageFile, read_passages
 from talkoot.memory.training import WordCounter, train_static_encoder
@@ -373,7 +372,7 @@ class _Building:
         # if two cells have the same few passages, their shards must not have the same root
         for numbers in (chosen, chosen[::-1], [*chosen, chosen[-1]]):
             data = Shard.build([self._file[n] for n in numbers], vectors_ND[numbers])
-            root = MerkleTree([leaf.tobytes() for leaf in decode_arrays(data)["leaves"]]).root
+            root = Shard.root_of(data)
             if root not in known:
                 break
         known.add(root)
