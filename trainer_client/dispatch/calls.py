@@ -188,7 +188,7 @@ class CallTracker:
             async with aclosing(self._caller.call(call)) as replies:
                 async for reply in replies:
                     if not heard:
-                        self.latencies.note_node(peer_id, self.now() - began)
+                        self.latencies.note_node(peer_id, self.now() - began, self.now())
                         self._heard_at[peer_id] = self.now()
                         heard = True
                     if isinstance(reply, Kept):

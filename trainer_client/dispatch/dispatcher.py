@@ -116,7 +116,9 @@ class Dispatcher:
                 await self._directory.search(layer, scores, k, self._calls.avoided(), bias)
         live = self._directory.live(layer, self._calls.avoided())
         uids = [uid for uid in live.view.replicas if uid.layer == layer]
-        hosts = choose_replicas(uids, live.view, self._rng, live.avoided, self.latencies.nodes)
+        hosts = choose_replicas(
+            uids, live.view, self._rng, live.avoided, self.latencies.nodes_lately(self._calls.now())
+        )
         return replace(live, hosts=hosts)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
@@ -144,7 +146,9 @@ class Dispatcher:
     def _with_others(self, live: LiveExperts, avoided: frozenset[PeerID]) -> LiveExperts:
         """With other hosts in place of these, where there are any."""
         uids = [uid for uid, peer_id in live.hosts.items() if peer_id in avoided]
-        others = choose_replicas(uids, live.view, self._rng, live.avoided | avoided, self.latencies.nodes)
+        others = choose_replicas(
+            uids, live.view, self._rng, live.avoided | avoided, self.latencies.nodes_lately(self._calls.now())
+        )
         return replace(live, hosts={**live.hosts, **others})
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:

@@ -199,7 +199,7 @@ class ForwardRun:
             and peer_id not in live.avoided
         }
         others = [uid for uid in batch.uids if uid not in replicas]
-        times = self._calls.latencies.nodes
+        times = self._calls.latencies.nodes_lately(self._calls.now())
         replicas |= choose_replicas(others, live.view, self._rng, live.avoided, times)
         for peer_id, part in _by_peer(batch, replicas).items():
             self._call(live.view.nodes[peer_id], part)
@@ -324,7 +324,7 @@ class ForwardRun:
 
     def _other_replicas(self, batch: NodeBatch) -> dict[UID, PeerID]:
         """Of the batch's experts, at peers that were not asked for them in this pass."""
-        avoided, times = self._calls.avoided(), self._calls.latencies.nodes
+        avoided, times = self._calls.avoided(), self._calls.latencies.nodes_lately(self._calls.now())
         return choose_replicas(batch.uids, self._directory.view, self._rng, avoided, times, self._asked)
 
     def _hedge(self) -> None:

@@ -16,7 +16,7 @@ Shapes: R rows, K experts of each row, D columns: the width of the experts.
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,8 @@ _NODES = 4096
 """Nodes whose mean is kept, those that answered last."""
 _WEIGHT = 0.25
 """Of a new call in its node's mean."""
+_TIMES_HOLD_S = 60.0
+"""Without an answer for so long, a node's mean is forgotten: one that was slow once is asked again."""
 
 MOST_GROWTH = 1000.0
 """An answer's largest number, against one and the largest that it was computed from."""
@@ -167,15 +169,24 @@ class Latencies:
         self.backward = Durations()
         self.nodes = BoundedDict[PeerID, float](_NODES)
         """Seconds until each node's first answer to a call, a moving mean; the node that answered last at the end."""
+        self._answered_at = BoundedDict[PeerID, float](_NODES)
 
     def note(self, direction: str, seconds: float) -> None:
         """One call that a node answered in full."""
         (self.forward if direction == "forward" else self.backward).note(seconds)
 
-    def note_node(self, peer_id: PeerID, seconds: float) -> None:
+    def note_node(self, peer_id: PeerID, seconds: float, now: float) -> None:
         """A node's first answer to a call."""
         mean = self.nodes.get(peer_id, seconds)
         self.nodes[peer_id] = mean + _WEIGHT * (seconds - mean)
+        self._answered_at[peer_id] = now
+
+    def nodes_lately(self, now: float) -> Mapping[PeerID, float]:
+        """`nodes`, without those that have not answered for a minute. They are forgotten."""
+        while self._answered_at and next(iter(self._answered_at.values())) <= now - _TIMES_HOLD_S:
+            peer_id, _ = self._answered_at.popitem(last=False)
+            self.nodes.pop(peer_id, None)
+        return self.nodes
 
 
 def _nearest(ordered: Sequence[float], share: float) -> float:

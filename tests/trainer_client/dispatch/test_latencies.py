@@ -30,13 +30,26 @@ def test_old_calls_are_forgotten_in_quantiles() -> None:
 
 def test_a_nodes_mean_moves_towards_its_calls() -> None:
     latencies = Latencies()
-    latencies.note_node(peer(1), 1.0)
-    latencies.note_node(peer(1), 2.0)
+    latencies.note_node(peer(1), 1.0, 0.0)
+    latencies.note_node(peer(1), 2.0, 1.0)
     assert latencies.nodes == {peer(1): pytest.approx(1.25)}
 
 
 def test_the_nodes_called_longest_ago_are_forgotten() -> None:
     latencies = Latencies()
     for number in range(5000):
-        latencies.note_node(peer(number), 1.0)
+        latencies.note_node(peer(number), 1.0, 0.0)
     assert list(latencies.nodes) == [peer(number) for number in range(904, 5000)]
+
+
+def test_a_node_that_has_not_answered_for_a_minute_counts_as_unknown() -> None:
+    latencies = Latencies()
+    latencies.note_node(peer(1), 9.0, 0.0)
+    latencies.note_node(peer(2), 1.0, 10.0)
+    latencies.note_node(peer(3), 1.0, 20.0)
+    latencies.note_node(peer(2), 1.0, 30.0)
+    assert set(latencies.nodes_lately(59.9)) == {peer(1), peer(2), peer(3)}
+    assert set(latencies.nodes_lately(60.0)) == {peer(2), peer(3)}
+    assert set(latencies.nodes_lately(80.0)) == {peer(2)}
+    latencies.note_node(peer(1), 1.0, 80.0)
+    assert latencies.nodes_lately(80.0)[peer(1)] == 1.0, "the slow call of old no longer counts"
