@@ -1,0 +1,1 @@
+"""A swarm of thousands of volunteers, simulated with the real code."""
