@@ -38,15 +38,18 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
         """Answers NOT_FOUND for an unknown service, as the protocol demands."""
         if request.service not in _SERVICES:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"health is known of {_SERVICES[1]!r} and of ''")
-        status = health_pb2.HealthCheckResponse
-        return status(status=status.SERVING if self._serves() else status.NOT_SERVING)
+        return self._status()
 
-    async def List(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
+    async def List(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        return health_pb2.HealthListResponse(statuses=dict.fromkeys(_SERVICES, self._status()))
 
     async def Watch(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
         """Refused, so that clients fall back to Check: endless streams would take the places of calls."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
+
+    def _status(self) -> Any:
+        status = health_pb2.HealthCheckResponse
+        return status(status=status.SERVING if self._serves() else status.NOT_SERVING)
 
 
 @dataclass(frozen=True)

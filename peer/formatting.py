@@ -1,8 +1,10 @@
-"""Sizes, ages, counts and endpoints as text, sizes parsed from text, and what other peers wrote, fit to be shown."""
+"""Sizes, ages, counts and hosts: as text, and parsed from it. And what other peers wrote, fit to be shown."""
 
+import ipaddress
 import re
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
 
 
 def parse_bytes(value: object) -> object:
@@ -51,3 +53,19 @@ def printable(text: str, most: int = 200) -> str:
     """
     shown = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
     return " ".join(shown.split())[:most].rstrip()
+
+
+def host_in(header: str) -> str:
+    """The host that an HTTP request's Host header names, without its port; empty if it has not the form of RFC 9110."""
+    match = _HOST.fullmatch(header)
+    return "" if match is None else match[1] or match[2]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this name or address always means the machine itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -16,7 +16,11 @@ How a class counts what happens in it:
 import errno
 import ipaddress
 import logging
+import socket
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
+from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,11 +29,12 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
+    make_wsgi_app,
 )
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from peer.errors import PortError
-from peer.formatting import endpoint
+from peer.formatting import endpoint, host_in, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,9 @@ M = TypeVar("M", Counter, Gauge, Histogram)
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Buckets for how long calls and computations take."""
+_MOST_SCRAPES = 16
+"""At the same time. Connections beyond that are closed."""
+_Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 def new_registry() -> CollectorRegistry:
@@ -75,21 +83,28 @@ def totals(metric: Counter, label: str) -> dict[str, float]:
 
 
 class MetricsServer:
-    """Exposes a registry over HTTP, on a thread of its own. Close it when done."""
+    """Exposes a registry over HTTP, on a thread of its own. Close it when done.
+
+    On loopback it answers only requests for a loopback host: otherwise any web page could read a visitor's metrics,
+    through a name that resolves to 127.0.0.1 (DNS rebinding).
+    """
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
         """Port 0 takes a free one. Raises PortError if the port is taken or the address is not this machine's."""
         ProcessCollector(registry=registry)
         try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+            self._server = _Server(host, port)
         except OSError as error:
             other = "--metrics-port" if error.errno == errno.EADDRINUSE else "--metrics-host"
             raise PortError(
                 f"can't serve metrics on {host} port {port}: {error.strerror}; pass another {other}"
             ) from error
-        self._server.handle_error = _note_broken_off  # type: ignore[method-assign]  # its own prints a traceback
+        answer = make_wsgi_app(registry)
+        self._server.set_app(_for_loopback_alone(answer) if is_loopback(host) else answer)
         self._host, self._port = host, int(self._server.server_port)
         self.address = f"http://{endpoint(host, self._port)}/metrics"
+        self._thread = threading.Thread(target=self._server.serve_forever, name="serve metrics", daemon=True)
+        self._thread.start()
 
     def offered(self, reached_at: str | None) -> str:
         """Where others can scrape, as `IP address:port`; empty if nobody else can.
@@ -110,8 +125,40 @@ class MetricsServer:
         self._thread.join()
 
 
-def _note_broken_off(request: Any, client_address: Any) -> None:
-    logger.debug("a scrape by %s broke off", client_address, exc_info=True)
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0
+    """Seconds, for each part of a request that is waited for."""
+
+    def log_message(self, format: str, *args: object) -> None: ...  # it would print every request
+
+
+class _Server(ThreadingWSGIServer):
+    def __init__(self, host: str, port: int) -> None:
+        self._places = threading.BoundedSemaphore(_MOST_SCRAPES)
+        self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        super().__init__((str(address[0]), int(address[1])), _Handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self._places.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logger.debug("a scrape by %s broke off", client_address, exc_info=True)
+
+
+def _for_loopback_alone(answer: _Application) -> _Application:
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if is_loopback(host_in(environ.get("HTTP_HOST", ""))):
+            return answer(environ, start_response)
+        start_response("421 Misdirected Request", [("Content-Type", "text/plain")])
+        return [b"these metrics are served at 127.0.0.1 and localhost alone\n"]
+
+    return guarded
 
 
 def _address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

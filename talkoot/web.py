@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import os
-import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
@@ -13,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from peer.errors import PortError
-from peer.formatting import endpoint
+from peer.formatting import endpoint, host_in, is_loopback
 
 SEND_DEADLINE_S = 15.0
 """A stream is closed when its reader takes nothing for this long."""
@@ -25,7 +23,6 @@ _LEAST_TAKEN = 2**16
 _CLOSE_S = 2.0
 """Longest wait for answers to end after their connections are closed."""
 _BACKLOG = 128
-_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; "
      b"frame-ancestors 'none'; object-src 'none'"),
@@ -152,17 +149,7 @@ class BrowserProtection:
         await (self._refusal if refused else self._app)(scope, receive, send_safely)
 
 
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _host_of(scope: Scope) -> str:
-    """The host that was asked for, without its port; empty unless exactly one is named, in the form of RFC 9110."""
+    """The host that was asked for, without its port; empty unless exactly one is named."""
     named = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
-    match = _HOST.fullmatch(named[0]) if len(named) == 1 else None
-    return "" if match is None else match[1] or match[2]
+    return host_in(named[0]) if len(named) == 1 else ""

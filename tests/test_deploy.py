@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,32 @@ def test_compose_services_have_no_more_rights_than_they_need() -> None:
 
 def test_compose_service_is_given_time_to_hand_over() -> None:
     assert all(int(service["stop_grace_period"].rstrip("s")) > 30 for service in own_services().values())
+
+
+def test_prometheus_scrapes_every_service_of_the_compose_file() -> None:
+    """They offer their metrics to nobody: services that use the machine's network are listed, at its loopback."""
+    read = yaml.safe_load(compose())
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    files = [
+        file
+        for job in config["scrape_configs"]
+        for sd in job.get("file_sd_configs", ())
+        for file in sd["files"]
+    ]
+    (mounted,) = read["services"]["prometheus"]["configs"]
+    assert Path(mounted["target"]).match(os.path.normpath(Path("/etc/prometheus") / files[0]))
+    listed = yaml.safe_load(read["configs"][mounted["source"]]["content"])
+    roles = {target: group["labels"]["role"] for group in listed for target in group["targets"]}
+    swarm = tomllib.loads((DEPLOY / "swarm.toml").read_text())["name"]
+    assert {group["labels"]["swarm"] for group in listed} == {swarm}
+    served = {}
+    for service in own_services().values():
+        command, *options = service["command"]
+        if command != "dashboard":  # which has a job of its own
+            assert service["network_mode"] == "host"
+            (port,) = (o.removeprefix("--metrics-port=") for o in options if o.startswith("--metrics-port="))
+            served[f"127.0.0.1:{port}"] = {"node": "node", "train": "trainer"}[command]
+    assert served == roles
 
 
 # systemd

@@ -1,6 +1,6 @@
 """The JSON API's answers: pure functions of a picture and a query."""
 
-import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,11 @@ MAX_UIDS = 1000
 MAX_SERIES = 8
 MAX_POINTS = 2000
 _MAX_FILTER_CHARACTERS = 200
+_MAX_LAYER = 10**6
+_MAX_PAGE = 10**9
+_LATEST = 1e12
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,20})(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?")
+"""As in JSON."""
 
 NODE_KEYS = (
     "peer_id", "short", "name", "state", "unsteady", "experts", "capacity", "rows_per_s", "latency_ms",
@@ -176,7 +181,7 @@ def memories(picture: Picture | None, query: Mapping[str, str]) -> Json:
 
 def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:
     """One layer, as flat arrays in row-major order of its grid."""
-    layer = integer(query, "layer", 0, 0, 10**6)
+    layer = integer(query, "layer", 0, 0, _MAX_LAYER)
     if picture is None:
         raise ApiError(503, "the swarm was not read yet")
     if layer >= len(picture.layers):
@@ -217,13 +222,9 @@ def history_query(query: Mapping[str, str], now: float) -> HistoryQuery:
         raise ApiError(400, f"metric: {metric[:40]!r} is none of {', '.join(UNITS)}")
     points = integer(query, "points", 300, 2, MAX_POINTS)
     text = query.get("since", str(now - 3600))
-    try:
-        since = float(text)
-    except ValueError:
-        since = math.nan
-    if not math.isfinite(since):
+    if not _NUMBER.fullmatch(text) or not 0 <= float(text) <= _LATEST:
         raise ApiError(400, f"since: {text[:40]!r} is no Unix time in seconds")
-    return HistoryQuery(metric, since, points)
+    return HistoryQuery(metric, float(text), points)
 
 
 def series(
@@ -253,7 +254,7 @@ def integer(query: Mapping[str, str], key: str, default: int, least: int, most: 
 
 def _page(rows: Sequence[Any], query: Mapping[str, str], name: str, show: Callable[[Any], Json]) -> Json:
     per_page = integer(query, "per_page", 50, 1, MAX_PER_PAGE)
-    page = integer(query, "page", 1, 1, 10**9)
+    page = integer(query, "page", 1, 1, _MAX_PAGE)
     shown = rows[(page - 1) * per_page : page * per_page]
     return {"total": len(rows), "page": page, "per_page": per_page, name: [show(row) for row in shown]}
 

@@ -32,6 +32,7 @@ STATIC = FOLDER / "static"
 OPENAPI = FOLDER / "openapi.json"
 MAX_STREAMS = 200
 _NEWS_AT_LEAST_EVERY_S = 5.0
+_RETRY_AFTER_S = "30"
 _EXPERT_S = 2 * 86400.0
 """How far back the history of an expert goes."""
 _EXPERT_POINTS = 12_000
@@ -154,7 +155,9 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._streams.open >= self._streams.most:
-            refusal = JSONResponse({"error": "too many pages are open; try again later"}, 503)
+            refusal = JSONResponse(
+                {"error": "too many pages are open; try again later"}, 503, {"Retry-After": _RETRY_AFTER_S}
+            )
             await refusal(scope, receive, send)
             return
         ends_by_itself(scope)
@@ -223,4 +226,5 @@ async def _api_error(request: Request, error: api.ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": f"{request.url.path[:200]}: {error.detail}"}, error.status_code)
+    body = {"error": f"{request.url.path[:200]}: {error.detail}"}
+    return JSONResponse(body, error.status_code, error.headers)

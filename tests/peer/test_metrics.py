@@ -4,6 +4,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 
@@ -46,6 +47,52 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def asked(server: MetricsServer, host: str) -> int:
+    request = urllib.request.Request(server.address, headers={"Host": host})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_on_loopback_only_its_own_names_are_answered() -> None:
+    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
+    try:
+        assert [asked(server, host) for host in ("localhost:9100", "127.0.0.1", "[::1]:1")] == [200] * 3
+        assert [asked(server, host) for host in ("evil.example", "localhost.evil:1", "")] == [421] * 3
+    finally:
+        server.close()
+
+
+def test_elsewhere_any_name_is_answered() -> None:
+    server = MetricsServer(CollectorRegistry(), "0.0.0.0", 0)
+    try:
+        server.address = server.address.replace("0.0.0.0", "127.0.0.1")
+        assert asked(server, "node.example") == 200
+    finally:
+        server.close()
+
+
+def test_callers_that_say_nothing_take_few_threads() -> None:
+    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
+    port = int(server.address.removesuffix("/metrics").rsplit(":", 1)[1])
+    before = threading.active_count()
+    callers = [socket.create_connection(("127.0.0.1", port)) for _ in range(64)]
+    try:
+        for caller in callers[-40:]:  # these are closed
+            caller.settimeout(60)
+            assert caller.recv(1) == b""
+        assert threading.active_count() <= before + 24
+    finally:
+        for caller in callers:
+            caller.close()
+        wait_until(lambda: threading.active_count() <= before)
+        assert asked(server, "localhost") == 200
+        server.close()
 
 
 def test_a_scrape_that_breaks_off_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -370,6 +370,8 @@ def test_trainers_that_are_live_come_first() -> None:
     "query",
     [
         {}, {"metric": "x"}, {"metric": "loss", "since": "soon"}, {"metric": "loss", "since": "nan"},
+        {"metric": "loss", "since": "1_0"}, {"metric": "loss", "since": " 1"}, {"metric": "loss", "since": "-1"},
+        {"metric": "loss", "since": "1e13"}, {"metric": "loss", "since": "1" * 5000},
         {"metric": "loss", "points": "1"}, {"metric": "loss", "points": "9999"},
     ],
 )  # fmt: skip

@@ -10,13 +10,13 @@ import pytest
 from jsonschema import Draft202012Validator
 from simulated_readings import NOW, Answer, Asked, manifest, memory, node, peer, picture_of, replica, trainer
 
+from peer.formatting import is_loopback
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
 from talkoot.dashboard.app import OPENAPI, targets
 from talkoot.dashboard.history import Sample
 from talkoot.dashboard.picture import Picture
 from talkoot.dashboard.watcher import expert_samples_of, samples_of
-from talkoot.web import is_loopback
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
@@ -77,9 +77,10 @@ ASKED = [
 
 def check_described(described: str, answer: Answer) -> None:
     """Raises when the answer is not as the file says."""
-    schema = DESCRIBED["paths"][described]["get"]["responses"][str(answer.status)]["content"][
-        "application/json"
-    ]["schema"]
+    response = DESCRIBED["paths"][described]["get"]["responses"][str(answer.status)]
+    if "$ref" in response:
+        response = DESCRIBED["components"]["responses"][response["$ref"].rpartition("/")[2]]
+    schema = response["content"]["application/json"]["schema"]
     Draft202012Validator(schema | {"components": DESCRIBED["components"]}).validate(answer.json())
 
 
@@ -167,7 +168,10 @@ def test_hostile_names_stay_json(asked: Asked) -> None:
     ],
 )
 def test_on_loopback_other_names_are_refused(asked: Asked, host: str) -> None:
-    assert asked.get("/api/v1/swarm", host).status == 421
+    for path in DESCRIBED["paths"]:
+        answer = asked.get(path, host)
+        assert answer.status == 421
+        check_described(path, answer)
 
 
 @pytest.mark.parametrize("host", ["localhost:8080", "127.0.0.1", "[::1]:8080", "127.9.9.9:1"])
@@ -186,6 +190,7 @@ def test_elsewhere_any_name_is_answered(tmp_path: Path) -> None:
 def test_it_only_reads(asked: Asked, method: str) -> None:
     answer = asked.get("/api/v1/swarm", method=method)
     assert (answer.status, list(answer.json())) == (405, ["error"])
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +261,7 @@ def test_pages_beyond_the_bound_are_refused(tmp_path: Path) -> None:
         return answer
 
     answer = asyncio.run(watch())
-    assert answer.status == 503
+    assert (answer.status, answer.headers["retry-after"]) == (503, "30")
     check_described("/events", answer)
     assert asked.streams.open == 0
     asked.history.close()

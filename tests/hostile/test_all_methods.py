@@ -1,0 +1,77 @@
+"""Every method of every service, called by a stranger without a session: refused in order, and nothing is logged."""
+
+import contextlib
+import importlib
+import pkgutil
+from pathlib import Path
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from grpc_health.v1 import health_pb2
+from stranger import HostileCaller, Stranger
+from victim import founder
+
+import peer.wire
+from peer.loop import LoopThread
+
+_ORDERLY = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+
+
+def all_methods() -> list[MethodDescriptor]:
+    """Those of the health service first: after some calls without a session the others are refused for their number."""
+    names = [
+        module.name for module in pkgutil.iter_modules(peer.wire.__path__) if module.name.endswith("_pb2")
+    ]
+    modules = [importlib.import_module(f"peer.wire.{name}") for name in names]
+    services = [
+        service
+        for module in (health_pb2, *modules)
+        for service in module.DESCRIPTOR.services_by_name.values()
+    ]
+    return [method for service in services for method in service.methods]
+
+
+def name_of(method: MethodDescriptor) -> str:
+    return f"{method.containing_service.full_name}/{method.name}"
+
+
+async def outcome(caller: HostileCaller, method: MethodDescriptor, request: bytes) -> grpc.StatusCode:
+    call = caller.stream(name_of(method), timeout_s=60.0)
+    with contextlib.suppress(grpc.aio.AioRpcError):  # `code` tells
+        await call.write(request)
+        await call.done_writing()
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    code: grpc.StatusCode = await call.code()
+    return code
+
+
+def test_every_method_refuses_strangers_in_order_and_logs_nothing(loop: LoopThread, tmp_path: Path) -> None:
+    methods = all_methods()
+    assert len(methods) > 20
+    with founder(tmp_path) as node:
+
+        async def scenario() -> dict[str, grpc.StatusCode]:
+            async with Stranger.joined(node.invite, serves_dht=False) as stranger:
+                caller = stranger.caller_of(await stranger.node(node.invite.keys.author))
+                before = len(node.log_lines)
+                found = {}
+                for method in methods:
+                    for request in (b"", b"\xff\xff"):
+                        found[f"{name_of(method)} {request!r}"] = await outcome(caller, method, request)
+                assert node.log_lines[before:] == []
+                return found
+
+        found = loop.run(scenario(), 240)
+        assert {name: code for name, code in found.items() if code not in _ORDERLY} == {}
+        assert found["grpc.health.v1.Health/List b''"] is grpc.StatusCode.OK
+        assert found["talkoot.v1.ExpertService/Forward b''"] is grpc.StatusCode.UNAUTHENTICATED
+        assert node.alive
