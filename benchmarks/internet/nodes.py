@@ -1,0 +1,568 @@
+"""Nodes in a simulated world: the product's registry, hosting and membership, around experts that are only counted.
+
+`InternetSwarm` is a swarm in a world: nodes join it, leave it, sleep and die.
+"""
+
+import asyncio
+import contextlib
+import functools
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.internet.dht_model import ModelDHT, ModelLookups
+from benchmarks.internet.world import HomeLine, Link, Peer, World
+from benchmarks.simulated_p2p import SimulatedIdentity, simulated_world
+from dht.announcements import Activity, NodeInfo
+from dht.founder_records import LIFETIME_S, ManifestRecord
+from dht.manifest import Manifest
+from dht.membership import Membership, PeerStore
+from dht.records import SwarmKeys
+from dht.registry import Registry
+from dht.uid import UID
+from expert_server.experts.format import Checkpoint
+from expert_server.hosting.averaging import choose_partners
+from expert_server.hosting.manager import HostingManager
+from expert_server.hosting.placement import serving_elsewhere
+from expert_server.hosting.replicas import LocalReplicas
+from expert_server.settings import NodeSettings
+from expert_server.state.transfer import Fetched
+from expert_server.status import NodeRecordBuilder, NodeState, NodeStatus
+from peer.averaging import last_meeting, partner_weight
+from peer.clipping import believed_updates
+from peer.errors import TransferError, UnreachableError
+from peer.identity import PeerID
+from peer.loop import RetryingRounds
+from peer.parsing import ParseGuard
+from peer.transport.addresses import Multiaddress
+from peer.wire import state_pb2
+
+_ASK_S = 5.0
+_CHECKPOINT_EVERY_S = 60.0
+_ACQUAINTANCES, _KNOWN_FOR_S = 20, 60.0
+
+
+@dataclass(frozen=True)
+class SwarmPlan:
+    """What the swarm of a simulation is like."""
+
+    manifest: Manifest
+    state_bytes: float = 7e6
+    """Of an expert with its optimizer, as it travels."""
+    updates_per_s: float = 0.2
+    """That each replica takes."""
+
+
+class Tally:
+    """Stands for a Prometheus metric, of which 100,000 nodes would have millions."""
+
+    __slots__ = ("count",)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.count = 0.0
+
+    def labels(self, *values: str) -> "Tally":
+        return self
+
+    def inc(self, amount: float = 1) -> None:
+        self.count += amount
+
+    def observe(self, amount: float) -> None:
+        self.count += 1
+
+    def set_function(self, function: Callable[[], float]) -> None: ...
+
+
+async def _at_once(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands for `asyncio.to_thread`."""
+    return work(*args, **kwargs)
+
+
+class CountedExpert:
+    """Stands for `Expert`: takes updates at an even rate while it serves."""
+
+    def __init__(self, uid: UID, manifest: Manifest, device: object) -> None:
+        self.uid = uid
+        self.device = device
+        self.generation: object = object()
+        self.accumulated_rows = 0
+        self.source = self.refuted = ""
+        self.rate = 0.0
+        """Updates per second; set by the runtime that serves it."""
+        self.clock: Any = None
+        self._count = 0.0
+        self._counted_at = 0.0
+        self.shared_count = 0
+        """The last count of which somebody else has a copy."""
+
+    @property
+    def update_count(self) -> int:
+        if self.clock is None:
+            return int(self._count)
+        return int(self._count + self.rate * (self.clock() - self._counted_at))
+
+    def serve(self, rate: float, clock: Any) -> None:
+        self._count, self.rate, self.clock, self._counted_at = self.update_count, rate, clock, clock()
+
+    def stop(self) -> None:
+        self._count, self.clock = self.update_count, None
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint({}, self.update_count, self.source)
+
+    def require_good(self, state: object, update_count: int) -> None: ...
+
+    def import_state(self, state: object, update_count: int, source: str = "") -> None:
+        self._count = update_count
+        if self.clock is not None:
+            self._counted_at = self.clock()
+        self.generation = object()
+        self.source = ""
+
+
+class CountingRuntime:
+    """Stands for `Runtime`."""
+
+    def __init__(self, rate: float, clock: Any) -> None:
+        self.experts: dict[UID, CountedExpert] = {}
+        self.queued_rows = 0
+        """Of the training that is simulated elsewhere."""
+        self.takings = 0
+        self._rate = rate
+        self._clock = clock
+
+    async def run(self, work: Any) -> Any:
+        return work()
+
+    def refuse(self, refuses: bool = True) -> None: ...
+
+    async def settle(self) -> None: ...
+
+    def add(self, expert: CountedExpert) -> None:
+        self.takings += 1
+        expert.serve(self._rate, self._clock)
+        self.experts[expert.uid] = expert
+
+    def remove(self, uid: UID) -> None:
+        expert = self.experts.pop(uid, None)
+        if expert is not None:
+            expert.stop()
+
+
+class CountedCheckpoints:
+    """Stands for `Checkpoints`: what the disk of a machine holds, also after its node ended."""
+
+    def __init__(self, disk: dict[UID, dict[str, int]]) -> None:
+        self.restored = Tally()
+        self._disk = disk
+
+    async def newest(self) -> dict[UID, int]:
+        return {uid: max(counts.values()) for uid, counts in self._disk.items()}
+
+    async def newest_by_source(self) -> dict[UID, dict[str, int]]:
+        return {uid: dict(counts) for uid, counts in self._disk.items()}
+
+    async def restore(self, expert: CountedExpert) -> bool:
+        counts = self._disk.get(expert.uid)
+        if not counts:
+            return False
+        expert.import_state({}, max(counts.values()))
+        return True
+
+    async def keep(self, uid: UID, checkpoint: Checkpoint) -> None:
+        self._disk.setdefault(uid, {})[checkpoint.source] = checkpoint.update_count
+
+    def note_replaced(self, uid: UID) -> None: ...
+
+    async def save_all_within(self, seconds: float, experts: Collection[CountedExpert]) -> None:
+        self.save(experts)
+
+    def save(self, experts: Collection[CountedExpert]) -> None:
+        for expert in experts:
+            if expert.update_count:
+                self._disk.setdefault(expert.uid, {})[""] = expert.update_count
+
+
+class CountedStates:
+    """Stands for `StateClient`: states take the time that the links need."""
+
+    def __init__(self, node: "SimulatedNode") -> None:
+        self._node = node
+
+    async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
+        me, swarm = self._node.peer, self._node.swarm
+        other = swarm.nodes.get(node.peer_id)
+        if other is None or not swarm.world.reachable(me, other.peer):
+            await asyncio.sleep(_ASK_S)
+            raise TransferError(f"{node.peer_id} does not answer", answered=False)
+        expert = other.runtime.experts.get(uid)
+        if expert is None:
+            await asyncio.sleep(swarm.world.rtt_s(me, other.peer))
+            raise TransferError(f"{node.peer_id} has no {uid}", answered=True)
+        count = expert.update_count
+        if not await swarm.world.transfer(other.peer, me, swarm.plan.state_bytes):
+            raise TransferError(f"{node.peer_id} stopped answering", answered=False)
+        expert.shared_count = max(expert.shared_count, count)
+        met = other.replicas.history.of(uid).get(me.peer_id)
+        return Fetched(Checkpoint({}, count), b"", met.mine if met else 0)
+
+    async def ask(
+        self,
+        node: NodeInfo,
+        reason: int,
+        uids: Collection[UID],
+        sha256: bytes = b"",
+        base_sha256: bytes = b"",
+    ) -> int:
+        me, swarm = self._node.peer, self._node.swarm
+        other = swarm.nodes.get(node.peer_id)
+        if other is None or not swarm.world.reachable(me, other.peer):
+            await asyncio.sleep(_ASK_S)
+            return 0
+        await asyncio.sleep(swarm.world.rtt_s(me, other.peer))
+        if reason != state_pb2.ASK_REASON_ADOPT or other.replicas.leaving or not other.peer.is_alive:
+            return 0
+        other.spawn(other.hosting.adopt_from(me.peer_id, list(uids)))
+        return len(uids)
+
+
+class SimulatedHost:
+    """Stands for `Host`."""
+
+    def __init__(self, swarm: "InternetSwarm", peer: Peer) -> None:
+        self.peer_id = peer.peer_id
+        self._swarm = swarm
+        self._peer = peer
+
+    def peers(self) -> frozenset[PeerID]:
+        return self._swarm.acquaintances(self._peer)
+
+    async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
+        return []
+
+    def reached_at(self, peer_id: PeerID) -> list[Multiaddress]:
+        return []
+
+
+@dataclass
+class _Membership:
+    """Stands for `dht.swarm.Swarm`, with the parts that hosting uses."""
+
+    host: SimulatedHost
+    registry: Registry
+    manifest: Manifest
+    manifest_record: ManifestRecord
+    peer_store: PeerStore
+    guard: ParseGuard
+    membership: Membership = field(init=False)
+
+    @property
+    def keys(self) -> SwarmKeys:
+        return self.registry.keys
+
+    async def keep_manifest(self) -> None:
+        await self.manifest_record.republish()
+
+
+class SimulatedNode:
+    """A volunteer's node, from its start until it leaves or dies."""
+
+    def __init__(
+        self, swarm: "InternetSwarm", peer: Peer, experts: int, disk: dict[UID, dict[str, int]]
+    ) -> None:
+        """`experts`: to host. `disk`: its checkpoints, of earlier runs too."""
+        self.swarm = swarm
+        self.peer = peer
+        self.disk = disk
+        self.started_at = swarm.world.time()
+        self.useful_since: float | None = None
+        """When an expert served first, in seconds of the world; None: not yet."""
+        world, plan, now = swarm.world, swarm.plan, swarm.world.now
+        self.settings = _settings(experts)
+        rng = world.rng("nodes")
+        lookups: Any = ModelLookups(swarm.dht, peer)
+        identity: Any = peer.identity
+        registry = Registry(lookups, swarm.keys, identity, guard=swarm.guard, now=now, rng=rng)
+        registry.lookups = lookups
+        member: Any = _Membership(
+            SimulatedHost(swarm, peer),
+            registry,
+            plan.manifest,
+            ManifestRecord(registry, *swarm.manifest_record, now=now),
+            PeerStore(None),
+            swarm.guard,
+        )
+        self.registry = registry
+        self.membership = Membership(member.host, registry, member.peer_store, now=now, rng=rng)
+        self.runtime = CountingRuntime(plan.updates_per_s, world.time)
+        self.checkpoints = CountedCheckpoints(disk)
+        self.states = CountedStates(self)
+        stand_ins: tuple[Any, Any, Any] = self.runtime, self.checkpoints, self.states
+        self.replicas = LocalReplicas(member, *stand_ins, (), lifetime_s=self.settings.lifetime_s, now=now)
+        self.hosting = HostingManager(self.settings, member, self.replicas, now)
+        self._record = NodeRecordBuilder(self.settings, identity.make_certificate(), now())
+        self._rounds = RetryingRounds(self.settings.announce_every_s)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._activity = Activity.SERVING
+
+    @property
+    def takings(self) -> int:
+        """Experts taken into service."""
+        return int(self.runtime.takings)
+
+    def start(self) -> None:
+        """Joins, and runs until it is ended."""
+        self.spawn(self._run())
+
+    def spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work, loop=self.swarm.world.loop)
+        self._tasks.add(task)
+        task.add_done_callback(self._note_end)
+
+    def _note_end(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, UnreachableError):
+            self.swarm.faults.append(error)
+
+    def end(self) -> None:
+        """Its process is gone."""
+        for task in list(self._tasks):
+            task.cancel()
+
+    async def leave(self) -> None:
+        """Hands its experts over, as a node does that is stopped, and ends."""
+        self._activity = Activity.LEAVING
+        with contextlib.suppress(UnreachableError):
+            await self._publish()
+            await self._average(is_last=True)
+            await self.hosting.release(self.settings.drain_timeout_s)
+            await self.registry.leave(self.settings.lifetime_s)
+        self.swarm.remove(self)
+
+    async def _run(self) -> None:
+        """As `expert_server.node.Node` starts and runs."""
+        await self._rounds.run("start", self.hosting.take_first, self._publish)
+        self._note_useful()
+        self.spawn(self._look_around())
+        self.spawn(self._average_now_and_then())
+        every_s = self.settings.announce_every_s
+        saved_at = self.swarm.world.time()
+        while True:
+            await self._sleep(every_s)
+            await self._rounds.run("announce", self.hosting.announce, self._publish, self._stay_member)
+            self._note_useful()
+            if self.swarm.world.time() >= saved_at + _CHECKPOINT_EVERY_S:
+                saved_at = self.swarm.world.time()
+                self.checkpoints.save(self.runtime.experts.values())
+
+    async def _look_around(self) -> None:
+        look = self.hosting.replicate
+        while True:
+            await self._rounds.run("look", look)
+            self._note_useful()
+            look = self.hosting.look
+            await self._sleep(self.settings.announce_every_s)
+
+    async def _average_now_and_then(self) -> None:
+        every_s, rng = self.settings.average_every_s, self.swarm.world.rng("averaging")
+        while True:
+            await self._sleep(every_s * rng.uniform(0.5, 1.5))
+            with contextlib.suppress(UnreachableError):
+                await self._average()
+
+    async def _sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        if self.peer.awake is not None:
+            await self.peer.awake.wait()
+
+    async def _stay_member(self) -> None:
+        await self.membership.check(announced=True)
+
+    async def _average(self, is_last: bool = False) -> None:
+        """Meets one other replica of each of half its experts; of all, before it leaves."""
+        me, rng = self.peer.peer_id, self.swarm.world.rng("averaging")
+        replicas = await self.registry.replicas(self.runtime.experts)
+        if is_last:
+            found = [rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
+        else:
+            found = choose_partners(replicas, me, rng)
+        nodes = await self.registry.nodes({replica.peer_id for replica in found}) if found else {}
+        for replica in found:
+            if replica.peer_id in nodes:
+                with contextlib.suppress(TransferError):
+                    await self._meet(replica.uid, nodes[replica.peer_id])
+
+    async def _meet(self, uid: UID, node: NodeInfo) -> None:
+        """Both replicas become their average, as far as the link allows."""
+        other = self.swarm.nodes.get(node.peer_id)
+        mine = self.runtime.experts.get(uid)
+        base = 0 if mine is None else mine.update_count
+        theirs = (await self.states.fetch(node, uid)).checkpoint.update_count
+        if (
+            mine is None
+            or other is None
+            or not await self.swarm.world.transfer(self.peer, other.peer, self.swarm.plan.state_bytes)
+        ):
+            return
+        self._take_average(other.peer.peer_id, mine, base, theirs)
+        if (expert := other.runtime.experts.get(uid)) is not None:
+            other._take_average(self.peer.peer_id, expert, theirs, base)
+
+    def _take_average(self, partner: PeerID, expert: "CountedExpert", base: int, theirs: int) -> None:
+        history = self.replicas.history
+        believed = history.capped_claim(expert.uid, base, theirs)
+        met = last_meeting(history.of(expert.uid).get(partner), 0)
+        mine = believed_updates(base, believed, partner_weight(base, believed, met), 1.0)
+        history.record(expert.uid, partner, mine, believed)
+        expert.import_state({}, mine + expert.update_count - base)
+        expert.shared_count = expert.update_count
+
+    async def _publish(self) -> None:
+        record = self._record.record(
+            self._status(),
+            self._activity,
+            self.swarm.world.now(),
+            addresses=["203.0.113.7:50051"],
+            metrics_address="",
+        )
+        await self.registry.publish_node(record, self.settings.lifetime_s)
+
+    def _status(self) -> NodeStatus:
+        experts = len(self.runtime.experts)
+        return NodeStatus(
+            NodeState.SERVING, experts, self.hosting.capacity, 0, 0, 0, 0, 20, "", 0, 0, 0, None, None, 0, 0, 0.0, 1,
+            0, 0, 0.0, 0, 0,
+        )  # fmt: skip
+
+    def _note_useful(self) -> None:
+        if self.useful_since is None and self.runtime.experts:
+            self.useful_since = self.swarm.world.time()
+
+
+@lru_cache
+def _settings(experts: int) -> NodeSettings:
+    return NodeSettings(experts=experts)
+
+
+class InternetSwarm:
+    """One swarm in a world. Add nodes, then let time pass."""
+
+    def __init__(self, world: World, plan: SwarmPlan) -> None:
+        self.world = world
+        self.plan = plan
+        self.dht = ModelDHT(world)
+        self.guard = ParseGuard()
+        self.nodes: dict[PeerID, SimulatedNode] = {}
+        """Those that run; sleeping ones too."""
+        self.takings_of_ended = 0
+        self.faults: list[BaseException] = []
+        """What the product's code raised that it should not."""
+        founder: Any = SimulatedIdentity(0)
+        self.keys = SwarmKeys(plan.manifest.name, founder.peer_id)
+        expires_at = world.now() + LIFETIME_S
+        lookups: Any = ModelLookups(self.dht, Peer(-1, founder, HomeLine()))
+        registry = Registry(lookups, self.keys, founder, guard=self.guard, now=world.now)
+        self.manifest_record = registry.sign_manifest(plan.manifest.to_json(), expires_at), expires_at
+        self._known: dict[int, tuple[float, frozenset[PeerID]]] = {}
+
+    def join(self, link: Link, experts: int, before: "SimulatedNode | None" = None) -> SimulatedNode:
+        """A node starts. `before`: the one that ran on the same machine, whose name and disk it has."""
+        peer = self.world.add(link, None if before is None else before.peer.identity)
+        node = SimulatedNode(self, peer, experts, {} if before is None else before.disk)
+        self.nodes[peer.peer_id] = node
+        node.start()
+        return node
+
+    def crash(self, node: SimulatedNode) -> None:
+        """Ends without a word."""
+        node.end()
+        self.remove(node)
+
+    def leave(self, node: SimulatedNode) -> None:
+        """Begins to leave, which takes a while."""
+        node.end()
+        node.spawn(node.leave())
+
+    def sleep(self, node: SimulatedNode) -> None:
+        """The machine sleeps: its processes stand still, and nobody reaches it."""
+        node.peer.awake = asyncio.Event()
+        self.world.kill(node.peer)
+
+    def resume(self, node: SimulatedNode) -> None:
+        """The machine wakes up, and its node goes on with what it had."""
+        if node.peer.awake is None:
+            return
+        self.world.revive(node.peer)
+        node.peer.awake.set()
+        node.peer.awake = None
+
+    def remove(self, node: SimulatedNode) -> None:
+        self.world.kill(node.peer)
+        if self.nodes.get(node.peer.peer_id) is node:
+            self.takings_of_ended += node.takings
+            del self.nodes[node.peer.peer_id]
+
+    def acquaintances(self, peer: Peer) -> frozenset[PeerID]:
+        """Some peers that it knows in the DHT."""
+        until, known = self._known.get(peer.half, (0.0, frozenset()))
+        if self.world.time() >= until or not known:
+            rng = self.world.rng("acquaintances")
+            drawn = (self.world.random_server(rng, peer.half) for _ in range(_ACQUAINTANCES))
+            known = frozenset(other.peer_id for other in drawn if other is not None)
+            self._known[peer.half] = self.world.time() + _KNOWN_FOR_S, known
+        return known - {peer.peer_id}
+
+    @property
+    def takings(self) -> int:
+        """Experts taken into service by all nodes that there were."""
+        return self.takings_of_ended + sum(node.takings for node in self.nodes.values())
+
+    def hosts(self) -> dict[UID, list[SimulatedNode]]:
+        """Who really serves each expert now: awake, and not leaving."""
+        found: dict[UID, list[SimulatedNode]] = {uid: [] for uid in self.plan.manifest.uids()}
+        for node in self.nodes.values():
+            if node.peer.is_alive and not node.replicas.leaving:
+                for uid in node.runtime.experts:
+                    found[uid].append(node)
+        return found
+
+    def share_served(self) -> float:
+        """Of all experts, the part that somebody serves."""
+        found = self.hosts()
+        return sum(map(bool, found.values())) / len(found)
+
+
+def _middle(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random) -> tuple[int, Checkpoint]:
+    """Stands for `choose`: honest states differ in their updates alone."""
+    index = sorted(range(len(states)), key=lambda n: states[n].update_count)[(len(states) - 1) // 2]
+    return index, states[index]
+
+
+@contextmanager
+def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[World]:
+    """A world in which the product's code runs, as long as the block lasts. `more`: stand-ins, by what they replace."""
+    with simulated_world() as loop, ExitStack() as stack:
+        world = World(seed, loop)
+        tallies = (
+            "dht.registry.Counter", "dht.registry.Histogram", "peer.loop.Counter", "peer.parsing.Counter",
+            "expert_server.hosting.manager.Counter",
+        )  # fmt: skip
+        stand_ins: dict[str, object] = {
+            **dict.fromkeys(tallies, Tally),
+            "asyncio.to_thread": _at_once,
+            "dht.registry.Lookups": lambda lookups, **kwargs: lookups,
+            "dht.registry.unpack": lambda value: value,
+            "expert_server.hosting.replicas.Expert": CountedExpert,
+            "expert_server.hosting.replicas.roomiest": lambda devices, hosted: None,
+            "expert_server.hosting.replicas.total": lambda tally: tally.count,
+            "expert_server.hosting.whole_states.choose": _middle,
+            "random.SystemRandom": functools.partial(world.rng, "system"),
+            **(more or {}),
+        }
+        for target, stand_in in stand_ins.items():
+            stack.enter_context(patch(target, stand_in))
+        yield world

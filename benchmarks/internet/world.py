@@ -1,0 +1,248 @@
+"""What all parts of a simulation share: the clock, random numbers, who lives and reaches whom, links, and bytes.
+
+A world is made by `benchmarks.internet.nodes.simulated`.
+"""
+
+import asyncio
+import random
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
+from peer.identity import PeerID
+from peer.kademlia.routing import ID_BITS, REPLICAS, id_of_bytes
+
+PURPOSES = ("announce", "read", "dht_served", "transfer", "calls")
+"""What bytes are counted for: the first three are upkeep."""
+UPKEEP = PURPOSES[:3]
+_PLACE_BITS = 64
+
+
+class Link(Protocol):
+    """How a volunteer's machine is connected: to the core of the network, which is never the bottleneck."""
+
+    @property
+    def up_bps(self) -> float: ...
+    @property
+    def down_bps(self) -> float: ...
+    @property
+    def rtt_s(self) -> float:
+        """To the core and back."""
+        ...
+
+    @property
+    def nat(self) -> bool:
+        """Its router admits nobody: others come through relays."""
+        ...
+
+
+@dataclass(frozen=True)
+class HomeLine:
+    """A link with usual figures."""
+
+    up_bps: float = 20e6
+    down_bps: float = 100e6
+    rtt_s: float = 0.04
+    nat: bool = False
+
+
+class Peer:
+    """One peer for as long as its machine keeps what it knows: a node that restarts is another, by the same name."""
+
+    __slots__ = (
+        "awake",
+        "down_free",
+        "half",
+        "identity",
+        "is_alive",
+        "link",
+        "number",
+        "peer_id",
+        "place",
+        "up_free",
+    )
+
+    def __init__(self, number: int, identity: SimulatedIdentity, link: Link) -> None:
+        self.number = number
+        self.identity = identity
+        self.peer_id: PeerID = identity.peer_id
+        self.link = link
+        self.place = id_of_bytes(self.peer_id.to_bytes()[-20:]) >> (ID_BITS - _PLACE_BITS)
+        """In the DHT: the first bits of its ID."""
+        self.is_alive = False
+        self.half = 0
+        """Of a network that is partitioned, where it is."""
+        self.up_free = self.down_free = 0.0
+        """When what is under way on its link has passed."""
+        self.awake: asyncio.Event | None = None
+        """Of a peer that sleeps."""
+
+
+class Accounts:
+    """Bytes that each peer sent and received, by purpose."""
+
+    def __init__(self) -> None:
+        self.up = {purpose: array("d") for purpose in PURPOSES}
+        self.down = {purpose: array("d") for purpose in PURPOSES}
+
+    def open(self) -> None:
+        """For one more peer."""
+        for columns in (self.up, self.down):
+            for column in columns.values():
+                column.append(0.0)
+
+    def totals(self) -> dict[str, float]:
+        """Bytes sent and received by all, by purpose: each byte counts at both ends."""
+        return {p: sum(self.up[p]) + sum(self.down[p]) for p in PURPOSES}
+
+    def upkeep(self) -> list[float]:
+        """Of each peer, the bytes of its upkeep, sent and received."""
+        columns = [side[p] for side in (self.up, self.down) for p in UPKEEP]
+        return [sum(values) for values in zip(*columns, strict=True)]
+
+
+class World:
+    """Peers on one clock."""
+
+    def __init__(self, seed: int, loop: VirtualLoop) -> None:
+        self.seed = seed
+        self.loop = loop
+        self.accounts = Accounts()
+        self.peers: list[Peer] = []
+        """All there ever were, by number."""
+        self.by_id: dict[PeerID, Peer] = {}
+        """The last one of each name that was alive."""
+        self.living = 0
+        self.deaths = 0
+        """Changes whenever what a peer held may have gone, or come back."""
+        self.is_parted = False
+        self._places: tuple[list[int], list[int]] = ([], [])
+        """Of the living peers that serve the DHT, sorted, in each half."""
+        self._at_place: dict[int, Peer] = {}
+        self._rngs: dict[str, random.Random] = {}
+
+    def time(self) -> float:
+        """Seconds since the start."""
+        return self.loop.time()
+
+    def now(self) -> float:
+        """Unix time."""
+        return self.loop.unix_time()
+
+    def run(self, seconds: float) -> None:
+        """Lets so much time pass."""
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+
+    def rng(self, name: str) -> random.Random:
+        """The random numbers of one subject: what another subject draws does not change them."""
+        if name not in self._rngs:
+            self._rngs[name] = random.Random(f"{self.seed} {name}")
+        return self._rngs[name]
+
+    def add(self, link: Link, identity: SimulatedIdentity | None = None) -> Peer:
+        """A living peer. `identity`: of one that was there before."""
+        number = len(self.peers)
+        peer = Peer(number, identity or SimulatedIdentity(number + 1), link)
+        self.peers.append(peer)
+        self.accounts.open()
+        self.by_id[peer.peer_id] = peer
+        self.revive(peer)
+        return peer
+
+    def kill(self, peer: Peer) -> None:
+        """It is silent from now on."""
+        if not peer.is_alive:
+            return
+        peer.is_alive = False
+        self.living -= 1
+        self.deaths += 1
+        self._leave_dht(peer)
+
+    def revive(self, peer: Peer) -> None:
+        peer.is_alive = True
+        self.living += 1
+        self.deaths += 1
+        if not peer.link.nat:
+            insort(self._places[peer.half], peer.place)
+            self._at_place[peer.place] = peer
+
+    def partition(self, share: float) -> None:
+        """Cuts this share of the living off from all others."""
+        rng = self.rng("partition")
+        living = [peer for peer in self.peers if peer.is_alive]
+        for peer in rng.sample(living, round(share * len(living))):
+            self._move(peer, 1)
+        self.is_parted = True
+        self.deaths += 1
+
+    def heal(self) -> None:
+        for peer in self.peers:
+            self._move(peer, 0)
+        self.is_parted = False
+        self.deaths += 1
+
+    def reachable(self, a: Peer, b: Peer) -> bool:
+        """Whether b answers a."""
+        return b.is_alive and a.half == b.half
+
+    def nearest(self, place: int, half: int, most: int = REPLICAS) -> list[Peer]:
+        """The living DHT servers in this half that are nearest to the place."""
+        places = self._places[half]
+        bits = max(0, (len(places) // (2 * most)).bit_length())
+        while True:
+            size = 1 << (_PLACE_BITS - bits)
+            low = place & -size
+            first, last = bisect_left(places, low), bisect_left(places, low + size)
+            if last - first >= most or not bits:
+                break
+            bits -= 1
+        some = sorted(places[first:last], key=place.__xor__)[:most]
+        return [self._at_place[each] for each in some]
+
+    def servers(self, half: int = 0) -> int:
+        """How many living peers serve the DHT."""
+        return len(self._places[half])
+
+    def random_server(self, rng: random.Random, half: int = 0) -> Peer | None:
+        places = self._places[half]
+        return self._at_place[places[int(rng.random() * len(places))]] if places else None
+
+    def rtt_s(self, a: Peer, b: Peer) -> float:
+        return a.link.rtt_s + b.link.rtt_s
+
+    async def transfer(self, sender: Peer, receiver: Peer, size: float, purpose: str = "transfer") -> bool:
+        """Sends so many bytes over both links, one transfer after the other on each. Whether they arrived."""
+        now = self.time()
+        begins = max(now, sender.up_free, receiver.down_free)
+        takes = 8 * size / min(sender.link.up_bps, receiver.link.down_bps)
+        sender.up_free = begins + 8 * size / sender.link.up_bps
+        receiver.down_free = begins + 8 * size / receiver.link.down_bps
+        await asyncio.sleep(begins + takes - now + self.rtt_s(sender, receiver) / 2)
+        if not (sender.is_alive and receiver.is_alive and sender.half == receiver.half):
+            return False
+        self.accounts.up[purpose][sender.number] += size
+        self.accounts.down[purpose][receiver.number] += size
+        return True
+
+    def _leave_dht(self, peer: Peer) -> None:
+        places = self._places[peer.half]
+        index = bisect_left(places, peer.place)
+        if index < len(places) and places[index] == peer.place:
+            del places[index]
+
+    def _move(self, peer: Peer, half: int) -> None:
+        if peer.half == half:
+            return
+        if peer.is_alive and not peer.link.nat:
+            self._leave_dht(peer)
+            insort(self._places[half], peer.place)
+        peer.half = half
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """0 of none."""
+    ordered: Sequence[float] = sorted(values)
+    return ordered[min(int(q * len(ordered)), len(ordered) - 1)] if ordered else 0.0

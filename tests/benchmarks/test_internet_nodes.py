@@ -1,0 +1,131 @@
+"""The engine of the simulated swarm: nodes join, die, part and sleep, and the DHT below them loses what its holders
+take along.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan, simulated
+from benchmarks.internet.world import HomeLine, World
+from benchmarks.simulated_p2p import VirtualLoop
+from benchmarks.simulated_swarm import grid_of
+from dht.manifest import Manifest
+
+
+def plan_of(experts: int) -> SwarmPlan:
+    values = {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
+    return SwarmPlan(Manifest.model_validate(values))
+
+
+def grown(world: World, nodes: int, experts: int) -> InternetSwarm:
+    swarm = InternetSwarm(world, plan_of(experts))
+    for number in range(nodes):
+        world.loop.call_later(0.5 * number, swarm.join, HomeLine(nat=number % 2 == 1), 1)
+    world.run(nodes / 2 + 60)
+    return swarm
+
+
+def until(world: World, condition: Callable[[], bool], seconds: float) -> None:
+    ends = world.time() + seconds
+    while not condition():
+        assert world.time() < ends, "it takes too long"
+        world.run(1)
+
+
+def test_two_runs_of_a_seed_are_alike() -> None:
+    def run(seed: int) -> str:
+        with simulated(seed) as world:
+            swarm = grown(world, 12, 6)
+            swarm.crash(next(iter(swarm.nodes.values())))
+            world.run(60)
+            assert not swarm.faults
+            return json.dumps([swarm.takings, world.accounts.totals(), world.accounts.upkeep()])
+
+    assert run(1) == run(1) != run(2)
+
+
+def test_a_dead_host_is_replaced() -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 24, 8)
+        assert swarm.share_served() == 1
+        uid, hosts = next((uid, hosts) for uid, hosts in swarm.hosts().items() if hosts)
+        for node in hosts:
+            swarm.crash(node)
+        assert not swarm.hosts()[uid]
+        until(world, lambda: bool(swarm.hosts()[uid]), 120)
+        assert not swarm.faults
+
+
+def test_a_node_that_leaves_hands_over() -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 8, 8)
+        (uid, (node, *_)), *_ = swarm.hosts().items()
+        spare: list[SimulatedNode] = [swarm.join(HomeLine(), 1) for _ in range(4)]
+        world.run(40)
+        swarm.leave(node)
+        until(world, lambda: node.peer.peer_id not in swarm.nodes, 60)
+        until(world, lambda: swarm.share_served() == 1, 60)
+        assert spare
+        assert uid in swarm.hosts()
+        assert not swarm.faults
+
+
+def test_a_sleeping_node_goes_on_with_what_it_had() -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 8, 4)
+        node = next(node for node in swarm.nodes.values() if node.runtime.experts)
+        before = dict(node.runtime.experts)
+        swarm.sleep(node)
+        world.run(5)
+        assert all(node not in hosts for hosts in swarm.hosts().values())
+        swarm.resume(node)
+        world.run(30)
+        assert node.runtime.experts.keys() == before.keys()
+
+
+def test_halves_part_and_meet_again() -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 24, 4)
+        world.partition(0.4)
+        halves = [[n for n in swarm.nodes.values() if n.peer.half == half] for half in (0, 1)]
+        assert len(halves[1]) == round(0.4 * 24)
+        assert not world.reachable(halves[0][0].peer, halves[1][0].peer)
+
+        def all_in(half: int) -> bool:
+            return all(any(n.peer.half == half for n in hosts) for hosts in swarm.hosts().values())
+
+        until(world, lambda: all_in(0) and all_in(1), 300)
+        world.heal()
+        world.run(60)
+        assert swarm.share_served() == 1
+        assert not swarm.faults
+
+
+@given(st.sets(st.integers(0, 200), min_size=1, max_size=40), st.integers(0, 2**64 - 1), st.integers(1, 8))
+def test_the_nearest_servers_are_found(numbers: set[int], place: int, most: int) -> None:
+    world = World(1, VirtualLoop())
+    try:
+        peers = [world.add(HomeLine()) for _ in range(max(numbers) + 1)]
+        for peer in peers:
+            if peer.number not in numbers:
+                world.kill(peer)
+        wanted = sorted(numbers, key=lambda n: peers[n].place ^ place)[:most]
+        assert [peer.number for peer in world.nearest(place, 0, most)] == wanted
+    finally:
+        world.loop.close()
+
+
+@pytest.mark.parametrize("nat", [True, False])
+def test_bytes_count_at_both_ends(nat: bool) -> None:
+    with simulated(1) as world:
+        sender, receiver = world.add(HomeLine(nat=nat, up_bps=8e6)), world.add(HomeLine())
+        arrived: Any = world.loop.run_until_complete(world.transfer(sender, receiver, 1e6))
+        assert arrived
+        assert world.time() == pytest.approx(1 + 0.04)
+        assert world.accounts.up["transfer"][sender.number] == 1e6
+        assert world.accounts.down["transfer"][receiver.number] == 1e6
