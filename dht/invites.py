@@ -3,6 +3,7 @@
 An invite holds bootstrap addresses, the swarm's name, the PeerID of its founder and, where the swarm needs it, a token.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -25,10 +26,13 @@ from peer.wire import admission_pb2, records_pb2
 FILE = "invites.json"
 _SCHEME = "talkoot2"
 """The 2 is the format. It changes when an old program could not read a new invite."""
+_BEGINNING = re.compile(r"(?<![A-Za-z0-9])talkoot\d")
 _MAX_CHARACTERS = 4096
+_MOST_LINES = 256
+"""Over which a mail program may have wrapped an invite."""
 _MAX_ADDRESSES = 16
 _LONGEST_FILE = 8192
-"""Characters read from a file. The invite is the first word there that looks like one."""
+"""Characters read from a file."""
 
 
 @dataclass(frozen=True)
@@ -62,35 +66,35 @@ class Invite:
             return cls.parse(given)
         try:
             with path.open(encoding="utf-8") as file:
-                words = file.read(_LONGEST_FILE).split()
+                text = file.read(_LONGEST_FILE)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InviteError(
                 f"can't read the invite from {path}: {reason}; pass the file that holds the line"
             ) from error
         try:
-            return cls.parse(next((word for word in words if word.startswith(_SCHEME)), "".join(words[:1])))
+            return cls.parse(text)
         except InviteError as error:
             raise InviteError(f"in {path}: {error}") from error
 
     @classmethod
     def parse(cls, text: str) -> "Invite":
-        """Raises InviteError that says what is wrong with the line."""
-        text = text.strip()
-        if not text.startswith("talkoot"):
+        """Reads the line, which may be wrapped and have other words around it. Raises InviteError that says what is
+        wrong with it.
+        """
+        begins = _BEGINNING.search(text)
+        if begins is None:
             raise InviteError(
                 f"an invite starts with {_SCHEME!r}: copy the whole line that you were given, or pass @FILE with "
                 "the file that holds it"
             )
-        if not text.startswith(_SCHEME):
+        if begins[0] != _SCHEME:
             raise InviteError(
                 "this invite is of another version of Talkoot: update it, or ask for a new invite"
             )
-        if len(text) > _MAX_CHARACTERS:
-            raise InviteError(f"an invite has at most {_MAX_CHARACTERS} characters")
         message = records_pb2.InviteMessage()
         try:
-            message.ParseFromString(base58.b58decode_check(text.removeprefix(_SCHEME)))
+            message.ParseFromString(_unwrapped(text[begins.end() :]))
             author = parse_peer_id(message.author)
         except (ValueError, DecodeError, WireError) as error:
             raise InviteError(
@@ -103,6 +107,19 @@ class Invite:
             raise InviteError("the invite names no valid swarm: ask for a new one")
         token = message.token.SerializeToString() if message.HasField("token") else b""
         return cls(SwarmKeys(message.name, author), addresses, token)
+
+
+def _unwrapped(text: str) -> bytes:
+    """What the first words of this text are in Base58, as many as the checksum wants. Raises ValueError."""
+    line = ""
+    for word in text.split(maxsplit=_MOST_LINES)[:_MOST_LINES]:
+        line += word
+        if len(line) > _MAX_CHARACTERS:
+            raise InviteError(f"an invite has at most {_MAX_CHARACTERS} characters")
+        with contextlib.suppress(ValueError):
+            decoded: bytes = base58.b58decode_check(line)
+            return decoded
+    raise ValueError("the checksum does not fit")
 
 
 def invite_of(join: str | None) -> Invite:

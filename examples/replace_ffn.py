@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer_client import SwarmClient, rebalance
+import talkoot
 
 SYMBOLS = 16
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--state", metavar="DIR", help="folder of the trainer's identity")
     options = parser.parse_args()
     torch.manual_seed(0)
-    with SwarmClient.join(options.invite, state=options.state) as swarm:
+    with talkoot.SwarmClient.join(options.invite, state=options.state) as swarm:
         spec = swarm.manifest.model
         model = Model(spec.hidden, spec.layers)
         for number, block in enumerate(model.blocks):
@@ -89,7 +89,7 @@ def main() -> None:
             optimizer.zero_grad()
             torch.autograd.backward(loss)  # the experts take their own steps
             optimizer.step()
-            rebalance(model)  # so that all experts get about as many rows
+            talkoot.rebalance(model)  # so that all experts get about as many rows
             if step % 10 == 0 or step == options.steps - 1:
                 print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
 

@@ -1,0 +1,31 @@
+"""Train one model on many home computers: what programs import.
+
+with talkoot.SwarmClient.join(invite) as swarm:
+    layer = swarm.mixture(layer=0)  # an nn.Module from [..., D] to [..., D]
+
+`talkoot.errors` has what may be raised. On the command line it is the program `talkoot`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__all__ = ["RemoteMixtureOfExperts", "SwarmClient", "errors", "rebalance"]
+
+if TYPE_CHECKING:
+    from peer import errors
+    from trainer_client.client import SwarmClient
+    from trainer_client.moe import RemoteMixtureOfExperts, rebalance
+else:
+    _HOMES = {
+        "RemoteMixtureOfExperts": "trainer_client.moe",
+        "SwarmClient": "trainer_client.client",
+        "rebalance": "trainer_client.moe",
+    }
+
+    def __getattr__(name: str) -> object:
+        """Imports torch, which takes seconds, only when it is needed."""
+        if name == "errors":
+            return import_module("peer.errors")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)

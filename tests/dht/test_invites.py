@@ -65,6 +65,19 @@ def test_white_space_around_it_is_no_matter(around: str) -> None:
     assert Invite.parse(around.format(LINE)) == INVITE
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"invite: {LINE}",
+        f"Invite:\n{LINE}\n\nSee you there, Aino",
+        "\n".join(LINE[n : n + 20] for n in range(0, len(LINE), 20)),
+        f"invite: {LINE[:30]} \r\n  {LINE[30:]}\r\n-- \r\nAino",
+    ],
+)
+def test_it_may_be_wrapped_and_have_words_around_it(text: str) -> None:
+    assert Invite.parse(text) == INVITE
+
+
 @given(st.integers(0, len(LINE) - 1), st.sampled_from(PRINTABLE))
 def test_any_changed_character_is_found(position: int, character: str) -> None:
     changed = LINE[:position] + character + LINE[position + 1 :]

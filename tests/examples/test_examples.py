@@ -33,7 +33,7 @@ top_k = 2
 
 TEN_LINES = """
 import sys, torch
-from trainer_client import RemoteMixtureOfExperts, SwarmClient
+from talkoot import RemoteMixtureOfExperts, SwarmClient
 
 with SwarmClient.join(sys.argv[1], state=sys.argv[2], router="switch") as swarm:
     layer = swarm.mixture(layer=0)
