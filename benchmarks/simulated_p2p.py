@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from unittest.mock import patch
 
 from peer.bounded import BoundedDict
@@ -147,8 +148,8 @@ class NoContacts:
     def origin_of(self, peer_id: PeerID) -> str:
         return ""
 
-    def known(self, keys: Iterable[int]) -> list[int]:
-        return []
+    def known(self, keys: Iterable[int]) -> dict[int, PeerID]:
+        return {}
 
 
 class SimulatedContacts:
@@ -188,11 +189,11 @@ class SimulatedContacts:
     def origin_of(self, peer_id: PeerID) -> str:
         return self.neighbourhood_of(peer_id)
 
-    def known(self, keys: Iterable[int]) -> list[int]:
-        found: dict[int, None] = {}
+    def known(self, keys: Iterable[int]) -> dict[int, PeerID]:
+        found: dict[int, PeerID] = {}
         for key in keys:
-            found.update((place, None) for place, _ in self._places.nearest(key, KNOWN_OF_KEY))
-        return list(found)[:MOST_KNOWN]
+            found.update(self._places.nearest(key, KNOWN_OF_KEY))
+        return dict(islice(found.items(), MOST_KNOWN))
 
 
 def contact_of(peer_id: PeerID) -> contact_pb2.Contact:

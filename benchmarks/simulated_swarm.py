@@ -203,6 +203,7 @@ class Placing(Lookups):
         limits: SearchLimits = DEFAULT_LIMITS,
         besides_self: bool = False,
         patience_s: float = math.inf,
+        room: int | None = None,
     ) -> dict[int, Found]:
         """What the nearest node stores."""
         found = {}

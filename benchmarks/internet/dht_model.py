@@ -173,6 +173,7 @@ class ModelLookups(Lookups):
         limits: SearchLimits = DEFAULT_LIMITS,
         besides_self: bool = False,
         patience_s: float = math.inf,
+        room: int | None = None,
     ) -> dict[int, ModelFound]:
         peer, dht = self.peer, self.model
         if not peer.is_alive:

@@ -181,18 +181,18 @@ class ContactBook:
             ((most, _),) = Multiset(known.near for known in self._reached.values()).most_common(1)
             self._forget(next(peer for peer, known in self._reached.items() if known.near == most))
 
-    def known(self, keys: Iterable[int], most: int = MOST_KNOWN) -> list[int]:
-        """The first bits of the NodeIDs, near these keys, of peers whose contacts hold for a while."""
-        found: dict[int, None] = {}
+    def known(self, keys: Iterable[int], most: int = MOST_KNOWN) -> dict[int, PeerID]:
+        """Peers near these keys whose contacts hold for a while, by the first bits of their NodeIDs."""
+        found: dict[int, PeerID] = {}
         until = self._now() + _OLD_S
         for key in keys:
             for place, peer_id in self._places.nearest(key, KNOWN_OF_KEY):
                 known = self._reached.get(peer_id) or self._heard[peer_id]
-                if known.expires_at > until:
-                    found[place] = None
+                if known.expires_at > until and len(found) < most:
+                    found[place] = peer_id
             if len(found) >= most:
                 break
-        return list(found)[:most]
+        return found
 
     def _find(self, peer_id: PeerID) -> _Known | None:
         """Forgets it if it has expired."""

@@ -47,6 +47,8 @@ T = TypeVar("T")
 
 _NEAREST = SearchLimits(doubt=0, witnesses=0, quorum=2**31)
 """For writers, which need all of the nearest nodes whatever values those have."""
+FRUGAL = SearchLimits(is_frugal=True)
+"""For what is read again and again in the background: it may take a round trip longer, and costs a third."""
 _WIDE = 3
 """A record is stored at so many times the usual number of nodes, if there is a crowd beside its key."""
 _SAMPLE_EVERY_S = 30.0
@@ -128,16 +130,18 @@ class Lookups:
         limits: SearchLimits = DEFAULT_LIMITS,
         besides_self: bool = False,
         patience_s: float = math.inf,
+        room: int | None = None,
     ) -> dict[int, Found]:
         """Looks up all keys, and stores what is found. `besides_self`: leaves out what this peer itself stores.
 
         `patience_s`: so long the search for a key to which few have answered waits for late answers, if any peer has.
+        `room`: bytes of entries that each peer gives for a key, beside index entries, drawn at random; None: all.
         """
         now = asyncio.get_running_loop().time()
         if limits.witnesses and now >= self._sample_at:
             self._sample_at = now + _SAMPLE_EVERY_S
             self.spawn(self.sample())
-        run = _Run(self, self._dht, keys, limits, besides_self, patience_s)
+        run = _Run(self, self._dht, keys, limits, besides_self, patience_s, room)
         await run.until_finished()
         slices = TimeSlices()
         for key, found in run.found.items():
@@ -152,7 +156,7 @@ class Lookups:
         everywhere.
         """
         keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
-        run = _Run(self, self._dht, keys, _NEAREST, besides_self=False)
+        run = _Run(self, self._dht, keys, _NEAREST, besides_self=False, room=0)
         await run.until_finished()
         for key, found in run.found.items():
             # others on the way there have answered, too, and they are not all that is near
@@ -199,7 +203,7 @@ class Lookups:
         for item in items:
             by_key.setdefault(key_id_of(item.key), []).append(item)
         kept = await _store_here(dht, by_key)
-        found = await self.find(list(by_key), _NEAREST, patience_s=_PATIENCE_S)
+        found = await self.find(list(by_key), _NEAREST, patience_s=_PATIENCE_S, room=0)
         writing = _Writing(self, dht, by_key, found, kept)
         await writing.until_finished()
         return writing.accepted
@@ -366,9 +370,11 @@ class _Run:
         limits: SearchLimits,
         besides_self: bool,
         patience_s: float = math.inf,
+        room: int | None = None,
     ) -> None:
         self._lookups = lookups
         self._dht = dht
+        self._room = room
         self._clock = asyncio.get_running_loop().time
         self._patient_until = self._clock() + patience_s
         self._is_patient = True
@@ -388,6 +394,8 @@ class _Run:
         self.found: dict[int, Found] = {}
         reach, witnesses = lookups.usual_reach(), lookups.witnesses(limits.witnesses)
         self._peers.update(witnesses)
+        self._witnesses = dict.fromkeys(keys, witnesses) if witnesses else {}
+        """Those that were not asked yet, of each key."""
         for key in keys:
             known = self._nearest_known(key, BUCKET_SIZE)
             search = IterativeSearch(key, known, limits, reach, self._neighbourhood_of)
@@ -396,9 +404,8 @@ class _Run:
             self.found[key] = Found(search, self._peers)
             if not besides_self:
                 self._ask_self(key)
-            for node in witnesses:
-                if search.ask_witness(node):
-                    self._queue.setdefault(node, []).append(key)
+            if not limits.is_frugal:
+                self._ask_witnesses(key)
         self._unfinished = set(self.found)
 
     def _nearest_known(self, key: int, most: int) -> Collection[int]:
@@ -425,6 +432,11 @@ class _Run:
             self._peers.update({self._dht.node_id: self._dht.peer_id})
             found.search.holds(self._dht.node_id, has_value)
 
+    def _ask_witnesses(self, key: int) -> None:
+        for node in self._witnesses.pop(key, ()):
+            if self.found[key].search.ask_witness(node):
+                self._queue.setdefault(node, []).append(key)
+
     def _advance(self, keys: Iterable[int]) -> None:
         """Queues the next requests of these searches."""
         for key in keys:
@@ -446,6 +458,8 @@ class _Run:
                         search.pass_over(node)
                     else:
                         self._queue.setdefault(node, []).append(key)
+            if key in self._witnesses and not search.waits_for_first:
+                self._ask_witnesses(key)
             if search.finished and not self._waits_for_late(key):
                 self._unfinished.discard(key)
 
@@ -482,7 +496,8 @@ class _Run:
 
     async def _answers_of(self, call: _Call) -> Mapping[int, FindResult] | None:
         peer, began = self._peers[call.node], self._clock()
-        answers = await self._dht.find(peer, call.keys, self._lookups.checker)
+        have = {key: self.found[key].entries for key in call.keys}
+        answers = await self._dht.find(peer, call.keys, self._lookups.checker, have, self._room)
         if answers is not None:
             self._dht.backoff.answered(peer)
             self._lookups.round_trips.note(self._clock() - began)
@@ -552,7 +567,8 @@ class _Run:
             answer.nearer.pop(self._dht.node_id, None)
             named.update(answer.nearer)
             self._peers.update(answer.nearer)
-            found.search.answered(call.node, answer.nearer, found.take(answer.entries))
+            found.take(answer.entries)
+            found.search.answered(call.node, answer.nearer, answer.has_value)
         if not call.is_late and len(answers) < len(call.keys):
             self._queue.setdefault(call.node, []).extend(call.keys[len(answers) :])
         self._lookups.unverified.note(named)

@@ -7,8 +7,10 @@ should store. Records signed by their writers are renewed by those; nodes never 
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -32,10 +34,12 @@ from peer.kademlia.validation import (
     DICTIONARY,
     ITEM_OVERHEAD_BYTES,
     MAX_ANSWER_BYTES,
+    MAX_DIGESTS,
     MAX_ITEMS,
     Entries,
     EntryChecker,
     Validator,
+    digest_of,
 )
 from peer.loop import TaskSet, TimeSlices
 from peer.rates import RateLimit, TokenBucket
@@ -86,8 +90,8 @@ class Contacts(Protocol):
         """The neighbourhood that the peer called from; empty if it has not called lately."""
         ...
 
-    def known(self, keys: Iterable[int]) -> list[int]:
-        """The first bits of the NodeIDs of peers near these keys whose contacts need not be told."""
+    def known(self, keys: Iterable[int]) -> dict[int, PeerID]:
+        """Peers near these keys whose contacts need not be told, by the first bits of their NodeIDs."""
         ...
 
 
@@ -139,9 +143,11 @@ class FindResult:
     """A peer's answer for one key."""
 
     entries: Entries
-    """Those that the validator accepts."""
+    """Those that the validator accepts, and that this peer did not say it has."""
     nearer: dict[int, PeerID]
     """The nodes it knows nearest to the key, by their IDs."""
+    has_value: bool = False
+    """Whether it has any entries, be they the same."""
 
 
 class KademliaNode:
@@ -231,31 +237,43 @@ class KademliaNode:
         return answer
 
     async def find(
-        self, peer_id: PeerID, keys: Sequence[int], checker: EntryChecker
+        self,
+        peer_id: PeerID,
+        keys: Sequence[int],
+        checker: EntryChecker,
+        have: Mapping[int, Entries] = MappingProxyType({}),
+        room: int | None = None,
     ) -> dict[int, FindResult] | None:
         """The answers for the first keys, or for all: a message has an end.
 
-        None if the peer gives no proper answer. `checker`: takes turns with other answers.
+        None if the peer gives no proper answer. `checker`: takes turns with other answers. `have`: of each key, what
+        this peer has, and need not be told. `room`: bytes of entries wanted for each key; None for all.
         """
+        known = self.transport.contacts.known(keys)
+        places = [peer.to_bytes() for peer in known.values()]
+        digests = (digest_of(key, *entry) for key in keys for entry in have.get(key, {}).items())
         request = dht_pb2.FindRequest(
             keys=map(id_bytes, keys),
             peer=self._introduction_to(peer_id),
-            known=self.transport.contacts.known(keys),
+            known=known,
+            have=() if room == 0 else islice(digests, MAX_DIGESTS),
+            room=room,
         )
         response = await self._call(peer_id, "find", request, dht_pb2.FindResponse)
         if response is None or not 0 < len(response.results) <= len(keys):
             self.lose(peer_id)
             return None
         self._note_answer(peer_id, response.peer, request.peer)
-        nodes = await self._learn_named(response)
+        nodes = await self._learn_named(response, places)
         answers = {}
         for key, result in zip(keys, response.results, strict=False):
             is_dictionary = result.type == dht_pb2.RESULT_TYPE_DICTIONARY
             entries = checker.unpack(peer_id, result.value) if is_dictionary else {}
             if entries:
                 entries = await checker.accepted(self.validator, peer_id, key, entries)
-            named = result.nearest_peer_ids[:BUCKET_SIZE]
-            answers[key] = FindResult(entries, dict(nodes[name] for name in named if name in nodes))
+            nearer = dict(nodes[name] for name in _named(result, places) if name in nodes)
+            has_value = bool(entries) or (is_dictionary and bool(have.get(key)))
+            answers[key] = FindResult(entries, nearer, has_value)
         return answers
 
     async def store(self, peer_id: PeerID, rows: Sequence[Row]) -> Sequence[bool] | None:
@@ -344,13 +362,15 @@ class KademliaNode:
         else:
             self.lose(peer_id)
 
-    async def _learn_named(self, response: dht_pb2.FindResponse) -> dict[bytes, tuple[int, PeerID]]:
+    async def _learn_named(
+        self, response: dht_pb2.FindResponse, known: Sequence[bytes]
+    ) -> dict[bytes, tuple[int, PeerID]]:
         """The nodes that the answer names and that can be called. Takes their contacts, and those of no others.
 
         An answer names the same few nodes for most of its keys, so they are looked at once.
         """
         contacts = self.transport.contacts
-        named = {name for result in response.results for name in result.nearest_peer_ids[:BUCKET_SIZE]}
+        named = {name for result in response.results for name in _named(result, known)}
         peers = {name: PeerID(name) for name in named if is_peer_id(name)}
         whose, slices = set(peers.values()), TimeSlices()
         for contact in response.contacts[:_CONTACTS]:
@@ -402,6 +422,13 @@ class KademliaNode:
             size += taken
         if part:
             await self.store(peer_id, part)
+
+
+def _named(result: dht_pb2.FindResult, known: Sequence[bytes]) -> list[bytes]:
+    """The PeerIDs that an answer names for a key. `known`: those that it names by their places."""
+    places = result.nearest_known[:BUCKET_SIZE]
+    names = [*result.nearest_peer_ids[:BUCKET_SIZE], *(known[n] for n in places if n < len(known))]
+    return names[:BUCKET_SIZE]
 
 
 def serves_keys(peer: dht_pb2.NodeInfo) -> bool:

@@ -70,6 +70,10 @@ class SearchLimits:
     others than nodes on the way."""
     tries: int = 3
     """How often a node is asked while nobody has answered: if few nodes are known, all requests may be lost."""
+    is_frugal: bool = False
+    """Asks one node after the other until one gives its values, so that the others need only add to them. Goes on as
+    usual when one fails, or when a few have answered and none had any.
+    """
 
 
 DEFAULT_LIMITS = SearchLimits()
@@ -133,6 +137,7 @@ class IterativeSearch:
         self._failed: set[int] = set()
         """In the current try."""
         self._tries = 1
+        self._is_leading = limits.is_frugal
         self._own: int | None = None
         self._known = _Path(math.inf)
         self._hearsay = _Path(limits.path)
@@ -153,6 +158,11 @@ class IterativeSearch:
     def finished(self) -> bool:
         """Whether it is satisfied, or all of the nearest nodes have answered, and a witness has answered too."""
         return not self._awaited and self._asks_no_more
+
+    @property
+    def waits_for_first(self) -> bool:
+        """Whether it asks one node only, and that one has not answered."""
+        return self._is_leading and any(map(self._is_pending, self._asked))
 
     @property
     def _asks_no_more(self) -> bool:
@@ -186,7 +196,7 @@ class IterativeSearch:
         """The nodes to ask now, nearest first. Each is returned once per try."""
         if self.is_stranded or self._is_doubtful:
             self._try_again()
-        if self._asks_no_more:
+        if self._asks_no_more or self.waits_for_first:
             return []
         front = self._front()
         if not self._answered:
@@ -196,6 +206,8 @@ class IterativeSearch:
             within = set(self._within_reach())
             wanting = self._wanting()
             wanted = [node for n, node in enumerate(wanted) if n < wanting or node in within]
+        if self._is_leading:
+            return [node for node in [next(filter(self._send_to, wanted), None)] if node is not None]
         return [node for node in wanted if self._send_to(node)]
 
     def _wanting(self) -> int:
@@ -245,6 +257,8 @@ class IterativeSearch:
         if node in self._awaited:
             self._awaited.clear()
         self.rounds = max(self.rounds, depth)
+        if node != self._own and (has_value or len(self._answered) > self._limits.first):
+            self._is_leading = False
         if has_value:
             self._holding.add(node)
             if self.found_after is None:
@@ -253,11 +267,13 @@ class IterativeSearch:
 
     def failed(self, node: int) -> None:
         """The node did not answer in time: the next nearest takes its place."""
+        self._is_leading = False
         if self._remove(node):
             self._charge(node, _FAILURE)
 
     def pass_over(self, node: int) -> None:
         """The node has failed elsewhere, so it is not asked, which costs its path nothing."""
+        self._is_leading = False
         if self._remove(node):
             self._charge(node, 0)
 

@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import functools
 import math
+import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -24,12 +24,17 @@ from peer.kademlia.routing import BUCKET_SIZE, ID_BYTES, first_bits, id_bytes, i
 from peer.kademlia.validation import (
     DICTIONARY,
     MAX_ANSWER_BYTES,
+    MAX_DIGESTS,
     MAX_FIND_KEYS,
     MAX_ITEMS,
     Entries,
     Entry,
     EntryChecker,
     Subkey,
+    digest_of,
+    pack_entries,
+    some_of,
+    unpack_entries,
     unpack_subkey,
 )
 from peer.loop import TimeSlices
@@ -75,6 +80,7 @@ class DHTServer:
         self._work = SharedBudget[PeerID](*_WORK)
         self._answers = SharedBudget[PeerID](*node.bounds.answer_rates(node.upload.limit))
         self._dials = FairTurns(*_DIALS_BACK, most=_DIALS_WAITING, near=_DIALS_WAITING_NEAR, same=1)
+        self._rng = random.SystemRandom()
         self._under_way = Counter[PeerID]()
         self._turn, self._storing = asyncio.Lock(), asyncio.Lock()
 
@@ -168,7 +174,7 @@ class DHTServer:
                 return response
             self._meet(sender, request.peer)
             async with self._turn:
-                await self._answer([id_of_bytes(key) for key in keys], request.known, response, sender)
+                await self._answer([id_of_bytes(key) for key in keys], request, response, sender)
         return response
 
     def _meet(self, sender: PeerID, said: dht_pb2.NodeInfo) -> None:
@@ -200,12 +206,19 @@ class DHTServer:
                 del self._under_way[sender]
 
     async def _answer(
-        self, keys: Sequence[int], known: Iterable[int], response: dht_pb2.FindResponse, sender: PeerID
+        self,
+        keys: Sequence[int],
+        request: dht_pb2.FindRequest,
+        response: dht_pb2.FindResponse,
+        sender: PeerID,
     ) -> None:
         node, now = self._node, asyncio.get_running_loop().time()
         asking = node_id_of(sender.to_bytes())
         is_within_share = self._answers.allows(sender, now)
-        contacts = _NamedContacts(node, islice(known, MOST_KNOWN))
+        known = {place: number for number, place in enumerate(request.known[:MOST_KNOWN])}
+        contacts = _NamedContacts(node, known)
+        have = frozenset(request.have[:MAX_DIGESTS])
+        room_of_key = request.room if request.HasField("room") else None
         if contacts.is_new(node.node_id):
             response.peer.CopyFrom(node.introduction())
         room = MAX_ANSWER_BYTES - response.ByteSize()
@@ -214,12 +227,20 @@ class DHTServer:
         for number, key in enumerate(keys):
             await slices.pause()
             nearest = node.table.nearest(key, BUCKET_SIZE, exclude=asking)
+            places = [known.get(first_bits(other)) for other, _ in nearest]
             result = dht_pb2.FindResult(
-                nearest_node_ids=[id_bytes(other) for other, _ in nearest],
-                nearest_peer_ids=[peer_id.to_bytes() for _, peer_id in nearest],
+                nearest_node_ids=() if known else [id_bytes(other) for other, _ in nearest],
+                nearest_peer_ids=[
+                    peer_id.to_bytes()
+                    for (_, peer_id), place in zip(nearest, places, strict=True)
+                    if place is None
+                ],
+                nearest_known=[place for place in places if place is not None],
             )
-            if packed := node.storage.packed(key):
+            if room_of_key != 0 and (packed := node.storage.packed(key)):
                 if is_within_share:
+                    if have or room_of_key is not None:
+                        packed = self._wanted_of(key, packed, have, room_of_key, sender, now)
                     result.type, result.value = dht_pb2.RESULT_TYPE_DICTIONARY, packed
                     result.expiration_time = node.storage.expires_at(key)
                 else:
@@ -234,6 +255,17 @@ class DHTServer:
             await slices.pause()
             room = contacts.add(others, response, room)
         self._spend(sender, response.ByteSize(), now)
+
+    def _wanted_of(
+        self, key: int, packed: bytes, have: Container[int], room: int | None, sender: PeerID, now: float
+    ) -> bytes:
+        """What is stored under a key without what the sender has, or some of it."""
+        self._work.take(sender, len(packed) / _BYTES_OF_WORK, now)
+        entries = unpack_entries(packed)
+        new = {
+            subkey: entry for subkey, entry in entries.items() if digest_of(key, subkey, entry) not in have
+        }
+        return pack_entries(new if room is None else some_of(new, room, self._rng))
 
     def _spend(self, sender: PeerID, size: int, now: float) -> None:
         """Counts an answer of so many bytes."""

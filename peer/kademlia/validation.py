@@ -6,6 +6,7 @@ level of entries. Those that the validator rejects are left out, and the others 
 """
 
 import asyncio
+import hashlib
 import math
 import random
 from collections.abc import Mapping
@@ -32,6 +33,10 @@ MAX_FIND_KEYS = 16
 """Keys in one look-up request. Their nearest nodes take 19 KiB of the answer, and three records for each 48 KiB."""
 MAX_ITEMS = 256
 """Items in one request to store entries."""
+MAX_DIGESTS = 2048
+"""In one look-up request: 16 KiB, of entries that the caller has."""
+SMALL_ENTRY_BYTES = 160
+"""An index entry, packed, is no larger. Answers bring those whatever room is left."""
 ITEM_OVERHEAD_BYTES = 64
 """What an item takes in such a request beside its value."""
 MAX_SUBKEY_BYTES = 64
@@ -165,6 +170,25 @@ def packed_bytes(entries: Mapping[Subkey, Entry]) -> int:
 def entry_bytes(subkey: Subkey, entry: Entry) -> int:
     """An entry's share of `packed_bytes`."""
     return _ENTRY_BYTES + (len(subkey) if isinstance(subkey, bytes) else 0) + len(entry.value)
+
+
+def digest_of(key: int, subkey: Subkey, entry: Entry) -> int:
+    """Names an entry to a peer that may have the same. Who renews an entry gives it a later expiry."""
+    name = id_bytes(key) + pack([subkey, entry.expires_at])
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+def some_of(entries: Entries, room: int, rng: random.Random) -> Entries:
+    """The small entries, and of the others as many as fit into `room` bytes, drawn at random."""
+    kept = {}
+    for subkey in rng.sample(list(entries), len(entries)):
+        size = entry_bytes(subkey, entries[subkey])
+        if size > SMALL_ENTRY_BYTES:
+            if size > room:
+                continue
+            room -= size
+        kept[subkey] = entries[subkey]
+    return kept
 
 
 def _unpack(data: bytes, hook: Any, **bounds: int) -> Any:

@@ -24,7 +24,7 @@ from dht.directory import Directory
 from dht.manifest import Manifest
 from dht.uid import UID
 from peer.identity import PeerID
-from peer.kademlia.routing import id_bytes, key_id_of, node_id_of
+from peer.kademlia.routing import key_id_of, node_id_of
 from peer.wire import dht_pb2
 
 LIFETIME_S = 300.0
@@ -91,7 +91,6 @@ class Strangers:
                 results.append(
                     dht_pb2.FindResult(
                         type=dht_pb2.RESULT_TYPE_NOT_FOUND,
-                        nearest_node_ids=[id_bytes(self._ids[peer_id]) for peer_id in nearest],
                         nearest_peer_ids=[peer_id.to_bytes() for peer_id in nearest],
                     )
                 )

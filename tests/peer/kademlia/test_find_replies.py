@@ -71,7 +71,7 @@ def test_good_entries_and_neighbours_are_taken_and_the_peer_is_remembered() -> N
     until = time.time() + 10
     value = dictionary({1: (b"good", until), 2: (b"bad", until)})
     kind = dht_pb2.RESULT_TYPE_DICTIONARY
-    node = asking(response(type=kind, value=value, nearest_node_ids=[NODE], nearest_peer_ids=[NAME]))
+    node = asking(response(type=kind, value=value, nearest_peer_ids=[NAME]))
     answers = asyncio.run(node.find(SOMEBODY, [KEY], EntryChecker()))
     assert answers is not None
     assert answers[KEY].nearer == {node_id_of(NAME): PeerID(NAME)}
@@ -94,13 +94,6 @@ def test_neighbours_with_wrong_names_and_those_beyond_20_are_left_out() -> None:
     answers = ask(response(nearest_peer_ids=[bytes(1000), b"", *others]))
     assert answers is not None
     assert answers[KEY].nearer == {node_id_of(name): PeerID(name) for name in others[:18]}
-
-
-def test_a_neighbour_has_one_place_whatever_is_claimed_for_it() -> None:
-    ids = [n.to_bytes(20, "big") for n in range(10)]
-    answers = ask(response(nearest_node_ids=ids, nearest_peer_ids=[NAME] * 10))
-    assert answers is not None
-    assert answers[KEY].nearer == {node_id_of(NAME): PeerID(NAME)}
 
 
 def test_fewer_answers_than_keys_are_for_the_first_keys_and_more_are_none() -> None:

@@ -1,0 +1,132 @@
+"""Look-ups bring what whoever asks lacks, and not more."""
+
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.simulated_p2p import Link, simulated_world
+from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
+from peer.kademlia.lookups import FRUGAL, Item
+from peer.kademlia.routing import key_id_of
+from peer.kademlia.search import DEFAULT_LIMITS
+from peer.kademlia.validation import SMALL_ENTRY_BYTES, Entries, Entry, entry_bytes, some_of
+
+KEY = "shared"
+WRITERS = 8
+
+
+def play(scenario: Callable[[SimulatedSwarm], Coroutine[Any, Any, None]], nodes: int = 14) -> None:
+    with simulated_world() as loop:
+
+        async def run() -> None:
+            swarm = await SimulatedSwarm.start(loop, nodes, 4, Link(rtt_s=0.1), seed=1)
+            for peer in swarm.peers:
+                peer.dht.validator = None
+            await scenario(swarm)
+
+        loop.run_until_complete(run())
+
+
+async def write(swarm: SimulatedSwarm, lifetime_s: float, writers: int = WRITERS) -> None:
+    until = swarm.peers[0].registry.now() + lifetime_s
+    for n in range(writers):
+        await swarm.peers[n].lookups.store([Item(KEY, n, bytes(1000), until)])
+
+
+async def newcomer(swarm: SimulatedSwarm) -> SimulatedPeer:
+    reader = await swarm.make_peer(serves_dht=False)
+    reader.dht.validator = None
+    await swarm.join(reader)
+    return reader
+
+
+def test_a_writer_is_told_no_values() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        await write(swarm, 60)
+        swarm.network.traffic.largest = 0
+        await write(swarm, 90)
+        assert not swarm.network.traffic.largest
+        reader = await newcomer(swarm)
+        found = (await reader.lookups.find([key_id_of(KEY)]))[key_id_of(KEY)]
+        assert set(found.entries) == set(range(WRITERS))
+
+    play(scenario)
+
+
+def test_what_a_reader_has_is_not_told_again_and_what_is_new_is() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key = key_id_of(KEY)
+        await write(swarm, 60)
+        reader = await newcomer(swarm)
+        before = (await reader.lookups.find([key]))[key].entries
+        swarm.network.traffic.largest = 0
+        again = (await reader.lookups.find([key]))[key]
+        assert swarm.network.traffic.largest < 100
+        assert again.entries == before
+        assert again.search.found_after is not None, "to have the same is to have a value"
+        await write(swarm, 90, writers=2)
+        swarm.network.traffic.largest = 0
+        renewed = (await reader.lookups.find([key]))[key].entries
+        assert 2_000 < swarm.network.traffic.largest < 3_000
+        assert {n for n, entry in renewed.items() if entry != before[n]} == {0, 1}
+
+    play(scenario)
+
+
+def test_a_frugal_look_up_finds_the_same_for_fewer_bytes() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key, sent = key_id_of(KEY), {}
+        await write(swarm, 60)
+        for limits in (DEFAULT_LIMITS, FRUGAL):
+            reader = await newcomer(swarm)
+            await reader.lookups.sample()
+            before = swarm.network.traffic.sent
+            found = (await reader.lookups.find([key], limits))[key]
+            sent[limits] = swarm.network.traffic.sent - before
+            assert set(found.entries) == set(range(WRITERS))
+        assert sent[FRUGAL] < sent[DEFAULT_LIMITS] / 1.5
+
+    play(scenario)
+
+
+def test_a_frugal_look_up_passes_over_the_dead() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        await write(swarm, 60)
+        reader = await newcomer(swarm)
+        holders = sorted(swarm.peers, key=lambda peer: peer.dht.node_id ^ key_id_of(KEY))
+        swarm.network.kill([peer.peer_id for peer in holders[:2]])
+        for keys in ([key_id_of(KEY)], [key_id_of(KEY), key_id_of("nothing is here")]):
+            found = await reader.lookups.find(keys, FRUGAL)
+            assert set(found[key_id_of(KEY)].entries) == set(range(WRITERS))
+
+    play(scenario)
+
+
+def test_a_holder_gives_some_entries_of_many_if_asked_for_few() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key = key_id_of(KEY)
+        await write(swarm, 60)
+        reader = await newcomer(swarm)
+        swarm.network.traffic.largest = 0
+        found = (await reader.lookups.find([key], FRUGAL, room=3000))[key].entries
+        assert 0 < swarm.network.traffic.largest < 3_200
+        assert len(found) > 2, "each holder draws for itself"
+
+    play(scenario)
+
+
+@given(st.lists(st.integers(1, 400), max_size=40), st.integers(0, 4000), st.integers(0, 2**32))
+def test_some_entries_are_all_small_ones_and_as_many_others_as_fit(
+    sizes: list[int], room: int, seed: int
+) -> None:
+    entries: Entries = {n: Entry(bytes(size), 1.0) for n, size in enumerate(sizes)}
+    kept = some_of(entries, room, random.Random(seed))
+    large = {n for n, entry in entries.items() if entry_bytes(n, entry) > SMALL_ENTRY_BYTES}
+    assert kept.items() <= entries.items()
+    assert entries.keys() - large <= kept.keys()
+    left = room - sum(entry_bytes(n, kept[n]) for n in large & kept.keys())
+    assert left >= 0
+    assert all(entry_bytes(n, entries[n]) > left for n in large - kept.keys())
