@@ -1,14 +1,18 @@
 """The DHT below `Lookups`, modelled: who holds what, how long look-ups take, and who sends how many bytes for them.
 
 An item lies at the five living servers that are nearest to its key when it is stored; those that die lose their copies.
-How many rounds and calls a look-up takes, and what they weigh, is drawn from `hops.json`, which was measured on the
+How many rounds and calls a look-up takes, and what they weigh, is in `hops.json`, which `measure_dht` measures on the
 real code. A key's entries are one dictionary that all readers share, so nobody may change what `find` returns.
 """
 
 import asyncio
+import json
 import math
-from collections.abc import Collection, Sequence
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from benchmarks.internet.world import Peer, World
 from peer.kademlia.lookups import Item, Lookups
@@ -16,17 +20,81 @@ from peer.kademlia.routing import ID_BITS, REPLICAS, key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.kademlia.validation import ITEM_OVERHEAD_BYTES, Entry
 
+T = TypeVar("T")
+
 _HEAD = ID_BITS - 64
-CALL_BYTES = 160
-"""Of a question, with frames."""
-CONTACTS_BYTES = 700
-"""Of an answer beside its values, for each key."""
+_CORE_S = 0.04
+"""From the core of the network to an average peer and back."""
+_FIGURES = Path(__file__).with_name("hops.json")
+_SAMPLE_EVERY_S = 30.0
+"""As `Lookups` looks up random keys."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one key costs in a look-up of several."""
+
+    rounds: int
+    round_trips: float
+    question_bytes: float
+    answer_bytes: float
+    """Without values."""
+    copies: float
+    """How often each value comes."""
+    near_share: float
+    """Of the calls, those to the nodes nearest to the key."""
+
+
+class HopTable:
+    """Costs of look-ups, by kind, warmth, and sizes of the swarm and of the look-up."""
+
+    def __init__(self, path: Path = _FIGURES) -> None:
+        self._costs: dict[tuple[str, bool], dict[int, dict[int, Cost]]] = {}
+        self._store_bytes: dict[int, float] = {}
+        for each in json.loads(path.read_text()):
+            if each["kind"] == "store":
+                self._store_bytes[each["nodes"]] = each["bytes"]
+                continue
+            by_size = self._costs.setdefault((each["kind"], each["warm"]), {})
+            by_size.setdefault(each["nodes"], {})[each["keys"]] = Cost(
+                round(each["rounds"]),
+                each["seconds_by_rtt"],
+                each["question_bytes"],
+                each["answer_bytes"],
+                each["copies"],
+                each["near_share"],
+            )
+
+    def cost(self, kind: str, is_warm: bool, nodes: int, keys: int) -> Cost:
+        """Of the measured sizes that are at least as large, or of the largest."""
+        by_keys = _at(self._costs[kind, is_warm], nodes)
+        return _at(by_keys, keys)
+
+    def store_bytes(self, nodes: int) -> float:
+        """Of one call that brings items, without them."""
+        return _at(self._store_bytes, nodes)
+
+
+def _at(table: Mapping[int, T], size: int) -> T:
+    sizes = sorted(table)
+    return table[sizes[min(bisect_left(sizes, size), len(sizes) - 1)]]
 
 
 class _Key:
-    """What is stored under one key."""
+    """What is stored under one key, and who serves it."""
 
-    __slots__ = ("bytes", "checked", "entries", "first_expiry", "holders", "place")
+    __slots__ = (
+        "bytes",
+        "checked",
+        "entries",
+        "first_expiry",
+        "holders",
+        "near",
+        "near_at",
+        "owed_down",
+        "owed_up",
+        "place",
+    )
 
     def __init__(self, place: int) -> None:
         self.place = place
@@ -34,7 +102,13 @@ class _Key:
         self.holders: dict[Any, tuple[Peer, ...]] = {}
         self.bytes = 0
         self.first_expiry = math.inf
-        self.checked = 0
+        self.checked = -1
+        self.near: tuple[Peer, ...] = ()
+        """The living servers nearest to it,"""
+        self.near_at = (-1, 0)
+        """by this state of the world, in this half."""
+        self.owed_up = self.owed_down = 0.0
+        """Bytes that they sent and received for it and that are not in the accounts yet."""
 
 
 class _Search:
@@ -64,38 +138,82 @@ class ModelFound:
 class ModelDHT:
     """All keys of all swarms."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, table: HopTable | None = None) -> None:
         self.world = world
+        self.nobody = _Search(0, False)
+        self._table = table or HopTable()
         self._keys: dict[int, _Key] = {}
         self._rng = world.rng("dht")
-        self.found = (_Search(1, True), _Search(3, True))
-        self.nobody = _Search(0, False)
+        self._searches = [_Search(rounds, True) for rounds in range(32)]
+        self._costs: dict[tuple[str, bool, int, int], Cost] = {}
+        world.accounts.settlers.append(self.settle)
 
-    def put(self, item: Item, key_id: int, holders: tuple[Peer, ...]) -> None:
+    def cost(self, kind: str, is_warm: bool, keys: int) -> Cost:
+        """Of one key in a look-up of so many now."""
+        size = self.world.servers().bit_length(), keys.bit_length()
+        cost = self._costs.get((kind, is_warm, *size))
+        if cost is None:
+            cost = self._costs[(kind, is_warm, *size)] = self._table.cost(
+                kind, is_warm, self.world.servers(), keys
+            )
+        return cost
+
+    def search(self, cost: Cost) -> _Search:
+        return self._searches[min(cost.rounds, 31)]
+
+    def store_bytes(self) -> float:
+        return self._table.store_bytes(self.world.servers())
+
+    def key(self, key_id: int) -> _Key:
         key = self._keys.get(key_id)
         if key is None:
             key = self._keys[key_id] = _Key(key_id >> _HEAD)
+        return key
+
+    def near(self, key: _Key, half: int) -> tuple[Peer, ...]:
+        """The living servers nearest to the key."""
+        state = self.world.changes, half
+        if key.near_at != state:
+            self._settle(key)
+            key.near = tuple(self.world.nearest(key.place, half, REPLICAS))
+            key.near_at = state
+        return key.near
+
+    def charge(self, keys: Iterable[_Key], count: int, cost: Cost, peer: Peer, purpose: str) -> None:
+        """Counts a look-up of so many keys, beside the values."""
+        world = self.world
+        accounts, half = world.accounts, peer.half
+        accounts.up[purpose][peer.number] += count * cost.question_bytes
+        accounts.down[purpose][peer.number] += count * cost.answer_bytes
+        questions, answers = cost.near_share * cost.question_bytes, cost.near_share * cost.answer_bytes
+        for key in keys:
+            if key.near_at != (world.changes, half):
+                self.near(key, half)
+            key.owed_down += questions
+            key.owed_up += answers
+        # the way there: on average, anybody
+        other = world.random_server(self._rng, half)
+        if other is not None:
+            accounts.down["dht_served"][other.number] += count * (cost.question_bytes - questions)
+            accounts.up["dht_served"][other.number] += count * (cost.answer_bytes - answers)
+
+    def put(self, item: Item, key: _Key, holders: tuple[Peer, ...]) -> None:
         value, subkey = item.value, item.subkey
         before = key.entries.get(subkey)
-        if before is not None:
-            key.bytes -= len(before.value) + ITEM_OVERHEAD_BYTES
-        key.bytes += len(value) + ITEM_OVERHEAD_BYTES
+        if before is None:
+            key.bytes += len(value) + ITEM_OVERHEAD_BYTES
+        else:
+            key.bytes += len(value) - len(before.value)
         key.entries[subkey] = Entry(value, item.expires_at)  # type: ignore[arg-type]  # not packed
         key.holders[subkey] = holders
         if item.expires_at < key.first_expiry:
             key.first_expiry = item.expires_at
 
-    def get(self, key_id: int, reader: Peer) -> tuple[dict[Any, Entry], int]:
+    def get(self, key: _Key, reader: Peer) -> tuple[dict[Any, Entry], int]:
         """What a reader finds, and its bytes."""
-        key = self._keys.get(key_id)
-        if key is None:
-            return {}, 0
         world = self.world
-        if key.first_expiry <= world.now() or key.checked != world.deaths:
+        if key.first_expiry <= world.now() or key.checked != world.changes:
             self._drop_lost(key)
-            if not key.entries:
-                del self._keys[key_id]
-                return {}, 0
         if not world.is_parted:
             return key.entries, key.bytes
         half = reader.half
@@ -106,66 +224,79 @@ class ModelDHT:
         }
         return seen, sum(len(entry.value) + ITEM_OVERHEAD_BYTES for entry in seen.values())
 
+    def settle(self) -> None:
+        """Brings the accounts up to date, and forgets keys that are empty."""
+        for key_id, key in list(self._keys.items()):
+            self._settle(key)
+            if key.first_expiry <= self.world.now():
+                self._drop_lost(key)
+            if not key.entries:
+                del self._keys[key_id]
+
+    def _settle(self, key: _Key) -> None:
+        if key.near and (key.owed_up or key.owed_down):
+            up, down = self.world.accounts.up["dht_served"], self.world.accounts.down["dht_served"]
+            for peer in key.near:
+                up[peer.number] += key.owed_up / len(key.near)
+                down[peer.number] += key.owed_down / len(key.near)
+        key.owed_up = key.owed_down = 0.0
+
     def _drop_lost(self, key: _Key) -> None:
-        """Removes what has expired, or has no living holder. Entries of a sleeping holder may come back."""
+        """Removes what has expired, or has no living holder."""
         now, first = self.world.now(), math.inf
         gone = []
         for subkey, entry in key.entries.items():
-            if entry.expires_at <= now:
-                gone.append(subkey)
-                continue
-            for peer in key.holders[subkey]:
-                if peer.is_alive:
-                    break
+            if entry.expires_at > now:
+                for peer in key.holders[subkey]:
+                    if peer.is_alive:
+                        break
+                else:
+                    gone.append(subkey)
+                    continue
+                if entry.expires_at < first:
+                    first = entry.expires_at
             else:
                 gone.append(subkey)
-                continue
-            if entry.expires_at < first:
-                first = entry.expires_at
         if gone:
             entries = dict(key.entries)  # others may have the old one
             for subkey in gone:
                 key.bytes -= len(entries.pop(subkey).value) + ITEM_OVERHEAD_BYTES
                 del key.holders[subkey]
             key.entries = entries
-        key.first_expiry, key.checked = first, self.world.deaths
+        key.first_expiry, key.checked = first, self.world.changes
 
 
 class ModelLookups(Lookups):
     """One peer's `Lookups` of the modelled DHT."""
 
     def __init__(self, dht: ModelDHT, peer: Peer) -> None:  # the parts of a real one are not needed
-        self.model = dht
-        self.peer = peer
-        self._known: set[int] = set()
-        """Keys that were looked up before: their holders are known."""
+        self._model = dht
+        self._peer = peer
+        self._looked_up: set[int] = set()
+        self._sampled_at = -math.inf
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
-        peer, dht = self.peer, self.model
-        world = dht.world
+        peer, model = self._peer, self._model
         if not peer.is_alive:
             await _awake(peer)
-        by_key: dict[str, int] = {}
+        world = model.world
+        keys = {item.key: key_id_of(item.key) for item in items}
+        await self._reach(keys.values(), "nearest", "announce")
+        up, down = world.accounts.up["announce"], world.accounts.down["dht_served"]
+        called: set[int] = set()
         for item in items:
-            by_key[item.key] = by_key.get(item.key, 0) + len(item.value) + ITEM_OVERHEAD_BYTES
-        cold = self._ask(ids := {key: key_id_of(key) for key in by_key}, "announce")
-        up, down = world.accounts.up, world.accounts.down
-        accepted = False
-        targets: dict[str, tuple[Peer, ...]] = {}
-        for key, size in by_key.items():
-            holders = tuple(world.nearest(ids[key] >> _HEAD, peer.half))
-            targets[key] = holders
-            for holder in holders:
-                if holder is not peer:
-                    accepted = True
-                    up["announce"][peer.number] += size
-                    down["dht_served"][holder.number] += size
-        await asyncio.sleep((4 if cold else 2) * peer.link.rtt_s)
-        if world.is_parted and any(h.half != peer.half for some in targets.values() for h in some):
-            return set()
-        for item in items:
-            dht.put(item, ids[item.key], targets[item.key] or (peer,))
-        return {(item.key, item.subkey) for item in items} if accepted or world.living == 1 else set()
+            key = model.key(keys[item.key])
+            near, size = model.near(key, peer.half), len(item.value) + ITEM_OVERHEAD_BYTES
+            up[peer.number] += len(near) * size
+            key.owed_down += len(near) * size
+            model.put(item, key, near or (peer,))
+            called.update([server.number for server in near])
+        overhead = model.store_bytes()
+        for number in called:
+            down[number] += overhead
+        up[peer.number] += len(called) * overhead
+        is_alone = called <= {peer.number}
+        return set() if is_alone and world.living > 1 else {(item.key, item.subkey) for item in items}
 
     async def find(  # type: ignore[override]  # what stands for `Found`
         self,
@@ -175,40 +306,40 @@ class ModelLookups(Lookups):
         patience_s: float = math.inf,
         room: int | None = None,
     ) -> dict[int, ModelFound]:
-        peer, dht = self.peer, self.model
+        peer, model = self._peer, self._model
         if not peer.is_alive:
             await _awake(peer)
-        world = dht.world
-        cold = self._ask({key: key for key in keys}, "read")
-        await asyncio.sleep((3 if cold else 1) * 2 * peer.link.rtt_s)
-        someone = world.servers(peer.half) > (0 if peer.link.nat else 1) or world.living == 1
-        search = dht.found[cold] if someone else dht.nobody
+        cost = await self._reach(keys, "find", "read")
+        world = model.world
+        someone = world.servers(peer.half) > (not peer.link.nat) or world.living == 1
+        search = model.search(cost) if someone else model.nobody
         found, size = {}, 0
-        for key in keys:
-            entries, some = dht.get(key, peer)
-            found[key] = ModelFound(search, entries)
+        for key_id in keys:
+            key = model.key(key_id)
+            entries, some = model.get(key, peer)
+            found[key_id] = ModelFound(search, entries)
+            key.owed_up += cost.copies * some
             size += some
-        world.accounts.down["read"][peer.number] += limits.quorum * size if limits.quorum < 9 else 0
+        world.accounts.down["read"][peer.number] += cost.copies * size
+        if world.time() >= self._sampled_at + _SAMPLE_EVERY_S:
+            self._sampled_at = world.time()
+            model.charge((), 1, model.cost("nearest", False, 1), peer, "read")
         return found
 
-    def _ask(self, ids: Any, purpose: str) -> bool:
-        """Counts the bytes of a look-up beside values. Whether a holder had to be searched for."""
-        world, peer = self.model.world, self.peer
-        known = self._known
-        up, down = world.accounts.up, world.accounts.down
-        fresh = 0
-        for key in ids.values():
-            asked = REPLICAS if key in known else 3 * REPLICAS
-            if key not in known:
-                known.add(key)
-                fresh += 1
-            question, answer = asked * CALL_BYTES, asked * CONTACTS_BYTES
-            up[purpose][peer.number] += question
-            down[purpose][peer.number] += answer
-            for server in world.nearest(key >> _HEAD, peer.half):
-                down["dht_served"][server.number] += question / REPLICAS
-                up["dht_served"][server.number] += answer / REPLICAS
-        return fresh > 0
+    async def _reach(self, key_ids: Collection[int], kind: str, purpose: str) -> Cost:
+        """Takes the time and the bytes of a look-up. Returns what most of its keys cost."""
+        model, peer = self._model, self._peer
+        fresh = [key_id for key_id in key_ids if key_id not in self._looked_up]
+        cost = model.cost(kind, not fresh, len(key_ids))
+        if len(fresh) < len(key_ids):
+            warm = model.cost(kind, True, len(key_ids))
+            known = [model.key(key_id) for key_id in key_ids if key_id in self._looked_up]
+            model.charge(known, len(known), warm, peer, purpose)
+        if fresh:
+            model.charge([model.key(key_id) for key_id in fresh], len(fresh), cost, peer, purpose)
+            self._looked_up.update(fresh)
+        await asyncio.sleep(cost.round_trips * (peer.link.rtt_s + _CORE_S))
+        return cost
 
 
 async def _awake(peer: Peer) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,13 +27,14 @@ from dht.registry import Registry
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint
 from expert_server.hosting.averaging import choose_partners
-from expert_server.hosting.manager import HostingManager
+from expert_server.hosting.manager import Handover, HostingManager
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.hosting.replicas import LocalReplicas
+from expert_server.hosting.standby import StandbyCopies
 from expert_server.settings import NodeSettings
 from expert_server.state.transfer import Fetched
 from expert_server.status import NodeRecordBuilder, NodeState, NodeStatus
-from peer.averaging import last_meeting, partner_weight
+from peer.averaging import AveragingHistory, last_meeting, partner_weight
 from peer.clipping import believed_updates
 from peer.errors import TransferError, UnreachableError
 from peer.identity import PeerID
@@ -304,8 +306,12 @@ class SimulatedNode:
         stand_ins: tuple[Any, Any, Any] = self.runtime, self.checkpoints, self.states
         self.replicas = LocalReplicas(member, *stand_ins, (), lifetime_s=self.settings.lifetime_s, now=now)
         self.hosting = HostingManager(self.settings, member, self.replicas, now)
+        self._standby = StandbyCopies(
+            self.settings, member, self.replicas, lambda: self.hosting.seen, clock=world.time
+        )
         self._record = NodeRecordBuilder(self.settings, identity.make_certificate(), now())
-        self._rounds = RetryingRounds(self.settings.announce_every_s)
+        restarts: Any = swarm  # it has `note`
+        self._rounds = RetryingRounds(self.settings.announce_every_s, restarts=restarts)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._activity = Activity.SERVING
 
@@ -349,6 +355,7 @@ class SimulatedNode:
         self._note_useful()
         self.spawn(self._look_around())
         self.spawn(self._average_now_and_then())
+        self.spawn(self._copy_now_and_then())
         every_s = self.settings.announce_every_s
         saved_at = self.swarm.world.time()
         while True:
@@ -373,6 +380,12 @@ class SimulatedNode:
             await self._sleep(every_s * rng.uniform(0.5, 1.5))
             with contextlib.suppress(UnreachableError):
                 await self._average()
+
+    async def _copy_now_and_then(self) -> None:
+        while True:
+            await self._sleep(self.settings.standby_every_s)
+            with contextlib.suppress(UnreachableError):
+                await self._standby.copy()
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -469,6 +482,12 @@ class InternetSwarm:
         self.manifest_record = registry.sign_manifest(plan.manifest.to_json(), expires_at), expires_at
         self._known: dict[int, tuple[float, frozenset[PeerID]]] = {}
 
+    def note(self, name: str) -> None:
+        """Stands for `Restarts.note`, of all nodes."""
+        error = sys.exception()
+        if error is not None:
+            self.faults.append(error)
+
     def join(self, link: Link, experts: int, before: "SimulatedNode | None" = None) -> SimulatedNode:
         """A node starts. `before`: the one that ran on the same machine, whose name and disk it has."""
         peer = self.world.add(link, None if before is None else before.peer.identity)
@@ -536,6 +555,10 @@ class InternetSwarm:
         return sum(map(bool, found.values())) / len(found)
 
 
+async def _no_scale(replicas: LocalReplicas) -> None:
+    """Stands for what needs tensors."""
+
+
 def _middle(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random) -> tuple[int, Checkpoint]:
     """Stands for `choose`: honest states differ in their updates alone."""
     index = sorted(range(len(states)), key=lambda n: states[n].update_count)[(len(states) - 1) // 2]
@@ -549,14 +572,20 @@ def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[W
         world = World(seed, loop)
         tallies = (
             "dht.registry.Counter", "dht.registry.Histogram", "peer.loop.Counter", "peer.parsing.Counter",
-            "expert_server.hosting.manager.Counter",
+            "expert_server.hosting.manager.Counter", "expert_server.hosting.standby.Counter",
         )  # fmt: skip
         stand_ins: dict[str, object] = {
             **dict.fromkeys(tallies, Tally),
             "asyncio.to_thread": _at_once,
             "dht.registry.Lookups": lambda lookups, **kwargs: lookups,
             "dht.registry.unpack": lambda value: value,
+            "expert_server.hosting.manager.Handover": functools.partial(Handover, clock=world.time),
+            "expert_server.hosting.replicas.AveragingHistory": functools.partial(
+                AveragingHistory, world.time
+            ),
             "expert_server.hosting.replicas.Expert": CountedExpert,
+            "expert_server.hosting.standby.StandbyCopies._check": lambda *args: None,
+            "expert_server.hosting.replicas.LocalReplicas.first_scale": _no_scale,
             "expert_server.hosting.replicas.roomiest": lambda devices, hosted: None,
             "expert_server.hosting.replicas.total": lambda tally: tally.count,
             "expert_server.hosting.whole_states.choose": _middle,

@@ -7,7 +7,7 @@ import asyncio
 import random
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +87,8 @@ class Accounts:
     def __init__(self) -> None:
         self.up = {purpose: array("d") for purpose in PURPOSES}
         self.down = {purpose: array("d") for purpose in PURPOSES}
+        self.settlers: list[Callable[[], None]] = []
+        """Called before the accounts are read: some parts count in bulk."""
 
     def open(self) -> None:
         """For one more peer."""
@@ -96,12 +98,18 @@ class Accounts:
 
     def totals(self) -> dict[str, float]:
         """Bytes sent and received by all, by purpose: each byte counts at both ends."""
+        self._settle()
         return {p: sum(self.up[p]) + sum(self.down[p]) for p in PURPOSES}
 
     def upkeep(self) -> list[float]:
         """Of each peer, the bytes of its upkeep, sent and received."""
+        self._settle()
         columns = [side[p] for side in (self.up, self.down) for p in UPKEEP]
         return [sum(values) for values in zip(*columns, strict=True)]
+
+    def _settle(self) -> None:
+        for settle in self.settlers:
+            settle()
 
 
 class World:
@@ -116,8 +124,8 @@ class World:
         self.by_id: dict[PeerID, Peer] = {}
         """The last one of each name that was alive."""
         self.living = 0
-        self.deaths = 0
-        """Changes whenever what a peer held may have gone, or come back."""
+        self.changes = 0
+        """In who lives and reaches whom."""
         self.is_parted = False
         self._places: tuple[list[int], list[int]] = ([], [])
         """Of the living peers that serve the DHT, sorted, in each half."""
@@ -158,13 +166,13 @@ class World:
             return
         peer.is_alive = False
         self.living -= 1
-        self.deaths += 1
+        self.changes += 1
         self._leave_dht(peer)
 
     def revive(self, peer: Peer) -> None:
         peer.is_alive = True
         self.living += 1
-        self.deaths += 1
+        self.changes += 1
         if not peer.link.nat:
             insort(self._places[peer.half], peer.place)
             self._at_place[peer.place] = peer
@@ -176,13 +184,13 @@ class World:
         for peer in rng.sample(living, round(share * len(living))):
             self._move(peer, 1)
         self.is_parted = True
-        self.deaths += 1
+        self.changes += 1
 
     def heal(self) -> None:
         for peer in self.peers:
             self._move(peer, 0)
         self.is_parted = False
-        self.deaths += 1
+        self.changes += 1
 
     def reachable(self, a: Peer, b: Peer) -> bool:
         """Whether b answers a."""

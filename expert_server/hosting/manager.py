@@ -387,7 +387,7 @@ class HostingManager:
         return proven
 
     async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
-        return await self._replicas.take(wanted, plausible_updates(self.seen), enough)
+        return await self._replicas.take(wanted, plausible_updates(self.seen), enough) if wanted else []
 
     async def _take_vacant(self) -> set[UID]:
         """Returns the experts that nobody serves yet: others may have claimed them, and may lose their claims."""

@@ -120,7 +120,8 @@ def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) 
         serving = [replica for replica in found if replica.state is not ReplicaState.CLAIMED]
         if len(serving) == 1 and serving[0].peer_id != peer_id:
             (only,) = serving
-            if peer_id == max(hosts - {only.peer_id}, key=partial(preference, uid)):
+            own = preference(uid, peer_id)
+            if all(preference(uid, host) <= own for host in hosts if host != only.peer_id):
                 wanted[uid] = only
     return wanted
 
