@@ -338,8 +338,8 @@ class Node:
         while True:
             if self._pauses.hosts and not self._pauses.why:
                 await self._rounds.run("look", look)
-            look = self.hosting.look
-            await asyncio.sleep(self._settings.announce_every_s)
+            look = self.hosting.look_again if look != self.hosting.look_again else self.hosting.look
+            await asyncio.sleep(self._settings.announce_every_s / 2)
 
     async def _host_memories(self) -> None:
         """Verifies and serves what is on disk, then takes what needs a host."""

@@ -111,7 +111,8 @@ class NodeSettings(RoleSettings):
         default=2,
         ge=1,
         le=100,
-        description="replicas that are enough for an expert: if one has fewer, a node with room hosts another",
+        description="replicas that are enough for an expert: if one has fewer, a node with room hosts another; "
+        "overloaded experts get more, and a node that would host nothing hosts one more replica",
     )
     average_every_s: float = Field(
         default=60.0,

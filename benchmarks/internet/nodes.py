@@ -371,8 +371,8 @@ class SimulatedNode:
         while True:
             await self._rounds.run("look", look)
             self._note_useful()
-            look = self.hosting.look
-            await self._sleep(self.settings.announce_every_s)
+            look = self.hosting.look_again if look != self.hosting.look_again else self.hosting.look
+            await self._sleep(self.settings.announce_every_s / 2)
 
     async def _average_now_and_then(self) -> None:
         every_s, rng = self.settings.average_every_s, self.swarm.world.rng("averaging")

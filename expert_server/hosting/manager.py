@@ -14,10 +14,12 @@ from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.hosting.placement import (
+    MOST_REPLICAS,
     ExchangeHysteresis,
     HostingSurvey,
     assign_orphans,
     exchange,
+    further_replica,
     keener,
     lasting_replicas,
     plausible_updates,
@@ -43,9 +45,10 @@ logger = logging.getLogger(__name__)
 _CLAIM_ROUNDS = 5
 """How often a node that starts looks for experts, as long as others may lose the claims they made."""
 _LOOKS = 2
-"""Looks in a row that must find an expert vacant before it is adopted."""
-_LOOKS_WITHOUT = 3
-"""The same for a node without a checkpoint of it, though it was hosted: that node would have to restart it."""
+"""Looks in a row, at half periods, that must find an expert vacant before it is adopted."""
+_LOOKS_WITHOUT = 4
+"""The same for a node without a checkpoint of it, though it was hosted: that node would have to restart it. All nodes
+with one come first, as each looks once in a period and again half a period later."""
 _FIRM_LOOKS = 4
 """Looks in a row that must find the same replica to spare. Announcements live three periods."""
 _EXCHANGE_EVERY_S = 600.0
@@ -216,14 +219,24 @@ class HostingManager:
         """Adopts experts that nobody hosts, and fills the room that is left with further replicas."""
         async with self._changing:
             replicas = await self._read()
-            me, mine = self._swarm.host.peer_id, self._replicas.experts
-            if not self._replicas.leaving and any(
-                me not in {r.peer_id for r in replicas[uid]} for uid in mine
-            ):
-                raise UnreachableError("the DHT does not give back this node's own announcements")
+            self._require_own(replicas)
+            self._vacant_looks = self._vacant_again(replicas)
             await self._adopt(replicas)
             await self._replicate(replicas)
             await self._exchange(replicas)
+
+    async def look_again(self) -> None:
+        """Half a period after a look: reads what had lost its hosts, and adopts it if they are still missing."""
+        suspects = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
+        if not suspects:
+            return
+        async with self._changing:
+            own = [*self._replicas.experts][:1]
+            replicas = await self._swarm.registry.replicas({*suspects, *own})
+            self._require_own(replicas)
+            others = {uid: looks for uid, looks in self._vacant_looks.items() if uid not in suspects}
+            self._vacant_looks = others | self._vacant_again(replicas)
+            await self._adopt(replicas)
 
     async def replicate(self) -> None:
         """Fills the room that is left with replicas of the experts that have the fewest."""
@@ -309,7 +322,6 @@ class HostingManager:
         A node without a checkpoint of an expert that was hosted waits one look longer, so that nodes with one come
         first. The spare room is only for experts that had a host once: a founder leaves the others to those who join.
         """
-        self._vacant_looks = {uid: self._vacant_looks.get(uid, 0) + 1 for uid in self._vacant(replicas)}
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
         lasting = {
@@ -367,7 +379,13 @@ class HostingManager:
             if uid not in mine and not self._replicas.is_withheld(uid)
         }
         wanted = under_replicated(others, self._room - len(mine), me, self._enough)
-        if taken := await self._take(wanted, self._enough):
+        enough = self._enough
+        if not wanted and len(mine) < self._room:
+            more = further_replica(others, me, is_idle=not mine)
+            if more is not None:
+                # idle nodes may take the same one together; to a busy one, only one is added at a time
+                wanted, enough = [more], lasting_replicas(replicas[more]) + 1 if mine else MOST_REPLICAS
+        if taken := await self._take(wanted, enough):
             self.replicated += len(taken)
             logger.info("took further replicas of %s", counted(len(taken), "expert"))
 
@@ -403,6 +421,16 @@ class HostingManager:
         """The experts that nobody else hosts. What this node hosted before it was killed may still be announced."""
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
+
+    def _require_own(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        """Raises UnreachableError if this node's own announcements are missing: then those of others may be, too."""
+        me, mine = self._swarm.host.peer_id, self._replicas.experts.keys() & replicas.keys()
+        if not self._replicas.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
+            raise UnreachableError("the DHT does not give back this node's own announcements")
+
+    def _vacant_again(self, replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, int]:
+        """The vacant ones of these, with the looks in a row that found them so."""
+        return {uid: self._vacant_looks.get(uid, 0) + 1 for uid in self._vacant(replicas)}
 
     def _regressed_elsewhere(
         self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]

@@ -29,6 +29,8 @@ BUSY_ROWS = 512
 """An expert is overloaded when at least so many rows wait at each of its hosts,"""
 BUSIER = 4
 """and so many times as many as at the hosts of the expert that is given up for it."""
+MOST_REPLICAS = 64
+"""Of an expert: a peer that has nothing else to do makes no more than so many. They could not stay alike."""
 READ_WHOLE = 1024
 """Grids of up to so many experts are read whole."""
 MOST_PREFIXES = 1024
@@ -106,6 +108,29 @@ def under_replicated(
         and any(replica.state is not ReplicaState.CLAIMED for replica in hosts)
     ]
     return sorted(wanting, key=rank, reverse=True)[: max(room, 0)]
+
+
+def further_replica(
+    replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID, is_idle: bool, most: int = MOST_REPLICAS
+) -> UID | None:
+    """An expert with enough replicas of which a peer with room hosts another; None if there is nothing to gain.
+
+    It is one whose hosts are all overloaded; or, for an idle peer, which hosts nothing, one with the fewest replicas:
+    no volunteer stands by without need. None gets more than `most`.
+    """
+    able = [
+        uid
+        for uid, hosts in replicas.items()
+        if _serving(hosts)
+        and lasting_replicas(hosts) < most
+        and peer_id not in {replica.peer_id for replica in hosts}
+    ]
+    busy = [uid for uid in able if _queue(replicas[uid]) >= BUSY_ROWS]
+    if busy:
+        return max(busy, key=lambda uid: preference(uid, peer_id))
+    if not is_idle or not able:
+        return None
+    return min(able, key=lambda uid: (lasting_replicas(replicas[uid]), preference(uid, peer_id)))
 
 
 def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:

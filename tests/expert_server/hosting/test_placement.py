@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from statistics import median_high
 
 from hypothesis import given
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from dht.announcements import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
 from expert_server.hosting.placement import (
+    BUSY_ROWS,
     ahead_of,
     assign_orphans,
+    further_replica,
     lost_claims,
     plausible_updates,
     preference,
@@ -236,6 +239,34 @@ def test_with_enough_replicas_of_all_nothing_is_taken() -> None:
     seen = {uid: [replica(uid, p, SERVING) for p in others] for uid in GRID[:5]}
     assert under_replicated(seen, 5, me, 2) == []
     assert len(under_replicated(seen, 5, me, 3)) == 5
+
+
+def test_an_idle_peer_hosts_one_of_the_experts_with_the_fewest_replicas() -> None:
+    me, *others = seeded_peers(6)
+    seen = {uid: [replica(uid, p, SERVING) for p in others[: 2 + n % 3]] for n, uid in enumerate(GRID[:60])}
+    wanted = further_replica(seen, me, is_idle=True)
+    assert wanted is not None
+    assert len(seen[wanted]) == 2
+    assert further_replica(seen, me, is_idle=False) is None
+    assert further_replica(seen, me, is_idle=True, most=2) is None
+    assert further_replica({uid: [replica(uid, me, SERVING)] for uid in GRID[:5]}, me, is_idle=True) is None
+
+
+def test_idle_peers_spread_over_the_experts() -> None:
+    host, *idle = seeded_peers(257)
+    seen = {uid: [replica(uid, host, SERVING)] for uid in GRID[:64]}
+    chosen = Counter(further_replica(seen, peer_id, is_idle=True) for peer_id in idle)
+    assert len(chosen) > 55
+    assert max(chosen.values()) < 4 * 256 / 64
+
+
+def test_a_peer_with_room_helps_an_expert_whose_hosts_are_all_overloaded() -> None:
+    me, *hosts = seeded_peers(4)
+    seen = {uid: [replica(uid, p, SERVING) for p in hosts] for uid in GRID[:9]}
+    seen[GRID[3]] = [replace(r, queued_rows=BUSY_ROWS) for r in seen[GRID[3]]]
+    seen[GRID[4]][0] = replace(seen[GRID[4]][0], queued_rows=9 * BUSY_ROWS)
+    assert further_replica(seen, me, is_idle=False) == GRID[3]
+    assert further_replica(seen, hosts[0], is_idle=False) is None
 
 
 @given(uids, st.sets(peer_ids, min_size=1, max_size=8), st.integers(0, 4), st.integers(1, 4))
