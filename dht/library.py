@@ -77,14 +77,14 @@ class LibraryEntry:
     grid: tuple[int, ...]
 
     @classmethod
-    def of(cls, manifest: MemoryManifest, part: Part, publisher: PeerID, passages: int) -> Self:
+    def of(cls, manifest: MemoryManifest, part: Part, publisher: PeerID) -> Self:
         """`part`: the manifest as it is served."""
         return cls(
             MemoryID.of(manifest.name, publisher),
             publisher,
             part,
             manifest.revision,
-            passages,
+            manifest.passages,
             sum(shard.size for shard in manifest.shards),
             manifest.licenses[:MAX_LISTED_LICENSES],
             manifest.about,

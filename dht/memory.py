@@ -1,5 +1,8 @@
 """What a memory is: passages and their hashes, the manifest that lists its shards, and its name in the DHT.
 
+A passage lies in two cells: with its text in a primary shard of the first, and in a secondary shard of the second,
+which has its vector and the place of its text.
+
 A memory's manifest is named by its SHA-256, which its publisher signs in the DHT. It names all else by hash, so every
 part may come from anybody.
 """
@@ -8,10 +11,10 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 from google.protobuf.message import DecodeError
 
@@ -49,8 +52,6 @@ MAX_QUERIES, MAX_SEARCHED, MAX_K = 256, 256, 128
 """Of one search: queries, shards, and passages for each query."""
 MAX_READ = 64
 """Passages in one call: the longest that there may be fit into a message."""
-LEAF_PREFIX_BYTES = 16
-"""Of a leaf's hash, in the answer to a search."""
 _LARGEST_GRID = 4096
 """Branches at one level."""
 _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")
@@ -58,7 +59,7 @@ _SUFFIX_CHARACTERS = 12
 _KIND_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _MAX_FIELDS = MAX_SHARDS + MAX_REVOKED + MAX_LICENSES + 2**10
 """Of a manifest that can be parsed."""
-_LEAF_DOMAIN = b"talkoot passage v1\0"
+_LEAF_DOMAIN, _REFERENCE_DOMAIN = b"talkoot passage v1\0", b"talkoot reference v1\0"
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,19 @@ class Passage:
         return leaf_hash(hashed.digest(), vector)
 
 
+class Place(NamedTuple):
+    """A leaf of a shard."""
+
+    root: bytes
+    """Of the shard."""
+    position: int
+
+
+def reference_leaf(text: Place, vector_hash: bytes) -> bytes:
+    """The hash that stands in a secondary shard for a passage whose text lies there. `vector_hash`: SHA-256."""
+    return leaf_hash(_REFERENCE_DOMAIN, text.root, text.position.to_bytes(4, "little"), vector_hash)
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One shard, as a memory's manifest lists it."""
@@ -141,6 +155,7 @@ class ShardInfo:
     leaves: int
     size: int
     """Bytes of the file as its publisher wrote it."""
+    is_secondary: bool = False
 
     @property
     def short(self) -> bytes:
@@ -172,8 +187,8 @@ class MemoryManifest:
     grid: tuple[int, ...]
     licenses: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
-    revoked: frozenset[bytes]
-    """Hashes of leaves."""
+    revoked: frozenset[Place]
+    """In primary shards."""
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
@@ -199,13 +214,15 @@ class MemoryManifest:
             len(text) > MAX_LICENSE_CHARACTERS for text in message.licenses
         ):
             raise WireError("a memory of more licences than there can be")
-        if len(message.shards) > MAX_SHARDS or len(message.revoked) > MAX_REVOKED:
+        revoked = sum(len(some.positions) for some in message.revoked)
+        if len(message.shards) > MAX_SHARDS or max(revoked, len(message.revoked)) > MAX_REVOKED:
             raise WireError("a memory of more shards or revoked passages than there can be")
         in_cell = Counter(entry.cell for entry in message.shards)
         if max(in_cell.values(), default=0) > MAX_SHARDS_OF_CELL:
             raise WireError(f"a memory of more than {MAX_SHARDS_OF_CELL} shards in one cell")
         if not math.isfinite(message.created_at) or message.revision < 1:
             raise WireError("a memory's manifest without a revision or a time")
+        shards = tuple(_shard(entry, grid) for entry in message.shards)
         return cls(
             check_name(message.name),
             message.revision,
@@ -217,8 +234,8 @@ class MemoryManifest:
             _part(message.codebook_sha256, message.codebook_bytes, MAX_CODEBOOK_BYTES),
             grid,
             tuple(printable(text, MAX_LICENSE_CHARACTERS) for text in message.licenses),
-            tuple(_shard(entry, grid) for entry in message.shards),
-            frozenset(_hash(leaf) for leaf in message.revoked),
+            shards,
+            frozenset(place for some in message.revoked for place in _revoked(some, shards)),
         )
 
     def serialize(self) -> bytes:
@@ -243,10 +260,15 @@ class MemoryManifest:
                     root=shard.root,
                     leaves=shard.leaves,
                     size=shard.size,
+                    secondary=shard.is_secondary,
                 )
                 for shard in self.shards
             ],
-            revoked=sorted(self.revoked),
+            revoked=[
+                memory_pb2.RevokedPassages(shard=number, positions=sorted(positions))
+                for number, shard in enumerate(self.shards)
+                if (positions := self.revoked_in.get(shard.root))
+            ],
         )
         return message.SerializeToString(deterministic=True)
 
@@ -267,19 +289,57 @@ class MemoryManifest:
         return {cell: tuple(shards) for cell, shards in found.items()}
 
     @cached_property
-    def revoked_prefixes(self) -> frozenset[bytes]:
-        """By which answers to searches name what was revoked."""
-        return frozenset(leaf[:LEAF_PREFIX_BYTES] for leaf in self.revoked)
+    def revoked_in(self) -> Mapping[bytes, frozenset[int]]:
+        """What was revoked, by the roots of primary shards."""
+        return by_root(self.revoked)
+
+    @property
+    def passages(self) -> int:
+        """Those that were not revoked."""
+        return sum(shard.leaves for shard in self.shards if not shard.is_secondary) - len(self.revoked)
+
+    def has_text_at(self, place: Place) -> bool:
+        """Whether a passage's text lies there, or did until it was revoked."""
+        info = self.by_root.get(place.root)
+        return info is not None and not info.is_secondary and place.position < info.leaves
 
 
-def prove(message: memory_pb2.ProvenPassage, info: ShardInfo) -> tuple[Passage | None, bytes]:
-    """The passage, None if it was revoked, and its leaf hash. Raises WireError unless the shard has that leaf there."""
-    passage = Passage.parse(message.passage) if message.HasField("passage") else None
-    leaf = message.leaf if passage is None else passage.leaf(message.vector)
+def by_root(places: Iterable[Place]) -> dict[bytes, frozenset[int]]:
+    """The positions in each shard."""
+    found: dict[bytes, set[int]] = {}
+    for place in places:
+        found.setdefault(place.root, set()).add(place.position)
+    return {root: frozenset(positions) for root, positions in found.items()}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is proven of one leaf of a shard."""
+
+    text: Place
+    """Where the passage's text lies: at that leaf, or for one of a secondary shard elsewhere."""
+    passage: Passage | None
+    """None: it was revoked, or the shard is a secondary one."""
+    vector: bytes
+    leaf: bytes
+    is_revoked: bool
+
+
+def prove(message: memory_pb2.ProvenPassage, info: ShardInfo) -> Proof:
+    """Raises WireError unless the shard has that leaf there."""
     path = [message.path[at : at + HASH_BYTES] for at in range(0, len(message.path), HASH_BYTES)]
+    passage = Passage.parse(message.passage) if message.HasField("passage") else None
+    if info.is_secondary:
+        passage, text = None, Place(_hash(message.text_root), message.text_position)
+        is_revoked = not message.vector
+        hashed = message.hash if is_revoked else hashlib.sha256(message.vector).digest()
+        leaf = reference_leaf(text, hashed)
+    else:
+        text, is_revoked = Place(info.root, message.position), passage is None
+        leaf = message.hash if passage is None else passage.leaf(message.vector)
     if not proves(info.root, leaf, message.position, info.leaves, path):
         raise WireError("a passage that is not in its shard: its text, its vector or its proof is forged")
-    return passage, leaf
+    return Proof(text, passage, message.vector, leaf, is_revoked)
 
 
 def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -364,4 +424,14 @@ def _shard(entry: memory_pb2.ShardEntry, grid: tuple[int, ...]) -> ShardInfo:
         or not 0 < entry.size <= MAX_SHARD_BYTES
     ):
         raise WireError("a shard that no memory can have")
-    return ShardInfo(cell_of(entry.cell, grid), _hash(entry.root), entry.leaves, entry.size)
+    return ShardInfo(cell_of(entry.cell, grid), _hash(entry.root), entry.leaves, entry.size, entry.secondary)
+
+
+def _revoked(message: memory_pb2.RevokedPassages, shards: Sequence[ShardInfo]) -> Iterator[Place]:
+    if message.shard >= len(shards) or shards[message.shard].is_secondary:
+        raise WireError("revoked passages of a shard that has no texts")
+    shard = shards[message.shard]
+    for position in message.positions:
+        if position >= shard.leaves:
+            raise WireError(f"a revoked passage after the last of {shard.leaves}")
+        yield Place(shard.root, position)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from safetensors.numpy import save
 
 from peer.checkpoints import read_outline
 from peer.errors import StateError, WireError
+from peer.files import PlainFile
 
 MAX_OUTLINE_BYTES = 2**16
 """Of the JSON before the arrays."""
@@ -35,21 +36,64 @@ def decode_arrays(data: bytes | memoryview) -> dict[str, npt.NDArray[Any]]:
 
     Hand in a memory-mapped file as a memoryview.
     """
+    return {name: array for name, (array, _) in _decoded(data).items()}
+
+
+class Rows(Protocol):
+    """An array whose rows are read some at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> npt.NDArray[Any]: ...
+
+
+class FileArray:
+    """An array in a file, of which a part is read when it is needed. For any thread.
+
+    Of a file that was mapped into memory, a disk that fails would end the process; here it raises OSError.
+    """
+
+    def __init__(self, file: PlainFile, like: npt.NDArray[Any], start: int) -> None:
+        """`like`: of the same shape and type. `start`: in the file."""
+        self._file = file
+        self._count, self._shape, self._dtype = len(like), like.shape[1:], like.dtype
+        self._row_bytes = prod(self._shape) * like.dtype.itemsize
+        self._start = start
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rows: slice, /) -> npt.NDArray[Any]:
+        """Raises OSError, also if the file is another one by now."""
+        begin, end, step = rows.indices(self._count)
+        assert step == 1, "only what lies together is read"
+        count = max(0, end - begin)
+        data = self._file.read(self._start + begin * self._row_bytes, count * self._row_bytes)
+        return np.frombuffer(data, self._dtype).reshape(count, *self._shape)
+
+
+def arrays_in(file: PlainFile, data: bytes) -> dict[str, FileArray]:
+    """The arrays of a file with this content. Raises WireError if it is malformed."""
+    return {name: FileArray(file, array, start) for name, (array, start) in _decoded(data).items()}
+
+
+def _decoded(data: bytes | memoryview) -> dict[str, tuple[npt.NDArray[Any], int]]:
+    """The arrays and where they start. Raises WireError."""
     try:
         metadata, places = read_outline(data, MAX_OUTLINE_BYTES)
     except StateError as error:
         raise WireError(f"a file of arrays: {error}") from error
     if metadata is not None:
         raise WireError("a file of arrays with metadata, which it has no use for")
-    arrays = {}
+    arrays: dict[str, tuple[npt.NDArray[Any], int]] = {}
     for place in places:
         shape, dtype = place.form
         if dtype not in _TYPES:
             raise WireError(f"a file of arrays with numbers of type {dtype}")
         kind = np.dtype(_TYPES[dtype])
         if place.start == place.end:
-            arrays[place.name] = np.empty(shape, kind)
+            arrays[place.name] = np.empty(shape, kind), place.start
         else:
             flat = np.frombuffer(data, kind, prod(shape), place.start)
-            arrays[place.name] = flat.reshape(shape)
+            arrays[place.name] = flat.reshape(shape), place.start
     return arrays

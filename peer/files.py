@@ -1,5 +1,6 @@
 """Atomic file writes, and a state folder that one process locks and that no other user can write to."""
 
+import errno
 import fcntl
 import os
 import stat
@@ -41,6 +42,50 @@ class StateFolder:
 def open_plainly(path: Path, flags: int, mode: int = 0o600) -> int:
     """A descriptor of a file that is no link. For names that somebody may have led elsewhere. Raises OSError."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+class PlainFile:
+    """A file that is read part by part, and keeps no descriptor meanwhile. For any thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError if it can't be opened, or is a link or a pipe."""
+        self.path = path
+        descriptor, self.identity = self._open()
+        """`identity`: another file of the same name has another one."""
+        os.close(descriptor)
+        self.size = self.identity[2]
+
+    def read(self, start: int, size: int) -> bytes:
+        """Raises OSError, also if another file has its name by now."""
+        descriptor, identity = self._open()
+        try:
+            if identity != self.identity:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
+            data = os.pread(descriptor, size, start)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        finally:
+            os.close(descriptor)
+        if len(data) != size:
+            raise OSError(errno.EIO, "it ends too early", str(self.path))
+        return data
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        start, end, step = part.indices(self.size)
+        assert step == 1, "only what lies together is read"
+        return self.read(start, max(0, end - start))
+
+    def _open(self) -> tuple[int, tuple[int, int, int]]:
+        # opening a pipe would wait for ever
+        descriptor = open_plainly(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no plain file", str(self.path))
+        return descriptor, (about.st_ino, about.st_mtime_ns, about.st_size)
 
 
 def _protect(folder: Path) -> None:

@@ -13,18 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.memory import corpora
-from dht.memory import MemoryManifest, Part, Passage, ShardInfo, cell_of
-from expert_server.memory.shard import Shard
+from dht.memory import MemoryManifest, Part, Passage, ShardInfo
+from expert_server.memory.shard import Shard, serialized
 from talkoot.memory.build import text_of
 from talkoot.memory.clustering import build_codebook, two_cells
 from talkoot.memory.passages import read_passages
+from talkoot.memory.shards import write_shards
 from talkoot.memory.training import WordCounter, train_static_encoder
 from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.encoder import STATIC, StaticEncoder
 
 GRID = (16, 16)
-_PASSAGES_OF_SHARD = 8192
-"""Of a few hundred bytes each: less than a shard may have."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,19 @@ def open_codebook(folder: Path, manifest: MemoryManifest) -> Codebook:
     return Codebook.from_bytes(data, manifest.grid, manifest.dimensions)
 
 
+class _Computed:
+    """Passages that are made when they are needed."""
+
+    def __init__(self, passage: Callable[[int], Passage]) -> None:
+        self._passage = passage
+
+    def __getitem__(self, number: int) -> Passage:
+        return self._passage(number)
+
+    def size(self, number: int) -> int:
+        return len(serialized(self._passage(number)))
+
+
 def write_memory(
     folder: Path,
     like: BuiltMemory,
@@ -91,17 +103,8 @@ def write_memory(
     for data in (like.encoder.to_bytes(), like.codebook.to_bytes()):
         parts.append(Part(hashlib.sha256(data).digest(), len(data)))
         (folder / "parts" / parts[-1].sha256.hex()).write_bytes(data)
-    owners, columns = np.divmod(np.argsort(cells_NT, axis=None, kind="stable"), cells_NT.shape[1])
-    numbers = cells_NT[owners, columns]
-    shards = []
-    for number in np.unique(numbers):
-        inside = owners[slice(*np.searchsorted(numbers, (number, number + 1)))]
-        for begin in range(0, len(inside), _PASSAGES_OF_SHARD):
-            some = inside[begin : begin + _PASSAGES_OF_SHARD]
-            data = Shard.build([passage(int(n)) for n in some], vectors_ND[some])
-            info = ShardInfo(cell_of(int(number), like.grid), Shard.root_of(data), len(some), len(data))
-            (folder / "shards" / info.root.hex()).write_bytes(data)
-            shards.append(info)
+    passages, numbers = _Computed(passage), np.arange(len(vectors_ND))
+    shards = write_shards(folder / "shards", passages, vectors_ND, cells_NT, like.grid, numbers)
     manifest = MemoryManifest(
         name="works",
         revision=1,

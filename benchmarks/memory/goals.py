@@ -75,9 +75,9 @@ def _large(found: Mapping[str, Any]) -> Iterator[Verdict]:
     for what in ("disk", "memory"):
         value = found[f"{what}_vs_plain"]
         yield Verdict(
-            f"{what} of {passages}, of text and vectors; of each of its two copies",
+            f"{what} of {passages}, in two cells each, of text and vectors",
             f"{MOST_OF_PLAIN}",
-            f"{value:.2f}; {value / 2:.2f}",
+            f"{value:.2f}",
             value <= MOST_OF_PLAIN,
         )
     yield Verdict(f"recall@10 of {passages}", "", f"{found['recall']:.3f}")

@@ -116,7 +116,7 @@ class _Trial:
                 placed.setdefault(number, {})[root] = shard
         author, manifest = swarm.keys.author, self._manifest
         data = manifest.serialize()
-        entry = LibraryEntry.of(manifest, Part(bytes(32), len(data)), author, len(self._memory.passages))
+        entry = LibraryEntry.of(manifest, Part(bytes(32), len(data)), author)
         placing = Placing([peer.dht for peer in swarm.peers])
         hosts = []
         for number, some in placed.items():

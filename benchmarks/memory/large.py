@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.apart import run_apart
 from benchmarks.memory.built import BuiltMemory, open_codebook, write_memory
 from benchmarks.memory.recall import K, best, exact_scores
-from dht.memory import Passage, number_of
+from dht.memory import Passage, Place, number_of
 from expert_server.memory.shard import Shard
 from expert_server.memory.store import MemoryStore
 from talkoot.memory.clustering import two_cells
@@ -68,7 +68,6 @@ def measure(memory: BuiltMemory, passages: int, queries: int, folder: Path) -> d
         "text_and_vectors_bytes": plain,
         "disk_bytes": disk,
         "disk_vs_plain": disk / plain,
-        "disk_vs_plain_of_each_copy": disk / (plain * cells_NT.shape[1]),
         "memory_vs_plain": found["memory_bytes"] / plain,
         "recall": float(np.mean(recalls)),
     }
@@ -84,7 +83,7 @@ def max_scores(query_1D: NDArray[np.int8], vectors_ND: NDArray[np.int8]) -> list
 
 
 def host(folder: Path, queries: Path) -> dict[str, Any]:
-    """Opens all shards and searches the best cells of each query. Memory counts the pages of files that were read."""
+    """Opens all shards and searches the best cells of each query."""
     asked_QD = np.load(queries)
     before, began = _resident_bytes(), time.monotonic()
     store = MemoryStore.open(folder)
@@ -96,11 +95,13 @@ def host(folder: Path, queries: Path) -> dict[str, Any]:
     opened_s, began = time.monotonic() - began, time.monotonic()
     scores = []
     for query_D in asked_QD:
-        some: dict[bytes, int] = {}
+        some: dict[Place, int] = {}
         for cell in codebook.assign(query_D[None], ASKED)[0]:
             for shard in shards.get(int(cell), []):
                 (positions,), (found,) = shard.search(query_D[None], K)
-                some |= {shard.leaf(int(at)): int(score) for at, score in zip(positions, found, strict=True)}
+                some |= {
+                    shard.text_at(int(at)): int(score) for at, score in zip(positions, found, strict=True)
+                }
         scores.append(sorted(some.values(), reverse=True)[:K])
     return {
         "scores": scores,

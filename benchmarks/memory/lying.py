@@ -8,8 +8,9 @@ import asyncio
 import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from grpc import StatusCode
@@ -18,7 +19,7 @@ from benchmarks.memory.built import BuiltMemory, open_shards
 from benchmarks.memory.recall import K, exact_scores, ranks_of_cells
 from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from dht.announcements import NodeInfo
-from dht.memory import LEAF_PREFIX_BYTES, MemoryID, MemoryManifest, cell_of
+from dht.memory import MemoryID, MemoryManifest, Place, ShardInfo, cell_of
 from expert_server.memory.shard import Shard
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import Floats
@@ -37,6 +38,16 @@ _PAUSE_S = 1.0
 """From one query to the next."""
 
 
+class Candidate(NamedTuple):
+    """A passage that a host found."""
+
+    score: int
+    number: int
+    """Of its shard in the request."""
+    position: int
+    text: Place
+
+
 class ShardHost:
     """Answers as an honest host does, from its shards."""
 
@@ -47,7 +58,7 @@ class ShardHost:
 
     async def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
         queries = np.frombuffer(request.vectors, np.int8).reshape(-1, self._manifest.dimensions)
-        claims: list[list[tuple[int, int, int, bytes]]] = [[] for _ in queries]
+        candidates: list[list[Candidate]] = [[] for _ in queries]
         missing = []
         for number, asked in enumerate(request.shards):
             shard = self.shards.get(asked.root)
@@ -58,38 +69,33 @@ class ShardHost:
             for row, positions, scores in zip(
                 rows, *shard.search(queries[list(rows)], request.k), strict=True
             ):
-                claims[row] += [
-                    (int(score), number, int(position), shard.leaf(int(position))[:LEAF_PREFIX_BYTES])
-                    for score, position in zip(scores, positions, strict=True)
+                candidates[row] += [
+                    Candidate(score, number, position, shard.text_at(position))
+                    for score, position in zip(scores.tolist(), positions.tolist(), strict=True)
                 ]
-        found = [self._best(some, request.k) for some in claims]
-        return memory_pb2.SearchReply(found=found, missing=missing)
+        reply, text_roots = memory_pb2.SearchReply(missing=missing), dict[bytes, int]()
+        for some in candidates:
+            message = reply.found.add()
+            for each in self._best(some, request.k):
+                message.scores.append(each.score)
+                message.shards.append(each.number)
+                message.positions.append(each.position)
+                is_there = each.text.root == request.shards[each.number].root
+                text = 0 if is_there else text_roots.setdefault(each.text.root, len(text_roots)) + 1
+                message.texts.append(text)
+                message.text_positions.append(0 if is_there else each.text.position)
+        reply.text_roots.extend(text_roots)
+        return reply
 
     async def read(self, request: memory_pb2.ReadRequest) -> memory_pb2.ReadReply:
         passages = []
         for number, asked in enumerate(request.shards):
             if (shard := self.shards.get(asked.root)) is not None:
-                for position, proven in zip(asked.positions, shard.read(asked.positions), strict=True):
-                    assert proven.passage is not None
-                    passages.append(
-                        memory_pb2.ProvenPassage(
-                            shard=number,
-                            position=position,
-                            passage=proven.passage.message(),
-                            vector=proven.vector,
-                            path=b"".join(proven.path),
-                        )
-                    )
+                passages += [entry.message(number) for entry in shard.read(asked.positions)]
         return memory_pb2.ReadReply(passages=passages)
 
-    def _best(self, claims: list[tuple[int, int, int, bytes]], k: int) -> memory_pb2.Found:
-        best = sorted(claims, key=lambda claim: -claim[0])[:k]
-        return memory_pb2.Found(
-            scores=[claim[0] for claim in best],
-            shards=[claim[1] for claim in best],
-            positions=[claim[2] for claim in best],
-            leaves=b"".join(claim[3] for claim in best),
-        )
+    def _best(self, found: list[Candidate], k: int) -> list[Candidate]:
+        return sorted(found, key=lambda each: -each.score)[:k]
 
 
 class Forger(ShardHost):
@@ -121,15 +127,16 @@ class Promoter(ShardHost):
 class Censor(ShardHost):
     """Leaves out the best passage of every answer."""
 
-    def _best(self, claims: list[tuple[int, int, int, bytes]], k: int) -> memory_pb2.Found:
-        return super()._best(sorted(claims, key=lambda claim: -claim[0])[1:], k)
+    def _best(self, found: list[Candidate], k: int) -> list[Candidate]:
+        best = max(found, key=lambda each: each.score, default=None)
+        return super()._best([each for each in found if best is None or each.text != best.text], k)
 
 
 class SelectiveCensor(ShardHost):
     """Leaves out every tenth passage of the memory."""
 
-    def _best(self, claims: list[tuple[int, int, int, bytes]], k: int) -> memory_pb2.Found:
-        return super()._best([claim for claim in claims if claim[3][0] % 10], k)
+    def _best(self, found: list[Candidate], k: int) -> list[Candidate]:
+        return super()._best([each for each in found if (each.text.root[0] + each.text.position) % 10], k)
 
 
 class Staller(ShardHost):
@@ -196,6 +203,15 @@ class KnownDirectory:
             for shard in manifest.by_cell.get(cell, ())
         }
         return Located(manifest, cells, [()] * len(cells), hosts, self._nodes)
+
+    async def hosts_of(
+        self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
+    ) -> Located:
+        more = {
+            shard.root: [host.peer_id for host in self._hosts if shard.root in host.shards]
+            for shard in shards
+        }
+        return replace(located, hosts={**located.hosts, **more})
 
     async def follow(self) -> MemoryManifest:
         return self._manifest

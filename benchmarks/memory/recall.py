@@ -80,9 +80,10 @@ def wire_bytes(memory: BuiltMemory, asked: int) -> float:
     dimensions = memory.vectors_ND.shape[1]
     search = memory_pb2.SearchRequest(vectors=bytes(dimensions), k=K, shards=shards, memory="a" * 32)
     best_found = memory_pb2.Found(
-        shards=[asked] * K, positions=[1000] * K, scores=[10**6] * K, leaves=bytes(16 * K)
+        shards=[asked] * K, positions=[1000] * K, scores=[10**6] * K, texts=[1] * K, text_positions=[1000] * K
     )
-    answer = memory_pb2.SearchReply(found=[best_found])
+    # half of them were found in secondary shards, each of another cell
+    answer = memory_pb2.SearchReply(found=[best_found], text_roots=[bytes(HASH_BYTES)] * (K // 2))
     some = random.Random(0).sample(memory.passages, K)
     read = memory_pb2.ReadReply(
         passages=[

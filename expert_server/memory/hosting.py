@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.announcements import NodeInfo, ReplicaState
 from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest, Part
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, Place
 from dht.swarm import Swarm
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey, seen_shards
 from expert_server.memory.proofs import ReplicaProofs
@@ -190,6 +190,8 @@ class MemoryHosting:
                     try:
                         await asyncio.to_thread(store.load, root)
                     except (WireError, OSError) as error:
+                        with suppress(OSError):
+                            await asyncio.to_thread(store.drop, root)
                         logger.warning(
                             "shard %s on disk is not used, and will be fetched again: %s",
                             ShardKey(memory, root),
@@ -315,7 +317,7 @@ class MemoryHosting:
     def _mine(self) -> set[ShardKey]:
         return {ShardKey(memory, root) for memory, store in self._stores.items() for root in store.shards}
 
-    def _revoked(self, memory: MemoryID) -> Collection[bytes]:
+    def _revoked(self, memory: MemoryID) -> Collection[Place]:
         store = self._stores.get(memory)
         return () if store is None else store.manifest.revoked
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import grpc
 
 from dht.announcements import NodeInfo
-from dht.memory import MemoryID, ShardInfo, prove
+from dht.memory import MemoryID, Place, ShardInfo, prove
 from dht.swarm import Swarm
 from expert_server.memory.placement import SeenShard, ShardKey
 from peer import PROTOCOL_VERSION
@@ -45,11 +45,11 @@ class ReplicaProofs:
         self,
         swarm: Swarm,
         parts: PartClient,
-        revoked: Callable[[MemoryID], Collection[bytes]],
+        revoked: Callable[[MemoryID], Collection[Place]],
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`revoked`: hashes of a memory's leaves. Of these a host has no more than the hash."""
+        """`revoked`: of each memory. Of these a host has no more than a hash."""
         self._swarm = swarm
         self._revoked = revoked
         self._parts = parts
@@ -118,7 +118,7 @@ def _asked_for(
     return [given for given in reply.passages[:_TRIES] if given.position in wanted]
 
 
-def _is_proven(given: memory_pb2.ProvenPassage, info: ShardInfo, revoked: Collection[bytes]) -> bool:
+def _is_proven(given: memory_pb2.ProvenPassage, info: ShardInfo, revoked: Collection[Place]) -> bool:
     """Raises WireError."""
-    passage, leaf = prove(given, info)
-    return passage is not None or leaf in revoked
+    proof = prove(given, info)
+    return not proof.is_revoked or proof.text in revoked

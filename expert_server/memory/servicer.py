@@ -5,6 +5,8 @@ those that wait. What a call may cost is bounded before any of it is computed.
 """
 
 import asyncio
+import errno
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import TypeVar
 
 import grpc
@@ -22,7 +25,7 @@ from grpc import StatusCode
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from dht.memory import LEAF_PREFIX_BYTES, MAX_K, MAX_QUERIES, MAX_READ, MAX_SEARCHED, MAX_SHARD_BYTES
+from dht.memory import MAX_K, MAX_QUERIES, MAX_READ, MAX_SEARCHED, MAX_SHARD_BYTES
 from expert_server.memory.shard import MOST_PRODUCTS, NO_SCORE, Shard, Vectors, search_together
 from expert_server.memory.store import MemoryStore
 from peer.budget import FairBudget, interruptible
@@ -35,6 +38,8 @@ from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import TransferPace, TransferSlots, outgoing
 from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2, state_pb2
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -178,21 +183,27 @@ class Best:
         for kept, new in ((self.scores, scores), (self.positions, positions), (self.shards, numbers)):
             kept[queries] = np.take_along_axis(np.concatenate((kept[queries], new), axis=1), best, axis=1)
 
-    def found(self, query: int, roots: Sequence[Shard | None]) -> memory_pb2.Found:
-        """As it is sent. `roots`: the shards of the request."""
-        count = int((self.scores[query] > NO_SCORE).sum())
-        shards, positions = self.shards[query, :count].tolist(), self.positions[query, :count].tolist()
-        leaves = []
-        for number, position in zip(shards, positions, strict=True):
-            shard = roots[number]
-            assert shard is not None, "what was found was searched"
-            leaves.append(shard.leaf(position)[:LEAF_PREFIX_BYTES])
-        return memory_pb2.Found(
-            shards=shards,
-            positions=positions,
-            scores=self.scores[query, :count].tolist(),
-            leaves=b"".join(leaves),
-        )
+    def reply(self, shards: Sequence[Shard | None]) -> memory_pb2.SearchReply:
+        """As it is sent. `shards`: those of the request."""
+        text_roots: dict[bytes, int] = {}
+        reply = memory_pb2.SearchReply()
+        for row, scores in enumerate(self.scores):
+            found = reply.found.add()
+            count = int((scores > NO_SCORE).sum())
+            found.scores.extend(scores[:count].tolist())
+            found.shards.extend(self.shards[row, :count].tolist())
+            found.positions.extend(self.positions[row, :count].tolist())
+            for number, position in zip(found.shards, found.positions, strict=True):
+                shard = shards[number]
+                assert shard is not None, "what was found was searched"
+                text = shard.text_at(position)
+                is_elsewhere = text.root != shard.root
+                found.texts.append(
+                    text_roots.setdefault(text.root, len(text_roots)) + 1 if is_elsewhere else 0
+                )
+                found.text_positions.append(text.position if is_elsewhere else 0)
+        reply.text_roots.extend(text_roots)
+        return reply
 
 
 SearchContext = grpc.aio.ServicerContext[memory_pb2.SearchRequest, memory_pb2.SearchReply]
@@ -240,7 +251,9 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
             queries = _vectors(request, store.manifest.dimensions)
             shards = [store.shards.get(_root(wanted.root)) for wanted in request.shards]
             searches = _searches(request, shards, len(queries))
-            reply = await self._compute(caller, partial(self._search, queries, request.k, shards, searches))
+            reply = await self._compute(
+                caller, store, partial(self._search, queries, request.k, shards, searches)
+            )
             reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
             self.metrics.queries.inc(len(queries))
             await self._up.take(reply.ByteSize())
@@ -261,7 +274,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
                 if max(wanted.positions, default=0) >= len(shard):
                     raise WireError(f"a passage after the last of {len(shard)}")
                 reads.append((number, shard, list(wanted.positions)))
-            reply = await self._compute(caller, partial(_read, reads))
+            reply = await self._compute(caller, store, partial(_read, reads))
             await self._up.take(reply.ByteSize())
             return reply
         raise AssertionError("abort raises")
@@ -277,17 +290,18 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
                     data, sha256 = await asyncio.to_thread(store.file, name)
                 except OSError as error:
                     raise ExpertError(StatusCode.NOT_FOUND, "that part is not here") from error
-                with data:
-                    if request.sha256 not in (b"", sha256):
-                        raise ExpertError(
-                            StatusCode.FAILED_PRECONDITION,
-                            "that file is no longer kept: start again without one",
-                        )
-                    header = state_pb2.StateHeader(total_bytes=len(data), sha256=sha256)
-                    pace = TransferPace()
+                if request.sha256 not in (b"", sha256):
+                    raise ExpertError(
+                        StatusCode.FAILED_PRECONDITION, "that file is no longer kept: start again without one"
+                    )
+                header = state_pb2.StateHeader(total_bytes=len(data), sha256=sha256)
+                pace = TransferPace()
+                try:
                     async for reply in outgoing(header, data, request.offset, self._up):
                         await pace.write(context.write(reply), len(reply.chunk))
                         self.metrics.bytes.labels("sent").inc(len(reply.chunk))
+                except OSError as error:
+                    raise _unreadable(store, error) from error
 
     @asynccontextmanager
     async def _answering(self, context: grpc.aio.ServicerContext[T, M]) -> AsyncIterator[None]:
@@ -311,12 +325,16 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
             raise ExpertError(StatusCode.NOT_FOUND, f"memory {request.memory[:64]!r} is not hosted here")
         return store
 
-    async def _compute(self, caller: PeerID, work: Callable[[Callable[[], bool]], T]) -> T:
+    async def _compute(
+        self, caller: PeerID, store: MemoryStore, work: Callable[[Callable[[], bool]], T]
+    ) -> T:
         """The result of `work`, which runs on a thread. It asks whether it has been given up, and then ends."""
         is_given_up = False
         async with self._turns.turn(caller):
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._pool, work, lambda: is_given_up)
+            except OSError as error:
+                raise _unreadable(store, error) from error
             finally:
                 is_given_up = True
 
@@ -336,9 +354,19 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
             asked = some[0].queries
             places, positions, scores = search_together([one.shard for one in some], queries[asked], k)
             best.add(asked, np.array([one.number for one in some])[places], positions, scores)
-        reply = memory_pb2.SearchReply(found=[best.found(query, shards) for query in range(len(queries))])
+        reply = best.reply(shards)
         self.metrics.seconds.observe(self._clock() - began)
         return reply
+
+
+def _unreadable(store: MemoryStore, error: OSError) -> ExpertError:
+    """What a caller is told when a file can't be read. Its shard is no longer served, so that it is fetched again."""
+    if error.errno == errno.ESTALE:  # something in it was revoked at this moment
+        return ExpertError(StatusCode.UNAVAILABLE, "the shard has changed: ask again")
+    logger.warning("can't read %s: %s", error.filename, error.strerror)
+    for root in [root for root in store.shards if root.hex() == Path(str(error.filename)).name]:
+        store.stop_serving(root)
+    return ExpertError(StatusCode.DATA_LOSS, "this copy can't be read")
 
 
 def _root(data: bytes) -> bytes:
@@ -406,16 +434,8 @@ def _read(
         if is_given_up():
             break
         try:
-            passages = shard.read(positions)
+            entries = shard.read(positions)
         except WireError as error:  # the shard was whole when it was loaded
             raise ExpertError(StatusCode.DATA_LOSS, f"this copy was damaged: {error}") from error
-        for position, proven in zip(positions, passages, strict=True):
-            reply.passages.add(
-                shard=number,
-                position=position,
-                passage=None if proven.passage is None else proven.passage.message(),
-                vector=proven.vector,
-                path=b"".join(proven.path),
-                leaf=b"" if proven.passage is not None else shard.leaf(position),
-            )
+        reply.passages.extend(entry.message(number) for entry in entries)
     return reply

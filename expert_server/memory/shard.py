@@ -1,14 +1,20 @@
-"""One shard of a memory as a file: vectors to search, texts to read, and the leaf hashes that prove both.
+"""Shards of a memory as files: vectors to search, texts to read, and the hashes that prove both.
 
-The file is a safetensors file: `vectors` (N, D), `leaves` (N, 32), `revoked` (N,), and `blocks`, the texts of 64
-passages each in zlib's format, with their `offsets`. Reading a passage inflates one block.
+They are safetensors files. A primary shard has `vectors` (N, D), `leaves` (N, 32), `revoked` (N,), and `blocks`, the
+texts of 64 passages each in zlib's format, with their `offsets`. Reading a passage inflates one block.
+
+A secondary shard has `vectors` and `revoked`, too, and where the texts lie: `roots` (T, 32) of primary shards, and in
+`references` (N, 4) for each vector two numbers of two bytes, little-endian: which of these roots, and the position
+there. Its leaves follow from these. `hashes` (R, 32) are the SHA-256 of vectors that were revoked.
 
 A revoked passage keeps its place and its leaf hash, so that the root stays; its text and vector are gone.
 """
 
+import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Self, TypeAlias
@@ -24,15 +30,21 @@ from dht.memory import (
     MAX_LICENSE_CHARACTERS,
     MAX_TEXT_CHARACTERS,
     Passage,
+    Place,
     ShardInfo,
+    reference_leaf,
 )
-from peer.arrays import decode_arrays, encode_arrays
+from peer.arrays import Rows, arrays_in, decode_arrays, encode_arrays
 from peer.errors import WireError
+from peer.files import PlainFile
 from peer.merkle import HASH_BYTES, MerkleTree
 from peer.wire import memory_pb2
 
 Vectors: TypeAlias = NDArray[np.int8]
 """One in each row. (N, D)"""
+Revoked: TypeAlias = Mapping[bytes, Collection[int]]
+"""Positions in primary shards, by the shards' roots."""
+Arrays: TypeAlias = Mapping[str, Rows]
 
 BLOCK = 64
 """Passages whose texts are compressed together, and leaves whose part of the tree is computed when one is proven."""
@@ -51,93 +63,119 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True)
-class ProvenPassage:
-    """A passage, and what shows that it is in its shard."""
+class ProvenEntry:
+    """What a shard has of one passage, and what shows that it is in the shard."""
 
+    place: Place
+    text: Place
+    """Where the text lies; the same place in a primary shard."""
     passage: Passage | None
-    """None: it was revoked."""
+    """None: it was revoked, or its text lies elsewhere."""
     vector: bytes
+    """Empty: it was revoked."""
     path: list[bytes]
+    hash: bytes
+    """What stands for it if it was revoked; else empty."""
+
+    def message(self, shard: int) -> memory_pb2.ProvenPassage:
+        """`shard`: its number in a request."""
+        is_elsewhere = self.text != self.place
+        return memory_pb2.ProvenPassage(
+            shard=shard,
+            position=self.place.position,
+            passage=None if self.passage is None else self.passage.message(),
+            vector=self.vector,
+            path=b"".join(self.path),
+            hash=self.hash,
+            text_root=self.text.root if is_elsewhere else b"",
+            text_position=self.text.position if is_elsewhere else 0,
+        )
 
 
-class Shard:
-    """An immutable view of a shard's file. Its methods may be called from several threads."""
+class Shard(ABC):
+    """An immutable view of a shard's file. Its methods may be called from several threads.
 
-    def __init__(
-        self,
-        vectors: Vectors,
-        leaves: NDArray[np.uint8],
-        revoked: NDArray[np.bool_],
-        offsets: NDArray[np.int64],
-        blocks: NDArray[np.uint8],
-    ) -> None:
+    If it is on disk, they raise OSError when it can't be read.
+    """
+
+    def __init__(self, vectors: Rows, revoked: NDArray[np.bool_]) -> None:
         """See `parse`."""
-        self._vectors, self._leaves, self._revoked = vectors, leaves, revoked
-        self._offsets, self._blocks = offsets, blocks
-        self.live = len(leaves) - int(revoked.sum())
+        self._vectors, self._revoked = vectors, revoked
+        self.live = len(revoked) - int(revoked.sum())
         """Passages that were not revoked."""
         # the roots of whole, aligned parts of a tree are a level of that tree
-        self._top = MerkleTree([self._tree(block).root for block in range(len(offsets) - 1)])
-
-    @classmethod
-    def build(cls, passages: Sequence[Passage], vectors: Vectors) -> bytes:
-        """The file of a shard with these passages, in their order; `vectors[i]` is that of `passages[i]`."""
-        assert 1 <= len(passages) == len(vectors) <= MAX_LEAVES, f"a shard of {len(passages)} passages"
-        texts = [_serialized(passage) for passage in passages]
-        leaves = [passage.leaf(vector.tobytes()) for passage, vector in zip(passages, vectors, strict=True)]
-        blocks = [_deflated(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
-        return _file(vectors, leaves, np.zeros(len(leaves), np.bool_), blocks)
+        self._top = MerkleTree([self._tree(block).root for block in range(-(-len(revoked) // BLOCK))])
 
     @staticmethod
-    def root_of(data: bytes) -> bytes:
-        """The Merkle root of a file that `build` made, which names the shard."""
-        return MerkleTree([leaf.tobytes() for leaf in decode_arrays(data)["leaves"]]).root
-
-    @classmethod
-    def parse(cls, data: bytes | memoryview, info: ShardInfo, dimensions: int) -> Self:
-        """Raises WireError if this is no file of that shard. Texts and vectors are not checked: see `check`."""
+    def parse(data: bytes | memoryview, info: ShardInfo, dimensions: int) -> "Shard":
+        """Raises WireError if this is no file of that shard. What is in it still has to be checked: see `check`."""
         if len(data) > most_bytes(info):
             raise WireError(f"a shard of {len(data)} bytes; at most {most_bytes(info)}")
-        arrays = decode_arrays(data)
-        blocks = -(-info.leaves // BLOCK)
-        forms = {
-            "vectors": ((info.leaves, dimensions), np.int8),
-            "leaves": ((info.leaves, HASH_BYTES), np.uint8),
-            "revoked": ((info.leaves,), np.uint8),
-            "offsets": ((blocks + 1,), np.int64),
-            "blocks": ((arrays["blocks"].size if "blocks" in arrays else 0,), np.uint8),
-        }
-        if {name: (array.shape, array.dtype.type) for name, array in arrays.items()} != forms:
-            raise WireError("not the file of such a shard")
-        offsets, revoked = arrays["offsets"], arrays["revoked"]
-        # by comparison: differences of a stranger's numbers may overflow
-        if (
-            offsets[0] != 0
-            or offsets[-1] != arrays["blocks"].size
-            or (offsets[1:] <= offsets[:-1]).any()
-            or (revoked > 1).any()
-        ):
-            raise WireError("a shard whose blocks are not where they should be")
-        shard = cls(arrays["vectors"], arrays["leaves"], revoked.view(np.bool_), offsets, arrays["blocks"])
-        if shard._top.root != info.root:
+        kind = SecondaryShard if info.is_secondary else PrimaryShard
+        shard = kind._of_arrays(decode_arrays(data), info.leaves, dimensions)
+        if shard.root != info.root:
             raise WireError("a shard of other passages than its root says")
         return shard
 
-    def __len__(self) -> int:
-        return len(self._leaves)
+    @classmethod
+    def root_of(cls, data: bytes) -> bytes:
+        """The root of a file that `build` made."""
+        arrays = decode_arrays(data)
+        return cls._of_arrays(arrays, *arrays["vectors"].shape).root
 
-    def check(self, revoked: AbstractSet[bytes]) -> None:
-        """Raises WireError unless each text and vector gives its leaf, or is gone and its leaf is among `revoked`."""
-        position = 0
-        for block in range(len(self._offsets) - 1):
-            for data in self._inflated(block):
-                vector = self._vectors[position].tobytes()
-                if self._revoked[position]:
-                    if data or any(vector) or self.leaf(position) not in revoked:
-                        raise WireError("a shard without a passage that was not revoked")
-                elif _parsed(data).leaf(vector) != self.leaf(position):
-                    raise WireError("a shard with another passage than its leaf says")
-                position += 1
+    @classmethod
+    @abstractmethod
+    def _of_arrays(cls, arrays: Mapping[str, NDArray[np.generic]], leaves: int, dimensions: int) -> Self: ...
+
+    @abstractmethod
+    def on_disk(self, file: PlainFile, data: bytes) -> Self:
+        """The same, of which large parts are read when they are needed. `data`: of the file, which was parsed."""
+
+    @property
+    def root(self) -> bytes:
+        """Of the Merkle tree, which names the shard."""
+        return self._top.root
+
+    def __len__(self) -> int:
+        return len(self._revoked)
+
+    @abstractmethod
+    def check(self, revoked: Revoked) -> None:
+        """Raises WireError unless each passage is what its leaf says, or gone and among `revoked`."""
+
+    @abstractmethod
+    def text_at(self, position: int) -> Place:
+        """Where the text of a passage lies."""
+
+    def has_any(self, revoked: Revoked) -> bool:
+        """Whether any of these passages is here and was not revoked before."""
+        return bool((self._named(revoked) & ~self._revoked).any())
+
+    def without(self, revoked: Revoked) -> bytes | None:
+        """The file without the texts and vectors of these passages. None: it is so already.
+
+        Raises WireError if a text can't be read.
+        """
+        if not self.has_any(revoked):
+            return None
+        gone = self._named(revoked) | self._revoked
+        vectors = self._vectors[:].copy()
+        vectors[gone] = 0
+        return self._file(vectors, gone)
+
+    @abstractmethod
+    def _named(self, revoked: Revoked) -> NDArray[np.bool_]:
+        """Which passages these are."""
+
+    @abstractmethod
+    def _file(self, vectors: Vectors, revoked: NDArray[np.bool_]) -> bytes: ...
+
+    @abstractmethod
+    def _leaves_in(self, block: int) -> list[bytes]: ...
+
+    @abstractmethod
+    def _contents(self, block: int, inside: Sequence[int]) -> list[tuple[Passage | None, bytes]]:
+        """The passages there, and if they were revoked what stands for them."""
 
     def search(self, queries: Vectors, k: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The positions and scores of the `k` passages with the largest inner products, best first. Both (Q, k).
@@ -158,44 +196,125 @@ class Shard:
         return products
 
     def leaf(self, position: int) -> bytes:
-        """A passage's leaf hash."""
-        leaf: bytes = self._leaves[position].tobytes()
-        return leaf
+        """The hash that stands for a passage in the tree."""
+        return self._leaves_in(position // BLOCK)[position % BLOCK]
 
-    def read(self, positions: Sequence[int]) -> list[ProvenPassage]:
-        """The passages there, in that order. Raises WireError if a text can't be read."""
-        found: dict[int, ProvenPassage] = {}
+    def read(self, positions: Sequence[int]) -> list[ProvenEntry]:
+        """What lies there, in that order. Raises WireError if a text can't be read."""
+        found: dict[int, ProvenEntry] = {}
         by_block: dict[int, list[int]] = {}
         for position in positions:
             by_block.setdefault(position // BLOCK, []).append(position)
         for block, inside in by_block.items():
-            texts, tree, above = self._inflated(block), self._tree(block), self._top.path(block)
-            for position in inside:
-                found[position] = ProvenPassage(
-                    None if self._revoked[position] else _parsed(texts[position % BLOCK]),
-                    self._vectors[position].tobytes(),
+            tree, above, vectors = self._tree(block), self._top.path(block), self._vectors[_block_rows(block)]
+            contents = self._contents(block, inside)
+            for position, (passage, hashed) in zip(inside, contents, strict=True):
+                found[position] = ProvenEntry(
+                    Place(self.root, position),
+                    self.text_at(position),
+                    passage,
+                    b"" if self._revoked[position] else vectors[position % BLOCK].tobytes(),
                     tree.path(position % BLOCK) + above,
+                    hashed,
                 )
         return [found[position] for position in positions]
 
+    def _tree(self, block: int) -> MerkleTree:
+        """Over the leaves of one block."""
+        return MerkleTree(self._leaves_in(block))
+
+    def _on_disk(self, arrays: Arrays) -> Self:
+        here = copy(self)
+        # a view would keep the whole file
+        here._vectors, here._revoked = arrays["vectors"], self._revoked.copy()
+        return here
+
+
+class PrimaryShard(Shard):
+    """Passages of the cell that is nearest to them."""
+
+    def __init__(
+        self,
+        vectors: Rows,
+        leaves: Rows,
+        revoked: NDArray[np.bool_],
+        offsets: NDArray[np.int64],
+        blocks: Rows,
+    ) -> None:
+        """See `parse`."""
+        self._leaves, self._offsets, self._blocks = leaves, offsets, blocks
+        super().__init__(vectors, revoked)
+
+    @classmethod
+    def build(cls, passages: Sequence[Passage], vectors: Vectors) -> bytes:
+        """The file of a shard with these passages, in their order; `vectors[i]` is that of `passages[i]`."""
+        assert 1 <= len(passages) == len(vectors) <= MAX_LEAVES, f"a shard of {len(passages)} passages"
+        texts = [serialized(passage) for passage in passages]
+        leaves = [passage.leaf(vector.tobytes()) for passage, vector in zip(passages, vectors, strict=True)]
+        blocks = [_deflated(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
+        return _primary_file(vectors, leaves, np.zeros(len(leaves), np.bool_), blocks)
+
+    @classmethod
+    def _of_arrays(cls, arrays: Mapping[str, NDArray[np.generic]], leaves: int, dimensions: int) -> Self:
+        blocks = -(-leaves // BLOCK)
+        _require_forms(
+            arrays,
+            {
+                "vectors": ((leaves, dimensions), np.int8),
+                "leaves": ((leaves, HASH_BYTES), np.uint8),
+                "revoked": ((leaves,), np.uint8),
+                "offsets": ((blocks + 1,), np.int64),
+                "blocks": ((_count(arrays, "blocks"),), np.uint8),
+            },
+        )
+        offsets, revoked = arrays["offsets"].view(np.int64), arrays["revoked"].view(np.uint8)
+        # by comparison: differences of a stranger's numbers may overflow
+        if (
+            offsets[0] != 0
+            or offsets[-1] != arrays["blocks"].size
+            or (offsets[1:] <= offsets[:-1]).any()
+            or (revoked > 1).any()
+        ):
+            raise WireError("a shard whose blocks are not where they should be")
+        return cls(arrays["vectors"], arrays["leaves"], revoked.view(np.bool_), offsets, arrays["blocks"])
+
+    def on_disk(self, file: PlainFile, data: bytes) -> Self:
+        arrays = arrays_in(file, data)
+        here = self._on_disk(arrays)
+        here._leaves, here._blocks, here._offsets = arrays["leaves"], arrays["blocks"], self._offsets.copy()
+        return here
+
+    def check(self, revoked: Revoked) -> None:
+        gone = revoked.get(self.root, ())
+        for block in range(len(self._offsets) - 1):
+            vectors, leaves = self._vectors[_block_rows(block)], self._leaves_in(block)
+            for number, (data, leaf) in enumerate(zip(self._inflated(block), leaves, strict=True)):
+                position, vector = block * BLOCK + number, vectors[number].tobytes()
+                if self._revoked[position]:
+                    if data or any(vector) or position not in gone:
+                        raise WireError("a shard without a passage that was not revoked")
+                elif _parsed(data).leaf(vector) != leaf:
+                    raise WireError("a shard with another passage than its leaf says")
+
+    def text_at(self, position: int) -> Place:
+        return Place(self.root, position)
+
     def passages(self) -> Iterator[Passage | None]:
         """All, in order; None for those that were revoked. Raises WireError if a text can't be read."""
-        for start in range(0, len(self), BLOCK):
-            for proven in self.read(range(start, min(start + BLOCK, len(self)))):
-                yield proven.passage
-
-    def without(self, revoked: AbstractSet[bytes]) -> bytes | None:
-        """The file without the texts and vectors of these leaves. None: it is so already.
-
-        Raises WireError if a text can't be read.
-        """
-        gone = np.array([self.leaf(position) in revoked for position in range(len(self))])
-        if not (gone & ~self._revoked).any():
-            return None
-        vectors, blocks = self._vectors.copy(), []
-        vectors[gone] = 0
         for block in range(len(self._offsets) - 1):
-            inside = gone[block * BLOCK : (block + 1) * BLOCK]
+            rows = _block_rows(block)
+            for passage, _ in self._contents(block, range(rows.start, min(rows.stop, len(self)))):
+                yield passage
+
+    def _named(self, revoked: Revoked) -> NDArray[np.bool_]:
+        named = np.zeros(len(self), np.bool_)
+        named[list(revoked.get(self.root, ()))] = True
+        return named
+
+    def _file(self, vectors: Vectors, revoked: NDArray[np.bool_]) -> bytes:
+        blocks = []
+        for block in range(len(self._offsets) - 1):
+            inside = revoked[_block_rows(block)]
             if inside.any():
                 texts = [
                     b"" if is_gone else data
@@ -204,16 +323,23 @@ class Shard:
                 blocks.append(_deflated(texts))
             else:
                 blocks.append(self._block(block))
-        leaves = [self.leaf(position) for position in range(len(self))]
-        return _file(vectors, leaves, gone | self._revoked, blocks)
+        leaves = [leaf.tobytes() for leaf in self._leaves[:]]
+        return _primary_file(vectors, leaves, revoked, blocks)
 
-    def _tree(self, block: int) -> MerkleTree:
-        """Over the leaves of one block."""
-        hashes = self._leaves[block * BLOCK : (block + 1) * BLOCK].tobytes()
-        return MerkleTree([hashes[i : i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)])
+    def _leaves_in(self, block: int) -> list[bytes]:
+        return [leaf.tobytes() for leaf in self._leaves[_block_rows(block)]]
+
+    def _contents(self, block: int, inside: Sequence[int]) -> list[tuple[Passage | None, bytes]]:
+        texts = self._inflated(block)
+        return [
+            (None, self.leaf(position))
+            if self._revoked[position]
+            else (_parsed(texts[position % BLOCK]), b"")
+            for position in inside
+        ]
 
     def _block(self, block: int) -> bytes:
-        data: bytes = self._blocks[self._offsets[block] : self._offsets[block + 1]].tobytes()
+        data: bytes = self._blocks[int(self._offsets[block]) : int(self._offsets[block + 1])].tobytes()
         return data
 
     def _inflated(self, block: int) -> list[bytes]:
@@ -236,18 +362,150 @@ class Shard:
         return passages
 
 
+class SecondaryShard(Shard):
+    """Vectors of passages whose texts lie in other cells."""
+
+    def __init__(
+        self,
+        vectors: Rows,
+        revoked: NDArray[np.bool_],
+        hashes: NDArray[np.uint8],
+        roots: NDArray[np.uint8],
+        references: NDArray[np.uint16],
+    ) -> None:
+        """See `parse`."""
+        self._hashes, self._references = hashes, references
+        self._roots = [root.tobytes() for root in roots]
+        self._ends = np.cumsum(revoked, dtype=np.int32) if len(hashes) else None
+        """Of each vector, how many up to it were revoked."""
+        super().__init__(vectors, revoked)
+
+    @classmethod
+    def build(cls, texts: Sequence[Place], vectors: Vectors) -> bytes:
+        """The file of a shard with these vectors, in their order. `texts`: where the text of each lies."""
+        assert 1 <= len(texts) == len(vectors) <= MAX_LEAVES, f"a shard of {len(texts)} vectors"
+        number_of: dict[bytes, int] = {}
+        references = [(number_of.setdefault(text.root, len(number_of)), text.position) for text in texts]
+        return _secondary_file(
+            vectors,
+            np.zeros(len(texts), np.bool_),
+            [],
+            list(number_of),
+            np.array(references, np.uint16),
+        )
+
+    @classmethod
+    def _of_arrays(cls, arrays: Mapping[str, NDArray[np.generic]], leaves: int, dimensions: int) -> Self:
+        _require_forms(
+            arrays,
+            {
+                "vectors": ((leaves, dimensions), np.int8),
+                "revoked": ((leaves,), np.uint8),
+                "hashes": ((_count(arrays, "hashes"), HASH_BYTES), np.uint8),
+                "roots": ((_count(arrays, "roots"), HASH_BYTES), np.uint8),
+                "references": ((leaves, 4), np.uint8),
+            },
+        )
+        revoked, roots = arrays["revoked"].view(np.uint8), arrays["roots"].view(np.uint8)
+        references = arrays["references"].view("<u2").astype(np.uint16)
+        if (
+            (revoked > 1).any()
+            or revoked.sum() != len(arrays["hashes"])
+            or not 1 <= len(roots) <= leaves
+            or references[:, 0].max() >= len(roots)
+        ):
+            raise WireError("a secondary shard whose texts are not where they should be")
+        hashes = arrays["hashes"].view(np.uint8)
+        return cls(arrays["vectors"], revoked.view(np.bool_), hashes, roots, references)
+
+    def on_disk(self, file: PlainFile, data: bytes) -> Self:
+        here = self._on_disk(arrays_in(file, data))
+        here._hashes = self._hashes.copy()
+        return here
+
+    def check(self, revoked: Revoked) -> None:
+        vectors = self._vectors[:]
+        for position in np.flatnonzero(self._revoked):
+            text = self.text_at(int(position))
+            if vectors[position].any() or text.position not in revoked.get(text.root, ()):
+                raise WireError("a shard without a passage that was not revoked")
+
+    def text_at(self, position: int) -> Place:
+        number, there = self._references[position].tolist()
+        return Place(self._roots[number], there)
+
+    def _named(self, revoked: Revoked) -> NDArray[np.bool_]:
+        named = np.zeros(len(self), np.bool_)
+        for number, root in enumerate(self._roots):
+            if positions := revoked.get(root):
+                numbers, there = self._references.T
+                named |= (numbers == number) & np.isin(there, list(positions))
+        return named
+
+    def _file(self, vectors: Vectors, revoked: NDArray[np.bool_]) -> bytes:
+        before = self._vectors[:]
+        hashes = [
+            self._vector_hash(position, before[position]) for position in np.flatnonzero(revoked).tolist()
+        ]
+        return _secondary_file(vectors, revoked, hashes, self._roots, self._references)
+
+    def _leaves_in(self, block: int) -> list[bytes]:
+        rows = _block_rows(block)
+        references = self._references[rows].tolist()
+        return [
+            reference_leaf(Place(self._roots[number], there), self._vector_hash(position, vector))
+            for position, ((number, there), vector) in enumerate(
+                zip(references, self._vectors[rows], strict=True), rows.start
+            )
+        ]
+
+    def _contents(self, block: int, inside: Sequence[int]) -> list[tuple[Passage | None, bytes]]:
+        return [
+            (None, self._revoked_hash(position) if self._revoked[position] else b"") for position in inside
+        ]
+
+    def _vector_hash(self, position: int, vector: Vectors) -> bytes:
+        return (
+            self._revoked_hash(position)
+            if self._revoked[position]
+            else hashlib.sha256(vector.tobytes()).digest()
+        )
+
+    def _revoked_hash(self, position: int) -> bytes:
+        assert self._ends is not None, "none was revoked"
+        hashed: bytes = self._hashes[int(self._ends[position]) - 1].tobytes()
+        return hashed
+
+
 def most_bytes(info: ShardInfo) -> int:
-    """Of a shard's file: texts may be compressed a little less well where some were revoked."""
-    return info.size + info.size // 8
+    """Of a shard's file after some was revoked: texts may be compressed a little less well, or hashes are kept."""
+    return info.size + (HASH_BYTES * info.leaves + 64 if info.is_secondary else info.size // 8)
 
 
-def _file(
+def _block_rows(block: int) -> slice:
+    return slice(block * BLOCK, (block + 1) * BLOCK)
+
+
+def _count(arrays: Mapping[str, NDArray[np.generic]], name: str) -> int:
+    """Rows of an array that may be there."""
+    array = arrays.get(name)
+    return len(array) if array is not None and array.ndim else 0
+
+
+def _require_forms(
+    arrays: Mapping[str, NDArray[np.generic]], forms: Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
+) -> None:
+    if {name: (array.shape, array.dtype.type) for name, array in arrays.items()} != forms:
+        raise WireError("not the file of such a shard")
+
+
+def _primary_file(
     vectors: Vectors, leaves: Sequence[bytes], revoked: NDArray[np.bool_], blocks: Sequence[bytes]
 ) -> bytes:
     return encode_arrays(
         {
             "vectors": vectors,
-            "leaves": np.frombuffer(b"".join(leaves), np.uint8).reshape(-1, HASH_BYTES),
+            "leaves": _joined(leaves),
             "revoked": revoked.view(np.uint8),
             "offsets": np.cumsum([0, *map(len, blocks)], dtype=np.int64),
             "blocks": np.frombuffer(b"".join(blocks), np.uint8),
@@ -255,11 +513,34 @@ def _file(
     )
 
 
+def _secondary_file(
+    vectors: Vectors,
+    revoked: NDArray[np.bool_],
+    hashes: Sequence[bytes],
+    roots: Sequence[bytes],
+    references: NDArray[np.uint16],
+) -> bytes:
+    return encode_arrays(
+        {
+            "vectors": vectors,
+            "revoked": revoked.view(np.uint8),
+            "hashes": _joined(hashes),
+            "roots": _joined(roots),
+            "references": references.astype("<u2").view(np.uint8),
+        }
+    )
+
+
+def _joined(hashes: Sequence[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
+
+
 def _deflated(passages: Sequence[bytes]) -> bytes:
     return zlib.compress(b"".join(len(data).to_bytes(_LENGTH_BYTES, "little") + data for data in passages), 9)
 
 
-def _serialized(passage: Passage) -> bytes:
+def serialized(passage: Passage) -> bytes:
+    """As it is stored, before it is compressed."""
     data: bytes = passage.message().SerializeToString(deterministic=True)
     assert data, "a passage without anything in it"
     return data

@@ -6,7 +6,6 @@ shards, by the root of each. What is read from it is verified: the owner may hav
 
 import hashlib
 import logging
-import mmap
 import os
 import shutil
 import stat
@@ -15,19 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
-
-from dht.memory import MAX_MANIFEST_BYTES, MemoryManifest, Part, ShardInfo
+from dht.memory import MAX_MANIFEST_BYTES, MemoryManifest, Part, ShardInfo, by_root
 from expert_server.memory.shard import Shard, most_bytes
 from peer.errors import WireError
-from peer.files import open_plainly, sync_folder, write_atomically
+from peer.files import PlainFile, sync_folder, write_atomically
 from peer.rpc.parts import has_sha256
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, PARTS, SHARDS = "manifest", "parts", "shards"
-_WRONG = ".wrong"
-"""Ends the name of a file that was not what its name says."""
 
 
 class MemoryStore:
@@ -48,8 +43,7 @@ class MemoryStore:
     @classmethod
     def open(cls, folder: Path) -> "MemoryStore":
         """Reads the manifest alone. Raises WireError, and OSError if there is none."""
-        with os.fdopen(open_plainly(folder / MANIFEST, os.O_RDONLY), "rb") as file:
-            return cls(folder, file.read(MAX_MANIFEST_BYTES + 1))
+        return cls(folder, PlainFile(folder / MANIFEST)[: MAX_MANIFEST_BYTES + 1])
 
     @classmethod
     def create(cls, folder: Path, manifest: bytes) -> "MemoryStore":
@@ -84,23 +78,17 @@ class MemoryStore:
     def load(self, root: bytes) -> None:
         """Serves a shard that is on disk, without what was revoked.
 
-        Raises WireError if it is not that shard, and then puts the file aside. Raises OSError.
+        Raises WireError if it is not that shard, and OSError. Then it is not served.
         """
         info = self.manifest.by_root[root]
         path = self._shard_path(root)
-        try:
+        self.stop_serving(root)
+        shard, size = _opened(path, info, self.manifest.dimensions)
+        data = shard.without(self.manifest.revoked_in)
+        if data is not None:
+            write_atomically(path, data)
             shard, size = _opened(path, info, self.manifest.dimensions)
-            data = shard.without(self.manifest.revoked)
-            if data is not None:
-                write_atomically(path, data)
-                shard, size = _opened(path, info, self.manifest.dimensions)
-            shard.check(self.manifest.revoked)
-        except WireError:
-            self._stop_serving(root)
-            for older in path.parent.glob(f"*{_WRONG}"):
-                older.unlink()  # they count for nothing, so one is enough
-            os.replace(path, path.with_name(path.name + _WRONG))
-            raise
+        shard.check(self.manifest.revoked_in)
         self._shards[root], self._sizes[root] = shard, size
 
     def verified(self, root: bytes, data: bytes) -> bytes:
@@ -109,8 +97,8 @@ class MemoryStore:
         if info is None:
             raise WireError("no shard of this revision of the memory")
         shard = Shard.parse(data, info, self.manifest.dimensions)
-        shard.check(self.manifest.revoked)
-        kept = shard.without(self.manifest.revoked) or data
+        shard.check(self.manifest.revoked_in)
+        kept = shard.without(self.manifest.revoked_in) or data
         if len(kept) > most_bytes(info):
             raise WireError(
                 f"a shard of {len(kept)} bytes without what was revoked; at most {most_bytes(info)}"
@@ -121,16 +109,19 @@ class MemoryStore:
         """Keeps and serves a shard that was verified. Raises OSError, and then keeps nothing."""
         path = self._shard_path(root)
         write_atomically(path, data)
-        with suppress(OSError):
-            path.with_name(path.name + _WRONG).unlink()
         try:
             self.load(root)
         except WireError as error:  # what was written is not what is read
             raise OSError(f"the disk changed {path}: {error}") from error
 
+    def stop_serving(self, root: bytes) -> None:
+        """Its file stays, and is not counted."""
+        for kept in (self._shards, self._sizes, self._hashes):
+            kept.pop(root, None)
+
     def drop(self, root: bytes) -> None:
         """Stops serving a shard, and removes its file."""
-        self._stop_serving(root)
+        self.stop_serving(root)
         with suppress(FileNotFoundError):
             self._shard_path(root).unlink()
 
@@ -168,21 +159,21 @@ class MemoryStore:
         self._set_manifest(manifest)
         for root in old.by_root.keys() - new.by_root.keys():
             self.drop(root)
-        gone, failure = new.revoked - old.revoked, None
+        gone, failure = by_root(new.revoked - old.revoked), None
         for root, shard in list(self._shards.items()):
             try:
-                if shard.without(gone) is not None:
+                if shard.has_any(gone):
                     self.load(root)
             except WireError as error:
-                self._stop_serving(root)
+                self.drop(root)
                 logger.warning("a shard of memory %s is no longer served: %s", new.name, error)
             except OSError as error:
-                self._stop_serving(root)
+                self.stop_serving(root)
                 failure = error
         if failure is not None:
             raise failure
 
-    def file(self, name: bytes) -> tuple[mmap.mmap, bytes]:
+    def file(self, name: bytes) -> tuple[PlainFile, bytes]:
         """What others fetch by that name, and its SHA-256. Raises FileNotFoundError if it is not served here."""
         if name in self._shards:
             path = self._shard_path(name)
@@ -192,17 +183,14 @@ class MemoryStore:
             path = self._part_path(name)
         else:
             raise FileNotFoundError(name.hex())
-        with os.fdopen(open_plainly(path, os.O_RDONLY), "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            about = os.fstat(file.fileno())
+        file = PlainFile(path)
         if path.parent.name != SHARDS:
-            return data, name
-        which = about.st_ino, about.st_mtime_ns, about.st_size
+            return file, name
         known, sha256 = self._hashes.get(name, (None, b""))
-        if known != which:  # it is another file since something in it was revoked
-            sha256 = hashlib.sha256(data).digest()
-            self._hashes[name] = which, sha256
-        return data, sha256
+        if known != file.identity:  # it is another file since something in it was revoked
+            sha256 = hashlib.sha256(file[:]).digest()
+            self._hashes[name] = file.identity, sha256
+        return file, sha256
 
     def remove(self) -> None:
         """The whole folder. Raises OSError."""
@@ -214,10 +202,6 @@ class MemoryStore:
         self.manifest = MemoryManifest.parse(data)
         self.part = Part(hashlib.sha256(data).digest(), len(data))
         """Of the manifest itself."""
-
-    def _stop_serving(self, root: bytes) -> None:
-        for kept in (self._shards, self._sizes, self._hashes):
-            kept.pop(root, None)
 
     def _has_part(self, part: Part) -> bool:
         try:
@@ -239,16 +223,12 @@ def parts_bytes(manifest: MemoryManifest) -> int:
 
 
 def _opened(path: Path, info: ShardInfo, dimensions: int) -> tuple[Shard, int]:
-    """The shard in a file, mapped into memory, and its size. Raises WireError and OSError."""
+    """The shard in a file, and its size. Raises WireError and OSError."""
     about = path.lstat()
-    if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(about.st_mode):
         raise WireError("a shard that is no file")
-    size = about.st_size
-    if not 0 < size <= most_bytes(info):
-        raise WireError(f"a shard of {size} bytes; at most {most_bytes(info)}")
-    try:
-        # unlike mmap.mmap, it keeps no descriptor: a node may have thousands of shards
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise OSError(f"can't read {path}: {error}") from error
-    return Shard.parse(data.numpy().data, info, dimensions), size
+    if not 0 < about.st_size <= most_bytes(info):
+        raise WireError(f"a shard of {about.st_size} bytes; at most {most_bytes(info)}")
+    file = PlainFile(path)
+    data = file[: most_bytes(info)]
+    return Shard.parse(data, info, dimensions).on_disk(file, data), file.size

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from mmap import mmap
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -55,6 +54,14 @@ _PASSING = {
 }
 """Statuses of a download that is worth another attempt."""
 M = TypeVar("M")
+
+
+class Bytes(Protocol):
+    """What is sent in parts. A file may raise OSError."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 class CachedSnapshot(Protocol):
@@ -331,7 +338,7 @@ async def receive(
 
 
 async def outgoing(
-    header: state_pb2.StateHeader, data: bytes | mmap, offset: int, up: RateLimit
+    header: state_pb2.StateHeader, data: Bytes, offset: int, up: RateLimit
 ) -> AsyncIterator[state_pb2.FetchReply]:
     """The replies that send a snapshot from an offset on, no faster than `up`. Raises WireError beyond its end."""
     if offset > len(data):
@@ -342,7 +349,7 @@ async def outgoing(
         yield state_pb2.FetchReply(chunk=chunk)
 
 
-def chunked(data: bytes | mmap, offset: int = 0) -> Iterator[bytes]:
+def chunked(data: Bytes, offset: int = 0) -> Iterator[bytes]:
     for start in range(offset, len(data), CHUNK_BYTES):
         yield data[start : start + CHUNK_BYTES]
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from peer.wire import state_pb2 as peer_dot_wire_dot_state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16peer/wire/memory.proto\x12\ntalkoot.v1\x1a\x15peer/wire/state.proto\"\x91\x01\n\rSearchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\t\n\x01k\x18\x04 \x01(\r\x12\x0f\n\x07vectors\x18\x05 \x01(\x0c\x12(\n\x06shards\x18\x06 \x03(\x0b\x32\x18.talkoot.v1.ShardQueries\"-\n\x0cShardQueries\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0f\n\x07queries\x18\x02 \x03(\r\"@\n\x0bSearchReply\x12 \n\x05\x66ound\x18\x01 \x03(\x0b\x32\x11.talkoot.v1.Found\x12\x0f\n\x07missing\x18\x02 \x03(\r\"J\n\x05\x46ound\x12\x0e\n\x06shards\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x0e\n\x06scores\x18\x03 \x03(\x11\x12\x0e\n\x06leaves\x18\x04 \x01(\x0c\"u\n\x0bReadRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12*\n\x06shards\x18\x04 \x03(\x0b\x32\x1a.talkoot.v1.ShardPositions\"1\n\x0eShardPositions\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x11\n\tpositions\x18\x02 \x03(\r\"8\n\tReadReply\x12+\n\x08passages\x18\x01 \x03(\x0b\x32\x19.talkoot.v1.ProvenPassage\"\x82\x01\n\rProvenPassage\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12$\n\x07passage\x18\x03 \x01(\x0b\x32\x13.talkoot.v1.Passage\x12\x0e\n\x06vector\x18\x04 \x01(\x0c\x12\x0c\n\x04path\x18\x05 \x01(\x0c\x12\x0c\n\x04leaf\x18\x06 \x01(\x0c\"W\n\x07Passage\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0f\n\x07license\x18\x05 \x01(\t\"|\n\x10\x46\x65tchPartRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\"\xc6\x02\n\x0eMemoryManifest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\r\x12\r\n\x05\x61\x62out\x18\x04 \x01(\t\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12\x14\n\x0c\x65ncoder_kind\x18\x06 \x01(\t\x12\x16\n\x0e\x65ncoder_sha256\x18\x07 \x01(\x0c\x12\x15\n\rencoder_bytes\x18\x08 \x01(\x04\x12\x12\n\ndimensions\x18\t \x01(\r\x12\x17\n\x0f\x63odebook_sha256\x18\n \x01(\x0c\x12\x16\n\x0e\x63odebook_bytes\x18\x0b \x01(\x04\x12\x0c\n\x04grid\x18\x0c \x03(\r\x12\x10\n\x08licenses\x18\r \x03(\t\x12&\n\x06shards\x18\x0e \x03(\x0b\x32\x16.talkoot.v1.ShardEntry\x12\x0f\n\x07revoked\x18\x0f \x03(\x0c\"F\n\nShardEntry\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\r\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12\x0e\n\x06leaves\x18\x03 \x01(\r\x12\x0c\n\x04size\x18\x04 \x01(\x04\x32\xca\x01\n\rMemoryService\x12<\n\x06Search\x12\x19.talkoot.v1.SearchRequest\x1a\x17.talkoot.v1.SearchReply\x12\x36\n\x04Read\x12\x17.talkoot.v1.ReadRequest\x1a\x15.talkoot.v1.ReadReply\x12\x43\n\tFetchPart\x12\x1c.talkoot.v1.FetchPartRequest\x1a\x16.talkoot.v1.FetchReply0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16peer/wire/memory.proto\x12\ntalkoot.v1\x1a\x15peer/wire/state.proto\"\x91\x01\n\rSearchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\t\n\x01k\x18\x04 \x01(\r\x12\x0f\n\x07vectors\x18\x05 \x01(\x0c\x12(\n\x06shards\x18\x06 \x03(\x0b\x32\x18.talkoot.v1.ShardQueries\"-\n\x0cShardQueries\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0f\n\x07queries\x18\x02 \x03(\r\"T\n\x0bSearchReply\x12 \n\x05\x66ound\x18\x01 \x03(\x0b\x32\x11.talkoot.v1.Found\x12\x0f\n\x07missing\x18\x02 \x03(\r\x12\x12\n\ntext_roots\x18\x03 \x03(\x0c\"a\n\x05\x46ound\x12\x0e\n\x06shards\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x0e\n\x06scores\x18\x03 \x03(\x11\x12\r\n\x05texts\x18\x04 \x03(\r\x12\x16\n\x0etext_positions\x18\x05 \x03(\r\"u\n\x0bReadRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12*\n\x06shards\x18\x04 \x03(\x0b\x32\x1a.talkoot.v1.ShardPositions\"1\n\x0eShardPositions\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x11\n\tpositions\x18\x02 \x03(\r\"8\n\tReadReply\x12+\n\x08passages\x18\x01 \x03(\x0b\x32\x19.talkoot.v1.ProvenPassage\"\xac\x01\n\rProvenPassage\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12$\n\x07passage\x18\x03 \x01(\x0b\x32\x13.talkoot.v1.Passage\x12\x0e\n\x06vector\x18\x04 \x01(\x0c\x12\x0c\n\x04path\x18\x05 \x01(\x0c\x12\x0c\n\x04hash\x18\x06 \x01(\x0c\x12\x11\n\ttext_root\x18\x07 \x01(\x0c\x12\x15\n\rtext_position\x18\x08 \x01(\r\"W\n\x07Passage\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0f\n\x07license\x18\x05 \x01(\t\"|\n\x10\x46\x65tchPartRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\"\xe3\x02\n\x0eMemoryManifest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\r\x12\r\n\x05\x61\x62out\x18\x04 \x01(\t\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12\x14\n\x0c\x65ncoder_kind\x18\x06 \x01(\t\x12\x16\n\x0e\x65ncoder_sha256\x18\x07 \x01(\x0c\x12\x15\n\rencoder_bytes\x18\x08 \x01(\x04\x12\x12\n\ndimensions\x18\t \x01(\r\x12\x17\n\x0f\x63odebook_sha256\x18\n \x01(\x0c\x12\x16\n\x0e\x63odebook_bytes\x18\x0b \x01(\x04\x12\x0c\n\x04grid\x18\x0c \x03(\r\x12\x10\n\x08licenses\x18\r \x03(\t\x12&\n\x06shards\x18\x0e \x03(\x0b\x32\x16.talkoot.v1.ShardEntry\x12,\n\x07revoked\x18\x0f \x03(\x0b\x32\x1b.talkoot.v1.RevokedPassages\"3\n\x0fRevokedPassages\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\"Y\n\nShardEntry\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\r\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12\x0e\n\x06leaves\x18\x03 \x01(\r\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x11\n\tsecondary\x18\x05 \x01(\x08\x32\xca\x01\n\rMemoryService\x12<\n\x06Search\x12\x19.talkoot.v1.SearchRequest\x1a\x17.talkoot.v1.SearchReply\x12\x36\n\x04Read\x12\x17.talkoot.v1.ReadRequest\x1a\x15.talkoot.v1.ReadReply\x12\x43\n\tFetchPart\x12\x1c.talkoot.v1.FetchPartRequest\x1a\x16.talkoot.v1.FetchReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,25 +37,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHARDQUERIES']._serialized_start=209
   _globals['_SHARDQUERIES']._serialized_end=254
   _globals['_SEARCHREPLY']._serialized_start=256
-  _globals['_SEARCHREPLY']._serialized_end=320
-  _globals['_FOUND']._serialized_start=322
-  _globals['_FOUND']._serialized_end=396
-  _globals['_READREQUEST']._serialized_start=398
-  _globals['_READREQUEST']._serialized_end=515
-  _globals['_SHARDPOSITIONS']._serialized_start=517
-  _globals['_SHARDPOSITIONS']._serialized_end=566
-  _globals['_READREPLY']._serialized_start=568
-  _globals['_READREPLY']._serialized_end=624
-  _globals['_PROVENPASSAGE']._serialized_start=627
-  _globals['_PROVENPASSAGE']._serialized_end=757
-  _globals['_PASSAGE']._serialized_start=759
-  _globals['_PASSAGE']._serialized_end=846
-  _globals['_FETCHPARTREQUEST']._serialized_start=848
-  _globals['_FETCHPARTREQUEST']._serialized_end=972
-  _globals['_MEMORYMANIFEST']._serialized_start=975
-  _globals['_MEMORYMANIFEST']._serialized_end=1301
-  _globals['_SHARDENTRY']._serialized_start=1303
-  _globals['_SHARDENTRY']._serialized_end=1373
-  _globals['_MEMORYSERVICE']._serialized_start=1376
-  _globals['_MEMORYSERVICE']._serialized_end=1578
+  _globals['_SEARCHREPLY']._serialized_end=340
+  _globals['_FOUND']._serialized_start=342
+  _globals['_FOUND']._serialized_end=439
+  _globals['_READREQUEST']._serialized_start=441
+  _globals['_READREQUEST']._serialized_end=558
+  _globals['_SHARDPOSITIONS']._serialized_start=560
+  _globals['_SHARDPOSITIONS']._serialized_end=609
+  _globals['_READREPLY']._serialized_start=611
+  _globals['_READREPLY']._serialized_end=667
+  _globals['_PROVENPASSAGE']._serialized_start=670
+  _globals['_PROVENPASSAGE']._serialized_end=842
+  _globals['_PASSAGE']._serialized_start=844
+  _globals['_PASSAGE']._serialized_end=931
+  _globals['_FETCHPARTREQUEST']._serialized_start=933
+  _globals['_FETCHPARTREQUEST']._serialized_end=1057
+  _globals['_MEMORYMANIFEST']._serialized_start=1060
+  _globals['_MEMORYMANIFEST']._serialized_end=1415
+  _globals['_REVOKEDPASSAGES']._serialized_start=1417
+  _globals['_REVOKEDPASSAGES']._serialized_end=1468
+  _globals['_SHARDENTRY']._serialized_start=1470
+  _globals['_SHARDENTRY']._serialized_end=1559
+  _globals['_MEMORYSERVICE']._serialized_start=1562
+  _globals['_MEMORYSERVICE']._serialized_end=1764
 # @@protoc_insertion_point(module_scope)

@@ -32,24 +32,28 @@ class ShardQueries(_message.Message):
     def __init__(self, root: _Optional[bytes] = ..., queries: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SearchReply(_message.Message):
-    __slots__ = ("found", "missing")
+    __slots__ = ("found", "missing", "text_roots")
     FOUND_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    TEXT_ROOTS_FIELD_NUMBER: _ClassVar[int]
     found: _containers.RepeatedCompositeFieldContainer[Found]
     missing: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, found: _Optional[_Iterable[_Union[Found, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ...) -> None: ...
+    text_roots: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, found: _Optional[_Iterable[_Union[Found, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ..., text_roots: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Found(_message.Message):
-    __slots__ = ("shards", "positions", "scores", "leaves")
+    __slots__ = ("shards", "positions", "scores", "texts", "text_positions")
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
-    LEAVES_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     shards: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
     scores: _containers.RepeatedScalarFieldContainer[int]
-    leaves: bytes
-    def __init__(self, shards: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[int]] = ..., leaves: _Optional[bytes] = ...) -> None: ...
+    texts: _containers.RepeatedScalarFieldContainer[int]
+    text_positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, shards: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[int]] = ..., text_positions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
     __slots__ = ("protocol_version", "swarm_id", "memory", "shards")
@@ -78,20 +82,24 @@ class ReadReply(_message.Message):
     def __init__(self, passages: _Optional[_Iterable[_Union[ProvenPassage, _Mapping]]] = ...) -> None: ...
 
 class ProvenPassage(_message.Message):
-    __slots__ = ("shard", "position", "passage", "vector", "path", "leaf")
+    __slots__ = ("shard", "position", "passage", "vector", "path", "hash", "text_root", "text_position")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
-    LEAF_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    TEXT_ROOT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_POSITION_FIELD_NUMBER: _ClassVar[int]
     shard: int
     position: int
     passage: Passage
     vector: bytes
     path: bytes
-    leaf: bytes
-    def __init__(self, shard: _Optional[int] = ..., position: _Optional[int] = ..., passage: _Optional[_Union[Passage, _Mapping]] = ..., vector: _Optional[bytes] = ..., path: _Optional[bytes] = ..., leaf: _Optional[bytes] = ...) -> None: ...
+    hash: bytes
+    text_root: bytes
+    text_position: int
+    def __init__(self, shard: _Optional[int] = ..., position: _Optional[int] = ..., passage: _Optional[_Union[Passage, _Mapping]] = ..., vector: _Optional[bytes] = ..., path: _Optional[bytes] = ..., hash: _Optional[bytes] = ..., text_root: _Optional[bytes] = ..., text_position: _Optional[int] = ...) -> None: ...
 
 class Passage(_message.Message):
     __slots__ = ("text", "title", "source", "offset", "license")
@@ -154,17 +162,27 @@ class MemoryManifest(_message.Message):
     grid: _containers.RepeatedScalarFieldContainer[int]
     licenses: _containers.RepeatedScalarFieldContainer[str]
     shards: _containers.RepeatedCompositeFieldContainer[ShardEntry]
-    revoked: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., revision: _Optional[int] = ..., about: _Optional[str] = ..., created_at: _Optional[float] = ..., encoder_kind: _Optional[str] = ..., encoder_sha256: _Optional[bytes] = ..., encoder_bytes: _Optional[int] = ..., dimensions: _Optional[int] = ..., codebook_sha256: _Optional[bytes] = ..., codebook_bytes: _Optional[int] = ..., grid: _Optional[_Iterable[int]] = ..., licenses: _Optional[_Iterable[str]] = ..., shards: _Optional[_Iterable[_Union[ShardEntry, _Mapping]]] = ..., revoked: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    revoked: _containers.RepeatedCompositeFieldContainer[RevokedPassages]
+    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., revision: _Optional[int] = ..., about: _Optional[str] = ..., created_at: _Optional[float] = ..., encoder_kind: _Optional[str] = ..., encoder_sha256: _Optional[bytes] = ..., encoder_bytes: _Optional[int] = ..., dimensions: _Optional[int] = ..., codebook_sha256: _Optional[bytes] = ..., codebook_bytes: _Optional[int] = ..., grid: _Optional[_Iterable[int]] = ..., licenses: _Optional[_Iterable[str]] = ..., shards: _Optional[_Iterable[_Union[ShardEntry, _Mapping]]] = ..., revoked: _Optional[_Iterable[_Union[RevokedPassages, _Mapping]]] = ...) -> None: ...
+
+class RevokedPassages(_message.Message):
+    __slots__ = ("shard", "positions")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, shard: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ShardEntry(_message.Message):
-    __slots__ = ("cell", "root", "leaves", "size")
+    __slots__ = ("cell", "root", "leaves", "size", "secondary")
     CELL_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     LEAVES_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    SECONDARY_FIELD_NUMBER: _ClassVar[int]
     cell: int
     root: bytes
     leaves: int
     size: int
-    def __init__(self, cell: _Optional[int] = ..., root: _Optional[bytes] = ..., leaves: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
+    secondary: bool
+    def __init__(self, cell: _Optional[int] = ..., root: _Optional[bytes] = ..., leaves: _Optional[int] = ..., size: _Optional[int] = ..., secondary: _Optional[bool] = ...) -> None: ...

@@ -65,7 +65,7 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Read(self, request, context):
-        """Gives passages with the proof that they are in their shards. Refused as Search is.
+        """Gives entries of shards with the proof that they are there. Refused as Search is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

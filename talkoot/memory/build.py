@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,27 +16,23 @@ import numpy as np
 
 from dht.memory import (
     MAX_LABEL_CHARACTERS,
-    MAX_LEAVES,
     MAX_LICENSE_CHARACTERS,
     MAX_LICENSES,
-    MAX_SHARD_BYTES,
-    Cell,
     MemoryManifest,
     Part,
     Passage,
     ShardInfo,
-    cell_of,
     check_name,
 )
-from expert_server.memory.shard import Shard
+from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
 from peer.codec import Booleans, Integers
 from peer.errors import DataError, LibraryError, SettingsError, WireError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted, printable
-from peer.merkle import HASH_BYTES
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 from talkoot.memory.passages import PassageFile, read_passages
+from talkoot.memory.shards import write_shards
 from talkoot.memory.training import WordCounter, train_static_encoder
 from talkoot.partial import LOCK, PartialFolder, naming_failures
 from talkoot.terminal import Terminal
@@ -54,9 +49,6 @@ _PASSAGES = ".passages"
 """A file of the folder while it is made."""
 _AT_ONCE = 1024
 """Passages that are encoded together."""
-_BYTES_OF_SHARD = MAX_SHARD_BYTES - 2**16
-_BYTES_OF_PASSAGE = HASH_BYTES + 8
-"""In a shard, besides its text and vector."""
 _MUCH_UNKNOWN = 0.1
 """Part of the words of new text that the base's encoder may not know before its publisher is warned."""
 _SHOWN_EVERY_S, _LOGGED_EVERY_S = 0.2, 5.0
@@ -214,9 +206,15 @@ class _Base:
                 self._store.load(shard.root)
             except (WireError, OSError) as error:
                 raise LibraryError(f"--base {self._store.folder}, shard {number}: {error}") from error
-            for passage in self._store.shards[shard.root].passages():
+            loaded = self._store.shards[shard.root]
+            for passage in loaded.passages() if isinstance(loaded, PrimaryShard) else ():
                 if passage is not None:
                     yield passage.text
+
+    def revoked_leaves(self) -> frozenset[bytes]:
+        """After `texts`."""
+        shards = self._store.shards
+        return frozenset(shards[place.root].leaf(place.position) for place in self.manifest.revoked)
 
     def copy_to(self, folder: Path) -> None:
         """What its manifest names, as links where that is possible: they are never changed in place. Raises OSError."""
@@ -343,55 +341,16 @@ class _Building:
     def _write_shards(
         self, vectors_ND: Vectors, cells_N2: Integers, grid: tuple[int, ...]
     ) -> list[ShardInfo]:
-        known = set(self._base.manifest.by_root) if self._base else set()
-        wanted_N = self._not_revoked(vectors_ND)
-        order = np.argsort(cells_N2, axis=None, kind="stable")
-        bounds = np.searchsorted(cells_N2.ravel()[order], range(math.prod(grid) + 1))
-        numbers = order // cells_N2.shape[1]
-        shards: list[ShardInfo] = []
-        rate, written = _Rate(self._show, "writing shards", len(numbers)), 0
-        for cell, (begin, end) in enumerate(pairwise(bounds)):
-            inside = numbers[begin:end]
-            for chosen in self._parts(inside[wanted_N[inside]], vectors_ND.shape[1]):
-                shards.append(self._write_shard(chosen, vectors_ND, cell_of(cell, grid), known))
-                written += len(chosen)
-                rate.at(written)
-        return shards
+        numbers = np.flatnonzero(self._not_revoked(vectors_ND))
+        rate = _Rate(self._show, "writing shards", cells_N2.shape[1] * len(numbers))
+        return write_shards(self._folder / SHARDS, self._file, vectors_ND, cells_N2, grid, numbers, rate.at)
 
     def _not_revoked(self, vectors_ND: Vectors) -> Booleans:
-        revoked = self._base.manifest.revoked if self._base else frozenset()
+        revoked = self._base.revoked_leaves() if self._base else frozenset()
         if not revoked:
             return np.ones(len(vectors_ND), np.bool_)
         leaves = (self._file[n].leaf(vector.tobytes()) for n, vector in enumerate(vectors_ND))
         return np.array([leaf not in revoked for leaf in leaves])
-
-    def _write_shard(
-        self, chosen: list[int], vectors_ND: Vectors, cell: Cell, known: set[bytes]
-    ) -> ShardInfo:
-        """`known`: the roots of all shards; the new one is added."""
-        # if two cells have the same few passages, their shards must not have the same root
-        for numbers in (chosen, chosen[::-1], [*chosen, chosen[-1]]):
-            data = Shard.build([self._file[n] for n in numbers], vectors_ND[numbers])
-            root = Shard.root_of(data)
-            if root not in known:
-                break
-        known.add(root)
-        write_atomically(self._folder / SHARDS / root.hex(), data)
-        return ShardInfo(cell, root, len(numbers), len(data))
-
-    def _parts(self, numbers: Integers, dimensions: int) -> Iterator[list[int]]:
-        """The passages of one cell, as many at a time as fit into a shard."""
-        part: list[int] = []
-        size = 0
-        for number in numbers.tolist():
-            each = self._file.size(number) + dimensions + _BYTES_OF_PASSAGE
-            if part and (size + each > _BYTES_OF_SHARD or len(part) == MAX_LEAVES - 1):
-                yield part
-                part, size = [], 0
-            part.append(number)
-            size += each
-        if part:
-            yield part
 
 
 def text_of(passage: Passage) -> str:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from dht.memory import Passage
+from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MemoryStore
 from peer.errors import LibraryError, WireError
 from peer.formatting import bytes_in_words, counted, printable
@@ -32,7 +32,7 @@ class Inspection:
     about: str
     created_at: float
     passages: int
-    """In these shards, each once, and without those that were revoked."""
+    """Whose texts are in these shards, without those that were revoked."""
     revoked: int
     licenses: tuple[str, ...]
     grid: tuple[int, ...]
@@ -89,19 +89,20 @@ def run_inspect(terminal: Terminal, folder: Path) -> None:
 def inspect_memory(folder: Path, stage: Callable[[str], None] = lambda text: None) -> Inspection:
     """Reads and verifies all that is there. Raises LibraryError."""
     store = open_memory(folder, stage, whole=False)
-    manifest, shards = store.manifest, list(store.shards.values())
-    samples: dict[Passage, None] = {}
-    for shard in shards[:: -(-len(shards) // _SHOWN) or 1]:
-        (proven,) = shard.read([len(shard) // 2])
-        if proven.passage is not None:
-            samples[proven.passage] = None
+    manifest, shards = store.manifest, store.shards
+    primary = [shard for shard in shards.values() if isinstance(shard, PrimaryShard)]
+    samples = []
+    for shard in primary[:: -(-len(primary) // _SHOWN) or 1]:
+        (entry,) = shard.read([len(shard) // 2])
+        if entry.passage is not None:
+            samples.append(entry.passage)
     return Inspection(
         str(folder),
         manifest.name,
         manifest.revision,
         manifest.about,
         manifest.created_at,
-        count_passages(store),
+        sum(shard.live for shard in primary),
         len(manifest.revoked),
         manifest.licenses,
         manifest.grid,
@@ -141,12 +142,3 @@ def open_memory(
     except WireError as error:
         raise LibraryError(f"{folder} is damaged: {error}; build the memory again") from error
     return store
-
-
-def count_passages(store: MemoryStore) -> int:
-    """Those that were not revoked, each once: most lie in two cells."""
-    leaves = (shard.leaf(position) for shard in store.shards.values() for position in range(len(shard)))
-    # the first 8 bytes of a hash, since all of them would take 32 MB a million
-    hashes = np.fromiter((int.from_bytes(leaf[:8], "little") for leaf in leaves), np.uint64)
-    revoked = np.array([int.from_bytes(leaf[:8], "little") for leaf in store.manifest.revoked], np.uint64)
-    return len(np.setdiff1d(hashes, revoked))

@@ -178,12 +178,15 @@ def _memory_values(
         "encoder": manifest.encoder_kind,
         "dimensions": manifest.dimensions,
         "grid": list(manifest.grid),
-        "revoked": [leaf.hex() for leaf in sorted(manifest.revoked)],
+        "revoked": [
+            {"shard": place.root.hex(), "position": place.position} for place in sorted(manifest.revoked)
+        ],
         "shards": [
             {
                 "cell": list(shard.cell),
                 "root": shard.root.hex(),
                 "passages": shard.leaves,
+                "has_texts": not shard.is_secondary,
                 "bytes": shard.size,
                 "hosts": [host.to_base58() for host in replicas.by_root[shard.root]],
             }

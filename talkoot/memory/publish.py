@@ -30,7 +30,7 @@ from peer.rpc.parts import PartClient
 from peer.rpc.sessions import SessionClient
 from peer.transport.dialling import resolved
 from peer.wire import memory_pb2_grpc, records_pb2, session_pb2
-from talkoot.memory.inspection import count_passages, open_memory
+from talkoot.memory.inspection import open_memory
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication, entry_values, replication
 from talkoot.node.launch import listen_address
@@ -64,12 +64,11 @@ class Publication:
         signer: Identity,
         settings: NodeSettings,
         host: str,
-        passages: int,
     ) -> None:
-        """`signer`: of the list of memories. `host`: where the peer listens. `passages`: each once."""
+        """`signer`: of the list of memories. `host`: where the peer listens."""
         self.swarm = swarm
         self.memories = MemoryRegistry(swarm.registry)
-        self.entry = LibraryEntry.of(store.manifest, store.part, signer.peer_id, passages)
+        self.entry = LibraryEntry.of(store.manifest, store.part, signer.peer_id)
         self.manifest = store.manifest
         self._store = store
         self._signer = signer
@@ -239,21 +238,19 @@ def run_publish(
     ):
         with terminal.stages("reading the memory") as stage:
             store = open_memory(folder, stage if terminal.live else lambda text: None)
-            passages = count_passages(store)
         manifest = store.manifest
         logger.info(
             "%s, revision %d: %s in %s, %s; licences: %s", manifest.name, manifest.revision,
-            counted(passages, "passage", ","), counted(len(manifest.shards), "shard"),
+            counted(manifest.passages, "passage", ","), counted(len(manifest.shards), "shard"),
             bytes_in_words(store.shard_bytes), ", ".join(manifest.licenses) or "none given",
         )  # fmt: skip
-        runner.run(run_until_stopped(_publish(terminal, publisher, store, passages, settings, host)))
+        runner.run(run_until_stopped(_publish(terminal, publisher, store, settings, host)))
 
 
 async def _publish(
     terminal: Terminal,
     publisher: Publisher,
     store: MemoryStore,
-    passages: int,
     settings: NodeSettings,
     host: str,
 ) -> None:
@@ -261,7 +258,7 @@ async def _publish(
         with terminal.stages("making ready") as stage:
             swarm = await publisher.join(settings, host, stage)
             stack.push_async_callback(swarm.stop)
-            publication = Publication(swarm, store, publisher.signer, settings, host, passages)
+            publication = Publication(swarm, store, publisher.signer, settings, host)
             await stack.enter_async_context(publication.published(stage))
         logger.info(
             "%s is listed. Others fetch it from here now: keep this running until it says that it is done",

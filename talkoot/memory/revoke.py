@@ -12,8 +12,9 @@ from typing import Self
 
 from dht.announcements import NodeInfo
 from dht.library import LibraryEntry, MemoryRegistry, with_entry
-from dht.memory import MAX_REVOKED, Passage
+from dht.memory import MAX_REVOKED, Passage, Place
 from dht.swarm import Swarm
+from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MemoryStore
 from expert_server.settings import NodeSettings
 from peer import clock
@@ -23,7 +24,7 @@ from peer.identity import PeerID
 from peer.loop import new_loop, side_by_side
 from peer.merkle import HASH_BYTES
 from peer.rpc.parts import has_sha256
-from talkoot.memory.inspection import count_passages, open_memory
+from talkoot.memory.inspection import open_memory
 from talkoot.memory.publish import Publication, pause_after
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.node.launch import listen_address
@@ -38,6 +39,14 @@ _SHOWN_CHARACTERS = 100
 _SHOW_EVERY_S = 10.0
 _ANSWER_S, _ASKED_AT_ONCE = 120.0, 8
 """Longest that a host may take to give the manifest, and hosts that are asked at the same time."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A passage that is to go."""
+
+    passage: Passage
+    leaf: bytes
 
 
 @dataclass(frozen=True)
@@ -67,14 +76,14 @@ class Selection:
                 )
         return cls(frozenset(leaf.lower() for leaf in leaves), (text or "").strip().casefold())
 
-    def find(self, store: MemoryStore) -> dict[bytes, Passage]:
-        """The selected passages by their leaf hashes. Raises LibraryError if there are none, or too many."""
-        found: dict[bytes, Passage] = {}
+    def find(self, store: MemoryStore) -> dict[Place, Selected]:
+        """Raises LibraryError if there are none, or too many."""
+        found: dict[Place, Selected] = {}
         for shard in store.shards.values():
-            for position, passage in enumerate(shard.passages()):
+            for position, passage in enumerate(shard.passages()) if isinstance(shard, PrimaryShard) else ():
                 if passage is not None and self._has(leaf := shard.leaf(position), passage):
-                    found[leaf] = passage
-        hashes = [leaf.hex() for leaf in found]
+                    found[Place(shard.root, position)] = Selected(passage, leaf)
+        hashes = [selected.leaf.hex() for selected in found.values()]
         for wanted in sorted(self.leaves):
             if not any(each.startswith(wanted) for each in hashes):
                 raise LibraryError(f"{store.folder} has no passage {wanted}, or it was revoked before")
@@ -119,18 +128,24 @@ def run_revoke(
         runner.run(run_until_stopped(_revoke(terminal, publisher, store, found, settings, host)))
 
 
-def _show(terminal: Terminal, store: MemoryStore, found: Mapping[bytes, Passage]) -> None:
+def _show(terminal: Terminal, store: MemoryStore, found: Mapping[Place, Selected]) -> None:
     if terminal.json:
         passages = [
-            {"hash": leaf.hex(), "title": each.title, "source": each.source, "text": each.text}
-            for leaf, each in found.items()
+            {
+                "hash": each.leaf.hex(),
+                "title": each.passage.title,
+                "source": each.passage.source,
+                "text": each.passage.text,
+            }
+            for each in found.values()
         ]
         terminal.event("selected", {"passages": passages})
         return
     terminal.line(f"{counted(len(found), 'passage', ',')} of {store.manifest.name}:")
-    for leaf, each in list(found.items())[:_SHOWN]:
-        about = printable(f"{each.title}, {each.source}", _SHOWN_CHARACTERS)
-        terminal.line(f"  {leaf.hex()[:_FEWEST_DIGITS]}  {about}: {printable(each.text, _SHOWN_CHARACTERS)}")
+    for each in list(found.values())[:_SHOWN]:
+        about = printable(f"{each.passage.title}, {each.passage.source}", _SHOWN_CHARACTERS)
+        text = printable(each.passage.text, _SHOWN_CHARACTERS)
+        terminal.line(f"  {each.leaf.hex()[:_FEWEST_DIGITS]}  {about}: {text}")
     if len(found) > _SHOWN:
         terminal.line(f"  and {len(found) - _SHOWN:,} more")
 
@@ -139,7 +154,7 @@ async def _revoke(
     terminal: Terminal,
     publisher: Publisher,
     store: MemoryStore,
-    found: Mapping[bytes, Passage],
+    found: Mapping[Place, Selected],
     settings: NodeSettings,
     host: str,
 ) -> None:
@@ -148,13 +163,12 @@ async def _revoke(
             swarm = await publisher.join(settings, host, stage)
             stack.push_async_callback(swarm.stop)
             libraries = await MemoryRegistry(swarm.registry).libraries()
-            now = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id, 0)
+            now = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id)
             # nothing is written if it may not follow
             with_entry(libraries.get(publisher.signer.peer_id, ()), now)
             stage("writing the new revision")
             await asyncio.to_thread(_write, store, found)
-            passages = await asyncio.to_thread(count_passages, store)
-            publication = Publication(swarm, store, publisher.signer, settings, host, passages)
+            publication = Publication(swarm, store, publisher.signer, settings, host)
             await stack.enter_async_context(publication.published(stage))
         logger.info(
             "revision %d of %s is published: its hosts delete %s and refuse to serve %s",
@@ -175,7 +189,7 @@ async def _revoke(
             raise
 
 
-def _write(store: MemoryStore, found: Mapping[bytes, Passage]) -> None:
+def _write(store: MemoryStore, found: Mapping[Place, Selected]) -> None:
     """The next revision, into the memory's folder. Raises LibraryError."""
     old = store.manifest
     new = replace(

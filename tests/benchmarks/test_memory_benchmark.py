@@ -11,7 +11,7 @@ from benchmarks.memory import corpora, hops, large, lying, recall, relevance
 from benchmarks.memory.__main__ import PARTS, missing
 from benchmarks.memory.built import BuiltMemory, open_shards, write_memory
 from benchmarks.memory.goals import verdicts
-from dht.memory import MemoryManifest, Passage
+from dht.memory import MemoryManifest, Passage, Place
 from talkoot.memory.clustering import build_codebook, two_cells
 from trainer_client.memory.encoder import StaticEncoder
 
@@ -45,16 +45,18 @@ def questions(memory: BuiltMemory, count: int) -> list[str]:
 
 def test_what_was_written_has_every_passage_in_its_cells(memory: BuiltMemory, folder: Path) -> None:
     manifest = MemoryManifest.parse((folder / "manifest").read_bytes())
-    found: dict[str, set[tuple[int, ...]]] = {}
+    found: dict[Place, list[tuple[int, ...]]] = {}
+    texts: dict[Place, str] = {}
     for info, shard in open_shards(folder, manifest):
-        for passage in shard.passages():
-            assert passage is not None
-            found.setdefault(passage.text, set()).add(info.cell)
+        for entry in shard.read(range(len(shard))):
+            found.setdefault(entry.text, []).append(info.cell)
+            if entry.passage is not None:
+                texts[entry.place] = entry.passage.text
     cells = {
-        passage.text: {divmod(int(cell), 4) for cell in some}
+        passage.text: [divmod(int(cell), 4) for cell in some]
         for passage, some in zip(memory.passages, memory.cells_NT, strict=True)
     }
-    assert found == cells
+    assert {texts[place]: some for place, some in found.items()} == cells
 
 
 def test_recall_is_what_the_asked_cells_have_of_the_ten_best(memory: BuiltMemory) -> None:
@@ -86,7 +88,10 @@ def test_every_lie_is_found_out_and_none_believed(memory: BuiltMemory, folder: P
     assert found["honest"]["recall"] == 1.0
     assert found["honest"]["noticed"] == 0
     assert found["forged text"]["noticed"] == found["malformed answers"]["noticed"] == lying.LIARS
-    assert found["omits the best"]["recall"] < 1.0
+    # what one host leaves out, another one mostly finds in the other cell
+    omitting = lying.measure(memory, folder, questions(memory, 200), ["omits the best"])["omits the best"]
+    assert omitting["recall"] < 1.0
+    assert omitting["noticed"] == lying.LIARS
 
 
 def test_later_searches_take_two_round_trips(memory: BuiltMemory, folder: Path) -> None:

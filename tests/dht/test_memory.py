@@ -13,6 +13,7 @@ from dht.memory import (
     MemoryManifest,
     Part,
     Passage,
+    Place,
     ShardInfo,
     cell_of,
     check_name,
@@ -35,8 +36,8 @@ MANIFEST = MemoryManifest(
     Part(b"c" * 32, 2000),
     (16, 16),
     ("MIT", "PSF-2.0"),
-    (ShardInfo((0, 0), b"r" * 32, 12, 3000), ShardInfo((15, 3), b"s" * 32, 1, 90)),
-    frozenset({b"x" * 32, b"a" * 32}),
+    (ShardInfo((0, 0), b"r" * 32, 12, 3000), ShardInfo((15, 3), b"s" * 32, 1, 90, is_secondary=True)),
+    frozenset({Place(b"r" * 32, 11), Place(b"r" * 32, 2)}),
 )
 
 texts = st.text(max_size=40)
@@ -77,6 +78,8 @@ def test_a_long_passage_is_refused() -> None:
 def test_a_manifest_comes_back_as_it_was() -> None:
     assert MemoryManifest.parse(MANIFEST.serialize()) == MANIFEST
     assert MANIFEST.by_cell[15, 3] == (MANIFEST.shards[1],)
+    assert MANIFEST.passages == 12 - 2
+    assert MANIFEST.revoked_in == {b"r" * 32: {2, 11}}
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
@@ -115,7 +118,10 @@ def _changed(**fields: object) -> bytes:
         {"codebook_bytes": 0},
         {"licenses": ["x" * 65]},
         {"licenses": ["MIT"] * 257},
-        {"revoked": [b"short"]},
+        {"revoked": [memory_pb2.RevokedPassages(shard=0, positions=[12])]},
+        {"revoked": [memory_pb2.RevokedPassages(shard=1, positions=[0])]},
+        {"revoked": [memory_pb2.RevokedPassages(shard=2, positions=[0])]},
+        {"revoked": [memory_pb2.RevokedPassages(shard=0, positions=[1] * 65_537)]},
         {"shards": [memory_pb2.ShardEntry(cell=256, root=b"r" * 32, leaves=1, size=1)]},
         {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r", leaves=1, size=1)]},
         {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r" * 32, leaves=0, size=1)]},
@@ -138,7 +144,7 @@ def test_bytes_of_strangers_are_parsed_or_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("tag", [b"\x72\x00", b"\x6a\x00", b"\x7a\x00", b"\x08\x01", b"\xf8\x07\x00"])
 def test_a_manifest_of_millions_of_small_fields_is_refused_before_it_is_parsed(tag: bytes) -> None:
-    """Empty shards, licences and hashes; one field again and again; one that is not known."""
+    """Empty shards, licences and revocations; one field again and again; one that is not known."""
     with pytest.raises(WireError, match="fields"):
         MemoryManifest.parse(MANIFEST.serialize() + tag * 200_000)
 

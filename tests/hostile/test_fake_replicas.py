@@ -89,20 +89,24 @@ def test_no_host_drops_a_shard_for_replicas_that_are_not_proven(
 
 def test_hosts_of_a_shard_of_which_all_is_revoked_are_not_taken_for_liars(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        gone = MEMORY.revoking(*(MEMORY.leaf(MEMORY.roots[0], n) for n in range(30)))
+        whole = SampleMemory.make(each=30, is_twofold=True)
+        gone = whole.revoking(*((whole.roots[0], n) for n in range(30)))
         founder = await publishing(village, gone)
         memory = memory_id(village, gone)
         await village.run(founder)
         node = await village.join(1, await founder.swarm.invite(), **HOST)
         await village.run(node)
         await until_hosted(founder.swarm, memory, 2, gone)
-        claim = founder.swarm.host.peer_id, ShardKey(memory, MEMORY.roots[0])
-        seen = {claim[1]: SeenShard(MEMORY.manifest.shards[0], frozenset({claim[0]}), frozenset())}
-        proofs = node.memories._proofs
-        assert await proofs.proven([claim], seen) == {claim}
+        host, proofs = founder.swarm.host.peer_id, node.memories._proofs
+        infos = whole.manifest.shards[0], whole.manifest.shards[4]
+        seen = {
+            ShardKey(memory, info.root): SeenShard(info, frozenset({host}), frozenset()) for info in infos
+        }
+        claims = {(host, key) for key in seen}
+        assert await proofs.proven(claims, seen) == claims
         assert not proofs._doubted_until
         # and whoever says so of what was not revoked has proven nothing
         proofs._revoked = lambda memory: frozenset()
-        assert await proofs.proven([claim], seen) == set()
+        assert await proofs.proven(claims, seen) == set()
 
     play(scenario)

@@ -44,7 +44,7 @@ from dht.records import RecordValidator, SwarmKeys, digits_of, open_record, sign
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import StateForm, from_bytes, to_bytes
-from expert_server.memory.shard import Shard
+from expert_server.memory.shard import PrimaryShard, Shard
 from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.headers import HeaderParser
 from peer import PROTOCOL_VERSION
@@ -479,14 +479,14 @@ def addresses() -> list[bytes]:
 
 @functools.cache
 def memory() -> SampleMemory:
-    return SampleMemory.make(each=70)
+    return SampleMemory.make(each=70, is_twofold=True)
 
 
 def memory_manifests() -> list[bytes]:
     sample = memory()
     return [
         sample.manifest.serialize(),
-        sample.revoking(sample.leaf(sample.roots[0], 3)).manifest.serialize(),
+        sample.revoking((sample.roots[0], 3)).manifest.serialize(),
     ]
 
 
@@ -497,12 +497,19 @@ def deliver_memory_manifest(data: bytes) -> None:
 
 
 def shards() -> list[bytes]:
-    """Whole, and without a passage."""
+    return whole_and_without_a_passage(0)
+
+
+def secondary_shards() -> list[bytes]:
+    return whole_and_without_a_passage(4)
+
+
+def whole_and_without_a_passage(number: int) -> list[bytes]:
     sample = memory()
-    root = sample.roots[0]
-    data = sample.files[root]
-    shard = Shard.parse(data, sample.manifest.by_root[root], DIMENSIONS)
-    return [data, shard.without({sample.leaf(root, 3)}) or b""]
+    info = sample.manifest.shards[number]
+    data = sample.files[info.root]
+    shard = Shard.parse(data, info, DIMENSIONS)
+    return [data, shard.without({sample.roots[0]: [3]}) or b""]
 
 
 def deliver_shard(data: bytes) -> None:
@@ -510,8 +517,17 @@ def deliver_shard(data: bytes) -> None:
     root = sample.roots[0]
     shard = Shard.parse(data, sample.manifest.by_root[root], DIMENSIONS)
     shard.search(np.ones((2, DIMENSIONS), np.int8), 5)
-    shard.check({sample.leaf(root, 3)})
+    shard.check({root: [3]})
+    assert isinstance(shard, PrimaryShard)
     assert {passage for passage in shard.passages() if passage} <= set(sample.passages[root][0])
+
+
+def deliver_secondary_shard(data: bytes) -> None:
+    sample = memory()
+    shard = Shard.parse(data, sample.manifest.shards[4], DIMENSIONS)
+    shard.search(np.ones((2, DIMENSIONS), np.int8), 5)
+    shard.check({sample.roots[0]: [3]})
+    assert all(shard.text_at(n) == (sample.roots[0], n) for n in range(len(shard)))
 
 
 def encoders() -> list[bytes]:
@@ -538,18 +554,19 @@ def memory_requests() -> list[bytes]:
     request = memory_pb2.SearchReply(
         found=[
             memory_pb2.Found(
-                shards=[0, 1], positions=[3, 69], scores=[40, -4],
-                leaves=b"".join(sample.leaf(sample.roots[n], at)[:16] for n, at in ((0, 3), (1, 69))),
+                shards=[0, 1, 2], positions=[3, 69, 3], scores=[40, -4, -5], texts=[0, 0, 1],
+                text_positions=[0, 0, 3],
             )
         ],
-        missing=[2],
+        missing=[3],
+        text_roots=[sample.roots[0]],
     )  # fmt: skip
     return serialized(request)
 
 
 def deliver_search_reply(data: bytes) -> None:
-    infos = memory().manifest.shards[:3]
-    ask = Ask(infos, ((0,), (0,), (0,)), 5)
+    infos = memory().manifest.shards
+    ask = Ask((*infos[:2], *infos[4:6]), ((0,),) * 4, 5)
     answer = ask.parse(parsed(memory_pb2.SearchReply, data), NODE.peer_id)
     findings = Findings(memory().manifest, np.ones((1, DIMENSIONS), np.int8), 5)
     findings.add(answer)
@@ -559,27 +576,27 @@ def deliver_search_reply(data: bytes) -> None:
 
 def read_replies() -> list[bytes]:
     sample = memory()
-    root = sample.roots[0]
-    shard = Shard.parse(sample.files[root], sample.manifest.by_root[root], DIMENSIONS)
     reply = memory_pb2.ReadReply()
-    for position, proven in zip((3, 69), shard.read([3, 69]), strict=True):
-        assert proven.passage is not None
-        message, path = proven.passage.message(), b"".join(proven.path)
-        reply.passages.add(shard=0, position=position, passage=message, vector=proven.vector, path=path)
+    for number, info in enumerate((sample.manifest.shards[0], sample.manifest.shards[4])):
+        shard = Shard.parse(sample.files[info.root], info, DIMENSIONS)
+        reply.passages.extend(entry.message(number) for entry in shard.read([3, 69]))
     return serialized(reply)
 
 
 def deliver_read_reply(data: bytes) -> None:
     sample = memory()
-    root = sample.roots[0]
+    root, second = sample.roots[0], sample.roots[4]
+    asked = {root: [3, 69], second: [3, 69]}
     reply = parsed(memory_pb2.ReadReply, data)
-    for place, proven in parse_passages(reply, {root: [3, 69]}, sample.manifest, NODE.peer_id).items():
-        assert proven.passage == sample.passages[root][0][place.position]
+    for place, proven in parse_passages(reply, asked, sample.manifest, NODE.peer_id).items():
+        assert proven.text == (root, place.position)
+        assert proven.passage == (sample.passages[root][0][place.position] if place.root == root else None)
 
 
 TARGETS = [
     Target("memory's manifest", mutations.protobuf, memory_manifests, deliver_memory_manifest),
     Target("shard", mutations.safetensors, shards, deliver_shard),
+    Target("secondary shard", mutations.safetensors, secondary_shards, deliver_secondary_shard),
     Target("encoder", mutations.safetensors, encoders, deliver_encoder),
     Target("codebook", mutations.safetensors,
            lambda: [Codebook(np.ones((4, DIMENSIONS), np.float16)).to_bytes()], deliver_codebook),

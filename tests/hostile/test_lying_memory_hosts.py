@@ -17,7 +17,7 @@ WORDS = SampleMemory.with_words()
 K = 5
 QUERIES = range(0, 120, 10)
 PROVEN_LIES: tuple[Lie, ...] = (
-    "forged text", "wrong vectors", "inflated scores", "wrong leaves", "wrong positions", "junk", "too many",
+    "forged text", "wrong vectors", "inflated scores", "wrong texts", "wrong positions", "junk", "too many",
     "other order", "long lists", "tiny fields",
 )  # fmt: skip
 """After which the host is banned."""

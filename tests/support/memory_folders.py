@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dht.memory import MemoryManifest, Part, Passage, ShardInfo, cell_of
-from expert_server.memory.shard import Shard, Vectors
+from dht.memory import MemoryManifest, Part, Passage, Place, ShardInfo, cell_of
+from expert_server.memory.shard import PrimaryShard, SecondaryShard, Vectors
 from expert_server.memory.store import MemoryStore
 from peer.merkle import MerkleTree
 
@@ -26,6 +26,13 @@ def some_passages(count: int, seed: int = 0, dimensions: int = DIMENSIONS) -> tu
     ], vectors
 
 
+def passages_in(store: MemoryStore, root: bytes) -> list[Passage | None]:
+    """Of a primary shard; None for those that were revoked."""
+    shard = store.shards[root]
+    assert isinstance(shard, PrimaryShard)
+    return list(shard.passages())
+
+
 def shard_info(
     data: bytes, passages: Sequence[Passage], vectors: Vectors, cell: tuple[int, ...] = (0,)
 ) -> ShardInfo:
@@ -35,7 +42,7 @@ def shard_info(
 
 @dataclass(frozen=True)
 class SampleMemory:
-    """A memory, of one shard for each cell."""
+    """A memory, of one primary shard for each cell, and perhaps a secondary one."""
 
     manifest: MemoryManifest
     files: dict[bytes, bytes]
@@ -52,15 +59,23 @@ class SampleMemory:
         each: int = 20,
         seed: int = 0,
         licenses: tuple[str, ...] = ("CC0-1.0",),
+        *,
+        is_twofold: bool = False,
     ) -> "SampleMemory":
-        """`each`: passages in a cell."""
+        """`each`: passages in a cell. `is_twofold`: the next cell has them, too, in a secondary shard."""
         encoder, codebook = b"encoder %d" % seed, json.dumps(grid).encode()
         files, passages, shards = {}, {}, []
         for number in range(int(np.prod(grid))):
             texts, vectors = some_passages(each, 1000 * seed + number)
-            data = Shard.build(texts, vectors)
+            data = PrimaryShard.build(texts, vectors)
             shards.append(shard_info(data, texts, vectors, cell_of(number, grid)))
             files[shards[-1].root], passages[shards[-1].root] = data, (texts, vectors)
+        for number, first in enumerate(list(shards) if is_twofold else ()):
+            texts, vectors = passages[first.root]
+            data = SecondaryShard.build([Place(first.root, n) for n in range(each)], vectors)
+            root, cell = SecondaryShard.root_of(data), cell_of((number + 1) % len(passages), grid)
+            shards.append(ShardInfo(cell, root, each, len(data), True))
+            files[root] = data
         parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in (encoder, codebook)]
         manifest = MemoryManifest(
             name,
@@ -86,12 +101,12 @@ class SampleMemory:
         passages, vectors = self.passages[root]
         return passages[position].leaf(vectors[position].tobytes())
 
-    def revoking(self, *leaves: bytes) -> "SampleMemory":
-        """The next revision, without these passages."""
+    def revoking(self, *places: tuple[bytes, int]) -> "SampleMemory":
+        """The next revision, without the passages there."""
         manifest = replace(
             self.manifest,
             revision=self.manifest.revision + 1,
-            revoked=self.manifest.revoked | frozenset(leaves),
+            revoked=self.manifest.revoked | {Place(*place) for place in places},
         )
         return replace(self, manifest=manifest)
 

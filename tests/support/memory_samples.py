@@ -6,20 +6,19 @@ import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
-from dht.memory import LEAF_PREFIX_BYTES, Cell, MemoryID, MemoryManifest, Part, Passage, ShardInfo, cell_of
-from expert_server.memory.shard import Shard
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, Place, ShardInfo, cell_of
+from expert_server.memory.shard import PrimaryShard, SecondaryShard, Shard
 from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES, Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
-from peer.merkle import MerkleTree
 from peer.transport.endpoints import Endpoint
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import Method
@@ -32,7 +31,7 @@ MEMORY = MemoryID("docs", "abcdefghijkl")
 DIMENSIONS = 8
 
 Lie = Literal[
-    "forged text", "wrong vectors", "inflated scores", "deflated scores", "wrong leaves", "wrong positions", "omits",
+    "forged text", "wrong vectors", "inflated scores", "deflated scores", "wrong texts", "wrong positions", "omits",
     "omits best", "says missing", "reads nothing", "all revoked", "junk", "stalls", "stalls at reading", "fails",
     "busy", "too many", "other order", "oversized", "long lists", "tiny fields", "denies the memory",
 ]  # fmt: skip
@@ -52,6 +51,8 @@ class SampleMemory:
     codebook: Codebook
     passages: Sequence[Passage]
     vectors_ND: Vectors
+    places: Mapping[int, Place]
+    """Where the text of each passage lies, by its number."""
 
     @classmethod
     def make(
@@ -110,31 +111,32 @@ class SampleMemory:
         encoder: bytes,
     ) -> "SampleMemory":
         codebook = Codebook(rng.normal(size=(int(np.prod(grid)), DIMENSIONS)).astype(np.float16))
-        leaves = [text.leaf(vector.tobytes()) for text, vector in zip(passages, vectors_ND, strict=True)]
-        inside: dict[int, list[int]] = {}
-        for number, cells in enumerate(codebook.assign(vectors_ND).tolist()):
-            for cell in cells:
-                inside.setdefault(cell, []).append(number)
-        infos, files = [], {}
-        for cell, numbers in inside.items():
-            for at in range(0, len(numbers), in_shard):
-                part = numbers[at : at + in_shard]
-                data = Shard.build([passages[n] for n in part], vectors_ND[part])
-                root = MerkleTree([leaves[n] for n in part]).root
-                infos.append(ShardInfo(cell_of(cell, grid), root, len(part), len(data)))
-                files[root] = data
+        infos, files, places = [], {}, dict[int, Place]()
+        for column, cells_N in enumerate(codebook.assign(vectors_ND).T):
+            for cell in np.unique(cells_N).tolist():
+                numbers = np.flatnonzero(cells_N == cell).tolist()
+                for at in range(0, len(numbers), in_shard):
+                    part = numbers[at : at + in_shard]
+                    if column:
+                        data = SecondaryShard.build([places[n] for n in part], vectors_ND[part])
+                        root = SecondaryShard.root_of(data)
+                    else:
+                        data = PrimaryShard.build([passages[n] for n in part], vectors_ND[part])
+                        root = PrimaryShard.root_of(data)
+                        places |= {n: Place(root, position) for position, n in enumerate(part)}
+                    infos.append(ShardInfo(cell_of(cell, grid), root, len(part), len(data), column > 0))
+                    files[root] = data
         parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in (encoder, codebook.to_bytes())]
         manifest = MemoryManifest(
             "docs", 1, "samples", 1.0, STATIC, parts[0], DIMENSIONS, parts[1], grid, ("CC0-1.0",), tuple(infos),
-            frozenset(leaves[:revoked]),
+            frozenset(places[n] for n in range(revoked)),
         )  # fmt: skip
         shards = {info.root: Shard.parse(files[info.root], info, DIMENSIONS) for info in infos}
-        return cls(manifest, files, shards, encoder, codebook, passages, vectors_ND)
+        return cls(manifest, files, shards, encoder, codebook, passages, vectors_ND, places)
 
     def revoking(self, *numbers: int) -> "SampleMemory":
         """The next revision, without these passages."""
-        leaves = {self.passages[n].leaf(self.vectors_ND[n].tobytes()) for n in numbers}
-        revoked = self.manifest.revoked | leaves
+        revoked = self.manifest.revoked | {self.places[n] for n in numbers}
         return replace(
             self, manifest=replace(self.manifest, revision=self.manifest.revision + 1, revoked=revoked)
         )
@@ -152,16 +154,23 @@ class SampleMemory:
     def best(self, query_D: Vectors, cells: Iterable[Cell], k: int) -> list[tuple[int, str]]:
         """Scores and texts of the passages that a search of these cells should find."""
         inside: dict[str, int] = {}
+        number_of = {place: number for number, place in self.places.items()}
         for cell in cells:
             for info in self.manifest.by_cell.get(cell, ()):
-                for proven in self.shards[info.root].read(range(info.leaves)):
-                    passage = proven.passage
-                    assert passage is not None
-                    if passage.leaf(proven.vector) in self.manifest.revoked:
-                        continue
-                    vector = np.frombuffer(proven.vector, np.int8)
-                    inside[passage.text] = int(query_D.astype(int) @ vector.astype(int))
+                for text in map(self.shards[info.root].text_at, range(info.leaves)):
+                    if text not in self.manifest.revoked:
+                        n = number_of[text]
+                        score = int(query_D.astype(int) @ self.vectors_ND[n].astype(int))
+                        inside[self.passages[n].text] = score
         return sorted(((score, text) for text, score in inside.items()), reverse=True)[:k]
+
+
+class _Candidate(NamedTuple):
+    score: int
+    number: int
+    """Of its shard in the request."""
+    position: int
+    text: Place
 
 
 @dataclass
@@ -191,7 +200,7 @@ class SampleHost:
 
     def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
         if self.lie == "oversized":
-            return memory_pb2.SearchReply(found=[memory_pb2.Found(leaves=bytes(2 * MAX_MESSAGE_BYTES))])
+            return memory_pb2.SearchReply(text_roots=[bytes(2 * MAX_MESSAGE_BYTES)])
         if self.lie == "tiny fields":
             return memory_pb2.SearchReply(found=[memory_pb2.Found()] * (MAX_MESSAGE_BYTES // 4))
         if self.lie == "long lists":
@@ -201,7 +210,7 @@ class SampleHost:
         missing = [n for n, shard in enumerate(request.shards) if shard.root not in self.roots]
         if self.lie == "says missing":
             missing = list(range(len(request.shards)))
-        found: list[list[tuple[int, int, int, bytes]]] = [[] for _ in queries_QD]
+        found: list[list[_Candidate]] = [[] for _ in queries_QD]
         for number, asked in enumerate(request.shards):
             if number in missing:
                 continue
@@ -209,24 +218,25 @@ class SampleHost:
             for query in asked.queries or range(len(queries_QD)):
                 positions_k, scores_k = shard.search(queries_QD[[query]], request.k)
                 for position, score in zip(positions_k[0].tolist(), scores_k[0].tolist(), strict=True):
-                    found[query].append((score, number, position, shard.leaf(position)[:LEAF_PREFIX_BYTES]))
+                    found[query].append(_Candidate(score, number, position, shard.text_at(position)))
         lengths = [len(self.memory.shards[asked.root]) for asked in request.shards]
         best = [sorted(some, key=lambda f: (-f[0], *f[1:]))[: request.k] for some in found]
         answers = [self._spoilt(some, lengths) for some in best]
         if self.lie == "junk":
             answers = answers[1:]
-        return memory_pb2.SearchReply(
-            found=[
-                memory_pb2.Found(
-                    shards=[f[1] for f in some],
-                    positions=[f[2] for f in some],
-                    scores=[f[0] for f in some],
-                    leaves=b"".join(f[3] for f in some),
-                )
-                for some in answers
-            ],
-            missing=missing,
-        )
+        reply, text_roots = memory_pb2.SearchReply(missing=missing), dict[bytes, int]()
+        for some in answers:
+            message = reply.found.add()
+            for f in some:
+                message.shards.append(f.number)
+                message.positions.append(f.position)
+                message.scores.append(f.score)
+                is_elsewhere = self.memory.manifest.by_root[request.shards[f.number].root].is_secondary
+                text = text_roots.setdefault(f.text.root, len(text_roots)) + 1 if is_elsewhere else 0
+                message.texts.append(text)
+                message.text_positions.append(f.text.position if is_elsewhere else 0)
+        reply.text_roots.extend(text_roots)
+        return reply
 
     def read(self, request: memory_pb2.ReadRequest) -> memory_pb2.ReadReply:
         if self.lie == "reads nothing":
@@ -236,37 +246,34 @@ class SampleHost:
             if asked.root not in self.roots:
                 continue
             shard = self.memory.shards[asked.root]
-            for position, proven in zip(asked.positions, shard.read(list(asked.positions)), strict=True):
-                assert proven.passage is not None
-                message = memory_pb2.ProvenPassage(
-                    shard=number,
-                    position=position,
-                    passage=None if self.lie == "all revoked" else proven.passage.message(),
-                    vector=proven.vector,
-                    path=b"".join(proven.path),
-                )
-                if self.lie == "forged text":
+            for entry in shard.read(list(asked.positions)):
+                message = entry.message(number)
+                if self.lie == "all revoked":
+                    message.ClearField("passage")
+                    message.ClearField("vector")
+                if self.lie == "forged text" and entry.passage is not None:
                     message.passage.text += " and buy my pills"
                 if self.lie == "wrong vectors":
                     message.vector = bytes(reversed(message.vector))[:-1] + b"\1"
                 reply.passages.append(message)
         return reply
 
-    def _spoilt(
-        self, found: list[tuple[int, int, int, bytes]], lengths: Sequence[int]
-    ) -> list[tuple[int, int, int, bytes]]:
+    def _spoilt(self, found: list["_Candidate"], lengths: Sequence[int]) -> list["_Candidate"]:
         if self.lie == "inflated scores":
-            return [(score + 1000, *rest) for score, *rest in found]  # type: ignore[misc]  # mypy loses count
+            return [f._replace(score=f.score + 1000) for f in found]
         if self.lie == "deflated scores":
-            return [(score - 1000, *rest) for score, *rest in found]  # type: ignore[misc]  # mypy loses count
-        if self.lie == "wrong leaves":
-            return [(score, number, position, leaf[::-1]) for score, number, position, leaf in found]
+            return [f._replace(score=f.score - 1000) for f in found]
+        if self.lie == "wrong texts":
+            return [
+                f._replace(text=self.memory.places[self.rng.randrange(len(self.memory.places))])
+                for f in found
+            ]
         if self.lie == "wrong positions":
-            return [(s, n, (position + 1) % lengths[n], leaf) for s, n, position, leaf in found]
+            return [f._replace(position=(f.position + 1) % lengths[f.number]) for f in found]
         if self.lie == "omits":
             return [f for f in found if self.rng.random() < 0.5]
         if self.lie == "omits best":
-            return [f for f in found if f[3] != found[0][3]]
+            return [f for f in found if f.text != found[0].text]
         if self.lie == "too many":
             return found * 3
         if self.lie == "other order":
@@ -328,6 +335,11 @@ class SampleSwarm:
         ]
         nodes = {host: node_info(host) for host in self.hosts}
         return Located(manifest, cells, [()] * len(scores_QC), hosts, nodes)
+
+    async def hosts_of(
+        self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
+    ) -> Located:
+        return located
 
     async def follow(self) -> MemoryManifest:
         return self.newest or self.memory_here.manifest

@@ -99,9 +99,7 @@ class MemorySwarm:
         for memory in memories:
             data = memory.manifest.serialize()
             part = Part(hashlib.sha256(data).digest(), len(data))
-            entries.append(
-                LibraryEntry.of(memory.manifest, part, self.founder.host.peer_id, len(memory.passages))
-            )
+            entries.append(LibraryEntry.of(memory.manifest, part, self.founder.host.peer_id))
         await MemoryRegistry(self.founder.registry).publish_library(entries)
 
     async def invite(self) -> Invite:

@@ -43,7 +43,7 @@ async def list_memories(founder: Node, *memories: SampleMemory) -> None:
     for memory in memories:
         data = memory.manifest.serialize()
         store = MemoryStore(Path(), data)
-        entries.append(LibraryEntry.of(memory.manifest, Part(store.part.sha256, len(data)), publisher, 1))
+        entries.append(LibraryEntry.of(memory.manifest, Part(store.part.sha256, len(data)), publisher))
     await MemoryRegistry(founder.swarm.registry).publish_library(entries)
 
 

@@ -53,7 +53,7 @@ _HOSTS = 4096
 _QUICK = {StatusCode.UNAVAILABLE, StatusCode.NOT_FOUND}
 """Failures that cost little time, of which a few are forgiven."""
 _BUSY_TRIES = 3
-_FOUND_BYTES = 40
+_FOUND_BYTES = 64
 """Of one passage that was found, at most, and of what is around those of one query."""
 _PASSAGE_BYTES = 4 * MAX_TEXT_CHARACTERS + 8192
 """Of a passage with its title, source, licence, vector and proof."""

@@ -1,12 +1,12 @@
 """What hosts say about a memory, and what of it is true. Pure.
 
-A host answers a search with claims: a passage lies at that place and has that score. Reading a passage settles it: the
-Merkle path shows that this text with this vector lies at that place of a shard in the signed manifest, and the score
-follows from the vectors. So a host can leave a passage out, but it can't forge one, nor promote it. Whoever claims what
-is not so has everything it said dropped.
+A host answers a search with claims: a passage's text lies at that place, and it has that score. Reading the passage
+there settles it: the Merkle path shows that this text with this vector lies at that place of a shard in the signed
+manifest, and the score follows from the vectors. So a host can leave a passage out, but it can't forge one, nor promote
+it. Whoever claims what is not so has everything it said dropped.
 
 Omissions are found by asking two hosts for the same shards. A passage that one of them returned and that would have had
-a place in the other's answer was omitted by the other, once it is proven.
+a place in the other's answer was omitted by the other, once it is proven that it lies in the shard that was searched.
 
 Shapes: Q queries, D numbers in a vector.
 """
@@ -18,19 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dht.memory import LEAF_PREFIX_BYTES, MemoryManifest, Passage, ShardInfo, prove
+from dht.memory import MemoryManifest, Passage, Place, ShardInfo, prove
 from peer.errors import WireError
 from peer.identity import PeerID
+from peer.merkle import HASH_BYTES
 from peer.wire import memory_pb2
 from trainer_client.memory.encoder import Vectors
-
-
-class Place(NamedTuple):
-    """Where a passage lies."""
-
-    root: bytes
-    """Of its shard."""
-    position: int
 
 
 class Claim(NamedTuple):
@@ -38,9 +31,10 @@ class Claim(NamedTuple):
 
     score: int
     """Inner product of its vector and the query's."""
-    leaf: bytes
-    """The first 16 bytes of its hash."""
-    place: Place
+    text: Place
+    """Where its text lies."""
+    found: Place
+    """Where it was found: there, or in a secondary shard."""
     host: PeerID
 
 
@@ -85,10 +79,12 @@ class Ask:
             raise WireError("a search whose missing shards are not those that were asked for")
         if len(reply.found) != len(self.sent):
             raise WireError(f"a search of {len(self.sent)} queries with {len(reply.found)} answers")
+        if any(len(root) != HASH_BYTES for root in reply.text_roots):
+            raise WireError("a search with texts in shards that have no name")
         asked = [frozenset(queries) for queries in self.queries]
         claims = {}
         for query, found in zip(self.sent, reply.found, strict=True):
-            claims[query] = self._claims(query, found, host, asked, missing)
+            claims[query] = self._claims(query, found, host, asked, missing, reply.text_roots)
         present = frozenset(shard.root for number, shard in enumerate(self.shards) if number not in missing)
         return Answer(self, host, claims, present)
 
@@ -99,18 +95,16 @@ class Ask:
         host: PeerID,
         asked: Sequence[frozenset[int]],
         missing: Collection[int],
+        text_roots: Sequence[bytes],
     ) -> list[Claim]:
         count = len(found.scores)
-        if count > self.k or not len(found.shards) == len(found.positions) == count:
+        columns = found.shards, found.positions, found.texts, found.text_positions
+        if count > self.k or any(len(column) != count for column in columns):
             raise WireError(f"a search for {self.k} passages with {count} scores, or not as many places")
-        if len(found.leaves) != LEAF_PREFIX_BYTES * count:
-            raise WireError(f"{len(found.leaves)} bytes of hashes for {count} passages")
         claims = []
         places = set()
         last: int | None = None
-        for n, (number, position, score) in enumerate(
-            zip(found.shards, found.positions, found.scores, strict=True)
-        ):
+        for number, position, text, text_position, score in zip(*columns, found.scores, strict=True):
             if number >= len(self.shards) or number in missing or query not in asked[number]:
                 raise WireError("a passage of a shard in which its query was not looked up")
             shard = self.shards[number]
@@ -118,10 +112,14 @@ class Ask:
                 raise WireError("a passage that the shard does not have, or the same one twice")
             if last is not None and score > last:
                 raise WireError("passages that are not in the order of their scores")
+            if bool(text) != shard.is_secondary or text > len(text_roots):
+                raise WireError("a passage whose text is nowhere")
             last = score
             places.add((number, position))
-            leaf = found.leaves[LEAF_PREFIX_BYTES * n : LEAF_PREFIX_BYTES * (n + 1)]
-            claims.append(Claim(score, leaf, Place(shard.root, position), host))
+            place = Place(shard.root, position)
+            claims.append(
+                Claim(score, Place(text_roots[text - 1], text_position) if text else place, place, host)
+            )
         return claims
 
 
@@ -149,7 +147,10 @@ class Answer:
 class Proven:
     """A passage that lies in the memory, by its proof. It may have been revoked."""
 
-    passage: Passage
+    text: Place
+    """Where its text lies."""
+    passage: Passage | None
+    """None: it was read in a secondary shard."""
     vector_D: Vectors
     leaf: bytes
     reader: PeerID
@@ -181,17 +182,17 @@ def parse_passages(
         if place not in wanted:
             raise WireError("a passage that was not asked for, or the same one twice")
         wanted.remove(place)
-        if message.HasField("passage"):
-            found[place] = _prove(message, place, manifest, host)
+        info = manifest.by_root[place.root]
+        if message.vector if info.is_secondary else message.HasField("passage"):  # else it was revoked
+            found[place] = _prove(message, info, manifest.dimensions, host)
     return found
 
 
-def _prove(message: memory_pb2.ProvenPassage, place: Place, manifest: MemoryManifest, host: PeerID) -> Proven:
-    if len(message.vector) != manifest.dimensions:
-        raise WireError(f"a vector of {len(message.vector)} bytes; expected {manifest.dimensions}")
-    passage, leaf = prove(message, manifest.by_root[place.root])
-    assert passage is not None, "revoked ones are left out before"
-    return Proven(passage, np.frombuffer(message.vector, np.int8), leaf, host)
+def _prove(message: memory_pb2.ProvenPassage, info: ShardInfo, dimensions: int, host: PeerID) -> Proven:
+    if len(message.vector) != dimensions:
+        raise WireError(f"a vector of {len(message.vector)} bytes; expected {dimensions}")
+    proof = prove(message, info)
+    return Proven(proof.text, proof.passage, np.frombuffer(proof.vector, np.int8), proof.leaf, host)
 
 
 class Findings:
@@ -204,14 +205,15 @@ class Findings:
         """Hosts that claimed what is not so."""
         self._vectors_QD = vectors_QD
         self._k = k
-        self._revoked = manifest.revoked_prefixes
+        self._manifest = manifest
         self._claims: list[list[Claim]] = [[] for _ in vectors_QD]
         self._unreadable: set[Place] = set()
         self._true: set[tuple[int, Claim]] = set()
 
     def add(self, answer: Answer) -> None:
         for query, claims in answer.claims.items():
-            self._claims[query] += claims
+            # a secondary shard may name what another revision has, or its publisher made up
+            self._claims[query] += (claim for claim in claims if self._manifest.has_text_at(claim.text))
 
     def prove(self, passages: Mapping[Place, Proven]) -> None:
         self.proven |= passages
@@ -229,44 +231,56 @@ class Findings:
             ranked = self._ranked(query)
             known = len(self.liars)
             for claim in ranked:
-                proven = self.proven.get(claim.place)
+                proven = self.proven.get(claim.text)
                 if proven is not None and not self._is_true(query, claim, proven):
                     self.liars.add(claim.host)
             if len(self.liars) == known:
                 return ranked
 
-    def unproven(self) -> dict[Place, list[PeerID]]:
-        """The places that must be read before the best passages of all queries are known, and who claims them.
+    def unproven(self) -> dict[Place, list[Claim]]:
+        """The texts that must be read before the best passages of all queries are known, and who claims them.
 
         Hosts that lied are noted, and what they claim is not read.
         """
-        wanted: dict[Place, list[PeerID]] = {}
+        wanted: dict[Place, list[Claim]] = {}
         for query in range(len(self._claims)):
             for claim in self.best(query):
-                if claim.place not in self.proven:
-                    wanted.setdefault(claim.place, []).append(claim.host)
+                if claim.text not in self.proven:
+                    wanted.setdefault(claim.text, []).append(claim)
         return wanted
 
-    def results(self, query: int) -> list[tuple[int, Proven]]:
+    def unread(self, query: int) -> set[Place]:
+        """The texts that the query may have found, and that nobody gives."""
+        return {
+            claim.text
+            for claim in self._claims[query]
+            if claim.text in self._unreadable and claim.host not in self.liars
+        }
+
+    def results(self, query: int) -> list[tuple[int, Passage, Proven]]:
         """The query's best passages that are proven, and their scores. None is revoked: no such claim is considered."""
-        best = ((claim, self.proven.get(claim.place)) for claim in self.best(query))
-        return [(claim.score, proven) for claim, proven in best if proven is not None]
+        best = ((claim, self.proven.get(claim.text)) for claim in self.best(query))
+        return [
+            (claim.score, proven.passage, proven)
+            for claim, proven in best
+            if proven is not None and proven.passage is not None
+        ]
 
     def _ranked(self, query: int) -> list[Claim]:
         fit = [
             claim
             for claim in self._claims[query]
             if claim.host not in self.liars
-            and claim.place not in self._unreadable
-            and claim.leaf not in self._revoked
+            and claim.text not in self._unreadable
+            and claim.text not in self._manifest.revoked
         ]
-        # of several places of one passage rather one that needs no reading
-        fit.sort(key=lambda claim: (-claim.score, claim.leaf, claim.place not in self.proven, claim.place))
+        # of several claims of one passage rather that of a host that has its text
+        fit.sort(key=lambda claim: (-claim.score, claim.text, claim.found != claim.text))
         ranked: list[Claim] = []
-        leaves: set[bytes] = set()
+        texts: set[Place] = set()
         for claim in fit:
-            if claim.leaf not in leaves:
-                leaves.add(claim.leaf)
+            if claim.text not in texts:
+                texts.add(claim.text)
                 ranked.append(claim)
                 if len(ranked) == self._k:
                     break
@@ -282,8 +296,8 @@ class Findings:
 
 
 def agrees(claim: Claim, proven: Proven, query_D: Vectors) -> bool:
-    """Whether what was claimed is so, by the passage that lies at that place."""
-    return proven.leaf[:LEAF_PREFIX_BYTES] == claim.leaf and proven.score(query_D) == claim.score
+    """Whether what was claimed is so, by what lies where the passage was found, or where its text lies."""
+    return proven.text == claim.text and proven.score(query_D) == claim.score
 
 
 def omitted(query: int, one: Answer, other: Answer) -> list[Claim]:
@@ -293,12 +307,12 @@ def omitted(query: int, one: Answer, other: Answer) -> list[Claim]:
     """
     shared = one.looked_up(query) & other.looked_up(query)
     theirs = other.claims.get(query, ())
-    said = {(claim.leaf, claim.score) for claim in theirs}
+    said = {(claim.text, claim.score) for claim in theirs}
     is_full = len(theirs) >= other.ask.k
     return [
         claim
         for claim in one.claims.get(query, ())
-        if claim.place.root in shared
-        and (claim.leaf, claim.score) not in said
+        if claim.found.root in shared
+        and (claim.text, claim.score) not in said
         and not (is_full and claim.score <= theirs[-1].score)
     ]

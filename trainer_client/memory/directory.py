@@ -25,7 +25,7 @@ import numpy as np
 from dht.announcements import NodeInfo, ReplicaState
 from dht.beam_search import select_experts
 from dht.library import CellHost, LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, cell_of, number_of
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, cell_of, number_of
 from dht.registry import Registry, some_of
 from dht.swarm import Stage
 from peer.bounded import BoundedDict
@@ -280,6 +280,16 @@ class MemoryDirectory:
             self._nodes,
         )
 
+    async def hosts_of(
+        self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
+    ) -> Located:
+        async with self._reading:
+            unknown = {shard.cell for shard in shards} - self._hosts.keys()
+            if unknown:
+                await self._read_hosts(list(unknown))
+        hosts = {shard.root: self._askable(shard.cell, avoided, shard.short) for shard in shards}
+        return replace(located, hosts={**located.hosts, **hosts}, nodes={**located.nodes, **self._nodes})
+
     async def follow(self) -> MemoryManifest:
         async with self._following:
             libraries = await self._memories.libraries()
@@ -406,5 +416,4 @@ def _parse_manifest(data: bytes) -> MemoryManifest:
     manifest = MemoryManifest.parse(data)
     # made when they are first asked for, which takes long for many shards
     assert len(manifest.by_root) <= len(manifest.shards) >= len(manifest.by_cell)
-    assert len(manifest.revoked_prefixes) <= len(manifest.revoked)
     return manifest

@@ -2,7 +2,8 @@
 
 A search takes two calls one after another. The first asks the hosts of the cells that are nearest to each query for
 their best passages; few hosts are asked, each once for all queries. The second reads the passages that are best over
-all answers, and proves them (`checks`). A host that fails, is late or lies costs a call to another replica.
+all answers where their texts lie, which may be in other cells, and proves them (`checks`). A host that fails, is late
+or lies costs a call to another replica.
 
 Every now and then a second replica is asked for what a first one answered, in the background: a host that left a
 passage out is avoided from then on.
@@ -31,6 +32,7 @@ from dht.memory import (
     MemoryID,
     MemoryManifest,
     Passage,
+    Place,
     ShardInfo,
 )
 from peer import PROTOCOL_VERSION
@@ -46,7 +48,6 @@ from trainer_client.memory.checks import (
     Ask,
     Claim,
     Findings,
-    Place,
     Proven,
     agrees,
     omitted,
@@ -106,7 +107,7 @@ class SearchResult:
     is_understood: bool = True
     """Whether the encoder knows any word of the query. If not, nothing is found."""
     missing: tuple[Cell, ...] = ()
-    """Cells near the query in which nobody looked: there may be better passages."""
+    """Cells in which nobody looked, or whose texts nobody gave: there may be better passages."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Located:
     missing: Sequence[Sequence[Cell]]
     """Of each query: nearer than these, and nobody hosts them."""
     hosts: Mapping[bytes, Collection[PeerID]]
-    """Of each shard in these cells, by its root."""
+    """Of the shards in these cells, and perhaps of others, by their roots."""
     nodes: Mapping[PeerID, NodeInfo]
 
 
@@ -144,6 +145,11 @@ class Directory(Protocol):
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         """The `count` cells nearest to each query that others than `avoided` host. Raises UnreachableError."""
+
+    async def hosts_of(
+        self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
+    ) -> Located:
+        """The same, with the hosts of these shards other than `avoided`. Raises UnreachableError."""
 
     async def follow(self) -> MemoryManifest:
         """The newest manifest that its publisher signed, after a look. Raises UnreachableError."""
@@ -374,9 +380,9 @@ class _Search:
         findings = Findings(manifest, self._vectors_QD, self._k)
         hosts = self._located.hosts
         places = {
-            claim.place: [[claim.host], hosts.get(claim.place.root, ())]
+            claim.found: [[claim.host], hosts.get(claim.found.root, ())]
             for (_, claim), _ in by_claim
-            if claim.place.root in manifest.by_root
+            if claim.found.root in manifest.by_root and manifest.has_text_at(claim.text)
         }
 
         async def call(host: PeerID, items: list[Place]) -> Collection[Place]:
@@ -386,8 +392,8 @@ class _Search:
 
         await retriever.calls.spread(places, call, ("Read", False), partial(_parts, most=MAX_READ), ends)
         for (query, claim), silent in by_claim:
-            proven = findings.proven.get(claim.place)
-            if proven is None or proven.leaf in manifest.revoked:
+            proven = findings.proven.get(claim.found)
+            if proven is None or proven.text in manifest.revoked:
                 continue
             if not agrees(claim, proven, self._vectors_QD[query]):
                 retriever.calls.distrust(
@@ -415,7 +421,7 @@ class _Search:
                 return ()
             self.answers.append(answer)
             findings.add(answer)
-            places = (claim.place for claims in answer.claims.values() for claim in claims)
+            places = (claim.text for claims in answer.claims.values() for claim in claims)
             findings.prove(self._retriever.kept(places))
             return answer.present
 
@@ -454,9 +460,10 @@ class _Search:
         return await self._retriever.ask(ask, self._vectors_QD, self._located.nodes[host], ends)
 
     async def _read(
-        self, unproven: Mapping[Place, Collection[PeerID]], findings: Findings, ends: float
+        self, unproven: Mapping[Place, Sequence[Claim]], findings: Findings, ends: float
     ) -> set[PeerID]:
-        """Reads these places. Returns the hosts that claimed something there which nobody gives."""
+        """Reads these texts. Returns the hosts that say they have one which nobody gives."""
+        await self._locate_texts(unproven, ends)
         located = self._located
 
         async def call(host: PeerID, places: list[Place]) -> Collection[Place]:
@@ -464,31 +471,47 @@ class _Search:
             findings.prove(found)
             return found.keys()
 
-        hosts = {
-            place: [claimants, located.hosts.get(place.root, ())] for place, claimants in unproven.items()
+        # whoever found it in a secondary shard need not have the text
+        having = {
+            text: [claim.host for claim in claims if claim.found == text] for text, claims in unproven.items()
         }
+        hosts = {text: [some, located.hosts.get(text.root, ())] for text, some in having.items()}
         kind: Kind = ("Read", len(hosts) > MANY)
         given_up = await self._retriever.calls.spread(hosts, call, kind, partial(_parts, most=MAX_READ), ends)
         findings.give_up(given_up)
-        return set[PeerID]().union(*(unproven[place] for place in given_up))
+        return set[PeerID]().union(*(having[text] for text in given_up))
+
+    async def _locate_texts(self, texts: Iterable[Place], ends: float) -> None:
+        """Looks for the hosts of texts that lie in cells which were not asked."""
+        roots = {text.root for text in texts} - self._located.hosts.keys()
+        if roots:
+            shards = [self._located.manifest.by_root[root] for root in roots]
+            with suppress(TimeoutError, UnreachableError):  # what is not found is missing in the results
+                async with asyncio.timeout_at(ends):
+                    retriever = self._retriever
+                    self._located = await retriever.directory.hosts_of(
+                        shards, self._located, retriever.calls.avoided()
+                    )
 
     def _results(self, findings: Findings) -> list[SearchResult]:
         memory = self._retriever.directory.memory
         answered = {root for answer in self.answers for root in answer.present}
-        by_cell = self._located.manifest.by_cell
+        manifest = self._located.manifest
         results = []
         for query, vector_D in enumerate(self._vectors_QD):
             whole = float(vector_D.astype(np.int64) @ vector_D.astype(np.int64))
             hits = tuple(
-                Hit(proven.passage, score / whole, score / whole, memory, proven.leaf, proven.reader)
-                for score, proven in findings.results(query)
+                Hit(passage, score / whole, score / whole, memory, proven.leaf, proven.reader)
+                for score, passage, proven in findings.results(query)
             )
-            missing = [
+            missing = dict.fromkeys(self._located.missing[query])
+            missing |= dict.fromkeys(
                 cell
                 for cell in self._located.cells[query]
-                if any(shard.root not in answered for shard in by_cell.get(cell, ()))
-            ]
-            results.append(SearchResult(hits, missing=(*self._located.missing[query], *missing)))
+                if any(shard.root not in answered for shard in manifest.by_cell.get(cell, ()))
+            )
+            missing |= dict.fromkeys(manifest.by_root[text.root].cell for text in findings.unread(query))
+            results.append(SearchResult(hits, missing=tuple(missing)))
         return results
 
     async def _off_loop(self, function: Callable[[], T]) -> T:

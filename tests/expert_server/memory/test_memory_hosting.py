@@ -11,7 +11,7 @@ import grpc
 import pytest
 from callers import InSession, a_caller, numbered_identities
 from grpc import StatusCode
-from memory_folders import DIMENSIONS, SampleMemory
+from memory_folders import DIMENSIONS, SampleMemory, passages_in
 from memory_peers import MEMORY_RIGHTS, read_request, search_request, until
 from published_memories import HOST, folder, list_memories, memory_id, publishing, replicas, until_hosted
 from real_swarm import Play, Village, end, eventually, playing
@@ -112,7 +112,7 @@ def test_what_is_revoked_goes_from_all_hosts(play: Play) -> None:
         await village.run(node)
         await until_hosted(founder.swarm, memory, 2, MEMORY)
         root = MEMORY.roots[2]
-        later = MEMORY.revoking(MEMORY.leaf(root, 9))
+        later = MEMORY.revoking((root, 9))
         # the founder's node follows its own store, too: from whoever serves the new manifest
         await asyncio.to_thread(founder.memories.served[str(memory)].follow, later.manifest.serialize())
         await list_memories(founder, later)
@@ -123,7 +123,7 @@ def test_what_is_revoked_goes_from_all_hosts(play: Play) -> None:
 
         await eventually(is_gone)
         assert MEMORY.passages[root][0][9].text not in {
-            passage.text for passage in node.memories.served[str(memory)].shards[root].passages() if passage
+            passage.text for passage in passages_in(node.memories.served[str(memory)], root) if passage
         }
         assert await text_of(stub, founder.swarm, memory, root, 8) is not None
         again = MemoryStore.open(folder(village, 1, MEMORY))
@@ -182,7 +182,7 @@ def test_wrong_bytes_are_refused_and_come_from_another_host(
         await village.run(last)
         await until(lambda: last.memories.shards == 4)
         for root, (passages, _) in MEMORY.passages.items():
-            assert list(last.memories.served[str(memory)].shards[root].passages()) == passages
+            assert passages_in(last.memories.served[str(memory)], root) == passages
 
     play(scenario)
 
@@ -403,7 +403,7 @@ def test_a_memory_that_goes_while_its_revision_comes_is_no_full_disk(
         node = await village.join(1, await founder.swarm.invite(), **HOST)
         await village.run(node)
         await until(lambda: node.memories.shards == 4)
-        later = MEMORY.revoking(MEMORY.leaf(MEMORY.roots[2], 9))
+        later = MEMORY.revoking((MEMORY.roots[2], 9))
         asked = []
 
         async def removed_meanwhile(entry: LibraryEntry) -> bytes:

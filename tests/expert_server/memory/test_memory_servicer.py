@@ -55,8 +55,7 @@ def test_a_search_finds_the_best_of_all_shards_and_a_read_proves_them(
         for query, found in zip(QUERIES, reply.found, strict=True):
             hits = list(zip(found.scores, found.shards, found.positions, strict=True))
             assert hits == exact(query, roots[:3], 7)
-            for i, (_, number, position) in enumerate(hits):
-                assert found.leaves[16 * i : 16 * i + 16] == MEMORY.leaf(roots[number], position)[:16]
+            assert not any(found.texts)
         assert total(servicer.metrics.queries) == 3
 
         read = await stub.Read(read_request(memory, (roots[1], [99, 4, 4]), (absent, [1]), (roots[0], [0])))
@@ -91,13 +90,61 @@ def test_revoked_passages_are_neither_found_nor_read(loop: LoopThread, tmp_path:
         await library.serve(numbered_identity(1), {str(memory): store})
         stub = await library.stub(1)
         (_, _, best), *_ = exact(QUERIES[0], [root], 1)
-        await asyncio.to_thread(store.follow, MEMORY.revoking(MEMORY.leaf(root, best)).manifest.serialize())
+        await asyncio.to_thread(store.follow, MEMORY.revoking((root, best)).manifest.serialize())
         reply = await stub.Search(search_request(memory, 100, QUERIES[0].tobytes(), root))
         assert len(reply.found[0].positions) == 99
         assert best not in reply.found[0].positions
         (proven,) = (await stub.Read(read_request(memory, (root, [best])))).passages
         assert not proven.HasField("passage")
-        assert not any(proven.vector)
+        assert not proven.vector
+
+    in_library(loop, tmp_path, scenario)
+
+
+def test_what_was_found_in_a_second_cell_says_where_its_text_is(loop: LoopThread, tmp_path: Path) -> None:
+    twofold = SampleMemory.make(each=100, is_twofold=True)
+
+    async def scenario(library: Library) -> None:
+        await library.host(1, twofold)
+        stub, memory = await library.stub(1), library.memory_id(twofold)
+        first, second = twofold.roots[0], twofold.roots[4]
+        reply = await stub.Search(search_request(memory, 9, QUERIES.tobytes(), second, twofold.roots[1]))
+        assert list(reply.text_roots) == [first]
+        for query, found in zip(QUERIES, reply.found, strict=True):
+            assert list(zip(found.scores, found.shards, found.positions, strict=True)) == exact(
+                query, [first, twofold.roots[1]], 9
+            )
+            for number, position, text, there in zip(
+                found.shards, found.positions, found.texts, found.text_positions, strict=True
+            ):
+                assert (text, there) == ((1, position) if number == 0 else (0, 0))
+        (proven,) = (await stub.Read(read_request(memory, (second, [7])))).passages
+        assert (proven.text_root, proven.text_position) == (first, 7)
+        assert not proven.HasField("passage")
+
+    in_library(loop, tmp_path, scenario)
+
+
+def test_a_shard_that_the_disk_does_not_give_is_no_longer_served(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario(library: Library) -> None:
+        memory, (first, second, *_) = library.memory_id(MEMORY), MEMORY.roots
+        store = MEMORY.write(tmp_path / "m")
+        await library.serve(numbered_identity(1), {str(memory): store})
+        stub = await library.stub(1)
+        path = tmp_path / "m" / "shards" / first.hex()
+        data = path.read_bytes()
+        path.write_bytes(data[:-9])
+        # as when something in it was revoked at this moment
+        with pytest.raises(grpc.aio.AioRpcError) as changed:
+            await stub.Search(search_request(memory, 9, QUERIES.tobytes(), first))
+        assert changed.value.code() is StatusCode.UNAVAILABLE
+        path.unlink()
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.Search(search_request(memory, 9, QUERIES.tobytes(), first, second))
+        assert failed.value.code() is StatusCode.DATA_LOSS
+        reply = await stub.Search(search_request(memory, 9, QUERIES.tobytes(), first, second))
+        assert list(reply.missing) == [0]
+        assert len(reply.found[0].scores) == 9
 
     in_library(loop, tmp_path, scenario)
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from commands import run_here
 
-from dht.memory import MAX_SHARD_BYTES, MemoryManifest, Passage, number_of
+from dht.memory import MAX_SHARD_BYTES, MemoryManifest, Passage, Place, number_of
+from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
 from peer.errors import DataError, LibraryError, SettingsError, StartError, UserError
-from talkoot.memory import build
+from talkoot.memory import shards
 from talkoot.memory.build import BuildPlan, build_memory, text_of
 from talkoot.memory.clustering import two_cells
 from talkoot.memory.inspection import inspect_memory, open_memory
@@ -68,13 +69,19 @@ def opened(path: Path) -> MemoryStore:
 
 
 def places(store: MemoryStore) -> dict[Passage, list[int]]:
-    """The cells of each passage."""
-    found: dict[Passage, list[int]] = {}
-    for info in store.manifest.shards:
-        for passage in store.shards[info.root].passages():
-            assert passage is not None
-            found.setdefault(passage, []).append(number_of(info.cell, store.manifest.grid))
-    return found
+    """The cells of each passage, that with its text first."""
+    found: dict[Place, list[int]] = {}
+    for is_secondary in (False, True):
+        for info in store.manifest.shards:
+            if info.is_secondary == is_secondary:
+                for text in map(store.shards[info.root].text_at, range(info.leaves)):
+                    found.setdefault(text, []).append(number_of(info.cell, store.manifest.grid))
+    by_passage = {}
+    for text, cells in found.items():
+        (entry,) = store.shards[text.root].read([text.position])
+        assert entry.passage is not None
+        by_passage[entry.passage] = cells
+    return by_passage
 
 
 def test_each_passage_is_in_its_two_cells(folder: Path) -> None:
@@ -91,7 +98,7 @@ def test_each_passage_is_in_its_two_cells(folder: Path) -> None:
     )
     for passage, cells in found.items():
         (expected,) = two_cells(codebook, encoder.encode([text_of(passage)]))
-        assert set(cells) == set(expected)
+        assert cells == expected.tolist()
 
 
 def test_the_manifest_says_what_the_folder_holds(folder: Path) -> None:
@@ -123,12 +130,12 @@ def test_equal_passages_are_kept_once(tmp_path: Path) -> None:
 
 
 def test_a_large_cell_has_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_BYTES_OF_SHARD", 4000)
+    monkeypatch.setattr(shards, "_MOST_BYTES", 4000)
     texts = write_texts(tmp_path / "texts.jsonl", 150)
     build_memory(BuildPlan((str(texts),), tmp_path / "trees"))
     store = opened(tmp_path / "trees")
     assert max(map(len, store.manifest.by_cell.values())) > 2
-    assert all(shard.leaves <= 8 and shard.size < MAX_SHARD_BYTES for shard in store.manifest.shards)
+    assert all(shard.leaves <= 13 and shard.size < MAX_SHARD_BYTES for shard in store.manifest.shards)
     assert len(places(store)) == 150
 
 
@@ -189,18 +196,24 @@ def test_what_was_revoked_does_not_come_back(folder: Path, tmp_path: Path) -> No
     base, texts = tmp_path / "trees", str(folder / "texts.jsonl")
     shutil.copytree(folder / "trees", base)
     store = opened(base)
-    root = store.manifest.shards[0].root
-    gone, leaf = next(store.shards[root].passages()), store.shards[root].leaf(0)
+    place = Place(store.manifest.shards[0].root, 0)
+    (gone,) = (entry.passage for entry in store.shards[place.root].read([0]))
     assert gone is not None
-    store.follow(replace(store.manifest, revision=2, revoked=frozenset([leaf])).serialize())
+    store.follow(replace(store.manifest, revision=2, revoked=frozenset([place])).serialize())
     more = write_texts(tmp_path / "more.jsonl", 10, seed=1)
     report = build_memory(BuildPlan((texts, str(more)), tmp_path / "third", base=base))
     assert report.revision == 3
     third = opened(tmp_path / "third")
-    assert third.manifest.revoked == {leaf}
+    assert third.manifest.revoked == {place}
     found = {
-        passage.text for shard in third.shards.values() for passage in shard.passages() if passage is not None
+        passage.text
+        for shard in third.shards.values()
+        if isinstance(shard, PrimaryShard)
+        for passage in shard.passages()
+        if passage is not None
     }
+    live = sum(shard.live for shard in third.shards.values() if not isinstance(shard, PrimaryShard))
+    assert live == 159
     assert len(found) == 159
     assert gone.text not in found
 
@@ -243,7 +256,7 @@ def test_a_full_disk_leaves_nothing_behind(
             raise OSError(errno.ENOSPC, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(build, "write_atomically", full)
+    monkeypatch.setattr(shards, "write_atomically", full)
     with pytest.raises(StartError, match="No space left"):
         build_memory(BuildPlan((str(folder / "texts.jsonl"),), tmp_path / "trees"))
     assert not list(tmp_path.iterdir())
@@ -300,6 +313,7 @@ def test_inspect_counts_and_verifies(folder: Path, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(LibraryError, match="damaged"):
         inspect_memory(tmp_path / "trees")
+    path.unlink()
     with pytest.raises(LibraryError, match="lacks 1 shard"):
         open_memory(tmp_path / "trees")
     others[0].unlink()

@@ -64,7 +64,7 @@ def test_a_memory_is_listed_and_inspected_with_its_hosts(
         async with contextlib.AsyncExitStack() as stack:
             swarm = await founder(stack)
             store = MEMORY.write(tmp_path)
-            entry = LibraryEntry.of(store.manifest, store.part, FOUNDER.peer_id, 80)
+            entry = LibraryEntry.of(store.manifest, store.part, FOUNDER.peer_id)
             memories = MemoryRegistry(swarm.registry)
             await memories.publish_library([entry])
 
@@ -100,10 +100,10 @@ def test_a_host_that_gives_another_manifest_is_not_believed(
         async with contextlib.AsyncExitStack() as stack:
             swarm = await founder(stack)
             store = MEMORY.write(tmp_path)
-            entry = LibraryEntry.of(store.manifest, store.part, FOUNDER.peer_id, 80)
+            entry = LibraryEntry.of(store.manifest, store.part, FOUNDER.peer_id)
             await serving(stack, swarm, entry.memory, store)
             other = Part(b"o" * 32, store.part.size)
-            listed = LibraryEntry.of(store.manifest, other, FOUNDER.peer_id, 80)
+            listed = LibraryEntry.of(store.manifest, other, FOUNDER.peer_id)
             await MemoryRegistry(swarm.registry).publish_library([listed])
             with pytest.raises(LibraryError, match="nobody gives the list of shards"):
                 await _inspect(Terminal(LogFormat.TEXT), swarm, "python-docs")
@@ -116,7 +116,7 @@ def test_texts_of_publishers_are_plain_lines(loop: LoopThread, capsys: pytest.Ca
         async with contextlib.AsyncExitStack() as stack:
             swarm = await founder(stack)
             about = f"red \x1b[31m and [bold]markup[/bold] {time.time():.0f}"
-            entry = LibraryEntry.of(MEMORY.manifest, Part(b"m" * 32, 100), FOUNDER.peer_id, 80)
+            entry = LibraryEntry.of(MEMORY.manifest, Part(b"m" * 32, 100), FOUNDER.peer_id)
             await MemoryRegistry(swarm.registry).publish_library(
                 [LibraryEntry(**{**vars(entry), "about": about})]
             )

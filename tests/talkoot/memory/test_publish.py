@@ -16,7 +16,7 @@ from commands import assert_one_clear_line, run_here
 from expert_fakes import virtual_time
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_folders import SampleMemory
+from memory_folders import SampleMemory, passages_in
 from memory_hosts import SimpleHost
 from memory_samples import node_info
 
@@ -36,7 +36,7 @@ from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2
-from talkoot.memory.inspection import count_passages, open_memory
+from talkoot.memory.inspection import open_memory
 from talkoot.memory.publish import Publication, _publish, advice
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication
@@ -70,7 +70,7 @@ def test_a_folder_is_read_whole_before_it_is_published(tmp_path: Path) -> None:
     MEMORY.write(tmp_path / "memory")
     store = open_memory(tmp_path / "memory", lambda text: None)
     assert set(store.shards) == set(MEMORY.roots)
-    assert count_passages(store) == 80
+    assert store.manifest.passages == 80
 
 
 def broken(what: str, folder: Path) -> None:
@@ -234,12 +234,12 @@ def test_something_must_be_selected() -> None:
 
 def test_passages_are_selected_by_hash_or_by_what_is_in_them(tmp_path: Path) -> None:
     store = MEMORY.write(tmp_path)
-    leaf = MEMORY.leaf(MEMORY.roots[1], 5)
+    place, leaf = (MEMORY.roots[1], 5), MEMORY.leaf(MEMORY.roots[1], 5)
     for digits in (leaf.hex(), leaf.hex()[:16], leaf.hex().upper()):
-        assert list(Selection.parse([digits], None).find(store)) == [leaf]
+        assert list(Selection.parse([digits], None).find(store)) == [place]
     found = Selection.parse([leaf.hex()], "TITLE 19").find(store)
-    assert set(found) == {leaf, *(MEMORY.leaf(root, 19) for root in MEMORY.roots)}
-    assert {passage.title for passage in found.values()} == {"title 5", "title 19"}
+    assert set(found) == {place, *((root, 19) for root in MEMORY.roots)}
+    assert {each.passage.title for each in found.values()} == {"title 5", "title 19"}
     with pytest.raises(LibraryError, match=r"no passage of .* has that text"):
         Selection.parse([], "zebra").find(store)
     with pytest.raises(LibraryError, match="has no passage 0000000000000000"):
@@ -248,9 +248,9 @@ def test_passages_are_selected_by_hash_or_by_what_is_in_them(tmp_path: Path) -> 
 
 def test_a_passage_is_not_revoked_twice(tmp_path: Path) -> None:
     leaf = MEMORY.leaf(MEMORY.roots[0], 0)
-    MEMORY.revoking(leaf).write(tmp_path)
+    MEMORY.revoking((MEMORY.roots[0], 0)).write(tmp_path)
     store = open_memory(tmp_path, lambda text: None)
-    assert count_passages(store) == 79
+    assert store.manifest.passages == 79
     with pytest.raises(LibraryError, match="or it was revoked before"):
         Selection.parse([leaf.hex()], None).find(store)
 
@@ -337,7 +337,7 @@ async def taken(host: SimpleHost) -> None:
 
 def publishing(publisher: Publisher, store: MemoryStore) -> "asyncio.Task[None]":
     terminal = Terminal(LogFormat.JSON)
-    return asyncio.create_task(_publish(terminal, publisher, store, count_passages(store), SETTINGS, HOST))
+    return asyncio.create_task(_publish(terminal, publisher, store, SETTINGS, HOST))
 
 
 def founder_with(invite: Invite) -> Publisher:
@@ -393,7 +393,7 @@ def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_th
             assert entry.passages == 76
             for some in (store, hosts[0].store, hosts[1].store):
                 assert some is not None
-                left = [passage for shard in some.shards.values() for passage in shard.passages()]
+                left = [passage for root in some.shards for passage in passages_in(some, root)]
                 assert sum(passage is None for passage in left) == 4
                 assert not any(passage.title == "title 7" for passage in left if passage is not None)
 
@@ -437,7 +437,7 @@ def test_those_who_only_say_that_they_host_a_memory_do_not_count(loop: LoopThrea
             founder, hosts, invite = await stack.enter_async_context(swarm_of("open", tmp_path))
             swarm = await founder_with(invite).join(SETTINGS, HOST, lambda text: None)
             stack.push_async_callback(swarm.stop)
-            publication = Publication(swarm, store, FOUNDER, SETTINGS, HOST, 80)
+            publication = Publication(swarm, store, FOUNDER, SETTINGS, HOST)
             await stack.enter_async_context(publication.published(lambda text: None))
             cells: Mapping[Cell, Any] = {
                 shard.cell: (SERVING, [shard.root]) for shard in MEMORY.manifest.shards
@@ -475,7 +475,7 @@ def test_who_may_not_publish_is_told_so(loop: LoopThread, tmp_path: Path) -> Non
 def test_an_older_revision_is_not_published_nor_built_upon(loop: LoopThread, tmp_path: Path) -> None:
     async def scenario() -> None:
         old = MEMORY.write(tmp_path / "old")
-        new = MEMORY.revoking(MEMORY.leaf(MEMORY.roots[0], 3)).write(tmp_path / "new")
+        new = MEMORY.revoking((MEMORY.roots[0], 3)).write(tmp_path / "new")
         async with swarm_of("open", tmp_path) as (_, hosts, invite):
             published = publishing(founder_with(invite), new)
             for host in hosts:

@@ -46,27 +46,37 @@ founds = st.builds(
     shards=st.lists(small, max_size=5),
     positions=st.lists(small, max_size=5),
     scores=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5),
-    leaves=st.binary(max_size=80),
+    texts=st.lists(st.integers(0, 2), max_size=5),
+    text_positions=st.lists(small, max_size=5),
 )
 
 
-@given(found=st.lists(founds, max_size=3), missing=st.lists(small, max_size=3), queries=st.integers(1, 3))
+@given(
+    found=st.lists(founds, max_size=3),
+    missing=st.lists(small, max_size=3),
+    text_roots=st.lists(
+        st.sampled_from([bytes(32), MEMORY_HERE.manifest.shards[0].root, b"short"]), max_size=2
+    ),
+    queries=st.integers(1, 3),
+)
 def test_an_answer_is_refused_or_has_only_what_was_asked_for(
-    found: list[memory_pb2.Found], missing: list[int], queries: int
+    found: list[memory_pb2.Found], missing: list[int], text_roots: list[bytes], queries: int
 ) -> None:
-    ask = an_ask([0, 1, 2], queries)
+    ask = an_ask([0, 1, -1], queries)
     try:
-        answer = ask.parse(memory_pb2.SearchReply(found=found, missing=missing), ONE)
+        answer = ask.parse(memory_pb2.SearchReply(found=found, missing=missing, text_roots=text_roots), ONE)
     except WireError:
         return
     assert answer.claims.keys() == set(range(queries))
     for query, claims in answer.claims.items():
         assert len(claims) <= ask.k
         assert [c.score for c in claims] == sorted((c.score for c in claims), reverse=True)
-        assert len({claim.place for claim in claims}) == len(claims)
+        assert len({claim.found for claim in claims}) == len(claims)
         for claim in claims:
-            assert claim.place.root in answer.looked_up(query)
-            assert claim.place.position < MEMORY_HERE.manifest.by_root[claim.place.root].leaves
+            info = MEMORY_HERE.manifest.by_root[claim.found.root]
+            assert info.root in answer.looked_up(query)
+            assert claim.found.position < info.leaves
+            assert claim.text.root in text_roots if info.is_secondary else claim.text == claim.found
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -161,8 +171,8 @@ def test_honest_hosts_omit_nothing_and_whatever_is_found_omitted_was_left_out(
     assert not omitted(0, *reversed(answers))
     host = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root, "omits", rng=random.Random(seed))
     spoilt = asks[1].parse(answered(asks[1], [number], host), OTHER)
-    kept = {claim.place for claim in spoilt.claims[0]}
-    assert all(claim.place not in kept for claim in omitted(0, answers[0], spoilt))
+    kept = {claim.text for claim in spoilt.claims[0]}
+    assert all(claim.text not in kept for claim in omitted(0, answers[0], spoilt))
     assert not omitted(0, spoilt, answers[0])
 
 
@@ -170,9 +180,9 @@ def test_an_omission_is_found_where_both_have_looked() -> None:
     ask = an_ask([0, 1], 1)
     whole = ask.parse(answered(ask, [5]), ONE)
     first, *rest = whole.claims[0]
-    without = Answer(ask, OTHER, {0: [c for c in rest if c.leaf != first.leaf]}, whole.present)
+    without = Answer(ask, OTHER, {0: [c for c in rest if c.text != first.text]}, whole.present)
     assert first in omitted(0, whole, without)
-    elsewhere = Answer(ask, OTHER, without.claims, whole.present - {first.place.root})
+    elsewhere = Answer(ask, OTHER, without.claims, whole.present - {first.found.root})
     assert first not in omitted(0, whole, elsewhere)
 
 
@@ -184,14 +194,14 @@ def test_the_first_lie_drops_all_that_a_host_said() -> None:
     liar = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root, "inflated scores")
     findings.add(honest)
     findings.add(ask.parse(answered(ask, [5], liar), OTHER))
-    assert all(hosts == [OTHER] for hosts in findings.unproven().values())
+    assert all({claim.host for claim in claims} == {OTHER} for claims in findings.unproven().values())
     place = next(iter(findings.unproven()))
     request = memory_pb2.ReadRequest(
         shards=[memory_pb2.ShardPositions(root=place.root, positions=[place.position])]
     )
     reply = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root).read(request)
     findings.prove(parse_passages(reply, {place.root: [place.position]}, MEMORY_HERE.manifest, ONE))
-    assert all(hosts == [ONE] for hosts in findings.unproven().values())
+    assert all({claim.host for claim in claims} == {ONE} for claims in findings.unproven().values())
     assert findings.liars == {OTHER}
     (found,) = findings.results(0)
-    assert found[0] == int(vectors_QD[0].astype(int) @ np.asarray(found[1].vector_D).astype(int))
+    assert found[0] == int(vectors_QD[0].astype(int) @ np.asarray(found[2].vector_D).astype(int))

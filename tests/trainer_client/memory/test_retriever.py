@@ -30,13 +30,13 @@ MOST = 3
 """Queries at once: what more of them find is parsed on a thread, for which virtual time does not wait."""
 MEMORIES = [SampleMemory.make(seed, revoked=3) for seed in range(4)]
 FOUND_OUT: tuple[Lie, ...] = (
-    "forged text", "wrong vectors", "inflated scores", "wrong leaves", "wrong positions", "says missing",
+    "forged text", "wrong vectors", "inflated scores", "wrong texts", "wrong positions", "says missing",
     "reads nothing", "all revoked", "junk", "stalls", "stalls at reading", "fails", "busy", "too many", "other order",
 )  # fmt: skip
 """Lies and failures after which the right passages are found all the same."""
 OMISSIONS: tuple[Lie, ...] = ("omits", "omits best", "deflated scores")
 DISHONEST: tuple[Lie, ...] = (
-    "forged text", "wrong vectors", "inflated scores", "wrong leaves", "wrong positions", "junk", "too many",
+    "forged text", "wrong vectors", "inflated scores", "wrong texts", "wrong positions", "junk", "too many",
     "other order",
 )  # fmt: skip
 
@@ -75,7 +75,7 @@ def check_sound(memory: SampleMemory, numbers: list[int], results: list[SearchRe
         scores = []
         for hit in result.hits:
             assert hit.passage in memory.passages
-            assert hit.leaf not in memory.manifest.revoked
+            assert memory.places[hit.passage.offset] not in memory.manifest.revoked
             vector_D = memory.vectors_ND[hit.passage.offset].astype(int)
             assert hit.leaf == hit.passage.leaf(memory.vectors_ND[hit.passage.offset].tobytes())
             assert hit.memory == MEMORY
@@ -188,8 +188,7 @@ def test_whoever_leaves_passages_out_is_noticed_within_a_thousand_queries(lie: L
 
 def test_leaving_out_what_the_newest_revision_revokes_is_no_omission() -> None:
     memory, newest = MEMORIES[2], MEMORIES[2].manifest
-    leaves = [text.leaf(v.tobytes()) for text, v in zip(memory.passages, memory.vectors_ND, strict=True)]
-    revoking = replace(newest, revision=2, revoked=frozenset(leaves))
+    revoking = replace(newest, revision=2, revoked=frozenset(memory.places.values()))
     swarm = swarm_of(memory, None, "omits")
     with virtual_time() as runner:
         retriever = retriever_of(swarm, checked_share=1.0)
