@@ -26,6 +26,10 @@ _HEAD = ID_BITS - 64
 _CORE_S = 0.04
 """From the core of the network to an average peer and back."""
 _FIGURES = Path(__file__).with_name("hops.json")
+_DIGEST_BYTES = 8
+_SAMPLES, _SAMPLE_FOR_S = 8, 2.0
+_SAMPLED_BY = 3
+"""Holders, each of which gives a sample of its own if an answer has no room for all."""
 _SAMPLE_EVERY_S = 30.0
 """As `Lookups` looks up random keys."""
 
@@ -41,6 +45,7 @@ class Cost:
     """Without values."""
     copies: float
     """How often each value comes."""
+    calls: float
     near_share: float
     """Of the calls, those to the nodes nearest to the key."""
 
@@ -62,6 +67,7 @@ class HopTable:
                 each["question_bytes"],
                 each["answer_bytes"],
                 each["copies"],
+                each["calls"],
                 each["near_share"],
             )
 
@@ -86,6 +92,7 @@ class _Key:
     __slots__ = (
         "bytes",
         "checked",
+        "drawn_at",
         "entries",
         "first_expiry",
         "holders",
@@ -94,6 +101,7 @@ class _Key:
         "owed_down",
         "owed_up",
         "place",
+        "samples",
     )
 
     def __init__(self, place: int) -> None:
@@ -107,6 +115,8 @@ class _Key:
         """The living servers nearest to it,"""
         self.near_at = (-1, 0)
         """by this state of the world, in this half."""
+        self.drawn_at = -1
+        self.samples: list[tuple[dict[Any, Entry], int]] = []
         self.owed_up = self.owed_down = 0.0
         """Bytes that they sent and received for it and that are not in the accounts yet."""
 
@@ -143,7 +153,7 @@ class ModelDHT:
         self.nobody = _Search(0, False)
         self._table = table or HopTable()
         self._keys: dict[int, _Key] = {}
-        self._rng = world.rng("dht")
+        self.rng = world.rng("dht")
         self._searches = [_Search(rounds, True) for rounds in range(32)]
         self._costs: dict[tuple[str, bool, int, int], Cost] = {}
         world.accounts.settlers.append(self.settle)
@@ -192,7 +202,7 @@ class ModelDHT:
             key.owed_down += questions
             key.owed_up += answers
         # the way there: on average, anybody
-        other = world.random_server(self._rng, half)
+        other = world.random_server(self.rng, half)
         if other is not None:
             accounts.down["dht_served"][other.number] += count * (cost.question_bytes - questions)
             accounts.up["dht_served"][other.number] += count * (cost.answer_bytes - answers)
@@ -223,6 +233,27 @@ class ModelDHT:
             if any(peer.half == half and peer.is_alive for peer in key.holders[subkey])
         }
         return seen, sum(len(entry.value) + ITEM_OVERHEAD_BYTES for entry in seen.values())
+
+    def sample(
+        self, key: _Key, entries: dict[Any, Entry], size: int, room: int
+    ) -> tuple[dict[Any, Entry], int]:
+        """What holders give of a key that has more than there is room for: index entries, and others as drawn.
+
+        Readers in the same few seconds share a few samples.
+        """
+        drawn_at = int(self.world.time() / _SAMPLE_FOR_S)
+        if key.drawn_at != drawn_at:
+            key.drawn_at, key.samples = drawn_at, []
+        if len(key.samples) < _SAMPLES:
+            share = min(1.0, _SAMPLED_BY * room / size)
+            drawn = {
+                subkey: entry
+                for subkey, entry in entries.items()
+                if type(subkey) is int or self.rng.random() < share
+            }
+            key.samples.append((drawn, sum(len(e.value) + ITEM_OVERHEAD_BYTES for e in drawn.values())))
+            return key.samples[-1]
+        return key.samples[int(self.rng.random() * _SAMPLES)]
 
     def settle(self) -> None:
         """Brings the accounts up to date, and forgets keys that are empty."""
@@ -309,18 +340,27 @@ class ModelLookups(Lookups):
         peer, model = self._peer, self._model
         if not peer.is_alive:
             await _awake(peer)
-        cost = await self._reach(keys, "find", "read")
+        cost = await self._reach(keys, "frugal" if limits.is_frugal else "find", "read")
         world = model.world
         someone = world.servers(peer.half) > (not peer.link.nat) or world.living == 1
         search = model.search(cost) if someone else model.nobody
-        found, size = {}, 0
+        found, size, count = {}, 0, 0
         for key_id in keys:
             key = model.key(key_id)
             entries, some = model.get(key, peer)
+            if room is not None and some > room:
+                entries, some = model.sample(key, entries, some, room)
             found[key_id] = ModelFound(search, entries)
-            key.owed_up += cost.copies * some
             size += some
-        world.accounts.down["read"][peer.number] += cost.copies * size
+            count += len(entries)
+            key.owed_up += cost.copies * some
+        # those that were asked later were told what the reader had
+        digests = _DIGEST_BYTES * count * max(0.0, cost.calls - 1)
+        accounts = world.accounts
+        accounts.down["read"][peer.number] += cost.copies * size
+        accounts.up["read"][peer.number] += digests
+        if (other := world.random_server(model.rng, peer.half)) is not None:
+            accounts.down["dht_served"][other.number] += digests
         if world.time() >= self._sampled_at + _SAMPLE_EVERY_S:
             self._sampled_at = world.time()
             model.charge((), 1, model.cost("nearest", False, 1), peer, "read")

@@ -2,12 +2,13 @@
 
 Writes hops.json: for look-ups of so many keys at a time in swarms of so many nodes, rounds and calls, bytes of
 questions and of answers without the values in them, how often each value came, and which share of the calls went to the
-seven nodes nearest to a key. `find` reads values, `nearest` is what a writer does before it stores, and `store` has the
-bytes of one call that brings items, without these. A look-up is warm when the same peer has looked the same keys up
-before.
+seven nodes nearest to a key. `find` and `frugal` read values, `nearest` is what a writer does before it stores, and
+`store` has the bytes of one call that brings items, without these. A look-up is warm when the same peer has looked the
+same keys up before.
 """
 
 import argparse
+import heapq
 import json
 import statistics
 from pathlib import Path
@@ -20,12 +21,15 @@ from peer.identity import PeerID
 from peer.kademlia import lookups
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
-from peer.kademlia.validation import ITEM_OVERHEAD_BYTES
+from peer.kademlia.validation import ITEM_OVERHEAD_BYTES, packed_bytes
 from peer.wire import dht_pb2
 
 FIGURES = Path(__file__).with_name("hops.json")
 KEYS = (1, 4, 16, 64)
+_KINDS = {"find": DEFAULT_LIMITS, "frugal": lookups.FRUGAL, "nearest": lookups._NEAREST}
 _FRONT = 7
+_AGE = 10
+"""Random look-ups that a peer has made before: five minutes' worth."""
 _TRIES = 6
 
 
@@ -40,7 +44,7 @@ class _CountingNetwork(Network):
 
     def clear(self) -> None:
         self.store_calls = self.store_bytes = 0
-        self.calls = self.questions = self.answers = self.values = self.copies = self.near_calls = 0
+        self.calls = self.questions = self.answers = self.values = self.near_calls = 0
 
     async def call(self, sender: PeerID, receiver: PeerID, method: str, request: bytes) -> bytes:
         answer = await super().call(sender, receiver, method, request)
@@ -53,7 +57,6 @@ class _CountingNetwork(Network):
             self.calls += 1
             self.questions += len(request) + CALL_OVERHEAD_BYTES
             values = [r.value for r in dht_pb2.FindResponse.FromString(answer).results if r.value]
-            self.copies += len(values)
             self.values += sum(map(len, values))
             self.answers += len(answer) + CALL_OVERHEAD_BYTES - sum(map(len, values))
             keys = dht_pb2.FindRequest.FromString(request).keys
@@ -63,7 +66,7 @@ class _CountingNetwork(Network):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", default="100,1000,10000")
+    parser.add_argument("--nodes", default="30,1000,10000")
     options = parser.parse_args()
     found = [figures for nodes in options.nodes.split(",") for figures in measure(int(nodes))]
     FIGURES.write_text(json.dumps(found, indent=1) + "\n")
@@ -84,7 +87,7 @@ async def _measure(loop: VirtualLoop, nodes: int, seed: int) -> list[dict[str, A
         peer.transport._network = network
     hosted = list(swarm.hosts)
     found = []
-    for kind, limits in (("find", DEFAULT_LIMITS), ("nearest", lookups._NEAREST)):
+    for kind, limits in _KINDS.items():
         for count in KEYS:
             for is_warm in (False, True):
                 tries = [
@@ -113,26 +116,27 @@ async def _look(
     is_warm: bool,
 ) -> dict[str, float]:
     """The figures of one look-up, by one peer, for each key."""
+    room = 0 if limits.quorum > _FRONT else None
     peer: SimulatedPeer = swarm.rng.choice(swarm.peers)
     ids = [key_id_of(swarm.keys.expert(uid)) for uid in swarm.rng.sample(hosted, count)]
     network.near = {}
     for key in ids:
-        nearest = sorted(swarm.peers, key=lambda p: p.dht.node_id ^ key)[:_FRONT]
+        nearest = heapq.nsmallest(_FRONT, swarm.peers, key=lambda p: p.dht.node_id ^ key)
         network.near[key.to_bytes(20, "big")] = {p.peer_id.to_bytes() for p in nearest}
-    await peer.lookups.sample()
-    peer.lookups._sample_at = loop.time() + 1e6
+    for _ in range(_AGE):
+        peer.lookups._sample_at = loop.time() + 1e6
     if is_warm:
-        await peer.lookups.find(ids, limits)
+        await peer.lookups.find(ids, limits, room=room)
     network.clear()
     began = loop.time()
-    found = await peer.lookups.find(ids, limits, besides_self=True)
+    found = await peer.lookups.find(ids, limits, besides_self=True, room=room)
     return {
         "rounds": statistics.mean(each.search.rounds for each in found.values()),
         "seconds_by_rtt": (loop.time() - began) / network.link.rtt_s,
         "calls": network.calls / count,
         "question_bytes": network.questions / count,
         "answer_bytes": network.answers / count,
-        "copies": network.copies / count,
+        "copies": network.values / sum(packed_bytes(each.entries) for each in found.values()),
         "near_share": network.near_calls / max(1, network.calls),
     }
 

@@ -11,19 +11,19 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups
 from benchmarks.internet.world import HomeLine, Link, Peer, World
 from benchmarks.simulated_p2p import SimulatedIdentity, simulated_world
-from dht.announcements import Activity, NodeInfo
+from dht.announcements import Activity, NodeInfo, Reachability, Replica
 from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
 from dht.records import SwarmKeys
 from dht.registry import Registry
+from dht.relays import RelayKeeper
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint
 from expert_server.hosting.averaging import choose_partners
@@ -40,10 +40,12 @@ from peer.errors import TransferError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import RetryingRounds
 from peer.parsing import ParseGuard
+from peer.relays.reservations import WANTED
 from peer.transport.addresses import Multiaddress
 from peer.wire import state_pb2
 
 _ASK_S = 5.0
+_MOST_SHARED = 200_000
 _CHECKPOINT_EVERY_S = 60.0
 _ACQUAINTANCES, _KNOWN_FOR_S = 20, 60.0
 
@@ -57,6 +59,8 @@ class SwarmPlan:
     """Of an expert with its optimizer, as it travels."""
     updates_per_s: float = 0.2
     """That each replica takes."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of all nodes, beside how many experts they host."""
 
 
 class Tally:
@@ -206,7 +210,7 @@ class CountedStates:
             await asyncio.sleep(swarm.world.rtt_s(me, other.peer))
             raise TransferError(f"{node.peer_id} has no {uid}", answered=True)
         count = expert.update_count
-        if not await swarm.world.transfer(other.peer, me, swarm.plan.state_bytes):
+        if not await swarm.transfer(other, self._node):
             raise TransferError(f"{node.peer_id} stopped answering", answered=False)
         expert.shared_count = max(expert.shared_count, count)
         met = other.replicas.history.of(uid).get(me.peer_id)
@@ -237,11 +241,20 @@ class SimulatedHost:
 
     def __init__(self, swarm: "InternetSwarm", peer: Peer) -> None:
         self.peer_id = peer.peer_id
-        self._swarm = swarm
+        self._world = swarm.world
         self._peer = peer
+        self._known: frozenset[PeerID] = frozenset()
+        self._known_until = 0.0
 
     def peers(self) -> frozenset[PeerID]:
-        return self._swarm.acquaintances(self._peer)
+        """Some of the peers that it knows in the DHT."""
+        world = self._world
+        if world.time() >= self._known_until or not self._known:
+            rng, half = world.rng("acquaintances"), self._peer.half
+            drawn = (world.random_server(rng, half) for _ in range(_ACQUAINTANCES))
+            self._known = frozenset(p.peer_id for p in drawn if p is not None and p is not self._peer)
+            self._known_until = world.time() + _KNOWN_FOR_S
+        return self._known
 
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         return []
@@ -270,6 +283,28 @@ class _Membership:
         await self.manifest_record.republish()
 
 
+class SharedRegistry(Registry):
+    """A registry for which a record that any other has read needs no reading: all agree on it."""
+
+    def __init__(self, shared: dict[object, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shared = shared
+
+    def _replica(self, uid: UID, key: str, subkey: object, value: object) -> Replica:
+        replica: Replica | None = self._shared.get(value)
+        if replica is None:
+            if len(self._shared) >= _MOST_SHARED:
+                self._shared.clear()
+            replica = self._shared[value] = super()._replica(uid, key, subkey, value)
+        return replica
+
+    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
+        if value not in self._shared:
+            self._shared[value] = super()._node_info(value, key, peer_id)
+        info: NodeInfo | None = self._shared[value]
+        return info
+
+
 class SimulatedNode:
     """A volunteer's node, from its start until it leaves or dies."""
 
@@ -284,11 +319,13 @@ class SimulatedNode:
         self.useful_since: float | None = None
         """When an expert served first, in seconds of the world; None: not yet."""
         world, plan, now = swarm.world, swarm.plan, swarm.world.now
-        self.settings = _settings(experts)
+        self.settings = swarm.settings(experts)
         rng = world.rng("nodes")
         lookups: Any = ModelLookups(swarm.dht, peer)
         identity: Any = peer.identity
-        registry = Registry(lookups, swarm.keys, identity, guard=swarm.guard, now=now, rng=rng)
+        registry = SharedRegistry(
+            swarm.shared, lookups, swarm.keys, identity, guard=swarm.guard, now=now, rng=rng
+        )
         registry.lookups = lookups
         member: Any = _Membership(
             SimulatedHost(swarm, peer),
@@ -312,6 +349,9 @@ class SimulatedNode:
         self._record = NodeRecordBuilder(self.settings, identity.make_certificate(), now())
         restarts: Any = swarm  # it has `note`
         self._rounds = RetryingRounds(self.settings.announce_every_s, restarts=restarts)
+        self.relays: list[Peer] = []
+        """Chosen by a node that others cannot reach directly."""
+        self._relay_keeper = RelayKeeper(member, 0, rng, world.time)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._activity = Activity.SERVING
 
@@ -319,6 +359,11 @@ class SimulatedNode:
     def takings(self) -> int:
         """Experts taken into service."""
         return int(self.runtime.takings)
+
+    @property
+    def living_relays(self) -> list[Peer]:
+        """Those that lead to a node behind a router now."""
+        return [relay for relay in self.relays if self.swarm.world.reachable(self.peer, relay)]
 
     def start(self) -> None:
         """Joins, and runs until it is ended."""
@@ -351,7 +396,7 @@ class SimulatedNode:
 
     async def _run(self) -> None:
         """As `expert_server.node.Node` starts and runs."""
-        await self._rounds.run("start", self.hosting.take_first, self._publish)
+        await self._rounds.run("start", self._keep_relays, self.hosting.take_first, self._publish)
         self._note_useful()
         self.spawn(self._look_around())
         self.spawn(self._average_now_and_then())
@@ -360,7 +405,9 @@ class SimulatedNode:
         saved_at = self.swarm.world.time()
         while True:
             await self._sleep(every_s)
-            await self._rounds.run("announce", self.hosting.announce, self._publish, self._stay_member)
+            await self._rounds.run(
+                "announce", self._keep_relays, self.hosting.announce, self._publish, self._stay_member
+            )
             self._note_useful()
             if self.swarm.world.time() >= saved_at + _CHECKPOINT_EVERY_S:
                 saved_at = self.swarm.world.time()
@@ -376,13 +423,13 @@ class SimulatedNode:
 
     async def _average_now_and_then(self) -> None:
         every_s, rng = self.settings.average_every_s, self.swarm.world.rng("averaging")
-        while True:
+        while every_s:
             await self._sleep(every_s * rng.uniform(0.5, 1.5))
             with contextlib.suppress(UnreachableError):
                 await self._average()
 
     async def _copy_now_and_then(self) -> None:
-        while True:
+        while self.settings.standby_every_s:
             await self._sleep(self.settings.standby_every_s)
             with contextlib.suppress(UnreachableError):
                 await self._standby.copy()
@@ -391,6 +438,19 @@ class SimulatedNode:
         await asyncio.sleep(seconds)
         if self.peer.awake is not None:
             await self.peer.awake.wait()
+
+    async def _keep_relays(self) -> None:
+        """As `RelayKeeper` and `Reservations` do, with the choice of the former."""
+        if not self.peer.link.nat or len(self.living_relays) >= WANTED:
+            return
+        self.relays = self.living_relays
+        for node in await self._relay_keeper._candidates():
+            relay = self.swarm.world.by_id.get(node.peer_id)
+            if relay is None or relay in self.relays or not self.swarm.world.reachable(self.peer, relay):
+                continue
+            self.relays.append(relay)
+            if len(self.relays) >= WANTED:
+                break
 
     async def _stay_member(self) -> None:
         await self.membership.check(announced=True)
@@ -415,11 +475,7 @@ class SimulatedNode:
         mine = self.runtime.experts.get(uid)
         base = 0 if mine is None else mine.update_count
         theirs = (await self.states.fetch(node, uid)).checkpoint.update_count
-        if (
-            mine is None
-            or other is None
-            or not await self.swarm.world.transfer(self.peer, other.peer, self.swarm.plan.state_bytes)
-        ):
+        if mine is None or other is None or not await self.swarm.transfer(self, other):
             return
         self._take_average(other.peer.peer_id, mine, base, theirs)
         if (expert := other.runtime.experts.get(uid)) is not None:
@@ -439,8 +495,13 @@ class SimulatedNode:
             self._status(),
             self._activity,
             self.swarm.world.now(),
-            addresses=["203.0.113.7:50051"],
+            addresses=[] if self.peer.link.nat else ["203.0.113.7:50051"],
             metrics_address="",
+            reachability=Reachability.RELAYED if self.peer.link.nat else Reachability.DIRECT,
+            relay_addresses=[
+                f"/ip4/203.0.113.7/tcp/50051/p2p/{relay.peer_id}/p2p-circuit/p2p/{self.peer.peer_id}"
+                for relay in self.relays
+            ],
         )
         await self.registry.publish_node(record, self.settings.lifetime_s)
 
@@ -454,11 +515,6 @@ class SimulatedNode:
     def _note_useful(self) -> None:
         if self.useful_since is None and self.runtime.experts:
             self.useful_since = self.swarm.world.time()
-
-
-@lru_cache
-def _settings(experts: int) -> NodeSettings:
-    return NodeSettings(experts=experts)
 
 
 class InternetSwarm:
@@ -480,13 +536,29 @@ class InternetSwarm:
         lookups: Any = ModelLookups(self.dht, Peer(-1, founder, HomeLine()))
         registry = Registry(lookups, self.keys, founder, guard=self.guard, now=world.now)
         self.manifest_record = registry.sign_manifest(plan.manifest.to_json(), expires_at), expires_at
-        self._known: dict[int, tuple[float, frozenset[PeerID]]] = {}
+        self.shared: dict[object, Any] = {}
+        """What was read of records, by their bytes."""
+        self._settings: dict[int, NodeSettings] = {}
 
     def note(self, name: str) -> None:
         """Stands for `Restarts.note`, of all nodes."""
         error = sys.exception()
         if error is not None:
             self.faults.append(error)
+
+    async def transfer(self, sender: SimulatedNode, receiver: SimulatedNode) -> bool:
+        """Of an expert's state, which `receiver` fetches. Whether it arrived."""
+        relays = sender.living_relays[:1] if sender.peer.link.nat else ()
+        if sender.peer.link.nat and not relays:
+            await asyncio.sleep(_ASK_S)
+            return False
+        return await self.world.transfer(sender.peer, receiver.peer, self.plan.state_bytes, relays=relays)
+
+    def settings(self, experts: int) -> NodeSettings:
+        """Of a node that hosts so many."""
+        if experts not in self._settings:
+            self._settings[experts] = NodeSettings(**{"experts": experts, **self.plan.settings})
+        return self._settings[experts]
 
     def join(self, link: Link, experts: int, before: "SimulatedNode | None" = None) -> SimulatedNode:
         """A node starts. `before`: the one that ran on the same machine, whose name and disk it has."""
@@ -525,16 +597,6 @@ class InternetSwarm:
             self.takings_of_ended += node.takings
             del self.nodes[node.peer.peer_id]
 
-    def acquaintances(self, peer: Peer) -> frozenset[PeerID]:
-        """Some peers that it knows in the DHT."""
-        until, known = self._known.get(peer.half, (0.0, frozenset()))
-        if self.world.time() >= until or not known:
-            rng = self.world.rng("acquaintances")
-            drawn = (self.world.random_server(rng, peer.half) for _ in range(_ACQUAINTANCES))
-            known = frozenset(other.peer_id for other in drawn if other is not None)
-            self._known[peer.half] = self.world.time() + _KNOWN_FOR_S, known
-        return known - {peer.peer_id}
-
     @property
     def takings(self) -> int:
         """Experts taken into service by all nodes that there were."""
@@ -553,6 +615,14 @@ class InternetSwarm:
         """Of all experts, the part that somebody serves."""
         found = self.hosts()
         return sum(map(bool, found.values())) / len(found)
+
+
+async def _end_all() -> None:
+    """Tasks that end start others, or wait once more."""
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _no_scale(replicas: LocalReplicas) -> None:
@@ -594,4 +664,7 @@ def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[W
         }
         for target, stand_in in stand_ins.items():
             stack.enter_context(patch(target, stand_in))
-        yield world
+        try:
+            yield world
+        finally:
+            world.loop.run_until_complete(_end_all())

@@ -15,7 +15,7 @@ from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from peer.identity import PeerID
 from peer.kademlia.routing import ID_BITS, REPLICAS, id_of_bytes
 
-PURPOSES = ("announce", "read", "dht_served", "transfer", "calls")
+PURPOSES = ("announce", "read", "dht_served", "transfer", "calls", "relayed")
 """What bytes are counted for: the first three are upkeep."""
 UPKEEP = PURPOSES[:3]
 _PLACE_BITS = 64
@@ -221,18 +221,40 @@ class World:
     def rtt_s(self, a: Peer, b: Peer) -> float:
         return a.link.rtt_s + b.link.rtt_s
 
-    async def transfer(self, sender: Peer, receiver: Peer, size: float, purpose: str = "transfer") -> bool:
-        """Sends so many bytes over both links, one transfer after the other on each. Whether they arrived."""
+    async def transfer(
+        self,
+        sender: Peer,
+        receiver: Peer,
+        size: float,
+        purpose: str = "transfer",
+        relays: Sequence[Peer] = (),
+    ) -> bool:
+        """Sends so many bytes over both links, one transfer after the other on each. Whether they arrived.
+
+        `relays`: whose links carry them too, both ways.
+        """
         now = self.time()
-        begins = max(now, sender.up_free, receiver.down_free)
-        takes = 8 * size / min(sender.link.up_bps, receiver.link.down_bps)
-        sender.up_free = begins + 8 * size / sender.link.up_bps
-        receiver.down_free = begins + 8 * size / receiver.link.down_bps
-        await asyncio.sleep(begins + takes - now + self.rtt_s(sender, receiver) / 2)
-        if not (sender.is_alive and receiver.is_alive and sender.half == receiver.half):
+        ways = [
+            ("up", sender),
+            ("down", receiver),
+            *((way, relay) for relay in relays for way in ("up", "down")),
+        ]
+        begins = max(now, *(peer.up_free if way == "up" else peer.down_free for way, peer in ways))
+        slowest = min(peer.link.up_bps if way == "up" else peer.link.down_bps for way, peer in ways)
+        for way, peer in ways:
+            if way == "up":
+                peer.up_free = begins + 8 * size / peer.link.up_bps
+            else:
+                peer.down_free = begins + 8 * size / peer.link.down_bps
+        delay_s = self.rtt_s(sender, receiver) / 2 + sum(relay.link.rtt_s for relay in relays)
+        await asyncio.sleep(begins + 8 * size / slowest - now + delay_s)
+        if not all(peer.is_alive and peer.half == sender.half for _, peer in ways):
             return False
         self.accounts.up[purpose][sender.number] += size
         self.accounts.down[purpose][receiver.number] += size
+        for relay in relays:
+            self.accounts.up["relayed"][relay.number] += size
+            self.accounts.down["relayed"][relay.number] += size
         return True
 
     def _leave_dht(self, peer: Peer) -> None:

@@ -10,11 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.internet.dht_model import ModelDHT, ModelLookups
 from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan, simulated
 from benchmarks.internet.world import HomeLine, World
 from benchmarks.simulated_p2p import VirtualLoop
 from benchmarks.simulated_swarm import grid_of
 from dht.manifest import Manifest
+from peer.kademlia.lookups import Item
+from peer.kademlia.routing import key_id_of
 
 
 def plan_of(experts: int) -> SwarmPlan:
@@ -129,3 +132,45 @@ def test_bytes_count_at_both_ends(nat: bool) -> None:
         assert world.time() == pytest.approx(1 + 0.04)
         assert world.accounts.up["transfer"][sender.number] == 1e6
         assert world.accounts.down["transfer"][receiver.number] == 1e6
+
+
+def test_what_one_peer_sends_another_receives() -> None:
+    with simulated(1) as world:
+        grown(world, 16, 8)
+        world.accounts.totals()
+        sent = sum(sum(column) for column in world.accounts.up.values())
+        received = sum(sum(column) for column in world.accounts.down.values())
+        assert sent == pytest.approx(received, rel=0.01)
+        assert sent > 0
+
+
+def test_records_are_lost_with_their_last_holder() -> None:
+    with simulated(1) as world:
+        model = ModelDHT(world)
+        peers = [world.add(HomeLine()) for _ in range(12)]
+        writer, reader = (ModelLookups(model, peer) for peer in peers[:2])
+        item, key = Item("key", b"writer", b"value", world.now() + 1000), key_id_of("key")
+
+        def found() -> bool:
+            return bool(world.loop.run_until_complete(reader.find([key]))[key].entries)
+
+        assert world.loop.run_until_complete(writer.store([item]))
+        holders = model.near(model.key(key), 0)
+        assert len(holders) == 5
+        for holder in holders:
+            assert found()
+            if holder is not peers[1]:
+                world.kill(holder)
+        assert found() == (peers[1] in holders)
+
+
+def test_records_expire() -> None:
+    with simulated(1) as world:
+        model = ModelDHT(world)
+        first, second = (ModelLookups(model, world.add(HomeLine())) for _ in range(2))
+        key = key_id_of("key")
+        run = world.loop.run_until_complete
+        run(first.store([Item("key", b"writer", b"value", world.now() + 5)]))
+        assert run(second.find([key]))[key].entries
+        world.run(5)
+        assert not run(second.find([key]))[key].entries
