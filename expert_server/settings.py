@@ -119,7 +119,8 @@ class NodeSettings(RoleSettings):
         ge=0,
         le=86400,
         allow_inf_nan=False,
-        description="seconds between averages of a replica with another node's replica of the same expert; 0: never",
+        description="seconds between averages of a replica with another node's replica of the same expert, or four "
+        "times as long as the last round took, if that is more; 0: never",
     )
     drain_timeout_s: float = Field(
         default=30.0,

@@ -26,7 +26,7 @@ from dht.registry import Registry
 from dht.relays import RelayKeeper
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint
-from expert_server.hosting.averaging import choose_partners
+from expert_server.hosting.averaging import choose_partners, pause_after
 from expert_server.hosting.manager import Handover, HostingManager
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.hosting.replicas import LocalReplicas
@@ -423,10 +423,13 @@ class SimulatedNode:
 
     async def _average_now_and_then(self) -> None:
         every_s, rng = self.settings.average_every_s, self.swarm.world.rng("averaging")
+        took_s = 0.0
         while every_s:
-            await self._sleep(every_s * rng.uniform(0.5, 1.5))
+            await self._sleep(pause_after(every_s, took_s, rng))
+            began = self.swarm.world.time()
             with contextlib.suppress(UnreachableError):
                 await self._average()
+            took_s = self.swarm.world.time() - began
 
     async def _copy_now_and_then(self) -> None:
         while self.settings.standby_every_s:

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 _TAKES_INITIATIVE = 0.5
 """Share of its replicated experts that a node averages by its own initiative: others' make it about one each."""
+_PAUSE = 4
+"""How many times as long as a round took the pause after it is at least: slow uplinks have more to send than states."""
 _LAST_AVERAGING_S = 5.0
 """Longest that a node which gives its experts up averages them a last time."""
 _MAX_HINTS = 256
@@ -280,9 +282,12 @@ class ReplicaAveraging:
         return expert.update_count != met.mine or replica.update_count > max(met.mine, met.theirs)
 
     async def _average_now_and_then(self) -> None:
+        took_s = 0.0
         while True:
-            await asyncio.sleep(self._every_s * self._rng.uniform(0.5, 1.5))
+            await asyncio.sleep(pause_after(self._every_s, took_s, self._rng))
+            began = self._clock()
             await self._attempt(self.average_some())
+            took_s = self._clock() - began
 
     def _lock_of(self, uid: UID) -> asyncio.Lock:
         return self._meeting.setdefault(uid, asyncio.Lock())
@@ -313,6 +318,11 @@ class ReplicaAveraging:
                 await work
         except (UnreachableError, TransferError, StateError, ExpertError) as error:
             logger.info("%s", error)
+
+
+def pause_after(every_s: float, took_s: float, rng: random.Random) -> float:
+    """Until the next round of averages, if the last one took so long."""
+    return max(every_s, _PAUSE * took_s) * rng.uniform(0.5, 1.5)
 
 
 def is_astray(out_of_reach: int, others: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dht.uid import UID
 from expert_server.experts.format import State, moving_tensors
-from expert_server.hosting.averaging import averaged, is_astray
+from expert_server.hosting.averaging import averaged, is_astray, pause_after
 from peer.averaging import (
     MAX_UPDATE_COUNT,
     AveragingHistory,
@@ -83,6 +83,14 @@ def test_of_three_none_comes_first_for_claiming_most(honest: list[int], more: in
     assert first - {liar}, "an honest one may be the first"
     assert not is_behind(min(first), median_high(claims))
     assert max_plausible_updates(claims) <= max(honest) + 30_000
+
+
+@given(st.floats(1, 1e3), st.floats(0, 1e4), st.randoms(use_true_random=False))
+def test_averaging_takes_a_third_of_the_time_at_most(
+    every_s: float, took_s: float, rng: random.Random
+) -> None:
+    assert every_s / 2 <= pause_after(every_s, 0.0, rng) <= 1.5 * every_s
+    assert took_s <= 0.334 * (took_s + pause_after(every_s, took_s, rng))
 
 
 def test_who_took_more_updates_since_the_meeting_weighs_more() -> None:
