@@ -46,6 +46,8 @@ MOST_GRADIENT_GROWTH = 1e6
 """The same for gradients: the norm of a row whose numbers are nearly equal makes them large, by 1/√ε at most."""
 _LEAST_PRODUCT = 1e-9
 """Products that are smaller may be anything: they make no difference."""
+_SUMMED = 1e-5
+"""How far a sum of products in float32 may be off, as a part of the product of both rows' norms."""
 _APART = 0.1
 """How far two rows must be apart, against their size, that no expert and no codec makes one of them."""
 _COMPARED = 64
@@ -283,7 +285,7 @@ def products_fit(
     Their mean by the shares p is <G, S>, but for rounding: the node has G', what it got for our G, and we have S', what
     we got for its S. So they differ by at most |G' - G| |S| + |G| |S' - S|. `error`: how far a row and what is got for
     it are apart at most, as a part of its norm and beside it. The products' own sums, in float32, may be a thousandth
-    of their size off.
+    of their size off, and a little more of rows that are nearly orthogonal.
     """
     part, beside = error
     g, s = gradients_RD.astype(np.float64), answers_RD.astype(np.float64)
@@ -292,7 +294,7 @@ def products_fit(
     sizes = (np.linalg.norm(s, axis=1) + beside) / max(1 - part, 0.1)
     rounding = (part * lengths + beside) * sizes + lengths * (part * sizes + beside)
     weighed = shares_RK * products_RK.astype(np.float64)
-    slack = 1e-3 * np.abs(weighed).sum(axis=1) + _LEAST_PRODUCT
+    slack = 1e-3 * np.abs(weighed).sum(axis=1) + _SUMMED * lengths * sizes + _LEAST_PRODUCT
     fits: Booleans = np.abs(weighed.sum(axis=1) - (g * s).sum(axis=1)) <= rounding + slack
     return fits
 

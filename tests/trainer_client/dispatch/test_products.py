@@ -43,6 +43,16 @@ def test_products_of_an_honest_node_fit(
     assert are_bounded(products_RK, g_RD, random_rows(ROWS, WIDTH)).all()
 
 
+def test_the_product_of_rows_that_are_nearly_orthogonal_fits() -> None:
+    """Its float32 sum is off by more than a thousandth of it. Of one expert: others' products would hide that."""
+    rng, width = np.random.default_rng(1), 256
+    g_RD, s_RD = (rng.standard_normal((20_000, width), dtype=np.float32) for _ in range(2))
+    products_RK = np.einsum("rd,rd->r", g_RD, s_RD)[:, None]
+    exact_R = (g_RD.astype(np.float64) * s_RD).sum(axis=1)
+    assert (np.abs(products_RK[:, 0] - exact_R) > 1e-3 * np.abs(exact_R)).any()
+    assert products_fit(np.ones((len(g_RD), 1), np.float32), products_RK, g_RD, s_RD, (0.0, 0.0)).all()
+
+
 @given(seeds, st.sampled_from(["fp32", "bf16", "int8"]))
 def test_products_that_are_far_from_the_answers_do_not_fit(seed: int, codec: CodecName) -> None:
     rng = np.random.default_rng(seed)
