@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from peer.errors import StartError
@@ -33,10 +34,14 @@ class DemoProcesses:
         self._all: list[DemoProcess] = []
 
     async def start(
-        self, name: str, arguments: Sequence[str], program: Sequence[str] = _TALKOOT
+        self,
+        name: str,
+        arguments: Sequence[str],
+        program: Sequence[str] = _TALKOOT,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> "DemoProcess":
-        """Runs `talkoot` with the arguments, or another `program` of Python's."""
-        process = await DemoProcess.start(name, (*program, *arguments), self._folder, self._hear)
+        """Runs `talkoot` with the arguments, or another `program` of Python's. `environment` is added to this one's."""
+        process = await DemoProcess.start(name, (*program, *arguments), self._folder, self._hear, environment)
         self._all.append(process)
         return process
 
@@ -78,7 +83,9 @@ class DemoProcess:
         self._reading = asyncio.create_task(self._read(hear))
 
     @classmethod
-    async def start(cls, name: str, arguments: Sequence[str], folder: Path, hear: Hear) -> Self:
+    async def start(
+        cls, name: str, arguments: Sequence[str], folder: Path, hear: Hear, environment: Mapping[str, str]
+    ) -> Self:
         """Runs Python with the arguments."""
         errors = folder / f"{name.replace(' ', '-')}.log"
         command = die_with_parent([sys.executable, "-P", *arguments])
@@ -89,7 +96,7 @@ class DemoProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=file,
                 # one thread each, since pools on few cores wait for each other; torch's caches go when the demo ends
-                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), **environment},
             )
         return cls(name, process, errors, hear)
 

@@ -1,0 +1,151 @@
+"""The swarm on paper: formulas for upkeep, hot keys, replication, adoption and throughput.
+
+docs/scale.md explains them, and the report prints their values beside what the simulation measures. Times are in
+seconds, sizes in bytes. Everything is a mean of a swarm in balance unless its docstring says otherwise.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DAY_S = 86_400.0
+
+
+# Replication
+
+
+def failure_rate(daily_share: float) -> float:
+    """Deaths per node and second, where this share of the nodes dies within a day."""
+    return -math.log1p(-daily_share) / DAY_S
+
+
+def chain_probabilities(deaths: Sequence[float], repairs: Sequence[float]) -> list[float]:
+    """How long a birth-death chain is in each state, as shares of the time.
+
+    `deaths[i]`: the rate from state i + 1 down to i. `repairs[i]`: the rate from i up to i + 1.
+    """
+    weights = [1.0]
+    for down, up in zip(deaths, repairs, strict=True):
+        weights.append(weights[-1] * up / down)
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def vacant_share(replicas: int, death_rate: float, repair_s: float, adopt_s: float) -> float:
+    """Share of the time in which nobody serves an expert, or of the experts that nobody serves at one moment.
+
+    The state of the chain is how many of the `replicas` live. Each dies at `death_rate`. One at a time is replaced
+    within `repair_s`, as long as another can give its state, and within `adopt_s` where none is left.
+    """
+    deaths = [death_rate * (alive + 1) for alive in range(replicas)]
+    repairs = [1 / adopt_s] + [1 / repair_s] * (replicas - 1)
+    return chain_probabilities(deaths, repairs)[0]
+
+
+def losses_per_day(replicas: int, death_rate: float, repair_s: float, adopt_s: float) -> float:
+    """How often in a day an expert loses its last replica."""
+    deaths = [death_rate * (alive + 1) for alive in range(replicas)]
+    repairs = [1 / adopt_s] + [1 / repair_s] * (replicas - 1)
+    return chain_probabilities(deaths, repairs)[1] * death_rate * DAY_S
+
+
+def replicas_needed(vacant: float, death_rate: float, repair_s: float, adopt_s: float, most: int = 64) -> int:
+    """The fewest replicas with which no larger share of the experts is `vacant` at any moment. Raises ValueError."""
+    for replicas in range(1, most + 1):
+        if vacant_share(replicas, death_rate, repair_s, adopt_s) <= vacant:
+            return replicas
+    raise ValueError(f"not even {most} replicas leave only {vacant:.2g} of the experts vacant")
+
+
+def all_die(nodes: int, dying: int, replicas: int) -> float:
+    """Chance that all hosts of an expert are among the nodes that die at the same moment."""
+    if replicas > dying:
+        return 0.0
+    return math.prod((dying - i) / (nodes - i) for i in range(replicas))
+
+
+def updates_lost(death_rate: float, average_every_s: float) -> float:
+    """Share of all updates that die with a replica, because it had taken them since it last averaged with another.
+
+    Every replica takes as many. A replica that dies is on average half of `average_every_s` past its last average.
+    """
+    return death_rate * average_every_s / 2
+
+
+# Adoption
+
+
+@dataclass(frozen=True)
+class AdoptionTime:
+    """From the death of an expert's only host until another serves it."""
+
+    mean_s: float
+    longest_s: float
+
+
+def adoption_time(period_s: float, lifetimes: float, looks: int, take_s: float, lookers: int) -> AdoptionTime:
+    """A dead host's record expires `lifetimes` periods after its last renewal, which was up to one period ago. A node
+    with room must then find the expert vacant in `looks` looks, a period apart, and takes `take_s` to claim and build.
+
+    `lookers`: nodes with room that look, at times of their own. The earliest of them takes it.
+    """
+    first_look = 1 / (lookers + 1)
+    mean = (lifetimes - 0.5 + first_look + looks - 1) * period_s + take_s
+    return AdoptionTime(mean, (lifetimes + looks) * period_s + take_s)
+
+
+# Hot keys
+
+
+def most_loaded(nodes: int, keys: float, holders: int) -> float:
+    """Load of the peer that holds the most, against the mean, where `keys` keys of the same load lie at random.
+
+    A peer is among the `holders` nearest of every key within a stretch of the key space that reaches to its fifth
+    neighbour or so on each side: the sum of 2 · `holders` gaps between neighbours, each of which is exponentially
+    distributed, so that the stretch has a gamma distribution. It holds a Poisson-distributed number of keys. What is
+    returned is what one of all `nodes` exceeds on average.
+    """
+    mean = keys * holders / nodes
+    shape = 2 * holders
+    low, high = 0.0, mean + 1.0
+    while _beyond(high, mean, shape) * nodes > 1:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _beyond(middle, mean, shape) * nodes > 1 else (low, middle)
+    return high / mean
+
+
+def _beyond(count: float, mean: float, shape: int) -> float:
+    """Chance that a gamma-Poisson mixture, which is a negative binomial distribution, is at least `count`."""
+    from scipy.stats import nbinom
+
+    chance: float = nbinom.sf(count - 1, shape, shape / (shape + mean))
+    return chance
+
+
+# Throughput
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one step asks of the swarm."""
+
+    think_s: float
+    """At the trainer: its own layers, the gate, and waiting for links' round trips."""
+    service_s: Sequence[float]
+    """Of each station, nodes' processors and links: time in which it can serve no other step."""
+
+
+def steps_per_s(trainers: int, demand: Demand) -> tuple[float, float]:
+    """Bounds on the steps per second of all trainers, each of which takes one after another.
+
+    The balanced system bounds of Lazowska, Zahorjan, Graham and Sevcik 1984 (*Quantitative System Performance*, section
+    5.4), of stations that serve one step at a time.
+    """
+    total, largest, think_s = math.fsum(demand.service_s), max(demand.service_s), demand.think_s
+    mean = total / len(demand.service_s)
+    queued = (trainers - 1) * largest / (1 + think_s / (trainers * total))
+    least_queued = (trainers - 1) * mean / (1 + think_s / total)
+    lower = trainers / (think_s + total + queued)
+    return lower, min(1 / largest, trainers / (think_s + total + least_queued))

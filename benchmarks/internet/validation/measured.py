@@ -1,0 +1,96 @@
+"""What either side of the validation measures of a scenario."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from benchmarks.internet.validation.steady_trainers import Step
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some seconds in which nothing changed."""
+
+    seconds: float
+    peers: int
+    """Nodes that live."""
+    carried_bytes: float
+    """In all, each counted once."""
+    steps: Sequence[Step]
+    """Those that ended."""
+    processor: float = 0.0
+    """Share of the machine that the run's own processes used,"""
+    machine: float = 0.0
+    """and all processes."""
+
+    @property
+    def rows_per_s(self) -> float:
+        return sum(step.rows for step in self.steps) / self.seconds
+
+    @property
+    def kbit_per_s(self) -> float:
+        """Of each node, there and back: what one sends, another receives."""
+        return 2 * self.carried_bytes * 8e-3 / self.seconds / self.peers
+
+    @property
+    def forward_s(self) -> float:
+        return fmean(step.forward_s for step in self.steps)
+
+    @property
+    def backward_s(self) -> float:
+        return fmean(step.backward_s for step in self.steps)
+
+    @property
+    def answered(self) -> float:
+        return fmean(step.answered for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What followed the death of many nodes."""
+
+    lost: int
+    """Replicas that died."""
+    vacant: int
+    """Experts that had no other host."""
+    taken: int
+    """Replicas that others took in their place."""
+    times_s: Sequence[float]
+    """From the deaths until each vacant expert was served, rising."""
+
+    @property
+    def all_served_s(self) -> float:
+        return self.times_s[-1] if len(self.times_s) == self.vacant else float("inf")
+
+    @property
+    def mean_s(self) -> float:
+        return fmean(self.times_s)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A whole run."""
+
+    quiet: Stretch
+    training: Stretch
+    adoption: Adoption
+    after: Stretch
+
+    def figures(self) -> dict[str, float]:
+        """Those that are compared."""
+        upkeep = self.quiet.carried_bytes / self.quiet.seconds
+        calls = self.training.carried_bytes - upkeep * self.training.seconds
+        rows = sum(step.rows for step in self.training.steps)
+        return {
+            "rows_per_s": self.training.rows_per_s,
+            "rows_per_s_after": self.after.rows_per_s,
+            "forward_s": self.training.forward_s,
+            "backward_s": self.training.backward_s,
+            "answered": self.training.answered,
+            "upkeep_kbit_per_s": self.quiet.kbit_per_s,
+            "call_bytes_per_row": calls / rows,
+            "vacant_experts": self.adoption.vacant,
+            "adopted_mean_s": self.adoption.mean_s,
+            "adopted_all_s": self.adoption.all_served_s,
+            "takings_per_lost": self.adoption.taken / self.adoption.lost,
+        }

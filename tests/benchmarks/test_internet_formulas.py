@@ -1,0 +1,143 @@
+"""The swarm on paper, against brute force and random trials."""
+
+import random
+from heapq import heappop, heappush
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.internet.formulas import (
+    DAY_S,
+    Demand,
+    adoption_time,
+    all_die,
+    chain_probabilities,
+    failure_rate,
+    losses_per_day,
+    most_loaded,
+    replicas_needed,
+    steps_per_s,
+    updates_lost,
+    vacant_share,
+)
+
+rates = st.floats(1e-3, 1e3)
+
+
+@given(st.lists(st.tuples(rates, rates), min_size=1, max_size=6))
+def test_a_chain_is_in_balance(pairs: list[tuple[float, float]]) -> None:
+    deaths, repairs = zip(*pairs, strict=True)
+    chances = chain_probabilities(deaths, repairs)
+    assert sum(chances) == pytest.approx(1)
+    for state, (down, up) in enumerate(pairs):
+        assert chances[state] * up == pytest.approx(chances[state + 1] * down)
+
+
+def test_a_chain_is_as_often_in_each_state_as_one_that_is_played() -> None:
+    deaths, repairs, rng = [1.0, 2.0], [3.0, 1.5], random.Random(1)
+    spent, state = [0.0, 0.0, 0.0], 0
+    for _ in range(100_000):
+        down = deaths[state - 1] if state else 0.0
+        up = repairs[state] if state < 2 else 0.0
+        spent[state] += rng.expovariate(down + up)
+        state += 1 if rng.random() < up / (down + up) else -1
+    assert [each / sum(spent) for each in spent] == pytest.approx(
+        chain_probabilities(deaths, repairs), rel=0.03
+    )
+
+
+def test_as_many_die_in_a_day_as_was_said() -> None:
+    rng, rate = random.Random(1), failure_rate(0.2)
+    dead = sum(rng.expovariate(rate) < DAY_S for _ in range(100_000))
+    assert dead / 100_000 == pytest.approx(0.2, rel=0.02)
+
+
+@given(st.integers(1, 5), st.floats(0.01, 0.5), st.floats(1, 3600), st.floats(1, 3600))
+def test_another_replica_never_harms(replicas: int, daily: float, repair_s: float, adopt_s: float) -> None:
+    rate = failure_rate(daily)
+    fewer, more = (vacant_share(count, rate, repair_s, adopt_s) for count in (replicas, replicas + 1))
+    assert 0 < more < fewer < 1
+    assert losses_per_day(replicas, rate, repair_s, adopt_s) == pytest.approx(fewer * DAY_S / adopt_s)
+    assert replicas_needed(fewer, rate, repair_s, adopt_s) == replicas
+
+
+def test_what_no_number_of_replicas_can_give_is_refused() -> None:
+    with pytest.raises(ValueError, match="not even 2 replicas"):
+        replicas_needed(1e-15, failure_rate(0.9), 3600, 3600, most=2)
+
+
+@given(st.integers(1, 6), st.data())
+def test_hosts_die_together_as_often_as_when_the_dead_are_drawn(replicas: int, data: st.DataObject) -> None:
+    nodes = data.draw(st.integers(replicas, 40))
+    dying = data.draw(st.integers(0, nodes))
+    chance = 1.0
+    for number in range(replicas):
+        chance *= max(0, dying - number) / (nodes - number)
+    assert all_die(nodes, dying, replicas) == pytest.approx(chance)
+
+
+def test_updates_since_the_last_average_are_lost() -> None:
+    rng, rate, every_s = random.Random(1), failure_rate(0.2), 600.0
+    lives = [rng.expovariate(rate) for _ in range(50_000)]
+    lost = sum(life % every_s for life in lives) / sum(lives)
+    assert updates_lost(rate, every_s) == pytest.approx(lost, rel=0.03)
+
+
+@given(st.integers(1, 4), st.integers(1, 20))
+def test_adoption_takes_as_long_as_when_it_is_played(looks: int, lookers: int) -> None:
+    rng, period_s = random.Random(looks * 100 + lookers), 10.0
+    times = []
+    for _ in range(4000):
+        expires = 3 * period_s - rng.uniform(0, period_s)
+        firsts = [rng.uniform(0, period_s) for _ in range(lookers)]
+        times.append(expires + min(firsts) + (looks - 1) * period_s + 1.0)
+    found = adoption_time(period_s, 3, looks, 1.0, lookers)
+    assert found.mean_s == pytest.approx(sum(times) / len(times), rel=0.03)
+    assert max(times) <= found.longest_s
+
+
+def test_the_most_loaded_peer_is_as_in_a_drawn_swarm() -> None:
+    nodes, keys, holders, rng = 400, 800, 5, random.Random(1)
+    found = []
+    for _ in range(8):
+        places = [rng.getrandbits(64) for _ in range(nodes)]
+        held = dict.fromkeys(places, 0)
+        for _ in range(keys):
+            key = rng.getrandbits(64)
+            for place in sorted(places, key=key.__xor__)[:holders]:
+                held[place] += 1
+        found.append(max(held.values()) / (keys * holders / nodes))
+    assert most_loaded(nodes, keys, holders) == pytest.approx(sum(found) / len(found), rel=0.2)
+
+
+def test_more_keys_are_spread_more_evenly() -> None:
+    few, many = most_loaded(1000, 200, 5), most_loaded(1000, 200_000, 5)
+    assert 1 < many < few
+
+
+@given(st.integers(1, 50), st.floats(0, 10), st.lists(st.floats(0.01, 1), min_size=1, max_size=10))
+def test_the_bounds_of_throughput_are_in_order(trainers: int, think_s: float, service: list[float]) -> None:
+    least, most = steps_per_s(trainers, Demand(think_s, service))
+    assert 0 < least <= most * (1 + 1e-9)
+    assert most <= 1 / max(service)
+    if trainers == 1:
+        assert least == pytest.approx(1 / (think_s + sum(service)))
+
+
+def test_a_queue_that_is_played_is_within_the_bounds() -> None:
+    """Exponentially distributed service, as the bounds' theory has it."""
+    rng, service, think_s, trainers = random.Random(1), (0.05, 0.02, 0.1), 0.3, 6
+    free = [0.0] * len(service)
+    events = [(0.0, number, 0) for number in range(trainers)]
+    steps, now = 0, 0.0
+    while steps < 5000:
+        now, number, stage = heappop(events)
+        if stage == len(service):
+            steps += 1
+            heappush(events, (now + rng.expovariate(1 / think_s), number, 0))
+        else:
+            free[stage] = max(now, free[stage]) + rng.expovariate(1 / service[stage])
+            heappush(events, (free[stage], number, stage + 1))
+    least, most = steps_per_s(trainers, Demand(think_s, service))
+    assert 0.97 * least < steps / now < 1.03 * most

@@ -1,0 +1,81 @@
+"""The validation of the simulation: what both sides share, and experts that sleep for drawn times."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.internet.validation.drawn_times import environment_of, make_package
+from benchmarks.internet.validation.measured import Adoption, Measured, Stretch
+from benchmarks.internet.validation.scenario import Hosting, Scenario, service_s
+from benchmarks.internet.validation.steady_trainers import Step
+from dht.uid import UID
+from expert_server.blocks import build_block
+
+ROWS = 64
+
+
+def test_a_scenario_survives_the_way_to_another_process() -> None:
+    scenario = Scenario(nodes=7, grid=(2, 3))
+    assert Scenario.of(json.loads(json.dumps(scenario.values()))) == scenario
+
+
+def test_nodes_differ_in_speed_but_not_from_run_to_run() -> None:
+    speeds = Scenario().speeds()
+    assert speeds == Scenario().speeds() != Scenario(seed=1).speeds()
+    assert max(speeds) > 1.5 * min(speeds)
+
+
+@given(st.lists(st.sets(st.integers(0, 11), max_size=4), min_size=1, max_size=8))
+def test_those_who_fall_silent_are_never_the_founder(hosts: list[set[int]]) -> None:
+    scenario = Scenario(nodes=12, alone=3, others=2)
+    hosting = Hosting({str(number): sorted(some) for number, some in enumerate(hosts)})
+    victims = hosting.victims(scenario)
+    assert 0 not in victims
+    assert len(victims) == len(set(victims)) <= 5
+    alone = [some for some in hosts if len(some) == 1 and some != {0}]
+    assert sum(some <= set(victims) for some in alone) >= min(3, len({min(some) for some in alone}))
+    assert hosting.vacant(victims) == sum(some <= set(victims) for some in hosts)
+    assert hosting.replicas(range(12)) == sum(map(len, hosts))
+
+
+def test_an_expert_sleeps_as_long_as_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_per_s = 640.0
+    environment = environment_of(make_package(tmp_path / "package"), rows_per_s, 0.0, "1")
+    for name in environment.keys() - {"PYTHONPATH"}:
+        monkeypatch.setenv(name, environment[name])
+    monkeypatch.syspath_prepend(tmp_path / "package")
+    block = build_block(Scenario().manifest, UID(0, (0, 0)))
+    x_RD = torch.randn(ROWS, Scenario().width, requires_grad=True)
+    lengths_S, positions_R = torch.tensor([ROWS]), torch.arange(ROWS)
+    began = time.monotonic()
+    outputs = block(x_RD, lengths_S, positions_R)
+    between = time.monotonic()
+    outputs.sum().backward()
+    assert between - began >= ROWS / rows_per_s / 3
+    assert time.monotonic() - between >= 2 * ROWS / rows_per_s / 3
+    assert x_RD.grad is not None
+    assert torch.equal(outputs, block(x_RD, lengths_S, positions_R))
+    assert not torch.equal(outputs[0] - x_RD[0], outputs[1] - x_RD[1])
+
+
+def test_a_backward_pass_takes_twice_as_long_as_a_forward_pass() -> None:
+    times = [service_s(ROWS, 10.0, 0.2, random.Random(1), backward) for backward in (False, True)]
+    assert times[1] == pytest.approx(2 * times[0])
+    assert sum(service_s(ROWS, 10.0, 0.0, random.Random(1), back) for back in (False, True)) == ROWS / 10
+
+
+def test_upkeep_is_taken_off_what_calls_cost() -> None:
+    quiet = Stretch(10.0, 4, 1000.0, [])
+    training = Stretch(5.0, 4, 2500.0, [Step(0, 0.0, 0.2, 0.4, 64, 1.0), Step(1, 0.0, 0.4, 0.6, 64, 0.5)])
+    figures = Measured(quiet, training, Adoption(3, 2, 2, [4.0, 6.0]), training).figures()
+    assert figures["call_bytes_per_row"] == (2500 - 500) / 128
+    assert figures["rows_per_s"] == 128 / 5
+    assert figures["upkeep_kbit_per_s"] == pytest.approx(2 * 1000 * 8e-3 / 10 / 4)
+    assert (figures["adopted_mean_s"], figures["adopted_all_s"]) == (5.0, 6.0)
+    assert Adoption(3, 2, 1, [4.0]).all_served_s == float("inf")
