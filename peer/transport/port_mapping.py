@@ -61,7 +61,7 @@ class RouterAnswer(BaseModel):
     def in_words(self) -> str:
         """Such as `the router at 192.168.1.1 forwards port 31337`."""
         if self.router is None:
-            return "no router answers UPnP"
+            return f"no router is asked: {self.refusal}" if self.refusal else "no router answers UPnP"
         if not self._has_public_address:
             return f"the router at {self.router} has no public address, so forwarding helps nobody"
         if self.external is None:

@@ -6,7 +6,8 @@ takes nothing else down with it. Nothing of Talkoot is imported, so that it star
     python upnp.py map|unmap|look HOST PORT [EXTERNAL_PORT ...]
 
 prints JSON: `router`, its address here; `address`, the one on the internet; `port`, the external port that leads to
-HOST and PORT; `refusal`, why there is none. An empty object says that no router answers, or none that makes sense.
+HOST and PORT; `refusal`, why there is none, and all there is without miniupnpc. An empty object says that no router
+answers, or none that makes sense.
 """
 
 import contextlib
@@ -18,7 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import miniupnpc
+try:
+    import miniupnpc
+except ImportError:  # it has no wheels for Python 3.14 yet
+    miniupnpc = None
 
 DESCRIPTION = "talkoot"
 _LEASE_S = 3600
@@ -32,6 +36,8 @@ _CONFLICT, _ONLY_PERMANENT = "ConflictInMappingEntry", "OnlyPermanentLeasesSuppo
 
 def answer(command: str, host: str, port: int, external_ports: Sequence[int]) -> dict[str, Any]:
     """Does what the command says."""
+    if miniupnpc is None:
+        return {"refusal": "miniupnpc is not installed: use Python 3.13, or forward the port by hand"}
     igd = miniupnpc.UPnP(multicastif=host, discoverdelay=_SEARCH_MS[command])
     try:
         igd.discover()

@@ -63,7 +63,7 @@ _FREE_MEMORY_SHARE = 0.25
 _DISK_TEST_BYTES = 16 * 2**20
 _SLOW_DISK_BYTES_PER_S = 5e6
 _PYTHONS = ((3, 11), (3, 14))
-"""The oldest that is supported, and the first that is not, as in pyproject.toml."""
+"""The oldest that Talkoot is tested with, and the first that it is not. Python 3.14 is allowed."""
 _TIMEX_BYTES = 256
 """Larger than `struct timex` on any architecture."""
 _TIME_ERROR = 5

@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from ipaddress import IPv4Address
@@ -177,3 +179,12 @@ def test_the_port_that_was_forwarded_is_asked_for_first_and_taken_back_once() ->
 )
 def test_only_a_machine_with_a_private_address_asks(host: str, helps: bool) -> None:
     assert PortMapping.helps(host) is helps
+
+
+def test_python_without_miniupnpc_asks_no_router() -> None:
+    """As 3.14 is. -S hides what was installed."""
+    program = [sys.executable, "-I", "-S", str(port_mapping._PROGRAM), "look", HOST, "31337"]
+    ended = subprocess.run(program, capture_output=True, timeout=60, check=True)
+    answer = RouterAnswer.model_validate_json(ended.stdout)
+    assert answer.external is None
+    assert answer.in_words.startswith("no router is asked: miniupnpc is not installed: use Python 3.13")

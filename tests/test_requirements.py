@@ -1,0 +1,86 @@
+"""What Talkoot needs can be installed on the systems and Pythons that it allows, as package indexes have it today."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+PLATFORMS = (
+    "x86_64-pc-windows-msvc",
+    "aarch64-apple-darwin",
+    "aarch64-manylinux_2_28",
+    "x86_64-manylinux_2_28",
+)
+SOURCE_ONLY = ("prefetch-generator", "python-baseconv", "varint")
+"""Of hivemind's needs: pure Python without requirements, so that they need no compiler."""
+_AT_ONCE = 4
+_DEADLINE_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def uv_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saves building those that are source only to learn that they need nothing."""
+    path = tmp_path_factory.mktemp("uv") / "uv.toml"
+    path.write_text(
+        "".join(f'[[dependency-metadata]]\nname = "{name}"\nrequires-dist = []\n' for name in SOURCE_ONLY)
+    )
+    return path
+
+
+def resolve(settings: Path, platform: str, python: str) -> subprocess.CompletedProcess[str]:
+    """uv evaluates the markers for the other machine; pip would for this one."""
+    uv = str(Path(sys.executable).with_name("uv"))
+    command = [
+        uv,
+        "pip",
+        "compile",
+        "--config-file",
+        str(settings),
+        "--quiet",
+        "--no-header",
+        "--no-annotate",
+    ]
+    command += [
+        "--python-platform",
+        platform,
+        "--python-version",
+        python,
+        "--only-binary",
+        ":all:",
+        str(PROJECT),
+    ]
+    for name in SOURCE_ONLY:
+        command += ["--no-binary", name]
+    return subprocess.run(
+        command,
+        env=os.environ | {"UV_PYTHON_DOWNLOADS": "never"},
+        capture_output=True,
+        text=True,
+        timeout=_DEADLINE_S,
+    )
+
+
+def packages(ended: subprocess.CompletedProcess[str]) -> set[str]:
+    return {line.partition("==")[0] for line in ended.stdout.splitlines() if "==" in line}
+
+
+def test_all_requirements_have_wheels_for_other_systems_and_pythons(uv_settings: Path) -> None:
+    cells = [(platform, python) for platform in PLATFORMS for python in PYTHONS]
+    if (first := resolve(uv_settings, *cells[0])).returncode and "error sending request" in first.stderr:
+        pytest.skip("no package index answers")
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = dict(zip(cells, pool.map(lambda cell: resolve(uv_settings, *cell), cells), strict=True))
+    for cell, ended in found.items():
+        assert ended.returncode == 0, f"{cell}: {ended.stderr}"
+    for (platform, python), ended in found.items():
+        needed = packages(ended)
+        assert {"torch", "grpcio", "numpy", "cryptography"} <= needed
+        # p2pd only where hivemind has a wheel with it
+        assert ("hivemind" in needed) == (platform in {"aarch64-apple-darwin", "x86_64-manylinux_2_28"})
+        assert ("uvloop" in needed) == ("windows" not in platform)
+        assert ("miniupnpc" in needed) == (python != "3.14")
