@@ -815,5 +815,46 @@ def service_status() -> None:
             raise typer.Exit(_FAILED)
 
 
+@app.command()
+def update(
+    *,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="SOURCE",
+            help="A folder, a wheel or an archive, or their address.  [default: where it came from]",
+        ),
+    ] = None,
+) -> None:
+    """Update Talkoot, if its installer or `uv tool` installed it, and restart its service."""
+    with command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.installation import run_update
+
+        run_update(terminal, source)
+
+
+@app.command()
+def uninstall(
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing, except about the identity.")] = False,
+    state: Annotated[
+        bool,
+        typer.Option(
+            "--state",
+            help="Also delete the state folders, with all checkpoints and logs. Identities stay.",
+        ),
+    ] = False,
+    identity: Annotated[
+        bool, typer.Option("--identity", help="With --state: also delete the identities. Asks twice.")
+    ] = False,
+) -> None:
+    """Remove Talkoot and its service. Checkpoints and identity stay."""
+    with command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.installation import run_uninstall
+
+        run_uninstall(terminal, yes=yes, state=state, identity=identity)
+
+
 if __name__ == "__main__":
     main()

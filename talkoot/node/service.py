@@ -132,6 +132,15 @@ def run_remove(terminal: Terminal) -> None:
     terminal.line(f"removed {UNIT}; the node's identity and checkpoints stay in {state}")
 
 
+def is_installed() -> bool:
+    return _unit_path().exists()
+
+
+def restart() -> None:
+    """Raises StartError."""
+    _systemctl("restart", UNIT)
+
+
 def run_status(terminal: Terminal) -> bool:
     """Prints what systemd and the node say; returns whether the service is active. Raises UserError."""
     state = _installed_state()

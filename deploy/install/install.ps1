@@ -1,0 +1,162 @@
+<#
+.SYNOPSIS
+Installs Talkoot for this user on Windows. It never asks for administrator rights. Experimental.
+
+.DESCRIPTION
+    powershell -ExecutionPolicy Bypass -File install.ps1 [-From SOURCE] [-Join INVITE] [-Service] [-DryRun]
+
+1. It looks for `uv`, which installs Python programs. If there is none, it downloads the pinned release of it into
+   %LOCALAPPDATA%\Programs\talkoot, and checks its checksum.
+2. `uv tool install` puts Talkoot into an environment of its own. uv picks the build of torch for this machine, without
+   CUDA where there is no GPU for it, and brings a Python of its own where the system's is too old or too new.
+3. It offers to start a node at each login, if an invite was given.
+
+To remove all of it: `talkoot uninstall`, which says what to run. If that doesn't work: `uv tool uninstall talkoot`, and
+remove %LOCALAPPDATA%\Programs\talkoot.
+
+.PARAMETER From
+What to install: a folder, a wheel or an archive, or their address. By default the clone that this script lies in.
+
+.PARAMETER Join
+The invite line, or @FILE with the file that holds it: offers to host experts from login on.
+
+.PARAMETER Service
+Answers yes to that offer.
+
+.PARAMETER DryRun
+Prints the commands, and runs none that changes anything.
+#>
+[CmdletBinding()]
+param(
+    [string]$From = '',
+    [string]$Join = '',
+    [switch]$Service,
+    [switch]$DryRun
+)
+
+Set-StrictMode -Version 3.0
+$ErrorActionPreference = 'Stop'
+$ProgressPreference = 'SilentlyContinue'  # Windows PowerShell downloads ten times slower while it shows progress
+
+$UvVersion = '0.12.5'
+$UvSha256 = '4c4d49d8738847d9b71ba319e49a5688c93eac0fe6204b1df24e98528dddf39a'  # of uv's release
+$Python = '>=3.11,<3.14'  # the versions that Talkoot is tested with
+$NeededMB = 2000  # torch takes 1 GB without CUDA, and 7 GB with it
+
+function Exit-WithError([string]$Message) {
+    [Console]::Error.WriteLine("error: $Message")
+    exit 1
+}
+
+# Runs a program, or only prints it.
+function Invoke-Program([string]$Program, [string[]]$Arguments, [string]$WhenItFails) {
+    if ($DryRun) {
+        Write-Output "would run: '$Program' '$($Arguments -join "' '")'"
+        return
+    }
+    & $Program @Arguments
+    if ($LASTEXITCODE -ne 0) { Exit-WithError $WhenItFails }
+}
+
+function Get-Source {
+    if ($From) { return $From }
+    $clone = Split-Path (Split-Path $PSScriptRoot)
+    $project = Join-Path $clone 'pyproject.toml'
+    if (-not (Test-Path $project) -or -not (Select-String -Path $project -Pattern '^name = "talkoot"$' -Quiet)) {
+        Exit-WithError 'this script does not lie in a clone of Talkoot: pass -From SOURCE'
+    }
+    return $clone
+}
+
+function Test-Machine {
+    $machine = if ($env:PROCESSOR_ARCHITEW6432) { $env:PROCESSOR_ARCHITEW6432 } else { $env:PROCESSOR_ARCHITECTURE }
+    if ($machine -ne 'AMD64') {
+        Exit-WithError "there is no torch for Windows on ${machine}: use Windows on x64"
+    }
+    if (-not $env:LOCALAPPDATA) { Exit-WithError 'LOCALAPPDATA is not set: run this as an ordinary user' }
+    $drive = [IO.DriveInfo]::new([IO.Path]::GetPathRoot($env:LOCALAPPDATA))
+    $freeMB = [math]::Floor($drive.AvailableFreeSpace / 1e6)
+    if ($freeMB -lt $NeededMB) {
+        Exit-WithError "only $freeMB MB are free on $($drive.Name): Talkoot with torch needs $NeededMB MB"
+    }
+}
+
+function Find-Uv([string]$Own) {
+    $uv = Join-Path $Own 'uv\uv.exe'
+    if (-not (Test-Path $uv)) {
+        $found = Get-Command -Name uv -CommandType Application -ErrorAction SilentlyContinue | Select-Object -First 1
+        if ($found) {
+            if (-not ((& $found.Source tool install --help) -match '--torch-backend')) {
+                Exit-WithError "$($found.Source) is too old to choose the build of torch: update it ('uv self update'), or remove it and run this again"
+            }
+            return $found.Source
+        }
+        Install-Uv $uv
+    }
+    # What it downloads goes into Talkoot's folder too.
+    $env:UV_TOOL_DIR = Join-Path $Own 'tools'
+    $env:UV_PYTHON_INSTALL_DIR = Join-Path $Own 'python'
+    $env:UV_CACHE_DIR = Join-Path $Own 'cache'
+    return $uv
+}
+
+function Install-Uv([string]$Uv) {
+    $url = "https://github.com/astral-sh/uv/releases/download/$UvVersion/uv-x86_64-pc-windows-msvc.zip"
+    if ($DryRun) {
+        [Console]::WriteLine("would download uv $UvVersion from $url to $Uv")
+        return
+    }
+    $scratch = Join-Path ([IO.Path]::GetTempPath()) ([IO.Path]::GetRandomFileName())
+    $archive = Join-Path $scratch 'uv.zip'
+    try {
+        New-Item -ItemType Directory -Path $scratch | Out-Null
+        try {
+            [Net.ServicePointManager]::SecurityProtocol = [Net.SecurityProtocolType]::Tls12
+            Invoke-WebRequest -Uri $url -OutFile $archive -UseBasicParsing
+        } catch {
+            Exit-WithError "can't download ${url}: $($_.Exception.Message) Behind a proxy, set HTTPS_PROXY; without GitHub, install uv in another way"
+        }
+        if ((Get-FileHash -Path $archive -Algorithm SHA256).Hash -ne $UvSha256) {
+            Exit-WithError "what came from $url has another checksum than uv ${UvVersion}: nothing was installed"
+        }
+        Expand-Archive -Path $archive -DestinationPath $scratch
+        New-Item -ItemType Directory -Path (Split-Path $Uv) -Force | Out-Null
+        # moved last, so that there is never half a uv
+        Copy-Item -Path (Join-Path $scratch 'uv.exe') -Destination "$Uv.new"
+        Move-Item -Path "$Uv.new" -Destination $Uv -Force
+    } catch {
+        Exit-WithError "can't write ${Uv}: $($_.Exception.Message)"
+    } finally {
+        Remove-Item -Path $scratch -Recurse -Force -ErrorAction SilentlyContinue
+    }
+}
+
+if ($Service -and -not $Join) { Exit-WithError '-Service needs -Join INVITE' }
+$source = Get-Source
+Test-Machine
+$uv = Find-Uv (Join-Path $env:LOCALAPPDATA 'Programs\talkoot')
+
+# also mends and updates an installation that is there
+Invoke-Program -Program $uv -Arguments @(
+    'tool', 'install', '--torch-backend', 'auto', '--python', $Python, '--reinstall-package', 'talkoot', $source
+) -WhenItFails 'uv could not install Talkoot, as it says above: behind a proxy, set HTTPS_PROXY; stop a node that runs; then run this again, which goes on from here'
+$talkoot = 'talkoot'
+if (-not $DryRun) {
+    $talkoot = Join-Path (& $uv tool dir --bin) 'talkoot.exe'
+    Invoke-Program -Program $talkoot -Arguments '--version' -WhenItFails "$talkoot does not run: please report what it says"
+    if (-not (Get-Command -Name talkoot -ErrorAction SilentlyContinue)) {
+        Write-Output "$(Split-Path $talkoot) is not in your PATH: '$uv tool update-shell' adds it."
+    }
+    Write-Output "'$talkoot doctor' checks this machine, '$talkoot update' updates Talkoot, and '$talkoot uninstall' removes it."
+}
+
+$wanted = $Service -or $DryRun
+if ($Join -and -not $wanted) {
+    $wanted = (Read-Host 'Host experts from now on, at each login? [y/N]') -match '^[yY]'
+}
+if ($Join -and $wanted) {
+    Invoke-Program -Program $talkoot -Arguments @('service', 'install', '--join', $Join) `
+        -WhenItFails "Talkoot is installed, but its service is not: run 'talkoot service install' again, or 'talkoot node' by hand"
+} else {
+    Write-Output 'To host experts from login on: talkoot service install --join INVITE'
+}

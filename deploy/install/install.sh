@@ -1,0 +1,210 @@
+#!/bin/sh
+# Installs Talkoot for this user on Linux or macOS. It never asks for root.
+#
+#     sh install.sh [--from SOURCE] [--join INVITE] [--service] [--dry-run]
+#
+#   --from SOURCE   what to install: a folder, a wheel or an archive, or their address. By default the clone that this
+#                   script lies in.
+#   --join INVITE   the invite line, or @FILE with the file that holds it: offers to host experts from login on.
+#   --service       answers yes to that offer.
+#   --dry-run       prints the commands, and runs none that changes anything.
+#
+# What it does:
+#
+# 1. It looks for `uv`, which installs Python programs. If there is none, it downloads the pinned release of it into
+#    ~/.local/share/talkoot, and checks its checksum.
+# 2. `uv tool install` puts Talkoot into an environment of its own. uv picks the build of torch for this machine, without
+#    CUDA where there is no GPU for it, and brings a Python of its own where the system's is too old or too new.
+# 3. It offers to start a node at each login, if an invite was given.
+#
+# To remove all of it: `talkoot uninstall`. If that doesn't work: `uv tool uninstall talkoot; rm -r ~/.local/share/talkoot`.
+
+set -eu
+
+uv_version=0.12.5
+# of uv's releases
+sha256_of() {
+    case $1 in
+    x86_64-unknown-linux-gnu) echo 68a509da24b06b4223a1c0175fb5eb5bc79342b76cbeff0cfe51ac3f5b17b6b2 ;;
+    aarch64-unknown-linux-gnu) echo 9bf43b4d1a07665bf64d4c4e710930b382321a785e0eb10aac07f46471f86a31 ;;
+    aarch64-apple-darwin) echo 5bb0e5fe008a773c3dbcb97ff79cd89e1241464fe9d2f986d52ad8f1b037bd62 ;;
+    esac
+}
+# the versions of Python that Talkoot is tested with
+python='>=3.11,<3.14'
+# torch takes 1 GB without CUDA, and 7 GB with it
+needed_kib=2000000
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# Runs a command, or only prints it.
+run() {
+    if [ "$dry_run" ]; then
+        printf 'would run:'
+        for word in "$@"; do printf " '%s'" "$word"; done
+        echo
+    else
+        "$@"
+    fi
+}
+
+main() {
+    from='' invite='' service='' dry_run=''
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --from | --join)
+            [ $# -ge 2 ] || fail "$1 needs a value"
+            if [ "$1" = --from ]; then from=$2; else invite=$2; fi
+            shift
+            ;;
+        --service) service=yes ;;
+        --dry-run) dry_run=yes ;;
+        -h | --help)
+            echo "usage: sh install.sh [--from SOURCE] [--join INVITE] [--service] [--dry-run]"
+            exit 0
+            ;;
+        *) fail "there is no option $1: --help lists them" ;;
+        esac
+        shift
+    done
+    [ ! "$service" ] || [ "$invite" ] || fail "--service needs --join INVITE"
+    [ "${HOME:-}" ] || fail "HOME is not set: set it to your home folder"
+    find_source
+    find_target
+    # What the script brings itself is in one folder, so that it can be removed as a whole.
+    own=${XDG_DATA_HOME:-$HOME/.local/share}/talkoot
+    check_folders
+    find_uv
+    install_talkoot
+    offer_service
+}
+
+find_source() {
+    if [ ! "$from" ]; then
+        # empty where the script comes through a pipe
+        from=$(cd "$(dirname "$0")/../.." 2>/dev/null && pwd) || from=''
+        grep -qs '^name = "talkoot"$' "$from/pyproject.toml" ||
+            fail "this script does not lie in a clone of Talkoot: pass --from SOURCE"
+    fi
+}
+
+find_target() {
+    case $(uname -s)-$(uname -m) in
+    Linux-x86_64) target=x86_64-unknown-linux-gnu ;;
+    Linux-aarch64 | Linux-arm64) target=aarch64-unknown-linux-gnu ;;
+    Darwin-arm64) target=aarch64-apple-darwin ;;
+    Darwin-x86_64) fail "torch no longer supports Macs with Intel processors: use another machine" ;;
+    *) fail "there is no torch for $(uname -s) on $(uname -m): use Linux on x86-64 or arm64, or a Mac with Apple silicon" ;;
+    esac
+    if [ "${target##*-}" = gnu ] && ls /lib/ld-musl-* >/dev/null 2>&1; then
+        fail "torch needs glibc, and this system has musl: use the container"
+    fi
+}
+
+# The nearest folder above a path that exists.
+existing() {
+    folder=$1
+    while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+    echo "$folder"
+}
+
+check_folders() {
+    for folder in "$own" "$HOME/.local/bin"; do
+        [ -w "$(existing "$folder")" ] || fail "can't write $(existing "$folder"): run this as the user whose folder it is"
+    done
+    free_kib=$(df -Pk "$(existing "$own")" | awk 'NR == 2 { print $4 }')
+    [ "$free_kib" -ge "$needed_kib" ] ||
+        fail "only $((free_kib / 1000)) MB are free in $(existing "$own"): Talkoot with torch needs $((needed_kib / 1000)) MB"
+}
+
+find_uv() {
+    if [ -x "$own/uv/uv" ]; then
+        uv=$own/uv/uv
+    elif command -v uv >/dev/null; then
+        uv=$(command -v uv)
+        "$uv" tool install --help 2>/dev/null | grep -q -e --torch-backend ||
+            fail "$uv is too old to choose the build of torch: update it (\`uv self update\`), or remove it and run this again"
+        return
+    else
+        uv=$own/uv/uv
+        download_uv
+    fi
+    # What it downloads goes into Talkoot's folder too.
+    export UV_TOOL_DIR="$own/tools" UV_PYTHON_INSTALL_DIR="$own/python" UV_CACHE_DIR="$own/cache"
+}
+
+download_uv() {
+    archive=uv-$target.tar.gz
+    url=https://github.com/astral-sh/uv/releases/download/$uv_version/$archive
+    if [ "$dry_run" ]; then
+        echo "would download uv $uv_version from $url to $uv"
+        return
+    fi
+    scratch=$(mktemp -d) || fail "can't make a temporary folder: is the disk full?"
+    trap 'rm -rf "$scratch"' EXIT
+    trap 'exit 130' INT TERM
+    if command -v curl >/dev/null; then
+        curl --proto '=https' --tlsv1.2 --fail --silent --show-error --location --output "$scratch/$archive" "$url"
+    elif command -v wget >/dev/null; then
+        wget --quiet --output-document="$scratch/$archive" "$url"
+    else
+        fail "this needs curl or wget: install one of them, or uv"
+    fi || fail "can't download $url: behind a proxy, set HTTPS_PROXY; without GitHub, install uv in another way"
+    found=$(if command -v sha256sum >/dev/null; then sha256sum "$scratch/$archive"; else shasum -a 256 "$scratch/$archive"; fi)
+    [ "${found%% *}" = "$(sha256_of "$target")" ] ||
+        fail "what came from $url has another checksum than uv $uv_version: nothing was installed"
+    tar -xzf "$scratch/$archive" -C "$scratch" || fail "can't unpack $archive: is the disk full?"
+    mkdir -p "$own/uv"
+    # moved last, so that there is never half a uv
+    if ! { cp "$scratch/uv-$target/uv" "$uv.new" && mv "$uv.new" "$uv"; }; then
+        fail "can't write $uv: is the disk full?"
+    fi
+}
+
+install_talkoot() {
+    # also mends and updates an installation that is there
+    run "$uv" tool install --torch-backend auto --python "$python" --reinstall-package talkoot "$from" ||
+        fail "uv could not install Talkoot, as it says above: behind a proxy, set HTTPS_PROXY; then run this again, which goes on from here"
+    [ "$dry_run" ] && return
+    bin=$("$uv" tool dir --bin)
+    "$bin/talkoot" --version || fail "$bin/talkoot does not run: please report what it says"
+    case :$PATH: in
+    *:"$bin":*) talkoot=talkoot ;;
+    *)
+        talkoot=$bin/talkoot
+        echo "$bin is not in your PATH: \`$uv tool update-shell\` adds it."
+        ;;
+    esac
+    echo "\`$talkoot doctor\` checks this machine, \`$talkoot update\` updates Talkoot, and \`$talkoot uninstall\` removes it."
+}
+
+offer_service() {
+    if [ ! "$invite" ]; then
+        echo "To host experts from login on: talkoot service install --join INVITE"
+        return
+    fi
+    if [ ! "$service" ] && [ ! "$dry_run" ]; then
+        # the script itself may come through standard input
+        if ! { printf 'Host experts from now on, at each login? [y/N] ' && read -r answer; } </dev/tty >/dev/tty 2>/dev/null; then
+            answer=no
+        fi
+        case $answer in
+        [yY]*) ;;
+        *)
+            echo "To do it later: talkoot service install --join INVITE"
+            return
+            ;;
+        esac
+    fi
+    if [ "$dry_run" ]; then
+        run talkoot service install --join INVITE
+    else
+        "$bin/talkoot" service install --join "$invite" ||
+            fail "Talkoot is installed, but its service is not: run \`talkoot service install\` again, or \`talkoot node\` by hand"
+    fi
+}
+
+main "$@"

@@ -1,0 +1,208 @@
+"""`talkoot update` and `talkoot uninstall`, for an environment that `uv tool` made, as deploy/install/ has it do."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping, Set
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import typer
+
+from peer.errors import InstallationError, SettingsError, StartError
+from peer.files import StateFolder
+from talkoot.node import service
+from talkoot.node.control import is_running, node_folder
+from talkoot.terminal import Terminal
+
+_PACKAGE = "talkoot"
+_IDENTITY = "identity.key"
+_CAN_REPLACE_ITSELF = sys.platform != "win32"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """An environment of `uv tool`, and the uv that looks after it."""
+
+    environment: Path
+    requirements: tuple[str, ...]
+    """What was asked for, Talkoot first (PEP 508)."""
+    uv: Path
+    own_folder: Path | None
+    """Where the installer put uv, if it did: all that uv downloads is in there too."""
+
+    @classmethod
+    def find(cls, environment: Path) -> "Installation":
+        """Raises InstallationError, which says what to do, for one that uv did not make."""
+        try:
+            receipt = tomllib.loads((environment / "uv-receipt.toml").read_text(encoding="utf-8"))
+            requirements = receipt["tool"]["requirements"]
+            own = [each for each in requirements if each["name"] == _PACKAGE]
+            asked = (
+                *map(_requirement, own),
+                *(_requirement(each) for each in requirements if each not in own),
+            )
+        except FileNotFoundError:
+            raise InstallationError(_by_other_means(environment)) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InstallationError(
+                f"uv's notes on this installation in {environment} are broken: run the installer again"
+            ) from error
+        folder = environment.parent.parent
+        uv = shutil.which("uv", path=str(folder / "uv"))
+        if uv is not None:
+            return cls(environment, asked, Path(uv), folder)
+        uv = shutil.which("uv")
+        if uv is None:
+            raise InstallationError(
+                "uv installed Talkoot, and is not there any more: install uv, or add it to PATH"
+            )
+        return cls(environment, asked, Path(uv), None)
+
+    def update_command(self, source: str | None) -> list[str]:
+        """Not `uv tool upgrade`, which has no say in torch's build and takes the one with CUDA."""
+        first, *others = self.requirements
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        command = [str(self.uv), "tool", "install", "--torch-backend", "auto", "--python", python]
+        command += ["--upgrade", "--reinstall-package", _PACKAGE]
+        for other in others:
+            command += ["--with", other]
+        return [*command, source or first]
+
+    def removal_command(self) -> list[str]:
+        return [str(self.uv), "tool", "uninstall", _PACKAGE]
+
+    def variables(self) -> dict[str, str]:
+        """uv's environment variables."""
+        found = {"UV_TOOL_DIR": str(self.environment.parent)}
+        if self.own_folder is not None:
+            found["UV_PYTHON_INSTALL_DIR"] = str(self.own_folder / "python")
+            found["UV_CACHE_DIR"] = str(self.own_folder / "cache")
+        return found
+
+    def in_powershell(self, command: list[str]) -> str:
+        """What runs the command there, and also removes the installer's folder after `uv tool uninstall`."""
+        lines = [f"$env:{name} = '{value}'" for name, value in self.variables().items()]
+        lines.append("& " + " ".join(f"'{word}'" for word in command))
+        if command == self.removal_command() and self.own_folder is not None:
+            lines.append(f"Remove-Item -Recurse -Force '{self.own_folder}'")
+        return "; ".join(lines)
+
+    def run(self, command: list[str]) -> None:
+        """Without a deadline: it may download for hours. Ctrl-C ends both. Raises InstallationError."""
+        try:
+            ended = subprocess.run(command, env=os.environ | self.variables(), check=False)
+        except OSError as error:
+            raise InstallationError(f"can't run {self.uv}: {error.strerror}") from error
+        if ended.returncode:
+            raise InstallationError(
+                f"`{shlex.join(command)}` failed, as it says above. Once that is mended, run the same command again"
+            )
+
+
+def run_update(terminal: Terminal, source: str | None) -> None:
+    """Updates Talkoot, and restarts the service if there is one. Raises UserError."""
+    installation = Installation.find(Path(sys.prefix))
+    command = installation.update_command(source)
+    if not _CAN_REPLACE_ITSELF:
+        terminal.line(
+            "Windows replaces no program that runs. Stop nodes and trainers, and run this in PowerShell:"
+        )
+        terminal.line(installation.in_powershell(command))
+        return
+    installation.run(command)
+    if service.is_installed():
+        service.restart()
+        terminal.line("updated, and restarted the service")
+    elif is_running(node_folder(None)):
+        terminal.line("updated; the node that runs is still the old version until you restart it")
+    else:
+        terminal.line("updated")
+
+
+def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool) -> None:
+    """Removes Talkoot and its service, and what else was asked for. Raises UserError, and Abort after a no."""
+    installation = Installation.find(Path(sys.prefix))
+    states = platformdirs.user_state_path(_PACKAGE)
+    if identity and not (state and sys.stdin.isatty()):
+        raise SettingsError("--identity goes with --state, and asks twice: it needs a terminal")
+    if not yes:
+        typer.confirm(f"Remove Talkoot{' and all checkpoints on this machine' if state else ''}?", abort=True)
+    if identity:
+        typer.confirm("Also delete who you are in your swarms? Nobody can restore an identity.", abort=True)
+        typer.confirm("A swarm that you founded ends without yours. Really delete it?", abort=True)
+    if service.is_installed():
+        service.run_remove(terminal)
+    with ExitStack() as locks:
+        folders = [path for path in states.glob("*") if path.is_dir()]
+        for folder in folders:  # raises when one of them is in use
+            locks.enter_context(closing(StateFolder(folder)))
+        if state:
+            shutil.rmtree(platformdirs.user_cache_path(_PACKAGE), ignore_errors=True)
+            for folder in folders:
+                _empty(folder, keeps=set() if identity else {_IDENTITY})
+    if state:
+        for folder in (*folders, states):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+    kept = f"; {states} stays" if states.exists() else ""
+    if not _CAN_REPLACE_ITSELF:
+        terminal.line(f"Windows removes no program that runs. Run this in PowerShell{kept}:")
+        terminal.line(installation.in_powershell(installation.removal_command()))
+        return
+    installation.run(installation.removal_command())
+    if installation.own_folder is not None:
+        shutil.rmtree(installation.own_folder, ignore_errors=True)
+    terminal.line(f"removed Talkoot{kept}")
+
+
+def _empty(folder: Path, keeps: Set[str]) -> None:
+    """Raises StartError."""
+    try:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in keeps:
+                path.unlink()
+    except OSError as error:
+        raise StartError(f"can't remove {error.filename}: {error.strerror}; the rest stays too") from error
+
+
+def _requirement(noted: Mapping[str, Any]) -> str:
+    """One of the requirements in uv's receipt, as PEP 508 writes it. Raises KeyError and TypeError."""
+    name = str(noted["name"])
+    if noted.get("extras"):
+        name += f"[{','.join(noted['extras'])}]"
+    for kind in ("directory", "editable", "path"):
+        if kind in noted:
+            return f"{name} @ {Path(noted[kind]).as_uri()}"
+    if "url" in noted:
+        return f"{name} @ {noted['url']}"
+    if "git" in noted:
+        return f"{name} @ git+{noted['git']}"
+    return f"{name}{noted.get('specifier', '')}"
+
+
+def _by_other_means(environment: Path) -> str:
+    """What to do with an installation that uv did not make."""
+    try:
+        origin = json.loads(metadata.distribution(_PACKAGE).read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        origin = {"dir_info": {"editable": True}}
+    if origin.get("dir_info", {}).get("editable"):
+        source = Path(__file__).parents[1]
+        return f"Talkoot runs from its source in {source}: update it with `git pull`, or delete the folder"
+    if (environment / "pipx_metadata.json").exists():
+        return (
+            "pipx installed Talkoot: `pipx upgrade talkoot` updates it, `pipx uninstall talkoot` removes it"
+        )
+    pip = f"`{sys.executable} -m pip"
+    return f"pip installed Talkoot: {pip} install --upgrade SOURCE` updates it, {pip} uninstall {_PACKAGE}` removes it"

@@ -1,0 +1,62 @@
+"""A stand-in for uv, for installations without downloads: `python fake_uv.py tool install … SOURCE`.
+
+It makes a real environment, in which Talkoot is the one under test. In FAKE_UV_CALLS it notes its command lines. With
+FAKE_UV_BREAKS it leaves half an environment behind and fails.
+"""
+
+import json
+import os
+import shutil
+import site
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BIN = Path.home() / ".local" / "bin"
+
+
+def environment() -> Path:
+    return (
+        Path(os.environ.get("UV_TOOL_DIR") or Path.home() / ".local" / "share" / "uv" / "tools") / "talkoot"
+    )
+
+
+def install(source: str) -> None:
+    folder = environment()
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.environ.get("FAKE_UV_BREAKS"):
+        folder.mkdir(parents=True)
+        sys.exit("Failed to install: No space left on device (os error 28)")
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "talkoot.pth").write_text("\n".join([str(ROOT), *site.getsitepackages()]))
+    noted = f'requirements = [{{ name = "talkoot", directory = "{source}" }}]'
+    (folder / "uv-receipt.toml").write_text(f"[tool]\n{noted}\n")
+    program = folder / "bin" / "talkoot"
+    program.write_text(f"#!{folder}/bin/python\nfrom talkoot.cli import main\nmain()\n")
+    program.chmod(0o755)
+    BIN.mkdir(parents=True, exist_ok=True)
+    (BIN / "talkoot").unlink(missing_ok=True)
+    (BIN / "talkoot").symlink_to(program)
+
+
+def main(arguments: list[str]) -> None:
+    with Path(os.environ["FAKE_UV_CALLS"]).open("a") as calls:
+        calls.write(json.dumps(arguments) + "\n")
+    match arguments:
+        case ["tool", "install", "--help"]:
+            print("--torch-backend")
+        case ["tool", "install", *_, source]:
+            install(source.removeprefix("talkoot @ file://"))
+        case ["tool", "uninstall", "talkoot"]:
+            shutil.rmtree(environment())
+            (BIN / "talkoot").unlink()
+        case ["tool", "dir", "--bin"]:
+            print(BIN)
+        case _:
+            sys.exit(f"error: unexpected arguments {arguments}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,146 @@
+"""`talkoot update` and `talkoot uninstall` in a real environment that a fake uv made."""
+
+import os
+import pty
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from commands import assert_one_clear_line
+from uv_home import DEADLINE_S, UvHome
+
+from peer.files import StateFolder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> UvHome:
+    home = UvHome.make(tmp_path)
+    home.add_uv()
+    assert home.install().returncode == 0
+    home.calls_file.unlink()
+    return home
+
+
+@pytest.fixture
+def states(home: UvHome) -> Path:
+    """Where peers keep what they know; there are a node and a trainer."""
+    states = home.home / ".local" / "state" / "talkoot"
+    for name in ("node", "trainer"):
+        (states / name / "checkpoints").mkdir(parents=True)
+        (states / name / "checkpoints" / "1").touch()
+        (states / name / "identity.key").touch()
+    return states
+
+
+def kept(states: Path) -> set[str]:
+    return {str(path.relative_to(states)) for path in states.rglob("*") if path.is_file()}
+
+
+IDENTITIES = {"node/identity.key", "trainer/identity.key"}
+ALL = {*IDENTITIES, "node/checkpoints/1", "trainer/checkpoints/1", "node/lock", "trainer/lock"}
+
+
+def environment(home: UvHome) -> Path:
+    return home.home / ".local" / "share" / "uv" / "tools" / "talkoot"
+
+
+def test_update_takes_the_source_and_the_build_of_torch_that_were_chosen(home: UvHome) -> None:
+    ended = home.talkoot("update")
+    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "updated"), ended.stderr
+    (call,) = home.calls()
+    assert call[:4] == ["tool", "install", "--torch-backend", "auto"]
+    assert {"--upgrade", "--reinstall-package"} <= {*call}
+    assert call[-1] == f"talkoot @ {Path(__file__).parents[2].as_uri()}"
+    assert home.talkoot("update", "--from", "talkoot.whl").returncode == 0
+    assert home.calls()[-1][-1] == "talkoot.whl"
+
+
+def test_update_that_fails_is_one_line(home: UvHome) -> None:
+    assert_one_clear_line(home.talkoot("update", FAKE_UV_BREAKS="1"), "failed", "run the same command again")
+
+
+def test_update_without_uv_asks_for_it(home: UvHome) -> None:
+    (home.programs / "uv").unlink()
+    assert_one_clear_line(home.talkoot("update"), "install uv")
+
+
+def test_broken_notes_of_uv_are_one_line(home: UvHome) -> None:
+    (environment(home) / "uv-receipt.toml").write_text("[tool]\nrequirements = 3\n")
+    assert_one_clear_line(home.talkoot("uninstall", "--yes"), "run the installer again")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("pipx_metadata.json", "pipx upgrade talkoot"), ("pyvenv.cfg", "-m pip install --upgrade SOURCE")],
+)
+def test_what_uv_did_not_install_is_told_how(home: UvHome, file: str, says: str) -> None:
+    (environment(home) / "uv-receipt.toml").unlink()
+    (packages,) = environment(home).glob("lib/python*/site-packages")
+    (packages / "talkoot-9.dist-info").mkdir()
+    (packages / "talkoot-9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: talkoot\nVersion: 9\n"
+    )
+    (environment(home) / file).touch()
+    assert_one_clear_line(home.talkoot("update"), says)
+    assert_one_clear_line(home.talkoot("uninstall", "--yes"), says)
+
+
+def test_a_clone_is_told_to_use_git(home: UvHome) -> None:
+    (environment(home) / "uv-receipt.toml").unlink()
+    assert_one_clear_line(home.talkoot("update"), "git pull")
+
+
+def test_uninstall_keeps_the_state(home: UvHome, states: Path) -> None:
+    ended = home.talkoot("uninstall", "--yes")
+    assert (ended.returncode, f"{states} stays" in ended.stdout) == (0, True), ended.stderr
+    assert kept(states) == ALL
+    assert not environment(home).exists()
+
+
+def test_uninstall_with_state_keeps_the_identities(home: UvHome, states: Path) -> None:
+    ended = home.talkoot("uninstall", "--yes", "--state")
+    assert ended.returncode == 0, ended.stderr
+    assert kept(states) == IDENTITIES
+
+
+def test_uninstall_asks_before_it_removes_anything(home: UvHome, states: Path) -> None:
+    ended = home.talkoot("uninstall", "--state")
+    assert ended.returncode == 1
+    assert kept(states) >= IDENTITIES | {"node/checkpoints/1"}
+    assert environment(home).exists()
+
+
+def test_uninstall_removes_nothing_while_a_peer_runs(home: UvHome, states: Path) -> None:
+    with closing(StateFolder(states / "trainer")):
+        assert_one_clear_line(home.talkoot("uninstall", "--yes", "--state"), "another process uses")
+    assert kept(states) == ALL
+    assert environment(home).exists()
+
+
+def test_identity_needs_a_terminal(home: UvHome, states: Path) -> None:
+    assert_one_clear_line(home.talkoot("uninstall", "--yes", "--state", "--identity"), "needs a terminal")
+    assert environment(home).exists()
+
+
+@pytest.mark.parametrize(("answers", "removes"), [("y\ny\n", True), ("y\nn\n", False)])
+def test_identity_is_deleted_only_after_two_answers(
+    home: UvHome, states: Path, answers: str, removes: bool
+) -> None:
+    master, slave = pty.openpty()
+    with open(master, "wb", buffering=0) as keyboard, open(slave, "rb", buffering=0) as terminal:
+        keyboard.write(answers.encode())
+        ended = subprocess.run(
+            [home.home / ".local" / "bin" / "talkoot", "uninstall", "--yes", "--state", "--identity"],
+            env={
+                "HOME": str(home.home),
+                "PATH": f"{home.programs}:{os.defpath}",
+                "FAKE_UV_CALLS": str(home.calls_file),
+            },
+            stdin=terminal,
+            capture_output=True,
+            timeout=DEADLINE_S,
+        )
+    assert (ended.returncode == 0) == removes, ended.stderr
+    assert states.exists() != removes
+    assert environment(home).exists() != removes
