@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks docs deploy examples tools
+FLOORS := peer dht expert_server trainer_client talkoot
+SOURCES := $(FLOORS) tests benchmarks docs deploy examples tools
 
 .PHONY: demo test lint figures proto settings picture release-fixture clean
 
@@ -16,6 +17,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin $(FLOORS)
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 $(FLOORS)
 	$(BIN)/lint-imports
 
 # Prints how large and how tangled the code is; with AGAINST=REVISION, beside that of a commit.

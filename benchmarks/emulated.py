@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import uvloop
 
 from benchmarks.namespaces import Machine
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 from talkoot.demo.links import Link, Proxy, Wire
 
 _HOST = "127.0.0.1"

@@ -41,7 +41,7 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from peer.codec import CodecName
 from peer.metrics import total
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 from talkoot.train.local import LocalSwarm
 from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.data.corpus import Dataset

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.rival_blocks import make_package
 from dht.invites import Invite
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 
 START_LIMIT_S = 60.0
 

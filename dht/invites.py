@@ -4,7 +4,6 @@ An invite holds bootstrap addresses, the swarm's name, the PeerID of its founder
 """
 
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -20,10 +19,12 @@ from dht.admission import MAX_REVOKED, Role
 from dht.records import SwarmKeys, parse_peer_id
 from peer.errors import InviteError, SettingsError, StartError, UserError, WireError
 from peer.files import write_atomically
+from peer.platform.files import open_plainly, wait_for_lock
 from peer.transport.addresses import Multiaddress, known
 from peer.wire import admission_pb2, records_pb2
 
 FILE = "invites.json"
+_LOCK_DEADLINE_S = 30.0
 _SCHEME = "talkoot2"
 """The 2 is the format. It changes when an old program could not read a new invite."""
 _BEGINNING = re.compile(r"(?<![A-Za-z0-9])talkoot\d")
@@ -201,11 +202,15 @@ class InviteLedger:
     def _locked(self) -> Iterator[None]:
         """Keeps out other commands that run at the same time."""
         try:
-            descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = open_plainly(self._path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT)
         except OSError as error:
             raise StartError(f"can't use the folder {self._path.parent}: {error.strerror}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            wait_for_lock(descriptor, _LOCK_DEADLINE_S)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise StartError(f"another command changes {self._path}: try again") from error
+        try:
             yield
         finally:
             os.close(descriptor)

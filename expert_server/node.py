@@ -34,7 +34,6 @@ from expert_server.resources import (
     kept_bytes_of,
     most_bytes,
     require_room,
-    return_freed_memory,
     snapshots_of,
     threads_of,
     within_memory,
@@ -52,6 +51,7 @@ from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
 from peer.loop import LoopLag, RetryingRounds, keep_running, tolerating
 from peer.metrics import MetricsServer, total
+from peer.platform.processes import return_freed_memory
 from peer.rates import Bandwidth, download_limit
 from peer.rpc.parts import PartClient
 from peer.rpc.sessions import SessionClient

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from expert_server.settings import NodeSettings
+from peer.platform.machine import on_battery, processor_times
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class Machine:
 
     def look(self) -> MachineState:
         return MachineState(
-            on_battery=self._settings.not_on_battery and _on_battery(),
+            on_battery=self._settings.not_on_battery and on_battery(),
             busy=self._settings.only_when_idle and self._load_monitor.note(self._load()),
         )
 
@@ -181,23 +182,13 @@ class Machine:
         return Load(before.at, self._last.at, percent)
 
     def _times(self) -> _Times:
-        machine = psutil.cpu_times()
-        total = sum(machine) - machine.guest - machine.guest_nice  # Linux counts guests as user, too
+        machine = processor_times()
         own = 0.0
         for process in (self._process, *self._process.children(recursive=True)):
             with contextlib.suppress(psutil.Error):  # it has ended
                 used = process.cpu_times()
                 own += used.user + used.system
-        return _Times(time.monotonic(), total, total - machine.idle - machine.iowait, own)
-
-
-def _on_battery() -> bool:
-    """A machine that does not say counts as plugged in."""
-    try:
-        battery = psutil.sensors_battery()
-    except OSError:
-        return False
-    return battery is not None and battery.power_plugged is False
+        return _Times(time.monotonic(), machine.total, machine.busy, own)
 
 
 Step = Callable[[], Coroutine[Any, Any, None]]

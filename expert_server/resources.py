@@ -1,12 +1,6 @@
-"""What a node takes of its machine: how memory is divided, how many threads and rows it uses, what it frees.
+"""What a node takes of its machine: how memory is divided, how many threads and rows it uses."""
 
-All but `keep_freed_memory` and `return_freed_memory` is pure. Those two set glibc's allocator, and do nothing with
-another C library.
-"""
-
-import ctypes
 import math
-import os
 from collections.abc import Iterable
 
 from dht.manifest import Manifest
@@ -16,22 +10,13 @@ from expert_server.settings import NodeSettings
 from expert_server.state.transfer import MAX_SNAPSHOTS, largest_state_bytes
 from peer.errors import SettingsError
 from peer.formatting import bytes_in_words
+from peer.platform.processes import usable_cores
 
 _CPU_BATCH_ROWS, _GPU_BATCH_ROWS = 128, 2048
 _KEPT_SHARE = _CALLS_SHARE = _SNAPSHOT_SHARE = 1 / 8
 _KEPT_SHARE_OF_FREE = 1 / 16
 _CALLS_BYTES = 512 * 2**20
 """For calls under way, if `memory` is not set."""
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8
-"""Parameters of mallopt, as malloc.h numbers them."""
-_KEPT_BYTES = 256 * 2**20
-_LARGE_BYTES = 32 * 2**20
-"""The most that glibc takes for this parameter. What is larger goes back to the system as soon as it is freed."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def batch_rows_of(device_types: Iterable[str]) -> int:
@@ -124,23 +109,3 @@ def require_room(settings: NodeSettings, manifest: Manifest, free_bytes: int) ->
             f"an expert of this swarm takes {bytes_in_words(each)}, and {bytes_in_words(free_bytes)} of memory are "
             "free: pass --experts 0 --spare 0 to host none"
         )
-
-
-def keep_freed_memory() -> None:
-    """Lets the process keep up to 256 MiB that it freed. Call it before threads start: they have their own arenas.
-
-    Each batch frees its gradients and activations, and the next one needs as much again. Returning the memory to the
-    system and having it zeroed again took a tenth of a node's processor time.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_MOST_ARENAS, 1)  # what one thread freed is good for the others
-        libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-        libc.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
-
-
-def return_freed_memory() -> None:
-    """Returns the freed memory to the system now."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)

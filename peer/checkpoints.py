@@ -24,8 +24,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from peer.errors import StateError
-from peer.files import sync_folder, write_atomically
+from peer.files import write_atomically
 from peer.formatting import printable
+from peer.platform.files import sync_folder
 
 FORMAT_VERSION = 1
 MAX_OUTLINE_BYTES = 2**24

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from peer.bounded import BoundedDict
 from peer.formatting import counted
+from peer.platform.machine import seconds_since_boot
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,6 @@ class SwarmClock:
             self._offset, self._set_at = offset, None
 
 
-def _seconds_since_boot() -> float:
-    """Unlike `time.monotonic`, it goes on while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-CLOCK = SwarmClock(time.time, _seconds_since_boot)
+CLOCK = SwarmClock(time.time, seconds_since_boot)
 """Of this process: there is one clock to read."""
 now = CLOCK.now

@@ -1,13 +1,13 @@
 """Atomic file writes, and a state folder that one process locks and that no other user can write to."""
 
 import errno
-import fcntl
 import os
 import stat
 from contextlib import suppress
 from pathlib import Path
 
 from peer.errors import StateFolderError
+from peer.platform.files import lock, open_plainly, sync_folder, user_id
 
 
 class StateFolder:
@@ -28,7 +28,7 @@ class StateFolder:
                 f"can't use the state folder {path}: {error.strerror}; pass another --state"
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock.fileno())
         except BlockingIOError:
             self._lock.close()
             raise StateFolderError(
@@ -37,11 +37,6 @@ class StateFolder:
 
     def close(self) -> None:
         self._lock.close()
-
-
-def open_plainly(path: Path, flags: int, mode: int = 0o600) -> int:
-    """A descriptor of a file that is no link. For names that somebody may have led elsewhere. Raises OSError."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
 class PlainFile:
@@ -59,13 +54,13 @@ class PlainFile:
         """Raises OSError, also if another file has its name by now."""
         descriptor, identity = self._open()
         try:
-            if identity != self.identity:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
-            data = os.pread(descriptor, size, start)
+            with os.fdopen(descriptor, "rb") as file:
+                if identity != self.identity:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
+                file.seek(start)
+                data = file.read(size)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        finally:
-            os.close(descriptor)
         if len(data) != size:
             raise OSError(errno.EIO, "it ends too early", str(self.path))
         return data
@@ -79,8 +74,7 @@ class PlainFile:
         return self.read(start, max(0, end - start))
 
     def _open(self) -> tuple[int, tuple[int, int, int]]:
-        # opening a pipe would wait for ever
-        descriptor = open_plainly(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = open_plainly(self.path, os.O_RDONLY)
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             os.close(descriptor)
@@ -90,7 +84,9 @@ class PlainFile:
 
 def _protect(folder: Path) -> None:
     """Lets nobody else write to a folder of this user. Raises StateFolderError if that is not enough, and OSError."""
-    about, me = folder.stat(), os.geteuid()
+    about, me = folder.stat(), user_id()
+    if me is None:
+        return
     if {about.st_uid, folder.lstat().st_uid} - {me, 0}:
         raise StateFolderError(f"the state folder {folder} belongs to another user: pass another --state")
     others = stat.S_IMODE(about.st_mode) & 0o022
@@ -137,12 +133,3 @@ def _open_new(path: Path, mode: int) -> int:
     except FileExistsError:
         path.unlink()  # left by a killed writer, and perhaps with wider permissions
         return os.open(path, flags, mode)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes new and renamed entries of a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

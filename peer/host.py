@@ -23,7 +23,8 @@ from peer.kademlia.transport import GrpcTransport
 from peer.kademlia.validation import Validator
 from peer.loop import Restarts, TaskSet
 from peer.parsing import ParseGuard
-from peer.processes import raise_descriptor_limit, sweep_socket_folders
+from peer.platform.processes import raise_descriptor_limit
+from peer.platform.sockets import sweep_socket_folders
 from peer.rates import upload_limit
 from peer.relays.client import RelayClient
 from peer.relays.dialler import RelayDialler

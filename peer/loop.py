@@ -17,11 +17,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
-import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from peer.errors import TalkootError, UnreachableError
 from peer.metrics import SECONDS, total
+from peer.platform.loop import new_event_loop, result_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,12 @@ _MOST_MISSED = 4000
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop loop. It does not log what is no fault.
+    """A loop that does not log what is no fault.
 
     That is a stream's handler that was cancelled, which Python 3.11 takes for an error, and a call that ended after its
     loop was closed: all loops of a process share gRPC's queue, and another one hears of it.
     """
-    loop = uvloop.new_event_loop()
+    loop = new_event_loop()
     loop.set_exception_handler(_report)
     return loop
 
@@ -63,7 +63,7 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 class LoopThread:
-    """A uvloop loop on its own thread, for a process whose main thread runs torch. Close it when done."""
+    """A loop on its own thread, for a process whose main thread runs torch. Close it when done."""
 
     def __init__(self) -> None:
         self.loop = new_loop()
@@ -78,7 +78,7 @@ class LoopThread:
         assert threading.current_thread() is not self._thread, "run() would wait for itself"
         future = self.submit(coroutine)
         try:
-            return future.result(timeout_s)
+            return result_of(future, timeout_s)
         except BaseException:
             future.cancel()
             raise

@@ -1,6 +1,5 @@
 """Folders that appear whole or not at all: written as `NAME.partial`, and moved to their place at the end."""
 
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from peer.errors import SettingsError, StartError
-from peer.files import open_plainly, sync_folder
+from peer.platform.files import CAN_UNLINK_OPEN_FILES, lock, open_plainly, sync_folder, user_id
 
 PARTIAL = ".partial"
 """Ends the name of a folder that is being written."""
@@ -33,6 +32,8 @@ class PartialFolder:
 
     def finish(self) -> None:
         """Moves the folder to its place. Raises OSError."""
+        if not CAN_UNLINK_OPEN_FILES:
+            self.close()
         (self.partial / LOCK).unlink()
         sync_folder(self.partial)
         os.replace(self.partial, self.path)
@@ -77,7 +78,7 @@ def open_for_writing(path: Path) -> BinaryIO:
 def _require_own(folder: Path) -> None:
     """Raises SettingsError unless it is empty or of an earlier writer of this user, all of whose files may go."""
     about = folder.lstat()
-    is_own = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid()
+    is_own = stat.S_ISDIR(about.st_mode) and user_id() in {None, about.st_uid}
     if not is_own or (any(folder.iterdir()) and not (folder / LOCK).exists()):
         raise SettingsError(
             f"{folder} is not what an earlier run of yours left: remove it, or pass another folder"
@@ -86,10 +87,10 @@ def _require_own(folder: Path) -> None:
 
 def _locked(folder: Path) -> BinaryIO:
     """Raises StartError while another process writes there."""
-    lock = open_for_writing(folder / LOCK)
+    file = open_for_writing(folder / LOCK)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno())
     except BlockingIOError:
-        lock.close()
+        file.close()
         raise StartError(f"another process writes {folder}: wait for it, or pass another folder") from None
-    return lock
+    return file

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first signal stops the command in good order, and later ones only hurry it."""
+"""How commands stop: the first signal does it in good order, and later ones only hurry it."""
 
 import asyncio
 import os
@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
+
+from peer.platform.signals import Alarm, on_loop, stop_signals
 
 T = TypeVar("T")
 
@@ -21,12 +23,6 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_status = 128 + number
-
-
-def stop_signals() -> list[signal.Signals]:
-    """The signals that end a command; not SIGHUP when it is ignored, as under `nohup`."""
-    always = [signal.SIGINT, signal.SIGTERM]
-    return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*always, signal.SIGHUP]
 
 
 def exit_at_once_on_signals() -> None:
@@ -47,7 +43,7 @@ class StopSignals:
         self._raised = False
         self._event: threading.Event | None = None
         self._install()
-        signal.signal(signal.SIGALRM, self._on_alarm)
+        self._alarm = Alarm(self._raise)
 
     def _install(self) -> None:
         for number in stop_signals():
@@ -73,12 +69,12 @@ class StopSignals:
             yield
         finally:
             self._event = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._alarm.cancel()
 
     def ignore(self) -> None:
         """Raises nothing from now on, so that the process can finish stopping."""
         _ignore_stop_signals()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._alarm.cancel()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first = self.received is None
@@ -86,12 +82,9 @@ class StopSignals:
             self.received = Stopped(number)
         if first and self._event is not None:
             self._event.set()
-            signal.setitimer(signal.ITIMER_REAL, _GENTLE_S)
+            self._alarm.set(_GENTLE_S)
         else:
             self._raise()
-
-    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
-        self._raise()
 
     def _raise(self) -> None:
         if self.received is not None and not self._raised:
@@ -115,21 +108,13 @@ async def run_until_stopped(work: Coroutine[Any, Any, T], hurry: Callable[[], No
         else:
             hurry()
 
-    handled = stop_signals()
-    for number in handled:
-        loop.add_signal_handler(number, stop, number)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if received:
-            raise Stopped(received[0]) from None
-        raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
-        for number in handled:
-            loop.remove_signal_handler(number)
-        _ignore_stop_signals()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+    with on_loop(loop, stop_signals(), stop):
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if received:
+                raise Stopped(received[0]) from None
+            raise
 
 
 def _ignore_stop_signals() -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peer.errors import StartError, UserError
-from peer.files import open_plainly
+from peer.platform.files import open_plainly
 from peer.rates import TokenBucket
 
 logger = logging.getLogger(__name__)

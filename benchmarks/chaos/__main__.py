@@ -40,7 +40,7 @@ from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
 from benchmarks.chaos.strangers import besieging
 from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
-from peer.processes import sweep_socket_folders
+from peer.platform.sockets import sweep_socket_folders
 
 PARTS = ("calm", "chaos")
 _ALL_SERVED_S = 60.0

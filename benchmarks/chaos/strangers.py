@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from dht.invites import Invite
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 
 _ROOT = Path(__file__).parents[2]
 _SIEGE = _ROOT / "tests" / "hostile" / "siege.py"

@@ -24,7 +24,7 @@ from peer.errors import LibraryError, TalkootError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 from trainer_client.client import SwarmClient
 from trainer_client.memory.memories import Memory
 from trainer_client.settings import TrainerSettings

@@ -17,7 +17,8 @@ from types import MappingProxyType
 from dht.memory import MAX_MANIFEST_BYTES, MemoryManifest, Part, ShardInfo, by_root
 from expert_server.memory.shard import Shard, most_bytes
 from peer.errors import WireError
-from peer.files import PlainFile, sync_folder, write_atomically
+from peer.files import PlainFile, write_atomically
+from peer.platform.files import sync_folder
 from peer.rpc.parts import has_sha256
 
 logger = logging.getLogger(__name__)

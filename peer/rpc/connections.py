@@ -1,8 +1,8 @@
 """The connections of a server: who may have how many, and which one goes when there are too many.
 
-gRPC counts connections and streams, but does not tell whose they are, and closes none of them. So it listens on a unix
-socket that only this process reaches, and `Connections` listens on the network in its place. Bytes are copied, TLS and
-all. Each connection comes to gRPC from a unix socket with a name of its own, by which a call finds its connection.
+gRPC counts connections and streams, but does not tell whose they are, and closes none of them. So it listens on a
+socket within this machine, and `Connections` listens on the network in its place. Bytes are copied, TLS and all. Each
+connection comes to gRPC from a socket with a name of its own, by which a call finds its connection.
 
 A connection is proven as soon as a call on it is in a session. Before that it is worth little: there are few of them,
 and neighbourhoods take turns with TLS. The neighbourhood with the most makes room, first by what says nothing.
@@ -10,17 +10,13 @@ and neighbourhoods take turns with TLS. The neighbourhood with the most makes ro
 
 import asyncio
 import contextlib
-import os
-import resource
 import socket
-import tempfile
 import time
 from collections import Counter as Multiset
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from operator import itemgetter
-from pathlib import Path
 from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -29,7 +25,8 @@ from peer.errors import PortError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
-from peer.processes import private_socket_folder
+from peer.platform.processes import most_descriptors, open_descriptors
+from peer.platform.sockets import ServerSocket, attach, streams_of
 from peer.rates import FairTurns
 from peer.transport.endpoints import address_of, ip_address, neighbourhood
 from peer.transport.pipes import Pipe
@@ -210,19 +207,14 @@ class Connections:
         self._table = ConnectionTable(most_connections())
         self._by_name: dict[str, Connection] = {}
         self._starts = FairTurns(_STARTS_PER_S, _STARTS_AT_ONCE, same=1)
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._numbers = 0
+        self.server = ServerSocket()
+        """Where gRPC must listen."""
         self._short_until = 0.0
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self.ends: set[_End] = set()
         """Of all connections that came from outside, two for each."""
         self._tasks = TaskSet()
-
-    @property
-    def server_path(self) -> Path:
-        """The unix socket on which the server must listen."""
-        return self._path("server")
 
     async def listen(self, host: str, port: int) -> int:
         """Accepts callers for the server, which must listen by now. Returns the port. Raises PortError."""
@@ -241,8 +233,8 @@ class Connections:
 
         `relay`: that says who the caller is, and may lie. All that it brings count as one neighbourhood.
         """
-        made, name = self._dial()
-        reader, writer = await asyncio.open_unix_connection(sock=made)
+        made, name = await self.server.dial()
+        reader, writer = await streams_of(made)
         now = self._clock()
         peer = f"tunnel of {caller}" if relay is None else f"relay {relay}/{caller}"
         connection = Connection(peer, origin_of(peer), writer.transport.abort, now, has_spoken=True)
@@ -283,9 +275,7 @@ class Connections:
             for end in list(self.ends):  # one may have been accepted since the last turn
                 end.abort()
             await asyncio.sleep(0)  # the loop tells them in its next turn that they are closed
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self.server.close()
 
     def add(self, connection: Connection, descriptor: int = 0) -> None:
         """`descriptor`: of its socket. The lowest that is free is given out, so a high one says that few are left."""
@@ -312,14 +302,14 @@ class Connections:
         if not outside.is_open:
             return
         try:
-            made, name = self._dial()
+            made, name = await self.server.dial()
         except OSError:  # no descriptor is left, or the server has stopped
             caller.close()
             return
         self._by_name[name] = caller
         inside = _End(lambda: self.forget(caller, name), self.ends)
         try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: inside, sock=made)
+            await attach(inside, made)
         except OSError:
             made.close()
             self.forget(caller, name)
@@ -332,28 +322,11 @@ class Connections:
             await writer.wait_closed()
         self.forget(connection, name)
 
-    def _dial(self) -> tuple[socket.socket, str]:
-        """A socket that is connected to the server, and the name by which gRPC knows it. Raises OSError."""
-        self._numbers += 1
-        path = self._path(str(self._numbers))
-        made = socket.socket(socket.AF_UNIX)
-        try:
-            made.setblocking(False)
-            made.bind(str(path))
-            try:
-                made.connect(str(self.server_path))
-            finally:
-                path.unlink()  # the socket keeps its name
-        except OSError:
-            made.close()
-            raise
-        return made, f"unix:{path}"
-
     def _are_few_left(self, descriptor: int) -> bool:
         """Counts the descriptors that are open, if a high one was given out lately, and not each time."""
         now = self._clock()
         if now >= self._short_until and (self._short_until or descriptor >= _most_descriptors()):
-            are_few = len(os.listdir("/dev/fd")) >= _most_descriptors()
+            are_few = open_descriptors() >= _most_descriptors()
             self._short_until = now + _RECOUNT_S if are_few else 0.0
         return bool(self._short_until)
 
@@ -369,11 +342,6 @@ class Connections:
         if connection is not None:
             self.closed.labels(reason).inc()
             connection.close()
-
-    def _path(self, name: str) -> Path:
-        if self._folder is None:
-            self._folder = private_socket_folder()
-        return Path(self._folder.name) / name
 
 
 class _End(asyncio.Protocol):
@@ -485,13 +453,13 @@ class _Outside(_End):
 
 def most_connections() -> int:
     """How many connections the descriptors of this process allow, beside everything else that it needs them for."""
-    free = _most_descriptors() - len(os.listdir("/dev/fd"))
+    free = _most_descriptors() - open_descriptors()
     return max(4, min(_MOST_CONNECTIONS, free // _DESCRIPTORS_EACH))
 
 
 def _most_descriptors() -> int:
     """How many this process may use before connections must leave the rest to others."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = most_descriptors()
     return limit - min(max(limit // 16, _LEAST_LEFT), _MOST_LEFT)
 
 

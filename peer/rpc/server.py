@@ -52,9 +52,10 @@ class RpcServer:
         """Listens on an address of this machine. Returns the port. `port`: 0 for any free one. Raises PortError."""
         require_free_port(host, port)
         try:
-            self.services.add_secure_port(f"unix:{self.connections.server_path}", credentials)
+            within = self.connections.server
+            within.bound(self.services.add_secure_port(within.to_bind, credentials))
         except RuntimeError as error:
-            raise PortError("can't listen on a unix socket in the temporary folder: set TMPDIR") from error
+            raise PortError("can't listen in the temporary folder: set TMPDIR") from error
         await self.services.start()
         return await self.connections.listen(host, port)
 

@@ -20,7 +20,8 @@ from peer.errors import DaemonError, PortError, UnreachableError, UserError
 from peer.identity import Identity, PeerID
 from peer.loop import keep_running
 from peer.metrics import total
-from peer.processes import raise_descriptor_limit, sweep_socket_folders
+from peer.platform.processes import raise_descriptor_limit
+from peer.platform.sockets import sweep_socket_folders
 from peer.transport.addresses import Multiaddress, require_free_port
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope

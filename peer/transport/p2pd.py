@@ -27,7 +27,8 @@ from hivemind.utils.logging import use_hivemind_log_handler
 
 from peer.errors import DaemonError, UnreachableError
 from peer.identity import Identity, PeerID
-from peer.processes import die_with_parent, private_socket_folder
+from peer.platform.processes import die_with_parent
+from peer.platform.sockets import private_socket_folder
 from peer.transport.addresses import Multiaddress, is_circuit, known_bytes, multiaddress
 from peer.transport.dialling import Dialling
 from peer.transport.p2pd_setup import REINSTALL, START_DEADLINE_S, Libp2pConfig

@@ -1,17 +1,16 @@
-"""Streams of bytes in both directions, whatever carries them, and the unix sockets at which this process's own gRPC
-begins one."""
+"""Streams of bytes in both directions, whatever carries them, and the sockets at which this process's own gRPC begins
+one."""
 
 import asyncio
-import tempfile
+import socket
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from peer.bounded import BoundedDict
 from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.loop import first_of
-from peer.processes import private_socket_folder
+from peer.platform.sockets import SocketFolder, bind_within, remove_socket, serve_within
 from peer.transport.addresses import Multiaddress
 
 Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -74,7 +73,7 @@ async def copy_both_ways(
 
 
 class Listeners:
-    """Unix sockets at which this process's own gRPC reaches other peers, one for each. For one event loop."""
+    """Sockets at which this process's own gRPC reaches other peers, one for each. For one event loop."""
 
     def __init__(
         self, most: int, accept: Callable[[PeerID, Sequence[Multiaddress], Pipe], Awaitable[None]]
@@ -84,7 +83,7 @@ class Listeners:
         `accept`: handles a connection to that peer, which has these addresses. It must not raise.
         """
         self._accept = accept
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder = SocketFolder()
         self._listeners = BoundedDict[PeerID, _Listener](most)
 
     def limit(self, most: int) -> None:
@@ -99,30 +98,35 @@ class Listeners:
         listener = self._listeners.get(peer_id) or await self._listen_for(peer_id)
         listener.addresses = tuple(addresses)
         self._keep(peer_id, listener)
-        return _grpc_name(listener.path)
+        return listener.address
 
     def address_of(self, peer_id: PeerID) -> str:
-        """The address that `open_to` returned for the peer."""
-        return _grpc_name(self._path(_file_name(peer_id)))
+        """The address that `open_to` returned for the peer; empty if that is closed."""
+        listener = self._listeners.get(peer_id)
+        return "" if listener is None else listener.address
 
     def close(self) -> None:
         """Closing twice is harmless."""
         while self._listeners:
             self._listeners.popitem()[1].close()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self._folder.close()
 
     async def _listen_for(self, peer_id: PeerID) -> "_Listener":
-        listener = _Listener(self._path(_file_name(peer_id)))
+        try:
+            # short, because a unix socket's path has at most 107 bytes
+            bound, address = bind_within(self._folder, str(peer_id.to_base58()[-16:]))
+        except OSError as error:
+            raise UnreachableError(f"can't open a way to {peer_id}: {error}") from error
+        listener = _Listener(address, bound)
         self._keep(peer_id, listener)
         try:
-            listener.server = await asyncio.start_unix_server(
+            listener.server = await serve_within(
                 lambda reader, writer: self._accept(peer_id, listener.addresses, (reader, writer)),
-                str(listener.path),
-                limit=CHUNK_BYTES,
+                bound,
+                CHUNK_BYTES,
             )
         except OSError as error:
+            listener.close()
             self._listeners.pop(peer_id, None)  # the next call tries again
             raise UnreachableError(f"can't open a way to {peer_id}: {error}") from error
         return listener
@@ -132,31 +136,19 @@ class Listeners:
         for oldest in self._listeners.put(peer_id, listener):
             oldest.close()
 
-    def _path(self, name: str) -> Path:
-        if self._folder is None:
-            self._folder = private_socket_folder()
-        return Path(self._folder.name) / name
-
 
 class _Listener:
-    """The unix socket at which gRPC reaches one peer."""
+    """The socket at which gRPC reaches one peer."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, address: str, bound: socket.socket) -> None:
+        self.address = address
         self.addresses: tuple[Multiaddress, ...] = ()
         self.server: asyncio.Server | None = None
+        self._bound = bound
 
     def close(self) -> None:
         """Streams that are open stay open."""
         if self.server is not None:
             self.server.close()
-        self.path.unlink(missing_ok=True)
-
-
-def _file_name(peer_id: PeerID) -> str:
-    """Short, because a unix socket's path has at most 107 bytes."""
-    return str(peer_id.to_base58()[-16:])
-
-
-def _grpc_name(path: Path) -> str:
-    return f"unix:{path}"
+        self._bound.close()
+        remove_socket(self.address)

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peer.errors import AddressError
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 from peer.transport.endpoints import AddressScope, Endpoint, parse_ip4, scope_of
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ _OTHER_PORTS = 3
 _LOWEST_PORT = 1024
 """Other peers dial none below."""
 _MOST_ANSWER_BYTES = 4096
+_MOST_BYTES = 512 * 2**20
+"""Of the program's address space: ten times what it takes."""
 _PROGRAM = Path(__file__).with_name("upnp.py")
 
 
@@ -83,7 +85,7 @@ async def ask_router(
     arguments = map(str, (sys.executable, "-I", _PROGRAM, command, host, port, *external_ports))
     try:
         process = await asyncio.create_subprocess_exec(
-            *die_with_parent([*arguments]), stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL
+            *die_with_parent([*arguments], _MOST_BYTES), stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL
         )
     except OSError as error:
         logger.debug("can't ask the router: %s", error)

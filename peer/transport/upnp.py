@@ -10,10 +10,8 @@ HOST and PORT; `refusal`, why there is none, and all there is without miniupnpc.
 answers, or none that makes sense.
 """
 
-import contextlib
 import ipaddress
 import json
-import resource
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +26,6 @@ DESCRIPTION = "talkoot"
 _LEASE_S = 3600
 _SEARCH_MS = {"map": 2000, "unmap": 1000, "look": 2000}
 """To wait for answers. A router that is known need not be waited for so long."""
-_MOST_BYTES = 512 * 2**20
-"""Of address space: ten times what it takes."""
 _CONFLICT, _ONLY_PERMANENT = "ConflictInMappingEntry", "OnlyPermanentLeasesSupported"
 """What miniupnpc calls the errors 718 and 725."""
 
@@ -84,7 +80,5 @@ def _leads_to(igd: Any, external: int) -> tuple[str, int] | None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(ValueError, OSError):  # macOS does not always take it; the deadline holds there
-        resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
     command, host, port, *external_ports = sys.argv[1:]
     json.dump(answer(command, host, int(port), [*map(int, external_ports)]), sys.stdout)

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import platformdirs
-import uvloop
 from prometheus_client import ProcessCollector
 
 from dht.invites import Invite, invite_of
 from peer.files import StateFolder
 from peer.metrics import new_registry
+from peer.platform.loop import new_event_loop
 from talkoot.dashboard.app import Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.settings import DashboardSettings
@@ -36,7 +36,7 @@ def run_dashboard(terminal: Terminal, join: str | None, settings: DashboardSetti
     listener = listen(settings.host, settings.port)
     folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "dashboard")
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(run_until_stopped(_serve(terminal, invite, settings, folder.path, listener)))
     except Stopped:
         logger.info("stopped")

@@ -1,6 +1,7 @@
 """The demo's processes: each runs a `talkoot` command that reports in JSON lines what it does."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from peer.errors import StartError
-from peer.processes import die_with_parent
+from peer.platform.processes import CHILD_FLAGS, ask_to_end, die_with_parent
 
 _LEAVES_WITHIN_S = 10.0
 _LINES_SHOWN = 8
@@ -95,6 +96,7 @@ class DemoProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=file,
+                creationflags=CHILD_FLAGS,
                 # one thread each, since pools on few cores wait for each other; torch's caches go when the demo ends
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), **environment},
             )
@@ -106,7 +108,7 @@ class DemoProcess:
         return self._process.returncode
 
     def kill(self) -> None:
-        """Sends SIGKILL, so that it can't leave in good order."""
+        """Ends it at once, so that it can't leave in good order."""
         self.killed = True
         self._process.kill()
 
@@ -123,7 +125,8 @@ class DemoProcess:
     async def stop(self) -> None:
         """Asks it to leave, and kills it if it does not. Stopping twice is harmless."""
         if self.exit_status is None:
-            self._process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                ask_to_end(self.pid)
             try:
                 async with asyncio.timeout(_LEAVES_WITHIN_S):
                     await self._process.wait()

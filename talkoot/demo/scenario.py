@@ -19,7 +19,7 @@ from rich.text import Text
 from dht.manifest import Manifest
 from peer.errors import SettingsError, SwarmError
 from peer.formatting import counted
-from peer.processes import sweep_socket_folders
+from peer.platform.sockets import sweep_socket_folders
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
 from talkoot.demo.processes import DemoProcess, DemoProcesses
 from talkoot.signals import run_until_stopped

@@ -5,10 +5,8 @@ disk), and last what other nodes measure: clock, bandwidth and reachability.
 """
 
 import asyncio
-import ctypes
 import errno
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -33,13 +31,15 @@ from expert_server.experts.devices import check_devices
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.graphs import Rows
 from expert_server.probe import DialledBack, Link, call_dial_back, call_probe
-from expert_server.resources import usable_cores, within_memory
+from expert_server.resources import within_memory
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.clock import CLOCK
 from peer.errors import PortError, SettingsError, UnreachableError, UserError
 from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
+from peer.platform import machine
+from peer.platform.processes import usable_cores
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import require_free_port
 from peer.transport.port_mapping import PortMapping
@@ -64,9 +64,6 @@ _DISK_TEST_BYTES = 16 * 2**20
 _SLOW_DISK_BYTES_PER_S = 5e6
 _PYTHONS = ((3, 11), (3, 14))
 """The oldest that Talkoot is tested with, and the first that it is not. Python 3.14 is allowed."""
-_TIMEX_BYTES = 256
-"""Larger than `struct timex` on any architecture."""
-_TIME_ERROR = 5
 
 
 class Verdict(StrEnum):
@@ -107,15 +104,12 @@ def check_software() -> Finding:
     """The versions, and whether this platform was tried."""
     versions = {name: _version(name) for name in ("torch", "hivemind", "grpcio")}
     shown = ", ".join(f"{name} {number}" for name, number in versions.items())
-    python, system = platform.python_version(), f"{platform.system()} {platform.machine()}"
+    python, system = ".".join(map(str, sys.version_info[:3])), machine.system()
     verdict, fix = Verdict.OK, ""
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        verdict, fix = (
-            Verdict.WEAK,
-            "Talkoot is tested on Linux on x86-64 only: use such a machine, or a container",
-        )
-    elif not _PYTHONS[0] <= sys.version_info[:2] < _PYTHONS[1]:
+    if not _PYTHONS[0] <= sys.version_info[:2] < _PYTHONS[1]:
         verdict, fix = Verdict.WEAK, "not tested with this Python: use 3.11, 3.12 or 3.13"
+    elif experimental := machine.why_experimental():
+        verdict, fix = Verdict.WEAK, experimental
     return Finding(
         name="software",
         verdict=verdict,
@@ -155,17 +149,17 @@ def check_ports(settings: NodeSettings, host: str) -> Finding:
 
 
 def check_clock_keeping() -> Finding:
-    """Whether the clock is synchronised, according to the kernel (adjtimex(2))."""
-    kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
-    if kept < 0:
-        return Finding(
-            name="clock", verdict=Verdict.SKIPPED, says="the kernel does not say whether it is synchronised"
+    """Whether the clock is synchronised, where the system says so."""
+    kept = machine.clock_is_synchronised()
+    if kept is None:
+        return _skipped(
+            "clock", "the system does not say whether it is synchronised; with --join, peers are asked"
         )
     return Finding(
         name="clock",
-        verdict=Verdict.WEAK if kept == _TIME_ERROR else Verdict.OK,
-        says="not synchronised" if kept == _TIME_ERROR else "synchronised with the network's time",
-        fix="`timedatectl set-ntp true`, unless this machine's host sets it; with --join, peers are asked",
+        verdict=Verdict.OK if kept else Verdict.WEAK,
+        says="synchronised with the network's time" if kept else "not synchronised",
+        fix=f"{machine.how_to_set_the_clock()}, unless this machine's host sets it; with --join, peers are asked",
     )
 
 
@@ -213,7 +207,7 @@ def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
 
 
 def check_cores() -> Finding:
-    cores, load = usable_cores(), os.getloadavg()[0]
+    cores, load = usable_cores(), psutil.getloadavg()[0]
     says = f"{counted(cores, 'core')}, {load:.1f} busy in the last minute"
     busy = load > 0.75 * cores
     return Finding(

@@ -1,7 +1,6 @@
 """Texts cut into passages, and a file that holds more passages than memory would."""
 
 import hashlib
-import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -133,7 +132,8 @@ class PassageFile:
 
     def __getitem__(self, number: int) -> Passage:
         begin, end = self._ends[number : number + 2]
-        message = memory_pb2.Passage.FromString(os.pread(self._file.fileno(), end - begin, begin))
+        self._file.seek(begin)
+        message = memory_pb2.Passage.FromString(self._file.read(end - begin))
         return Passage.parse(message)
 
     def size(self, number: int) -> int:

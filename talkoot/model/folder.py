@@ -29,9 +29,10 @@ from dht.uid import UID
 from expert_server.blocks import OWN_KINDS, weightless_block
 from peer.checkpoints import Form, form_of
 from peer.errors import DataError, ModelError, SettingsError, StateError, WireError
-from peer.files import open_plainly, sync_folder, write_atomically
+from peer.files import write_atomically
 from peer.formatting import printable
 from peer.layers import make_norm
+from peer.platform.files import open_plainly, sync_folder
 from peer.settings import describe_validation_error
 from talkoot.model.tokenizer import parse_tokenizer, tokenizer_json
 from talkoot.partial import LOCK, PARTIAL, PartialFolder, naming_failures, open_for_writing
@@ -576,8 +577,7 @@ def _opened(path: Path) -> BinaryIO:
     """Raises OSError, and ModelError if it leads out of the folder or is no file."""
     if path.is_symlink():
         raise ModelError(f"{path} is a link: copy the folder with the files themselves (cp -rL)")
-    # or a pipe would never open
-    file = os.fdopen(open_plainly(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    file = os.fdopen(open_plainly(path, os.O_RDONLY), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ModelError(f"{path} is no file")

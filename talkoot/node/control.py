@@ -1,4 +1,4 @@
-"""A running node's control socket: a Unix socket in its state folder that speaks JSON lines, for its own user only.
+"""A running node's control socket: it speaks JSON lines with its own user's commands, on the same machine.
 
 A connection carries one request and one reply. Lines, clients and waits are bounded, whatever a client does.
 """
@@ -8,9 +8,7 @@ import contextlib
 import logging
 import os
 import signal
-import socket
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
@@ -21,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from expert_server.settings import NodeSettings
 from peer.errors import StartError, TalkootError, UnreachableError, UserError
 from peer.loop import TaskSet
+from peer.platform.control import ControlListener, connect
 from peer.settings import describe_validation_error
 
 if TYPE_CHECKING:
@@ -39,9 +38,6 @@ _READ_DEADLINE_S = 2.0
 _ACT_DEADLINE_S = 60.0
 _CLIENT_DEADLINE_S = 65.0
 """How long a client waits: a little longer than a node may take."""
-_SOCKET = "control.sock"
-_UCRED = struct.Struct("3i")
-"""Linux's `struct ucred`: pid, uid, gid."""
 
 ControlCommand = Literal["status", "pause", "resume", "stop"]
 
@@ -101,34 +97,27 @@ class ControlServer:
     def __init__(self, state: Path, *, stop: Callable[[], None] | None = None) -> None:
         """This process must hold the lock on `state`. `stop` asks the process to stop in good order."""
         self._state = state
-        self._stop = stop or _send_sigterm
+        self._listener = ControlListener(state)
+        self._stop = stop or _ask_to_end
         self._node: ControllableNode | None = None
         self._clients, self._commands = TaskSet(), TaskSet()
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
         """Raises StartError when there can be no socket in the state folder."""
-        listener = socket.socket(socket.AF_UNIX)
         try:
-            # a killed node leaves its socket behind; the lock on the state folder ensures that no other node uses it
-            (self._state / _SOCKET).unlink(missing_ok=True)
-            with _short(self._state) as path:
-                listener.bind(path)
-                os.chmod(path, 0o600)  # before it listens, so that nobody else can connect
+            # no other node uses the folder: its lock ensures it
+            self._server = await self._listener.listen(self._serve_client, MAX_LINE_BYTES, MAX_CLIENTS)
         except OSError as error:
-            listener.close()
             raise StartError(
-                f"can't make {self._state / _SOCKET}: {error.strerror}; pass another --state"
+                f"can't listen in {self._state} for commands: {error.strerror}; pass another --state"
             ) from error
-        self._server = await asyncio.start_unix_server(
-            self._serve_client, sock=listener, limit=MAX_LINE_BYTES, backlog=MAX_CLIENTS
-        )
         return self
 
     async def __aexit__(self, *error: object) -> None:
         assert self._server is not None
         self._server.close()
-        (self._state / _SOCKET).unlink(missing_ok=True)
+        self._listener.remove()
         await self._clients.aclose()
         await self._commands.aclose()
         await self._server.wait_closed()
@@ -150,13 +139,12 @@ class ControlServer:
             writer.close()
 
     async def _reply(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> ControlReply:
-        _, uid, _ = _credentials(writer.get_extra_info("socket"))
-        if uid not in {0, os.geteuid()}:
-            return ControlReply(error="this node belongs to another user")
-        if len(self._clients) > MAX_CLIENTS:
-            return ControlReply(error=f"{MAX_CLIENTS} other clients control this node now: try again")
         try:
             async with asyncio.timeout(_READ_DEADLINE_S):
+                if not await self._listener.admits(reader, writer):
+                    return ControlReply(error="this node belongs to another user")
+                if len(self._clients) > MAX_CLIENTS:
+                    return ControlReply(error=f"{MAX_CLIENTS} other clients control this node now: try again")
                 line = await reader.readuntil(b"\n")
             return await self._act(_parse(line))
         except TimeoutError:
@@ -204,22 +192,15 @@ class ControlClient:
 
     def __init__(self, state: Path) -> None:
         """Raises UnreachableError when no node runs with this state folder."""
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(_CLIENT_DEADLINE_S)
         try:
-            with _short(state) as path:
-                self._socket.connect(path)
+            self._socket, self.pid = connect(state, _CLIENT_DEADLINE_S)
         except (FileNotFoundError, ConnectionRefusedError):
-            self._socket.close()
             raise UnreachableError(
                 f"no node runs with the state folder {state}: start one with `talkoot node`, or pass the --state "
                 "that it was started with"
             ) from None
         except OSError as error:
-            self._socket.close()
             raise UnreachableError(f"can't reach the node of {state}: {error.strerror}") from error
-        self.pid = _credentials(self._socket)[0]
-        """The node's process id, from the kernel."""
 
     def __enter__(self) -> Self:
         return self
@@ -275,23 +256,6 @@ def _parse(line: bytes) -> ControlRequest:
     return ControlRequest.model_validate_json(line)
 
 
-@contextlib.contextmanager
-def _short(state: Path) -> Iterator[str]:
-    """A short path to the socket, however long the folder's is: the kernel accepts at most 107 bytes."""
-    folder = os.open(state, os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{_SOCKET}"
-    finally:
-        os.close(folder)
-
-
-def _credentials(connected: socket.socket) -> tuple[int, int, int]:
-    """Process id, user id and group id of the other end."""
-    packed = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, gid = _UCRED.unpack(packed)
-    return pid, uid, gid
-
-
-def _send_sigterm() -> None:
+def _ask_to_end() -> None:
     """Stops the node in good order, as `kill` does."""
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from dht.swarm import Stage, Swarm, found_swarm, join_swarm, was_member
 from expert_server.blocks import builder_of
 from expert_server.experts.devices import check_devices
 from expert_server.node import Node
-from expert_server.resources import keep_freed_memory, within_memory
+from expert_server.resources import within_memory
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
 from peer.errors import AddressError, PortError, SettingsError, StartError, UnreachableError, UserError
@@ -29,6 +28,7 @@ from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.loop import keep_running, new_loop
+from peer.platform.processes import keep_freed_memory, lower_priority
 from peer.settings import DENYLIST
 from peer.transport.addresses import Multiaddress, default_listen_address, require_free_port
 from peer.transport.endpoints import Endpoint, ip_address
@@ -90,7 +90,7 @@ def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_
     if isinstance(source, Manifest):
         within_memory(settings, source)  # fails before it is published
     host = listen_address(settings)
-    _lower_priority(settings.niceness)
+    lower_priority(settings.niceness)
     folder = StateFolder(node_folder(settings.state))
     try:
         with log_file(folder.path / LOG_FILE):
@@ -300,11 +300,6 @@ async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, NodeRat
             show(*now)
         shown = now
         await asyncio.sleep(every_s)
-
-
-def _lower_priority(niceness: int) -> None:
-    """Lets other programs go first. Call it before any thread starts: a thread inherits its starter's priority."""
-    os.nice(max(0, niceness - os.nice(0)))
 
 
 def _first(error: BaseException) -> BaseException:

@@ -2,13 +2,15 @@
 
 import os
 import re
-import select
 import time
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from peer.errors import DataError, SettingsError, UnreachableError, UserError
 from peer.formatting import counted
+from peer.platform.processes import how_to_kill
 from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, ControlClient, ControlStatus, node_folder
 from talkoot.terminal import Terminal, escaped
 
@@ -43,9 +45,8 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
             if not wait:
                 terminal.line(f"asked process {control.pid} to leave; {words(status)}")
                 return
-            _wait_until_gone(terminal, process, control.pid, log)
+            _wait_until_gone(terminal, process, log)
         finally:
-            os.close(process)
             log.close()
     terminal.line(f"stopped; its identity and checkpoints stay in {folder}")
 
@@ -137,28 +138,34 @@ class Follower:
         return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 
-def _handle(pid: int, folder: Path) -> int:
-    """A pidfd: it keeps naming this process even when another process gets its number."""
+def _handle(pid: int, folder: Path) -> psutil.Process:
+    """It keeps naming this process even when another process gets its number."""
     try:
-        return os.pidfd_open(pid)
-    except OSError as error:
+        return psutil.Process(pid)
+    except psutil.Error as error:
         raise UserError(f"the node of {folder} runs in another container: stop it there") from error
 
 
-def _wait_until_gone(terminal: Terminal, process: int, pid: int, log: Follower) -> None:
+def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower) -> None:
     """Shows what the node logs meanwhile."""
-    end = select.poll()
-    end.register(process, select.POLLIN)
     deadline = time.monotonic() + _LEAVES_WITHIN_S
     with terminal.stages("leaving the swarm") as stage:
-        while not end.poll(_LOOK_EVERY_S * 1000):
+        while _runs(process):
             if time.monotonic() > deadline:
                 raise UnreachableError(
-                    f"process {pid} is still there after {_LEAVES_WITHIN_S:.0f} s: `talkoot logs` shows what it does; "
-                    f"`kill -9 {pid}` ends it, and costs what it has not saved"
+                    f"process {process.pid} is still there after {_LEAVES_WITHIN_S:.0f} s: `talkoot logs` shows what "
+                    f"it does; `{how_to_kill(process.pid)}` ends it, and costs what it has not saved"
                 )
+            time.sleep(_LOOK_EVERY_S)
             for line in log.lines()[-1:]:
                 stage(line.split(" ", 2)[-1])  # without its date and time
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _older_lines(path: Path) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from peer.errors import SettingsError, StartError
 from peer.files import write_atomically
 from peer.formatting import counted
+from peer.platform.files import user_id
 from talkoot.node.control import ControlClient, is_running, node_folder
 from talkoot.node.remote import words
 from talkoot.terminal import Terminal
@@ -94,7 +95,7 @@ def run_install(
     if print_only:
         terminal.line(service.unit(sandboxed=False).rstrip("\n"))
         return
-    if os.geteuid() == 0 and not as_root:
+    if user_id() == 0 and not as_root:
         raise SettingsError(
             "this would install a node that runs as root: use your own account, or pass --as-root"
         )

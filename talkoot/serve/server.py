@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import torch
-import uvloop
 from prometheus_client import Gauge, ProcessCollector
 
 from peer.errors import SettingsError
 from peer.metrics import new_registry
+from peer.platform.loop import new_event_loop
 from talkoot.serve.access import read_keys
 from talkoot.serve.app import make_app
 from talkoot.serve.engine import Engine
@@ -66,7 +66,7 @@ def _serve_until_stopped(
     terminal: Terminal, served: ServedModel, settings: ServeSettings, listener: socket.socket
 ) -> None:
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(run_until_stopped(_serve(terminal, served, settings, listener)))
     except Stopped:
         logger.info("stopped")

@@ -14,11 +14,12 @@ from real_swarm import MANIFEST, UIDS, Play, Village, eventually, playing
 from dht.manifest import ModelSpec
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.resources import smallest_memory, usable_cores
+from expert_server.resources import smallest_memory
 from peer import PROTOCOL_VERSION
 from peer.errors import SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.platform.processes import usable_cores
 from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2, expert_pb2_grpc
 

@@ -25,7 +25,7 @@ from expert_server.status import NodeState
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 from peer.transport.libp2p import Libp2p
 
 

@@ -135,7 +135,7 @@ def test_sizes_are_said_in_three_digits(size: int) -> None:
 BATCHES = """
 import resource
 import torch
-from expert_server.resources import keep_freed_memory, return_freed_memory
+from peer.platform.processes import keep_freed_memory, return_freed_memory
 
 keep_freed_memory()
 

@@ -31,7 +31,7 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.uid import UID
 from peer.identity import Identity
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from talkoot.demo.links import free_ports

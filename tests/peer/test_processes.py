@@ -19,13 +19,14 @@ import pytest
 
 from peer.errors import StartError
 from peer.files import StateFolder
-from peer.processes import die_with_parent, private_socket_folder, sweep_socket_folders
+from peer.platform.processes import die_with_parent
+from peer.platform.sockets import private_socket_folder, sweep_socket_folders
 
 SLEEP = shutil.which("sleep") or "/bin/sleep"
 
 PARENT = f"""
 import subprocess, time
-from peer.processes import die_with_parent
+from peer.platform.processes import die_with_parent
 child = subprocess.Popen(die_with_parent([{SLEEP!r}, "300"]))
 print(child.pid, flush=True)
 time.sleep(300)

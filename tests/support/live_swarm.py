@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer.processes import die_with_parent, sweep_socket_folders
+from peer.platform.processes import die_with_parent
+from peer.platform.sockets import sweep_socket_folders
 
 HOST = "127.0.0.1"
 ANNOUNCE_EVERY_S = 60.0

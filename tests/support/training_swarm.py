@@ -18,8 +18,8 @@ from expert_server.settings import NodeSettings
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.platform.signals import stop_signals
 from talkoot.cli import app
-from talkoot.signals import stop_signals
 
 HOST = "127.0.0.1"
 MANIFEST = Manifest.model_validate(

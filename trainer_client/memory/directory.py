@@ -31,9 +31,10 @@ from dht.swarm import Stage
 from peer.bounded import BoundedDict
 from peer.codec import Booleans, Floats, Integers
 from peer.errors import LibraryError, TransferError, UnreachableError, WireError
-from peer.files import open_plainly, write_atomically
+from peer.files import write_atomically
 from peer.formatting import bytes_in_words
 from peer.identity import PeerID
+from peer.platform.files import open_plainly
 from peer.rpc.parts import PartClient, has_sha256
 from trainer_client.memory.calls import loop_time
 from trainer_client.memory.codebook import Codebook

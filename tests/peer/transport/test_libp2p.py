@@ -23,7 +23,8 @@ from callers import numbered_identities
 from peer.errors import DaemonError, StartError, UnreachableError
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
-from peer.processes import _is_unbound, die_with_parent
+from peer.platform.processes import die_with_parent
+from peer.platform.sockets import _is_unbound
 from peer.transport import libp2p, p2pd, p2pd_setup
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling

@@ -1,0 +1,88 @@
+"""What the machine says of itself: its name, clocks, battery and load."""
+
+import ctypes
+import platform
+import sys
+import time
+from dataclasses import dataclass
+
+import psutil
+
+_TIMEX_BYTES = 256
+"""Larger than `struct timex` on any architecture."""
+_TIME_ERROR = 5
+_TESTED = ("Linux", "x86_64")
+_TO_SET_THE_CLOCK = {
+    "linux": "`timedatectl set-ntp true`",
+    "darwin": "turn on System Settings > General > Date & Time > Set time and date automatically",
+    "win32": "turn on Settings > Time & language > Date & time > Set time automatically",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorTimes:
+    """Seconds since the machine started, of all cores together."""
+
+    total: float
+    busy: float
+
+
+def system() -> str:
+    """The operating system and the kind of processor, such as `Linux x86_64`."""
+    return f"{platform.system()} {platform.machine()}"
+
+
+def why_experimental() -> str:
+    """What to know of Talkoot on this machine's system; empty where it is tested."""
+    name, machine = platform.system(), platform.machine()
+    if (name, machine) == _TESTED:
+        return ""
+    if name == _TESTED[0]:
+        return (
+            f"Talkoot on {machine} is experimental: it is tested on emulated machines; tell us how it works"
+        )
+    return (
+        f"Talkoot on {name} is experimental: it was checked on Linux, and not run here; tell us how it works"
+    )
+
+
+def seconds_since_boot() -> float:
+    """A steady clock that goes on while the machine sleeps."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    if sys.platform == "darwin":
+        return time.clock_gettime(time.CLOCK_MONOTONIC_RAW)
+    return time.monotonic()
+
+
+def clock_is_synchronised() -> bool | None:
+    """Whether the clock is, as Linux's kernel says (adjtimex(2)); None: nothing is known."""
+    if sys.platform != "linux":
+        return None
+    kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
+    return None if kept < 0 else kept != _TIME_ERROR
+
+
+def how_to_set_the_clock() -> str:
+    return _TO_SET_THE_CLOCK[sys.platform]
+
+
+def processor_times() -> ProcessorTimes:
+    times = psutil.cpu_times()
+    if sys.platform == "linux":
+        total = sum(times) - times.guest - times.guest_nice  # which are within user and nice, too
+        return ProcessorTimes(total, total - times.idle - times.iowait)
+    if sys.platform == "win32":
+        total = times.user + times.system + times.idle  # interrupts are within system, too
+    else:
+        total = sum(times)
+    return ProcessorTimes(total, total - times.idle)
+
+
+def on_battery() -> bool:
+    """A machine that does not say counts as plugged in."""
+    try:
+        battery = psutil.sensors_battery()
+    except OSError:
+        return False
+    return battery is not None and battery.power_plugged is False
