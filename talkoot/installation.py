@@ -1,6 +1,5 @@
 """`talkoot update` and `talkoot uninstall`, for an environment that `uv tool` made, as deploy/install/ has it do."""
 
-import json
 import os
 import shlex
 import shutil
@@ -10,7 +9,6 @@ import tomllib
 from collections.abc import Mapping, Set
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,13 @@ import typer
 
 from peer.errors import InstallationError, SettingsError, StartError
 from peer.files import StateFolder
+from peer.platform.files import CAN_UNLINK_OPEN_FILES
 from talkoot.node import service
 from talkoot.node.control import is_running, node_folder
 from talkoot.terminal import Terminal
 
 _PACKAGE = "talkoot"
 _IDENTITY = "identity.key"
-_CAN_REPLACE_ITSELF = sys.platform != "win32"
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,17 @@ class Installation:
 
     def in_powershell(self, command: list[str]) -> str:
         """What runs the command there, and also removes the installer's folder after `uv tool uninstall`."""
-        lines = [f"$env:{name} = '{value}'" for name, value in self.variables().items()]
-        lines.append("& " + " ".join(f"'{word}'" for word in command))
+        lines = [f"$env:{name} = {_quoted(value)}" for name, value in self.variables().items()]
+        lines.append("& " + " ".join(map(_quoted, command)))
         if command == self.removal_command() and self.own_folder is not None:
-            lines.append(f"Remove-Item -Recurse -Force '{self.own_folder}'")
+            lines.append(f"Remove-Item -Recurse -Force {_quoted(str(self.own_folder))}")
         return "; ".join(lines)
 
     def run(self, command: list[str]) -> None:
-        """Without a deadline: it may download for hours. Ctrl-C ends both. Raises InstallationError."""
+        """Without a deadline: it may download for hours. Ctrl-C ends both. Raises InstallationError.
+
+        Nothing can be imported after it: not by rich either, so what follows is written without.
+        """
         try:
             ended = subprocess.run(command, env=os.environ | self.variables(), check=False)
         except OSError as error:
@@ -112,7 +113,7 @@ def run_update(terminal: Terminal, source: str | None) -> None:
     """Updates Talkoot, and restarts the service if there is one. Raises UserError."""
     installation = Installation.find(Path(sys.prefix))
     command = installation.update_command(source)
-    if not _CAN_REPLACE_ITSELF:
+    if not CAN_UNLINK_OPEN_FILES:
         terminal.line(
             "Windows replaces no program that runs. Stop nodes and trainers, and run this in PowerShell:"
         )
@@ -121,11 +122,11 @@ def run_update(terminal: Terminal, source: str | None) -> None:
     installation.run(command)
     if service.is_installed():
         service.restart()
-        terminal.line("updated, and restarted the service")
+        typer.echo("updated, and restarted the service")
     elif is_running(node_folder(None)):
-        terminal.line("updated; the node that runs is still the old version until you restart it")
+        typer.echo("updated; the node that runs is still the old version until you restart it")
     else:
-        terminal.line("updated")
+        typer.echo("updated")
 
 
 def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool) -> None:
@@ -154,14 +155,14 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
             with suppress(OSError):  # not empty
                 folder.rmdir()
     kept = f"; {states} stays" if states.exists() else ""
-    if not _CAN_REPLACE_ITSELF:
+    if not CAN_UNLINK_OPEN_FILES:
         terminal.line(f"Windows removes no program that runs. Run this in PowerShell{kept}:")
         terminal.line(installation.in_powershell(installation.removal_command()))
         return
     installation.run(installation.removal_command())
     if installation.own_folder is not None:
         shutil.rmtree(installation.own_folder, ignore_errors=True)
-    terminal.line(f"removed Talkoot{kept}")
+    typer.echo(f"removed Talkoot{kept}")
 
 
 def _empty(folder: Path, keeps: Set[str]) -> None:
@@ -176,6 +177,11 @@ def _empty(folder: Path, keeps: Set[str]) -> None:
         raise StartError(f"can't remove {error.filename}: {error.strerror}; the rest stays too") from error
 
 
+def _quoted(word: str) -> str:
+    """A word as PowerShell takes it literally."""
+    return "'" + word.replace("'", "''") + "'"
+
+
 def _requirement(noted: Mapping[str, Any]) -> str:
     """One of the requirements in uv's receipt, as PEP 508 writes it. Raises KeyError and TypeError."""
     name = str(noted["name"])
@@ -187,18 +193,14 @@ def _requirement(noted: Mapping[str, Any]) -> str:
     if "url" in noted:
         return f"{name} @ {noted['url']}"
     if "git" in noted:
-        return f"{name} @ git+{noted['git']}"
+        return f"{name} @ git+{noted['git'].replace('?rev=', '@')}"
     return f"{name}{noted.get('specifier', '')}"
 
 
 def _by_other_means(environment: Path) -> str:
     """What to do with an installation that uv did not make."""
-    try:
-        origin = json.loads(metadata.distribution(_PACKAGE).read_text("direct_url.json") or "{}")
-    except metadata.PackageNotFoundError:
-        origin = {"dir_info": {"editable": True}}
-    if origin.get("dir_info", {}).get("editable"):
-        source = Path(__file__).parents[1]
+    source = Path(__file__).parents[1]
+    if (source / "pyproject.toml").exists():
         return f"Talkoot runs from its source in {source}: update it with `git pull`, or delete the folder"
     if (environment / "pipx_metadata.json").exists():
         return (

@@ -13,6 +13,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 BIN = Path.home() / ".local" / "bin"
 
 
@@ -30,7 +31,10 @@ def install(source: str) -> None:
         sys.exit("Failed to install: No space left on device (os error 28)")
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "talkoot.pth").write_text("\n".join([str(ROOT), *site.getsitepackages()]))
+    # links, so that they go with the environment
+    needed = (path for path in Path(site.getsitepackages()[0]).iterdir() if "talkoot" not in path.name)
+    for path in (*needed, *(ROOT / name for name in FLOORS)):
+        (packages / path.name).symlink_to(path)
     noted = f'requirements = [{{ name = "talkoot", directory = "{source}" }}]'
     (folder / "uv-receipt.toml").write_text(f"[tool]\n{noted}\n")
     program = folder / "bin" / "talkoot"

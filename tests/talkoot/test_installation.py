@@ -7,10 +7,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from commands import assert_one_clear_line
+from commands import assert_one_clear_line, run_here
 from uv_home import DEADLINE_S, UvHome
 
 from peer.files import StateFolder
+from talkoot.installation import Installation
 
 
 @pytest.fixture
@@ -76,19 +77,38 @@ def test_broken_notes_of_uv_are_one_line(home: UvHome) -> None:
 )
 def test_what_uv_did_not_install_is_told_how(home: UvHome, file: str, says: str) -> None:
     (environment(home) / "uv-receipt.toml").unlink()
-    (packages,) = environment(home).glob("lib/python*/site-packages")
-    (packages / "talkoot-9.dist-info").mkdir()
-    (packages / "talkoot-9.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: talkoot\nVersion: 9\n"
-    )
     (environment(home) / file).touch()
     assert_one_clear_line(home.talkoot("update"), says)
     assert_one_clear_line(home.talkoot("uninstall", "--yes"), says)
 
 
-def test_a_clone_is_told_to_use_git(home: UvHome) -> None:
-    (environment(home) / "uv-receipt.toml").unlink()
-    assert_one_clear_line(home.talkoot("update"), "git pull")
+def test_a_clone_is_told_to_use_git() -> None:
+    assert_one_clear_line(run_here("update"), "git pull")
+
+
+def test_what_windows_is_to_run_names_all_folders() -> None:
+    own = Path("/O'Hara/talkoot")
+    installation = Installation(own / "tools" / "talkoot", ("talkoot",), own / "uv" / "uv.exe", own)
+    assert installation.in_powershell(installation.removal_command()) == (
+        "$env:UV_TOOL_DIR = '/O''Hara/talkoot/tools'; $env:UV_PYTHON_INSTALL_DIR = '/O''Hara/talkoot/python'; "
+        "$env:UV_CACHE_DIR = '/O''Hara/talkoot/cache'; & '/O''Hara/talkoot/uv/uv.exe' 'tool' 'uninstall' 'talkoot'; "
+        "Remove-Item -Recurse -Force '/O''Hara/talkoot'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("noted", "asked"),
+    [
+        ({"name": "talkoot", "directory": "/a b"}, "talkoot @ file:///a%20b"),
+        ({"name": "talkoot", "url": "https://a/t.whl", "extras": ["bpe"]}, "talkoot[bpe] @ https://a/t.whl"),
+        ({"name": "talkoot", "git": "https://a/t?rev=b"}, "talkoot @ git+https://a/t@b"),
+        ({"name": "plotext", "specifier": ">=5"}, "plotext>=5"),
+    ],
+)
+def test_uvs_notes_are_read(tmp_path: Path, noted: dict[str, object], asked: str) -> None:
+    lines = ", ".join(f"{key} = {value!r}" for key, value in noted.items())
+    (tmp_path / "uv-receipt.toml").write_text(f"[tool]\nrequirements = [{{ {lines} }}]\n")
+    assert Installation.find(tmp_path).requirements == (asked,)
 
 
 def test_uninstall_keeps_the_state(home: UvHome, states: Path) -> None:
