@@ -1,45 +1,85 @@
-"""Simulates a swarm at internet scale in virtual time: `python -m benchmarks.internet`."""
+"""A swarm of thousands of volunteers on home lines, simulated with the real code.
+
+    python -m benchmarks.internet [--nodes N,N] [--only PART...] [--hours H] [--quick] [--json FILE] [--plot DIR]
+
+days    volunteers come and go as published ones do: what is served and lost, and what upkeep costs
+events  a tenth dies, a flash crowd, a partition, founder and bootstraps gone, a fifth restarts: each in its own swarm
+
+Placement, claims, announcements, membership and averaging partners are the product's own code, in virtual time; links,
+computing and the DHT below look-ups are modelled ([Scale](docs/scale.md)). Figures but those of the machine depend on
+the seed alone. Parts that are not played are taken from the JSON file, if it is there.
+"""
 
 import argparse
-import resource
-import time
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from benchmarks.internet.nodes import InternetSwarm, SwarmPlan, simulated
-from benchmarks.internet.world import UPKEEP, HomeLine
-from benchmarks.simulated_swarm import grid_of
-from dht.manifest import Manifest
+from rich.console import Console
+
+from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.internet import days, events
+from benchmarks.internet.plots import draw
+from benchmarks.internet.report import verdicts
+from benchmarks.verdicts import table_of
+
+_HOURS = 48.0
+_HOURS_OF_LARGE, _LARGE = 4.0, 100_000
+_MOST_FOR_EVENTS = 10_000
+_QUICK_NODES, _QUICK_HOURS = (60,), 0.5
+
+
+def play_days(nodes: int, hours: float | None, seed: int, quick: bool) -> dict[str, Any]:
+    usual = _QUICK_HOURS if quick else _HOURS_OF_LARGE if nodes >= _LARGE else _HOURS
+    return days.play(nodes, hours or usual, seed)
+
+
+def play_events(nodes: int, hours: float | None, seed: int, quick: bool) -> dict[str, Any]:
+    if nodes > _MOST_FOR_EVENTS:
+        return {}
+    timing = events.QUICK if quick else events.FULL
+    return {name: events.play(name, nodes, seed, timing) for name in events.EVENTS}
+
+
+PARTS: dict[str, Callable[[int, float | None, int, bool], dict[str, Any]]] = {
+    "days": play_days,
+    "events": play_events,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=100)
-    parser.add_argument("--experts", type=int, default=0, help="in the swarm; 0: half as many as nodes")
-    parser.add_argument("--hours", type=float, default=0.1)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--nodes", metavar="N,N", help="sizes; 1000,10000,100000, or 60 with --quick")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--hours", type=float, help="of days; 48, from 100,000 nodes on 4")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="a small swarm, under 90 seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as PNG")
     options = parser.parse_args()
-    experts = options.experts or max(4, options.nodes // 2)
-    manifest = Manifest.model_validate(
-        {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
-    )
-    with simulated(options.seed) as world:
-        swarm = InternetSwarm(world, SwarmPlan(manifest))
-        rng = world.rng("start")
-        for _ in range(options.nodes):
-            world.loop.call_later(rng.uniform(0, 60), swarm.join, HomeLine(nat=rng.random() < 0.6), 1)
-        ends, minute = 3600 * options.hours, 60.0
-        while world.time() < ends:
-            began, since = time.perf_counter(), world.time()
-            before = world.accounts.totals()
-            world.run(min(minute, ends - since))
-            took = time.perf_counter() - began
-            passed = world.time() - since
-            after = world.accounts.totals()
-            upkeep = 8 * sum(after[p] - before[p] for p in UPKEEP) / passed / max(1, world.living) / 1000
-            print(
-                f"{world.time():8.0f} s: {world.living} live, {swarm.share_served():.4f} served, "
-                f"upkeep {upkeep:.1f} kbit/s, {swarm.takings} takings, {passed / took:.1f} times real time, "
-                f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB, {len(swarm.faults)} faults"
-            )
+    end_in_order_when_stopped()
+    logging.disable(logging.WARNING)  # nodes that fail say so, thousands of times
+    console = Console(width=130)
+    usual = _QUICK_NODES if options.quick else (1_000, 10_000, 100_000)
+    sizes = [int(each) for each in options.nodes.split(",")] if options.nodes else usual
+    results: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text())
+    for nodes in sizes:
+        for part, play in PARTS.items():
+            if not options.only or part in options.only:
+                with console.status(f"{part} of {nodes:,}"):
+                    results.setdefault(part, {})[str(nodes)] = play(
+                        nodes, options.hours, options.seed, options.quick
+                    )
+                if options.json:
+                    options.json.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(table_of("a swarm of volunteers", verdicts(results)))
+    if options.plot:
+        for path in draw(results, options.plot):
+            console.print(f"wrote {path}")
 
 
 if __name__ == "__main__":

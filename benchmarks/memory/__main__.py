@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.memory import corpora, hops, killed, large, lying, recall, relevance, throughput
 from benchmarks.memory.built import BuiltMemory, build_memory, write_memory
 from benchmarks.memory.goals import verdicts
 from benchmarks.memory.plots import draw
+from benchmarks.verdicts import table_of
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 
 _QUICK_KINDS = ("forged text", "omits the best", "stalls")
@@ -164,12 +164,7 @@ def missing() -> list[str]:
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
-    table = Table(title="memories")
-    for column in ("what", "goal", "figure", ""):
-        table.add_column(column)
-    for verdict in verdicts(results):
-        table.add_row(verdict.what, verdict.goal, verdict.figure, verdict.words)
-    console.print(table)
+    console.print(table_of("memories", verdicts(results)))
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """What is wanted of memories, and whether it was reached."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.memory import killed, lying, recall
+from benchmarks.verdicts import Verdict
 
 ASKED = 8
 """Cells of 256 that a search asks."""
@@ -19,21 +19,6 @@ _SERVED = 100_000
 """Passages of a host that the goal of throughput is for. With few, what a call costs beside searching is most of it."""
 NOTICED_WITHIN = 1000
 """Queries after which a host that omits passages is avoided."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One figure, and what was wanted of it."""
-
-    what: str
-    goal: str
-    figure: str
-    is_reached: bool | None = None
-    """None: nothing was wanted."""
-
-    @property
-    def words(self) -> str:
-        return {None: "", True: "reached", False: "missed"}[self.is_reached]
 
 
 def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:

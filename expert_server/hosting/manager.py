@@ -14,7 +14,6 @@ from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.hosting.placement import (
-    MOST_REPLICAS,
     ExchangeHysteresis,
     HostingSurvey,
     assign_orphans,
@@ -383,8 +382,10 @@ class HostingManager:
         if not wanted and len(mine) < self._room:
             more = further_replica(others, me, is_idle=not mine)
             if more is not None:
-                # idle nodes may take the same one together; to a busy one, only one is added at a time
-                wanted, enough = [more], lasting_replicas(replicas[more]) + 1 if mine else MOST_REPLICAS
+                # idle nodes may take the same one together, as many as its hosts can give it to; others one at a time
+                hosts = replicas[more]
+                wanted = [more]
+                enough = lasting_replicas(hosts) + 1 if mine else 2 * len(serving_elsewhere(hosts, me))
         if taken := await self._take(wanted, enough):
             self.replicated += len(taken)
             logger.info("took further replicas of %s", counted(len(taken), "expert"))

@@ -116,13 +116,12 @@ def further_replica(
     """An expert with enough replicas of which a peer with room hosts another; None if there is nothing to gain.
 
     It is one whose hosts are all overloaded; or, for an idle peer, which hosts nothing, one with the fewest replicas:
-    no volunteer stands by without need. None gets more than `most`.
+    no volunteer stands by without need. None gets more than `most`, or more claims than hosts that give its state.
     """
     able = [
         uid
         for uid, hosts in replicas.items()
-        if _serving(hosts)
-        and lasting_replicas(hosts) < most
+        if len(hosts) < min(most, 2 * len(_serving(hosts)))
         and peer_id not in {replica.peer_id for replica in hosts}
     ]
     busy = [uid for uid in able if _queue(replicas[uid]) >= BUSY_ROWS]

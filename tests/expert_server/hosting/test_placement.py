@@ -252,6 +252,15 @@ def test_an_idle_peer_hosts_one_of_the_experts_with_the_fewest_replicas() -> Non
     assert further_replica({uid: [replica(uid, me, SERVING)] for uid in GRID[:5]}, me, is_idle=True) is None
 
 
+def test_an_idle_peer_leaves_alone_what_as_many_claim_as_serve() -> None:
+    me, first, second, third = seeded_peers(4)
+    seen = {GRID[0]: [replica(GRID[0], first, SERVING), replica(GRID[0], second, SERVING)]}
+    seen[GRID[0]].append(replica(GRID[0], third, CLAIMED))
+    assert further_replica(seen, me, is_idle=True) == GRID[0]
+    seen[GRID[0]][1] = replica(GRID[0], second, CLAIMED)
+    assert further_replica(seen, me, is_idle=True) is None
+
+
 def test_idle_peers_spread_over_the_experts() -> None:
     host, *idle = seeded_peers(257)
     seen = {uid: [replica(uid, host, SERVING)] for uid in GRID[:64]}

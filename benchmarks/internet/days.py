@@ -1,0 +1,65 @@
+"""Days in the life of a swarm whose volunteers come and go: what is served, what is lost, and what upkeep costs."""
+
+import resource
+import time
+from typing import Any
+
+from benchmarks.internet.nodes import simulated
+from benchmarks.internet.population import draw_population
+from benchmarks.internet.scenario import START_S, UpkeepMeter, VolunteerSwarm, plan_for
+
+WARM_UP_S = START_S + 600.0
+"""Until those who were there at the start host what they can."""
+METER_S = 1800.0
+"""Over which upkeep is measured, again and again."""
+SERIES = 500
+"""Moments that are kept of a run."""
+
+
+def play(nodes: int, hours: float, seed: int) -> dict[str, Any]:
+    """So many volunteers, of whom four fifths are there at a time, for so many hours.
+
+    Only `machine` depends on where it runs.
+    """
+    began = time.perf_counter()
+    with simulated(seed) as world:
+        volunteers = VolunteerSwarm(world, draw_population(world.rng("population"), nodes), plan_for(nodes))
+        volunteers.come_and_go(hours)
+        volunteers.run(WARM_UP_S)
+        volunteers.updates = volunteers.updates_lost = 0.0
+        takings, transferred = volunteers.swarm.takings, world.accounts.totals()["transfer"]
+        looks, meters = [], []
+        while (left_s := hours * 3600.0 - world.time()) > 0:
+            meter = UpkeepMeter(world)
+            looks += volunteers.run(min(left_s, METER_S))
+            meters.append(meter.read())
+        seconds = max(1.0, world.time() - WARM_UP_S)
+        living_s = sum(look.living for look in looks) / max(1, len(looks)) * seconds
+        some = looks[:: 1 + len(looks) // SERIES]
+        kept = [look.served for look in looks]
+        figures = {
+            "nodes": nodes,
+            "experts": volunteers.experts,
+            "hours": hours,
+            "served": sum(kept) / max(1, len(kept)),
+            "least_served": min(kept, default=0.0),
+            "updates_lost_share": volunteers.updates_lost / max(1.0, volunteers.updates),
+            "takings_per_node_day": (volunteers.swarm.takings - takings) / living_s * 86_400,
+            "upkeep": {
+                "mean_kbit_per_s": sum(m["mean_kbit_per_s"] for m in meters) / max(1, len(meters)),
+                "most_kbit_per_s": max((m["most_kbit_per_s"] for m in meters), default=0.0),
+            },
+            "transfer_kbit_per_s": 8e-3 * (world.accounts.totals()["transfer"] - transferred) / living_s,
+            "faults": len(volunteers.swarm.faults),
+            "series": {
+                "hour": [round(look.at_s / 3600, 3) for look in some],
+                "served": [look.served for look in some],
+                "replicas": [look.replicas for look in some],
+                "living": [look.living for look in some],
+            },
+        }
+    took_s = time.perf_counter() - began
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return figures | {
+        "machine": {"times_real_time": hours * 3600 / took_s, "seconds": took_s, "memory_bytes": memory}
+    }

@@ -1,0 +1,236 @@
+"""What may happen to a swarm, and what becomes of it.
+
+Each event happens to a swarm of its own whose nodes stay otherwise, so that all that changes is its doing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.internet.nodes import SimulatedNode, simulated
+from benchmarks.internet.population import draw_population
+from benchmarks.internet.scenario import LOOK_EVERY_S, START_S, Look, VolunteerSwarm, plan_for
+from benchmarks.internet.world import World, quantile
+
+CROWD = 10_000
+"""Volunteers of a flash crowd, for every 10,000 that are there."""
+CROWD_WITHIN_S = 600.0
+USEFUL_WITHIN_S = 120.0
+PARTED_SHARE = 0.4
+RESTARTED_SHARE, RESTARTED_WITHIN_S, RESTART_TAKES_S = 0.2, 300.0, 20.0
+DAY_S = 86_400.0
+BOOTSTRAPS = 3
+"""The founder's own node, and the others that invites name."""
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds."""
+
+    settle_s: float = 600.0
+    """Until a swarm that began is at rest."""
+    aftermath_s: float = 900.0
+    """How long it is watched what becomes of the swarm."""
+    parted_s: float = 3600.0
+
+
+FULL = Timing()
+QUICK = Timing(settle_s=120.0, aftermath_s=180.0, parted_s=120.0)
+
+
+@dataclass
+class Stage:
+    """A swarm at rest, to which something is about to happen."""
+
+    volunteers: VolunteerSwarm
+    began_at: float
+    newcomers: int
+    """Volunteers who have not joined yet: the last ones."""
+
+    @property
+    def world(self) -> World:
+        return self.volunteers.world
+
+    @property
+    def there(self) -> list[SimulatedNode]:
+        """The nodes that run, by the order in which they came."""
+        return [*self.volunteers.swarm.nodes.values()]
+
+    @property
+    def period_s(self) -> float:
+        return self.there[0].settings.announce_every_s
+
+    def takings(self) -> int:
+        return self.volunteers.swarm.takings
+
+    def series(self, looks: Sequence[Look]) -> Figures:
+        return {
+            "at_s": [round(look.at_s - self.began_at, 1) for look in looks],
+            "served": [look.served for look in looks],
+            "replicas": [look.replicas for look in looks],
+            "living": [look.living for look in looks],
+        }
+
+
+def set_stage(world: World, nodes: int, timing: Timing, newcomers: int = 0) -> Stage:
+    population = draw_population(world.rng("population"), nodes + newcomers)
+    volunteers = VolunteerSwarm(world, population, plan_for(nodes))
+    volunteers.begin(range(nodes))
+    volunteers.run(START_S + timing.settle_s)
+    return Stage(volunteers, world.time(), newcomers)
+
+
+def tenth_dies(world: World, nodes: int, timing: Timing) -> Figures:
+    """A tenth of all nodes ends without a word, at once."""
+    stage = set_stage(world, nodes, timing)
+    volunteers, there = stage.volunteers, stage.there
+    before = stage.takings()
+    dead = world.rng("event").sample(there, round(0.1 * len(there)))
+    lost = volunteers.crash(dead)
+    vacant = volunteers.experts - len(volunteers.served())
+    looks = volunteers.run(timing.aftermath_s, look_every_s=1.0)
+    takings = stage.takings() - before
+    return stage.series(looks[::10]) | {
+        "died": len(dead),
+        "replicas_lost": lost,
+        "vacant": vacant,
+        "served_again_periods": _since(looks, stage.began_at, lambda look: look.served == 1, stage.period_s),
+        "takings": takings,
+        "takings_per_lost": takings / max(1, lost),
+        "replicas_gained_late": _after_half(looks),
+    }
+
+
+def flash_crowd(world: World, nodes: int, timing: Timing) -> Figures:
+    """As many as are there, up to 10,000, join within ten minutes."""
+    stage = set_stage(world, nodes, timing, newcomers=min(nodes, CROWD))
+    volunteers = stage.volunteers
+    before, ends_s = stage.takings(), CROWD_WITHIN_S + USEFUL_WITHIN_S
+    known = {id(node) for node in stage.there}
+    volunteers.begin(range(nodes, nodes + stage.newcomers), CROWD_WITHIN_S)
+    looks = volunteers.run(ends_s)
+    joined = [node for node in stage.there if id(node) not in known]
+    waited = [node.useful_since - node.started_at for node in joined if node.useful_since is not None]
+    useful = sum(wait <= USEFUL_WITHIN_S for wait in waited)
+    return stage.series(looks) | {
+        "joined": len(joined),
+        "useful_within": useful / max(1, len(joined)),
+        "useful_after_s_median": quantile(waited, 0.5),
+        "useful_after_s_p90": quantile(waited, 0.9),
+        "takings_per_joiner": (stage.takings() - before) / max(1, len(joined)),
+        "least_served": min(look.served for look in looks),
+    }
+
+
+def partition(world: World, nodes: int, timing: Timing) -> Figures:
+    """Two fifths are cut off from the others for an hour."""
+    stage = set_stage(world, nodes, timing)
+    volunteers = stage.volunteers
+    before, replicas = stage.takings(), volunteers.look().replicas
+    world.partition(PARTED_SHARE)
+    parted = volunteers.run(timing.parted_s, look_every_s=6 * LOOK_EVERY_S)
+    halves = {half: _served_in(volunteers, half) for half in (0, 1)}
+    during, parted_replicas = stage.takings() - before, parted[-1].replicas
+    world.heal()
+    healed = volunteers.run(timing.aftermath_s)
+    return stage.series([*parted, *healed]) | {
+        "served_in_larger": halves[0],
+        "served_in_smaller": halves[1],
+        "takings_while_parted": during,
+        "takings_after": stage.takings() - before - during,
+        "replicas_before": replicas,
+        "replicas_at_the_end": parted_replicas,
+        "replicas_after": healed[-1].replicas,
+        "least_served_after": min(look.served for look in healed),
+    }
+
+
+def founder_gone(world: World, nodes: int, timing: Timing) -> Figures:
+    """The founder's node and all bootstraps end for good. Others go on, and newcomers join by those they know."""
+    newcomers = max(1, nodes // 20)
+    stage = set_stage(world, nodes, timing, newcomers)
+    volunteers, there = stage.volunteers, stage.there
+    before = stage.takings()
+    lost = volunteers.crash(there[:BOOTSTRAPS])
+    looks = volunteers.run(timing.aftermath_s)
+    known = {id(node) for node in there}
+    volunteers.begin(range(nodes, nodes + newcomers), USEFUL_WITHIN_S)
+    looks += volunteers.run(2 * USEFUL_WITHIN_S)
+    joined = [node for node in stage.there if id(node) not in known]
+    return stage.series(looks) | {
+        "replicas_lost": lost,
+        "least_served": min(look.served for look in looks),
+        "served_at_the_end": looks[-1].served,
+        "takings": stage.takings() - before,
+        "joined": len(joined),
+        "useful": sum(node.useful_since is not None for node in joined) / max(1, len(joined)),
+    }
+
+
+def bad_release(world: World, nodes: int, timing: Timing) -> Figures:
+    """A fifth of the nodes dies within five minutes, each to start again with what is on its disk."""
+    stage = set_stage(world, nodes, timing)
+    volunteers, rng = stage.volunteers, world.rng("event")
+    before, lost_before = stage.takings(), volunteers.updates_lost
+    there = volunteers.look().replicas * volunteers.experts
+    updates_of_a_day = DAY_S * there * volunteers.swarm.plan.updates_per_s
+    numbers = rng.sample(range(nodes), round(RESTARTED_SHARE * nodes))
+    replicas = 0
+
+    def restart(number: int) -> None:
+        nonlocal replicas
+        node = volunteers.nodes[number]
+        assert node is not None
+        replicas += volunteers.crash([node])
+        world.loop.call_later(RESTART_TAKES_S, volunteers.join, number)
+
+    for number in numbers:
+        world.loop.call_later(rng.uniform(0.0, RESTARTED_WITHIN_S), restart, number)
+    looks = volunteers.run(RESTARTED_WITHIN_S + timing.aftermath_s)
+    takings = stage.takings() - before
+    return stage.series(looks) | {
+        "restarted": len(numbers),
+        "replicas_lost": replicas,
+        "least_served": min(look.served for look in looks),
+        "served_at_the_end": looks[-1].served,
+        "takings": takings,
+        "takings_per_lost": takings / max(1, replicas),
+        "updates_lost_of_a_day": (volunteers.updates_lost - lost_before) / updates_of_a_day,
+    }
+
+
+EVENTS: dict[str, Callable[[World, int, Timing], Figures]] = {
+    "tenth_dies": tenth_dies,
+    "flash_crowd": flash_crowd,
+    "partition": partition,
+    "founder_gone": founder_gone,
+    "bad_release": bad_release,
+}
+
+
+def play(name: str, nodes: int, seed: int, timing: Timing = FULL) -> Figures:
+    """One event, in a world of its own."""
+    with simulated(seed) as world:
+        return EVENTS[name](world, nodes, timing)
+
+
+def _since(
+    looks: Sequence[Look], began_at: float, is_so: Callable[[Look], bool], period_s: float
+) -> float | None:
+    """Periods until it was so from then on; None if it never was."""
+    unlike = [look.at_s for look in looks if not is_so(look)]
+    if unlike and unlike[-1] == looks[-1].at_s:
+        return None
+    return (unlike[-1] - began_at) / period_s if unlike else 0.0
+
+
+def _served_in(volunteers: VolunteerSwarm, half: int) -> float:
+    found = {uid for node in volunteers.serving() if node.peer.half == half for uid in node.runtime.experts}
+    return len(found) / volunteers.experts
+
+
+def _after_half(looks: Sequence[Look]) -> float:
+    """By how many replicas an expert gained in the second half of the time: nothing, if placement came to rest."""
+    return looks[-1].replicas - looks[len(looks) // 2].replicas

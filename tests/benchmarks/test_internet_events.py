@@ -1,0 +1,66 @@
+"""Each event in a small swarm, and that a seed says everything."""
+
+import json
+
+import pytest
+
+from benchmarks.internet import days
+from benchmarks.internet.events import EVENTS, QUICK, Figures, play
+
+NODES, SEED = 16, 1
+
+
+@pytest.fixture(scope="module")
+def happened() -> dict[str, Figures]:
+    return {name: play(name, NODES, SEED, QUICK) for name in EVENTS}
+
+
+def test_two_runs_of_a_seed_give_the_same_figures(happened: dict[str, Figures]) -> None:
+    again = play("tenth_dies", NODES, SEED, QUICK)
+    assert json.dumps(again) == json.dumps(happened["tenth_dies"])
+    assert json.dumps(again) != json.dumps(play("tenth_dies", NODES, SEED + 1, QUICK))
+
+
+def test_after_a_tenth_died_all_experts_are_served_within_five_periods(happened: dict[str, Figures]) -> None:
+    figures = happened["tenth_dies"]
+    assert figures["died"] == 2
+    assert figures["replicas_lost"] > 0
+    assert figures["served_again_periods"] <= 5
+    assert figures["takings_per_lost"] <= 1.2
+
+
+def test_a_crowd_soon_serves(happened: dict[str, Figures]) -> None:
+    figures = happened["flash_crowd"]
+    assert figures["joined"] == NODES
+    assert figures["useful_within"] >= 0.75
+    assert figures["least_served"] == 1
+
+
+def test_both_sides_of_a_partition_serve_all_experts(happened: dict[str, Figures]) -> None:
+    figures = happened["partition"]
+    assert figures["served_in_larger"] == figures["least_served_after"] == 1
+    assert figures["served_in_smaller"] > 0.8
+
+
+def test_a_swarm_goes_on_and_grows_without_its_founder(happened: dict[str, Figures]) -> None:
+    figures = happened["founder_gone"]
+    assert figures["replicas_lost"] > 0
+    assert figures["served_at_the_end"] == 1
+    assert figures["joined"] > 0
+    assert figures["useful"] == 1
+
+
+def test_a_release_that_fails_costs_few_updates(happened: dict[str, Figures]) -> None:
+    figures = happened["bad_release"]
+    assert figures["restarted"] == 3
+    assert figures["served_at_the_end"] == 1
+    assert figures["updates_lost_of_a_day"] < 0.01
+
+
+def test_an_hour_in_a_small_swarm() -> None:
+    figures = days.play(12, 1.0, SEED)
+    assert figures["faults"] == 0
+    assert figures["served"] > 0.95
+    assert 0 <= figures["updates_lost_share"] < 0.05
+    assert figures["upkeep"]["mean_kbit_per_s"] > 0
+    assert len(figures["series"]["hour"]) == len(figures["series"]["served"]) > 100
