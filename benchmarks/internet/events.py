@@ -4,12 +4,14 @@ Each event happens to a swarm of its own whose nodes stay otherwise, so that all
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from benchmarks.internet import training
 from benchmarks.internet.nodes import SimulatedNode, simulated
 from benchmarks.internet.population import draw_population
 from benchmarks.internet.scenario import LOOK_EVERY_S, START_S, Look, VolunteerSwarm, plan_for
+from benchmarks.internet.training import PlacedSwarm, Window
 from benchmarks.internet.world import World, quantile
 
 CROWD = 10_000
@@ -19,6 +21,8 @@ USEFUL_WITHIN_S = 120.0
 PARTED_SHARE = 0.4
 RESTARTED_SHARE, RESTARTED_WITHIN_S, RESTART_TAKES_S = 0.2, 300.0, 20.0
 DAY_S = 86_400.0
+TRAINED_BY, HEAVY = 10, 100.0
+"""Nodes for each trainer, and how many times as much as others the one trains that is a burden."""
 BOOTSTRAPS = 3
 """The founder's own node, and the others that invites name."""
 
@@ -34,10 +38,11 @@ class Timing:
     aftermath_s: float = 900.0
     """How long it is watched what becomes of the swarm."""
     parted_s: float = 3600.0
+    trained_s: float = 20.0
 
 
 FULL = Timing()
-QUICK = Timing(settle_s=120.0, aftermath_s=180.0, parted_s=120.0)
+QUICK = Timing(settle_s=120.0, aftermath_s=180.0, parted_s=120.0, trained_s=8.0)
 
 
 @dataclass
@@ -214,6 +219,23 @@ def play(name: str, nodes: int, seed: int, timing: Timing = FULL) -> Figures:
     """One event, in a world of its own."""
     with simulated(seed) as world:
         return EVENTS[name](world, nodes, timing)
+
+
+def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
+    """What a trainer for every ten nodes gets of a swarm at rest, and beside one that trains 100 times as much."""
+    with simulated(seed) as world:
+        stage = set_stage(world, nodes, timing)
+        volunteers = stage.volunteers
+        numbers = {id(node): number for number, node in enumerate(volunteers.nodes)}
+        hosts = {uid: [numbers[id(node)] for node in some] for uid, some in volunteers.swarm.hosts().items()}
+        placed = PlacedSwarm(volunteers.swarm.plan.manifest, volunteers.volunteers, hosts)
+        trainers = draw_population(world.rng("trainers"), max(3, nodes // TRAINED_BY))
+    window = Window(timing.trained_s, timing.trained_s / 2)
+    figures = training.play(placed, trainers, window, seed)
+    heavy = training.play(placed, trainers, replace(window, heavy=HEAVY), seed)
+    return asdict(figures) | {
+        "others_with_heavy": heavy.others_tokens_per_s / max(1e-9, figures.others_tokens_per_s)
+    }
 
 
 def _since(

@@ -27,7 +27,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
         ("days", "days", _served),
         ("days", "upkeep", _upkeep),
         ("events", "events", _events),
-        ("training", "training", _training),
+        ("train", "training", _training),
     ]
     written = []
     for part, name, make in drawings:

@@ -22,8 +22,9 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
     for nodes, events in results.get("events", {}).items():
         for name, figures in events.items():
             yield from _EVENTS[name](f"{int(nodes):,} nodes", figures)
-    for nodes, figures in results.get("training", {}).items():
-        yield from _training(int(nodes), figures)
+    for nodes, figures in results.get("train", {}).items():
+        if figures:
+            yield from _training(int(nodes), figures)
 
 
 def _days(nodes: int, found: Mapping[str, Any]) -> Iterator[Verdict]:

@@ -1,13 +1,16 @@
-"""Each event in a small swarm, and that a seed says everything."""
+"""Each event in a small swarm, that a seed says everything, and what the report makes of the figures."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks.internet import days
 from benchmarks.internet.events import EVENTS, QUICK, Figures, play
+from benchmarks.internet.plots import draw
+from benchmarks.internet.report import verdicts
 
-NODES, SEED = 16, 1
+NODES, SEED = 12, 1
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def test_two_runs_of_a_seed_give_the_same_figures(happened: dict[str, Figures]) 
 
 def test_after_a_tenth_died_all_experts_are_served_within_five_periods(happened: dict[str, Figures]) -> None:
     figures = happened["tenth_dies"]
-    assert figures["died"] == 2
+    assert figures["died"] == 1
     assert figures["replicas_lost"] > 0
     assert figures["served_again_periods"] <= 5
     assert figures["takings_per_lost"] <= 1.2
@@ -52,15 +55,19 @@ def test_a_swarm_goes_on_and_grows_without_its_founder(happened: dict[str, Figur
 
 def test_a_release_that_fails_costs_few_updates(happened: dict[str, Figures]) -> None:
     figures = happened["bad_release"]
-    assert figures["restarted"] == 3
+    assert figures["restarted"] == 2
     assert figures["served_at_the_end"] == 1
     assert figures["updates_lost_of_a_day"] < 0.01
 
 
-def test_an_hour_in_a_small_swarm() -> None:
-    figures = days.play(12, 1.0, SEED)
+def test_half_an_hour_in_a_small_swarm(happened: dict[str, Figures], tmp_path: Path) -> None:
+    figures = days.play(12, 0.5, SEED)
     assert figures["faults"] == 0
     assert figures["served"] > 0.95
     assert 0 <= figures["updates_lost_share"] < 0.05
     assert figures["upkeep"]["mean_kbit_per_s"] > 0
-    assert len(figures["series"]["hour"]) == len(figures["series"]["served"]) > 100
+    assert len(figures["series"]["hour"]) == len(figures["series"]["served"]) > 50
+    results = json.loads(json.dumps({"days": {"12": figures}, "events": {str(NODES): happened}}))
+    judged = [verdict for verdict in verdicts(results) if verdict.is_reached is not None]
+    assert len(judged) >= 7
+    assert all(path.stat().st_size > 0 for path in draw(results, tmp_path))
