@@ -8,6 +8,7 @@ announce for each cell which of its shards they have, and mark the way to it as 
 import asyncio
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -35,7 +36,7 @@ from dht.records import (
 )
 from dht.registry import Registry, active_under, some_of
 from peer.bounded import BoundedDict
-from peer.errors import LibraryError, RecordError
+from peer.errors import LibraryError, RecordError, WireError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
 from peer.kademlia.lookups import Item
@@ -52,6 +53,7 @@ _MAX_HOSTS = 256
 """Of one cell whose records are read."""
 _CELLS_AT_ONCE = 512
 """In one look-up, which has one deadline."""
+_PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """Memories that an error names."""
 _BRANCHES, _FEW = 256, 16
@@ -169,6 +171,22 @@ class MemoryRegistry:
             if value is not None:
                 self._registry.guard.read("memory", subkey, partial(self._take, subkey, value))
         return {publisher: library.entries for publisher, library in self._valid()}
+
+    def saved(self) -> bytes:
+        """What was read and is still valid, for `restore` in a later run."""
+        records = sorted((publisher.to_bytes(), library.record) for publisher, library in self._valid())
+        return b"".join(
+            publisher + len(record).to_bytes(4, "little") + record for publisher, record in records
+        )
+
+    def restore(self, data: bytes) -> None:
+        """Takes it up, so that no older records take its place. Invalid ones are left out."""
+        at = 0
+        while at < len(data):
+            publisher, begin = data[at : at + _PEER_ID_BYTES], at + _PEER_ID_BYTES + 4
+            at = begin + int.from_bytes(data[begin - 4 : begin], "little")
+            with suppress(RecordError, WireError):
+                self._take(publisher, data[begin:at])
 
     async def publish_library(self, entries: Sequence[LibraryEntry], signer: Identity | None = None) -> None:
         """Stores these as all that the publisher lists. `signer`: the founder, where this peer runs for it.

@@ -39,7 +39,7 @@ MAX_CELLS = 65_536
 MAX_REVOKED = 65_536
 MAX_LICENSES = 256
 MAX_DIMENSIONS = 1024
-MAX_ENCODER_BYTES = 512 * 2**20
+MAX_ENCODER_BYTES = 128 * 2**20
 MAX_CODEBOOK_BYTES = 64 * 2**20
 MAX_TEXT_CHARACTERS = 8192
 """Of one passage."""
@@ -50,6 +50,8 @@ MAX_LEVELS = 4
 """Of a grid."""
 MAX_QUERIES, MAX_SEARCHED, MAX_K = 256, 256, 128
 """Of one search: queries, shards, and passages for each query."""
+MAX_SCORES = 2**26
+"""Inner products that one search may ask for: about a second of one core, with 256 dimensions."""
 MAX_READ = 64
 """Passages in one call: the longest that there may be fit into a message."""
 _LARGEST_GRID = 4096

@@ -3,7 +3,9 @@
 import errno
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from peer.errors import StateFolderError
@@ -50,28 +52,29 @@ class PlainFile:
         os.close(descriptor)
         self.size = self.identity[2]
 
-    def read(self, start: int, size: int) -> bytes:
+    @contextmanager
+    def opened(self) -> Iterator["OpenFile"]:
         """Raises OSError, also if another file has its name by now."""
-        descriptor, identity = self._open()
         try:
-            with os.fdopen(descriptor, "rb") as file:
+            descriptor, identity = self._open()
+            with os.fdopen(descriptor, "rb", buffering=0) as file:
                 if identity != self.identity:
-                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
-                file.seek(start)
-                data = file.read(size)
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                yield OpenFile(file)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        if len(data) != size:
-            raise OSError(errno.EIO, "it ends too early", str(self.path))
-        return data
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, part: slice, /) -> bytes:
+        """Raises OSError, as `opened` does."""
         start, end, step = part.indices(self.size)
         assert step == 1, "only what lies together is read"
-        return self.read(start, max(0, end - start))
+        data = bytearray(max(0, end - start))
+        with self.opened() as file:
+            file.read_into(memoryview(data), start)
+        return bytes(data)
 
     def _open(self) -> tuple[int, tuple[int, int, int]]:
         descriptor = open_plainly(self.path, os.O_RDONLY)
@@ -80,6 +83,23 @@ class PlainFile:
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is no plain file", str(self.path))
         return descriptor, (about.st_ino, about.st_mtime_ns, about.st_size)
+
+
+class OpenFile:
+    """A file while it is read."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fills the buffer, of which each item has a byte. Raises OSError."""
+        self._file.seek(start)
+        left = buffer
+        while left:
+            count = self._file.readinto(left)
+            if not count:
+                raise OSError(errno.EIO, "it ends too early")
+            left = left[count:]
 
 
 def _protect(folder: Path) -> None:

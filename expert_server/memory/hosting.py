@@ -30,6 +30,7 @@ from expert_server.memory.store import MemoryStore, parts_bytes
 from expert_server.settings import NodeSettings
 from peer.bounded import BoundedDict
 from peer.errors import TransferError, UnreachableError, WireError
+from peer.files import PlainFile, write_atomically
 from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
 from peer.loop import first_of, side_by_side, tolerating
@@ -58,6 +59,8 @@ _LOOK_EVERY_S = 1.0
 _WITHDRAW_S = 2.0
 """Longest that a node which leaves tries to withdraw its announcements."""
 _REMEMBERED = 4096
+_LIBRARIES = "libraries"
+"""The file with what publishers list, beside the folders of the memories. No memory is called that."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ class MemoryHosting:
         """Those whose encoder and codebook are here."""
         self._full_until = 0.0
         self._kept_at: float | None = None
+        self._saved_libraries = b""
         self._leaving = True
         self._hurried = asyncio.Event()
         self._metrics = HostingMetrics(self, metrics)
@@ -174,6 +178,7 @@ class MemoryHosting:
         """Finds what is on disk from the last run. Nothing is served before it was verified: see `verify`."""
         if not self._rules.disk_bytes:
             return
+        self._memories.restore(await asyncio.to_thread(self._read_libraries))
         found = await asyncio.to_thread(self._found)
         self._stores = {memory: store for memory, (store, _) in found.items()}
         self._unverified = {memory: roots for memory, (_, roots) in found.items()}
@@ -218,6 +223,7 @@ class MemoryHosting:
         if not self._rules.disk_bytes and self._peer_id != self._swarm.keys.author:
             return
         libraries = await self._memories.libraries()
+        await self._save_libraries()
         listed = {entry.memory: entry for entries in libraries.values() for entry in entries}
         self._refused = {memory: part for memory, part in self._refused.items() if memory in listed}
         for entry in listed.values():
@@ -307,12 +313,34 @@ class MemoryHosting:
         """What is on disk of each memory, with the roots of its shards."""
         found = {}
         for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
+            if path.name == _LIBRARIES:
+                continue
             try:
                 memory, store = MemoryID.parse(path.name), MemoryStore.open(path)
                 found[memory] = store, store.roots()
             except (WireError, OSError) as error:
                 logger.warning("%s is not used: %s", path, error)
         return found
+
+    def _read_libraries(self) -> bytes:
+        """What publishers listed in the last run."""
+        try:
+            return PlainFile(self._folder / _LIBRARIES)[:]
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                logger.warning("%s is not used: %s", self._folder / _LIBRARIES, error.strerror)
+            return b""
+
+    async def _save_libraries(self) -> None:
+        """Or after a restart, an older list that somebody stored again would be believed."""
+        data = self._memories.saved()
+        if data != self._saved_libraries and self._stores:
+            try:
+                await asyncio.to_thread(write_atomically, self._folder / _LIBRARIES, data)
+            except OSError as error:
+                self._note_full(error)
+            else:
+                self._saved_libraries = data
 
     def _mine(self) -> set[ShardKey]:
         return {ShardKey(memory, root) for memory, store in self._stores.items() for root in store.shards}

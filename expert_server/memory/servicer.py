@@ -25,7 +25,7 @@ from grpc import StatusCode
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from dht.memory import MAX_K, MAX_QUERIES, MAX_READ, MAX_SEARCHED, MAX_SHARD_BYTES
+from dht.memory import MAX_K, MAX_QUERIES, MAX_READ, MAX_SCORES, MAX_SEARCHED, MAX_SHARD_BYTES
 from expert_server.memory.shard import MOST_PRODUCTS, NO_SCORE, Shard, Vectors, search_together
 from expert_server.memory.store import MemoryStore
 from peer.budget import FairBudget, interruptible
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M")
 T = TypeVar("T")
 
-_MAX_SCORES = 2**28
-"""Inner products that one call may ask for: about four seconds of one core, with 256 dimensions."""
 _MAX_WAITING = 128
 """Calls that wait or compute, of all callers."""
 _MAX_CALL_S = 30.0
@@ -408,8 +406,8 @@ def _searches(
         if shard is not None:
             cost += len(shard) * len(numbers)
             found.append(_ShardSearch(number, shard, numbers))
-    if cost > _MAX_SCORES:
-        raise WireError(f"{cost} passages to compare; at most {_MAX_SCORES}: ask for less at once")
+    if cost > MAX_SCORES:
+        raise WireError(f"{cost} passages to compare; at most {MAX_SCORES}: ask for less at once")
     return found
 
 

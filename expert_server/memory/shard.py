@@ -1,7 +1,7 @@
 """Shards of a memory as files: vectors to search, texts to read, and the hashes that prove both.
 
 They are safetensors files. A primary shard has `vectors` (N, D), `leaves` (N, 32), `revoked` (N,), and `blocks`, the
-texts of 64 passages each in zlib's format, with their `offsets`. Reading a passage inflates one block.
+texts of 128 passages each in zlib's format, with their `offsets`. Reading a passage inflates one block.
 
 A secondary shard has `vectors` and `revoked`, too, and where the texts lie: `roots` (T, 32) of primary shards, and in
 `references` (N, 4) for each vector two numbers of two bytes, little-endian: which of these roots, and the position
@@ -34,7 +34,7 @@ from dht.memory import (
     ShardInfo,
     reference_leaf,
 )
-from peer.arrays import Rows, arrays_in, decode_arrays, encode_arrays
+from peer.arrays import Rows, arrays_in, decode_arrays, encode_arrays, parts_of
 from peer.errors import WireError
 from peer.files import PlainFile
 from peer.merkle import HASH_BYTES, MerkleTree
@@ -46,7 +46,7 @@ Revoked: TypeAlias = Mapping[bytes, Collection[int]]
 """Positions in primary shards, by the shards' roots."""
 Arrays: TypeAlias = Mapping[str, Rows]
 
-BLOCK = 64
+BLOCK = 128
 """Passages whose texts are compressed together, and leaves whose part of the tree is computed when one is proven."""
 _LENGTH_BYTES = 4
 """Before each passage in an inflated block."""
@@ -188,9 +188,10 @@ class Shard(ABC):
     def products(self, queries: Vectors) -> NDArray[np.int32]:
         """The inner products with all passages, and the least number of all with revoked ones. (Q, N)"""
         products = np.empty((len(queries), len(self)), np.int32)
-        for start in range(0, len(self), _ROWS):
-            rows = self._vectors[start : start + _ROWS]
-            products[:, start : start + _ROWS] = _inner_products(queries, rows)
+        start = 0
+        for rows in parts_of(self._vectors, _ROWS):
+            products[:, start : start + len(rows)] = _inner_products(queries, rows)
+            start += len(rows)
         if self.live < len(self):
             products[:, self._revoked] = NO_SCORE
         return products
@@ -584,8 +585,10 @@ def search_together(
 
 def _inner_products(queries: Vectors, rows: Vectors) -> NDArray[np.int32]:
     """All pairs. (Q, N)"""
-    # copies, for torch warns of arrays that are not writable, as those in a file are
-    left, right = torch.from_numpy(queries.copy()), torch.from_numpy(rows.copy()).T
+    # copies, for torch warns of arrays that are not writable, and takes an axis of one row for what numpy says of it;
+    # what was just read from a file is neither
+    own = rows.flags.writeable and rows.strides == (rows.shape[1], 1)
+    left, right = torch.from_numpy(queries.copy()), torch.from_numpy(rows if own else rows.copy()).T
     if queries.shape[1] >= _FEWEST_DIMENSIONS and _multiplies_bytes_exactly():
         whole: NDArray[np.int32] = torch._int_mm(left, right).numpy()
         return whole

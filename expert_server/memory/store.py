@@ -81,16 +81,24 @@ class MemoryStore:
 
         Raises WireError if it is not that shard, and OSError. Then it is not served.
         """
-        info = self.manifest.by_root[root]
-        path = self._shard_path(root)
-        self.stop_serving(root)
-        shard, size = _opened(path, info, self.manifest.dimensions)
-        data = shard.without(self.manifest.revoked_in)
-        if data is not None:
-            write_atomically(path, data)
-            shard, size = _opened(path, info, self.manifest.dimensions)
-        shard.check(self.manifest.revoked_in)
-        self._shards[root], self._sizes[root] = shard, size
+        info, revoked, path = self.manifest.by_root[root], self.manifest.revoked_in, self._shard_path(root)
+        try:
+            file, data = _read(path, info)
+            shard = Shard.parse(data, info, self.manifest.dimensions)
+            without = shard.without(revoked)
+            if without is not None:
+                data, shard = without, Shard.parse(without, info, self.manifest.dimensions)
+            shard.check(revoked)
+            if without is not None:
+                self._shards[root] = (
+                    shard  # from memory, while another file takes the place of the one before
+                )
+                write_atomically(path, data)
+                file = PlainFile(path)
+        except (WireError, OSError):
+            self.stop_serving(root)
+            raise
+        self._shards[root], self._sizes[root] = shard.on_disk(file, data), file.size
 
     def verified(self, root: bytes, data: bytes) -> bytes:
         """The file that is to be kept of a shard that somebody gave. Raises WireError if it is another."""
@@ -223,13 +231,12 @@ def parts_bytes(manifest: MemoryManifest) -> int:
     return manifest.encoder.size + manifest.codebook.size
 
 
-def _opened(path: Path, info: ShardInfo, dimensions: int) -> tuple[Shard, int]:
-    """The shard in a file, and its size. Raises WireError and OSError."""
+def _read(path: Path, info: ShardInfo) -> tuple[PlainFile, bytes]:
+    """A shard's file, and what is in it. Raises WireError and OSError."""
     about = path.lstat()
     if not stat.S_ISREG(about.st_mode):
         raise WireError("a shard that is no file")
     if not 0 < about.st_size <= most_bytes(info):
         raise WireError(f"a shard of {about.st_size} bytes; at most {most_bytes(info)}")
     file = PlainFile(path)
-    data = file[: most_bytes(info)]
-    return Shard.parse(data, info, dimensions).on_disk(file, data), file.size
+    return file, file[: most_bytes(info)]

@@ -182,11 +182,18 @@ class BoundedStorage:
         )
 
     def _fitting(self, entries: Entries, newest: Subkey) -> Entries:
-        """As many as may be under one key. Evicts at random, but not `newest`."""
-        size, others = packed_bytes(entries), [subkey for subkey in entries if subkey != newest]
+        """As many as may be under one key. Evicts others than `newest` at random, large ones the likelier.
+
+        So a few writers of large entries displace each other rather than those of many small ones.
+        """
+        size = packed_bytes(entries)
         while size > self._bounds.key_bytes or len(entries) > MAX_ENTRIES:
-            gone = _draw(others, self._rng)
-            size -= entry_bytes(gone, entries.pop(gone))
+            others = {
+                subkey: entry_bytes(subkey, entry) for subkey, entry in entries.items() if subkey != newest
+            }
+            (gone,) = self._rng.choices(list(others), list(others.values()))
+            size -= others[gone]
+            del entries[gone]
             self._metrics.evicted.inc()
         return entries
 
@@ -215,10 +222,3 @@ class BoundedStorage:
 def memory_of(packed: bytes) -> int:
     """The memory that a key takes with its packed entries, in bytes."""
     return _KEY_BYTES + int(_FRAGMENTATION * len(packed))
-
-
-def _draw(subkeys: list[Subkey], rng: random.Random) -> Subkey:
-    """Removes one at random."""
-    drawn = rng.randrange(len(subkeys))
-    subkeys[drawn], subkeys[-1] = subkeys[-1], subkeys[drawn]
-    return subkeys.pop()

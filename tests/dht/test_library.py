@@ -491,6 +491,30 @@ def test_no_memory_goes_back_to_an_older_revision(loop: LoopThread) -> None:
     run(loop, scenario)
 
 
+def test_what_was_read_is_known_in_a_later_run(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        async with swarm("open", gullible=2) as (hosts, (founder, second, _)):
+            new = time.time() + MONTH_S
+            old = sign_record(FOUNDER, library(entry("bible"), expires_at=new - 5))
+            await MemoryRegistry(founder).publish_library([entry(revision=5)])
+            reading = MemoryRegistry(second)
+            await reading.libraries()
+            for host in hosts:
+                host.dht.storage.clear()
+            assert await store_raw(hosts[2], KEYS.library, FOUNDER.peer_id.to_bytes(), old, new - 5)
+            assert await MemoryRegistry(second).libraries() == {FOUNDER.peer_id: (entry("bible"),)}
+            later = MemoryRegistry(second)
+            later.restore(reading.saved())
+            assert await later.libraries() == {FOUNDER.peer_id: (entry(revision=5),)}
+            # a file that was cut, or is none
+            for cut in range(0, len(reading.saved()), 7):
+                other = MemoryRegistry(second)
+                other.restore(reading.saved()[:cut])
+                assert not other.saved()
+
+    run(loop, scenario)
+
+
 def test_a_library_outlives_its_holders_and_its_publisher_renews_it(loop: LoopThread) -> None:
     async def scenario() -> None:
         async with swarm("open") as (hosts, (founder, second, third)):

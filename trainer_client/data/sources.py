@@ -120,8 +120,10 @@ def _find(path: str) -> list[Path]:
                 f"no .txt, .jsonl or .parquet file in {path}: put some there, or give another folder"
             )
         return files
-    if at.exists():
+    if at.is_file():
         return [at]
+    if at.exists():
+        raise DataError(f"{path} is no file: write what comes from it into one first")
     matched = sorted(Path(name) for name in glob.glob(path, recursive=True))
     files = [file for file in matched if file.is_file()]
     if not files:

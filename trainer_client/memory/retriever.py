@@ -14,7 +14,7 @@ Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 import asyncio
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from dht.memory import (
     MAX_K,
     MAX_QUERIES,
     MAX_READ,
+    MAX_SCORES,
     MAX_SEARCHED,
     Cell,
     MemoryID,
@@ -74,8 +75,6 @@ _SATURATION, _LENGTH = 1.2, 0.75
 _DEADLINE_S = 10.0
 _FIRST_PART = 0.6
 """Of the time that a search has, what the first answers may take."""
-_SCORES_AT_ONCE = 2**26
-"""Inner products in one call: about a second of one core."""
 _KEPT = 2048
 """Proven passages that are remembered."""
 _CHECKS_AT_ONCE = 2
@@ -356,9 +355,10 @@ class _Search:
             second.append(answer)
             return [item for item in items if item[0] in answer.present]
 
-        await self._retriever.calls.spread(
-            wanted, call, ("Search", False), partial(_parts, most=MAX_SEARCHED), ends
-        )
+        def split(items: list[tuple[bytes, PeerID]]) -> Iterable[list[tuple[bytes, PeerID]]]:
+            return _affordable(items, lambda item: self._wanted[item[0]][0].leaves * len(drawn))
+
+        await self._retriever.calls.spread(wanted, call, ("Search", False), split, ends)
         suspects: dict[tuple[int, Claim], set[PeerID]] = {}
         for query in drawn:
             for one in self.answers:
@@ -428,17 +428,11 @@ class _Search:
         await self._retriever.calls.spread(hosts, call, ("Search", self._is_large), self._split, ends)
 
     def _split(self, roots: list[bytes]) -> Iterable[list[bytes]]:
-        """Into calls, each of which a host may answer."""
-        part, scores = list[bytes](), 0
-        for root in roots:
+        def scores(root: bytes) -> int:
             shard, queries = self._wanted[root]
-            size = shard.leaves * len(queries)
-            if part and (len(part) == MAX_SEARCHED or scores + size > _SCORES_AT_ONCE):
-                yield part
-                part, scores = [], 0
-            part.append(root)
-            scores += size
-        yield part
+            return shard.leaves * len(queries)
+
+        return _affordable(roots, scores)
 
     def _without_answer(self, doubtful: Collection[PeerID]) -> set[bytes]:
         """The shards in which none but these hosts has looked."""
@@ -516,6 +510,18 @@ class _Search:
 
     async def _off_loop(self, function: Callable[[], T]) -> T:
         return await asyncio.to_thread(function) if self._is_large else function()
+
+
+def _affordable(items: list[T], scores: Callable[[T], int]) -> Iterator[list[T]]:
+    """Shards to be searched, in calls each of which a host answers. `scores`: inner products that one takes."""
+    part, cost = list[T](), 0
+    for item in items:
+        if part and (len(part) == MAX_SEARCHED or cost + scores(item) > MAX_SCORES):
+            yield part
+            part, cost = [], 0
+        part.append(item)
+        cost += scores(item)
+    yield part
 
 
 def _parts(items: list[T], most: int) -> Iterable[list[T]]:

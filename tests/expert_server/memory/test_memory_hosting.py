@@ -393,6 +393,25 @@ def test_a_memory_that_its_publisher_lists_no_more_is_removed(play: Play) -> Non
     play(scenario)
 
 
+def test_a_host_that_starts_again_knows_the_newest_lists_that_it_saw(play: Play) -> None:
+    """Or whoever stores an older one again would take memories from it."""
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        await village.run(founder)
+        invite = await founder.swarm.invite()
+        node = await village.join(1, invite, **HOST)
+        task = await village.run(node)
+        await until(lambda: node.memories.shards == 4)
+        await node.memories.follow()
+        await end(task)
+        await node.stop()
+        again = await village.join(1, invite, **HOST)
+        assert again.memories._memories.saved() == node.memories._memories.saved() != b""
+
+    play(scenario)
+
+
 def test_a_memory_that_goes_while_its_revision_comes_is_no_full_disk(
     play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

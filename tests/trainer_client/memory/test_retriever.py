@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_samples import MEMORY, SWARM, Lie, SampleHost, SampleMemory, SampleSwarm, peer_ids
 
-from dht.memory import Passage
+from dht.memory import MAX_SCORES, MAX_SEARCHED, Passage
 from peer.errors import DataError
 from peer.metrics import total
 from trainer_client.memory.calls import HostCalls, choose_hosts, quick_hosts
@@ -21,6 +21,7 @@ from trainer_client.memory.retriever import (
     Hit,
     Retriever,
     SearchResult,
+    _affordable,
     check_query,
     ranked_by_words,
 )
@@ -336,6 +337,13 @@ def test_chosen_hosts_cover_all_that_anybody_has(wanted: dict[int, set[int]], se
     given_to = [item for items in chosen.values() for item in items]
     assert sorted(given_to) == sorted(item for item, some in hosts.items() if some)
     assert all(host in hosts[item] for host, items in chosen.items() for item in items)
+
+
+@given(st.lists(st.integers(1, 2**24), min_size=1, max_size=600))
+def test_searches_are_split_into_calls_that_hosts_answer(costs: list[int]) -> None:
+    parts = list(_affordable(costs, lambda cost: cost))
+    assert [cost for part in parts for cost in part] == costs
+    assert all(sum(part) <= MAX_SCORES and 1 <= len(part) <= MAX_SEARCHED for part in parts)
 
 
 def test_few_hosts_are_chosen() -> None:
