@@ -100,7 +100,7 @@ async def measure_lookups(loop: VirtualLoop, swarm: SimulatedSwarm, count: int) 
     for _ in range(count):
         peer = swarm.rng.choice(swarm.peers)
         key = key_id_of(swarm.keys.expert(swarm.rng.choice(hosted)))
-        await peer.lookups.sample()  # as it does when it has just joined, and then twice a minute
+        await peer.lookups.sample()  # as it does when it has just joined, and then every five minutes
         began, before = loop.time(), swarm.network.traffic.by_method["find"]
         found = (await peer.lookups.find([key], besides_self=True))[key]
         times_ms.append(1000 * (loop.time() - began))

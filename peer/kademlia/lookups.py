@@ -51,8 +51,9 @@ FRUGAL = SearchLimits(is_frugal=True)
 """For what is read again and again in the background: it may take a round trip longer, and costs a third."""
 _WIDE = 3
 """A record is stored at so many times the usual number of nodes, if there is a crowd beside its key."""
-_SAMPLE_EVERY_S = 30.0
-"""How often a look-up of a random key shows how far from a key its holders usually are."""
+_SAMPLE_EVERY_S = 300.0
+"""How often a look-up of a random key shows how far from a key its holders usually are. In a swarm of 10,000 each costs
+100 KB or more, and the distance changes with the swarm's size alone."""
 _CALLS_OF_NODE = 8
 """Under way in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
@@ -394,10 +395,14 @@ class _Run:
         self.found: dict[int, Found] = {}
         reach, witnesses = lookups.usual_reach(), lookups.witnesses(limits.witnesses)
         self._peers.update(witnesses)
+        self._contacts = limits.contacts
+        self._strangers = set(witnesses)
+        """Nodes far from all keys. Whom they name is far, too, and of no use to a peer that knows enough others."""
         self._witnesses = dict.fromkeys(keys, witnesses) if witnesses else {}
         """Those that were not asked yet, of each key."""
         for key in keys:
             known = self._nearest_known(key, BUCKET_SIZE)
+            self._strangers.difference_update(known)
             search = IterativeSearch(key, known, limits, reach, self._neighbourhood_of)
             if search.is_crowded:
                 search.know(self._nearest_known(key, limits.crowd))
@@ -497,7 +502,8 @@ class _Run:
     async def _answers_of(self, call: _Call) -> Mapping[int, FindResult] | None:
         peer, began = self._peers[call.node], self._clock()
         have = {key: self.found[key].entries for key in call.keys}
-        answers = await self._dht.find(peer, call.keys, self._lookups.checker, have, self._room)
+        contacts = 0 if call.node in self._strangers else self._contacts
+        answers = await self._dht.find(peer, call.keys, self._lookups.checker, have, self._room, contacts)
         if answers is not None:
             self._dht.backoff.answered(peer)
             self._lookups.round_trips.note(self._clock() - began)

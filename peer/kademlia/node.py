@@ -243,11 +243,13 @@ class KademliaNode:
         checker: EntryChecker,
         have: Mapping[int, Entries] = MappingProxyType({}),
         room: int | None = None,
+        contacts: int | None = None,
     ) -> dict[int, FindResult] | None:
         """The answers for the first keys, or for all: a message has an end.
 
         None if the peer gives no proper answer. `checker`: takes turns with other answers. `have`: of each key, what
         this peer has, and need not be told. `room`: bytes of entries wanted for each key; None for all.
+        `contacts`: how many contacts are wanted for each key; None for as many as there is room for.
         """
         known = self.transport.contacts.known(keys)
         places = [peer.to_bytes() for peer in known.values()]
@@ -258,6 +260,7 @@ class KademliaNode:
             known=known,
             have=() if room == 0 else islice(digests, MAX_DIGESTS),
             room=room,
+            contacts=contacts,
         )
         response = await self._call(peer_id, "find", request, dht_pb2.FindResponse)
         if response is None or not 0 < len(response.results) <= len(keys):

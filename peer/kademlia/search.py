@@ -70,6 +70,10 @@ class SearchLimits:
     others than nodes on the way."""
     tries: int = 3
     """How often a node is asked while nobody has answered: if few nodes are known, all requests may be lost."""
+    contacts: int | None = 8
+    """Contacts that an answer brings for a key, of the nearest nodes; None: of all that it names. They weigh more than
+    all else in an answer.
+    """
     is_frugal: bool = False
     """Asks one node after the other until one gives its values, so that the others need only add to them. Goes on as
     usual when one fails, or when a few have answered and none had any.
@@ -77,7 +81,7 @@ class SearchLimits:
 
 
 DEFAULT_LIMITS = SearchLimits()
-NEIGHBOURS = SearchLimits(front=BUCKET_SIZE, doubt=0, witnesses=0, quorum=2**31)
+NEIGHBOURS = SearchLimits(front=BUCKET_SIZE, doubt=0, witnesses=0, quorum=2**31, contacts=None)
 """For a peer that joins and looks itself up: as many as fill a bucket of its routing table."""
 
 

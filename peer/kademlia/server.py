@@ -227,12 +227,13 @@ class DHTServer:
         for number, key in enumerate(keys):
             await slices.pause()
             nearest = node.table.nearest(key, BUCKET_SIZE, exclude=asking)
+            wanted = nearest[: request.contacts] if request.HasField("contacts") else nearest
             places = [known.get(first_bits(other)) for other, _ in nearest]
             result = dht_pb2.FindResult(
                 nearest_node_ids=() if known else [id_bytes(other) for other, _ in nearest],
                 nearest_peer_ids=[
                     peer_id.to_bytes()
-                    for (_, peer_id), place in zip(nearest, places, strict=True)
+                    for (_, peer_id), place in zip(wanted, places, strict=False)
                     if place is None
                 ],
                 nearest_known=[place for place in places if place is not None],
@@ -249,8 +250,8 @@ class DHTServer:
             if room < 0 and number:
                 break
             response.results.append(result)
-            room = contacts.add(nearest[:_NAMED_FIRST], response, room)
-            further.append(nearest[_NAMED_FIRST:])
+            room = contacts.add(wanted[:_NAMED_FIRST], response, room)
+            further.append(wanted[_NAMED_FIRST:])
         for others in further:
             await slices.pause()
             room = contacts.add(others, response, room)

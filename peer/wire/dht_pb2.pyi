@@ -68,18 +68,20 @@ class StoreResponse(_message.Message):
     def __init__(self, store_ok: _Optional[_Iterable[bool]] = ..., peer: _Optional[_Union[NodeInfo, _Mapping]] = ...) -> None: ...
 
 class FindRequest(_message.Message):
-    __slots__ = ("keys", "peer", "known", "have", "room")
+    __slots__ = ("keys", "peer", "known", "have", "room", "contacts")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     ROOM_FIELD_NUMBER: _ClassVar[int]
+    CONTACTS_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     peer: NodeInfo
     known: _containers.RepeatedScalarFieldContainer[int]
     have: _containers.RepeatedScalarFieldContainer[int]
     room: int
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., peer: _Optional[_Union[NodeInfo, _Mapping]] = ..., known: _Optional[_Iterable[int]] = ..., have: _Optional[_Iterable[int]] = ..., room: _Optional[int] = ...) -> None: ...
+    contacts: int
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., peer: _Optional[_Union[NodeInfo, _Mapping]] = ..., known: _Optional[_Iterable[int]] = ..., have: _Optional[_Iterable[int]] = ..., room: _Optional[int] = ..., contacts: _Optional[int] = ...) -> None: ...
 
 class FindResult(_message.Message):
     __slots__ = ("type", "value", "expiration_time", "nearest_node_ids", "nearest_peer_ids", "nearest_known")

@@ -1,5 +1,6 @@
 """Look-ups bring what whoever asks lacks, and not more."""
 
+import math
 import random
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -9,20 +10,27 @@ from hypothesis import strategies as st
 
 from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
+from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL, Item
-from peer.kademlia.routing import key_id_of
+from peer.kademlia.routing import BUCKET_SIZE, id_bytes, key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS
 from peer.kademlia.validation import SMALL_ENTRY_BYTES, Entries, Entry, entry_bytes, some_of
+from peer.wire import dht_pb2
 
 KEY = "shared"
 WRITERS = 8
 
 
-def play(scenario: Callable[[SimulatedSwarm], Coroutine[Any, Any, None]], nodes: int = 14) -> None:
+def play(
+    scenario: Callable[[SimulatedSwarm], Coroutine[Any, Any, None]], nodes: int = 14, contacts: bool = False
+) -> None:
+    """`contacts`: the nodes know many others from the start, and name them in contacts as real ones do."""
     with simulated_world() as loop:
 
         async def run() -> None:
-            swarm = await SimulatedSwarm.start(loop, nodes, 4, Link(rtt_s=0.1), seed=1)
+            swarm = await SimulatedSwarm.start(
+                loop, nodes, 4, Link(rtt_s=0.1), seed=1, with_contacts=contacts
+            )
             for peer in swarm.peers:
                 peer.dht.validator = None
             await scenario(swarm)
@@ -130,3 +138,40 @@ def test_some_entries_are_all_small_ones_and_as_many_others_as_fit(
     left = room - sum(entry_bytes(n, kept[n]) for n in large & kept.keys())
     assert left >= 0
     assert all(entry_bytes(n, entries[n]) > left for n in large - kept.keys())
+
+
+def test_an_answer_names_no_more_strangers_than_wanted() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        asked, asking = swarm.peers[:2]
+        for wanted, named in ((0, 0), (3, 3), (None, 20)):
+            request = dht_pb2.FindRequest(keys=[id_bytes(key_id_of(KEY))], contacts=wanted)
+            answer = await asked.server.find(asking.peer_id, request)
+            assert len(answer.contacts) == len(answer.results[0].nearest_peer_ids) == named
+            assert len(answer.results[0].nearest_known) == 0
+
+    play(scenario, nodes=40, contacts=True)
+
+
+def test_witnesses_are_asked_for_no_contacts() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        asked: list[tuple[PeerID, dht_pb2.FindRequest]] = []
+        reader, call = swarm.peers[0], swarm.network.call
+        reader.lookups._sample_at = math.inf
+
+        async def noted(sender: PeerID, receiver: PeerID, method: str, request: bytes) -> bytes:
+            asked.append((receiver, dht_pb2.FindRequest.FromString(request)))
+            return await call(sender, receiver, method, request)
+
+        swarm.network.call = noted  # type: ignore[method-assign]  # to look at what is asked
+        without = 0
+        for number in range(4):
+            key = key_id_of(f"{KEY} {number}")
+            known = {peer_id for _, peer_id in reader.dht.table.nearest(key, BUCKET_SIZE)}
+            asked.clear()
+            await reader.lookups.find([key])
+            strangers = [peer_id for peer_id, request in asked if not request.contacts]
+            assert known.isdisjoint(strangers)
+            without += len(strangers)
+        assert without
+
+    play(scenario, nodes=60, contacts=True)
