@@ -83,15 +83,19 @@ class AdoptionTime:
     longest_s: float
 
 
-def adoption_time(period_s: float, lifetimes: float, looks: int, take_s: float, lookers: int) -> AdoptionTime:
+def adoption_time(
+    period_s: float, lifetimes: float, sights: int, again_s: float, take_s: float, lookers: int
+) -> AdoptionTime:
     """A dead host's record expires `lifetimes` periods after its last renewal, which was up to one period ago. A node
-    with room must then find the expert vacant in `looks` looks, a period apart, and takes `take_s` to claim and build.
+    with room then finds the expert vacant when it looks, once a period, and looks again every `again_s`. When it has
+    seen that `sights` times it adopts the expert, which takes `take_s`.
 
-    `lookers`: nodes with room that look, at times of their own. The earliest of them takes it.
+    `lookers`: nodes with room that look, at times of their own. The earliest of them adopts it.
     """
-    first_look = 1 / (lookers + 1)
-    mean = (lifetimes - 0.5 + first_look + looks - 1) * period_s + take_s
-    return AdoptionTime(mean, (lifetimes + looks) * period_s + take_s)
+    first_sight = 1 / (lookers + 1)
+    later = (sights - 1) * again_s + take_s
+    mean_s = (lifetimes - 0.5 + first_sight) * period_s + later
+    return AdoptionTime(mean_s, (lifetimes + 1) * period_s + later)
 
 
 # Hot keys

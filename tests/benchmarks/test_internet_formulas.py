@@ -85,14 +85,14 @@ def test_updates_since_the_last_average_are_lost() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 20))
-def test_adoption_takes_as_long_as_when_it_is_played(looks: int, lookers: int) -> None:
-    rng, period_s = random.Random(looks * 100 + lookers), 10.0
+def test_adoption_takes_as_long_as_when_it_is_played(sights: int, lookers: int) -> None:
+    rng, period_s, again_s = random.Random(sights * 100 + lookers), 10.0, 5.0
     times = []
     for _ in range(4000):
         expires = 3 * period_s - rng.uniform(0, period_s)
         firsts = [rng.uniform(0, period_s) for _ in range(lookers)]
-        times.append(expires + min(firsts) + (looks - 1) * period_s + 1.0)
-    found = adoption_time(period_s, 3, looks, 1.0, lookers)
+        times.append(expires + min(firsts) + (sights - 1) * again_s + 1.0)
+    found = adoption_time(period_s, 3, sights, again_s, 1.0, lookers)
     assert found.mean_s == pytest.approx(sum(times) / len(times), rel=0.03)
     assert max(times) <= found.longest_s
 

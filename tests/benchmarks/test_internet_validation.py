@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.internet.validation.drawn_times import environment_of, make_package
-from benchmarks.internet.validation.measured import Adoption, Measured, Stretch
+from benchmarks.internet.validation.measured import Adoption, Measured, Stretch, ratio
 from benchmarks.internet.validation.scenario import Hosting, Scenario, service_s
+from benchmarks.internet.validation.simulated_swarm import simulate
 from benchmarks.internet.validation.steady_trainers import Step
 from dht.uid import UID
 from expert_server.blocks import build_block
@@ -79,3 +80,38 @@ def test_upkeep_is_taken_off_what_calls_cost() -> None:
     assert figures["upkeep_kbit_per_s"] == pytest.approx(2 * 1000 * 8e-3 / 10 / 4)
     assert (figures["adopted_mean_s"], figures["adopted_all_s"]) == (5.0, 6.0)
     assert Adoption(3, 2, 1, [4.0]).all_served_s == float("inf")
+
+
+SMALL = Scenario(
+    nodes=6,
+    trainers=2,
+    alone=1,
+    others=0,
+    grid=(2, 2),
+    announce_every_s=2.0,
+    quiet_s=6.0,
+    training_s=6.0,
+    after_s=3.0,
+)
+
+
+def test_the_simulated_side_adopts_and_trains_on_alike_for_a_seed() -> None:
+    first, again, other = (simulate(SMALL, seed) for seed in (1, 1, 2))
+    assert json.dumps(first.figures()) == json.dumps(again.figures()) != json.dumps(other.figures())
+    assert first.adoption.vacant == len(first.adoption.times_s) == 1
+    assert first.adoption.all_served_s < 8 * SMALL.announce_every_s
+    for stretch in (first.training, first.after):
+        assert {step.trainer for step in stretch.steps} == {0, 1}
+        assert stretch.answered > 0.5
+
+
+def test_calls_take_at_least_the_time_of_links_and_processors() -> None:
+    measured = simulate(SMALL, 1)
+    fastest = min(SMALL.sequence / speed / 3 for speed in SMALL.speeds())
+    for step in measured.training.steps:
+        assert step.forward_s > SMALL.emulated_link.delay_s
+        assert step.forward_s + step.backward_s > fastest
+    figures = measured.figures()
+    # rows to both experts and back, and gradients likewise, in float32
+    assert figures["call_bytes_per_row"] > 2 * 4 * SMALL.width
+    assert ratio("rows_per_s", figures, [figures, figures]) == 1

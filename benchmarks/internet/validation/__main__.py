@@ -1,8 +1,10 @@
-"""One scenario with real processes on this machine: throughput, adoption times and bytes.
+"""The simulation against reality: one scenario with real processes on this machine, and in simulated time.
 
-    python -m benchmarks.internet.validation [--json FILE] [--nodes N] [--trainers N]
+    python -m benchmarks.internet.validation [--only processes|simulation] [--runs N] [--json FILE]
 
-It takes about six minutes on two cores, and as much memory as so many nodes: 150 MB each.
+Throughput, adoption times and bytes should be within a fifth of each other. The processes take about six minutes on two
+cores, and 150 MB of memory for each node. The simulation is run several times with other chances; what is shown is the
+mean, and the least and the most.
 """
 
 import argparse
@@ -11,15 +13,18 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.internet.validation.measured import Measured
+from benchmarks.internet.validation.measured import COMPARED, MOST_APART, Figures, Measured, ratio
 from benchmarks.internet.validation.real_swarm import RealSwarm
 from benchmarks.internet.validation.scenario import Scenario
+from benchmarks.internet.validation.simulated_swarm import simulate
 from peer.errors import UserError
 from talkoot.signals import Stopped, run_until_stopped
 
@@ -27,7 +32,7 @@ MOST_BUSY = 0.7
 """Of the processor, in training. Beyond it waiting for the processor counts as waiting for experts."""
 
 
-async def run_real(scenario: Scenario, console: Console) -> Measured:
+async def run_processes(scenario: Scenario, console: Console) -> Measured:
     """Raises UserError."""
     began = time.monotonic()
 
@@ -42,36 +47,50 @@ async def run_real(scenario: Scenario, console: Console) -> Measured:
             await swarm.stop()
 
 
-def show(real: Measured, console: Console) -> None:
-    table = Table("figure", "processes", title="a swarm on this machine")
-    for name, value in real.figures().items():
-        table.add_row(name.replace("_", " "), f"{value:.3g}")
+def show(processes: Figures | None, simulated: Sequence[Figures], console: Console) -> None:
+    table = Table("figure", "processes", "simulation", "least", "most", "ratio", "")
+    for figure in simulated[0] if processes is None else processes:
+        values = [run[figure] for run in simulated]
+        cells = [f"{processes[figure]:.4g}" if processes else ""]
+        cells += [f"{each:.4g}" for each in (fmean(values), min(values), max(values))] if values else [""] * 3
+        if processes and values:
+            share = ratio(figure, processes, simulated)
+            reached = "reached" if abs(share - 1) <= MOST_APART else "missed"
+            cells += [f"{share:.2f}", reached if figure in COMPARED else ""]
+        table.add_row(figure.replace("_", " "), *cells)
     console.print(table)
-    busy = real.training.processor
-    console.print(
-        f"processor in training: {busy:.0%} by these processes, {real.training.machine:.0%} in all"
-        + ("" if busy <= MOST_BUSY else f"; more than {MOST_BUSY:.0%}: the figures are not to be trusted")
-    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", choices=("processes", "simulation"), help="one side alone")
+    parser.add_argument("--runs", type=int, default=5, help="of the simulation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--nodes", type=int, default=Scenario.nodes)
     parser.add_argument("--trainers", type=int, default=Scenario.trainers)
     options = parser.parse_args()
     console = Console(width=120)
     scenario = Scenario(nodes=options.nodes, trainers=options.trainers)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            real = runner.run(run_until_stopped(run_real(scenario, console)))
-    except Stopped as stopped:
-        sys.exit(stopped.exit_status)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    show(real, console)
+    processes: dict[str, float] | None = None
+    if options.only != "simulation":
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                real = runner.run(run_until_stopped(run_processes(scenario, console)))
+        except Stopped as stopped:
+            sys.exit(stopped.exit_status)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        processes = real.figures()
+        busy = real.training.processor
+        console.print(
+            f"processor in training: {busy:.0%} by these processes, {real.training.machine:.0%} in all"
+            + ("" if busy <= MOST_BUSY else f"; more than {MOST_BUSY:.0%} distorts the figures")
+        )
+    runs = 0 if options.only == "processes" else options.runs
+    simulated = [simulate(scenario, seed).figures() for seed in range(runs)]
+    show(processes, simulated, console)
     if options.json:
-        values = {"scenario": scenario.values(), "processes": real.figures()}
+        values = {"scenario": scenario.values(), "processes": processes, "simulation": simulated}
         options.json.write_text(json.dumps(values, indent=2) + "\n")
 
 

@@ -1,10 +1,26 @@
 """What either side of the validation measures of a scenario."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from benchmarks.internet.validation.steady_trainers import Step
+
+Figures = Mapping[str, float]
+
+MOST_APART = 0.2
+"""What the ratio of both sides may differ from 1."""
+COMPARED = frozenset(
+    {
+        "rows_per_s",
+        "rows_per_s_after",
+        "upkeep_kbit_per_s",
+        "call_bytes_per_row",
+        "adopted_mean_s",
+        "adopted_all_s",
+    }
+)
+"""Figures that both sides must agree on."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +110,8 @@ class Measured:
             "adopted_all_s": self.adoption.all_served_s,
             "takings_per_lost": self.adoption.taken / self.adoption.lost,
         }
+
+
+def ratio(figure: str, processes: Figures, simulated: Sequence[Figures]) -> float:
+    """Of the simulation against the processes."""
+    return fmean(run[figure] for run in simulated) / processes[figure]
