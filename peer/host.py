@@ -23,6 +23,7 @@ from peer.kademlia.transport import GrpcTransport
 from peer.kademlia.validation import Validator
 from peer.loop import Restarts, TaskSet
 from peer.parsing import ParseGuard
+from peer.platform.p2pd import is_offered, why_unavailable
 from peer.platform.processes import raise_descriptor_limit
 from peer.platform.sockets import sweep_socket_folders
 from peer.rates import upload_limit
@@ -38,7 +39,7 @@ from peer.transport.contacts import OwnContact
 from peer.transport.dialling import Dialling, nearest_scope, resolved
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.libp2p import Libp2p
-from peer.transport.p2pd_setup import Libp2pConfig, is_offered, why_unavailable
+from peer.transport.p2pd_setup import Libp2pConfig
 from peer.transport.pipes import Pipe
 from peer.transport.port_mapping import PortMapping
 from peer.transport.tunnel import Tunnels

@@ -80,7 +80,9 @@ memory = typer.Typer(
     rich_markup_mode=None,
 )
 service = typer.Typer(
-    help="Run a node as a systemd service of this user.", no_args_is_help=True, rich_markup_mode=None
+    help="Run a node as a service of this user, which the system starts.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
@@ -771,7 +773,7 @@ def install(
         bool, typer.Option("--print", help="Print the unit file, and install nothing.")
     ] = False,
 ) -> None:
-    """Run a node as a systemd service of this user. All other options go to `talkoot node`."""
+    """Run a node as a service of this user, which the system starts. All other options go to `talkoot node`."""
     options = _node_options(context)
     with command(LogFormat.TEXT) as (terminal, _):
         from talkoot.node.service import make_service, run_install

@@ -115,7 +115,7 @@ def run_update(terminal: Terminal, source: str | None) -> None:
     command = installation.update_command(source)
     if not CAN_UNLINK_OPEN_FILES:
         terminal.line(
-            "Windows replaces no program that runs. Stop nodes and trainers, and run this in PowerShell:"
+            "This system replaces no program that runs. Stop nodes and trainers, and run this in PowerShell:"
         )
         terminal.line(installation.in_powershell(command))
         return
@@ -156,7 +156,7 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
                 folder.rmdir()
     kept = f"; {states} stays" if states.exists() else ""
     if not CAN_UNLINK_OPEN_FILES:
-        terminal.line(f"Windows removes no program that runs. Run this in PowerShell{kept}:")
+        terminal.line(f"This system removes no program that runs. Run this in PowerShell{kept}:")
         terminal.line(installation.in_powershell(installation.removal_command()))
         return
     installation.run(installation.removal_command())

@@ -79,6 +79,11 @@ def processor_times() -> ProcessorTimes:
     return ProcessorTimes(total, total - times.idle)
 
 
+def load() -> float:
+    """Cores that were busy in the last minute. On Windows it is 0 at first: psutil counts from now on."""
+    return psutil.getloadavg()[0]
+
+
 def on_battery() -> bool:
     """A machine that does not say counts as plugged in."""
     try:

@@ -479,7 +479,7 @@ def _peer_name(transport: asyncio.BaseTransport) -> str:
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:  # it has gone already
-        return "unix:"
+        return "nobody"
     return f"ipv4:{address}:{port}" if isinstance(address, IPv4Address) else f"ipv6:[{address}]:{port}"
 
 

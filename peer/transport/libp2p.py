@@ -20,12 +20,13 @@ from peer.errors import DaemonError, PortError, UnreachableError, UserError
 from peer.identity import Identity, PeerID
 from peer.loop import keep_running
 from peer.metrics import total
+from peer.platform.p2pd import REINSTALL, why_unavailable
 from peer.platform.processes import raise_descriptor_limit
 from peer.platform.sockets import sweep_socket_folders
 from peer.transport.addresses import Multiaddress, require_free_port
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope
-from peer.transport.p2pd_setup import REINSTALL, START_DEADLINE_S, Libp2pConfig, why_unavailable
+from peer.transport.p2pd_setup import START_DEADLINE_S, Libp2pConfig
 from peer.transport.pipes import Pipe
 from peer.transport.tunnel import StreamHandler
 

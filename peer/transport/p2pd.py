@@ -27,11 +27,12 @@ from hivemind.utils.logging import use_hivemind_log_handler
 
 from peer.errors import DaemonError, UnreachableError
 from peer.identity import Identity, PeerID
+from peer.platform.p2pd import REINSTALL
 from peer.platform.processes import die_with_parent
 from peer.platform.sockets import private_socket_folder
 from peer.transport.addresses import Multiaddress, is_circuit, known_bytes, multiaddress
 from peer.transport.dialling import Dialling
-from peer.transport.p2pd_setup import REINSTALL, START_DEADLINE_S, Libp2pConfig
+from peer.transport.p2pd_setup import START_DEADLINE_S, Libp2pConfig
 from peer.transport.pipes import Pipe
 from peer.transport.tunnel import StreamHandler
 

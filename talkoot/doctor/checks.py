@@ -207,7 +207,7 @@ def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
 
 
 def check_cores() -> Finding:
-    cores, load = usable_cores(), psutil.getloadavg()[0]
+    cores, load = usable_cores(), machine.load()
     says = f"{counted(cores, 'core')}, {load:.1f} busy in the last minute"
     busy = load > 0.75 * cores
     return Finding(

@@ -25,10 +25,11 @@ from peer.formatting import age_in_words
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import new_loop
+from peer.platform.p2pd import is_offered, why_unavailable
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope
 from peer.transport.libp2p import Libp2p
-from peer.transport.p2pd_setup import Libp2pConfig, is_offered, why_unavailable
+from peer.transport.p2pd_setup import Libp2pConfig
 from talkoot.doctor.checks import (
     Finding,
     Verdict,

@@ -23,9 +23,10 @@ from callers import numbered_identities
 from peer.errors import DaemonError, StartError, UnreachableError
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
+from peer.platform import p2pd as p2pd_here
 from peer.platform.processes import die_with_parent
 from peer.platform.sockets import _is_unbound
-from peer.transport import libp2p, p2pd, p2pd_setup
+from peer.transport import libp2p, p2pd
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
@@ -68,8 +69,8 @@ class Refusing:
 sys.modules["hivemind"] = None  # the same to whoever only looks whether it is there
 sys.meta_path.insert(0, Refusing())
 import expert_server.node, peer.host, trainer_client.client
-from peer.transport import p2pd_setup
-print(p2pd_setup.why_unavailable(), flush=True)
+from peer.platform import p2pd
+print(p2pd.why_unavailable(), flush=True)
 sys.argv = ["talkoot", "--help"]
 from talkoot import cli
 cli.main()
@@ -527,7 +528,7 @@ def test_why_a_machine_has_no_p2pd(
     path = tmp_path / "p2pd"
     if program is not None:
         path.write_bytes(program + bytes(100) if len(program) == 20 else program)
-    answer = p2pd_setup._why_unavailable(system, machine, path)
+    answer = p2pd_here._why_unavailable(system, machine, path)
     assert said in answer
     assert bool(answer) == bool(said)
 
@@ -540,11 +541,11 @@ def test_why_a_machine_has_no_p2pd(
     ],
 )
 def test_why_a_machine_without_hivemind_has_no_p2pd(system: str, machine: str, said: str) -> None:
-    assert said in p2pd_setup._why_unavailable(system, machine, None)
+    assert said in p2pd_here._why_unavailable(system, machine, None)
 
 
 def test_this_machine_has_a_p2pd() -> None:
-    assert p2pd_setup.why_unavailable() == ""
+    assert p2pd_here.why_unavailable() == ""
 
 
 def test_a_start_says_why_there_is_no_p2pd(

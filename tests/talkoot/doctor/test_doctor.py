@@ -23,7 +23,7 @@ from peer.errors import UserError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport import p2pd_setup
+from peer.platform import p2pd as p2pd_here
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
 from talkoot.doctor import checks, examination
@@ -121,7 +121,7 @@ def test_folder_of_a_running_node_is_named(doctor: Doctor, tmp_path: Path) -> No
 
 
 def test_missing_p2pd_is_a_remark(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(p2pd_setup, "_installed", lambda: tmp_path / "no-such-p2pd")
+    monkeypatch.setattr(p2pd_here, "_installed", lambda: tmp_path / "no-such-p2pd")
     found = doctor()
     assert problems(found) == set()
     assert found["p2pd"].verdict is Verdict.WEAK

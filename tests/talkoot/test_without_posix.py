@@ -1,0 +1,133 @@
+"""A node, a trainer and the commands for a running node, without what only POSIX has: see `without_posix`."""
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import without_posix
+from commands import DEADLINE_S, HOST, run_here, wait_until
+
+from peer.errors import StartError
+from peer.files import StateFolder
+from peer.platform.control import TOKEN_FILE
+from talkoot.node.control import ControlClient, is_running
+
+_MANIFEST = 'name = "bare"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n'
+
+
+class BareNode(NamedTuple):
+    process: "subprocess.Popen[bytes]"
+    state: Path
+    invite: Path
+    log: Path
+
+
+def bare(*arguments: object) -> list[str]:
+    return [sys.executable, without_posix.__file__, *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareNode]:
+    folder = tmp_path_factory.mktemp("bare")
+    manifest, invite, state, log = (folder / name for name in ("swarm.toml", "invite", "state", "log"))
+    manifest.write_text(_MANIFEST)
+    settings = ("--state", state, "--threads", 1, "--experts", 4, "--invite-file", invite)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            bare("node", "--new", manifest, "--host", HOST, *settings), stdout=output, stderr=output
+        )
+    try:
+        wait_until(lambda: "metrics at" in log.read_text() or process.poll() is not None, "the node")
+        assert process.poll() is None, log.read_text()
+        yield BareNode(process, state, invite, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answer_to(state: Path, sent: bytes) -> bytes:
+    """On the node's port."""
+    port = json.loads((state / TOKEN_FILE).read_bytes())["port"]
+    with socket.create_connection((HOST, port), DEADLINE_S) as client:
+        client.sendall(sent)
+        return client.makefile("rb").readline()
+
+
+# The order matters: one node is used for all of its life
+
+
+def test_names_are_absent_in_the_process() -> None:
+    """So that the other tests can't pass because nothing was taken away."""
+    ask = (
+        "import without_posix; without_posix.pretend()\n"
+        "import os, signal, asyncio\n"
+        "from peer.platform import files, loop\n"
+        "print(hasattr(os, 'geteuid'), hasattr(signal, 'SIGHUP'))\n"
+        "print(files.user_id(), type(loop.new_event_loop()).__name__)"
+    )
+    path = f"{Path(without_posix.__file__).parent}{os.pathsep}{Path(__file__).parents[2]}"
+    environment = os.environ | {"PYTHONPATH": path}
+    said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, env=environment)
+    assert said.stdout == "False False\nNone Loop\n", said.stderr
+
+
+def test_a_trainer_trains(node: BareNode, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(" ".join(map(str, range(3000))))
+    result = tmp_path / "result.json"
+    data = ("--data", tmp_path / "text", "--steps", 3, "--batch-size", 2, "--threads", 1)
+    command = bare(
+        "train", "--join", f"@{node.invite}", *data, "--state", tmp_path / "state", "--json", result
+    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE_S)
+    assert ended.returncode == 0, ended.stderr
+    trained = json.loads(result.read_text())
+    assert (trained["steps"], trained["failures"], trained["experts_live"]) == (3, {}, 4)
+    with ControlClient(node.state) as control:
+        assert control.ask("status").updates > 0
+
+
+def test_the_token_is_private(node: BareNode) -> None:
+    assert stat.S_IMODE((node.state / TOKEN_FILE).stat().st_mode) == 0o600
+    assert not list(node.state.glob("*.sock"))
+
+
+@pytest.mark.parametrize("token", [b"", b"0" * 64, b"\xff" * 64, b"stop"])
+def test_a_wrong_token_is_refused(node: BareNode, token: bytes) -> None:
+    said = answer_to(node.state, token + b'\n{"version": 2, "command": "stop"}\n')
+    assert b"belongs to another user" in said
+    with ControlClient(node.state) as control:
+        assert control.ask("status").state == "serving"
+
+
+def test_a_token_without_an_end_is_refused(node: BareNode) -> None:
+    assert b"at most" in answer_to(node.state, b"0" * 9000)
+
+
+def test_the_state_folder_is_locked(node: BareNode) -> None:
+    with pytest.raises(StartError, match="another process uses the state folder"):
+        StateFolder(node.state)
+
+
+def test_a_running_node_is_paused_resumed_and_stopped(node: BareNode) -> None:
+    with ControlClient(node.state) as control:
+        assert control.pid == node.process.pid
+    paused = run_here("pause", "--state", str(node.state))
+    assert paused.stdout.startswith("paused: by its owner"), paused.stderr
+    resumed = run_here("resume", "--state", str(node.state))
+    assert resumed.stdout.startswith("serving"), resumed.stderr
+    stopped = run_here("stop", "--state", str(node.state))
+    assert stopped.returncode == 0, stopped.stderr
+    assert node.process.wait(DEADLINE_S) == 0
+    log = node.log.read_text()
+    assert "left the swarm" in log
+    assert "Traceback" not in log, log
+    assert not (node.state / TOKEN_FILE).exists()
+    assert not is_running(node.state)
+    StateFolder(node.state).close()
