@@ -82,8 +82,9 @@ class _WindowsBranches(importlib.machinery.SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
-        if hasattr(module, "ctypes"):
-            module.ctypes = SimpleNamespace(**vars(ctypes), WinDLL=lambda name, use_last_error: _Kernel())
+        made: Any = module
+        if hasattr(made, "ctypes"):
+            made.ctypes = SimpleNamespace(**vars(ctypes), WinDLL=lambda name, use_last_error: _Kernel())
 
 
 class _Constants(ast.NodeTransformer):
