@@ -398,4 +398,5 @@ def find_memory(libraries: Mapping[PeerID, Sequence[LibraryEntry]], name: str | 
 
 
 def _newer(seen: LibraryEntry, entry: LibraryEntry) -> LibraryEntry:
-    return entry if entry.revision > seen.revision else seen
+    """`entry`: from the later list."""
+    return entry if entry.revision >= seen.revision else seen

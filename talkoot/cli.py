@@ -673,6 +673,24 @@ def publish(
         run_publish(terminal, folder, join, state, load_settings(context, NodeSettings))
 
 
+@memory.command(cls=PublishCommand)
+def unlist(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The memory's name or id.")],
+    *,
+    join: Join = None,
+    state: PublisherState = None,
+    log_format: Format = LogFormat.TEXT,
+) -> None:
+    """Take a memory off your list, so that nodes remove it."""
+    with command(log_format) as (terminal, signals):
+        with signals.importing(), imports_without_gc():
+            from expert_server.settings import NodeSettings
+            from talkoot.memory.unlist import run_unlist
+
+        run_unlist(terminal, name, join, state, load_settings(context, NodeSettings))
+
+
 @memory.command("list")
 def list_memories(
     *,

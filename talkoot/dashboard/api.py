@@ -73,6 +73,7 @@ def swarm(seen: DashboardState) -> Json:
     figures = {} if seen.picture is None else seen.picture.figures
     read_at = None if seen.picture is None else seen.picture.read_at
     layers = [] if seen.picture is None else seen.picture.layers
+    listed = figures.get("memories", {}).get("count")
     return {
         "name": figures.get("name", seen.name),
         "swarm_id": seen.swarm_id,
@@ -96,6 +97,7 @@ def swarm(seen: DashboardState) -> Json:
         "join": {
             "node": f"talkoot node --join {seen.invite}",
             "train": f"talkoot train --join {seen.invite}",
+            "search": f'talkoot search --join {seen.invite} "question"' if listed else None,
         },
         "refresh_s": seen.refresh_s,
         "announce_s": figures.get("announce_s") or 10.0,
@@ -115,16 +117,18 @@ def health(seen: DashboardState) -> Json:
     live, total = figures["experts"]["live"], figures["experts"]["total"]
     if not figures["nodes"]["live"]:
         return {"level": "bad", "words": "no node is there"}
-    if not live:
+    memories = figures["memories"]
+    # a swarm for memories alone: no node that is there, or was lately, hosts experts
+    has_experts = not memories["count"] or any(row["capacity"] for row in seen.picture.nodes)
+    if not live and has_experts:
         return {"level": "bad", "words": "no expert has a host"}
-    if missing := total - live:
+    if has_experts and (missing := total - live):
         words = f"{missing} expert{' has' if missing == 1 else 's have'} no host"
         return {"level": "warn" if 2 * live >= total else "bad", "words": words}
-    memories = figures["memories"]
     if missing := memories["shards"] - memories["served"]:
         words = f"{missing} shard{' of a memory has' if missing == 1 else 's of memories have'} no host"
         return {"level": "warn", "words": words}
-    return {"level": "ok", "words": "healthy"}
+    return {"level": "ok", "words": "healthy" if has_experts else "healthy, with memories alone"}
 
 
 def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:

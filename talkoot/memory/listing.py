@@ -63,7 +63,7 @@ def _memories_table(surveys: list[Survey]) -> FittingTable:
     table = FittingTable(
         "memories, and the replicas of the shard with the fewest",
         columns,
-        ("about", "shards", "revision", "licences"),
+        ("about", "shards", "revision", "publisher", "passages", "size", "licences"),
     )
     for found in sorted(surveys, key=lambda each: (each.entry.memory.name, each.entry.memory.publisher)):
         entry = found.entry

@@ -12,7 +12,7 @@ from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, Passage
 from peer.formatting import printable
 from peer.wire import memory_pb2
 from trainer_client.data.sources import Document, read_documents
-from trainer_client.memory.encoder import words_of
+from trainer_client.memory.encoder import UNSPACED, words_of
 
 WORDS = 100
 """In a passage, about."""
@@ -21,7 +21,7 @@ _FEWEST, _MOST = 70, 130
 """Words of a passage that ends where a sentence does. One at the end of a text may have fewer."""
 _LONGEST = 2000
 """Characters of a passage, however few words they are."""
-_WORD = re.compile(r"\S+")
+_WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\s{UNSPACED}]+")
 _SPACE = re.compile(r"\s+")
 _END_OF_SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)\]]*$")
 _DIGEST_BYTES = 16

@@ -20,9 +20,9 @@ from expert_server.memory.store import MemoryStore
 from expert_server.reachability import ReachabilityMonitor
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION, clock
-from peer.errors import UnreachableError
+from peer.errors import LibraryError, UnreachableError
 from peer.formatting import bytes_in_words, counted
-from peer.identity import Identity, PeerID
+from peer.identity import PeerID
 from peer.loop import RetryingRounds, TaskSet, new_loop, tolerating
 from peer.metrics import total
 from peer.rates import RateLimit
@@ -61,17 +61,17 @@ class Publication:
         self,
         swarm: Swarm,
         store: MemoryStore,
-        signer: Identity,
+        publisher: Publisher,
         settings: NodeSettings,
         host: str,
     ) -> None:
-        """`signer`: of the list of memories. `host`: where the peer listens."""
+        """`host`: where the peer listens."""
         self.swarm = swarm
         self.memories = MemoryRegistry(swarm.registry)
-        self.entry = LibraryEntry.of(store.manifest, store.part, signer.peer_id)
+        self.entry = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id)
         self.manifest = store.manifest
         self._store = store
-        self._signer = signer
+        self._publisher = publisher
         self._settings = settings
         self._host = host
         self._metrics = MemoryMetrics(swarm.metrics)
@@ -113,14 +113,13 @@ class Publication:
 
         It ends at once, also when the DHT does not answer. The list stays.
         """
-        library = with_entry((await self.memories.libraries()).get(self._signer.peer_id, ()), self.entry)
+        library = with_entry(await self._listed(), self.entry)
         try:
             await self._serve(stage)
             stage("announcing the memory")
             await self._publish_record()
             await self._announce()
-            signer = None if self._signer.peer_id == self.swarm.host.peer_id else self._signer
-            await self.memories.publish_library(library, signer)
+            await self.memories.publish_library(library, self._publisher.signer_beside(self.swarm))
             for name, run in (
                 ("announce the memory", self._stay_announced),
                 ("keep the list of memories", self._keep_library),
@@ -131,6 +130,25 @@ class Publication:
         finally:
             await self._tasks.aclose()
             await self._leave()
+
+    async def check_listed(self) -> None:
+        """Raises LibraryError if the memory is no longer listed, or not this revision of it, and UnreachableError."""
+        memory, listed = self.entry.memory, await self._listed()
+        if self.entry in listed:
+            return
+        self._publisher.check_may_publish(self.swarm)
+        other = next((entry for entry in listed if entry.memory == memory), None)
+        if other is None:
+            raise LibraryError(
+                f"{memory} is not listed any more: `talkoot memory unlist` was run with your key"
+            )
+        raise LibraryError(
+            f"revision {other.revision} of {memory} was published with your key meanwhile, from another folder or "
+            "machine: build the next revision on that one (`talkoot memory build --base DIR`), and publish it"
+        )
+
+    async def _listed(self) -> tuple[LibraryEntry, ...]:
+        return (await self.memories.libraries()).get(self._publisher.signer.peer_id, ())
 
     async def _serve(self, stage: Stage) -> None:
         server = self.swarm.host.server
@@ -256,9 +274,8 @@ async def _publish(
 ) -> None:
     async with AsyncExitStack() as stack:
         with terminal.stages("making ready") as stage:
-            swarm = await publisher.join(settings, host, stage)
-            stack.push_async_callback(swarm.stop)
-            publication = Publication(swarm, store, publisher.signer, settings, host)
+            swarm = await stack.enter_async_context(publisher.joined(settings, host, stage))
+            publication = Publication(swarm, store, publisher, settings, host)
             await stack.enter_async_context(publication.published(stage))
         logger.info(
             "%s is listed. Others fetch it from here now: keep this running until it says that it is done",
@@ -302,6 +319,7 @@ class ReplicationWatch:
             while True:
                 began = self._now()
                 with contextlib.suppress(UnreachableError):
+                    await self._publication.check_listed()
                     found = await self._publication.replication()
                     if self._latest is None or found.by_root != self._latest.by_root:
                         changed_at = self._now()

@@ -3,8 +3,8 @@
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dht.admission import Role, make_token, new_serial
 from dht.invites import Invite, invite_of
 from dht.swarm import Stage, Swarm, join_swarm
 from expert_server.settings import NodeSettings
-from peer.errors import LibraryError, SettingsError
+from peer.errors import LibraryError, RecordError, SettingsError
 from peer.files import StateFolder
 from peer.host import NetworkConfig
 from peer.identity import Identity
@@ -40,8 +40,9 @@ class Publisher:
     state: Path | None
     """Where the peer keeps what it knows of the swarm."""
 
-    async def join(self, settings: NodeSettings, host: str, stage: Stage) -> Swarm:
-        """Starts the peer, which listens on `host`. Raises UserError, also if the publisher may not publish there."""
+    @asynccontextmanager
+    async def joined(self, settings: NodeSettings, host: str, stage: Stage) -> AsyncIterator[Swarm]:
+        """Inside, the peer runs and listens on `host`. Raises UserError, also if the publisher may not publish."""
         config = NetworkConfig(
             host,
             settings.port,
@@ -60,13 +61,31 @@ class Publisher:
             store_bounds=StoreBounds(upload_mbit=settings.upload_mbit),
             stage=stage,
         )
-        if swarm.admission.mode == "open" and self.signer.peer_id != swarm.keys.author:
+        try:
+            if swarm.admission.mode == "open" and self.signer.peer_id != swarm.keys.author:
+                raise LibraryError(
+                    f"swarm {swarm.keys.name!r} is open, so only its founder publishes memories: run this on the "
+                    "founder's machine, with --state and the state folder of the node that was started with --new"
+                )
+            yield swarm
+        finally:
             await swarm.stop()
-            raise LibraryError(
-                f"swarm {swarm.keys.name!r} is open, so only its founder publishes memories: run this on the founder's "
-                "machine, with --state and the state folder of the node that was started with --new"
-            )
-        return swarm
+
+    def check_may_publish(self, swarm: Swarm) -> None:
+        """Raises LibraryError if its token was revoked, or has expired."""
+        badge = swarm.admission.badge
+        if badge is not None and self.signer.peer_id == swarm.host.peer_id:
+            try:
+                swarm.admission.check_own(badge, swarm.host.peer_id)
+            except RecordError as error:
+                raise LibraryError(
+                    f"your memories are not followed any more, since {error}: ask the founder of swarm "
+                    f"{swarm.keys.name!r} for another invite"
+                ) from error
+
+    def signer_beside(self, swarm: Swarm) -> Identity | None:
+        """Who signs lists in the peer's place; None: the peer itself."""
+        return None if self.signer.peer_id == swarm.host.peer_id else self.signer
 
 
 @contextmanager

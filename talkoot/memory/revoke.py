@@ -160,15 +160,14 @@ async def _revoke(
 ) -> None:
     async with AsyncExitStack() as stack:
         with terminal.stages("making ready") as stage:
-            swarm = await publisher.join(settings, host, stage)
-            stack.push_async_callback(swarm.stop)
+            swarm = await stack.enter_async_context(publisher.joined(settings, host, stage))
             libraries = await MemoryRegistry(swarm.registry).libraries()
             now = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id)
             # nothing is written if it may not follow
             with_entry(libraries.get(publisher.signer.peer_id, ()), now)
             stage("writing the new revision")
             await asyncio.to_thread(_write, store, found)
-            publication = Publication(swarm, store, publisher.signer, settings, host)
+            publication = Publication(swarm, store, publisher, settings, host)
             await stack.enter_async_context(publication.published(stage))
         logger.info(
             "revision %d of %s is published: its hosts delete %s and refuse to serve %s",
@@ -223,6 +222,7 @@ class _FollowerWatch:
             while True:
                 began = time.monotonic()
                 with contextlib.suppress(UnreachableError):
+                    await self._publication.check_listed()
                     await self._look()
                     if self._hosts <= self._following:
                         break

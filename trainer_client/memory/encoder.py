@@ -26,7 +26,14 @@ STATIC = "static-words"
 MAX_WORDS = 2**18
 MAX_WORD_CHARACTERS = 40
 """Of a word in the vocabulary."""
-_WORD = re.compile(r"[^\W_]+")
+UNSPACED = (
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17e0-\u17e9"
+)
+"""Characters of languages without spaces between words: Chinese and Japanese; Thai, Lao, Burmese and Khmer."""
+_WORD = re.compile(rf"[{UNSPACED}]+|[^\W_{UNSPACED}]+")
+_IS_UNSPACED = re.compile(rf"[{UNSPACED}]")
 _TEXTS_AT_ONCE = 1024
 _MOST_DEVIATIONS = 4
 _LARGEST = 1e6
@@ -67,8 +74,18 @@ def load_encoder(kind: str, data: bytes | memoryview, dimensions: int) -> Encode
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, in order: runs of letters and digits, in small letters."""
-    return _WORD.findall(text.lower())
+    """The words of a text, in order: runs of letters and digits, in small letters.
+
+    Of languages without spaces between words, each two characters in a row. No dictionary is needed, and searches find
+    nearly as much (Nie, Gao, Zhang, Zhou 2000, "On the use of words and n-grams for Chinese information retrieval").
+    """
+    words = []
+    for run in _WORD.findall(text.lower()):
+        if len(run) > 2 and _IS_UNSPACED.match(run):
+            words += [run[at : at + 2] for at in range(len(run) - 1)]
+        else:
+            words.append(run)
+    return words
 
 
 def to_vectors(numbers_BD: Floats) -> Vectors:

@@ -29,7 +29,8 @@ export function showSwarm(swarm) {
   showTiles(swarm);
   showMemories(swarm.memories);
   for (const box of document.querySelectorAll("[data-command]"))
-    showCommand(box, swarm.join[box.dataset.command]);
+    showCommand(box, swarm.join[box.dataset.command] ?? "");
+  document.querySelector(".searching").hidden = !swarm.join.search;
   setText(
     byId("versions"),
     `Talkoot ${swarm.software_version}, protocol ${swarm.protocol_version}, swarm ${swarm.swarm_id}`,

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from memory_peers import MEMORY_RIGHTS, read_request, search_request, until
 from published_memories import HOST, folder, list_memories, memory_id, publishing, replicas, until_hosted
 from real_swarm import Play, Village, end, eventually, playing
 
+from dht.announcements import NodeInfo
 from dht.library import LibraryEntry
 from dht.memory import MemoryID
 from dht.swarm import Swarm
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
+from peer.files import PlainFile
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.metrics import total
@@ -172,17 +175,30 @@ def test_wrong_bytes_are_refused_and_come_from_another_host(
         await village.run(liar)
         await until_hosted(founder.swarm, memory, 2, MEMORY)
         store = liar.memories.served[str(memory)]
-        monkeypatch.setattr(
-            store,
-            "file",
-            lambda name, give=store.file: give(MEMORY.roots[1 if name == MEMORY.roots[0] else 0]),
-        )
+        asked, give = list[bytes](), store.file
+
+        def another(name: bytes) -> tuple[PlainFile, bytes]:
+            if name not in MEMORY.roots:
+                return give(name)
+            asked.append(name)
+            return give(MEMORY.roots[1 if name == MEMORY.roots[0] else 0])
+
+        monkeypatch.setattr(store, "file", another)
         monkeypatch.setattr("expert_server.memory.hosting.WANTED_REPLICAS", 3)
         last = await village.join(2, invite, **HOST)
+        contacts = last.memories._contacts
+
+        async def the_liar_first(hosts: Iterable[PeerID], name: bytes) -> list[NodeInfo]:
+            found = await contacts(hosts, name)
+            return sorted(found, key=lambda node: node.peer_id != liar.swarm.host.peer_id)
+
+        monkeypatch.setattr(last.memories, "_contacts", the_liar_first)
         await village.run(last)
         await until(lambda: last.memories.shards == 4)
         for root, (passages, _) in MEMORY.passages.items():
             assert passages_in(last.memories.served[str(memory)], root) == passages
+        assert asked
+        assert total(last.memories._metrics.fetches, outcome="wrong")
 
     play(scenario)
 

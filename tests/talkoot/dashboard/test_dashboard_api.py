@@ -120,6 +120,28 @@ def test_shards_without_a_host_are_counted(replicas: tuple[int, ...], level: str
     assert api.health(state_of(picture)) == {"level": level, "words": words}
 
 
+@pytest.mark.parametrize(
+    ("capacity", "replicas", "level", "words"),
+    [
+        (0, (2, 1), "ok", "healthy, with memories alone"),
+        (0, (2,), "warn", "1 shard of a memory has no host"),
+        (4, (2, 1), "bad", "no expert has a host"),
+    ],
+)
+def test_a_swarm_for_memories_alone_needs_no_experts(
+    capacity: int, replicas: tuple[int, ...], level: str, words: str
+) -> None:
+    hosts = [node(0, expert_count=0, expert_capacity=0), node(1, expert_count=0, expert_capacity=capacity)]
+    picture = picture_of(hosts, [], swarm=manifest((2, 2)), replicas=[], memories=[memory(replicas=replicas)])
+    assert api.health(state_of(picture)) == {"level": level, "words": words}
+
+
+def test_it_says_how_to_search_where_a_memory_is_published() -> None:
+    assert api.swarm(state_of(healthy()))["join"]["search"] is None
+    shown = api.swarm(state_of(healthy(memories=[memory(replicas=(2,))])))
+    assert shown["join"]["search"] == f'talkoot search --join {INVITE} "question"'
+
+
 def test_a_memory_that_was_surveyed_in_part_is_no_reason_to_warn() -> None:
     part = replace(memory(replicas=(1,), shards=5000), is_whole=False)
     assert api.health(state_of(healthy(memories=[part]))) == {"level": "ok", "words": "healthy"}

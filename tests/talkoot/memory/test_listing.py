@@ -1,8 +1,10 @@
 """What `talkoot memory list` and `inspect` show of a swarm's memories, whoever wrote it."""
 
 import contextlib
+import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,17 @@ import pytest
 from callers import numbered_identity
 from memory_folders import SampleMemory
 from memory_hosts import serving
+from rich.console import Console
+from simulated_readings import memory
 
 from dht.library import LibraryEntry, MemoryRegistry
 from dht.manifest import Manifest
-from dht.memory import Part
+from dht.memory import MemoryID, Part
 from dht.swarm import Swarm, found_swarm
 from peer.errors import LibraryError
 from peer.host import NetworkConfig
 from peer.loop import LoopThread
-from talkoot.memory.listing import _inspect, _list
+from talkoot.memory.listing import _inspect, _list, _memories_table
 from talkoot.terminal import LogFormat, Terminal
 
 MEMORY = SampleMemory.make()
@@ -55,6 +59,19 @@ def test_a_swarm_without_memories_says_so(loop: LoopThread, capsys: pytest.Captu
                 await _inspect(Terminal(LogFormat.TEXT), swarm, "python-docs")
 
     loop.run(scenario(), 120)
+
+
+def test_a_terminal_of_80_columns_shows_the_licences() -> None:
+    out = io.StringIO()
+    entry = replace(
+        memory(replicas=(2, 1)).entry,
+        memory=MemoryID.of("wikipedia-of-all-of-it", FOUNDER.peer_id),
+        licenses=("CC-BY-SA-4.0", "GFDL-1.3-or-later", "MIT"),
+        about="All articles of the encyclopedia, with their tables and notes",
+    )
+    Console(file=out, width=80).print(_memories_table([replace(memory(replicas=(2, 1)), entry=entry)]))
+    for text in ("wikipedia-of-all-of-it", "CC-BY-SA-4.0", "GFDL-1.3-or-later", "MIT"):
+        assert text in out.getvalue()
 
 
 def test_a_memory_is_listed_and_inspected_with_its_hosts(

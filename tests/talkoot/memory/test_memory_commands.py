@@ -61,7 +61,12 @@ def test_a_memory_is_built_published_found_and_taken_back(tmp_path: Path) -> Non
         for name in ("first", "second"):
             stack.enter_context(member(tmp_path, node.invite, name, experts=0, memory_disk="100MB", **QUICK))
         own = ("--state", str(node.state), "--host", "127.0.0.1", "--announce-every-s", "1", "--p2pd", "off")
-        *_, published = events(run("memory", "publish", str(folder), *own, "--log-format", "json"))
+        publish = ("memory", "publish", str(folder), *own, "--log-format", "json")
+        with subprocess.Popen(command(*publish), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as killed:
+            assert killed.stdout is not None
+            assert killed.stdout.readline()
+            killed.kill()
+        *_, published = events(run(*publish))
         assert (published["event"], published["name"], published["replicas"]) == ("published", "subjects", 2)
 
         (listed,) = events(run("memory", "list", "--join", str(node.invite), "--json"))

@@ -12,7 +12,7 @@ from dht.memory import MAX_TEXT_CHARACTERS, Passage
 from peer.errors import DataError
 from talkoot.memory.passages import PassageFile, read_passages, split
 
-WORD = st.text("abcö1.!?”\u2028", min_size=1, max_size=12)
+WORD = st.text("abcö1.!?”\u2028東京。", min_size=1, max_size=12)
 SPACE = st.sampled_from([" ", "  ", "\n", "\n\n", "\t"])
 TEXTS = st.lists(st.tuples(WORD, SPACE), max_size=400).map(lambda words: "".join(w + s for w, s in words))
 
@@ -62,6 +62,13 @@ def test_a_passage_ends_with_the_sentence_that_ends_next_to_100_words() -> None:
 def test_a_passage_ends_with_a_paragraph() -> None:
     text = " ".join(["word"] * 104) + "\n\n" + " ".join(["next"] * 100)
     assert [len(passage.split()) for _, passage in split([text])] == [104, 100]
+
+
+def test_text_in_a_language_without_spaces_is_cut_where_sentences_end() -> None:
+    found = [passage for _, passage in split(["東京は大きい。" * 200])]
+    assert "".join(found) == "東京は大きい。" * 200
+    assert all(passage.endswith("。") for passage in found)
+    assert all(150 <= len(passage) <= 250 for passage in found[:-1])
 
 
 def test_a_text_without_spaces_is_cut() -> None:

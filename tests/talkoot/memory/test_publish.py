@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,7 @@ from talkoot.memory.publish import Publication, _publish, advice
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication
 from talkoot.memory.revoke import Selection, _FollowerWatch, _revoke
+from talkoot.memory.unlist import _unlist
 from talkoot.node.invites import FoundedSwarm
 from talkoot.terminal import LogFormat, Terminal
 
@@ -430,14 +432,87 @@ def test_a_stopped_publisher_leaves_what_others_have_and_goes_on_when_it_is_star
     loop.run(scenario(), 180)
 
 
+def test_two_who_publish_one_folder_both_end_when_others_have_it(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = MEMORY.write(tmp_path / "memory")
+        async with swarm_of("open", tmp_path) as (_, hosts, invite):
+            with_token = _with_token(invite, Role.LIBRARIAN)
+            both = [
+                publishing(Publisher(FOUNDER, numbered_identity(number), with_token, None), store)
+                for number in (3, 4)
+            ]
+            for host in hosts:
+                await taken(host)
+            async with asyncio.timeout(60):
+                await asyncio.gather(*both)
+
+    loop.run(scenario(), 180)
+
+
+@pytest.mark.parametrize("revision", [1, 2])
+def test_who_published_another_revision_at_the_same_time_is_told_so(
+    loop: LoopThread, tmp_path: Path, revision: int
+) -> None:
+    async def scenario() -> None:
+        store = MEMORY.write(tmp_path / "memory")
+        async with swarm_of("open", tmp_path) as (founder, hosts, invite):
+            published = publishing(founder_with(invite), store)
+            await taken(hosts[0])
+            memories = MemoryRegistry(founder.registry)
+            ((entry,),) = (await memories.libraries()).values()
+            other = replace(entry, manifest=Part(b"o" * 32, 100), revision=revision)
+            await memories.publish_library([other])
+            with pytest.raises(LibraryError, match=f"revision {revision} of .* with your key meanwhile"):
+                async with asyncio.timeout(60):
+                    await published
+
+    loop.run(scenario(), 180)
+
+
+def test_a_librarian_that_is_revoked_while_it_publishes_is_told_so(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = MEMORY.write(tmp_path / "memory")
+        async with swarm_of("token", tmp_path) as (founder, hosts, invite):
+            published = publishing(librarian_with(invite), store)
+            await taken(hosts[0])
+            await founder.revocations.publish([1 + Role.LIBRARIAN.value])
+            with pytest.raises(LibraryError, match="the token was revoked: ask the founder"):
+                async with asyncio.timeout(60):
+                    await published
+
+    loop.run(scenario(), 180)
+
+
+def test_a_memory_is_taken_off_the_list(
+    loop: LoopThread, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario() -> None:
+        store = MEMORY.write(tmp_path / "memory")
+        async with swarm_of("open", tmp_path) as (founder, hosts, invite):
+            published = publishing(founder_with(invite), store)
+            await taken(hosts[0])
+            terminal = Terminal(LogFormat.JSON)
+            other = Publisher(FOUNDER, numbered_identity(4), _with_token(invite, Role.LIBRARIAN), None)
+            await _unlist(terminal, other, "python-docs", SETTINGS, HOST)
+            assert events(capsys)[-1]["event"] == "unlisted"
+            with pytest.raises(LibraryError, match="is not listed any more"):
+                async with asyncio.timeout(60):
+                    await published
+            assert await MemoryRegistry(founder.registry).libraries() == {FOUNDER.peer_id: ()}
+            with pytest.raises(LibraryError, match=r"you list no memory 'python-docs' .* list: none"):
+                await _unlist(terminal, other, "python-docs", SETTINGS, HOST)
+
+    loop.run(scenario(), 180)
+
+
 def test_those_who_only_say_that_they_host_a_memory_do_not_count(loop: LoopThread, tmp_path: Path) -> None:
     async def scenario() -> None:
         store = MEMORY.write(tmp_path / "memory")
         async with contextlib.AsyncExitStack() as stack:
             founder, hosts, invite = await stack.enter_async_context(swarm_of("open", tmp_path))
-            swarm = await founder_with(invite).join(SETTINGS, HOST, lambda text: None)
-            stack.push_async_callback(swarm.stop)
-            publication = Publication(swarm, store, FOUNDER, SETTINGS, HOST)
+            publisher = founder_with(invite)
+            swarm = await stack.enter_async_context(publisher.joined(SETTINGS, HOST, lambda text: None))
+            publication = Publication(swarm, store, publisher, SETTINGS, HOST)
             await stack.enter_async_context(publication.published(lambda text: None))
             cells: Mapping[Cell, Any] = {
                 shard.cell: (SERVING, [shard.root]) for shard in MEMORY.manifest.shards

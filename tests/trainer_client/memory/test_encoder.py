@@ -49,6 +49,21 @@ def test_words_are_runs_of_letters_and_digits() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("東京都に行く。", ["東京", "京都", "都に", "に行", "行く"]),
+        ("水 Wasser水", ["水", "wasser", "水"]),
+        ("サウナは90度・熱い", ["サウ", "ウナ", "ナは", "90", "度", "熱い"]),
+        ("น้ำร้อน", ["น้", "้ำ", "ำร", "ร้", "้อ", "อน"]),
+        ("한국어 사우나", ["한국어", "사우나"]),
+    ],
+)
+def test_languages_without_spaces_are_cut_into_pairs_of_characters(text: str, words: list[str]) -> None:
+    assert words_of(text) == words
+    assert all(words_of(word) == [word] for word in words)
+
+
 def test_a_texts_vector_is_the_direction_of_the_sum_over_its_words() -> None:
     rng = np.random.default_rng(1)
     vectors = rng.integers(-127, 128, (4, 8)).astype(np.int8)

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import hashlib
 import random
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from memory_samples import SampleMemory
 from memory_swarm import MemorySwarm
 
 from dht.announcements import ReplicaState
+from dht.memory import Part
 from peer.errors import LibraryError, UnreachableError
 from peer.loop import LoopThread
 from peer.metrics import total
-from trainer_client.memory.directory import MemoryDirectory
+from trainer_client.memory.directory import MemoryDirectory, PartCache
 from trainer_client.memory.memories import Memory
 from trainer_client.memory.retriever import SearchResult
 
@@ -170,6 +173,29 @@ def test_an_index_is_fetched_once_and_kept_on_disk(play: Play, tmp_path: Path) -
             await third.open()
 
     play(scenario)
+
+
+def test_two_processes_share_one_cache(tmp_path: Path) -> None:
+    """Each has its own object, and whatever the other one drops, what is read is whole or not there."""
+    files = [bytes([n]) * 1000 for n in range(12)]
+    parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in files]
+
+    def use(seed: int) -> int:
+        cache, rng, found = PartCache(tmp_path / "cache", 8000), random.Random(seed), 0
+        for _ in range(300):
+            n = rng.randrange(len(files))
+            data = cache.get(parts[n])
+            assert data in (None, files[n])
+            found += data is not None
+            if data is None:
+                cache.put(files[n])
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(use, range(2)))
+    left = list((tmp_path / "cache").iterdir())
+    assert sum(path.stat().st_size for path in left) <= 9000
+    assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in left)
 
 
 def test_who_names_no_memory_or_a_wrong_one_hears_which_there_are(play: Play) -> None:
