@@ -788,7 +788,7 @@ def install(
     state: NodeState = None,
     as_root: Annotated[bool, typer.Option("--as-root", help="Let the node run as root.")] = False,
     print_only: Annotated[
-        bool, typer.Option("--print", help="Print the unit file, and install nothing.")
+        bool, typer.Option("--print", help="Print the file that defines the service, and install nothing.")
     ] = False,
 ) -> None:
     """Run a node as a service of this user, which the system starts. All other options go to `talkoot node`."""

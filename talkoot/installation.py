@@ -121,7 +121,7 @@ def run_update(terminal: Terminal, source: str | None) -> None:
         return
     installation.run(command)
     if service.is_installed():
-        service.restart()
+        service.restart(terminal)
         typer.echo("updated, and restarted the service")
     elif is_running(node_folder(None)):
         typer.echo("updated; the node that runs is still the old version until you restart it")

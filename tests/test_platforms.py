@@ -11,7 +11,6 @@ import without_posix
 ROOT = Path(__file__).parents[1]
 FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 _ROOM = ROOT / "peer" / "platform"
-_LATER = ROOT / "talkoot" / "node" / "service.py"
 _MODULES = {*without_posix.ABSENT_MODULES, "ctypes", "msvcrt", "winreg", "_winapi"} - {"hivemind"}
 _NAMES = {name for names in without_posix.ABSENT.values() for name in names if name != "pause"} | {
     "AF_UNIX", "CREATE_NEW_PROCESS_GROUP", "SIGBREAK", "SO_PEERCRED", "create_unix_connection", "create_unix_server",
@@ -68,9 +67,7 @@ def found_in(source: str) -> Iterator[str]:
 
 def modules() -> list[Path]:
     paths = (path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
-    return [
-        path for path in paths if _ROOM not in path.parents and "wire" not in path.parts and path != _LATER
-    ]
+    return [path for path in paths if _ROOM not in path.parents and "wire" not in path.parts]
 
 
 def test_no_other_module_names_an_operating_system() -> None:

@@ -1,14 +1,17 @@
-"""The systemd service of a node, in a home of its own, with stand-ins for systemctl and systemd-run that note calls."""
+"""The service of a node, in a home of its own, with stand-ins for the systems' tools that note calls."""
 
 import configparser
 import os
+import plistlib
 import shlex
 import shutil
 import stat
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from commands import run_here
@@ -18,17 +21,21 @@ from dht.records import SwarmKeys
 from peer.errors import InviteError, SettingsError, StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.platform import launchd, systemd, task_scheduler
+from peer.platform.services import Program, ServiceManager
+from peer.platform.systemd import NAME as UNIT
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
+from talkoot.node import service as service_module
 from talkoot.node.control import ControlServer
 from talkoot.node.launch import Origin
-from talkoot.node.service import UNIT, Service, make_service, run_install, run_remove, run_status
+from talkoot.node.service import Service, make_service, restart, run_install, run_remove, run_status
 from talkoot.terminal import LogFormat, Terminal
 
 _STAND_IN = """#!/bin/sh
 echo "$(basename "$0") $*" >> "{folder}/calls"
 for word in "$@"; do
-    if [ -e "{folder}/fail-$word" ]; then echo "$word went wrong" >&2; exit 1; fi
+    if [ -e "{folder}/fail-$(echo "$word" | tr / %)" ]; then echo "$word went wrong" >&2; exit 1; fi
 done
 if [ -e "{folder}/says" ]; then cat "{folder}/says"; fi
 """
@@ -80,7 +87,7 @@ def invite(tmp_path_factory: pytest.TempPathFactory) -> str:
 def machine(tmp_path: Path, invite: str, monkeypatch: pytest.MonkeyPatch) -> Machine:
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name in ("systemctl", "systemd-run"):
+    for name in ("systemctl", "systemd-run", "launchctl", "schtasks"):
         (commands / name).write_text(_STAND_IN.format(folder=tmp_path))
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
@@ -145,7 +152,7 @@ def test_invite_may_come_from_a_file(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_unit_lets_the_node_leave_in_order(machine: Machine) -> None:
-    service = parsed(machine.service().unit(sandboxed=True))["Service"]
+    service = parsed(systemd.definition(machine.service().program, sandboxed=True))["Service"]
     assert (service["KillSignal"], service["KillMode"]) == ("SIGTERM", "mixed")
     assert (service["Restart"], service["NoNewPrivileges"]) == ("on-failure", "yes")
     assert int(service["TimeoutStopSec"]) > 90
@@ -171,7 +178,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(
     state.mkdir()
     service = make_service({"--host": "a%b$c"}, machine.invite, state)
     path = machine.folder / UNIT
-    path.write_text(service.unit(sandboxed=sandboxed))
+    path.write_text(systemd.definition(service.program, sandboxed=sandboxed))
     ended = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert str(path) not in ended.stderr, ended.stderr
@@ -312,3 +319,139 @@ def test_unit_of_another_maker_is_left_alone(machine: Machine) -> None:
     with pytest.raises(StartError, match="not made by this command"):
         machine.install()
     assert machine.unit_file.exists()
+
+
+# macOS and Windows, whose tools are stand-ins
+
+
+@pytest.fixture(params=[launchd, task_scheduler], ids=["launchd", "task_scheduler"])
+def other(
+    request: pytest.FixtureRequest, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> ServiceManager:
+    """The manager of another system than this one."""
+    manager: ServiceManager = request.param
+    monkeypatch.setattr(service_module, "service_manager", lambda: manager)
+    return manager
+
+
+_STRANGE = Program(
+    ("/usr/bin/python", "-m", "x", 'a "b" \\', "<&>", "c d", "", "é%h$1"), Path("/state & <more>/é")
+)
+
+
+def test_launch_agent_is_what_launchd_reads() -> None:
+    agent = plistlib.loads(launchd.definition(_STRANGE, sandboxed=False).encode())
+    assert agent["Label"] == launchd.path().stem == launchd.NAME
+    assert agent["ProgramArguments"] == list(_STRANGE.command)
+    assert agent["WorkingDirectory"] == str(_STRANGE.folder)
+    assert (agent["RunAtLoad"], agent["KeepAlive"]) == (True, {"SuccessfulExit": False})
+    assert agent["ExitTimeOut"] > 90
+    assert agent["Umask"] == 0o077
+    known = {
+        "Label",
+        "ProgramArguments",
+        "WorkingDirectory",
+        "RunAtLoad",
+        "KeepAlive",
+        "ThrottleInterval",
+        "ExitTimeOut",
+    }
+    assert {*agent} - known == {"ProcessType", "LowPriorityIO", "Umask"}, "of launchd.plist(5)"
+    assert launchd.folder_in(launchd.definition(_STRANGE, sandboxed=False)) == _STRANGE.folder
+
+
+def test_task_is_what_the_scheduler_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its schema wants these elements, in this order at the top."""
+    monkeypatch.setenv("USERDOMAIN", "HOME-PC")
+    text = task_scheduler.definition(_STRANGE, sandboxed=False)
+    assert text.startswith('<?xml version="1.0" encoding="UTF-16"?>')
+    task = ElementTree.fromstring(text.encode(task_scheduler.ENCODING))
+    names = {"": "http://schemas.microsoft.com/windows/2004/02/mit/task"}
+    assert task.tag == f"{{{names['']}}}Task"
+    assert task.get("version") == "1.2"
+    tops = [child.tag.partition("}")[2] for child in task]
+    assert tops == ["RegistrationInfo", "Triggers", "Principals", "Settings", "Actions"]
+
+    def said(path: str) -> str:
+        found = task.findtext(path, namespaces=names)
+        assert found is not None, path
+        return found
+
+    principal, actions = task.find("Principals/Principal", names), task.find("Actions", names)
+    assert principal is not None
+    assert actions is not None
+    assert principal.get("id") == actions.get("Context")
+    assert said("Triggers/LogonTrigger/UserId") == said("Principals/Principal/UserId")
+    assert said("Principals/Principal/UserId").startswith("HOME-PC\\")
+    assert (said("Principals/Principal/LogonType"), said("Principals/Principal/RunLevel")) == (
+        "InteractiveToken", "LeastPrivilege",
+    )  # fmt: skip
+    assert said("Settings/ExecutionTimeLimit") == "PT0S"
+    assert said("Settings/DisallowStartIfOnBatteries") == said("Settings/StopIfGoingOnBatteries") == "false"
+    assert said("Settings/RestartOnFailure/Interval") == "PT1M"
+    assert 1 <= int(said("Settings/RestartOnFailure/Count")) <= 255
+    assert said("Actions/Exec/Command") == _STRANGE.command[0]
+    assert said("Actions/Exec/Arguments") == subprocess.list2cmdline(_STRANGE.command[1:])
+    assert said("Actions/Exec/WorkingDirectory") == str(_STRANGE.folder)
+    assert task_scheduler.folder_in(text) == _STRANGE.folder
+
+
+def test_node_is_installed_asked_for_and_removed(
+    machine: Machine, other: ServiceManager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StartError, match="no service is installed"):
+        run_status(terminal())
+    machine.install(experts=4)
+    path = other.path()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    text = path.read_bytes().decode(other.ENCODING)
+    assert machine.invite not in text
+    assert "--experts" in text
+    assert other.folder_in(text) == machine.state
+    assert any(str(path) in call for call in machine.calls())
+    assert f"installed and started {other.NAME}" in capsys.readouterr().out
+    (machine.folder / "says").write_text("\tstate = running\n\tpid = 42\n")
+    run_status(terminal())
+    assert other.NAME in capsys.readouterr().out
+    run_remove(terminal())
+    assert other.NAME in machine.calls()[-1]
+    assert not path.exists()
+    assert not (machine.state / "invite").exists()
+
+
+def test_a_node_that_runs_leaves_before_its_service_is_started_anew(
+    machine: Machine, other: ServiceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.install()
+    order: list[str] = []
+    monkeypatch.setattr(service_module, "is_running", lambda state: state == machine.state)
+    monkeypatch.setattr(service_module, "run_stop", lambda *_, wait: order.extend([*machine.calls(), "left"]))
+
+    def install() -> None:
+        machine.install(experts=1)
+
+    for change in (install, partial(restart, terminal()), partial(run_remove, terminal())):
+        machine.calls()
+        order.clear()
+        change()
+        assert order[-1] == "left"
+        assert not any(word in " ".join(order) for word in ("bootout", "bootstrap", "/Create", "/Delete")), (
+            order
+        )
+        assert machine.calls()
+
+
+def test_what_fails_is_undone(machine: Machine, other: ServiceManager) -> None:
+    machine.fails("bootstrap" if other is launchd else "%Create")
+    with pytest.raises(StartError, match="went wrong"):
+        machine.install()
+    assert not other.path().exists()
+
+
+def test_file_of_another_maker_is_left_alone(machine: Machine, other: ServiceManager) -> None:
+    other.path().parent.mkdir(parents=True)
+    for text in ("", "<plist></plist>", "<?xml version='1.0'?><Task/>", "{", "\0"):
+        other.path().write_bytes(text.encode(other.ENCODING))
+        with pytest.raises(StartError, match="not made by this command"):
+            run_remove(terminal())
+    assert other.path().exists()
