@@ -11,6 +11,44 @@ from dataclasses import dataclass
 DAY_S = 86_400.0
 
 
+# Upkeep
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one node does in the DHT in one period, without what others ask of it."""
+
+    written: Sequence[float]
+    """Bytes of each record that it renews,"""
+    holders: int
+    """at so many peers,"""
+    to_write: float
+    """and of finding these, for each record."""
+    read: float
+    """Keys that it reads,"""
+    to_read: float
+    """bytes of asking for each of them,"""
+    values: float
+    """and of all that came and was new."""
+
+    @property
+    def bytes(self) -> float:
+        stored = self.holders * math.fsum(self.written) + self.to_write * len(self.written)
+        return stored + self.read * self.to_read + self.values
+
+
+def stretched_period(
+    round_bytes: float, budget_bit_per_s: float, shortest_s: float, longest_s: float
+) -> float:
+    """The period in which a round of the node's own calls stays within the budget, if one between these bounds does."""
+    return min(max(8 * round_bytes / budget_bit_per_s, shortest_s), longest_s)
+
+
+def upkeep_bit_per_s(round_bytes: float, period_s: float) -> float:
+    """On a node's line, both ways, with what others ask of it: on average as much as it asks of them."""
+    return 2 * 8 * round_bytes / period_s
+
+
 # Replication
 
 
@@ -129,6 +167,40 @@ def _beyond(count: float, mean: float, shape: int) -> float:
 
 
 # Throughput
+
+
+@dataclass(frozen=True)
+class Token:
+    """What training on one token sends to experts."""
+
+    layers: int
+    top_k: int
+    """Experts that compute its row, in each layer,"""
+    nodes: int
+    """and nodes that it is sent to."""
+    row_bytes: float
+
+    @property
+    def rows(self) -> float:
+        """Computed forward and backward."""
+        return self.layers * self.top_k
+
+    @property
+    def bytes(self) -> float:
+        """That a trainer sends, and as many that it receives: activations, and gradients."""
+        return 2 * self.layers * self.nodes * self.row_bytes
+
+
+def most_tokens_per_s(token: Token, rows_per_s: float, bit_per_s: float) -> float:
+    """What nodes can do that compute so many rows together, forward and backward, and whose lines carry so much, in the
+    slower direction. No placement of experts is better.
+    """
+    return min(rows_per_s / token.rows, bit_per_s / 8 / token.bytes)
+
+
+def hottest_tokens_per_s(token: Token, share: float, rows_per_s: float) -> float:
+    """What an expert allows that gets this share of its layer's rows, and whose replicas compute so many together."""
+    return rows_per_s / (share * token.top_k)
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,72 @@
 import random
 from heapq import heappop, heappush
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.internet.flow import ideal_throughput
 from benchmarks.internet.formulas import (
     DAY_S,
     Demand,
+    Round,
+    Token,
     adoption_time,
     all_die,
     chain_probabilities,
     failure_rate,
+    hottest_tokens_per_s,
     losses_per_day,
     most_loaded,
+    most_tokens_per_s,
     replicas_needed,
     steps_per_s,
+    stretched_period,
     updates_lost,
+    upkeep_bit_per_s,
     vacant_share,
 )
 
 rates = st.floats(1e-3, 1e3)
+
+
+@given(st.floats(1, 1e7), st.floats(1e3, 1e5))
+def test_a_period_stretches_until_upkeep_is_within_the_budget(size: float, budget: float) -> None:
+    period_s = stretched_period(size, budget, 10.0, 120.0)
+    assert 10.0 <= period_s <= 120.0
+    spent = upkeep_bit_per_s(size, period_s)
+    if period_s < 120.0:
+        assert spent <= 2 * budget * (1 + 1e-9)
+    if period_s > 10.0:
+        assert spent >= 2 * budget * (1 - 1e-9)
+
+
+def test_a_round_is_all_that_is_written_and_read() -> None:
+    """Two records at five holders, which take 300 bytes to find; and ten keys, of which 1,000 bytes are new."""
+    found = Round([800.0, 200.0], holders=5, to_write=300.0, read=10, to_read=40.0, values=1000.0)
+    assert found.bytes == 5 * 1000 + 2 * 300 + 10 * 40 + 1000
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.data())
+def test_throughput_is_what_the_maximum_flow_says(experts: int, nodes: int, data: st.DataObject) -> None:
+    """Of one layer, in which every node hosts every expert, or each expert is alone with one."""
+    share = np.array(data.draw(st.lists(st.floats(0.1, 1), min_size=experts, max_size=experts)))
+    share /= share.sum()
+    capacity = np.array(data.draw(st.lists(st.floats(1, 100), min_size=nodes, max_size=nodes)))
+    token = Token(layers=1, top_k=2, nodes=2, row_bytes=100.0)
+    everywhere = ideal_throughput(2 * share, [range(nodes)] * experts, capacity)
+    assert most_tokens_per_s(token, capacity.sum(), 1e12) == pytest.approx(everywhere.as_placed, rel=1e-5)
+    alone = ideal_throughput(2 * share, [[n] for n in range(experts)], np.full(experts, 7.0))
+    hottest = min(hottest_tokens_per_s(token, part, 7.0) for part in share.tolist())
+    assert hottest == pytest.approx(alone.as_placed, rel=1e-5)
+
+
+def test_lines_limit_what_is_trained() -> None:
+    """Two layers at two nodes each: four rows of activations, and four of gradients."""
+    token = Token(layers=2, top_k=4, nodes=2, row_bytes=125.0)
+    assert token.bytes == 8 * 125
+    assert most_tokens_per_s(token, 1e9, 8000.0) == 1.0
 
 
 @given(st.lists(st.tuples(rates, rates), min_size=1, max_size=6))

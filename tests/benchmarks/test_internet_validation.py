@@ -72,10 +72,11 @@ def test_a_backward_pass_takes_twice_as_long_as_a_forward_pass() -> None:
 
 
 def test_upkeep_is_taken_off_what_calls_cost() -> None:
-    quiet = Stretch(10.0, 4, 1000.0, [])
+    quiet, reading = Stretch(10.0, 4, 1000.0, []), Stretch(10.0, 4, 1500.0, [])
     training = Stretch(5.0, 4, 2500.0, [Step(0, 0.0, 0.2, 0.4, 64, 1.0), Step(1, 0.0, 0.4, 0.6, 64, 0.5)])
-    figures = Measured(quiet, training, Adoption(3, 2, 2, [4.0, 6.0]), training).figures()
-    assert figures["call_bytes_per_row"] == (2500 - 500) / 128
+    figures = Measured(quiet, reading, training, Adoption(3, 2, 2, [4.0, 6.0]), training).figures()
+    assert figures["call_bytes_per_row"] == (2500 - 750) / 128
+    assert figures["trainers_reading_kbit_per_s"] == pytest.approx(50 * 8e-3)
     assert figures["rows_per_s"] == 128 / 5
     assert figures["upkeep_kbit_per_s"] == pytest.approx(2 * 1000 * 8e-3 / 10 / 4)
     assert (figures["adopted_mean_s"], figures["adopted_all_s"]) == (5.0, 6.0)
@@ -90,8 +91,9 @@ SMALL = Scenario(
     grid=(2, 2),
     announce_every_s=2.0,
     quiet_s=6.0,
+    reading_s=6.0,
     training_s=6.0,
-    after_s=3.0,
+    after_s=8.0,
 )
 
 

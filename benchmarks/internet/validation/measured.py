@@ -88,6 +88,8 @@ class Measured:
     """A whole run."""
 
     quiet: Stretch
+    reading: Stretch
+    """With trainers that do not train."""
     training: Stretch
     adoption: Adoption
     after: Stretch
@@ -95,7 +97,8 @@ class Measured:
     def figures(self) -> dict[str, float]:
         """Those that are compared."""
         upkeep = self.quiet.carried_bytes / self.quiet.seconds
-        calls = self.training.carried_bytes - upkeep * self.training.seconds
+        all_upkeep = self.reading.carried_bytes / self.reading.seconds
+        calls = self.training.carried_bytes - all_upkeep * self.training.seconds
         rows = sum(step.rows for step in self.training.steps)
         return {
             "rows_per_s": self.training.rows_per_s,
@@ -104,6 +107,7 @@ class Measured:
             "backward_s": self.training.backward_s,
             "answered": self.training.answered,
             "upkeep_kbit_per_s": self.quiet.kbit_per_s,
+            "trainers_reading_kbit_per_s": (all_upkeep - upkeep) * 8e-3,
             "call_bytes_per_row": calls / rows,
             "vacant_experts": self.adoption.vacant,
             "adopted_mean_s": self.adoption.mean_s,

@@ -16,7 +16,7 @@ import psutil
 from benchmarks.internet.validation.drawn_times import environment_of, make_package
 from benchmarks.internet.validation.measured import Adoption, Measured, Stretch
 from benchmarks.internet.validation.scenario import Hosting, Scenario
-from benchmarks.internet.validation.steady_trainers import Step
+from benchmarks.internet.validation.steady_trainers import BEGIN, Step
 from dht.invites import Invite
 from dht.swarm import join_swarm
 from peer.host import NetworkConfig
@@ -52,6 +52,7 @@ class RealSwarm:
         self._proxies: list[Proxy] = []
         self._steps: list[Step] = []
         self._trainers: DemoProcess | None = None
+        self._ready: set[DemoProcess] = set()
         self._silent: set[DemoProcess] = set()
 
     async def run(self) -> Measured:
@@ -64,7 +65,10 @@ class RealSwarm:
         await asyncio.sleep(_SETTLES_IN * scenario.announce_every_s)
         quiet = await self._stretch(scenario.quiet_s)
         self._tell(f"upkeep is measured, {quiet.processor:.0%} of the processor")
-        await self._start_trainers()
+        trainers = await self._start_trainers()
+        await asyncio.sleep(_SETTLES_IN * scenario.announce_every_s)
+        reading = await self._stretch(scenario.reading_s)
+        (trainers / BEGIN).touch()
         await asyncio.sleep(_SETTLES_IN * scenario.announce_every_s)
         training = await self._stretch(scenario.training_s)
         self._tell(f"training is measured, {training.processor:.0%} of the processor")
@@ -72,7 +76,7 @@ class RealSwarm:
         self._tell(f"all experts are served again after {adoption.all_served_s:.1f} s")
         await asyncio.sleep(_SETTLES_IN * scenario.announce_every_s)
         after = await self._stretch(scenario.after_s)
-        return Measured(quiet, training, adoption, after)
+        return Measured(quiet, reading, training, adoption, after)
 
     async def stop(self) -> None:
         """Stopping twice is harmless."""
@@ -142,17 +146,15 @@ class RealSwarm:
             {str(uid): [numbers[r.peer_id.to_base58()] for r in some] for uid, some in replicas.items()}
         )
 
-    async def _start_trainers(self) -> None:
+    async def _start_trainers(self) -> Path:
+        """Returns when they have joined. Gives their folder."""
         invite = self._some_invite()
         folder = self._folder / "trainers"
         folder.mkdir()
         arguments = (invite, str(folder), json.dumps(self._scenario.values()))
-        self._trainers = await self._processes.start("trainers", arguments, _TRAINERS)
-        await self._processes.until(
-            lambda: len({step.trainer for step in self._steps}) == self._scenario.trainers,
-            _START_LIMIT_S,
-            "each trainer's first step",
-        )
+        trainers = self._trainers = await self._processes.start("trainers", arguments, _TRAINERS)
+        await self._processes.until(lambda: trainers in self._ready, _START_LIMIT_S, "the trainers to join")
+        return folder
 
     async def _silence(self, hosting: Hosting) -> Adoption:
         """Silences a fourth, and returns when others have adopted all that these alone hosted."""
@@ -212,6 +214,8 @@ class RealSwarm:
             case "state":
                 self._experts[process] = event["experts"]
                 self._adoptions[process] = event["adopted"]
+            case "ready":
+                self._ready.add(process)
             case "step":
                 values = {name: event[name] for name in Step.__dataclass_fields__}
                 self._steps.append(Step(**values))

@@ -54,7 +54,9 @@ class Scenario:
     """Of each node."""
     announce_every_s: float = 10.0
     quiet_s: float = 40.0
-    """How long nothing but upkeep is measured,"""
+    """How long nothing but the nodes' upkeep is measured,"""
+    reading_s: float = 20.0
+    """then with trainers that read who is alive, but don't train,"""
     training_s: float = 45.0
     """then training,"""
     after_s: float = 30.0

@@ -64,6 +64,8 @@ class SimulatedRun:
         self._silent: set[int] = set()
         self._numbers: dict[PeerID, int] = {}
         self._steps: list[Step] = []
+        self._begun = asyncio.Event()
+        """When trainers train."""
         self._tasks: list[asyncio.Task[Any]] = []
         self._calls = Calls(
             [*self._machines, *[EmulatedMachine()] * scenario.trainers],
@@ -89,6 +91,9 @@ class SimulatedRun:
         for trainer in range(scenario.trainers):
             self._spawn(self._train(trainer))
         world.run(_SETTLES_IN * scenario.announce_every_s)
+        reading = self._stretch(scenario.reading_s)
+        self._begun.set()
+        world.run(_SETTLES_IN * scenario.announce_every_s)
         training = self._stretch(scenario.training_s)
         adoption = self._silence()
         world.run(_SETTLES_IN * scenario.announce_every_s)
@@ -99,7 +104,7 @@ class SimulatedRun:
         for task in self._tasks:
             if task.done() and not task.cancelled() and (error := task.exception()):
                 raise error
-        return Measured(quiet, training, adoption, after)
+        return Measured(quiet, reading, training, adoption, after)
 
     def _spawn(self, work: Any) -> None:
         self._tasks.append(asyncio.ensure_future(work, loop=self._world.loop))
@@ -156,6 +161,7 @@ class SimulatedRun:
         )
         async with asyncio.TaskGroup() as group:
             group.create_task(directory.keep_fresh())
+            await self._begun.wait()
             group.create_task(train(dispatcher, scenario, trainer, world.time, self._steps.append))
 
     def _silence(self) -> Adoption:

@@ -1,7 +1,8 @@
 """Trainers that take one step after another: a sequence forward and backward through its best live experts.
 
-`train` is what both sides of the validation run. As a program, this is all trainers of the real side in one process: it
-prints a JSON line for each step, and ends when it is stopped.
+`train` is what both sides of the validation run. As a program, this is all trainers of the real side in one process:
+it says when they have joined, begins when the file `begin` is in the folder, prints a JSON line for each step, and ends
+when it is stopped.
 
     python -m benchmarks.internet.validation.steady_trainers INVITE FOLDER SCENARIO(JSON)
 """
@@ -27,6 +28,9 @@ from trainer_client.settings import TrainerSettings
 
 _LAYER = 0
 _START_LIMIT_S = 120.0
+_LOOK_S = 0.1
+BEGIN = "begin"
+"""A file in the folder: when it is there, they begin to train."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def main() -> None:
         for client in clients:
             client.wait_for_experts(_START_LIMIT_S, lambda text: None)
         _say("ready")
+        while not (folder / BEGIN).exists():
+            time.sleep(_LOOK_S)
         running = [
             client.submit(
                 train(
