@@ -23,6 +23,7 @@ from rich.console import Console
 
 from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.internet import days, events
+from benchmarks.internet.on_paper import table_of_comparisons
 from benchmarks.internet.plots import draw
 from benchmarks.internet.report import verdicts
 from benchmarks.verdicts import table_of
@@ -86,6 +87,7 @@ def main() -> None:
                 if options.json:
                     options.json.write_text(json.dumps(results, indent=1) + "\n")
     console.print(table_of("a swarm of volunteers", verdicts(results)))
+    console.print(table_of_comparisons(results))
     if options.plot:
         for path in draw(results, options.plot):
             console.print(f"wrote {path}")

@@ -99,6 +99,7 @@ def tenth_dies(world: World, nodes: int, timing: Timing) -> Figures:
     takings = stage.takings() - before
     return stage.series(looks[::10]) | {
         "died": len(dead),
+        "experts": volunteers.experts,
         "replicas_lost": lost,
         "vacant": vacant,
         "served_again_periods": _since(looks, stage.began_at, lambda look: look.served == 1, stage.period_s),

@@ -29,6 +29,7 @@ from benchmarks.internet.formulas import (
     upkeep_bit_per_s,
     vacant_share,
 )
+from benchmarks.internet.on_paper import comparisons
 
 rates = st.floats(1e-3, 1e3)
 
@@ -187,3 +188,19 @@ def test_a_queue_that_is_played_is_within_the_bounds() -> None:
             heappush(events, (free[stage], number, stage + 1))
     least, most = steps_per_s(trainers, Demand(think_s, service))
     assert 0.97 * least < steps / now < 1.03 * most
+
+
+def test_the_formulas_stand_beside_what_was_simulated() -> None:
+    """A tenth of 1,000 nodes dies, and a tenth of 1,750 replicas: half of the experts have two, and half three."""
+    days = {"served": 0.999, "updates_lost_share": 0.001}
+    died = {"experts": 700, "died": 100, "replicas_lost": 175, "vacant": 4, "served_again_periods": 4.6}
+    results = {"days": {"1000": days}, "events": {"1000": {"tenth_dies": died}}}
+    found = {each.what: each for each in comparisons(results)}
+    vacant = next(each for what, each in found.items() if "without a host" in what)
+    assert float(vacant.on_paper) == pytest.approx(350 * 0.1**2 + 350 * 0.1**3, rel=0.05)
+    assert vacant.simulated == "4"
+    assert [each.simulated for what, each in found.items() if "volunteers" in what or "lost" in what] == [
+        "1.0e-03",
+        "1.0e-03",
+    ]
+    assert any(each.simulated == "4.6" for each in found.values())

@@ -1,0 +1,84 @@
+"""What the formulas say of a simulated swarm, beside what the simulation measured."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.internet.formulas import (
+    adoption_time,
+    all_die,
+    failure_rate,
+    updates_lost,
+    vacant_share,
+)
+from expert_server.hosting.manager import _LOOKS, _LOOKS_WITHOUT
+from expert_server.settings import NodeSettings
+
+DIE_IN_A_DAY = 0.2
+"""Of the volunteers that are there, without a word (`benchmarks.internet.population`)."""
+REPAIRED_WITHIN_S = 600.0
+"""Assumed: until an expert that has lost a replica has another. Somebody with room must come."""
+_LIFETIMES = 3
+_LOOKERS = 8
+"""Nodes with room that look at an expert without a host, assumed."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure by both."""
+
+    what: str
+    on_paper: str
+    simulated: str
+
+
+def comparisons(results: Mapping[str, Any]) -> Iterator[Comparison]:
+    """Of all sizes that were played. `results`: as for `report.verdicts`."""
+    for nodes, found in results.get("days", {}).items():
+        yield from _days(int(nodes), found)
+    for nodes, events in results.get("events", {}).items():
+        if "tenth_dies" in events:
+            yield from _tenth_dies(int(nodes), events["tenth_dies"])
+
+
+def table_of_comparisons(results: Mapping[str, Any]) -> Table:
+    table = Table("what", "on paper", "simulated", title="formulas (docs/scale.md) beside the simulation")
+    for each in comparisons(results):
+        table.add_row(each.what, each.on_paper, each.simulated)
+    return table
+
+
+def _days(nodes: int, found: Mapping[str, Any]) -> Iterator[Comparison]:
+    settings, rate = NodeSettings(), failure_rate(DIE_IN_A_DAY)
+    adopted = adoption_time(*_adoption(settings.announce_every_s, _LOOKS))
+    vacant = vacant_share(settings.replicas, rate, REPAIRED_WITHIN_S, adopted.mean_s)
+    what = f"{nodes:,} volunteers: share of experts that nobody serves"
+    yield Comparison(what, f"{vacant:.1e}", f"{1 - found['served']:.1e}")
+    lost = updates_lost(rate, settings.average_every_s)
+    yield Comparison("… share of updates lost", f"{lost:.1e}", f"{found['updates_lost_share']:.1e}")
+
+
+def _tenth_dies(nodes: int, found: Mapping[str, Any]) -> Iterator[Comparison]:
+    experts, died = found["experts"], found["died"]
+    replicas = found["replicas_lost"] * nodes / died / experts  # of each
+    fewer, part = math.floor(replicas), replicas % 1
+    vacant = experts * ((1 - part) * all_die(nodes, died, fewer) + part * all_die(nodes, died, fewer + 1))
+    what = f"a tenth of {nodes:,} nodes dies: experts without a host, at {replicas:.1f} replicas"
+    yield Comparison(what, f"{vacant:.1f}", f"{found['vacant']}")
+    if found["vacant"]:
+        period_s = NodeSettings().announce_every_s
+        saved, lost = (adoption_time(*_adoption(period_s, sights)) for sights in (_LOOKS, _LOOKS_WITHOUT))
+        periods = found["served_again_periods"]
+        yield Comparison(
+            "… periods until all are served, with a checkpoint somewhere and without: the mean, the longest",
+            ", ".join(f"{t.mean_s / period_s:.1f} to {t.longest_s / period_s:.1f}" for t in (saved, lost)),
+            "never" if periods is None else f"{periods:.1f}",
+        )
+
+
+def _adoption(period_s: float, sights: int) -> tuple[float, float, int, float, float, int]:
+    """Nodes look again after half a period. To build a small expert takes no time to speak of."""
+    return period_s, _LIFETIMES, sights, period_s / 2, 0.0, _LOOKERS
