@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from peer.errors import WireError
@@ -26,6 +28,8 @@ from peer.wire import memory_pb2
 
 Cell = tuple[int, ...]
 """A coordinate of a memory's grid."""
+Vectors = npt.NDArray[np.int8]
+"""One in each row: (N, D)."""
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 * 2**20

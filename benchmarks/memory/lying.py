@@ -19,7 +19,7 @@ from benchmarks.memory.built import BuiltMemory, open_shards
 from benchmarks.memory.recall import K, exact_scores, ranks_of_cells
 from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from dht.announcements import NodeInfo
-from dht.memory import MemoryID, MemoryManifest, Place, ShardInfo, cell_of
+from dht.memory import MemoryID, MemoryManifest, Place, ShardInfo, Vectors, cell_of
 from expert_server.memory.shard import Shard
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import Floats
@@ -27,7 +27,6 @@ from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import HostCalls, Method
-from trainer_client.memory.encoder import Vectors
 from trainer_client.memory.retriever import Located, Retriever, SearchResult
 
 HOSTS, REPLICAS = 8, 2

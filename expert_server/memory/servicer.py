@@ -25,8 +25,8 @@ from grpc import StatusCode
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from dht.memory import MAX_K, MAX_QUERIES, MAX_READ, MAX_SCORES, MAX_SEARCHED, MAX_SHARD_BYTES
-from expert_server.memory.shard import MOST_PRODUCTS, NO_SCORE, Shard, Vectors, search_together
+from dht.memory import MAX_K, MAX_QUERIES, MAX_READ, MAX_SCORES, MAX_SEARCHED, MAX_SHARD_BYTES, Vectors
+from expert_server.memory.shard import MOST_PRODUCTS, NO_SCORE, Shard, search_together
 from expert_server.memory.store import MemoryStore
 from peer.budget import FairBudget, interruptible
 from peer.errors import ExpertError, WireError

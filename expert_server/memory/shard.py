@@ -32,6 +32,7 @@ from dht.memory import (
     Passage,
     Place,
     ShardInfo,
+    Vectors,
     reference_leaf,
 )
 from peer.arrays import Rows, arrays_in, decode_arrays, encode_arrays, parts_of
@@ -40,8 +41,6 @@ from peer.files import PlainFile
 from peer.merkle import HASH_BYTES, MerkleTree
 from peer.wire import memory_pb2
 
-Vectors: TypeAlias = NDArray[np.int8]
-"""One in each row. (N, D)"""
 Revoked: TypeAlias = Mapping[bytes, Collection[int]]
 """Positions in primary shards, by the shards' roots."""
 Arrays: TypeAlias = Mapping[str, Rows]

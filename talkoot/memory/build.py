@@ -22,6 +22,7 @@ from dht.memory import (
     Part,
     Passage,
     ShardInfo,
+    Vectors,
     check_name,
 )
 from expert_server.memory.shard import PrimaryShard
@@ -38,7 +39,7 @@ from talkoot.partial import LOCK, PartialFolder, naming_failures
 from talkoot.terminal import Terminal
 from trainer_client.data.sources import find_files
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import STATIC, Encoder, StaticEncoder, Vectors, load_encoder, words_of
+from trainer_client.memory.encoder import STATIC, Encoder, StaticEncoder, load_encoder, words_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
+from dht.memory import Vectors
 from peer.codec import Floats, Integers
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import Vectors
 
 _SAMPLE = 100_000
 """Vectors that the centroids are fitted to."""

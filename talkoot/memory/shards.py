@@ -11,12 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from dht.memory import MAX_LEAVES, MAX_SHARD_BYTES, Cell, Passage, Place, ShardInfo, cell_of
+from dht.memory import MAX_LEAVES, MAX_SHARD_BYTES, Cell, Passage, Place, ShardInfo, Vectors, cell_of
 from expert_server.memory.shard import PrimaryShard, SecondaryShard, Shard
 from peer.codec import Integers
 from peer.files import write_atomically
 from peer.merkle import HASH_BYTES
-from trainer_client.memory.encoder import Vectors
 
 _MOST_BYTES = MAX_SHARD_BYTES - 2**16
 _PRIMARY_BYTES, _SECONDARY_BYTES = HASH_BYTES + 8, 5

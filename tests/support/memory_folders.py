@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dht.memory import MemoryManifest, Part, Passage, Place, ShardInfo, cell_of
-from expert_server.memory.shard import PrimaryShard, SecondaryShard, Vectors
+from dht.memory import MemoryManifest, Part, Passage, Place, ShardInfo, Vectors, cell_of
+from expert_server.memory.shard import PrimaryShard, SecondaryShard
 from expert_server.memory.store import MemoryStore
 from peer.merkle import MerkleTree
 

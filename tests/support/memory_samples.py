@@ -12,7 +12,7 @@ import numpy as np
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, Place, ShardInfo, cell_of
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, Place, ShardInfo, Vectors, cell_of
 from expert_server.memory.shard import PrimaryShard, SecondaryShard, Shard
 from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
@@ -23,7 +23,7 @@ from peer.transport.endpoints import Endpoint
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import Method
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import STATIC, StaticEncoder, Vectors
+from trainer_client.memory.encoder import STATIC, StaticEncoder
 from trainer_client.memory.retriever import Located
 
 SWARM = "sauna-abcdefghijkl"
@@ -334,12 +334,26 @@ class SampleSwarm:
             for row in scores_QC
         ]
         nodes = {host: node_info(host) for host in self.hosts}
-        return Located(manifest, cells, [()] * len(scores_QC), hosts, nodes)
+        near = {
+            shard.root: hosts[shard.root]
+            for some in cells
+            for cell in some
+            for shard in manifest.by_cell[cell]
+        }
+        return Located(manifest, cells, [()] * len(scores_QC), near, nodes)
 
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
     ) -> Located:
-        return located
+        more = {
+            shard.root: [
+                host
+                for host, sample in self.hosts.items()
+                if shard.root in sample.roots and host not in avoided
+            ]
+            for shard in shards
+        }
+        return replace(located, hosts={**located.hosts, **more})
 
     async def follow(self) -> MemoryManifest:
         return self.newest or self.memory_here.manifest

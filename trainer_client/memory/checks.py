@@ -18,12 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dht.memory import MemoryManifest, Passage, Place, ShardInfo, prove
+from dht.memory import MemoryManifest, Passage, Place, ShardInfo, Vectors, prove
 from peer.errors import WireError
 from peer.identity import PeerID
 from peer.merkle import HASH_BYTES
 from peer.wire import memory_pb2
-from trainer_client.memory.encoder import Vectors
 
 
 class Claim(NamedTuple):

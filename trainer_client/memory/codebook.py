@@ -10,10 +10,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from dht.memory import Vectors
 from peer.arrays import decode_arrays, encode_arrays
 from peer.codec import Floats, Integers
 from peer.errors import WireError
-from trainer_client.memory.encoder import Vectors
 
 _LARGEST = 1e3
 

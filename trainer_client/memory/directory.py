@@ -25,7 +25,7 @@ import numpy as np
 from dht.announcements import NodeInfo, ReplicaState
 from dht.beam_search import select_experts
 from dht.library import CellHost, LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, cell_of, number_of
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors, cell_of, number_of
 from dht.registry import Registry, some_of
 from dht.swarm import Stage
 from peer.bounded import BoundedDict
@@ -38,7 +38,7 @@ from peer.platform.files import open_plainly
 from peer.rpc.parts import PartClient, has_sha256
 from trainer_client.memory.calls import loop_time
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import Encoder, Vectors, load_encoder
+from trainer_client.memory.encoder import Encoder, load_encoder
 from trainer_client.memory.retriever import Located
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,11 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from dht.memory import MAX_DIMENSIONS
+from dht.memory import MAX_DIMENSIONS, Vectors
 from peer.arrays import decode_arrays, encode_arrays
 from peer.codec import Floats
 from peer.errors import WireError
 from peer.formatting import printable
-
-Vectors = npt.NDArray[np.int8]
 
 STATIC = "static-words"
 """The kind of `StaticEncoder`."""

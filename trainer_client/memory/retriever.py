@@ -35,6 +35,7 @@ from dht.memory import (
     Passage,
     Place,
     ShardInfo,
+    Vectors,
 )
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
@@ -54,7 +55,7 @@ from trainer_client.memory.checks import (
     omitted,
     parse_passages,
 )
-from trainer_client.memory.encoder import Vectors, words_of
+from trainer_client.memory.encoder import words_of
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from memory_folders import DIMENSIONS, SampleMemory
 from memory_peers import SWARM, Library, in_library, read_request, search_request, until
 
-from dht.memory import MAX_READ, Passage
+from dht.memory import MAX_READ, Passage, Vectors
 from expert_server.memory import servicer as servicer_module
 from expert_server.memory.servicer import Best, MemoryServicer, Turns
-from expert_server.memory.shard import Shard, Vectors
+from expert_server.memory.shard import Shard
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import PeerID

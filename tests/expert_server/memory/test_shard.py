@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from memory_folders import shard_info, some_passages
 
-from dht.memory import Passage, Place, ShardInfo, by_root, prove
+from dht.memory import Passage, Place, ShardInfo, Vectors, by_root, prove
 from expert_server.memory import shard as shard_module
 from expert_server.memory.shard import (
     BLOCK,
     PrimaryShard,
     SecondaryShard,
     Shard,
-    Vectors,
     most_bytes,
     search_together,
 )

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dht.memory import Vectors
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import Vectors, to_vectors
+from trainer_client.memory.encoder import to_vectors
 
 
 def groups(count: int, each: int, dimensions: int = 16, spread: float = 0.1, seed: int = 0) -> Vectors:

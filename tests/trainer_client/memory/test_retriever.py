@@ -216,6 +216,44 @@ def test_a_query_takes_one_call_for_scores_and_one_for_text() -> None:
         assert runner.get_loop().time() == pytest.approx(0.3)
 
 
+def test_texts_are_read_from_hosts_of_cells_that_were_not_asked() -> None:
+    """One host has the secondary shards of the cells that are asked, and another one all primary ones."""
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, None, None)
+    for host, is_secondary in zip(swarm.hosts.values(), (True, False), strict=True):
+        host.roots = {info.root for info in memory.manifest.shards if info.is_secondary == is_secondary}
+    _, having = swarm.hosts
+    elsewhere = 0
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        for number in range(40):
+            (result,) = searched(runner, retriever, [number])
+            assert texts_of(result) == best_texts(memory, swarm, number)
+            assert not result.missing
+            assert {hit.served_by for hit in result.hits} == {having}
+            _, scores_QC = swarm.encode([str(number)])
+            located = runner.run(swarm.locate(scores_QC, CELLS, frozenset()))
+            asked = set(located.cells[0])
+            for hit in result.hits:
+                text = memory.places[hit.passage.offset]
+                elsewhere += memory.manifest.by_root[text.root].cell not in asked
+    assert elsewhere
+
+
+def test_texts_that_nobody_gives_are_missing_and_nobody_is_banned_for_them() -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, None)
+    (host,) = swarm.hosts.values()
+    host.roots = {info.root for info in memory.manifest.shards if info.is_secondary}
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        for number in range(10):
+            (result,) = searched(runner, retriever, [number])
+            assert not result.hits
+            assert result.missing
+        assert not runner.run(avoided_by(retriever))
+
+
 def test_a_batch_costs_one_call_to_each_host() -> None:
     memory = MEMORIES[0]
     swarm = swarm_of(memory, None, None, after_s=0.1)

@@ -86,6 +86,29 @@ def test_a_query_that_is_a_passage_finds_it_first(play: Play) -> None:
     play(scenario)
 
 
+def test_texts_in_cells_that_were_not_asked_are_found_by_the_dht(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        infos = WORDS.manifest.shards
+        await swarm.host([info.root for info in infos if info.is_secondary])
+        having = await swarm.host([info.root for info in infos if not info.is_secondary])
+        retriever = await (await swarm.searcher()).open()
+        elsewhere = 0
+        for number in range(0, 120, 6):
+            vectors_QD, scores_QC = retriever.directory.encode([WORDS.passages[number].text])
+            (cells,) = (await retriever.directory.locate(scores_QC, 1, frozenset())).cells
+            (result,) = await retriever.search([WORDS.passages[number].text], 4, 1, by_words=False)
+            scores = [score for score, _ in WORDS.best(vectors_QD[0], cells, 4)]
+            whole = int(vectors_QD[0].astype(int) @ vectors_QD[0].astype(int))
+            assert [round(hit.similarity * whole) for hit in result.hits] == scores
+            assert {hit.served_by for hit in result.hits} == {having.swarm.host.peer_id}
+            for hit in result.hits:
+                text = WORDS.places[WORDS.passages.index(hit.passage)]
+                elsewhere += WORDS.manifest.by_root[text.root].cell not in cells
+        assert elsewhere
+
+    play(scenario)
+
+
 def test_a_publisher_that_leaves_is_asked_only_if_nobody_else_can_be(play: Play) -> None:
     async def scenario(swarm: MemorySwarm) -> None:
         publisher = await swarm.host()
