@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping, Set
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,8 @@ class Installation:
         try:
             receipt = tomllib.loads((environment / "uv-receipt.toml").read_text(encoding="utf-8"))
             requirements = receipt["tool"]["requirements"]
-            own = [each for each in requirements if each["name"] == _PACKAGE]
-            asked = (
-                *map(_requirement, own),
-                *(_requirement(each) for each in requirements if each not in own),
-            )
+            (own,) = (each for each in requirements if each["name"] == _PACKAGE)
+            asked = (_requirement(own), *(_requirement(each) for each in requirements if each is not own))
         except FileNotFoundError:
             raise InstallationError(_by_other_means(environment)) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -105,7 +102,7 @@ class Installation:
             raise InstallationError(f"can't run {self.uv}: {error.strerror}") from error
         if ended.returncode:
             raise InstallationError(
-                f"`{shlex.join(command)}` failed, as it says above. Once that is mended, run the same command again"
+                f"`{shlex.join(command)}` failed, as it says above. Mend that, and run this or the installer again"
             )
 
 
@@ -142,15 +139,13 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
         typer.confirm("A swarm that you founded ends without yours. Really delete it?", abort=True)
     if service.is_installed():
         service.run_remove(terminal)
-    with ExitStack() as locks:
-        folders = [path for path in states.glob("*") if path.is_dir()]
-        for folder in folders:  # raises when one of them is in use
-            locks.enter_context(closing(StateFolder(folder)))
-        if state:
-            shutil.rmtree(platformdirs.user_cache_path(_PACKAGE), ignore_errors=True)
-            for folder in folders:
-                _empty(folder, keeps=set() if identity else {_IDENTITY})
+    folders = [path for path in states.glob("*") if path.is_dir()]
+    for folder in folders:
+        StateFolder(folder).close()  # raises when a process uses it
     if state:
+        shutil.rmtree(platformdirs.user_cache_path(_PACKAGE), ignore_errors=True)
+        for folder in folders:
+            _empty(folder, keeps=set() if identity else {_IDENTITY})
         for folder in (*folders, states):
             with suppress(OSError):  # not empty
                 folder.rmdir()

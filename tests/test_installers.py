@@ -68,6 +68,7 @@ def test_installs_by_the_uv_that_is_there_and_uninstalls_without_a_trace(home: U
     (install,) = (call for call in home.calls() if call[:2] == ["tool", "install"] and "--help" not in call)
     assert install[-1] == str(INSTALL_SH.parents[2])
     assert install[install.index("--torch-backend") + 1] == "auto"
+    assert install[install.index("--python") + 1] == ">=3.11,<3.14"
     assert home.talkoot("--version").stdout.startswith("talkoot ")
     again = home.install()
     assert again.returncode == 0, again.stderr

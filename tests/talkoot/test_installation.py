@@ -58,7 +58,9 @@ def test_update_takes_the_source_and_the_build_of_torch_that_were_chosen(home: U
 
 
 def test_update_that_fails_is_one_line(home: UvHome) -> None:
-    assert_one_clear_line(home.talkoot("update", FAKE_UV_BREAKS="1"), "failed", "run the same command again")
+    assert_one_clear_line(
+        home.talkoot("update", FAKE_UV_BREAKS="1"), "failed", "run this or the installer again"
+    )
 
 
 def test_update_without_uv_asks_for_it(home: UvHome) -> None:
@@ -66,8 +68,9 @@ def test_update_without_uv_asks_for_it(home: UvHome) -> None:
     assert_one_clear_line(home.talkoot("update"), "install uv")
 
 
-def test_broken_notes_of_uv_are_one_line(home: UvHome) -> None:
-    (environment(home) / "uv-receipt.toml").write_text("[tool]\nrequirements = 3\n")
+@pytest.mark.parametrize("requirements", ["3", "[]", "[{}]"])
+def test_broken_notes_of_uv_are_one_line(home: UvHome, requirements: str) -> None:
+    (environment(home) / "uv-receipt.toml").write_text(f"[tool]\nrequirements = {requirements}\n")
     assert_one_clear_line(home.talkoot("uninstall", "--yes"), "run the installer again")
 
 
@@ -102,7 +105,7 @@ def test_what_windows_is_to_run_names_all_folders() -> None:
         ({"name": "talkoot", "directory": "/a b"}, "talkoot @ file:///a%20b"),
         ({"name": "talkoot", "url": "https://a/t.whl", "extras": ["bpe"]}, "talkoot[bpe] @ https://a/t.whl"),
         ({"name": "talkoot", "git": "https://a/t?rev=b"}, "talkoot @ git+https://a/t@b"),
-        ({"name": "plotext", "specifier": ">=5"}, "plotext>=5"),
+        ({"name": "talkoot", "specifier": ">=0.2"}, "talkoot>=0.2"),
     ],
 )
 def test_uvs_notes_are_read(tmp_path: Path, noted: dict[str, object], asked: str) -> None:
