@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -93,6 +94,9 @@ def main() -> None:
     and gRPC's threads keep running meanwhile.
     """
     exit_at_once_on_signals()  # until a command handles them: options import the settings
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a program without a window has none
+            stream.reconfigure(errors="backslashreplace")  # its encoding may lack characters
     try:
         app()
     except SystemExit as end:
@@ -100,7 +104,7 @@ def main() -> None:
             raise
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # the reader of a pipe may have gone
+            with suppress(OSError, ValueError, AttributeError):  # a pipe without a reader, or no stream
                 stream.flush()
         os._exit(end.code or 0)
 

@@ -175,7 +175,7 @@ def check_writable(path: Path, option: str) -> None:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes the file of `--json FILE`. Raises StartError."""
     try:
-        path.write_text(to_json(values) + "\n")
+        path.write_text(to_json(values) + "\n", encoding="utf-8")
     except OSError as error:
         raise _not_written(path, "--json", error) from error
 

@@ -13,7 +13,8 @@ FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 _ROOM = ROOT / "peer" / "platform"
 _MODULES = {*without_posix.ABSENT_MODULES, "ctypes", "msvcrt", "winreg", "_winapi"} - {"hivemind"}
 _NAMES = {name for names in without_posix.ABSENT.values() for name in names if name != "pause"} | {
-    "AF_UNIX", "CREATE_NEW_PROCESS_GROUP", "SIGBREAK", "SO_PEERCRED", "create_unix_connection", "create_unix_server",
+    "statvfs", "AF_UNIX",
+    "CREATE_NEW_PROCESS_GROUP", "SIGBREAK", "SO_PEERCRED", "create_unix_connection", "create_unix_server",
     "add_signal_handler", "remove_signal_handler", "num_fds", "num_handles", "sensors_battery", "sensors_temperatures",
 }  # fmt: skip
 _OF_MODULE = {

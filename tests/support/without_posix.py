@@ -29,7 +29,7 @@ ABSENT = {
         "fork", "forkpty", "getegid", "geteuid", "getgid", "getloadavg", "getpgid", "getpgrp", "getuid",
         "killpg", "lockf", "mkfifo", "nice", "pidfd_open", "posix_fallocate", "posix_spawn", "pread",
         "preadv", "pwrite", "sched_getaffinity", "sched_setaffinity", "setpgid", "setsid", "setuid",
-        "statvfs", "sysconf", "uname", "wait3", "wait4",
+        "sysconf", "uname", "wait3", "wait4",
     ),
     signal: (
         "SIGALRM", "SIGCHLD", "SIGCONT", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGSTOP", "SIGUSR1",
@@ -109,10 +109,10 @@ class _Finder:
         return spec
 
 
-def pretend() -> None:
-    """From now on. Nothing of Talkoot may be imported before."""
+def pretend(before: Sequence[str] = _IMPORTED_BEFORE) -> None:
+    """From now on. Nothing of Talkoot may be imported before; `before`: what else must be."""
     assert not any(name.partition(".")[0] in {"peer", "talkoot"} for name in sys.modules)
-    for name in _IMPORTED_BEFORE:
+    for name in before:
         importlib.import_module(name)
     _stand_in_for_windows()
     for module, names in ABSENT.items():
@@ -138,6 +138,7 @@ def _stand_in_for_windows() -> None:
     sys.modules["msvcrt"] = locks
     system: Any = os
     system.O_BINARY = 0
+    os.environ["USERNAME"] = "somebody"  # or getpass asks `pwd`
     signals: Any = signal
     signals.SIGBREAK, signals.CTRL_BREAK_EVENT = signal.SIGUSR2, signal.SIGUSR2
     processes: Any = subprocess

@@ -431,3 +431,19 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
     wait_until(lambda: gone(processes), "p2pd's end")  # the kernel may be killing it still
     assert not any(path.exists() for path in sockets)
     assert not list(tmp_path.glob("talkoot-*"))
+
+
+def test_characters_that_a_terminal_lacks_are_written_in_another_way(
+    tmp_path: Path, founder: Founder
+) -> None:
+    shown = run(
+        "service",
+        "install",
+        "--print",
+        "--join",
+        founder.invite,
+        "--state",
+        str(tmp_path / "é"),
+        PYTHONIOENCODING="ascii",
+    )
+    assert (shown.returncode, "\\xe9" in shown.stdout) == (0, True), shown.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -63,21 +64,6 @@ def answer_to(state: Path, sent: bytes) -> bytes:
 # The order matters: one node is used for all of its life
 
 
-def test_names_are_absent_in_the_process() -> None:
-    """So that the other tests can't pass because nothing was taken away."""
-    ask = (
-        "import without_posix; without_posix.pretend()\n"
-        "import os, signal, asyncio\n"
-        "from peer.platform import files, loop\n"
-        "print(hasattr(os, 'geteuid'), hasattr(signal, 'SIGHUP'))\n"
-        "print(files.user_id(), type(loop.new_event_loop()).__name__)"
-    )
-    path = f"{Path(without_posix.__file__).parent}{os.pathsep}{Path(__file__).parents[2]}"
-    environment = os.environ | {"PYTHONPATH": path}
-    said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, env=environment)
-    assert said.stdout == "False False\nNone Loop\n", said.stderr
-
-
 def test_a_trainer_trains(node: BareNode, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(" ".join(map(str, range(3000))))
     result = tmp_path / "result.json"
@@ -131,3 +117,143 @@ def test_a_running_node_is_paused_resumed_and_stopped(node: BareNode) -> None:
     assert not (node.state / TOKEN_FILE).exists()
     assert not is_running(node.state)
     StateFolder(node.state).close()
+
+
+# What needs no node
+
+
+def test_names_of_files_are_good_on_windows(node: BareNode) -> None:
+    """It refuses some characters, and ignores dots and spaces at the end."""
+    names = [path.name for path in node.state.parent.rglob("*")]
+    assert len(names) > 10
+    assert [name for name in names if set(name) & set('<>:"|?*\\') or name[-1] in ". "] == []
+
+
+def test_doctor_looks_at_the_machine(tmp_path: Path) -> None:
+    checked = subprocess.run(
+        bare("doctor", "--json", "--state", tmp_path / "state"),
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE_S,
+    )
+    assert checked.stderr.count("Traceback") == 0, checked.stderr
+    found = {finding["name"]: finding for finding in json.loads(checked.stdout)["checks"]}
+    assert found["clock"]["verdict"] == "not checked"
+    assert found["state folder"]["verdict"] == "ok"
+    assert {"cores", "disk", "memory", "speed", "software", "p2pd"} <= {*found}
+
+
+def run_bare(script: str) -> "subprocess.Popen[str]":
+    path = f"{Path(without_posix.__file__).parent}{os.pathsep}{Path(__file__).parents[2]}"
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import without_posix\nwithout_posix.pretend(('psutil', 'pydantic'))\n{script}",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+
+
+_NAMES = """
+import os, signal
+from peer.platform import files, loop
+print(hasattr(os, "geteuid"), hasattr(signal, "SIGHUP"), files.user_id(), type(loop.new_event_loop()).__name__)
+"""
+
+
+def test_names_are_absent_in_the_process() -> None:
+    """So that the other tests can't pass because nothing was taken away."""
+    with run_bare(_NAMES) as process:
+        assert process.communicate(timeout=DEADLINE_S)[0] == "False False None Loop\n"
+
+
+_STOPPED = """
+import asyncio
+from talkoot.signals import Stopped, run_until_stopped
+
+async def work():
+    print("works", flush=True)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        print("leaves", flush=True)
+
+try:
+    asyncio.run(run_until_stopped(work()))
+except Stopped as stopped:
+    print(stopped.exit_status, flush=True)
+"""
+
+_GENTLE = """
+import threading, time
+from talkoot.signals import Stopped, StopSignals
+
+signals, event = StopSignals(), threading.Event()
+with signals.gently(event):
+    try:
+        print("works", flush=True)
+        while True:
+            time.sleep(0.01)
+    except Stopped as stopped:
+        print(event.is_set(), stopped.exit_status, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_loop(number: signal.Signals) -> None:
+    with run_bare(_STOPPED) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "works\n"
+        process.send_signal(number)
+        assert process.stdout.readlines() == ["leaves\n", f"{128 + number}\n"]
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_a_signal_without_effect_is_raised_after_a_second() -> None:
+    with run_bare(_GENTLE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "works\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readlines() == [f"True {128 + signal.SIGINT}\n"]
+        assert process.wait(DEADLINE_S) == 0
+
+
+_LISTENS = """
+import asyncio, socket, sys
+from peer.platform.sockets import ServerSocket, SocketFolder, attach, bind_within, serve_within, streams_of
+
+async def main():
+    async def greet(reader, writer):
+        writer.write(b"hello")
+        writer.close()
+
+    bound, address = bind_within(SocketFolder(), "x")
+    port = int(address.rpartition(":")[2])
+    server = await serve_within(greet, bound, 1024)
+    within = ServerSocket()
+    within.bound(port)
+    made, name = await within.dial()
+    reader, writer = await streams_of(made)
+    print(port, name.startswith("ipv4:127.0.0.1:"), await reader.read(), flush=True)
+    writer.close()
+    await asyncio.to_thread(sys.stdin.readline)
+
+asyncio.run(main())
+"""
+
+
+def test_a_way_to_another_peer_is_for_this_process_alone() -> None:
+    with run_bare(_LISTENS) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        port, *said = process.stdout.readline().split()
+        assert said == ["True", "b'hello'"]
+        with socket.create_connection((HOST, int(port)), DEADLINE_S) as stranger:
+            assert stranger.recv(100) == b""
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait(DEADLINE_S) == 0
