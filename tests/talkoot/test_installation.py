@@ -10,7 +10,12 @@ import pytest
 from commands import assert_one_clear_line, run_here
 from uv_home import DEADLINE_S, UvHome
 
+from dht.invites import Invite
+from dht.records import SwarmKeys
 from peer.files import StateFolder
+from peer.identity import Identity
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot.installation import Installation
 
 
@@ -55,6 +60,35 @@ def test_update_takes_the_source_and_the_build_of_torch_that_were_chosen(home: U
     assert call[-1] == f"talkoot @ {Path(__file__).parents[2].as_uri()}"
     assert home.talkoot("update", "--from", "talkoot.whl").returncode == 0
     assert home.calls()[-1][-1] == "talkoot.whl"
+
+
+@pytest.fixture
+def with_service(home: UvHome, tmp_path: Path) -> UvHome:
+    """A service is installed; a stand-in for systemctl notes its calls in `systemctl` in the home folder."""
+    home.program("systemctl", f'echo "$*" >> "{home.home}/systemctl"')
+    home.program("systemd-run", "exit 1")
+    peer_id = Identity.load_or_create(tmp_path / "key").peer_id
+    invite = Invite(SwarmKeys("sauna", peer_id), (Multiaddress.of(Endpoint("127.0.0.1:1"), peer_id),))
+    ended = home.talkoot("service", "install", "--as-root", "--join", str(invite))
+    assert ended.returncode == 0, ended.stderr
+    return home
+
+
+def systemctl(home: UvHome) -> list[str]:
+    return (home.home / "systemctl").read_text().splitlines()
+
+
+def test_update_restarts_the_service(with_service: UvHome) -> None:
+    ended = with_service.talkoot("update")
+    assert (ended.returncode, "restarted the service" in ended.stdout) == (0, True), ended.stderr
+    assert systemctl(with_service)[-1] == "--user restart talkoot-node.service"
+
+
+def test_uninstall_removes_the_service(with_service: UvHome) -> None:
+    ended = with_service.talkoot("uninstall", "--yes", "--state")
+    assert ended.returncode == 0, ended.stderr
+    assert "--user disable --now talkoot-node.service" in systemctl(with_service)
+    assert with_service.files() == {"systemctl"}
 
 
 def test_update_that_fails_is_one_line(home: UvHome) -> None:
