@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from peer.errors import StartError
 from peer.files import StateFolder
+from peer.platform.files import wait_for_lock
 from peer.platform.processes import die_with_parent
 from peer.platform.sockets import private_socket_folder, sweep_socket_folders
 
@@ -26,11 +28,54 @@ SLEEP = shutil.which("sleep") or "/bin/sleep"
 
 PARENT = f"""
 import subprocess, time
+from peer.platform.files import wait_for_lock
 from peer.platform.processes import die_with_parent
 child = subprocess.Popen(die_with_parent([{SLEEP!r}, "300"]))
 print(child.pid, flush=True)
 time.sleep(300)
 """
+
+WATCHED = f"""
+import os, subprocess, sys, time
+from peer.platform import processes
+
+QUEUE = '''
+import os, sys, time, types
+
+def lives(process):
+    try:
+        return open("/proc/%d/stat" % process).read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+class Queue:
+    def __init__(self):
+        self.watched = []
+    def control(self, changes, most):
+        for ident in changes or ():
+            if not lives(ident):
+                raise ProcessLookupError
+            self.watched.append(ident)
+        while changes is None:
+            for ident in self.watched:
+                if not lives(ident):
+                    return [types.SimpleNamespace(ident=ident)]
+            time.sleep(0.01)
+
+found = types.ModuleType("select")
+found.kqueue, found.kevent = Queue, lambda ident, *_: ident
+found.KQ_FILTER_PROC = found.KQ_EV_ADD = found.KQ_NOTE_EXIT = 0
+sys.modules["select"] = found
+'''
+code = QUEUE + processes._BECOME_CHILD.format(die_with_parent=processes._WATCH_PARENT)
+child = subprocess.Popen([sys.executable, "-I", "-S", "-c", code, str(os.getpid()), "0", {SLEEP!r}, "300"])
+print(child.pid, flush=True)
+sys.stdin.readline()
+child.terminate()
+print(child.wait(), flush=True)
+sys.stdin.readline()
+"""
+"""The way of macOS, with a stand-in for its kernel queue."""
 
 HOLDER = """
 import sys, time
@@ -66,8 +111,9 @@ def first_line(process: "subprocess.Popen[str]") -> str:
 def kill(process: "subprocess.Popen[str]") -> None:
     process.kill()
     process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 def runs(child: psutil.Process) -> bool:
@@ -86,6 +132,33 @@ def test_a_child_is_gone_after_its_parent_was_killed() -> None:
     assert runs(child)
     kill(parent)
     wait_until(lambda: not runs(child))
+
+
+def watched() -> tuple["subprocess.Popen[str]", psutil.Process, psutil.Process]:
+    """The parent, the child, and the process that watches both."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", WATCHED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    child = psutil.Process(int(first_line(parent)))
+    wait_until(lambda: child.name() == "sleep" and len(child.children()) == 1)
+    return parent, child, child.children()[0]
+
+
+def test_where_the_kernel_does_not_kill_it_a_watcher_does() -> None:
+    parent, child, watcher = watched()
+    kill(parent)
+    wait_until(lambda: not runs(child) and not runs(watcher))
+
+
+def test_the_watcher_ends_with_the_child() -> None:
+    parent, _, watcher = watched()
+    assert parent.stdin is not None
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    assert first_line(parent) == str(-signal.SIGTERM)
+    wait_until(lambda: not runs(watcher))
+    assert runs(psutil.Process(parent.pid))
+    kill(parent)
 
 
 def test_the_command_takes_the_place_of_the_child() -> None:
@@ -294,3 +367,12 @@ def test_nothing_but_folders_of_dead_sockets_is_swept(dead_folder: Path, kind: s
     assert (kept / "file").exists()
     if kind == "link":
         dead_folder.unlink()
+
+
+def test_a_lock_is_waited_for_and_given_up_in_time(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("wb") as first, (tmp_path / "lock").open("wb") as second:
+        wait_for_lock(first.fileno(), 0.0)
+        with pytest.raises(BlockingIOError):
+            wait_for_lock(second.fileno(), 0.1)
+        threading.Timer(0.2, first.close).start()
+        wait_for_lock(second.fileno(), 60.0)
