@@ -239,15 +239,16 @@ class World:
             ("down", receiver),
             *((way, relay) for relay in relays for way in ("up", "down")),
         ]
-        begins = max(now, *(peer.up_free if way == "up" else peer.down_free for way, peer in ways))
-        slowest = min(peer.link.up_bps if way == "up" else peer.link.down_bps for way, peer in ways)
-        for way, peer in ways:
+        ends = now
+        for way, peer in ways:  # each link goes on with others' while this one waits elsewhere
             if way == "up":
-                peer.up_free = begins + 8 * size / peer.link.up_bps
+                peer.up_free = max(now, peer.up_free) + 8 * size / peer.link.up_bps
+                ends = max(ends, peer.up_free)
             else:
-                peer.down_free = begins + 8 * size / peer.link.down_bps
+                peer.down_free = max(now, peer.down_free) + 8 * size / peer.link.down_bps
+                ends = max(ends, peer.down_free)
         delay_s = self.rtt_s(sender, receiver) / 2 + sum(relay.link.rtt_s for relay in relays)
-        await asyncio.sleep(begins + 8 * size / slowest - now + delay_s)
+        await asyncio.sleep(ends - now + delay_s)
         if not all(peer.is_alive and peer.half == sender.half for _, peer in ways):
             return False
         self.accounts.up[purpose][sender.number] += size
