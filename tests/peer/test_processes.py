@@ -28,7 +28,6 @@ SLEEP = shutil.which("sleep") or "/bin/sleep"
 
 PARENT = f"""
 import subprocess, time
-from peer.platform.files import wait_for_lock
 from peer.platform.processes import die_with_parent
 child = subprocess.Popen(die_with_parent([{SLEEP!r}, "300"]))
 print(child.pid, flush=True)
