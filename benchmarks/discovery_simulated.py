@@ -92,15 +92,14 @@ async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int, effort:
 
 
 async def measure_lookups(loop: VirtualLoop, swarm: SimulatedSwarm, count: int) -> dict[str, Any]:
-    """Look-ups of announced experts by peers that don't hold them: rounds until the value, and until enough of its
+    """Look-ups of nodes' records by peers that don't hold them: rounds until the value, and until enough of its
     holders.
     """
     hops, rounds, calls, times_ms = [], [], [], []
-    hosted = list(swarm.hosts)
     for _ in range(count):
-        peer = swarm.rng.choice(swarm.peers)
-        key = key_id_of(swarm.keys.expert(swarm.rng.choice(hosted)))
-        await peer.lookups.sample()  # as it does when it has just joined, and then every five minutes
+        peer, other = swarm.rng.sample(swarm.peers, 2)
+        key = key_id_of(swarm.keys.node(other.peer_id))
+        await peer.lookups.sample()  # as it does when it has just joined, and then now and then
         began, before = loop.time(), swarm.network.traffic.by_method["find"]
         found = (await peer.lookups.find([key], besides_self=True))[key]
         times_ms.append(1000 * (loop.time() - began))

@@ -68,6 +68,7 @@ EXPORT = session_pb2.RIGHT_EXPORT
 """Beside `RIGHTS`, of the roles that the manifest names."""
 _RECORDS: Mapping[str, frozenset[Role]] = {
     "announcement": frozenset({Role.NODE}),
+    "hosting": frozenset({Role.NODE}),
     "node": frozenset({Role.NODE, Role.LIBRARIAN}),
     "cell": frozenset({Role.NODE, Role.LIBRARIAN}),
     "library": frozenset({Role.LIBRARIAN}),

@@ -5,7 +5,7 @@ in range. Anything else counts as not announced.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self
@@ -190,13 +190,14 @@ class ReplicaAnnouncement:
     update_count: int = 0
     claimed_at: float = 0.0
 
-    def message(self, queued_rows: int) -> records_pb2.Announcement:
-        """`queued_rows`: rows that wait at the node, for all its experts."""
+    def message(self, depth: int) -> records_pb2.Announcement:
+        """For a record under the first `depth` coordinates."""
+        is_claim = self.state is ReplicaState.CLAIMED
         return records_pb2.Announcement(
             state=self.state.value,
             update_count=self.update_count,
-            queued_rows=queued_rows,
-            claimed_at=self.claimed_at,
+            claimed_at=self.claimed_at if is_claim else 0.0,
+            following=self.uid.coordinate[depth:],
         )
 
 
@@ -298,22 +299,44 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
     )
 
 
-def read_replica(payload: records_pb2.RecordPayload, uid: UID, peer_id: PeerID) -> Replica:
-    """Parses a node's checked announcement. Raises RecordError for an unknown state."""
-    announcement = payload.announcement
-    try:
-        state = ReplicaState(announcement.state)
-    except ValueError as error:
-        raise RecordError(f"a replica in state {announcement.state}") from error
-    return Replica(
-        uid,
-        peer_id,
-        state,
-        announcement.update_count,
-        announcement.queued_rows,
-        announcement.claimed_at,
-        payload.expires_at,
-    )
+def announced(
+    replicas: Collection[ReplicaAnnouncement], depth: int, queued_rows: int
+) -> records_pb2.RecordPayload:
+    """What a record says of a node's replicas that have the first `depth` coordinates in common.
+
+    `queued_rows`: rows that wait at the node, for all its experts.
+    """
+    messages = [replica.message(depth) for replica in replicas]
+    if len(messages) == 1 and not messages[0].following:
+        messages[0].queued_rows = queued_rows
+        return records_pb2.RecordPayload(announcement=messages[0])
+    return records_pb2.RecordPayload(hosting=records_pb2.Hosting(replicas=messages, queued_rows=queued_rows))
+
+
+def read_replicas(
+    payload: records_pb2.RecordPayload, layer: int, coordinate: tuple[int, ...], peer_id: PeerID
+) -> dict[UID, Replica]:
+    """Parses a node's checked record of what it hosts below these coordinates. Raises RecordError if any is wrong."""
+    hosting, found = payload.hosting, {}
+    is_alone = payload.HasField("announcement")
+    for message in [payload.announcement] if is_alone else hosting.replicas:
+        uid = UID(layer, (*coordinate, *message.following))
+        if is_alone is bool(message.following) or uid in found:
+            raise RecordError("a record of replicas that are elsewhere, or listed twice")
+        try:
+            state = ReplicaState(message.state)
+        except ValueError as error:
+            raise RecordError(f"a replica in state {message.state}") from error
+        found[uid] = Replica(
+            uid,
+            peer_id,
+            state,
+            message.update_count,
+            message.queued_rows if is_alone else hosting.queued_rows,
+            message.claimed_at,
+            payload.expires_at,
+        )
+    return found
 
 
 def number(value: float, most: float = _LATEST) -> float | None:

@@ -18,12 +18,15 @@ import numpy as np
 from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.beam_search import PrefixIndex, Selection, default_beam_size, select_experts
 from dht.manifest import Manifest
-from dht.registry import Prefix, Registry
+from dht.regions import Prefix
+from dht.registry import Registry
 from dht.uid import UID
+from dht.upkeep import UpkeepPeriod
 from peer import clock
 from peer.codec import Booleans, Floats
 from peer.errors import UnreachableError
 from peer.identity import PeerID
+from peer.kademlia.search import DEFAULT_LIMITS
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +37,10 @@ PrefixTables = tuple[Booleans, ...]
 
 _MAX_READ = 4096
 """Most prefixes, and most experts, that one refresh reads."""
-_READ_AT_ONCE = 512
-"""Up to so many experts are read without asking first which of them are active."""
 _SAMPLED = 64
 """On a grid with more experts than that: prefixes and experts that a refresh reads to see whether they live."""
+_MOST_STRETCHED = 20
+"""How many times the wanted time between two refreshes the longest one is."""
 _SEARCH_ROUNDS = 4
 """How often a search goes on after it has met experts that nobody hosts."""
 _GUESSED, _MOST_GUESSED = 3, 64
@@ -137,20 +140,19 @@ class Directory:
         return self.view.manifest.experts_total <= _MAX_READ
 
     async def refresh(self) -> View:
-        """Reads the swarm anew: prefixes level by level, then replicas, then the nodes that host them.
+        """Reads the swarm anew: the regions level by level, then the nodes that host replicas there.
 
-        The first time a small grid is read without its prefixes, for that takes a round of questions for each level.
-        Later, what lived is read again even if no prefix leads there: whoever hides a prefix hides no known expert.
+        What lived is read again even if no prefix leads there: whoever hides a prefix hides no known expert.
         """
-        is_first = not self.view.read_at and self._manifest.experts_total <= min(_MAX_READ, _READ_AT_ONCE)
-        if is_first:
-            uids = self._manifest.uids()
-        else:
-            living = [uid for uid, hosts in self.view.replicas.items() if hosts]
-            uids = list(dict.fromkeys((*living, *await self._active_uids())))[:_MAX_READ]
-        replicas = await self.registry.replicas(uids)
-        if is_first:
+        living = [uid for uid, hosts in self.view.replicas.items() if hosts]
+        if self.knows_all:
+            replicas = await self.registry.replicas(self._manifest.uids(), only_active=True)
+            hidden = [uid for uid in living if not replicas[uid]]
             replicas = {uid: hosts for uid, hosts in replicas.items() if hosts}
+            replicas |= await self.registry.replicas(hidden)
+        else:
+            uids = list(dict.fromkeys((*living, *await self._active_uids())))[:_MAX_READ]
+            replicas = await self.registry.replicas(uids)
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = await self.registry.nodes(peers)
         self.view = View(self._manifest, replicas, self._but_the_gone(nodes), self._now())
@@ -166,9 +168,15 @@ class Directory:
             self.view = View(self._manifest, self.view.replicas, nodes, self.view.read_at)
 
     async def keep_fresh(self) -> None:
-        """Refreshes for ever. When the DHT does not answer, the last view stays, and that is said once."""
+        """Refreshes for ever, less often if that costs much. When the DHT does not answer, the last view stays, and
+        that is said once.
+        """
+        period = UpkeepPeriod(
+            self._refresh_every_s, lambda: self.registry.spent_bytes, self._rng, _MOST_STRETCHED
+        )
         while True:
-            await asyncio.sleep(self._refresh_every_s)
+            await asyncio.sleep(period.drawn_s())
+            period.note_round()
             try:
                 await self.refresh()
             except UnreachableError as error:
@@ -204,7 +212,7 @@ class Directory:
             guessed = index.best(scores, _GUESSED * k, everything=True)
             guesses = [UID(layer, c) for c in guessed] if len(guessed) <= _MOST_GUESSED else []
             way = self._read_way(layer, index, scores, width, self._only_at(avoided, layer))
-            ahead, _ = await asyncio.gather(self.registry.replicas(guesses), way)
+            ahead, _ = await asyncio.gather(self.registry.replicas(guesses, limits=DEFAULT_LIMITS), way)
         for round_number in range(_SEARCH_ROUNDS):
             passed_over = self._only_at(avoided, layer)
             await self._read_way(layer, index, scores, width, passed_over)
@@ -264,7 +272,7 @@ class Directory:
             for prefix in prefixes:
                 by_size.setdefault(self._size_after(prefix), []).append(prefix)
             for found in await asyncio.gather(
-                *(self.registry.prefixes(some, size) for size, some in by_size.items())
+                *(self.registry.prefixes(some, size, limits=DEFAULT_LIMITS) for size, some in by_size.items())
             ):
                 for (_, coordinate), active in found.items():
                     index.note(coordinate, active)
@@ -277,7 +285,8 @@ class Directory:
         if not uids:
             return
         replicas = {uid: ahead[uid] for uid in uids if uid in ahead}
-        replicas |= await self.registry.replicas([uid for uid in uids if uid not in ahead])
+        further = [uid for uid in uids if uid not in ahead]
+        replicas |= await self.registry.replicas(further, limits=DEFAULT_LIMITS)
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = dict(self.view.nodes) | await self.registry.nodes(peers - self.view.nodes.keys())
         known = dict(self.view.replicas) | replicas

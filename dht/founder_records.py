@@ -6,6 +6,7 @@ gives it the manifest, and knows from the start who is revoked.
 """
 
 import logging
+import random
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -21,6 +22,8 @@ LIFETIME_S = 30 * 86400.0
 """Of both records, in seconds. They outlive a founder that is away."""
 EXPIRES_SOON_S = 7 * 86400.0
 """If the founder does not renew the manifest in this time, nobody can join any more."""
+_KEPT_BY = 8
+"""Peers that store the manifest again in each round, on average."""
 _RENEW_AFTER_S = LIFETIME_S / 2
 _LOOK_EVERY_S = 3600.0
 """How often other peers look for a newer manifest record, in the second half of its lifetime."""
@@ -36,6 +39,7 @@ class ManifestRecord:
         expires_at: float,
         file: "RecordFile | None" = None,
         now: Callable[[], float] = clock.now,
+        rng: random.Random | None = None,
     ) -> None:
         """`file`: where the newest record is saved."""
         self.data = data
@@ -47,6 +51,7 @@ class ManifestRecord:
         self._file.save(data)
         self._manifest_json = registry.manifest_json(data)
         self._looked_at = 0.0
+        self._rng = rng or random.SystemRandom()
 
     @property
     def warning(self) -> str:
@@ -62,12 +67,15 @@ class ManifestRecord:
     async def republish(self) -> None:
         """Stores it again; the founder renews it first when it is due. Raises UnreachableError."""
         keys, now = self._registry.keys, self._now()
-        if self._registry.peer_id == keys.author and now >= self.expires_at - _RENEW_AFTER_S:
+        is_due = self._registry.peer_id == keys.author and now >= self.expires_at - _RENEW_AFTER_S
+        if is_due:
             expires_at = now + LIFETIME_S
             self._take(self._registry.sign_manifest(self._manifest_json, expires_at), expires_at)
         elif await self.look() and (warning := self.warning):
             logger.warning("%s", warning)
-        await self._registry.republish(keys.manifest, self.data, self.expires_at)
+        # everybody stores it now and then, and not all at the same few holders all the time
+        if is_due or self._rng.random() * self._registry.lookups.estimated_nodes < _KEPT_BY:
+            await self._registry.republish(keys.manifest, self.data, self.expires_at)
 
     async def look(self) -> bool:
         """Takes over a newer record if there is one. Returns whether it looked: hourly, in this one's second half.

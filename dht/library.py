@@ -246,8 +246,9 @@ class MemoryRegistry:
             key = self._keys.memory(memory, cell)
             shorts = sorted({root[:SHORT_ROOT_BYTES] for root in roots})[:MAX_SHARDS_OF_CELL]
             body = records_pb2.CellRecord(state=state.value, shards=b"".join(shorts))
-            payload = records_pb2.RecordPayload(key=key, expires_at=expires_at, cell=body)
-            items[key, own] = Item(key, own, self._registry.seal(payload), expires_at)
+            until = self._registry.later(key, expires_at)
+            payload = records_pb2.RecordPayload(key=key, expires_at=until, cell=body)
+            items[key, own] = Item(key, own, self._registry.seal(payload), until)
             if state is not ReplicaState.WITHDRAWN:
                 for depth, coordinate in enumerate(cell):
                     prefix = self._keys.memory_index(memory, cell[:depth], coordinate)

@@ -43,6 +43,8 @@ MAX_LIFETIME_S = 600.0
 """Of announcements, node records and index entries. Those that claim to live longer are refused."""
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
 """The same, of manifests, revocations and libraries."""
+MAX_REPLICAS_OF_RECORD = 512
+"""That a node announces in one record. As many take 8 KB."""
 INDEX_PIECE = 128
 """Coordinates under one key. As many index entries with the longest name stay under 32 KB."""
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
@@ -295,10 +297,7 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
     record, payload = _parsed(data)
     if peer_id_of(record.public_key).to_bytes() != payload.peer_id:
         raise RecordError("the record's key is not its writer's")
-    if payload.announcement.update_count > MAX_UPDATE_COUNT:
-        raise RecordError(
-            f"a replica after {payload.announcement.update_count} updates; nobody takes so many"
-        )
+    _check_replicas(payload)
     _check_kind(payload)
     _check_memories(payload, len(data))
     verify(record.public_key, record.payload, record.signature)
@@ -327,6 +326,16 @@ def _check_kind(payload: records_pb2.RecordPayload) -> None:
         raise RecordError("the record is of another kind than its key")
     if body in _FOUNDERS and not swarm_id.endswith(_author_suffix(PeerID(payload.peer_id))):
         raise RecordError("only the swarm's founder writes this record")
+
+
+def _check_replicas(payload: records_pb2.RecordPayload) -> None:
+    """Raises RecordError."""
+    replicas = payload.hosting.replicas
+    if len(replicas) > MAX_REPLICAS_OF_RECORD:
+        raise RecordError(f"{len(replicas)} replicas in one record; at most {MAX_REPLICAS_OF_RECORD}")
+    for replica in (payload.announcement, *replicas):
+        if replica.update_count > MAX_UPDATE_COUNT:
+            raise RecordError(f"a replica after {replica.update_count} updates; nobody takes so many")
 
 
 def _check_memories(payload: records_pb2.RecordPayload, size: int) -> None:

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -18,12 +19,14 @@ from dht.announcements import (
     ReplicaAnnouncement,
     ReplicaState,
     TrainerInfo,
+    announced,
     read_node,
-    read_replica,
+    read_replicas,
     read_trainer,
 )
 from dht.records import (
     INDEX_PIECE,
+    MAX_LIFETIME_S,
     SwarmKeys,
     child_shards,
     choose_shard,
@@ -35,14 +38,17 @@ from dht.records import (
     sign_record,
     trainer_shard_of,
 )
+from dht.regions import Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.uid import UID
 from peer import clock
+from peer.bounded import BoundedDict
 from peer.errors import UnreachableError, WireError
 from peer.identity import Identity, PeerID
-from peer.kademlia.lookups import Item, Lookups
+from peer.kademlia.lookups import FRUGAL, Item, Lookups
 from peer.kademlia.node import KademliaNode
 from peer.kademlia.routing import key_id_of
-from peer.kademlia.validation import unpack
+from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
+from peer.kademlia.validation import MAX_KEY_BYTES, unpack
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import Message, ParseGuard
 from peer.wire import admission_pb2, records_pb2
@@ -55,15 +61,18 @@ _HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
 P = TypeVar("P")
 T = TypeVar("T")
 
-Prefix = tuple[int, tuple[int, ...]]
-"""A layer, and the first coordinates of some of its experts."""
-
-_SHARD_FOR_S = 60.0
-"""How often a node checks which shard it should be listed in."""
+_SHARD_FOR_S = 600.0
+"""How often a node checks, about, which shard it should be listed in."""
 _MOST_SHARDS = 4096
 """Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
-_MAX_REPLICAS = 256
-"""Announcements of one expert that are read, at most."""
+_MAX_RECORDS = 256
+"""Announcements in one region that are read, at most."""
+_LATER_S = 0.001
+_MAX_WRITTEN = 16384
+_ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
+"""Bytes of announcements that one holder gives of a region, and of a single expert, drawn at random. What several
+holders give is more: of an expert with many hosts, one reads a dozen.
+"""
 
 
 def some_of(found: Collection[T], most: int) -> Sequence[T]:
@@ -119,12 +128,21 @@ class Registry:
         )
         self.guard = guard or ParseGuard()
         self.lookups = Lookups(dht, rng=rng, guard=self.guard)
+        self._dht = dht
         self._identity = identity
         self._admission = admission
         self._deadline_s = deadline_s
         self.now = now
         self.claims = ClaimAges()
         """Since when others have claimed experts."""
+        self._rng = rng or random.SystemRandom()
+        self.regions = RegionMap(now, self._rng)
+        self._announced: dict[UID, tuple[ReplicaAnnouncement, float]] = {}
+        """What this peer says of its replicas, and until when."""
+        self.home_of: dict[UID, Prefix] = {}
+        """Where it has announced each of them."""
+        self._written = BoundedDict[str, float](_MAX_WRITTEN)
+        """When this peer's last record under each key expires."""
         self._shard = ""
         self._shard_until = 0.0
 
@@ -132,6 +150,11 @@ class Registry:
     def peer_id(self) -> PeerID:
         """This peer's own."""
         return self._identity.peer_id
+
+    @property
+    def spent_bytes(self) -> int:
+        """What this peer's calls to the DHT took so far."""
+        return self._dht.spent_bytes
 
     def sign_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
         """The manifest's record, to be stored by `republish`."""
@@ -192,22 +215,63 @@ class Registry:
     async def announce(
         self, replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0
     ) -> None:
-        """Stores each replica under its expert's key, and marks every coordinate on the way there as active."""
-        expires_at = self.now() + lifetime_s
-        items: dict[tuple[str, int | bytes], Item] = {}
+        """Announces replicas in their regions, with what else this peer has announced there, and marks the way there
+        as active.
+        """
+        if unread := self.regions.unread([replica.uid for replica in replicas], self._announced):
+            await self._walk(dict.fromkeys(unread, 0))
+        now = self.now()
+        expires_at = now + lifetime_s
         for replica in replicas:
-            key = self.keys.expert(replica.uid)
-            announcement = replica.message(queued_rows)
-            record = self.seal(
-                records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=announcement)
-            )
-            items[key, b""] = Item(key, self._identity.peer_id.to_bytes(), record, expires_at)
-            if replica.state is not ReplicaState.WITHDRAWN:
-                for depth, coordinate in enumerate(replica.uid.coordinate):
-                    prefix = self.keys.index(replica.uid.layer, replica.uid.coordinate[:depth], coordinate)
-                    items[prefix, coordinate] = Item(prefix, coordinate, prefix, expires_at)
+            self._announced[replica.uid] = replica, expires_at
+        self._announced = {uid: said for uid, said in self._announced.items() if said[1] > now}
+        homes = self.regions.homes(self._announced)
+        before = dict(self.home_of)
+        changed = {replica.uid for replica in replicas}
+        changed |= {uid for uid, home in homes.items() if before.get(uid, home) != home}
+        written: dict[Prefix, list[ReplicaAnnouncement]] = {homes[uid]: [] for uid in changed}
+        written |= {before[uid]: [] for uid in changed & before.keys()}
+        for uid, home in homes.items():
+            if home in written:
+                written[home].append(self._announced[uid][0])
+        items: dict[tuple[str, int | bytes], Item] = {}
+        for home, some in written.items():
+            items |= self._region_items(home, some, expires_at, queued_rows)
             await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
         await self.store(list(items.values()))
+        for replica in replicas:
+            if replica.state is ReplicaState.WITHDRAWN:
+                self._announced.pop(replica.uid, None)
+        self.home_of |= {uid: homes[uid] for uid in changed}
+        self.home_of = {uid: home for uid, home in self.home_of.items() if uid in self._announced}
+
+    def _region_items(
+        self, home: Prefix, replicas: Collection[ReplicaAnnouncement], expires_at: float, queued_rows: int
+    ) -> dict[tuple[str, int | bytes], Item]:
+        """This peer's record of what it hosts in a region, and the index entries that lead there."""
+        (layer, coordinate), me = home, self.peer_id.to_bytes()
+        key = self.keys.prefix(layer, coordinate)
+        hosted = [replica for replica in replicas if replica.state is not ReplicaState.WITHDRAWN]
+        payload = announced(hosted, len(coordinate), queued_rows)
+        expires_at = self.later(key, expires_at)
+        payload.key, payload.expires_at = key, expires_at
+        items: dict[tuple[str, int | bytes], Item] = {
+            (key, me): Item(key, me, self.seal(payload), expires_at)
+        }
+        if hosted:
+            for depth, following in enumerate(coordinate):
+                if self.regions.renews_index(home, depth):
+                    index = self.keys.index(layer, coordinate[:depth], following)
+                    items[index, following] = Item(index, following, index, expires_at)
+        return items
+
+    def later(self, key: str, expires_at: float) -> float:
+        """When this peer's next record under the key expires: after the last one, or holders would keep that."""
+        last = self._written.get(key, 0.0)
+        if last <= self.now() + MAX_LIFETIME_S + 1.0:  # else it was refused
+            expires_at = max(expires_at, last + _LATER_S)
+        self._written[key] = expires_at
+        return expires_at
 
     async def withdraw(self, uids: Iterable[UID], lifetime_s: float) -> None:
         """Announces that this peer no longer hosts these experts."""
@@ -222,11 +286,12 @@ class Registry:
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
         if self.now() >= self._shard_until:
-            shards = await self._listed({self.keys.node_shard(shard): shard for shard in shards_of(peer_id)})
+            own = {self.keys.node_shard(shard): shard for shard in shards_of(peer_id)}
+            shards = await self._listed(own, FRUGAL)
             self._shard = choose_shard(
                 peer_id, {shard: len(some - {peer_id}) for shard, some in shards.items()}
             )
-            self._shard_until = self.now() + _SHARD_FOR_S
+            self._shard_until = self.now() + _SHARD_FOR_S * self._rng.uniform(0.5, 1.5)
         await self._publish_self(payload, self.keys.node_shard(self._shard), lifetime_s)
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
@@ -235,10 +300,28 @@ class Registry:
         payload = records_pb2.RecordPayload(key=self.keys.trainer(peer_id), trainer=trainer)
         await self._publish_self(payload, self.keys.trainer_shard(trainer_shard_of(peer_id)), lifetime_s)
 
-    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
-        """The active next coordinates after each prefix, in a grid dimension of this size."""
-        keys = {prefix: partial(self.keys.index, *prefix) for prefix in prefixes}
-        return await self.active_coordinates(keys, size)
+    async def prefixes(
+        self,
+        prefixes: Collection[Prefix],
+        size: int,
+        *,
+        limits: SearchLimits = FRUGAL,
+        most: int | None = None,
+    ) -> dict[Prefix, frozenset[int]]:
+        """The active next coordinates after each prefix, in a grid dimension of this size.
+
+        `limits`: see `Lookups.find`. `most`: regions that are read on each level; the prefixes for which they are not
+        enough are left out.
+        """
+        read, known = await self._walk(dict.fromkeys(prefixes, size), limits=limits, most=most)
+        active = {prefix: set(read[prefix].active) if prefix in read else set() for prefix in known}
+        depths = {len(coordinate) for _, coordinate in known}
+        for region in read.values():
+            for uid in region.replicas:
+                for depth in depths:
+                    if depth < len(uid.coordinate) and (above := prefix_of(uid, depth)) in active:
+                        active[above].add(uid.coordinate[depth])
+        return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
 
     async def active_coordinates(
         self, prefixes: Mapping[P, Callable[[int], str]], size: int
@@ -255,11 +338,140 @@ class Registry:
             active[prefix].update(active_under(key, found[key]))
         return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
 
-    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
-        """The live announcements of each expert, without the withdrawn ones."""
-        keys = {self.keys.expert(uid): uid for uid in uids}
-        found = await self.get(list(keys))
-        return {uid: tuple(self._replicas_of(uid, key, found[key])) for key, uid in keys.items()}
+    async def replicas(
+        self,
+        uids: Collection[UID],
+        *,
+        limits: SearchLimits = FRUGAL,
+        only_active: bool = False,
+        just_read: bool = False,
+    ) -> dict[UID, tuple[Replica, ...]]:
+        """The live announcements of each expert, without the withdrawn ones.
+
+        `limits`: see `Lookups.find`. `only_active`: passes over regions to which no index entry leads; for whoever asks
+        for many experts. `just_read`: what was read a moment ago will do.
+        """
+        found: dict[UID, dict[PeerID, Replica]] = {uid: {} for uid in uids}
+        read, _ = await self._walk(
+            dict.fromkeys(found, 0), limits=limits, only_active=only_active, just_read=just_read
+        )
+        for region in read.values():
+            for uid, replicas in region.replicas.items():
+                for replica in replicas if uid in found else ():
+                    other = found[uid].get(replica.peer_id)
+                    if other is None or other.expires_at < replica.expires_at:  # it may have moved
+                        found[uid][replica.peer_id] = replica
+        return {uid: tuple(filter(self._is_live, hosts.values())) for uid, hosts in found.items()}
+
+    def _is_live(self, replica: Replica) -> bool:
+        if replica.state is ReplicaState.CLAIMED:
+            since = replica.claimed_at
+            return not self.claims.is_stale(replica.uid, replica.peer_id, since, self.now())
+        self.claims.forget(replica.uid, replica.peer_id)
+        return replica.state is not ReplicaState.WITHDRAWN
+
+    async def _walk(
+        self,
+        targets: Mapping[Prefix, int],
+        *,
+        limits: SearchLimits = FRUGAL,
+        only_active: bool = False,
+        just_read: bool = False,
+        most: int | None = None,
+    ) -> tuple[dict[Prefix, Region], Collection[Prefix]]:
+        """Reads the regions in which hosts of these experts, or of those below these prefixes, may announce.
+
+        `targets`: each with the size of the next grid dimension; 0 for an expert. It begins at the layer, or below what
+        is known to have split, and goes on where regions have split. Returns also those targets of which all was read.
+        """
+        read: dict[Prefix, Region] = {}
+        known = dict.fromkeys(targets)
+        experts = {target for target, size in targets.items() if not size}
+        depths = {target: [0] if only_active else self.regions.depths(target) for target in targets}
+        while depths:
+            pieces: dict[Prefix, set[int]] = {}
+            for (layer, coordinate), levels in depths.items():
+                for level in levels:
+                    some = pieces.setdefault((layer, coordinate[:level]), set())
+                    if level < len(coordinate):
+                        some.add(coordinate[level] // INDEX_PIECE)
+                    else:
+                        some.update(pieces_of(targets[layer, coordinate]))
+            unread = dict(islice(((p, some) for p, some in pieces.items() if p not in read), most))
+            read |= await self._read_regions(unread, experts, limits, just_read)
+            further: dict[Prefix, list[int]] = {}
+            for (layer, coordinate), levels in depths.items():
+                if any((layer, coordinate[:level]) not in read for level in levels):
+                    del known[layer, coordinate]
+                elif (last := levels[-1]) < len(coordinate):
+                    region = read[layer, coordinate[:last]]
+                    if region.leads_to(coordinate[last], only_active):
+                        further[layer, coordinate] = [last + 1]
+            depths = further
+        return read, known.keys()
+
+    async def _read_regions(
+        self,
+        pieces: Mapping[Prefix, Collection[int]],
+        experts_only: Container[Prefix],
+        limits: SearchLimits,
+        just_read: bool,
+    ) -> dict[Prefix, Region]:
+        """`pieces`: which of each prefix's index are wanted. `experts_only`: the prefixes that are experts."""
+        found: dict[Prefix, Region] = {}
+        if (
+            just_read or not limits.is_frugal
+        ):  # a hurried search goes level by level, and mostly ends at the first
+            for prefix, some in pieces.items():
+                if (region := self.regions.recent(prefix, some)) is not None:
+                    found[prefix] = region
+        unread = {prefix: some for prefix, some in pieces.items() if prefix not in found}
+        keys = {
+            prefix: [
+                self.keys.prefix(*prefix),
+                *(self.keys.index(*prefix, p * INDEX_PIECE) for p in some if p),
+            ]
+            for prefix, some in unread.items()
+        }
+        experts = [key for prefix, (key, *_) in keys.items() if prefix in experts_only]
+        further = [key for some in keys.values() for key in some if key not in set(experts)]
+        answers = dict(
+            chain.from_iterable(
+                some.items()
+                for some in await asyncio.gather(
+                    self.get(experts, limits, _EXPERT_ROOM), self.get(further, limits, _ROOM)
+                )
+            )
+        )
+        for prefix, own in keys.items():
+            found[prefix] = self._region(prefix, own, answers)
+            self.regions.note(prefix, unread[prefix], found[prefix])
+        return found
+
+    def _region(
+        self,
+        prefix: Prefix,
+        keys: Sequence[str],
+        answers: Mapping[str, Mapping[object, tuple[Any, float]]],
+    ) -> Region:
+        """What these keys say. The first one is the prefix's own."""
+        replicas: dict[UID, list[Replica]] = {}
+        hosts = size = 0
+        key = keys[0]
+        records = [(subkey, value) for subkey, (value, _) in answers[key].items() if isinstance(value, bytes)]
+        for subkey, value in some_of(records, _MAX_RECORDS):
+            read = partial(self._replicas_in, prefix, key, subkey, value)
+            record = self.guard.read("replica", subkey, read) or {}
+            hosts += bool(record)
+            size += len(value)
+            for uid, replica in record.items():
+                replicas.setdefault(uid, []).append(replica)
+        active = set[int]().union(*(active_under(each, answers[each]) for each in keys))
+        return Region(replicas, frozenset(active), hosts, size)
+
+    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
+        peer_id = parse_peer_id(subkey)
+        return read_replicas(self.unseal(value, key, peer_id), *prefix, peer_id)
 
     async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
         """The node records of these peers, as far as they have valid ones."""
@@ -301,9 +513,11 @@ class Registry:
         found = await self._listed({self.keys.trainer_shard(shard): f"{shard:x}" for shard in range(16)})
         return frozenset(some_of(set().union(*found.values()), most))
 
-    async def _listed(self, shards: Mapping[str, str]) -> dict[str, set[PeerID]]:
+    async def _listed(
+        self, shards: Mapping[str, str], limits: SearchLimits = DEFAULT_LIMITS
+    ) -> dict[str, set[PeerID]]:
         """`shards`: key → digits. Returns, by digits, the peers that are listed there and belong there."""
-        found = await self.get(list(shards))
+        found = await self.get(list(shards), limits)
         listed: dict[str, set[PeerID]] = {digits: set() for digits in shards.values()}
         for key, digits in shards.items():
             for subkey, (value, _) in found[key].items():
@@ -316,7 +530,7 @@ class Registry:
         return listed
 
     async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
-        expires_at = payload.expires_at = self.now() + lifetime_s
+        expires_at = payload.expires_at = self.later(payload.key, self.now() + lifetime_s)
         record = self.seal(payload)
         subkey = self._identity.peer_id.to_bytes()
         await self.store(
@@ -341,21 +555,6 @@ class Registry:
                 records[peer_id] = record
         return records
 
-    def _replicas_of(
-        self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]
-    ) -> Iterable[Replica]:
-        for subkey, (value, _) in some_of(found.items(), _MAX_REPLICAS):
-            replica = self.guard.read("replica", subkey, partial(self._replica, uid, key, subkey, value))
-            if replica is None:
-                continue
-            if replica.state is ReplicaState.CLAIMED:
-                if self.claims.is_stale(uid, replica.peer_id, replica.claimed_at, self.now()):
-                    continue
-            else:
-                self.claims.forget(uid, replica.peer_id)
-            if replica.state is not ReplicaState.WITHDRAWN:
-                yield replica
-
     def seal(self, payload: records_pb2.RecordPayload) -> bytes:
         """Signs, and adds this peer's badge if it has one."""
         if self._admission is not None and self._admission.badge is not None:
@@ -369,10 +568,6 @@ class Registry:
             self._admission.check_record(payload, peer_id)
         return payload
 
-    def _replica(self, uid: UID, key: str, subkey: object, value: object) -> Replica:
-        peer_id = parse_peer_id(subkey)
-        return read_replica(self.unseal(value, key, peer_id), uid, peer_id)
-
     def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
         return read_node(self.unseal(value, key, peer_id), peer_id)
 
@@ -382,7 +577,7 @@ class Registry:
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
         """A normal look-up can't tell, because it finds what this peer stores itself."""
         key_id = key_id_of(key)
-        found = await self.lookups.find([key_id], besides_self=True)
+        found = await self.lookups.find([key_id], FRUGAL, besides_self=True, room=MAX_KEY_BYTES)
         return subkey in found[key_id].entries
 
     async def store(self, items: Sequence[Item]) -> None:
@@ -391,16 +586,19 @@ class Registry:
         if items and not await self._in_time(self.lookups.store(items), "store"):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
 
-    async def get(self, keys: Collection[str]) -> dict[str, dict[object, tuple[Any, float]]]:
+    async def get(
+        self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int = MAX_KEY_BYTES
+    ) -> dict[str, dict[object, tuple[Any, float]]]:
         """The dictionary of each key: subkey → (value, expiry). Merges the answers of several holders.
 
-        Raises UnreachableError if nobody answered for one of the keys, because it may not be empty.
+        `limits`, `room`: see `Lookups.find`. Raises UnreachableError if nobody answered for one of the keys, because it
+        may not be empty.
         """
         if not keys:
             return {}
         ids = {key: key_id_of(key) for key in keys}
         self._keys_read.inc(len(keys))
-        found = await self._in_time(self.lookups.find(list(ids.values())), "get")
+        found = await self._in_time(self.lookups.find(list(ids.values()), limits, room=room), "get")
         for result in found.values():
             self._hops.observe(result.search.rounds)
         if not all(result.someone_answered for result in found.values()):

@@ -16,6 +16,7 @@ from prometheus_client import Gauge
 from dht.admission import RIGHTS, Role
 from dht.announcements import Activity
 from dht.swarm import Stage, Swarm
+from dht.upkeep import UpkeepPeriod
 from expert_server.blocks import builder_of
 from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.experts.expert import expert_bytes
@@ -99,6 +100,7 @@ class Node:
         self._now = now
         swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
         self.restarts = swarm.host.restarts
+        self.period = UpkeepPeriod(settings.announce_every_s, lambda: swarm.registry.spent_bytes)
         self.traffic = Bandwidth(swarm.host.upload, download_limit(settings.download_mbit, metrics))
         store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
         rights = sorted(RIGHTS[Role.NODE])
@@ -117,7 +119,7 @@ class Node:
                 guard=swarm.guard,
             ),
             devices,
-            lifetime_s=settings.lifetime_s,
+            period=self.period,
             claim_wait_s=timing.claim_wait_s,
             now=now,
         )
@@ -153,7 +155,7 @@ class Node:
             HostingRules.of(settings),
             swarm,
             self._parts,
-            lifetime_s=settings.lifetime_s,
+            period=self.period,
             metrics=metrics,
         )
         self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, now)
@@ -306,7 +308,8 @@ class Node:
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
         while True:
-            await asyncio.sleep(self._settings.announce_every_s)
+            await asyncio.sleep(self.period.drawn_s())
+            self.period.note_round()
             await self._rounds.run(
                 "announce",
                 self.reachability.check,
@@ -329,8 +332,9 @@ class Node:
             reachability=self.reachability.status.kind,
             tunnel_addresses=self.reachability.tunnel_addresses,
             relay_addresses=self.reachability.relay_addresses,
+            period_s=self.period.seconds,
         )
-        await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
+        await self.swarm.registry.publish_node(record, self.period.lifetime_s)
 
     async def _look_around(self) -> None:
         """Looks for experts that need a host. Apart from the announcements, which must not wait while states come."""
@@ -339,7 +343,7 @@ class Node:
             if self._pauses.hosts and not self._pauses.why:
                 await self._rounds.run("look", look)
             look = self.hosting.look_again if look != self.hosting.look_again else self.hosting.look
-            await asyncio.sleep(self._settings.announce_every_s / 2)
+            await asyncio.sleep(self.period.drawn_s(0.5))
 
     async def _host_memories(self) -> None:
         """Verifies and serves what is on disk, then takes what needs a host."""
@@ -347,12 +351,12 @@ class Node:
         await self._rounds.run("announce memories", self.memories.announce)
         while True:
             await self._rounds.run("look for shards of memories", self.memories.look)
-            await asyncio.sleep(self._settings.announce_every_s)
+            await asyncio.sleep(self.period.drawn_s())
 
     async def _follow_memories(self) -> None:
         while True:
             await self._rounds.run("follow memories", self.memories.follow)
-            await asyncio.sleep(self._settings.announce_every_s)
+            await asyncio.sleep(self.period.drawn_s())
 
     async def _watch_pauses(self) -> None:
         while True:
@@ -447,7 +451,7 @@ class Node:
         """Withdraws the node's record. A DHT that does not answer must not delay the stop."""
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
-                await self.swarm.registry.leave(self._settings.lifetime_s)
+                await self.swarm.registry.leave(self.period.lifetime_s)
 
     @property
     def state(self) -> NodeState:

@@ -191,8 +191,12 @@ class NodeRecordBuilder:
         reachability: Reachability = Reachability.UNKNOWN,
         tunnel_addresses: Sequence[str] = (),
         relay_addresses: Sequence[str] = (),
+        period_s: float = 0.0,
     ) -> records_pb2.NodeRecord:
-        """The node's present record. A node that pauses or leaves offers no room."""
+        """The node's present record. A node that pauses or leaves offers no room.
+
+        `period_s`: time between two records, if it is longer than the settings say.
+        """
         self._rows.note(status.rows, now)
         self._queries.note(status.memory_queries, now)
         return records_pb2.NodeRecord(
@@ -209,7 +213,7 @@ class NodeRecordBuilder:
             activity=activity.value,
             metrics_address=metrics_address,
             rows_per_s=self._rows.per_s,
-            renew_every_s=self._renewal(now),
+            renew_every_s=self._renewal(now, period_s),
             contributed_rows=status.contributed_rows,
             contributed_updates=status.contributed_updates,
             contributed_s=status.contributed_hours * 3600,
@@ -223,8 +227,9 @@ class NodeRecordBuilder:
             memory_queries_per_s=self._queries.per_s,
         )
 
-    def _renewal(self, now: float) -> float:
+    def _renewal(self, now: float, period_s: float) -> float:
         """Time until the next record: as long as the last one took, for a round of announcements takes time too."""
+        period_s = max(period_s, self._settings.announce_every_s)
         last, self._said_at = self._said_at, now
         took_s = 0.0 if last is None else now - last
-        return min(max(self._settings.announce_every_s, took_s), self._settings.lifetime_s)
+        return min(max(period_s, took_s), 3 * period_s)

@@ -306,6 +306,17 @@ class ModelLookups(Lookups):
         self._looked_up: set[int] = set()
         self._sampled_at = -math.inf
 
+    @property
+    def estimated_nodes(self) -> float:
+        return self._model.world.servers()
+
+    @property
+    def spent_bytes(self) -> int:
+        """Of this peer's own look-ups and stores."""
+        accounts, number = self._model.world.accounts, self._peer.number
+        sides = accounts.up, accounts.down
+        return int(sum(side[purpose][number] for side in sides for purpose in ("announce", "read")))
+
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
         peer, model = self._peer, self._model
         if not peer.is_alive:

@@ -22,9 +22,11 @@ from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
 from dht.records import SwarmKeys
+from dht.regions import Prefix
 from dht.registry import Registry
 from dht.relays import RelayKeeper
 from dht.uid import UID
+from dht.upkeep import UpkeepPeriod
 from expert_server.experts.format import Checkpoint
 from expert_server.hosting.averaging import choose_partners, pause_after
 from expert_server.hosting.manager import Handover, HostingManager
@@ -290,13 +292,13 @@ class SharedRegistry(Registry):
         super().__init__(*args, **kwargs)
         self._shared = shared
 
-    def _replica(self, uid: UID, key: str, subkey: object, value: object) -> Replica:
-        replica: Replica | None = self._shared.get(value)
-        if replica is None:
+    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
+        replicas: dict[UID, Replica] | None = self._shared.get(value)
+        if replicas is None:
             if len(self._shared) >= _MOST_SHARED:
                 self._shared.clear()
-            replica = self._shared[value] = super()._replica(uid, key, subkey, value)
-        return replica
+            replicas = self._shared[value] = super()._replicas_in(prefix, key, subkey, value)
+        return replicas
 
     def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
         if value not in self._shared:
@@ -327,6 +329,9 @@ class SimulatedNode:
             swarm.shared, lookups, swarm.keys, identity, guard=swarm.guard, now=now, rng=rng
         )
         registry.lookups = lookups
+        self.period = UpkeepPeriod(
+            self.settings.announce_every_s, lambda: registry.spent_bytes, world.rng("periods")
+        )
         member: Any = _Membership(
             SimulatedHost(swarm, peer),
             registry,
@@ -341,7 +346,7 @@ class SimulatedNode:
         self.checkpoints = CountedCheckpoints(disk)
         self.states = CountedStates(self)
         stand_ins: tuple[Any, Any, Any] = self.runtime, self.checkpoints, self.states
-        self.replicas = LocalReplicas(member, *stand_ins, (), lifetime_s=self.settings.lifetime_s, now=now)
+        self.replicas = LocalReplicas(member, *stand_ins, (), period=self.period, now=now)
         self.hosting = HostingManager(self.settings, member, self.replicas, now)
         self._standby = StandbyCopies(
             self.settings, member, self.replicas, lambda: self.hosting.seen, clock=world.time
@@ -391,7 +396,7 @@ class SimulatedNode:
             await self._publish()
             await self._average(is_last=True)
             await self.hosting.release(self.settings.drain_timeout_s)
-            await self.registry.leave(self.settings.lifetime_s)
+            await self.registry.leave(self.period.lifetime_s)
         self.swarm.remove(self)
 
     async def _run(self) -> None:
@@ -401,10 +406,10 @@ class SimulatedNode:
         self.spawn(self._look_around())
         self.spawn(self._average_now_and_then())
         self.spawn(self._copy_now_and_then())
-        every_s = self.settings.announce_every_s
         saved_at = self.swarm.world.time()
         while True:
-            await self._sleep(every_s)
+            await self._sleep(self.period.drawn_s())
+            self.period.note_round()
             await self._rounds.run(
                 "announce", self._keep_relays, self.hosting.announce, self._publish, self._stay_member
             )
@@ -419,7 +424,7 @@ class SimulatedNode:
             await self._rounds.run("look", look)
             self._note_useful()
             look = self.hosting.look_again if look != self.hosting.look_again else self.hosting.look
-            await self._sleep(self.settings.announce_every_s / 2)
+            await self._sleep(self.period.drawn_s(0.5))
 
     async def _average_now_and_then(self) -> None:
         every_s, rng = self.settings.average_every_s, self.swarm.world.rng("averaging")
@@ -506,7 +511,7 @@ class SimulatedNode:
                 for relay in self.relays
             ],
         )
-        await self.registry.publish_node(record, self.settings.lifetime_s)
+        await self.registry.publish_node(record, self.period.lifetime_s)
 
     def _status(self) -> NodeStatus:
         experts = len(self.runtime.experts)

@@ -371,7 +371,7 @@ class HostingManager:
 
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         me, mine = self._swarm.host.peer_id, self._replicas.experts
-        self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
+        self.replicated = sum(bool(serving_elsewhere(replicas.get(uid, ()), me)) for uid in mine)
         others = {
             uid: hosts
             for uid, hosts in replicas.items()
@@ -397,7 +397,7 @@ class HostingManager:
         me, proven = self._swarm.host.peer_id, []
 
         async def prove(uid: UID) -> None:
-            if await self._replicas.are_given(uid, keener(replicas[uid], uid, me), enough):
+            if await self._replicas.are_given(uid, keener(replicas.get(uid, ()), uid, me), enough):
                 proven.append(uid)
 
         with contextlib.suppress(TimeoutError):  # who stalls must not hold up what else is to be done

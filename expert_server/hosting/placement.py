@@ -5,23 +5,29 @@ time mostly choose differently, and agree who wins a contested expert.
 """
 
 import hashlib
+import math
 import random
 from collections import Counter as Multiset
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from statistics import median_low
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
 from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
-from dht.registry import Prefix, Registry
+from dht.regions import Prefix
+from dht.registry import Registry
 from dht.uid import UID
 from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_plausible_updates
 from peer.identity import PeerID
+
+T = TypeVar("T")
 
 _OUTLIER = 10
 """How many times the updates of a middling node's experts the most popular one can have taken."""
@@ -31,16 +37,18 @@ BUSIER = 4
 """and so many times as many as at the hosts of the expert that is given up for it."""
 MOST_REPLICAS = 64
 """Of an expert: a peer that has nothing else to do makes no more than so many. They could not stay alike."""
-READ_WHOLE = 1024
-"""Grids of up to so many experts are read whole."""
 MOST_PREFIXES = 1024
-"""Of a larger grid, how many rows are read at a time."""
+"""How many rows are read at a time, of layers that have not split into regions."""
 _ROWS_FOR = 6
-"""Looks at the same rows of such a grid: an expert must be vacant twice in a row before it is adopted."""
-MOST_VACANT = 512
-"""Of a larger grid, how many vacant experts are read."""
-SAMPLED = 256
-"""Of a larger grid, how many active experts are read, to see which have few replicas. Other nodes read others."""
+"""Looks at the same of them."""
+MOST_VACANT = 1024
+"""How many vacant experts are read of them,"""
+SAMPLED = 1024
+"""and how many active ones, to see which have few replicas. Other nodes read others."""
+FEW = 4
+"""Of layers that have split: how many of this node's experts a look reads, of vacant ones and of others."""
+MOST_REGIONS = 32
+"""Regions that a look reads, at most, to see what is active. A layer that has just split has many."""
 _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 
 
@@ -337,12 +345,16 @@ def _queue(hosts: Collection[Replica]) -> int:
     return min((replica.queued_rows for replica in _serving(hosts)), default=0)
 
 
-class HostingSurvey:
-    """What one node reads of its swarm in each announcement period: all of a small grid, a part of a large one.
+def _row(uid: UID) -> Prefix:
+    return uid.layer, uid.coordinate[:-1]
 
-    To read every expert of a large grid in each period would cost more than to host some. A prefix says at once which
-    coordinates after it are active. So the prefixes are read first, and then only the experts of this node, the vacant
-    ones, and some of the others.
+
+class HostingSurvey:
+    """What one node reads of its swarm in each look.
+
+    Of a layer that has not split into regions, that is everything, which costs one key. Of others it is little: a few
+    of the rows, which say at once what is vacant in them, a few of this node's experts in turns, and some others. A row
+    that had vacant experts is read again in the next look. What was seen before counts until it expires.
     """
 
     def __init__(
@@ -354,64 +366,122 @@ class HostingSurvey:
         self._rng = rng or random.SystemRandom()
         self._had_host = np.zeros((manifest.model.layers, *manifest.experts.grid), dtype=bool)
         self._looks = 0
+        self._own: deque[UID] = deque()
+        """This node's experts, those that were not read for longest first."""
+        self._again: list[Prefix] = []
+        """Rows of split layers in which experts were vacant at the last look."""
+        self._seen: dict[UID, tuple[Replica, ...]] = {}
 
     async def read(self, mine: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
-        """The replicas of this node's experts and of others that may need it. Raises UnreachableError."""
-        if self._manifest.experts_total <= READ_WHOLE:
-            return self._noted(await self._registry.replicas(self._manifest.uids()))
-        rows = self._rows()
-        active = await self._registry.prefixes(rows, self._manifest.experts.grid[-1])
-        vacant = self._preferred(self._vacant(rows, active))
-        others = [UID(layer, (*row, last)) for (layer, row), some in active.items() for last in some]
-        sample = self._rng.sample(others, min(SAMPLED, len(others)))
-        return self._noted(await self._registry.replicas({*mine, *vacant, *sample}))
+        """The replicas of experts that may need this node, and of others. Raises UnreachableError."""
+        layers = range(self._manifest.model.layers)
+        first, *_ = self._manifest.experts.grid
+        split = {layer for layer in layers if self._registry.regions.has_split(layer, first)}
+        own = self._in_turn(mine, split)
+        rows = [*self._rows(split), *self._rows_of_split(split, own)]
+        active = await self._registry.prefixes(rows, self._manifest.experts.grid[-1], most=MOST_REGIONS)
+        split |= {layer for layer in layers if self._registry.regions.has_split(layer, first)}
+        wanted = set(own)
+        for is_split, most_vacant, most_others in ((False, MOST_VACANT, SAMPLED), (True, FEW, FEW // 2)):
+            some = {prefix: known for prefix, known in active.items() if (prefix[0] in split) is is_split}
+            vacant = self._preferred(self._vacant(some), most_vacant)
+            if is_split:
+                self._again = list(dict.fromkeys(map(_row, vacant)))
+            others = [UID(layer, (*row, last)) for (layer, row), known in some.items() for last in known]
+            wanted.update(vacant, self._others(others, most_others))
+        self._looks += 1
+        return self._merged(await self._registry.replicas(wanted, just_read=True))
 
     def had_host(self, uid: UID) -> bool:
         """Whether anybody was ever seen to host or claim the expert."""
         return bool(self._had_host[uid.layer, *uid.coordinate])
 
-    def _noted(self, replicas: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
-        for uid, hosts in replicas.items():
-            if hosts and self._manifest.holds(uid):
-                self._had_host[uid.layer, *uid.coordinate] = True
-        return replicas
+    def _in_turn(self, mine: Collection[UID], split: Collection[int]) -> list[UID]:
+        """The own experts to read: a few in one row of a split layer, and all in others."""
+        held = {uid for uid in mine if self._manifest.holds(uid)}
+        known = [uid for uid in self._own if uid in held]
+        self._own = deque([*held.difference(known), *known])
+        waiting = [uid for uid in self._own if uid.layer in split]
+        some = [uid for uid in waiting if _row(uid) == _row(waiting[0])][:FEW]
+        for uid in some:
+            self._own.remove(uid)
+            self._own.append(uid)
+        return [*some, *(uid for uid in held if uid.layer not in split)]
 
-    def _rows(self) -> list[Prefix]:
-        """The prefixes without the last coordinate that are read now: all of them, or a part."""
+    def _merged(self, found: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
+        """With what was seen before and has not expired."""
+        now = self._registry.now()
+        for uid, hosts in found.items():
+            if hosts:
+                self._had_host[uid.layer, *uid.coordinate] = True
+        lasting = {
+            uid: tuple(host for host in hosts if host.expires_at > now) for uid, hosts in self._seen.items()
+        }
+        self._seen = {uid: hosts for uid, hosts in lasting.items() if hosts} | found
+        return dict(self._seen)
+
+    def _rows(self, split: Collection[int]) -> list[Prefix]:
+        """Prefixes without the last coordinate, of layers that have not split: all of them, or a part."""
         shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
         count = int(np.prod(shape))
         numbers = np.arange(min(count, MOST_PREFIXES))
         if count > MOST_PREFIXES:
-            # the same rows for several looks; other nodes read others
-            turn = random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
-            rng = np.random.default_rng(turn.getrandbits(64))
+            rng = np.random.default_rng(self._turn().getrandbits(64))
             # first the rows that had hosts: if those died, their prefixes may be gone
             used = np.flatnonzero(self._had_host.any(axis=-1))
             used = rng.permutation(used)[: MOST_PREFIXES // 2]
             # without a list of all, which may be millions
             drawn = rng.choice(count, MOST_PREFIXES, replace=False)
             numbers = np.concatenate([used, np.setdiff1d(drawn, used, assume_unique=True)])[:MOST_PREFIXES]
-        self._looks += 1
-        return [
-            (int(layer), tuple(map(int, row)))
-            for layer, *row in zip(*np.unravel_index(numbers, shape), strict=True)
-        ]
+        rows = zip(*np.unravel_index(numbers, shape), strict=True)
+        return [(int(layer), tuple(map(int, row))) for layer, *row in rows if int(layer) not in split]
 
-    def _vacant(self, rows: Collection[Prefix], active: dict[Prefix, frozenset[int]]) -> Iterator[UID]:
-        """The vacant experts, those that had a host first."""
-        for layer, row in rows:
-            self._had_host[layer][row][list(active[layer, row])] = True
+    def _rows_of_split(self, split: Collection[int], own: Collection[UID]) -> list[Prefix]:
+        """Where experts were vacant, a row of this node's, and another one: each in its turn. Of a huge grid, it is one
+        drawn at random, or of those that had hosts.
+        """
+        rows = self._rng.sample(self._again, min(FEW, len(self._again)))
+        if not split:
+            return rows
+        mine = [_row(uid) for uid in own if uid.layer in split]
+        rng, grid = self._turn(), self._manifest.experts.grid[:-1]
+        count = math.prod(grid)
+        if len(split) * count <= MOST_PREFIXES:
+            first = int.from_bytes(self._peer_id.to_bytes()[-8:])
+            number, layer = divmod(first + self._looks // _ROWS_FOR, len(split))
+            layer, number = sorted(split)[layer], number % count
+        else:
+            layer, number = rng.choice(sorted(split)), rng.randrange(count)
+            used = np.flatnonzero(self._had_host[layer].any(axis=-1))
+            if len(used) and rng.random() < 0.5:
+                number = int(rng.choice(used))
+        drawn = tuple(map(int, np.unravel_index(number, grid))) if grid else ()
+        return list(dict.fromkeys([*rows, *mine[:1], (layer, drawn)]))
+
+    def _turn(self) -> random.Random:
+        """Draws the same for several looks, and otherwise for other nodes: what is read again costs less, and an expert
+        must be vacant twice in a row before it is adopted.
+        """
+        return random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
+
+    def _others(self, some: list[UID], most: int) -> list[UID]:
+        return self._turn().sample(sorted(some), min(most, len(some)))
+
+    def _vacant(self, active: Mapping[Prefix, Collection[int]]) -> Iterator[UID]:
+        """The vacant experts of these rows, those that had a host first."""
+        for (layer, row), some in active.items():
+            self._had_host[layer][row][list(some)] = True
         for had_host in (True, False):
-            for layer, row in rows:
+            for (layer, row), some in active.items():
                 for last in np.flatnonzero(self._had_host[layer, *row] == had_host).tolist():
-                    if last not in active[layer, row]:
+                    if last not in some:
                         yield UID(layer, (*row, last))
 
-    def _preferred(self, vacant: Iterator[UID]) -> list[UID]:
+    def _preferred(self, vacant: Iterable[UID], most: int) -> list[UID]:
         """The vacant experts to read: those that had a host, then by this peer's preference, the same in each look."""
         ranked = sorted(
-            islice(vacant, 64 * MOST_VACANT),
+            islice(vacant, 64 * most),
             key=lambda uid: (self.had_host(uid), preference(uid, self._peer_id)),
             reverse=True,
         )
-        return ranked[:MOST_VACANT]
+        return ranked[:most]

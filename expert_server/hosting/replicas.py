@@ -11,6 +11,7 @@ from functools import partial
 from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
+from dht.upkeep import UpkeepPeriod
 from expert_server.blocks import build_block
 from expert_server.experts.devices import ComputeDevice, roomiest
 from expert_server.experts.expert import Expert, expert_bytes
@@ -66,18 +67,18 @@ class LocalReplicas:
         states: StateClient,
         devices: Sequence[ComputeDevice],
         *,
-        lifetime_s: float,
+        period: UpkeepPeriod,
         claim_wait_s: float = CLAIM_WAIT_S,
         now: Callable[[], float] = clock.now,
     ) -> None:
-        """`lifetime_s`: of announcements."""
+        """`period`: of announcements."""
         self.runtime = runtime
         self.checkpoints = checkpoints
         self.states = states
         self.history: AveragingHistory[UID] = AveragingHistory()
         self._swarm = swarm
         self._devices = devices
-        self._lifetime_s = lifetime_s
+        self._period = period
         self._claim_wait_s = claim_wait_s
         self._now = now
         self._rng = random.SystemRandom()
@@ -171,14 +172,14 @@ class LocalReplicas:
             if uid in self._claimed_at  # else it was withdrawn already
         ]
         queued_rows = self.runtime.queued_rows
-        await self._swarm.registry.announce(announced, self._lifetime_s, queued_rows)
+        await self._swarm.registry.announce(announced, self._period.lifetime_s, queued_rows)
 
     async def withdraw(self, uids: Collection[UID]) -> None:
         """Takes the announcements back. Raises UnreachableError, and then goes on announcing."""
         # removed first, so that no announcement made meanwhile comes after the withdrawal
         claimed_at = {uid: self._claimed_at.pop(uid) for uid in uids if uid in self._claimed_at}
         try:
-            await self._swarm.registry.withdraw(uids, self._lifetime_s)
+            await self._swarm.registry.withdraw(uids, self._period.lifetime_s)
         except UnreachableError:
             self._claimed_at |= claimed_at
             raise
@@ -257,7 +258,7 @@ class LocalReplicas:
             uid: ReplicaAnnouncement(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at)
             for uid in wanted
         }
-        await registry.announce(claims.values(), self._lifetime_s)
+        await registry.announce(claims.values(), self._period.lifetime_s)
         built = await self._build_for(self.claim_wait_s, wanted)
         replicas = await registry.replicas(wanted)
         lost = lost_claims(wanted, replicas, me, saved, enough)
@@ -345,10 +346,10 @@ class LocalReplicas:
     ) -> None:
         announced = 0
         while True:
-            await asyncio.sleep(min(_RENEW_EVERY_S, self._lifetime_s / 3))
+            await asyncio.sleep(min(_RENEW_EVERY_S, self._period.lifetime_s / 3))
             waiting = [claim for uid, claim in claims.items() if uid not in taken and uid not in failed]
             with contextlib.suppress(UnreachableError):  # the next time comes soon
-                await self._swarm.registry.announce(waiting, self._lifetime_s)
+                await self._swarm.registry.announce(waiting, self._period.lifetime_s)
                 await self.announce(taken[announced:])
                 announced = len(taken)
 

@@ -23,6 +23,7 @@ from dht.announcements import NodeInfo, ReplicaState
 from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest, Part, Place
 from dht.swarm import Swarm
+from dht.upkeep import UpkeepPeriod
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey, seen_shards
 from expert_server.memory.proofs import ReplicaProofs
 from expert_server.memory.shard import most_bytes
@@ -120,12 +121,12 @@ class MemoryHosting:
         swarm: Swarm,
         parts: PartClient,
         *,
-        lifetime_s: float,
+        period: UpkeepPeriod,
         metrics: CollectorRegistry | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`folder`: has a folder for each memory. `parts`: fetches from others. `lifetime_s`: of announcements."""
+        """`folder`: has a folder for each memory. `parts`: fetches from others. `period`: of announcements."""
         self.served: dict[str, MemoryStore] = {}
         """What the service answers from, by memory."""
         self._folder = folder
@@ -134,7 +135,7 @@ class MemoryHosting:
         self._peer_id = swarm.host.peer_id
         self._memories = memories = MemoryRegistry(swarm.registry)
         self._parts = parts
-        self._lifetime_s = lifetime_s
+        self._period = period
         self._rng = rng or random.SystemRandom()
         self._clock = clock
         self._stores: dict[MemoryID, MemoryStore] = {}
@@ -361,7 +362,7 @@ class MemoryHosting:
         for cell in self._announced.get(memory, set()) - cells.keys():
             records[cell] = ReplicaState.WITHDRAWN, ()
         if records:
-            await self._memories.announce(memory, records, self._lifetime_s)
+            await self._memories.announce(memory, records, self._period.lifetime_s)
         self._announced[memory] = set(cells)
         if not cells:
             del self._announced[memory]
@@ -573,7 +574,7 @@ class MemoryHosting:
 
     def _leave_alone(self, memory: MemoryID) -> None:
         """For one announcement period, as its first hosts may not be known yet; then for twice as long each time."""
-        _, pause_s = self._put_off.get(memory, (0.0, self._lifetime_s / 6))
+        _, pause_s = self._put_off.get(memory, (0.0, self._period.lifetime_s / 6))
         pause_s = min(2 * pause_s, _PUT_OFF_S)
         self._put_off[memory] = self._clock() + pause_s, pause_s
 

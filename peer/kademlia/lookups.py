@@ -169,6 +169,11 @@ class Lookups:
         neighbours = self._dht.table.nearest(own, BUCKET_SIZE)
         return self.reach.distance(own, [node for node, _ in neighbours])
 
+    @property
+    def estimated_nodes(self) -> float:
+        """How many nodes the DHT has, about; at least as many as hold a key."""
+        return REPLICAS * float(2**ID_BITS) / max(1, self.usual_reach())
+
     def witnesses(self, number: int) -> dict[int, PeerID]:
         """Known nodes nearest to random places. Those that crowd at one place are rarely drawn."""
         return dict(node for _ in range(number) for node in self._dht.table.nearest(self._random_key(), 1))

@@ -51,6 +51,8 @@ Reply = TypeVar("Reply", bound=Message)
 Handler = Callable[[PeerID, bytes], Awaitable[bytes]]
 """Answers a peer's message."""
 
+CALL_OVERHEAD_BYTES = 200
+"""Of frames, headers and acknowledgements, about, for a question and its answer."""
 CALL_DEADLINE_S = 3.0
 """Of one call to another node."""
 _CALLED_BACK, _CALLED_BACK_NEAR = 16, 4
@@ -182,6 +184,8 @@ class KademliaNode:
         self.table = RoutingTable(self.node_id)
         self.storage = BoundedStorage(self.bounds, self.metrics, now, rng)
         self.backoff = Backoff()
+        self.spent_bytes = 0
+        """Of this peer's calls to others: questions and answers, and about what carries them."""
         self._told = BoundedDict[PeerID, tuple[bytes, float]](_MOST_TOLD)
         """Who was told this peer's contact with which signature, and until when it is not told again."""
         self._tasks = TaskSet()
@@ -390,7 +394,9 @@ class KademliaNode:
         deadline_s: float = CALL_DEADLINE_S,
     ) -> Reply | None:
         """None if no reply comes in time, or one that is none."""
-        data = await self.transport.call(peer_id, method, request.SerializeToString(), deadline_s)
+        question = request.SerializeToString()
+        data = await self.transport.call(peer_id, method, question, deadline_s)
+        self.spent_bytes += len(question) + len(data or b"") + CALL_OVERHEAD_BYTES
         try:
             return None if data is None else reply.FromString(data)
         except DecodeError:

@@ -54,11 +54,12 @@ class SignedRecord(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class RecordPayload(_message.Message):
-    __slots__ = ("key", "peer_id", "expires_at", "announcement", "node", "manifest_json", "trainer", "revocations", "library", "cell", "badge")
+    __slots__ = ("key", "peer_id", "expires_at", "announcement", "hosting", "node", "manifest_json", "trainer", "revocations", "library", "cell", "badge")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
+    HOSTING_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     TRAINER_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +71,7 @@ class RecordPayload(_message.Message):
     peer_id: bytes
     expires_at: float
     announcement: Announcement
+    hosting: Hosting
     node: NodeRecord
     manifest_json: bytes
     trainer: TrainerRecord
@@ -77,19 +79,29 @@ class RecordPayload(_message.Message):
     library: Library
     cell: CellRecord
     badge: _admission_pb2.Badge
-    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., library: _Optional[_Union[Library, _Mapping]] = ..., cell: _Optional[_Union[CellRecord, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
+    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., hosting: _Optional[_Union[Hosting, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., library: _Optional[_Union[Library, _Mapping]] = ..., cell: _Optional[_Union[CellRecord, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
+
+class Hosting(_message.Message):
+    __slots__ = ("replicas", "queued_rows")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    replicas: _containers.RepeatedCompositeFieldContainer[Announcement]
+    queued_rows: int
+    def __init__(self, replicas: _Optional[_Iterable[_Union[Announcement, _Mapping]]] = ..., queued_rows: _Optional[int] = ...) -> None: ...
 
 class Announcement(_message.Message):
-    __slots__ = ("state", "update_count", "queued_rows", "claimed_at")
+    __slots__ = ("state", "update_count", "queued_rows", "claimed_at", "following")
     STATE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_COUNT_FIELD_NUMBER: _ClassVar[int]
     QUEUED_ROWS_FIELD_NUMBER: _ClassVar[int]
     CLAIMED_AT_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWING_FIELD_NUMBER: _ClassVar[int]
     state: ReplicaState
     update_count: int
     queued_rows: int
     claimed_at: float
-    def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ...) -> None: ...
+    following: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ..., following: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
     __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady", "relay_addresses", "memory_shards", "memory_bytes", "memory_queries", "memory_queries_per_s")

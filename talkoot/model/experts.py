@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 
 from dht.admission import EXPORT
 from dht.announcements import NodeInfo, Replica
-from dht.registry import Prefix
+from dht.regions import Prefix
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.format import BLOCK, State

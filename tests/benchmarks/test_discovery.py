@@ -48,7 +48,7 @@ def test_a_swarm_put_in_place_is_like_one_that_joined_and_announced() -> None:
 
         async def run() -> None:
             swarm = await SimulatedSwarm.start(loop, NODES, 40, Link(), seed=5)
-            keys = [key_id_of(swarm.keys.expert(uid)) for uid in swarm.hosts]
+            keys = [key_id_of(swarm.keys.node(peer.peer_id)) for peer in swarm.peers]
             really = holders(swarm, keys)
             for peer in swarm.peers:
                 peer.dht.storage.clear()

@@ -60,7 +60,7 @@ def test_a_dead_host_is_replaced() -> None:
         for node in hosts:
             swarm.crash(node)
         assert not swarm.hosts()[uid]
-        until(world, lambda: bool(swarm.hosts()[uid]), 120)
+        until(world, lambda: bool(swarm.hosts()[uid]), 600)
         assert not swarm.faults
 
 

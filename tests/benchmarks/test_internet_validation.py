@@ -101,7 +101,7 @@ def test_the_simulated_side_adopts_and_trains_on_alike_for_a_seed() -> None:
     first, again, other = (simulate(SMALL, seed) for seed in (1, 1, 2))
     assert json.dumps(first.figures()) == json.dumps(again.figures()) != json.dumps(other.figures())
     assert first.adoption.vacant == len(first.adoption.times_s) == 1
-    assert first.adoption.all_served_s < 8 * SMALL.announce_every_s
+    assert first.adoption.all_served_s < SMALL.adoption_limit_s
     for stretch in (first.training, first.after):
         assert {step.trainer for step in stretch.steps} == {0, 1}
         assert stretch.answered > 0.5

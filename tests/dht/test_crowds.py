@@ -83,6 +83,7 @@ def test_with_as_many_hostile_keys_beside_a_key_as_there_are_nodes_a_trainer_fin
         await crowd(swarm, keys[beside], HONEST)
         await asyncio.sleep(600)  # what was stored before is gone
         await swarm.announce_all(300.0)
+        await look_around(swarm)
         found = 0
         for _ in range(2):
             _, directory = await trainer(loop, swarm)
@@ -118,7 +119,7 @@ def test_of_a_crowd_too_large_to_ask_them_all_the_witnesses_tell() -> None:
     """Four times as many as nodes, and more than one look-up asks."""
 
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
-        await crowd(swarm, swarm.keys.expert(HIDDEN), 4 * HONEST)
+        await crowd(swarm, swarm.keys.prefix(HIDDEN.layer), 4 * HONEST)
         await asyncio.sleep(600)
         await swarm.announce_all(300.0)
         for _ in range(3):

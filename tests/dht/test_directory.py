@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.beam_search import PrefixIndex, select_experts
 from dht.directory import Directory, View
 from dht.manifest import Manifest
-from dht.registry import Prefix
+from dht.regions import Prefix
 from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import UnreachableError
@@ -40,7 +41,9 @@ class FakeRegistry:
         self.reads: list[str] = []
         self.experts_read: list[UID] = []
 
-    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+    async def prefixes(
+        self, prefixes: Collection[Prefix], size: int, **_: Any
+    ) -> dict[Prefix, frozenset[int]]:
         if prefixes:
             self.reads.append(f"{len(prefixes)} prefixes")
         return {
@@ -48,7 +51,7 @@ class FakeRegistry:
             for layer, start in prefixes
         }
 
-    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+    async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, tuple[Replica, ...]]:
         if uids:
             self.reads.append(f"{len(uids)} experts")
             self.experts_read += uids
@@ -180,9 +183,8 @@ def test_a_search_among_made_up_coordinates_reads_a_bounded_number_and_loses_not
     asyncio.run(scenario())
 
 
-def test_a_small_grid_is_read_at_once_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_grid_is_read_whole_and_what_lived_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dht.directory._MAX_READ", 600)
-    monkeypatch.setattr("dht.directory._READ_AT_ONCE", 600)
     experts = random_experts(0.5, 0)
     registry = FakeRegistry(experts, experts)
     directory = make_directory(registry)
@@ -191,8 +193,9 @@ def test_a_small_grid_is_read_at_once_the_first_time(monkeypatch: pytest.MonkeyP
         assert (await directory.refresh()).live_experts() == len(experts)
         assert registry.reads == ["600 experts"]
         registry.reads.clear()
-        assert (await directory.refresh()).live_experts() == len(experts)
-        assert registry.reads == ["1 prefixes", "30 prefixes", f"{len(experts)} experts"]
+        registry.served.clear()
+        assert (await directory.refresh()).live_experts() == 0
+        assert registry.reads == ["600 experts", f"{len(experts)} experts"]
 
     asyncio.run(scenario())
 
@@ -234,7 +237,9 @@ def test_a_refresh_keeps_what_was_searched_for_and_reads_few_others() -> None:
 
 def test_a_search_that_nobody_answers_leaves_the_view() -> None:
     class Silent(FakeRegistry):
-        async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+        async def prefixes(
+            self, prefixes: Collection[Prefix], size: int, **_: Any
+        ) -> dict[Prefix, frozenset[int]]:
             raise UnreachableError("no DHT peer answered")
 
     directory = make_directory(Silent([], []))
@@ -261,7 +266,7 @@ class TwoHosts(FakeRegistry):
 
     expires_at = 1e12
 
-    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+    async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, tuple[Replica, ...]]:
         return {uid: (make_replica(uid, (FIRST, SECOND)[uid.coordinate[0] % 2]),) for uid in uids}
 
     async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
@@ -368,8 +373,8 @@ def test_a_swarm_that_does_not_answer_is_said_once_until_it_does(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers = iter([False, False, False, True, False, False])
-    directory = make_directory(None)
-    monkeypatch.setattr(directory, "_refresh_every_s", 0)
+    directory = make_directory(SimpleNamespace(spent_bytes=0))
+    monkeypatch.setattr(directory, "_refresh_every_s", 0.001)
 
     async def refresh() -> None:
         match next(answers, None):

@@ -20,7 +20,8 @@ from dht.announcements import NodeInfo, Replica, ReplicaAnnouncement, ReplicaSta
 from dht.directory import Directory
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys, sign_record
-from dht.registry import Prefix, Registry
+from dht.regions import Prefix
+from dht.registry import Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host, NetworkConfig
@@ -165,7 +166,7 @@ def test_a_forged_or_exchanged_announcement_is_believed_by_nobody(
     async def scenario() -> None:
         victim, forger = swarm.hosts[0], swarm.hosts[2]
         until = time.time() + expires_in_s
-        key, other = swarm.keys.expert(UIDS[0]), swarm.keys.expert(UIDS[1])
+        key, other = swarm.keys.prefix(UIDS[0].layer), swarm.keys.prefix(UIDS[-1].layer)
         own = await read_raw(swarm.hosts[1], other)
         genuine = own[victim.peer_id.to_bytes()].value
         withdrawn = announcement(key, until, records_pb2.REPLICA_STATE_WITHDRAWN)
@@ -232,11 +233,13 @@ class CountingRegistry:
     def __init__(self) -> None:
         self.largest = 0
 
-    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+    async def prefixes(
+        self, prefixes: Collection[Prefix], size: int, **_: Any
+    ) -> dict[Prefix, frozenset[int]]:
         self.largest = max(self.largest, len(prefixes))
         return dict.fromkeys(prefixes, frozenset(range(size)))
 
-    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+    async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, tuple[Replica, ...]]:
         self.largest = max(self.largest, len(uids))
         host = PeerID(b"\x12\x20" + bytes(32))
         return {

@@ -69,6 +69,7 @@ def test_nodes_of_a_full_shard_are_listed_below_it_and_come_back_when_there_is_r
     world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dht.records.FULL", 4)
+    monkeypatch.setattr("dht.registry._SHARD_FOR_S", 60.0)
 
     async def scenario() -> None:
         swarm = await SimulatedSwarm.start(world, 5, 5, Link(), seed=1)

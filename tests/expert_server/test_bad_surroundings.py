@@ -219,13 +219,15 @@ def test_another_swarms_records_are_not_taken_for_this_swarms(
             node = await village.found(experts=len(UIDS))
             stranger = await join_swarm(identities[1], await node.swarm.invite(), NetworkConfig(LOCAL))
             stack.push_async_callback(stranger.stop)
-            here = node.swarm.keys.expert(UIDS[0])
-            there = SwarmKeys(MANIFEST.name, identities[1].peer_id).expert(UIDS[0])
+            here = node.swarm.keys.prefix(UIDS[0].layer)
+            there = SwarmKeys(MANIFEST.name, identities[1].peer_id).prefix(UIDS[0].layer)
             until = time.time() + 60
-            announced = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING, update_count=99)
+            announced = records_pb2.Announcement(
+                state=records_pb2.REPLICA_STATE_SERVING, update_count=99, following=UIDS[0].coordinate
+            )
             foreign = sign_record(
                 identities[1],
-                records_pb2.RecordPayload(key=there, expires_at=until, announcement=announced),
+                records_pb2.RecordPayload(key=there, expires_at=until, hosting={"replicas": [announced]}),
             )
             subkey = identities[1].peer_id.to_bytes()
             for key in (there, here):

@@ -109,12 +109,12 @@ def look_together(swarms: Sequence[Swarm], monkeypatch: pytest.MonkeyPatch) -> N
 def waiting_twice(look: Look, barrier: asyncio.Barrier) -> Look:
     looks = 0
 
-    async def look_and_wait(uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+    async def look_and_wait(uids: Collection[UID], **how: Any) -> dict[UID, tuple[Replica, ...]]:
         nonlocal looks
         looks += 1
         if looks == 2:
             await barrier.wait()
-        found = await look(uids)
+        found = await look(uids, **how)
         if looks == 1:
             await barrier.wait()
         return found

@@ -34,7 +34,7 @@ from stranger import digest, new_identities, packed
 from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.admission import RIGHTS, Role, SwarmAdmission, make_badge, make_token, parse_denied
-from dht.announcements import read_node, read_replica, read_trainer
+from dht.announcements import read_node, read_replicas, read_trainer
 from dht.invites import Invite
 from dht.library import read_cell, read_library
 from dht.manifest import Manifest, parse_uid
@@ -142,6 +142,10 @@ def payloads() -> list[bytes]:
         licenses=["MIT", "PSF-2.0"], about="Python's documentation", shards=4, grid=[16, 16],
     )  # fmt: skip
     library = records_pb2.Library(memories=[listed])
+    placed = records_pb2.Announcement(
+        state=records_pb2.REPLICA_STATE_SERVING, update_count=9, following=[1, 1]
+    )
+    hosting = records_pb2.Hosting(replicas=[placed], queued_rows=4)
     cell = records_pb2.CellRecord(state=records_pb2.REPLICA_STATE_SERVING, shards=bytes(24))
     return serialized(
         records_pb2.RecordPayload(key=KEYS.node(NODE.peer_id), expires_at=NOW + 60, node=node),
@@ -150,6 +154,7 @@ def payloads() -> list[bytes]:
             key=KEYS.expert(UID(0, (1, 1))), expires_at=NOW + 60, announcement=replica,
             badge=make_badge(TOKEN, NODE.peer_id),
         ),
+        records_pb2.RecordPayload(key=KEYS.prefix(0), expires_at=NOW + 60, hosting=hosting),
         records_pb2.RecordPayload(key=KEYS.library, expires_at=NOW + 60, library=library),
         records_pb2.RecordPayload(key=KEYS.memory(MEMORY, (0, 3)), expires_at=NOW + 60, cell=cell),
     )  # fmt: skip
@@ -170,7 +175,8 @@ def deliver_payload(data: bytes) -> None:
     for read in (
         lambda: read_node(opened, NODE.peer_id),
         lambda: read_trainer(opened, NODE.peer_id),
-        lambda: read_replica(opened, AN_UID, NODE.peer_id),
+        lambda: read_replicas(opened, AN_UID.layer, AN_UID.coordinate, NODE.peer_id),
+        lambda: read_replicas(opened, AN_UID.layer, (), NODE.peer_id),
         lambda: read_library(opened, NODE.peer_id),
         lambda: read_cell(opened, NODE.peer_id),
         lambda: ADMISSION.check_record(opened, NODE.peer_id),

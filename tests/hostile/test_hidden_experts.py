@@ -42,7 +42,7 @@ def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) 
     async def scenario(village: Village) -> None:
         host = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL))
         village.stack.push_async_callback(host.stop)
-        invite, key = await host.invite(), host.keys.expert(HIDDEN)
+        invite, key = await host.invite(), host.keys.prefix(HIDDEN.layer)
         others = await asyncio.gather(
             *(join_swarm(village.identities[n], invite, NetworkConfig(LOCAL)) for n in range(1, HONEST))
         )

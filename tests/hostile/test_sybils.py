@@ -169,7 +169,8 @@ async def measure(loop: VirtualLoop, swarm: SimulatedSwarm, looks: int) -> Seen:
         directory = Directory(other.registry, swarm.manifest, refresh_every_s=10, now=loop.unix_time)
         await directory.refresh()
         settled += (await directory.refresh()).live_experts() / len(uids)
-    keys = {uid: key_id_of(swarm.keys.expert(uid)) for uid in uids}
+    homes = {uid: swarm.hosts[uid].registry.home_of[uid] for uid in uids}
+    keys = {uid: key_id_of(swarm.keys.prefix(*home)) for uid, home in homes.items()}
     stored = sum(
         any(peer.dht.storage.packed(keys[uid]) for peer in swarm.peers if peer is not swarm.hosts[uid])
         for uid in uids

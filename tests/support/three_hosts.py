@@ -4,7 +4,7 @@ import time
 import zlib
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -63,9 +63,14 @@ class Swarm:
     hosts: list[Host]
     keys: SwarmKeys
     run: Callable[[Coroutine[Any, Any, None]], None]
+    _registries: dict[int, Registry] = field(default_factory=dict)
 
-    def registry(self, n: int, now: Callable[[], float] = time.time) -> Registry:
-        return Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now)
+    def registry(self, n: int, now: Callable[[], float] | None = None) -> Registry:
+        """A peer's own; with another clock, a new one."""
+        if now is None and n in self._registries:
+            return self._registries[n]
+        made = Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now or time.time)
+        return self._registries.setdefault(n, made) if now is None else made
 
     async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
         """Past the registry."""

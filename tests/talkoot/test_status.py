@@ -44,10 +44,10 @@ class FakeRegistry:
     async def find_manifest(self) -> tuple[bytes, float]:
         return b"", self.expires_at
 
-    async def prefixes(self, prefixes: Collection[Any], size: int) -> dict[Any, frozenset[int]]:
+    async def prefixes(self, prefixes: Collection[Any], size: int, **_: Any) -> dict[Any, frozenset[int]]:
         return {prefix: frozenset({0, 1}) for prefix in prefixes}
 
-    async def replicas(self, uids: Collection[UID]) -> dict[UID, Any]:
+    async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, Any]:
         return {uid: (replica(uid, 0),) for uid in uids}
 
     async def nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dht.announcements import NodeInfo, Replica
 from dht.beam_search import Selection
 from dht.directory import Directory, PrefixTables
-from dht.registry import Prefix
+from dht.regions import Prefix
 from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import UnreachableError
@@ -40,12 +40,14 @@ class SwarmRegistry:
         self._swarm = swarm
         self.answers = True
 
-    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+    async def prefixes(
+        self, prefixes: Collection[Prefix], size: int, **_: Any
+    ) -> dict[Prefix, frozenset[int]]:
         if not self.answers:
             raise UnreachableError("no DHT peer answered")
         return {prefix: frozenset(range(size)) for prefix in prefixes}
 
-    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+    async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, tuple[Replica, ...]]:
         return {uid: (make_replica(uid, self._swarm.peer_of[uid]),) for uid in uids}
 
     async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:

@@ -1,7 +1,6 @@
-"""What a node reads of its swarm: all of a small grid, and a bounded part of a large one."""
+"""What a node reads of its swarm: all of layers that have not split, and a little of others."""
 
 import asyncio
-import math
 import random
 import tracemalloc
 from collections.abc import Collection
@@ -12,9 +11,16 @@ from hypothesis import strategies as st
 
 from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
-from dht.registry import Prefix
+from dht.regions import Prefix, Region, RegionMap
 from dht.uid import UID
-from expert_server.hosting.placement import MOST_PREFIXES, MOST_VACANT, READ_WHOLE, SAMPLED, HostingSurvey
+from expert_server.hosting.placement import (
+    FEW,
+    MOST_PREFIXES,
+    MOST_REGIONS,
+    MOST_VACANT,
+    SAMPLED,
+    HostingSurvey,
+)
 from peer.identity import PeerID
 
 ME, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
@@ -26,8 +32,21 @@ class FakeRegistry:
     def __init__(self, hosted: Collection[UID]) -> None:
         self.hosted = set(hosted)
         self.prefixes_read = self.experts_read = 0
+        self.time = 1000.0
+        self.regions = RegionMap(self.now, random.Random(0))
 
-    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+    def now(self) -> float:
+        return self.time
+
+    def split(self, *layers: int) -> None:
+        """As a node that has read the layers' keys knows it."""
+        for layer in layers:
+            self.regions.note((layer, ()), [0], Region({}, frozenset({0, 1}), 0, 0))
+
+    async def prefixes(
+        self, prefixes: Collection[Prefix], size: int, *, most: int
+    ) -> dict[Prefix, frozenset[int]]:
+        assert most == MOST_REGIONS
         self.prefixes_read += len(prefixes)
         active: dict[Prefix, set[int]] = {prefix: set() for prefix in prefixes}
         for uid in self.hosted:
@@ -36,9 +55,9 @@ class FakeRegistry:
                 active[prefix].add(uid.coordinate[-1])
         return {prefix: frozenset(some) for prefix, some in active.items()}
 
-    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+    async def replicas(self, uids: Collection[UID], *, just_read: bool) -> dict[UID, tuple[Replica, ...]]:
         self.experts_read += len(uids)
-        replica = ReplicaState.SERVING, 0, 0, 0.0, math.inf
+        replica = ReplicaState.SERVING, 0, 0, 0.0, self.time + 30.0
         return {uid: (Replica(uid, OTHER, *replica),) if uid in self.hosted else () for uid in uids}
 
 
@@ -55,7 +74,49 @@ def test_a_small_grid_is_read_whole() -> None:
     registry = FakeRegistry(all_uids((4, 4))[:7])
     found = asyncio.run(make_survey((4, 4), registry).read([]))
     assert set(found) == set(all_uids((4, 4)))
-    assert registry.prefixes_read == 0
+
+
+def test_of_layers_that_have_split_each_look_reads_a_few_experts_and_vacant_ones_again() -> None:
+    uids = all_uids((16, 16))
+    registry, lonely = FakeRegistry(uids), UID(1, (3, 5))
+    registry.split(0, 1)
+    survey, mine = make_survey((16, 16), registry), uids[:64]
+
+    async def scenario() -> None:
+        seen_of_mine: set[UID] = set()
+        for _ in range(64 // FEW):
+            registry.experts_read = registry.prefixes_read = 0
+            found = await survey.read(mine)
+            seen_of_mine |= found.keys() & set(mine)
+            assert registry.experts_read <= 3 * FEW
+            assert registry.prefixes_read <= FEW + 5
+        assert seen_of_mine == set(mine), "all in turns"
+        registry.hosted.discard(lonely)
+        looks = 0
+        while (await survey.read(mine)).get(lonely) != ():
+            looks += 1
+            assert looks <= 32 * 6, "each of 32 rows in its turn, of 6 looks"
+        for _ in range(10):
+            assert (await survey.read(mine))[lonely] == (), "that row is read again"
+
+    asyncio.run(scenario())
+
+
+def test_what_was_seen_counts_until_it_expires() -> None:
+    uids = all_uids((16, 16))
+    registry = FakeRegistry(uids)
+    survey = make_survey((16, 16), registry)
+
+    async def scenario() -> None:
+        assert set(await survey.read([])) == set(uids)
+        registry.split(0, 1)
+        assert all((await survey.read([])).values())
+        registry.time += 29
+        assert set(await survey.read([])) == set(uids)
+        registry.time += 2
+        assert 0 < len(await survey.read([])) <= 6 * FEW, "what was read lately"
+
+    asyncio.run(scenario())
 
 
 @settings(max_examples=10)
@@ -63,7 +124,6 @@ def test_a_small_grid_is_read_whole() -> None:
 def test_of_a_large_grid_all_that_is_vacant_is_found_and_few_others_are_read(seed: int, missing: int) -> None:
     grid, rng = (40, 40), random.Random(seed)
     uids = all_uids(grid)
-    assert len(uids) > READ_WHOLE
     vacant = set(rng.sample(uids, missing))
     registry, mine = FakeRegistry(set(uids) - vacant), rng.sample(uids, 5)
     found = asyncio.run(make_survey(grid, registry, seed).read(mine))

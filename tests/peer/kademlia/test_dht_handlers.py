@@ -165,7 +165,7 @@ def test_a_replayed_announcement_does_not_end_the_newer_one(world: VirtualLoop) 
 
 def test_what_is_stored_as_cached_does_not_hide_the_rest(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        key, until = swarm.keys.expert(HOME), world.unix_time() + 600
+        key, until = swarm.keys.prefix(HOME.layer), world.unix_time() + 600
         request = store_request(
             key, STRANGER.peer_id.to_bytes(), announced_by(STRANGER, key, until), until, in_cache=[True]
         )
@@ -243,7 +243,7 @@ def test_a_peer_that_asks_for_more_than_its_share_hears_of_neighbours_only(world
         handlers._answers = SharedBudget(*StoreBounds().answer_rates(upload.limit))
         withheld, other = handlers._metrics.withheld, SimulatedIdentity(1001).peer_id
         request = dht_pb2.FindRequest(
-            keys=[id_bytes(key_id_of(swarm.keys.expert(uid))) for uid in swarm.manifest.uids()]
+            keys=[id_bytes(key_id_of(swarm.keys.node(other.peer_id))) for other in swarm.peers]
         )
 
         async def ask(sender: PeerID) -> Any:
@@ -293,7 +293,7 @@ def test_entries_under_a_full_key_count_as_the_work_that_they_make(world: Virtua
     """All entries of a key are unpacked to store one more."""
 
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        handlers, key, until = peer.server, swarm.keys.expert(HOME), world.unix_time() + 60
+        handlers, key, until = peer.server, swarm.keys.prefix(HOME.layer), world.unix_time() + 60
 
         async def work_of_one(number: int) -> float:
             stranger: Any = SimulatedIdentity(number)
@@ -509,7 +509,7 @@ def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(w
         newcomer = await swarm.make_peer()
         await swarm.join(newcomer)
         await asyncio.sleep(10)
-        missing = [uid for uid in uids if not await held(newcomer, swarm.keys.expert(uid))]
+        missing = [n for n in range(1000) if not await held(newcomer, swarm.keys.prefix(0, (n,)))]
         assert missing == []
 
     play(world, scenario)

@@ -122,7 +122,7 @@ def test_a_silent_peer_does_not_hold_announcements_up(
         for _ in range(3):
             await peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
         silence(liar, *calls)
-        key = key_id_of(swarm.keys.expert(HOME))
+        key = key_id_of(swarm.keys.prefix(HOME.layer))
         for n in range(1, 4):
             began = world.time()
             announcing = asyncio.create_task(
@@ -192,7 +192,7 @@ def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoo
         (lonely,) = swarm.peers
         client, handlers = await know_one(swarm, lonely), lonely.transport.handlers
         answer = handlers["find"]
-        wanted = id_bytes(key_id_of(swarm.keys.expert(HOME)))
+        wanted = id_bytes(key_id_of(swarm.keys.prefix(HOME.layer)))
 
         async def answers_some(sender: PeerID, request: bytes) -> bytes:
             if wanted in dht_pb2.FindRequest.FromString(request).keys:
@@ -210,7 +210,7 @@ def test_peers_that_claim_the_places_beside_a_key_are_not_found_there(world: Vir
     """Otherwise a liar could put itself, or honest peers who don't store the key, in place of its holders."""
 
     async def scenario(swarm: SimulatedSwarm) -> None:
-        reader, key = swarm.peers[0], key_id_of(swarm.keys.expert(HOME))
+        reader, key = swarm.peers[0], key_id_of(swarm.keys.prefix(HOME.layer))
         for n, liar in enumerate(swarm.peers[6:], 1):
             liar.dht.info.node_id = id_bytes(key ^ n)
             await liar.dht.ping(reader.peer_id)
@@ -242,17 +242,16 @@ def test_256_experts_are_renewed_with_a_bounded_number_of_stores(world: VirtualL
         finds, stores, began = calls["find"], calls["store"], world.time()
         await peer.registry.announce(announced, 301.0)
         assert world.time() - began < 1.0
-        # 256 announcements and 272 active coordinates at 5 to 6 holders each, 32 items to a call, among 12 peers
-        assert calls["store"] - stores <= 6 * (256 + 272) / 32 + 12
-        assert calls["find"] - finds <= 12 * (273 / 16 + 1)
+        assert calls["store"] - stores <= 6, "one record, at 5 to 6 holders"
+        assert calls["find"] - finds <= 12
 
     play(world, scenario, experts=256)
 
 
 def test_records_are_stored_at_the_nearest_nodes(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
-        for uid in swarm.manifest.uids():
-            key = key_id_of(swarm.keys.expert(uid))
+        for peer in swarm.peers:
+            key = key_id_of(swarm.keys.node(peer.peer_id))
             holders = {p.dht.node_id for p in swarm.peers if p.dht.storage.get(key)}
             nearest = sorted((p.dht.node_id for p in swarm.peers), key=key.__xor__)
             assert holders >= set(nearest[:5])
@@ -280,7 +279,7 @@ def test_a_node_that_knows_nobody_finds_itself_and_what_it_stores(world: Virtual
     async def scenario(swarm: SimulatedSwarm) -> None:
         lonely = await swarm.make_peer()
         await lonely.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
-        keys = [key_id_of(swarm.keys.expert(HOME)), key_id_of("nothing")]
+        keys = [key_id_of(swarm.keys.prefix(HOME.layer)), key_id_of("nothing")]
         found = await lonely.lookups.find(keys)
         assert [found[key].search.nearest() for key in keys] == [[lonely.dht.node_id]] * 2
         assert [bool(found[key].entries) for key in keys] == [True, False]
@@ -295,7 +294,7 @@ def test_a_client_whose_peers_are_all_silent_is_told_so(world: VirtualLoop) -> N
         swarm.kill(1.0)
         with pytest.raises(UnreachableError, match="no DHT peer answered"):
             await client.registry.replicas([HOME])
-        with pytest.raises(UnreachableError, match="no DHT peer accepted"):
+        with pytest.raises(UnreachableError, match="no DHT peer"):
             await client.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
 
     play(world, scenario)
@@ -337,7 +336,7 @@ def test_a_second_look_up_starts_at_the_holders(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         client = await swarm.make_peer(serves_dht=False)
         await swarm.join(client)
-        key = key_id_of(swarm.keys.expert(HOME))
+        key = key_id_of(swarm.keys.prefix(HOME.layer))
         await client.lookups.find([key])
         found = (await client.lookups.find([key]))[key]
         assert found.entries

@@ -1,0 +1,222 @@
+"""Where nodes announce their experts, and that readers find them there, however many there are."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
+from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
+from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState, announced, read_replicas
+from dht.records import MAX_REPLICAS_OF_RECORD, sign_record
+from dht.regions import CROWDED_BYTES, STAYS_AT_ROW, Region, RegionMap
+from dht.uid import UID
+from peer.errors import RecordError
+from peer.identity import PeerID
+from peer.kademlia.lookups import Item
+from peer.wire import records_pb2
+
+SERVING, WITHDRAWN = ReplicaState.SERVING, ReplicaState.WITHDRAWN
+ME = PeerID(b"\x12\x20" + bytes(32))
+NOBODY = Region({}, frozenset(), 0, 0)
+SPLIT = Region({}, frozenset({0, 1}), 0, 0)
+FULL = Region({}, frozenset(), 40, CROWDED_BYTES + 1)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1e9
+
+    def now(self) -> float:
+        return self.time
+
+
+def play(scenario: Callable[[VirtualLoop, SimulatedSwarm], Coroutine[Any, Any, None]], nodes: int) -> None:
+    with simulated_world() as loop:
+
+        async def run() -> None:
+            swarm = await SimulatedSwarm.start(loop, nodes, 16, Link(rtt_s=0.05), seed=1)
+            await scenario(loop, swarm)
+
+        loop.run_until_complete(run())
+
+
+async def announce(peer: SimulatedPeer, *uids: UID, lifetime_s: float = 90.0) -> None:
+    await peer.registry.announce([ReplicaAnnouncement(uid, SERVING, 1) for uid in uids], lifetime_s)
+
+
+def hosts_of(found: dict[UID, tuple[Replica, ...]]) -> dict[UID, set[PeerID]]:
+    return {uid: {replica.peer_id for replica in replicas} for uid, replicas in found.items()}
+
+
+def depths(peer: SimulatedPeer) -> set[int]:
+    return {len(coordinate) for _, coordinate in peer.registry.home_of.values()}
+
+
+@given(st.sets(st.tuples(st.integers(0, 9), st.integers(0, 4095)), max_size=40), st.integers(0, 2**31))
+def test_what_a_record_says_of_a_region_is_read_from_it(
+    below: set[tuple[int, int]], queued_rows: int
+) -> None:
+    uids = [UID(3, (7, *some)) for some in sorted(below)]
+    said = [ReplicaAnnouncement(uid, SERVING, n) for n, uid in enumerate(uids)]
+    payload = announced(said, 1, queued_rows)
+    payload.expires_at = 5.0
+    assert read_replicas(payload, 3, (7,), ME) == {
+        uid: Replica(uid, ME, SERVING, n, queued_rows, 0.0, 5.0) for n, uid in enumerate(uids)
+    }
+
+
+@pytest.mark.parametrize(
+    "replicas",
+    [
+        [{"state": 2, "following": [1]}, {"state": 2, "following": [1]}],
+        [{"state": 2}],
+        [{"state": 9, "following": [1]}],
+    ],
+    ids=["twice", "of-the-prefix-itself", "unknown-state"],
+)
+def test_a_record_with_a_wrong_replica_is_refused_whole(replicas: Any) -> None:
+    payload = records_pb2.RecordPayload(hosting={"replicas": replicas})
+    with pytest.raises(RecordError):
+        read_replicas(payload, 0, (1,), ME)
+
+
+@pytest.mark.parametrize("at_layer", [FULL, SPLIT], ids=["full", "split"])
+def test_a_node_announces_at_the_layer_until_it_is_crowded_and_follows_others_down(at_layer: Region) -> None:
+    clock, uid = Clock(), UID(0, (2, 3))
+    regions = RegionMap(clock.now, random.Random(1))
+    assert regions.unread([uid], []) == [uid]
+    regions.note((0, ()), [0], NOBODY)
+    assert regions.unread([uid], []) == []
+    assert regions.homes([uid]) == {uid: (0, ())}
+    regions.note((0, ()), [0], at_layer)
+    assert regions.unread([uid], []) == [uid], "the row is not known"
+    regions.note((0, (2,)), [0], NOBODY)
+    assert regions.homes([uid]) == {uid: (0, (2,))}
+    regions.note((0, (2,)), [0], at_layer)
+    assert regions.homes([uid]) == {uid: uid}
+    several = [UID(0, (2, n)) for n in range(STAYS_AT_ROW)]
+    assert set(regions.homes(several).values()) == {(0, (2,))}
+
+
+def test_many_experts_of_one_node_are_announced_in_several_records() -> None:
+    regions = RegionMap(Clock().now, random.Random(1))
+    uids = [UID(0, (n // 100, n % 100)) for n in range(MAX_REPLICAS_OF_RECORD + 1)]
+    homes = Counter(regions.homes(uids).values())
+    assert max(homes.values()) == 100
+    assert all(len(coordinate) == 1 for _, coordinate in homes)
+
+
+def test_a_prefix_that_has_split_and_is_empty_is_passed_over_for_a_while() -> None:
+    clock, uid = Clock(), UID(0, (2, 3))
+    regions = RegionMap(clock.now, random.Random(1))
+    assert regions.depths(uid) == [0]
+    regions.note((0, ()), [0], SPLIT)
+    assert regions.depths(uid) == [1]
+    replica = Replica(uid, ME, SERVING, 0, 0, 0.0, 0.0)
+    regions.note((0, ()), [0], Region({uid: [replica]}, SPLIT.active, 1, 700))
+    assert regions.depths(uid) == [0, 1], "somebody is there, or says that others are below"
+    regions.note((0, ()), [0], SPLIT)
+    regions.note((0, (2,)), [0], SPLIT)
+    assert regions.depths(uid) == [2]
+    clock.time += 10_000
+    assert regions.depths(uid) == [0]
+
+
+def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
+    clock = Clock()
+    regions, home = RegionMap(clock.now, random.Random(1)), (0, (2, 3))
+    assert all(regions.renews_index(home, depth) for depth in (0, 1) for _ in range(100))
+    regions.note(home, [0], Region({}, frozenset(), 40, 0))
+    regions.note((0, (2,)), [0], Region({}, frozenset(range(16)), 0, 0))
+    renewed = [sum(regions.renews_index(home, depth) for _ in range(6400)) for depth in (0, 1)]
+    assert 40 < renewed[0] < 160
+    assert 1000 < renewed[1] < 1600
+
+
+def test_everybody_is_found_while_regions_split() -> None:
+    """Fifty nodes of one expert each, and one of all: more than fit at the layer, and then at the rows."""
+
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        uids = swarm.manifest.uids()
+        hosts = {peer.peer_id: uids[n % len(uids)] for n, peer in enumerate(swarm.peers)}
+        reader = await swarm.make_peer(serves_dht=False)
+        await swarm.join(reader)
+        large, *small = swarm.peers
+        for _ in range(6):
+            await announce(large, *uids)
+            for peer in small:
+                await announce(peer, hosts[peer.peer_id])
+            for only_active in (False, True):
+                found = hosts_of(await reader.registry.replicas(uids, only_active=only_active))
+                assert all(large.peer_id in some for some in found.values())
+                missing = [peer for peer in small if peer.peer_id not in found[hosts[peer.peer_id]]]
+                assert not missing
+            rows = [(0, (row,)) for row in range(4)]
+            active = await reader.registry.prefixes(rows, 4)
+            assert all(some == frozenset(range(4)) for some in active.values())
+            await asyncio.sleep(60)
+        assert all(0 not in depths(peer) for peer in swarm.peers), "all have moved down"
+        assert depths(large) == {1}, "one record for each row"
+        for peer in small:
+            await peer.registry.withdraw([hosts[peer.peer_id]], 90.0)
+        found = hosts_of(await reader.registry.replicas(uids))
+        assert all(some == {large.peer_id} for some in found.values())
+
+    play(scenario, nodes=51)
+
+
+def test_who_marks_a_layer_as_split_hides_nobody() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        uids, reader = swarm.manifest.uids(), swarm.peers[0]
+        key = swarm.keys.prefix(0)
+        before = hosts_of(await reader.registry.replicas(uids))
+        for _ in range(3):
+            until = loop.unix_time() + 500
+            await swarm.peers[1].lookups.store([Item(key, c, key, until) for c in (0, 99)])
+            for only_active in (False, True, False):
+                assert hosts_of(await reader.registry.replicas(uids, only_active=only_active)) == before
+            await swarm.announce_all(600.0)
+            await asyncio.sleep(120)
+
+    play(scenario, nodes=8)
+
+
+def test_a_newer_record_with_a_shorter_life_takes_the_place_of_the_older() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        peer, (one, two, *_) = swarm.peers[2], [UID(0, (0, n)) for n in range(4)]
+        await announce(peer, one, two, lifetime_s=500.0)
+        await peer.registry.withdraw([one], 20.0)
+        found = hosts_of(await swarm.peers[3].registry.replicas([one, two]))
+        assert peer.peer_id not in found[one]
+        assert peer.peer_id in found[two]
+
+    play(scenario, nodes=8)
+
+
+def test_a_record_of_experts_that_do_not_exist_shows_none() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        uids, liar = swarm.manifest.uids(), swarm.peers[1]
+        before = hosts_of(await swarm.peers[0].registry.replicas(uids))
+        made_up = [{"state": 2, "following": [n, 4000]} for n in range(MAX_REPLICAS_OF_RECORD)]
+        key, until = swarm.keys.prefix(0), loop.unix_time() + 600
+        payload = records_pb2.RecordPayload(key=key, expires_at=until, hosting={"replicas": made_up})
+        stranger: Any = swarm.peers[1].identity
+        record = sign_record(stranger, payload)
+        assert await liar.lookups.store([Item(key, liar.peer_id.to_bytes(), record, until)])
+        found = hosts_of(await swarm.peers[0].registry.replicas(uids))
+        mine = {uid: hosts - {liar.peer_id} for uid, hosts in before.items()}
+        assert {uid: hosts - {liar.peer_id} for uid, hosts in found.items()} == mine
+        active = await swarm.peers[0].registry.prefixes([(0, ())], 4)
+        assert active[0, ()] <= frozenset(range(4))
+        payload.hosting.replicas.add(state=2, following=[0, 0])
+        payload.expires_at = until + 1
+        record = sign_record(stranger, payload)
+        assert not await liar.lookups.store([Item(key, liar.peer_id.to_bytes(), record, until + 1)])
+
+    play(scenario, nodes=8)

@@ -1,0 +1,65 @@
+"""The period of a peer's rounds grows with what they cost."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.records import MAX_LIFETIME_S
+from dht.upkeep import MOST_STRETCHED, ROUND_BYTES, UpkeepPeriod
+
+
+class Line:
+    def __init__(self) -> None:
+        self.bytes = 0.0
+
+    def spent(self) -> float:
+        return self.bytes
+
+
+def after_rounds(period: UpkeepPeriod, line: Line, cost: float, count: int = 40) -> float:
+    for _ in range(count):
+        line.bytes += cost
+        period.note_round()
+    return period.seconds
+
+
+def test_cheap_rounds_come_as_often_as_wanted() -> None:
+    line = Line()
+    assert after_rounds(UpkeepPeriod(10.0, line.spent), line, ROUND_BYTES) == 10.0
+
+
+@pytest.mark.parametrize("times", [2, 5, MOST_STRETCHED])
+def test_dear_rounds_cost_no_more_in_a_second(times: float) -> None:
+    line = Line()
+    assert after_rounds(UpkeepPeriod(10.0, line.spent), line, times * ROUND_BYTES) == pytest.approx(
+        10.0 * times, rel=0.01
+    )
+
+
+def test_one_dear_round_changes_little_and_is_forgotten() -> None:
+    line = Line()
+    period = UpkeepPeriod(10.0, line.spent)
+    assert after_rounds(period, line, 4 * ROUND_BYTES, 1) == 10.0
+    assert after_rounds(period, line, 40 * ROUND_BYTES, 1) > 100.0
+    assert after_rounds(period, line, 0.0) == 10.0
+
+
+@given(st.floats(0.5, 120.0), st.lists(st.floats(0, 1e9), max_size=20))
+def test_no_period_is_shorter_than_wanted_nor_so_long_that_records_are_refused(
+    wanted_s: float, costs: list[float]
+) -> None:
+    line = Line()
+    period = UpkeepPeriod(wanted_s, line.spent, random.Random(1))
+    for cost in costs:
+        after_rounds(period, line, cost, 1)
+        assert wanted_s <= period.seconds <= MOST_STRETCHED * wanted_s * 1.001
+        assert 3 * wanted_s <= period.lifetime_s < MAX_LIFETIME_S
+
+
+def test_peers_do_not_stay_in_step() -> None:
+    pauses = {UpkeepPeriod(10.0, Line().spent, random.Random(seed)).drawn_s() for seed in range(20)}
+    assert len(pauses) == 20
+    assert all(8.9 < pause < 11.1 for pause in pauses)
+    assert UpkeepPeriod(10.0, Line().spent).drawn_s(0.5) < 5.6
