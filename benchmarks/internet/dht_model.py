@@ -30,7 +30,7 @@ _DIGEST_BYTES = 8
 _SAMPLES, _SAMPLE_FOR_S = 8, 2.0
 _SAMPLED_BY = 3
 """Holders, each of which gives a sample of its own if an answer has no room for all."""
-_SAMPLE_EVERY_S = 30.0
+_SAMPLE_EVERY_S = 300.0
 """As `Lookups` looks up random keys."""
 
 
@@ -90,6 +90,7 @@ class _Key:
     """What is stored under one key, and who serves it."""
 
     __slots__ = (
+        "answer",
         "bytes",
         "checked",
         "drawn_at",
@@ -116,7 +117,8 @@ class _Key:
         self.near_at = (-1, 0)
         """by this state of the world, in this half."""
         self.drawn_at = -1
-        self.samples: list[tuple[dict[Any, Entry], int]] = []
+        self.samples: list[Answer] = []
+        self.answer: Answer | None = None
         self.owed_up = self.owed_down = 0.0
         """Bytes that they sent and received for it and that are not in the accounts yet."""
 
@@ -134,15 +136,48 @@ class _Search:
         return [0] if self.someone else []
 
 
+class Unpacked(dict[Any, tuple[Any, float]]):
+    """Value and expiry of each entry, as `Registry.get` gives them."""
+
+    __slots__ = ("region",)
+
+    def __init__(self, entries: Mapping[Any, Entry]) -> None:
+        super().__init__({subkey: (entry.value, entry.expires_at) for subkey, entry in entries.items()})
+        self.region: Any = None
+        """What a reader made of it."""
+
+
+class Answer:
+    """Entries of a key. All who find the same have one."""
+
+    __slots__ = ("_unpacked", "entries", "size")
+
+    def __init__(self, entries: dict[Any, Entry], size: int) -> None:
+        """`size`: in bytes."""
+        self.entries = entries
+        self.size = size
+        self._unpacked: Unpacked | None = None
+
+    @property
+    def unpacked(self) -> Unpacked:
+        if self._unpacked is None:
+            self._unpacked = Unpacked(self.entries)
+        return self._unpacked
+
+
 class ModelFound:
     """Stands for `Found`."""
 
-    __slots__ = ("entries", "search", "someone_answered")
+    __slots__ = ("answer", "search", "someone_answered")
 
-    def __init__(self, search: _Search, entries: dict[Any, Entry]) -> None:
+    def __init__(self, search: _Search, answer: Answer) -> None:
         self.search = search
-        self.entries = entries
+        self.answer = answer
         self.someone_answered = search.someone
+
+    @property
+    def entries(self) -> dict[Any, Entry]:
+        return self.answer.entries
 
 
 class ModelDHT:
@@ -215,28 +250,29 @@ class ModelDHT:
         else:
             key.bytes += len(value) - len(before.value)
         key.entries[subkey] = Entry(value, item.expires_at)  # type: ignore[arg-type]  # not packed
+        key.answer = None
         key.holders[subkey] = holders
         if item.expires_at < key.first_expiry:
             key.first_expiry = item.expires_at
 
-    def get(self, key: _Key, reader: Peer) -> tuple[dict[Any, Entry], int]:
-        """What a reader finds, and its bytes."""
+    def get(self, key: _Key, reader: Peer) -> Answer:
+        """What a reader finds."""
         world = self.world
-        if key.first_expiry <= world.now() or key.checked != world.changes:
+        if key.first_expiry <= world.now() or key.checked != world.deaths:
             self._drop_lost(key)
         if not world.is_parted:
-            return key.entries, key.bytes
+            if key.answer is None:
+                key.answer = Answer(key.entries, key.bytes)
+            return key.answer
         half = reader.half
         seen = {
             subkey: entry
             for subkey, entry in key.entries.items()
             if any(peer.half == half and peer.is_alive for peer in key.holders[subkey])
         }
-        return seen, sum(len(entry.value) + ITEM_OVERHEAD_BYTES for entry in seen.values())
+        return Answer(seen, _size(seen))
 
-    def sample(
-        self, key: _Key, entries: dict[Any, Entry], size: int, room: int
-    ) -> tuple[dict[Any, Entry], int]:
+    def sample(self, key: _Key, answer: Answer, room: int) -> Answer:
         """What holders give of a key that has more than there is room for: index entries, and others as drawn.
 
         Readers in the same few seconds share a few samples.
@@ -245,13 +281,13 @@ class ModelDHT:
         if key.drawn_at != drawn_at:
             key.drawn_at, key.samples = drawn_at, []
         if len(key.samples) < _SAMPLES:
-            share = min(1.0, _SAMPLED_BY * room / size)
+            share = min(1.0, _SAMPLED_BY * room / answer.size)
             drawn = {
                 subkey: entry
-                for subkey, entry in entries.items()
+                for subkey, entry in answer.entries.items()
                 if type(subkey) is int or self.rng.random() < share
             }
-            key.samples.append((drawn, sum(len(e.value) + ITEM_OVERHEAD_BYTES for e in drawn.values())))
+            key.samples.append(Answer(drawn, _size(drawn)))
             return key.samples[-1]
         return key.samples[int(self.rng.random() * _SAMPLES)]
 
@@ -293,8 +329,12 @@ class ModelDHT:
             for subkey in gone:
                 key.bytes -= len(entries.pop(subkey).value) + ITEM_OVERHEAD_BYTES
                 del key.holders[subkey]
-            key.entries = entries
-        key.first_expiry, key.checked = first, self.world.changes
+            key.entries, key.answer = entries, None
+        key.first_expiry, key.checked = first, self.world.deaths
+
+
+def _size(entries: Mapping[Any, Entry]) -> int:
+    return sum(len(entry.value) + ITEM_OVERHEAD_BYTES for entry in entries.values())
 
 
 class ModelLookups(Lookups):
@@ -358,13 +398,13 @@ class ModelLookups(Lookups):
         found, size, count = {}, 0, 0
         for key_id in keys:
             key = model.key(key_id)
-            entries, some = model.get(key, peer)
-            if room is not None and some > room:
-                entries, some = model.sample(key, entries, some, room)
-            found[key_id] = ModelFound(search, entries)
-            size += some
-            count += len(entries)
-            key.owed_up += cost.copies * some
+            answer = model.get(key, peer)
+            if room is not None and answer.size > room:
+                answer = model.sample(key, answer, room)
+            found[key_id] = ModelFound(search, answer)
+            size += answer.size
+            count += len(answer.entries)
+            key.owed_up += cost.copies * answer.size
         # those that were asked later were told what the reader had
         digests = _DIGEST_BYTES * count * max(0.0, cost.calls - 1)
         accounts = world.accounts

@@ -22,7 +22,7 @@ from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
 from dht.records import SwarmKeys
-from dht.regions import Prefix
+from dht.regions import Prefix, Region
 from dht.registry import Registry
 from dht.relays import RelayKeeper
 from dht.uid import UID
@@ -40,6 +40,8 @@ from peer.averaging import AveragingHistory, last_meeting, partner_weight
 from peer.clipping import believed_updates
 from peer.errors import TransferError, UnreachableError
 from peer.identity import PeerID
+from peer.kademlia.routing import key_id_of
+from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.loop import RetryingRounds
 from peer.parsing import ParseGuard
 from peer.relays.reservations import WANTED
@@ -47,6 +49,7 @@ from peer.transport.addresses import Multiaddress
 from peer.wire import state_pb2
 
 _ASK_S = 5.0
+_key_id_of = functools.lru_cache(maxsize=1 << 18)(key_id_of)
 _MOST_SHARED = 200_000
 _CHECKPOINT_EVERY_S = 60.0
 _ACQUAINTANCES, _KNOWN_FOR_S = 20, 60.0
@@ -299,6 +302,32 @@ class SharedRegistry(Registry):
                 self._shared.clear()
             replicas = self._shared[value] = super()._replicas_in(prefix, key, subkey, value)
         return replicas
+
+    async def get(
+        self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int | None = None
+    ) -> dict[str, dict[object, tuple[Any, float]]]:
+        """As `Registry.get`, and what it gives of a key is one dictionary for all readers."""
+        if not keys:
+            return {}
+        ids = {key: _key_id_of(key) for key in keys}
+        found: Any = await self._in_time(self.lookups.find(list(ids.values()), limits, room=room), "get")
+        if not all(result.someone_answered for result in found.values()):
+            raise UnreachableError("no DHT peer answered")
+        return {key: found[key_id].answer.unpacked for key, key_id in ids.items()}
+
+    def _region(
+        self,
+        prefix: Prefix,
+        keys: Sequence[str],
+        answers: Mapping[str, Mapping[object, tuple[Any, float]]],
+    ) -> Region:
+        answer: Any = answers[keys[0]]
+        if len(keys) > 1:
+            return super()._region(prefix, keys, answers)
+        if answer.region is None:
+            answer.region = super()._region(prefix, keys, answers)
+        region: Region = answer.region
+        return region
 
     def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
         if value not in self._shared:
@@ -657,6 +686,8 @@ def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[W
             "asyncio.to_thread": _at_once,
             "dht.registry.Lookups": lambda lookups, **kwargs: lookups,
             "dht.registry.unpack": lambda value: value,
+            "dht.registry.key_id_of": _key_id_of,
+            "benchmarks.internet.dht_model.key_id_of": _key_id_of,
             "expert_server.hosting.manager.Handover": functools.partial(Handover, clock=world.time),
             "expert_server.hosting.replicas.AveragingHistory": functools.partial(
                 AveragingHistory, world.time

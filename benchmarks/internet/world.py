@@ -126,6 +126,7 @@ class World:
         self.living = 0
         self.changes = 0
         """In who lives and reaches whom."""
+        self.deaths = 0
         self.is_parted = False
         self._places: tuple[list[int], list[int]] = ([], [])
         """Of the living peers that serve the DHT, sorted, in each half."""
@@ -167,6 +168,7 @@ class World:
         peer.is_alive = False
         self.living -= 1
         self.changes += 1
+        self.deaths += 1
         self._leave_dht(peer)
 
     def revive(self, peer: Peer) -> None:
