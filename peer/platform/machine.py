@@ -41,9 +41,8 @@ def why_experimental() -> str:
         return (
             f"Talkoot on {machine} is experimental: it is tested on emulated machines; tell us how it works"
         )
-    return (
-        f"Talkoot on {name} is experimental: it was checked on Linux, and not run here; tell us how it works"
-    )
+    name = {"Darwin": "macOS"}.get(name, name)
+    return f"Talkoot on {name} is experimental: nobody has run it there yet; tell us how it works"
 
 
 def seconds_since_boot() -> float:
