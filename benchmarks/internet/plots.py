@@ -46,7 +46,8 @@ def _served(days: Mapping[str, Any]) -> Figure:
         served.plot(series["hour"], series["served"], label=f"{int(nodes):,} volunteers")
         living.plot(series["hour"], [n / int(nodes) for n in series["living"]], label=f"{int(nodes):,}")
     served.axhline(LEAST_SERVED, linestyle="--", color="gray", label="goal, on average")
-    served.set(xlabel="hours", ylabel="share of experts served", ylim=(None, 1.0005))
+    served.set(xlabel="hours since Friday midnight UTC", ylabel="share of experts served")
+    served.set_ylim(min(0.99, served.get_ylim()[0]), 1.0005)
     living.set(xlabel="hours since Friday midnight UTC", ylabel="share of volunteers there", ylim=(0, 1))
     for panel in (served, living):
         panel.grid(alpha=0.3)
@@ -85,8 +86,10 @@ def _events(events: Mapping[str, Any]) -> Figure:
                 rows[0][column].set_title(title)
     for panel in rows.flat:
         panel.grid(alpha=0.3)
-    for panel in rows[1]:
-        panel.set_xlabel("minutes")
+    for upper, lower in zip(*rows, strict=True):
+        upper.set_ylim(min(0.95, upper.get_ylim()[0]), 1.002)
+        lower.set_ylim(0)
+        lower.set_xlabel("minutes")
     rows[0][0].set_ylabel("share of experts served")
     rows[1][0].set_ylabel("replicas of an expert")
     rows[0][0].legend()
