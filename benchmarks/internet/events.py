@@ -5,6 +5,7 @@ Each event happens to a swarm of its own whose nodes stay otherwise, so that all
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from benchmarks.internet import training
@@ -35,14 +36,14 @@ class Timing:
 
     settle_s: float = 600.0
     """Until a swarm that began is at rest."""
-    aftermath_s: float = 900.0
-    """How long it is watched what becomes of the swarm."""
+    aftermath_periods: float = 15.0
+    """Of announcements: how long it is watched what becomes of the swarm."""
     parted_s: float = 3600.0
     trained_s: float = 20.0
 
 
 FULL = Timing()
-QUICK = Timing(settle_s=120.0, aftermath_s=180.0, parted_s=120.0, trained_s=8.0)
+QUICK = Timing(settle_s=120.0, aftermath_periods=8.0, parted_s=120.0, trained_s=8.0)
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Stage:
     began_at: float
     newcomers: int
     """Volunteers who have not joined yet: the last ones."""
+    period_s: float
+    """Of announcements: the mean at the beginning."""
 
     @property
     def world(self) -> World:
@@ -63,15 +66,12 @@ class Stage:
         """The nodes that run, by the order in which they came."""
         return [*self.volunteers.swarm.nodes.values()]
 
-    @property
-    def period_s(self) -> float:
-        return self.there[0].settings.announce_every_s
-
     def takings(self) -> int:
         return self.volunteers.swarm.takings
 
     def series(self, looks: Sequence[Look]) -> Figures:
         return {
+            "period_s": self.period_s,
             "at_s": [round(look.at_s - self.began_at, 1) for look in looks],
             "served": [look.served for look in looks],
             "replicas": [look.replicas for look in looks],
@@ -84,7 +84,8 @@ def set_stage(world: World, nodes: int, timing: Timing, newcomers: int = 0) -> S
     volunteers = VolunteerSwarm(world, population, plan_for(nodes))
     volunteers.begin(range(nodes))
     volunteers.run(START_S + timing.settle_s)
-    return Stage(volunteers, world.time(), newcomers)
+    period_s = fmean(node.period.seconds for node in volunteers.serving())
+    return Stage(volunteers, world.time(), newcomers, period_s)
 
 
 def tenth_dies(world: World, nodes: int, timing: Timing) -> Figures:
@@ -95,7 +96,7 @@ def tenth_dies(world: World, nodes: int, timing: Timing) -> Figures:
     dead = world.rng("event").sample(there, round(0.1 * len(there)))
     lost = volunteers.crash(dead)
     vacant = volunteers.experts - len(volunteers.served())
-    looks = volunteers.run(timing.aftermath_s, look_every_s=1.0)
+    looks = volunteers.run(timing.aftermath_periods * stage.period_s, look_every_s=1.0)
     takings = stage.takings() - before
     return stage.series(looks[::10]) | {
         "died": len(dead),
@@ -140,7 +141,7 @@ def partition(world: World, nodes: int, timing: Timing) -> Figures:
     halves = {half: _served_in(volunteers, half) for half in (0, 1)}
     during, parted_replicas = stage.takings() - before, parted[-1].replicas
     world.heal()
-    healed = volunteers.run(timing.aftermath_s)
+    healed = volunteers.run(timing.aftermath_periods * stage.period_s)
     return stage.series([*parted, *healed]) | {
         "served_in_larger": halves[0],
         "served_in_smaller": halves[1],
@@ -160,7 +161,7 @@ def founder_gone(world: World, nodes: int, timing: Timing) -> Figures:
     volunteers, there = stage.volunteers, stage.there
     before = stage.takings()
     lost = volunteers.crash(there[:BOOTSTRAPS])
-    looks = volunteers.run(timing.aftermath_s)
+    looks = volunteers.run(timing.aftermath_periods * stage.period_s)
     known = {id(node) for node in there}
     volunteers.begin(range(nodes, nodes + newcomers), USEFUL_WITHIN_S)
     looks += volunteers.run(2 * USEFUL_WITHIN_S)
@@ -194,7 +195,7 @@ def bad_release(world: World, nodes: int, timing: Timing) -> Figures:
 
     for number in numbers:
         world.loop.call_later(rng.uniform(0.0, RESTARTED_WITHIN_S), restart, number)
-    looks = volunteers.run(RESTARTED_WITHIN_S + timing.aftermath_s)
+    looks = volunteers.run(RESTARTED_WITHIN_S + timing.aftermath_periods * stage.period_s)
     takings = stage.takings() - before
     return stage.series(looks) | {
         "restarted": len(numbers),
