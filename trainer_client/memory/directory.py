@@ -60,8 +60,8 @@ _READ_AT_ONCE = 512
 """Nodes in one look-up, which has one deadline."""
 _EMPTY = 64
 """Sets of avoided peers for which it is known which cells nobody else hosts."""
-_MOST_GUESSED = 64
-"""Cells whose hosts the first search reads before it knows which are live."""
+_GUESSED, _MOST_GUESSED = 3, 64
+"""Cells whose hosts the first search reads before it knows which are live: for each that is asked, and at most."""
 _ROUNDS = 4
 """How often a search goes on after it has met cells that nobody hosts."""
 _SOURCES = 8
@@ -246,8 +246,8 @@ class MemoryDirectory:
         async with self._reading:  # searches at the same time need the same cells
             active_C = self._active_C
             if active_C is None:
-                # most of the nearest are live: their hosts are read meanwhile
-                guessed_Qk, valid_Qk = _nearest(scores_QC, opened.filled_C, count)
+                # most of the nearest are live, and the next ones have texts: their hosts are read meanwhile
+                guessed_Qk, valid_Qk = _nearest(scores_QC, opened.filled_C, _GUESSED * count)
                 numbers = np.unique(guessed_Qk[valid_Qk])[:_MOST_GUESSED].tolist()
                 guessed = self._read_hosts([cell_of(number, grid) for number in numbers])
                 found_C, _ = await asyncio.gather(self._read_active(), guessed)
