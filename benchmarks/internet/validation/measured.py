@@ -80,7 +80,7 @@ class Adoption:
 
     @property
     def mean_s(self) -> float:
-        return fmean(self.times_s)
+        return fmean(self.times_s) if self.times_s else float("inf")
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ _FOUNDER = 0
 _START_AT_ONCE = 3
 _START_LIMIT_S = 120.0
 _LOOK_EVERY_S = 0.25
-_SETTLES_IN = 1.5
-"""Announcement periods."""
+_SETTLES_WITHIN_S = 15.0
 _TRAINERS = ("-m", "benchmarks.internet.validation.steady_trainers")
 _OF_A_PROCESS = {"threads": 1, "niceness": 0, "device": '"cpu"', "p2pd": '"off"'}
 
@@ -62,19 +61,19 @@ class RealSwarm:
         self._tell("all nodes serve")
         await self._until_hosted()
         self._tell("all experts have their replicas")
-        await asyncio.sleep(_SETTLES_IN * scenario.announce_every_s)
+        await asyncio.sleep(_SETTLES_WITHIN_S)
         quiet = await self._stretch(scenario.quiet_s)
         self._tell(f"upkeep is measured, {quiet.processor:.0%} of the processor")
         trainers = await self._start_trainers()
-        await asyncio.sleep(_SETTLES_IN * scenario.announce_every_s)
+        await asyncio.sleep(_SETTLES_WITHIN_S)
         reading = await self._stretch(scenario.reading_s)
         (trainers / BEGIN).touch()
-        await asyncio.sleep(_SETTLES_IN * scenario.announce_every_s)
+        await asyncio.sleep(_SETTLES_WITHIN_S)
         training = await self._stretch(scenario.training_s)
         self._tell(f"training is measured, {training.processor:.0%} of the processor")
         adoption = await self._silence(await self._hosting())
         self._tell(f"all experts are served again after {adoption.all_served_s:.1f} s")
-        await asyncio.sleep(_SETTLES_IN * scenario.announce_every_s)
+        await asyncio.sleep(_SETTLES_WITHIN_S)
         after = await self._stretch(scenario.after_s)
         return Measured(quiet, reading, training, adoption, after)
 

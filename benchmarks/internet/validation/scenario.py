@@ -52,7 +52,7 @@ class Scenario:
     """Of the logarithm of how long one batch takes at one node."""
     link: str = "20mbit,60ms"
     """Of each node."""
-    announce_every_s: float = 10.0
+    announce_every_s: float = 5.0
     quiet_s: float = 40.0
     """How long nothing but the nodes' upkeep is measured,"""
     reading_s: float = 20.0
@@ -61,7 +61,7 @@ class Scenario:
     """then training,"""
     after_s: float = 30.0
     """and training once all experts are served again."""
-    adoption_limit_s: float = 120.0
+    adoption_limit_s: float = 300.0
     call_deadline_s: float = 10.0
     seed: int = 0
 

@@ -26,8 +26,7 @@ _JOIN_WITHIN_S = 7.5
 """One node after the other: about as processes start."""
 _START_LIMIT_S = 300.0
 _LOOK_EVERY_S = 0.25
-_SETTLES_IN = 1.5
-"""Announcement periods."""
+_SETTLES_WITHIN_S = 15.0
 _STATE_BYTES = 3e3
 _SLOT_S = 0.005
 _UNLIMITED_BPS = 1e12
@@ -85,18 +84,18 @@ class SimulatedRun:
             self._numbers[node.peer.peer_id] = number
             world.run(joins.uniform(0, _JOIN_WITHIN_S))
         self._until(lambda: self._hosted() >= scenario.wanted_replicas, _START_LIMIT_S)
-        world.run(_SETTLES_IN * scenario.announce_every_s)
+        world.run(_SETTLES_WITHIN_S)
         quiet = self._stretch(scenario.quiet_s)
         self._spawn(self._let_calls_pass())
         for trainer in range(scenario.trainers):
             self._spawn(self._train(trainer))
-        world.run(_SETTLES_IN * scenario.announce_every_s)
+        world.run(_SETTLES_WITHIN_S)
         reading = self._stretch(scenario.reading_s)
         self._begun.set()
-        world.run(_SETTLES_IN * scenario.announce_every_s)
+        world.run(_SETTLES_WITHIN_S)
         training = self._stretch(scenario.training_s)
         adoption = self._silence()
-        world.run(_SETTLES_IN * scenario.announce_every_s)
+        world.run(_SETTLES_WITHIN_S)
         after = self._stretch(scenario.after_s)
         for task in self._tasks:
             task.cancel()
