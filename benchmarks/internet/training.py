@@ -91,7 +91,11 @@ class Window:
     length: int = 128
     """Tokens of a sequence. A step has `sequences` of them."""
     in_flight: int | None = None
-    """Steps at once; None: as many as hide the latency."""
+    """Steps at once; None: as many as the product's controller finds."""
+    alone_s: float | None = None
+    """What a lone step takes. If given, trainers have the steps in flight that the controller finds in the end for
+    that, and for what their machines and lines can do: a window is shorter than its search.
+    """
     dense_rows: float = 6.0
     """What the trainer's own part of a token costs, in rows of an expert: assumed, for the default model."""
     announce_every_s: float = 10.0
@@ -101,6 +105,11 @@ class Window:
     slot_s: float = 0.01
     heavy: float = 1.0
     """The last trainer's machine and steps in flight, against those of another."""
+
+    @property
+    def start_s(self) -> float:
+        """Within which trainers begin, not all at once."""
+        return self.warm_up_s / 2
 
     @property
     def tokens(self) -> int:
@@ -124,10 +133,17 @@ class TrainingFigures:
     of_free: float
     step_s: dict[str, float]
     call_s: dict[str, float]
+    """Of drawn trainers."""
+    forward_s: dict[str, float]
+    """Of all trainers' passes through one layer,"""
+    backward_s: dict[str, float]
+    """and back."""
     answered_rows: float
     """Of the rows of real trainers, those that any expert answered,"""
     answered_slots: float
-    """and of their experts' answers those that came, of the top k."""
+    """and of the answers of all experts that they were sent to."""
+    experts_per_token: float
+    """That a row of a real trainer was sent to, in one layer."""
     rows_per_token: float
     """Sent in one layer forward, with `nodes_per_token` in mind."""
     hedged: float
@@ -216,19 +232,18 @@ class ReadDirectory(Directory):
 class Pacing:
     """How many steps a trainer has under way, and how many it should have."""
 
-    def __init__(self, window: Window) -> None:
-        self._fixed = window.in_flight
+    def __init__(self, fixed: int | None) -> None:
+        self._fixed = fixed
         self._controller = InFlightController(MAX_IN_FLIGHT)
         self._begun: dict[int, tuple[float, bool]] = {}
 
     @property
-    def lacks(self) -> int:
-        wanted = self._controller.count if self._fixed is None else self._fixed
-        return wanted - len(self._begun)
-
-    @property
     def wanted(self) -> int:
         return self._controller.count if self._fixed is None else self._fixed
+
+    @property
+    def lacks(self) -> int:
+        return self.wanted - len(self._begun)
 
     def begin(self, step: int, now: float) -> None:
         alone = not self._begun
@@ -271,12 +286,6 @@ class RecordedPass:
         first[pairs[0]] = pairs[1]
         sent = Sent(nodes, rows, np.bincount(which, minlength=count), experts)
         return cls(group_of, sent, np.where(experts == 1, first, -1))
-
-    @cached_property
-    def goal(self) -> Integers:
-        """How many slots each row has. [R]"""
-        valid: Integers = (self.group_of >= 0).sum(axis=1)
-        return valid
 
 
 class Recorded:
@@ -343,8 +352,14 @@ class Counts:
         self.tokens = np.zeros(trainers)
         self.step_s: list[float] = []
         self.call_s: list[float] = []
-        self.rows = self.answered_rows = self.slots = self.answered_slots = self.sent_rows = 0
-        self.calls = self.hedged = self.failed = 0
+        self.pass_s: dict[bool, list[float]] = {True: [], False: []}
+        """Of one layer, forward and backward."""
+        self.rows = self.answered_rows = self.answered_slots = 0
+        self.sent_rows = self.sent_slots = 0
+
+    def note_pass(self, forward: bool, seconds: float) -> None:
+        if self.is_on:
+            self.pass_s[forward].append(seconds)
 
 
 class _Play:
@@ -431,8 +446,11 @@ class _Play:
             of_free=throughput / ideal.free if ideal.free else 0.0,
             step_s=_quantiles(counts.step_s),
             call_s=_quantiles(counts.call_s),
+            forward_s=_quantiles(counts.pass_s[True]),
+            backward_s=_quantiles(counts.pass_s[False]),
             answered_rows=counts.answered_rows / max(1, counts.rows),
-            answered_slots=counts.answered_slots / max(1, counts.slots),
+            answered_slots=counts.answered_slots / max(1, counts.sent_slots),
+            experts_per_token=counts.sent_slots / max(1, counts.rows),
             rows_per_token=self._rows_per_token(),
             hedged=more["hedged_calls"] / real_calls,
             failed=more["failures"] / real_calls,
@@ -446,6 +464,30 @@ class _Play:
             else 0.0,
         )
 
+    def in_flight(self, number: int) -> int | None:
+        """Of this trainer; None where the product's controller says so."""
+        window, heavy = self.window, 1.0
+        if window.heavy > 1 and number == len(self.counts.tokens) - 1:
+            heavy = window.heavy
+        if window.in_flight is not None:
+            return round(heavy * window.in_flight)
+        if window.alone_s is None:
+            return None
+        nodes = self.routing.nodes_per_token or self.routing.k
+        carried = 2 * self.swarm.manifest.model.layers * nodes * self.calls.row_bytes
+        limit = self._limit(self.machines[self.nodes + number], carried) / heavy
+        serving = float(
+            self.calls.rates[list({n for hosts in self.swarm.hosts.values() for n in hosts})].sum()
+        )
+        share = serving / self.routing.k / self.swarm.manifest.model.layers / len(self.counts.tokens)
+        busy = min(limit, share) / window.tokens * window.alone_s
+        return round(heavy * min(MAX_IN_FLIGHT, max(2, round(busy + 2 * math.sqrt(busy)))))
+
+    def _limit(self, machine: Machine, carried: float) -> float:
+        """Tokens a second of a trainer alone, by its machine and its line. `carried`: bytes of each both ways."""
+        line = min(machine.up_bps, machine.down_bps) / 8 / carried
+        return min(machine.rows_per_s / self.window.dense_rows, line)
+
     def _rows_per_token(self) -> float:
         return self.counts.sent_rows / max(1, self.counts.rows)
 
@@ -454,23 +496,14 @@ class _Play:
         layers = self.swarm.manifest.model.layers
         return 2 * layers * self._rows_per_token() * self.calls.row_bytes
 
-    def _trainer_limits(self) -> Numbers:
-        """Tokens a second of each trainer alone, by its machine and its line."""
-        carried = self._bytes_per_token()
-        return np.array(
-            [
-                min(m.rows_per_s / self.window.dense_rows, m.up_bps / 8 / carried, m.down_bps / 8 / carried)
-                for m in self.machines[self.nodes :]
-            ]
-        )
-
     def _wanted(self) -> float:
-        return float(self._trainer_limits().sum())
+        carried = self._bytes_per_token()
+        return sum(self._limit(machine, carried) for machine in self.machines[self.nodes :])
 
     def _ideal(self) -> Any:
         """By what the real trainers' tokens asked of experts, and of links."""
         swarm, manifest = self.swarm, self.swarm.manifest
-        slots = self.counts.slots / max(1, self.counts.rows)
+        slots = self.counts.sent_slots / max(1, self.counts.rows)
         demand = (self.rows / np.maximum(self.rows.sum(axis=1, keepdims=True), 1e-9)).ravel() * slots
         # bytes of a slot: rows are shared by experts of one node
         carried = 2 * self._rows_per_token() / max(slots, 1e-9) * self.calls.row_bytes
@@ -613,7 +646,7 @@ class RealTrainer:
         self._texts = Texts(play.seed)
         self._mixtures = [mixture.copy() for mixture in play.mixtures]
         self._directory = ReadDirectory(play.announced)
-        self.pacing = Pacing(_pace_of(play, number))
+        self.pacing = Pacing(play.in_flight(number))
         loop = asyncio.get_running_loop()
         caller = ModelCaller(play.calls, self._peer, play.numbers)
         self.dispatcher = Dispatcher(
@@ -623,6 +656,8 @@ class RealTrainer:
     async def run(self) -> None:
         """Trains until it is cancelled."""
         steps = 0
+        if self._number:
+            await asyncio.sleep(self._play.window.start_s * self._rng.random())
         running: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_reading())
@@ -659,14 +694,18 @@ class RealTrainer:
             segments = Segments.whole(window.sequences, window.length)
             rows = RoutedRows(layer, inputs, scores, routing.k, segments, True, bias)
             recorded = self._record(layer, selection, live)
+            began = loop.time()
             result = await self.dispatcher.send(rows, selection, live)
+            play.counts.note_pass(True, loop.time() - began)
             self._count(result.answered, recorded)
             passes.append((result, load))
         for layer in reversed(range(len(passes))):
             await self._compute(2 * part)
             result, load = passes[layer]
             gradients = self._rng.standard_normal(result.updates.shape, dtype=np.float32)
+            began = loop.time()
             await self.dispatcher.send_back(result, gradients)
+            play.counts.note_pass(False, loop.time() - began)
             self._mixtures[layer].correct(load)
         took_s = self.pacing.end(number, loop.time())
         if play.counts.is_on:
@@ -693,18 +732,10 @@ class RealTrainer:
         counts = self._play.counts
         if counts.is_on:
             counts.sent_rows += int(recorded.sent.rows.sum())
+            counts.sent_slots += int(recorded.sent.slots.sum())
             counts.rows += len(answered)
             counts.answered_rows += int(answered.any(axis=1).sum())
-            counts.slots += answered.size
             counts.answered_slots += int(answered.sum())
-
-
-def _pace_of(play: _Play, number: int) -> Window:
-    """The last trainer's is that of a heavy one."""
-    window = play.window
-    if window.heavy > 1 and number == len(play.machines) - play.nodes - 1:
-        return replace(window, in_flight=round(window.heavy * (window.in_flight or 2)))
-    return window
 
 
 # Drawn trainers
@@ -742,7 +773,7 @@ class _Pass:
         self.left = int((nodes >= 0).sum())
         self.last_at = began
         self.enough_at: float | None = None
-        self.times: list[float] = []
+        self.times: list[Numbers] = []
 
 
 class _Step:
@@ -762,7 +793,7 @@ class DrawnTrainers:
 
     def __init__(self, play: _Play, numbers: Sequence[int]) -> None:
         self._play = play
-        self.pacing = {number: Pacing(_pace_of(play, number)) for number in numbers}
+        self.pacing = {number: Pacing(play.in_flight(number)) for number in numbers}
         self._layers = play.swarm.manifest.model.layers
         self._times = {number: {True: CallTimes(), False: CallTimes()} for number in numbers}
         self._calls_made = dict.fromkeys(numbers, 0)
@@ -780,7 +811,7 @@ class DrawnTrainers:
             if not all(self._play.recorded.passes):
                 return
             self._started = True
-            spread = self._rng.random(len(self.pacing))
+            spread = self._play.window.start_s * self._rng.random(len(self.pacing))
             for number, offset in zip(self.pacing, spread.tolist(), strict=True):
                 self._begin_step(number, now + offset)
         for some in told:
@@ -887,17 +918,18 @@ class DrawnTrainers:
         found.answered[groups] = True
         found.left -= len(groups)
         found.last_at = max(found.last_at, float(at.max()))
-        found.times.extend((at - found.began)[:_NOTED_TIMES].tolist())
+        found.times.append(at - found.began)
         if not found.left:
             self._end(owner, found, found.last_at)
-        elif found.forward and found.enough_at is None and found.left <= max(2, len(found.answered) // 8):
+        elif found.enough_at is None and found.left <= max(2, len(found.answered) // 8):
             self._see_if_enough(owner, found)
 
     def _see_if_enough(self, owner: int, found: _Pass) -> None:
         """Whether every row has as many answers as the wait policy wants."""
         recorded = found.recorded
-        got = (found.answered[recorded.group_of] & (recorded.group_of >= 0)).sum(axis=1)
-        if (got >= np.minimum(self._play.policy.k_min, recorded.goal)).all():
+        asked = (found.sent_to >= 0)[recorded.group_of] & (recorded.group_of >= 0)
+        got = (found.answered[recorded.group_of] & asked).sum(axis=1)
+        if (got >= np.minimum(self._play.policy.k_min, asked.sum(axis=1))).all():
             found.enough_at = found.last_at
             self._look_at(owner, found.last_at + self._play.policy.grace_s)
 
@@ -930,11 +962,13 @@ class DrawnTrainers:
     def _end(self, owner: int, found: _Pass, at: float) -> None:
         del self._owners[owner]
         trainer, counts = found.step.trainer, self._play.counts
-        times = self._times[trainer][found.forward]
-        for seconds in found.times[:_NOTED_TIMES]:
+        times, all_s = self._times[trainer][found.forward], np.concatenate([*found.times, np.zeros(0)])
+        some_s = self._rng.choice(all_s, min(_NOTED_TIMES, len(all_s)), replace=False).tolist()
+        for seconds in some_s:
             times.add(seconds)
         if found.left:
             times.add_unfinished(at - found.began)
         if counts.is_on:
-            counts.call_s.extend(found.times[:_NOTED_TIMES])
+            counts.call_s.extend(some_s)
+        counts.note_pass(found.forward, at - found.began)
         self._go_on(found.step, at)
