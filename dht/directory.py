@@ -9,7 +9,7 @@ Shapes: R rows, G_d size of grid dimension d.
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -66,10 +66,14 @@ class View:
     _tables: dict[tuple[int, frozenset[PeerID]], PrefixTables] = field(default_factory=dict, compare=False)
 
     def hosts(self, uid: UID, avoided: frozenset[PeerID] = NOBODY) -> list[Replica]:
-        """The replicas that can be called now."""
+        """The expert's replicas that can be called now."""
+        return self.able(self.replicas.get(uid, ()), avoided)
+
+    def able(self, replicas: Iterable[Replica], avoided: frozenset[PeerID] = NOBODY) -> list[Replica]:
+        """Those that can be called now."""
         return [
             replica
-            for replica in self.replicas.get(uid, ())
+            for replica in replicas
             if replica.state is ReplicaState.SERVING
             and replica.peer_id not in avoided
             and replica.peer_id in self.nodes

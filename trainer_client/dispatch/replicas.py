@@ -19,6 +19,8 @@ once whatever it likes, gets no more.
 """
 _SLOWER = 2.0
 """Times that a peer takes as long as the quickest one, beyond which it is passed over."""
+_MANY, _COMPARED_OF_MANY = 16, 8
+"""Of an expert with more than 16 replicas 8 are compared, as drawn, unless none of these can be called."""
 _BUSIER_ROWS = 1024
 """Rows queued beyond those of the least busy one, from which a peer is passed over."""
 _NOT_ASKED: Mapping[UID, Collection[PeerID]] = MappingProxyType({})
@@ -35,11 +37,13 @@ def choose_replicas(
     """One replica of each expert, where any is live. `times_s`: how long calls to these peers took lately. `asked`:
     peers that are not asked for an expert again.
 
+    Of an expert with many replicas some are drawn: the work must not grow with the swarm.
+
     Experts with one replica go there. Of the others each goes to the peer that carries most of the experts so far, but
     not to one that is much slower or busier than another replica, and not to one that has 1.5 times its even share.
     Where only slower or busier ones have less, the others take up to twice their share before these are asked.
     """
-    hosts = {uid: view.hosts(uid, avoided.union(asked.get(uid, ()))) for uid in uids}
+    hosts = {uid: _hosts(view, uid, avoided.union(asked.get(uid, ())), rng) for uid in uids}
     peers = {replica.peer_id for some in hosts.values() for replica in some}
     share = len(hosts) / max(1, len(peers))
     most, most_preferred = ceil(_MOST_CARRIED * share), ceil(_MOST_PREFERRED * share)
@@ -66,6 +70,16 @@ def choose_replicas(
         chosen[uid] = best.peer_id
         carried[best.peer_id] += 1
     return {uid: chosen[uid] for uid in hosts if uid in chosen}
+
+
+def _hosts(view: View, uid: UID, avoided: frozenset[PeerID], rng: random.Random) -> list[Replica]:
+    """The replicas that are compared."""
+    replicas = view.replicas.get(uid, ())
+    if len(replicas) > _MANY:
+        drawn = view.able(rng.sample(replicas, _COMPARED_OF_MANY), avoided)
+        if drawn:
+            return drawn
+    return view.hosts(uid, avoided)
 
 
 def _fit(hosts: list[Replica], times_s: Mapping[PeerID, float]) -> list[Replica]:

@@ -112,3 +112,15 @@ def test_of_two_replicas_the_much_faster_or_else_the_less_loaded_is_called() -> 
     assert chosen({first: 0.1}) == second
     assert chosen({first: 0.1, second: 0.15}) == second
     assert chosen({first: 0.1, second: 0.25}) == first
+
+
+def test_of_many_replicas_some_are_drawn_and_if_none_of_them_can_be_called_others_are() -> None:
+    many = [make_peer_id(number) for number in range(100)]
+    hosts = dict.fromkeys(UIDS, many)
+    view = replace(make_view(hosts), nodes={peer: make_node(peer) for peer in many})
+    found = choose_replicas(hosts, view, random.Random(0))
+    assert len(set(found.values())) == len(UIDS), "with so many peers each has one expert"
+    only = many[7]
+    found = choose_replicas(hosts, view, random.Random(0), frozenset(many) - {only})
+    assert found == dict.fromkeys(UIDS, only)
+    assert choose_replicas(hosts, view, random.Random(0), frozenset(many)) == {}
