@@ -298,6 +298,8 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
                     async for reply in outgoing(header, data, request.offset, self._up):
                         await pace.write(context.write(reply), len(reply.chunk))
                         self.metrics.bytes.labels("sent").inc(len(reply.chunk))
+                except TimeoutError:  # which is an OSError, too
+                    raise
                 except OSError as error:
                     raise _unreadable(store, error) from error
 

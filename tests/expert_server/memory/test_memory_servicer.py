@@ -291,6 +291,37 @@ def test_a_fetch_goes_on_where_it_was_cut_off(
     in_library(loop, tmp_path, scenario)
 
 
+def test_a_reader_that_stalls_is_not_taken_for_a_disk_that_fails(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.transfer.GRACE_S", 0.1)
+
+    async def scenario(library: Library) -> None:
+        give = MemoryServicer.FetchPart
+
+        async def stall(servicer: MemoryServicer, request: Any, context: Any) -> None:
+            class Stalling:
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(context, name)
+
+                async def write(self, reply: Any) -> None:
+                    await asyncio.Event().wait()
+
+            await give(servicer, request, cast(Any, Stalling()))
+
+        monkeypatch.setattr(MemoryServicer, "FetchPart", stall)
+        await library.host(1, MEMORY)
+        stub, memory, root = await library.stub(1), library.memory_id(MEMORY), MEMORY.roots[0]
+        request = memory_pb2.FetchPartRequest(
+            protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, memory=str(memory), name=root
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            _ = [reply async for reply in stub.FetchPart(request)]
+        assert raised.value.code() is StatusCode.DEADLINE_EXCEEDED
+
+    in_library(loop, tmp_path, scenario)
+
+
 def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
     async def scenario() -> None:
         turns, order = Turns(1, 100), []
