@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -139,6 +139,7 @@ class Registry:
         self.regions = RegionMap(now, self._rng)
         self._announced: dict[UID, tuple[ReplicaAnnouncement, float]] = {}
         """What this peer says of its replicas, and until when."""
+        self._announcing = asyncio.Lock()
         self.home_of: dict[UID, Prefix] = {}
         """Where it has announced each of them."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
@@ -218,6 +219,13 @@ class Registry:
         """Announces replicas in their regions, with what else this peer has announced there, and marks the way there
         as active.
         """
+        # one after the other: what two say of a region at once would undo one of them
+        async with self._announcing:
+            await self._announce(replicas, lifetime_s, queued_rows)
+
+    async def _announce(
+        self, replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int
+    ) -> None:
         if unread := self.regions.unread([replica.uid for replica in replicas], self._announced):
             await self._walk(dict.fromkeys(unread, 0))
         now = self.now()
@@ -419,9 +427,8 @@ class Registry:
     ) -> dict[Prefix, Region]:
         """`pieces`: which of each prefix's index are wanted. `experts_only`: the prefixes that are experts."""
         found: dict[Prefix, Region] = {}
-        if (
-            just_read or not limits.is_frugal
-        ):  # a hurried search goes level by level, and mostly ends at the first
+        # a hurried search goes level by level, and mostly ends at the first
+        if just_read or not limits.is_frugal:
             for prefix, some in pieces.items():
                 if (region := self.regions.recent(prefix, some)) is not None:
                     found[prefix] = region
@@ -433,16 +440,12 @@ class Registry:
             ]
             for prefix, some in unread.items()
         }
-        experts = [key for prefix, (key, *_) in keys.items() if prefix in experts_only]
-        further = [key for some in keys.values() for key in some if key not in set(experts)]
-        answers = dict(
-            chain.from_iterable(
-                some.items()
-                for some in await asyncio.gather(
-                    self.get(experts, limits, _EXPERT_ROOM), self.get(further, limits, _ROOM)
-                )
-            )
+        experts = [key for prefix, some in keys.items() if prefix in experts_only for key in some]
+        others = [key for prefix, some in keys.items() if prefix not in experts_only for key in some]
+        of_experts, of_others = await asyncio.gather(
+            self.get(experts, limits, _EXPERT_ROOM), self.get(others, limits, _ROOM)
         )
+        answers = of_experts | of_others
         for prefix, own in keys.items():
             found[prefix] = self._region(prefix, own, answers)
             self.regions.note(prefix, unread[prefix], found[prefix])

@@ -51,7 +51,7 @@ Reply = TypeVar("Reply", bound=Message)
 Handler = Callable[[PeerID, bytes], Awaitable[bytes]]
 """Answers a peer's message."""
 
-CALL_OVERHEAD_BYTES = 200
+_CALL_OVERHEAD_BYTES = 200
 """Of frames, headers and acknowledgements, about, for a question and its answer."""
 CALL_DEADLINE_S = 3.0
 """Of one call to another node."""
@@ -396,7 +396,7 @@ class KademliaNode:
         """None if no reply comes in time, or one that is none."""
         question = request.SerializeToString()
         data = await self.transport.call(peer_id, method, question, deadline_s)
-        self.spent_bytes += len(question) + len(data or b"") + CALL_OVERHEAD_BYTES
+        self.spent_bytes += len(question) + len(data or b"") + _CALL_OVERHEAD_BYTES
         try:
             return None if data is None else reply.FromString(data)
         except DecodeError:

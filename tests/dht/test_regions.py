@@ -199,6 +199,29 @@ def test_a_newer_record_with_a_shorter_life_takes_the_place_of_the_older() -> No
     play(scenario, nodes=8)
 
 
+def test_what_is_announced_and_withdrawn_side_by_side_is_not_undone() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        peer, reader = swarm.peers[2], swarm.peers[3]
+        one, two = UID(0, (0, 0)), UID(0, (1, 0))
+
+        async def hosted() -> set[UID]:
+            found = hosts_of(await reader.registry.replicas([one, two]))
+            return {uid for uid, hosts in found.items() if peer.peer_id in hosts}
+
+        await asyncio.gather(peer.registry.withdraw([two], 90.0), announce(peer, two))
+        await announce(peer, one)
+        assert await hosted() == {one, two}
+        peer.registry.regions.note((0, ()), [0], SPLIT)
+        for row in (0, 1):
+            peer.registry.regions.note((0, (row,)), [0], NOBODY)
+        for stays, goes in ((one, two), (two, one)):
+            await asyncio.gather(announce(peer, one, two), peer.registry.withdraw([goes], 90.0))
+            assert depths(peer) == {1}
+            assert await hosted() == {stays}
+
+    play(scenario, nodes=8)
+
+
 def test_a_record_of_experts_that_do_not_exist_shows_none() -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         uids, liar = swarm.manifest.uids(), swarm.peers[1]
