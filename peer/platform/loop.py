@@ -33,5 +33,7 @@ def result_of(future: "Future[T]", timeout_s: float | None) -> T:
         try:
             return future.result(left)
         except TimeoutError:
-            if future.done() or (deadline is not None and time.monotonic() >= deadline):
+            if future.done():  # with this error, or at this moment
+                return future.result()
+            if deadline is not None and time.monotonic() >= deadline:
                 raise

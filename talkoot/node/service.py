@@ -62,11 +62,11 @@ def run_install(
     _make_folder(path.parent, 0o777)
     before = {file: _content(file) for file in (path, service.invite_file)}
     definition = manager.definition(service.program, sandboxed=manager.can_sandbox())
+    if replaced is not None:
+        _stop_in_order(terminal, manager, replaced)
     try:
         _write(service.invite_file, service.invite.encode() + b"\n")
         _write(path, definition.encode(manager.ENCODING))
-        if replaced is not None:
-            _stop_in_order(terminal, manager, replaced)
         manager.start(again=replaced is not None)
     except StartError:
         _undo(manager, before, replaces=replaced is not None)

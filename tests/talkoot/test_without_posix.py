@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from commands import DEADLINE_S, HOST, run_here, wait_until
 from peer.errors import StartError
 from peer.files import StateFolder
 from peer.platform.control import TOKEN_FILE
+from peer.platform.loop import result_of
 from talkoot.node.control import ControlClient, is_running
 
 _MANIFEST = 'name = "bare"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n'
@@ -257,3 +259,16 @@ def test_a_way_to_another_peer_is_for_this_process_alone() -> None:
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.wait(DEADLINE_S) == 0
+
+
+class _DoneTooLate(Future[int]):
+    def result(self, timeout: float | None = None) -> int:
+        if self.done():
+            return super().result()
+        self.set_result(7)
+        raise TimeoutError
+
+
+def test_a_result_that_comes_just_after_a_wait_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert result_of(_DoneTooLate(), DEADLINE_S) == 7

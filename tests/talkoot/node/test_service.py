@@ -18,7 +18,7 @@ from commands import run_here
 
 from dht.invites import Invite
 from dht.records import SwarmKeys
-from peer.errors import InviteError, SettingsError, StartError
+from peer.errors import InviteError, SettingsError, StartError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.platform import launchd, systemd, task_scheduler
@@ -439,6 +439,25 @@ def test_a_node_that_runs_leaves_before_its_service_is_started_anew(
             order
         )
         assert machine.calls()
+
+
+def test_a_node_that_does_not_leave_keeps_its_service(
+    machine: Machine, other: ServiceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.install()
+    before = other.path().read_bytes()
+    machine.calls()
+
+    def never(*_: object, wait: bool) -> None:
+        raise UnreachableError("it is still there")
+
+    monkeypatch.setattr(service_module, "is_running", lambda state: True)
+    monkeypatch.setattr(service_module, "run_stop", never)
+    with pytest.raises(UnreachableError):
+        machine.install(experts=1)
+    assert other.path().read_bytes() == before
+    assert (machine.state / "invite").read_text().strip() == machine.invite
+    assert not any("bootout" in call or "/Create" in call for call in machine.calls())
 
 
 def test_what_fails_is_undone(machine: Machine, other: ServiceManager) -> None:
