@@ -75,16 +75,19 @@ def vacant_share(replicas: int, death_rate: float, repair_s: float, adopt_s: flo
     The state of the chain is how many of the `replicas` live. Each dies at `death_rate`. One at a time is replaced
     within `repair_s`, as long as another can give its state, and within `adopt_s` where none is left.
     """
-    deaths = [death_rate * (alive + 1) for alive in range(replicas)]
-    repairs = [1 / adopt_s] + [1 / repair_s] * (replicas - 1)
-    return chain_probabilities(deaths, repairs)[0]
+    return _living_replicas(replicas, death_rate, repair_s, adopt_s)[0]
 
 
 def losses_per_day(replicas: int, death_rate: float, repair_s: float, adopt_s: float) -> float:
     """How often in a day an expert loses its last replica."""
+    return _living_replicas(replicas, death_rate, repair_s, adopt_s)[1] * death_rate * DAY_S
+
+
+def _living_replicas(replicas: int, death_rate: float, repair_s: float, adopt_s: float) -> list[float]:
+    """The chain of `vacant_share`: how long none, one, two of them live, as shares of the time."""
     deaths = [death_rate * (alive + 1) for alive in range(replicas)]
     repairs = [1 / adopt_s] + [1 / repair_s] * (replicas - 1)
-    return chain_probabilities(deaths, repairs)[1] * death_rate * DAY_S
+    return chain_probabilities(deaths, repairs)
 
 
 def replicas_needed(vacant: float, death_rate: float, repair_s: float, adopt_s: float, most: int = 64) -> int:

@@ -28,8 +28,6 @@ FIGURES = Path(__file__).with_name("hops.json")
 KEYS = (1, 4, 16, 64)
 _KINDS = {"find": DEFAULT_LIMITS, "frugal": lookups.FRUGAL, "nearest": lookups._NEAREST}
 _FRONT = 7
-_AGE = 10
-"""Random look-ups that a peer has made before: five minutes' worth."""
 _TRIES = 6
 
 
@@ -123,8 +121,8 @@ async def _look(
     for key in ids:
         nearest = heapq.nsmallest(_FRONT, swarm.peers, key=lambda p: p.dht.node_id ^ key)
         network.near[key.to_bytes(20, "big")] = {p.peer_id.to_bytes() for p in nearest}
-    for _ in range(_AGE):
-        peer.lookups._sample_at = loop.time() + 1e6
+    # random keys are looked up apart
+    peer.lookups._sample_at = loop.time() + 1e6
     if is_warm:
         await peer.lookups.find(ids, limits, room=room)
     network.clear()

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.internet.calls import Calls, Machine, ModelCaller, Sent, Told, row_bytes
-from benchmarks.internet.flow import ideal_throughput
+from benchmarks.internet.flow import Ideal, ideal_throughput
 from benchmarks.internet.fluid import Integers, Numbers
 from benchmarks.simulated_p2p import VirtualLoop
 from dht.announcements import NodeInfo, Replica, ReplicaState
@@ -500,7 +500,7 @@ class _Play:
         carried = self._bytes_per_token()
         return sum(self._limit(machine, carried) for machine in self.machines[self.nodes :])
 
-    def _ideal(self) -> Any:
+    def _ideal(self) -> Ideal:
         """By what the real trainers' tokens asked of experts, and of links."""
         swarm, manifest = self.swarm, self.swarm.manifest
         slots = self.counts.sent_slots / max(1, self.counts.rows)
@@ -745,20 +745,8 @@ class _Pass:
     """One that is under way."""
 
     __slots__ = (
-        *(
-            "answered",
-            "began",
-            "ends",
-            "enough_at",
-            "forward",
-            "last_at",
-            "left",
-            "recorded",
-            "sent_to",
-            "step",
-        ),
-        "times",
-    )
+        "answered", "began", "ends", "enough_at", "forward", "last_at", "left", "recorded", "sent_to", "step", "times",
+    )  # fmt: skip
 
     def __init__(
         self, step: "_Step", recorded: RecordedPass, nodes: Integers, forward: bool, began: float, ends: float

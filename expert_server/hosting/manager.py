@@ -318,7 +318,7 @@ class HostingManager:
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         """Takes experts that had no host in several looks in a row: in the first they may be just changing hands.
 
-        A node without a checkpoint of an expert that was hosted waits one look longer, so that nodes with one come
+        A node without a checkpoint of an expert that was hosted waits for more looks, so that nodes with one come
         first. The spare room is only for experts that had a host once: a founder leaves the others to those who join.
         """
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()

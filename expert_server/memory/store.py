@@ -90,9 +90,8 @@ class MemoryStore:
                 data, shard = without, Shard.parse(without, info, self.manifest.dimensions)
             shard.check(revoked)
             if without is not None:
-                self._shards[root] = (
-                    shard  # from memory, while another file takes the place of the one before
-                )
+                # from memory, while another file takes the place of the one before
+                self._shards[root] = shard
                 write_atomically(path, data)
                 file = PlainFile(path)
         except (WireError, OSError):
@@ -121,6 +120,7 @@ class MemoryStore:
         try:
             self.load(root)
         except WireError as error:  # what was written is not what is read
+            self.drop(root)
             raise OSError(f"the disk changed {path}: {error}") from error
 
     def stop_serving(self, root: bytes) -> None:

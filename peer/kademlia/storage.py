@@ -187,12 +187,10 @@ class BoundedStorage:
         So a few writers of large entries displace each other rather than those of many small ones.
         """
         size = packed_bytes(entries)
+        others = {subkey: entry_bytes(subkey, entry) for subkey, entry in entries.items() if subkey != newest}
         while size > self._bounds.key_bytes or len(entries) > MAX_ENTRIES:
-            others = {
-                subkey: entry_bytes(subkey, entry) for subkey, entry in entries.items() if subkey != newest
-            }
             (gone,) = self._rng.choices(list(others), list(others.values()))
-            size -= others[gone]
+            size -= others.pop(gone)
             del entries[gone]
             self._metrics.evicted.inc()
         return entries

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from benchmarks.internet.validation.real_swarm import RealSwarm
 from benchmarks.internet.validation.scenario import Scenario
 from benchmarks.internet.validation.simulated_swarm import simulate
 from peer.errors import UserError
+from peer.platform.loop import new_event_loop
 from talkoot.signals import Stopped, run_until_stopped
 
 MOST_BUSY = 0.7
@@ -74,7 +74,7 @@ def main() -> None:
     processes: dict[str, float] | None = None
     if options.only != "simulation":
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 real = runner.run(run_until_stopped(run_processes(scenario, console)))
         except Stopped as stopped:
             sys.exit(stopped.exit_status)
