@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.simulated_p2p import CALL_OVERHEAD_BYTES, Link, Network, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedPeer, SimulatedSwarm
-from dht.uid import UID
 from peer.identity import PeerID
 from peer.kademlia import lookups
+from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.kademlia.validation import ITEM_OVERHEAD_BYTES, packed_bytes
@@ -28,6 +28,7 @@ FIGURES = Path(__file__).with_name("hops.json")
 KEYS = (1, 4, 16, 64)
 _KINDS = {"find": DEFAULT_LIMITS, "frugal": lookups.FRUGAL, "nearest": lookups._NEAREST}
 _FRONT = 7
+_KEYS, _VALUE_BYTES = 256, 1000
 _TRIES = 6
 
 
@@ -66,8 +67,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", default="30,1000,10000")
     options = parser.parse_args()
-    found = [figures for nodes in options.nodes.split(",") for figures in measure(int(nodes))]
-    FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+    found: list[dict[str, Any]] = []
+    for nodes in options.nodes.split(","):
+        found += measure(int(nodes))
+        FIGURES.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def measure(nodes: int, seed: int = 1) -> list[dict[str, Any]]:
@@ -83,20 +86,24 @@ async def _measure(loop: VirtualLoop, nodes: int, seed: int) -> list[dict[str, A
     network.peers = swarm.network.peers
     for peer in swarm.peers:
         peer.transport._network = network
-    hosted = list(swarm.hosts)
+    for peer in swarm.peers:
+        peer.dht.validator = None
+    keys = [f"key {number}" for number in range(_KEYS)]
+    items = [Item(key, b"writer", bytes(_VALUE_BYTES), loop.unix_time() + LIFETIME_S) for key in keys]
+    await swarm.peers[0].lookups.store(items)
     found = []
     for kind, limits in _KINDS.items():
         for count in KEYS:
             for is_warm in (False, True):
                 tries = [
-                    await _look(loop, swarm, network, hosted, count, limits, is_warm) for _ in range(_TRIES)
+                    await _look(loop, swarm, network, keys, count, limits, is_warm) for _ in range(_TRIES)
                 ]
                 means = {name: round(statistics.mean(each[name] for each in tries), 2) for name in tries[0]}
                 found.append({"nodes": nodes, "kind": kind, "keys": count, "warm": is_warm, **means})
                 print(found[-1])
     network.clear()
     for peer in swarm.rng.sample(swarm.peers, _TRIES):
-        await swarm.announce(peer, swarm.rng.sample(hosted, 4), LIFETIME_S)
+        await swarm.announce(peer, swarm.rng.sample(list(swarm.hosts), 4), LIFETIME_S)
     found.append(
         {"nodes": nodes, "kind": "store", "bytes": round(network.store_bytes / network.store_calls, 1)}
     )
@@ -108,7 +115,7 @@ async def _look(
     loop: VirtualLoop,
     swarm: SimulatedSwarm,
     network: _CountingNetwork,
-    hosted: list[UID],
+    keys: list[str],
     count: int,
     limits: SearchLimits,
     is_warm: bool,
@@ -116,7 +123,7 @@ async def _look(
     """The figures of one look-up, by one peer, for each key."""
     room = 0 if limits.quorum > _FRONT else None
     peer: SimulatedPeer = swarm.rng.choice(swarm.peers)
-    ids = [key_id_of(swarm.keys.expert(uid)) for uid in swarm.rng.sample(hosted, count)]
+    ids = [key_id_of(key) for key in swarm.rng.sample(keys, count)]
     network.near = {}
     for key in ids:
         nearest = heapq.nsmallest(_FRONT, swarm.peers, key=lambda p: p.dht.node_id ^ key)

@@ -54,6 +54,8 @@ _WIDE = 3
 _SAMPLE_EVERY_S = 300.0
 """How often a look-up of a random key shows how far from a key its holders usually are. In a swarm of 10,000 each costs
 100 KB or more, and the distance changes with the swarm's size alone."""
+_NAMES_ASKED = 0.25
+"""Share of the calls for keys that were looked up before which ask who else is near."""
 _CALLS_OF_NODE = 8
 """Under way in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
@@ -504,10 +506,19 @@ class _Run:
         finally:
             self._answers.put_nowait((call, answers))
 
+    def _wants_contacts(self, call: _Call) -> bool:
+        """Names and contacts, with a list of those known, are most of a call. Of keys that were looked up before, some
+        calls ask for them, so that nodes which came since are found.
+        """
+        if call.node in self._strangers:
+            return False
+        is_cold = not all(map(self._lookups.near, call.keys))
+        return is_cold or self._lookups.rng.random() < _NAMES_ASKED
+
     async def _answers_of(self, call: _Call) -> Mapping[int, FindResult] | None:
         peer, began = self._peers[call.node], self._clock()
         have = {key: self.found[key].entries for key in call.keys}
-        contacts = 0 if call.node in self._strangers else self._contacts
+        contacts = self._contacts if self._wants_contacts(call) else 0
         answers = await self._dht.find(peer, call.keys, self._lookups.checker, have, self._room, contacts)
         if answers is not None:
             self._dht.backoff.answered(peer)

@@ -255,7 +255,7 @@ class KademliaNode:
         this peer has, and need not be told. `room`: bytes of entries wanted for each key; None for all.
         `contacts`: how many contacts are wanted for each key; None for as many as there is room for.
         """
-        known = self.transport.contacts.known(keys)
+        known = {} if contacts == 0 else self.transport.contacts.known(keys)
         places = [peer.to_bytes() for peer in known.values()]
         digests = (digest_of(key, *entry) for key in keys for entry in have.get(key, {}).items())
         request = dht_pb2.FindRequest(

@@ -219,7 +219,8 @@ class DHTServer:
         contacts = _NamedContacts(node, known)
         have = frozenset(request.have[:MAX_DIGESTS])
         room_of_key = request.room if request.HasField("room") else None
-        if contacts.is_new(node.node_id):
+        is_content = request.HasField("contacts") and not request.contacts
+        if contacts.is_new(node.node_id) and not is_content:
             response.peer.CopyFrom(node.introduction())
         room = MAX_ANSWER_BYTES - response.ByteSize()
         further: list[Sequence[tuple[int, PeerID]]] = []
@@ -230,7 +231,7 @@ class DHTServer:
             wanted = nearest[: request.contacts] if request.HasField("contacts") else nearest
             places = [known.get(first_bits(other)) for other, _ in nearest]
             result = dht_pb2.FindResult(
-                nearest_node_ids=() if known else [id_bytes(other) for other, _ in nearest],
+                nearest_node_ids=() if known or is_content else [id_bytes(other) for other, _ in nearest],
                 nearest_peer_ids=[
                     peer_id.to_bytes()
                     for (_, peer_id), place in zip(wanted, places, strict=False)

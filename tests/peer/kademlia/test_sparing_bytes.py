@@ -175,3 +175,32 @@ def test_witnesses_are_asked_for_no_contacts() -> None:
         assert without
 
     play(scenario, nodes=60, contacts=True)
+
+
+def test_few_calls_for_a_key_that_was_looked_up_before_ask_for_names() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        asked: list[dht_pb2.FindRequest] = []
+        reader, call = swarm.peers[0], swarm.network.call
+        reader.lookups._sample_at = math.inf
+
+        async def noted(sender: PeerID, receiver: PeerID, method: str, request: bytes) -> bytes:
+            asked.append(dht_pb2.FindRequest.FromString(request))
+            answer = await call(sender, receiver, method, request)
+            if not asked[-1].contacts:
+                response = dht_pb2.FindResponse.FromString(answer)
+                assert not response.contacts
+                assert not any(result.nearest_node_ids for result in response.results)
+            return answer
+
+        swarm.network.call = noted  # type: ignore[method-assign]  # to look at what is asked
+        key = key_id_of(KEY)
+        await reader.lookups.find([key])
+        asked.clear()
+        for _ in range(10):
+            await reader.lookups.find([key])
+        with_names = [request for request in asked if request.contacts]
+        assert 0 < len(with_names) < len(asked) / 2
+        assert all(request.known for request in with_names)
+        assert not any(request.known for request in asked if not request.contacts)
+
+    play(scenario, nodes=40, contacts=True)
