@@ -133,12 +133,17 @@ def _sizes(results: Mapping[str, Any]) -> Table:
         ("rows with 4 answers, dead silent", lambda r: f"{r['replaced_30']['all_silent']:.3f}"),
         ("rows with 2 answers, dead silent", lambda r: f"{r['replaced_30']['enough_silent']:.3f}"),
         ("a look-up, 30% just dead, ms", lambda r: f"{r['lookups_30_dead']['lookup_ms_mean']:.0f}"),
-        ("upkeep, KB per node and minute", lambda r: f"{r['upkeep_bytes_per_minute'] / 1000:.0f}"),
+        ("upkeep, kbit/s (a round each … s)", lambda r: _upkeep(r["upkeep"])),
+        ("… of a node with all 256 experts", lambda r: _upkeep(r["upkeep_of_all"])),
         ("crawl, s", lambda r: f"{r['crawl']['seconds']:.2f}"),
     )
     for name, text in rows:
         table.add_row(name, *(_or_blank(text, size) for size in sizes))
     return table
+
+
+def _upkeep(figures: Mapping[str, float]) -> str:
+    return f"{figures['kbit_per_s']:.0f} ({figures['period_s']:.0f})"
 
 
 def _cold(choices: Mapping[str, float], what: str) -> str:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from dht.announcements import NodeInfo
 from dht.beam_search import Selection, select_experts
 from dht.directory import Directory, prefix_tables
 from dht.uid import UID
+from dht.upkeep import UpkeepPeriod
+from expert_server.hosting.placement import HostingSurvey
 from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
@@ -40,8 +43,13 @@ TOP_K = 4
 BATCH = 64
 CALL_DEADLINE_S = 5.0
 _WARM_TRIES = 7
-_ROUNDS_PER_MINUTE = 6
-"""Nodes announce every 10 s."""
+_MANY = 256
+"""Experts of a small swarm, and of a node that hosts many."""
+_PERIOD_S = 10.0
+"""In which nodes announce if that costs little."""
+_WARM_ROUNDS, _ROUNDS = 12, 4
+"""The first rounds are dearer, and the period follows them slowly."""
+_BETWEEN_ROUNDS_S = 30.0
 _CRAWLED = 2000
 """Larger swarms are not crawled here."""
 
@@ -69,13 +77,15 @@ def measure(nodes: int, link: Link, seed: int, effort: Effort) -> dict[str, Any]
 
 async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int, effort: Effort) -> dict[str, Any]:
     began = time.monotonic()
-    experts = 256 if nodes <= 100 else nodes
+    experts = _MANY if nodes <= 100 else nodes
     swarm = await SimulatedSwarm.start(loop, nodes, experts, link, seed, with_contacts=True)
     result: dict[str, Any] = {"nodes": nodes, "experts": experts, "built_in_s": time.monotonic() - began}
     result |= await measure_lookups(loop, swarm, effort.lookups)
     for rows in (1, BATCH):
         result[f"cold_{rows}"] = await measure_choices(loop, swarm, rows, effort.trainers)
-    result["upkeep_bytes_per_minute"] = await measure_upkeep(swarm, effort.upkeep_nodes)
+    result["upkeep"] = await measure_upkeep(swarm, effort.upkeep_nodes)
+    if experts == _MANY:
+        result["upkeep_of_all"] = await measure_upkeep(swarm, effort.upkeep_nodes, hosts_all=True)
     await swarm.announce_all(LIFETIME_S, in_place=True)
     if nodes <= _CRAWLED:
         result["crawl"] = await measure_crawl(loop, swarm)
@@ -178,26 +188,43 @@ def _note_node_reads(loop: VirtualLoop, directory: Directory) -> list[float]:
     return times
 
 
-async def measure_upkeep(swarm: SimulatedSwarm, count: int) -> float:
-    """Bytes that one node causes in a minute by staying announced, all questions and answers together."""
+async def measure_upkeep(swarm: SimulatedSwarm, count: int, hosts_all: bool = False) -> dict[str, float]:
+    """What nodes cause by staying announced and looking around: announcements, checks and look-ups, with all answers.
+
+    `kbit_per_s`: sent and received, of a node's own calls and as many of others, in the period that follows from what a
+    round costs. `hosts_all`: these nodes host all experts, and not what they have of the swarm.
+    """
     hosted: dict[int, list[UID]] = {}
     for uid, host in swarm.hosts.items():
         hosted.setdefault(id(host), []).append(uid)
     some = swarm.rng.sample(swarm.peers, min(count, len(swarm.peers)))
-    await asyncio.sleep(10)
-    for peer in some:  # the first time is dearer, and past after ten seconds
-        await _stay(swarm, peer, hosted.get(id(peer), ()))
-    before = swarm.network.traffic.sent
-    for _ in range(_ROUNDS_PER_MINUTE):
-        await asyncio.sleep(10)
+    mine = {id(peer): swarm.manifest.uids() if hosts_all else hosted.get(id(peer), []) for peer in some}
+    surveys = {
+        id(peer): HostingSurvey(peer.registry, swarm.manifest, peer.peer_id, swarm.rng) for peer in some
+    }
+    periods = {id(peer): UpkeepPeriod(_PERIOD_S, partial(_spent, peer)) for peer in some}
+    spent = 0
+    for number in range(_WARM_ROUNDS + _ROUNDS):
+        if number == _WARM_ROUNDS:
+            spent = sum(map(_spent, some))
+        await asyncio.sleep(_BETWEEN_ROUNDS_S)
         for peer in some:
-            await _stay(swarm, peer, hosted.get(id(peer), ()))
-    return (swarm.network.traffic.sent - before) / len(some)
+            await swarm.announce(peer, mine[id(peer)], LIFETIME_S)
+            await peer.registry.is_seen_by_others()
+            await surveys[id(peer)].read(mine[id(peer)])
+            periods[id(peer)].note_round()
+    spent = sum(map(_spent, some)) - spent
+    round_bytes = spent / len(some) / _ROUNDS
+    period_s = statistics.mean(period.seconds for period in periods.values())
+    return {
+        "round_bytes": round_bytes,
+        "period_s": period_s,
+        "kbit_per_s": 2 * 8 * round_bytes / period_s / 1000,
+    }
 
 
-async def _stay(swarm: SimulatedSwarm, peer: SimulatedPeer, hosted: Sequence[UID]) -> None:
-    await swarm.announce(peer, hosted, LIFETIME_S)
-    await peer.registry.is_seen_by_others()
+def _spent(peer: SimulatedPeer) -> int:
+    return peer.dht.spent_bytes
 
 
 async def measure_crawl(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[str, float]:
