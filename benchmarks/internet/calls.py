@@ -37,6 +37,8 @@ _LONGEST_RETRY_S, _LEAST_RETRY_S = 30.0, 0.05
 _UPDATE = np.float32(0.1)
 """Experts answer so much of their inputs."""
 _FIRST_ROOM = 1024
+_WAYS = 3
+"""There, the processor, and back: the stages of a call."""
 _SILENT_AFTER_S = 25.0
 """As `peer.rpc.channels` asks after 20 s whether a peer lives, and waits 10 s for an answer."""
 
@@ -135,7 +137,7 @@ class Calls:
         self._rng = rng
         count = self._count = len(machines)
         up, down = ([getattr(m, name) / 8 for m in machines] for name in ("up_bps", "down_bps"))
-        self._fluids = Fluids(np.array([*up, *down, *self.rates]), slot_s, nodes * (count - nodes))
+        self._fluids = Fluids(np.array([*up, *down, *self.rates]), slot_s, _WAYS * nodes * (count - nodes))
         self._rtt_s = np.array([machine.rtt_s for machine in machines])
         self._relays = self._draw_relays(machines[:nodes])
         self._queued = np.zeros(nodes)
@@ -249,8 +251,8 @@ class Calls:
         tags, nodes, at = tags[taken], nodes[taken], at[taken]
         ways = np.full((len(tags), WAY), self._fluids.nothing)
         ways[:, 0] = 2 * self._count + nodes
-        groups = (self._numbers["caller"][tags] - self.nodes) * self.nodes + nodes
         self._numbers["stage"][tags] = 1
+        groups = self._groups(tags)
         self._fluids.add(
             Jobs(tags, ways, self._columns["work"][tags], at, self._columns["ends"][tags], groups)
         )
@@ -320,7 +322,12 @@ class Calls:
         through = relays >= 0
         ways[through, 2], ways[through, 3] = self._count + relays[through], relays[through]
         ends = self._columns["ends"][tags]
-        self._fluids.add(Jobs(tags, ways, size, at, ends, np.full(len(tags), -1)))
+        self._fluids.add(Jobs(tags, ways, size, at, ends, self._groups(tags)))
+
+    def _groups(self, tags: Integers) -> Integers:
+        """Calls of one trainer to one node share a connection each way, and a turn at its processor."""
+        pairs = (self._numbers["caller"][tags] - self.nodes) * self.nodes + self._numbers["node"][tags]
+        return pairs * _WAYS + self._numbers["stage"][tags]
 
     def _count_bytes(self, senders: Integers, receivers: Integers, size: Numbers) -> None:
         np.add.at(self.sent_bytes, senders, size)
