@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 CLAIM_WAIT_S = 1.0
 """How long others get to see a claim before the expert is served."""
-_RENEW_EVERY_S = 2.0
-"""How often claims, and the experts that are ready, are announced while a node takes experts."""
+_ANNOUNCE_EVERY_S = 2.0
+"""How often experts that are ready are announced while a node takes more."""
 _FREE_MEMORY_SHARE = 0.25
 """Of each device: what experts may take when their number is not set."""
 _QUEUE_S = 2.0
@@ -344,14 +344,18 @@ class LocalReplicas:
     async def _keep_claimed(
         self, claims: Mapping[UID, ReplicaAnnouncement], taken: list[UID], failed: list[UID]
     ) -> None:
-        announced = 0
+        clock = asyncio.get_running_loop().time
+        announced, renew_at = 0, clock()
         while True:
-            await asyncio.sleep(min(_RENEW_EVERY_S, self._period.lifetime_s / 3))
-            waiting = [claim for uid, claim in claims.items() if uid not in taken and uid not in failed]
+            await asyncio.sleep(min(_ANNOUNCE_EVERY_S, self._period.lifetime_s / 3))
             with contextlib.suppress(UnreachableError):  # the next time comes soon
-                await self._swarm.registry.announce(waiting, self._period.lifetime_s)
-                await self.announce(taken[announced:])
-                announced = len(taken)
+                if clock() >= renew_at:
+                    waiting = [claim for uid, claim in claims.items() if uid not in {*taken, *failed}]
+                    await self._swarm.registry.announce(waiting, self._period.lifetime_s)
+                    renew_at = clock() + self._period.lifetime_s / 3
+                if ready := taken[announced:]:
+                    await self.announce(ready)
+                    announced += len(ready)
 
     async def _restore(
         self,

@@ -3,7 +3,7 @@ take along.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan, s
 from benchmarks.internet.world import HomeLine, World
 from benchmarks.simulated_p2p import VirtualLoop
 from benchmarks.simulated_swarm import grid_of
+from dht.announcements import ReplicaAnnouncement
 from dht.manifest import Manifest
 from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
@@ -62,6 +63,30 @@ def test_a_dead_host_is_replaced() -> None:
         assert not swarm.hosts()[uid]
         until(world, lambda: bool(swarm.hosts()[uid]), 600)
         assert not swarm.faults
+
+
+def test_a_claim_is_renewed_now_and_then_while_a_state_comes_over_a_slow_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 4, 4)
+        node = swarm.join(HomeLine(down_bps=8 * swarm.plan.state_bytes / 120), 1)
+        announce, times = node.registry.announce, list[float]()
+
+        async def counted(replicas: Collection[ReplicaAnnouncement], *arguments: Any) -> None:
+            times.extend([world.time()] * bool(replicas))
+            await announce(replicas, *arguments)
+
+        monkeypatch.setattr(node.registry, "announce", counted)
+        reader = next(iter(swarm.nodes.values())).registry
+        until(world, lambda: bool(times), 60)
+        while not node.runtime.experts:
+            world.run(5)
+            found = world.loop.run_until_complete(reader.replicas(swarm.hosts()))
+            assert any(replica.peer_id == node.peer.peer_id for hosts in found.values() for replica in hosts)
+        took_s = world.time() - times[0]
+        assert took_s > 110
+        assert len(times) <= 4 + took_s / node.settings.announce_every_s
 
 
 def test_a_node_that_leaves_hands_over() -> None:
