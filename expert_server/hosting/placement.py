@@ -7,12 +7,13 @@ time mostly choose differently, and agree who wins a contested expert.
 import hashlib
 import math
 import random
+from bisect import bisect_right
 from collections import Counter as Multiset
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from statistics import median_low
 from types import MappingProxyType
 from typing import TypeVar
@@ -387,8 +388,7 @@ class HostingSurvey:
             vacant = self._preferred(self._vacant(some), most_vacant)
             if is_split:
                 self._again = list(dict.fromkeys(map(_row, vacant)))
-            others = [UID(layer, (*row, last)) for (layer, row), known in some.items() for last in known]
-            wanted.update(vacant, self._others(others, most_others))
+            wanted.update(vacant, self._others(some, most_others))
         self._looks += 1
         return self._merged(await self._registry.replicas(wanted, just_read=True))
 
@@ -464,8 +464,17 @@ class HostingSurvey:
         """
         return random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
 
-    def _others(self, some: list[UID], most: int) -> list[UID]:
-        return self._turn().sample(sorted(some), min(most, len(some)))
+    def _others(self, active: Mapping[Prefix, Collection[int]], most: int) -> list[UID]:
+        """Some of the active experts of these rows."""
+        rows = [(prefix, sorted(some)) for prefix, some in sorted(active.items()) if some]
+        ends = list(accumulate(len(some) for _, some in rows))
+        count = ends[-1] if ends else 0
+        drawn = []
+        for number in self._turn().sample(range(count), min(most, count)):
+            place = bisect_right(ends, number)
+            (layer, row), some = rows[place]
+            drawn.append(UID(layer, (*row, some[number - ends[place]])))
+        return drawn
 
     def _vacant(self, active: Mapping[Prefix, Collection[int]]) -> Iterator[UID]:
         """The vacant experts of these rows, those that had a host first."""
