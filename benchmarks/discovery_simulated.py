@@ -47,8 +47,8 @@ _MANY = 256
 """Experts of a small swarm, and of a node that hosts many."""
 _PERIOD_S = 10.0
 """In which nodes announce if that costs little."""
-_WARM_ROUNDS, _ROUNDS = 12, 4
-"""The first rounds are dearer, and the period follows them slowly."""
+_WARM_ROUNDS, _ROUNDS = 12, 6
+"""The first rounds are dearer, and the period follows them slowly. Six looks read the same of a large swarm."""
 _BETWEEN_ROUNDS_S = 30.0
 _CRAWLED = 2000
 """Larger swarms are not crawled here."""
