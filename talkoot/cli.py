@@ -680,7 +680,7 @@ def publish(
 @memory.command(cls=PublishCommand)
 def unlist(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The memory's name or id.")],
+    which: Annotated[str, typer.Argument(metavar="NAME", help="The memory's name or id.")],
     *,
     join: Join = None,
     state: PublisherState = None,
@@ -692,7 +692,7 @@ def unlist(
             from expert_server.settings import NodeSettings
             from talkoot.memory.unlist import run_unlist
 
-        run_unlist(terminal, name, join, state, load_settings(context, NodeSettings))
+        run_unlist(terminal, which, join, state, load_settings(context, NodeSettings))
 
 
 @memory.command("list")
@@ -851,7 +851,7 @@ def update(
         ),
     ] = None,
 ) -> None:
-    """Update Talkoot, if its installer or `uv tool` installed it, and restart its service."""
+    """Update Talkoot and restart its service, if its installer or `uv tool` installed it."""
     with command(LogFormat.TEXT) as (terminal, _):
         from talkoot.installation import run_update
 

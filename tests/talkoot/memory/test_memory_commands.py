@@ -7,8 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from commands import command
+import pytest
+from commands import command, run_here
 from victim import MANIFEST_TOML, NodeVictim, founder, member
+
+from expert_server.settings import NodeSettings
 
 QUICK = {"announce_every_s": 1, "p2pd": "off", "upnp": False}
 SUBJECTS = {
@@ -84,3 +87,15 @@ def test_a_memory_is_built_published_found_and_taken_back(tmp_path: Path) -> Non
         )[-1]
         assert (revoked["event"], revoked["revision"], revoked["hosts"]) == ("revoked", 2, 2)
         assert best["hash"] not in {found["hash"] for found in search(node, question, tmp_path)}
+
+
+def test_the_memory_to_unlist_is_not_taken_for_the_name_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def note(terminal: object, name: str, join: object, state: object, settings: NodeSettings) -> None:
+        asked.append((name, settings.name))
+
+    monkeypatch.setattr("talkoot.memory.unlist.run_unlist", note)
+    for more in ((), ("--name", "Ada")):
+        assert run_here("memory", "unlist", "my-notes-bfPmoJ8PQVwE", "--join", "x", *more).returncode == 0
+    assert asked == [("my-notes-bfPmoJ8PQVwE", None), ("my-notes-bfPmoJ8PQVwE", "Ada")]
