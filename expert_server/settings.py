@@ -221,8 +221,8 @@ class NodeSettings(RoleSettings):
         default=10.0,
         ge=0.5,
         le=120,
-        description="shortest time between announcements, in seconds; in a large swarm it is up to 18 times as long, "
-        "so that they cost about 20 kbit/s. Others forget a node that is silent for three times as long",
+        description="shortest time between announcements, in seconds. Where upkeep would take more than some 20 kbit/s "
+        "(twice that with 5 s), it is up to 18 times as long. Others forget a node that is silent for three periods",
     )
     max_queued_rows: int = Field(
         default=65536,

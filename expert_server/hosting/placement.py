@@ -16,7 +16,6 @@ from functools import partial
 from itertools import accumulate, chain, islice
 from statistics import median_low
 from types import MappingProxyType
-from typing import TypeVar
 
 import numpy as np
 
@@ -27,8 +26,6 @@ from dht.registry import Registry
 from dht.uid import UID
 from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_plausible_updates
 from peer.identity import PeerID
-
-T = TypeVar("T")
 
 _OUTLIER = 10
 """How many times the updates of a middling node's experts the most popular one can have taken."""
