@@ -20,7 +20,7 @@ Stutzbach 2006 Stutzbach and Rejaie: Understanding churn in peer-to-peer network
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypeVar
@@ -310,12 +310,3 @@ def _with_crashes(rng: random.Random, planned: Iterator[Session]) -> Iterator[Se
             start_s = crash_s + rng.lognormvariate(math.log(CRASHED_S), CRASHED_SIGMA)
         if start_s < session.end_s:
             yield Session(start_s, session.end_s, session.ending)
-
-
-def failing_per_day(sessions_of_all: Sequence[Sequence[Session]], hours: float) -> float:
-    """How many sessions end without a word in a day, for each node that takes part at a time."""
-    window_s = hours * HOUR_S
-    every = [session for each in sessions_of_all for session in each]
-    online_s = sum(min(s.end_s, window_s) - max(s.start_s, 0.0) for s in every)
-    failed = sum(s.ending is not Ending.LEAVE and s.end_s < window_s for s in every)
-    return failed / max(online_s, 1.0) * DAY_H * HOUR_S

@@ -52,7 +52,6 @@ _BALANCED_STEPS = 40
 """Steps that the balance takes before the window: trainers come with what others have learned."""
 _PASSES = 32
 """Of real trainers that drawn ones repeat, the last of each layer."""
-_NODE_RECORD_S = 30.0
 _LOOK_S = 0.05
 """How often a drawn trainer sees whether a pass is over but for a few late calls."""
 _NOTED_TIMES = 8
