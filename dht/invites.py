@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import base58
@@ -28,6 +29,10 @@ _LOCK_DEADLINE_S = 30.0
 _SCHEME = "talkoot2"
 """The 2 is the format. It changes when an old program could not read a new invite."""
 _BEGINNING = re.compile(r"(?<![A-Za-z0-9])talkoot\d")
+_WORD = re.compile(r"[^\W_]+")
+"""Chat and mail programs put other things around an invite and into it: quotes, asterisks, > before each line,
+zero-width spaces.
+"""
 _MAX_CHARACTERS = 4096
 _MOST_LINES = 256
 """Over which a mail program may have wrapped an invite."""
@@ -113,8 +118,8 @@ class Invite:
 def _unwrapped(text: str) -> bytes:
     """What the first words of this text are in Base58, as many as the checksum wants. Raises ValueError."""
     line = ""
-    for word in text.split(maxsplit=_MOST_LINES)[:_MOST_LINES]:
-        line += word
+    for word in islice(_WORD.finditer(text), _MOST_LINES):
+        line += word[0]
         if len(line) > _MAX_CHARACTERS:
             raise InviteError(f"an invite has at most {_MAX_CHARACTERS} characters")
         with contextlib.suppress(ValueError):

@@ -72,6 +72,10 @@ def test_white_space_around_it_is_no_matter(around: str) -> None:
         f"Invite:\n{LINE}\n\nSee you there, Aino",
         "\n".join(LINE[n : n + 20] for n in range(0, len(LINE), 20)),
         f"invite: {LINE[:30]} \r\n  {LINE[30:]}\r\n-- \r\nAino",
+        f"**invite:** `{LINE}`.",
+        f"> invite:\n> {LINE[:30]}\n> {LINE[30:]}\n",
+        f"\u201c{LINE[:30]}\u200b{LINE[30:]}\u201d",
+        f"{LINE[:30]}=\r\n{LINE[30:]}",
     ],
 )
 def test_it_may_be_wrapped_and_have_words_around_it(text: str) -> None:
