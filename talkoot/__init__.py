@@ -29,3 +29,7 @@ else:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_HOMES[name]), name)
+
+    def __dir__() -> list[str]:
+        """For completion in shells and notebooks, which do not see what is not imported yet."""
+        return sorted({*globals(), *__all__})

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import talkoot
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -133,3 +134,7 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
     both = "import proto, peer.wire.expert_pb2 as wire; print(proto.Message.__module__, wire.CallRequest())"
     assert run("python", "-W", "ignore", "-c", both).startswith("proto.")
     run("talkoot", "demo", "--steps", "10")
+
+
+def test_shells_and_notebooks_complete_what_is_not_imported_yet() -> None:
+    assert set(talkoot.__all__) <= set(dir(talkoot))
