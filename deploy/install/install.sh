@@ -113,7 +113,7 @@ existing() {
 
 check_folders() {
     for folder in "$own" "$HOME/.local/bin"; do
-        [ -w "$(existing "$folder")" ] || fail "can't write $(existing "$folder"): run this as the user whose folder it is"
+        [ -w "$(existing "$folder")" ] || fail "can't write $(existing "$folder"): run this as the user whose folder it is; a read-only disk won't do"
     done
     free_kib=$(df -Pk "$(existing "$own")" | awk 'NR == 2 { print $4 }')
     [ "$free_kib" -ge "$needed_kib" ] ||
@@ -152,7 +152,7 @@ download_uv() {
         wget --quiet --output-document="$scratch/$archive" "$url"
     else
         fail "this needs curl or wget: install one of them, or uv"
-    fi || fail "can't download $url: behind a proxy, set HTTPS_PROXY; without GitHub, install uv in another way"
+    fi || fail "can't download $url: is there a network? Behind a proxy, set HTTPS_PROXY; without GitHub, install uv in another way, such as \`pip install uv\`"
     found=$(if command -v sha256sum >/dev/null; then sha256sum "$scratch/$archive"; else shasum -a 256 "$scratch/$archive"; fi)
     [ "${found%% *}" = "$(sha256_of "$target")" ] ||
         fail "what came from $url has another checksum than uv $uv_version: nothing was installed"
@@ -167,7 +167,7 @@ download_uv() {
 install_talkoot() {
     # also mends and updates an installation that is there
     run "$uv" tool install --torch-backend auto --python "$python" --reinstall-package talkoot "$from" ||
-        fail "uv could not install Talkoot, as it says above: behind a proxy, set HTTPS_PROXY; then run this again, which goes on from here"
+        fail "uv could not install Talkoot, as it says above: mend that (behind a proxy, set HTTPS_PROXY), and run this again, which goes on from here"
     [ "$dry_run" ] && return
     bin=$("$uv" tool dir --bin)
     "$bin/talkoot" --version || fail "$bin/talkoot does not run: please report what it says"
@@ -183,7 +183,7 @@ install_talkoot() {
 
 offer_service() {
     if [ ! "$invite" ]; then
-        echo "To host experts from login on: talkoot service install --join INVITE"
+        [ "$dry_run" ] || echo "To host experts from login on: \`$talkoot service install --join INVITE\`."
         return
     fi
     if [ ! "$service" ] && [ ! "$dry_run" ]; then
@@ -194,7 +194,7 @@ offer_service() {
         case $answer in
         [yY]*) ;;
         *)
-            echo "To do it later: talkoot service install --join INVITE"
+            echo "To do it later: \`$talkoot service install --join INVITE\`."
             return
             ;;
         esac

@@ -202,7 +202,7 @@ def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
     hosts = wanted
     if hosts is None:
         hosts = min(max(1, int(_FREE_MEMORY_SHARE * free / each)), manifest.experts_total)
-    says += f"; it would host {hosts}, and {free // each} would fit"
+    says += f"; it would host {hosts:,}, and {free // each:,} would fit"
     return Finding(name=name, verdict=Verdict.OK, says=says, values=values | {"experts": hosts})
 
 
