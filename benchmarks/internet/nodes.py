@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ from peer.wire import state_pb2
 
 _ASK_S = 5.0
 _key_id_of = functools.lru_cache(maxsize=1 << 18)(key_id_of)
+_GC_THRESHOLDS = 1_000_000, 20, 100
+"""A full collection walks the objects of all nodes, and finds little."""
 _MOST_SHARED = 200_000
 _CHECKPOINT_EVERY_S = 60.0
 _ACQUAINTANCES, _KNOWN_FOR_S = 20, 60.0
@@ -703,7 +706,10 @@ def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[W
         }
         for target, stand_in in stand_ins.items():
             stack.enter_context(patch(target, stand_in))
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*_GC_THRESHOLDS)
         try:
             yield world
         finally:
+            gc.set_threshold(*thresholds)
             world.loop.run_until_complete(_end_all())

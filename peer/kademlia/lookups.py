@@ -512,7 +512,7 @@ class _Run:
         """
         if call.node in self._strangers:
             return False
-        is_cold = not all(map(self._lookups.near, call.keys))
+        is_cold = self._contacts is None or not all(map(self._lookups.near, call.keys))
         return is_cold or self._lookups.rng.random() < _NAMES_ASKED
 
     async def _answers_of(self, call: _Call) -> Mapping[int, FindResult] | None:
