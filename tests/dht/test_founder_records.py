@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,12 @@ JSON = b'{"name": "sauna"}'
 class Records:
     """A DHT that holds records of the manifest, and forgets what has expired. The clock is a number."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: float = 5.0) -> None:
+        """`nodes`: in the DHT, as peers estimate."""
         self.now = 0.0
+        self.nodes = nodes
         self.signed = 0
+        self.stored = 0
         self.looks = 0
         self.held: tuple[bytes, float] = b"record 0 " + JSON, LIFETIME_S
 
@@ -32,6 +36,7 @@ class Records:
 
             def __init__(self) -> None:
                 self.peer_id = peer_id
+                self.lookups = SimpleNamespace(estimated_nodes=records.nodes)
 
             def manifest_json(self, record: bytes) -> bytes:
                 return record.split(b" ", 2)[2]
@@ -46,6 +51,7 @@ class Records:
                 return records.held if records.held[1] > records.now else None
 
             async def republish(self, key: str, record: bytes, expires_at: float) -> None:
+                records.stored += 1
                 if expires_at > max(records.now, records.held[1]):
                     records.held = record, expires_at
 
@@ -112,3 +118,10 @@ def test_a_founder_that_was_away_renews_when_it_is_back() -> None:
     live(records, [other], 29)
     live(records, [founder, other], 1)
     assert records.held[1] > records.now + LIFETIME_S - 2 * DAY_S
+
+
+def test_in_a_large_swarm_a_few_store_it_in_each_round() -> None:
+    records = Records(nodes=1000.0)
+    peers = [records.kept_by(OTHER) for _ in range(1000)]
+    live(records, peers, 1)
+    assert 24 * 8 * 0.7 < records.stored < 24 * 8 * 1.3, "eight in each of 24 rounds"
