@@ -8,7 +8,7 @@ from benchmarks.internet.nodes import simulated
 from benchmarks.internet.population import draw_population
 from benchmarks.internet.scenario import START_S, UpkeepMeter, VolunteerSwarm, plan_for
 
-WARM_UP_S = START_S + 600.0
+WARM_UP_S = START_S + 1080.0
 """Until those who were there at the start host what they can."""
 METER_S = 1800.0
 """Over which upkeep is measured, again and again."""
