@@ -56,7 +56,10 @@ class UpkeepPeriod:
         return part * self.seconds * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
 
     def note_round(self) -> None:
-        """A period is over: what it cost counts for the next ones."""
+        """A period is over: what it cost counts for the next ones, but a single one never for much: others may have
+        made it dear.
+        """
         spent = self._spent()
-        self._mean += _WEIGHT * (spent - self._before - self._mean)
+        cost = min(spent - self._before, self._most * ROUND_BYTES)
+        self._mean += _WEIGHT * (cost - self._mean)
         self._before = spent
