@@ -35,6 +35,8 @@ _WRITE_FOR_S = 300.0
 """How long a writer goes by what it has read of a region that had not split. As others write there, it may be crowded.
 """
 _JUST_READ_S = 2.0
+_EMPTY_READS = 2
+"""After so many in a row, nobody announces at a prefix."""
 _RENEWED_BY = 8
 """Hosts that renew an index entry in each period, on average. It lives for three."""
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256
@@ -72,8 +74,13 @@ class _Seen:
     """Coordinates."""
     read_at: float
     split_until: float
-    is_empty: bool
-    """Whether nobody announces there, but below."""
+    """Whoever hides the index in one look does not undo this."""
+    empty_reads: int
+    """In a row that found nobody announcing there. One may be a lie."""
+
+    @property
+    def is_empty(self) -> bool:
+        return self.empty_reads >= _EMPTY_READS
 
 
 def prefix_of(uid: Prefix, depth: int) -> Prefix:
@@ -100,11 +107,14 @@ class RegionMap:
         self._just_read[prefix] = now, frozenset(pieces), region
         active = Counter(coordinate // INDEX_PIECE for coordinate in region.active)
         for piece in pieces:
-            # drawn, so that peers don't read it again together
-            split_until = now + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5) if active[piece] else 0.0
-            is_empty = not region.replicas
+            before = self._seen.get((prefix, piece))
+            split_until = 0.0 if before is None else before.split_until
+            if active[piece]:
+                # drawn, so that peers don't read it again together
+                split_until = now + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5)
+            empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
             self._seen[prefix, piece] = _Seen(
-                region.hosts, region.size > CROWDED_BYTES, active[piece], now, split_until, is_empty
+                region.hosts, region.size > CROWDED_BYTES, active[piece], now, split_until, empty_reads
             )
 
     def recent(self, prefix: Prefix, pieces: Collection[int]) -> Region | None:
@@ -155,7 +165,7 @@ class RegionMap:
             seen = self._seen_above(uid, depth)
             if seen is None:
                 return prefix, False
-            if not (seen.active or seen.is_crowded):
+            if not (seen.split_until > self._now() or seen.is_crowded):
                 return prefix, seen.read_at > self._now() - _WRITE_FOR_S
         return uid, True
 

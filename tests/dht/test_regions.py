@@ -104,6 +104,22 @@ def test_a_node_announces_at_the_layer_until_it_is_crowded_and_follows_others_do
     assert set(regions.homes(several).values()) == {(0, (2,))}
 
 
+def test_whoever_hides_the_index_in_one_look_sends_no_host_back_to_where_nobody_reads() -> None:
+    clock, uid = Clock(), UID(0, (2, 3))
+    regions = RegionMap(clock.now, random.Random(1))
+    for _ in range(2):
+        regions.note((0, ()), [0], SPLIT)
+        regions.note((0, (2,)), [0], NOBODY)
+    regions.note((0, ()), [0], NOBODY)
+    assert regions.homes([uid]) == {uid: (0, (2,))}
+    assert regions.depths(uid) == [1]
+    clock.time += 1000
+    for prefix in ((0, ()), (0, (2,))):
+        regions.note(prefix, [0], NOBODY)
+    assert regions.homes([uid]) == {uid: (0, ())}
+    assert regions.depths(uid) == [0], "by now, nobody has said for long that it has split"
+
+
 def test_many_experts_of_one_node_are_announced_in_several_records() -> None:
     regions = RegionMap(Clock().now, random.Random(1))
     uids = [UID(0, (n // 100, n % 100)) for n in range(MAX_REPLICAS_OF_RECORD + 1)]
@@ -117,12 +133,15 @@ def test_a_prefix_that_has_split_and_is_empty_is_passed_over_for_a_while() -> No
     regions = RegionMap(clock.now, random.Random(1))
     assert regions.depths(uid) == [0]
     regions.note((0, ()), [0], SPLIT)
+    assert regions.depths(uid) == [0, 1], "whoever has answered may hide them"
+    regions.note((0, ()), [0], SPLIT)
     assert regions.depths(uid) == [1]
     replica = Replica(uid, ME, SERVING, 0, 0, 0.0, 0.0)
     regions.note((0, ()), [0], Region({uid: [replica]}, SPLIT.active, 1, 700))
     assert regions.depths(uid) == [0, 1], "somebody is there, or says that others are below"
-    regions.note((0, ()), [0], SPLIT)
-    regions.note((0, (2,)), [0], SPLIT)
+    for _ in range(2):
+        regions.note((0, ()), [0], SPLIT)
+        regions.note((0, (2,)), [0], SPLIT)
     assert regions.depths(uid) == [2]
     clock.time += 10_000
     assert regions.depths(uid) == [0]
