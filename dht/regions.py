@@ -104,6 +104,8 @@ class RegionMap:
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
         """What this peer has just read, with these pieces of the index."""
         now = self._now()
+        while self._just_read and next(iter(self._just_read.values()))[0] <= now - _JUST_READ_S:
+            self._just_read.popitem(last=False)  # it may be large
         self._just_read[prefix] = now, frozenset(pieces), region
         active = Counter(coordinate // INDEX_PIECE for coordinate in region.active)
         for piece in pieces:

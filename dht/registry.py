@@ -38,7 +38,7 @@ from dht.records import (
     sign_record,
     trainer_shard_of,
 )
-from dht.regions import Prefix, Region, RegionMap, pieces_of, prefix_of
+from dht.regions import CROWDED_BYTES, Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.uid import UID
 from peer import clock
 from peer.bounded import BoundedDict
@@ -65,8 +65,10 @@ _SHARD_FOR_S = 600.0
 """How often a node checks, about, which shard it should be listed in."""
 _MOST_SHARDS = 4096
 """Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
-_MAX_RECORDS = 256
-"""Announcements in one region that are read, at most."""
+MAX_REGION_BYTES = 48 * 1024
+"""Of announcements in one region that are read, at most: twice what fits there before it splits. Each may be of 512
+experts, which take a hundred times as long to read as to send.
+"""
 _LATER_S = 0.001
 _MAX_WRITTEN = 16384
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
@@ -449,6 +451,8 @@ class Registry:
         for prefix, own in keys.items():
             found[prefix] = self._region(prefix, own, answers)
             self.regions.note(prefix, unread[prefix], found[prefix])
+            if found[prefix].size > CROWDED_BYTES:
+                await asyncio.sleep(0)  # it took long; let other tasks run
         return found
 
     def _region(
@@ -462,7 +466,10 @@ class Registry:
         hosts = size = 0
         key = keys[0]
         records = [(subkey, value) for subkey, (value, _) in answers[key].items() if isinstance(value, bytes)]
-        for subkey, value in some_of(records, _MAX_RECORDS):
+        self._rng.shuffle(records)
+        for subkey, value in records:
+            if size + len(value) > MAX_REGION_BYTES:
+                continue
             read = partial(self._replicas_in, prefix, key, subkey, value)
             record = self.guard.read("replica", subkey, read) or {}
             hosts += bool(record)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from stranger import new_identities
 from three_hosts import (
     FIRST,
     LIFETIME_S,
@@ -18,7 +19,8 @@ from three_hosts import (
 
 from dht.announcements import NodeInfo, ReplicaAnnouncement, read_node
 from dht.directory import Directory
-from dht.records import sign_record
+from dht.records import MAX_REPLICAS_OF_RECORD, sign_record
+from dht.registry import MAX_REGION_BYTES
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.host import Host
@@ -124,6 +126,26 @@ def test_experts_off_the_manifests_grid_do_not_disturb_the_directory(swarm: Swar
         for view in (await directory.refresh(), await directory.refresh()):  # the second by its prefixes
             assert set(view.replicas) == {SECOND}
             assert view.live_experts() == 1
+
+    swarm.run(scenario())
+
+
+def test_whoever_says_that_it_hosts_hundreds_of_experts_takes_little_of_a_readers_time(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        key, until = swarm.keys.prefix(0), time.time() + 500
+        replicas = [records_pb2.Announcement(state=2, following=[7, n]) for n in range(MAX_REPLICAS_OF_RECORD)]
+        for liar in new_identities(16):
+            hosting = records_pb2.Hosting(replicas=replicas)
+            record = sign_record(liar, records_pb2.RecordPayload(key=key, expires_at=until, hosting=hosting))
+            assert await swarm.store(2, key, liar.peer_id.to_bytes(), record, until)
+        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
+        for reader in (swarm.registry(n) for n in range(3)):
+            found = await reader.replicas([FIRST])
+            assert [replica.peer_id for replica in found[FIRST]] == [swarm.hosts[1].peer_id]
+            region = reader.regions.recent((0, ()), [0])
+            assert region is not None
+            assert sum(map(len, region.replicas.values())) <= 10 * MAX_REPLICAS_OF_RECORD
+            assert region.size <= MAX_REGION_BYTES
 
     swarm.run(scenario())
 
