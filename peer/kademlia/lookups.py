@@ -62,6 +62,8 @@ _STORED_BYTES = MAX_ANSWER_BYTES // 4
 """In one request to store items."""
 _PATIENCE_S = 1.0
 """A writer waits for no peer longer than this, if others answer."""
+_FRUGAL_S = 1.0
+"""After this time, a frugal search asks no longer one node after the other. Each may be a liar that takes its time."""
 _STORE_S = 3.0
 """After this time, no more nodes take the places of those that are late or fail."""
 _REMEMBERED_KEYS = 4096
@@ -386,6 +388,7 @@ class _Run:
         self._clock = asyncio.get_running_loop().time
         self._patient_until = self._clock() + patience_s
         self._is_patient = True
+        self._frugal_until = self._clock() + _FRUGAL_S if limits.is_frugal else math.inf
         self._peers: dict[int, PeerID] = {}
         self._queue: dict[int, list[int]] = {}
         """The keys that each node will be asked for."""
@@ -530,9 +533,9 @@ class _Run:
     async def _next_answers(self) -> list[tuple[_Call, Mapping[int, FindResult] | None]]:
         """The answers since the last time: at least one, unless calls become late first."""
         came: list[tuple[_Call, Mapping[int, FindResult] | None]] = []
-        while not came and not self._give_up_late() and not self._lose_patience():
+        while not came and not (self._give_up_late() or self._lose_patience() or self._hurry()):
             late_at = self._waiting[0].late_at if self._waiting else math.inf
-            wakes_at = min(late_at, self._patient_until)
+            wakes_at = min(late_at, self._patient_until, self._frugal_until)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(wakes_at if wakes_at < math.inf else None):
                     came.append(await self._answers.get())
@@ -560,6 +563,16 @@ class _Run:
         if self._clock() < self._patient_until:
             return False
         self._patient_until, self._is_patient = math.inf, False
+        self._advance(list(self._unfinished))
+        return True
+
+    def _hurry(self) -> bool:
+        """Ends the frugal part of the searches when it is time; returns whether it is."""
+        if self._clock() < self._frugal_until:
+            return False
+        self._frugal_until = math.inf
+        for key in self._unfinished:
+            self.found[key].search.hurry()
         self._advance(list(self._unfinished))
         return True
 

@@ -76,7 +76,7 @@ class SearchLimits:
     """
     is_frugal: bool = False
     """Asks one node after the other until one gives its values, so that the others need only add to them. Goes on as
-    usual when one fails, or when a few have answered and none had any.
+    usual when one fails, when a few have answered and none had any, or after a second.
     """
 
 
@@ -268,6 +268,10 @@ class IterativeSearch:
             if self.found_after is None:
                 self.found_after = depth
         self._learn(nearer, depth + 1, _Path(self._limits.path))
+
+    def hurry(self) -> None:
+        """A frugal search has taken long enough: it goes on as others do."""
+        self._is_leading = False
 
     def failed(self, node: int) -> None:
         """The node did not answer in time: the next nearest takes its place."""

@@ -133,7 +133,9 @@ def test_experts_off_the_manifests_grid_do_not_disturb_the_directory(swarm: Swar
 def test_whoever_says_that_it_hosts_hundreds_of_experts_takes_little_of_a_readers_time(swarm: Swarm) -> None:
     async def scenario() -> None:
         key, until = swarm.keys.prefix(0), time.time() + 500
-        replicas = [records_pb2.Announcement(state=2, following=[7, n]) for n in range(MAX_REPLICAS_OF_RECORD)]
+        replicas = [
+            records_pb2.Announcement(state=2, following=[7, n]) for n in range(MAX_REPLICAS_OF_RECORD)
+        ]
         for liar in new_identities(16):
             hosting = records_pb2.Hosting(replicas=replicas)
             record = sign_record(liar, records_pb2.RecordPayload(key=key, expires_at=until, hosting=hosting))

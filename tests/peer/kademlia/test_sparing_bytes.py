@@ -1,8 +1,10 @@
 """Look-ups bring what whoever asks lacks, and not more."""
 
+import asyncio
 import math
 import random
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from hypothesis import given
@@ -111,6 +113,32 @@ def test_a_frugal_look_up_passes_over_the_dead() -> None:
             assert set(found[key_id_of(KEY)].entries) == set(range(WRITERS))
 
     play(scenario)
+
+
+def test_liars_that_take_their_time_do_not_delay_a_frugal_look_up_one_after_the_other() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key, loop = key_id_of(KEY), asyncio.get_running_loop()
+        await write(swarm, 600)
+        reader = await newcomer(swarm)
+        await reader.lookups.sample()
+        holders = sorted(swarm.peers, key=lambda peer: peer.dht.node_id ^ key)
+        for liar in holders[:5]:
+            await liar.dht.transport.serve("find", partial(answer_late, liar.dht.info))
+        for _ in range(6):  # late answers make the reader patient
+            reader.dht.storage.clear()
+            began = loop.time()
+            found = (await reader.lookups.find([key], FRUGAL))[key]
+            assert found.entries
+            assert loop.time() - began < 6.0
+
+    play(scenario, nodes=30)
+
+
+async def answer_late(own: dht_pb2.NodeInfo, sender: PeerID, data: bytes) -> bytes:
+    """That it has nothing and knows nobody, after two seconds."""
+    count = len(dht_pb2.FindRequest.FromString(data).keys)
+    await asyncio.sleep(2.0)
+    return dht_pb2.FindResponse(peer=own, results=[dht_pb2.FindResult()] * count).SerializeToString()
 
 
 def test_a_holder_gives_some_entries_of_many_if_asked_for_few() -> None:
