@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,8 @@ class Installation:
             ) from error
         folder = environment.parent.parent
         uv = shutil.which("uv", path=str(folder / "uv"))
-        if uv is not None:
+        # all of it goes with Talkoot, so it must be the installer's
+        if uv is not None and folder.name == _PACKAGE and not folder.is_symlink():
             return cls(environment, asked, Path(uv), folder)
         uv = shutil.which("uv")
         if uv is None:
@@ -132,6 +133,8 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
     states = platformdirs.user_state_path(_PACKAGE)
     if identity and not (state and sys.stdin.isatty()):
         raise SettingsError("--identity goes with --state, and asks twice: it needs a terminal")
+    if state:
+        _require_no_links([states, *states.glob("*")])
     if not yes:
         typer.confirm(f"Remove Talkoot{' and all checkpoints on this machine' if state else ''}?", abort=True)
     if identity:
@@ -158,6 +161,15 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
     if installation.own_folder is not None:
         shutil.rmtree(installation.own_folder, ignore_errors=True)
     typer.echo(f"removed Talkoot{kept}")
+
+
+def _require_no_links(paths: Iterable[Path]) -> None:
+    """Raises StartError: what is emptied must be Talkoot's own, not where a link leads."""
+    for path in paths:
+        if path.is_symlink():
+            raise StartError(
+                f"{path} is a link to {path.resolve()}: nothing was removed. Delete the link, and what is there if you like"
+            )
 
 
 def _empty(folder: Path, keeps: Set[str]) -> None:

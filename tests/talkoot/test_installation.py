@@ -168,6 +168,39 @@ def test_uninstall_asks_before_it_removes_anything(home: UvHome, states: Path) -
     assert environment(home).exists()
 
 
+@pytest.mark.parametrize("linked", ["talkoot", "talkoot/node"])
+def test_uninstall_empties_no_folder_to_which_a_link_leads(
+    home: UvHome, states: Path, tmp_path: Path, linked: str
+) -> None:
+    link = states.parent / linked
+    theirs = tmp_path / "photos"
+    link.rename(theirs)
+    link.symlink_to(theirs)
+    before = kept(theirs)
+    assert_one_clear_line(home.talkoot("uninstall", "--yes", "--state"), "is a link to")
+    assert kept(theirs) == before
+    assert link.is_symlink()
+    assert (home.home / ".local" / "bin" / "talkoot").exists()
+
+
+def test_uninstall_removes_no_folder_that_the_installer_did_not_make(tmp_path: Path) -> None:
+    environment = tmp_path / "tools" / "talkoot"
+    (tmp_path / "uv").mkdir()
+    uv = tmp_path / "uv" / "uv"
+    uv.write_text("#!/bin/sh\n")
+    uv.chmod(0o755)
+    environment.mkdir(parents=True)
+    (environment / "uv-receipt.toml").write_text('[tool]\nrequirements = [{ name = "talkoot" }]\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(uv.parent))
+        assert Installation.find(environment).own_folder is None
+        own = tmp_path / "share" / "talkoot"
+        own.mkdir(parents=True)
+        for part in ("uv", "tools"):
+            (tmp_path / part).rename(own / part)
+        assert Installation.find(own / "tools" / "talkoot").own_folder == own
+
+
 def test_uninstall_removes_nothing_while_a_peer_runs(home: UvHome, states: Path) -> None:
     with closing(StateFolder(states / "trainer")):
         assert_one_clear_line(home.talkoot("uninstall", "--yes", "--state"), "another process uses")
