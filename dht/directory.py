@@ -39,6 +39,8 @@ _MAX_READ = 4096
 """Most prefixes, and most experts, that one refresh reads."""
 _SAMPLED = 64
 """On a grid with more experts than that: prefixes and experts that a refresh reads to see whether they live."""
+_DOUBTED = 16
+"""Experts to which no prefix leads: so many, drawn at random, a refresh looks for all the same."""
 _MOST_STRETCHED = 20
 """How many times the wanted time between two refreshes the longest one is."""
 _SEARCH_ROUNDS = 4
@@ -146,12 +148,16 @@ class Directory:
     async def refresh(self) -> View:
         """Reads the swarm anew: the regions level by level, then the nodes that host replicas there.
 
-        What lived is read again even if no prefix leads there: whoever hides a prefix hides no known expert.
+        What lived is read again even if no prefix leads there: whoever hides a prefix hides no known expert. And some
+        others, as hosts renew the prefixes seldom where a crowd seems to do it.
         """
-        living = [uid for uid, hosts in self.view.replicas.items() if hosts]
+        living = {uid for uid, hosts in self.view.replicas.items() if hosts}
         if self.knows_all:
             replicas = await self.registry.replicas(self._manifest.uids(), only_active=True)
-            hidden = [uid for uid in living if not replicas[uid]]
+            missing = [uid for uid, hosts in replicas.items() if not hosts]
+            hidden = [uid for uid in missing if uid in living]
+            doubted = self._drawn([uid for uid in missing if uid not in living], _DOUBTED)
+            replicas |= await self.registry.replicas(doubted, just_read=True)
             replicas = {uid: hosts for uid, hosts in replicas.items() if hosts}
             replicas |= await self.registry.replicas(hidden)
         else:

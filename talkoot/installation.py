@@ -168,7 +168,7 @@ def _require_no_links(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_symlink():
             raise StartError(
-                f"{path} is a link to {path.resolve()}: nothing was removed. Delete the link, and what is there if you like"
+                f"{path} is a link to {path.resolve()}: delete it, and what is there if you like. Nothing was removed"
             )
 
 

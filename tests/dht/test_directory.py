@@ -191,11 +191,13 @@ def test_a_small_grid_is_read_whole_and_what_lived_is_read_again(monkeypatch: py
 
     async def scenario() -> None:
         assert (await directory.refresh()).live_experts() == len(experts)
-        assert registry.reads == ["600 experts"]
+        assert registry.reads == ["600 experts", "16 experts"], (
+            "no prefix leads to some, which are looked for too"
+        )
         registry.reads.clear()
         registry.served.clear()
         assert (await directory.refresh()).live_experts() == 0
-        assert registry.reads == ["600 experts", f"{len(experts)} experts"]
+        assert registry.reads == ["600 experts", "16 experts", f"{len(experts)} experts"]
 
     asyncio.run(scenario())
 

@@ -133,8 +133,9 @@ def test_experts_off_the_manifests_grid_do_not_disturb_the_directory(swarm: Swar
 def test_whoever_says_that_it_hosts_hundreds_of_experts_takes_little_of_a_readers_time(swarm: Swarm) -> None:
     async def scenario() -> None:
         key, until = swarm.keys.prefix(0), time.time() + 500
+        state = records_pb2.REPLICA_STATE_SERVING
         replicas = [
-            records_pb2.Announcement(state=2, following=[7, n]) for n in range(MAX_REPLICAS_OF_RECORD)
+            records_pb2.Announcement(state=state, following=[7, n]) for n in range(MAX_REPLICAS_OF_RECORD)
         ]
         for liar in new_identities(16):
             hosting = records_pb2.Hosting(replicas=replicas)
@@ -148,6 +149,25 @@ def test_whoever_says_that_it_hosts_hundreds_of_experts_takes_little_of_a_reader
             assert region is not None
             assert sum(map(len, region.replicas.values())) <= 10 * MAX_REPLICAS_OF_RECORD
             assert region.size <= MAX_REGION_BYTES
+
+    swarm.run(scenario())
+
+
+def test_an_expert_whose_prefix_nobody_renews_is_found_after_a_few_refreshes(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        host, until = swarm.hosts[1], time.time() + 300
+        key, row, layer = swarm.keys.expert(FIRST), swarm.keys.prefix(0, (0,)), swarm.keys.prefix(0)
+        record = sign_record(host.identity, announcement(key, until))
+        assert await swarm.store(1, key, host.peer_id.to_bytes(), record, until)
+        for prefix, other in ((layer, 2), (row, 3)):
+            assert await swarm.store(1, prefix, other, prefix, until)
+        await swarm.registry(1).publish_node(node_record(host), LIFETIME_S)
+        directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
+        for _ in range(20):  # each draws 16 of 24
+            if (await directory.refresh()).hosts(FIRST):
+                break
+        assert directory.view.hosts(FIRST)
+        assert (await directory.refresh()).hosts(FIRST), "and is known from now on"
 
     swarm.run(scenario())
 
