@@ -152,7 +152,9 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
         for folder in (*folders, states):
             with suppress(OSError):  # not empty
                 folder.rmdir()
-    kept = f"; {states} stays" if states.exists() else ""
+    kept = ""
+    if states.exists():
+        kept = f"; identities stay in {states}" if state else f"; {states} stays"
     if not CAN_UNLINK_OPEN_FILES:
         terminal.line(f"This system removes no program that runs. Run this in PowerShell{kept}:")
         terminal.line(installation.in_powershell(installation.removal_command()))
