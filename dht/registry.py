@@ -65,10 +65,6 @@ _SHARD_FOR_S = 600.0
 """How often a node checks, about, which shard it should be listed in."""
 _MOST_SHARDS = 4096
 """Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
-MAX_REGION_BYTES = 48 * 1024
-"""Of announcements in one region that are read, at most: twice what fits there before it splits. Each may be of 512
-experts, which take a hundred times as long to read as to send.
-"""
 _LATER_S = 0.001
 _MAX_WRITTEN = 16384
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
@@ -467,8 +463,11 @@ class Registry:
         key = keys[0]
         records = [(subkey, value) for subkey, (value, _) in answers[key].items() if isinstance(value, bytes)]
         self._rng.shuffle(records)
-        for subkey, value in records:
-            if size + len(value) > MAX_REGION_BYTES:
+        me = self.peer_id.to_bytes()
+        # a node goes by whether the DHT gives back its own
+        for subkey, value in sorted(records, key=lambda record: record[0] != me):
+            # holders in a flood have more together than each has room for, and 512 experts take 5 ms to read
+            if size + len(value) > MAX_KEY_BYTES:
                 continue
             read = partial(self._replicas_in, prefix, key, subkey, value)
             record = self.guard.read("replica", subkey, read) or {}
