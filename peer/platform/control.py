@@ -15,6 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peer.files import write_atomically
@@ -98,10 +99,13 @@ class ControlListener:
 def connect(folder: Path, deadline_s: float) -> tuple[socket.socket, int]:
     """A connection to the process of this folder, and its id. Raises OSError.
 
-    That is FileNotFoundError or ConnectionRefusedError if none listens.
+    That is FileNotFoundError or ConnectionRefusedError if none listens. The port of a killed process may be another
+    user's by now.
     """
     door = _read_door(folder)
     if door is not None:
+        if not psutil.pid_exists(door.pid):
+            raise ConnectionRefusedError(f"{folder / TOKEN_FILE} was left by a process that has ended")
         made = socket.create_connection((_LOOPBACK, door.port), deadline_s)
         with _closing_on_error(made):
             made.sendall(door.token.encode() + b"\n")

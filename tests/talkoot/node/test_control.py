@@ -20,6 +20,7 @@ import pytest
 from expert_server.status import NodeState, NodeStatus
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.loop import LoopThread
+from peer.platform.control import TOKEN_FILE
 from talkoot.node import control
 from talkoot.node.control import (
     MAX_CLIENTS,
@@ -355,3 +356,17 @@ def test_server_that_closes_waits_for_nobody(loop: LoopThread, tmp_path: Path) -
         wait_until(lambda: len(server.server._clients) == 1)
         server.close()
     assert not server.server._clients
+
+
+def test_a_token_that_a_killed_node_left_leads_nobody_to_its_port(tmp_path: Path) -> None:
+    """By now, the port may be another user's."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        door = {"port": other.getsockname()[1], "pid": ended.pid, "token": "0" * 64}
+        (tmp_path / TOKEN_FILE).write_text(json.dumps(door))
+        with pytest.raises(UnreachableError, match="no node runs"):
+            ControlClient(tmp_path)
+        other.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            other.accept()
