@@ -15,7 +15,7 @@ from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.manifest import AdmissionSpec
 from dht.swarm import Swarm, join_swarm
 from expert_server.node import Node
-from peer.errors import ExpertError, InviteError
+from peer.errors import ExpertError, InviteError, UnreachableError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
@@ -158,10 +158,11 @@ def test_who_has_no_token_is_told_and_what_it_announces_is_not_seen(
         watcher = await join_swarm(village.identities[2], plain, NetworkConfig(LOCAL, serves_dht=False))
         village.stack.push_async_callback(watcher.stop)
         assert await ask(watcher, founder, session_pb2.RIGHT_FORWARD) is StatusCode.PERMISSION_DENIED
-        # one that does not care announces all the same: to itself alone
+        # one that does not care announces all the same, and nobody takes it
         intruder = await join_swarm(village.identities[1], plain, NetworkConfig(LOCAL))
         intruder.registry._admission = None
-        await village.start(intruder, {"experts": 8, "spare": 0})
+        with pytest.raises(UnreachableError, match="no DHT peer accepted our records"):
+            await village.start(intruder, {"experts": 8, "spare": 0})
         await sees(watcher, founder)
         assert intruder.host.peer_id not in await watcher.registry.nodes([intruder.host.peer_id])
 

@@ -144,7 +144,8 @@ def test_what_windows_is_to_run_names_all_folders() -> None:
 )
 def test_uvs_notes_are_read(tmp_path: Path, noted: dict[str, object], asked: str) -> None:
     lines = ", ".join(f"{key} = {value!r}" for key, value in noted.items())
-    environment, uv = tmp_path / "tools" / "talkoot", tmp_path / "uv" / "uv"
+    own = tmp_path / "talkoot"
+    environment, uv = own / "tools" / "talkoot", own / "uv" / "uv"
     for folder in (environment, uv.parent):
         folder.mkdir(parents=True)
     uv.touch(mode=0o755)
