@@ -17,6 +17,7 @@ import numpy as np
 from grpc import StatusCode
 
 from benchmarks.internet.fluid import WAY, Fluids, Integers, Jobs, Numbers
+from benchmarks.internet.world import Link
 from benchmarks.simulated_p2p import CALL_OVERHEAD_BYTES
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
@@ -43,20 +44,9 @@ _SILENT_AFTER_S = 25.0
 """As `peer.rpc.channels` asks after 20 s whether a peer lives, and waits 10 s for an answer."""
 
 
-class Machine(Protocol):
+class Machine(Link, Protocol):
     """A volunteer's, or a trainer's."""
 
-    @property
-    def up_bps(self) -> float: ...
-    @property
-    def down_bps(self) -> float: ...
-    @property
-    def rtt_s(self) -> float:
-        """To the core of the network and back."""
-        ...
-
-    @property
-    def nat(self) -> bool: ...
     @property
     def rows_per_s(self) -> float:
         """Of one expert, forward and backward."""
