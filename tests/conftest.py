@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+# before numpy is imported: on a busy machine its threads wait for each other, and burn twenty times the work meanwhile
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from attending import attending_experts

@@ -82,7 +82,7 @@ async def ask_at(info: NodeInfo, swarm: Swarm, *rights: Right) -> StatusCode:
         )
         method = stub.Forward if rights[0] == session_pb2.RIGHT_FORWARD else stub.Backward
         # a call that is let in, and is then found empty
-        code: StatusCode = await method(iter([expert_pb2.CallRequest()]), timeout=10).code()
+        code: StatusCode = await method(iter([expert_pb2.CallRequest()]), timeout=60).code()
         return code
     except ExpertError as error:
         return error.status

@@ -264,7 +264,7 @@ def test_a_trainer_finds_and_calls_a_node_by_what_the_dht_says(play: Play) -> No
             request = expert_pb2.InfoRequest(
                 protocol_version=PROTOCOL_VERSION, swarm_id=observer.keys.swarm_id
             )
-            reply = await stub.Info(request, timeout=10)
+            reply = await stub.Info(request, timeout=60)
             assert {UID.parse(expert.uid) for expert in reply.experts} == set(node.runtime.experts)
             await node.stop()
             with pytest.raises(grpc.aio.AioRpcError):
@@ -293,13 +293,13 @@ def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
         village.stack.push_async_callback(pool.close)
         stub: Any = expert_pb2_grpc.ExpertServiceStub(await pool.get(info.addresses[0], info.certificate_pem))
         request = expert_pb2.InfoRequest(protocol_version=PROTOCOL_VERSION, swarm_id=observer.keys.swarm_id)
-        assert len((await stub.Info(request, timeout=10)).experts) == 1
+        assert len((await stub.Info(request, timeout=60)).experts) == 1
 
     play(scenario)
 
 
 def fetch(address: str) -> tuple[str, str]:
-    with urllib.request.urlopen(address, timeout=10) as response:
+    with urllib.request.urlopen(address, timeout=60) as response:
         return response.headers["Content-Type"], response.read().decode()
 
 

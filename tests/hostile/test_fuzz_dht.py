@@ -182,7 +182,7 @@ async def asks(honest: DHTPeer, victim: DHTPeer, times: int) -> None:
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60):
         while not is_so():  # noqa: ASYNC110  # what others do
             await asyncio.sleep(0.01)
 

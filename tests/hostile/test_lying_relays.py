@@ -84,7 +84,7 @@ class Rude:
 
 async def offered(reservation: Any) -> Any:
     """The next reply that brings a caller."""
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60):
         while not (reply := await reservation.read()).circuit:
             pass
     return reply
@@ -92,7 +92,7 @@ async def offered(reservation: Any) -> Any:
 
 async def status_of(call: Any) -> StatusCode:
     """gRPC may hold it back until the replies before it have been read."""
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60):
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while await call.read() is not grpc.aio.EOF:
                 pass

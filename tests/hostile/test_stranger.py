@@ -114,7 +114,7 @@ async def call_the_node(stranger: Stranger, info: Any, node: Any) -> None:
     assert await caller.open_session()
     reader, writer = await caller.tls()
     writer.write(b"no HTTP/2")
-    assert await asyncio.wait_for(reader.read(), 20)  # a GOAWAY, and the end
+    assert await asyncio.wait_for(reader.read(), 60)  # a GOAWAY, and the end
     writer.close()
     uids = list(node.runtime.experts)
     async with honest_caller(info, stranger.keys.swarm_id, node.swarm.manifest, uids) as honest:

@@ -89,7 +89,7 @@ class Victim:
         return child
 
     def metrics(self) -> str:
-        with urllib.request.urlopen(self.metrics_address, timeout=10) as response:
+        with urllib.request.urlopen(self.metrics_address, timeout=60) as response:
             text: str = response.read().decode()
             return text
 

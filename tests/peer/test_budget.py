@@ -152,7 +152,7 @@ def test_a_task_whose_memory_others_need_ends_with_an_error_and_not_as_cancelled
             assert budget.used == 4
         assert budget.used == 0
 
-    loop.run(scenario(), 20)
+    loop.run(scenario(), 60)
 
 
 def test_a_task_that_is_cancelled_from_outside_stays_cancelled(loop: LoopThread) -> None:
@@ -173,4 +173,4 @@ def test_a_task_that_is_cancelled_from_outside_stays_cancelled(loop: LoopThread)
         assert greedy.cancelled()
         assert budget.used == 0
 
-    loop.run(scenario(), 20)
+    loop.run(scenario(), 60)

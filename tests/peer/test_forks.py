@@ -24,7 +24,7 @@ async def main():
         while True:
             alone = [("grpc.use_local_subchannel_pool", 1)]
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=alone) as channel:
-                assert await channel.unary_unary("/test.Echo/Echo")(b"word", timeout=20) == b"word"
+                assert await channel.unary_unary("/test.Echo/Echo")(b"word", timeout=60) == b"word"
 
     async def start_others():
         for _ in range(150):

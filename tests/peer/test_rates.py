@@ -178,7 +178,7 @@ def test_turns_beyond_the_rate_are_given_in_a_fair_order(loop: LoopThread) -> No
         honest = [asyncio.create_task(ask(near, f"honest {near}")) for near in ("flood", "elsewhere")]
         await asyncio.gather(*flood, *honest)
 
-    loop.run(scenario(), 30)
+    loop.run(scenario(), 60)
     first = served.index("honest elsewhere")
     assert first <= 5, "neighbourhoods take turns"
     assert served.index("honest flood") <= 8 + 5, "so do sources"
@@ -199,16 +199,16 @@ def test_a_turn_is_not_lost_when_its_caller_goes(loop: LoopThread) -> None:
         next_one = asyncio.create_task(turns.turn("here", "next"))
         await asyncio.sleep(0)
         gone.cancel()
-        assert await asyncio.wait_for(next_one, 5)
-        assert await asyncio.wait_for(turns.turn("here", "later"), 5)
+        assert await asyncio.wait_for(next_one, 60)
+        assert await asyncio.wait_for(turns.turn("here", "later"), 60)
 
-    loop.run(scenario(), 30)
+    loop.run(scenario(), 60)
 
 
 def test_the_rate_of_turns_holds_under_a_flood(loop: LoopThread) -> None:
-    async def scenario() -> int:
+    async def scenario() -> tuple[int, float]:
         turns = FairTurns(100.0, 10.0)
-        given = 0
+        given, began = 0, time.monotonic()
 
         async def keep_asking(source: str) -> None:
             nonlocal given
@@ -220,9 +220,10 @@ def test_the_rate_of_turns_holds_under_a_flood(loop: LoopThread) -> None:
         await asyncio.wait(tasks, timeout=0.5)
         for task in tasks:
             task.cancel()
-        return given
+        return given, time.monotonic() - began
 
-    assert 10 <= loop.run(scenario(), 30) <= 0.5 * 100 + 10 + 20  # a few more where the machine is late
+    given, seconds = loop.run(scenario(), 60)
+    assert 10 <= given <= seconds * 100 + 10 + 20
 
 
 def test_too_many_that_wait_are_refused_at_once(loop: LoopThread) -> None:
@@ -241,7 +242,7 @@ def test_too_many_that_wait_are_refused_at_once(loop: LoopThread) -> None:
         for task in waiting:
             task.cancel()
 
-    loop.run(scenario(), 30)
+    loop.run(scenario(), 60)
 
 
 @given(

@@ -27,7 +27,7 @@ def test_one_that_waits_holds_no_other_up_and_only_a_few_run(loop: LoopThread) -
         assert done[:-1] == [*range(1, 10)]
         assert most == 3
 
-    loop.run(scenario(), 20)
+    loop.run(scenario(), 60)
 
 
 def test_the_first_exception_is_raised_as_it_is_and_ends_the_others(loop: LoopThread) -> None:
@@ -47,7 +47,7 @@ def test_the_first_exception_is_raised_as_it_is_and_ends_the_others(loop: LoopTh
             await side_by_side(map(work, range(4)), 2)
         assert waiting.is_set()
 
-    loop.run(scenario(), 20)
+    loop.run(scenario(), 60)
 
 
 def test_a_few_results_are_enough_and_who_has_none_makes_room_for_the_next(loop: LoopThread) -> None:
@@ -63,7 +63,7 @@ def test_a_few_results_are_enough_and_who_has_none_makes_room_for_the_next(loop:
         assert tried == [*range(6)]
         assert await first_few(map(work, range(0, 20, 2)), 3, 20) == []
 
-    loop.run(scenario(), 20)
+    loop.run(scenario(), 60)
 
 
 def test_once_there_is_one_result_the_others_get_so_much_longer(loop: LoopThread) -> None:
@@ -80,7 +80,7 @@ def test_once_there_is_one_result_the_others_get_so_much_longer(loop: LoopThread
         assert await first_few(map(work, range(5)), 3, 0.05) == [0]
         assert sorted(ended) == [0, 1, 2]
 
-    loop.run(scenario(), 20)
+    loop.run(scenario(), 60)
 
 
 def test_an_exception_of_a_few_is_raised_and_ends_the_others(loop: LoopThread) -> None:
@@ -94,4 +94,4 @@ def test_an_exception_of_a_few_is_raised_and_ends_the_others(loop: LoopThread) -
         with pytest.raises(UnreachableError):
             await first_few(map(work, range(3)), 2, 20)
 
-    loop.run(scenario(), 20)
+    loop.run(scenario(), 60)

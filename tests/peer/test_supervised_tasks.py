@@ -24,7 +24,7 @@ def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.Lo
             await asyncio.Event().wait()
 
         tasks.supervise("announce this trainer", announce)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await well.wait()
         assert (runs, restarts.total) == (3, 2)
         await tasks.aclose()

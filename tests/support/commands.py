@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from talkoot.cli import app
 
 HOST = "127.0.0.1"
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 _LISTEN = "-listen=/unix"
 
 

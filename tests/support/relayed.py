@@ -134,12 +134,12 @@ class Caller:
     async def ask(self, contact: Any, payload: bytes = b"ping") -> bytes:
         channel = await self.pool.reach(contact)
         method: Any = channel.unary_unary("/test/Echo")
-        answer: bytes = await method(payload, timeout=20.0, wait_for_ready=True)
+        answer: bytes = await method(payload, timeout=60, wait_for_ready=True)
         return answer
 
     async def ask_until_answered(self, contact: Any, payload: bytes) -> bytes:
         """As whoever calls does, after the connection of before has broken."""
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60):
             while True:
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     return await self.ask(contact, payload)
@@ -161,7 +161,7 @@ async def closing(*things: Any) -> AsyncIterator[None]:
             await (thing.stop() if isinstance(thing, Served) else thing.close())
 
 
-async def until(condition: Callable[[], object], within_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], within_s: float = 60.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)

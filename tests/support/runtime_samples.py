@@ -70,7 +70,7 @@ def with_runtime(runtime: Runtime, scenario: Callable[[], Awaitable[None]]) -> N
     async def main() -> None:
         await runtime.start()
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 await scenario()
         finally:
             await runtime.stop()

@@ -173,7 +173,7 @@ class Asked:
         async def send(message: Any) -> None:
             messages.append(message)
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.app(scope, receive, send)
         headers = {k.decode().lower(): v.decode() for k, v in messages[0]["headers"]}
         return Answer(messages[0]["status"], headers, b"".join(m.get("body", b"") for m in messages[1:]))

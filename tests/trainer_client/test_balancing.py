@@ -3,13 +3,12 @@
 The last against the plain linear assignment problem (BASE, arXiv 2103.16716, section 3.1).
 """
 
-import time
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_lags import least_cpu_s
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -238,13 +237,7 @@ def test_4096_rows_and_64_experts_are_balanced_exactly(kind: str) -> None:
 
 def test_4096_rows_and_64_experts_take_under_100_ms_of_cpu() -> None:
     scores = random_scores(4096, 64)
-    balanced_assignment(scores)
-    taken_s = []
-    for _ in range(5):
-        began = time.thread_time()
-        balanced_assignment(scores)
-        taken_s.append(time.thread_time() - began)
-    assert min(taken_s) < 0.1
+    assert least_cpu_s(lambda: balanced_assignment(scores)) < 0.1
 
 
 def test_the_row_that_loses_less_gives_way() -> None:

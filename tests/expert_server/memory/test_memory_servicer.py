@@ -390,7 +390,7 @@ def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: Lo
         second.cancel()
         await asyncio.wait([first, second])
         assert (first.exception(), second.cancelled()) == (None, True)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await call()
 
     loop.run(scenario(), 60)
@@ -426,7 +426,7 @@ def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str
                 gates[n % len(gates)][1].set()
         for _, go in gates:
             go.set()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await asyncio.gather(*(task for task, _ in gates))
             async with asyncio.TaskGroup() as group:
                 gate = asyncio.Event()

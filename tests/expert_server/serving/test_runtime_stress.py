@@ -111,7 +111,7 @@ class Stress:
 
     async def all_at_once(self) -> None:
         """Until every caller has made its calls. Raises TimeoutError when one of them never ends."""
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             callers = [
                 group.create_task(self._call_often("greedy" if n % 2 else str(n % 8))) for n in range(CALLERS)
             ]
@@ -121,7 +121,7 @@ class Stress:
                 change.cancel()
 
     async def have_ended(self, calls: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(self.ends) < calls:
                 self._one_more.clear()
                 await self._one_more.wait()

@@ -182,10 +182,11 @@ def test_rows_come_with_what_is_there_when_most_of_the_time_is_over(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = Call(uids=[FIRST, SECOND], rows_of=[[0, 1, 2], [1, 2, 3, 4]]).keeping()
+    monkeypatch.setattr("expert_server.serving.call._FLUSH_AFTER", 0.2)
 
     async def scenario(edge: Edge) -> None:
         let_go = hold(edge, SECOND, monkeypatch)
-        calling = asyncio.create_task(make(edge, call, timeout_s=2.0))
+        calling = asyncio.create_task(make(edge, call, timeout_s=12.0))
         await wait_until(lambda: any(forward.answered.sum() == 3 for forward in edge.cache._cached.values()))
         assert not calling.done()
         let_go.set()
@@ -205,13 +206,14 @@ def test_an_expert_that_is_late_for_all_of_its_rows_is_given_up(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = Call(uids=[FIRST, SECOND], rows_of=[[0, 1, 2, 3, 4], [1, 2]])
+    monkeypatch.setattr("expert_server.serving.call._FLUSH_AFTER", 0.2)
 
     async def scenario(edge: Edge) -> None:
         let_go = hold(edge, SECOND, monkeypatch)
-        outcome = await make(edge, call, timeout_s=4)  # it is given up after 3.2 s
+        outcome = await make(edge, call, timeout_s=12.0)
         let_go.set()
         found = answers(call, outcome)
-        assert outcome.seconds < 4
+        assert outcome.seconds < 12
         assert found.failed == {1: StatusCode.DEADLINE_EXCEEDED}
         assert set(found.masks.values()) == {0b1}
         torch.testing.assert_close(found.tensor, call.expected(*fresh(FIRST), None))

@@ -184,10 +184,10 @@ def test_what_has_expired_is_gone() -> None:
     async def scenario(mixed: Mixed) -> None:
         now = time.time()
         ours, theirs = mixed.ours[0], mixed.theirs[0]
-        await store(ours, Item("ours", 1, "short", now + 0.3), Item("ours", 2, "long", now + 60))
-        assert await theirs.store("theirs", "short", now + 0.3, subkey=1)
+        await store(ours, Item("ours", 1, "short", now + 2), Item("ours", 2, "long", now + 60))
+        assert await theirs.store("theirs", "short", now + 2, subkey=1)
         assert not await store(ours, Item("ours", 3, "past", now - 1))
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(now + 2.05 - time.time())
         assert set(await they_find(theirs, "ours")) >= {2}
         assert set(await found(ours, "ours")) == {2}
         assert [s for s, (_, until) in (await found(ours, "theirs")).items() if until > time.time()] == []

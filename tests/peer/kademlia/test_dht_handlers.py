@@ -522,8 +522,11 @@ def test_look_ups_by_many_leave_turns_to_others(world: VirtualLoop) -> None:
             other = SimulatedIdentity(4000 + n).peer_id
             table.add(node_id_of(other.to_bytes()), other)
         request = dht_pb2.FindRequest(keys=[os.urandom(20) for _ in range(MAX_FIND_KEYS)])
-        asked = [send(peer, "find", request, SimulatedIdentity(4000 + n).peer_id) for n in range(50)]
-        assert await longest_slice(asyncio.gather(*asked)) < 0.05, "0.3 s together"
+        callers = [SimulatedIdentity(4000 + n).peer_id for n in range(50)]
+        slice_s = await longest_slice(
+            lambda: asyncio.gather(*(send(peer, "find", request, caller) for caller in callers))
+        )
+        assert slice_s < 0.05, "0.3 s together"
 
     play(world, scenario)
 

@@ -177,5 +177,5 @@ def test_a_tunnel_whose_connections_are_cut_again_and_again_gives_way_to_the_rel
 
 async def echo(pool: ChannelPool, known: Known, payload: bytes) -> bytes:
     method: Any = (await pool.reach(known)).unary_unary("/test/Echo")
-    answer: bytes = await method(payload, timeout=20.0)
+    answer: bytes = await method(payload, timeout=60)
     return answer

@@ -55,15 +55,15 @@ def test_a_call_that_breaks_its_handler_ends_alone(
                 one: Any = channel.unary_unary("/test/One")
                 many: Any = channel.stream_stream("/test/Many")
                 none: Any = channel.unary_unary("/test/None")
-                assert await one(b"well", timeout=20) == b"well"
-                assert [reply async for reply in many(iter([b"1", b"2"]), timeout=20)] == [b"1", b"2"]
-                await ends(one(b"refuse", timeout=20), StatusCode.NOT_FOUND)
-                await ends(none(b"", timeout=20), StatusCode.UNIMPLEMENTED)
+                assert await one(b"well", timeout=60) == b"well"
+                assert [reply async for reply in many(iter([b"1", b"2"]), timeout=60)] == [b"1", b"2"]
+                await ends(one(b"refuse", timeout=60), StatusCode.NOT_FOUND)
+                await ends(none(b"", timeout=60), StatusCode.UNIMPLEMENTED)
                 assert caplog.records == []
-                await ends(one(b"break", timeout=20), StatusCode.INTERNAL)
-                await ends(read(many(iter([b"1", b"break"]), timeout=20)), StatusCode.INTERNAL)
-                await ends(one(b"break", timeout=20), StatusCode.INTERNAL)  # which is not logged again
-                assert await one(b"well", timeout=20) == b"well"
+                await ends(one(b"break", timeout=60), StatusCode.INTERNAL)
+                await ends(read(many(iter([b"1", b"break"]), timeout=60)), StatusCode.INTERNAL)
+                await ends(one(b"break", timeout=60), StatusCode.INTERNAL)  # which is not logged again
+                assert await one(b"well", timeout=60) == b"well"
         finally:
             await server.stop(None)
 

@@ -42,7 +42,7 @@ async def flood(channel: Any, requests: Sequence[session_pb2.OpenRequest]) -> in
     stub = session_pb2_grpc.SessionServiceStub(channel)
     for request in requests:
         try:
-            await stub.Open(request, timeout=20)
+            await stub.Open(request, timeout=60)
         except grpc.aio.AioRpcError as error:
             refused += error.code() in {StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNAVAILABLE}
     return refused
@@ -93,11 +93,11 @@ def test_a_statement_waits_for_its_turn_under_the_name_that_its_connection_prove
         try:
             async with channel_of(stranger, server, identity) as hostile:
                 stub = session_pb2_grpc.SessionServiceStub(hostile)
-                given = await stub.Challenge(session_pb2.ChallengeRequest(), timeout=20)
+                given = await stub.Challenge(session_pb2.ChallengeRequest(), timeout=60)
                 forged = client.statement(identity.peer_id, given.challenge)
                 forged.signature = b"forged"
                 with pytest.raises(grpc.aio.AioRpcError):
-                    await stub.Open(forged, timeout=20)
+                    await stub.Open(forged, timeout=60)
             assert len(sources) == 1
             assert str(stranger.peer_id) in sources[0]
         finally:

@@ -26,9 +26,9 @@ def port(loop: LoopThread) -> Iterator[int]:
         await server.start()
         return server, port
 
-    server, port = loop.run(serve(), 20)
+    server, port = loop.run(serve(), 60)
     yield port
-    loop.run(server.stop(None), 20)
+    loop.run(server.stop(None), 60)
 
 
 def test_what_ends_after_its_loop_is_closed_is_no_fault_of_the_next_loop(
@@ -40,21 +40,21 @@ def test_what_ends_after_its_loop_is_closed_is_no_fault_of_the_next_loop(
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         left_open.append(channel)
         echo: Any = channel.unary_unary("/test/Echo")
-        assert await echo(b"well", timeout=20) == b"well"
-        echo(b"late", timeout=20)
+        assert await echo(b"well", timeout=60) == b"well"
+        echo(b"late", timeout=60)
         await asyncio.sleep(0.1)
 
     async def call() -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             echo: Any = channel.unary_unary("/test/Echo")
             for _ in range(3):
-                assert await echo(b"late", timeout=20) == b"late"
+                assert await echo(b"late", timeout=60) == b"late"
 
     first, second = LoopThread(), LoopThread()
-    first.run(call_without_waiting(), 20)
+    first.run(call_without_waiting(), 60)
     first.close()
     try:
-        second.run(call(), 20)
+        second.run(call(), 60)
     finally:
         second.close()
     assert [record.getMessage() for record in caplog.records] == []

@@ -40,7 +40,7 @@ class Router:
 async def asked(mapping: PortMapping, router: Router, times: int) -> None:
     keeping = asyncio.create_task(mapping.keep())
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(router.asked) < times:
                 mapping.renew()
                 await asyncio.sleep(0)
@@ -86,14 +86,14 @@ def test_a_hostile_router_has_not_answered_and_costs_a_bounded_time(monkeypatch:
         HomeRouter(answers=((b"<a>" * 20_000, 0.0) for _ in itertools.count())),
         HomeRouter(answers=((b"<root>", 0.2) for _ in itertools.count())),
         HomeRouter(answers=[(b"\xff\x00" * 1000, 0.0)]),
-        HomeRouter(answers=[(b"", 60.0)]),
+        HomeRouter(answers=[(b"", 600.0)]),
         HomeRouter(address="fe80::1"),
         HomeRouter(address="44.1.2.3 or so"),
         HomeRouter(address="A" * 100_000),
     ]
     began = time.monotonic()
     assert asyncio.run(ask_all(routers, 31338, [31338])) == [RouterAnswer()] * len(routers)
-    assert time.monotonic() - began < 8.0
+    assert time.monotonic() - began < 60.0
     assert not [child for child in psutil.Process().children() if "upnp.py" in " ".join(child.cmdline())]
 
 

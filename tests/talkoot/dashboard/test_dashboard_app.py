@@ -228,7 +228,7 @@ async def stream(asked: Asked, events: int, take: bool = True) -> list[dict[str,
         "headers": [(b"host", b"localhost")],
         "query_string": b"",
     }
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await asked.app(scope, receive, send)
     return got
 

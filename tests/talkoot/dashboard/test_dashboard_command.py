@@ -77,7 +77,7 @@ def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: st
         assert (shown["name"], shown["nodes"]) == ("sauna", {"live": None, "gone": None, "unsteady": None})
         assert get(found[1] + "healthz") == {"status": "ok"}
         kin = psutil.Process(process.pid).children(recursive=True)
-        with urllib.request.urlopen(found[1] + "events", timeout=20) as events:
+        with urllib.request.urlopen(found[1] + "events", timeout=60) as events:
             events.readline()
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=LIMIT_S)
@@ -91,6 +91,6 @@ def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: st
 
 
 def get(url: str) -> dict[str, object]:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         shown: dict[str, object] = json.loads(answer.read())
         return shown

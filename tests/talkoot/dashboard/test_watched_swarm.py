@@ -124,7 +124,7 @@ async def end(task: "asyncio.Task[None]") -> None:
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return str(answer.read().decode())
 
 
@@ -237,7 +237,7 @@ def test_an_expert_tells_who_hosts_it_and_its_history(watched: Watched) -> None:
 
 def test_a_page_is_told_of_each_reading(watched: Watched) -> None:
     seen: list[float] = []
-    with urllib.request.urlopen(watched.url + "events", timeout=20) as stream:
+    with urllib.request.urlopen(watched.url + "events", timeout=60) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         for line in stream:
             if line.startswith(b"data: "):
@@ -260,7 +260,7 @@ def test_nodes_answer_health_checks(watched: Watched) -> None:
         record = (await node.swarm.registry.nodes([node.swarm.host.peer_id]))[node.swarm.host.peer_id]
         try:
             stub = health_pb2_grpc.HealthStub(await pool.get(node.address, record.certificate_pem))
-            return await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
+            return await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
         finally:
             await pool.close()
 

@@ -32,7 +32,7 @@ async def until_told(watcher: Watcher) -> None:
     running = asyncio.create_task(watcher.run())
     told = asyncio.create_task(watcher.news())
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await asyncio.wait({running, told}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             await running

@@ -415,7 +415,7 @@ def test_a_stopped_publisher_leaves_what_others_have_and_goes_on_when_it_is_star
             began = time.monotonic()
             with pytest.raises(asyncio.CancelledError):
                 await first
-            assert time.monotonic() - began < 30
+            assert time.monotonic() - began < 60
             assert "goes on with the rest" in caplog.text
             entry = await hosts[1].entry()
             assert entry is not None

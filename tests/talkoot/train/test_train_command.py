@@ -242,7 +242,7 @@ def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPa
         if steps == step:
             founder.pause()
             while client.dispatcher.live_experts():
-                client._loop.run(client._refresh_soon(), 10)
+                client._loop.run(client._refresh_soon(), 60)
         return real(client)
 
     real = session._swarm_now

@@ -63,7 +63,7 @@ def updates(runtime: Runtime) -> list[int]:
 @pytest.fixture
 def run(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutine[Any, Any, None]], None]:
     monkeypatch.setattr("trainer_client.dispatch.grpc_caller._REPEAT_AFTER_S", 0.01)
-    return lambda scenario: loop.run(scenario, 30)
+    return lambda scenario: loop.run(scenario, 60)
 
 
 def test_a_call_that_never_arrived_is_made_again(

@@ -329,7 +329,7 @@ async def check_nodes(
             scores = [rng.standard_normal((4 * LENGTH, 2), dtype=np.float32) for _ in range(2)]
             inputs = rng.standard_normal((4 * LENGTH, HIDDEN)).astype(np.float32)
             passed = await send(dispatcher, inputs, scores, 1, LENGTH, keep=trains)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while len(dispatcher._checks._tasks):  # noqa: ASYNC110  # checks set no event
                     await asyncio.sleep(0.001)
             if trains:
