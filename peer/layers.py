@@ -130,12 +130,7 @@ class Attention(nn.Module):
         self.attention_norm = make_norm(norm, hidden)
         self.attention_input = nn.Linear(hidden, 3 * heads * size, bias=False)
         self.attention_output = nn.Linear(heads * size, hidden, bias=False)
-        # computed on the CPU: on the device "meta" a division imports torch's compiler, which takes a second
-        exponents_C = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
-        frequencies = (_ROTARY_BASE**-exponents_C).tolist()
-        self.register_buffer(
-            "frequencies_C", torch.tensor(frequencies, dtype=torch.float32), persistent=False
-        )
+        self.register_buffer("frequencies_C", rotary_frequencies(size), persistent=False)
 
     def forward(
         self,
@@ -166,7 +161,7 @@ class Attention(nn.Module):
         assert sum(lengths) == rows, f"the segments have {sum(lengths)} rows, but there are {rows}"
         qkv_R3HC = self.attention_input(x_RD).view(rows, 3, self.heads, -1)
         angles_R11C = (positions_R[:, None] * self.frequencies_C)[:, None, None]
-        qk_R2HC = _rotate(qkv_R3HC[:, :2], angles_R11C.cos(), angles_R11C.sin())
+        qk_R2HC = rotate(qkv_R3HC[:, :2], angles_R11C.cos(), angles_R11C.sin())
         qkv_R3HC = torch.cat((qk_R2HC, qkv_R3HC[:, 2:]), dim=1)
         if caches:
             return _attend_cached(qkv_R3HC, lengths, caches).flatten(1)
@@ -201,7 +196,14 @@ class TransformerLayer(Attention):
         return output_RD
 
 
-def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def rotary_frequencies(size: int) -> Tensor:
+    """Those by which the positions of a head with so many columns turn its pairs of columns: float32 [size / 2]."""
+    # computed on the CPU: on the device "meta" a division imports torch's compiler, which takes a second
+    exponents_C = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
+    return torch.tensor((_ROTARY_BASE**-exponents_C).tolist(), dtype=torch.float32)
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotates each pair (column c, column c + C/2) of the last dimension by its angle, in float32; keeps x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1).type_as(x)

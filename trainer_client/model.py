@@ -22,6 +22,7 @@ from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import VOCABULARY
 from trainer_client.dispatch.batches import HeldSequence, Segments
 from trainer_client.moe import RemoteMixtureOfExperts, Routed, RoutedSequence
+from trainer_client.retrieval.attention import ReadChunks, Retrieval, RetrievalSpec
 
 # validation loss of 2 dense layers after 200 steps: 1.90 at 0.02, 1.84 at 0.1, 1.78 here, 1.85 at 1
 _EMBEDDING_SCALE = 0.3
@@ -36,9 +37,13 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, manifest: Manifest, make_mixture: Callable[[int], nn.Module], vocabulary: int = VOCABULARY
+        self,
+        manifest: Manifest,
+        make_mixture: Callable[[int], nn.Module],
+        vocabulary: int = VOCABULARY,
+        retrieval: RetrievalSpec | None = None,
     ) -> None:
-        """`vocabulary`: the number of tokens."""
+        """`vocabulary`: the number of tokens. `retrieval`: how it reads a memory; None: it reads none."""
         super().__init__()
         spec = manifest.model
         self.context = spec.context
@@ -49,6 +54,7 @@ class LanguageModel(nn.Module):
         self.mixtures = nn.ModuleList(
             seeded(spec.seed + 1 + layer, partial(make_mixture, layer)) for layer in range(spec.layers)
         )
+        self.retrieval = None if retrieval is None else Retrieval(spec, retrieval)
 
     def _add_dense_part(self, spec: ModelSpec, vocabulary: int) -> Self:
         self.embedding = nn.Embedding(vocabulary, spec.hidden)
@@ -58,12 +64,22 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(spec.hidden, vocabulary, bias=False)
         return self
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of the token after each position. int64 [B, T] -> [B, T, V]"""
+    def forward(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
+        """Logits of the token after each position. int64 [B, T] -> [B, T, V]
+
+        `neighbours_BUNL`: of each whole chunk, int64 and -1 where there is none; None: no chunk has any.
+        """
         assert tokens_BT.shape[1] <= self.context, f"at most {self.context} tokens in a sequence"
         x_BTD = self.embedding(tokens_BT)
-        for local, mixture in zip(self.local, self.mixtures, strict=True):
-            x_BTD = mixture(local(x_BTD))
+        read = None
+        if self.retrieval is not None and neighbours_BUNL is not None:
+            chunks = self.retrieval.spec.chunks(tokens_BT.shape[1])
+            read = self.retrieval.read(neighbours_BUNL[:, :chunks].flatten(0, 1), self.embedding)
+        for layer, (local, mixture) in enumerate(zip(self.local, self.mixtures, strict=True)):
+            x_BTD = local(x_BTD)
+            if read is not None and self.retrieval is not None and layer in read:
+                x_BTD = self.retrieval.attention[str(layer)](x_BTD, read[layer])
+            x_BTD = mixture(x_BTD)
         logits_BTV: Tensor = self.head(self.norm(x_BTD))
         return logits_BTV
 
@@ -73,11 +89,19 @@ class LanguageModel(nn.Module):
         return len(self._remote()) == len(self.mixtures) and all(each.can_extend for each in self._remote())
 
     @torch.no_grad()
-    def extend(self, tokens: Sequence[Sequence[int]], states: Sequence["SequenceState"]) -> Tensor:
+    def extend(
+        self,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence["SequenceState"],
+        neighbours: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Logits of the token after each sequence, by its next `tokens` and the state that those before them left.
 
-        As `forward` of the whole sequences gives them in evaluation. The states take the tokens in. Float32 [S, V]
+        As `forward` of the whole sequences gives them in evaluation. The states take the tokens in. `neighbours`: of
+        each sequence those of the chunks that end in its next tokens, [U, N, L]. Float32 [S, V]
         """
+        for state, its_neighbours in zip(states, neighbours, strict=bool(neighbours)):
+            self._read(state, its_neighbours)
         lengths_S = np.array([len(each) for each in tokens])
         firsts_S = np.array([state.length for state in states])
         segments = Segments.after(firsts_S, lengths_S)
@@ -88,6 +112,8 @@ class LanguageModel(nn.Module):
         parts = [local for local in self.local if isinstance(local, LocalPart)]
         for layer, (local, mixture) in enumerate(zip(parts, self._remote(), strict=True)):
             x_RD = local.extend(x_RD, segments, [state.caches[layer] for state in states])
+            if self.retrieval is not None:
+                x_RD = self.retrieval.extend(layer, x_RD, segments, [state.read for state in states])
             x_RD = mixture.extend(x_RD, segments, [state.routed[layer] for state in states])
         for state, each in zip(states, tokens, strict=True):
             state.length += len(each)
@@ -95,10 +121,21 @@ class LanguageModel(nn.Module):
         logits_SV: Tensor = self.head(self.norm(x_RD[last_S]))
         return logits_SV.float()
 
-    def loss(self, tokens_BT: Tensor) -> Tensor:
-        """Mean cross-entropy of the tokens from `first_scored` on, in nats. int64 [B, T + 1] -> []"""
+    def _read(self, state: "SequenceState", neighbours_UNL: Tensor) -> None:
+        """Takes in the neighbours of the chunks that end next. Of earlier ones, the last one's are still needed."""
+        if self.retrieval is None:
+            return
+        first = self.retrieval.spec.chunks(state.length)
+        read = self.retrieval.read_chunks(neighbours_UNL, first, self.embedding)
+        state.read = {n: each for n, each in state.read.items() if n == first - 1} | read
+
+    def loss(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of the tokens from `first_scored` on, in nats. int64 [B, T + 1] -> []
+
+        `neighbours_BUNL`: as in `forward`.
+        """
         first = self.first_scored
-        logits_BTV = self(tokens_BT[:, :-1])[:, first - 1 :].float()
+        logits_BTV = self(tokens_BT[:, :-1], neighbours_BUNL)[:, first - 1 :].float()
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, first:].flatten())
 
     def balancing_loss(self) -> Tensor | None:
@@ -193,6 +230,8 @@ class SequenceState:
         parts = [local for local in model.local if isinstance(local, LocalPart)]
         self.caches = [[KeyValueCache() for _ in local.layers] for local in parts]
         self.routed = [RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in model.mixtures]
+        self.read: ReadChunks = {}
+        """Neighbours of the last whole chunk, for a model that reads a memory."""
 
     @property
     def is_answered(self) -> bool:

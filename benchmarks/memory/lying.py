@@ -174,7 +174,7 @@ class KnownDirectory:
     def __init__(self, memory: BuiltMemory, manifest: MemoryManifest, hosts: Sequence[ShardHost]) -> None:
         self.memory = MemoryID.of(manifest.name, hosts[0].peer_id)
         self._built = memory
-        self._manifest = manifest
+        self.manifest = manifest
         self._hosts = hosts
         self._nodes = {host.peer_id: _node(host.peer_id) for host in hosts}
 
@@ -190,7 +190,7 @@ class KnownDirectory:
         return self._built.encoder.rarity(words)
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
-        manifest = self._manifest
+        manifest = self.manifest
         cells = [
             [cell_of(int(number), manifest.grid) for number in order_C[:count]]
             for order_C in np.argsort(-scores_QC, axis=1, kind="stable")
@@ -213,7 +213,7 @@ class KnownDirectory:
         return replace(located, hosts={**located.hosts, **more})
 
     async def follow(self) -> MemoryManifest:
-        return self._manifest
+        return self.manifest
 
     async def refresh(self) -> None:
         """Nothing changes."""

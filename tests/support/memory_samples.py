@@ -305,6 +305,10 @@ class SampleSwarm:
         return MEMORY
 
     @property
+    def manifest(self) -> MemoryManifest:
+        return self.memory_here.manifest
+
+    @property
     def nodes(self) -> list[NodeInfo]:
         return [node_info(host) for host in self.hosts]
 

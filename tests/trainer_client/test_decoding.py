@@ -24,9 +24,14 @@ class Watched(LanguageModel):
         super().__init__(manifest, make_mixture)
         self.seen: list[list[int]] = []
 
-    def extend(self, tokens: Sequence[Sequence[int]], states: Sequence[SequenceState]) -> Tensor:
+    def extend(
+        self,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence[SequenceState],
+        neighbours: Sequence[Tensor] = (),
+    ) -> Tensor:
         self.seen.append([len(each) for each in tokens])
-        return super().extend(tokens, states)
+        return super().extend(tokens, states, neighbours)
 
 
 def make_model(manifest: Manifest, router: RouterName = "product-key") -> Watched:

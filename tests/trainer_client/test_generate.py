@@ -143,7 +143,7 @@ def test_past_the_context_the_older_half_is_dropped() -> None:
     seen: list[list[int]] = []
 
     class Watched(LanguageModel):
-        def forward(self, tokens_BT: Tensor) -> Tensor:
+        def forward(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
             seen.append(tokens_BT[0].tolist())
             return super().forward(tokens_BT)
 

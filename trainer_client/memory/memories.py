@@ -90,6 +90,11 @@ class Memory:
     def id(self) -> MemoryID:
         return self._retriever.directory.memory
 
+    @property
+    def revision(self) -> int:
+        """The newest that its publisher signed, as far as it is known here."""
+        return self._retriever.directory.manifest.revision
+
     @overload
     def search(  # type: ignore[overload-overlap]  # a text is a sequence of texts to mypy; the first one wins
         self, texts: str, k: int = 10, cells: int = 8, *, by_words: bool = True

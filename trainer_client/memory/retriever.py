@@ -131,6 +131,10 @@ class Directory(Protocol):
     def memory(self) -> MemoryID: ...
 
     @property
+    def manifest(self) -> MemoryManifest:
+        """The newest that is open."""
+
+    @property
     def nodes(self) -> Collection[NodeInfo]:
         """Those that host what was searched lately."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,6 +37,16 @@ class _Step:
     in_flight: int = 1
 
 
+class NeighbourSource(Protocol):
+    """What a model that reads a memory is given beside its tokens. For any thread."""
+
+    def training(self, number: int, tokens_BT: Tensor) -> Tensor:
+        """The neighbours of the chunks of training batch `number`, [B, U, N, L]. Waits for them for a while at most."""
+
+    def validation(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those of other batches."""
+
+
 class Training:
     """A model, its optimizer and the steps done. After `import_state` it goes on exactly where the state was taken."""
 
@@ -45,8 +56,12 @@ class Training:
         dataset: Dataset,
         settings: TrainerSettings,
         make_copy: Callable[[], LanguageModel] | None = None,
+        neighbours: NeighbourSource | None = None,
     ) -> None:
-        """`make_copy` returns another model of the same shape, for steps in flight; None: one step at a time."""
+        """`make_copy` returns another model of the same shape, for steps in flight; None: one step at a time.
+
+        `neighbours`: for a model that reads a memory.
+        """
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.history = History()
@@ -55,6 +70,7 @@ class Training:
         self._model = model
         self._dataset = dataset
         self._settings = settings
+        self._neighbours = neighbours
         self._make_copy = make_copy if settings.in_flight != 1 else None
         self._parameters = dict(model.named_parameters())
         self._optimizer = _make_optimizer(model, settings)
@@ -78,11 +94,12 @@ class Training:
         """
         settings, began = self._settings, clock()
         validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
+        read = () if self._neighbours is None else self._neighbours.validation(validation)
         tokens = settings.batch_size * settings.accumulate * self._dataset.context
         bytes_per_token = self._dataset.bytes_per_token(validation, self._model.first_scored)
         record = TrainingRecord(tokens, bytes_per_token, self.history)
         if not self.history.validated:
-            record.add_validation(validation_loss(self._model, validation))
+            record.add_validation(validation_loss(self._model, validation, read))
         last_end = clock()
         with closing(self._one_by_one() if self._make_copy is None else self._in_flight()) as steps:
             while self.step < settings.steps and not stop.is_set():
@@ -94,7 +111,7 @@ class Training:
                 if self.step == settings.steps or (
                     settings.validate_every and self.step % settings.validate_every == 0
                 ):
-                    record.add_validation(validation_loss(self._model, validation))
+                    record.add_validation(validation_loss(self._model, validation, read))
                     last_end = clock()
                 seen = self.step * settings.batch_size * settings.accumulate
                 observe(record.progress(settings.steps, step.loss, seen / self._dataset.sequences))
@@ -166,8 +183,10 @@ class Training:
         model.zero_grad()
         model.begin_step(number)
         for part in range(settings.accumulate):
-            tokens = self._dataset.batch(number * settings.accumulate + part, settings.batch_size)
-            losses.append(self._add_gradients(model, tokens))
+            batch = number * settings.accumulate + part
+            tokens = self._dataset.batch(batch, settings.batch_size)
+            read = None if self._neighbours is None else self._neighbours.training(batch, tokens)
+            losses.append(self._add_gradients(model, tokens, read))
             if not math.isfinite(losses[-1]):
                 return _Step(losses[-1], model.load_spread())
         return _Step(statistics.fmean(losses), model.load_spread())
@@ -192,11 +211,11 @@ class Training:
             rebalance(self._model, computed)
         return loss
 
-    def _add_gradients(self, model: LanguageModel, tokens: Tensor) -> float:
+    def _add_gradients(self, model: LanguageModel, tokens: Tensor, neighbours: Tensor | None) -> float:
         """Returns the loss of a batch. If it is not finite there is no backward pass: experts would refuse it."""
         settings = self._settings
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = model.loss(tokens)
+            loss = _loss(model, tokens, neighbours)
         value: float = loss.item()
         if math.isfinite(value):
             balancing = model.balancing_loss()
@@ -211,12 +230,19 @@ def learning_rate(step: int, settings: TrainerSettings) -> float:
 
 
 @torch.no_grad()
-def validation_loss(model: LanguageModel, batches: Sequence[Tensor]) -> float:
-    """The mean over the batches, in nats per token."""
+def validation_loss(
+    model: LanguageModel, batches: Sequence[Tensor], neighbours: Sequence[Tensor] = ()
+) -> float:
+    """The mean over the batches, in nats per token. `neighbours`: of each, if the model reads a memory."""
     model.eval()
-    losses = [model.loss(tokens).item() for tokens in batches]
+    read: Sequence[Tensor | None] = neighbours or [None] * len(batches)
+    losses = [_loss(model, *each).item() for each in zip(batches, read, strict=True)]
     model.train()
     return statistics.fmean(losses)
+
+
+def _loss(model: LanguageModel, tokens: Tensor, neighbours: Tensor | None) -> Tensor:
+    return model.loss(tokens) if neighbours is None else model.loss(tokens, neighbours)
 
 
 def _make_optimizer(model: nn.Module, settings: TrainerSettings) -> torch.optim.AdamW:

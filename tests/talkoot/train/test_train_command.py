@@ -266,7 +266,12 @@ def test_experts_lost_while_text_comes_end_it_in_time(
     computed = 0
 
     class Losing(LanguageModel):
-        def extend(self, tokens: Sequence[Sequence[int]], states: Sequence[SequenceState]) -> Tensor:
+        def extend(
+            self,
+            tokens: Sequence[Sequence[int]],
+            states: Sequence[SequenceState],
+            neighbours: Sequence[Tensor] = (),
+        ) -> Tensor:
             nonlocal computed
             computed += 1
             if computed == 3:
@@ -298,7 +303,7 @@ def test_ctrl_c_saves_the_last_whole_step(
     steps = 0
 
     class Interrupted(LanguageModel):
-        def loss(self, tokens_BT: Tensor) -> Tensor:
+        def loss(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
             nonlocal steps
             steps += self.training
             if steps == 3 and self.training:
@@ -337,7 +342,7 @@ def test_a_loss_that_stays_not_finite_is_one_clear_line(
     founder: Founder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(LanguageModel):
-        def loss(self, tokens_BT: Tensor) -> Tensor:
+        def loss(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
             return super().loss(tokens_BT) * math.nan
 
     monkeypatch.setattr(session, "LanguageModel", Broken)

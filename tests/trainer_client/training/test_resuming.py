@@ -212,7 +212,7 @@ def test_a_step_broken_off_before_its_end_leaves_the_one_before(tmp_path: Path) 
     class Interrupted(LanguageModel):
         broken = False
 
-        def loss(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        def loss(self, tokens_BT: torch.Tensor, neighbours_BUNL: torch.Tensor | None = None) -> torch.Tensor:
             if self.broken:
                 raise Stopped
             return super().loss(tokens_BT)

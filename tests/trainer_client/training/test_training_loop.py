@@ -32,7 +32,7 @@ class FailingModel(LanguageModel):
         self.value = value
         self.step = 0
 
-    def loss(self, tokens_BT: Tensor) -> Tensor:
+    def loss(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
         loss = super().loss(tokens_BT)
         if not self.training:
             return loss
@@ -51,7 +51,7 @@ class BadStepsModel(LanguageModel):
     def begin_step(self, number: int) -> None:
         self.number = number
 
-    def loss(self, tokens_BT: Tensor) -> Tensor:
+    def loss(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
         bad = self.training and self.number in self.bad_steps
         return super().loss(tokens_BT) * (math.nan if bad else 1.0)
 
@@ -59,7 +59,7 @@ class BadStepsModel(LanguageModel):
 class SteepModel(LanguageModel):
     """Its loss is finite and its gradient is not: a square root at 0."""
 
-    def loss(self, tokens_BT: Tensor) -> Tensor:
+    def loss(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
         return super().loss(tokens_BT) + (0 * self.head.weight.sum()).square().sqrt()
 
 

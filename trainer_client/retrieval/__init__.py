@@ -1,0 +1,1 @@
+"""Models that read passages of a memory while they learn and while they write (RETRO)."""

@@ -1,0 +1,233 @@
+"""Chunked cross-attention over the neighbours of a text (RETRO: Borgeaud et al. 2022, section 2.4 and algorithm 1).
+
+A text is cut into chunks. The neighbours of a chunk are passages of a memory that are found by its tokens, so nobody
+may see them before the chunk's last token: this token and the next chunk, but for its own last token, attend to them.
+
+Two things differ from the paper. A passage is found as a whole and holds about two chunks, so that it is both the
+neighbour and its continuation, and it begins anywhere with respect to the chunk: queries have no positions. And the
+encoder does not look at the chunk, so that what it computes is kept while text is generated.
+
+Shapes: B sequences, T positions, D hidden, H heads, C columns of one head; U chunks of a sequence, N neighbours of a
+chunk, L tokens of a neighbour, K = N * L tokens of all of them; P chunks or neighbours of all sequences.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dht.manifest import ModelSpec
+from peer.layers import check_heads, make_norm, rotary_frequencies, rotate, seeded
+from trainer_client.dispatch.batches import Segments
+
+NOTHING = -1
+"""In the place of a token: there is none."""
+_SEED = 2**20
+"""Apart from the seeds of the rest of the model, which has at most so many layers."""
+
+
+@dataclass(frozen=True)
+class RetrievalSpec:
+    """How a model reads a memory."""
+
+    chunk: int = 64
+    """Tokens by which neighbours are found."""
+    neighbours: int = 2
+    """Of each chunk."""
+    length: int = 128
+    """Tokens of a neighbour that are read."""
+    layers: tuple[int, ...] = (0,)
+    """Behind which local parts of the model it reads, from 0."""
+
+    def chunks(self, tokens: int) -> int:
+        """How many chunks of so many tokens are whole."""
+        return tokens // self.chunk
+
+    def nothing(self, *shape: int) -> Tensor:
+        """Chunks without a neighbour: int64 [*shape, N, L]."""
+        return torch.full((*shape, self.neighbours, self.length), NOTHING)
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What a layer attends to, for each of some chunks. The last one of a chunk is nothing: a row may choose that."""
+
+    keys_PHKC: Tensor
+    values_PHKC: Tensor
+    mask_P11K: Tensor
+    """True where there is a token, or nothing to be chosen."""
+
+    def __getitem__(self, chunk: int) -> "KeysValues":
+        """Those of one chunk."""
+        one = slice(chunk, chunk + 1)
+        return KeysValues(self.keys_PHKC[one], self.values_PHKC[one], self.mask_P11K[one])
+
+
+ReadChunks: TypeAlias = dict[int, list[KeysValues]]
+"""Of one sequence: by the chunk's number, what each of the layers attends to."""
+
+
+class Retrieval(nn.Module):
+    """What a model has beside its layers when it reads a memory: the encoder of neighbours, and where it reads them.
+
+    Its parameters follow from the manifest's seed alone. It begins by adding nothing.
+    """
+
+    def __init__(self, model: ModelSpec, spec: RetrievalSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        seeded(model.seed + _SEED, partial(self._add_layers, model))
+
+    def _add_layers(self, model: ModelSpec) -> "Retrieval":
+        self.encoder = NeighbourEncoder(model)
+        self.attention = nn.ModuleDict(
+            {str(layer): ChunkedCrossAttention(model, self.spec.chunk) for layer in self.spec.layers}
+        )
+        return self
+
+    def at(self, layer: int) -> "ChunkedCrossAttention | None":
+        """What reads after a local part, if anything does."""
+        found = self.attention[str(layer)] if layer in self.spec.layers else None
+        assert found is None or isinstance(found, ChunkedCrossAttention)
+        return found
+
+    def read(self, neighbours_PNL: Tensor, embedding: nn.Module) -> dict[int, KeysValues] | None:
+        """What each of the layers attends to, by its number; None if no chunk has a neighbour."""
+        present_PNL = neighbours_PNL != NOTHING
+        there_PN = present_PNL.any(dim=2)
+        if not there_PN.any():
+            return None
+        tokens_PL, present_PL = neighbours_PNL[there_PN], present_PNL[there_PN]
+        encoded_PLD = self.encoder(embedding(tokens_PL.clamp_min(0)), present_PL)
+        every_PNLD = encoded_PLD.new_zeros(*neighbours_PNL.shape, encoded_PLD.shape[-1])
+        every_PNLD = every_PNLD.index_put((there_PN,), encoded_PLD)
+        return {
+            layer: attention.keys_values(every_PNLD.flatten(1, 2), present_PNL.flatten(1))
+            for layer in self.spec.layers
+            if (attention := self.at(layer)) is not None
+        }
+
+    def read_chunks(self, neighbours_UNL: Tensor, first: int, embedding: nn.Module) -> ReadChunks:
+        """The same of chunks of one sequence, the first of which is number `first`. Those without are left out."""
+        found = self.read(neighbours_UNL, embedding)
+        if found is None:
+            return {}
+        there_U = (neighbours_UNL != NOTHING).flatten(1).any(dim=1).tolist()
+        return {
+            first + chunk: [found[layer][chunk] for layer in self.spec.layers]
+            for chunk, is_there in enumerate(there_U)
+            if is_there
+        }
+
+    def extend(
+        self, layer: int, x_RD: Tensor, segments: Segments, chunks: Sequence[Mapping[int, list[KeysValues]]]
+    ) -> Tensor:
+        """What reads after a local part, for the next rows of sequences. `chunks`: of each, what has been read."""
+        attention = self.at(layer)
+        if attention is None:
+            return x_RD
+        place = self.spec.layers.index(layer)
+        return attention.extend(x_RD, segments, [{n: each[place] for n, each in of.items()} for of in chunks])
+
+
+class NeighbourEncoder(nn.Module):
+    """Attention in both directions over a neighbour, with rotary positions.
+
+    It has no feed-forward block: there are four times as many tokens to encode as there are in the text.
+    """
+
+    frequencies_C: Tensor
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        check_heads(model.hidden, model.heads, model.head_size)
+        size = model.head_size or model.hidden // model.heads
+        self.heads = model.heads
+        self.norm = make_norm(model.norm, model.hidden)
+        self.input = nn.Linear(model.hidden, 3 * model.heads * size, bias=False)
+        self.output = nn.Linear(model.heads * size, model.hidden, bias=False)
+        self.register_buffer("frequencies_C", rotary_frequencies(size), persistent=False)
+
+    def forward(self, x_PLD: Tensor, present_PL: Tensor) -> Tensor:
+        """[P, L, D] -> [P, L, D]. `present_PL`: where tokens are, at least one in each row."""
+        qkv_PL3HC = self.input(self.norm(x_PLD)).unflatten(-1, (3, self.heads, -1))
+        positions_L = torch.arange(x_PLD.shape[1], device=x_PLD.device)
+        angles_L11C = (positions_L[:, None] * self.frequencies_C)[:, None, None]
+        qk_PL2HC = rotate(qkv_PL3HC[:, :, :2], angles_L11C.cos(), angles_L11C.sin())
+        q_PHLC, k_PHLC = qk_PL2HC.permute(2, 0, 3, 1, 4).unbind(0)
+        v_PHLC = qkv_PL3HC[:, :, 2].transpose(1, 2)
+        seen_PHLC = F.scaled_dot_product_attention(
+            q_PHLC, k_PHLC, v_PHLC, attn_mask=present_PL[:, None, None]
+        )
+        output_PLD: Tensor = x_PLD + self.output(seen_PHLC.transpose(1, 2).flatten(2))
+        return output_PLD
+
+
+class ChunkedCrossAttention(nn.Module):
+    """Rows attend to the tokens of the neighbours of the last chunk that ended at or before them, and it adds to them.
+
+    A row before the end of the first chunk, or of whose chunk there is no neighbour, stays as it is.
+    """
+
+    def __init__(self, model: ModelSpec, chunk: int) -> None:
+        super().__init__()
+        size = model.head_size or model.hidden // model.heads
+        self.heads, self.chunk = model.heads, chunk
+        self.norm = make_norm(model.norm, model.hidden)
+        self.neighbour_norm = make_norm(model.norm, model.hidden)
+        self.query = nn.Linear(model.hidden, model.heads * size, bias=False)
+        self.key_value = nn.Linear(model.hidden, 2 * model.heads * size, bias=False)
+        self.output = nn.Linear(model.heads * size, model.hidden, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def keys_values(self, encoded_PKD: Tensor, present_PK: Tensor) -> KeysValues:
+        """`encoded_PKD`: the tokens of each chunk's neighbours."""
+        kv_PK2HC = self.key_value(self.neighbour_norm(encoded_PKD)).unflatten(-1, (2, self.heads, -1))
+        # nothing comes last: a key of zeros, and a value that adds nothing
+        kv_PK2HC = F.pad(kv_PK2HC, (0, 0, 0, 0, 0, 0, 0, 1))
+        k_PHKC, v_PHKC = kv_PK2HC.permute(2, 0, 3, 1, 4).unbind(0)
+        return KeysValues(k_PHKC, v_PHKC, F.pad(present_PK, (0, 1), value=True)[:, None, None])
+
+    def forward(self, x_BTD: Tensor, read: KeysValues) -> Tensor:
+        """[B, T, D] -> [B, T, D]. `read`: of the T // chunk whole chunks of each sequence, sequence after sequence."""
+        sequences, length, _ = x_BTD.shape
+        first, chunks = self.chunk - 1, length // self.chunk
+        if not chunks:
+            return x_BTD
+        q_BTX = self.query(self.norm(x_BTD[:, first:]))
+        rows = q_BTX.shape[1]
+        q_BTX = F.pad(q_BTX, (0, 0, 0, chunks * self.chunk - rows))
+        q_PHTC = q_BTX.reshape(sequences * chunks, self.chunk, self.heads, -1).transpose(1, 2)
+        seen_PTX = _attend(q_PHTC, read)
+        added_BTD = self.output(seen_PTX.reshape(sequences, chunks * self.chunk, -1)[:, :rows])
+        return torch.cat((x_BTD[:, :first], x_BTD[:, first:] + added_BTD), dim=1)
+
+    def extend(self, x_RD: Tensor, segments: Segments, read: Sequence[Mapping[int, KeysValues]]) -> Tensor:
+        """Of the next rows of sequences. `read`: of each, by the chunk's number."""
+        chunks_R = (segments.positions + 1) // self.chunk - 1
+        chunks = np.split(chunks_R, segments.lengths.cumsum()[:-1])
+        outputs = []
+        for x_LD, chunks_L, its_read in zip(
+            torch.split(x_RD, segments.lengths.tolist()), chunks, read, strict=True
+        ):
+            numbers, counts = np.unique(chunks_L, return_counts=True)
+            for some_LD, number in zip(torch.split(x_LD, counts.tolist()), numbers.tolist(), strict=True):
+                if (found := its_read.get(number)) is None:
+                    outputs.append(some_LD)
+                    continue
+                q_1HTC = self.query(self.norm(some_LD)).unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
+                outputs.append(some_LD + self.output(_attend(q_1HTC, found)[0]))
+        return torch.cat(outputs)
+
+
+def _attend(q_PHTC: Tensor, read: KeysValues) -> Tensor:
+    """[P, T, H * C]"""
+    seen_PHTC = F.scaled_dot_product_attention(
+        q_PHTC, read.keys_PHKC, read.values_PHKC, attn_mask=read.mask_P11K
+    )
+    return seen_PHTC.transpose(1, 2).flatten(2)

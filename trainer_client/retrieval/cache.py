@@ -1,0 +1,154 @@
+"""What was found for chunks of text, on disk, so that a text is looked up once for each revision of a memory."""
+
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MAX_TEXT_CHARACTERS, Passage
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 2**30
+_PAGE_BYTES = 4096
+_DROPPED = 16
+"""A full cache drops one in so many entries, the oldest first."""
+_LARGEST_ENTRY = 2**20
+"""Bytes when it is decompressed."""
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS found (key BLOB PRIMARY KEY, memory TEXT, revision INTEGER, passages BLOB)"
+)
+_LONGEST = (MAX_TEXT_CHARACTERS, MAX_LABEL_CHARACTERS, MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS)
+"""Characters of a text, a title, a source and a licence."""
+
+
+class NeighbourCache:
+    """Passages by memory, revision and chunk. For any thread; one process at a time. Close it when done.
+
+    A disk that fails costs the cache, and no training.
+    """
+
+    def __init__(self, path: Path, limit_bytes: int = CACHE_BYTES) -> None:
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._path, self._limit_bytes = path, limit_bytes
+        try:
+            self._open()
+        except sqlite3.Error:
+            # not a database, or one that is broken: what was found is found again
+            self._drop()
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            try:
+                self._open()
+            except sqlite3.Error as error:
+                self._give_up(error)
+
+    def get(self, memory: str, revision: int, texts: Sequence[str]) -> dict[str, list[Passage]]:
+        """Those that are there, by text."""
+        found = dict[str, list[Passage]]()
+        with self._lock:
+            for text in texts:
+                if self._connection is None:
+                    break
+                try:
+                    row = self._connection.execute(
+                        "SELECT passages FROM found WHERE key = ?", (_key(memory, revision, text),)
+                    ).fetchone()
+                except sqlite3.Error as error:
+                    self._give_up(error)
+                    break
+                if row is not None and (passages := _parsed(row[0])) is not None:
+                    found[text] = passages
+        return found
+
+    def put(self, memory: str, revision: int, found: Mapping[str, Sequence[Passage]]) -> None:
+        """Keeps them, and forgets what was found in earlier revisions: passages may have been taken back."""
+        rows = [
+            (_key(memory, revision, text), memory, revision, _serialized(passages))
+            for text, passages in found.items()
+        ]
+        with self._lock:
+            if self._connection is None:
+                return
+            try:
+                self._connection.execute(
+                    "DELETE FROM found WHERE memory = ? AND revision < ?", (memory, revision)
+                )
+                self._insert(self._connection, rows)
+            except sqlite3.Error as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        with self._lock:
+            self._drop()
+
+    def _open(self) -> None:
+        self._connection = connection = sqlite3.connect(
+            self._path, check_same_thread=False, isolation_level=None
+        )
+        # it may be lost with the machine: it is a cache
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA journal_mode = MEMORY")
+        connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        connection.execute(f"PRAGMA max_page_count = {max(8, self._limit_bytes // _PAGE_BYTES)}")
+        connection.execute(_TABLE)
+
+    def _insert(self, connection: sqlite3.Connection, rows: Iterable[tuple[bytes, str, int, bytes]]) -> None:
+        for row in rows:
+            while True:
+                try:
+                    connection.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", row)
+                    break
+                except sqlite3.OperationalError as error:
+                    if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                        raise
+                    (count,) = connection.execute("SELECT COUNT(*) FROM found").fetchone()
+                    if not count:
+                        return
+                    connection.execute(
+                        "DELETE FROM found WHERE rowid IN (SELECT rowid FROM found ORDER BY rowid LIMIT ?)",
+                        (max(1, count // _DROPPED),),
+                    )
+
+    def _give_up(self, error: sqlite3.Error) -> None:
+        logger.warning("passages are looked up again each time, for %s can't be used: %s", self._path, error)
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
+                self._connection.close()
+        self._connection = None
+
+
+def _key(memory: str, revision: int, text: str) -> bytes:
+    return hashlib.sha256(json.dumps([memory, revision, text]).encode()).digest()
+
+
+def _serialized(passages: Sequence[Passage]) -> bytes:
+    rows = [[p.text, p.title, p.source, p.license, p.offset] for p in passages]
+    return zlib.compress(json.dumps(rows).encode(), 1)
+
+
+def _parsed(data: bytes) -> list[Passage] | None:
+    """None if it is not what `_serialized` writes."""
+    try:
+        unpacked = zlib.decompressobj().decompress(data, _LARGEST_ENTRY)
+        passages = []
+        for *texts, offset in json.loads(unpacked):
+            limits = zip(texts, _LONGEST, strict=True)
+            if not all(isinstance(text, str) and len(text) <= most for text, most in limits):
+                return None
+            if not isinstance(offset, int):
+                return None
+            text, title, source, terms = texts
+            passages.append(Passage(text, title, source, offset, terms))
+    except (ValueError, TypeError, zlib.error):
+        return None
+    return passages

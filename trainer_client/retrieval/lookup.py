@@ -1,0 +1,250 @@
+"""Looks up the neighbours of chunks in a memory of the swarm, and fetches those of coming batches ahead."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dht.memory import MAX_QUERIES, MemoryID, Passage
+from peer.bounded import BoundedDict
+from peer.errors import TalkootError
+from trainer_client.data.tokenizer import Tokenizer
+from trainer_client.memory.retriever import MOST_CHARACTERS, SearchResult
+from trainer_client.retrieval.attention import NOTHING, RetrievalSpec
+from trainer_client.retrieval.cache import NeighbourCache
+from trainer_client.retrieval.neighbours import Chunk, chosen, chunks_of, own_documents
+
+logger = logging.getLogger(__name__)
+
+_SPARE = 8
+"""Passages that are looked up for each chunk beside those that are read: some may be left out."""
+_CELLS = 8
+_KEPT = 2048
+"""Passages whose tokens are remembered."""
+_WARN_EVERY_S = 60.0
+
+
+class Searched(Protocol):
+    """A memory, as `SwarmClient.memory` gives it."""
+
+    @property
+    def id(self) -> MemoryID: ...
+
+    @property
+    def revision(self) -> int: ...
+
+    def search(self, texts: Sequence[str], k: int, cells: int, *, by_words: bool) -> list[SearchResult]: ...
+
+
+@dataclass
+class RetrievalCounts:
+    """What retrieval has done so far."""
+
+    chunks: int = 0
+    """That neighbours were wanted for."""
+    cached: int = 0
+    """Of these, those that were known from an earlier look-up."""
+    without: int = 0
+    """Of these, those for which there was nothing: nobody answered, or all would have given away the text."""
+    failed: int = 0
+    """Look-ups of a batch that came to nothing."""
+    late: int = 0
+    """Batches that were trained without neighbours, as these took too long."""
+    waited_s: float = 0.0
+    """That training waited for neighbours."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, **counts: float) -> None:
+        with self._lock:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
+    def values(self) -> dict[str, float]:
+        """For a summary."""
+        with self._lock:
+            return {
+                "memory_chunks": self.chunks,
+                "memory_chunks_cached": self.cached,
+                "memory_chunks_without": self.without,
+                "memory_failed_lookups": self.failed,
+                "memory_late_batches": self.late,
+                "memory_waited_s": self.waited_s,
+            }
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What a model is given for one chunk, and which passages that is from."""
+
+    tokens_NL: Tensor
+    passages: tuple[Passage, ...] = ()
+
+
+Find: TypeAlias = Callable[[Sequence[Sequence[int]]], Sequence[Neighbours]]
+"""Neighbours of each of some chunks of tokens, for a text that is being written."""
+
+
+class NeighbourLookup:
+    """Neighbours by way of one memory. For any thread."""
+
+    def __init__(
+        self,
+        memory: Searched,
+        tokenizer: Tokenizer,
+        spec: RetrievalSpec,
+        *,
+        most_overlap: float = 1.0,
+        cache: NeighbourCache | None = None,
+    ) -> None:
+        """`most_overlap`: the share of a target's runs of words that its neighbours may give away in training."""
+        self.spec = spec
+        self.counts = RetrievalCounts()
+        self._memory = memory
+        self._tokenizer = tokenizer
+        self._most_overlap = most_overlap
+        self._cache = cache
+        self._tokens = BoundedDict[str, Tensor](_KEPT)
+        self._warned_at = -_WARN_EVERY_S
+        self._lock = threading.Lock()
+
+    def written(self, chunks: Sequence[Sequence[int]]) -> list[Neighbours]:
+        """Of chunks of a text that is being written: nothing can be given away."""
+        some = [Chunk(self._decode(tokens)) for tokens in chunks]
+        return [self._neighbours(candidates[: self.spec.neighbours]) for candidates in self._candidates(some)]
+
+    def learned(self, tokens_BT: Tensor) -> Tensor:
+        """Of the whole chunks of sequences that a model is to predict, [B, U, N, L], with nothing given away.
+
+        int64 [B, T + 1]
+        """
+        rows = [chunks_of(tokens_T[:-1].tolist(), self.spec.chunk, self._decode) for tokens_T in tokens_BT]
+        every = self._candidates(list(chain.from_iterable(rows)))
+        given = self.spec.nothing(len(rows), len(rows[0]))
+        for row, chunks in enumerate(rows):
+            candidates, every = every[: len(chunks)], every[len(chunks) :]
+            own = own_documents(chunks, candidates)
+            for place, (chunk, some) in enumerate(zip(chunks, candidates, strict=True)):
+                passages = chosen(chunk, some, self.spec.neighbours, own, self._most_overlap)
+                given[row, place] = self._neighbours(passages).tokens_NL
+        return given
+
+    def nothing(self, tokens_BT: Tensor) -> Tensor:
+        """What a batch is given where nothing was found. int64 [B, T + 1]"""
+        return self.spec.nothing(len(tokens_BT), self.spec.chunks(tokens_BT.shape[1] - 1))
+
+    def _candidates(self, chunks: Sequence[Chunk]) -> list[list[Passage]]:
+        """Of each chunk, the nearest first; none where nobody answers."""
+        texts = [chunk.text[-MOST_CHARACTERS:] for chunk in chunks]
+        memory, revision = str(self._memory.id), self._memory.revision
+        known = {} if self._cache is None else self._cache.get(memory, revision, texts)
+        cached = sum(text in known for text in texts)
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        for at in range(0, len(new), MAX_QUERIES):
+            known |= self._search(new[at : at + MAX_QUERIES], revision)
+        found = [known.get(text, []) for text in texts]
+        self.counts.add(chunks=len(texts), cached=cached, without=sum(not some for some in found))
+        return found
+
+    def _search(self, texts: Sequence[str], revision: int) -> dict[str, list[Passage]]:
+        try:
+            results = self._memory.search(texts, self.spec.neighbours + _SPARE, _CELLS, by_words=False)
+        except TalkootError as error:  # the memory's hosts are not there: the model goes on without
+            self.counts.add(failed=1)
+            self._warn(error)
+            return {}
+        found = {
+            text: [hit.passage for hit in result.hits] for text, result in zip(texts, results, strict=True)
+        }
+        if self._cache is not None:
+            # where somebody did not answer there may be better ones
+            whole = {
+                text: found[text] for text, result in zip(texts, results, strict=True) if not result.missing
+            }
+            self._cache.put(str(self._memory.id), revision, whole)
+        return found
+
+    def _warn(self, error: TalkootError) -> None:
+        with self._lock:
+            if time.monotonic() - self._warned_at < _WARN_EVERY_S:
+                return
+            self._warned_at = time.monotonic()
+        logger.warning("the model goes on without the memory %s: %s", self._memory.id, error)
+
+    def _neighbours(self, passages: Sequence[Passage]) -> Neighbours:
+        tokens_NL = self.spec.nothing()
+        for place, passage in enumerate(passages):
+            tokens_NL[place] = self._tokens_of(passage.text)
+        return Neighbours(tokens_NL, tuple(passages))
+
+    def _tokens_of(self, text: str) -> Tensor:
+        with self._lock:
+            known = self._tokens.get(text)
+        if known is None:
+            tokens = self._tokenizer.encode(text)[: self.spec.length].astype(np.int64)
+            padding = (0, self.spec.length - len(tokens))
+            known = torch.from_numpy(np.pad(tokens, padding, constant_values=NOTHING))
+            with self._lock:
+                self._tokens[text] = known
+        return known
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        token_bytes = self._tokenizer.token_bytes
+        return b"".join(token_bytes[token] for token in tokens).decode(errors="replace")
+
+
+class NeighbourLoader:
+    """Gives training the neighbours of its batches, which it looks up before they are needed. Close it when done."""
+
+    def __init__(
+        self,
+        lookup: NeighbourLookup,
+        batch: Callable[[int], Tensor],
+        *,
+        ahead: int = 8,
+        workers: int = 2,
+        patience_s: float = 30.0,
+    ) -> None:
+        """`batch`: that of a number, always the same. `ahead`: batches that are looked up before they are asked for."""
+        self._lookup = lookup
+        self._batch = batch
+        self._ahead = ahead
+        self._patience_s = patience_s
+        self._workers = ThreadPoolExecutor(workers, "neighbours")
+        self._lock = threading.Lock()
+        self._begun: dict[int, Future[Tensor]] = {}
+
+    def training(self, number: int, tokens_BT: Tensor) -> Tensor:
+        began = time.monotonic()
+        with self._lock:
+            for each in range(number, number + self._ahead + 1):
+                if each not in self._begun:
+                    self._begun[each] = self._workers.submit(self._look_up, each)
+            future = self._begun.pop(number)
+            # of steps in flight, an earlier one may still come
+            for old in [each for each in self._begun if each < number - self._ahead]:
+                self._begun.pop(old).cancel()
+        try:
+            return future.result(self._patience_s)
+        except TimeoutError:
+            self._lookup.counts.add(late=1)
+            return self._lookup.nothing(tokens_BT)
+        finally:
+            self._lookup.counts.add(waited_s=time.monotonic() - began)
+
+    def validation(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        return [self._lookup.learned(tokens_BT) for tokens_BT in batches]
+
+    def close(self) -> None:
+        """Waits for the look-ups that are under way, which have a deadline each."""
+        self._workers.shutdown(cancel_futures=True)
+
+    def _look_up(self, number: int) -> Tensor:
+        return self._lookup.learned(self._batch(number))
