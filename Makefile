@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FLOORS := peer dht expert_server trainer_client talkoot
 SOURCES := $(FLOORS) tests benchmarks docs deploy examples tools
 
-.PHONY: demo test lint figures proto settings picture release-fixture clean
+.PHONY: demo test lint figures proto settings picture recording release-fixture clean
 
 demo: $(VENV)/installed
 	$(BIN)/talkoot demo
@@ -35,9 +35,14 @@ proto: $(VENV)/installed
 settings: $(VENV)/installed
 	$(BIN)/python -W ignore docs/settings_page.py > docs/settings.md
 
-# Draws the floors and their modules, as docs/architecture.md lists them.
+# Draws the floors and their modules, as docs/architecture.md lists them, and the README's chart from docs/benchmarks.md.
 picture: $(VENV)/installed
 	$(BIN)/python docs/architecture_picture.py > docs/img/architecture.svg
+	$(BIN)/python docs/headline_picture.py > docs/img/headline.svg
+
+# Plays the demo, and writes down what the terminal showed. It takes a minute or two; close other programs first.
+recording: $(VENV)/installed
+	$(BIN)/python docs/recording.py > docs/img/demo.svg
 
 # Records this code as release VERSION for the tests of upgrades: `make release-fixture VERSION=0.2.0`.
 release-fixture: $(VENV)/installed

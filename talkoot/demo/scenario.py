@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
@@ -51,6 +52,8 @@ _OF_THE_TRAINER = (
 )
 _NEWS_SHOWN = 8
 _LINE_EVERY_STEPS = 10
+_CURVE_WIDTH, _CURVE_HEIGHT = 60, 6
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _COLUMNS = ("peer", "process", "state", "experts", "adopted", "updates", "rows/s")
 
 
@@ -104,7 +107,7 @@ def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None
     with tempfile.TemporaryDirectory(prefix="talkoot-demo-") as folder, asyncio.Runner() as runner:
         demo = _Demo(terminal, plan, Path(folder))
         result = runner.run(run_until_stopped(demo.run()))
-    print_summary(terminal, asdict(result))
+    terminal.line(summary(result))
     if json_file is not None:
         write_json(json_file, asdict(result))
     _judge(result)
@@ -128,13 +131,19 @@ def _judge(result: DemoResult) -> None:
         )
 
 
-def print_summary(terminal: Terminal, values: Mapping[str, Any]) -> None:
-    """Prints the figures that --json writes, as a table."""
-    table = Table(title="the demo", show_header=False)
-    for name, value in values.items():
-        shown = f"{value:.2f}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), shown)
-    terminal.out.print(table)
+def summary(result: DemoResult) -> str:
+    """What the demo showed, in words, and what to do next."""
+    said = [
+        f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, at {result.tokens_per_s:,.0f} tokens/s: "
+        f"the validation loss went from {result.validation_loss_first:.2f} to {result.validation_loss_last:.2f}."
+    ]
+    if result.nodes_killed:
+        said.append(
+            f"{result.nodes_killed} of {counted(result.nodes_started, 'node')} was killed half-way. Training never "
+            f"paused for more than {result.longest_stall_s:.1f} s,"
+        )
+        said.append(f"and live nodes serve {result.experts_alive_end} of {result.experts_total} experts.")
+    return "\n".join([*said, "Next: `talkoot` says how to join a swarm, and how to found one."])
 
 
 class _Demo:
@@ -281,6 +290,7 @@ class _Demo:
     def _kill(self, node: DemoProcess) -> None:
         node.kill()
         self._display.show_node_state(node.name, node.pid, "killed")
+        self._display.mark(f"{node.name} killed")
         experts = self._states[node]["experts"]
         self._display.tell(
             f"{node.name} is killed with SIGKILL at step {self._step}; it hosted {counted(experts, 'expert')}"
@@ -321,6 +331,7 @@ class DemoDisplay:
         self._began = time.monotonic()
         self._nodes: dict[str, tuple[str, ...]] = {}
         self._news: deque[str] = deque(maxlen=_NEWS_SHOWN)
+        self._curve = LossCurve(steps)
         self._bar = StepBar(auto_refresh=False)
         self._task = self._bar.add_task("the trainer has not started", total=steps)
 
@@ -354,7 +365,12 @@ class DemoDisplay:
         """Shows a node of which only the state is known."""
         self._nodes[name] = (name, str(pid), state, "", "", "", "")
 
+    def mark(self, text: str) -> None:
+        """Notes below the curve of losses what happens at the present step."""
+        self._curve.mark(text)
+
     def show_step(self, event: Mapping[str, Any]) -> None:
+        self._curve.add(event["step"], event["loss"])
         loss = "skipped" if event["loss"] is None else f"loss {event['loss']:.3f}"
         failures = ", ".join(
             f"{counted(count, 'call')} {cause}" for cause, count in sorted(event["failures"].items())
@@ -370,7 +386,55 @@ class DemoDisplay:
             self.tell(f"step {step} of {self._steps}: {words}")
 
     def _picture(self) -> Group:
-        table = Table(*_COLUMNS, title="a swarm on this machine")
+        table = Table(*_COLUMNS, title="a swarm on this machine", title_justify="left", box=SIMPLE_HEAD)
         for row in list(self._nodes.values()):
             table.add_row(*row)
-        return Group(table, self._bar.get_renderable(), Text("\n".join(self._news)))
+        news = Text("\n".join(self._news))
+        return Group(table, self._curve.picture(), Text(), self._bar.get_renderable(), Text(), news)
+
+
+class LossCurve:
+    """The losses of all steps so far in a few lines of block characters, from zero up."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._losses: dict[int, float] = {}
+        self._last = 0
+        self._marks: list[tuple[int, str]] = []
+
+    def add(self, step: int, loss: float | None) -> None:
+        """`loss`: None for a step that was skipped."""
+        self._last = step
+        if loss is not None and math.isfinite(loss):
+            self._losses[step] = loss
+
+    def mark(self, text: str) -> None:
+        """Writes below the curve what happens at the present step."""
+        self._marks.append((self._last, text))
+
+    def picture(self) -> Text:
+        """Empty before the first loss."""
+        if not self._losses:
+            return Text()
+        columns: list[list[float]] = [[] for _ in range(_CURVE_WIDTH)]
+        for step, loss in self._losses.items():
+            columns[self._column(step)].append(loss)
+        top = max(self._losses.values())
+        heights = [
+            round(math.fsum(losses) / len(losses) / top * _CURVE_HEIGHT * 8) if losses else 0
+            for losses in columns
+        ]
+        lines = [
+            "".join(_EIGHTHS[min(8, max(0, height - 8 * row))] for height in heights)
+            for row in reversed(range(_CURVE_HEIGHT))
+        ]
+        labels = [f"{top:.2f}" if top < 99 else f"{top:.0e}", *[""] * (_CURVE_HEIGHT - 2), "loss"]
+        picture = Text("\n").join(
+            Text.assemble(f"{label:>5} ", (line, "cyan")) for label, line in zip(labels, lines, strict=True)
+        )
+        for step, text in self._marks:
+            picture.append(f"\n{'':6}{'':{self._column(step)}}▲ {text}", "red")
+        return picture
+
+    def _column(self, step: int) -> int:
+        return min(_CURVE_WIDTH - 1, (step - 1) * _CURVE_WIDTH // self._steps)

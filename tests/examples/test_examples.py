@@ -45,6 +45,34 @@ with SwarmClient.join(sys.argv[1], state=sys.argv[2], router="switch") as swarm:
 """
 
 
+PREAMBLE = """
+import sys
+invite, = sys.argv[1:]
+import torch
+
+torch.manual_seed(0)
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.feed_forward = torch.nn.Identity()
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.block, self.last = torch.nn.Linear(8, 32), Block(), torch.nn.Linear(32, 1)
+    def forward(self, x):
+        return self.last(self.block.feed_forward(self.first(x)))
+
+losses = []
+def loss(answer, y):
+    losses.append((answer - y).square().mean())
+    return losses[-1]
+
+model, batches = Model(), [(torch.ones(4, 16, 8), torch.ones(4, 16, 1))] * 8
+"""
+
+
 @pytest.fixture(scope="module")
 def node() -> Iterator[RunningNode]:
     with running_village(
@@ -70,6 +98,17 @@ def test_a_model_of_ones_own_learns_with_experts_for_its_feed_forward_blocks(
     assert ended.returncode == 0, ended.stderr
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", ended.stdout)]
     assert losses[-1] < 0.95 * losses[0], ended.stdout
+
+
+def test_the_nine_lines_of_the_readme_train(
+    node: RunningNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lines,) = re.findall(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len([line for line in lines.splitlines() if line]) == 9
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    told = "print(len(losses), losses[-1].item() < losses[0].item(), type(model.block.feed_forward).__name__)"
+    ended = run("-c", "\n".join([PREAMBLE, lines, told]), node.invite)
+    assert ended.stdout == "8 True RemoteMixtureOfExperts\n", ended.stderr
 
 
 def test_ten_lines_are_enough_and_a_layer_that_is_not_there_is_named(

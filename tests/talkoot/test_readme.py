@@ -1,4 +1,4 @@
-"""The README, played: its shell blocks as they stand there, with an invite for INVITE and a folder for /tmp.
+"""The README and docs/by-hand.md, played: as they stand there, with an invite for INVITE and a folder for /tmp.
 
 Small numbers come through the environment, as anybody's could.
 """
@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -39,11 +40,6 @@ PLAYED_ELSEWHERE = {
     "talkoot node --join INVITE": "terminal 2 does it",
     "talkoot node --new deploy/swarm.toml": "terminal 1 does it",
     "talkoot dashboard --join INVITE": "dashboard/test_page.py",
-    "talkoot serve --join INVITE": "serve/test_serve_command.py",
-    "talkoot node --join INVITE --memory-disk 5GB": "memory/test_memory_commands.py",
-    "talkoot memory build notes/ articles.jsonl -o my-notes --license CC-BY-4.0": "memory/test_memory_commands.py",
-    "talkoot memory publish my-notes --join INVITE": "memory/test_memory_commands.py",
-    'talkoot search --join INVITE "how hot is a sauna?"': "memory/test_memory_commands.py",
 }
 
 
@@ -51,21 +47,24 @@ def shell_lines(text: str) -> list[str]:
     return [line for language, block in _BLOCK.findall(text) if not language for line in block.splitlines()]
 
 
-def section(title: str) -> list[str]:
-    """The lines of all shell blocks below a heading of the README."""
-    (text,) = (part for part in re.split(r"^## ", README, flags=re.MULTILINE) if part.startswith(title))
-    return shell_lines(text)
-
-
 README = (ROOT / "README.md").read_text()
-FOUND, HOST, TRAIN, STATUS, TRAIN_TOO, GENERATE = section("By hand")
-DOCTOR, _, _ = section("For volunteers")
-FOR_TRAINERS = [line for line in section("For trainers") if line not in PLAYED_ELSEWHERE]
+FOUND, HOST, TRAIN, STATUS, TRAIN_TOO, *USE = shell_lines((ROOT / "docs" / "by-hand.md").read_text())
+IN_SENTENCES = re.findall(r"`(talkoot \S[^`]*)`", README)
+DOCTOR = "talkoot doctor --join INVITE"
+TRAIN_ON_TEXT = "talkoot train --join INVITE --data 'books/*.txt'"
 
 
 def test_every_command_of_the_readme_is_played_somewhere() -> None:
-    played = {FOUND, HOST, TRAIN, STATUS, TRAIN_TOO, GENERATE, DOCTOR, *FOR_TRAINERS, *PLAYED_ELSEWHERE}
-    assert set(shell_lines(README)) == played
+    assert set(shell_lines(README)) | set(IN_SENTENCES) == {TRAIN_ON_TEXT, *PLAYED_ELSEWHERE}
+    assert DOCTOR in shell_lines((ROOT / "docs" / "volunteer.md").read_text())
+
+
+def test_the_readme_is_a_page() -> None:
+    assert len(README.splitlines()) <= 80
+    for picture in re.findall(r'(?:!\[[^\]]+\]\(|src=")(docs/[^)"]+)', README):
+        assert (ROOT / picture).stat().st_size < 1_000_000, picture
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert requires == ">=3.11,<3.15", "which a badge says"
 
 
 @dataclass
@@ -134,7 +133,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
 
 
 @pytest.mark.timeout(400)
-def test_the_readme_by_hand_in_four_terminals(reader: Reader) -> None:
+def test_a_swarm_by_hand_in_four_terminals(reader: Reader) -> None:
     with ExitStack() as terminals:
         first = terminals.enter_context(reader.terminal(FOUND, "terminal-1"))
         wait_until(lambda: "invite: " in first.read_text(), "the invite", 150)
@@ -148,11 +147,11 @@ def test_the_readme_by_hand_in_four_terminals(reader: Reader) -> None:
             assert re.search(r"experts live +│ +128 ", said), said
         assert "128 of 128" in (said := reader.types(STATUS)), said
 
-        # what the other sections have for those who were invited, without the start of an interpreter
+        # what the README has for those who were invited, without the start of an interpreter
         doctor = talkoot(*shlex.split(reader.line(DOCTOR))[1:])
         assert doctor.status in (0, 1), doctor.err
         assert "swarm" in doctor.out
-        for written in (*FOR_TRAINERS, GENERATE):
+        for written in (TRAIN_ON_TEXT, *USE):
             ended = talkoot(*shlex.split(reader.line(written))[1:])
             assert ended.status == 0, f"{written}: {ended.err}"
             assert ended.out
