@@ -7,11 +7,11 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import typer
 from typer.core import TyperGroup
@@ -26,9 +26,11 @@ from talkoot.options import (
     ExportCommand,
     Format,
     GenerateCommand,
+    GroupedCommands,
     Join,
     NodeCommand,
     NodeState,
+    PlainCommand,
     PublishCommand,
     RevokeCommand,
     ServeCommand,
@@ -68,19 +70,33 @@ _KEEPS_TO_THIS_MACHINE = (
 )
 _ALL_SETTINGS = "Every other setting is an option too, such as {example}: docs/settings.md lists them."
 
+
+class _Talkoot(GroupedCommands):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Take part": ("node", "train", "dashboard", "status"),
+        "Try and check": ("demo", "doctor"),
+        "Use what a swarm learned": ("generate", "serve", "evaluate", "export", "import", "search", "memory"),
+        "Your node and your swarm": ("pause", "resume", "stop", "logs", "service", "invite"),
+        "This program": ("update", "uninstall"),
+    }
+
+
 app = typer.Typer(
-    help="Volunteers host experts; trainers train a language model on them.",
+    cls=_Talkoot,
+    help="Train one model on many home computers: volunteers host experts, and trainers train on them.",
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"max_content_width": 100},
 )
 memory = typer.Typer(
+    cls=GroupedCommands,
     help="Build and publish memories, which nodes host. A memory is text in passages, in which models look things up.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 service = typer.Typer(
+    cls=GroupedCommands,
     help="Run a node as a service of this user, which the system starts.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -129,6 +145,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _check_invite(join: str | None) -> None:
+    """Refuses a wrong invite before torch is imported, which takes seconds. Raises InviteError."""
+    if join is not None and not join.startswith("@"):
+        from dht.invites import Invite
+
+        Invite.read(join)
+
+
 @app.callback()
 def _talkoot(
     context: typer.Context,
@@ -173,12 +197,16 @@ def node(
 ) -> None:
     """Host experts, in a new swarm or one that you were invited to."""
     with command(LogFormat.JSON if as_json else log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from expert_server.settings import NodeSettings
+
+        settings = load_settings(context, NodeSettings)
+        if new is None:
+            _check_invite(join)
+        with signals.importing(), imports_without_gc():
             from talkoot.node.launch import Origin, run_node
 
         origin = Origin(new, join, tuple(bootstrap or ()))
-        settings = load_settings(context, NodeSettings)
         if check:
             with signals.importing():
                 from talkoot.doctor.examination import run_check
@@ -214,15 +242,19 @@ def train(
 ) -> None:
     """Train a language model on the experts of a swarm."""
     with command(log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
-            from talkoot.train.session import run_train
+        with signals.importing():
             from trainer_client.settings import TrainerSettings
 
         settings = load_settings(context, TrainerSettings)
+        if local is None:
+            _check_invite(join)
+        with signals.importing(), imports_without_gc():
+            from talkoot.train.session import run_train
+
         run_train(terminal, signals, join, local, settings, resume=resume, json_file=json_file)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def status(
     *,
     join: Join = None,
@@ -244,10 +276,13 @@ def dashboard(
     """Show a swarm on a web page, and to other programs."""
     with command(log_format) as (terminal, signals):
         with signals.importing():
-            from talkoot.dashboard.server import run_dashboard
             from talkoot.dashboard.settings import DashboardSettings
 
-        run_dashboard(terminal, join, load_settings(context, DashboardSettings))
+        settings = load_settings(context, DashboardSettings)
+        with signals.importing():
+            from talkoot.dashboard.server import run_dashboard
+
+        run_dashboard(terminal, join, settings)
 
 
 app.command(
@@ -258,7 +293,7 @@ app.command(
 )(node)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def demo(
     *,
     nodes: Annotated[int, typer.Option(min=1, max=16, metavar="N", help="Nodes to start.")] = 3,
@@ -308,10 +343,13 @@ def generate(
     """Continue a prompt with a trained model."""
     with command(LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
-            from talkoot.train.trained import run_generate
             from trainer_client.settings import Sampling, TrainerSettings
 
         settings, sampling = load_settings(context, TrainerSettings), load_settings(context, Sampling)
+        _check_invite(join)
+        with signals.importing():
+            from talkoot.train.trained import run_generate
+
         run_generate(terminal, signals, join, prompt, settings, sampling)
 
 
@@ -329,13 +367,16 @@ def serve(
 ) -> None:
     """Serve a trained model to OpenAI's clients, and on a web page."""
     with command(log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
-            from talkoot.serve.server import run_serve
+        with signals.importing():
             from talkoot.serve.settings import ServeSettings
             from trainer_client.settings import TrainerSettings
 
         settings = load_settings(context, ServeSettings)
         trainer = TrainerSettings.load(**given_settings(context, TrainerSettings))
+        _check_invite(join)
+        with signals.importing(), imports_without_gc():
+            from talkoot.serve.server import run_serve
+
         run_serve(terminal, signals, join, model, trainer, settings)
 
 
@@ -357,10 +398,14 @@ def evaluate(
     """Measure a trained model's loss and perplexity on texts, and compare them."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
-            from talkoot.train.trained import run_evaluate
             from trainer_client.settings import TrainerSettings
 
-        run_evaluate(terminal, signals, join, paths, load_settings(context, TrainerSettings))
+        settings = load_settings(context, TrainerSettings)
+        _check_invite(join)
+        with signals.importing():
+            from talkoot.train.trained import run_evaluate
+
+        run_evaluate(terminal, signals, join, paths, settings)
 
 
 @app.command(cls=ExportCommand)
@@ -410,17 +455,21 @@ def export(
     If it is stopped, run the same command again to resume.
     """
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
-            from talkoot.model.export import ExportPlan, run_export
+        with signals.importing():
             from trainer_client.settings import TrainerSettings
 
+        settings = load_settings(context, TrainerSettings)
         if out is None:
             raise SettingsError("pass -o DIR, the folder to write")
+        _check_invite(join)
+        with signals.importing(), imports_without_gc():
+            from talkoot.model.export import ExportPlan, run_export
+
         plan = ExportPlan(out, resume, allow_missing, keep, keep_by, data_note, download_mbit)
-        run_export(terminal, signals, join, load_settings(context, TrainerSettings), plan)
+        run_export(terminal, signals, join, settings, plan)
 
 
-@app.command("import")
+@app.command("import", cls=PlainCommand)
 def import_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `talkoot export` wrote.")],
     *,
@@ -456,7 +505,7 @@ def import_model(
         run_import(terminal, ImportPlan(folder, out, name, state, trainer_state, grid))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def search(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to look for, in your own words.")],
     *,
@@ -479,7 +528,7 @@ def search(
         run_search(terminal, join, SearchRequest(question, memory, k, cells))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def pause(
     *,
     duration: Annotated[
@@ -497,7 +546,7 @@ def pause(
         run_pause(terminal, state, duration)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def resume(*, state: NodeState = None) -> None:
     """Let a paused node host again."""
     with command(LogFormat.TEXT) as (terminal, _):
@@ -506,7 +555,7 @@ def resume(*, state: NodeState = None) -> None:
         run_resume(terminal, state)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def stop(
     *,
     wait: Annotated[
@@ -521,7 +570,7 @@ def stop(
         run_stop(terminal, state, wait=wait)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def logs(
     *,
     follow: Annotated[
@@ -539,7 +588,7 @@ def logs(
         run_logs(terminal, state, lines, follow=follow)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def invite(
     *,
     role: Annotated[
@@ -600,7 +649,7 @@ PublisherState = Annotated[
 ]
 
 
-@memory.command()
+@memory.command(cls=PlainCommand)
 def build(
     paths: Annotated[
         list[str],
@@ -695,7 +744,7 @@ def unlist(
         run_unlist(terminal, which, join, state, load_settings(context, NodeSettings))
 
 
-@memory.command("list")
+@memory.command("list", cls=PlainCommand)
 def list_memories(
     *,
     join: Join = None,
@@ -711,7 +760,7 @@ def list_memories(
         run_list(terminal, join)
 
 
-@memory.command("inspect")
+@memory.command("inspect", cls=PlainCommand)
 def inspect_memory(
     name: Annotated[
         str,
@@ -782,6 +831,7 @@ app.add_typer(service, name="service")
 
 
 @service.command(
+    cls=PlainCommand,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[OPTIONS] [NODE OPTIONS]",
 )
@@ -820,7 +870,7 @@ def _node_options(context: typer.Context) -> dict[str, Any]:
     return given
 
 
-@service.command("remove")
+@service.command("remove", cls=PlainCommand)
 def remove() -> None:
     """Stop the service and remove it. The node's checkpoints stay."""
     with command(LogFormat.TEXT) as (terminal, _):
@@ -829,7 +879,7 @@ def remove() -> None:
         run_remove(terminal)
 
 
-@service.command("status")
+@service.command("status", cls=PlainCommand)
 def service_status() -> None:
     """Say whether the service runs. Exit status 1 when it does not."""
     with command(LogFormat.TEXT) as (terminal, _):
@@ -839,7 +889,7 @@ def service_status() -> None:
             raise typer.Exit(_FAILED)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def update(
     *,
     source: Annotated[
@@ -858,7 +908,7 @@ def update(
         run_update(terminal, source)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def uninstall(
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing, except about the identity.")] = False,

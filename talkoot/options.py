@@ -4,6 +4,7 @@ Settings are imported only when a command is asked for its options, so that `tal
 """
 
 import os
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from typing import (
 )
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from peer.errors import InstallationError, UserError
 from talkoot.signals import Stopped, StopSignals
@@ -90,7 +91,65 @@ _FIRST_COLUMN = 26
 """Width of the options in the help. The text of a wider one begins on the next line."""
 
 
-class SettingsCommand(TyperCommand):
+class PlainCommand(TyperCommand):
+    """A command whose help is for people: without Python's types and inequalities."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [re.sub(r"[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
+
+    def help_records(self, ctx: Any) -> "dict[str, tuple[str, str]]":
+        """What the help says of each argument and option, by its name."""
+        records = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
+        return {name: _in_words(record) for name, record in records.items() if record is not None}
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        records = self.help_records(ctx)
+        arguments = {parameter.name for parameter in self.get_params(ctx)} & {
+            parameter.name for parameter in self.params if parameter.param_type_name == "argument"
+        }
+        for heading, wanted in (("Arguments", True), ("Options", False)):
+            if rows := [record for name, record in records.items() if (name in arguments) is wanted]:
+                with formatter.section(heading):
+                    formatter.write_dl(rows, col_max=_FIRST_COLUMN)
+
+
+def _in_words(record: tuple[str, str]) -> tuple[str, str]:
+    option, text = record
+    option = re.sub(r" <[^>]*>", "", option)
+    if "/" not in option:  # of two names of one option, the shorter
+        *names, last = option.split(", ")
+        flag, *metavar = last.split(" ")
+        longer = [name for name in names if name.startswith(flag)]
+        option = ", ".join([*(name for name in names if name not in longer), " ".join([flag, *metavar])])
+    text = re.sub(r"(; |  \[)(-?[\d.]+)<=x<=(-?[\d.]+)\]", _from_to, text)
+    return option, re.sub(r"(; |  \[)x>=-?[\d.]+\]", lambda match: "]" if match[1] == "; " else "", text)
+
+
+def _from_to(match: re.Match[str]) -> str:
+    least, most = (f"{float(bound):g}" for bound in match.groups()[1:])
+    return f"{match[1]}from {least} to {most}]"
+
+
+class GroupedCommands(TyperGroup):
+    """A command of commands. Its help lists them under headings, each with its whole summary."""
+
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Headings, and below each the names of commands; without any, there is one heading."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(len(name) for name in self.commands)
+        for heading, names in (self.sections or {"Commands": tuple(self.commands)}).items():
+            with formatter.section(heading):
+                rows = [(name.ljust(width), _summary(self.commands[name])) for name in names]
+                formatter.write_dl(rows)
+
+
+def _summary(command: Any) -> str:
+    """The first sentence of its help, whole."""
+    return re.split(r"\.(?:\s|$)", " ".join((command.help or "").split()))[0]
+
+
+class SettingsCommand(PlainCommand):
     """A command that has settings as options, beside its function's parameters.
 
     Every setting of its roles is an option. `load_settings` reads what was given.
@@ -126,7 +185,7 @@ class SettingsCommand(TyperCommand):
         return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        records = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
+        records = self.help_records(ctx)
         *_, last = self.sections
         for heading, names in self.sections.items():
             rows = [records[name] for name in (*names, *(["help"] if heading == last else []))]

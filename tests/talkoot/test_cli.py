@@ -12,16 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_here, sockets_of, wait_until
+from typer.main import get_command
 
 from dht.invites import Invite
 from dht.manifest import Manifest
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
+from talkoot.cli import app
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,56 @@ def test_help_is_instant() -> None:
         assert name in ended.stdout
 
 
+def test_help_lists_every_command_once_with_its_whole_summary() -> None:
+    shown = run_here("--help").stdout
+    commands = shown[shown.index("Take part:") :]
+    listed = re.findall(r"^  ([a-z]+) ", commands, re.MULTILINE)
+    assert len(re.findall(r"^\S", commands, re.MULTILINE)) >= 4, "headings"
+    assert sorted(listed) == sorted(get_command(app).commands)  # type: ignore[attr-defined]  # of a group
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "..." not in shown.replace("[ARGS]...", ""), "no summary is cut"
+
+
+def every_command(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from every_command(below, (*path, name))
+
+
+@pytest.mark.parametrize("path", tuple(every_command(get_command(app))), ids=" ".join)
+def test_help_shows_no_types_of_python(path: tuple[str, ...]) -> None:
+    shown = run_here(*path, "--help").stdout
+    assert "Usage:" in shown
+    assert not re.search(r"<(str|int|float|path|list|bool)|<=|>=|[{}]", shown), shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("node", "--colour"), ("train", "--steps", "many"), ("dashboard", "--port", "-1")),
+        *(
+            ("node", "--memory", "lots"),
+            ("train", "--join", "hello"),
+            ("serve", "--max-tokens", "0"),
+            ("nod",),
+        ),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_told_before_torch_is_imported(arguments: tuple[str, ...]) -> None:
+    look = (
+        "import atexit, sys, os\n"
+        "from talkoot.cli import app\n"
+        "try: app()\n"
+        "finally: print('imported:', sorted({'torch', 'scipy', 'starlette'} & set(sys.modules)))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", look, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == "imported: []\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     ended = run_here(name, "--help")
@@ -154,12 +207,14 @@ def test_invite_is_looked_for_in_the_file_that_is_named(arguments: list[str]) ->
     assert ended.stderr.rstrip().endswith("[T102]")
 
 
-def test_a_result_that_is_there_outlives_a_command_that_can_not_begin(tmp_path: Path) -> None:
+def test_a_result_that_is_there_outlives_a_command_that_can_not_begin(
+    founder: Founder, tmp_path: Path
+) -> None:
     (tmp_path / "result.json").write_text("{}")
     ended = run_here("train", "--join", "hello", "--json", str(tmp_path / "result.json"))
     assert_one_clear_line(ended, "an invite starts with 'talkoot2'")
     assert (tmp_path / "result.json").read_text() == "{}"
-    ended = run_here("train", "--join", "hello", "--json", str(tmp_path / "no" / "such.json"))
+    ended = run_here("train", "--join", founder.invite, "--json", str(tmp_path / "no" / "such.json"))
     assert_one_clear_line(ended, "can't write", "pass another --json FILE")
 
 
