@@ -269,6 +269,8 @@ class Sessions:
             require_same_swarm(self._swarm_id, statement.protocol_version, statement.swarm_id)
             if not 1 <= len(statement.rights) <= _MAX_RIGHTS:
                 raise ExpertError(StatusCode.INVALID_ARGUMENT, f"a statement has 1 to {_MAX_RIGHTS} rights")
+            if session_pb2.RIGHT_UNSPECIFIED in statement.rights:
+                raise ExpertError(StatusCode.INVALID_ARGUMENT, "the statement has a right that is not set")
             if statement.server != self._server.to_bytes():
                 raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement is for another server")
             self.challenges.check(statement.challenge)

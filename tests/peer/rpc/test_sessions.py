@@ -171,6 +171,7 @@ def test_no_changed_byte_makes_another_caller(
         ({"challenge": b""}, StatusCode.UNAUTHENTICATED),
         ({"challenge": bytes(40)}, StatusCode.UNAUTHENTICATED),
         ({"rights": []}, StatusCode.INVALID_ARGUMENT),
+        ({"rights": [FORWARD, session_pb2.RIGHT_UNSPECIFIED]}, StatusCode.INVALID_ARGUMENT),
         ({"rights": [FORWARD] * 17}, StatusCode.INVALID_ARGUMENT),
         ({"swarm_id": "a" * 5000}, StatusCode.INVALID_ARGUMENT),
     ],
