@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FLOORS := peer dht expert_server trainer_client talkoot
 SOURCES := $(FLOORS) tests benchmarks docs deploy examples tools
 
-.PHONY: demo test lint figures proto settings picture recording release-fixture clean
+.PHONY: demo test lint figures proto vectors settings picture recording release-fixture clean
 
 demo: $(VENV)/installed
 	$(BIN)/talkoot demo
@@ -30,6 +30,11 @@ proto: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -Ipeer/wire=proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		$(patsubst proto/%,peer/wire/%,$(wildcard proto/*.proto))
 	rm -f $(addprefix peer/wire/,admission_pb2_grpc.py contact_pb2_grpc.py dht_pb2_grpc.py records_pb2_grpc.py)
+
+# Writes what clients in other languages compare their bytes with, from the code.
+vectors: $(VENV)/installed
+	$(BIN)/python -W ignore tools/protocol_vectors.py > proto/vectors.new
+	mv proto/vectors.new proto/vectors.json
 
 # Writes the page of all settings from the code.
 settings: $(VENV)/installed

@@ -35,7 +35,7 @@ MAX_REVOKED = 1024
 MAX_GRANT_BYTES = 512
 _LONGEST_FILE = 8 * 2**20
 """Bytes of the denylist that are read."""
-_BADGE_DOMAIN = b"talkoot badge v1\0"
+BADGE_DOMAIN = b"talkoot badge v1\0"
 _REMEMBERED_BADGES = 4096
 
 
@@ -302,7 +302,7 @@ def make_badge(token: admission_pb2.Token, peer_id: PeerID) -> admission_pb2.Bad
     return admission_pb2.Badge(
         grant=token.grant,
         signature=token.signature,
-        holder_signature=key.sign(_BADGE_DOMAIN + peer_id.to_bytes()),
+        holder_signature=key.sign(BADGE_DOMAIN + peer_id.to_bytes()),
     )
 
 
@@ -337,7 +337,7 @@ def _checked(data: bytes, peer_id: bytes, founder_key: bytes) -> Grant:
     verify(founder_key, badge.grant, badge.signature, GRANT_DOMAIN)
     try:
         holder = Ed25519PublicKey.from_public_bytes(grant.key)
-        holder.verify(badge.holder_signature, _BADGE_DOMAIN + peer_id)
+        holder.verify(badge.holder_signature, BADGE_DOMAIN + peer_id)
     except (InvalidSignature, ValueError):
         raise RecordError("the badge is another peer's") from None
     return grant
