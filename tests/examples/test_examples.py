@@ -3,16 +3,22 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from expert_fakes import make_manifest
 from model_folders import RandomModel
 
 from benchmarks.village import RunningNode, running_village
+from dht.manifest import Manifest
+from dht.uid import UID
+from expert_server.blocks import build_block
+from peer import SOFTWARE_VERSION
 from talkoot.model.folder import ModelFolder
 
 SWARM = """
@@ -30,6 +36,10 @@ kind = "ffn"
 [routing]
 top_k = 2
 """
+
+NPM_FLAGS = ("--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000")
+NO_REGISTRY = "ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|E40[134]|E5.."
+"""How npm says so."""
 
 TEN_LINES = """
 import sys, torch
@@ -89,6 +99,54 @@ def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
         timeout=100,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},  # the node needs the other cores
     )
+
+
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The client in JavaScript with its packages, and `proto/` where it looks for it."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip("node and npm are not installed")
+    root = tmp_path_factory.mktemp("javascript")
+    client = root / "examples" / "clients" / "node"
+    shutil.copytree("examples/clients/node", client, ignore=shutil.ignore_patterns("node_modules"))
+    shutil.copytree("proto", root / "proto")
+    try:
+        ended = subprocess.run(
+            [npm, "ci", *NPM_FLAGS], cwd=client, capture_output=True, text=True, timeout=120
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip("no npm registry answers in time")
+    if re.search(rf"npm (error|ERR!) code ({NO_REGISTRY})", ended.stderr):
+        pytest.skip("no npm registry answers")
+    assert ended.returncode == 0, ended.stderr
+    return client
+
+
+def run_node(folder: Path, *arguments: str) -> str:
+    ended = subprocess.run(["node", *arguments], cwd=folder, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_client_in_javascript_makes_a_forward_call(node: RunningNode, javascript: Path) -> None:
+    """The first test here, as those below train the experts."""
+    said = run_node(javascript, "forward.js", str(node.invite))
+    assert f"swarm {node.invite.keys.swarm_id}: this node runs {SOFTWARE_VERSION} and hosts 8 experts" in said
+    asked = [UID.parse(uid) for uid in re.findall(r"^expert (\S+): 0 updates$", said, re.MULTILINE)]
+    answers = torch.tensor(
+        [[*map(float, row.split())] for row in re.findall(r"^row \d: (.+)$", said, re.MULTILINE)]
+    )
+    manifest = Manifest.from_toml(node.folder / "swarm.toml")
+    rows = torch.arange(3 * manifest.width).reshape(3, -1).sin()
+    lengths, positions = torch.tensor([3]), torch.arange(3)
+    with torch.no_grad():
+        one, other = (build_block(manifest, uid)(rows, lengths, positions) - rows for uid in asked)
+    torch.testing.assert_close(answers, (one + 2 * other) / 3, atol=1e-5, rtol=1e-4)
+
+
+def test_client_in_javascript_makes_the_bytes_of_the_vectors(javascript: Path) -> None:
+    assert run_node(javascript, "vectors.js") == "all vectors agree\n"
 
 
 def test_a_model_of_ones_own_learns_with_experts_for_its_feed_forward_blocks(
