@@ -139,7 +139,7 @@ def test_limits_on_the_page_are_those_of_the_code() -> None:
 
 
 def test_the_page_names_every_domain_and_right() -> None:
-    domains = re.findall(r"^\| `(talkoot \w+ v1)\\0` \|", PAGE, re.MULTILINE)
+    domains = re.findall(r'^\| `"(talkoot \w+ v1)\\0"` \|', PAGE, re.MULTILINE)
     assert {f"{domain}\0" for domain in domains} == {*VECTORS["domains"].values()}
     for right in session_pb2.Right.keys()[1:]:
         assert f"`{right}`" in PAGE
