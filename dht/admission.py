@@ -220,6 +220,27 @@ class SwarmAdmission:
             )
         return Admitted(grant.serial, grant.expires_at)
 
+    def signer_of(self, trainer: PeerID, badge: admission_pb2.Badge | None) -> int | None:
+        """By whose leave a trainer signs receipts: the serial of its token, or 0 for the founder itself.
+
+        None in an open swarm, where anybody may.
+
+        A token that has expired still counts, as the work was done before. Raises RecordError if the trainer may not
+        sign.
+        """
+        if self.mode == "open":
+            return None
+        if trainer == self._keys.author:
+            return 0
+        if badge is None:
+            raise RecordError("there is no badge")
+        grant = check_badge(badge, trainer, self._keys.swarm_id, self._founder_key)
+        if session_pb2.RIGHT_FORWARD not in RIGHTS[grant.role]:
+            raise RecordError(f"a {grant.role.word}'s token does not allow receipts")
+        if grant.serial in self._revoked:
+            raise RecordError("the token was revoked")
+        return grant.serial
+
     def still_admits(self, caller: PeerID, serial: int) -> bool:
         """Whether a caller that was admitted by this grant still is."""
         return caller not in self.denylist and serial not in self._revoked

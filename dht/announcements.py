@@ -12,6 +12,7 @@ from typing import Self
 
 from grpc import StatusCode
 
+from dht.receipts import SignedWork
 from dht.uid import UID
 from peer.bounded import BoundedDict
 from peer.errors import RecordError
@@ -111,6 +112,8 @@ class NodeInfo:
     memory_queries: int = 0
     """Answered since it started."""
     memory_queries_per_s: float = 0.0
+    signed: SignedWork = field(default_factory=SignedWork)
+    """What trainers have signed for it, by its own word."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         count(node.memory_bytes),
         count(node.memory_queries),
         number(node.memory_queries_per_s) or 0.0,
+        SignedWork.of(node.signed),
     )
 
 

@@ -15,9 +15,11 @@ from prometheus_client import Gauge
 
 from dht.admission import RIGHTS, Role
 from dht.announcements import Activity
+from dht.receipts import Work
 from dht.swarm import Stage, Swarm
 from dht.upkeep import UpkeepPeriod
 from expert_server.blocks import builder_of
+from expert_server.credit import CreditServicer, ReceiptBook, ReceiptFile
 from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.experts.expert import expert_bytes
 from expert_server.hosting.averaging import ReplicaAveraging
@@ -168,8 +170,11 @@ class Node:
             budget=BudgetLimits.of(settings),
             max_memory_bytes=call_memory_of(settings),
         )
+        self._receipts = ReceiptBook(swarm_id, swarm.host.peer_id)
+        self._receipt_file = ReceiptFile(state / "receipts" / swarm_id, self._receipts)
+        note_served = self._receipts.note_served
         self._servicer = ExpertServicer(
-            runtime, manifest, swarm_id, limits, self.sessions, self.traffic, metrics
+            runtime, manifest, swarm_id, limits, self.sessions, self.traffic, metrics, note_served
         )
         self._memory_servicer = MemoryServicer(
             self.memories.served,
@@ -178,6 +183,17 @@ class Node:
             self.traffic.up,
             memory_metrics,
             threads_of(settings),
+            note_served=note_served,
+        )
+        self._credit_servicer = CreditServicer(
+            self._receipts,
+            swarm_id,
+            swarm.host.peer_id,
+            self.sessions,
+            swarm.admission,
+            self._done,
+            self.traffic.up,
+            metrics,
         )
         self._expert_bytes = expert_bytes(manifest)
         self._most_bytes = settings.memory or most_bytes(
@@ -228,6 +244,7 @@ class Node:
         try:
             await node.replicas.checkpoints.open()
             await node.memories.open()
+            await node._receipt_file.open()
             await runtime.start()
             await node._serve(host)
             # what other peers say is looked at again and again; a start must not depend on it
@@ -260,6 +277,7 @@ class Node:
             experts=self._servicer,
             states=states,
             memories=self._memory_servicer,
+            credit=self._credit_servicer,
             probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic, dialling=self.swarm.host.dialling),
             health=HealthServicer(lambda: self.state is NodeState.SERVING),
         )
@@ -298,6 +316,7 @@ class Node:
             "follow memories": self._follow_memories,
             "watch when to pause": self._watch_pauses,
             "save the contribution": partial(self._account.save_every, _ACCOUNT_EVERY_S, self._contribution),
+            "save receipts": self._receipt_file.keep_saved,
         }
         if every_s:
             tasks["save checkpoints"] = partial(self.replicas.checkpoints.save_every, every_s)
@@ -423,6 +442,7 @@ class Node:
         if self._metrics is not None:
             self._note_work()
             await self._account.save(self._contribution())
+            await self._receipt_file.save()
             await asyncio.to_thread(self._metrics.close)
             self._metrics = None
         await self.swarm.stop()
@@ -497,6 +517,8 @@ class Node:
             memory_disk_bytes=self.memories.disk_bytes,
             memory_queries=int(total(self._memory_servicer.metrics.queries)),
             clock_warning=clock.CLOCK.warning,
+            signed=self._receipts.signed,
+            signed_share=self._receipts.share,
         )
 
     def _memory_bytes(self) -> int:
@@ -506,6 +528,11 @@ class Node:
 
     def _note_work(self) -> None:
         self._account.note(serves=self.state is NodeState.SERVING)
+
+    def _done(self) -> Work:
+        """The node's own count of what it has done for all trainers."""
+        queries = int(total(self._memory_servicer.metrics.queries))
+        return Work(pairs=self._contribution().rows, queries=queries)
 
     def _contribution(self) -> Contribution:
         work = self.runtime.metrics

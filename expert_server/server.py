@@ -11,13 +11,21 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dht.invites import InviteLedger
 from dht.swarm import Swarm
+from expert_server.credit import CreditServicer
 from expert_server.memory.servicer import MemoryServicer
 from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer import clock
 from peer.errors import RecordError, StartError
-from peer.wire import expert_pb2, expert_pb2_grpc, memory_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
+from peer.wire import (
+    credit_pb2_grpc,
+    expert_pb2,
+    expert_pb2_grpc,
+    memory_pb2_grpc,
+    probe_pb2_grpc,
+    state_pb2_grpc,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +67,7 @@ class Services:
     experts: ExpertServicer
     states: StateServicer
     memories: MemoryServicer
+    credit: CreditServicer
     probe: ProbeServicer
     health: HealthServicer
 
@@ -66,6 +75,7 @@ class Services:
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self.experts, server)
         state_pb2_grpc.add_StateServiceServicer_to_server(self.states, server)
         memory_pb2_grpc.add_MemoryServiceServicer_to_server(self.memories, server)
+        credit_pb2_grpc.add_CreditServiceServicer_to_server(self.credit, server)
         probe_pb2_grpc.add_ProbeServiceServicer_to_server(self.probe, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
 

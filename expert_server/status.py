@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dht.announcements import Activity, Reachability
+from dht.receipts import SignedWork
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.files import write_atomically
@@ -86,6 +87,10 @@ class NodeStatus:
     """Of memories, answered."""
     clock_warning: str = ""
     """In words, if most peers say that this machine's clock is wrong."""
+    signed: SignedWork = field(default_factory=SignedWork)
+    """What trainers have signed for, in all runs."""
+    signed_share: float | None = None
+    """Of the pairs that those trainers had answered by all nodes, the part that is this node's; None: no receipts."""
 
 
 class Contribution(BaseModel):
@@ -225,6 +230,7 @@ class NodeRecordBuilder:
             memory_bytes=status.memory_disk_bytes,
             memory_queries=status.memory_queries,
             memory_queries_per_s=self._queries.per_s,
+            signed=status.signed.message() if status.signed.trainers else None,
         )
 
     def _renewal(self, now: float, period_s: float) -> float:

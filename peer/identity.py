@@ -38,6 +38,7 @@ RECORD_DOMAIN = b"talkoot record v1\0"
 SESSION_DOMAIN = b"talkoot session v1\0"
 GRANT_DOMAIN = b"talkoot grant v1\0"
 CONTACT_DOMAIN = b"talkoot contact v1\0"
+RECEIPT_DOMAIN = b"talkoot receipt v1\0"
 """Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
 _MAX_PUBLIC_KEY_BYTES = 600
 """In DER. A key of 4096 bits takes 550."""

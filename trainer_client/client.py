@@ -37,6 +37,7 @@ from trainer_client.announcer import TrainerAnnouncer, reached_at
 from trainer_client.averaging.averager import MAX_CALLS, Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
 from trainer_client.averaging.exchange import AveragingMetrics, DenseExchange
+from trainer_client.credit import EVERY_S, CreditAccounts, ReceiptSender
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.dispatch.dispatcher import Dispatcher
@@ -74,6 +75,8 @@ class TrainerTiming:
     """Shortest deadline of a call to experts, however quickly they answered lately."""
     refresh_every_s: float = 3.0
     """Between two looks at who is alive."""
+    receipts_every_s: float = EVERY_S
+    """Between two receipts for one node."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +317,19 @@ class SwarmClient:
         exits.push_async_callback(sessions.close)
         codec = codec_of(swarm.manifest.wire.codec)
         metrics = DispatchMetrics(swarm.metrics)
+        credit = CreditAccounts(self._folder.path / "credit" / f"{swarm.keys.swarm_id}.json")
+        await credit.open()
+        receipts = ReceiptSender(
+            credit,
+            identity,
+            swarm.keys.swarm_id,
+            swarm.admission,
+            channels,
+            sessions,
+            every_s=timing.receipts_every_s,
+            metrics=swarm.metrics,
+        )
+        exits.push_async_callback(receipts.close)
         caller = GrpcCaller(channels, swarm.keys.swarm_id, swarm.manifest.width, codec, sessions, metrics)
         checking, loader = None, make_loader(swarm.manifest, swarm.keys.swarm_id)
         if loader is not None and settings.check_share:
@@ -327,8 +343,9 @@ class SwarmClient:
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,
             metrics=metrics,
+            credit=credit,
         )
-        memories = Memories(swarm, channels, self._folder.path / "memories")
+        memories = Memories(swarm, channels, self._folder.path / "memories", credit)
         exits.push_async_callback(memories.close)
         tasks = TaskSet(swarm.host.restarts)
         announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher)
@@ -349,6 +366,7 @@ class SwarmClient:
         if not reads_only:
             tasks.supervise("announce this trainer", announcer.run)
         tasks.supervise("open sessions with nodes", warmer.run)
+        tasks.supervise("sign for nodes", receipts.run)
         averaging_metrics = AveragingMetrics(swarm.metrics)
         return _Joined(
             swarm, directory, dispatcher, routing, announcer, averaging_metrics, averagings, memories, tasks

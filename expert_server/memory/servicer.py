@@ -221,10 +221,11 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
         metrics: MemoryMetrics,
         threads: int,
         clock: Callable[[], float] = time.monotonic,
+        note_served: Callable[[PeerID], None] = lambda caller: None,
     ) -> None:
         """`stores`: by memory; the host may change it. `sessions`: who may call. `up`: how fast answers may go.
 
-        `threads`: calls that compute at the same time.
+        `threads`: calls that compute at the same time. `note_served` is told of callers whose searches are answered.
         """
         self.metrics = metrics
         self._stores = stores
@@ -232,6 +233,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
         self._sessions = sessions
         self._up = up
         self._clock = clock
+        self._note_served = note_served
         self._turns = Turns(threads, _MAX_WAITING)
         self._slots = TransferSlots(_MAX_TRANSFERS)
         # one core for each call: torch's threads would wait for one another on a busy machine
@@ -254,6 +256,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
             )
             reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
             self.metrics.queries.inc(len(queries))
+            self._note_served(caller)
             await self._up.take(reply.ByteSize())
             return reply
         raise AssertionError("abort raises")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -22,6 +22,7 @@ from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.budget import MemoryBudget
 from peer.errors import ExpertError
+from peer.identity import PeerID
 from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
@@ -132,7 +133,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         sessions: Sessions,
         traffic: Bandwidth | None = None,
         metrics: CollectorRegistry | None = None,
+        note_served: Callable[[PeerID], None] = lambda caller: None,
     ) -> None:
+        """`note_served` is told of callers whose calls are answered."""
         self.calls = Counter("talkoot_calls", "Forward and backward calls that came.", registry=metrics)
         self.forward_cache = ForwardCache(limits.max_kept_bytes, lambda: self.sequences.keep_to_room())
         self.sequences = SequenceCache(lambda: limits.max_kept_bytes - self.forward_cache.bytes)
@@ -147,6 +150,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self._sessions = sessions
         self._seen = SeenRequests(limits.remembered_requests)
         self._traffic = traffic or Bandwidth()
+        self._note_served = note_served
 
     async def Forward(self, requests: Requests, context: Context) -> None:
         await self._serve("forward", requests, context)
@@ -179,12 +183,14 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         )
         times = CallTimes.of(time.monotonic(), longest_s, 2 * self._limits.max_call_s)
         async with abort_on_error(context, longest_s, f"the call lasted longer than {longest_s:.1f} s"):
-            caller = self._sessions.require(context, _RIGHTS[direction]).name
+            session = self._sessions.require(context, _RIGHTS[direction])
+            caller = session.name
             with self.memory.holding(caller, OPEN_CALL_BYTES) as memory:
                 call = await Call.open(
                     direction, requests, context, caller, self._parser, self._traffic, memory.grow
                 )
                 self._admit(direction, call, caller)
+                self._note_served(session.caller)
                 try:
                     await call.answer(self._runtime, self.forward_cache, self.sequences, times)
                 finally:

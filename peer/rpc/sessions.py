@@ -335,7 +335,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[
     ) -> session_pb2.OpenReply:
         async with abort_on_error(context):
             self._sessions.check(request)
-            near = _near(context.peer())
+            near = near_of(context.peer())
             with self._sessions.counting_refusals():
                 if not await self._checks.turn(near, context.peer()):
                     raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "too many open sessions now", 1.0)
@@ -451,7 +451,7 @@ class SessionClient:
             task.exception()  # told to whoever waits; nobody may any more
 
 
-def _near(peer: str) -> str:
+def near_of(peer: str) -> str:
     """The neighbourhood in which a caller opens sessions. Each relay is one, and so are all tunnels together."""
     if peer.startswith("relay "):
         return peer.partition("/")[0]

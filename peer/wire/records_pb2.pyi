@@ -1,4 +1,5 @@
 from peer.wire import admission_pb2 as _admission_pb2
+from peer.wire import credit_pb2 as _credit_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -104,7 +105,7 @@ class Announcement(_message.Message):
     def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ..., following: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
-    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady", "relay_addresses", "memory_shards", "memory_bytes", "memory_queries", "memory_queries_per_s")
+    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady", "relay_addresses", "memory_shards", "memory_bytes", "memory_queries", "memory_queries_per_s", "signed")
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +132,7 @@ class NodeRecord(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_QUERIES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_QUERIES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
     addresses: _containers.RepeatedScalarFieldContainer[str]
     certificate: bytes
     protocol_version: int
@@ -157,7 +159,8 @@ class NodeRecord(_message.Message):
     memory_bytes: int
     memory_queries: int
     memory_queries_per_s: float
-    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., unsteady: _Optional[bool] = ..., relay_addresses: _Optional[_Iterable[str]] = ..., memory_shards: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_queries: _Optional[int] = ..., memory_queries_per_s: _Optional[float] = ...) -> None: ...
+    signed: _credit_pb2.SignedWork
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., unsteady: _Optional[bool] = ..., relay_addresses: _Optional[_Iterable[str]] = ..., memory_shards: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_queries: _Optional[int] = ..., memory_queries_per_s: _Optional[float] = ..., signed: _Optional[_Union[_credit_pb2.SignedWork, _Mapping]] = ...) -> None: ...
 
 class TrainerRecord(_message.Message):
     __slots__ = ("name", "protocol_version", "software_version", "started_at", "renew_every_s", "metrics_address", "step", "steps", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "forward", "backward", "calls", "failures", "bytes_sent", "bytes_received", "nodes", "left", "addresses", "certificate", "dense_fingerprint", "dense_age", "tunnel_addresses", "relay_addresses")

@@ -40,6 +40,7 @@ from dht.library import read_cell, read_library
 from dht.manifest import Manifest, parse_uid
 from dht.membership import PeerStore
 from dht.memory import MemoryID, MemoryManifest
+from dht.receipts import Work, check_receipt, sign_receipt
 from dht.records import RecordValidator, SwarmKeys, digits_of, open_record, sign_record
 from dht.uid import UID
 from expert_server.experts.expert import Expert
@@ -50,7 +51,7 @@ from expert_server.serving.headers import HeaderParser
 from peer import PROTOCOL_VERSION
 from peer.codec import CodecName, codec_of, decode, encode
 from peer.errors import AddressError, TalkootError, UserError
-from peer.identity import CONTACT_DOMAIN, SESSION_DOMAIN
+from peer.identity import CONTACT_DOMAIN, RECEIPT_DOMAIN, SESSION_DOMAIN
 from peer.kademlia.validation import Entry, Record, pack_entries, unpack, unpack_entries, unpack_subkey
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import SnapshotReceiver
@@ -60,6 +61,7 @@ from peer.transport.endpoints import Endpoint
 from peer.wire import (
     admission_pb2,
     contact_pb2,
+    credit_pb2,
     dht_pb2,
     expert_pb2,
     memory_pb2,
@@ -81,6 +83,7 @@ NOW = 1_700_000_000.0
 FOUNDER, NODE, STRANGER = new_identities(3)
 KEYS = SwarmKeys("sauna", FOUNDER.peer_id)
 TOKEN = make_token(FOUNDER, KEYS.swarm_id, Role.NODE, NOW + 3600, 7)
+TRAINERS_TOKEN = make_token(FOUNDER, KEYS.swarm_id, Role.TRAINER, NOW + 3600, 8)
 ADMISSION = SwarmAdmission(KEYS, now=lambda: NOW)
 ADMISSION.learn(FOUNDER.public_key, "token")
 MEMORY = MemoryID.of("python-docs", FOUNDER.peer_id)
@@ -599,6 +602,32 @@ def deliver_read_reply(data: bytes) -> None:
         assert proven.passage == (sample.passages[root][0][place.position] if place.root == root else None)
 
 
+def signed_receipt() -> credit_pb2.SignedReceipt:
+    badge = make_badge(TRAINERS_TOKEN, NODE.peer_id)
+    return sign_receipt(NODE, KEYS.swarm_id, STRANGER.peer_id, Work(100, 20, 3, 2, 1), 500, badge)
+
+
+def receipts() -> list[bytes]:
+    return [signed_receipt().receipt]
+
+
+def deliver_receipt(data: bytes) -> None:
+    """Signed, whatever it says, and kept where it makes sense."""
+    signature = NODE.sign(data, RECEIPT_DOMAIN)
+    badge = make_badge(TRAINERS_TOKEN, NODE.peer_id)
+    signed = credit_pb2.SignedReceipt(
+        receipt=data, public_key=NODE.public_key, signature=signature, badge=badge
+    )
+    deliver_signed_receipt(signed.SerializeToString())
+
+
+def deliver_signed_receipt(data: bytes) -> None:
+    receipt = check_receipt(parsed(credit_pb2.SignedReceipt, data), KEYS.swarm_id, STRANGER.peer_id)
+    assert receipt.trainer == NODE.peer_id
+    assert receipt.work.is_sane
+    ADMISSION.signer_of(receipt.trainer, receipt.badge)
+
+
 TARGETS = [
     Target("memory's manifest", mutations.protobuf, memory_manifests, deliver_memory_manifest),
     Target("shard", mutations.safetensors, shards, deliver_shard),
@@ -610,6 +639,8 @@ TARGETS = [
     Target("read reply", mutations.protobuf, read_replies, deliver_read_reply),
     Target("record", mutations.protobuf, payloads, deliver_payload),
     Target("signed record", mutations.protobuf, signed_records, deliver_signed_record),
+    Target("receipt", mutations.protobuf, receipts, deliver_receipt),
+    Target("signed receipt", mutations.protobuf, lambda: serialized(signed_receipt()), deliver_signed_receipt),
     Target("DHT value", mutations.packed, lambda: [packed(KEYS.prefix(0))], deliver_value),
     Target("DHT entries", mutations.packed, entries, deliver_entries),
     Target("contact", mutations.protobuf, statements_of_contacts, deliver_contact),

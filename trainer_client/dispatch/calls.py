@@ -16,6 +16,7 @@ from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import SECONDS, start_at_zero, total, totals
+from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.batches import (
     AnsweredRows,
     CallEnded,
@@ -135,11 +136,13 @@ class CallTracker:
         is_silent: Callable[[NodeInfo], bool] = lambda node: False,
         gone: Callable[[PeerID], None] = lambda peer_id: None,
         metrics: DispatchMetrics | None = None,
+        credit: CreditAccounts | None = None,
     ) -> None:
         """`is_silent`: whether a connection to the node was tried and does not stand. `gone` is told of peers whose
-        call failed so.
+        call failed so. `credit`: where it is noted what nodes have done.
         """
         self.metrics = metrics or DispatchMetrics()
+        self.credit = credit or CreditAccounts()
         self.latencies = Latencies()
         self.breakers = breakers
         self.now = clock
@@ -228,6 +231,8 @@ class CallTracker:
         if isinstance(reply, ExpertReply):
             self._note_guard(peer_id, reply)
             if reply.error is None:
+                is_update = call.direction == "backward" and not reply.skipped_update
+                self.credit.note(call.node, updates=int(is_update))
                 return True
             if call.held is not None and reply.has_forgotten:
                 self.metrics.forgotten_sequences.inc()
@@ -237,6 +242,10 @@ class CallTracker:
         fault = self._screening.find_fault(call, reply)
         if fault is not None:
             raise ExpertError(StatusCode.DATA_LOSS, f"a {fault} answer for {call.batch.uids[0]} and others")
+        if (
+            call.direction == "backward"
+        ):  # of forward answers, whoever waits for them counts those that it uses
+            self.credit.note(call.node, pairs=int(reply.answered.sum()))
         return True
 
     def _note_guard(self, peer_id: PeerID, reply: ExpertReply) -> None:

@@ -19,6 +19,7 @@ from dht.directory import Directory, LiveExperts
 from peer.codec import Booleans, Floats, codec_of, rounding_error
 from peer.errors import UnreachableError
 from peer.identity import PeerID
+from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.batches import (
     AnsweredRows,
     CallEnded,
@@ -57,9 +58,11 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
         is_silent: Callable[[NodeInfo], bool] = lambda node: False,
         metrics: DispatchMetrics | None = None,
+        credit: CreditAccounts | None = None,
     ) -> None:
         """`checking`: what spot checks need; None for none. All that is left to chance follows from `seed`.
-        `is_silent`: whether a connection to the node was tried and does not stand.
+        `is_silent`: whether a connection to the node was tried and does not stand. `credit`: where it is noted what
+        nodes have done.
         """
         self._directory = directory
         self._policy = policy
@@ -70,6 +73,7 @@ class Dispatcher:
             is_silent=is_silent,
             gone=directory.forget,
             metrics=metrics,
+            credit=credit,
         )
         self._rng = random.Random(seed)  # noqa: S311  # spreads load, keeps no secret
         codec = directory.view.manifest.wire.codec

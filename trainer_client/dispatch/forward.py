@@ -252,6 +252,7 @@ class ForwardRun:
         self._failed.update(sent.batch.uids[number] for number in np.unique(left_out).tolist())
         if not accepted.any():
             return
+        self._calls.credit.note(sent.node, pairs=int(accepted.sum()))
         if sent.is_hedge:
             experts = sent.batch.experts[reply.places][accepted]
             self._calls.metrics.hedges_won.inc(len(np.unique(experts)))

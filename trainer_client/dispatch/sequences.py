@@ -103,7 +103,8 @@ async def go_on(
     while open_calls and (left_s := ends - calls.now()) > 0:
         for reply in await next_replies(replies, left_s):
             if isinstance(reply, AnsweredRows):
-                result.accept(sent[reply.batch], reply)
+                accepted = result.accept(sent[reply.batch], reply)
+                calls.credit.note(sent[reply.batch].node, pairs=int(accepted.sum()))
             elif isinstance(reply, ExpertReply) and reply.has_forgotten:
                 its_rows = (reply.batch.experts == reply.batch.uids.index(reply.uid)).any(axis=1)
                 for row in reply.batch.rows[its_rows].tolist():

@@ -305,11 +305,11 @@ class SpotChecks:
                 precision = max((precision for _, precision in loaded), key=SLACK.__getitem__)
                 wrong, apart = await self._run(sample.wrong_rows, experts, precision, self._codec)
         except VersionGoneError:
-            self._note(peer_id, "moved_on")
+            self._note(sample.node, "moved_on")
             return
         except (TransferError, TimeoutError) as error:
             logger.debug("node %s gave no parameters to check an answer with: %s", peer_id, error)
-            self._note(peer_id, "not_given")
+            self._note(sample.node, "not_given")
             return
         except StateError as error:
             self._fail(sample, f"its parameters can't be used: {error}")
@@ -355,8 +355,12 @@ class SpotChecks:
         """On the one thread that checks compute on, with one core."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    def _note(self, peer_id: PeerID, outcome: str) -> _Record:
+    def _note(self, node: NodeInfo, outcome: str) -> _Record:
+        peer_id = node.peer_id
         self._calls.metrics.spot_checks.labels(outcome).inc()
+        self._calls.credit.note(
+            node, checks_passed=int(outcome == "passed"), checks_failed=int(outcome == "failed")
+        )
         record = self._records[peer_id] = self._records.get(peer_id) or _Record()
         was_evasive = record.is_evasive
         record.decided.append(outcome in _VERDICTS)
@@ -365,14 +369,14 @@ class SpotChecks:
         return record
 
     def _pass(self, sample: Sample) -> None:
-        record = self._note(sample.node.peer_id, "passed")
+        record = self._note(sample.node, "passed")
         record.right_rows += len(sample.places)
         if record.right_rows >= _FORGIVEN_AFTER_ROWS:
             record.failed = 0
 
     def _fail(self, sample: Sample, said: str) -> None:
         peer_id = sample.node.peer_id
-        record = self._note(peer_id, "failed")
+        record = self._note(sample.node, "failed")
         record.failed, record.right_rows, record.owed = record.failed + 1, 0, _CHECKED_AFTER_FAILURE
         names = ", ".join(map(str, list(sample.versions)[:_NAMED]))
         logger.debug("node %s failed a spot check of experts %s: %s", peer_id, names, said)

@@ -28,6 +28,7 @@ from peer.rpc.calls import make_stub, retry_after_s
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.wire import memory_pb2, memory_pb2_grpc
+from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, WaitPolicy
 
 logger = logging.getLogger(__name__)
@@ -204,9 +205,11 @@ class HostCalls:
         guard: ParseGuard | None = None,
         metrics: RetrieverMetrics | None = None,
         rng: random.Random | None = None,
+        credit: CreditAccounts | None = None,
     ) -> None:
-        """`memory`: its id. `guard`: of this process."""
+        """`memory`: its id. `guard`: of this process. `credit`: where it is noted what hosts have done."""
         self.metrics = metrics or RetrieverMetrics()
+        self.credit = credit or CreditAccounts()
         self.breakers = CircuitBreakers()
         self._caller = caller
         self._memory = memory

@@ -20,6 +20,7 @@ from peer.rpc.channels import ChannelPool
 from peer.rpc.parts import PartClient
 from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
+from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.grpc_caller import SessionWarmer
 from trainer_client.memory.calls import GrpcMemoryCaller, HostCalls, RetrieverMetrics
 from trainer_client.memory.directory import MemoryDirectory, MemoryParts, PartCache
@@ -31,8 +32,13 @@ logger = logging.getLogger(__name__)
 class Memories:
     """Opens memories. For one event loop; close it when done."""
 
-    def __init__(self, swarm: Swarm, channels: ChannelPool, folder: Path) -> None:
-        """`channels`: are left open. `folder`: for the parts of memories that are kept on disk."""
+    def __init__(
+        self, swarm: Swarm, channels: ChannelPool, folder: Path, credit: CreditAccounts | None = None
+    ) -> None:
+        """`channels`: are left open. `folder`: for the parts of memories that are kept on disk. `credit`: where it is
+        noted what hosts have done.
+        """
+        self._credit = credit
         self._swarm = swarm
         self._channels = channels
         self._cache = PartCache(folder)
@@ -71,7 +77,9 @@ class Memories:
         directory = await MemoryDirectory.open(entry, self._registry, swarm.registry, parts)
         self._metrics = self._metrics or RetrieverMetrics(swarm.metrics)
         caller = GrpcMemoryCaller(self._channels, self._sessions)
-        calls = HostCalls(caller, str(entry.memory), guard=swarm.guard, metrics=self._metrics)
+        calls = HostCalls(
+            caller, str(entry.memory), guard=swarm.guard, metrics=self._metrics, credit=self._credit
+        )
         warmer = SessionWarmer(self._sessions, self._channels, lambda: directory.nodes, time.monotonic)
         self._tasks.supervise("keep what is known of a memory fresh", directory.keep_fresh)
         self._tasks.supervise("open sessions with hosts of a memory", warmer.run)

@@ -236,9 +236,12 @@ class Retriever:
         request = ask.request(self._swarm_id, PROTOCOL_VERSION, str(self.directory.memory), vectors_QD)
         is_large = len(ask.sent) > MANY
         parse = partial(ask.parse, host=node.peer_id)
-        return await self.calls.call(
+        answer = await self.calls.call(
             node, "Search", request, is_large, parse, lambda answer: bool(answer.present), ends
         )
+        if answer.present:
+            self.calls.credit.note(node, queries=len(ask.sent))
+        return answer
 
     async def read(
         self, places: Collection[Place], manifest: MemoryManifest, node: NodeInfo, ends: float

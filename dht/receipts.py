@@ -1,0 +1,163 @@
+"""Receipts: what a trainer signs for the work that one node has done for it, and how anybody checks that.
+
+A receipt has totals that only grow, and names the swarm, the trainer and the node. So of two receipts the greater one
+is the newer one, whatever clocks say. An older one that is shown again adds nothing, and neither does one that is shown
+by another node, or twice, or in another order. It proves who signed, not that the work was done: two who agree can sign
+what they like. How much that is worth is for whoever counts to say: see `talkoot.credit`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+
+from google.protobuf.message import DecodeError
+
+from peer.errors import RecordError
+from peer.identity import RECEIPT_DOMAIN, Identity, PeerID, peer_id_of, verify
+from peer.wire import admission_pb2, credit_pb2
+
+MAX_RECEIPT_BYTES = 2560
+"""Of a signed one, with a key of 4096 bits and a badge. It takes about 700 with one of 2048 bits and none."""
+MOST = 2**53
+"""Of each total. Beyond it, a double is not exact, and JSON has only those."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Work:
+    """What a node has done, as trainers count it. Of the receipts of one trainer, the greatest is the newest."""
+
+    pairs: int = 0
+    """Of a row and an expert, answered in time, forward and backward."""
+    updates: int = 0
+    """Backward passes of an expert, answered in time."""
+    queries: int = 0
+    """To memories."""
+    checks_passed: int = 0
+    checks_failed: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.pairs + other.pairs,
+            self.updates + other.updates,
+            self.queries + other.queries,
+            self.checks_passed + other.checks_passed,
+            self.checks_failed + other.checks_failed,
+        )
+
+    def capped(self) -> "Work":
+        """With no number above the most."""
+        return Work(*(min(number, MOST) for number in astuple(self)))
+
+    @property
+    def is_sane(self) -> bool:
+        """Whether it can be an honest trainer's total: each update and each check is of some pairs."""
+        numbers = astuple(self)
+        return (
+            any(numbers)
+            and all(0 <= number <= MOST for number in numbers)
+            and max(self.updates, self.checks_passed + self.checks_failed) <= self.pairs
+        )
+
+    def message(self) -> credit_pb2.Work:
+        return credit_pb2.Work(
+            pairs=self.pairs,
+            updates=self.updates,
+            queries=self.queries,
+            checks_passed=self.checks_passed,
+            checks_failed=self.checks_failed,
+        )
+
+    @classmethod
+    def of(cls, message: credit_pb2.Work) -> "Work":
+        """As it is said, sane or not."""
+        return cls(
+            message.pairs, message.updates, message.queries, message.checks_passed, message.checks_failed
+        )
+
+
+@dataclass(frozen=True)
+class SignedWork:
+    """What a node has receipts for, in sum."""
+
+    work: Work = Work()
+    trainers: int = 0
+
+    def message(self) -> credit_pb2.SignedWork:
+        return credit_pb2.SignedWork(work=self.work.message(), trainers=self.trainers)
+
+    @classmethod
+    def of(cls, message: credit_pb2.SignedWork) -> "SignedWork":
+        """What a node says, which may be anything: numbers that are too large are cut."""
+        return cls(Work.of(message.work).capped(), message.trainers)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A receipt after all checks."""
+
+    trainer: PeerID
+    work: Work
+    all_pairs: int
+    """Those that all nodes together have answered to this trainer, by its word."""
+    badge: admission_pb2.Badge | None
+    """What the trainer shows to be admitted. Not checked here."""
+    signed: credit_pb2.SignedReceipt
+    """As it came."""
+
+
+def sign_receipt(
+    identity: Identity,
+    swarm_id: str,
+    node: PeerID,
+    work: Work,
+    all_pairs: int,
+    badge: admission_pb2.Badge | None = None,
+) -> credit_pb2.SignedReceipt:
+    """This trainer's receipt for a node. It takes about a millisecond."""
+    receipt = credit_pb2.Receipt(
+        swarm_id=swarm_id,
+        trainer=identity.peer_id.to_bytes(),
+        node=node.to_bytes(),
+        work=work.message(),
+        all_pairs=all_pairs,
+    ).SerializeToString()
+    return credit_pb2.SignedReceipt(
+        receipt=receipt,
+        public_key=identity.public_key,
+        signature=identity.sign(receipt, RECEIPT_DOMAIN),
+        badge=badge,
+    )
+
+
+def check_receipt(signed: credit_pb2.SignedReceipt, swarm_id: str, node: PeerID) -> Receipt:
+    """Parses and verifies a receipt for a node of this swarm. Raises RecordError. The signature is checked last."""
+    if signed.ByteSize() > MAX_RECEIPT_BYTES:
+        raise RecordError(f"a receipt of {signed.ByteSize()} bytes; at most {MAX_RECEIPT_BYTES}")
+    receipt = credit_pb2.Receipt()
+    try:
+        receipt.ParseFromString(signed.receipt)
+    except DecodeError as error:
+        raise RecordError("the receipt can't be parsed") from error
+    if receipt.swarm_id != swarm_id:
+        raise RecordError(f"the receipt is of swarm {receipt.swarm_id[:64]!r}")
+    if receipt.node != node.to_bytes():
+        raise RecordError("the receipt is for another node")
+    trainer = peer_id_of(signed.public_key)
+    if receipt.trainer != trainer.to_bytes():
+        raise RecordError("the receipt's key is not its trainer's")
+    if trainer == node:
+        raise RecordError("nobody signs for itself")
+    work = Work.of(receipt.work)
+    if not work.is_sane or not work.pairs <= receipt.all_pairs <= MOST:
+        raise RecordError("the receipt's totals don't fit together, or are too large")
+    verify(signed.public_key, signed.receipt, signed.signature, RECEIPT_DOMAIN)
+    badge = signed.badge if signed.HasField("badge") else None
+    return Receipt(trainer, work, receipt.all_pairs, badge, signed)
+
+
+def total_of(receipts: Iterable[Receipt]) -> SignedWork:
+    """Their sum: no total of it is above the largest."""
+    work, trainers = Work(), 0
+    for receipt in receipts:
+        work += receipt.work
+        trainers += 1
+    return SignedWork(work.capped(), trainers)

@@ -1,0 +1,242 @@
+"""What trainers have signed for this node: the newest receipt of each, kept on disk, and the service that takes and
+gives them.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter
+
+from dht.admission import SwarmAdmission
+from dht.receipts import MAX_RECEIPT_BYTES, Receipt, SignedWork, Work, check_receipt, total_of
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError, RecordError, WireError
+from peer.files import write_atomically
+from peer.identity import PeerID
+from peer.metrics import start_at_zero
+from peer.rates import FairTurns, RateLimit, TokenBuckets
+from peer.rpc.calls import abort_on_error, require_same_swarm
+from peer.rpc.sessions import Sessions, near_of
+from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
+
+logger = logging.getLogger(__name__)
+
+MAX_TRAINERS = 512
+"""Whose receipts a node keeps. Of more, the one for the least work goes."""
+PAGE = 32
+"""Receipts in one answer."""
+SLACK = 65_536
+"""Pairs, or queries, by which a trainer's count may exceed what this node remembers to have done: it may have been
+killed since it saved that.
+"""
+_CALLERS = 4096
+"""Of whom it is remembered that they called."""
+_GIVEN_EVERY_S, _GIVEN_AT_ONCE = 30.0, 4
+"""How often a trainer may give a receipt, and how many at once after a pause."""
+_LISTS_PER_S, _LISTS_AT_ONCE = 4.0, 16
+_MAX_CALL_S = 10.0
+_SAVE_EVERY_S = 60.0
+
+
+class ReceiptBook:
+    """The newest receipt of each trainer, as one node keeps them. Does no I/O."""
+
+    def __init__(self, swarm_id: str, node: PeerID, most: int = MAX_TRAINERS) -> None:
+        self.has_changed = False
+        """Since it was saved."""
+        self._swarm_id = swarm_id
+        self._node = node
+        self._most = most
+        self._receipts: dict[PeerID, Receipt] = {}
+        self._served = BoundedDict[PeerID, None](_CALLERS)
+        self._ordered: list[Receipt] | None = None
+        self.signed = SignedWork()
+        """The sum of all receipts."""
+
+    @property
+    def share(self) -> float | None:
+        """Of the pairs that these trainers had answered by all nodes, the part that is this node's."""
+        most = sum(receipt.all_pairs for receipt in self._receipts.values())
+        return self.signed.work.pairs / most if most else None
+
+    def note_served(self, caller: PeerID) -> None:
+        """It may sign from now on."""
+        self._served[caller] = None
+
+    def take(self, receipt: Receipt, done: Work) -> bool:
+        """Keeps a receipt that is newer than the last one of its trainer, and returns whether it was.
+
+        `done`: the node's own count of all its work. Raises ExpertError (FAILED_PRECONDITION) if this node can't have
+        done that.
+        """
+        held = self._receipts.get(receipt.trainer)
+        before = Work() if held is None else held.work
+        if receipt.work <= before:
+            return False
+        if held is None and receipt.trainer not in self._served:
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION, "you have not called this node since it started"
+            )
+        for name in ("pairs", "queries"):
+            # twice: the node may have lost what it did last
+            if getattr(receipt.work, name) > getattr(before, name) + 2 * getattr(done, name) + SLACK:
+                raise ExpertError(
+                    StatusCode.FAILED_PRECONDITION, f"that is more {name} than this node has answered"
+                )
+        self._keep(receipt)
+        return receipt.trainer in self._receipts
+
+    def page(self, offset: int) -> credit_pb2.ListReply:
+        """The receipts from this one on, those for the most work first."""
+        if self._ordered is None:
+            self._ordered = sorted(self._receipts.values(), key=_most_first)
+        some = self._ordered[offset : offset + PAGE]
+        return credit_pb2.ListReply(receipts=(receipt.signed for receipt in some), total=len(self._ordered))
+
+    def serialize(self) -> bytes:
+        """All receipts, as `restore` takes them."""
+        return credit_pb2.ListReply(
+            receipts=(receipt.signed for receipt in self._receipts.values())
+        ).SerializeToString()
+
+    def restore(self, data: bytes) -> None:
+        """Keeps the receipts that were saved and still verify. Raises RecordError for what was never saved so."""
+        try:
+            saved = credit_pb2.ListReply.FromString(data)
+        except DecodeError as error:
+            raise RecordError("it can't be parsed") from error
+        for signed in saved.receipts[: self._most]:
+            receipt = check_receipt(signed, self._swarm_id, self._node)
+            held = self._receipts.get(receipt.trainer)
+            if held is None or held.work < receipt.work:
+                self._keep(receipt)
+        self.has_changed = False
+
+    def _keep(self, receipt: Receipt) -> None:
+        self._receipts[receipt.trainer] = receipt
+        if len(self._receipts) > self._most:
+            del self._receipts[max(self._receipts.values(), key=_most_first).trainer]
+        self.signed, self._ordered, self.has_changed = total_of(self._receipts.values()), None, True
+
+
+def _most_first(receipt: Receipt) -> tuple[int, int, bytes]:
+    return -receipt.work.pairs, -receipt.work.queries, receipt.trainer.to_bytes()
+
+
+class ReceiptFile:
+    """A node's receipts on disk."""
+
+    def __init__(self, path: Path, book: ReceiptBook) -> None:
+        self._path = path
+        self._book = book
+
+    async def open(self) -> None:
+        """Reads the file. One that is missing or broken counts as no receipts: trainers that still train sign anew."""
+        try:
+            await asyncio.to_thread(self._read)
+        except FileNotFoundError:
+            pass
+        except (OSError, RecordError) as error:
+            logger.warning("%s can't be read, and trainers must sign again: %s", self._path, error)
+
+    async def save(self) -> None:
+        """Writes the file if there is something new, whole or not at all. A full disk is a warning."""
+        if not self._book.has_changed:
+            return
+        data, self._book.has_changed = self._book.serialize(), False
+        try:
+            await asyncio.to_thread(self._write, data)
+        except OSError as error:
+            self._book.has_changed = True
+            logger.warning("could not write %s: %s", self._path, error)
+
+    async def keep_saved(self) -> None:
+        """For ever."""
+        while True:
+            await asyncio.sleep(_SAVE_EVERY_S)
+            await self.save()
+
+    def _read(self) -> None:
+        with self._path.open("rb") as file:
+            self._book.restore(file.read(MAX_TRAINERS * (MAX_RECEIPT_BYTES + 8)))
+
+    def _write(self, data: bytes) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(self._path, data)
+
+
+Context = grpc.aio.ServicerContext[credit_pb2.SignedReceipt, credit_pb2.GiveReply]
+ListContext = grpc.aio.ServicerContext[credit_pb2.ListRequest, credit_pb2.ListReply]
+
+
+class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Takes receipts from trainers, and gives them to whoever asks."""
+
+    def __init__(
+        self,
+        book: ReceiptBook,
+        swarm_id: str,
+        node: PeerID,
+        sessions: Sessions,
+        admission: SwarmAdmission,
+        done: Callable[[], Work],
+        up: RateLimit,
+        metrics: CollectorRegistry | None = None,
+    ) -> None:
+        """`done`: the node's own count of all its work. `up`: how fast answers may go."""
+        outcomes = Counter(
+            "talkoot_receipts", "Receipts that trainers gave, by outcome.", ["outcome"], registry=metrics
+        )
+        self.outcomes = start_at_zero(outcomes, "kept", "old", "refused")
+        self._book = book
+        self._swarm_id = swarm_id
+        self._node = node
+        self._sessions = sessions
+        self._admission = admission
+        self._done = done
+        self._up = up
+        self._given = TokenBuckets[PeerID](1 / _GIVEN_EVERY_S, _GIVEN_AT_ONCE, _CALLERS)
+        self._lists = FairTurns(_LISTS_PER_S, _LISTS_AT_ONCE)
+
+    async def Give(self, request: credit_pb2.SignedReceipt, context: Context) -> credit_pb2.GiveReply:
+        outcome = "refused"
+        try:
+            async with abort_on_error(context):
+                rights = session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_MEMORY
+                kept = self._take(request, self._sessions.require(context, *rights).caller)
+                outcome = "kept" if kept else "old"
+                return credit_pb2.GiveReply(kept=kept)
+        finally:
+            self.outcomes.labels(outcome).inc()
+        raise AssertionError("abort raises")
+
+    async def List(self, request: credit_pb2.ListRequest, context: ListContext) -> credit_pb2.ListReply:
+        async with abort_on_error(context, _MAX_CALL_S, "too many ask for receipts now"):
+            require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
+            if not await self._lists.turn(near_of(context.peer()), context.peer()):
+                raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "too many ask for receipts now", 1.0)
+            reply = self._book.page(request.offset)
+            await self._up.take(reply.ByteSize())
+            return reply
+        raise AssertionError("abort raises")
+
+    def _take(self, signed: credit_pb2.SignedReceipt, caller: PeerID) -> bool:
+        """Raises ExpertError, and WireError."""
+        now = time.monotonic()
+        if wait_s := self._given.wait_s(caller, now):
+            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "receipts come too often", wait_s)
+        self._given.take(caller, 1, now)
+        try:
+            receipt = check_receipt(signed, self._swarm_id, self._node)
+            if receipt.trainer != caller:
+                raise RecordError("the receipt is another trainer's")
+            self._admission.signer_of(caller, receipt.badge)
+        except RecordError as error:
+            raise WireError(str(error)) from error
+        return self._book.take(receipt, self._done())

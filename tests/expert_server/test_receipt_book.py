@@ -1,0 +1,137 @@
+"""What a node keeps of receipts: the newest of each trainer, within bounds, and through restarts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from callers import numbered_identity
+from grpc import StatusCode
+from hypothesis import given
+from hypothesis import strategies as st
+from receipts import histories, peer, receipt
+
+from dht.receipts import SignedWork, Work, sign_receipt, total_of
+from expert_server.credit import PAGE, SLACK, ReceiptBook, ReceiptFile
+from peer.errors import ExpertError
+from peer.loop import LoopThread
+from peer.wire import credit_pb2
+
+SWARM = "sauna-QmFounder"
+MUCH = Work(pairs=10**9, queries=10**9)
+NODE = numbered_identity(2)
+
+
+def book(*callers: int, most: int = 512) -> ReceiptBook:
+    made = ReceiptBook(SWARM, NODE.peer_id, most)
+    for caller in callers:
+        made.note_served(peer(caller))
+    return made
+
+
+@given(st.lists(histories(), min_size=1, max_size=4), st.data())
+def test_repeated_reordered_and_old_receipts_add_nothing(
+    trainers: Sequence[Sequence[Work]], data: st.DataObject
+) -> None:
+    kept = book(*range(len(trainers)))
+    offers = [receipt(number, work) for number, history in enumerate(trainers) for work in history]
+    for offer in data.draw(st.lists(st.sampled_from(offers))) + data.draw(st.permutations(offers)):
+        kept.take(offer, MUCH)
+    newest = [receipt(number, history[-1]) for number, history in enumerate(trainers)]
+    assert kept.signed == total_of(newest)
+    assert all(not kept.take(offer, MUCH) for offer in offers)
+    assert kept.signed == total_of(newest)
+
+
+def test_what_a_node_can_have_done_is_kept_and_more_is_refused() -> None:
+    kept, done = book(1), Work(pairs=1000, queries=10)
+    assert kept.take(receipt(1, Work(pairs=1000)), done)
+    assert kept.take(
+        receipt(1, Work(pairs=3000 + SLACK)), done
+    )  # it may have been killed since it saved its count
+    for work in (Work(pairs=5001 + 2 * SLACK), Work(pairs=3001 + SLACK, queries=21 + SLACK)):
+        with pytest.raises(ExpertError, match=r"more .* than this node") as caught:
+            kept.take(receipt(1, work), done)
+        assert caught.value.status is StatusCode.FAILED_PRECONDITION
+    assert kept.signed.work.pairs == 3000 + SLACK
+
+
+def test_a_trainer_that_never_called_signs_nothing() -> None:
+    kept = book(1)
+    with pytest.raises(ExpertError, match="not called this node"):
+        kept.take(receipt(2, Work(pairs=1)), MUCH)
+    assert kept.signed == SignedWork()
+
+
+def test_of_too_many_the_one_for_the_least_work_goes() -> None:
+    kept = book(*range(5), most=3)
+    assert [kept.take(receipt(number, Work(pairs=10 + number)), MUCH) for number in range(4)] == [True] * 4
+    assert not kept.take(receipt(4, Work(pairs=1)), MUCH)
+    assert kept.signed == SignedWork(Work(pairs=11 + 12 + 13), 3)
+
+
+@given(st.integers(0, 100), st.integers(0, 120))
+def test_pages_give_every_receipt_once_the_most_work_first(count: int, beyond: int) -> None:
+    kept = book(*range(count))
+    for number in range(count):
+        kept.take(receipt(number, Work(pairs=1 + number)), MUCH)
+    found = [page for offset in range(0, count, PAGE) for page in kept.page(offset).receipts]
+    assert [page.receipt for page in found] == [bytes([number]) for number in reversed(range(count))]
+    assert kept.page(beyond).total == count
+    assert len(kept.page(beyond).receipts) == min(PAGE, max(0, count - beyond))
+
+
+def test_its_share_is_of_what_its_trainers_had_answered() -> None:
+    kept = book(1, 2)
+    assert kept.share is None
+    kept.take(receipt(1, Work(pairs=10), all_pairs=100), MUCH)
+    kept.take(receipt(2, Work(pairs=30), all_pairs=60), MUCH)
+    assert kept.share == 40 / 160
+
+
+def test_receipts_outlive_the_node(loop: LoopThread, tmp_path: Path) -> None:
+    path, before = tmp_path / "receipts" / SWARM, book()
+    for number in (1, 3):
+        trainer = numbered_identity(number)
+        before.note_served(trainer.peer_id)
+        signed = sign_receipt(trainer, SWARM, NODE.peer_id, Work(pairs=number, updates=1), 50)
+        before.restore(saved(signed))
+    before.has_changed = True
+    loop.run(ReceiptFile(path, before).save(), 120)
+    assert not before.has_changed
+    after = book()
+    loop.run(ReceiptFile(path, after).open(), 120)
+    assert after.signed == before.signed == SignedWork(Work(pairs=4, updates=2), 2)
+    assert after.page(0) == before.page(0)
+
+
+def saved(*signed: credit_pb2.SignedReceipt) -> bytes:
+    return credit_pb2.ListReply(receipts=signed).SerializeToString()
+
+
+@pytest.mark.parametrize("how", ["absent", "nonsense", "another node's", "a folder"])
+def test_a_broken_file_counts_as_no_receipts(
+    loop: LoopThread, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "receipts"
+    if how == "nonsense":
+        path.write_bytes(b"\xff" * 100)
+    elif how == "another node's":
+        signed = sign_receipt(numbered_identity(1), SWARM, numbered_identity(3).peer_id, Work(pairs=1), 1)
+        path.write_bytes(saved(signed))
+    elif how == "a folder":
+        path.mkdir()
+    opened = book()
+    loop.run(ReceiptFile(path, opened).open(), 120)
+    assert opened.signed == SignedWork()
+    assert ("must sign again" in caplog.text) is (how != "absent")
+
+
+def test_a_disk_that_cannot_be_written_is_a_warning(
+    loop: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("a file in the folder's place")
+    kept = book(1)
+    kept.take(receipt(1, Work(pairs=1)), MUCH)
+    loop.run(ReceiptFile(tmp_path / "file" / "receipts", kept).save(), 120)
+    assert "could not write" in caplog.text
+    assert kept.has_changed

@@ -1,0 +1,244 @@
+"""What nodes have done for this trainer, and the receipts that it signs for that.
+
+Whoever uses an answer in time notes it in the `CreditAccounts`. `ReceiptSender` signs what is new, for each node at
+most once a minute, and gives it to the node in the session that the trainer has with it anyway.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter
+from pydantic import BaseModel, ConfigDict, Field
+
+from dht.announcements import NodeInfo
+from dht.receipts import MOST, Work, sign_receipt
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError, UnreachableError
+from peer.files import write_atomically
+from peer.formatting import printable
+from peer.identity import Identity, PeerID
+from peer.metrics import start_at_zero
+from peer.rpc.calls import make_stub
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import Admission, SessionClient
+from peer.wire import credit_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+MAX_NODES = 1024
+"""Accounts that are kept, those of the nodes that worked last."""
+EVERY_S = 60.0
+"""Between two receipts for one node. No announcement of it comes much later."""
+_LOOK_EVERY_S = 10.0
+_AT_ONCE = 16
+_DEADLINE_S = 10.0
+_FAREWELL_S = 2.0
+"""Longest that a trainer that leaves gives receipts."""
+_MAX_FILE_BYTES = 512 * 1024
+_Total = Annotated[int, Field(ge=0, le=MOST)]
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    all_pairs: _Total
+    nodes: Annotated[dict[str, tuple[_Total, _Total, _Total, _Total, _Total]], Field(max_length=MAX_NODES)]
+    """By PeerID, the totals in the order of `Work`."""
+
+
+@dataclass
+class _Account:
+    work: Work
+    signed: Work
+    """What the last receipt said, or as it was when the trainer started."""
+    node: NodeInfo | None = None
+    """As it was called last in this run."""
+    tried_at: float = float("-inf")
+    takes_none: bool = False
+    """It is of a release that knows no receipts."""
+
+
+class CreditAccounts:
+    """What each node has done for this trainer, over all its runs. Belongs to the loop's thread."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """`path`: the file that keeps them; None: no file."""
+        self._path = path
+        self._accounts = BoundedDict[PeerID, _Account](MAX_NODES)
+        self.all_pairs = 0
+        """That all nodes have answered, those that are forgotten by now, too."""
+        self._has_changed = False
+
+    def note(
+        self,
+        node: NodeInfo,
+        *,
+        pairs: int = 0,
+        updates: int = 0,
+        queries: int = 0,
+        checks_passed: int = 0,
+        checks_failed: int = 0,
+    ) -> None:
+        """Adds what a node has done now, as `Work` names it."""
+        work = Work(pairs, updates, queries, checks_passed, checks_failed)
+        if work == Work():
+            return
+        account = self._accounts.get(node.peer_id) or _Account(Work(), Work())
+        account.work, account.node = (account.work + work).capped(), node
+        self._accounts[node.peer_id] = account
+        self.all_pairs = min(self.all_pairs + pairs, MOST)
+        self._has_changed = True
+
+    def work_of(self, node: PeerID) -> Work:
+        """All that it has done."""
+        account = self._accounts.get(node)
+        return Work() if account is None else account.work
+
+    def due(self, before: float) -> Iterable[tuple[NodeInfo, _Account]]:
+        """The nodes with unsigned work that were not given a receipt since that time, longest ago first."""
+        found = [
+            (account.node, account)
+            for account in self._accounts.values()
+            if account.node is not None
+            and account.tried_at <= before
+            and account.work.is_sane
+            and account.work > account.signed
+            and not account.takes_none
+        ]
+        return sorted(found, key=lambda each: each[1].tried_at)
+
+    async def open(self) -> None:
+        """Reads the file. If it is missing or broken, all is counted anew."""
+        if self._path is None:
+            return
+        try:
+            saved = await asyncio.to_thread(self._read, self._path)
+            works = {PeerID.from_base58(name): Work(*totals) for name, totals in saved.nodes.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+            logger.warning(
+                "%s can't be read, credit is counted anew: %s", self._path, str(error).split("\n")[0]
+            )
+        else:
+            self.all_pairs = saved.all_pairs
+            for peer_id, work in works.items():
+                self._accounts[peer_id] = _Account(work, work)
+
+    async def save(self) -> None:
+        """Writes the file, whole or not at all. A full disk is a warning."""
+        if self._path is None or not self._has_changed:
+            return
+        nodes = {peer_id.to_base58(): astuple(a.work) for peer_id, a in self._accounts.items()}
+        data = _Saved(all_pairs=self.all_pairs, nodes=nodes).model_dump_json().encode()
+        self._has_changed = False
+        try:
+            await asyncio.to_thread(self._write, self._path, data)
+        except OSError as error:
+            self._has_changed = True
+            logger.warning("could not write %s: %s", self._path, error)
+
+    @staticmethod
+    def _read(path: Path) -> _Saved:
+        with path.open("rb") as file:
+            return _Saved.model_validate_json(file.read(_MAX_FILE_BYTES))
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, data)
+
+
+class ReceiptSender:
+    """Signs for nodes. `run` it as a task of the loop, and `close` it while calls can still be made."""
+
+    def __init__(
+        self,
+        accounts: CreditAccounts,
+        identity: Identity,
+        swarm_id: str,
+        admission: Admission,
+        channels: ChannelPool,
+        sessions: SessionClient,
+        *,
+        every_s: float = EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: CollectorRegistry | None = None,
+    ) -> None:
+        """`admission`: has this trainer's badge. `sessions`: with RIGHT_FORWARD."""
+        outcomes = Counter(
+            "talkoot_trainer_receipts",
+            "Receipts signed for nodes, by outcome.",
+            ["outcome"],
+            registry=metrics,
+        )
+        self.outcomes = start_at_zero(outcomes, "given", "failed")
+        self._accounts = accounts
+        self._identity = identity
+        self._swarm_id = swarm_id
+        self._admission = admission
+        self._channels = channels
+        self._sessions = sessions
+        self._every_s = every_s
+        self._clock = clock
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            await asyncio.sleep(min(_LOOK_EVERY_S, self._every_s))
+            await self.give(self._clock() - self._every_s, _DEADLINE_S)
+
+    async def close(self) -> None:
+        """Gives what is not signed yet, as far as that goes quickly, and saves the accounts."""
+        try:
+            async with asyncio.timeout(_FAREWELL_S):
+                while await self.give(self._clock(), _FAREWELL_S):
+                    pass
+        except TimeoutError:
+            logger.debug("some nodes were left without a last receipt")
+        await self._accounts.save()
+
+    async def give(self, before: float, deadline_s: float) -> int:
+        """Signs for some nodes that were not given a receipt since that time. Returns for how many it tried."""
+        # first, so that a receipt never says more than the file
+        await self._accounts.save()
+        due = list(islice(self._accounts.due(before), _AT_ONCE))
+        await asyncio.gather(*(self._give(node, account, deadline_s) for node, account in due))
+        return len(due)
+
+    async def _give(self, node: NodeInfo, account: _Account, deadline_s: float) -> None:
+        account.tried_at, work = self._clock(), account.work
+        receipt = sign_receipt(
+            self._identity,
+            self._swarm_id,
+            node.peer_id,
+            work,
+            max(self._accounts.all_pairs, work.pairs),
+            self._admission.badge,
+        )
+        outcome = "failed"
+        try:
+            async with asyncio.timeout(deadline_s):
+                channel = await self._channels.reach(node)
+                session = await self._sessions.metadata(node.peer_id, channel, deadline_s)
+                stub = make_stub(credit_pb2_grpc.CreditServiceStub, channel)
+                await stub.Give(receipt, timeout=deadline_s, metadata=session)
+            account.signed, outcome = work, "given"
+        except grpc.aio.AioRpcError as error:
+            if error.code() is StatusCode.UNAUTHENTICATED:
+                self._sessions.ended(node.peer_id, session)
+            account.takes_none = error.code() is StatusCode.UNIMPLEMENTED
+            said = printable(error.details() or "")
+            logger.debug("node %s took no receipt: %s: %s", node.peer_id, error.code().name, said)
+        except (ExpertError, UnreachableError, TimeoutError) as error:
+            logger.debug("node %s took no receipt: %s", node.peer_id, error)
+        finally:
+            self.outcomes.labels(outcome).inc()
