@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up a virtual environment in .venv the first time.
+# `make demo` and `make test` set up a virtual environment in .venv the first time. The demo needs less of it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ SOURCES := $(FLOORS) tests benchmarks docs deploy examples tools
 
 .PHONY: demo test lint figures proto vectors settings picture recording release-fixture clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/runs
 	$(BIN)/talkoot demo
 
 test: $(VENV)/installed lint
@@ -46,17 +46,22 @@ picture: $(VENV)/installed
 	$(BIN)/python docs/headline_picture.py > docs/img/headline.svg
 
 # Plays the demo, and writes down what the terminal showed. It takes a minute or two; close other programs first.
-recording: $(VENV)/installed
+recording: $(VENV)/runs
 	$(BIN)/python docs/recording.py > docs/img/demo.svg
 
 # Records this code as release VERSION for the tests of upgrades: `make release-fixture VERSION=0.2.0`.
 release-fixture: $(VENV)/installed
 	$(BIN)/python -W ignore tests/releases/make_release.py $(VERSION)
 
-$(VENV)/installed: pyproject.toml
+# What Talkoot needs, and with what its checks and tests need.
+$(VENV)/runs: pyproject.toml tools/install.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python tools/install.py .
+	touch $@
+
+$(VENV)/installed: $(VENV)/runs
+	$(BIN)/python tools/install.py '.[test]'
 	touch $@
 
 clean:
