@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FLOORS := peer dht expert_server trainer_client talkoot
+PAGES := $(wildcard *.md docs/*.md)
 SOURCES := $(FLOORS) tests benchmarks docs deploy examples tools
 
 .PHONY: demo test lint figures proto vectors settings picture recording release-fixture clean
@@ -20,6 +21,8 @@ lint: $(VENV)/installed
 	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin $(FLOORS)
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 $(FLOORS)
 	$(BIN)/lint-imports
+	$(BIN)/codespell $(SOURCES) $(PAGES) proto
+	$(BIN)/proselint check $(PAGES)
 
 # Prints how large and how tangled the code is; with AGAINST=REVISION, beside that of a commit.
 figures:

@@ -96,7 +96,7 @@ def record(command: Sequence[str]) -> list[Frame]:
 
 
 def picture(frames: Sequence[Frame]) -> str:
-    """The frames as an SVG that plays them for ever. Equal lines of frames that follow each other are drawn once."""
+    """The frames as an SVG that plays them forever. Equal lines of frames that follow each other are drawn once."""
     rows = max(len(frame.lines) for frame in frames)
     ends = [frame.at_s / _SPEED for frame in frames[1:]]
     total = ends[-1] + _REST_S
