@@ -344,6 +344,7 @@ class TrainCommand(SettingsCommand):
             "preset",
             "router",
             "average_every",
+            "memory",
             "seed",
             "threads",
         ),
@@ -358,10 +359,11 @@ class TrainCommand(SettingsCommand):
         return {TrainerSettings: _all_settings(TrainerSettings)}
 
 
-_TRAINED_MODEL = ("checkpoint", "wait_for_experts_s", "threads", "state", "p2pd")
-_TRAINED_MODEL_SHOWN = ("join", "checkpoint", "state", "threads", "wait_for_experts_s")
+_TRAINED_MODEL = ("checkpoint", "memory", "wait_for_experts_s", "threads", "state", "p2pd")
+_TRAINED_MODEL_SHOWN = ("join", "checkpoint", "memory", "state", "threads", "wait_for_experts_s")
 _TRAINED_MODEL_HELP = {
     "state": "The trainer's state folder, where its checkpoints are.",
+    "memory": "Another memory for a model that reads one, by name or id.",
     "wait_for_experts_s": "How long to wait for the first live expert.",
 }
 

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dht.memory import Passage
 from peer.errors import DataError
 from peer.identity import PeerID
 from trainer_client.model import LanguageModel, SequenceState
+from trainer_client.retrieval.lookup import Find, Neighbours
 
 _LONGEST_PAUSE = 16
 """While experts are trained, what they keep is soon of no use: then most tokens are computed without an attempt."""
@@ -43,6 +45,9 @@ class Decoding:
         """How often each node did not keep the sequence."""
         self._pause = 0
         """Tokens for which nothing is kept, before the next attempt."""
+        self._neighbours: dict[tuple[int, ...], Neighbours] = {}
+        """Of each whole chunk of the tokens."""
+        self._read: dict[Passage, None] = {}
 
     @property
     def avoided(self) -> frozenset[PeerID]:
@@ -56,6 +61,12 @@ class Decoding:
             self._state = None
         self.tokens.append(token)
 
+    def take_read(self) -> tuple[Passage, ...]:
+        """The passages that the model was given since the last time, each once."""
+        passages = tuple(self._read)
+        self._read.clear()
+        return passages
+
     def end(self) -> None:
         """Frees what is kept for the sequence. May be called twice."""
         self._state = self._logits = None
@@ -64,11 +75,20 @@ class Decoding:
 class Decoder:
     """Computes what follows each sequence as if it were alone. Belongs to one thread."""
 
-    def __init__(self, model: LanguageModel, is_usable: Callable[[], bool] = lambda: True) -> None:
-        """`is_usable` is asked after each computation whether its result counts; if not, it is repeated."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        is_usable: Callable[[], bool] = lambda: True,
+        find: Find | None = None,
+    ) -> None:
+        """`is_usable` is asked after each computation whether its result counts; if not, it is repeated.
+
+        `find`: passages for chunks of the text, for a model that reads a memory; None: it reads nothing.
+        """
         model.eval()
         self._model = model
         self._is_usable = is_usable
+        self._find = find
 
     def begin(self, prompt: Sequence[int]) -> Decoding:
         """Of a prompt that is longer than the context the model sees the last tokens.
@@ -118,7 +138,8 @@ class Decoder:
         for each in sequences:
             each._state = None  # a computation that fails leaves a state that is of no use
         new = [each.tokens[state.length :] for each, state in zip(sequences, states, strict=True)]
-        logits_SV = self._model.extend(new, states)
+        read = self._read(sequences, [state.length for state in states])
+        logits_SV = self._model.extend(new, states, read) if read else self._model.extend(new, states)
         if not self._is_usable():
             return
         for each, state, tokens, logits_V in zip(sequences, states, new, logits_SV, strict=True):
@@ -137,7 +158,34 @@ class Decoder:
     def _compute(self, sequences: Sequence[Decoding]) -> None:
         """Computes whole sequences of one length."""
         tokens_ST = torch.tensor([each.tokens for each in sequences])
-        logits_SV = self._model(tokens_ST)[:, -1].float()
+        read = self._read(sequences, [0] * len(sequences))
+        logits_STV = self._model(tokens_ST, torch.stack(read)) if read else self._model(tokens_ST)
+        logits_SV = logits_STV[:, -1].float()
         if self._is_usable():
             for each, logits_V in zip(sequences, logits_SV, strict=True):
                 each._logits = logits_V
+
+    def _read(self, sequences: Sequence[Decoding], lengths: Sequence[int]) -> list[Tensor]:
+        """Neighbours of the chunks of each that end after so many tokens, [U, N, L]. None at all if it reads none."""
+        if self._find is None or self._model.retrieval is None:
+            return []
+        spec = self._model.retrieval.spec
+        chunks = [
+            [tuple(each.tokens[at : at + spec.chunk]) for at in range(0, len(each.tokens), spec.chunk)][
+                : spec.chunks(len(each.tokens))
+            ]
+            for each in sequences
+        ]
+        known = {chunk: found for each in sequences for chunk, found in each._neighbours.items()}
+        unknown = list({chunk for some in chunks for chunk in some} - known.keys())
+        if unknown:
+            known |= dict(zip(unknown, self._find(unknown), strict=True))
+        read = []
+        for each, some, length in zip(sequences, chunks, lengths, strict=True):
+            for chunk in some:
+                if chunk not in each._neighbours:
+                    each._read |= dict.fromkeys(known[chunk].passages)
+            each._neighbours = {chunk: known[chunk] for chunk in some}
+            new = [known[chunk].tokens_NL for chunk in some[spec.chunks(length) :]]
+            read.append(torch.stack(new) if new else spec.nothing(0))
+        return read

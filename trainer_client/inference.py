@@ -17,6 +17,7 @@ from peer.formatting import counted
 from trainer_client.data.tokenizer import Tokens
 from trainer_client.decoding import Decoder
 from trainer_client.model import LanguageModel
+from trainer_client.retrieval.lookup import Find
 from trainer_client.settings import Sampling
 from trainer_client.training.record import bits_per_byte, perplexity
 
@@ -29,12 +30,14 @@ def generate(
     prompt: Sequence[int],
     sampling: Sampling,
     is_usable: Callable[[], bool] = lambda: True,
+    find: Find | None = None,
 ) -> Iterator[int]:
     """Yields the tokens that follow the prompt.
 
-    `is_usable`: as for `Decoder`. Raises DataError if the prompt is shorter than the model was trained to continue.
+    `is_usable`, `find`: as for `Decoder`. Raises DataError if the prompt is shorter than the model was trained to
+    continue.
     """
-    decoder, generator = Decoder(model, is_usable), make_generator(sampling.seed)
+    decoder, generator = Decoder(model, is_usable, find), make_generator(sampling.seed)
     sequence = decoder.begin(prompt)
     try:
         for _ in range(sampling.max_tokens):
@@ -126,11 +129,13 @@ def evaluate(
     token_bytes: Sequence[bytes],
     batch_size: int,
     observe: Callable[[int], bool] = lambda done: True,
+    neighbours: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Predicts each token once, from those before it in its piece of the text. A piece is as long as the context.
 
     `observe` is told after each batch how many tokens are done, and returns whether the batch counts; if not, it is
-    computed again. Raises DataError if the text is too short, and UserError if the loss is not finite.
+    computed again. `neighbours`: of a batch, for a model that reads a memory. Raises DataError if the text is too
+    short, and UserError if the loss is not finite.
     """
     first = model.first_scored
     check_length(tokens, first)
@@ -139,9 +144,10 @@ def evaluate(
     nats, done, size = 0.0, 0, 0
     for sequences_BT in pieces(tokens, model.context, batch_size, first):
         targets = sequences_BT[:, first:].numpy()
-        loss = model.loss(sequences_BT).item()
+        given = () if neighbours is None else (neighbours(sequences_BT),)
+        loss = model.loss(sequences_BT, *given).item()
         while not observe(done + targets.size):
-            loss = model.loss(sequences_BT).item()
+            loss = model.loss(sequences_BT, *given).item()
         nats += loss * targets.size
         done += targets.size
         size += int(bytes_of[targets].sum())

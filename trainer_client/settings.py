@@ -17,6 +17,7 @@ from peer.settings import (
     PeerName,
     RoleSettings,
     describe_validation_error,
+    several,
 )
 from peer.transport.endpoints import HostName
 
@@ -163,6 +164,29 @@ class TrainerSettings(RoleSettings):
         le=10,
         allow_inf_nan=False,
         description="scale of the gate's initial weights, for switch: their variance is this divided by hidden",
+    )
+    memory: str | None = Field(
+        default=None,
+        min_length=1,
+        description="memory of the swarm, by name or id: the model reads passages of it while it learns and while it "
+        "writes; unset: none",
+    )
+    memory_chunk: int = Field(
+        default=64, ge=4, le=1024, description="tokens of the text for which passages are looked up together"
+    )
+    memory_passages: int = Field(default=2, ge=1, le=8, description="passages that are read for each chunk")
+    memory_length: int = Field(
+        default=128, ge=4, le=1024, description="tokens that are read of each passage, from its beginning on"
+    )
+    memory_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(several)] = Field(
+        default=(), description="layers of the model that read, from 0; unset: the middle one"
+    )
+    memory_overlap: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the runs of eight words in the text to be predicted that a passage may have, too, while "
+        "the model learns; passages of the text's own document are never read",
     )
     call_deadline_s: float = Field(
         default=10.0,

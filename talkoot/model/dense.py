@@ -9,7 +9,7 @@ from dht.admission import EXPORT
 from dht.announcements import TrainerInfo
 from dht.manifest import Manifest
 from dht.swarm import Swarm
-from peer.errors import SettingsError, SwarmError
+from peer.errors import ModelError, SettingsError, SwarmError
 from peer.formatting import counted
 from peer.medoid import COMPARED
 from talkoot.model.folder import FolderRouting, dense_forms
@@ -48,6 +48,11 @@ def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) 
     """`checkpoint`: of a run in this swarm, whose settings the client has. Raises UserError if it does not fit."""
     checkpoint.check_manifest(client.manifest)
     header = checkpoint.header
+    if header.settings.get("memory") is not None:
+        raise ModelError(
+            f"this run's model reads the memory {header.settings['memory']}, and model folders are of models that read "
+            "none: use it with `talkoot generate` or `talkoot serve`, or train one without --memory"
+        )
     tokenizer = load_tokenizer(header.tokenizer)
     routing = _anywhere(Routing.of(client.settings, client.manifest, 0))
     model = _model(client, routing, tokenizer, experts)

@@ -18,6 +18,8 @@ _MOST_STOPS, _LONGEST_STOP = 4, 256
 _MOST_ALTERNATIVES = 20
 _MOST_MESSAGES = 1024
 _MOST_NODES = 64
+_MOST_SOURCES = 64
+"""That are named for an answer, the first that were read."""
 _MOST_MISTAKES = 1000
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 256
 """Generated where the request does not say how many."""
@@ -242,6 +244,7 @@ class Reply:
         self._wants_usage = wants_usage
         self._tokens = 0
         self._nodes: set[str] = set()
+        self._sources: dict[tuple[str, str, str], None] = {}
 
     def whole(self, piece: Piece) -> Json:
         """`piece`: the whole answer."""
@@ -275,6 +278,9 @@ class Reply:
     def _count(self, piece: Piece) -> None:
         self._tokens += piece.tokens
         self._nodes |= piece.nodes
+        for each in piece.read:
+            if len(self._sources) < _MOST_SOURCES:
+                self._sources[each.title, each.source, each.license] = None
 
     def _usage(self) -> Json:
         return {
@@ -284,8 +290,14 @@ class Reply:
         }
 
     def _extension(self) -> Json:
-        """What OpenAI's answers do not have: the nodes of the swarm whose experts answered."""
-        return {"talkoot": {"nodes": sorted(self._nodes)[:_MOST_NODES]}} if self._nodes else {}
+        """What OpenAI's answers do not have: the nodes whose experts answered, and what the model read."""
+        said: Json = {}
+        if self._nodes:
+            said["nodes"] = sorted(self._nodes)[:_MOST_NODES]
+        if self._sources:
+            keys = ("title", "source", "license")
+            said["sources"] = [dict(zip(keys, each, strict=True)) for each in self._sources]
+        return {"talkoot": said} if said else {}
 
     def _answer(self, piece: Piece) -> Json:
         raise NotImplementedError

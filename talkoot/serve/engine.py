@@ -13,6 +13,7 @@ from typing import Self
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
+from dht.memory import Passage
 from peer.errors import TalkootError, UserError
 from peer.formatting import counted
 from peer.metrics import SECONDS, start_at_zero
@@ -67,6 +68,8 @@ class Piece:
     """Why the answer is over: "stop" or "length"; None while it goes on."""
     nodes: frozenset[str] = frozenset()
     """The nodes whose experts answered meanwhile."""
+    read: tuple[Passage, ...] = ()
+    """Passages that the model was given meanwhile."""
 
     @classmethod
     def joined(cls, pieces: Sequence["Piece"]) -> Self:
@@ -77,6 +80,7 @@ class Piece:
             tuple(chain.from_iterable(piece.scored for piece in pieces)),
             pieces[-1].finish,
             frozenset().union(*(piece.nodes for piece in pieces)),
+            tuple(chain.from_iterable(piece.read for piece in pieces)),
         )
 
 
@@ -142,7 +146,7 @@ class Stream:
         if not self._left and not self._text.has_stopped:
             text += self._text.finish()
         finish = "stop" if self._text.has_stopped else None if self._left else "length"
-        return Piece(text, 1, self._certain(finish), finish, nodes)
+        return Piece(text, 1, self._certain(finish), finish, nodes, self.decoding.take_read())
 
     def _certain(self, finish: str | None) -> tuple[ScoredToken, ...]:
         """The tokens whose text was given out, at least in part. The others may turn out to be of a stop sequence."""

@@ -17,6 +17,7 @@ from talkoot.train.trained import trained_model
 from trainer_client.data.tokenizer import Tokenizer
 from trainer_client.dispatch.batches import CallReply, ExpertCaller, NodeCall
 from trainer_client.model import LanguageModel
+from trainer_client.retrieval.lookup import Find
 from trainer_client.settings import TrainerSettings
 
 _WAIT_S = 10.0
@@ -40,6 +41,8 @@ class ServedModel:
     """Asked after each computation whether its result counts. May wait, and raise UserError."""
     nodes: Callable[[], frozenset[str]] = frozenset
     """Whose experts have answered since it was called last."""
+    find: Find | None = None
+    """Passages that the model reads while it writes; None: it reads none."""
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
@@ -103,6 +106,7 @@ def model_of_swarm(
             trained.client.dispatcher.live_experts,
             is_usable=partial(trained.client.has_experts, _WAIT_S),
             nodes=nodes.take,
+            find=trained.find,
         )
 
 

@@ -99,7 +99,7 @@ async def server(
         served = dataclasses.replace(served, name=settings.model_name)
     keys = read_keys(settings.api_key_file)
     engine = Engine(
-        Decoder(served.model, served.is_usable),
+        Decoder(served.model, served.is_usable, served.find),
         served.token_bytes,
         settings.max_streams,
         asyncio.get_running_loop(),

@@ -39,6 +39,7 @@ _COUNTS = frozenset(
             "wrong_answers",
         ),
         *("skipped_updates", "rollbacks", "averagings", "checkpoint"),
+        *("memory_failed_lookups", "memory_late_batches"),
     )
 )
 """Left out of the summary when they are 0, as in most runs."""

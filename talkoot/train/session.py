@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ from trainer_client.averaging.dense_part import SharedParameters
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel, require_memory
+from trainer_client.retrieval.attention import RetrievalSpec
+from trainer_client.retrieval.cache import NeighbourCache
+from trainer_client.retrieval.lookup import NeighbourLoader, NeighbourLookup
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointSaver, RunStart, prepare_run
 from trainer_client.training.loop import Training
@@ -98,6 +102,7 @@ def _train(
     try:
         run = _Run(terminal, signals, client, replace(start, settings=client.settings))
         values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
+        values |= run.read()
         folder = None if run.saver is None or not run.saver.saved_step else str(run.saver.folder)
         return values | {"checkpoint": folder, "stopped": signals.received is not None}
     finally:
@@ -121,6 +126,7 @@ class _Run:
         self._settings = settings = start.settings
         self._stop = threading.Event()
         manifest, token_bytes = client.manifest, start.tokenizer.token_bytes
+        spec = RetrievalSpec.of(settings, manifest.model)
         if start.checkpoint is not None:
             start.checkpoint.check_manifest(manifest)
         seed = client.own_seed if settings.seed is None else settings.seed
@@ -132,10 +138,19 @@ class _Run:
             client.wait_for_experts(settings.wait_for_experts_s, say, share=1 / manifest.experts_total)
             client.wait_for_experts(min(_ALL_EXPERTS_WITHIN_S, settings.wait_for_experts_s), say)
         require_memory(manifest, client.mixture, len(token_bytes), _COPIES)
-        make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes))
-        self._training = Training(make_model(), dataset, settings, make_model)
+        make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes), spec)
+        self._exits = ExitStack()
+        self._lookup: NeighbourLookup | None = None
+        loader = None
+        if spec is not None:
+            with terminal.stages("opening the memory"):
+                self._lookup = lookup = self._open_memory(client, spec, start)
+            # a step's gradient is the mean over several batches of this size
+            loader = NeighbourLoader(lookup, partial(dataset.batch, batch_size=settings.batch_size))
+            self._exits.callback(loader.close)
+        self._training = Training(make_model(), dataset, settings, make_model, loader)
         start.restore(self._training)
-        self._averaging = _begin_averaging(client, self._training.part, start)
+        self._averaging = _begin_averaging(client, self._training.part, start, spec)
         self.saver = (
             None if isinstance(client, LocalSwarm) else CheckpointSaver(start, self._training, manifest, seed)
         )
@@ -167,6 +182,7 @@ class _Run:
                 return self._training.run(observe, self._stop)
         finally:
             self._signals.ignore()
+            self._exits.close()
             if self.saver is not None:
                 self.saver.save()
             if self.saver is not None and (step := self.saver.saved_step):
@@ -174,6 +190,25 @@ class _Run:
                 logger.info("checkpoint of step %d in %s%s", step, self.saver.folder, more)
             if settings.plot is not None:
                 plot_losses(self._training.history, settings.plot)
+
+    def read(self) -> Mapping[str, float]:
+        """What the model's memory was asked, and what came of it."""
+        return {} if self._lookup is None else self._lookup.counts.values()
+
+    def _open_memory(self, client: Client, spec: RetrievalSpec, start: RunStart) -> NeighbourLookup:
+        """Raises UserError."""
+        settings = start.settings
+        if isinstance(client, LocalSwarm):
+            raise SettingsError(
+                "memory: a swarm's nodes host memories, and with --local there are none: pass --join"
+            )
+        cache = NeighbourCache(trainer_state(settings) / "neighbours")
+        self._exits.callback(cache.close)
+        memory = client.memory(settings.memory)
+        logger.info("the model reads the memory %s, of revision %d", memory.id, memory.revision)
+        return NeighbourLookup(
+            memory, start.tokenizer, spec, most_overlap=settings.memory_overlap, cache=cache
+        )
 
     def _averaged(self) -> dict[str, Any]:
         """The number of averagings, and those since the previous step."""
@@ -190,14 +225,17 @@ class _Run:
         logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
 
 
-def _begin_averaging(client: Client, part: SharedParameters, start: RunStart) -> Averaging | None:
+def _begin_averaging(
+    client: Client, part: SharedParameters, start: RunStart, spec: RetrievalSpec | None
+) -> Averaging | None:
     """Averages with other trainers. A new run starts from what they have trained, if so set, and so does a resumed one
     that is far behind. Raises UserError.
     """
     settings = start.settings
     if isinstance(client, LocalSwarm) or not settings.average_every:
         return None
-    averaging = client.average(part, start.tokenizer.to_json(), settings.router)
+    meanings = () if spec is None else (spec.meaning,)
+    averaging = client.average(part, start.tokenizer.to_json(), settings.router, *meanings)
     if settings.start_from == "swarm":
         age = client.take_whole(averaging)
         if age is not None:

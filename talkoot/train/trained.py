@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from dht.invites import invite_of
-from peer.errors import DataError
-from peer.formatting import counted
+from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, Passage
+from peer.errors import DataError, LibraryError, UnreachableError
+from peer.formatting import counted, printable
 from peer.metrics import total
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, escaped, to_json
@@ -40,6 +41,8 @@ from trainer_client.inference import (
     generate,
 )
 from trainer_client.model import LanguageModel, require_memory
+from trainer_client.retrieval.attention import RetrievalSpec
+from trainer_client.retrieval.lookup import Find, NeighbourLookup, Neighbours
 from trainer_client.settings import Sampling, TrainerSettings
 from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
 
@@ -63,6 +66,12 @@ class TrainedModel:
     """The step of its checkpoint."""
     folder: Path
     """For temporary files. Deleted with the model."""
+    lookup: NeighbourLookup | None = None
+    """Of the passages that the model reads; None: it reads none, or its memory is not there."""
+
+    @property
+    def find(self) -> Find | None:
+        return None if self.lookup is None else self.lookup.written
 
 
 @contextmanager
@@ -105,12 +114,31 @@ def trained_model(
                 client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=share)
             vocabulary = len(tokenizer.token_bytes)
             require_memory(client.manifest, client.mixture, vocabulary, 1)
-            model = LanguageModel(client.manifest, client.mixture, vocabulary)
+            spec = RetrievalSpec.of(settings, client.manifest.model)
+            model = LanguageModel(client.manifest, client.mixture, vocabulary, spec)
             checkpoint.load_into(model)
-            yield TrainedModel(model, tokenizer, client, settings, checkpoint.header.step, folder)
+            lookup = None if spec is None else _open_memory(terminal, client, settings, tokenizer, spec)
+            yield TrainedModel(model, tokenizer, client, settings, checkpoint.header.step, folder, lookup)
         finally:
             signals.ignore()
             client.close()
+
+
+def _open_memory(
+    terminal: Terminal,
+    client: SwarmClient,
+    settings: TrainerSettings,
+    tokenizer: Tokenizer,
+    spec: RetrievalSpec,
+) -> NeighbourLookup | None:
+    """None if the memory is not there: the model can do without, and worse."""
+    try:
+        with terminal.stages("opening the memory"):
+            memory = client.memory(settings.memory)
+    except (LibraryError, UnreachableError) as error:
+        logger.warning("the model reads nothing: %s. Another memory can be passed as --memory NAME", error)
+        return None
+    return NeighbourLookup(memory, tokenizer, spec, most_overlap=settings.memory_overlap)
 
 
 def run_evaluate(
@@ -160,7 +188,8 @@ def _evaluate(
 
         for name, tokens in texts.items():
             token_bytes, batch_size = trained.tokenizer.token_bytes, trained.settings.batch_size
-            found[name] = evaluate(trained.model, tokens, token_bytes, batch_size, observe)
+            neighbours = None if trained.lookup is None else trained.lookup.learned
+            found[name] = evaluate(trained.model, tokens, token_bytes, batch_size, observe, neighbours)
             done_before += found[name].tokens
     return found
 
@@ -217,21 +246,43 @@ def run_generate(
     """Raises UserError when it can't, and Stopped after a signal."""
     text = _read_prompt() if prompt == "-" else prompt.encode(errors="replace").decode()
     with trained_model(terminal, signals, join, settings) as trained:
+        read: dict[Passage, None] = {}
         try:
-            for piece in _text(trained, text, sampling):
+            for piece in _text(trained, text, sampling, read):
                 sys.stdout.write(_CONTROL.sub("\ufffd", piece))
                 sys.stdout.flush()
             sys.stdout.write("\n")
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for line in sources_of(read):
+            terminal.err.print(escaped(line))
         if rows := int(total(trained.client.dispatcher.metrics.unanswered_rows)):
             logger.warning(
                 "no expert answered for %s, so the text is worse than it could be", counted(rows, "row")
             )
 
 
-def _text(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
+def sources_of(passages: Iterable[Passage]) -> list[str]:
+    """What was read, for people: a line for each source, the first that was read first."""
+    lines = [
+        f"{printable(passage.title, MAX_LABEL_CHARACTERS)} ({printable(passage.source, MAX_LABEL_CHARACTERS)}, "
+        f"{printable(passage.license, MAX_LICENSE_CHARACTERS)})"
+        for passage in passages
+    ]
+    return [f"read: {line}" for line in dict.fromkeys(lines)]
+
+
+def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:
+    """`read`: takes the passages that the model was given."""
+    find = trained.find
+
+    def found(chunks: Sequence[Sequence[int]]) -> Sequence[Neighbours]:
+        assert find is not None
+        neighbours = find(chunks)
+        read.update((passage, None) for each in neighbours for passage in each.passages)
+        return neighbours
+
     tokens = trained.tokenizer.encode(prompt or "\n").tolist()
     context = trained.model.context
     if len(tokens) > context:
@@ -241,7 +292,8 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[st
             context,
             counted(len(tokens) - context, "token"),
         )
-    following = generate(trained.model, tokens, sampling, trained.client.has_experts)
+    usable = trained.client.has_experts
+    following = generate(trained.model, tokens, sampling, usable, None if find is None else found)
     return decoded(following, trained.tokenizer.token_bytes)
 
 

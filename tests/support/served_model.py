@@ -17,19 +17,22 @@ from talkoot.train.local import LocalSwarm
 from talkoot.web import address_of, listen
 from trainer_client.data.tokenizer import ByteTokenizer
 from trainer_client.model import LanguageModel
+from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.settings import TrainerSettings
 
 CONTEXT = 64
 LIMIT_S = 90.0
 
 
-def small_model(context: int = CONTEXT, prefix: int = 0) -> ServedModel:
+def small_model(
+    context: int = CONTEXT, prefix: int = 0, retrieval: RetrievalSpec | None = None
+) -> ServedModel:
     values = MANIFEST.model_dump()
     values["model"]["context"] = context
     values["routing"]["prefix"] = prefix
     manifest = Manifest.model_validate(values)
     swarm = LocalSwarm(manifest, TrainerSettings(seed=0))
-    model = LanguageModel(manifest, swarm.mixture)
+    model = LanguageModel(manifest, swarm.mixture, retrieval=retrieval)
     with torch.no_grad():
         model.head.weight *= 4  # so that some tokens are likelier than others
     return ServedModel(

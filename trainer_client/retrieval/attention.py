@@ -14,7 +14,7 @@ chunk, L tokens of a neighbour, K = N * L tokens of all of them; P chunks or nei
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dht.manifest import ModelSpec
+from peer.errors import SettingsError
 from peer.layers import check_heads, make_norm, rotary_frequencies, rotate, seeded
 from trainer_client.dispatch.batches import Segments
+from trainer_client.settings import TrainerSettings
 
 NOTHING = -1
 """In the place of a token: there is none."""
@@ -43,6 +45,28 @@ class RetrievalSpec:
     """Tokens of a neighbour that are read."""
     layers: tuple[int, ...] = (0,)
     """Behind which local parts of the model it reads, from 0."""
+
+    @classmethod
+    def of(cls, settings: TrainerSettings, model: ModelSpec) -> Self | None:
+        """As a trainer is set; None if its model reads no memory. Raises SettingsError if it does not fit the model."""
+        if settings.memory is None:
+            return None
+        if settings.memory_chunk >= model.context:
+            raise SettingsError(
+                f"memory_chunk: {settings.memory_chunk} tokens, and this swarm's models see {model.context}: pass a "
+                f"smaller one, such as --memory-chunk {max(4, model.context // 4)}"
+            )
+        layers = tuple(sorted(set(settings.memory_layers))) or (model.layers // 2,)
+        if layers[-1] >= model.layers:
+            raise SettingsError(
+                f"memory_layers: there is no layer {layers[-1]}; this swarm's models have 0 to {model.layers - 1}"
+            )
+        return cls(settings.memory_chunk, settings.memory_passages, settings.memory_length, layers)
+
+    @property
+    def meaning(self) -> str:
+        """What tells dense parts apart that have the same shapes."""
+        return f"reads a memory by chunks of {self.chunk}"
 
     def chunks(self, tokens: int) -> int:
         """How many chunks of so many tokens are whole."""

@@ -42,7 +42,7 @@ from trainer_client.training.loop import Training
 
 logger = logging.getLogger(__name__)
 
-_FIXED = ("tokenizer", "vocabulary")
+_FIXED = ("tokenizer", "vocabulary", "memory_chunk", "memory_layers")
 """Settings that can't change when a run is resumed: the model would be another one."""
 
 
@@ -314,8 +314,13 @@ def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
     now = resumed.saved(resumed.seed or 0)
     before = {name: value for name, value in header.settings.items() if name not in settings.removed}
     changes = [f"{name} {now[name]}, not {value}" for name, value in before.items() if now[name] != value]
+    if (now["memory"] is None) != (before.get("memory") is None):
+        reads = (
+            "reads no memory, and can't begin to" if now["memory"] else f"reads the memory {before['memory']}"
+        )
+        raise SettingsError(f"memory: the checkpoint's model {reads}: train a new one, without --resume")
     for name in _FIXED:
-        if now[name] != before[name]:
+        if now[name] != before.get(name, now[name]):
             raise SettingsError(
                 f"{name}: the checkpoint's model has {before[name]}, and can't change to {now[name]}"
             )

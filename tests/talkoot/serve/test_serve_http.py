@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served_model import LIMIT_S, served, small_model, without_experts
 
+from dht.memory import Passage
 from peer.errors import DataError
 from peer.loop import LoopThread
 from talkoot.serve.access import read_keys
 from talkoot.serve.app import MAX_BODY
 from talkoot.serve.model import ServedModel
 from trainer_client.data.tokenizer import ByteTokenizer
+from trainer_client.retrieval.attention import RetrievalSpec
+from trainer_client.retrieval.lookup import Neighbours
 
 ASKED: dict[str, Any] = {"model": "village", "prompt": "In the sauna", "max_tokens": 5}
 ENDLESS = ASKED | {"max_tokens": 10**6, "stream": True}
@@ -69,6 +72,27 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_an_answer_names_what_the_model_read_for_it(loop: LoopThread, http: httpx.Client) -> None:
+    spec = RetrievalSpec(chunk=4, neighbours=1, length=8)
+
+    def find(chunks: Sequence[Sequence[int]]) -> list[Neighbours]:
+        passages = [Passage("steam", bytes(chunk).decode(), "sauna.txt", 0, "CC0-1.0") for chunk in chunks]
+        return [Neighbours(spec.nothing(), (passage,)) for passage in passages]
+
+    reading = replace(small_model(retrieval=spec), find=find)
+    expected = [
+        {"title": title, "source": "sauna.txt", "license": "CC0-1.0"} for title in ("In t", "he s", "auna")
+    ]
+    with served(loop, reading, **MOST) as address:
+        for stream in (False, True):
+            asked = ASKED | {"max_tokens": 2, "stream": stream}
+            text = http.post(f"{address}v1/completions", json=asked).text
+            lines = [line.removeprefix("data: ") for line in text.splitlines() if line and "DONE" not in line]
+            answers = [json.loads(line) for line in lines] if stream else [json.loads(text)]
+            (said,) = [answer["talkoot"] for answer in answers if "talkoot" in answer]
+            assert said == {"sources": expected}
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")

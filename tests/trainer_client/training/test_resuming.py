@@ -124,6 +124,7 @@ def test_what_is_changed_at_a_resume_is_named(tmp_path: Path, caplog: pytest.Log
         ({"tokenizer": "bpe"}, "tokenizer: the checkpoint's model has bytes, and can't change to bpe"),
         ({"steps": 4}, "has done all of the 4 steps: pass more, such as --steps 8"),
         ({"data": "nowhere.txt"}, "no file or folder nowhere.txt"),
+        ({"steps": 9, "memory": "docs"}, "the checkpoint's model reads no memory, and can't begin to"),
     ],
 )
 def test_what_can_not_be_changed_is_refused(tmp_path: Path, changes: dict[str, Any], error: str) -> None:
