@@ -94,7 +94,7 @@ def test_every_setting_says_what_it_is() -> None:
 def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
     """mkdocs looks at links between pages, at their anchors, and for pages that nothing leads to."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    ended = subprocess.run(build, capture_output=True, text=True, timeout=110, cwd=ROOT)
+    ended = subprocess.run(build, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert (tmp_path / "settings" / "index.html").exists()
     assert not list(tmp_path.rglob("*.py"))

@@ -27,7 +27,7 @@ from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress
 
 GOLDEN = Path(__file__).parent / "golden"
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 
 
 def described(text: str) -> list[str]:

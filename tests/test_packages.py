@@ -32,7 +32,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # a copy: building leaves a folder `build` behind, whose old files would get into the next wheel
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*_MADE))
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
-    ended = subprocess.run(build, capture_output=True, text=True, timeout=110)
+    ended = subprocess.run(build, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return folder
 

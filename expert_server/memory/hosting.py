@@ -334,14 +334,15 @@ class MemoryHosting:
 
     async def _save_libraries(self) -> None:
         """Or after a restart, an older list that somebody stored again would be believed."""
-        data = self._memories.saved()
-        if data != self._saved_libraries and self._stores:
-            try:
-                await asyncio.to_thread(write_atomically, self._folder / _LIBRARIES, data)
-            except OSError as error:
-                self._note_full(error)
-            else:
-                self._saved_libraries = data
+        async with self._writing:
+            data = self._memories.saved()
+            if data != self._saved_libraries and self._stores:
+                try:
+                    await asyncio.to_thread(write_atomically, self._folder / _LIBRARIES, data)
+                except OSError as error:
+                    self._note_full(error)
+                else:
+                    self._saved_libraries = data
 
     def _mine(self) -> set[ShardKey]:
         return {ShardKey(memory, root) for memory, store in self._stores.items() for root in store.shards}

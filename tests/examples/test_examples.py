@@ -96,7 +96,7 @@ def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
         [sys.executable, "-W", "ignore", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},  # the node needs the other cores
     )
 

@@ -161,7 +161,7 @@ print(before - resident_bytes())
 
 def test_batches_use_memory_again_until_it_is_returned() -> None:
     command = [sys.executable, "-W", "ignore", "-c", BATCHES]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
     faults_per_batch, returned = map(int, output.split())
     assert faults_per_batch < 400, "16 MiB are 4096 pages"
     assert returned > 8 * 2**20

@@ -15,7 +15,7 @@ from benchmarks.namespaces import Machine, why_not
 from peer.identity import Identity
 
 PUBLIC = 4
-REPLACED_S = 30.0
+REPLACED_S = 60.0
 STEPS = 4
 WATCHER = """
 import asyncio, sys

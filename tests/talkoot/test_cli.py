@@ -95,7 +95,7 @@ def processor_s() -> float:
 
 def test_help_is_instant() -> None:
     took_s = []
-    for _ in range(2):  # the first start compiles
+    for _ in range(3):  # the first start compiles
         before = processor_s()
         ended = run("--help")
         took_s.append(processor_s() - before)  # others may use the machine, so not the clock's
@@ -170,7 +170,7 @@ def test_a_command_ends_without_the_interpreters_own_end() -> None:
     """In which threads of gRPC run on."""
     start = "import atexit, sys; from talkoot.cli import main; atexit.register(print, 'too late'); main()"
     ended = subprocess.run(
-        [sys.executable, "-c", start, "--version"], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", start, "--version"], capture_output=True, text=True, timeout=240, check=True
     )
     assert ended.stdout.startswith("talkoot ")
     assert "too late" not in ended.stdout

@@ -20,7 +20,7 @@ from commands import wait_until
 from training_swarm import TEXT, talkoot
 
 pytestmark = [
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
 ]
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -80,7 +80,7 @@ class Reader:
     def line(self, written: str) -> str:
         return written.replace("INVITE", self.invite).replace("/tmp/", f"{self.folder}/tmp/")
 
-    def types(self, written: str, limit_s: float = 110.0) -> str:
+    def types(self, written: str, limit_s: float = 240.0) -> str:
         """Waits until the command ends, and gives what it printed."""
         ended = subprocess.run(
             self._shell(written),
@@ -132,7 +132,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     return Reader(tmp_path)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_swarm_by_hand_in_four_terminals(reader: Reader) -> None:
     with ExitStack() as terminals:
         first = terminals.enter_context(reader.terminal(FOUND, "terminal-1"))

@@ -130,7 +130,7 @@ print(*sys.modules)
 
 def test_what_a_node_does_imports_no_more_than_it_needs() -> None:
     command = [sys.executable, "-W", "ignore", "-c", A_NODES_WORK]
-    modules = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+    modules = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout.split()
     assert "expert_server.node" in modules
     assert not {"torch._dynamo", "torch._inductor", "sympy"} & set(modules)
     assert not {"hivemind.averaging", "hivemind.moe", "hivemind.optim"} & set(modules)

@@ -50,14 +50,14 @@ async def refused(fetching: Awaitable[bytes], why: str) -> None:
     began = time.monotonic()
     with pytest.raises(UnreachableError, match=why):
         await fetching
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_a_peers_certificate_is_fetched() -> None:
     async def scenario() -> None:
         identity = numbered_identity(0)
         async with grpc_server(identity) as endpoint:
-            pem = await fetch_certificate(endpoint, identity.peer_id, 10.0)
+            pem = await fetch_certificate(endpoint, identity.peer_id, 60.0)
             assert pem == certificate_pem(identity.make_certificate(), identity.peer_id)
 
     asyncio.run(scenario())
@@ -66,7 +66,7 @@ def test_a_peers_certificate_is_fetched() -> None:
 def test_another_peer_at_the_endpoint_is_refused() -> None:
     async def scenario() -> None:
         async with grpc_server(numbered_identity(1)) as endpoint:
-            await refused(fetch_certificate(endpoint, numbered_identity(0).peer_id, 10.0), "is not at")
+            await refused(fetch_certificate(endpoint, numbered_identity(0).peer_id, 60.0), "is not at")
 
     asyncio.run(scenario())
 
@@ -75,12 +75,12 @@ def test_what_is_no_tls_server_or_silent_or_gone_is_refused_in_time() -> None:
     async def scenario() -> None:
         peer_id = numbered_identity(0).peer_id
         async with tcp_server(lambda writer: writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as endpoint:
-            await refused(fetch_certificate(endpoint, peer_id, 10.0), "no TLS server")
+            await refused(fetch_certificate(endpoint, peer_id, 60.0), "no TLS server")
         async with tcp_server(lambda writer: writer.close()) as endpoint:
-            await refused(fetch_certificate(endpoint, peer_id, 10.0), "no TLS server")
+            await refused(fetch_certificate(endpoint, peer_id, 60.0), "no TLS server")
         async with tcp_server(lambda writer: None) as endpoint:
             await refused(fetch_certificate(endpoint, peer_id, 0.2), "took too long")
-        await refused(fetch_certificate(endpoint, peer_id, 10.0), "no TLS server")
+        await refused(fetch_certificate(endpoint, peer_id, 60.0), "no TLS server")
 
     asyncio.run(scenario())
 
@@ -91,6 +91,6 @@ def test_a_certificate_that_is_too_large_is_refused_unread(monkeypatch: pytest.M
     async def scenario() -> None:
         identity = numbered_identity(0)
         async with grpc_server(identity) as endpoint:
-            await refused(fetch_certificate(endpoint, identity.peer_id, 10.0), "no certificate of a peer")
+            await refused(fetch_certificate(endpoint, identity.peer_id, 60.0), "no certificate of a peer")
 
     asyncio.run(scenario())

@@ -558,7 +558,7 @@ def test_a_start_says_why_there_is_no_p2pd(
 
 def test_everything_else_works_without_hivemind() -> None:
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_HIVEMIND], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_HIVEMIND], capture_output=True, text=True, timeout=240
     )
     assert "hivemind, which brings the libp2p daemon, is not installed: `python -m pip" in ended.stdout
     assert "Usage: talkoot" in ended.stdout

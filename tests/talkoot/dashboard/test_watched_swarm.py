@@ -43,7 +43,7 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
 
 LOCAL = "127.0.0.1"
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 PERIOD_S = 1.0
 DEPLOY = Path(__file__).parents[3] / "deploy"
 HOSTILE = "<script>alert(1)</script>"

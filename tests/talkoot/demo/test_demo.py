@@ -111,7 +111,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str) -> None:
-    ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=100)
+    ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 

@@ -272,6 +272,6 @@ def test_shell_completes_commands_and_options() -> None:
             env=os.environ | completing | {"COMP_CWORD": str(typed.count(" "))},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         assert ended.stdout.split() == [completed], ended.stderr

@@ -1,14 +1,17 @@
-"""A memory's whole life by its commands, in real processes: built, published, listed, searched, and taken back."""
+"""A memory's whole life by its commands: built, published, listed, searched, and taken back.
+
+Those that change something are processes of their own.
+"""
 
 import contextlib
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import command, run_here
+from training_swarm import talkoot
 from victim import MANIFEST_TOML, NodeVictim, founder, member
 
 from expert_server.settings import NodeSettings
@@ -24,11 +27,9 @@ SUBJECTS = {
 }
 
 
-def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """Some of these commands wait for others, who may be slow."""
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=300, env=os.environ | environment
-    )
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
 
 
 def written(folder: Path) -> Path:
@@ -45,14 +46,23 @@ def events(ended: "subprocess.CompletedProcess[str]") -> list[dict[str, Any]]:
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
-def search(node: NodeVictim, question: str, cache: Path) -> list[dict[str, Any]]:
-    ended = run("search", "--join", str(node.invite), question, "--json", XDG_CACHE_HOME=str(cache))
-    (found,) = events(ended)
-    passages: list[dict[str, Any]] = found["passages"]
+def read(node: NodeVictim, *arguments: str) -> Any:
+    """What a command that only reads prints. It runs in this process, as an interpreter takes seconds to start."""
+    ended = talkoot(*arguments, "--join", node.invite, "--json")
+    assert ended.status == 0, ended.err
+    return json.loads(ended.out)
+
+
+def search(node: NodeVictim, question: str) -> list[dict[str, Any]]:
+    passages: list[dict[str, Any]] = read(node, "search", question)["passages"]
     return passages
 
 
-def test_a_memory_is_built_published_found_and_taken_back(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)  # seven processes start, one after the other
+def test_a_memory_is_built_published_found_and_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "memory"
     texts = written(tmp_path / "texts")
     built = run(
@@ -72,21 +82,19 @@ def test_a_memory_is_built_published_found_and_taken_back(tmp_path: Path) -> Non
         *_, published = events(run(*publish))
         assert (published["event"], published["name"], published["replicas"]) == ("published", "subjects", 2)
 
-        (listed,) = events(run("memory", "list", "--join", str(node.invite), "--json"))
-        (memory,) = listed["memories"]
+        (memory,) = read(node, "memory", "list")["memories"]
         assert (memory["name"], memory["licenses"], memory["fewest_replicas"]) == ("subjects", ["CC0-1.0"], 2)
-        (shown,) = events(run("memory", "inspect", "subjects", "--join", str(node.invite), "--json"))
-        assert len(shown["hosts"]) == 2
+        assert len(read(node, "memory", "inspect", "subjects")["hosts"]) == 2
 
         question = "how do bees tell each other where blossoms are?"
-        best = search(node, question, tmp_path)[0]
+        best = search(node, question)[0]
         assert best["source"] == "bees.txt"
         assert "nectar" in best["text"]
         revoked = events(
             run("memory", "revoke", str(folder), "--passage", best["hash"], *own, "--log-format", "json")
         )[-1]
         assert (revoked["event"], revoked["revision"], revoked["hosts"]) == ("revoked", 2, 2)
-        assert best["hash"] not in {found["hash"] for found in search(node, question, tmp_path)}
+        assert best["hash"] not in {found["hash"] for found in search(node, question)}
 
 
 def test_the_memory_to_unlist_is_not_taken_for_the_name_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

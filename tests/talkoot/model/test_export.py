@@ -124,7 +124,6 @@ def training(founder: Founder, state: Path, **options: Any) -> Iterator[Training
         steps=3,
         batch_size=2,
         validation_batches=2,
-        announce_every_s=0.5,
         check_share=0,
         call_deadline_s=60,
         **options,
@@ -134,8 +133,8 @@ def training(founder: Founder, state: Path, **options: Any) -> Iterator[Training
         dataset = byte_dataset(TEXT.encode(), client.manifest.model.context, 1)
         make = partial(LanguageModel, client.manifest, client.mixture)
         run = Training(make(), dataset, client.settings, make)
-        client.average(run.part, "", client.settings.router)
         run.run(lambda progress: None, threading.Event())
+        client.average(run.part, "", client.settings.router)  # which announces at once how old the part is
         deadline = time.monotonic() + LIMIT_S
         while client.run(_age_of(client)) < run.part.age:
             assert time.monotonic() < deadline, "its record does not say its age"

@@ -269,5 +269,5 @@ def test_help_imports_nothing_heavy(name: str) -> None:
         f"assert CliRunner().invoke(app, ['{name}', '--help']).exit_code == 0\n"
         "print(sorted({'torch', 'hivemind.utils', 'grpc', 'psutil', 'numpy'} & set(sys.modules)))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert ended.stdout == "[]\n", ended.stderr

@@ -25,7 +25,7 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress
 
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 
 
 @dataclass
