@@ -17,6 +17,8 @@ from peer.wire import admission_pb2, credit_pb2
 
 MAX_RECEIPT_BYTES = 2560
 """Of a signed one, with a key of 4096 bits and a badge. It takes about 700 with one of 2048 bits and none."""
+PAGE = 32
+"""Receipts that a node gives in one answer."""
 MOST = 2**53
 """Of each total. Beyond it, a double is not exact, and JSON has only those."""
 

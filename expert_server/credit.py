@@ -14,7 +14,7 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.admission import SwarmAdmission
-from dht.receipts import MAX_RECEIPT_BYTES, Receipt, SignedWork, Work, check_receipt, total_of
+from dht.receipts import MAX_RECEIPT_BYTES, PAGE, Receipt, SignedWork, Work, check_receipt, total_of
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError, WireError
 from peer.files import write_atomically
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_TRAINERS = 512
 """Whose receipts a node keeps. Of more, the one for the least work goes."""
-PAGE = 32
-"""Receipts in one answer."""
 SLACK = 65_536
 """Pairs, or queries, by which a trainer's count may exceed what this node remembers to have done: it may have been
 killed since it saved that.

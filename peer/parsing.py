@@ -33,6 +33,7 @@ Message = Literal[
     "state",
     "dense",
     "memory",
+    "receipt",
 ]
 """What was parsed. `dht`: a message or a value of the DHT itself; `state`: of an expert; `dense`: a dense part;
 `memory`: a record or a part of a memory.

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -20,6 +20,7 @@ from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import age_in_words, counted
 from peer.identity import PeerID
+from talkoot.credit import Credit, CreditReader, signed_figures
 from talkoot.ephemeral import run_in_swarm
 from talkoot.terminal import FittingTable, Terminal
 
@@ -29,6 +30,8 @@ _NODES_AT_ONCE = 512
 """Node records in one look-up, which has one deadline."""
 _MOST_LISTED = 65536
 """Experts that are shown one by one. Of a larger swarm, whose manifest may have 2^26, those that have a replica."""
+_MOST_CREDITED, _CREDIT_S = 64, 5.0
+"""Nodes whose receipts are read in one reading, drawn at random if there are more, and how long that may take."""
 _LOOK_AGAIN_S = 300.0
 """Seconds until a listed peer that has no record is looked up again."""
 
@@ -44,6 +47,8 @@ class SwarmReading:
     trainers: dict[PeerID, TrainerInfo] = field(default_factory=dict)
     warning: str = ""
     """For example that the manifest expires soon; empty: none."""
+    credit: Mapping[PeerID, Credit] = field(default_factory=dict)
+    """What trainers have signed for the nodes whose receipts were read."""
 
     def to_dict(self) -> dict[str, Any]:
         """As `talkoot status --json` prints it. Ages and times are in seconds."""
@@ -53,7 +58,10 @@ class SwarmReading:
             "swarm": self.swarm,
             "read_at": self.view.read_at,
             "warning": self.warning or None,
-            "nodes": [_node_dict(node, self.view.read_at) for node in self.nodes.values()],
+            "nodes": [
+                _node_dict(node, self.view.read_at) | signed_figures(node, self.credit.get(node.peer_id))
+                for node in self.nodes.values()
+            ],
             "trainers": [_trainer_dict(trainer, self.view.read_at) for trainer in self.trainers.values()],
             "experts": {
                 "total": manifest.experts_total,
@@ -128,30 +136,42 @@ def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> Non
 
 
 async def _look(terminal: Terminal, swarm: Swarm, watch: bool) -> None:
-    reader = SwarmReader(swarm, list_every_s=_LIST_EVERY_S)
-    if not watch:
-        _show(terminal, await reader.read())
-    elif terminal.json or not terminal.out.is_terminal:
-        await _show_repeatedly(terminal, reader)
-    else:
-        await _show_live(terminal, reader)
+    reader, credit = SwarmReader(swarm, list_every_s=_LIST_EVERY_S), CreditReader.of(swarm)
+
+    async def read() -> SwarmReading:
+        reading = await reader.read()
+        await credit.read(reading.nodes.values(), _MOST_CREDITED, _CREDIT_S)
+        return replace(reading, credit=credit.credit)
+
+    try:
+        if not watch:
+            _show(terminal, await read())
+        elif terminal.json or not terminal.out.is_terminal:
+            await _show_repeatedly(terminal, read)
+        else:
+            await _show_live(terminal, read)
+    finally:
+        await credit.close()
 
 
-async def _show_repeatedly(terminal: Terminal, reader: SwarmReader) -> None:
+Read = Callable[[], Awaitable[SwarmReading]]
+
+
+async def _show_repeatedly(terminal: Terminal, read: Read) -> None:
     while True:
-        _show(terminal, await reader.read())
+        _show(terminal, await read())
         await asyncio.sleep(_WATCH_EVERY_S)
 
 
-async def _show_live(terminal: Terminal, reader: SwarmReader) -> None:
+async def _show_live(terminal: Terminal, read: Read) -> None:
     """Redraws in place until a signal arrives. If the swarm does not answer, the last reading stays, with its age."""
-    reading, trouble = await reader.read(), ""
+    reading, trouble = await read(), ""
     with Live(console=terminal.out, auto_refresh=False, screen=True, vertical_overflow="crop") as live:
         while True:
             live.update(Group(*_renderables(reading), Text(trouble, style="red")), refresh=True)
             await asyncio.sleep(_WATCH_EVERY_S)
             try:
-                reading, trouble = await reader.read(), ""
+                reading, trouble = await read(), ""
             except UnreachableError as error:
                 trouble = f"cannot reach the swarm: {error}"
 
@@ -191,7 +211,8 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
         "reached",
         "experts",
         "updates",
-        "rows",
+        "computed",
+        "signed",
         "rows/s",
         "shards",
         "version",
@@ -201,7 +222,18 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
     table = FittingTable(
         "nodes",
         columns,
-        ("expires", "rows", "version", "updates", "up", "rows/s", "shards", "address", "reached"),
+        (
+            "expires",
+            "version",
+            "updates",
+            "up",
+            "rows/s",
+            "shards",
+            "address",
+            "computed",
+            "signed",
+            "reached",
+        ),
     )
     for node in reading.nodes.values():
         table.add_row(
@@ -212,7 +244,8 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
             node.reachability.name.lower(),
             f"{node.expert_count}/{node.expert_capacity}",
             str(node.updates),
-            str(node.rows_processed),
+            f"{node.contributed_rows:,}",
+            _signed(node, reading.credit.get(node.peer_id)),
             _shown(node.rows_per_s, ".0f"),
             str(node.memory_shards),
             f"{node.software_version}/{node.protocol_version}",
@@ -220,6 +253,13 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
             f"{node.expires_at - reading.view.read_at:.0f} s",
         )
     return table
+
+
+def _signed(node: NodeInfo, credit: Credit | None) -> str:
+    """Such as `1,234 by 3`; `?`: its receipts were not read."""
+    figures = signed_figures(node, credit)
+    pairs, trainers = figures["signed_pairs"], figures["signed_trainers"]
+    return "?" if pairs is None else f"{pairs:,} by {trainers}" if trainers else "0"
 
 
 def _trainers_table(reading: SwarmReading) -> FittingTable:
@@ -289,6 +329,8 @@ def _node_dict(node: NodeInfo, read_at: float) -> dict[str, Any]:
         "capacity": node.expert_capacity,
         "updates": node.updates,
         "rows": node.rows_processed,
+        "contributed_rows": node.contributed_rows,
+        "contributed_updates": node.contributed_updates,
         "rows_per_s": node.rows_per_s,
         "memory_shards": node.memory_shards,
         "memory_bytes": node.memory_bytes,

@@ -200,18 +200,22 @@ class ReceiptSender:
         """Gives what is not signed yet, as far as that goes quickly, and saves the accounts."""
         try:
             async with asyncio.timeout(_FAREWELL_S):
-                while await self.give(self._clock(), _FAREWELL_S):
-                    pass
+                await self.give(self._clock(), _FAREWELL_S, MAX_NODES)
         except TimeoutError:
             logger.debug("some nodes were left without a last receipt")
         await self._accounts.save()
 
-    async def give(self, before: float, deadline_s: float) -> int:
+    async def give(self, before: float, deadline_s: float, most: int = _AT_ONCE) -> int:
         """Signs for some nodes that were not given a receipt since that time. Returns for how many it tried."""
         # first, so that a receipt never says more than the file
         await self._accounts.save()
-        due = list(islice(self._accounts.due(before), _AT_ONCE))
-        await asyncio.gather(*(self._give(node, account, deadline_s) for node, account in due))
+        due, turns = list(islice(self._accounts.due(before), most)), asyncio.Semaphore(_AT_ONCE)
+
+        async def give(node: NodeInfo, account: _Account) -> None:
+            async with turns:
+                await self._give(node, account, deadline_s)
+
+        await asyncio.gather(*(give(*each) for each in due))
         return len(due)
 
     async def _give(self, node: NodeInfo, account: _Account, deadline_s: float) -> None:
@@ -240,5 +244,10 @@ class ReceiptSender:
             logger.debug("node %s took no receipt: %s: %s", node.peer_id, error.code().name, said)
         except (ExpertError, UnreachableError, TimeoutError) as error:
             logger.debug("node %s took no receipt: %s", node.peer_id, error)
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # not we are cancelled, but the call: the pool closed its channel to make room for others
         finally:
             self.outcomes.labels(outcome).inc()

@@ -3,9 +3,12 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.identity import PeerID
+from talkoot.credit import Credit
 from talkoot.dashboard.picture import MAX_CELLS, Json, Picture
 
 MAX_PER_PAGE = 200
@@ -23,8 +26,17 @@ NODE_KEYS = (
     "peer_id", "short", "name", "state", "unsteady", "experts", "capacity", "rows_per_s", "latency_ms",
     "software_version", "protocol_version", "reach", "up_s", "started_at", "seen_at", "updates", "rows", "hours",
     "memory_shards", "memory_bytes", "memory_queries", "memory_queries_per_s",
+    "signed_pairs", "signed_updates", "signed_queries", "signed_trainers", "signed_share", "checks_passed",
+    "checks_failed",
 )  # fmt: skip
 """The keys that nodes can be sorted by."""
+UNRANKED = (
+    "Anybody can be as many trainers as they like in an open swarm, so what they sign makes no ranking."
+)
+RANKED = (
+    "By what trainers have signed: each of the founder's tokens is one vote, however much its holders sign."
+)
+SIGNED_KEYS = ("signed_pairs", "signed_updates", "signed_queries", "signed_trainers", "signed_share")
 _MEMORY_FIGURES = ("count", "shards", "served", "below_two", "queries_per_s")
 _FILTERED_KEYS = ("peer_id", "name", "state", "software_version", "reach")
 
@@ -148,19 +160,47 @@ def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:
     return _page(_sorted(found, key, order == "desc"), query, "nodes", _public)
 
 
-def node(picture: Picture | None, peer_id: str) -> Json:
+def node(
+    picture: Picture | None, peer_id: str, credit: Mapping[PeerID, Credit] = MappingProxyType({})
+) -> Json:
+    """`credit`: who has signed for it, among all nodes."""
     row = _find(picture, peer_id)
     hosted = [] if picture is None else picture.hosted.get(peer_id, [])
-    return _public(row) | {"uids": hosted[:MAX_UIDS], "uids_total": len(hosted)}
+    found = credit.get(PeerID.from_base58(peer_id))
+    names = {} if picture is None else {each["peer_id"]: each["name"] for each in picture.trainers}
+    signers = [
+        {
+            "peer_id": name,
+            "short": name[-8:],
+            "name": names.get(name),
+            "pairs": work.pairs,
+            "queries": work.queries,
+        }
+        for name, work in ((trainer.to_base58(), work) for trainer, work in (found.signers if found else ()))
+    ]
+    return _public(row) | {"uids": hosted[:MAX_UIDS], "uids_total": len(hosted), "signers": signers}
 
 
 def leaderboard(picture: Picture | None, query: Mapping[str, str]) -> Json:
-    """Nodes by what they say they contributed, most updates first."""
+    """Nodes with what they computed, by their own count, and what trainers have signed for.
+
+    Ranked by their share of the votes of all tokens; in an open swarm, by name.
+    """
     found = [] if picture is None else picture.nodes
-    ranked = sorted(found, key=lambda row: (-row["updates"], -row["rows"], row["peer_id"]))
-    keys = ("short", "peer_id", "name", "updates", "rows", "hours")
-    rows = [(rank, row) for rank, row in enumerate(ranked, 1)]
-    return _page(rows, query, "nodes", lambda pair: {"rank": pair[0]} | {k: pair[1][k] for k in keys})
+    has_votes = picture is not None and picture.figures["has_votes"]
+    if has_votes:
+        ordered = sorted(
+            found,
+            key=lambda row: (-(row["signed_share"] or 0.0), -(row["signed_pairs"] or 0), row["peer_id"]),
+        )
+    else:
+        ordered = sorted(
+            found, key=lambda row: (row["name"] is None, (row["name"] or "").casefold(), row["peer_id"])
+        )
+    keys = ("short", "peer_id", "name", "updates", "rows", "hours", *SIGNED_KEYS)
+    rows = [(rank if has_votes else None, row) for rank, row in enumerate(ordered, 1)]
+    page = _page(rows, query, "nodes", lambda pair: {"rank": pair[0]} | {k: pair[1][k] for k in keys})
+    return page | {"ranked": has_votes, "note": RANKED if has_votes else UNRANKED}
 
 
 def trainers(picture: Picture | None, query: Mapping[str, str]) -> Json:

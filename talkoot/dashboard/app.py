@@ -109,7 +109,8 @@ class _Endpoints:
         return JSONResponse(api.nodes(self._watcher.picture, request.query_params))
 
     async def node(self, request: Request) -> Response:
-        return JSONResponse(api.node(self._watcher.picture, request.path_params["peer_id"]))
+        watcher = self._watcher
+        return JSONResponse(api.node(watcher.picture, request.path_params["peer_id"], watcher.credit))
 
     async def leaderboard(self, request: Request) -> Response:
         return JSONResponse(api.leaderboard(self._watcher.picture, request.query_params))

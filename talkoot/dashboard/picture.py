@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 from dht.announcements import Activity, Latency, NodeInfo, Reachability, Replica, ReplicaState, TrainerInfo
@@ -16,6 +17,7 @@ from dht.directory import View
 from dht.library import WANTED_REPLICAS
 from dht.manifest import Manifest
 from peer.identity import PeerID
+from talkoot.credit import Credit, signed_figures
 from talkoot.memory.replication import Survey
 
 SILENCE_FACTOR = 1.5
@@ -156,7 +158,7 @@ def _together(each: list[CallRates]) -> CallRates:
     )
 
 
-FORM = 4
+FORM = 5
 """The format of a picture in a file. Other formats are not read."""
 
 Json = dict[str, Any]
@@ -231,8 +233,12 @@ def paint(
     before: Picture | None = None,
     warning: str = "",
     memories: Sequence[Survey] = (),
+    credit: Mapping[PeerID, Credit] = MappingProxyType({}),
 ) -> Picture:
-    """The picture of the last reading. `before`: the previous picture, which tells whose updates have risen."""
+    """The picture of the last reading. `before`: the previous picture, which tells whose updates have risen.
+
+    `credit`: what trainers have signed for the nodes whose receipts were read.
+    """
     live_nodes, live_trainers = nodes.live(), trainers.live()
     replicas = {
         str(uid): [_replica_row(r, nodes.seen[r.peer_id]) for r in found if r.peer_id in live_nodes]
@@ -252,12 +258,17 @@ def paint(
     }
     figures["memories"] = _memory_figures(memories, live_nodes.values())
     figures["warning"] = warning or None
+    figures["has_votes"] = view.manifest.admission.mode == "token"
     figures["replicas"] = sum(r["state"] == "serving" for rows in replicas.values() for r in rows)
     return Picture(
         view.read_at,
         figures,
         layers,
-        [_node_row(seen, view.read_at, latencies.get(peer_id)) for peer_id, seen in nodes.seen.items()],
+        [
+            _node_row(seen, view.read_at, latencies.get(peer_id))
+            | signed_figures(seen.info, credit.get(peer_id))
+            for peer_id, seen in nodes.seen.items()
+        ],
         [_trainer_row(seen, view.read_at) for seen in trainers.seen.values()],
         {uid: rows for uid, rows in replicas.items() if rows},
         [_memory_row(found) for found in memories],

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,9 @@ from dht.swarm import Swarm, join_swarm
 from peer import clock
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.host import NetworkConfig
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopLag, Restarts, TaskSet, keep_running
+from talkoot.credit import Credit, CreditReader
 from talkoot.dashboard.api import DashboardState
 from talkoot.dashboard.history import MAX_EXPERTS, HistoryStore, Sample
 from talkoot.dashboard.picture import (
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 _JOIN_AGAIN_S = 5.0
 _CHECK_EVERY_S = 10.0
 _KEEP_EVERY_S = 60.0
+_CREDITED_AT_ONCE, _CREDIT_S = 32, 15.0
+"""Nodes whose receipts are read at a time, and how long that may take."""
 _FAILURES_TO_SAY_SO = 2
 """The swarm counts as unreachable after so many failed readings in a row."""
 
@@ -73,6 +76,8 @@ class WatchIntervals:
     """How often each expert's figures are added to the history."""
     memories_every_s: float = 15.0
     """How often it looks up who hosts the shards of memories."""
+    credit_every_s: float = 15.0
+    """How often it reads the receipts of some nodes."""
 
 
 class Watcher:
@@ -117,6 +122,8 @@ class Watcher:
         self._call_rates = CallRateMeter()
         self._earlier = [] if kept is None else kept.nodes
         self._surveys: tuple[Survey, ...] = ()
+        self.credit: Mapping[PeerID, Credit] = {}
+        """What trainers have signed for the nodes whose receipts were read."""
         self._experts_at = self._kept_at = float("-inf")
 
     def state(self) -> DashboardState:
@@ -209,6 +216,8 @@ class Watcher:
         tasks = TaskSet(self.restarts)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
         tasks.supervise("survey the memories", lambda: self._survey_memories(MemoryRegistry(swarm.registry)))
+        credit = CreditReader.of(swarm)
+        tasks.supervise("read receipts", lambda: self._read_receipts(credit))
         try:
             while tasks:
                 try:
@@ -221,6 +230,7 @@ class Watcher:
                 await asyncio.sleep(self._intervals.refresh_s)
         finally:
             await tasks.aclose()
+            await credit.close()
 
     async def _survey_memories(self, memories: MemoryRegistry) -> None:
         """For ever. If the DHT does not answer, the last surveys stay."""
@@ -230,6 +240,13 @@ class Watcher:
                 entries = [entry for listed in libraries.values() for entry in listed][:MAX_MEMORIES]
                 self._surveys = tuple([await survey(memories, entry) for entry in entries])
             await asyncio.sleep(self._intervals.memories_every_s)
+
+    async def _read_receipts(self, credit: CreditReader) -> None:
+        """For ever, of a few nodes at a time, so that a large swarm costs no more than a small one."""
+        while True:
+            await credit.read(self._nodes.live().values(), _CREDITED_AT_ONCE, _CREDIT_S)
+            self.credit = credit.credit
+            await asyncio.sleep(self._intervals.credit_every_s)
 
     async def _note(self, reading: SwarmReading) -> None:
         if self.unreachable_since is not None:
@@ -242,7 +259,14 @@ class Watcher:
         self._trainers.note(reading.trainers, now)
         rates = self._call_rates.note(self._trainers)
         picture = paint(
-            reading.view, self._nodes, self._trainers, rates, self.picture, reading.warning, self._surveys
+            reading.view,
+            self._nodes,
+            self._trainers,
+            rates,
+            self.picture,
+            reading.warning,
+            self._surveys,
+            self.credit,
         )
         self.picture = picture.with_earlier(self._earlier)
         await self._remember(self.picture, now)

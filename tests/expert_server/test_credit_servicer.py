@@ -9,9 +9,8 @@ from callers import numbered_identity
 from credit_node import NODE, SWARM, CreditNode, credit_node
 from grpc import StatusCode
 
-from dht.receipts import SignedWork, Work, check_receipt, sign_receipt
+from dht.receipts import PAGE, SignedWork, Work, check_receipt, sign_receipt
 from expert_server import credit
-from expert_server.credit import PAGE
 from peer import PROTOCOL_VERSION
 from peer.identity import RECORD_DOMAIN, PeerID
 from peer.loop import LoopThread

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from receipts import histories, peer, receipt
 
-from dht.receipts import SignedWork, Work, sign_receipt, total_of
-from expert_server.credit import PAGE, SLACK, ReceiptBook, ReceiptFile
+from dht.receipts import PAGE, SignedWork, Work, sign_receipt, total_of
+from expert_server.credit import SLACK, ReceiptBook, ReceiptFile
 from peer.errors import ExpertError
 from peer.loop import LoopThread
 from peer.wire import credit_pb2

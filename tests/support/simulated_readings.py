@@ -5,9 +5,10 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -23,6 +24,7 @@ from dht.records import SwarmKeys
 from peer.identity import PeerID
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
+from talkoot.credit import Credit
 from talkoot.dashboard.app import MAX_STREAMS, Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import CallRateMeter, Census, Picture, paint
@@ -103,6 +105,7 @@ def picture_of(
     before: Picture | None = None,
     warning: str = "",
     memories: Sequence[Survey] = (),
+    credit: Mapping[PeerID, Credit] = MappingProxyType({}),
 ) -> Picture:
     """What the dashboard shows after one reading; `gone` were seen for the last time long before."""
     seen: Census[NodeInfo] = Census(20_000)
@@ -114,7 +117,7 @@ def picture_of(
     for one in replicas:
         by_uid[one.uid] = (*by_uid.get(one.uid, ()), one)
     view = View(swarm or manifest(), by_uid, {info.peer_id: info for info in nodes}, now)
-    return paint(view, seen, training, CallRateMeter().note(training), before, warning, memories)
+    return paint(view, seen, training, CallRateMeter().note(training), before, warning, memories, credit)
 
 
 def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:

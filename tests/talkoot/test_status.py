@@ -14,11 +14,13 @@ from simulated_readings import NOW, manifest, node, peer, replica, trainer
 from dht.announcements import NodeInfo, TrainerInfo
 from dht.directory import View
 from dht.founder_records import LIFETIME_S, ManifestRecord
+from dht.receipts import SignedWork, Work
 from dht.records import SwarmKeys
 from dht.swarm import Swarm
 from dht.uid import UID
 from peer.errors import SettingsError
 from peer.identity import PeerID
+from talkoot.credit import Credit
 from talkoot.status import SwarmReader, SwarmReading, _renderables
 from trainer_client.settings import TrainerSettings
 
@@ -148,10 +150,29 @@ def test_status_shows_nodes_trainers_and_experts() -> None:
     assert "?" in shown  # of tokens/s, which were not measured
 
 
+def test_status_shows_what_was_computed_and_what_was_signed_beside_each_other() -> None:
+    said = SignedWork(Work(pairs=1234), 3)
+    nodes = {
+        peer(number): node(number, name=name, contributed_rows=98_765, signed=said)
+        for number, name in enumerate(("read", "unread"))
+    }
+    credit = Credit(Work(pairs=1200, updates=30, checks_passed=7), 2, (), None)
+    seen = reading(nodes=nodes, credit={peer(0): credit})
+    shown = status_text(seen)
+    assert "98,765" in shown
+    assert "1,200 by 2" in shown
+    assert "1,234" not in shown  # its own word
+    read, unread = seen.to_dict()["nodes"]
+    assert (read["signed_pairs"], read["signed_updates"], read["signed_trainers"]) == (1200, 30, 2)
+    assert (read["checks_passed"], read["checks_failed"], read["signed_share"]) == (7, 0, None)
+    assert unread["signed_pairs"] is unread["signed_trainers"] is None
+    assert read["contributed_rows"] == unread["contributed_rows"] == 98_765
+
+
 def test_status_leaves_out_columns_that_do_not_fit_and_breaks_no_word() -> None:
     wide, narrow = (status_text(reading(trainers={peer(5): trainer(5)}), width) for width in (200, 80))
     assert "too narrow" not in wide
-    assert "too narrow for: expires, rows" in narrow
+    assert "too narrow for: expires, version" in narrow
     for word in ("experts", "serving", "trainer 5", "7/100", "validation loss", "[red]kuusi[/red]"):
         assert word in narrow
 

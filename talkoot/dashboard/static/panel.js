@@ -107,9 +107,10 @@ function showNode(node) {
       ],
       ["Version", el("bdi", {}, `${node.software_version}, protocol ${node.protocol_version}`)],
       [
-        "Given",
+        "Computed",
         `${format.count(node.updates)} updates, ${format.count(node.rows)} rows, ${format.hours(node.hours)} hours`,
       ],
+      ["Signed", shown(node.signed_pairs, () => signed(node))],
       ...(node.memory_shards || node.memory_queries ? [["Memory", memory(node)]] : []),
       [
         "Addresses",
@@ -128,6 +129,17 @@ function showNode(node) {
       ...unlisted(node),
     ),
   );
+}
+
+/** What trainers have signed for, and which ones. */
+function signed({ signed_pairs, signed_trainers, signed_queries, checks_passed, checks_failed, signers }) {
+  const parts = [`${format.count(signed_pairs)} rows by ${format.counted(signed_trainers, "trainer")}`];
+  if (signed_queries) parts.push(format.counted(signed_queries, "query", "queries"));
+  if (checks_passed || checks_failed) {
+    parts.push(`${format.counted(checks_passed, "check")} passed, ${format.count(checks_failed)} failed`);
+  }
+  const names = signers.map((signer) => el("li", {}, ...peerName(signer), ` ${format.count(signer.pairs)}`));
+  return el("div", {}, parts.join(", "), el("ul", { class: "plain" }, ...names));
 }
 
 function memory({ memory_shards: shards, memory_bytes: bytes, memory_queries: queries, memory_queries_per_s: rate }) {

@@ -1,7 +1,7 @@
 // The tables of nodes, trainers, memories and volunteers. The server sorts, filters and cuts them into pages.
 
 import { get } from "./api.js";
-import { byId, el, icon, shown } from "./dom.js";
+import { byId, el, icon, setText, shown } from "./dom.js";
 import * as format from "./format.js";
 import { serverNow } from "./head.js";
 import { Section } from "./section.js";
@@ -137,11 +137,11 @@ const LEADER_COLUMNS = [
     id: "rank",
     name: "#",
     fixed: true,
-    cell: ({ rank }) => el("span", { class: "rank", "data-rank": rank }, format.count(rank)),
+    cell: ({ rank }) => (rank === null ? "" : el("span", { class: "rank", "data-rank": rank }, format.count(rank))),
   },
   { id: "name", name: "Volunteer", fixed: true, cell: peerLink },
-  { ...figure("updates", "Updates", format.compact), fixed: true },
-  { ...figure("rows", "Rows", format.compact, 3), fixed: true },
+  { ...figure("rows", "Computed", format.compact, 3), fixed: true },
+  { id: "signed", name: "Signed", fixed: true, numeric: true, cell: signed },
   { ...figure("hours", "Hours", format.hours), fixed: true },
 ];
 
@@ -197,6 +197,13 @@ function failureCount(failures) {
   return el("span", { title: words }, format.compact(total));
 }
 
+/** Rows that trainers have signed for, and how many have. */
+function signed({ signed_pairs: pairs, signed_trainers: trainers, signed_share: share }) {
+  if (pairs === null) return shown(null);
+  const title = share === null ? null : `${(100 * share).toFixed(1)}% of all votes`;
+  return el("span", { title }, format.compact(pairs), el("small", {}, ` by ${format.count(trainers)}`));
+}
+
 /** One section with one table that pages at the server. */
 function paged(id, path, list, noun, columns, options = {}) {
   let section = null;
@@ -208,6 +215,7 @@ function paged(id, path, list, noun, columns, options = {}) {
       ...(filter ? { filter } : {}),
     };
     const answer = await get(path, query);
+    if (options.why) setText(byId(options.why), answer.note);
     return { total: answer.total, rows: answer[list].map((row) => ({ ...row, key: row[options.key ?? "peer_id"] })) };
   };
   const caption = byId(`${id}-title`).textContent;
@@ -244,6 +252,7 @@ export function makeTables() {
   });
   const leaders = paged("volunteers", "leaderboard", "nodes", "volunteer", LEADER_COLUMNS, {
     host: "leaders-table",
+    why: "leaders-why",
     perPage: 10,
     rowClass: null,
   });

@@ -27,7 +27,10 @@ from simulated_readings import (
 )
 
 from dht.announcements import Activity, Reachability, ReplicaState
+from dht.manifest import AdmissionSpec
+from dht.receipts import SignedWork, Work
 from dht.uid import UID
+from talkoot.credit import Credit
 from talkoot.dashboard import api
 from talkoot.dashboard.api import ApiError, DashboardState
 from talkoot.dashboard.picture import Picture
@@ -309,10 +312,50 @@ def test_latency_of_a_node_is_what_trainers_measured() -> None:
     assert [row["latency_ms"] for row in picture.nodes] == [pytest.approx(200.0), None]
 
 
-def test_the_leaderboard_ranks_by_updates(large: Picture) -> None:
+def test_in_an_open_swarm_volunteers_are_listed_by_name_and_not_ranked(large: Picture) -> None:
     shown = api.leaderboard(large, {"page": "2", "per_page": "10"})
-    assert [row["rank"] for row in shown["nodes"]] == list(range(11, 21))
-    assert [row["updates"] for row in shown["nodes"]] == list(range(19978, 19958, -2))
+    assert shown["ranked"] is False
+    assert "open swarm" in shown["note"]
+    names = sorted(f"volunteer {number}" for number in range(10_000))
+    assert [(row["rank"], row["name"]) for row in shown["nodes"]] == [(None, name) for name in names[10:20]]
+
+
+def test_where_the_founder_gives_tokens_volunteers_are_ranked_by_their_share_of_votes() -> None:
+    swarm = manifest().model_copy(update={"admission": AdmissionSpec(mode="token")})
+    said = SignedWork(Work(pairs=5), 1)
+    credit = {
+        peer(number): Credit(Work(pairs=pairs), 1, (), share)
+        for number, (pairs, share) in enumerate([(10**9, 0.1), (5, 0.6), (7, 0.3)])
+    }
+    nodes = [node(number, signed=said, contributed_rows=10**6 - number) for number in range(4)]
+    shown = api.leaderboard(picture_of(nodes, swarm=swarm, credit=credit), {})
+    assert shown["ranked"] is True
+    assert [(row["rank"], row["short"], row["signed_pairs"], row["rows"]) for row in shown["nodes"]] == [
+        (rank, peer(number).to_base58()[-8:], pairs, 10**6 - number)
+        for rank, (number, pairs) in enumerate([(1, 5), (2, 7), (0, 10**9), (3, None)], 1)
+    ]
+
+
+def test_what_was_signed_is_not_known_before_the_receipts_were_read() -> None:
+    said = SignedWork(Work(pairs=5), 2)
+    nodes = [node(0, signed=said), node(1), node(2, signed=said)]
+    picture = picture_of(nodes, credit={peer(2): Credit(Work(pairs=4), 1, (), None)})
+    rows = {row["peer_id"]: row for row in picture.nodes}
+    for number, pairs, trainers in ((0, None, None), (1, 0, 0), (2, 4, 1)):
+        row = rows[peer(number).to_base58()]
+        assert (row["signed_pairs"], row["signed_trainers"]) == (pairs, trainers)
+
+
+def test_a_node_has_the_names_of_those_who_signed_for_it_if_they_have_one() -> None:
+    named = trainer(1)
+    signers = ((named.peer_id, Work(pairs=3)), (peer(77), Work(pairs=1, queries=2)))
+    credit = {peer(0): Credit(Work(pairs=4, queries=2), 2, signers, None)}
+    picture = picture_of([node(0)], [named], credit=credit)
+    found = api.node(picture, peer(0).to_base58(), credit)
+    assert [(each["name"], each["pairs"], each["queries"]) for each in found["signers"]] == [
+        ("trainer 1", 3, 0), (None, 1, 2)
+    ]  # fmt: skip
+    assert api.node(picture, peer(0).to_base58(), {})["signers"] == []
 
 
 # Experts

@@ -1,0 +1,110 @@
+"""What signed credit costs a node, a trainer and a dashboard, and what colluders can inflate.
+
+    python -m benchmarks.credit
+
+Takes some seconds on one core.
+"""
+
+import random
+import tempfile
+import time
+import tracemalloc
+from pathlib import Path
+
+from dht.receipts import Work, check_receipt, sign_receipt
+from expert_server.credit import ReceiptBook
+from peer.identity import Identity, PeerID
+from peer.wire import credit_pb2
+from talkoot.credit import CreditLedger, _Counted
+from trainer_client.credit import EVERY_S
+
+SWARM = "sauna-QmFounder"
+TRAINERS = 8
+NODES = 10_000
+TOKENS = 100
+ROUNDS = 500
+
+
+def node_of(number: int) -> PeerID:
+    return PeerID(b"\x12\x20" + number.to_bytes(32, "big"))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Identity.load_or_create(Path(folder) / "trainer.key")
+    cost_of_receipts(trainer)
+    cost_of_counting(trainer)
+    inflation()
+
+
+def cost_of_receipts(trainer: Identity) -> None:
+    """At the trainer that signs and the node that takes, without the call that carries it."""
+    book = ReceiptBook(SWARM, node_of(0))
+    book.note_served(trainer.peer_id)
+    began = time.process_time()
+    receipts = [sign_receipt(trainer, SWARM, node_of(0), Work(n, n), 2 * n) for n in range(1, ROUNDS + 1)]
+    sign_s = (time.process_time() - began) / ROUNDS
+    began = time.process_time()
+    for signed in receipts:
+        data = signed.SerializeToString()
+        book.take(
+            check_receipt(credit_pb2.SignedReceipt.FromString(data), SWARM, node_of(0)), Work(pairs=10**6)
+        )
+    take_s = (time.process_time() - began) / ROUNDS
+    size = len(receipts[-1].SerializeToString())
+    print(f"a receipt: {size} bytes; {1e3 * sign_s:.2f} ms to sign, {1e3 * take_s:.2f} ms to take")
+    share, rate = TRAINERS * take_s / EVERY_S, TRAINERS * size / EVERY_S
+    print(f"a node under {TRAINERS} trainers: {share:.4%} of one core, {rate:.0f} bytes/s, without calls")
+
+
+def cost_of_counting(trainer: Identity) -> None:
+    """Receipts of 10,000 nodes with 8 trainers each. One key signs them all: what a check costs is the same."""
+    signed = [sign_receipt(trainer, SWARM, node_of(0), Work(n + 1), n + 1) for n in range(TRAINERS)]
+    began = time.process_time()
+    for each in signed:
+        check_receipt(each, SWARM, node_of(0))
+    check_s = (time.process_time() - began) / TRAINERS
+    tracemalloc.start()
+    ledger = filled(NODES)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    began = time.process_time()
+    ledger.count()
+    count_s = time.process_time() - began
+    print(f"a dashboard: {1e3 * TRAINERS * check_s:.1f} ms to verify the receipts of a node")
+    print(f"{NODES:,} nodes, {len(ledger):,} receipts: {size / 2**20:.0f} MiB, counted in {count_s:.2f} s")
+
+
+def filled(nodes: int, colluding: int = 0, claimed: int = 10**9) -> CreditLedger:
+    """Of so many nodes, with honest trainers under a token each; the last tokens' trainers sign for the last node."""
+    rng = random.Random(0)
+    ledger = CreditLedger(SWARM, lambda receipt: 0)
+    for node in range(nodes):
+        kept = ledger._nodes.setdefault(node_of(node), {})
+        for _ in range(TRAINERS):
+            token = rng.randrange(TOKENS - colluding)
+            keep(ledger, kept, token, Work(rng.randrange(1, 10**6)))
+    for token in range(TOKENS - colluding, TOKENS):
+        keep(ledger, ledger._nodes[node_of(nodes - 1)], token, Work(claimed))
+    return ledger
+
+
+def keep(ledger: CreditLedger, kept: dict[PeerID, _Counted], token: int, work: Work) -> None:
+    """As if a receipt had been verified."""
+    ledger._keep(kept, node_of(10**6 + token), _Counted(work, work.pairs, token, token.to_bytes(16, "big")))
+
+
+def inflation() -> None:
+    """A tenth of the tokens sign for one accomplice."""
+    for claimed in (10**6, 10**9, 10**15):
+        counted = filled(1000, TOKENS // 10, claimed).count()
+        credit = counted[node_of(999)]
+        pairs = sum(each.work.pairs for each in counted.values())
+        print(
+            f"{TOKENS // 10} of {TOKENS} tokens sign {claimed:.0e} pairs each for one node: it has "
+            f"{credit.work.pairs / pairs:.1%} of all pairs, and {credit.share:.1%} of all votes"
+        )
+
+
+if __name__ == "__main__":
+    main()
