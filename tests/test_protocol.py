@@ -17,6 +17,7 @@ from google.protobuf import descriptor_pb2
 from dht.admission import check_badge
 from dht.announcements import NodeInfo
 from dht.invites import Invite
+from dht.receipts import check_receipt
 from dht.records import RecordValidator
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
@@ -24,7 +25,7 @@ from peer.identity import PeerID, peer_id_of
 from peer.kademlia.validation import Record, pack, unpack_entries
 from peer.rpc.sessions import SESSION_KEY
 from peer.transport.contacts import Contact
-from peer.wire import admission_pb2, contact_pb2, expert_pb2, session_pb2
+from peer.wire import admission_pb2, contact_pb2, credit_pb2, expert_pb2, session_pb2
 from trainer_client.dispatch.batches import AnsweredRows, NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import ReplyAssembler
 
@@ -82,6 +83,16 @@ def test_invite_and_badge_of_the_vectors_are_accepted() -> None:
     statement = session_pb2.OpenStatement.FromString(data("session", "statement"))
     assert statement.badge == badge
     assert peer_id_of(founder_key).to_bytes() == statement.server
+
+
+def test_receipt_of_the_vectors_is_accepted() -> None:
+    signed = credit_pb2.SignedReceipt(
+        receipt=data("receipt", "receipt"),
+        public_key=data("peers", "caller", "public_key"),
+        signature=data("receipt", "signature"),
+    )
+    receipt = check_receipt(signed, VECTORS["swarm"]["swarm_id"], FOUNDER)
+    assert (receipt.trainer, receipt.work.pairs, receipt.all_pairs) == (CALLER, 1200, 5000)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -151,7 +162,7 @@ def test_comments_in_proto_name_every_domain() -> None:
     comments = "".join(path.read_text() for path in (ROOT / "proto").glob("*.proto"))
     for domain in VECTORS["domains"].values():
         assert f'"{domain[:-1]}\\0"' in comments
-    assert comments.count("salt of 32 bytes") == 4
+    assert comments.count("salt of 32 bytes") == comments.count("RSA-PSS") == 5
     for constant in (VECTORS["tls_name"], SESSION_KEY):
         assert constant in comments
 

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dht.admission import BADGE_DOMAIN, Role, make_badge
 from dht.invites import Invite
 from dht.manifest import Manifest
+from dht.receipts import Work
 from dht.records import SwarmKeys, digits_of
 from dht.uid import UID
 from expert_server.serving.batching import Direction, Result
@@ -32,6 +33,7 @@ from peer.errors import RecordError
 from peer.identity import (
     CONTACT_DOMAIN,
     GRANT_DOMAIN,
+    RECEIPT_DOMAIN,
     RECORD_DOMAIN,
     SESSION_DOMAIN,
     TLS_NAME,
@@ -43,7 +45,7 @@ from peer.kademlia.validation import Entry, Subkey, digest_of, pack, pack_entrie
 from peer.rpc.sessions import SESSION_KEY
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
-from peer.wire import admission_pb2, contact_pb2, expert_pb2, records_pb2, session_pb2
+from peer.wire import admission_pb2, contact_pb2, credit_pb2, expert_pb2, records_pb2, session_pb2
 
 FILE = Path(__file__).parents[1] / "proto" / "vectors.json"
 EXPIRES_AT = 1_900_000_000.0
@@ -88,6 +90,7 @@ class ProtocolVectors:
                 "record": RECORD_DOMAIN.decode(),
                 "session": SESSION_DOMAIN.decode(),
                 "contact": CONTACT_DOMAIN.decode(),
+                "receipt": RECEIPT_DOMAIN.decode(),
                 "grant": GRANT_DOMAIN.decode(),
                 "badge": BADGE_DOMAIN.decode(),
             },
@@ -113,6 +116,7 @@ class ProtocolVectors:
             "codecs": _codecs(),
             "forward": self._call("forward"),
             "backward": self._call("backward"),
+            "receipt": self._receipt(),
         }
 
     def _sign(self, identity: Identity, data: bytes, domain: bytes) -> bytes:
@@ -155,6 +159,18 @@ class ProtocolVectors:
             "statement": statement.hex(),
             "signature": self._sign(self._caller, statement, SESSION_DOMAIN).hex(),
         }
+
+    def _receipt(self) -> Vectors:
+        """The caller's, for the founder's node."""
+        receipt = credit_pb2.Receipt(
+            swarm_id=self._keys.swarm_id,
+            trainer=self._caller.peer_id.to_bytes(),
+            node=self._founder.peer_id.to_bytes(),
+            work=Work(pairs=1200, updates=400, checks_passed=3).message(),
+            all_pairs=5000,
+        ).SerializeToString()
+        signature = self._sign(self._caller, receipt, RECEIPT_DOMAIN)
+        return {"receipt": receipt.hex(), "signature": signature.hex()}
 
     def _dht(self) -> Vectors:
         keys, founder = self._keys, self._founder

@@ -16,6 +16,7 @@ from packaging.version import Version
 from peer.wire import (
     admission_pb2,
     contact_pb2,
+    credit_pb2,
     dense_pb2,
     dht_pb2,
     expert_pb2,
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 COMMITTED = {
     "admission": admission_pb2.DESCRIPTOR,
     "contact": contact_pb2.DESCRIPTOR,
+    "credit": credit_pb2.DESCRIPTOR,
     "dense": dense_pb2.DESCRIPTOR,
     "dht": dht_pb2.DESCRIPTOR,
     "expert": expert_pb2.DESCRIPTOR,
@@ -98,7 +100,7 @@ def significant(path: Path, pattern: str) -> list[str]:
     return re.findall(pattern, path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["dense", "expert", "probe", "relay", "session", "state"])
+@pytest.mark.parametrize("name", ["credit", "dense", "expert", "probe", "relay", "session", "state"])
 def test_committed_stubs_call_what_the_service_has(generated: Path, name: str) -> None:
     pattern = r"'/talkoot[^']*'|\w+__pb2\.\w+\.(?:FromString|SerializeToString)|stream_\w+|unary_\w+"
     fresh = significant(generated / f"peer/wire/{name}_pb2_grpc.py", pattern)

@@ -37,6 +37,7 @@ for (const [domain, peer, data, signature] of [
   ['grant', founder, vectors.badge.grant, vectors.badge.grant_signature],
   ['record', founder, dht.record.payload, dht.record.signature],
   ['contact', founder, dht.contact.statement, dht.contact.signature],
+  ['receipt', caller, vectors.receipt.receipt, vectors.receipt.signature],
 ]) assert(verify(bytes(peer.public_key), domain, bytes(data), bytes(signature)), domain);
 
 for (const [key, id] of Object.entries(dht.keys)) assert.equal(keyId(key).toString('hex'), id);
