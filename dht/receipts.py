@@ -6,7 +6,7 @@ by another node, or twice, or in another order. It proves who signed, not that t
 what they like. How much that is worth is for whoever counts to say: see `talkoot.credit`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 
 from google.protobuf.message import DecodeError
@@ -104,6 +104,10 @@ class Receipt:
     """What the trainer shows to be admitted. Not checked here."""
     signed: credit_pb2.SignedReceipt
     """As it came."""
+
+
+SignerOf = Callable[[Receipt], int | None]
+"""By whose leave a receipt was signed, as `SwarmAdmission.signer_of` says. Raises RecordError."""
 
 
 def sign_receipt(

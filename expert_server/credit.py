@@ -5,7 +5,8 @@ gives them.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter as Multiset
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import grpc
@@ -13,8 +14,16 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter
 
-from dht.admission import SwarmAdmission
-from dht.receipts import MAX_RECEIPT_BYTES, PAGE, Receipt, SignedWork, Work, check_receipt, total_of
+from dht.receipts import (
+    MAX_RECEIPT_BYTES,
+    PAGE,
+    Receipt,
+    SignedWork,
+    SignerOf,
+    Work,
+    check_receipt,
+    total_of,
+)
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError, WireError
 from peer.files import write_atomically
@@ -28,7 +37,9 @@ from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
 logger = logging.getLogger(__name__)
 
 MAX_TRAINERS = 512
-"""Whose receipts a node keeps. Of more, the one for the least work goes."""
+"""Whose receipts a node keeps. Of more, the token or neighbourhood with the most trainers loses the one for the least
+work.
+"""
 SLACK = 65_536
 """Pairs, or queries, by which a trainer's count may exceed what this node remembers to have done: it may have been
 killed since it saved that.
@@ -45,13 +56,25 @@ _SAVE_EVERY_S = 60.0
 class ReceiptBook:
     """The newest receipt of each trainer, as one node keeps them. Does no I/O."""
 
-    def __init__(self, swarm_id: str, node: PeerID, most: int = MAX_TRAINERS) -> None:
+    def __init__(
+        self,
+        swarm_id: str,
+        node: PeerID,
+        signer_of: SignerOf = lambda receipt: None,
+        most: int = MAX_TRAINERS,
+    ) -> None:
+        """`signer_of`: by whose leave a trainer signs; None: anybody may."""
         self.has_changed = False
         """Since it was saved."""
+        self._signer_of = signer_of
         self._swarm_id = swarm_id
         self._node = node
         self._most = most
         self._receipts: dict[PeerID, Receipt] = {}
+        self._crowds: dict[PeerID, Hashable] = {}
+        """The token or the neighbourhood of each of their trainers; of those from before the start, where nobody has a
+        token, itself.
+        """
         self._served = BoundedDict[PeerID, None](_CALLERS)
         self._ordered: list[Receipt] | None = None
         self.signed = SignedWork()
@@ -67,12 +90,13 @@ class ReceiptBook:
         """It may sign from now on."""
         self._served[caller] = None
 
-    def take(self, receipt: Receipt, done: Work) -> bool:
-        """Keeps a receipt that is newer than the last one of its trainer, and returns whether it was.
+    def take(self, receipt: Receipt, done: Work, near: str = "") -> bool:
+        """Keeps a receipt that is newer than the last one of its trainer, and returns whether it does.
 
-        `done`: the node's own count of all its work. Raises ExpertError (FAILED_PRECONDITION) if this node can't have
-        done that.
+        `done`: the node's own count of all its work. `near`: the neighbourhood that it came from. Raises ExpertError
+        (FAILED_PRECONDITION) if this node can't have done that, and RecordError if the trainer may not sign.
         """
+        signer = self._signer_of(receipt)
         held = self._receipts.get(receipt.trainer)
         before = Work() if held is None else held.work
         if receipt.work <= before:
@@ -87,7 +111,7 @@ class ReceiptBook:
                 raise ExpertError(
                     StatusCode.FAILED_PRECONDITION, f"that is more {name} than this node has answered"
                 )
-        self._keep(receipt)
+        self._keep(receipt, signer, near)
         return receipt.trainer in self._receipts
 
     def page(self, offset: int) -> credit_pb2.ListReply:
@@ -111,15 +135,22 @@ class ReceiptBook:
             raise RecordError("it can't be parsed") from error
         for signed in saved.receipts[: self._most]:
             receipt = check_receipt(signed, self._swarm_id, self._node)
-            held = self._receipts.get(receipt.trainer)
-            if held is None or held.work < receipt.work:
-                self._keep(receipt)
+            try:
+                signer = self._signer_of(receipt)
+            except RecordError:  # its token was revoked since
+                continue
+            self._keep(receipt, signer)
         self.has_changed = False
 
-    def _keep(self, receipt: Receipt) -> None:
+    def _keep(self, receipt: Receipt, signer: int | None, near: str = "") -> None:
         self._receipts[receipt.trainer] = receipt
+        self._crowds[receipt.trainer] = (near or receipt.trainer) if signer is None else signer
         if len(self._receipts) > self._most:
-            del self._receipts[max(self._receipts.values(), key=_most_first).trainer]
+            sizes = Multiset(self._crowds.values())
+            most = max(sizes.values())
+            crowded = (r for r in self._receipts.values() if sizes[self._crowds[r.trainer]] == most)
+            least = max(crowded, key=_most_first).trainer
+            del self._receipts[least], self._crowds[least]
         self.signed, self._ordered, self.has_changed = total_of(self._receipts.values()), None, True
 
 
@@ -182,7 +213,6 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
         swarm_id: str,
         node: PeerID,
         sessions: Sessions,
-        admission: SwarmAdmission,
         done: Callable[[], Work],
         up: RateLimit,
         metrics: CollectorRegistry | None = None,
@@ -196,7 +226,6 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
         self._swarm_id = swarm_id
         self._node = node
         self._sessions = sessions
-        self._admission = admission
         self._done = done
         self._up = up
         self._given = TokenBuckets[PeerID](1 / _GIVEN_EVERY_S, _GIVEN_AT_ONCE, _CALLERS)
@@ -207,7 +236,8 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
         try:
             async with abort_on_error(context):
                 rights = session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_MEMORY
-                kept = self._take(request, self._sessions.require(context, *rights).caller)
+                caller = self._sessions.require(context, *rights).caller
+                kept = self._take(request, caller, near_of(context.peer()))
                 outcome = "kept" if kept else "old"
                 return credit_pb2.GiveReply(kept=kept)
         finally:
@@ -224,7 +254,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
             return reply
         raise AssertionError("abort raises")
 
-    def _take(self, signed: credit_pb2.SignedReceipt, caller: PeerID) -> bool:
+    def _take(self, signed: credit_pb2.SignedReceipt, caller: PeerID, near: str) -> bool:
         """Raises ExpertError, and WireError."""
         now = time.monotonic()
         if wait_s := self._given.wait_s(caller, now):
@@ -234,7 +264,6 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
             receipt = check_receipt(signed, self._swarm_id, self._node)
             if receipt.trainer != caller:
                 raise RecordError("the receipt is another trainer's")
-            self._admission.signer_of(caller, receipt.badge)
+            return self._book.take(receipt, self._done(), near)
         except RecordError as error:
             raise WireError(str(error)) from error
-        return self._book.take(receipt, self._done())

@@ -170,7 +170,11 @@ class Node:
             budget=BudgetLimits.of(settings),
             max_memory_bytes=call_memory_of(settings),
         )
-        self._receipts = ReceiptBook(swarm_id, swarm.host.peer_id)
+        self._receipts = ReceiptBook(
+            swarm_id,
+            swarm.host.peer_id,
+            lambda receipt: swarm.admission.signer_of(receipt.trainer, receipt.badge),
+        )
         self._receipt_file = ReceiptFile(state / "receipts" / swarm_id, self._receipts)
         note_served = self._receipts.note_served
         self._servicer = ExpertServicer(
@@ -190,7 +194,6 @@ class Node:
             swarm_id,
             swarm.host.peer_id,
             self.sessions,
-            swarm.admission,
             self._done,
             self.traffic.up,
             metrics,

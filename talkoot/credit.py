@@ -22,7 +22,7 @@ import grpc
 
 from dht.admission import SwarmAdmission
 from dht.announcements import NodeInfo
-from dht.receipts import MAX_RECEIPT_BYTES, PAGE, Receipt, SignedWork, Work, check_receipt
+from dht.receipts import MAX_RECEIPT_BYTES, PAGE, SignedWork, SignerOf, Work, check_receipt
 from dht.swarm import Swarm
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
@@ -49,9 +49,6 @@ _DEADLINE_S = 5.0
 _AGAIN_S = 60.0
 """Before a node is asked again."""
 _CHANNELS = 64
-
-SignerOf = Callable[[Receipt], int | None]
-"""By whose leave a receipt was signed: the serial of a token, or None in an open swarm. Raises RecordError."""
 
 
 @dataclass(frozen=True)

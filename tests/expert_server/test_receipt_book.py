@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from receipts import histories, peer, receipt
 
-from dht.receipts import PAGE, SignedWork, Work, sign_receipt, total_of
+from dht.receipts import PAGE, SignedWork, SignerOf, Work, sign_receipt, total_of
 from expert_server.credit import SLACK, ReceiptBook, ReceiptFile
 from peer.errors import ExpertError
 from peer.loop import LoopThread
@@ -21,8 +21,8 @@ MUCH = Work(pairs=10**9, queries=10**9)
 NODE = numbered_identity(2)
 
 
-def book(*callers: int, most: int = 512) -> ReceiptBook:
-    made = ReceiptBook(SWARM, NODE.peer_id, most)
+def book(*callers: int, most: int = 512, signer_of: SignerOf = lambda receipt: None) -> ReceiptBook:
+    made = ReceiptBook(SWARM, NODE.peer_id, signer_of, most)
     for caller in callers:
         made.note_served(peer(caller))
     return made
@@ -67,6 +67,17 @@ def test_of_too_many_the_one_for_the_least_work_goes() -> None:
     assert [kept.take(receipt(number, Work(pairs=10 + number)), MUCH) for number in range(4)] == [True] * 4
     assert not kept.take(receipt(4, Work(pairs=1)), MUCH)
     assert kept.signed == SignedWork(Work(pairs=11 + 12 + 13), 3)
+
+
+@pytest.mark.parametrize("is_by_token", [True, False])
+def test_many_keys_of_one_token_or_neighbourhood_push_out_their_own(is_by_token: bool) -> None:
+    kept = book(*range(50), most=8, signer_of=lambda r: min(r.work.pairs, 4) if is_by_token else None)
+    for honest in range(3):  # tokens 1 to 3, and places of their own
+        kept.take(receipt(honest, Work(pairs=1 + honest)), MUCH, near=f"10.0.0.{honest}")
+    for number in range(10, 50):
+        kept.take(receipt(number, Work(pairs=1000 + number)), MUCH, near="10.9.9.9")
+    assert kept.signed.trainers == 8
+    assert kept.signed.work.pairs == (1 + 2 + 3) + sum(1000 + number for number in range(45, 50))
 
 
 @given(st.integers(0, 100), st.integers(0, 120))

@@ -9,7 +9,6 @@ from typing import Any
 import grpc
 from callers import InSession, a_caller, numbered_identity
 
-from dht.admission import SwarmAdmission
 from dht.announcements import NodeInfo
 from dht.receipts import Work
 from dht.records import SwarmKeys
@@ -55,8 +54,6 @@ class CreditNode:
 @asynccontextmanager
 async def credit_node(*, knows_receipts: bool = True) -> AsyncIterator[CreditNode]:
     """`knows_receipts`: False for a release that does not."""
-    admission = SwarmAdmission(KEYS)
-    admission.learn(numbered_identity(0).public_key, "open")
     sessions, book = Sessions(SWARM, NODE.peer_id), ReceiptBook(SWARM, NODE.peer_id)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
@@ -69,7 +66,7 @@ async def credit_node(*, knows_receipts: bool = True) -> AsyncIterator[CreditNod
     node = CreditNode(info, book, None, ChannelPool(16))
     if knows_receipts:
         node.servicer = CreditServicer(
-            book, SWARM, NODE.peer_id, sessions, admission, lambda: node.done, RateLimit(None)
+            book, SWARM, NODE.peer_id, sessions, lambda: node.done, RateLimit(None)
         )
         credit_pb2_grpc.add_CreditServiceServicer_to_server(node.servicer, server)
     await server.start()
