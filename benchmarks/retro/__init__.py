@@ -1,0 +1,1 @@
+"""What reading a memory gives a language model, and what it costs."""

@@ -1,0 +1,136 @@
+"""Does reading a memory help a language model (RETRO), and is it real knowledge or copying?
+
+    python -m benchmarks.retro [--quick] [--only PART...] [--json FILE] [--keep DIR] [--seeds N] [--minutes M]
+
+learning   models that read against deeper ones of equal FLOPs and against random neighbours, by overlap, and more
+hosted     training throughput at round trips of 80 ms, with retrieval and without; and training while hosts fail
+
+With `--keep DIR` and `--json FILE`, a run goes on where the last one ended, and `--minutes` ends it in time. `--quick`
+trains one tiny model of each kind for a few steps, which says nothing about retrieval.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.status import Status
+
+from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.memory import corpora
+from benchmarks.retro import hosted
+from benchmarks.retro.goals import verdicts
+from benchmarks.retro.runs import QUICK, WAYS, Size, World, test, train
+from benchmarks.retro.store import Store
+from benchmarks.verdicts import table_of
+
+_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where results go, and what is kept to go on from."""
+
+    results: Path | None
+    folder: Path
+
+    def write(self, results: dict[str, Any]) -> None:
+        if self.results is not None:
+            self.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def learning(
+    size: Size,
+    seeds: int,
+    results: dict[str, Any],
+    files: Files,
+    ends: float,
+    console: Console,
+) -> None:
+    """Adds to the results, and writes them after each model."""
+    runs: dict[str, Any] = results.setdefault("learning", {})
+    wanted = [(seed, way) for seed in range(seeds) for way in WAYS]
+    missing = [(seed, way) for seed, way in wanted if f"{way} {seed}" not in runs]
+    if not missing:
+        return
+    with console.status("texts") as status:
+        world = _world(size, files)
+        results["texts"] = dict(world.about)
+        for seed, way in missing:
+            name = f"{way} {seed}"
+            file = files.folder / f"{name.replace(' ', '-')}.safetensors"
+            done = train(
+                world, way, seed, file, lambda: time.monotonic() > ends, partial(_show, console, status, name)
+            )
+            if done is None:
+                return
+            model, figures = done
+            runs[name] = figures | {"bits_per_byte": test(world, model)}
+            files.write(results)
+
+
+def _world(size: Size, files: Files) -> World:
+    kept = files.folder / "world.safetensors"
+    if kept.exists():
+        return World.load(kept, size)
+    world = World.make(Store(files.folder, size.characters, size.context, size.vocabulary, size.spec), size)
+    world.save(kept)
+    return world
+
+
+def _hosted(results: dict[str, Any], folder: Path, *, quick: bool) -> None:
+    memory = hosted.HostedMemory(folder / "hosted", 2e5 if quick else 2e6)
+    results["pace"] = hosted.pace(memory, 10 if quick else 60, 1 if quick else 3)
+    results["faults"] = hosted.faults(memory, 12 if quick else 200)
+
+
+def _show(console: Console, status: Status, what: str, step: int, loss: float) -> None:
+    status.update(f"{what}: step {step}, loss {loss:.3f}")
+    if not console.is_terminal and step % 100 == 0:
+        console.print(f"{what}: step {step}, loss {loss:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models, under 90 seconds")
+    parser.add_argument("--only", nargs="+", choices=("learning", "hosted"), help="parts to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep there what is done, to go on from")
+    parser.add_argument("--seeds", type=int, default=_SEEDS, help="models of each kind")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="train no longer than that")
+    options = parser.parse_args()
+    end_in_order_when_stopped()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    console = Console(width=130)
+    for command in corpora.remedies():
+        console.print(f"Left out for want of: {command}")
+    results: dict[str, Any] = {}
+    if options.json and options.json.exists() and not options.quick:
+        results = json.loads(options.json.read_text())
+    size, seeds = (QUICK, 1) if options.quick else (Size(), options.seeds)
+    ends = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory(prefix="talkoot-benchmark-") as temporary:
+        files = Files(options.json, options.keep or Path(temporary))
+        files.folder.mkdir(parents=True, exist_ok=True)
+        measure: dict[str, Callable[[], None]] = {
+            "learning": lambda: learning(size, seeds, results, files, ends, console),
+            "hosted": lambda: _hosted(results, Path(temporary), quick=options.quick),
+        }
+        for part, run in measure.items():
+            if not options.only or part in options.only:
+                run()
+                files.write(results)
+    console.print(table_of("models that read a memory", verdicts(results, is_quick=options.quick)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Models that read a store and models that don't, trained on the same tokens, and what they predict of held-out text.
+
+A model that reads is compared with one that has more layers instead, as many as cost the same operations per token, and
+with itself where the passages are drawn at random.
+"""
+
+import itertools
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.retro.store import Store
+from dht.manifest import Manifest
+from trainer_client.model import LanguageModel
+from trainer_client.retrieval.attention import RetrievalSpec
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.loop import Training
+from trainer_client.training.record import Progress
+
+OVERLAPS = {"none": 0.0, "12.5%": 0.125, "50%": 0.5, "all": 1.0}
+"""The largest share of the target's runs of eight words that a neighbour may have."""
+SHARES = (0.25, 0.5, 1.0)
+"""Of the store."""
+LEARNED_OVERLAP = 0.5
+"""Of neighbours, while models learn: the default of trainers."""
+WAYS = ("reads", "deeper")
+_TESTED_AT_ONCE = 16
+"""Sequences."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and on how much."""
+
+    steps: int = 1500
+    batch: int = 4
+    hidden: int = 64
+    heads: int = 4
+    layers: int = 2
+    context: int = 256
+    vocabulary: int = 1024
+    held_out: int = 160
+    """Sequences of each domain."""
+    characters: float = 3e7
+    learning_rate: float = 3e-3
+    """Of each work."""
+    spec: RetrievalSpec = field(default_factory=lambda: RetrievalSpec(64, 2, 96, (1,)))
+
+    def manifest(self, layers: int, seed: int) -> Manifest:
+        """Experts have no part in this: every layer is the trainer's."""
+        model = {
+            "layers": layers, "hidden": self.hidden, "heads": self.heads, "context": self.context,
+            "feed_forward": 4 * self.hidden, "seed": seed,
+        }  # fmt: skip
+        return Manifest.model_validate({"name": "retro", "preset": "none", "model": model})
+
+    def flops(self, layers: int, *, reads: bool) -> int:
+        """Of a forward pass, for each token: two for each number that is multiplied with a weight or a score."""
+        D, spec = self.hidden, self.spec
+        plain = layers * (24 * D * D + 2 * self.context * D) + 2 * D * self.vocabulary
+        if not reads:
+            return plain
+        read = spec.neighbours * spec.length
+        encoded = read // spec.chunk * (8 * D * D + 4 * spec.length * D)
+        attended = len(spec.layers) * (4 * D * D * read // spec.chunk + 4 * D * D + 4 * read * D)
+        return plain + encoded + attended
+
+    @property
+    def deeper(self) -> int:
+        """As many layers as take about as many operations as reading does, and rather more."""
+        wanted = 0.99 * self.flops(self.layers, reads=True)
+        return next(n for n in itertools.count(self.layers) if self.flops(n, reads=False) >= wanted)
+
+
+QUICK = Size(60, 4, 32, 2, 2, 128, 512, 12, 2e5, 3e-3, RetrievalSpec(32, 2, 48, (1,)))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out sequences of one text, and what models that read are given with them."""
+
+    tokens_ST: Tensor
+    given: Mapping[str, Tensor]
+    """By the variant: [S, U, N, L]."""
+
+
+@dataclass(frozen=True)
+class World:
+    """All that is the same for all models."""
+
+    size: Size
+    tokens_ST: Tensor
+    """To learn from."""
+    given: Tensor
+    """What the models that read are given with it."""
+    tested: Mapping[str, HeldOut]
+    bytes_V: NDArray[np.int64]
+    """Of each token."""
+    about: Mapping[str, Any]
+
+    @classmethod
+    def make(cls, store: Store, size: Size) -> "World":
+        known = store.where(store.names)
+        texts = [text for name in store.names for text in store.learned[name]]
+        learned = store.sequences(texts, size.steps * size.batch, known)
+        tested, overlap = {}, {}
+        for name in store.names:
+            held_out = store.sequences(store.held_out[name], size.held_out, known)
+            overlap[name] = store.overlaps(held_out)
+            given = {f"real {each}": store.neighbours(held_out, most) for each, most in OVERLAPS.items()}
+            for share in SHARES[:-1]:
+                part = store.again(held_out, store.where(store.names, share))
+                given[f"share {share}"] = store.neighbours(part, LEARNED_OVERLAP)
+            tested[name] = HeldOut(held_out.tokens_ST, given | {"random": store.drawn(held_out, known)})
+        if store.added is not None:
+            name = store.added
+            every = store.where([*store.names, name])
+            held_out = store.sequences(store.held_out[name], size.held_out, known)
+            added = store.again(held_out, every)
+            overlap[name] = store.overlaps(added)
+            given = {
+                "before": store.neighbours(held_out, LEARNED_OVERLAP),
+                "added": store.neighbours(added, LEARNED_OVERLAP),
+                "random": store.drawn(held_out, every),
+            }
+            tested[name] = HeldOut(held_out.tokens_ST, given)
+        about = {
+            "passages": {name: store.domains.count(name) for name in store.learned},
+            "overlap_of_nearest": overlap,
+            "tokens_learned": learned.tokens_ST.numel(),
+        }
+        given_learned = store.neighbours(learned, LEARNED_OVERLAP)
+        return cls(size, learned.tokens_ST, given_learned, tested, store.byte_lengths, about)
+
+    def save(self, file: Path) -> None:
+        tensors = {"tokens": self.tokens_ST, "given": self.given, "bytes": torch.from_numpy(self.bytes_V)}
+        for name, tested in self.tested.items():
+            tensors[f"{name}/tokens"] = tested.tokens_ST
+            tensors |= {f"{name}/given/{variant}": given for variant, given in tested.given.items()}
+        # the largest token is small
+        small = {name: tensor.to(torch.int16).contiguous() for name, tensor in tensors.items()}
+        save_file(small, file, {"about": json.dumps(self.about)})
+
+    @classmethod
+    def load(cls, file: Path, size: Size) -> "World":
+        with safe_open(file, "pt") as opened:
+            about = json.loads(opened.metadata()["about"])
+            tensors = {name: opened.get_tensor(name).long() for name in opened.keys()}  # noqa: SIM118  # it is no dict
+        tested = {}
+        for name in [name.removesuffix("/tokens") for name in tensors if name.endswith("/tokens")]:
+            begin = f"{name}/given/"
+            given = {each.removeprefix(begin): t for each, t in tensors.items() if each.startswith(begin)}
+            tested[name] = HeldOut(tensors[f"{name}/tokens"], given)
+        return cls(size, tensors["tokens"], tensors["given"], tested, tensors["bytes"].numpy(), about)
+
+
+class _Batches:
+    """The learned sequences in an order that follows from a seed, and their neighbours, as `Training` takes them."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self._world = world
+        self._order = np.random.default_rng(seed).permutation(len(world.tokens_ST))
+        self._tested = next(iter(world.tested.values()))
+        self.context, self.sequences = world.size.context, len(world.tokens_ST)
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        return self._world.tokens_ST[self._rows(step, batch_size)]
+
+    def training(self, number: int, tokens_BT: Tensor) -> Tensor:
+        return self._world.given[self._rows(number, len(tokens_BT))]
+
+    def validation_batches(self, batch_size: int, count: int) -> list[Tensor]:
+        return [self._tested.tokens_ST[:batch_size]]
+
+    def validation(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [self._tested.given["real 50%"][: len(batches[0])]]
+
+    def bytes_per_token(self, batches: Sequence[Tensor], first: int = 1) -> float:
+        return float(self._world.bytes_V[batches[0][:, first:].numpy()].mean())
+
+    def _rows(self, step: int, batch_size: int) -> Tensor:
+        places = np.arange(step * batch_size, (step + 1) * batch_size) % len(self._order)
+        return torch.from_numpy(self._order[places])
+
+
+def train(
+    world: World,
+    way: str,
+    seed: int,
+    file: Path | None,
+    stop: Callable[[], bool],
+    show: Callable[[int, float], None],
+) -> tuple[LanguageModel, dict[str, Any]] | None:
+    """A model, and what it cost; None if it was stopped. `file`: where what is done is kept, to go on from there."""
+    size, reads = world.size, way == "reads"
+    layers = size.layers if reads else size.deeper
+    spec = size.spec if reads else None
+    model = LanguageModel(size.manifest(layers, seed), lambda layer: nn.Identity(), size.vocabulary, spec)
+    batches = _Batches(world, seed)
+    settings = TrainerSettings(
+        steps=size.steps, batch_size=size.batch, seed=seed, validation_batches=1,
+        learning_rate=size.learning_rate, warmup_steps=min(100, size.steps // 4),
+    )  # fmt: skip
+    # of a dataset, Training asks for no more than this
+    training = Training(model, batches, settings, None, batches if reads else None)  # type: ignore[arg-type]
+    cpu_s = 0.0
+    if file is not None and file.exists():
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
+        cpu_s = tensors.pop("cpu_s").item()
+        training.import_state(tensors, 0)
+    began, stopped = time.process_time(), threading.Event()
+
+    def observe(progress: Progress) -> None:
+        show(progress.step, progress.loss)
+        if stop():
+            stopped.set()
+
+    training.run(observe, stopped)
+    cpu_s += time.process_time() - began
+    if file is not None:
+        tensors = training.export_state() or {}
+        save_file(tensors | {"cpu_s": torch.tensor(cpu_s, dtype=torch.float64)}, file)
+    if training.step < size.steps:
+        return None
+    return model, {
+        "layers": layers,
+        "flops_per_token": size.flops(layers, reads=reads),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cpu_s": cpu_s,
+        "loss_last": float(np.mean(training.history.losses[-50:])),
+    }
+
+
+def test(world: World, model: LanguageModel) -> dict[str, dict[str, list[float]]]:
+    """Bits per byte of each held-out sequence, by text and by what the model is given."""
+    found = {}
+    for name, tested in world.tested.items():
+        bytes_S = world.bytes_V[tested.tokens_ST[:, 1:].numpy()].sum(axis=1)
+        given: dict[str, Tensor | None] = {"nothing": None}
+        if model.retrieval is not None:
+            given |= tested.given
+        found[name] = {
+            variant: (np.array(_nats(model, tested.tokens_ST, each)) / math.log(2) / bytes_S).tolist()
+            for variant, each in given.items()
+        }
+    return found
+
+
+@torch.no_grad()
+def _nats(model: LanguageModel, tokens_ST: Tensor, neighbours: Tensor | None) -> list[float]:
+    """Of each sequence, all that is predicted of it."""
+    model.eval()
+    nats: list[float] = []
+    for at in range(0, len(tokens_ST), _TESTED_AT_ONCE):
+        tokens_BT = tokens_ST[at : at + _TESTED_AT_ONCE]
+        given = None if neighbours is None else neighbours[at : at + _TESTED_AT_ONCE]
+        logits_BTV = model(tokens_BT[:, :-1], given)
+        loss_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT[:, 1:], reduction="none")
+        nats += loss_BT.double().sum(dim=1).tolist()
+    return nats
