@@ -114,6 +114,8 @@ class NodeInfo:
     memory_queries_per_s: float = 0.0
     signed: SignedWork = field(default_factory=SignedWork)
     """What trainers have signed for it, by its own word."""
+    left: bool = False
+    """It has left in order. Then nothing else is known but who it was."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class TrainerInfo:
-    """A trainer's record. Losses in nats per token; None: not measured."""
+    """A trainer's record. Losses in nats per token; None: not measured. `steps`: of the run; 0: an own loop."""
 
     peer_id: PeerID
     name: str
@@ -160,6 +162,13 @@ class TrainerInfo:
     """By which it is reached if its router admits nobody."""
     relay_addresses: tuple[Multiaddress, ...] = ()
     """Of its gRPC server, through relays over gRPC."""
+    left: bool = False
+    """It has left in order, with these figures."""
+
+    @property
+    def is_own_loop(self) -> bool:
+        """Whether it is a training loop of its owner's own, which has no known end."""
+        return self.steps == 0
 
 
 class ReplicaState(Enum):
@@ -182,6 +191,10 @@ class Replica:
     queued_rows: int
     claimed_at: float
     expires_at: float
+    updated_at: float | None = None
+    """When it took its last optimizer step, by its node's clock; None: none there yet."""
+    recent_rows: int = 0
+    """Rows computed lately, the older the less."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +205,9 @@ class ReplicaAnnouncement:
     state: ReplicaState
     update_count: int = 0
     claimed_at: float = 0.0
+    updated_at: float = 0.0
+    """When it took its last optimizer step; 0: none yet."""
+    recent_rows: int = 0
 
     def message(self, depth: int) -> records_pb2.Announcement:
         """For a record under the first `depth` coordinates."""
@@ -200,6 +216,8 @@ class ReplicaAnnouncement:
             state=self.state.value,
             update_count=self.update_count,
             claimed_at=self.claimed_at if is_claim else 0.0,
+            updated_at=int(self.updated_at),
+            recent_rows=self.recent_rows,
             following=self.uid.coordinate[depth:],
         )
 
@@ -229,15 +247,13 @@ class ClaimAges:
         self._seen.pop((uid, peer_id), None)
 
 
-def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo | None:
-    """Parses a node's checked record; None if the node has left. Raises RecordError for a wrong certificate."""
+def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo:
+    """Parses a node's checked record. Raises RecordError for a wrong certificate."""
     node = payload.node
-    if node.left:
-        return None
     return NodeInfo(
         peer_id,
         _endpoints(node.addresses),
-        certificate_pem(node.certificate, peer_id),
+        b"" if node.left else certificate_pem(node.certificate, peer_id),
         node.protocol_version,
         printable(node.software_version, _MAX_VERSION_CHARACTERS),
         node.expert_count,
@@ -263,13 +279,14 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         count(node.memory_queries),
         number(node.memory_queries_per_s) or 0.0,
         SignedWork.of(node.signed),
+        node.left,
     )
 
 
 def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> TrainerInfo | None:
-    """Parses a trainer's checked record; None if it has left. Raises RecordError for a wrong certificate."""
+    """Parses a trainer's checked record; None if it is none. Raises RecordError for a wrong certificate."""
     trainer = payload.trainer
-    if payload.WhichOneof("body") != "trainer" or trainer.left:
+    if payload.WhichOneof("body") != "trainer":
         return None
     serves = bool(trainer.certificate)
     return TrainerInfo(
@@ -300,6 +317,7 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
         count(trainer.dense_age),
         _own(peer_id, trainer.tunnel_addresses) if serves else (),
         _relayed(peer_id, trainer.relay_addresses) if serves else (),
+        trainer.left,
     )
 
 
@@ -339,6 +357,8 @@ def read_replicas(
             message.queued_rows if is_alone else hosting.queued_rows,
             message.claimed_at,
             payload.expires_at,
+            (number(message.updated_at) or None),
+            count(message.recent_rows),
         )
     return found
 

@@ -482,17 +482,19 @@ class Registry:
         peer_id = parse_peer_id(subkey)
         return read_replicas(self.unseal(value, key, peer_id), *prefix, peer_id)
 
-    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
-        """The node records of these peers, as far as they have valid ones."""
-        return await self._own_records(
-            "node", {self.keys.node(peer_id): peer_id for peer_id in peer_ids}, self._node_info
-        )
+    async def nodes(self, peer_ids: Collection[PeerID], *, with_left: bool = False) -> dict[PeerID, NodeInfo]:
+        """The valid node records of these peers; `with_left`: of those that left in order, too."""
+        keys = {self.keys.node(peer_id): peer_id for peer_id in peer_ids}
+        found = await self._own_records("node", keys, self._node_info)
+        return {peer_id: info for peer_id, info in found.items() if with_left or not info.left}
 
-    async def trainers(self, peer_ids: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
-        """The trainer records of these peers, as far as they have valid ones."""
-        return await self._own_records(
-            "trainer", {self.keys.trainer(peer_id): peer_id for peer_id in peer_ids}, self._trainer_info
-        )
+    async def trainers(
+        self, peer_ids: Collection[PeerID], *, with_left: bool = False
+    ) -> dict[PeerID, TrainerInfo]:
+        """The valid trainer records of these peers; `with_left`: of those that left in order, too."""
+        keys = {self.keys.trainer(peer_id): peer_id for peer_id in peer_ids}
+        found = await self._own_records("trainer", keys, self._trainer_info)
+        return {peer_id: info for peer_id, info in found.items() if with_left or not info.left}
 
     async def is_seen_by_others(self) -> bool:
         """Whether another peer returns this one's node record, as some should after it was published."""
@@ -552,7 +554,7 @@ class Registry:
         keys: Mapping[str, PeerID],
         read: Callable[[object, str, PeerID], T | None],
     ) -> dict[PeerID, T]:
-        """The record of each peer, by its key, as far as it is valid and the peer has not left."""
+        """The record of each peer, by its key, as far as it is valid."""
         found = await self.get(list(keys))
         records = {}
         for key, peer_id in keys.items():
@@ -577,7 +579,7 @@ class Registry:
             self._admission.check_record(payload, peer_id)
         return payload
 
-    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
+    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo:
         return read_node(self.unseal(value, key, peer_id), peer_id)
 
     def _trainer_info(self, value: object, key: str, peer_id: PeerID) -> TrainerInfo | None:

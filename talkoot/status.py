@@ -47,6 +47,9 @@ class SwarmReading:
     trainers: dict[PeerID, TrainerInfo] = field(default_factory=dict)
     warning: str = ""
     """For example that the manifest expires soon; empty: none."""
+    left_nodes: dict[PeerID, NodeInfo] = field(default_factory=dict)
+    """Those that have left in order a moment ago."""
+    left_trainers: dict[PeerID, TrainerInfo] = field(default_factory=dict)
     credit: Mapping[PeerID, Credit] = field(default_factory=dict)
     """What trainers have signed for the nodes whose receipts were read."""
 
@@ -92,8 +95,10 @@ class SwarmReader:
         self._most_nodes = most_nodes
         self._now = now
         self._listed_at = float("-inf")
+        self._hosts: frozenset[PeerID] = frozenset()
+        """Nodes that hosted experts at the last reading."""
         self._idle: set[PeerID] = set()
-        """Nodes that hosted nothing at the last reading."""
+        """Nodes that hosted nothing."""
         self._missing: dict[PeerID, float] = {}
         """When to look again for listed peers that had no record."""
 
@@ -103,12 +108,21 @@ class SwarmReader:
         view = await self._directory.refresh()
         if self._now() >= self._listed_at + self._list_every_s:
             await self._list()
+        self._idle |= self._hosts - view.nodes.keys()
+        self._hosts = frozenset(view.nodes)
         others = await self._nodes(self._idle - set(view.nodes))
-        trainers = await registry.trainers(await registry.trainer_ids())
+        trainers = await registry.trainers(await registry.trainer_ids(), with_left=True)
         record = self._swarm.manifest_record
         await record.look()
-        nodes = {**view.nodes, **others}
-        return SwarmReading(self._swarm.keys.swarm_id, view, nodes, trainers, record.warning)
+        return SwarmReading(
+            self._swarm.keys.swarm_id,
+            view,
+            {**view.nodes, **{peer: node for peer, node in others.items() if not node.left}},
+            {peer: trainer for peer, trainer in trainers.items() if not trainer.left},
+            record.warning,
+            {peer: node for peer, node in others.items() if node.left},
+            {peer: trainer for peer, trainer in trainers.items() if trainer.left},
+        )
 
     async def _list(self) -> None:
         """Anybody can list peers that don't exist, so these are looked up rarely, and at most `most_nodes` of them."""
@@ -119,9 +133,11 @@ class SwarmReader:
         self._idle = set(listed - self._missing.keys())
 
     async def _nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        """Includes those that have left in order."""
         wanted, found = list(peers), dict[PeerID, NodeInfo]()
         for start in range(0, len(wanted), _NODES_AT_ONCE):
-            found |= await self._swarm.registry.nodes(wanted[start : start + _NODES_AT_ONCE])
+            some = wanted[start : start + _NODES_AT_ONCE]
+            found |= await self._swarm.registry.nodes(some, with_left=True)
         look_again = self._now() + _LOOK_AGAIN_S
         for peer in wanted:
             if peer not in found:
@@ -280,7 +296,7 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
         table.add_row(
             trainer.peer_id.to_base58()[-8:],
             trainer.name or "-",
-            f"{trainer.step}/{trainer.steps}",
+            f"{trainer.step}, own loop" if trainer.is_own_loop else f"{trainer.step}/{trainer.steps}",
             _shown(trainer.loss, ".3f"),
             _shown(trainer.validation_loss, ".3f"),
             _shown(trainer.bits_per_byte, ".3f"),
@@ -348,7 +364,7 @@ def _trainer_dict(trainer: TrainerInfo, read_at: float) -> dict[str, Any]:
         "peer_id": trainer.peer_id.to_base58(),
         "name": trainer.name or None,
         "step": trainer.step,
-        "steps": trainer.steps,
+        "steps": trainer.steps or None,
         "loss": trainer.loss,
         "validation_loss": trainer.validation_loss,
         "bits_per_byte": trainer.bits_per_byte,

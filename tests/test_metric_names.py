@@ -24,7 +24,6 @@ from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
-from trainer_client.training.record import Progress
 
 GOLDEN = Path(__file__).parent / "golden"
 LIMIT_S = 120.0
@@ -78,13 +77,7 @@ def trainer_metrics(founder: Founder, tmp_path_factory: pytest.TempPathFactory) 
         dataset = byte_dataset(TEXT.encode(), client.manifest.model.context, 0)
         make = partial(LanguageModel, client.manifest, client.mixture)
         client.average(Training(make(), dataset, settings, make).part, "bytes")
-        client.note(
-            Progress(
-                step=1, steps=9, epoch=0.1, loss=2.5, validation_loss=2.0, perplexity=7.4, bits_per_byte=2.9,
-                tokens_per_s=100.0, step_s=0.1, left_s=0.8, in_flight=1, staleness=0, load_cv=None,
-                load_max_over_mean=None,
-            )
-        )  # fmt: skip
+        client.report(1, 2.5, tokens_per_s=100.0, validation_loss=2.0, bits_per_byte=2.9)
         registry = founder.node.swarm.registry
 
         async def announced() -> str | None:

@@ -21,7 +21,6 @@ from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import Latencies
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.record import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +32,13 @@ class TrainingMetrics:
     """How a trainer's training goes. May be updated on any thread."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
-        self.progress: Progress | None = None
-        """After the last step; None before the first."""
-        self.validated: Progress | None = None
-        """After the last step with a validation; None before the first."""
+        self.step = 0
+        """Steps done."""
+        self.loss: float | None = None
+        """Of the last step. It may not be finite, as may not the next two."""
+        self.tokens_per_s: float | None = None
+        self.validation: tuple[float, float | None] | None = None
+        """The last one: in nats per token, and in bits per byte if that is known."""
         self._steps = Counter("talkoot_trainer_steps", "Training steps done.", registry=metrics)
         self._loss = Gauge("talkoot_trainer_loss_nats", "Loss of the last step, per token.", registry=metrics)
         self._tokens_per_s = Gauge(
@@ -55,16 +57,18 @@ class TrainingMetrics:
         for unknown in (self._loss, self._tokens_per_s, self._validation_loss, self._bits_per_byte):
             unknown.set(math.nan)
 
-    def note(self, progress: Progress) -> None:
+    def note_step(self, step: int, loss: float, tokens_per_s: float | None) -> None:
         """After a step."""
-        self._steps.inc(max(0.0, progress.step - total(self._steps)))
-        self._loss.set(progress.loss)
-        self._tokens_per_s.set(progress.tokens_per_s)
-        if progress.validation_loss is not None and progress.bits_per_byte is not None:
-            self._validation_loss.set(progress.validation_loss)
-            self._bits_per_byte.set(progress.bits_per_byte)
-            self.validated = progress
-        self.progress = progress
+        self._steps.inc(max(0.0, step - total(self._steps)))
+        self._loss.set(loss)
+        self._tokens_per_s.set(math.nan if tokens_per_s is None else tokens_per_s)
+        self.step, self.loss, self.tokens_per_s = step, loss, tokens_per_s
+
+    def note_validation(self, loss: float, bits_per_byte: float | None) -> None:
+        """After a validation."""
+        self._validation_loss.set(loss)
+        self._bits_per_byte.set(math.nan if bits_per_byte is None else bits_per_byte)
+        self.validation = loss, bits_per_byte
 
 
 class TrainerAnnouncer:
@@ -77,10 +81,15 @@ class TrainerAnnouncer:
         settings: TrainerSettings,
         dispatcher: Dispatcher,
         now: Callable[[], float] = clock.now,
+        is_own_loop: bool = False,
     ) -> None:
-        """For a running loop. Raises PortError when the port of the metrics is taken."""
+        """For a running loop. `is_own_loop`: it is not known how many steps there will be.
+
+        Raises PortError when the port of the metrics is taken.
+        """
         self._registry = swarm.registry
         self._settings = settings
+        self._steps = 0 if is_own_loop else settings.steps
         self._dispatcher = dispatcher
         self._started_at = now()
         self._training = TrainingMetrics(swarm.metrics)
@@ -92,12 +101,17 @@ class TrainerAnnouncer:
         self._metrics = MetricsServer(swarm.metrics, settings.metrics_host, settings.metrics_port)
         self._offered = self._metrics.offered(reached_at(invite))
 
-    def note(self, progress: Progress) -> None:
+    def note_step(self, step: int, loss: float, tokens_per_s: float | None) -> None:
         """Called after each step, on any thread. The first step is announced at once."""
-        is_first = self._training.progress is None
-        self._training.note(progress)
+        is_first = self._training.loss is None
+        self._training.note_step(step, loss, tokens_per_s)
         if is_first:
             self._loop.call_soon_threadsafe(self._news.set)
+
+    def note_validation(self, loss: float, bits_per_byte: float | None) -> None:
+        """Called after each validation, on any thread. It is announced at once."""
+        self._training.note_validation(loss, bits_per_byte)
+        self._loop.call_soon_threadsafe(self._news.set)
 
     def announce_averaging(self, averaging: Averaging) -> None:
         """Announces at once that this trainer averages with others. On the loop's thread."""
@@ -108,14 +122,7 @@ class TrainerAnnouncer:
         """Announces until it is cancelled. If the DHT does not answer, it tries again the next time."""
         while True:
             self._news.clear()
-            record = trainer_record(
-                self._settings,
-                self._started_at,
-                self._offered,
-                self._training,
-                self._dispatcher.metrics,
-                self._dispatcher.latencies,
-            )
+            record = self._record()
             if self._averaging is not None:
                 if self._averaging.relays is not None:
                     await self._averaging.relays.look()
@@ -129,11 +136,23 @@ class TrainerAnnouncer:
                 async with asyncio.timeout(self._settings.announce_every_s):
                     await self._news.wait()
 
+    def _record(self) -> records_pb2.TrainerRecord:
+        return trainer_record(
+            self._settings,
+            self._started_at,
+            self._offered,
+            self._training,
+            self._dispatcher.metrics,
+            self._dispatcher.latencies,
+            self._steps,
+        )
+
     async def close(self) -> None:
-        """Withdraws the record if there is one, and waits only briefly for a DHT that does not answer."""
+        """Says that it has left, and how far it got. Waits only briefly for a DHT that does not answer."""
         closing = asyncio.create_task(asyncio.to_thread(self._metrics.close))
         if self._has_announced:
-            left = records_pb2.TrainerRecord(left=True)
+            left = self._record()
+            left.left = True
             with contextlib.suppress(UnreachableError, TimeoutError):
                 async with asyncio.timeout(_WITHDRAW_S):
                     await self._registry.publish_trainer(left, self._settings.lifetime_s)
@@ -161,8 +180,12 @@ def trainer_record(
     training: TrainingMetrics,
     calls: DispatchMetrics,
     latencies: Latencies,
+    steps: int,
 ) -> records_pb2.TrainerRecord:
-    """What a trainer announces. Figures that it does not have, or that are not finite, are not set."""
+    """What a trainer announces. Figures that it does not have, or that are not finite, are not set.
+
+    `steps`: of the whole run; 0: not known.
+    """
     record = records_pb2.TrainerRecord(
         name=settings.name or "",
         protocol_version=PROTOCOL_VERSION,
@@ -170,7 +193,8 @@ def trainer_record(
         started_at=started_at,
         renew_every_s=settings.announce_every_s,
         metrics_address=metrics_address,
-        steps=settings.steps,
+        step=training.step,
+        steps=steps,
         forward=_latency(latencies.forward.quantiles()),
         backward=_latency(latencies.backward.quantiles()),
         calls=int(total(calls.calls)),
@@ -185,8 +209,14 @@ def trainer_record(
             for peer_id, mean_s in list(latencies.nodes.items())[-MAX_LATENCIES:]
         ],
     )
-    if training.progress is not None:
-        _set_progress(record, training.progress, training.validated)
+    if training.loss is not None and math.isfinite(training.loss):
+        record.loss = training.loss
+    if training.tokens_per_s is not None and math.isfinite(training.tokens_per_s):
+        record.tokens_per_s = training.tokens_per_s
+    if training.validation is not None and math.isfinite(training.validation[0]):
+        record.validation_loss, bits_per_byte = training.validation
+        if bits_per_byte is not None and math.isfinite(bits_per_byte):
+            record.bits_per_byte = bits_per_byte
     return record
 
 
@@ -198,18 +228,6 @@ def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
     record.certificate = averaging.certificate
     record.dense_fingerprint = averaging.form.fingerprint
     record.dense_age = averaging.part.age
-
-
-def _set_progress(record: records_pb2.TrainerRecord, progress: Progress, validated: Progress | None) -> None:
-    record.step, record.steps = progress.step, progress.steps
-    record.tokens_per_s = progress.tokens_per_s
-    if math.isfinite(progress.loss):
-        record.loss = progress.loss
-    if validated is None or validated.validation_loss is None or validated.bits_per_byte is None:
-        return
-    if math.isfinite(validated.validation_loss):
-        record.validation_loss = validated.validation_loss
-        record.bits_per_byte = validated.bits_per_byte
 
 
 def _latency(quantiles: Latency | None) -> records_pb2.Latency | None:

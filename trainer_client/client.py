@@ -49,7 +49,7 @@ from trainer_client.memory.memories import Memories, Memory
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.record import Progress
+from trainer_client.training.record import Progress, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -108,15 +108,18 @@ class SwarmClient:
         reads_only: bool = False,
         make_loader: Callable[[Manifest, str], ExpertLoader | None] = lambda manifest, swarm_id: None,
         timing: TrainerTiming = TrainerTiming(),
+        is_own_loop: bool = False,
     ) -> None:
         """`stage` is told what happens while joining. `through` may put something between the dispatcher and the
         network, such as faults. `reads_only`: it uses experts, changes none, and announces nothing. `make_loader`:
-        makes what spot checks need, of the manifest and the swarm's id; None if there are to be none. Raises UserError
+        makes what spot checks need, of the manifest and the swarm's id; None if there are to be none. `is_own_loop`: a
+        loop of the caller's own trains, not `Training`, so nobody knows how many steps it will take. Raises UserError
         when joining fails.
         """
         self._invite = invite
         self._settings = settings
         self._stage = stage
+        self._is_own_loop = is_own_loop
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._exits = contextlib.AsyncExitStack()
@@ -136,7 +139,7 @@ class SwarmClient:
         """
         values = TrainerSettings.load(**settings)
         state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
-        client = cls(Invite.read(invite), values, state)
+        client = cls(Invite.read(invite), values, state, is_own_loop=True)
         try:
             client.wait_for_experts(wait_s, lambda text: None, share=1 / client.manifest.experts_total)
         except BaseException:
@@ -237,9 +240,30 @@ class SwarmClient:
         self.wait_for_experts(limit_s, lambda text: None, share=1 / self.manifest.experts_total)
         return False
 
+    def report(
+        self,
+        step: int,
+        loss: float,
+        *,
+        tokens_per_s: float | None = None,
+        validation_loss: float | None = None,
+        bits_per_byte: float | None = None,
+    ) -> None:
+        """Tells the swarm's dashboards how training goes, after `step` steps of a loop of your own.
+
+        Losses are in nats per token. `bits_per_byte`: of the validation. May be called on any thread, after each step.
+        """
+        self._joined.announcer.note_step(step, loss, tokens_per_s)
+        if validation_loss is not None:
+            self._joined.announcer.note_validation(validation_loss, bits_per_byte)
+
     def note(self, progress: Progress) -> None:
-        """Tells the swarm how training goes. May be called on any thread."""
-        self._joined.announcer.note(progress)
+        """Tells the swarm of a step of `Training`. May be called on any thread."""
+        self._joined.announcer.note_step(progress.step, progress.loss, progress.tokens_per_s)
+
+    def note_validation(self, validation: Validation) -> None:
+        """Tells the swarm of a validation of `Training`. May be called on any thread."""
+        self._joined.announcer.note_validation(validation.loss, validation.bits_per_byte)
 
     def average(self, part: SharedParameters, *meanings: str) -> Averaging:
         """From now on averages a model's parameters with those of other trainers of the same form.
@@ -348,7 +372,7 @@ class SwarmClient:
         memories = Memories(swarm, channels, self._folder.path / "memories", credit)
         exits.push_async_callback(memories.close)
         tasks = TaskSet(swarm.host.restarts)
-        announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher)
+        announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher, is_own_loop=self._is_own_loop)
         exits.push_async_callback(announcer.close)
         exits.push_async_callback(dispatcher.close)
         averagings: list[Averaging] = []

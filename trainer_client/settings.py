@@ -42,6 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What the models of dht/presets.py were measured with (docs/recipe.md)."""
 
+_VALIDATIONS, _LEAST_STEPS_BETWEEN = 10, 10
+"""Between the first and the last, unless set otherwise."""
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s"),
@@ -118,8 +120,12 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="decoupled, for the dense part's matrices; biases and norms have none",
     )
-    validate_every: int = Field(
-        default=0, ge=0, le=10**7, description="steps between validations; 0: only before and after training"
+    validate_every: int | None = Field(
+        default=None,
+        ge=0,
+        le=10**7,
+        description="steps between validations; 0: only before and after training; unset: about ten in a run, at least "
+        "10 steps apart",
     )
     validation_batches: int = Field(default=4, ge=1, le=10_000, description="batches in a validation")
     seed: int | None = Field(
@@ -301,6 +307,13 @@ class TrainerSettings(RoleSettings):
             return self
         given = self.model_dump(include=self.model_fields_set - {"preset"})
         return type(self).model_validate({**given, "preset": preset})
+
+    @property
+    def steps_between_validations(self) -> int:
+        """0: only before and after training."""
+        if self.validate_every is not None:
+            return self.validate_every
+        return max(_LEAST_STEPS_BETWEEN, -(-self.steps // (_VALIDATIONS + 1)))
 
     @property
     def lifetime_s(self) -> float:

@@ -332,10 +332,10 @@ class SharedRegistry(Registry):
         region: Region = answer.region
         return region
 
-    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
+    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo:
         if value not in self._shared:
             self._shared[value] = super()._node_info(value, key, peer_id)
-        info: NodeInfo | None = self._shared[value]
+        info: NodeInfo = self._shared[value]
         return info
 
 

@@ -55,6 +55,7 @@ from expert_server.experts.graphs import (
 from expert_server.experts.grouped import GroupedBlock
 from expert_server.experts.optimizer import Guard, Optimizer, StepOutcome
 from expert_server.experts.plausibility import Scale, require_plausible
+from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.clipping import OwnMoves, sketch_bytes
 from peer.errors import ExpertError, StateError
@@ -79,6 +80,10 @@ class Expert:
         self.uid = uid
         self.device = device or ComputeDevice()
         self.update_count = 0
+        self.updated_at = 0.0
+        """When it took its last step here; 0: not yet."""
+        self.rows = 0
+        """Computed here, forward and backward, as its runtime counts them."""
         self._imported = object()
         self._meter = GraphMeter()
         self._manifest = manifest
@@ -568,6 +573,7 @@ class Expert:
             self._withheld = None
         self.optimizer.learning_rate = self._learning_rate()
         self.update_count = min(self.update_count + 1, MAX_UPDATE_COUNT)
+        self.updated_at = clock.now()
         self._step_is_due = True
         return StepOutcome.TAKEN
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -48,8 +49,30 @@ _FETCHES = 3
 _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
 """How long an expert is left alone whose state nobody gave, at first; twice as long each further time."""
 _WITHHELD = 4096
+_HALF_LIFE_S = 300.0
+"""Of the rows that count as recent."""
 _SAVE_S = 10.0
 """Longest that saving given-up experts may take."""
+
+
+class RecentRows:
+    """How many rows each expert computed lately. A row counts half after five minutes. Pure: times are passed in."""
+
+    def __init__(self) -> None:
+        self._noted: dict[UID, tuple[float, int, float]] = {}
+        """When each expert was noted last, its rows by then, and what they count."""
+
+    def note(self, uid: UID, rows: int, now: float) -> int:
+        """`rows`: all that the expert has computed. They begin anew when it is taken again."""
+        then, before, recent = self._noted.get(uid, (now, 0, 0.0))
+        recent *= math.exp2(-max(0.0, now - then) / _HALF_LIFE_S)
+        recent += rows - before if rows >= before else rows
+        self._noted[uid] = now, rows, recent
+        return round(recent)
+
+    def keep(self, uids: Collection[UID]) -> None:
+        """Forgets all others."""
+        self._noted = {uid: noted for uid, noted in self._noted.items() if uid in uids}
 
 
 class LocalReplicas:
@@ -87,6 +110,7 @@ class LocalReplicas:
         self._claimed_at: dict[UID, float] = {}
         self._taking: asyncio.Task[list[UID]] | None = None
         self._first_scale: Scale | None = None
+        self._recent_rows = RecentRows()
         self._withheld = BoundedDict[UID, tuple[int, float]](_WITHHELD)
         """How often in a row nobody gave an expert's state, and until when it is not tried again."""
 
@@ -166,8 +190,17 @@ class LocalReplicas:
     async def announce(self, uids: Collection[UID] | None = None) -> None:
         """Renews the announcements of experts in service: of `uids`, or of all."""
         state = ReplicaState.LEAVING if self._leaving else ReplicaState.SERVING
+        now = self._now()
+        self._recent_rows.keep(self.experts.keys())
         announced = [
-            ReplicaAnnouncement(uid, state, self.experts[uid].update_count, self._claimed_at[uid])
+            ReplicaAnnouncement(
+                uid,
+                state,
+                self.experts[uid].update_count,
+                self._claimed_at[uid],
+                self.experts[uid].updated_at,
+                self._recent_rows.note(uid, self.experts[uid].rows, now),
+            )
             for uid in (self.experts if uids is None else uids)
             if uid in self._claimed_at  # else it was withdrawn already
         ]

@@ -378,6 +378,8 @@ class Runtime:
             results = [result for expert, entries in job for result in self._compute([expert], entries)]
         seconds = self._clock() - began
         rows = sum(len(entry.work.rows) for entry in batch)
+        for expert, entries in job:
+            expert.rows += sum(len(entry.work.rows) for entry in entries)
         self.metrics.batches.inc()
         self.metrics.batch_rows.observe(rows)
         self.metrics.batch_s.observe(seconds)

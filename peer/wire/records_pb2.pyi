@@ -91,18 +91,22 @@ class Hosting(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[Announcement, _Mapping]]] = ..., queued_rows: _Optional[int] = ...) -> None: ...
 
 class Announcement(_message.Message):
-    __slots__ = ("state", "update_count", "queued_rows", "claimed_at", "following")
+    __slots__ = ("state", "update_count", "queued_rows", "claimed_at", "following", "updated_at", "recent_rows")
     STATE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_COUNT_FIELD_NUMBER: _ClassVar[int]
     QUEUED_ROWS_FIELD_NUMBER: _ClassVar[int]
     CLAIMED_AT_FIELD_NUMBER: _ClassVar[int]
     FOLLOWING_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    RECENT_ROWS_FIELD_NUMBER: _ClassVar[int]
     state: ReplicaState
     update_count: int
     queued_rows: int
     claimed_at: float
     following: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ..., following: _Optional[_Iterable[int]] = ...) -> None: ...
+    updated_at: int
+    recent_rows: int
+    def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ..., following: _Optional[_Iterable[int]] = ..., updated_at: _Optional[int] = ..., recent_rows: _Optional[int] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
     __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady", "relay_addresses", "memory_shards", "memory_bytes", "memory_queries", "memory_queries_per_s", "signed")

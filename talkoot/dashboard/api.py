@@ -37,11 +37,14 @@ RANKED = (
     "By what trainers have signed: each of the founder's tokens is one vote, however much its holders sign."
 )
 SIGNED_KEYS = ("signed_pairs", "signed_updates", "signed_queries", "signed_trainers", "signed_share")
+_ENDED = ("finished", "stopped", "gone")
+"""States of trainers that are not there any more."""
 _MEMORY_FIGURES = ("count", "shards", "served", "below_two", "queries_per_s")
 _FILTERED_KEYS = ("peer_id", "name", "state", "software_version", "reach")
 
 UNITS = {
     "loss": "nats per token",
+    "validation_loss": "nats per token",
     "bits_per_byte": "bits per byte",
     "tokens_per_s": "tokens/s",
     "live_experts": "experts",
@@ -208,8 +211,8 @@ def trainers(picture: Picture | None, query: Mapping[str, str]) -> Json:
     ordered = sorted(
         found,
         key=lambda row: (
-            row["state"] == "gone",
-            -row["seen_at"] if row["state"] == "gone" else 0,
+            row["state"] in _ENDED,
+            -row["seen_at"] if row["state"] in _ENDED else 0,
             row["peer_id"],
         ),
     )
@@ -246,8 +249,9 @@ def expert(picture: Picture | None, uid: str, now: float) -> Json:
         raise ApiError(404, f"{uid[:40]!r} is no expert of this swarm: write layer.i.j, such as 0.1.3")
     replicas = []
     for row in picture.replicas.get(uid, []):
-        shown = {key: value for key, value in row.items() if key != "expires_at"}
-        replicas.append(shown | {"expires_in_s": max(0.0, row["expires_at"] - now)})
+        shown = {key: value for key, value in row.items() if key not in {"expires_at", "updated_at"}}
+        ago = None if row["updated_at"] is None else max(0, round(now - row["updated_at"]))
+        replicas.append(shown | {"expires_in_s": max(0.0, row["expires_at"] - now), "updated_ago_s": ago})
     return {"uid": uid, "replicas": replicas}
 
 

@@ -206,7 +206,7 @@ def targets(picture: Picture | None, bootstrap: Iterable[Multiaddress]) -> list[
                 row["metrics_address"]
                 for row in rows
                 if row["metrics_address"]
-                and row["state"] != "gone"
+                and row["state"] not in {"gone", "left", "finished", "stopped"}
                 and _scope(row["metrics_address"]) >= nearest
             }
         )

@@ -4,6 +4,7 @@ A reading tells only what is there now. `Census` and `CallRateMeter` remember th
 and how fast things happen. All of it is pure: times are passed in.
 """
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
-from dht.announcements import Activity, Latency, NodeInfo, Reachability, Replica, ReplicaState, TrainerInfo
+from dht.announcements import Activity, Latency, NodeInfo, Replica, ReplicaState, TrainerInfo
 from dht.directory import View
 from dht.library import WANTED_REPLICAS
 from dht.manifest import Manifest
@@ -30,6 +31,8 @@ MAX_MEMORIES = 64
 MAX_GONE = 1000
 """Peers that have gone and are still listed."""
 GONE_KEPT_S = 86400.0
+STARVING_SHARE = 0.1
+"""An expert starves that has less than this share of the mean expert's rows."""
 MAX_CELLS = 65536
 """Experts of the largest layer whose grid is shown."""
 
@@ -43,9 +46,12 @@ class Renewed(Protocol):
     def expires_at(self) -> float: ...
     @property
     def renew_every_s(self) -> float: ...
+    @property
+    def started_at(self) -> float: ...
 
 
 T = TypeVar("T", bound=Renewed)
+_NOBODY: Mapping[PeerID, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -58,6 +64,9 @@ class Seen(Generic[T]):
     seen_at: float
     """When the record was first seen, by this machine's clock, because others may be wrong."""
     gone: bool = False
+    """It is not there any more."""
+    left: bool = False
+    """It has gone in order, and said so."""
 
 
 class Census(Generic[T]):
@@ -69,17 +78,23 @@ class Census(Generic[T]):
         self._most_gone = most_gone
         self._gone_kept_s = gone_kept_s
 
-    def note(self, found: Mapping[PeerID, T], now: float) -> None:
-        """`found`: all valid records of a reading."""
+    def note(self, found: Mapping[PeerID, T], now: float, left: Mapping[PeerID, T] = _NOBODY) -> None:
+        """`found`: all valid records of a reading; `left`: those of peers that have left in order."""
         for peer_id, info in found.items():
             seen = self.seen.get(peer_id)
             if seen is None:
                 if len(self.seen) < self._most + self._most_gone:
                     self.seen[peer_id] = Seen(info, peer_id.to_base58(), now)
             elif info.expires_at != seen.info.expires_at:
-                seen.info, seen.seen_at = info, now
+                seen.info, seen.seen_at, seen.left = info, now, False
+        for peer_id, info in left.items():
+            seen = self.seen.get(peer_id)
+            if seen is not None and not seen.left:
+                seen.left, seen.seen_at = True, now
+                if info.started_at:  # else it says no more than that it has left
+                    seen.info = info
         for seen in self.seen.values():
-            seen.gone = now - seen.seen_at > SILENCE_FACTOR * seen.info.renew_every_s
+            seen.gone = seen.left or now - seen.seen_at > SILENCE_FACTOR * seen.info.renew_every_s
         self._forget(now)
 
     def live(self) -> dict[PeerID, T]:
@@ -172,8 +187,8 @@ class Picture:
     figures: Json
     """The figures at the top of the page."""
     layers: list[Json]
-    """Each layer's grid and, for each coordinate in row-major order: replicas, queued rows, updates, and when updates
-    were last seen to rise (`updated_at`; None: not yet).
+    """Each layer's grid and, for each coordinate in row-major order: replicas, rows lately, updates, and when the
+    last one was (`updated_at`; None: not known). Also how uneven the rows are.
     """
     nodes: list[Json]
     trainers: list[Json]
@@ -201,7 +216,7 @@ class Picture:
         room = max(0, MAX_GONE - self.figures["nodes"]["gone"])
         gone = [
             row
-            | {"state": "gone", "unsteady": False}
+            | {"state": row["state"] if row["state"] == "left" else "gone", "unsteady": False}
             | dict.fromkeys(("rows_per_s", "latency_ms", "memory_queries_per_s"))
             for row in rows
             if row["peer_id"] not in here and self.read_at - row["seen_at"] < GONE_KEPT_S
@@ -209,7 +224,8 @@ class Picture:
         if not gone:
             return self
         nodes = self.figures["nodes"]
-        figures = self.figures | {"nodes": nodes | {"gone": nodes["gone"] + len(gone)}}
+        lost = sum(row["state"] == "gone" for row in gone)
+        figures = self.figures | {"nodes": nodes | {"gone": nodes["gone"] + lost}}
         return replace(self, figures=figures, nodes=[*self.nodes, *gone])
 
     @classmethod
@@ -230,28 +246,21 @@ def paint(
     nodes: Census[NodeInfo],
     trainers: Census[TrainerInfo],
     rates: CallRates,
-    before: Picture | None = None,
     warning: str = "",
     memories: Sequence[Survey] = (),
     credit: Mapping[PeerID, Credit] = MappingProxyType({}),
 ) -> Picture:
-    """The picture of the last reading. `before`: the previous picture, which tells whose updates have risen.
-
-    `credit`: what trainers have signed for the nodes whose receipts were read.
-    """
+    """The picture of the last reading. `credit`: what trainers have signed for the nodes whose receipts were read."""
     live_nodes, live_trainers = nodes.live(), trainers.live()
     replicas = {
         str(uid): [_replica_row(r, nodes.seen[r.peer_id]) for r in found if r.peer_id in live_nodes]
         for uid, found in view.replicas.items()
     }
     latencies = _node_latencies(live_trainers.values())
-    earlier = [] if before is None else before.layers
-    layers = [
-        _layer(view, live_nodes.keys(), layer, earlier[layer] if layer < len(earlier) else {})
-        for layer in range(view.manifest.model.layers)
-    ]
+    layers = [_layer(view, live_nodes.keys(), layer) for layer in range(view.manifest.model.layers)]
     figures = _figures(view.manifest, list(live_nodes.values()), list(live_trainers.values()), rates)
-    figures["nodes"]["gone"] = len(nodes.seen) - len(live_nodes)
+    figures |= _validation_figures(trainers.seen.values())
+    figures["nodes"]["gone"] = sum(seen.gone and not seen.left for seen in nodes.seen.values())
     figures["experts"] = {
         "live": sum(any(r["state"] == "serving" for r in rows) for rows in replicas.values()),
         "total": view.manifest.experts_total,
@@ -280,21 +289,28 @@ def _figures(
 ) -> Json:
     """`nodes` and trainers that are `live`."""
     speeds = [t.tokens_per_s for t in live if t.tokens_per_s is not None]
-    losses = [(t.validation_loss, t.bits_per_byte) for t in live if t.validation_loss is not None]
-    best = min(losses, key=lambda pair: pair[0]) if losses else (None, None)
     periods = [node.renew_every_s for node in nodes]
     return {
         "name": manifest.name,
         "nodes": {"live": len(nodes), "unsteady": sum(node.unsteady for node in nodes)},
         "trainers": len(live),
         "tokens_per_s": sum(speeds) if speeds else None,
-        "validation_loss": best[0],
-        "bits_per_byte": best[1],
         "requests_per_s": rates.calls_per_s,
         "bytes_per_s": rates.bytes_per_s,
         "failures_per_min": dict(rates.failures_per_min),
         "latency_ms": _latency_figures(live),
         "announce_s": statistics.median(periods) if periods else None,
+    }
+
+
+def _validation_figures(trainers: Iterable[Seen[TrainerInfo]]) -> Json:
+    """The lowest validation loss of the live trainers; if they have none, of those that have finished or gone."""
+    measured = [seen for seen in trainers if seen.info.validation_loss is not None]
+    found = [seen.info for seen in measured if not seen.gone] or [seen.info for seen in measured]
+    best = min(found, key=lambda info: info.validation_loss or 0.0, default=None)
+    return {
+        "validation_loss": None if best is None else best.validation_loss,
+        "bits_per_byte": None if best is None else best.bits_per_byte,
     }
 
 
@@ -334,15 +350,14 @@ def _node_latencies(trainers: Iterable[TrainerInfo]) -> dict[PeerID, float]:
     return {peer_id: 1000 * statistics.fmean(measured) for peer_id, measured in found.items()}
 
 
-def _layer(view: View, live: Iterable[PeerID], layer: int, before: Json) -> Json:
+def _layer(view: View, live: Iterable[PeerID], layer: int) -> Json:
     grid = list(view.manifest.experts.grid)
-    cells = 1
-    for size in grid:
-        cells *= size
+    cells = math.prod(grid)
     shown: Json = {"layer": layer, "grid": grid}
     if cells > MAX_CELLS:
         return shown
-    counts, queued, updates = [0] * cells, [0] * cells, [0] * cells
+    counts, rows, updates = [0] * cells, [0] * cells, [0] * cells
+    updated_at: list[float | None] = [None] * cells
     present = set(live)
     for uid, replicas in view.replicas.items():
         if uid.layer != layer:
@@ -351,22 +366,23 @@ def _layer(view: View, live: Iterable[PeerID], layer: int, before: Json) -> Json
         for replica in replicas:
             if replica.state is ReplicaState.SERVING and replica.peer_id in present:
                 counts[place] += 1
-                queued[place] += replica.queued_rows
+                rows[place] += replica.recent_rows
                 updates[place] = max(updates[place], replica.update_count)
-    shown |= {"replicas": counts, "queued_rows": queued, "updates": updates}
-    return shown | {"updated_at": _updated_at(shown, before, view.read_at)}
+                if replica.updated_at is not None:
+                    updated_at[place] = max(updated_at[place] or 0.0, min(replica.updated_at, view.read_at))
+    shown |= {"replicas": counts, "recent_rows": rows, "updates": updates, "updated_at": updated_at}
+    return shown | _unevenness([n for n, hosts in zip(rows, counts, strict=True) if hosts])
 
 
-def _updated_at(shown: Json, before: Json, now: float) -> list[float | None]:
-    """When each coordinate's updates were last seen to rise. An expert that comes back is not one that learns."""
-    if before.get("grid") != shown["grid"] or "updated_at" not in before:
-        return [None] * len(shown["updates"])
-    return [
-        now if hosted and updates > updates_before else updated_at
-        for updates, hosted, updates_before, updated_at in zip(
-            shown["updates"], before["replicas"], before["updates"], before["updated_at"], strict=True
-        )
-    ]
+def _unevenness(rows: Sequence[int]) -> Json:
+    """Of the experts that have a host: the busiest's rows over the mean, and how many have next to none."""
+    mean = statistics.fmean(rows) if rows else 0.0
+    if not mean:
+        return {"busiest_over_mean": None, "starving": None}
+    return {
+        "busiest_over_mean": round(max(rows) / mean, 3),
+        "starving": sum(n < STARVING_SHARE * mean for n in rows),
+    }
 
 
 def _place(coordinate: Sequence[int], grid: Sequence[int]) -> int:
@@ -384,7 +400,8 @@ def _replica_row(replica: Replica, host: Seen[NodeInfo]) -> Json:
         "name": host.info.name or None,
         "state": replica.state.name.lower(),
         "updates": replica.update_count,
-        "queued_rows": replica.queued_rows,
+        "recent_rows": replica.recent_rows,
+        "updated_at": replica.updated_at,
         "expires_at": replica.expires_at,
     }
 
@@ -395,7 +412,7 @@ def _node_row(seen: Seen[NodeInfo], read_at: float, latency_ms: float | None) ->
         "peer_id": seen.name,
         "short": seen.name[-8:],
         "name": node.name or None,
-        "state": "gone" if seen.gone else _STATES[node.activity],
+        "state": "left" if seen.left else "gone" if seen.gone else _STATES[node.activity],
         "unsteady": node.unsteady and not seen.gone,
         "experts": node.expert_count,
         "capacity": node.expert_capacity,
@@ -428,10 +445,8 @@ _STATES = {
 
 
 def _reach(node: NodeInfo) -> str:
-    """How others reach it, as it reports. Nodes older than the field report nothing."""
-    if node.reachability is not Reachability.UNKNOWN:
-        return node.reachability.name.lower()
-    return "direct" if node.addresses else "unknown"
+    """How others reach it, as it reports."""
+    return node.reachability.name.lower()
 
 
 def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
@@ -441,7 +456,7 @@ def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
         "short": seen.name[-8:],
         "name": trainer.name or None,
         "step": trainer.step,
-        "steps": trainer.steps,
+        "steps": trainer.steps or None,
         "loss": trainer.loss,
         "validation_loss": trainer.validation_loss,
         "bits_per_byte": trainer.bits_per_byte,
@@ -453,9 +468,16 @@ def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
         "seen_at": seen.seen_at,
         "software_version": trainer.software_version,
         "protocol_version": trainer.protocol_version,
-        "state": "gone" if seen.gone else "training",
+        "state": _trainer_state(seen),
         "metrics_address": trainer.metrics_address,
     }
+
+
+def _trainer_state(seen: Seen[TrainerInfo]) -> str:
+    trainer = seen.info
+    if seen.left:
+        return "finished" if trainer.step >= trainer.steps else "stopped"
+    return "gone" if seen.gone else "own loop" if trainer.is_own_loop else "training"
 
 
 def _memory_row(found: Survey) -> Json:

@@ -255,15 +255,14 @@ class Watcher:
         self.readings.inc()
         self._was_read = True
         now = reading.view.read_at
-        self._nodes.note(reading.nodes, now)
-        self._trainers.note(reading.trainers, now)
+        self._nodes.note(reading.nodes, now, reading.left_nodes)
+        self._trainers.note(reading.trainers, now, reading.left_trainers)
         rates = self._call_rates.note(self._trainers)
         picture = paint(
             reading.view,
             self._nodes,
             self._trainers,
             rates,
-            self.picture,
             reading.warning,
             self._surveys,
             self.credit,
@@ -303,7 +302,11 @@ def samples_of(picture: Picture) -> Iterator[Sample]:
     figures = picture.figures
     yield Sample("live_experts", "live experts", figures["experts"]["live"])
     yield Sample("live_nodes", "live nodes", figures["nodes"]["live"])
-    for metric, name in (("tokens_per_s", "all trainers"), ("bytes_per_s", "all trainers")):
+    for metric, name in (
+        ("tokens_per_s", "all trainers"),
+        ("bytes_per_s", "all trainers"),
+        ("validation_loss", "lowest of all trainers"),
+    ):
         if figures[metric] is not None:
             yield Sample(metric, name, figures[metric])
     for name, value in figures["latency_ms"].items():
@@ -318,7 +321,8 @@ def samples_of(picture: Picture) -> Iterator[Sample]:
             yield Sample("memory_replicas", f"fewest, {row['memory']}", row["replicas_min"])
             yield Sample("memory_replicas", f"mean, {row['memory']}", row["replicas_mean"])
     for row in picture.trainers:
-        if row["state"] != "gone":
+        has_just_ended = row["state"] in {"finished", "stopped"} and row["seen_at"] == picture.read_at
+        if row["state"] in {"training", "own loop"} or has_just_ended:
             for metric, name, value in (
                 ("loss", row["short"], row["loss"]),
                 ("loss", f"{row['short']} validation", row["validation_loss"]),

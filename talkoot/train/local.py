@@ -35,7 +35,7 @@ from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.record import Progress
+from trainer_client.training.record import Progress, Validation
 
 T = TypeVar("T")
 
@@ -72,6 +72,9 @@ class LocalSwarm:
         """They are all here."""
 
     def note(self, progress: Progress) -> None:
+        """Nobody else wants to know."""
+
+    def note_validation(self, validation: Validation) -> None:
         """Nobody else wants to know."""
 
     def close(self) -> None:

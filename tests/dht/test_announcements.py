@@ -15,6 +15,7 @@ from dht.announcements import (
     TrainerInfo,
     metrics_endpoint,
     number,
+    read_node,
     read_trainer,
     renewal,
 )
@@ -104,8 +105,22 @@ def test_a_trainer_is_called_only_by_plain_addresses_and_the_certificate_of_its_
     assert (without.addresses, without.certificate_pem, without.dense_fingerprint) == ((), b"", b"")
 
 
-def test_a_trainer_that_left_is_none() -> None:
-    assert read(records_pb2.TrainerRecord(left=True)) is None
+def test_a_trainer_that_left_says_so_with_its_last_figures() -> None:
+    info = read(records_pb2.TrainerRecord(left=True, step=9, steps=9, validation_loss=1.5))
+    assert info is not None
+    assert (info.left, info.step, info.validation_loss, info.is_own_loop) == (True, 9, 1.5, False)
+    bare = read(records_pb2.TrainerRecord(left=True))
+    assert bare is not None
+    assert (bare.left, bare.started_at) == (True, 0.0)
+
+
+def test_a_node_that_left_needs_no_certificate() -> None:
+    payload = records_pb2.RecordPayload(node=records_pb2.NodeRecord(left=True), expires_at=NOW + 30)
+    info = read_node(payload, PEER)
+    assert (info.left, info.peer_id, info.addresses) == (True, PEER, ())
+    payload.node.left = False
+    with pytest.raises(RecordError):
+        read_node(payload, PEER)
 
 
 def test_another_body_under_a_trainers_key_is_none() -> None:

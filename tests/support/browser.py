@@ -78,7 +78,8 @@ def visit(
     width: int = 1440,
     height: int = 4000,
     scheme: Literal["light", "dark"] = "light",
-    ready: str = "document.querySelector('#age').textContent.startsWith('read ')",
+    ready: str = "document.querySelector('#age').textContent.startsWith('read ')"
+    " && !document.body.classList.contains('unread')",
 ) -> Iterator[Visit]:
     """A fresh profile. `ready`: is true once the page shows what it is about; by default the dashboard's.
 

@@ -99,7 +99,7 @@ class Square:
 
     def announce(self, averaging: Averaging, reachable: bool = True) -> None:
         record = trainer_record(
-            TrainerSettings.load(), 0.0, "", TrainingMetrics(), DispatchMetrics(), Latencies()
+            TrainerSettings.load(), 0.0, "", TrainingMetrics(), DispatchMetrics(), Latencies(), steps=200
         )
         set_dense(record, averaging)
         if not reachable:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -75,6 +75,7 @@ def replica(uid: Any, number: int, **changes: Any) -> Replica:
     values: dict[str, Any] = {
         "uid": uid, "peer_id": peer(number), "state": ReplicaState.SERVING, "update_count": number,
         "queued_rows": 3, "claimed_at": NOW - 100, "expires_at": NOW + 30,
+        "updated_at": NOW - 10, "recent_rows": 100,
     }  # fmt: skip
     return Replica(**values | changes)
 
@@ -101,23 +102,31 @@ def picture_of(
     swarm: Manifest | None = None,
     replicas: Sequence[Replica] = (),
     gone: Sequence[NodeInfo] = (),
+    left: Sequence[NodeInfo] = (),
+    ended: Sequence[TrainerInfo] = (),
     now: float = NOW,
-    before: Picture | None = None,
     warning: str = "",
     memories: Sequence[Survey] = (),
     credit: Mapping[PeerID, Credit] = MappingProxyType({}),
 ) -> Picture:
-    """What the dashboard shows after one reading; `gone` were seen for the last time long before."""
+    """What the dashboard shows after one reading; `gone` were seen for the last time long before.
+
+    `left` and `ended`: nodes and trainers that were there, and have just left in order.
+    """
     seen: Census[NodeInfo] = Census(20_000)
     training: Census[TrainerInfo] = Census(1000)
     seen.note({info.peer_id: info for info in gone}, now - 100)
-    seen.note({info.peer_id: info for info in nodes}, now)
-    training.note({info.peer_id: info for info in trainers}, now)
+    seen.note({info.peer_id: info for info in left}, now - 1)
+    goodbyes = {info.peer_id: replace(info, started_at=0.0, left=True) for info in left}
+    seen.note({info.peer_id: info for info in nodes}, now, goodbyes)
+    training.note({info.peer_id: info for info in ended}, now - 1)
+    results = {info.peer_id: replace(info, left=True) for info in ended}
+    training.note({info.peer_id: info for info in trainers}, now, results)
     by_uid: dict[Any, tuple[Replica, ...]] = {}
     for one in replicas:
         by_uid[one.uid] = (*by_uid.get(one.uid, ()), one)
     view = View(swarm or manifest(), by_uid, {info.peer_id: info for info in nodes}, now)
-    return paint(view, seen, training, CallRateMeter().note(training), before, warning, memories, credit)
+    return paint(view, seen, training, CallRateMeter().note(training), warning, memories, credit)
 
 
 def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:

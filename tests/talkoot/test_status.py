@@ -52,7 +52,7 @@ class FakeRegistry:
     async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, Any]:
         return {uid: (replica(uid, 0),) for uid in uids}
 
-    async def nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+    async def nodes(self, peers: Collection[PeerID], *, with_left: bool = False) -> dict[PeerID, NodeInfo]:
         self.asked.append(len(peers))
         return {peer_id: self.known[peer_id] for peer_id in peers if peer_id in self.known}
 
@@ -63,7 +63,9 @@ class FakeRegistry:
     async def trainer_ids(self) -> frozenset[PeerID]:
         return frozenset({peer(1_000_000)})
 
-    async def trainers(self, peers: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
+    async def trainers(
+        self, peers: Collection[PeerID], *, with_left: bool = False
+    ) -> dict[PeerID, TrainerInfo]:
         return {peer_id: trainer(0) for peer_id in peers}
 
 

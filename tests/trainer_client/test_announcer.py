@@ -25,6 +25,12 @@ def progress(**changes: Any) -> Progress:
     return Progress(**values | changes)
 
 
+def note(training: TrainingMetrics, seen: Progress) -> None:
+    training.note_step(seen.step, seen.loss, seen.tokens_per_s)
+    if seen.validation_loss is not None:
+        training.note_validation(seen.validation_loss, seen.bits_per_byte)
+
+
 def said(
     *seen: Progress,
     calls: DispatchMetrics | None = None,
@@ -32,16 +38,11 @@ def said(
     **settings: Any,
 ) -> TrainerInfo:
     """What others read after these steps."""
-    training = TrainingMetrics()
+    training, values = TrainingMetrics(), TrainerSettings.load(**settings)
     for step in seen:
-        training.note(step)
+        note(training, step)
     record = trainer_record(
-        TrainerSettings.load(**settings),
-        1000.0,
-        "",
-        training,
-        calls or DispatchMetrics(),
-        latencies or Latencies(),
+        values, 1000.0, "", training, calls or DispatchMetrics(), latencies or Latencies(), values.steps
     )
     info = read_trainer(records_pb2.RecordPayload(trainer=record, expires_at=2000.0), peer(1))
     assert info is not None
@@ -63,7 +64,7 @@ def test_what_was_measured_is_said() -> None:
     calls.bytes.labels("sent").inc(10)
     calls.bytes.labels("received").inc(20)
     steps = progress(step=4, validation_loss=1.5, bits_per_byte=2.0), progress()
-    info = said(*steps, calls=calls, latencies=latencies, name="Aino", announce_every_s=2.0)
+    info = said(*steps, calls=calls, latencies=latencies, name="Aino", steps=9, announce_every_s=2.0)
     assert (info.name, info.step, info.steps, info.loss, info.renew_every_s) == ("Aino", 5, 9, 2.5, 2.0)
     assert info.bits_per_byte == pytest.approx(2.0)
     assert (info.forward, info.backward) == (Latency(0.25, 0.25), None)
@@ -80,7 +81,7 @@ def test_a_loss_that_is_not_finite_is_not_said() -> None:
 def test_metrics_name_no_peer_and_no_unknown_cause() -> None:
     registry = CollectorRegistry()
     calls = DispatchMetrics(registry)
-    TrainingMetrics(registry).note(progress())
+    note(TrainingMetrics(registry), progress())
     calls.call_seconds.labels("backward").observe(0.25)
     calls.failures.labels("unavailable").inc()
     text = generate_latest(registry).decode()
@@ -116,8 +117,8 @@ def test_what_is_not_known_before_the_first_step_is_a_gap() -> None:
     training = TrainingMetrics(registry)
     for name in ("loss_nats", "tokens_per_second", "validation_loss_nats", "validation_bpb"):
         assert math.isnan(registry.get_sample_value(f"talkoot_trainer_{name}") or 0.0), name
-    training.note(progress(step=1))
-    training.note(progress(step=3))
+    note(training, progress(step=1))
+    note(training, progress(step=3))
     assert registry.get_sample_value("talkoot_trainer_steps_total") == 3
     assert registry.get_sample_value("talkoot_trainer_loss_nats") == 2.5
     assert math.isnan(registry.get_sample_value("talkoot_trainer_validation_bpb") or 0.0)

@@ -24,7 +24,7 @@ from trainer_client.model import LanguageModel
 from trainer_client.moe import rebalance
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.in_flight import MAX_IN_FLIGHT, InFlight, InFlightController, staleness_limit
-from trainer_client.training.record import History, Progress, Summary, TrainingRecord
+from trainer_client.training.record import History, Progress, Summary, TrainingRecord, Validation
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ class Training:
         observe: Callable[[Progress], None],
         stop: threading.Event,
         clock: Callable[[], float] = time.monotonic,
+        validated: Callable[[Validation], None] = lambda validation: None,
     ) -> Summary:
         """Trains until `settings.steps` are done or `stop` is set, which is checked between steps.
 
-        Validates on fixed batches before the first step, after the last and every `validate_every` steps. A step
-        whose loss or gradient is not finite is skipped; raises UserError after 10 of them in a row.
+        Validates on fixed batches before the first step, after the last and in between (`validate_every`); `validated`
+        gets each result, and of a resumed run first the last one. A step whose loss or gradient is not finite is
+        skipped; raises UserError after 10 of them in a row.
         """
         settings, began = self._settings, clock()
         validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
@@ -100,7 +102,8 @@ class Training:
         record = TrainingRecord(tokens, bytes_per_token, self.history)
         if not self.history.validated:
             record.add_validation(validation_loss(self._model, validation, read))
-        last_end = clock()
+        validated(record.last_validation())
+        last_end, validate_every = clock(), settings.steps_between_validations
         with closing(self._one_by_one() if self._make_copy is None else self._in_flight()) as steps:
             while self.step < settings.steps and not stop.is_set():
                 step = next(steps)
@@ -108,10 +111,9 @@ class Training:
                 record.add_step(step.loss, ended - last_end, step.spread, step.staleness, step.in_flight)
                 self._is_whole = True
                 last_end = ended
-                if self.step == settings.steps or (
-                    settings.validate_every and self.step % settings.validate_every == 0
-                ):
+                if self.step == settings.steps or (validate_every and self.step % validate_every == 0):
                     record.add_validation(validation_loss(self._model, validation, read))
+                    validated(record.last_validation())
                     last_end = clock()
                 seen = self.step * settings.batch_size * settings.accumulate
                 observe(record.progress(settings.steps, step.loss, seen / self._dataset.sequences))

@@ -36,6 +36,18 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """The loss on the held-out text after `step` steps: 0 before the first."""
+
+    step: int
+    loss: float
+    """In nats per token."""
+    perplexity: float
+    """Per token."""
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
 class Summary:
     """The result of a run. It has fewer `steps` than asked for if it was stopped. Losses are in nats per token."""
 
@@ -121,6 +133,11 @@ class TrainingRecord:
         """A validation after the steps so far."""
         self.history.validated.append(self.steps)
         self.history.validation_losses.append(loss)
+
+    def last_validation(self) -> Validation:
+        """There must have been one."""
+        step, loss = self.history.validated[-1], self.history.validation_losses[-1]
+        return Validation(step, loss, perplexity(loss), self._bits_per_byte(loss))
 
     def progress(self, steps: int, loss: float, epoch: float) -> Progress:
         validation_loss = self.history.validation_loss_of(self.steps)

@@ -11,6 +11,7 @@ import { Section } from "./section.js";
 import { makeTables } from "./tables.js";
 
 const SPARKS_REST_MS = 15000;
+const LONGEST_BLANK_MS = 3000;
 const sparks = new Section(byId("overview"), showSparks, () => SPARKS_REST_MS);
 const sections = [sparks, makeGrid(), makeCharts(), ...makeTables(), makePanel()];
 const connection = { lostAt: 0, retryAt: 0 };
@@ -58,6 +59,13 @@ function sentence(words) {
   return words ? `${words[0].toUpperCase()}${words.slice(1)}.` : "";
 }
 
+/** Sections whose size depends on their figures appear together, so that none pushes another about. */
+function appear() {
+  document.body.classList.remove("unread");
+}
+
+Promise.all(sections.map((section) => section.settled)).then(() => requestAnimationFrame(appear));
+setTimeout(appear, LONGEST_BLANK_MS);
 byId("banner-retry").addEventListener("click", () => readings.connect());
 setInterval(() => document.hidden || tick(), 1000);
 document.addEventListener("visibilitychange", () => {

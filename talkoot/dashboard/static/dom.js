@@ -95,6 +95,7 @@ const probe = document.createElement("span");
 export function colour(name) {
   if (!probe.isConnected) {
     probe.hidden = true;
+    probe.style.forcedColorAdjust = "none"; // else all colours are one where the system forces its own
     document.body.append(probe);
   }
   probe.style.color = `var(${name})`;

@@ -9,6 +9,7 @@ const known = (write) => (value) => (Number.isFinite(value) ? write(value) : UNK
 
 export const count = known((value) => digits[0].format(value));
 export const compact = known((value) => (Math.abs(value) < 10000 ? small(value) : short.format(value)));
+export const percent = known((value) => `${small(100 * value)}%`);
 export const loss = known((value) => value.toFixed(3));
 export const rate = known((value) => (value < 10 ? small(value) : compact(value)));
 export const milliseconds = known((value) =>

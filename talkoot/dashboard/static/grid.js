@@ -9,7 +9,7 @@ import { Section } from "./section.js";
 import { PagedTable } from "./table.js";
 
 const HEAT = [1, 2, 3, 4, 5, 6].map((step) => `--heat-${step}`);
-const NEVER = Infinity; // no update was seen
+const NEVER = Infinity; // no update yet
 const AGES = [
   [60, "in the last minute"],
   [600, "1 – 10 min ago"],
@@ -35,12 +35,14 @@ const MEASURES = {
   },
   load: {
     words: "Load",
-    values: (layer) => layer.queued_rows,
-    write: (value) => format.counted(value, "queued row"),
-    cell: format.count,
-    by: "queued rows",
+    values: (layer) => layer.recent_rows,
+    write: shareOfRows,
+    cell: share,
+    by: "share of rows",
     edge: "Busiest",
     sign: -1,
+    label: (from, to) => (from === to ? share(from) : `${share(from)} – ${share(to)}`),
+    about: unevenness,
   },
   updates: {
     words: "Updates",
@@ -181,18 +183,19 @@ function scaleOf(values, replicas) {
   const steps = Math.min(HEAT.length, high - low + 1);
   const step = (value) => Math.min(steps - 1, Math.max(0, Math.round((value - low) / width)));
   const palette = Array.from({ length: steps }, (_, i) => HEAT[spread(i, steps)]);
-  return { step, palette, labels: palette.map((_, i) => label(low, width, i)) };
+  const { label = labelOf } = MEASURES[view.measure];
+  return { step, palette, labels: palette.map((_, i) => label(...edges(low, width, i))) };
 }
 
-/** The fresher the darker; what was not seen to learn since the dashboard watches is lightest. */
+/** The fresher the darker; what has not learned where it is now is lightest. */
 function scaleOfAges() {
-  const labels = [...AGES.map(([, words]) => words), "none seen yet"];
+  const labels = [...AGES.map(([, words]) => words), "no update yet"];
   const step = (age) => (age === NEVER ? AGES.length : AGES.findIndex(([below]) => age < below));
   return { step, palette: HEAT.toReversed(), labels };
 }
 
 function ago(age) {
-  return age === NEVER ? "no update seen yet" : `updated ${format.duration(age)} ago`;
+  return age === NEVER ? "no update yet" : `updated ${format.duration(age)} ago`;
 }
 
 /** Few steps use the whole range of colours too, but one alone is in the middle. */
@@ -200,10 +203,32 @@ function spread(i, steps) {
   return steps === 1 ? 2 : Math.round((i * (HEAT.length - 1)) / (steps - 1));
 }
 
-function label(low, width, step) {
-  if (width === 1) return format.compact(low + step);
-  const [from, to] = [Math.max(low, low + (step - 0.5) * width), low + (step + 0.5) * width];
-  return `${format.compact(Math.ceil(from))} – ${format.compact(Math.ceil(to) - 1)}`;
+/** The values of a step, from the first to the last, both included. */
+function edges(low, width, step) {
+  if (width === 1) return [low + step, low + step];
+  const from = Math.max(low, low + (step - 0.5) * width);
+  return [Math.ceil(from), Math.ceil(low + (step + 0.5) * width) - 1];
+}
+
+function labelOf(from, to) {
+  return from === to ? format.compact(from) : `${format.compact(from)} – ${format.compact(to)}`;
+}
+
+/** Of all the layer's rows lately. */
+function share(rows) {
+  const all = view.data.recent_rows.reduce((sum, one) => sum + one, 0);
+  return all ? format.percent(rows / all) : format.UNKNOWN;
+}
+
+function shareOfRows(rows) {
+  return `${share(rows)} of rows`;
+}
+
+function unevenness({ busiest_over_mean: most, starving }) {
+  if (most === null) return "No rows lately: nobody trains.";
+  const few = starving ? `${format.counted(starving, "expert")} starve` : "no expert starves";
+  const words = starving === 1 ? "1 expert starves" : few;
+  return `The busiest expert has ${format.rate(most)} times the mean; ${words} (less than a tenth of it).`;
 }
 
 function sideOf(levels, scale, replicas) {
@@ -212,6 +237,7 @@ function sideOf(levels, scale, replicas) {
   const bars = scale.labels.map((text, i) => bar(text, counts[i + 1], levels.length, scale.palette[i]));
   return [
     el("h3", {}, `Experts by ${MEASURES[view.measure].by}`),
+    ...(MEASURES[view.measure].about ? [el("p", { class: "note" }, MEASURES[view.measure].about(view.data))] : []),
     el("ul", { class: "bars" }, ...bars, bar("no host", counts[0], levels.length, "--missing")),
     ...hostless(replicas, counts[0]),
     ...edgeOf(replicas),

@@ -80,42 +80,18 @@ function showCommand(box, command) {
   if (box.dataset.text === command) return;
   box.dataset.text = command;
   box.replaceChildren(
-    el("code", { tabindex: "0", "aria-label": "command" }, command),
+    el("div", { class: "command-text", tabindex: "0", role: "group", "aria-label": "Command" }, el("code", {}, command)),
     copyButton(() => command),
   );
 }
 
 const TILES = [
-  {
-    id: "nodes",
-    label: "Live nodes",
-    value: (s) => shown(s.nodes.live, format.count),
-    sub: nodesInTrouble,
-    spark: "live_nodes",
-  },
-  {
-    id: "experts",
-    label: "Live experts",
-    value: (s) => shown(s.experts.live, format.count),
-    sub: share,
-    spark: "live_experts",
-  },
-  { id: "replicas", label: "Replicas", value: (s) => shown(s.replicas, format.compact), sub: perExpert },
-  { id: "trainers", label: "Trainers", value: (s) => shown(s.trainers, format.count), sub: requests },
-  {
-    id: "speed",
-    label: "Tokens per second",
-    value: (s) => shown(s.tokens_per_s, format.compact),
-    sub: traffic,
-    spark: "tokens_per_s",
-  },
-  {
-    id: "loss",
-    label: "Validation loss",
-    value: (s) => shown(s.validation_loss, format.loss),
-    sub: bits,
-    spark: "loss",
-  },
+  { id: "nodes", value: (s) => shown(s.nodes.live, format.count), sub: nodesInTrouble, spark: "live_nodes" },
+  { id: "experts", value: (s) => shown(s.experts.live, format.count), sub: share, spark: "live_experts" },
+  { id: "replicas", value: (s) => shown(s.replicas, format.compact), sub: perExpert },
+  { id: "trainers", value: (s) => shown(s.trainers, format.count), sub: requests },
+  { id: "speed", value: (s) => shown(s.tokens_per_s, format.compact), sub: traffic, spark: "tokens_per_s" },
+  { id: "loss", value: (s) => shown(s.validation_loss, format.loss), sub: bits, spark: "validation_loss" },
 ];
 
 function nodesInTrouble({ nodes }) {
@@ -153,24 +129,11 @@ function bits({ bits_per_byte: value }) {
 }
 
 function showTiles(swarm) {
-  const host = byId("tiles");
-  if (!host.children.length) host.append(...TILES.map(makeTile));
-  TILES.forEach((tile, i) => {
-    const [, value, sub] = host.children[i].children;
-    value.replaceChildren(...[tile.value(swarm)].flat());
-    replaceUnlessFocused(sub, tile.sub(swarm));
-  });
-}
-
-function makeTile({ id, label }) {
-  return el(
-    "div",
-    { class: "tile", id: `tile-${id}` },
-    el("dt", {}, label),
-    el("dd", { class: "figure" }),
-    el("dd", { class: "sub" }),
-    el("dd", { class: "spark", "aria-hidden": "true" }),
-  );
+  for (const { id, value, sub } of TILES) {
+    const tile = byId(`tile-${id}`);
+    tile.querySelector(".figure").replaceChildren(...[value(swarm)].flat());
+    replaceUnlessFocused(tile.querySelector(".sub"), sub(swarm));
+  }
 }
 
 function replaceUnlessFocused(box, children) {
@@ -183,16 +146,15 @@ export async function showSparks() {
   await Promise.all(
     TILES.filter((tile) => tile.spark).map(async ({ id, spark }) => {
       const { series } = await get("history", { metric: spark, since, points: SPARK_POINTS });
-      const line = series.find(({ name }) => name.endsWith("validation")) ?? series[0];
-      drawSpark(byId(`tile-${id}`)?.lastElementChild, line?.points ?? []);
+      drawSpark(byId(`tile-${id}`).querySelector(".spark"), series[0]?.points ?? []);
     }),
   );
 }
 
 function drawSpark(box, points) {
-  if (!box) return;
   const known = points.filter(([, value]) => value !== null);
-  if (known.length < 3) return box.replaceChildren();
+  if (!known.length) return box.replaceChildren();
+  if (known.length === 1) known.push([known[0][0] + 1, known[0][1]]); // a level line
   const [width, height] = [120, 32];
   const values = known.map(([, value]) => value);
   const [low, high] = [Math.min(...values), Math.max(...values)];

@@ -184,8 +184,8 @@ function showExpert(expert) {
 }
 
 const HISTORIES = [
-  { series: "updates", title: "Updates", write: format.compact },
-  { series: "replicas", title: "Replicas", write: format.compact, fromZero: true },
+  { series: "updates", title: "Updates", write: format.count, whole: true },
+  { series: "replicas", title: "Replicas", write: format.count, fromZero: true, whole: true },
 ];
 
 function makeExpertBody() {
@@ -220,7 +220,8 @@ function replica(one) {
       { class: "note" },
       [
         format.counted(one.updates, "update"),
-        format.counted(one.queued_rows, "queued row"),
+        `${format.count(one.recent_rows)} rows lately`,
+        one.updated_ago_s === null ? "no update yet" : `updated ${format.duration(one.updated_ago_s)} ago`,
         `announcement valid for ${format.duration(one.expires_in_s)}`,
       ].join(", "),
     ),

@@ -9,6 +9,7 @@ const LINES = [1, 2, 3, 4, 5, 6, 7, 8].map((number) => `--line-${number}`);
 const MOST_POINTS = 1000;
 const HEIGHT = 180;
 const VALIDATION = " validation";
+const WHOLE = Array.from({ length: 30 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)); // between ticks
 
 export class Plot {
   #options;
@@ -25,7 +26,7 @@ export class Plot {
   #table = el("div", { class: "scroll plot-table", tabindex: "0", role: "region", hidden: true });
   #unit = el("span", { class: "note" });
 
-  /** options: title, write(value), and if they hold: fromZero, sync (charts with the same share the cursor). */
+  /** options: title, write(value), and if they hold: fromZero, whole (it counts), sync (charts with the same share the cursor). */
   constructor(options) {
     this.#options = options;
     const asTable = el(
@@ -96,7 +97,7 @@ export class Plot {
   }
 
   #uplotOptions() {
-    const { sync, fromZero, write } = this.#options;
+    const { sync, fromZero, whole, write } = this.#options;
     const ink = colour("--ink-2");
     const grid = { stroke: colour("--grid-line"), width: 1 };
     const axis = { stroke: ink, font: "11px system-ui, sans-serif", grid, ticks: { ...grid, size: 4 } };
@@ -121,7 +122,13 @@ export class Plot {
           space: 70,
           values: (_, splits, __, ___, step) => splits.map((t) => format.tick(t, step)),
         },
-        { ...axis, size: 58, space: 36, values: (_, splits) => splits.map((value) => write(value)) },
+        {
+          ...axis,
+          size: 58,
+          space: 36,
+          values: (_, splits) => splits.map((value) => write(value)),
+          ...(whole ? { incrs: WHOLE } : {}),
+        },
       ],
       series: [{}, ...this.#series.map((one, i) => this.#line(one, i))],
       hooks: { setCursor: [({ cursor }) => this.#showValues(cursor.idx)] },

@@ -3,6 +3,9 @@
 import { Unanswered } from "./api.js";
 
 export class Section {
+  /** Is fulfilled once it has tried to load, and shows its figures or why it has none. */
+  settled;
+  #settle;
   #stale = false; // nothing to read before the first reading of the swarm
   #visible = false;
   #loading = false;
@@ -14,6 +17,7 @@ export class Section {
 
   /** load() reads and draws. restMs() is the least time between two readings that no person asked for. */
   constructor(element, load, restMs = () => 0) {
+    this.settled = new Promise((settle) => (this.#settle = settle));
     this.#load = load;
     this.#restMs = restMs;
     this.#problem = element.querySelector(".problem");
@@ -61,6 +65,7 @@ export class Section {
       if (!(error instanceof Unanswered)) throw error;
       this.#say(this.#hasLoaded ? `These figures may be old: ${error.message}` : error.message);
     } finally {
+      this.#settle();
       this.#loading = false;
     }
     this.#proceed();

@@ -61,7 +61,7 @@ export class PagedTable {
     );
     return el(
       "div",
-      { class: "scroll", tabindex: "0", role: "region", "aria-label": this.#options.caption },
+      { class: "scroll", tabindex: "0", role: "group", "aria-label": `${this.#options.caption}, as a table` },
       table,
     );
   }

@@ -13,9 +13,13 @@ const FILTER_WAIT_MS = 250;
 const STATES = {
   serving: ["ok", "serving"],
   training: ["ok", "training"],
+  "own loop": ["ok", "own loop"],
+  finished: ["ok", "finished"],
+  stopped: ["unknown", "stopped", "pause"],
   paused: ["warn", "paused", "pause"],
   claimed: ["warn", "starting", "pause"],
   leaving: ["warn", "leaving", "leave"],
+  left: ["unknown", "left", "leave"],
   gone: ["bad", "gone"],
 };
 

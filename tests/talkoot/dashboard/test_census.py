@@ -47,6 +47,23 @@ def test_a_node_that_comes_back_is_live_again() -> None:
     assert seen.live()
 
 
+def test_a_node_that_says_it_leaves_is_not_there_at_once_and_may_come_back() -> None:
+    seen, goodbye = census(), node(1, started_at=0.0, left=True, expires_at=NOW + 60)
+    seen.note({}, NOW, {peer(2): goodbye})
+    assert not seen.seen, "who was never there has not left"
+    seen.note({peer(1): node(1)}, NOW)
+    for now in (NOW + 1, NOW + 100):
+        seen.note({}, now, {peer(1): goodbye})
+        assert not seen.live()
+        assert (seen.seen[peer(1)].gone, seen.seen[peer(1)].left) == (True, True)
+        assert seen.seen[peer(1)].info.name == "volunteer 1"
+        assert seen.seen[peer(1)].seen_at == NOW + 1
+    seen.note({peer(1): node(1, expires_at=NOW + 200)}, NOW + 101)
+    assert seen.live()
+    seen.note({}, NOW + 300)
+    assert (seen.seen[peer(1)].gone, seen.seen[peer(1)].left) == (True, False)
+
+
 def test_one_reading_that_misses_a_record_takes_nobody_away() -> None:
     seen = census()
     seen.note({peer(1): node(1)}, NOW)

@@ -29,11 +29,10 @@ from simulated_readings import (
 from dht.announcements import Activity, Reachability, ReplicaState
 from dht.manifest import AdmissionSpec
 from dht.receipts import SignedWork, Work
-from dht.uid import UID
 from talkoot.credit import Credit
 from talkoot.dashboard import api
 from talkoot.dashboard.api import ApiError, DashboardState
-from talkoot.dashboard.picture import Picture
+from talkoot.dashboard.picture import Picture, _unevenness
 from talkoot.dashboard.watcher import samples_of
 
 API_S = 0.1
@@ -285,7 +284,7 @@ def test_nodes_say_what_they_do_and_how_they_are_reached() -> None:
     )  # fmt: skip
     shown = {row["name"]: (row["state"], row["reach"]) for row in picture.nodes}
     assert shown == {
-        "volunteer 0": ("paused", "direct"), "volunteer 1": ("leaving", "direct"),
+        "volunteer 0": ("paused", "unknown"), "volunteer 1": ("leaving", "unknown"),
         "volunteer 2": ("serving", "unknown"), "volunteer 3": ("serving", "relayed"),
     }  # fmt: skip
 
@@ -304,6 +303,21 @@ def test_a_node_that_has_gone_serves_nothing_any_more() -> None:
     assert [row["state"] for row in api.nodes(picture, {"sort": "name"})["nodes"]] == ["serving", "gone"]
     assert api.expert(picture, "0.0.1", NOW)["replicas"] == []
     assert api.node(picture, peer(1).to_base58())["uids"] == []
+
+
+def test_a_node_that_left_in_order_has_not_gone() -> None:
+    model = manifest((2, 2))
+    replicas = [replica(uid, number % 2) for number, uid in enumerate(model.uids())]
+    picture = picture_of([node(0)], swarm=model, replicas=replicas, left=[node(1)], gone=[node(2)])
+    assert api.swarm(state_of(picture))["nodes"] == {"live": 1, "gone": 1, "unsteady": 0}
+    rows = {row["name"]: row for row in picture.nodes}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "volunteer 0": "serving", "volunteer 1": "left", "volunteer 2": "gone",
+    }  # fmt: skip
+    assert (rows["volunteer 1"]["rows_per_s"], rows["volunteer 1"]["hours"]) == (None, 1.0)
+    restarted = picture_of([node(0)]).with_earlier(picture.nodes)
+    assert {row["name"]: row["state"] for row in restarted.nodes}["volunteer 1"] == "left"
+    assert restarted.figures["nodes"]["gone"] == 1
 
 
 def test_latency_of_a_node_is_what_trainers_measured() -> None:
@@ -370,28 +384,38 @@ def test_experts_of_a_layer_stand_in_row_major_order() -> None:
     assert shown["grid"] == [2, 3]
     assert shown["replicas"] == [0, 0, 0, 0, 2, 0]
     assert shown["updates"] == [0, 0, 0, 0, 9, 0]
-    assert shown["queued_rows"] == [0, 0, 0, 0, 6, 0]
+    assert shown["recent_rows"] == [0, 0, 0, 0, 200, 0]
 
 
-def test_freshness_is_the_time_since_updates_were_seen_to_rise() -> None:
+def test_freshness_is_the_time_of_the_last_update_that_any_replica_announces() -> None:
+    learns, rests, ahead, _ = manifest((2, 2), layers=1).uids()
+    times = [(learns, 0, NOW - 15), (learns, 1, NOW - 40), (rests, 0, None), (ahead, 1, NOW + 99)]
+    replicas = [replica(uid, number, updated_at=at) for uid, number, at in times]
+    picture = healthy(swarm=manifest((2, 2), layers=1), replicas=replicas)
+    assert api.experts(picture, {})["updated_ago_s"] == [15, None, 0, None]
+    assert [row["updated_ago_s"] for row in api.expert(picture, str(learns), NOW)["replicas"]] == [15, 40]
+
+
+def test_load_is_the_share_of_rows_and_tells_who_starves() -> None:
     model = manifest((2, 2), layers=1)
-    learns, rests, returns, falls = model.uids()
-
-    def seen(at: float, counts: dict[UID, int], before: Picture | None) -> Picture:
-        replicas = [replica(uid, 0, update_count=count) for uid, count in counts.items()]
-        return healthy(swarm=model, replicas=replicas, now=at, before=before)
-
-    first = seen(NOW, {learns: 5, rests: 5, returns: 5, falls: 5}, None)
-    assert api.experts(first, {})["updated_ago_s"] == [None] * 4
-    second = seen(NOW + 10, {learns: 6, rests: 5, falls: 7}, first)
-    third = seen(NOW + 25, {learns: 6, rests: 5, returns: 9, falls: 2}, second)
-    assert api.experts(third, {})["updated_ago_s"] == [15, None, None, 15]
+    rows = dict(zip(model.uids(), (900, 290, 10, 0), strict=True))
+    replicas = [replica(uid, 0, recent_rows=count) for uid, count in rows.items()]
+    shown = api.experts(healthy(swarm=model, replicas=replicas), {})
+    assert shown["recent_rows"] == [900, 290, 10, 0]
+    assert (shown["busiest_over_mean"], shown["starving"]) == (3.0, 2)
+    idle = [replica(uid, 0, recent_rows=0) for uid in model.uids()]
+    shown = api.experts(healthy(swarm=model, replicas=idle), {})
+    assert (shown["busiest_over_mean"], shown["starving"]) == (None, None)
 
 
-def test_freshness_of_another_grid_is_not_taken_over() -> None:
-    before = healthy(now=NOW - 10)
-    shown = api.experts(healthy(swarm=manifest((3, 2)), before=before), {})
-    assert shown["updated_ago_s"] == [None] * 6
+@given(st.lists(st.integers(0, 2**53), min_size=1, max_size=64))
+def test_unevenness_of_any_rows_is_at_least_one_and_the_busiest_never_starves(rows: list[int]) -> None:
+    found = _unevenness(rows)
+    if any(rows):
+        assert 1.0 <= found["busiest_over_mean"] <= len(rows)
+        assert 0 <= found["starving"] < len(rows)
+    else:
+        assert found == {"busiest_over_mean": None, "starving": None}
 
 
 def test_replicas_that_do_not_serve_or_whose_host_is_unknown_carry_nobody() -> None:
@@ -424,6 +448,44 @@ def test_a_layer_that_is_too_large_is_refused() -> None:
 
 
 # Trainers and history
+
+
+def test_a_run_that_ended_in_order_is_finished_and_keeps_its_result() -> None:
+    ended = [
+        trainer(0, step=100, validation_loss=1.5, bits_per_byte=2.0),
+        trainer(1, step=60),
+        trainer(2, steps=0),
+    ]
+    picture = picture_of([node(0)], ended=ended)
+    shown = {row["name"]: row for row in api.trainers(picture, {})["trainers"]}
+    assert {name: row["state"] for name, row in shown.items()} == {
+        "trainer 0": "finished", "trainer 1": "stopped", "trainer 2": "finished",
+    }  # fmt: skip
+    assert (shown["trainer 0"]["step"], shown["trainer 0"]["validation_loss"]) == (100, 1.5)
+    assert (shown["trainer 0"]["tokens_per_s"], shown["trainer 2"]["steps"]) == (None, None)
+    figures = api.swarm(state_of(picture))
+    assert (figures["trainers"], figures["validation_loss"], figures["bits_per_byte"]) == (0, 1.5, 2.0)
+
+
+def test_the_history_has_the_last_figures_of_a_run_once() -> None:
+    picture = picture_of([node(0)], ended=[trainer(0, validation_loss=1.5)])
+    assert tuple(
+        s.value for s in sorted(samples_of(picture), key=lambda s: s.name) if s.metric == "loss"
+    )[::-1] == (1.5, 2.5)
+    later = replace(picture, read_at=NOW + 2)
+    assert not [sample for sample in samples_of(later) if sample.metric == "loss"]
+
+
+def test_validation_loss_is_that_of_live_trainers_while_there_is_one() -> None:
+    picture = picture_of(
+        [node(0)], [trainer(1), trainer(2, validation_loss=None)], ended=[trainer(0, validation_loss=1.5)]
+    )
+    assert api.swarm(state_of(picture))["validation_loss"] == 2.25
+
+
+def test_a_loop_of_ones_own_is_called_so() -> None:
+    (row,) = picture_of([node(0)], [trainer(0, steps=0)]).trainers
+    assert (row["state"], row["step"], row["steps"]) == ("own loop", 7, None)
 
 
 def test_trainers_that_are_live_come_first() -> None:

@@ -8,6 +8,8 @@ from browser import Visit, chromium, needs_chromium, served, visit
 from playwright.sync_api import Browser, Route
 from simulated_readings import NOW, Asked, manifest, memory, node, picture_of, replica, trainer
 
+from talkoot.dashboard.history import Sample
+
 pytestmark = [needs_chromium, pytest.mark.timeout(300)]
 
 UIDS = manifest().uids()
@@ -106,11 +108,9 @@ def test_unknown_node_in_the_address_is_told(browser: Browser, tmp_path: Path) -
 
 
 def test_colours_tell_how_long_ago_experts_learned(browser: Browser, tmp_path: Path) -> None:
-    earlier = picture_of([node(1)], replicas=[replica(uid, 1) for uid in UIDS], now=NOW - 300)
     learned = picture_of(
         [node(1)],
-        replicas=[replica(uid, 1, update_count=9 if uid == UIDS[0] else 1) for uid in UIDS],
-        before=earlier,
+        replicas=[replica(uid, 1, updated_at=NOW if uid == UIDS[0] else None) for uid in UIDS],
     )
     asked = Asked(tmp_path, learned)
     with served(asked.app) as address, visit(browser, address) as seen:
@@ -118,12 +118,58 @@ def test_colours_tell_how_long_ago_experts_learned(browser: Browser, tmp_path: P
         seen.until("document.querySelector('#grid-side h3')?.textContent === 'Experts by last update'")
         counts = seen.page.locator("#grid-side .bar-count").all_inner_texts()
         assert counts == ["1", "0", "0", "0", "0", "15", "0"]
-        assert seen.text("#grid-side .edge li:first-child") == "0.0.1\nno update seen yet"
+        assert seen.text("#grid-side .edge li:first-child") == "0.0.1\nno update yet"
         seen.page.get_by_role("button", name="Table", exact=True).first.click()
         top = "document.querySelector('#grid-table tbody td:last-child').textContent"
-        for words in ("no update seen yet", "updated 0 s ago"):  # the largest first, then the smallest
+        for words in ("no update yet", "updated 0 s ago"):  # the largest first, then the smallest
             seen.page.locator("#grid-table").get_by_role("button", name="Freshness").click()
             seen.until(f"{top} === '{words}'")
+    asked.history.close()
+
+
+def test_load_is_each_experts_share_of_rows(browser: Browser, tmp_path: Path) -> None:
+    rows = [700, 250, 30, 20] + [0] * 12
+    replicas = [replica(uid, 1, recent_rows=count) for uid, count in zip(UIDS, rows, strict=False)]
+    asked = Asked(tmp_path, picture_of([node(1)], replicas=replicas))
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.page.get_by_role("button", name="Load").click()
+        seen.until("document.querySelector('#grid-side h3')?.textContent === 'Experts by share of rows'")
+        words = "The busiest expert has 11.2 times the mean; 12 experts starve (less than a tenth of it)."
+        assert seen.page.locator("#grid-side .note").first.inner_text() == words
+        assert seen.text("#grid-side .edge li:first-child") == "0.0.0\n70% of rows"
+        seen.page.locator("#grid-side .edge a").first.click()
+        seen.until("document.querySelector('#panel .replicas')?.textContent.includes('700 rows lately')")
+    asked.history.close()
+
+
+def test_what_ended_in_order_is_not_red(browser: Browser, tmp_path: Path) -> None:
+    ended = [trainer(1, step=100, validation_loss=1.5), trainer(2)]
+    asked = Asked(
+        tmp_path, picture_of([node(1)], [trainer(0, steps=0)], left=[node(2)], gone=[node(3)], ended=ended)
+    )
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.until("document.querySelectorAll('#trainers-table tbody tr').length === 3")
+        badges = seen.page.locator("#trainers-table .badge").all_inner_texts()
+        assert sorted(badges) == ["finished", "own loop", "stopped"]
+        assert "1.500" in seen.text("#trainers-table tbody tr:has-text('finished')")
+        assert seen.page.locator("#trainers-table .lost").count() == 0
+        seen.until("document.querySelectorAll('#nodes-table tbody tr').length === 3")
+        assert seen.page.locator("#nodes-table .lost").all_inner_texts()[0].startswith("volunteer 3")
+        assert seen.page.locator("#nodes-table .lost").count() == 1
+        assert seen.text("#tile-nodes .sub") == "1 gone in a day"
+    asked.history.close()
+
+
+def test_a_chart_of_what_is_counted_has_whole_numbers_alone(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, HEALTHY)
+    asked.history.add([Sample("live_nodes", "live nodes", 1)], NOW - 8)
+    asked.history.add([Sample("live_nodes", "live nodes", 2)], NOW - 9)
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.page.get_by_role("button", name="Live nodes as a table").click()
+        seen.until("document.querySelectorAll('.plot-table:not([hidden]) tbody tr').length > 0")
+        values = seen.page.locator(".plot-table:not([hidden]) tbody td").all_inner_texts()
+        assert values
+        assert all(value.isdigit() for value in values), values
     asked.history.close()
 
 

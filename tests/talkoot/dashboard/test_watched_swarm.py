@@ -146,7 +146,7 @@ def training(invite: Invite, folder: Path) -> Iterator[None]:
         data = byte_dataset(b"In the sauna one must behave as in church. " * 60, MANIFEST.model.context)
 
         def work() -> None:
-            Training(model, data, settings).run(client.note, stop)
+            Training(model, data, settings).run(client.note, stop, validated=client.note_validation)
 
         thread = threading.Thread(target=work)
         thread.start()
@@ -371,6 +371,19 @@ def missing_metrics(value: Callable[[str], list[str]]) -> list[str]:
     return sorted(name for name in named if not value(name))
 
 
+def test_a_run_that_has_ended_is_shown_with_its_result(watched: Watched) -> None:
+    def row_of(page: Any) -> Any:
+        return next((row for row in page["trainers"] if row["name"] == "once"), None)
+
+    state = watched.folder / "once"
+    with SwarmClient.join(str(watched.invite), name="once", state=state, announce_every_s=PERIOD_S) as client:
+        client.report(1, 2.5)
+        watched.until(lambda page: (row := row_of(page)) and row["state"] == "own loop", "api/v1/trainers")
+        client.report(2, 2.25, validation_loss=2.0)
+    page = watched.until(lambda page: row_of(page)["state"] == "finished", "api/v1/trainers")
+    assert (row_of(page)["step"], row_of(page)["loss"], row_of(page)["validation_loss"]) == (2, 2.25, 2.0)
+
+
 # What ends: these tests take the swarm apart, in this order
 
 
@@ -379,6 +392,13 @@ def test_a_node_that_falls_silent_is_shown_as_gone(watched: Watched) -> None:
     states = {"kuusi": "serving", HOSTILE: "gone"}
     watched.until(lambda page: {r["name"]: r["state"] for r in page["nodes"]} == states, "api/v1/nodes")
     watched.until(lambda shown: shown["state"]["words"] == "4 experts have no host")
+
+
+def test_a_node_that_leaves_in_order_is_shown_as_left(watched: Watched) -> None:
+    watched.loop.run(end(watched.running[0]))
+    watched.loop.run(watched.nodes[0].stop(), LIMIT_S)
+    states = {"kuusi": "left", HOSTILE: "gone"}
+    watched.until(lambda page: {r["name"]: r["state"] for r in page["nodes"]} == states, "api/v1/nodes")
 
 
 def test_an_unreachable_swarm_is_said_to_be_so_and_its_last_state_stays(watched: Watched) -> None:
@@ -405,4 +425,4 @@ def test_a_restart_loses_nothing(watched: Watched) -> None:
     assert swarm["name"] == "sauna"
     assert swarm["read_at"] is not None
     assert swarm["experts"]["total"] == 8
-    assert len(history["series"]) == 2
+    assert len(history["series"]) == 4

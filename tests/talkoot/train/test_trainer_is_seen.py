@@ -7,11 +7,12 @@ import pytest
 from commands import wait_until
 from training_swarm import Founder, founded
 
+from dht.announcements import TrainerInfo
 from dht.invites import Invite
 from peer.loop import LoopThread
 from trainer_client.client import SwarmClient
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.record import Progress
+from trainer_client.training.record import Progress, Validation
 
 
 @pytest.fixture
@@ -41,6 +42,39 @@ def test_the_swarm_hears_of_the_first_step_at_once(founder: Founder, tmp_path: P
         wait_until(lambda: founder.loop.run(steps(), 120) == [1], "its first step in the swarm")
     finally:
         client.close()
+
+
+def test_a_validation_is_heard_of_before_the_first_step(founder: Founder, tmp_path: Path) -> None:
+    settings = TrainerSettings.load(announce_every_s=120)
+    registry = founder.node.swarm.registry
+
+    async def validation_losses() -> list[float | None]:
+        trainers = await registry.trainers(await registry.trainer_ids())
+        return [trainer.validation_loss for trainer in trainers.values() if trainer.renew_every_s == 120]
+
+    with SwarmClient(Invite.parse(founder.invite), settings, tmp_path / "state") as client:
+        client.note_validation(Validation(step=0, loss=5.5, perplexity=244.7, bits_per_byte=7.9))
+        wait_until(lambda: founder.loop.run(validation_losses(), 120) == [5.5], "its validation in the swarm")
+
+
+def test_a_loop_of_ones_own_reports_and_leaves_its_result(founder: Founder, tmp_path: Path) -> None:
+    registry = founder.node.swarm.registry
+
+    async def records() -> list[TrainerInfo]:
+        found = await registry.trainers(await registry.trainer_ids(), with_left=True)
+        return [trainer for trainer in found.values() if trainer.name == "mine"]
+
+    def is_said(step: int, left: bool) -> bool:
+        return [(found.step, found.left) for found in founder.loop.run(records(), 120)] == [(step, left)]
+
+    with SwarmClient.join(founder.invite, name="mine", state=tmp_path / "state") as client:
+        client.report(3, 2.5, tokens_per_s=10.0)
+        wait_until(lambda: is_said(3, False), "its steps in the swarm")
+        client.report(4, 2.25, validation_loss=2.0)
+    wait_until(lambda: is_said(4, True), "its farewell in the swarm")
+    (found,) = founder.loop.run(records(), 120)
+    assert (found.is_own_loop, found.loss, found.validation_loss) == (True, 2.25, 2.0)
+    assert (found.bits_per_byte, found.tokens_per_s) == (None, None)
 
 
 def test_who_only_reads_is_no_trainer(founder: Founder, tmp_path: Path) -> None:
