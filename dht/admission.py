@@ -22,7 +22,7 @@ from grpc import StatusCode
 
 from dht.records import SwarmKeys
 from peer import clock
-from peer.errors import ExpertError, RecordError, SettingsError
+from peer.errors import ExpertError, RecordError, RevokedError, SettingsError
 from peer.identity import GRANT_DOMAIN, Identity, PeerID, verify
 from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
@@ -276,7 +276,7 @@ class SwarmAdmission:
         if grant.expires_at <= self._now():
             raise RecordError("the token has expired")
         if grant.serial in self._revoked:
-            raise RecordError("the token was revoked")
+            raise RevokedError("the token was revoked")
         return grant
 
 

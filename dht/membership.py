@@ -163,10 +163,10 @@ class Membership:
             return
         self._lonely += 1
         if self._lonely < _LONELY_ROUNDS:
-            raise UnreachableError("no other peer answers; is this machine's network connection up?")
+            raise UnreachableError("no other peer of the swarm answers")
         if self._lonely == _LONELY_ROUNDS:
             logger.warning(
-                "no other peer answers: this one goes on alone, and looks for others %s",
+                "no other peer of the swarm answers: this one goes on alone, and looks for others %s",
                 f"every {self._dial_every_s:.0f} s" if announced else "again and again",
             )
 

@@ -49,6 +49,7 @@ from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import CHANNELS, SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
+from expert_server.swarm_news import SwarmNews
 from peer import clock
 from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
@@ -67,6 +68,8 @@ _FAREWELL_S = 2.0
 """Longest that a stopping node tries to withdraw its record."""
 _CALLS_GRACE_S = 1.0
 """Longest that a stopping node lets calls finish."""
+_LATELY_S = 60.0
+"""A trainer that has sent gradients within this time uses the node now."""
 _ACCOUNT_EVERY_S = 60.0
 """Time between saves of the contribution."""
 
@@ -198,6 +201,9 @@ class Node:
             self.traffic.up,
             metrics,
         )
+        self.news = SwarmNews(
+            swarm.registry, lambda: self.hosting.seen, lambda: self._servicer.trainers(_LATELY_S)
+        )
         self._expert_bytes = expert_bytes(manifest)
         self._most_bytes = settings.memory or most_bytes(
             settings, manifest, self.hosting.capacity, kept_bytes
@@ -308,7 +314,10 @@ class Node:
             Gauge(f"talkoot_{name}", words, registry=self.swarm.metrics).set_function(level)
 
     async def run(self) -> None:
-        """Announces, adopts, replicates, averages and saves experts, and pauses when it should, for ever."""
+        """Announces, adopts, replicates, averages and saves experts, and pauses when it should.
+
+        Ends only by a group with an InviteError, once the founder has revoked this node's token.
+        """
         every_s = self._settings.checkpoint_every_s
         tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "announce": self._stay_announced,
@@ -318,6 +327,7 @@ class Node:
             "host memories": self._host_memories,
             "follow memories": self._follow_memories,
             "watch when to pause": self._watch_pauses,
+            "hear of the swarm": self._hear_news,
             "save the contribution": partial(self._account.save_every, _ACCOUNT_EVERY_S, self._contribution),
             "save receipts": self._receipt_file.keep_saved,
         }
@@ -326,6 +336,7 @@ class Node:
         async with asyncio.TaskGroup() as group:
             for name, run in tasks.items():
                 group.create_task(keep_running(name, run, self.restarts), name=name)
+            group.create_task(self._access.until_revoked(), name="end when revoked")
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
@@ -378,6 +389,13 @@ class Node:
     async def _follow_memories(self) -> None:
         while True:
             await self._rounds.run("follow memories", self.memories.follow)
+            await asyncio.sleep(self.period.drawn_s())
+
+    async def _hear_news(self) -> None:
+        """A look costs less than the announcements of a period. If the DHT does not answer, others have said so."""
+        while True:
+            with contextlib.suppress(UnreachableError):
+                await self.news.look()
             await asyncio.sleep(self.period.drawn_s())
 
     async def _watch_pauses(self) -> None:
@@ -484,7 +502,9 @@ class Node:
             return NodeState.DRAINING if self.runtime.experts else NodeState.PAUSED
         if self._pauses.taking or not self._pauses.hosts:
             return NodeState.JOINING
-        return NodeState.UNREACHABLE if self._rounds.are_failing else NodeState.SERVING
+        # as long as trainers come, the network is up, whoever else has gone
+        is_cut_off = self._rounds.are_failing and not self._servicer.trainers(_LATELY_S)
+        return NodeState.UNREACHABLE if is_cut_off else NodeState.SERVING
 
     def status(self) -> NodeStatus:
         work, contribution = self.runtime.metrics, self._contribution()
@@ -510,7 +530,7 @@ class Node:
             threads=threads_of(settings),
             contributed_rows=contribution.rows,
             contributed_updates=contribution.updates,
-            contributed_hours=round(contribution.served_s / 3600, 1),
+            contributed_hours=round(contribution.served_s / 3600, 4),
             replicated=self.hosting.replicated,
             handed_over=int(total(self.hosting.handed_over)),
             reachability=self.reachability.in_words,
@@ -522,6 +542,14 @@ class Node:
             clock_warning=clock.CLOCK.warning,
             signed=self._receipts.signed,
             signed_share=self._receipts.share,
+            trained=sum(expert.updated_at > 0 for expert in self.runtime.experts.values()),
+            trainers=self._servicer.trainers(),
+            trainers_now=self._servicer.trainers(_LATELY_S),
+            swarm_trainers=self.news.training.trainers,
+            swarm_experts=self.swarm.manifest.experts_total,
+            loss=self.news.training.loss,
+            loss_at_first=self.news.training.loss_at_first,
+            alone=tuple(map(str, self.hosting.alone)),
         )
 
     def _memory_bytes(self) -> int:

@@ -68,10 +68,14 @@ class ReachabilityStatus:
     """Whether it looks for a relay: nobody reaches it until it has one."""
     asked: int = 0
     """Nodes that were asked to dial back."""
+    why_unasked: str = ""
+    """In words, why nobody is asked; empty: others are."""
 
     @property
     def in_words(self) -> str:
-        """Such as `direct` or `relayed by 3 relays`."""
+        """Such as `direct` or `relayed by 3 relays`. It is `direct` only when others have dialled back."""
+        if self.why_unasked:
+            return f"not checked: {self.why_unasked}"
         if self.looking:
             return "looking for a relay"
         if self.kind is Reachability.UNKNOWN:
@@ -178,7 +182,10 @@ class ReachabilityMonitor:
         self._note_router()
         if mode == "public" or (mode == "auto" and self._host.startswith(("127.", "::1"))):
             self._addresses = self._unproven
-            await self._need_no_relay(ReachabilityStatus(Reachability.DIRECT))
+            why = (
+                'reachability = "public" is set' if mode == "public" else "only this machine is in the swarm"
+            )
+            await self._need_no_relay(ReachabilityStatus(why_unasked=why))
         elif mode == "private":
             await self._hide(Judgement(0, reached=False, reached_at=()), stage)
         elif self._clock() >= self._next_at:

@@ -1,10 +1,11 @@
 """A node's gRPC server: its services behind one port and the tunnel's exit, its health service, and who may call it."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,7 +18,7 @@ from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer import clock
-from peer.errors import RecordError, StartError
+from peer.errors import InviteError, RecordError, RevokedError, StartError
 from peer.wire import (
     credit_pb2_grpc,
     expert_pb2,
@@ -90,6 +91,8 @@ class AccessControl:
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
         self._now = now
         self._own_problem = ""
+        self._own_revoked = asyncio.Event()
+        """Set once this node's own token is."""
         # before anybody is served: what was revoked while this node was away is not in the DHT yet
         swarm.admission.revoke(self._revoked())
 
@@ -106,6 +109,14 @@ class AccessControl:
             self.sessions.recheck()
         self._look_at_own()
 
+    async def until_revoked(self) -> NoReturn:
+        """Raises InviteError once the founder has revoked this node's token."""
+        await self._own_revoked.wait()
+        raise InviteError(
+            "the swarm's founder has revoked this node's token: it has left the swarm. Ask the founder for another "
+            "invite if you think that this is a mistake"
+        )
+
     def _revoked(self) -> list[int]:
         """What the owner of a founder's node has revoked."""
         try:
@@ -121,6 +132,8 @@ class AccessControl:
             return
         try:
             self._swarm.admission.check_own(badge, self._swarm.host.peer_id)
+        except RevokedError:
+            self._own_revoked.set()
         except RecordError as error:
             if str(error) != self._own_problem:
                 logger.error("others ignore this node: %s; ask the swarm's founder for another invite", error)

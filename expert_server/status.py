@@ -91,6 +91,22 @@ class NodeStatus:
     """What trainers have signed for, in all runs."""
     signed_share: float | None = None
     """Of the pairs that those trainers had answered by all nodes, the part that is this node's; None: no receipts."""
+    trained: int = 0
+    """Of the experts, those that have learned here in this run."""
+    trainers: int = 0
+    """That have trained them in this run."""
+    trainers_now: int = 0
+    """Of these, in the last minute."""
+    swarm_trainers: int | None = None
+    """That are live in the whole swarm; None: not known yet."""
+    swarm_experts: int = 0
+    """Of the model."""
+    loss: float | None = None
+    """Lowest validation loss of the swarm's trainers, in nats per token; None: not known."""
+    loss_at_first: float | None = None
+    """The same when this node heard of it first."""
+    alone: tuple[str, ...] = ()
+    """Of the experts, those that nobody else serves, as far as the node knows."""
 
 
 class Contribution(BaseModel):

@@ -128,6 +128,10 @@ class RecordError(TalkootError):
     """A DHT record that is malformed, unsigned, expired or not its writer's."""
 
 
+class RevokedError(RecordError):
+    """The swarm's founder has revoked the token that admitted the writer."""
+
+
 class AddressError(TalkootError):
     """An endpoint or a multiaddress that is malformed, or of a kind that is not known."""
 

@@ -198,6 +198,12 @@ class HostingManager:
         """How many experts it would host at most, with those it would adopt."""
         return self._room + self._spare
 
+    @property
+    def alone(self) -> list[UID]:
+        """The experts in service that nobody else serves, as far as the last look saw."""
+        me = self._swarm.host.peer_id
+        return [uid for uid in self._replicas.experts if not serving_elsewhere(self.seen.get(uid, ()), me)]
+
     async def take_first(self) -> None:
         """Fills the room with experts that nobody hosts."""
         self._hurried = False

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
+from math import inf
 from operator import itemgetter
 
 import grpc
@@ -20,6 +21,7 @@ from expert_server.serving.runtime import Runtime
 from expert_server.serving.sequence_cache import SequenceCache
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.bounded import BoundedDict
 from peer.budget import MemoryBudget
 from peer.errors import ExpertError
 from peer.identity import PeerID
@@ -33,6 +35,8 @@ _RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_B
 _BURST_S = 5.0
 _IDLE_LOOK_S = 10.0
 _EXPERT_BURST_S = 600.0
+_MOST_TRAINERS = 4096
+"""That are counted."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self._seen = SeenRequests(limits.remembered_requests)
         self._traffic = traffic or Bandwidth()
         self._note_served = note_served
+        self._trainers = BoundedDict[str, float](_MOST_TRAINERS)
+        """When each of them sent gradients last."""
 
     async def Forward(self, requests: Requests, context: Context) -> None:
         await self._serve("forward", requests, context)
@@ -196,6 +202,11 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
                 finally:
                     self._look_for_idle()
 
+    def trainers(self, within_s: float = inf) -> int:
+        """How many trainers have sent gradients in the last seconds."""
+        since = time.monotonic() - within_s
+        return sum(at >= since for at in self._trainers.values())
+
     def _look_for_idle(self) -> None:
         """Once in a while, as long as there are sequences that may come to be idle."""
         if self.sequences and not self._looks_for_idle:
@@ -213,3 +224,5 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self.budgets.take(caller, direction, call.pairs, call.uids, time.monotonic())
         if direction == "backward" and not self._seen.is_new(caller, call.header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
+        if direction == "backward":
+            self._trainers[caller] = time.monotonic()

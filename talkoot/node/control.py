@@ -33,6 +33,8 @@ MAX_LINE_BYTES = 4096
 MAX_CLIENTS = 8
 MAX_PAUSE_S = 30 * 86400.0
 
+_ALONE_NAMED = 32
+"""Experts that a status names: a reply is a short line."""
 _READ_DEADLINE_S = 2.0
 """A client's deadline for sending its request, and for taking the reply."""
 _ACT_DEADLINE_S = 60.0
@@ -81,6 +83,10 @@ class ControlStatus(BaseModel):
     peers: int = 0
     pause_reason: str = ""
     """In words."""
+    alone: int = 0
+    """Of the experts, those that no other node serves."""
+    alone_uids: tuple[str, ...] = ()
+    """Some of these."""
 
 
 class ControlReply(BaseModel):
@@ -183,7 +189,10 @@ class ControlServer:
             return ControlStatus(state="joining", pid=os.getpid())
         status = self._node.status()
         return ControlStatus.model_validate(
-            asdict(status) | {"state": status.state.value, "pid": os.getpid()}, extra="ignore"
+            asdict(status)
+            | {"state": status.state.value, "pid": os.getpid()}
+            | {"alone": len(status.alone), "alone_uids": status.alone[:_ALONE_NAMED]},
+            extra="ignore",
         )
 
 

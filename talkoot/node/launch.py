@@ -34,7 +34,7 @@ from peer.transport.addresses import Multiaddress, default_listen_address, requi
 from peer.transport.endpoints import Endpoint, ip_address
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm, invite_advice
-from talkoot.node.view import NodeRates, RateMeter, line, panel
+from talkoot.node.view import NodeRates, RateMeter, line, panel, summary
 from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal, log_file
 
@@ -163,10 +163,12 @@ class _NodeRun:
                 show = partial(self._show_state, node)
                 group.create_task(keep_running("show the node's state", show, node.restarts))
         finally:
-            if experts := node.status().experts:
+            status = node.status()
+            if experts := status.experts:
                 what = "1 expert goes" if experts == 1 else f"{experts} experts go"
                 logger.info("leaving: %s to others with room; Ctrl-C again leaves at once", what)
             await node.stop()
+            logger.info("%s", summary(status))
 
     async def _start_swarm(self, identity: Identity, stage: Stage) -> Swarm:
         """Keeps trying when the node was in the swarm before: the network or the other peers may still be down."""

@@ -21,8 +21,10 @@ _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> None:
-    """Raises UserError when no node runs there, or when it refuses."""
+    """Says what the pause takes offline, and pauses. Raises UserError when no node runs there, or when it refuses."""
     for_s = None if duration is None else parse_duration_s(duration)
+    with ControlClient(node_folder(state)) as control:
+        terminal.line(taken_offline(control.ask("status")))
     with ControlClient(node_folder(state)) as control:
         terminal.line(words(control.ask("pause", for_s=for_s)))
 
@@ -73,6 +75,20 @@ def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool
         ) from error
     finally:
         follower.close()
+
+
+def taken_offline(status: ControlStatus) -> str:
+    """What a pause of the node takes offline, unless others take it over."""
+    if not status.experts:
+        return "it hosts no expert: nothing goes offline"
+    if not status.alone:
+        return f"other nodes serve all of its {counted(status.experts, 'expert')} too: nothing goes offline"
+    more = status.alone - len(status.alone_uids)
+    named = ", ".join(status.alone_uids) + (f" and {more} more" if more else "")
+    return (
+        f"no other node serves {status.alone} of its {counted(status.experts, 'expert')}: {named}. Nodes with room are "
+        "asked to take them over first; what none takes is offline until this one resumes"
+    )
 
 
 def words(status: ControlStatus) -> str:

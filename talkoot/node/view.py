@@ -1,6 +1,5 @@
 """How `talkoot node` shows itself: a live panel on a terminal, otherwise a log line now and then."""
 
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,10 +11,7 @@ from rich.text import Text
 from expert_server.status import NodeState, NodeStatus
 from peer.formatting import bytes_in_words, counted
 
-WIDTH = 80
 _BAR = 20
-_WORDS = 66
-"""Columns of the panel without its labels."""
 _STYLES = {
     NodeState.SERVING: "green",
     NodeState.PAUSED: "yellow",
@@ -69,36 +65,35 @@ def state_in_words(status: NodeStatus) -> str:
 
 
 def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
-    """Eleven to fourteen lines, at most `WIDTH` columns wide."""
+    """As wide as the terminal. It breaks no words, and is red only when something is wrong."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    state = Text(state_in_words(status), style=_STYLES.get(status.state, ""))
-    grid.add_row("state", state)
-    experts = f"{status.experts} of {status.capacity}, {_moved(status)}"
-    grid.add_row("experts", _bar(status.experts, status.capacity, experts))
-    grid.add_row(
-        "work",
-        f"{rates.calls:.1f} requests/s   {rates.rows:,.0f} rows/s   "
-        f"{counted(status.queued_rows, 'row', ',')} waiting",
-    )
+    grid.add_column(ratio=1, overflow="fold")
+    grid.add_row("state", Text(_state_and_use(status), style=_STYLES.get(status.state, "")))
+    grid.add_row("trained", _trained(status))
+    grid.add_row("computed", _computed(status, rates))
+    grid.add_row("model", _model(status))
+    grid.add_row("experts", _share(status))
     if status.memory_disk_bytes:
         grid.add_row("memories", _memories(status, rates))
     grid.add_row("network", _network(status, rates))
-    reached = textwrap.wrap(_reached(status), _WORDS, max_lines=2, placeholder="…")
-    grid.add_row("reached", "\n".join(reached))
+    grid.add_row("reached", _reached(status))
     grid.add_row(
         "compute", _bar(rates.busy, 1.0, f"{rates.busy:.0%} busy, {counted(status.threads, 'thread')}")
     )
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
-    grid.add_row(
-        "peers",
-        f"{status.peers:,} known by the DHT   {counted(status.updates, 'update', ',')} since the start",
-    )
     grid.add_row("all runs", _so_far(status))
     if trouble := _trouble(status):
-        grid.add_row("trouble", Text(textwrap.shorten(trouble, _WORDS, placeholder="…"), style="red"))
-    return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left", width=WIDTH)
+        grid.add_row("trouble", Text(trouble, style="red"))
+    return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left")
+
+
+def summary(status: NodeStatus) -> str:
+    """What the node achieved in the run that ends, and thanks for it."""
+    return (
+        f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs {_so_far(status)}. "
+        "Thank you for taking part!"
+    )
 
 
 def line(status: NodeStatus, rates: NodeRates) -> str:
@@ -109,7 +104,8 @@ def line(status: NodeStatus, rates: NodeRates) -> str:
 def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield f"{state_in_words(status)}: {status.experts} of at most {counted(status.capacity, 'expert')}"
     yield _moved(status)
-    yield counted(status.updates, "update")
+    yield _trained(status)
+    yield _rows_for(status)
     yield f"{rates.calls:.1f} requests/s"
     yield f"{rates.rows:.0f} rows/s"
     yield f"{counted(status.queued_rows, 'row')} queued"
@@ -123,6 +119,41 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield f"in all runs {_so_far(status)}"
     if trouble := _trouble(status):
         yield trouble
+
+
+def _state_and_use(status: NodeStatus) -> str:
+    """The state, and whether anybody uses the node while it serves."""
+    words = state_in_words(status)
+    if status.state is not NodeState.SERVING or status.trainers_now:
+        return words
+    if not status.swarm_trainers:
+        return f"{words}; idle: nobody trains" if status.swarm_trainers == 0 else words
+    return f"{words}; idle: no trainer needs this node now"
+
+
+def _trained(status: NodeStatus) -> str:
+    return f"{counted(status.trained, 'expert', ',')} trained with {counted(status.updates, 'update', ',')}"
+
+
+def _rows_for(status: NodeStatus) -> str:
+    return f"{counted(status.rows, 'row', ',')} for {counted(status.trainers, 'trainer', ',')}"
+
+
+def _computed(status: NodeStatus, rates: NodeRates) -> str:
+    now = f"{rates.rows:,.0f} rows/s now"
+    return f"{_rows_for(status)}; {now}, {counted(status.queued_rows, 'row', ',')} waiting"
+
+
+def _model(status: NodeStatus) -> str:
+    if status.loss is None or status.loss_at_first is None:
+        return "no trainer has measured its loss yet"
+    return f"validation loss {status.loss:.3f}; {status.loss_at_first:.3f} when this node joined"
+
+
+def _share(status: NodeStatus) -> str:
+    of_all = status.experts / status.swarm_experts if status.swarm_experts else 0.0
+    hosted = f"{status.experts:,} of the swarm's {status.swarm_experts:,} ({of_all:.0%})"
+    return f"{hosted}, room for {max(0, status.capacity - status.experts):,} more"
 
 
 def _moved(status: NodeStatus) -> str:
@@ -159,7 +190,13 @@ def _memory(status: NodeStatus) -> str:
 def _so_far(status: NodeStatus) -> str:
     rows = counted(status.contributed_rows, "row", ",")
     updates = counted(status.contributed_updates, "update", ",")
-    return f"{rows}, {updates}, {status.contributed_hours:.1f} hours served"
+    return f"{rows}, {updates}, {hours_in_words(status.contributed_hours)} served"
+
+
+def hours_in_words(hours: float) -> str:
+    """To the minute, such as `12 h 18 min`."""
+    whole, minutes = divmod(int(hours * 60 + 1e-6), 60)
+    return f"{whole:,} h {minutes:02d} min" if whole else f"{minutes} min"
 
 
 def _trouble(status: NodeStatus) -> str:
@@ -173,5 +210,12 @@ def _bar(value: float, most: float, words: str) -> Table:
     row = Table.grid(padding=(0, 2))
     row.add_column(width=_BAR)
     row.add_column(no_wrap=True, overflow="ellipsis")
-    row.add_row(ProgressBar(total=max(most, 1e-9), completed=min(value, most), width=_BAR), words)
+    bar = ProgressBar(
+        total=max(most, 1e-9),
+        completed=min(value, most),
+        width=_BAR,
+        complete_style="cyan",
+        finished_style="cyan",
+    )
+    row.add_row(bar, words)
     return row

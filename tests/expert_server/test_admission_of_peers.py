@@ -1,5 +1,6 @@
 """A real swarm that admits by token: nodes and callers come in with the founder's tokens, and with nothing else."""
 
+import asyncio
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,27 @@ def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> 
         assert await ask(trainer, node, forward) is StatusCode.PERMISSION_DENIED
         with pytest.raises(InviteError, match="revoked"):
             await come_in(village, 3, invite, Role.TRAINER)
+
+    play(scenario)
+
+
+def test_a_revoked_node_says_so_and_stops(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=0.5)
+        await village.run(founder)
+        invite, issued = await invited(village, founder, Role.NODE)
+        node = await village.start(
+            await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 0.5}
+        )
+        running = asyncio.create_task(node.run())
+        InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
+        await asyncio.wait([running], timeout=60)
+        assert running.done()
+        errors = running.exception()
+        assert isinstance(errors, ExceptionGroup)
+        (error,) = errors.exceptions
+        assert isinstance(error, InviteError)
+        assert "has revoked this node's token" in str(error)
 
     play(scenario)
 

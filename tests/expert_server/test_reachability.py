@@ -60,3 +60,4 @@ def test_a_reach_is_told_in_words() -> None:
     assert ReachabilityStatus(Reachability.RELAYED, relays=1).in_words == "relayed by 1 relay"
     assert ReachabilityStatus(Reachability.RELAYED, looking=True).in_words == "looking for a relay"
     assert "no other node to ask" in ReachabilityStatus().in_words
+    assert ReachabilityStatus(Reachability.DIRECT, asked=3).in_words == "direct"

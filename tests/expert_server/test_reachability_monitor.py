@@ -205,3 +205,22 @@ def test_a_founder_that_knows_nobody_announces_what_its_router_forwards(identity
     host = LonelyHost(identity.peer_id, (), port_mapping=Mapping(FORWARDED))
     monitor = asyncio.run(after_rounds(1, host, "192.168.1.2"))
     assert monitor.addresses == (FORWARDED, "192.168.1.2:2")
+
+
+@pytest.mark.parametrize(
+    ("mode", "address", "said"),
+    [
+        ("public", "44.1.1.2", 'not checked: reachability = "public" is set'),
+        ("auto", "127.0.0.1", "not checked: only this machine is in the swarm"),
+    ],
+)
+def test_nobody_is_called_direct_who_was_not_dialled_back(
+    identity: Identity, mode: str, address: str, said: str
+) -> None:
+    host = LonelyHost(identity.peer_id, ())
+    swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
+    monitor = ReachabilityMonitor(NodeSettings.load(reachability=mode, port=2), swarm, random.Random(0))
+    asyncio.run(monitor.begin(address, 2))
+    assert (monitor.status.kind, monitor.in_words, monitor.advice) == (Reachability.UNKNOWN, said, "")
+    assert host.serves
+    assert host.announced == monitor.addresses == (f"{address}:2",)

@@ -235,7 +235,7 @@ def test_the_last_peer_says_that_nobody_answers_and_goes_on_alone(
         await check(announced=True)
         await second.swarm.host.stop()  # no farewell
         for _ in range(2):
-            with pytest.raises(UnreachableError, match="no other peer answers"):
+            with pytest.raises(UnreachableError, match="no other peer of the swarm answers"):
                 await check(announced=True)
         for _ in range(3):
             await check(announced=True)

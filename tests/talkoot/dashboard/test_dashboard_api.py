@@ -469,9 +469,9 @@ def test_a_run_that_ended_in_order_is_finished_and_keeps_its_result() -> None:
 
 def test_the_history_has_the_last_figures_of_a_run_once() -> None:
     picture = picture_of([node(0)], ended=[trainer(0, validation_loss=1.5)])
-    assert tuple(
-        s.value for s in sorted(samples_of(picture), key=lambda s: s.name) if s.metric == "loss"
-    )[::-1] == (1.5, 2.5)
+    assert tuple(s.value for s in sorted(samples_of(picture), key=lambda s: s.name) if s.metric == "loss")[
+        ::-1
+    ] == (1.5, 2.5)
     later = replace(picture, read_at=NOW + 2)
     assert not [sample for sample in samples_of(later) if sample.metric == "loss"]
 

@@ -17,8 +17,8 @@ from peer.errors import SettingsError, StartError
 from talkoot import terminal
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Report
-from talkoot.node.control import ControlClient
-from talkoot.node.remote import Follower, parse_duration_s, run_logs
+from talkoot.node.control import ControlClient, ControlStatus
+from talkoot.node.remote import Follower, parse_duration_s, run_logs, taken_offline
 from talkoot.terminal import LogFormat, Terminal, log_file
 
 
@@ -60,8 +60,10 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
 def test_running_node_is_paused_and_resumed(node: RunningNode) -> None:
     paused = node.say("pause", "--for", "2h")
     assert (paused.returncode, paused.stderr) == (0, "")
-    assert paused.stdout.startswith("paused: by its owner until ")
-    assert "0 of at most 6 experts" in paused.stdout
+    before, after = paused.stdout.splitlines()
+    assert before.startswith("no other node serves 4 of its 4 experts: 0.0.0, 0.0.1, ")
+    assert after.startswith("paused: by its owner until ")
+    assert "0 of at most 6 experts" in after
     with ControlClient(node.state) as control:
         assert control.pid == node.process.pid
     resumed = node.say("resume")
@@ -126,6 +128,16 @@ def test_without_a_node_it_says_what_to_do(tmp_path: Path, name: str) -> None:
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: no ")
     assert "--state" in line
+
+
+def test_what_a_pause_takes_offline_is_told() -> None:
+    status = ControlStatus(state="serving", pid=1, experts=3)
+    assert taken_offline(status) == "other nodes serve all of its 3 experts too: nothing goes offline"
+    alone = status.model_copy(update={"alone": 3, "alone_uids": ("0.0.1", "0.1.1")})
+    assert taken_offline(alone).startswith(
+        "no other node serves 3 of its 3 experts: 0.0.1, 0.1.1 and 1 more. "
+    )
+    assert "nothing goes offline" in taken_offline(status.model_copy(update={"experts": 0}))
 
 
 # Durations

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,9 +20,10 @@ from rich.live import Live
 
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus
-from talkoot.node.view import WIDTH, NodeRates, RateMeter, line, panel, state_in_words
+from talkoot.node.view import NodeRates, RateMeter, hours_in_words, line, panel, state_in_words, summary
 from talkoot.terminal import to_json
 
+WIDTH = 80
 STATUS = NodeStatus(
     state=NodeState.SERVING,
     experts=12,
@@ -48,6 +50,13 @@ STATUS = NodeStatus(
     reachability="relayed by 2 relays",
     reachability_advice="forward TCP ports 1 and 2 on your router to 192.168.1.2",
     handed_over=0,
+    trained=11,
+    trainers=3,
+    trainers_now=2,
+    swarm_trainers=4,
+    swarm_experts=32,
+    loss=3.2145,
+    loss_at_first=4.1,
 )
 LATER = replace(
     STATUS, calls=131, rows=54_120, uploaded_bytes=11_500_000, downloaded_bytes=21_000_000, busy_s=15.4
@@ -67,6 +76,10 @@ statuses = st.builds(
         "download_mbit": st.none() | st.floats(0.01, 1e6),
         "busy_s": st.floats(0, 1e9),
         "contributed_hours": st.floats(0, 1e6),
+        "swarm_trainers": st.none() | numbers,
+        "loss": st.none() | st.floats(0, 1e6),
+        "loss_at_first": st.none() | st.floats(0, 1e6),
+        "alone": st.just(()),
     },
 )
 
@@ -95,22 +108,63 @@ def shown(status: NodeStatus, rates: NodeRates, width: int = WIDTH) -> list[str]
 def test_a_glance_tells_what_a_node_does_and_gave() -> None:
     meter = RateMeter()
     meter.note(STATUS, 100.0)
-    lines = shown(LATER, meter.note(LATER, 110.0))[-12:]
-    text = "\n".join(lines)
+    text = "\n".join(shown(LATER, meter.note(LATER, 110.0), 100))
     for said in (
         "talkoot node in sauna",
-        "state     serving",
-        "12 of 18, 2 adopted, 3 shared",
-        "3.1 requests/s   412 rows/s   512 rows waiting",
+        "state     serving ",
+        "trained   11 experts trained with 1,234 updates",
+        "computed  54,120 rows for 3 trainers; 412 rows/s now, 512 rows waiting",
+        "model     validation loss 3.215; 4.100 when this node joined",
+        "experts   12 of the swarm's 32 (38%), room for 6 more",
         "up 1.2 of 8 Mbit/s   down 0.8 Mbit/s",
         "34% busy, 2 threads",
         "600 MB of 2 GB",
-        "reached   relayed by 2 relays; forward TCP ports 1 and 2 on your router",
-        "│           192.168.1.2 ",
-        "9 known by the DHT   1,234 updates since the start",
-        "all runs  7,000,000 rows, 34,567 updates, 12.3 hours served",
+        "reached   relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2 ",
+        "all runs  7,000,000 rows, 34,567 updates, 12 h 18 min served",
     ):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "serving "),
+        ({"trainers_now": 0, "swarm_trainers": None}, "serving "),
+        ({"trainers_now": 0, "swarm_trainers": 0}, "serving; idle: nobody trains"),
+        ({"trainers_now": 0}, "serving; idle: no trainer needs this node now"),
+        ({"trainers_now": 0, "swarm_trainers": 0, "state": NodeState.JOINING}, "joining "),
+    ],
+)
+def test_idleness_is_told(changes: dict[str, Any], said: str) -> None:
+    assert any(f"state     {said}" in row for row in shown(replace(STATUS, **changes), NodeRates()))
+
+
+@pytest.mark.parametrize("state", NodeState)
+@pytest.mark.parametrize("busy", [0.0, 0.3, 1.0])
+def test_nothing_is_red_in_normal_service(state: NodeState, busy: float) -> None:
+    status = replace(STATUS, state=state, memory_bytes=STATUS.memory_limit_bytes)
+    console = Console(width=100, force_terminal=True, color_system="truecolor")
+    drawn = console.render(panel("sauna", status, NodeRates(busy=busy)), console.options)
+    colours = {
+        s.style.color.get_truecolor() for s in drawn if s.style is not None and s.style.color is not None
+    }
+    reds = [c for c in colours if c.red > 120 and c.red > 2 * max(c.green, c.blue)]
+    assert bool(reds) is (state is NodeState.UNREACHABLE)
+
+
+def test_the_summary_says_what_was_achieved_and_thanks() -> None:
+    said = summary(LATER)
+    assert said.startswith(
+        "in this run: 11 experts trained with 1,234 updates, 54,120 rows for 3 trainers; in all runs"
+    )
+    assert said.endswith("Thank you for taking part!")
+
+
+@given(st.floats(0, 1e6))
+def test_hours_are_told_to_the_minute(hours: float) -> None:
+    *whole, minutes, _ = hours_in_words(hours).replace(",", "").removesuffix("").split()
+    told = (int(whole[0]) if whole else 0) + int(minutes) / 60
+    assert 0 <= hours - told + 1e-6 < 1 / 60 + 1e-5
 
 
 def test_memories_have_a_line_where_there_are_any() -> None:
@@ -134,21 +188,26 @@ def test_nothing_is_cut_off_for_a_node_of_a_hundred_experts() -> None:
         reachability_advice="pass --port, and forward that TCP port on your router to 192.168.178.123",
     )
     text = "\n".join(shown(status, NodeRates()))
-    assert "128 of 192, 64 adopted, 128 handed over" in text
+    assert "128 of the swarm's 32" in text
     assert "on your router to 192.168.178.123" in " ".join(text.replace("│", "").split())
     assert "…" not in text
 
 
 @settings(max_examples=25)
 @given(statuses, st.sampled_from([WIDTH, 100, 200]))
-def test_it_fits_whatever_the_numbers(status: NodeStatus, width: int) -> None:
+def test_it_is_as_wide_as_the_terminal_whatever_the_numbers(status: NodeStatus, width: int) -> None:
     rates = RateMeter().note(status, 0.0)
     console = terminal(io.StringIO(), width)
     lines = console.render_lines(panel("sauna", status, rates), console.options)
-    assert len(lines) <= 13
-    assert all(sum(segment.cell_length for segment in row) <= max(WIDTH, width) for row in lines)
-    console.print(panel("sauna", status, rates))
-    assert all(len(row.rstrip()) <= WIDTH for row in console.export_text().splitlines())
+    assert len(lines) <= 24
+    assert {sum(segment.cell_length for segment in row) for row in lines} == {width}
+
+
+def test_no_word_is_broken() -> None:
+    for width in range(60, 130):
+        rows = [row.strip("│ ") for row in shown(STATUS, NodeRates(), width)]
+        words = {word for row in rows for word in row.split()}
+        assert {"router", "192.168.1.2", "validation", "trainers;", "34,567"} <= words, width
 
 
 def test_the_panel_stays_in_its_place_between_looks() -> None:
@@ -160,7 +219,7 @@ def test_the_panel_stays_in_its_place_between_looks() -> None:
             live.update(panel("sauna", STATUS, NodeRates()), refresh=True)
             written = file.getvalue()[before:]
             assert "\x1b[2J" not in written
-            assert written.count("\n") <= 12
+            assert written.count("\n") <= 14
     assert file.getvalue().count("\x1b[1A") >= 2 * 9
 
 
@@ -188,11 +247,12 @@ def test_a_line_for_the_log_says_the_same() -> None:
     meter = RateMeter()
     meter.note(STATUS, 100.0)
     assert line(LATER, meter.note(LATER, 110.0)) == (
-        "serving: 12 of at most 18 experts, 2 adopted, 3 shared, 1234 updates, 3.1 requests/s, 412 rows/s, "
+        "serving: 12 of at most 18 experts, 2 adopted, 3 shared, 11 experts trained with 1,234 updates, "
+        "54,120 rows for 3 trainers, 3.1 requests/s, 412 rows/s, "
         "512 rows queued, "
         "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
         "reached: relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2, "
-        "in all runs 7,000,000 rows, 34,567 updates, 12.3 hours served"
+        "in all runs 7,000,000 rows, 34,567 updates, 12 h 18 min served"
     )
 
 

@@ -1,0 +1,88 @@
+"""What a node's owner hears of the rest of the swarm: who has gone, who trains, and what the model has learned."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from dht.announcements import Replica, ReplicaState, TrainerInfo
+from dht.registry import Registry, some_of
+from dht.uid import UID
+from peer.formatting import counted
+from peer.identity import PeerID
+
+logger = logging.getLogger(__name__)
+
+_MOST_ASKED = 16
+"""Missing nodes that are looked up at once."""
+_MOST_READ = 8
+"""Trainers whose records are read; of more, some are drawn. They average, so their losses are alike."""
+
+
+@dataclass(frozen=True)
+class TrainingNews:
+    """How the swarm's training goes. Losses are the lowest validation loss of the live trainers, in nats per token."""
+
+    trainers: int | None = None
+    """Those that are live; None: not known yet."""
+    loss: float | None = None
+    """The last that was heard of."""
+    loss_at_first: float | None = None
+    """The first that was heard of."""
+
+    def after(self, trainers: int, read: Iterable[TrainerInfo]) -> "TrainingNews":
+        """The news once so many trainers are live. `read`: some of them."""
+        losses = [info.validation_loss for info in read if info.validation_loss is not None]
+        loss = min(losses, default=self.loss)
+        first = loss if self.loss_at_first is None else self.loss_at_first
+        return replace(self, trainers=trainers, loss=loss, loss_at_first=first)
+
+
+class SwarmNews:
+    """Looks at the swarm's trainers, and at the nodes that no longer host what they did."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        seen: Callable[[], Mapping[UID, tuple[Replica, ...]]],
+        trainers_here: Callable[[], int],
+    ) -> None:
+        """`seen`: the replicas that this node saw in its last look. `trainers_here`: those that use its experts now."""
+        self.training = TrainingNews()
+        self._registry = registry
+        self._seen = seen
+        self._trainers_here = trainers_here
+        self._hosts: frozenset[PeerID] = frozenset()
+
+    async def look(self) -> None:
+        """Raises UnreachableError."""
+        await self._note_gone()
+        listed = await self._registry.trainer_ids()
+        some = some_of(listed, _MOST_READ)
+        read = await self._registry.trainers(some)
+        self.training = self.training.after(len(listed) - len(some) + len(read), read.values())
+
+    async def _note_gone(self) -> None:
+        """Tells of each host that has gone without a word."""
+        hosts = _serving(self._seen()) - {self._registry.peer_id}
+        missing = sorted(self._hosts - hosts)[:_MOST_ASKED]
+        self._hosts = hosts
+        if missing:
+            known = await self._registry.nodes(missing, with_left=True)
+            for peer_id in missing:
+                if peer_id not in known:
+                    logger.info("node %s has gone; %s", peer_id.to_base58()[-8:], self._still_used())
+
+    def _still_used(self) -> str:
+        users = self._trainers_here()
+        if not users:
+            return "yours goes on"
+        return f"{counted(users, 'trainer')} still {'uses' if users == 1 else 'use'} yours"
+
+
+def _serving(seen: Mapping[UID, tuple[Replica, ...]]) -> frozenset[PeerID]:
+    return frozenset(
+        replica.peer_id
+        for replicas in seen.values()
+        for replica in replicas
+        if replica.state is ReplicaState.SERVING
+    )

@@ -1,0 +1,114 @@
+"""What a node's owner hears of the rest of the swarm."""
+
+import asyncio
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from simulated_readings import manifest, node, peer, replica, trainer
+
+from dht.announcements import NodeInfo, Replica, ReplicaState, TrainerInfo
+from dht.uid import UID
+from expert_server.swarm_news import SwarmNews, TrainingNews
+from peer.identity import PeerID
+
+HERE, THERE, *_ = manifest().uids()
+
+
+@dataclass
+class Records:
+    """The records in a DHT."""
+
+    peer_id: PeerID = field(default_factory=lambda: peer(0))
+    known: dict[PeerID, NodeInfo] = field(default_factory=dict)
+    training: dict[PeerID, TrainerInfo] = field(default_factory=dict)
+
+    async def nodes(self, peers: Collection[PeerID], *, with_left: bool = False) -> dict[PeerID, NodeInfo]:
+        return {p: self.known[p] for p in peers if p in self.known and (with_left or not self.known[p].left)}
+
+    async def trainer_ids(self) -> frozenset[PeerID]:
+        return frozenset(self.training)
+
+    async def trainers(self, peers: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
+        return {p: self.training[p] for p in peers}
+
+
+def news_of(records: Records, seen: dict[UID, tuple[Replica, ...]], users: int) -> SwarmNews:
+    registry: Any = records
+    return SwarmNews(registry, lambda: seen, lambda: users)
+
+
+@pytest.mark.parametrize(
+    ("users", "said"),
+    [(0, "yours goes on"), (1, "1 trainer still uses yours"), (2, "2 trainers still use yours")],
+)
+def test_a_host_that_dies_is_named_with_who_still_uses_this_node(
+    caplog: pytest.LogCaptureFixture, users: int, said: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    records = Records(known={peer(1): node(1, left=True), peer(3): node(3)})
+    seen = {HERE: tuple(replica(HERE, number) for number in (0, 1, 2, 3))}
+    news = news_of(records, seen, users)
+
+    async def looks() -> None:
+        await news.look()
+        assert not caplog.messages
+        seen.clear()  # one said goodbye, one died, and one hosts nothing any more
+        await news.look()
+        await news.look()
+
+    asyncio.run(looks())
+    assert caplog.messages == [f"node {peer(2).to_base58()[-8:]} has gone; {said}"]
+
+
+def test_a_replica_that_does_not_serve_yet_is_missed_by_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    seen = {THERE: (replica(THERE, 1, state=ReplicaState.CLAIMED),)}
+    news = news_of(Records(), seen, 0)
+
+    async def looks() -> None:
+        await news.look()
+        seen.clear()
+        await news.look()
+
+    asyncio.run(looks())
+    assert not caplog.messages
+
+
+def test_the_models_loss_is_told_beside_the_first_that_was_heard_of() -> None:
+    records = Records()
+    news = news_of(records, {}, 0)
+
+    async def looks() -> list[TrainingNews]:
+        found = []
+        for trainers in ([], [(0, None)], [(0, 4.0), (1, 4.5)], [(1, 3.0)], []):
+            records.training = {
+                peer(1_000_000 + number): trainer(number, validation_loss=loss) for number, loss in trainers
+            }
+            await news.look()
+            found.append(news.training)
+        return found
+
+    assert asyncio.run(looks()) == [
+        TrainingNews(0),
+        TrainingNews(1),
+        TrainingNews(2, 4.0, 4.0),
+        TrainingNews(1, 3.0, 4.0),
+        TrainingNews(0, 3.0, 4.0),
+    ]
+
+
+def test_of_many_trainers_some_are_read_and_all_counted() -> None:
+    read: list[int] = []
+
+    class Counting(Records):
+        async def trainers(self, peers: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
+            read.append(len(peers))
+            return await super().trainers(peers)
+
+    records = Counting(training={peer(1_000_000 + n): trainer(n) for n in range(100)})
+    news = news_of(records, {}, 0)
+    asyncio.run(news.look())
+    assert (news.training.trainers, read) == (100, [8])
