@@ -165,7 +165,7 @@ def remote_model(node: RunningNode) -> Iterator[LanguageModel]:
 
 def in_this_process(parsed: Manifest) -> LanguageModel:
     """The same model as `talkoot serve --model` opens it."""
-    routing = Routing.of(TrainerSettings().in_swarm(parsed.preset), parsed, 0)
+    routing = Routing.of(TrainerSettings().in_swarm(parsed), parsed, 0)
     blocks = {uid: build_block(parsed, uid).eval() for uid in parsed.uids()}
     experts = OpenedExperts(parsed, blocks)
     model = LanguageModel(

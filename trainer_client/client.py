@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine
@@ -217,15 +218,21 @@ class SwarmClient:
         """
         deadline = time.monotonic() + limit_s
         total = self.manifest.experts_total
-        while (live := self.dispatcher.live_experts()) < share * total:
+        enough = math.ceil(share * total)
+        while (live := self.dispatcher.live_experts()) < enough:
             if time.monotonic() > deadline:
                 if live:
+                    logger.warning(
+                        "goes on with %d of %d experts: after %.0f s no more are live", live, total, limit_s
+                    )
                     return
                 raise SwarmError(
                     f"no expert of this swarm answered in {limit_s:.0f} s: is a node running? "
                     "`talkoot status` shows who is there"
                 )
-            report(f"waiting for experts, at most {limit_s:.0f} s: {live} of {total} live")
+            report(
+                f"waiting for experts, at most {limit_s:.0f} s: {live} of {total} live, {enough} are enough"
+            )
             self._loop.run(self._refresh_soon())
 
     def has_experts(self, limit_s: float | None = None) -> bool:
@@ -317,7 +324,7 @@ class SwarmClient:
             stage=self._stage,
         )
         exits.push_async_callback(swarm.stop)
-        self._settings = settings = settings.in_swarm(swarm.manifest.preset)
+        self._settings = settings = settings.in_swarm(swarm.manifest)
         lag = LoopLag(swarm.metrics)
         lag.start()
         exits.callback(lag.stop)

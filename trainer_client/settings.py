@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from dht.presets import PRESETS as FOUNDED
 from dht.presets import PresetName
 from peer.errors import SettingsError
 from peer.settings import (
@@ -20,6 +21,9 @@ from peer.settings import (
     several,
 )
 from peer.transport.endpoints import HostName
+
+if TYPE_CHECKING:
+    from dht.manifest import Manifest
 
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 Balance = Literal["bias", "loss", "both", "none"]
@@ -46,7 +50,7 @@ _VALIDATIONS, _LEAST_STEPS_BETWEEN = 10, 10
 """Between the first and the last, unless set otherwise."""
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
-    *("log", "tensorboard", "plot", "wait_for_experts_s"),
+    *("log", "tensorboard", "plot", "wait_for_experts_s", "min_experts"),
     *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
     *("average_host", "average_port", "p2pd", "start_from"),
 }
@@ -222,8 +226,14 @@ class TrainerSettings(RoleSettings):
         ge=0,
         le=7 * 86400,
         allow_inf_nan=False,
-        description="longest wait for the first live expert, in seconds; then `train` waits as long for all of "
-        "them, but at most a minute",
+        description="longest wait for `min_experts`, in seconds; then training starts if any expert is live",
+    )
+    min_experts: float = Field(
+        default=0.75,
+        gt=0,
+        le=1,
+        description="share of the swarm's experts that must be live before training starts; the others join later by "
+        "themselves",
     )
     checkpoint: Path | None = Field(
         default=None, description="folder of checkpoints; unset: a new one for each run, in the state folder"
@@ -301,12 +311,31 @@ class TrainerSettings(RoleSettings):
         except ValidationError as error:
             raise SettingsError(describe_validation_error(error, type(self))) from error
 
-    def in_swarm(self, preset: PresetName) -> Self:
-        """With the preset of the swarm's manifest, unless one was set. What was set stays."""
-        if self.preset is not None or preset == "none":
+    def in_swarm(self, manifest: "Manifest") -> Self:
+        """With the preset that the swarm's manifest recommends, unless one was set. What was set stays.
+
+        Raises SettingsError if the one that was set is for another kind of experts.
+        """
+        preset = manifest.preset
+        if self.preset is not None:
+            self._check_preset(manifest)
+            return self
+        if preset == "none":
             return self
         given = self.model_dump(include=self.model_fields_set - {"preset"})
         return type(self).model_validate({**given, "preset": preset})
+
+    def _check_preset(self, manifest: "Manifest") -> None:
+        """Raises SettingsError."""
+        if self.preset is None or self.preset == "none":
+            return
+        kind = FOUNDED[self.preset].tables["experts"]["kind"]
+        if kind != manifest.experts.kind:
+            raise SettingsError(
+                f"--preset {self.preset} is for experts of kind {kind!r}, and this swarm's are "
+                f"{manifest.experts.kind!r}: pass --preset {manifest.preset}, or leave it out to take what the swarm "
+                "recommends"
+            )
 
     @property
     def steps_between_validations(self) -> int:

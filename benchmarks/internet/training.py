@@ -377,7 +377,7 @@ class _Play:
         self.announced = Announced(swarm, self.calls, window, rng)
         self.recorded = Recorded(swarm, self.calls, self.announced, np.random.default_rng((seed, 1)))
         self.numbers = {peer_id: number for number, peer_id in enumerate(swarm.peer_ids)}
-        self.settings = TrainerSettings().in_swarm(manifest.preset)
+        self.settings = TrainerSettings().in_swarm(manifest)
         self.policy = WaitPolicy(self.settings.call_deadline_s, self.settings.grace_s, self.settings.k_min)
         self.routing = Routing.of(self.settings, manifest, seed)
         self.counts = Counts(len(trainers))

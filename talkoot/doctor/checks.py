@@ -43,7 +43,7 @@ from peer.platform.processes import usable_cores
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import require_free_port
 from peer.transport.port_mapping import PortMapping
-from talkoot.doctor.traffic import row_traffic, trainer_traffic
+from talkoot.doctor.traffic import TYPICAL_NODES, row_traffic, trainer_traffic
 from trainer_client.settings import PRESETS
 
 _PEERS_ASKED = 3
@@ -305,17 +305,38 @@ def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
     )
 
 
-def check_traffic(manifest: Manifest) -> Finding:
-    """What a trainer with the preset's settings would move over its line. A figure to compare with one's own."""
+def check_traffic(manifest: Manifest, line: Finding | None = None) -> Finding:
+    """Whether this line carries the swarm's traffic: a trainer's with the preset's settings, or one node's part of it.
+
+    `line`: what was found of the bandwidth, if it was asked for.
+    """
     most = PRESETS[manifest.preset].get("nodes_per_token")
     traffic = trainer_traffic(manifest, _TOKENS_PER_S, nodes_per_token=most)
     up, down = traffic.upload_mbit, traffic.download_mbit
+    takes = (
+        f"each {_TOKENS_PER_S:,.0f} tokens/s of this swarm take a trainer {up:.1f} Mbit/s up and {down:.1f} down, and "
+        f"each of {TYPICAL_NODES} nodes a tenth of that, in {manifest.wire.codec}"
+    )
+    values: dict[str, bool | int | float | str] = {
+        "tokens_per_s": _TOKENS_PER_S,
+        "trainer_upload_mbit": up,
+        "trainer_download_mbit": down,
+    }
+    measured = {} if line is None else line.values
+    if "upload_mbit" not in measured:
+        return Finding(name="traffic", verdict=Verdict.OK, says=takes, values=values)
+    own_up, own_down = float(measured["upload_mbit"]), float(measured["download_mbit"])
+    trainer = _TOKENS_PER_S * min(own_up / up, own_down / down)
+    node = _TOKENS_PER_S * TYPICAL_NODES * min(own_up / down, own_down / up)
+    carries = node >= _TOKENS_PER_S
     return Finding(
         name="traffic",
-        verdict=Verdict.OK,
-        says=f"a trainer moves {up:.1f} Mbit/s up and {down:.1f} Mbit/s down for {_TOKENS_PER_S:,.0f} tokens/s, in "
-        f"{manifest.wire.codec}",
-        values={"tokens_per_s": _TOKENS_PER_S, "trainer_upload_mbit": up, "trainer_download_mbit": down},
+        verdict=Verdict.OK if carries else Verdict.WEAK,
+        says=f"this line carries {trainer:,.0f} tokens/s for a trainer, and one node's part of {node:,.0f}: {takes}",
+        fix=""
+        if carries
+        else "a cable may be faster than Wi-Fi; --experts with a small number makes less traffic",
+        values=values | {"carries_tokens_per_s": trainer, "node_carries_tokens_per_s": node},
     )
 
 

@@ -265,7 +265,8 @@ class Check:
             self._skip(str(error), "clock", "bandwidth", "reachability")
 
     async def _check_machine(self, manifest: Manifest, stage: Stage) -> None:
-        self._findings.append(check_traffic(manifest))
+        line = next((found for found in self._findings if found.name == "bandwidth"), None)
+        self._findings.append(check_traffic(manifest, line))
         stage("training one expert for a moment")
         try:
             self._findings.append(await asyncio.to_thread(check_speed, self._settings, manifest))

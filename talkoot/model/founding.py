@@ -169,7 +169,7 @@ def _write_dense(folder: ModelFolder | UpcycledModel, manifest: Manifest, swarm_
     how, tokenizer = folder.routing, folder.tokenizer.to_json()
     settings = TrainerSettings(
         router=how.router, top_k=how.top_k, balance=how.balance, tokenizer="bpe" if tokenizer else "bytes"
-    ).in_swarm(folder.manifest.preset)
+    ).in_swarm(folder.manifest)
     header = Header(
         swarm_id=swarm_id,
         manifest_sha256=manifest_sha256(manifest),

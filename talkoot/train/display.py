@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from rich.table import Table
 
 from peer.errors import StartError
 from peer.formatting import counted
 from peer.settings import require_extra
 from talkoot.terminal import StepBar, Terminal, check_writable, to_json
-from trainer_client.training.record import History
+from trainer_client.training.record import History, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -28,21 +27,25 @@ Write = Callable[[Mapping[str, Any]], None]
 """Gets the figures of each step."""
 _LINE_EVERY_STEPS = 10
 _PLOT_POINTS = 2000
-_COUNTS = frozenset(
-    (
-        *("resumed_at", "skipped_steps", "hedged_calls", "hedges_won", "repeated_calls", "reselected_rows"),
-        *(
-            "unanswered_rows",
-            "late_gradients",
-            "checked_rows",
-            "failed_spot_checks",
-            "wrong_answers",
-        ),
-        *("skipped_updates", "rollbacks", "averagings", "checkpoint"),
-        *("memory_failed_lookups", "memory_late_batches"),
-    )
-)
-"""Left out of the summary when they are 0, as in most runs."""
+_COUNTS = {
+    "skipped_steps": "steps skipped",
+    "hedged_calls": "calls made twice",
+    "hedges_won": "of them answered first by the second",
+    "repeated_calls": "calls repeated",
+    "reselected_rows": "rows sent to other experts",
+    "unanswered_rows": "rows without an answer",
+    "late_gradients": "gradients too late",
+    "checked_rows": "rows checked",
+    "failed_spot_checks": "checks failed",
+    "wrong_answers": "wrong answers",
+    "skipped_updates": "updates of experts skipped",
+    "rollbacks": "experts rolled back",
+    "averagings": "averagings with other trainers",
+    "memory_failed_lookups": "look-ups in the memory failed",
+    "memory_late_batches": "batches waited for the memory",
+}
+"""In the summary, unless they are 0, as in most runs."""
+_CONNECTING = "the first calls take longest: connections and sessions are opened"
 
 
 @contextmanager
@@ -54,11 +57,12 @@ def progress_shown(terminal: Terminal, steps: int, done: int) -> Iterator[Callab
     if terminal.json:
         yield lambda values: terminal.event("step", values)
         return
+    first = f"{_CONNECTING}; {'going on' if done else 'validating before the first step'}"
     if not terminal.live:
+        logger.info("%s", first)
         yield _log_step
         return
     with StepBar(console=terminal.err) as bar:
-        first = "going on" if done else "validating before the first step"
         task = bar.add_task(first, total=steps, completed=done)
         yield lambda values: bar.update(task, completed=values["step"], description=describe(values))
 
@@ -84,18 +88,40 @@ def describe(values: Values) -> str:
     )
 
 
-def summary_table(values: Values) -> Table:
-    """The summary, without counts that are 0."""
-    table = Table(title="stopped" if values["stopped"] else "done", show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    for name, value in values.items():
-        if name != "stopped" and (name not in _COUNTS or value):
-            shown = f"{value:.3f}" if isinstance(value, float) else "not measured" if value is None else value
-            if isinstance(value, dict):
-                shown = ", ".join(f"{count} {cause}" for cause, count in value.items()) or "none"
-            table.add_row(name.replace("_", " "), str(shown))
-    return table
+def describe_validation(validation: Validation) -> str:
+    """A validation as one line."""
+    when = f"after step {validation.step}" if validation.step else "before the first step"
+    return (
+        f"validation loss {when}: {validation.loss:.3f} ({validation.bits_per_byte:.3f} bits per byte, "
+        f"perplexity {validation.perplexity:.4g})"
+    )
+
+
+def summary_lines(values: Values) -> Iterator[str]:
+    """The summary in words."""
+    done = values["steps"] - values["resumed_at"]
+    how = "stopped after" if values["stopped"] else "trained"
+    before = f", {values['steps']} in all" if values["resumed_at"] else ""
+    yield (
+        f"{how} {counted(done, 'step', ',')}{before}, in {_duration(values['seconds'])} at "
+        f"{values['tokens_per_s']:,.0f} tokens/s"
+    )
+    if values["validation_loss_last"] is not None:
+        yield (
+            f"validation loss {values['validation_loss_first']:.3f} before, {values['validation_loss_last']:.3f} now: "
+            f"{values['bits_per_byte']:.3f} bits per byte, perplexity {values['perplexity']:.4g}"
+        )
+    if values["loss_first"] is not None:
+        yield f"training loss {values['loss_first']:.3f} in the first step, {values['loss_last']:.3f} in the last"
+    if values["load_max_over_mean"] is not None:
+        yield (
+            f"the busiest expert got {values['load_max_over_mean']:.1f} times the tokens of the mean one "
+            f"(load_cv {values['load_cv']:.2f}; 0 is even)"
+        )
+    failures = ", ".join(f"{count} {cause}" for cause, count in sorted(values["failures"].items()))
+    yield f"calls that failed: {failures or 'none'}; longest stall {values['longest_stall_s']:.1f} s"
+    if counts := ", ".join(f"{values[name]} {words}" for name, words in _COUNTS.items() if values.get(name)):
+        yield f"also: {counts}"
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class LocalSwarm:
         Raises UserError when the settings or the experts' kind do not fit.
         """
         self.manifest = manifest
-        self.settings = settings.in_swarm(manifest.preset)
+        self.settings = settings.in_swarm(manifest)
         self.dispatcher = LocalExperts(manifest, nodes)
         self.routing = Routing.of(self.settings, manifest, _OWN_SEED)
 

@@ -18,7 +18,15 @@ from peer.formatting import counted
 from peer.metrics import total
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, check_writable, write_json
-from talkoot.train.display import Write, check_plot, logs_written, plot_losses, progress_shown, summary_table
+from talkoot.train.display import (
+    Write,
+    check_plot,
+    describe_validation,
+    logs_written,
+    plot_losses,
+    progress_shown,
+    summary_lines,
+)
 from talkoot.train.local import LocalSwarm
 from talkoot.train.recompute import BlockLoader
 from trainer_client.averaging.averager import Averaging
@@ -32,7 +40,7 @@ from trainer_client.retrieval.lookup import NeighbourLoader, NeighbourLookup
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointSaver, RunStart, prepare_run
 from trainer_client.training.loop import Training
-from trainer_client.training.record import Progress, Summary
+from trainer_client.training.record import Progress, Summary, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +48,6 @@ Client: TypeAlias = SwarmClient | LocalSwarm
 
 _COPIES = 4
 """Of the parameters: themselves, their gradients and Adam's two moments."""
-_ALL_EXPERTS_WITHIN_S = 60.0
-"""How long training waits for the other experts once one is live."""
 
 
 def run_train(
@@ -74,7 +80,8 @@ def run_train(
     if terminal.json:
         terminal.event("summary", values)
     else:
-        terminal.out.print(summary_table(values))
+        for text in (*summary_lines(values), *next_commands(values, join, settings)):
+            terminal.line(text)
     if json_file is not None:
         write_json(json_file, values)
     if signals.received is not None:
@@ -110,6 +117,21 @@ def _train(
         client.close()
 
 
+def next_commands(values: Mapping[str, Any], join: str | None, settings: TrainerSettings) -> list[str]:
+    """What to do with what was trained. An invite that was given as text is not shown: it may hold a secret."""
+    if values["checkpoint"] is None:
+        return []
+    invite = join if join is not None and join.startswith("@") else "INVITE"
+    options = f"--join {invite}"
+    for name, path in (("--state", settings.state), ("--checkpoint", settings.checkpoint)):
+        options += "" if path is None else f" {name} {path}"
+    more = "" if values["stopped"] else f" --steps {2 * values['steps']}"
+    return [
+        f"next: talkoot generate {options} --prompt 'Once upon a time'",
+        f"  or: talkoot train {options} --resume{more}",
+    ]
+
+
 def trainer_state(settings: TrainerSettings) -> Path:
     """The folder of a trainer's identity, text and checkpoints."""
     return settings.state or platformdirs.user_state_path("talkoot") / "trainer"
@@ -134,9 +156,7 @@ class _Run:
             start.corpus.tokens, manifest.model.context, seed, settings.validation_share, token_bytes
         )
         with terminal.stages("looking for experts") as stage:
-            say = once(stage)
-            client.wait_for_experts(settings.wait_for_experts_s, say, share=1 / manifest.experts_total)
-            client.wait_for_experts(min(_ALL_EXPERTS_WITHIN_S, settings.wait_for_experts_s), say)
+            client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=settings.min_experts)
         require_memory(manifest, client.mixture, len(token_bytes), _COPIES)
         make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes), spec)
         self._exits = ExitStack()
@@ -179,15 +199,18 @@ class _Run:
                         self.saver.save_if_due()
                     self._pause_without_experts()
 
-                return self._training.run(observe, self._stop)
+                def validated(validation: Validation) -> None:
+                    self._client.note_validation(validation)
+                    logger.info("%s", describe_validation(validation))
+
+                return self._training.run(observe, self._stop, validated=validated)
         finally:
             self._signals.ignore()
             self._exits.close()
             if self.saver is not None:
                 self.saver.save()
-            if self.saver is not None and (step := self.saver.saved_step):
-                more = "" if step == settings.steps else ": --resume goes on from there"
-                logger.info("checkpoint of step %d in %s%s", step, self.saver.folder, more)
+            if self.saver is not None and 0 < (step := self.saver.saved_step) < settings.steps:
+                logger.info("step %d of %d is saved: --resume goes on from there", step, settings.steps)
             if settings.plot is not None:
                 plot_losses(self._training.history, settings.plot)
 

@@ -49,7 +49,7 @@ def test_a_host_that_dies_is_named_with_who_still_uses_this_node(
 ) -> None:
     caplog.set_level(logging.INFO)
     records = Records(known={peer(1): node(1, left=True), peer(3): node(3)})
-    seen = {HERE: tuple(replica(HERE, number) for number in (0, 1, 2, 3))}
+    seen: dict[UID, tuple[Replica, ...]] = {HERE: tuple(replica(HERE, number) for number in range(4))}
     news = news_of(records, seen, users)
 
     async def looks() -> None:
@@ -65,7 +65,7 @@ def test_a_host_that_dies_is_named_with_who_still_uses_this_node(
 
 def test_a_replica_that_does_not_serve_yet_is_missed_by_nobody(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    seen = {THERE: (replica(THERE, 1, state=ReplicaState.CLAIMED),)}
+    seen: dict[UID, tuple[Replica, ...]] = {THERE: (replica(THERE, 1, state=ReplicaState.CLAIMED),)}
     news = news_of(Records(), seen, 0)
 
     async def looks() -> None:

@@ -34,7 +34,7 @@ def test_each_preset_has_a_model_settings_and_a_file() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_fits_its_manifest(name: PresetName) -> None:
     manifest = Manifest.from_toml(MANIFESTS / f"{name}.toml")
-    settings = TrainerSettings().in_swarm(manifest.preset)
+    settings = TrainerSettings().in_swarm(manifest)
     assert settings == TrainerSettings(preset=name)
     assert experts_for_each_row(settings.router, settings.top_k, manifest) == manifest.routing.top_k == 4
     assert manifest.experts.count >= 64
@@ -123,26 +123,64 @@ def test_flags_environment_and_file_are_stronger_than_a_preset(
     assert settings.router == PRESETS["ffn"]["router"]
 
 
+def swarm(preset: PresetName, kind: str = "ffn") -> Manifest:
+    return founded(preset=preset, experts={"kind": kind, "grid": [8, 8]})
+
+
+FFN = swarm("ffn")
+
+
 def test_a_trainer_takes_the_swarms_preset_for_what_it_does_not_set() -> None:
-    took = TrainerSettings(balance="none", threads=2).in_swarm("ffn")
+    took = TrainerSettings(balance="none", threads=2).in_swarm(FFN)
     assert (took.preset, took.balance, took.threads) == ("ffn", "none", 2)
     assert took.learning_rate == PRESETS["ffn"]["learning_rate"]
-    assert took.in_swarm("transformer") == took, "it has one"
-    for own in (TrainerSettings(preset="none"), TrainerSettings(preset="paper")):
-        assert own.in_swarm("ffn") == own
-    assert TrainerSettings().in_swarm("none") == TrainerSettings()
+    assert took.in_swarm(FFN) == took, "it has one"
+    own = TrainerSettings(preset="none")
+    assert own.in_swarm(FFN) == own
+    assert TrainerSettings().in_swarm(swarm("none")) == TrainerSettings()
+
+
+@pytest.mark.parametrize(
+    ("preset", "manifest", "fits"),
+    [
+        ("paper", swarm("transformer", "transformer"), True),
+        ("transformer", FFN, False),
+        ("paper", FFN, False),
+        ("ffn", swarm("transformer", "transformer"), False),
+        ("ffn", swarm("none"), True),
+        ("none", FFN, True),
+    ],
+)
+def test_a_preset_for_other_experts_is_refused_with_the_one_that_fits(
+    preset: PresetName, manifest: Manifest, fits: bool
+) -> None:
+    settings = TrainerSettings(preset=preset)
+    if fits:
+        assert settings.in_swarm(manifest) == settings
+        return
+    with pytest.raises(
+        SettingsError, match=f"--preset {preset} is for .* pass --preset {manifest.preset}, or"
+    ):
+        settings.in_swarm(manifest)
 
 
 def test_a_resumed_run_keeps_what_was_set_beside_its_preset() -> None:
-    first = TrainerSettings(warmup_steps=7).in_swarm("ffn")
-    resumed = TrainerSettings(steps=900).resumed(first.saved(seed=1)).in_swarm("ffn")
+    first = TrainerSettings(warmup_steps=7).in_swarm(FFN)
+    resumed = TrainerSettings(steps=900).resumed(first.saved(seed=1)).in_swarm(FFN)
     assert (resumed.warmup_steps, resumed.router, resumed.steps) == (7, first.router, 900)
 
 
 def test_a_run_from_before_its_swarm_had_a_preset_keeps_its_settings() -> None:
     first = TrainerSettings(learning_rate=0.5)
-    resumed = TrainerSettings().resumed(first.saved(seed=1)).in_swarm("ffn")
+    resumed = TrainerSettings().resumed(first.saved(seed=1)).in_swarm(FFN)
     assert resumed.model_copy(update={"preset": None}) == first.model_copy(update={"seed": 1, "data": ()})
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 10), (100, 10), (200, 19), (1100, 100), (10**6, 90910)])
+def test_a_run_is_validated_about_ten_times_between(steps: int, every: int) -> None:
+    assert TrainerSettings(steps=steps).steps_between_validations == every
+    assert TrainerSettings(steps=steps, validate_every=3).steps_between_validations == 3
+    assert TrainerSettings(steps=steps, validate_every=0).steps_between_validations == 0
 
 
 @pytest.mark.parametrize("name", ["dense", ["ffn"]])

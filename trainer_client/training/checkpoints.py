@@ -42,6 +42,8 @@ from trainer_client.training.loop import Training
 
 logger = logging.getLogger(__name__)
 
+_EXPECTED = ("steps", "validate_every")
+"""Settings whose change when a run is resumed needs no warning: it is how one goes on."""
 _FIXED = ("tokenizer", "vocabulary", "memory_chunk", "memory_layers")
 """Settings that can't change when a run is resumed: the model would be another one."""
 
@@ -306,6 +308,7 @@ class CheckpointSaver:
         )
         if start.writer.save(header, tensors):
             self.saved_step = step
+            logger.info("checkpoint of step %d in %s", step, self.folder)
 
 
 def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
@@ -313,7 +316,11 @@ def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
     resumed = settings.resumed(header.settings)
     now = resumed.saved(resumed.seed or 0)
     before = {name: value for name, value in header.settings.items() if name not in settings.removed}
-    changes = [f"{name} {now[name]}, not {value}" for name, value in before.items() if now[name] != value]
+    changes = [
+        f"{name} {now[name]}, not {value}"
+        for name, value in before.items()
+        if now[name] != value and name not in _EXPECTED
+    ]
     if (now["memory"] is None) != (before.get("memory") is None):
         reads = (
             "reads no memory, and can't begin to" if now["memory"] else f"reads the memory {before['memory']}"

@@ -38,12 +38,15 @@ from talkoot.doctor.checks import (
     check_disk,
     check_memory,
     check_speed,
+    check_traffic,
     judge_bandwidth,
     judge_clock,
     judge_reachability,
 )
 from talkoot.doctor.examination import Report, show
+from talkoot.doctor.traffic import trainer_traffic
 from talkoot.terminal import LogFormat, Terminal
+from trainer_client.settings import PRESETS
 
 LOCAL = "127.0.0.1"
 SWARM = "sauna-1"
@@ -100,6 +103,24 @@ def test_a_line_is_slow_or_not_for_the_width_and_codec_of_the_swarm() -> None:
     one, other = (judge_bandwidth(slow, manifest, "") for manifest in (Manifest(name="demo"), narrow))
     assert (one.verdict, other.verdict) == (Verdict.WEAK, Verdict.OK)
     assert float(other.values["rows_per_s"]) > 6 * float(one.values["rows_per_s"])
+
+
+def test_whether_the_line_carries_the_swarms_traffic_is_told() -> None:
+    manifest = Manifest.model_validate({"name": "demo", "preset": "ffn", "model": {"hidden": 1024}})
+    most = PRESETS["ffn"]["nodes_per_token"]
+    traffic = trainer_traffic(manifest, 1000.0, nodes_per_token=most)
+    line = judge_bandwidth([link(up=3 * traffic.upload_mbit, down=3 * traffic.download_mbit)], manifest, "")
+    found = check_traffic(manifest, line)
+    assert found.verdict is Verdict.OK
+    assert found.says.startswith("this line carries 3,000 tokens/s for a trainer, and one node's part of ")
+    assert (
+        f"take a trainer {traffic.upload_mbit:.1f} Mbit/s up and {traffic.download_mbit:.1f} down"
+        in found.says
+    )
+    slow = check_traffic(manifest, judge_bandwidth([link(up=0.05, down=0.05)], manifest, ""))
+    assert (slow.verdict, bool(slow.fix)) == (Verdict.WEAK, True)
+    unknown = check_traffic(manifest, judge_bandwidth([], manifest, "nobody"))
+    assert (unknown.verdict, "this line" in unknown.says) == (Verdict.OK, False)
 
 
 def test_machine_that_peers_can_dial_is_reachable() -> None:

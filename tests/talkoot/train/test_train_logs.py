@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from peer import settings
 from peer.errors import SettingsError, StartError
 from talkoot.terminal import LogFormat, Terminal
-from talkoot.train.display import check_plot, describe, logs_written, plot_losses, progress_shown
-from trainer_client.training.record import History
+from talkoot.train.display import (
+    check_plot,
+    describe,
+    describe_validation,
+    logs_written,
+    plot_losses,
+    progress_shown,
+    summary_lines,
+)
+from talkoot.train.session import next_commands
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.record import History, Validation
 
 VALUES: dict[str, Any] = {
     "step": 1, "steps": 4, "loss": 2.0, "validation_loss": None, "tokens_per_s": 10.0, "in_flight": 1, "averagings": 0,
@@ -139,3 +150,48 @@ def test_a_step_is_told_in_one_line() -> None:
         "loss 2.000, 10 tokens/s, 4 steps in flight, gradient 3 updates old, averaged 2 times, "
         "3 of 4 experts live, no failures"
     )
+
+
+SUMMARY: dict[str, Any] = {
+    "steps": 200, "resumed_at": 0, "loss_first": 5.5, "loss_last": 2.25, "validation_loss_first": 5.25,
+    "validation_loss_last": 2.5, "perplexity": 12.18, "bits_per_byte": 3.607, "tokens_per_s": 4096.4,
+    "longest_stall_s": 0.25, "seconds": 90.0, "skipped_steps": 0, "in_flight": 1.0, "staleness": 0.0, "load_cv": 0.5,
+    "load_max_over_mean": 2.5, "failures": {"unavailable": 3}, "hedged_calls": 0, "averagings": 4, "stopped": False,
+    "checkpoint": "/runs/1",
+}  # fmt: skip
+
+
+def test_the_summary_is_in_words() -> None:
+    assert list(summary_lines(SUMMARY)) == [
+        "trained 200 steps, in 90 s at 4,096 tokens/s",
+        "validation loss 5.250 before, 2.500 now: 3.607 bits per byte, perplexity 12.18",
+        "training loss 5.500 in the first step, 2.250 in the last",
+        "the busiest expert got 2.5 times the tokens of the mean one (load_cv 0.50; 0 is even)",
+        "calls that failed: 3 unavailable; longest stall 0.2 s",
+        "also: 4 averagings with other trainers",
+    ]
+    stopped = SUMMARY | {"stopped": True, "resumed_at": 150, "steps": 151, "failures": {}}
+    lines = list(summary_lines(stopped))
+    assert lines[0] == "stopped after 1 step, 151 in all, in 90 s at 4,096 tokens/s"
+    assert lines[4].startswith("calls that failed: none")
+    nothing = dict.fromkeys(("loss_first", "validation_loss_last", "load_max_over_mean"))
+    assert len(list(summary_lines(stopped | nothing))) == 3
+
+
+def test_the_next_command_is_told_and_shows_no_secret(tmp_path: Path) -> None:
+    settings = TrainerSettings.load(state=tmp_path)
+    assert next_commands(SUMMARY, "@invite.txt", settings) == [
+        f"next: talkoot generate --join @invite.txt --state {tmp_path} --prompt 'Once upon a time'",
+        f"  or: talkoot train --join @invite.txt --state {tmp_path} --resume --steps 400",
+    ]
+    stopped = next_commands(SUMMARY | {"stopped": True}, "talkoot2secret", TrainerSettings())
+    assert stopped[1] == "  or: talkoot train --join INVITE --resume"
+    assert next_commands(SUMMARY | {"checkpoint": None}, None, TrainerSettings()) == []
+
+
+def test_a_validation_is_a_line() -> None:
+    first = Validation(step=0, loss=5.545, perplexity=256.0, bits_per_byte=8.0)
+    assert describe_validation(first) == (
+        "validation loss before the first step: 5.545 (8.000 bits per byte, perplexity 256)"
+    )
+    assert describe_validation(replace(first, step=100)).startswith("validation loss after step 100: ")

@@ -110,7 +110,7 @@ def test_what_is_changed_at_a_resume_is_named(tmp_path: Path, caplog: pytest.Log
     train_dense(start(tmp_path / "state", make_settings(data=str(text))), 4)
     write_text(tmp_path, TEXT + "more")
     start(tmp_path / "state", make_settings(steps=20, clip_norm=0.5), resume=True)
-    assert "resuming with other settings: steps 20, not 10; clip_norm 0.5, not 1.0" in said(caplog)
+    assert "resuming with other settings: clip_norm 0.5, not 1.0" in said(caplog)
     assert "the text differs from the one that the checkpoint was trained on" in said(caplog)
     caplog.clear()
     write_text(tmp_path)

@@ -18,7 +18,7 @@ from peer.errors import UserError
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training, learning_rate, validation_loss
-from trainer_client.training.record import Progress, Summary, longest_stall
+from trainer_client.training.record import Progress, Summary, Validation, longest_stall
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 
@@ -185,10 +185,25 @@ def test_validation_comes_before_the_first_step_and_after_the_last() -> None:
     model = LanguageModel(make_manifest(), lambda layer: nn.Identity())
     batches = byte_dataset(TEXT, 16).validation_batches(4, 2)
     before = validation_loss(model, batches)
-    summary, seen = run(make_settings(), model)
+    summary, seen = run(make_settings(validate_every=0), model)
     assert summary.validation_loss_first == before
     assert summary.validation_loss_last == validation_loss(model, batches)
     assert [progress.step for progress in seen if progress.validation_loss is not None] == [12]
+
+
+def test_each_validation_is_told_from_the_first_on_and_the_last_one_again_at_a_resume() -> None:
+    model, told = LanguageModel(make_manifest(), lambda layer: nn.Identity()), list[Validation]()
+    data, stop = byte_dataset(TEXT, 16), threading.Event()
+    training = Training(model, data, make_settings(steps=12))
+    summary = training.run(lambda progress: None, stop, validated=told.append)
+    assert [validation.step for validation in told] == [0, 10, 12]
+    assert (told[0].loss, told[-1].loss) == (summary.validation_loss_first, summary.validation_loss_last)
+    assert told[-1].bits_per_byte == summary.bits_per_byte
+    again, told_again = Training(model, data, make_settings(steps=13)), list[Validation]()
+    again.history = training.history
+    again.run(lambda progress: None, stop, validated=told_again.append)
+    assert [validation.step for validation in told_again] == [12, 13]
+    assert told_again[0] == told[-1]
 
 
 def test_validation_comes_every_so_many_steps() -> None:
