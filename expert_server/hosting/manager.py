@@ -202,7 +202,8 @@ class HostingManager:
     def alone(self) -> list[UID]:
         """The experts in service that nobody else serves, as far as the last look saw."""
         me = self._swarm.host.peer_id
-        return [uid for uid in self._replicas.experts if not serving_elsewhere(self.seen.get(uid, ()), me)]
+        mine = sorted(self._replicas.experts)
+        return [uid for uid in mine if not serving_elsewhere(self.seen.get(uid, ()), me)]
 
     async def take_first(self) -> None:
         """Fills the room with experts that nobody hosts."""

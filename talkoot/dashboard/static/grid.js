@@ -240,6 +240,7 @@ function sideOf(levels, scale, replicas) {
     ...(MEASURES[view.measure].about ? [el("p", { class: "note" }, MEASURES[view.measure].about(view.data))] : []),
     el("ul", { class: "bars" }, ...bars, bar("no host", counts[0], levels.length, "--missing")),
     ...hostless(replicas, counts[0]),
+    ...(view.measure === "load" ? starving(view.data) : []),
     ...edgeOf(replicas),
   ];
 }
@@ -267,13 +268,26 @@ function compare(a, b) {
 
 function hostless(replicas, number) {
   if (!number) return [el("p", { class: "note" }, "Every expert of this layer has a host.")];
+  return named("Without a host", number, (i) => !replicas[i]);
+}
+
+/** Those that have a host and less than a tenth of the mean rows, as the server counts them too. */
+function starving({ starving: number, recent_rows: rows, replicas }) {
+  if (!number) return [];
+  const hosted = replicas.filter(Boolean).length;
+  const few = (0.1 * rows.reduce((sum, one) => sum + one, 0)) / hosted;
+  return named("Starving", number, (i) => replicas[i] && rows[i] < few);
+}
+
+/** The first experts of a kind, and how many more there are. */
+function named(title, number, isOne) {
   const links = [];
-  for (let i = 0; i < replicas.length && links.length < NAMED; i += 1) {
-    if (!replicas[i]) links.push(el("a", { class: "chip", href: `#/expert/${uid(i)}` }, uid(i)));
+  for (let i = 0; i < view.data.replicas.length && links.length < NAMED; i += 1) {
+    if (isOne(i)) links.push(el("a", { class: "chip", href: `#/expert/${uid(i)}` }, uid(i)));
   }
   const more =
     number > NAMED ? [el("span", { class: "note" }, `and ${format.count(number - NAMED)} more`)] : [];
-  return [el("h3", {}, "Without a host"), el("p", { class: "chips" }, ...links, ...more)];
+  return [el("h3", {}, title), el("p", { class: "chips" }, ...links, ...more)];
 }
 
 /** The experts that want to be looked at: of what the colours show, the busiest or the furthest behind. */

@@ -136,6 +136,7 @@ def test_load_is_each_experts_share_of_rows(browser: Browser, tmp_path: Path) ->
         seen.until("document.querySelector('#grid-side h3')?.textContent === 'Experts by share of rows'")
         words = "The busiest expert has 11.2 times the mean; 12 experts starve (less than a tenth of it)."
         assert seen.page.locator("#grid-side .note").first.inner_text() == words
+        assert seen.page.locator("#grid-side .chip").all_inner_texts() == [str(uid) for uid in UIDS[4:16]]
         assert seen.text("#grid-side .edge li:first-child") == "0.0.0\n70% of rows"
         seen.page.locator("#grid-side .edge a").first.click()
         seen.until("document.querySelector('#panel .replicas')?.textContent.includes('700 rows lately')")

@@ -56,7 +56,8 @@ class FakeNode:
     def status(self) -> NodeStatus:
         values: dict[str, Any] = {field.name: 0 for field in fields(NodeStatus)}
         return NodeStatus(
-            **values | {"state": NodeState.PAUSED, "pause_reason": "paused", "experts": 3, "rows": 9}
+            **values
+            | {"state": NodeState.PAUSED, "pause_reason": "paused", "experts": 3, "rows": 9, "alone": ()}
         )
 
 
