@@ -141,7 +141,8 @@ const LEADER_COLUMNS = [
     id: "rank",
     name: "#",
     fixed: true,
-    cell: ({ rank }) => (rank === null ? "" : el("span", { class: "rank", "data-rank": rank }, format.count(rank))),
+    cell: ({ rank: place }) =>
+      shown(place, (rank) => el("span", { class: "rank", "data-rank": rank }, format.count(rank)), "there is no ranking"),
   },
   { id: "name", name: "Volunteer", fixed: true, cell: peerLink },
   { ...figure("rows", "Computed", format.compact, 3), fixed: true },
