@@ -41,8 +41,8 @@ MAX_TRAINERS = 512
 work.
 """
 SLACK = 65_536
-"""Pairs, or queries, by which a trainer's count may exceed what this node remembers to have done: it may have been
-killed since it saved that.
+"""Pairs, or queries, by which a trainer's first receipt in a run may exceed twice what this node remembers to have
+done: it may have been killed since it saved that.
 """
 _CALLERS = 4096
 """Of whom it is remembered that they called."""
@@ -75,6 +75,8 @@ class ReceiptBook:
         """The token or the neighbourhood of each of their trainers; of those from before the start, where nobody has a
         token, itself.
         """
+        self._done = BoundedDict[PeerID, tuple[Work, int]](most)
+        """The node's own count at the last receipt of each trainer in this run, and how far the next may exceed it."""
         self._served = BoundedDict[PeerID, None](_CALLERS)
         self._ordered: list[Receipt] | None = None
         self.signed = SignedWork()
@@ -105,12 +107,15 @@ class ReceiptBook:
             raise ExpertError(
                 StatusCode.FAILED_PRECONDITION, "you have not called this node since it started"
             )
+        done_before, slack = self._done.get(receipt.trainer, (Work(), SLACK))
         for name in ("pairs", "queries"):
-            # twice: the node may have lost what it did last
-            if getattr(receipt.work, name) > getattr(before, name) + 2 * getattr(done, name) + SLACK:
+            done_since = getattr(done, name) - getattr(done_before, name)
+            # twice, for a count that lags
+            if getattr(receipt.work, name) > getattr(before, name) + 2 * done_since + slack:
                 raise ExpertError(
                     StatusCode.FAILED_PRECONDITION, f"that is more {name} than this node has answered"
                 )
+        self._done[receipt.trainer] = done, 0
         self._keep(receipt, signer, near)
         return receipt.trainer in self._receipts
 

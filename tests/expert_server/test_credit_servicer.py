@@ -139,7 +139,7 @@ def test_lists_are_paged_and_of_this_swarm(loop: LoopThread) -> None:
             node.book.note_served(trainer.peer_id)
             node.book.take(
                 check_receipt(signed(Work(pairs=number + 1), identity=trainer), SWARM, NODE.peer_id),
-                node.done,
+                node.work(),
             )
         stub = await node.stub()
 

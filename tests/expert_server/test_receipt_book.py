@@ -1,5 +1,6 @@
 """What a node keeps of receipts: the newest of each trainer, within bounds, and through restarts."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,25 +35,48 @@ def test_repeated_reordered_and_old_receipts_add_nothing(
 ) -> None:
     kept = book(*range(len(trainers)))
     offers = [receipt(number, work) for number, history in enumerate(trainers) for work in history]
+    done = MUCH
     for offer in data.draw(st.lists(st.sampled_from(offers))) + data.draw(st.permutations(offers)):
-        kept.take(offer, MUCH)
+        kept.take(offer, done)
+        done += MUCH
     newest = [receipt(number, history[-1]) for number, history in enumerate(trainers)]
     assert kept.signed == total_of(newest)
-    assert all(not kept.take(offer, MUCH) for offer in offers)
+    assert all(not kept.take(offer, done) for offer in offers)
     assert kept.signed == total_of(newest)
 
 
 def test_what_a_node_can_have_done_is_kept_and_more_is_refused() -> None:
     kept, done = book(1), Work(pairs=1000, queries=10)
     assert kept.take(receipt(1, Work(pairs=1000)), done)
-    assert kept.take(
-        receipt(1, Work(pairs=3000 + SLACK)), done
-    )  # it may have been killed since it saved its count
-    for work in (Work(pairs=5001 + 2 * SLACK), Work(pairs=3001 + SLACK, queries=21 + SLACK)):
+    done += Work(pairs=500, queries=5)
+    for work in (Work(pairs=2001), Work(pairs=2000, queries=31), Work(pairs=10**9)):
         with pytest.raises(ExpertError, match=r"more .* than this node") as caught:
             kept.take(receipt(1, work), done)
         assert caught.value.status is StatusCode.FAILED_PRECONDITION
-    assert kept.signed.work.pairs == 3000 + SLACK
+    assert kept.signed.work == Work(pairs=1000)
+    assert kept.take(receipt(1, Work(pairs=2000, queries=10)), done)
+
+
+def test_a_node_that_was_killed_takes_what_it_forgot_to_have_done() -> None:
+    kept, done = book(1), Work(pairs=1000)
+    with pytest.raises(ExpertError, match="more pairs"):
+        kept.take(receipt(1, Work(pairs=2001 + SLACK)), done)
+    assert kept.take(receipt(1, Work(pairs=2000 + SLACK)), done)
+    with pytest.raises(ExpertError, match="more pairs"):  # but once
+        kept.take(receipt(1, Work(pairs=2001 + SLACK)), done)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 10**6)), max_size=20))
+def test_nobody_signs_for_more_than_twice_what_was_done(steps: list[tuple[int, int]]) -> None:
+    """Whatever it claims, and however often."""
+    kept, done, claimed = book(1), Work(), 0
+    for worked, claims in steps:
+        done += Work(pairs=worked)
+        claimed += claims
+        for offer in (claimed, claimed // 2, kept.signed.work.pairs + 2 * worked + 1):
+            with contextlib.suppress(ExpertError):
+                kept.take(receipt(1, Work(pairs=max(1, offer))), done)
+    assert kept.signed.work.pairs <= 2 * done.pairs + SLACK
 
 
 def test_a_trainer_that_never_called_signs_nothing() -> None:

@@ -35,8 +35,13 @@ class CreditNode:
     book: ReceiptBook
     servicer: CreditServicer | None
     channels: ChannelPool
-    done: Work = field(default_factory=lambda: Work(pairs=10_000, queries=100))
-    """Its own count."""
+    done: Work = field(default_factory=Work)
+    """Its own count, which grows by as much at each receipt."""
+    grows_by: Work = field(default_factory=lambda: Work(pairs=10_000, queries=100))
+
+    def work(self) -> Work:
+        self.done += self.grows_by
+        return self.done
 
     def sessions(self, trainer: Identity, rights: Sequence[Right] = FORWARD) -> SessionClient:
         return a_caller(SWARM, trainer, rights)
@@ -65,9 +70,7 @@ async def credit_node(*, knows_receipts: bool = True) -> AsyncIterator[CreditNod
     )  # fmt: skip
     node = CreditNode(info, book, None, ChannelPool(16))
     if knows_receipts:
-        node.servicer = CreditServicer(
-            book, SWARM, NODE.peer_id, sessions, lambda: node.done, RateLimit(None)
-        )
+        node.servicer = CreditServicer(book, SWARM, NODE.peer_id, sessions, node.work, RateLimit(None))
         credit_pb2_grpc.add_CreditServiceServicer_to_server(node.servicer, server)
     await server.start()
     async with contextlib.AsyncExitStack() as stack:

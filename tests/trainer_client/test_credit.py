@@ -101,7 +101,6 @@ def test_a_node_that_refuses_or_is_gone_is_asked_again_a_period_later(loop: Loop
     async def scenario(node: CreditNode) -> None:
         accounts, clock = CreditAccounts(), Clock()
         signs = sender(node, accounts, clock)
-        node.done = Work()
         accounts.note(node.info, pairs=10**6)
         accounts.note(make_node(peer(9)), pairs=1)
         assert await signs.give(clock.now - 60.0, 0.5) == 2

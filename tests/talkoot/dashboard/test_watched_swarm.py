@@ -37,7 +37,7 @@ from talkoot.dashboard.server import dashboard
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import WatchIntervals
 from talkoot.web import address_of, listen
-from trainer_client.client import SwarmClient
+from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
@@ -100,7 +100,7 @@ class Watched:
         listener = listen(LOCAL, 0)
         stack.callback(listener.close)
         await stack.enter_async_context(
-            dashboard(self.invite, settings, folder, listener, WatchIntervals(0.3, 1.0, 1.0, 0.5))
+            dashboard(self.invite, settings, folder, listener, WatchIntervals(0.3, 1.0, 1.0, 0.5, 0.5))
         )
         return address_of(listener)
 
@@ -139,8 +139,8 @@ def training(invite: Invite, folder: Path) -> Iterator[None]:
         announce_every_s=PERIOD_S,
         name="Aino",
     )
-    stop = threading.Event()
-    with SwarmClient(invite, settings, folder) as client:
+    stop, timing = threading.Event(), TrainerTiming(receipts_every_s=1.0)
+    with SwarmClient(invite, settings, folder, timing=timing) as client:
         client.wait_for_experts(LIMIT_S, lambda text: None)
         model = LanguageModel(client.manifest, client.mixture)
         data = byte_dataset(b"In the sauna one must behave as in church. " * 60, MANIFEST.model.context)
@@ -199,6 +199,19 @@ def test_nodes_and_trainers_say_what_they_do(watched: Watched) -> None:
     assert (trainer["name"], trainer["state"], trainer["steps"]) == ("Aino", "training", 10**6)
     watched.until(lambda page: page["trainers"][0]["step"] > trainer["step"], "api/v1/trainers")
     watched.until(lambda page: page["trainers"][0]["validation_loss"], "api/v1/trainers")
+
+
+def test_what_trainers_sign_is_shown_beside_what_nodes_say_they_computed(watched: Watched) -> None:
+    def all_signed(page: Any) -> bool:
+        return all(row["signed_pairs"] and row["signed_updates"] for row in page["nodes"])
+
+    page = watched.until(all_signed, "api/v1/leaderboard")
+    assert (page["ranked"], [row["rank"] for row in page["nodes"]]) == (False, [None, None])
+    assert {row["signed_trainers"] for row in page["nodes"]} == {1}
+    for row in page["nodes"]:
+        node = watched.get(f"api/v1/nodes/{row['peer_id']}")
+        assert [signer["name"] for signer in node["signers"]] == ["Aino"]
+        assert node["signers"][0]["pairs"] >= row["signed_pairs"]  # it goes on
 
 
 def test_memories_are_watched(watched: Watched) -> None:
