@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 LONGEST_STALL_S, P99_S = 0.5, 0.1
 """What a loop must keep to, whatever strangers do."""
+_BYSTANDER_S = 0.02
 
 Read = Callable[[], Iterable[Metric]]
 
@@ -26,12 +28,30 @@ def exposed_at(address: str) -> Read:
     return read
 
 
+class Bystander(threading.Thread):
+    """Sleeps briefly again and again: how late it woke is what the machine makes everybody wait."""
+
+    def __init__(self) -> None:
+        super().__init__(name="bystander", daemon=True)
+        self.longest_s = 0.0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            began = time.monotonic()
+            time.sleep(_BYSTANDER_S)
+            self.longest_s = max(self.longest_s, time.monotonic() - began - _BYSTANDER_S)
+
+
 class LoopLags:
-    """The lags since this was made."""
+    """The lags since this was made. `read`: of another process, which is to be checked."""
 
     def __init__(self, read: Read | CollectorRegistry) -> None:
         self._read = read.collect if isinstance(read, CollectorRegistry) else read
         self._before = self._buckets()
+        self._bystander = Bystander()
+        if not isinstance(read, CollectorRegistry):
+            self._bystander.start()
 
     def quantile(self, share: float) -> float:
         """The upper bound of the bucket that holds this share of the time, in seconds; 1.0: the longest stall."""
@@ -42,8 +62,15 @@ class LoopLags:
         return min(bound for bound, count in since.items() if count >= share * ticks)
 
     def check(self) -> None:
-        """Checks the longest stall, which holds on a machine that other tests keep busy, too."""
-        assert self.quantile(1.0) <= LONGEST_STALL_S, f"the loop stalled for up to {self.quantile(1.0)} s"
+        """Checks the longest stall, which holds on a machine that other tests keep busy, too.
+
+        A bystander's longest is added twice: where it waited, the loop may have waited as long, and buckets are wide.
+        """
+        self._bystander.over.set()
+        machine_s, stall_s = self._bystander.longest_s, self.quantile(1.0)
+        assert stall_s <= LONGEST_STALL_S + 2 * machine_s, (
+            f"the loop stalled for up to {stall_s} s, and a bystander for {machine_s:.3f} s"
+        )
 
     def check_when_quiet(self) -> None:
         """Checks p99 as well, for slow tests: beside others, a process waits for a processor more often than that."""

@@ -94,7 +94,7 @@ class Founder:
 
 def node_settings(experts: int, **changes: Any) -> NodeSettings:
     alone = {"replicas": 1, "average_every_s": 0, "drain_timeout_s": 0}
-    return NodeSettings.load(**{"threads": 1, "experts": experts, "announce_every_s": 1, **alone, **changes})
+    return NodeSettings.load(**{"threads": 1, "experts": experts, "announce_every_s": 5, **alone, **changes})
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "home"), "HF_MODULES_CACHE": str(work / "home")},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=800,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return work

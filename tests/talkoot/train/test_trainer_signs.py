@@ -32,7 +32,7 @@ def train(invite: str, state: Path) -> None:
 def test_what_a_trainer_signs_is_kept_announced_and_grows_over_its_runs(
     loop: LoopThread, tmp_path: Path
 ) -> None:
-    with founded(loop, tmp_path / "founder", experts=8) as founder:
+    with founded(loop, tmp_path / "founder", experts=8, announce_every_s=2) as founder:
         node, me = founder.node, founder.node.swarm.host.peer_id
 
         def signed() -> SignedWork:
