@@ -6,7 +6,8 @@ by another node, or twice, or in another order. It proves who signed, not that t
 what they like. How much that is worth is for whoever counts to say: see `talkoot.credit`.
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import astuple, dataclass
 
 from google.protobuf.message import DecodeError
@@ -167,3 +168,23 @@ def total_of(receipts: Iterable[Receipt]) -> SignedWork:
         work += receipt.work
         trainers += 1
     return SignedWork(work.capped(), trainers)
+
+
+def largest_crowd(crowds: Mapping[PeerID, Hashable]) -> list[PeerID]:
+    """The trainers of the crowd that has the most, or of all crowds that have as many.
+
+    A limit for trainers takes one of these: then whoever comes with many keys pushes out none but its own.
+    """
+    sizes = Counter(crowds.values())
+    most = max(sizes.values())
+    return [trainer for trainer, crowd in crowds.items() if sizes[crowd] == most]
+
+
+def in_turns(trainers: Iterable[PeerID], crowds: Mapping[PeerID, Hashable]) -> list[PeerID]:
+    """The first trainer of each crowd, then the second of each, and so on; within a turn, in the order given."""
+    turns, ordered = Counter[Hashable](), list[tuple[int, PeerID]]()
+    for trainer in trainers:
+        crowd = crowds[trainer]
+        ordered.append((turns[crowd], trainer))
+        turns[crowd] += 1
+    return [trainer for _, trainer in sorted(ordered, key=lambda each: each[0])]

@@ -5,7 +5,6 @@ gives them.
 import asyncio
 import logging
 import time
-from collections import Counter as Multiset
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from dht.receipts import (
     SignerOf,
     Work,
     check_receipt,
+    in_turns,
+    largest_crowd,
     total_of,
 )
 from peer.bounded import BoundedDict
@@ -120,9 +121,10 @@ class ReceiptBook:
         return receipt.trainer in self._receipts
 
     def page(self, offset: int) -> credit_pb2.ListReply:
-        """The receipts from this one on, those for the most work first."""
+        """The receipts from this one on: those for the most work of each token or neighbourhood first."""
         if self._ordered is None:
-            self._ordered = sorted(self._receipts.values(), key=_most_first)
+            by_work = [receipt.trainer for receipt in sorted(self._receipts.values(), key=_most_first)]
+            self._ordered = [self._receipts[trainer] for trainer in in_turns(by_work, self._crowds)]
         some = self._ordered[offset : offset + PAGE]
         return credit_pb2.ListReply(receipts=(receipt.signed for receipt in some), total=len(self._ordered))
 
@@ -151,10 +153,8 @@ class ReceiptBook:
         self._receipts[receipt.trainer] = receipt
         self._crowds[receipt.trainer] = (near or receipt.trainer) if signer is None else signer
         if len(self._receipts) > self._most:
-            sizes = Multiset(self._crowds.values())
-            most = max(sizes.values())
-            crowded = (r for r in self._receipts.values() if sizes[self._crowds[r.trainer]] == most)
-            least = max(crowded, key=_most_first).trainer
+            crowded = largest_crowd(self._crowds)
+            least = max(crowded, key=lambda trainer: _most_first(self._receipts[trainer]))
             del self._receipts[least], self._crowds[least]
         self.signed, self._ordered, self.has_changed = total_of(self._receipts.values()), None, True
 

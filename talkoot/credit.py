@@ -22,7 +22,7 @@ import grpc
 
 from dht.admission import SwarmAdmission
 from dht.announcements import NodeInfo
-from dht.receipts import MAX_RECEIPT_BYTES, PAGE, SignedWork, SignerOf, Work, check_receipt
+from dht.receipts import MAX_RECEIPT_BYTES, PAGE, SignedWork, SignerOf, Work, check_receipt, largest_crowd
 from dht.swarm import Swarm
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 MAX_RECEIPTS = 131_072
 """Of all nodes, about 0.4 KB each. Of more, those go first that were read longest ago."""
 MAX_OF_NODE = 64
-"""Those for the most work."""
+"""Of more, the token with the most trainers loses the one for the least work."""
 MAX_SIGNERS = 16
 """Of one node that are named."""
 _NODES = 20_000
@@ -112,10 +112,12 @@ class CreditLedger:
         """Verifies the receipts that a node gave, and keeps those that are newer than what is known."""
         kept = self._nodes.setdefault(node, {})
         self._nodes.move_to_end(node)
-        known = {counted.digest for counted in kept.values()}
+        known = {counted.digest: trainer for trainer, counted in kept.items()}
+        listed = set[PeerID]()
         for signed in given:
             digest = hashlib.blake2b(signed.SerializeToString(), digest_size=16).digest()
             if digest in known:
+                listed.add(known[digest])
                 continue
             try:
                 receipt = check_receipt(signed, self._swarm_id, node)
@@ -123,7 +125,9 @@ class CreditLedger:
             except RecordError as error:
                 logger.debug("a receipt of node %s does not count: %s", node, error)
                 continue
+            listed.add(receipt.trainer)
             self._keep(kept, receipt.trainer, counted)
+        self._trim(kept, listed)
         while self._count > self._most and len(self._nodes) > 1:
             self._count -= len(self._nodes.popitem(last=False)[1])
 
@@ -134,8 +138,12 @@ class CreditLedger:
         self.has_changed = True
         self._count += before is None
         kept[trainer] = counted
-        if len(kept) > MAX_OF_NODE:
-            del kept[min(kept, key=lambda each: (kept[each].work, each.to_bytes()))]
+
+    def _trim(self, kept: dict[PeerID, _Counted], listed: Collection[PeerID]) -> None:
+        """`listed`: the trainers that the node named now. It puts those first that share no neighbourhood with many."""
+        while len(kept) > MAX_OF_NODE:
+            crowded = largest_crowd({each: counted.signer for each, counted in kept.items()})
+            del kept[min(crowded, key=lambda each: (each in listed, kept[each].work, each.to_bytes()))]
             self._count -= 1
 
     def count(self, revoked: Collection[int] = ()) -> dict[PeerID, Credit]:

@@ -60,7 +60,8 @@ class CreditServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Gives the newest receipt of each trainer, those for the most pairs first. Anybody may ask.
+        """Gives the newest receipt of each trainer. Tokens, or neighbourhoods in an open swarm, take turns, and of each the
+        trainers with the most pairs come first. Anybody may ask.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -115,6 +115,17 @@ def test_pages_give_every_receipt_once_the_most_work_first(count: int, beyond: i
     assert len(kept.page(beyond).receipts) == min(PAGE, max(0, count - beyond))
 
 
+def test_many_keys_of_one_neighbourhood_do_not_fill_the_first_page() -> None:
+    """Dashboards read no more than the first pages of a node."""
+    kept = book(*range(100))
+    for number in range(100):
+        near = "crowd" if number >= 5 else f"home {number}"
+        kept.take(receipt(number, Work(pairs=1 + 1000 * number)), MUCH, near)
+    first = [page.receipt[0] for page in kept.page(0).receipts]
+    assert first[:6] == [99, 4, 3, 2, 1, 0]
+    assert first[6:] == list(range(98, 98 - PAGE + 6, -1))
+
+
 def test_its_share_is_of_what_its_trainers_had_answered() -> None:
     kept = book(1, 2)
     assert kept.share is None

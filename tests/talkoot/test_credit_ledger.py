@@ -173,6 +173,27 @@ def test_memory_is_bounded_whatever_nodes_give(patch: pytest.MonkeyPatch) -> Non
     assert signed.ledger.count()[peer(0)].work.pairs == 5
 
 
+def test_many_keys_of_one_token_push_out_no_other_tokens_votes(patch: pytest.MonkeyPatch) -> None:
+    signed = Signed(patch)
+    honest = [Signed.of(token, 0, Work(100), token) for token in range(3)]
+    flood = [Signed.of(100 + key, 0, Work(10**6 + key), 9) for key in range(2 * MAX_OF_NODE)]
+    signed.ledger.take(peer(0), [*honest, *flood])
+    assert len(signed.ledger) == MAX_OF_NODE
+    assert share(signed.ledger.count([9]), 0) == pytest.approx(1.0)
+    assert signed.ledger.count([9])[peer(0)].work == Work(300)
+
+
+def test_new_keys_again_and_again_push_out_nobody_whom_the_node_still_lists(
+    patch: pytest.MonkeyPatch,
+) -> None:
+    signed = Signed(patch, is_open=True)
+    honest = [Signed.of(trainer, 0, Work(100)) for trainer in range(3)]
+    for turn in range(1, 4):
+        flood = [Signed.of(1000 * turn + key, 0, Work(10**6)) for key in range(MAX_OF_NODE - len(honest))]
+        signed.ledger.take(peer(0), [*honest, *flood])
+    assert signed.ledger.count()[peer(0)].work == Work(300 + 10**6 * (MAX_OF_NODE - 3))
+
+
 @settings(max_examples=20)
 @given(st.permutations(list(range(6))))
 def test_the_order_in_which_nodes_are_read_changes_nothing(
