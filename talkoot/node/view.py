@@ -82,7 +82,8 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
         "compute", _bar(rates.busy, 1.0, f"{rates.busy:.0%} busy, {counted(status.threads, 'thread')}")
     )
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
-    grid.add_row("all runs", _so_far(status))
+    grid.add_row("all runs", f"computed {_so_far(status)}")
+    grid.add_row("", f"signed {_signed(status)}")
     if trouble := _trouble(status):
         grid.add_row("trouble", Text(trouble, style="red"))
     return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left")
@@ -91,8 +92,8 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
 def summary(status: NodeStatus) -> str:
     """What the node achieved in the run that ends, and thanks for it."""
     return (
-        f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs {_so_far(status)}. "
-        "Thank you for taking part!"
+        f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {_so_far(status)}, "
+        f"and signed {_signed(status)}. Thank you for taking part!"
     )
 
 
@@ -116,7 +117,8 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield f"memory {_memory(status)}"
     yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
-    yield f"in all runs {_so_far(status)}"
+    yield f"in all runs computed {_so_far(status)}"
+    yield f"signed {_signed(status)}"
     if trouble := _trouble(status):
         yield trouble
 
@@ -191,6 +193,18 @@ def _so_far(status: NodeStatus) -> str:
     rows = counted(status.contributed_rows, "row", ",")
     updates = counted(status.contributed_updates, "update", ",")
     return f"{rows}, {updates}, {hours_in_words(status.contributed_hours)} served"
+
+
+def _signed(status: NodeStatus) -> str:
+    """What trainers have signed for, and how much of all that they used it was."""
+    work, trainers = status.signed.work, status.signed.trainers
+    if not trainers:
+        return "nothing yet"
+    words = counted(work.pairs, "row", ",")
+    if work.queries:
+        words += f" and {work.queries:,} {'query' if work.queries == 1 else 'queries'}"
+    share = "" if status.signed_share is None else f", {status.signed_share:.0%} of all that they used"
+    return f"{words} by {counted(trainers, 'trainer', ',')}{share}"
 
 
 def hours_in_words(hours: float) -> str:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.live import Live
 
+from dht.receipts import SignedWork, Work
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus
 from talkoot.node.view import NodeRates, RateMeter, hours_in_words, line, panel, state_in_words, summary
@@ -57,6 +58,8 @@ STATUS = NodeStatus(
     swarm_experts=32,
     loss=3.2145,
     loss_at_first=4.1,
+    signed=SignedWork(Work(pairs=6_900_000, updates=34_000), 5),
+    signed_share=0.123,
 )
 LATER = replace(
     STATUS, calls=131, rows=54_120, uploaded_bytes=11_500_000, downloaded_bytes=21_000_000, busy_s=15.4
@@ -80,6 +83,8 @@ statuses = st.builds(
         "loss": st.none() | st.floats(0, 1e6),
         "loss_at_first": st.none() | st.floats(0, 1e6),
         "alone": st.just(()),
+        "signed": st.builds(SignedWork, st.builds(Work, numbers, numbers, numbers), numbers),
+        "signed_share": st.none() | st.floats(0, 1),
     },
 )
 
@@ -120,7 +125,8 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         "34% busy, 2 threads",
         "600 MB of 2 GB",
         "reached   relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2 ",
-        "all runs  7,000,000 rows, 34,567 updates, 12 h 18 min served",
+        "all runs  computed 7,000,000 rows, 34,567 updates, 12 h 18 min served",
+        "          signed 6,900,000 rows by 5 trainers, 12% of all that they used",
     ):
         assert said in text
 
@@ -252,8 +258,27 @@ def test_a_line_for_the_log_says_the_same() -> None:
         "512 rows queued, "
         "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
         "reached: relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2, "
-        "in all runs 7,000,000 rows, 34,567 updates, 12 h 18 min served"
+        "in all runs computed 7,000,000 rows, 34,567 updates, 12 h 18 min served, "
+        "signed 6,900,000 rows by 5 trainers, 12% of all that they used"
     )
+
+
+@pytest.mark.parametrize(
+    ("signed", "share", "said"),
+    [
+        (SignedWork(), None, "signed nothing yet"),
+        (SignedWork(Work(pairs=1), 1), 1.0, "signed 1 row by 1 trainer, 100% of all that they used"),
+        (SignedWork(Work(queries=1), 1), None, "signed 0 rows and 1 query by 1 trainer"),
+        (SignedWork(Work(pairs=5, queries=70), 2), 0.5, "signed 5 rows and 70 queries by 2 trainers, 50%"),
+    ],
+)
+def test_what_trainers_signed_stands_beside_what_the_node_computed(
+    signed: SignedWork, share: float | None, said: str
+) -> None:
+    status = replace(STATUS, signed=signed, signed_share=share)
+    assert said in "\n".join(shown(status, NodeRates(), 100))
+    assert said in line(status, NodeRates())
+    assert said.replace("signed", "and signed", 1) in summary(status)
 
 
 def test_the_first_look_and_one_in_the_same_moment_measure_nothing() -> None:
