@@ -1,6 +1,6 @@
 """Does reading a memory help a language model (RETRO), and is it real knowledge or copying?
 
-    python -m benchmarks.retro [--quick] [--only PART...] [--json FILE] [--keep DIR] [--seeds N] [--minutes M]
+    python -m benchmarks.retro [--quick] [--only PART...] [--json FILE] [--plot DIR] [--keep DIR] [--minutes M]
 
 learning   models that read against deeper ones of equal FLOPs and against random neighbours, by overlap, and more
 hosted     training throughput at round trips of 80 ms, with retrieval and without; and training while hosts fail
@@ -28,6 +28,7 @@ from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.memory import corpora
 from benchmarks.retro import hosted
 from benchmarks.retro.goals import verdicts
+from benchmarks.retro.plots import draw
 from benchmarks.retro.runs import QUICK, WAYS, Size, World, test, train
 from benchmarks.retro.store import Store
 from benchmarks.verdicts import table_of
@@ -87,9 +88,9 @@ def _world(size: Size, files: Files) -> World:
 
 
 def _hosted(results: dict[str, Any], folder: Path, *, quick: bool) -> None:
-    memory = hosted.HostedMemory(folder / "hosted", 2e5 if quick else 2e6)
-    results["pace"] = hosted.pace(memory, 10 if quick else 60, 1 if quick else 3)
-    results["faults"] = hosted.faults(memory, 12 if quick else 200)
+    memory = hosted.HostedMemory(folder / "hosted", 2e5 if quick else 1e6)
+    results["pace"] = hosted.pace(memory, 10 if quick else 40, 1 if quick else 3)
+    results["faults"] = hosted.faults(memory, 12 if quick else 120)
 
 
 def _show(console: Console, status: Status, what: str, step: int, loss: float) -> None:
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, under 90 seconds")
     parser.add_argument("--only", nargs="+", choices=("learning", "hosted"), help="parts to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as SVG")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep there what is done, to go on from")
     parser.add_argument("--seeds", type=int, default=_SEEDS, help="models of each kind")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="train no longer than that")
@@ -130,6 +132,9 @@ def main() -> None:
                 run()
                 files.write(results)
     console.print(table_of("models that read a memory", verdicts(results, is_quick=options.quick)))
+    if options.plot:
+        for path in draw(results, options.plot):
+            console.print(f"wrote {path}")
 
 
 if __name__ == "__main__":

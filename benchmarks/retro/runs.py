@@ -36,6 +36,8 @@ SHARES = (0.25, 0.5, 1.0)
 LEARNED_OVERLAP = 0.5
 """Of neighbours, while models learn: the default of trainers."""
 WAYS = ("reads", "deeper")
+_VALIDATED = "real 50%"
+"""What models that read are given while they are validated."""
 _TESTED_AT_ONCE = 16
 """Sequences."""
 
@@ -172,7 +174,7 @@ class _Batches:
     def __init__(self, world: World, seed: int) -> None:
         self._world = world
         self._order = np.random.default_rng(seed).permutation(len(world.tokens_ST))
-        self._tested = next(iter(world.tested.values()))
+        self._tested = next(each for each in world.tested.values() if _VALIDATED in each.given)
         self.context, self.sequences = world.size.context, len(world.tokens_ST)
 
     def batch(self, step: int, batch_size: int) -> Tensor:
@@ -185,7 +187,7 @@ class _Batches:
         return [self._tested.tokens_ST[:batch_size]]
 
     def validation(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [self._tested.given["real 50%"][: len(batches[0])]]
+        return [self._tested.given[_VALIDATED][: len(batches[0])]]
 
     def bytes_per_token(self, batches: Sequence[Tensor], first: int = 1) -> float:
         return float(self._world.bytes_V[batches[0][:, first:].numpy()].mean())

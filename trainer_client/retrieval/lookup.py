@@ -17,6 +17,7 @@ from dht.memory import MAX_QUERIES, MemoryID, Passage
 from peer.bounded import BoundedDict
 from peer.errors import TalkootError
 from trainer_client.data.tokenizer import Tokenizer
+from trainer_client.memory.encoder import words_of
 from trainer_client.memory.retriever import MOST_CHARACTERS, SearchResult
 from trainer_client.retrieval.attention import NOTHING, RetrievalSpec
 from trainer_client.retrieval.cache import NeighbourCache
@@ -28,7 +29,7 @@ _SPARE = 8
 """Passages that are looked up for each chunk beside those that are read: some may be left out."""
 _CELLS = 8
 _KEPT = 2048
-"""Passages whose tokens are remembered."""
+"""Passages whose tokens and words are remembered."""
 _WARN_EVERY_S = 60.0
 
 
@@ -112,6 +113,7 @@ class NeighbourLookup:
         self._most_overlap = most_overlap
         self._cache = cache
         self._tokens = BoundedDict[str, Tensor](_KEPT)
+        self._words = BoundedDict[str, list[str]](_KEPT)
         self._warned_at = -_WARN_EVERY_S
         self._lock = threading.Lock()
 
@@ -130,9 +132,9 @@ class NeighbourLookup:
         given = self.spec.nothing(len(rows), len(rows[0]))
         for row, chunks in enumerate(rows):
             candidates, every = every[: len(chunks)], every[len(chunks) :]
-            own = own_documents(chunks, candidates)
+            own = own_documents(chunks, candidates, self._words_of)
             for place, (chunk, some) in enumerate(zip(chunks, candidates, strict=True)):
-                passages = chosen(chunk, some, self.spec.neighbours, own, self._most_overlap)
+                passages = chosen(chunk, some, self.spec.neighbours, own, self._most_overlap, self._words_of)
                 given[row, place] = self._neighbours(passages).tokens_NL
         return given
 
@@ -193,6 +195,15 @@ class NeighbourLookup:
             known = torch.from_numpy(np.pad(tokens, padding, constant_values=NOTHING))
             with self._lock:
                 self._tokens[text] = known
+        return known
+
+    def _words_of(self, text: str) -> list[str]:
+        with self._lock:
+            known = self._words.get(text)
+        if known is None:
+            known = words_of(text)
+            with self._lock:
+                self._words[text] = known
         return known
 
     def _decode(self, tokens: Sequence[int]) -> str:

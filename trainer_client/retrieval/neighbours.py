@@ -13,6 +13,8 @@ from trainer_client.memory.encoder import words_of
 
 Document: TypeAlias = tuple[str, str]
 """A title and a source, which all passages of a document share."""
+Words: TypeAlias = Callable[[str], Sequence[str]]
+"""`words_of`, or what remembers its results."""
 
 _RUN = 8
 """Words."""
@@ -37,18 +39,20 @@ class Runs:
         self._length = min(_RUN, len(words))
         self._runs = _runs(words, self._length)
 
-    def overlap(self, text: str) -> float:
+    def overlap(self, text: str, words: Words = words_of) -> float:
         """The share of the runs that are in another text, too."""
         if not self._runs:
             return 0.0
-        return len(self._runs & _runs(words_of(text), self._length)) / len(self._runs)
+        return len(self._runs & _runs(words(text), self._length)) / len(self._runs)
 
 
 def document_of(passage: Passage) -> Document:
     return passage.title, passage.source
 
 
-def own_documents(chunks: Sequence[Chunk], candidates: Sequence[Sequence[Passage]]) -> set[Document]:
+def own_documents(
+    chunks: Sequence[Chunk], candidates: Sequence[Sequence[Passage]], words: Words = words_of
+) -> set[Document]:
     """The documents that a text is from, as far as candidates for its chunks are of them.
 
     A passage that has the text of a chunk, or most of it, tells which. So it does not matter how the trainer's files
@@ -57,19 +61,24 @@ def own_documents(chunks: Sequence[Chunk], candidates: Sequence[Sequence[Passage
     found = set()
     for chunk, some in zip(chunks, candidates, strict=True):
         runs = Runs(chunk.text)
-        found |= {document_of(passage) for passage in some if runs.overlap(passage.text) > _OWN}
+        found |= {document_of(passage) for passage in some if runs.overlap(passage.text, words) > _OWN}
     return found
 
 
 def chosen(
-    chunk: Chunk, candidates: Sequence[Passage], count: int, own: Collection[Document], most_overlap: float
+    chunk: Chunk,
+    candidates: Sequence[Passage],
+    count: int,
+    own: Collection[Document],
+    most_overlap: float,
+    words: Words = words_of,
 ) -> list[Passage]:
     """The first `count` candidates that are of no document of `own`, and give away no more than that of the target."""
     runs, found = Runs(chunk.target), list[Passage]()
     for passage in candidates:
         if len(found) == count:
             break
-        if document_of(passage) not in own and runs.overlap(passage.text) <= most_overlap:
+        if document_of(passage) not in own and runs.overlap(passage.text, words) <= most_overlap:
             found.append(passage)
     return found
 
