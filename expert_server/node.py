@@ -542,7 +542,7 @@ class Node:
             clock_warning=clock.CLOCK.warning,
             signed=self._receipts.signed,
             signed_share=self._receipts.share,
-            trained=sum(expert.updated_at > 0 for expert in self.runtime.experts.values()),
+            trained=len(self.runtime.trained),
             trainers=self._servicer.trainers(),
             trainers_now=self._servicer.trainers(_LATELY_S),
             swarm_trainers=self.news.training.trainers,

@@ -92,7 +92,7 @@ class NodeStatus:
     signed_share: float | None = None
     """Of the pairs that those trainers had answered by all nodes, the part that is this node's; None: no receipts."""
     trained: int = 0
-    """Of the experts, those that have learned here in this run."""
+    """Experts that have learned here in this run."""
     trainers: int = 0
     """That have trained them in this run."""
     trainers_now: int = 0

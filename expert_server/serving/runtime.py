@@ -133,6 +133,8 @@ class Runtime:
     ) -> None:
         """`threads`: for all batches together. `clock`: what deadlines are measured by."""
         self.metrics = RuntimeMetrics(metrics)
+        self.trained: set[UID] = set()
+        """Experts that have taken a step here."""
         self._clock = clock
         self._lock = threading.Lock()
         """Guards what all threads use: the queue, the experts in service, and what is under way."""
@@ -461,6 +463,8 @@ class Runtime:
         before = [(expert.update_count, expert.guard.rollbacks) for expert in experts]
         yield
         for expert, (updates, rollbacks) in zip(experts, before, strict=True):
+            if expert.update_count > updates:
+                self.trained.add(expert.uid)
             # it is less after a rollback to the state before another peer's
             self.metrics.updates.inc(max(0, expert.update_count - updates))
             self.metrics.rollbacks.inc(expert.guard.rollbacks - rollbacks)

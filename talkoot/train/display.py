@@ -68,14 +68,8 @@ def progress_shown(terminal: Terminal, steps: int, done: int) -> Iterator[Callab
 
 
 def describe(values: Values) -> str:
-    """A step as one line."""
+    """A step as one line. A validation has a line of its own."""
     failures = ", ".join(f"{count} {cause}" for cause, count in sorted(values["failures"].items()))
-    validation = ""
-    if values["validation_loss"] is not None:
-        validation = (
-            f", validation loss {values['validation_loss']:.3f} ({values['bits_per_byte']:.3f} bits per byte, "
-            f"perplexity {values['perplexity']:.4g})"
-        )
     in_flight = ""
     if values["in_flight"] > 1:
         in_flight = (
@@ -83,7 +77,7 @@ def describe(values: Values) -> str:
         )
     averaged = f"averaged {counted(values['averagings'], 'time')}, " if values["averagings"] else ""
     return (
-        f"loss {values['loss']:.3f}{validation}, {values['tokens_per_s']:.0f} tokens/s, {in_flight}{averaged}"
+        f"loss {values['loss']:.3f}, {values['tokens_per_s']:.0f} tokens/s, {in_flight}{averaged}"
         f"{values['experts_live']} of {counted(values['experts_total'], 'expert')} live, {failures or 'no failures'}"
     )
 
@@ -101,9 +95,9 @@ def summary_lines(values: Values) -> Iterator[str]:
     """The summary in words."""
     done = values["steps"] - values["resumed_at"]
     how = "stopped after" if values["stopped"] else "trained"
-    before = f", {values['steps']} in all" if values["resumed_at"] else ""
+    before = f" ({values['steps']:,} in all)" if values["resumed_at"] else ""
     yield (
-        f"{how} {counted(done, 'step', ',')}{before}, in {_duration(values['seconds'])} at "
+        f"{how} {counted(done, 'step', ',')}{before} in {_duration(values['seconds'])} at "
         f"{values['tokens_per_s']:,.0f} tokens/s"
     )
     if values["validation_loss_last"] is not None:

@@ -21,6 +21,7 @@ from runtime_samples import (
 )
 
 from expert_server.experts.expert import Expert
+from peer import clock
 from peer.errors import ExpertError
 from peer.metrics import total
 
@@ -36,13 +37,15 @@ def test_merged_forward_gives_each_caller_what_it_would_get_alone() -> None:
             alone = expert.forward(work.rows)
             torch.testing.assert_close(result.tensor, alone)
         assert (total(runtime.metrics.batches), total(runtime.metrics.rows)) == (1, 11)
-        assert total(runtime.metrics.updates) == 0
+        assert (total(runtime.metrics.updates), runtime.trained) == (0, set())
+        assert (expert.rows, expert.updated_at) == (11, 0.0)
 
     with_runtime(runtime, scenario)
 
 
 def test_merged_backward_takes_one_step_and_gives_each_caller_its_gradient() -> None:
-    runtime = make_runtime(Expert(FIRST, MANIFEST))
+    expert, began = Expert(FIRST, MANIFEST), clock.now()
+    runtime = make_runtime(expert)
     works = [make_work(rows, direction="backward", seed=rows) for rows in (3, 1, 7)]
 
     async def scenario() -> None:
@@ -51,6 +54,9 @@ def test_merged_backward_takes_one_step_and_gives_each_caller_its_gradient() -> 
             torch.testing.assert_close(result.tensor, backward_alone(work))
         assert [result.update_count for result in results] == [1, 1, 1]
         assert (total(runtime.metrics.batches), total(runtime.metrics.updates)) == (1, 1)
+        assert (expert.rows, expert.updated_at >= began) == (11, True)
+        runtime.remove(FIRST)
+        assert runtime.trained == {FIRST}
 
     with_runtime(runtime, scenario)
 

@@ -81,7 +81,7 @@ def test_a_run_is_saved_resumed_evaluated_and_speaks(
     assert f"checkpoint of step 3 in {checkpoint}" in caplog.text
     assert "validation loss before the first step: " in caplog.text
     assert "the first calls take longest" in caplog.text
-    assert first.out.startswith("trained 3 steps, in ")
+    assert first.out.startswith("trained 3 steps in ")
     assert f"next: talkoot generate --join INVITE --state {state} --checkpoint {checkpoint}" in first.out
     plot, result = tmp_path / "loss.png", tmp_path / "result.json"
     again = talkoot(*train(founder, state, "--resume", "--steps", 5, *kept, "--plot", plot, "--json", result))

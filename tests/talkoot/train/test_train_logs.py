@@ -135,16 +135,6 @@ def test_a_watched_step_is_told_whole_on_a_narrow_terminal(width: int) -> None:
 
 def test_a_step_is_told_in_one_line() -> None:
     assert describe(VALUES) == "loss 2.000, 10 tokens/s, 3 of 4 experts live, 2 DEADLINE_EXCEEDED"
-    validated = VALUES | {
-        "validation_loss": 1.5,
-        "bits_per_byte": 2.164,
-        "perplexity": 4.4817,
-        "failures": {},
-    }
-    assert describe(validated) == (
-        "loss 2.000, validation loss 1.500 (2.164 bits per byte, perplexity 4.482), 10 tokens/s, "
-        "3 of 4 experts live, no failures"
-    )
     busy = VALUES | {"in_flight": 4, "staleness": 3, "averagings": 2, "failures": {}}
     assert describe(busy) == (
         "loss 2.000, 10 tokens/s, 4 steps in flight, gradient 3 updates old, averaged 2 times, "
@@ -163,7 +153,7 @@ SUMMARY: dict[str, Any] = {
 
 def test_the_summary_is_in_words() -> None:
     assert list(summary_lines(SUMMARY)) == [
-        "trained 200 steps, in 90 s at 4,096 tokens/s",
+        "trained 200 steps in 90 s at 4,096 tokens/s",
         "validation loss 5.250 before, 2.500 now: 3.607 bits per byte, perplexity 12.18",
         "training loss 5.500 in the first step, 2.250 in the last",
         "the busiest expert got 2.5 times the tokens of the mean one (load_cv 0.50; 0 is even)",
@@ -172,7 +162,7 @@ def test_the_summary_is_in_words() -> None:
     ]
     stopped = SUMMARY | {"stopped": True, "resumed_at": 150, "steps": 151, "failures": {}}
     lines = list(summary_lines(stopped))
-    assert lines[0] == "stopped after 1 step, 151 in all, in 90 s at 4,096 tokens/s"
+    assert lines[0] == "stopped after 1 step (151 in all) in 90 s at 4,096 tokens/s"
     assert lines[4].startswith("calls that failed: none")
     nothing = dict.fromkeys(("loss_first", "validation_loss_last", "load_max_over_mean"))
     assert len(list(summary_lines(stopped | nothing))) == 3
