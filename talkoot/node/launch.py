@@ -35,6 +35,7 @@ from peer.transport.endpoints import Endpoint, ip_address
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm, invite_advice
 from talkoot.node.view import NodeRates, RateMeter, line, panel, summary
+from talkoot.node.week import WeeklySummary
 from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal, log_file
 
@@ -162,6 +163,9 @@ class _NodeRun:
                 group.create_task(self._show_wider_invite(node, invite))
                 show = partial(self._show_state, node)
                 group.create_task(keep_running("show the node's state", show, node.restarts))
+                week = WeeklySummary(self._state / "week.json")
+                tell = partial(week.keep_telling, node.status)
+                group.create_task(keep_running("tell what the week brought", tell, node.restarts))
         finally:
             status = node.status()
             if experts := status.experts:

@@ -83,7 +83,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
     )
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
     grid.add_row("all runs", f"computed {_so_far(status)}")
-    grid.add_row("", f"signed {_signed(status)}")
+    grid.add_row("", f"signed {signed_in_words(status)}")
     if trouble := _trouble(status):
         grid.add_row("trouble", Text(trouble, style="red"))
     return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left")
@@ -93,7 +93,7 @@ def summary(status: NodeStatus) -> str:
     """What the node achieved in the run that ends, and thanks for it."""
     return (
         f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {_so_far(status)}, "
-        f"and signed {_signed(status)}. Thank you for taking part!"
+        f"and signed {signed_in_words(status)}. Thank you for taking part!"
     )
 
 
@@ -118,7 +118,7 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
     yield f"in all runs computed {_so_far(status)}"
-    yield f"signed {_signed(status)}"
+    yield f"signed {signed_in_words(status)}"
     if trouble := _trouble(status):
         yield trouble
 
@@ -195,7 +195,7 @@ def _so_far(status: NodeStatus) -> str:
     return f"{rows}, {updates}, {hours_in_words(status.contributed_hours)} served"
 
 
-def _signed(status: NodeStatus) -> str:
+def signed_in_words(status: NodeStatus) -> str:
     """What trainers have signed for, and how much of all that they used it was."""
     work, trainers = status.signed.work, status.signed.trainers
     if not trainers:
