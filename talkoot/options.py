@@ -262,6 +262,10 @@ def _value_type(field: "FieldInfo") -> Any:
 def _metavar(name: str, field: "FieldInfo", kind: Any) -> str:
     if choices := _choices(field):
         return "|".join(choices)
+    if name == "memory" and str in _alternatives(
+        field.annotation
+    ):  # a trainer's, not that of a node's machine
+        return "NAME"
     by_ending = (word for ending, word in _METAVARS_BY_ENDING.items() if name.endswith(ending))
     return _METAVARS.get(name) or next(by_ending, None) or _METAVARS_BY_TYPE.get(kind, "TEXT")
 
@@ -363,7 +367,6 @@ _TRAINED_MODEL = ("checkpoint", "memory", "wait_for_experts_s", "threads", "stat
 _TRAINED_MODEL_SHOWN = ("join", "checkpoint", "memory", "state", "threads", "wait_for_experts_s")
 _TRAINED_MODEL_HELP = {
     "state": "The trainer's state folder, where its checkpoints are.",
-    "memory": "Another memory for a model that reads one, by name or id.",
     "wait_for_experts_s": "How long to wait for the first live expert.",
 }
 
@@ -377,6 +380,10 @@ class TrainedModelCommand(SettingsCommand):
         for option in options:
             if option.name == "checkpoint":
                 option.help = "Folder of checkpoints, or one of its files.  [default: the newest run's]"
+            elif option.name == "memory":
+                option.help = (
+                    "Memory that the model reads, by name or id.  [default: the one that it learned with]"
+                )
             elif option.name in _TRAINED_MODEL_HELP:
                 default = option.help[option.help.index("  [default: ") :]
                 option.help = _TRAINED_MODEL_HELP[option.name] + default

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dht.invites import invite_of
 from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, Passage
-from peer.errors import DataError, LibraryError, UnreachableError
+from peer.errors import DataError, LibraryError, SettingsError, UnreachableError
 from peer.formatting import counted, printable
 from peer.metrics import total
 from talkoot.signals import StopSignals
@@ -93,6 +93,8 @@ def trained_model(
     path = checkpoint_folder(settings.checkpoint, trainer_state(settings), swarm_id, newest=True)
     checkpoint = load_checkpoint(path, swarm_id)
     settings = settings.resumed(checkpoint.header.settings)
+    if settings.memory is not None and checkpoint.header.settings.get("memory") is None:
+        raise SettingsError("memory: this model learned to read none: leave --memory out")
     tokenizer = load_tokenizer(checkpoint.header.tokenizer)
     with tempfile.TemporaryDirectory(prefix="talkoot-model-") as name:
         folder = Path(name)

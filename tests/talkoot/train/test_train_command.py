@@ -133,6 +133,13 @@ def test_the_newest_run_is_taken_by_default(founder: Founder, trained: Path, tex
     assert "perplexity" in ended.out
 
 
+def test_a_model_that_learned_to_read_no_memory_is_given_none(founder: Founder, trained: Path) -> None:
+    used = ("--join", founder.invite, "--state", trained)
+    talkoot("generate", *used, "--memory", "docs").is_one_clear_line(
+        "memory: this model learned to read none"
+    )
+
+
 def test_several_texts_are_compared(founder: Founder, trained: Path, text: Path, tmp_path: Path) -> None:
     other = tmp_path / "digits.txt"
     other.write_text("3.14159 26535 " * 9)
