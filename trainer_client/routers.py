@@ -6,7 +6,7 @@ choice to the beam search over live prefixes, which needs no list of the experts
 live experts, and `log_total` has that without a list too: the exponential of a sum of scores is a product. `base`
 weighs every row against every expert, so it needs the list, and at most `MOST_BALANCED` experts in a layer.
 
-Where a trainer limits the nodes of each row, experts are chosen among those of its best nodes alone, as in DeepSeek-V3
+Where a trainer limits the nodes of each row, experts are chosen among those of its best nodes first, as in DeepSeek-V3
 (arXiv 2412.19437, section 2.1.2). Rows travel once to each node, so that fewer nodes are less traffic.
 
 `rng` is None in evaluation. Then nothing is random, and each row's choice follows from its own scores.
@@ -45,7 +45,7 @@ _CANDIDATES = 16
 
 @dataclass(frozen=True)
 class NodeLimit:
-    """How many nodes a row's experts may be at."""
+    """How many nodes a row's experts may be at, as long as these have k."""
 
     nodes: Integers
     """A number for the node of each expert, of the grid's shape; -1 for experts that none hosts."""
@@ -166,7 +166,8 @@ def best(
 def of_best_nodes(found: Selection, limit: NodeLimit, k: int) -> Selection:
     """Each row's best k of the experts `found` [R, C], best first, that are at its best nodes.
 
-    A node is as good as the logsumexp of its best k scores. A row has fewer experts where those nodes have fewer.
+    A node is as good as the logsumexp of its best k scores. Where those nodes have fewer than k experts, the row's best
+    elsewhere come after them: how many experts a row has must not hang on who hosts them.
     """
     rows, count = found.valid.shape
     node_RC = np.where(found.valid, limit.nodes[tuple(np.moveaxis(found.coordinates, -1, 0))], -1)
@@ -188,7 +189,7 @@ def of_best_nodes(found: Selection, limit: NodeLimit, k: int) -> Selection:
     allowed_RN[:, 0] = False
     usable_RC = np.take_along_axis(allowed_RN, node_RC + 1, axis=1)
     chosen_Rk = np.argsort(~usable_RC, axis=1, kind="stable")[:, :k]
-    valid_Rk = np.take_along_axis(usable_RC, chosen_Rk, axis=1)
+    valid_Rk = np.take_along_axis(node_RC >= 0, chosen_Rk, axis=1)
     coordinates = np.take_along_axis(found.coordinates, chosen_Rk[..., None], axis=1)
     scores_Rk = np.take_along_axis(found.scores, chosen_Rk, axis=1)
     return Selection(

@@ -154,8 +154,8 @@ class TrainerSettings(RoleSettings):
         default=None,
         ge=2,
         le=64,
-        description="nodes that a token is sent to at most, unless experts fail: fewer are less traffic, and less "
-        "choice; unset: any number",
+        description="nodes that a token is sent to at most, unless experts fail or these nodes have fewer than top_k: "
+        "fewer are less traffic, and less choice; unset: any number",
     )
     balance: Balance | None = Field(
         default=None,

@@ -38,7 +38,8 @@ from peer.transport.endpoints import Endpoint
 from trainer_client.balancing import Load, LoadBias
 from trainer_client.dispatch.batches import RoutedRows, Segments
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.dispatch.policy import CallTimes, WaitPolicy
+from trainer_client.dispatch.policy import _TIMES_HOLD_S, _WEIGHT, CallTimes, WaitPolicy
+from trainer_client.dispatch.replicas import _BUSIER_ROWS, _QUICK, _SLOWER, _TRIED
 from trainer_client.routers import Gate, NodeLimit, Routing
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.in_flight import MAX_IN_FLIGHT, InFlightController
@@ -54,10 +55,13 @@ _PASSES = 32
 """Of real trainers that drawn ones repeat, the last of each layer."""
 _LOOK_S = 0.05
 """How often a drawn trainer sees whether a pass is over but for a few late calls."""
+_LEAST_TIME_S = 1e-3
+"""That a call takes."""
+_USUAL_EVERY_S = 0.5
+"""How often a drawn trainer computes what nodes took lately."""
+_MOST_QUEUED = np.iinfo(np.int64).max // 2
 _NOTED_TIMES = 8
 """Calls of one pass whose times a drawn trainer remembers."""
-_SLOWER, _BUSIER_ROWS = 2.0, 1024
-"""As in `trainer_client.dispatch.replicas`: what a replica must not be, against the best one of its expert."""
 
 
 @dataclass(frozen=True)
@@ -290,57 +294,69 @@ class RecordedPass:
 class Recorded:
     """The last passes of real trainers, and the replicas that drawn ones may take instead of theirs."""
 
-    def __init__(
-        self, swarm: PlacedSwarm, calls: Calls, announced: Announced, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, swarm: PlacedSwarm, calls: Calls) -> None:
         layers, grid = swarm.manifest.model.layers, swarm.manifest.experts.grid
         self.passes = [deque[RecordedPass](maxlen=_PASSES) for _ in range(layers)]
-        self.times_s = np.zeros(len(swarm.machines))
-        """How long nodes took to answer real trainers lately."""
-        self._calls = calls
-        self._announced = announced
-        self._rng = rng
-        self._hosts: list[Integers] = []
+        self.hosts: list[Integers] = []
+        """Of each layer's experts, those that answer rightly; -1 fills the rest. [E, replicas]"""
         experts = swarm.manifest.experts.count
         for layer in range(layers):
             hosts = [
-                list(swarm.hosts.get(UID(layer, tuple(map(int, place))), ()))
+                [n for n in swarm.hosts.get(UID(layer, tuple(map(int, place))), ()) if not calls.hostile[n]]
                 for place in zip(*np.unravel_index(np.arange(experts), grid), strict=True)
             ]
             table = np.full((experts, max(1, *map(len, hosts))), -1)
             for expert, some in enumerate(hosts):
                 table[expert, : len(some)] = some
-            self._hosts.append(table)
-        self._fit = list(map(self._fitting, range(layers)))
-        self._fit_at = 0.0
+            self.hosts.append(table)
 
-    def step(self, now: float) -> None:
-        if now >= self._fit_at + 1.0:
-            self._fit, self._fit_at = list(map(self._fitting, range(len(self._hosts)))), now
 
-    def _fitting(self, layer: int) -> tuple[Integers, Integers]:
-        """The replicas of each expert that are neither much slower nor much busier than another; and how many."""
-        hosts = self._hosts[layer]
-        is_host = (hosts >= 0) & ~self._calls.hostile[hosts]
-        times = np.where(is_host, self.times_s[hosts], np.inf)
-        known = np.where(times > 0, times, np.inf)
-        fit = is_host & (times <= _SLOWER * known.min(axis=1, keepdims=True))
-        queued = np.where(fit, self._announced.queued[hosts], np.iinfo(np.int64).max)
+class KnownTimes:
+    """How long nodes took lately, as each drawn trainer knows, and the replicas that it therefore calls: the policy of
+    `trainer_client.dispatch.replicas`, for all experts of a pass at once.
+    """
+
+    def __init__(self, trainers: int, nodes: int, announced: Announced, rng: np.random.Generator) -> None:
+        self._seconds = np.zeros((trainers, nodes), np.float32)
+        """Moving means,"""
+        self._at = np.full((trainers, nodes), -math.inf, np.float32)
+        """and when each node answered last."""
+        self._usual = np.zeros(trainers)
+        """What nodes took lately, by each trainer's last look,"""
+        self._usual_at = np.full(trainers, -math.inf)
+        """and when that was."""
+        self._announced = announced
+        self._rng = rng
+
+    def note(self, trainer: int, nodes: Integers, seconds: Numbers, now: float) -> None:
+        seconds_N, at_N = self._seconds[trainer], self._at[trainer]
+        before = seconds_N[nodes]
+        is_known = at_N[nodes] > now - _TIMES_HOLD_S
+        seconds_N[nodes] = np.where(is_known, before + _WEIGHT * (seconds - before), seconds)
+        at_N[nodes] = now
+
+    def choose(self, trainer: int, hosts: Integers, now: float) -> Integers:
+        """One of the `hosts` [G, replicas] of each expert; -1 where there is none."""
+        rng, is_host = self._rng, hosts >= 0
+        known = is_host & (self._at[trainer][hosts] > now - _TIMES_HOLD_S)
+        seconds = np.where(known, self._seconds[trainer][hosts], np.inf)
+        usual_s = self._usual_s(trainer, now)
+        quick = known & (seconds <= _SLOWER * np.maximum(seconds.min(axis=1), usual_s)[:, None])
+        others = is_host & ~known
+        few = quick.sum(axis=1) < _QUICK
+        tried = ~few & others.any(axis=1) & (rng.random(len(hosts)) < _TRIED)
+        fit = np.where(few[:, None], quick | others, np.where(tried[:, None], others, quick))
+        queued = np.where(fit, self._announced.queued[hosts], _MOST_QUEUED)
         fit &= queued <= queued.min(axis=1, keepdims=True) + _BUSIER_ROWS
-        order = np.argsort(~fit, axis=1, kind="stable")
-        return np.take_along_axis(hosts, order, axis=1), fit.sum(axis=1)
+        place = np.where(fit, queued + rng.random(hosts.shape), np.inf).argmin(axis=1)
+        return np.where(fit.any(axis=1), np.take_along_axis(hosts, place[:, None], axis=1)[:, 0], -1)
 
-    def draw(self, layer: int) -> tuple[RecordedPass, Integers]:
-        """A pass, and the nodes [G] that a drawn trainer sends its groups to."""
-        passes = self.passes[layer]
-        drawn = passes[int(self._rng.integers(len(passes)))]
-        return drawn, np.where(drawn.alone >= 0, self.replica(layer, drawn.alone), drawn.sent.nodes)
-
-    def replica(self, layer: int, experts: Integers) -> Integers:
-        """A fit one of each; -1 of none."""
-        hosts, count = self._fit[layer]
-        place = (self._rng.random(len(experts)) * count[experts]).astype(np.int64)
-        return np.where(count[experts] > 0, hosts[experts, np.minimum(place, hosts.shape[1] - 1)], -1)
+    def _usual_s(self, trainer: int, now: float) -> float:
+        if now >= self._usual_at[trainer] + _USUAL_EVERY_S:
+            lately = self._seconds[trainer][self._at[trainer] > now - _TIMES_HOLD_S]
+            self._usual[trainer] = np.median(lately) if len(lately) else 0.0
+            self._usual_at[trainer] = now
+        return float(self._usual[trainer])
 
 
 class Counts:
@@ -375,7 +391,7 @@ class _Play:
         for number in swarm.dead:
             self.calls.kill(number, long_ago=True)
         self.announced = Announced(swarm, self.calls, window, rng)
-        self.recorded = Recorded(swarm, self.calls, self.announced, np.random.default_rng((seed, 1)))
+        self.recorded = Recorded(swarm, self.calls)
         self.numbers = {peer_id: number for number, peer_id in enumerate(swarm.peer_ids)}
         self.settings = TrainerSettings().in_swarm(manifest)
         self.policy = WaitPolicy(self.settings.call_deadline_s, self.settings.grace_s, self.settings.k_min)
@@ -406,7 +422,6 @@ class _Play:
             told = self.calls.step()
             now = self.calls.now
             self.announced.step(now)
-            self.recorded.step(now)
             drawn.step(now, told)
             if not self.counts.is_on and now >= window.warm_up_s:
                 self.counts.is_on = True
@@ -719,8 +734,6 @@ class RealTrainer:
         play = self._play
         recorded = RecordedPass.of(selection, live, play.numbers, play.swarm.manifest.experts.grid)
         play.recorded.passes[layer].append(recorded)
-        for peer_id, seconds in self.dispatcher.latencies.nodes.items():
-            play.recorded.times_s[play.numbers[peer_id]] = seconds
         numbers = np.ravel_multi_index(
             tuple(selection.coordinates[selection.valid].T), play.swarm.manifest.experts.grid
         )
@@ -741,10 +754,11 @@ class RealTrainer:
 
 
 class _Pass:
-    """One that is under way."""
+    """One that is under way. Each group may be called twice: places from G on are those of second calls."""
 
     __slots__ = (
-        "answered", "began", "ends", "enough_at", "forward", "last_at", "left", "recorded", "sent_to", "step", "times",
+        "answered", "began", "called_at", "ends", "enough_at", "forward", "is_over", "last_at", "left", "nodes",
+        "recorded", "sent_to", "step", "times",
     )  # fmt: skip
 
     def __init__(
@@ -752,7 +766,12 @@ class _Pass:
     ) -> None:
         self.step = step
         self.recorded = recorded
-        self.sent_to = nodes
+        self.sent_to = nodes.copy()
+        """Of each group the node that answered it, or was asked last."""
+        self.nodes = np.concatenate([nodes, np.full(len(nodes), -1)])
+        """Of all calls,"""
+        self.called_at = np.full(2 * len(nodes), began)
+        """and when each was made."""
         self.forward = forward
         self.began = began
         self.ends = ends
@@ -760,7 +779,13 @@ class _Pass:
         self.left = int((nodes >= 0).sum())
         self.last_at = began
         self.enough_at: float | None = None
+        self.is_over = False
+        """Nobody waits any more. What still comes says how slow a node is."""
         self.times: list[Numbers] = []
+
+    @property
+    def groups(self) -> int:
+        return len(self.answered)
 
 
 class _Step:
@@ -792,6 +817,10 @@ class DrawnTrainers:
         """Passes to look at, by slot."""
         self._started = False
         self._rng = np.random.default_rng((play.seed, 3))
+        self._first = numbers[0] if len(numbers) else 0
+        self._known = KnownTimes(
+            len(numbers), play.nodes, play.announced, np.random.default_rng((play.seed, 1))
+        )
 
     def step(self, now: float, told: Sequence[Told]) -> None:
         if not self._started:
@@ -831,12 +860,29 @@ class DrawnTrainers:
             part = window.dense_rows * window.tokens / 3 / layers
             play.calls.compute(play.nodes + step.trainer, part * (1 if forward else 2), at, self._own(step))
         elif forward:
-            recorded, nodes = play.recorded.draw(stage // 2)
+            recorded, nodes = self._draw(step.trainer, stage // 2, at)
             self._send(step, recorded, nodes, True, at)
         else:
             first = step.passes[2 * layers - 1 - stage // 2]
             nodes = np.where(first.answered, first.sent_to, -1)
             self._send(step, first.recorded, nodes, False, at)
+
+    def _draw(self, trainer: int, layer: int, at: float) -> tuple[RecordedPass, Integers]:
+        """A pass, and the nodes [G] that its groups go to."""
+        passes = self._play.recorded.passes[layer]
+        drawn = passes[int(self._rng.integers(len(passes)))]
+        return drawn, np.where(
+            drawn.alone >= 0, self._replicas(trainer, layer, drawn.alone, at), drawn.sent.nodes
+        )
+
+    def _replicas(
+        self, trainer: int, layer: int, experts: Integers, at: float, besides: Integers | None = None
+    ) -> Integers:
+        """One of each; -1 of none. `besides`: nodes that are not asked again, one for each."""
+        hosts = self._play.recorded.hosts[layer][experts]
+        if besides is not None:
+            hosts = np.where(hosts == besides[:, None], -1, hosts)
+        return self._known.choose(trainer - self._first, hosts, at)
 
     def _end_step(self, step: _Step, at: float) -> None:
         play, pacing = self._play, self.pacing[step.trainer]
@@ -864,12 +910,13 @@ class DrawnTrainers:
             self._look_at(owner, at + deadline_s / 2)
             self._look_at(owner, making.ends)
 
-    def _call(self, owner: int, making: _Pass, groups: Integers, nodes: Integers, at: float) -> None:
-        sent, play = making.recorded.sent, self._play
+    def _call(self, owner: int, making: _Pass, places: Integers, nodes: Integers, at: float) -> None:
+        sent, play, groups = making.recorded.sent, self._play, places % making.groups
+        making.nodes[places], making.called_at[places] = nodes, at
         some = Sent(nodes, sent.rows[groups], sent.slots[groups], sent.experts[groups])
         trainer = making.step.trainer
         self._calls_made[trainer] += len(groups)
-        play.calls.begin(play.nodes + trainer, some, making.forward, at, making.ends, owner, groups)
+        play.calls.begin(play.nodes + trainer, some, making.forward, at, making.ends, owner, places)
 
     def _look_at(self, owner: int, at: float) -> None:
         slot = math.ceil(at / self._play.window.slot_s)
@@ -896,20 +943,32 @@ class DrawnTrainers:
                 taken = well[first:last]
                 self._answer(owner, found, places[first:last][taken], at[first:last][taken])
 
-    def _answer(self, owner: int, found: _Pass, groups: Integers, at: Numbers) -> None:
-        fresh = ~found.answered[groups]
-        groups, at = groups[fresh], at[fresh]
+    def _answer(self, owner: int, found: _Pass, places: Integers, at: Numbers) -> None:
+        nodes = found.nodes[places]
+        if len(places):
+            took_s = np.maximum(at - found.called_at[places], _LEAST_TIME_S)
+            self._known.note(found.step.trainer - self._first, nodes, took_s, float(at.max()))
+            found.nodes[places] = -1
+        if found.is_over:
+            self._forget_if_answered(owner, found)
+            return
+        fresh = ~found.answered[places % found.groups]
+        groups, at = (places % found.groups)[fresh], at[fresh]
         if not len(groups):
             return
-        groups = np.unique(groups)
+        found.sent_to[groups] = nodes[fresh]
         found.answered[groups] = True
-        found.left -= len(groups)
+        found.left = int((~found.answered).sum())
         found.last_at = max(found.last_at, float(at.max()))
         found.times.append(at - found.began)
         if not found.left:
             self._end(owner, found, found.last_at)
         elif found.enough_at is None and found.left <= max(2, len(found.answered) // 8):
             self._see_if_enough(owner, found)
+
+    def _forget_if_answered(self, owner: int, found: _Pass) -> None:
+        if (found.nodes < 0).all():
+            del self._owners[owner]
 
     def _see_if_enough(self, owner: int, found: _Pass) -> None:
         """Whether every row has as many answers as the wait policy wants."""
@@ -923,7 +982,13 @@ class DrawnTrainers:
     def _look(self, owner: int, found: _Pass, now: float) -> None:
         play, policy = self._play, self._play.policy
         slot_s = play.window.slot_s
-        if found.enough_at is not None and now >= found.enough_at + policy.grace_s - slot_s:
+        if found.is_over:
+            if now >= found.ends - slot_s:
+                late = found.nodes >= 0
+                trainer, took_s = found.step.trainer - self._first, now - found.called_at[late]
+                self._known.note(trainer, found.nodes[late], took_s, now)
+                del self._owners[owner]
+        elif found.enough_at is not None and now >= found.enough_at + policy.grace_s - slot_s:
             self._end(owner, found, found.enough_at + policy.grace_s)
         elif now >= found.ends - slot_s:
             self._end(owner, found, found.ends)
@@ -939,15 +1004,16 @@ class DrawnTrainers:
             room = int(self._play.policy.most_hedged * self._calls_made[trainer]) - self._hedged[trainer]
             late = late[: max(0, room)]
             self._hedged[trainer] += len(late)
-        others = self._play.recorded.replica(found.step.passes.index(found), alone[late])
+        layer = found.step.passes.index(found)
+        others = self._replicas(trainer, layer, alone[late], now, found.sent_to[late])
         late, others = late[others >= 0], others[others >= 0]
         if len(late):
-            found.sent_to = found.sent_to.copy()
             found.sent_to[late] = others
-            self._call(owner, found, late, others, now)
+            self._call(owner, found, late + found.groups, others, now)
 
     def _end(self, owner: int, found: _Pass, at: float) -> None:
-        del self._owners[owner]
+        found.is_over = True
+        self._forget_if_answered(owner, found)
         trainer, counts = found.step.trainer, self._play.counts
         times, all_s = self._times[trainer][found.forward], np.concatenate([*found.times, np.zeros(0)])
         some_s = self._rng.choice(all_s, min(_NOTED_TIMES, len(all_s)), replace=False).tolist()

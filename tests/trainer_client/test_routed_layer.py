@@ -1,5 +1,6 @@
 """The mixture layer with each router: formulas, randomness, failures, causality. Real blocks, no network."""
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -394,7 +395,9 @@ def test_under_a_limit_tokens_go_to_few_nodes_and_the_model_stays_causal(
         for layer in range(2):
             calls = [call for call in swarm.calls if call.uids[0].layer == layer]
             nodes = np.bincount(np.concatenate([call.batch.rows for call in calls]), minlength=24)
-            assert 1 <= nodes.min() <= nodes.max() <= 2
+            counts = Counter(peer for uid, peer in swarm.peer_of.items() if uid.layer == layer)
+            have_three = sum(sorted(counts.values())[:2]) >= 3 and not replicated
+            assert 1 <= nodes.min() <= nodes.max() <= (2 if have_three or peers <= 2 - replicated else 3)
     before_BTV, after_BTV = outputs
     torch.testing.assert_close(after_BTV[0, :at], before_BTV[0, :at], rtol=0, atol=1e-5)
     torch.testing.assert_close(after_BTV[1], before_BTV[1], rtol=0, atol=1e-5)

@@ -200,7 +200,9 @@ def of_best_nodes_one_by_one(
         for node in set(nodes.tolist()) - {-1}
     }
     allowed = set(sorted(sizes, key=lambda node: -sizes[node])[:most])
-    return allowed, sorted(logits[np.isin(nodes, list(allowed))], reverse=True)[:k]
+    is_there = np.isin(nodes, list(allowed))
+    there, elsewhere = (sorted(logits[part], reverse=True) for part in (is_there, ~is_there))
+    return allowed, [*there, *elsewhere][:k]
 
 
 def limited(
@@ -228,11 +230,10 @@ def test_under_a_limit_rows_take_the_best_experts_of_their_best_nodes(
         assert len(set(chosen)) == len(chosen)
         at = {int(nodes[c]) for c in chosen}
         assert -1 not in at
-        assert len(at) <= most
         if most >= k:
             continue  # then it is a choice among all
         allowed, expected = of_best_nodes_one_by_one(logits[alive[-1]], nodes[alive[-1]], k, most)
-        assert at <= allowed
+        assert at <= allowed or np.isin(nodes, list(allowed)).sum() < k
         np.testing.assert_allclose([logits[c] for c in chosen], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -254,10 +255,16 @@ def test_under_a_limit_a_row_chooses_by_its_own_scores(
     np.testing.assert_array_equal(after.valid[same], before.valid[same])
 
 
-def test_a_row_takes_fewer_experts_than_k_where_its_nodes_have_fewer() -> None:
+def test_a_row_takes_its_best_experts_elsewhere_where_its_nodes_have_fewer_than_k() -> None:
     scores = [np.array([[5, 4, 3, 2, 1]], np.float32)]
-    found = limited(scores, all_live(5), 4, None, NodeLimit(np.array([0, 1, 2, 2, 2]), 2))
-    assert found.coordinates[0, found.valid[0], 0].tolist() == [0, 1]
+    one_each = limited(scores, all_live(5), 4, None, NodeLimit(np.arange(5), 2))
+    assert one_each.valid.all()
+    assert one_each.coordinates[0, :, 0].tolist() == [0, 1, 2, 3]
+    # two of its best node come before a better one elsewhere
+    found = limited(scores, all_live(5), 3, None, NodeLimit(np.array([0, 1, 2, 0, -1]), 1))
+    assert found.coordinates[0, :, 0].tolist() == [0, 3, 1]
+    nobody = limited(scores, all_live(5), 4, None, NodeLimit(np.array([0, -1, -1, -1, -1]), 2))
+    assert nobody.valid.tolist() == [[True, False, False, False]]
 
 
 def test_among_more_experts_than_can_be_listed_candidates_of_the_search_are_taken() -> None:

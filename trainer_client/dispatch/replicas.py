@@ -3,7 +3,8 @@
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from math import ceil, inf
+from math import ceil
+from statistics import median_low
 from types import MappingProxyType
 
 from dht.announcements import Replica
@@ -18,9 +19,13 @@ _MOST_PREFERRED = 2.0
 once whatever it likes, gets no more.
 """
 _SLOWER = 2.0
-"""Times that a peer takes as long as the quickest one, beyond which it is passed over."""
+"""Times that a peer takes as long as the quickest one of its expert, and as the middling one of all that were called
+lately, beyond which it is passed over."""
+_QUICK, _TRIED = 2, 1 / 16
+"""Where so many quick replicas of an expert are known, others that were not called lately get so few of its calls."""
 _MANY, _COMPARED_OF_MANY = 16, 8
-"""Of an expert with more than 16 replicas 8 are compared, as drawn, unless none of these can be called."""
+"""Of an expert with more than 16 replicas 8 are compared, as drawn, with those that were called lately, unless none of
+these can be called."""
 _BUSIER_ROWS = 1024
 """Rows queued beyond those of the least busy one, from which a peer is passed over."""
 _NOT_ASKED: Mapping[UID, Collection[PeerID]] = MappingProxyType({})
@@ -43,7 +48,8 @@ def choose_replicas(
     not to one that is much slower or busier than another replica, and not to one that has 1.5 times its even share.
     Where only slower or busier ones have less, the others take up to twice their share before these are asked.
     """
-    hosts = {uid: _hosts(view, uid, avoided.union(asked.get(uid, ())), rng) for uid in uids}
+    hosts = {uid: _hosts(view, uid, avoided.union(asked.get(uid, ())), rng, times_s) for uid in uids}
+    usual_s = median_low(times_s.values()) if times_s else 0.0
     peers = {replica.peer_id for some in hosts.values() for replica in some}
     share = len(hosts) / max(1, len(peers))
     most, most_preferred = ceil(_MOST_CARRIED * share), ceil(_MOST_PREFERRED * share)
@@ -58,7 +64,7 @@ def choose_replicas(
             several.append(uid)
     rng.shuffle(several)
     for uid in several:
-        fit = _fit(hosts[uid], times_s)
+        fit = _fit(hosts[uid], times_s, usual_s, rng)
         free = (
             [replica for replica in fit if carried[replica.peer_id] < most]
             or [replica for replica in fit if carried[replica.peer_id] < most_preferred]
@@ -72,19 +78,32 @@ def choose_replicas(
     return {uid: chosen[uid] for uid in hosts if uid in chosen}
 
 
-def _hosts(view: View, uid: UID, avoided: frozenset[PeerID], rng: random.Random) -> list[Replica]:
+def _hosts(
+    view: View, uid: UID, avoided: frozenset[PeerID], rng: random.Random, times_s: Mapping[PeerID, float]
+) -> list[Replica]:
     """The replicas that are compared."""
     replicas = view.replicas.get(uid, ())
     if len(replicas) > _MANY:
-        drawn = view.able(rng.sample(replicas, _COMPARED_OF_MANY), avoided)
-        if drawn:
-            return drawn
+        drawn = rng.sample(replicas, _COMPARED_OF_MANY)
+        known = [replica for replica in replicas if replica.peer_id in times_s and replica not in drawn]
+        if some := view.able([*known, *drawn], avoided):
+            return some
     return view.hosts(uid, avoided)
 
 
-def _fit(hosts: list[Replica], times_s: Mapping[PeerID, float]) -> list[Replica]:
-    """Those that are neither much slower nor much busier than another."""
-    quickest = min((t for replica in hosts if (t := times_s.get(replica.peer_id, 0.0))), default=inf)
-    quick = [replica for replica in hosts if times_s.get(replica.peer_id, 0.0) <= _SLOWER * quickest]
+def _fit(
+    hosts: list[Replica], times_s: Mapping[PeerID, float], usual_s: float, rng: random.Random
+) -> list[Replica]:
+    """Those that are neither much slower nor much busier than another. `usual_s`: what peers took lately."""
+    known = [replica for replica in hosts if replica.peer_id in times_s]
+    quickest = min((times_s[replica.peer_id] for replica in known), default=0.0)
+    slowest = _SLOWER * max(quickest, usual_s)
+    quick = [replica for replica in known if times_s[replica.peer_id] <= slowest]
+    if len(known) < len(hosts):
+        others = [replica for replica in hosts if replica.peer_id not in times_s]
+        if len(quick) < _QUICK:
+            quick += others
+        elif rng.random() < _TRIED:
+            quick = others
     least = min(replica.queued_rows for replica in quick)
     return [replica for replica in quick if replica.queued_rows <= least + _BUSIER_ROWS]

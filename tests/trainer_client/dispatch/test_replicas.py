@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import ceil
 
 import numpy as np
+import pytest
 from expert_fakes import make_manifest, make_node, make_peer_id, make_replica
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from dht.directory import View
 from dht.uid import UID
 from peer.identity import PeerID
+from trainer_client.dispatch.policy import Latencies
 from trainer_client.dispatch.replicas import choose_replicas
 
 UIDS = [UID(0, (number,)) for number in range(64)]
@@ -96,7 +98,10 @@ def test_a_stranger_that_has_every_expert_and_is_the_quickest_carries_twice_its_
     hosts = {uid: [stranger, others[number % len(others)]] for number, uid in enumerate(UIDS)}
     times_s = dict.fromkeys(others, 0.1) | {stranger: 0.001}
     quick = choose_replicas(hosts, make_view(hosts), random.Random(0), times_s=times_s)
-    assert Counter(quick.values())[stranger] == ceil(2 * len(UIDS) / len(PEERS))
+    assert Counter(quick.values())[stranger] <= ceil(1.5 * len(UIDS) / len(PEERS)), "others are quick enough"
+    slow = times_s | dict.fromkeys(others, 10.0) | {make_peer_id(n): 0.1 for n in range(100, 120)}
+    preferred = choose_replicas(hosts, make_view(hosts), random.Random(0), times_s=slow)
+    assert Counter(preferred.values())[stranger] == ceil(2 * len(UIDS) / len(PEERS))
     busy = make_view(hosts, dict.fromkeys(others, 10_000))
     assert Counter(choose_replicas(hosts, busy, random.Random(0)).values())[stranger] <= 13
 
@@ -124,3 +129,35 @@ def test_of_many_replicas_some_are_drawn_and_if_none_of_them_can_be_called_other
     found = choose_replicas(hosts, view, random.Random(0), frozenset(many) - {only})
     assert found == dict.fromkeys(UIDS, only)
     assert choose_replicas(hosts, view, random.Random(0), frozenset(many)) == {}
+
+
+def learn(true_s: dict[PeerID, float], passes: int) -> tuple[Counter[PeerID], Latencies]:
+    """Calls one expert's replicas by what earlier calls took, once a second; how often each was called in the second
+    half.
+    """
+    (uid, *_), rng, latencies = UIDS, random.Random(0), Latencies()
+    hosts = {uid: list(true_s)}
+    view = replace(make_view(hosts), nodes={peer: make_node(peer) for peer in true_s})
+    called: Counter[PeerID] = Counter()
+    for second in range(passes):
+        peer = choose_replicas([uid], view, rng, times_s=latencies.nodes_lately(second))[uid]
+        latencies.note_node(peer, true_s[peer] * rng.uniform(0.8, 1.25), second)
+        called[peer] += second >= passes // 2
+    return called, latencies
+
+
+@pytest.mark.parametrize("replicas", [8, 60])
+def test_a_trainer_learns_which_of_many_replicas_are_quick_and_seldom_tries_others(replicas: int) -> None:
+    """Drawn evenly, a third of the calls would be slow."""
+    peers = [make_peer_id(number) for number in range(replicas)]
+    true_s = {peer: 2.0 if number % 3 == 0 else 0.2 for number, peer in enumerate(peers)}
+    called, _ = learn(true_s, 2000)
+    assert sum(count for peer, count in called.items() if true_s[peer] > 1) < 0.08 * called.total()
+    assert sum(count > 0 for peer, count in called.items() if true_s[peer] < 1) > replicas // 3
+
+
+def test_who_answers_at_once_takes_no_calls_from_others_that_are_quick_enough() -> None:
+    stranger, *others = [make_peer_id(number) for number in range(8)]
+    called, latencies = learn(dict.fromkeys(others, 0.2) | {stranger: 0.001}, 2000)
+    assert len(latencies.nodes) == 8, "all are tried"
+    assert called[stranger] < 2 * called.total() / 8
