@@ -687,6 +687,13 @@ def build(
             help="Make the next revision of this memory: add to it, and share all of its shards.",
         ),
     ] = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An encoder of `talkoot memory train-encoder`.  [default: word vectors, learned from the text]",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -699,8 +706,49 @@ def build(
             from talkoot.memory.build import BuildPlan, run_build
 
         run_build(
-            terminal, BuildPlan(tuple(paths), out, name, about, license, field, title_field, base, seed)
+            terminal,
+            BuildPlan(tuple(paths), out, name, about, license, field, title_field, base, encoder, seed),
         )
+
+
+@memory.command("train-encoder", cls=PlainCommand)
+def train_encoder(
+    pairs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PAIRS",
+            help="JSON lines with the fields `question`, `title` and `text`: a question, and the passage that answers "
+            "it. A list `answers` has phrases: passages with one of them may answer it, too.",
+        ),
+    ],
+    *,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILES",
+            help="The text of the memory, as `talkoot memory build` reads it. May be repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write: a new one.")],
+    field: Annotated[
+        str, typer.Option(metavar="NAME", help="The field of .jsonl and .parquet that has the text.")
+    ] = "text",
+    title_field: Annotated[
+        str, typer.Option("--title-from", metavar="NAME", help="The field that has the title.")
+    ] = "title",
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is random.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train an encoder on questions and their answers.
+
+    Learns word vectors from the text, and then two encoders, one of questions and one of passages, which bring a
+    question near to the passage that answers it. Build a memory with them: `talkoot memory build --encoder FILE`.
+    """
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing():
+            from talkoot.memory.train_encoder import TrainEncoderPlan, run_train_encoder
+
+        run_train_encoder(terminal, TrainEncoderPlan(pairs, tuple(text), out, field, title_field, seed))
 
 
 @memory.command(cls=PublishCommand)

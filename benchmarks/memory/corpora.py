@@ -82,14 +82,31 @@ def bible() -> Iterator[Entry]:
 
 def documentation() -> Iterator[Entry]:
     """Pages of Python's documentation, without the indices."""
-    root = _documentation_folder()
-    for path in sorted(root.rglob("*.html")):
+    for name, page in _pages():
+        if text := page.text():
+            yield Entry(page.title or name, text)
+
+
+def sections() -> Iterator[tuple[str, Entry]]:
+    """Sections of Python's documentation with their headings, which are not in the texts. The titles are the pages'."""
+    for name, page in _pages():
+        for heading, text in page.sections:
+            if text:
+                yield heading, Entry(page.title or name, text)
+
+
+def is_documented() -> bool:
+    return bool(_documentation_folder().parts)
+
+
+def _pages() -> Iterator[tuple[str, "_Page"]]:
+    for path in sorted(_documentation_folder().rglob("*.html")):
         if path.name.startswith(("genindex", "py-modindex", "search", "contents")):
             continue
         page = _Page()
         page.feed(path.read_text(encoding="utf-8", errors="replace"))
-        if text := page.text():
-            yield Entry(page.title or path.stem, text)
+        page.close()
+        yield path.stem, page
 
 
 def python_help() -> Iterator[Entry]:
@@ -116,7 +133,7 @@ CORPORA = (
         "python",
         "PSF-2.0",
         documentation,
-        lambda: bool(_documentation_folder().parts),
+        is_documented,
         "apt-get install python3-doc",
     ),
     Corpus(
@@ -183,6 +200,7 @@ class _Page(HTMLParser):
     """The text of a page that Sphinx made, without what stands around it."""
 
     _HIDDEN = frozenset({"script", "style", "head", "nav", "footer"})
+    _HEADINGS = frozenset({"h1", "h2", "h3", "h4"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,6 +209,16 @@ class _Page(HTMLParser):
         self._hidden = 0
         self._in_main = False
         self._in_heading = False
+        self._sections: list[tuple[list[str], list[str]]] = [([], [])]
+        self._in_subheading = False
+
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        """Heading and text of each. The first one is that of the page."""
+        return [
+            (_joined("".join(heading)).rstrip("¶"), _joined(" ".join(words)))
+            for heading, words in self._sections
+        ]
 
     def text(self) -> str:
         return _joined(" ".join(self._words))
@@ -202,14 +230,19 @@ class _Page(HTMLParser):
         elif ("class", "clearer") in attrs:
             self._in_main = False
         self._in_heading = tag == "h1" or self._in_heading
+        if tag in self._HEADINGS and self._in_main and not self._hidden:
+            self._in_subheading = True
+            self._sections.append(([], []))
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden -= tag in self._HIDDEN
         self._in_heading = tag != "h1" and self._in_heading
+        self._in_subheading = tag not in self._HEADINGS and self._in_subheading
 
     def handle_data(self, data: str) -> None:
         if self._in_main and not self._hidden:
             self._words.append(data)
+            self._sections[-1][0 if self._in_subheading else 1].append(data)
             if self._in_heading:
                 self.title = _joined(f"{self.title}{data}").rstrip("¶")
 

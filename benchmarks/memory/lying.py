@@ -186,6 +186,10 @@ class KnownDirectory:
         vectors_QD = self._built.encoder.encode(texts)
         return vectors_QD, self._built.codebook.scores(vectors_QD)
 
+    @property
+    def word_weight(self) -> float:
+        return self._built.encoder.word_weight
+
     def rarity(self, words: Iterable[str]) -> list[float]:
         return self._built.encoder.rarity(words)
 

@@ -6,15 +6,15 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
 from dht.memory import (
+    MAX_ENCODER_BYTES,
     MAX_LABEL_CHARACTERS,
     MAX_LICENSE_CHARACTERS,
     MAX_LICENSES,
@@ -31,20 +31,27 @@ from peer.codec import Booleans, Integers
 from peer.errors import DataError, LibraryError, SettingsError, WireError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted, printable
+from peer.platform.files import open_plainly
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 from talkoot.memory.passages import PassageFile, read_passages
+from talkoot.memory.progress import Progress, Rate, Show
 from talkoot.memory.shards import write_shards
 from talkoot.memory.training import WordCounter, train_static_encoder
 from talkoot.partial import LOCK, PartialFolder, naming_failures
 from talkoot.terminal import Terminal
 from trainer_client.data.sources import find_files
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import STATIC, Encoder, StaticEncoder, load_encoder, words_of
+from trainer_client.memory.encoder import (
+    DUAL,
+    STATIC,
+    DualEncoder,
+    Encoder,
+    StaticEncoder,
+    load_encoder,
+    words_of,
+)
 
 logger = logging.getLogger(__name__)
-
-Show: TypeAlias = Callable[[str, str], None]
-"""Is told what is done, and how much of it."""
 
 _PASSAGES = ".passages"
 """A file of the folder while it is made."""
@@ -52,7 +59,6 @@ _AT_ONCE = 1024
 """Passages that are encoded together."""
 _MUCH_UNKNOWN = 0.1
 """Part of the words of new text that the base's encoder may not know before its publisher is warned."""
-_SHOWN_EVERY_S, _LOGGED_EVERY_S = 0.2, 5.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class BuildPlan:
     title_field: str = "title"
     base: Path | None = None
     """The memory that this is the next revision of."""
+    encoder: Path | None = None
+    """A file of `talkoot memory train-encoder`; None: word vectors are learned from the text."""
     seed: int = 0
 
 
@@ -84,7 +92,7 @@ class BuildReport:
     duplicates: int
     """Passages that were left out."""
     unknown: float
-    """Of the new text's words, the part that the base's encoder does not know; 0 without a base."""
+    """Of the new text's words, the part that the encoder of --base or --encoder does not know; else 0."""
     shards: int
     cells: int
     skew: float
@@ -97,8 +105,7 @@ class BuildReport:
 def run_build(terminal: Terminal, plan: BuildPlan) -> None:
     """Raises UserError."""
     with terminal.stages("looking for text") as stage:
-        progress = _Progress(stage, _SHOWN_EVERY_S if terminal.live else _LOGGED_EVERY_S)
-        report = build_memory(plan, progress.show)
+        report = build_memory(plan, Progress(stage, terminal.live).show)
     if terminal.json:
         terminal.event("memory", asdict(report))
         return
@@ -114,7 +121,7 @@ def run_build(terminal: Terminal, plan: BuildPlan) -> None:
     if report.unknown > _MUCH_UNKNOWN:
         logger.warning(
             "%.0f%% of the words in the new text are not known in %s, and no question finds passages by them. If this "
-            "is about something else, make a memory of its own: leave out --base",
+            "is about something else, make a memory of its own: leave out --base and --encoder",
             100 * report.unknown,
             report.name,
         )
@@ -130,11 +137,12 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
         license=printable(plan.license, MAX_LICENSE_CHARACTERS),
     )
     base = None if plan.base is None else _Base.open(plan.base)
+    given = None if plan.encoder is None else _given_encoder(plan.encoder, base)
     name, files = _name(plan, base), find_files(plan.paths)
     with PartialFolder(plan.out) as folder, naming_failures(plan.out):
         try:
             _clear(folder.partial)
-            with closing(_Building(folder.partial, base, plan.seed, show)) as building:
+            with closing(_Building(folder.partial, base, given, plan.seed, show)) as building:
                 building.read(files, plan)
                 manifest = building.write(name, plan.about)
             size = sum(path.stat().st_size for path in folder.partial.rglob("*") if path.is_file())
@@ -228,8 +236,12 @@ class _Base:
 class _Building:
     """One run of the command, in the folder that becomes the memory."""
 
-    def __init__(self, folder: Path, base: _Base | None, seed: int, show: Show) -> None:
-        self._folder, self._base, self._seed, self._show = folder, base, seed, show
+    def __init__(
+        self, folder: Path, base: _Base | None, given: DualEncoder | None, seed: int, show: Show
+    ) -> None:
+        """`given`: the encoder of a first revision; None: it is learned."""
+        self._folder, self._base, self._given, self._seed, self._show = folder, base, given, seed, show
+        self._known: Encoder | None = given if base is None else base.encoder
         self._licenses: dict[str, None] = {}
         known = iter(()) if base is None else base.texts()
         self._file = PassageFile(folder / _PASSAGES, known)
@@ -253,16 +265,16 @@ class _Building:
 
     def read(self, files: Sequence[Path], plan: BuildPlan) -> None:
         """Raises UserError, and OSError if the disk is full."""
-        rate = _Rate(self._show, "reading", None)
+        rate = Rate(self._show, "reading", None)
         for passage in read_passages(files, plan.field, plan.title_field, plan.license):
             if self._file.add(passage):
                 self._licenses[passage.license] = None
-                if self._base is None:
+                if self._known is None:
                     self._counter.add(text_of(passage))
                 else:
                     words = words_of(text_of(passage))
                     self._words += len(words)
-                    self._unknown_words += sum(not self._base.encoder.knows(word) for word in words)
+                    self._unknown_words += sum(not self._known.knows(word) for word in words)
             rate.at(len(self._file))
         if not len(self._file):
             named = ", ".join(map(str, files[:3]))
@@ -279,7 +291,7 @@ class _Building:
             raise SettingsError(
                 f"the field 'license' has {len(licenses)} different values; a memory has at most {MAX_LICENSES}"
             )
-        encoder = base.encoder if base else self._train()
+        encoder = base.encoder if base else self._given or self._train()
         vectors_ND = self._encode(encoder)
         codebook = base.codebook if base else self._cluster(vectors_ND)
         grid = base.manifest.grid if base else grid_for(len(vectors_ND))
@@ -289,7 +301,7 @@ class _Building:
             base.copy_to(self._folder)
             parts = base.manifest.encoder, base.manifest.codebook
         else:
-            assert isinstance(encoder, StaticEncoder), "what was trained"
+            assert isinstance(encoder, StaticEncoder | DualEncoder), "what was trained"
             parts = self._write_part(encoder.to_bytes()), self._write_part(codebook.to_bytes())
         shards = self._write_shards(vectors_ND, two_cells(codebook, vectors_ND), grid)
         manifest = MemoryManifest(
@@ -297,7 +309,7 @@ class _Building:
             base.manifest.revision + 1 if base else 1,
             about if about is not None else base.manifest.about if base else "",
             time.time(),
-            base.manifest.encoder_kind if base else STATIC,
+            base.manifest.encoder_kind if base else STATIC if self._given is None else DUAL,
             parts[0],
             encoder.dimensions,
             parts[1],
@@ -312,16 +324,16 @@ class _Building:
 
     def _train(self) -> StaticEncoder:
         words = self._counter.finish()
-        rate = _Rate(self._show, "learning word vectors", None, "steps")
+        rate = Rate(self._show, "learning word vectors", None, "steps")
         return train_static_encoder(
             words,
             seed=self._seed,
-            watch=lambda step, steps, loss: rate.at(step, f", loss {loss:.2f}", steps),
+            watch=rate.step,
         )
 
     def _encode(self, encoder: Encoder) -> Vectors:
         vectors_ND = np.empty((len(self._file), encoder.dimensions), np.int8)
-        rate = _Rate(self._show, "encoding", len(vectors_ND))
+        rate = Rate(self._show, "encoding", len(vectors_ND))
         for begin in range(0, len(vectors_ND), _AT_ONCE):
             end = min(begin + _AT_ONCE, len(vectors_ND))
             vectors_ND[begin:end] = encoder.encode([text_of(self._file[n]) for n in range(begin, end)])
@@ -343,7 +355,7 @@ class _Building:
         self, vectors_ND: Vectors, cells_N2: Integers, grid: tuple[int, ...]
     ) -> list[ShardInfo]:
         numbers = np.flatnonzero(self._not_revoked(vectors_ND))
-        rate = _Rate(self._show, "writing shards", cells_N2.shape[1] * len(numbers))
+        rate = Rate(self._show, "writing shards", cells_N2.shape[1] * len(numbers))
         return write_shards(self._folder / SHARDS, self._file, vectors_ND, cells_N2, grid, numbers, rate.at)
 
     def _not_revoked(self, vectors_ND: Vectors) -> Booleans:
@@ -359,35 +371,22 @@ def text_of(passage: Passage) -> str:
     return f"{passage.title}\n{passage.text}"
 
 
-class _Progress:
-    """Shows what is done, not more often than somebody can read it."""
-
-    def __init__(self, stage: Callable[[str], None], every_s: float) -> None:
-        self._stage, self._every_s = stage, every_s
-        self._what, self._at = "", 0.0
-
-    def show(self, what: str, detail: str) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._at = what, now
-            self._stage(what)
-        elif now >= self._at + self._every_s:
-            self._at = now
-            self._stage(f"{what}: {detail}")
-
-
-class _Rate:
-    """Says how much is done of something, and how fast."""
-
-    def __init__(self, show: Show, what: str, total: int | None, noun: str = "passages") -> None:
-        self._show, self._what, self._total, self._noun = show, what, total, noun
-        self._began = time.monotonic()
-
-    def at(self, done: int, more: str = "", total: int | None = None) -> None:
-        total = total or self._total
-        rate = done / max(time.monotonic() - self._began, 1e-3)
-        share = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-        self._show(self._what, f"{share} {self._noun}, {rate:,.0f} a second{more}")
+def _given_encoder(file: Path, base: _Base | None) -> DualEncoder:
+    """Raises UserError."""
+    if base is not None:
+        raise SettingsError("--encoder: a revision has the encoder of its base; leave out one of the two")
+    try:
+        with os.fdopen(open_plainly(file, os.O_RDONLY), "rb") as opened:
+            data = opened.read(MAX_ENCODER_BYTES + 1)
+        if len(data) > MAX_ENCODER_BYTES:
+            raise WireError(f"an encoder of more than {bytes_in_words(MAX_ENCODER_BYTES)}")
+        return DualEncoder.from_bytes(data)
+    except OSError as error:
+        raise DataError(f"--encoder: can't read {file}: {error.strerror or error}") from error
+    except WireError as error:
+        raise DataError(
+            f"--encoder {file} is no file that `talkoot memory train-encoder` wrote: {error}"
+        ) from error
 
 
 def _name(plan: BuildPlan, base: _Base | None) -> str:

@@ -3,7 +3,8 @@
 Lee, Chang & Toutanova 2019 (arXiv 1906.00300): some words in a row are a question, and what is left of their passage is
 the answer to be told from those of the other passages in a batch. Nothing is needed but the passages.
 
-Shapes: N passages, V words of the vocabulary, B passages in a batch, U different words in it, D numbers in a vector.
+Shapes: N passages, V words of the vocabulary, B questions in a batch and P passages, U different words in it, D numbers
+in a vector.
 """
 
 import math
@@ -121,7 +122,17 @@ def train_static_encoder(
     seed: int = 0,
     watch: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> StaticEncoder:
-    """Vectors for all words of the vocabulary. The same for the same words and seed.
+    """Vectors for all words of the vocabulary, in bytes. See `train_word_vectors`."""
+    return encoder_of(words, train_word_vectors(words, dimensions, seed, watch))
+
+
+def train_word_vectors(
+    words: PassageWords,
+    dimensions: int = DIMENSIONS,
+    seed: int = 0,
+    watch: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> Floats:
+    """Vectors for all words of the vocabulary, (V, D). The same for the same words and seed.
 
     `watch` is told the step, how many there are, and the step's loss in nats.
     """
@@ -130,15 +141,20 @@ def train_static_encoder(
     lengths_N = np.diff(words.offsets)
     usable = np.flatnonzero(lengths_N >= _USABLE_WORDS)
     if len(usable) > 1:
-        descent = _Descent(vectors_VD, _temperature(len(usable)))
+        descent = Descent(vectors_VD, _temperature(len(usable)))
         size = min(_BATCH, len(usable))
         samples = min(max(_EPOCHS * len(usable), _FEWEST_SAMPLES), _MOST_SAMPLES, _MOST_EPOCHS * len(usable))
         steps = samples // size
         warm_up = min(_WARM_UP_STEPS, max(1, steps // 10))
-        for step, batch in zip(range(steps), _batches(usable, size, rng), strict=False):
+        for step, batch in zip(range(steps), batches(usable, size, rng), strict=False):
             rate = _RATE * (1 - step / steps) * min(1, (step + 1) / warm_up)
-            loss = descent.step(*_cloze(words, batch, rng), rate)
+            loss = descent.step(*cloze(words, batch, rng), rate)
             watch(step + 1, steps, loss)
+    return vectors_VD
+
+
+def encoder_of(words: PassageWords, vectors_VD: Floats) -> StaticEncoder:
+    """One of these vectors, in bytes."""
     largest_V = np.abs(vectors_VD).max(axis=1)
     scales_V = (np.maximum(largest_V, _SMALLEST) / 127).astype(np.float32)
     rounded_VD = np.rint(vectors_VD / scales_V[:, None]).astype(np.int8)
@@ -158,7 +174,7 @@ def _random_vectors(rarities_V: Floats, dimensions: int, rng: np.random.Generato
     return vectors_VD
 
 
-def _batches(usable: Integers, size: int, rng: np.random.Generator) -> Iterator[Integers]:
+def batches(usable: Integers, size: int, rng: np.random.Generator) -> Iterator[Integers]:
     """Endless. Each passage once, before any comes again; what does not fill a batch is left out."""
     while True:
         order = rng.permutation(usable)
@@ -167,34 +183,34 @@ def _batches(usable: Integers, size: int, rng: np.random.Generator) -> Iterator[
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     """The words of some texts, one text after another."""
 
     numbers: Numbers
     lengths: Integers
 
 
-def _cloze(words: PassageWords, batch: Integers, rng: np.random.Generator) -> tuple[_Texts, _Texts]:
+def cloze(words: PassageWords, batch: Integers, rng: np.random.Generator) -> tuple[Texts, Texts]:
     """Questions, and the passages that answer them. (B each)"""
     starts_B = words.offsets[batch]
     lengths_B = words.offsets[batch + 1] - starts_B
     question_B = np.minimum(lengths_B // 2, rng.integers(_SHORTEST, _LONGEST + 1, len(batch)))
     begin_B = (rng.random(len(batch)) * (lengths_B - question_B + 1)).astype(np.int64)
     whole_B = rng.random(len(batch)) < _WHOLE
-    places = _ranges(starts_B, lengths_B)
+    places = ranges_of(starts_B, lengths_B)
     row = np.repeat(np.arange(len(batch)), lengths_B)
     inside = places - (starts_B + begin_B)[row]
     kept = whole_B[row] | (inside < 0) | (inside >= question_B[row])
-    questions = _Texts(words.numbers[_ranges(starts_B + begin_B, question_B)], question_B)
-    return questions, _Texts(words.numbers[places[kept]], np.bincount(row[kept], minlength=len(batch)))
+    questions = Texts(words.numbers[ranges_of(starts_B + begin_B, question_B)], question_B)
+    return questions, Texts(words.numbers[places[kept]], np.bincount(row[kept], minlength=len(batch)))
 
 
-def _ranges(starts: Integers, lengths: Integers) -> Integers:
+def ranges_of(starts: Integers, lengths: Integers) -> Integers:
     """The whole numbers of ranges, one range after another."""
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 
 
-class _Descent:
+class Descent:
     """Gradient descent by Adagrad with one rate for each word, so that rare words learn as much as frequent ones.
 
     Written out in numpy: with torch's embedding bags a step takes ten times as long.
@@ -205,10 +221,11 @@ class _Descent:
         self._vectors_VD, self._temperature = vectors_VD, temperature
         self._squares_V = np.zeros(len(vectors_VD), np.float32)
 
-    def step(self, questions: _Texts, passages: _Texts, rate: float) -> float:
+    def step(self, questions: Texts, passages: Texts, rate: float) -> float:
         """Changes the vectors and returns the loss before.
 
-        It is the cross entropy of which passage answers a question, and of which question a passage answers.
+        It is the cross entropy of which passage answers a question, and of which question a passage answers. The first
+        passages answer the questions, in their order; more of them answer none.
         """
         numbers_U, places = np.unique(
             np.concatenate([questions.numbers, passages.numbers]), return_inverse=True
@@ -217,24 +234,25 @@ class _Descent:
         count = len(questions.numbers)
         bags_q = _bags(places[:count], questions.lengths, len(numbers_U))
         bags_p = _bags(places[count:], passages.lengths, len(numbers_U))
-        (q_BD, q_B1), (p_BD, p_B1) = _directions(bags_q @ vectors_UD), _directions(bags_p @ vectors_UD)
+        (q_BD, q_B1), (p_PD, p_P1) = _directions(bags_q @ vectors_UD), _directions(bags_p @ vectors_UD)
 
-        scores_BB = q_BD @ p_BD.T
-        scores_BB -= 1  # cosines: nothing overflows, and one exponential serves both softmaxes
-        scores_BB *= np.float32(1 / self._temperature)
-        right = float(scores_BB.diagonal().mean())
-        np.exp(scores_BB, out=scores_BB)
-        rows_B1, columns_1B = scores_BB.sum(1, keepdims=True), scores_BB.sum(0, keepdims=True)
+        size = len(q_BD)
+        scores_BP = q_BD @ p_PD.T
+        scores_BP -= 1  # cosines: nothing overflows, and one exponential serves both softmaxes
+        scores_BP *= np.float32(1 / self._temperature)
+        right = float(scores_BP.diagonal().mean())
+        np.exp(scores_BP, out=scores_BP)
+        rows_B1, columns_1B = scores_BP.sum(1, keepdims=True), scores_BP[:, :size].sum(0, keepdims=True)
         loss = float(np.log(rows_B1).mean() + np.log(columns_1B).mean()) / 2 - right
 
-        size = len(scores_BB)
-        scores_BB *= 1 / rows_B1 + 1 / columns_1B
-        scores_BB[np.diag_indices(size)] -= 2
-        scores_BB *= np.float32(1 / (2 * size * self._temperature))
-        toward_q_BD: Floats = np.matmul(scores_BB, p_BD)
-        toward_p_BD: Floats = np.matmul(scores_BB.T, q_BD)
+        scores_BP[:, :size] *= 1 / rows_B1 + 1 / columns_1B
+        scores_BP[:, size:] *= 1 / rows_B1
+        scores_BP[np.diag_indices(size)] -= 2
+        scores_BP *= np.float32(1 / (2 * size * self._temperature))
+        toward_q_BD: Floats = np.matmul(scores_BP, p_PD)
+        toward_p_PD: Floats = np.matmul(scores_BP.T, q_BD)
         gradient_UD: Floats = bags_q.T @ _through_direction(toward_q_BD, q_BD, q_B1)
-        gradient_UD += bags_p.T @ _through_direction(toward_p_BD, p_BD, p_B1)
+        gradient_UD += bags_p.T @ _through_direction(toward_p_PD, p_PD, p_P1)
 
         self._squares_V[numbers_U] += np.einsum("ud,ud->u", gradient_UD, gradient_UD)
         root_U = np.sqrt(self._squares_V[numbers_U] / vectors_UD.shape[1])

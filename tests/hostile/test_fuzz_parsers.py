@@ -76,7 +76,14 @@ from trainer_client.balancing import LoadBias
 from trainer_client.dispatch.grpc_caller import ReplyAssembler
 from trainer_client.memory.checks import Ask, Findings, parse_passages
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import STATIC, StaticEncoder, load_encoder
+from trainer_client.memory.encoder import (
+    DUAL,
+    MAX_WORD_WEIGHT,
+    STATIC,
+    DualEncoder,
+    StaticEncoder,
+    load_encoder,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number")  # of a spoilt certificate
 NOW = 1_700_000_000.0
@@ -546,10 +553,21 @@ def encoders() -> list[bytes]:
     return [StaticEncoder(["sauna", "löyly", "kiuas"], vectors, ones, 2 * ones).to_bytes()]
 
 
-def deliver_encoder(data: bytes) -> None:
-    encoder = load_encoder(STATIC, data, DIMENSIONS)
-    assert encoder.encode(["Sauna: löyly?", ""]).shape == (2, DIMENSIONS)
+def dual_encoders() -> list[bytes]:
+    static = StaticEncoder.from_bytes(encoders()[0])
+    return [DualEncoder(static, static, 1.0).to_bytes()]
+
+
+def deliver_encoder(data: bytes, kind: str = STATIC) -> None:
+    encoder = load_encoder(kind, data, DIMENSIONS)
+    texts = ["Sauna: löyly?", ""]
+    assert encoder.encode(texts).shape == encoder.encode_questions(texts).shape == (2, DIMENSIONS)
     assert min(encoder.rarity(["sauna", "x"])) >= 0
+    assert 0 <= encoder.word_weight <= MAX_WORD_WEIGHT
+
+
+def deliver_dual_encoder(data: bytes) -> None:
+    deliver_encoder(data, DUAL)
 
 
 def deliver_codebook(data: bytes) -> None:
@@ -633,6 +651,7 @@ TARGETS = [
     Target("shard", mutations.safetensors, shards, deliver_shard),
     Target("secondary shard", mutations.safetensors, secondary_shards, deliver_secondary_shard),
     Target("encoder", mutations.safetensors, encoders, deliver_encoder),
+    Target("dual encoder", mutations.safetensors, dual_encoders, deliver_dual_encoder),
     Target("codebook", mutations.safetensors,
            lambda: [Codebook(np.ones((4, DIMENSIONS), np.float16)).to_bytes()], deliver_codebook),
     Target("search reply", mutations.protobuf, memory_requests, deliver_search_reply),

@@ -23,7 +23,7 @@ from peer.transport.endpoints import Endpoint
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import Method
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import STATIC, StaticEncoder
+from trainer_client.memory.encoder import DUAL, STATIC, WORD_WEIGHT, DualEncoder, StaticEncoder
 from trainer_client.memory.retriever import Located
 
 SWARM = "sauna-abcdefghijkl"
@@ -81,8 +81,12 @@ class SampleMemory:
         grid: tuple[int, ...] = (3, 2),
         *,
         passage: Passage | None = None,
+        is_dual: bool = False,
     ) -> "SampleMemory":
-        """With texts of twenty random words, and an encoder that knows them. `passage`: in place of all these."""
+        """With texts of twenty random words, and an encoder that knows them. `passage`: in place of all these.
+
+        `is_dual`: the word with number n in a question means what the one with number 59 - n means in a passage.
+        """
         rng = np.random.default_rng(seed)
         words = [f"word{n}" for n in range(60)]
         encoder = StaticEncoder(
@@ -97,7 +101,12 @@ class SampleMemory:
         ]
         texts = texts if passage is None else [passage]
         vectors_ND = encoder.encode([text.text for text in texts])
-        return cls._of(rng, texts, vectors_ND, grid, 16, 0, encoder.to_bytes())
+        if not is_dual:
+            return cls._of(rng, texts, vectors_ND, grid, 16, 0, encoder.to_bytes())
+        ones = np.ones(len(words), np.float32)
+        questions = StaticEncoder(words, encoder.vectors["vectors"][::-1], ones, ones)
+        dual = DualEncoder(questions, encoder, WORD_WEIGHT).to_bytes()
+        return cls._of(rng, texts, vectors_ND, grid, 16, 0, dual, DUAL)
 
     @classmethod
     def _of(
@@ -109,6 +118,7 @@ class SampleMemory:
         in_shard: int,
         revoked: int,
         encoder: bytes,
+        kind: str = STATIC,
     ) -> "SampleMemory":
         codebook = Codebook(rng.normal(size=(int(np.prod(grid)), DIMENSIONS)).astype(np.float16))
         infos, files, places = [], {}, dict[int, Place]()
@@ -128,7 +138,7 @@ class SampleMemory:
                     files[root] = data
         parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in (encoder, codebook.to_bytes())]
         manifest = MemoryManifest(
-            "docs", 1, "samples", 1.0, STATIC, parts[0], DIMENSIONS, parts[1], grid, ("CC0-1.0",), tuple(infos),
+            "docs", 1, "samples", 1.0, kind, parts[0], DIMENSIONS, parts[1], grid, ("CC0-1.0",), tuple(infos),
             frozenset(places[n] for n in range(revoked)),
         )  # fmt: skip
         shards = {info.root: Shard.parse(files[info.root], info, DIMENSIONS) for info in infos}
@@ -315,6 +325,10 @@ class SampleSwarm:
     def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
         vectors_QD = np.array([self.memory_here.vectors_ND[int(text)] for text in texts], np.int8)
         return vectors_QD, self.memory_here.codebook.scores(vectors_QD)
+
+    @property
+    def word_weight(self) -> float:
+        return WORD_WEIGHT
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         return [1.0 for _ in words]

@@ -233,8 +233,12 @@ class MemoryDirectory:
 
     def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
         opened = self._opened
-        vectors_QD = opened.encoder.encode(texts)
+        vectors_QD = opened.encoder.encode_questions(texts)
         return vectors_QD, opened.codebook.scores(vectors_QD)
+
+    @property
+    def word_weight(self) -> float:
+        return self._opened.encoder.word_weight
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         return self._opened.encoder.rarity(words)

@@ -7,8 +7,8 @@ Shapes: B texts, W words, D numbers in a vector.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Protocol, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,8 @@ from peer.codec import Floats
 from peer.errors import WireError
 from peer.formatting import printable
 
-STATIC = "static-words"
-"""The kind of `StaticEncoder`."""
+STATIC, DUAL = "static-words", "dual-words"
+"""The kinds of `StaticEncoder` and `DualEncoder`."""
 MAX_WORDS = 2**18
 MAX_WORD_CHARACTERS = 40
 """Of a word in the vocabulary."""
@@ -35,22 +35,35 @@ _IS_UNSPACED = re.compile(rf"[{UNSPACED}]")
 _TEXTS_AT_ONCE = 1024
 _MOST_DEVIATIONS = 4
 _LARGEST = 1e6
-_FORMS = {
-    "vectors": (np.dtype(np.int8), 2),
-    "scales": (np.dtype(np.float32), 1),
-    "rarities": (np.dtype(np.float32), 1),
-    "words": (np.dtype(np.uint8), 1),
-}
+WORD_WEIGHT, MAX_WORD_WEIGHT = 0.25, 4.0
+"""See `Encoder.word_weight`; what it is unless it was tuned."""
+_Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
+_Forms: TypeAlias = dict[str, tuple[np.dtype[Any], int]]
+_BYTES, _FLOATS = np.dtype(np.uint8), np.dtype(np.float32)
+_VECTORS: _Forms = {"vectors": (np.dtype(np.int8), 2), "scales": (_FLOATS, 1)}
+_VOCABULARY: _Forms = {"rarities": (_FLOATS, 1), "words": (_BYTES, 1)}
+_FORMS: _Forms = _VECTORS | _VOCABULARY
 """Arrays in the file of a `StaticEncoder`, and how many dimensions they have. The words are text, one a line."""
+_DUAL_FORMS: _Forms = {
+    **_VOCABULARY,
+    **{f"{side}.{name}": form for side in ("question", "passage") for name, form in _VECTORS.items()},
+    "word_weight": (_FLOATS, 1),
+}
+"""The same of a `DualEncoder`."""
 
 
 class Encoder(Protocol):
     """Turns texts into vectors that are close, by inner product, where the texts are about the same."""
 
     dimensions: int
+    word_weight: float
+    """Of the words that a passage shares with a question, against the nearness of their vectors, where both count."""
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """A vector of signed bytes for each text, [B, D]. Zeros for a text in which nothing is known."""
+        """A vector of signed bytes for each passage, [B, D]. Zeros for a text in which nothing is known."""
+
+    def encode_questions(self, texts: Sequence[str]) -> Vectors:
+        """The same for questions. Their inner products with the vectors of passages rank these."""
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word of `words_of` is in the memory: its inverse document frequency, at least 0."""
@@ -61,11 +74,12 @@ class Encoder(Protocol):
 
 def load_encoder(kind: str, data: bytes | memoryview, dimensions: int) -> Encoder:
     """The encoder in a file. Raises WireError if it is malformed, of a kind that is not known, or of other vectors."""
-    if kind != STATIC:
+    kinds: dict[str, type[StaticEncoder] | type[DualEncoder]] = {STATIC: StaticEncoder, DUAL: DualEncoder}
+    if kind not in kinds:
         raise WireError(
             f"a memory whose encoder is of the kind {kind!r:.40}, which this Talkoot does not know"
         )
-    encoder = StaticEncoder.from_bytes(data)
+    encoder = kinds[kind].from_bytes(data)
     if encoder.dimensions != dimensions:
         raise WireError(f"an encoder of vectors with {encoder.dimensions} numbers; expected {dimensions}")
     return encoder
@@ -105,6 +119,8 @@ class StaticEncoder:
     Other words count as not there. So it needs no model, and a query takes some microseconds.
     """
 
+    word_weight = WORD_WEIGHT
+
     def __init__(
         self, words: Sequence[str], vectors_VD: Vectors, scales_V: Floats, rarities_V: Floats
     ) -> None:
@@ -121,32 +137,23 @@ class StaticEncoder:
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Self:
         """Raises WireError if a vocabulary is not what `to_bytes` writes, or a number is not finite."""
-        arrays = decode_arrays(data)
-        forms = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
-        if forms != _FORMS:
-            raise WireError(f"an encoder of arrays {sorted(arrays)[:8]!r:.200}; expected {sorted(_FORMS)}")
-        vectors_VD, scales_V, rarities_V = arrays["vectors"], arrays["scales"], arrays["rarities"]
-        count, dimensions = vectors_VD.shape
-        if not 1 <= count <= MAX_WORDS or not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise WireError(f"an encoder of {count} words with {dimensions} numbers each")
-        if scales_V.shape != (count,) or rarities_V.shape != (count,):
-            raise WireError(f"an encoder whose scales or rarities are not of its {count} words")
-        for numbers_V in (scales_V, rarities_V):
-            if not ((numbers_V >= 0) & (numbers_V <= _LARGEST)).all():
-                raise WireError(
-                    "an encoder with scales or rarities that are negative, too large or no numbers"
-                )
-        return cls(_parse_words(arrays["words"], count), vectors_VD, scales_V, rarities_V)
+        arrays = _decode(data, _FORMS)
+        words, rarities_V = _parse_vocabulary(arrays, len(arrays["vectors"]))
+        return cls(words, *_parse_vectors(arrays, "", len(words)), rarities_V)
 
     def to_bytes(self) -> bytes:
-        return encode_arrays(
-            {
-                "vectors": self._vectors_VD,
-                "scales": self._scales_V,
-                "rarities": self._rarities_V,
-                "words": np.frombuffer("\n".join(self.words).encode(), np.uint8),
-            }
-        )
+        return encode_arrays({**self.vectors, **self.vocabulary})
+
+    @property
+    def vectors(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays that say what its words mean."""
+        return {"vectors": self._vectors_VD, "scales": self._scales_V}
+
+    @property
+    def vocabulary(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays that say which words it has, and how rare they are."""
+        words = np.frombuffer("\n".join(self.words).encode(), np.uint8)
+        return {"rarities": self._rarities_V, "words": words}
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         parts = [
@@ -154,6 +161,9 @@ class StaticEncoder:
             for at in range(0, len(texts), _TEXTS_AT_ONCE)
         ]
         return np.concatenate(parts) if parts else np.empty((0, self.dimensions), np.int8)
+
+    def encode_questions(self, texts: Sequence[str]) -> Vectors:
+        return self.encode(texts)
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         known = self._number
@@ -176,6 +186,78 @@ class StaticEncoder:
                 words_W = np.array(words)
                 np.matmul(self._scales_V[words_W], self._vectors_VD[words_W].astype(np.float32), out=row_D)
         return to_vectors(sums_BD)
+
+
+class DualEncoder:
+    """Two encoders with one vocabulary, trained together: one of questions, and one of passages (DPR).
+
+    Karpukhin et al. 2020, "Dense passage retrieval for open-domain question answering". A word has two vectors, because
+    what it says in a question is not what it says in the passage that answers.
+    """
+
+    def __init__(self, questions: StaticEncoder, passages: StaticEncoder, word_weight: float) -> None:
+        """`questions` and `passages`: of the same words."""
+        self.questions, self.passages, self.word_weight = questions, passages, word_weight
+        self.dimensions = passages.dimensions
+        self.encode, self.encode_questions = passages.encode, questions.encode
+        self.rarity, self.knows = passages.rarity, passages.knows
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Self:
+        """Raises WireError if it is not what `to_bytes` writes, or a number is not finite."""
+        arrays = _decode(data, _DUAL_FORMS)
+        words, rarities_V = _parse_vocabulary(arrays, len(arrays["passage.vectors"]))
+        questions, passages = (
+            StaticEncoder(words, *_parse_vectors(arrays, f"{side}.", len(words)), rarities_V)
+            for side in ("question", "passage")
+        )
+        weight = arrays["word_weight"]
+        if weight.shape != (1,) or not 0 <= float(weight[0]) <= MAX_WORD_WEIGHT:
+            raise WireError("an encoder whose weight of words is no number from 0 to 4")
+        if questions.dimensions != passages.dimensions:
+            raise WireError("an encoder of questions with other vectors than those of its passages")
+        return cls(questions, passages, float(weight[0]))
+
+    def to_bytes(self) -> bytes:
+        sides = {"question": self.questions, "passage": self.passages}
+        vectors = {
+            f"{side}.{name}": array for side, of in sides.items() for name, array in of.vectors.items()
+        }
+        weight = np.array([self.word_weight], np.float32)
+        return encode_arrays({**vectors, **self.passages.vocabulary, "word_weight": weight})
+
+
+def _decode(data: bytes | memoryview, expected: _Forms) -> _Arrays:
+    arrays = decode_arrays(data)
+    forms = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
+    if forms != expected:
+        raise WireError(f"an encoder of arrays {sorted(arrays)[:8]!r:.200}; expected {sorted(expected)}")
+    return arrays
+
+
+def _parse_vectors(arrays: _Arrays, prefix: str, words: int) -> tuple[Vectors, Floats]:
+    """The vectors of so many words, and their scales."""
+    vectors_VD, scales_V = arrays[f"{prefix}vectors"], arrays[f"{prefix}scales"]
+    count, dimensions = vectors_VD.shape
+    if count != words or not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise WireError(f"an encoder of {count} words with {dimensions} numbers each")
+    _check_numbers(scales_V, words)
+    return vectors_VD, scales_V
+
+
+def _parse_vocabulary(arrays: _Arrays, count: int) -> tuple[list[str], Floats]:
+    """So many words, and how rare they are."""
+    if not 1 <= count <= MAX_WORDS:
+        raise WireError(f"an encoder of {count} words")
+    _check_numbers(arrays["rarities"], count)
+    return _parse_words(arrays["words"], count), arrays["rarities"]
+
+
+def _check_numbers(numbers_V: Floats, words: int) -> None:
+    if numbers_V.shape != (words,):
+        raise WireError(f"an encoder whose scales or rarities are not of its {words} words")
+    if not ((numbers_V >= 0) & (numbers_V <= _LARGEST)).all():
+        raise WireError("an encoder with scales or rarities that are negative, too large or no numbers")
 
 
 def _parse_words(data: npt.NDArray[np.uint8], count: int) -> list[str]:

@@ -55,7 +55,7 @@ from trainer_client.memory.checks import (
     omitted,
     parse_passages,
 )
-from trainer_client.memory.encoder import words_of
+from trainer_client.memory.encoder import WORD_WEIGHT, words_of
 
 T = TypeVar("T")
 
@@ -69,8 +69,6 @@ _SPARE = 4
 """Passages more that a host is asked for where some of the memory were revoked."""
 _CANDIDATES = 3
 """Passages read for each one wanted, where words count too."""
-_WORDS = 0.25
-"""Weight of the words that a passage shares with the query, against their vectors' nearness."""
 _SATURATION, _LENGTH = 1.2, 0.75
 """k1 and b of BM25 (Robertson and Zaragoza, 2009)."""
 _DEADLINE_S = 10.0
@@ -140,6 +138,10 @@ class Directory(Protocol):
 
     def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
         """The texts' vectors, [Q, D], and how near they are to each cell, [Q, C]. For any thread."""
+
+    @property
+    def word_weight(self) -> float:
+        """Of the words that a passage shares with a query, against the nearness of their vectors."""
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word is in the memory."""
@@ -278,8 +280,9 @@ class Retriever:
             self._checks.spawn(self._check(search, drawn), "check what hosts of a memory answered")
 
     def _by_words(self, texts: Sequence[str], results: Sequence[SearchResult], k: int) -> list[SearchResult]:
+        rarity, weight = self.directory.rarity, self.directory.word_weight
         return [
-            replace(result, hits=ranked_by_words(text, result.hits, self.directory.rarity)[:k])
+            replace(result, hits=ranked_by_words(text, result.hits, rarity, weight)[:k])
             for text, result in zip(texts, results, strict=True)
         ]
 
@@ -537,29 +540,46 @@ def _parts(items: list[T], most: int) -> Iterable[list[T]]:
 
 
 def ranked_by_words(
-    text: str, hits: Sequence[Hit], rarity: Callable[[Iterable[str]], list[float]]
+    text: str,
+    hits: Sequence[Hit],
+    rarity: Callable[[Iterable[str]], list[float]],
+    weight: float = WORD_WEIGHT,
 ) -> tuple[Hit, ...]:
     """The hits by their similarity and by the words that they share with the text, the rare ones above all.
 
-    What is added to the similarity is a part of `_WORDS`: BM25 against what it would be at most.
+    What is added to the similarity is a part of `weight`: see `shared_words`.
+    """
+    shares = shared_words(text, [f"{hit.passage.title} {hit.passage.text}" for hit in hits], rarity)
+    scored = [
+        replace(hit, score=hit.similarity + weight * share) for hit, share in zip(hits, shares, strict=True)
+    ]
+    return tuple(sorted(scored, key=lambda hit: -hit.score))
+
+
+def shared_words(
+    text: str, passages: Sequence[str], rarity: Callable[[Iterable[str]], list[float]]
+) -> list[float]:
+    """How much of the text's words each passage shares, the rare ones above all.
+
+    It is BM25, as a part of the sum of the words' rarities. The mean length of these passages counts as that of all.
     """
     words = sorted(set(words_of(text)))
-    weights = dict(zip(words, rarity(words), strict=True))
-    whole = sum(weights.values())
-    if not whole or not hits:
-        return tuple(hits)
-    counts = [Counter(words_of(f"{hit.passage.title} {hit.passage.text}")) for hit in hits]
-    mean = sum(count.total() for count in counts) / len(counts) or 1.0
-    scored = []
-    for hit, count in zip(hits, counts, strict=True):
+    rarities = dict(zip(words, rarity(words), strict=True))
+    whole = sum(rarities.values())
+    if not whole:
+        return [0.0] * len(passages)
+    counts = [Counter(words_of(passage)) for passage in passages]
+    mean = sum(count.total() for count in counts) / max(1, len(counts)) or 1.0
+    shares = []
+    for count in counts:
         length = _SATURATION * (1 - _LENGTH + _LENGTH * count.total() / mean)
         shared = sum(
-            weight * times * (_SATURATION + 1) / (times + length)
-            for word, weight in weights.items()
+            rare * times * (_SATURATION + 1) / (times + length)
+            for word, rare in rarities.items()
             if (times := count[word])
         )
-        scored.append(replace(hit, score=hit.similarity + _WORDS * shared / whole))
-    return tuple(sorted(scored, key=lambda hit: -hit.score))
+        shares.append(shared / whole)
+    return shares
 
 
 def check_query(texts: Sequence[str], k: int, cells: int) -> None:

@@ -9,7 +9,9 @@ from hypothesis.extra import numpy as arrays_of
 from peer.arrays import decode_arrays, encode_arrays
 from peer.errors import WireError
 from trainer_client.memory.encoder import (
+    DUAL,
     STATIC,
+    DualEncoder,
     StaticEncoder,
     load_encoder,
     to_vectors,
@@ -30,6 +32,19 @@ def changed(**arrays: object) -> bytes:
     kept = decode_arrays(make_encoder().to_bytes())
     new = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     return encode_arrays({name: array for name, array in kept.items() if name not in arrays} | new)
+
+
+def make_dual(dimensions: int = 8) -> DualEncoder:
+    passages = make_encoder(dimensions)
+    reversed_VD = passages.vectors["vectors"][::-1]
+    questions = StaticEncoder(WORDS, reversed_VD, passages.vectors["scales"], passages.vocabulary["rarities"])
+    return DualEncoder(questions, passages, 0.5)
+
+
+def changed_dual(**arrays: object) -> bytes:
+    """A dot in an array's name is written as two underscores."""
+    new = {name.replace("__", "."): np.asarray(array) for name, array in arrays.items()}
+    return encode_arrays(decode_arrays(make_dual().to_bytes()) | new)
 
 
 def text(words: bytes) -> object:
@@ -144,3 +159,39 @@ def test_an_encoder_of_another_kind_or_size_is_refused() -> None:
         load_encoder("dpr", data, 8)
     with pytest.raises(WireError, match="expected 16"):
         load_encoder(STATIC, data, 16)
+
+
+def test_questions_and_passages_have_vectors_of_their_own() -> None:
+    encoder = make_dual()
+    again = load_encoder(DUAL, memoryview(encoder.to_bytes()), 8)
+    assert isinstance(again, DualEncoder)
+    assert again.to_bytes() == encoder.to_bytes()
+    assert again.word_weight == 0.5
+    np.testing.assert_array_equal(again.encode(WORDS), make_encoder().encode(WORDS))
+    assert (again.encode_questions(WORDS) != again.encode(WORDS)).any()
+    static = make_encoder()
+    np.testing.assert_array_equal(static.encode_questions(WORDS), static.encode(WORDS))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        make_encoder().to_bytes(),
+        changed_dual(word_weight=np.array([np.nan], np.float32)),
+        changed_dual(word_weight=np.array([-1], np.float32)),
+        changed_dual(word_weight=np.array([5], np.float32)),
+        changed_dual(word_weight=np.array([1, 1], np.float32)),
+        changed_dual(word_weight=np.array([], np.float32)),
+        changed_dual(question__vectors=np.ones((4, 16), np.int8)),
+        changed_dual(question__vectors=np.ones((3, 8), np.int8)),
+        changed_dual(passage__vectors=np.ones((5, 8), np.int8)),
+        changed_dual(question__scales=np.ones(5, np.float32)),
+        changed_dual(question__scales=np.full(4, np.inf, np.float32)),
+        changed_dual(rarities=np.ones(3, np.float32)),
+        changed_dual(words=text(b"oak\nelm\nyew\noak")),
+        changed_dual(more=np.ones(1, np.int8)),
+    ],
+)
+def test_a_file_that_is_no_dual_encoder_is_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        load_encoder(DUAL, data, 8)

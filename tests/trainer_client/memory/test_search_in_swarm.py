@@ -24,17 +24,23 @@ from trainer_client.memory.memories import Memory
 from trainer_client.memory.retriever import SearchResult
 
 WORDS = SampleMemory.with_words()
+DUAL_WORDS = SampleMemory.with_words(is_dual=True)
 LIMIT_S = 120.0
 
 Play = Callable[[Callable[[MemorySwarm], Coroutine[Any, Any, None]]], None]
 
 
 @pytest.fixture
-def play(loop: LoopThread, tmp_path: Path) -> Play:
+def memory() -> SampleMemory:
+    return WORDS
+
+
+@pytest.fixture
+def play(loop: LoopThread, tmp_path: Path, memory: SampleMemory) -> Play:
     def run(scenario: Callable[[MemorySwarm], Coroutine[Any, Any, None]]) -> None:
         async def in_swarm() -> None:
             async with contextlib.AsyncExitStack() as stack:
-                await scenario(await MemorySwarm.found(stack, tmp_path, WORDS))
+                await scenario(await MemorySwarm.found(stack, tmp_path, memory))
 
         loop.run(in_swarm(), LIMIT_S)
 
@@ -82,6 +88,20 @@ def test_a_query_that_is_a_passage_finds_it_first(play: Play) -> None:
         (result,) = await retriever.search([WORDS.passages[7].text], 3, 4)
         assert result.hits[0].passage == WORDS.passages[7]
         assert result.hits[0].served_by == swarm.hosts[0].swarm.host.peer_id
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("memory", [DUAL_WORDS])
+def test_questions_have_an_encoder_of_their_own_that_the_hosts_give(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        await swarm.host()
+        retriever = await (await swarm.searcher()).open()
+        wanted = DUAL_WORDS.passages[7]
+        question = " ".join(f"word{59 - int(word.removeprefix('word'))}" for word in wanted.text.split())
+        (result,) = await retriever.search([question], 3, 100, by_words=False)
+        assert result.hits[0].passage == wanted
+        assert result.hits[0].similarity == 1
 
     play(scenario)
 

@@ -1,0 +1,143 @@
+"""Questions and the passages that answer them, from which encoders learn."""
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dht.memory import MAX_LABEL_CHARACTERS, MAX_TEXT_CHARACTERS
+from peer.errors import DataError
+from trainer_client.memory.encoder import words_of
+from trainer_client.memory.retriever import MOST_CHARACTERS
+
+MOST_PAIRS = 1_000_000
+_MOST_LINE = 2**17
+"""Bytes."""
+_MOST_ANSWERS, _MOST_ANSWER = 64, 256
+_CANDIDATES = 10
+"""Passages that BM25 finds for a question, of which the first that does not answer it is a negative."""
+_AT_ONCE = 1024
+_VALIDATED = 20
+"""One title of so many is kept for validation."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question, and a passage that answers it."""
+
+    question: str
+    title: str
+    text: str
+    answers: tuple[str, ...] = ()
+    """Words or phrases: a passage with any of them may answer the question, too."""
+
+    @property
+    def passage(self) -> str:
+        """What is encoded of the passage, as for those of a memory."""
+        return f"{self.title}\n{self.text}"
+
+
+def read_pairs(file: Path) -> list[Pair]:
+    """Of a file of JSON lines. Raises DataError that names the line where something is no pair."""
+    pairs = list[Pair]()
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(_MOST_LINE + 1), b""), 1):
+                if len(pairs) == MOST_PAIRS:
+                    raise DataError(f"{file} has more than {MOST_PAIRS:,} pairs: leave some out")
+                if line.strip():
+                    pairs.append(_parse(line, f"{file}, line {number}"))
+    except OSError as error:
+        raise DataError(f"can't read {file}: {error.strerror or error}") from error
+    if not pairs:
+        raise DataError(f"{file} has no pairs: give JSON lines with the fields question, title and text")
+    return pairs
+
+
+def split_by_title(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Those to learn from, and those to validate with. No title has pairs in both."""
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in pairs:
+        sides[zlib.crc32(pair.title.lower().encode()) % _VALIDATED == 0].append(pair)
+    return sides
+
+
+def hard_negatives(
+    pairs: Sequence[Pair],
+    titles: Sequence[str],
+    texts: Sequence[str],
+    watch: Callable[[int], None] = lambda done: None,
+) -> list[str | None]:
+    """For each pair, the passage that BM25 finds best among those that don't answer; None if it finds none.
+
+    A passage of the answer's title, or with one of the answers' phrases in it, may answer. `titles` and `texts`: of the
+    passages, the texts with their titles. `watch` is told how many pairs are done. Raises DataError if the package
+    bm25s is missing.
+    """
+    try:
+        import bm25s
+    except ImportError as error:
+        raise DataError("hard negatives need the package bm25s: pip install 'talkoot[retrieval]'") from error
+
+    def tokens(some: Sequence[str]) -> Any:
+        return bm25s.tokenize(list(some), stopwords="en", show_progress=False)
+
+    index = bm25s.BM25()
+    index.index(tokens(texts), show_progress=False)
+    searched = [_spaced(text) for text in texts]
+    lowered = [title.lower() for title in titles]
+    negatives: list[str | None] = []
+    for at in range(0, len(pairs), _AT_ONCE):
+        some = pairs[at : at + _AT_ONCE]
+        found, scores = index.retrieve(
+            tokens([pair.question for pair in some]), k=min(_CANDIDATES, len(texts)), show_progress=False
+        )
+        for pair, numbers, weights in zip(some, np.asarray(found), np.asarray(scores), strict=True):
+            wrong = (
+                number
+                for number, weight in zip(numbers.tolist(), weights.tolist(), strict=True)
+                if weight > 0
+                and lowered[number] != pair.title.lower()
+                and not any(_spaced(answer) in searched[number] for answer in pair.answers)
+            )
+            number = next(wrong, None)
+            negatives.append(None if number is None else texts[number])
+        watch(len(negatives))
+    return negatives
+
+
+def _spaced(text: str) -> str:
+    """Its words, each between spaces, so that one text can be looked for in another."""
+    return f" {' '.join(words_of(text))} "
+
+
+def _parse(line: bytes, place: str) -> Pair:
+    """Raises DataError."""
+    if len(line) > _MOST_LINE:
+        raise DataError(f"{place}: longer than {_MOST_LINE // 1024} KB")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object with the fields question, title and text")
+    bounds = {"question": MOST_CHARACTERS, "title": MAX_LABEL_CHARACTERS, "text": MAX_TEXT_CHARACTERS}
+    for field, most in bounds.items():
+        value = row.get(field, "" if field == "title" else None)
+        if not isinstance(value, str) or len(value) > most or (field != "title" and not words_of(value)):
+            raise DataError(f"{place}: the field {field!r} must be text of at most {most} characters")
+    answers = row.get("answers", [])
+    if (
+        not isinstance(answers, list)
+        or len(answers) > _MOST_ANSWERS
+        or not all(isinstance(each, str) and words_of(each) and len(each) <= _MOST_ANSWER for each in answers)
+    ):
+        raise DataError(
+            f"{place}: the field 'answers' must be a list of at most {_MOST_ANSWERS} phrases of up to {_MOST_ANSWER} "
+            "characters"
+        )
+    return Pair(row["question"], row.get("title", ""), row["text"], tuple(answers))

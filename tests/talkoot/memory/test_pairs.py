@@ -1,0 +1,93 @@
+"""Pairs of questions and passages: read strictly, split by title, and negatives that don't answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.errors import DataError
+from talkoot.memory.pairs import Pair, hard_negatives, read_pairs, split_by_title
+from trainer_client.memory.encoder import words_of
+
+GOOD = {"question": "what burns wood?", "title": "Kiuas", "text": "A stove that is heated with wood."}
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_pairs_are_read_from_lines(tmp_path: Path) -> None:
+    file = write(tmp_path / "pairs.jsonl", GOOD, GOOD | {"answers": ["stove", "the kiuas"]})
+    file.write_text(file.read_text() + "\n" + json.dumps({"question": "who?", "text": "You."}))
+    assert read_pairs(file) == [
+        Pair("what burns wood?", "Kiuas", "A stove that is heated with wood."),
+        Pair("what burns wood?", "Kiuas", "A stove that is heated with wood.", ("stove", "the kiuas")),
+        Pair("who?", "", "You."),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON",
+        "[" * 5000,
+        "[]",
+        json.dumps({"question": "what?"}),
+        json.dumps(GOOD | {"question": " ?"}),
+        json.dumps(GOOD | {"question": "a" * 10_001}),
+        json.dumps(GOOD | {"text": None}),
+        json.dumps(GOOD | {"title": 3}),
+        json.dumps(GOOD | {"answers": "stove"}),
+        json.dumps(GOOD | {"answers": ["?"]}),
+        json.dumps(GOOD | {"answers": ["a"] * 65}),
+        json.dumps(GOOD | {"more": "a" * 200_000}),
+    ],
+)
+def test_a_line_that_is_no_pair_is_named(line: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "pairs.jsonl", GOOD)
+    file.write_text(f"{file.read_text()}{line}\n{json.dumps(GOOD)}")
+    with pytest.raises(DataError, match=r"pairs\.jsonl, line 2: "):
+        read_pairs(file)
+
+
+def test_a_file_without_pairs_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="fields question, title and text"):
+        read_pairs(write(tmp_path / "pairs.jsonl"))
+    with pytest.raises(DataError, match="can't read"):
+        read_pairs(tmp_path / "missing.jsonl")
+
+
+@given(st.lists(st.tuples(st.text("ab", max_size=3), st.text("xyz", min_size=1, max_size=2)), max_size=60))
+def test_a_title_has_pairs_on_one_side_only(drawn: list[tuple[str, str]]) -> None:
+    pairs = [Pair(question, title, "text") for question, title in drawn]
+    learned, validated = split_by_title(pairs)
+    assert sorted(learned + validated, key=repr) == sorted(pairs, key=repr)
+    assert not {pair.title.lower() for pair in learned} & {pair.title.lower() for pair in validated}
+
+
+def test_a_twentieth_of_the_titles_is_for_validation() -> None:
+    _, validated = split_by_title([Pair("q", f"title {n}", "text") for n in range(4000)])
+    assert 120 < len(validated) < 280
+
+
+WORDS = ("oak", "elm", "yew", "fir", "ash")
+
+
+@given(st.data())
+def test_hard_negatives_share_words_with_the_question_and_have_no_answer(data: st.DataObject) -> None:
+    sentence = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
+    titles = data.draw(st.lists(st.sampled_from(("One", "Two", "three")), min_size=1, max_size=8))
+    texts = [f"{title}\n{data.draw(sentence)}" for title in titles]
+    pair = Pair(data.draw(sentence), "one", "x", tuple(data.draw(st.lists(sentence, max_size=2))))
+    (negative,) = hard_negatives([pair], titles, texts)
+    wrong = [
+        text
+        for title, text in zip(titles, texts, strict=True)
+        if title.lower() != "one"
+        and set(words_of(text)) & set(words_of(pair.question))
+        and not any(answer in " ".join(words_of(text)) for answer in pair.answers)
+    ]
+    assert negative in wrong if wrong else negative is None
