@@ -23,6 +23,7 @@ _LARGEST_ENTRY = 2**20
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS found (key BLOB PRIMARY KEY, memory TEXT, revision INTEGER, passages BLOB)"
 )
+_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _LONGEST = (MAX_TEXT_CHARACTERS, MAX_LABEL_CHARACTERS, MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS)
 """Characters of a text, a title, a source and a licence."""
 
@@ -40,14 +41,8 @@ class NeighbourCache:
         try:
             self._open()
         except sqlite3.Error:
-            # not a database, or one that is broken: what was found is found again
-            self._drop()
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-            try:
-                self._open()
-            except sqlite3.Error as error:
-                self._give_up(error)
+            # not a database, one that is broken, or one of something else
+            self._begin_anew()
 
     def get(self, memory: str, revision: int, texts: Sequence[str]) -> dict[str, list[Passage]]:
         """Those that are there, by text."""
@@ -61,7 +56,7 @@ class NeighbourCache:
                         "SELECT passages FROM found WHERE key = ?", (_key(memory, revision, text),)
                     ).fetchone()
                 except sqlite3.Error as error:
-                    self._give_up(error)
+                    self._failed(error)
                     break
                 if row is not None and (passages := _parsed(row[0])) is not None:
                     found[text] = passages
@@ -82,7 +77,7 @@ class NeighbourCache:
                 )
                 self._insert(self._connection, rows)
             except sqlite3.Error as error:
-                self._give_up(error)
+                self._failed(error)
 
     def close(self) -> None:
         with self._lock:
@@ -98,6 +93,25 @@ class NeighbourCache:
         connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
         connection.execute(f"PRAGMA max_page_count = {max(8, self._limit_bytes // _PAGE_BYTES)}")
         connection.execute(_TABLE)
+        connection.execute("SELECT key, memory, revision, passages FROM found LIMIT 0")
+
+    def _begin_anew(self) -> None:
+        """What was found is found again."""
+        self._drop()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+        try:
+            self._open()
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def _failed(self, error: sqlite3.Error) -> None:
+        # an extended code has the plain one in its last byte
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN:
+            logger.warning("%s is broken and begins anew: %s", self._path, error)
+            self._begin_anew()
+        else:
+            self._give_up(error)
 
     def _insert(self, connection: sqlite3.Connection, rows: Iterable[tuple[bytes, str, int, bytes]]) -> None:
         for row in rows:
@@ -142,13 +156,15 @@ def _parsed(data: bytes) -> list[Passage] | None:
         unpacked = zlib.decompressobj().decompress(data, _LARGEST_ENTRY)
         passages = []
         for *texts, offset in json.loads(unpacked):
-            limits = zip(texts, _LONGEST, strict=True)
-            if not all(isinstance(text, str) and len(text) <= most for text, most in limits):
-                return None
+            for text, most in zip(texts, _LONGEST, strict=True):
+                if not isinstance(text, str) or len(text) > most:
+                    return None
+                # raises ValueError for halves of characters, which no tokenizer takes
+                text.encode()
             if not isinstance(offset, int):
                 return None
             text, title, source, terms = texts
             passages.append(Passage(text, title, source, offset, terms))
-    except (ValueError, TypeError, zlib.error):
+    except (ValueError, TypeError, RecursionError, zlib.error):
         return None
     return passages

@@ -1,5 +1,8 @@
 """What was found stays on disk, within its bytes and for the newest revision alone."""
 
+import json
+import sqlite3
+import zlib
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,54 @@ def test_a_broken_file_is_begun_anew_and_a_place_that_can_not_be_written_costs_t
     nowhere.put("docs", 1, {"a": [passage("text")]})
     assert nowhere.get("docs", 1, ["a"]) == {}
     nowhere.close()
+
+
+def test_a_file_that_breaks_in_use_or_has_another_form_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "found"
+    cache = NeighbourCache(path)
+    texts = [f"chunk {number}" for number in range(500)]
+    cache.put("docs", 1, {text: [passage(text * 50)] for text in texts})
+    cache.close()
+    data = bytearray(path.read_bytes())
+    # its header and its list of tables are whole
+    data[2 * 4096 :] = bytes(len(data) - 2 * 4096)
+    path.write_bytes(data)
+    for _ in range(2):
+        cache = NeighbourCache(path)
+        cache.get("docs", 1, texts)
+        cache.put("docs", 1, {"new": [passage("text")]})
+        assert cache.get("docs", 1, ["new"]) == {"new": [passage("text")]}
+        cache.close()
+    path.unlink()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE found (something)")
+    other.close()
+    cache = NeighbourCache(path)
+    cache.put("docs", 1, {"new": [passage("text")]})
+    assert cache.get("docs", 1, ["new"]) == {"new": [passage("text")]}
+    cache.close()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "[" * 500_000,
+        json.dumps([["\ud800", "title", "source", "MIT", 0]]),
+        json.dumps([["text", "title", "\udfff", "MIT", 0]]),
+        json.dumps([["text", "title", "source", "MIT", "0"]]),
+        json.dumps([["text" * 10**5, "title", "source", "MIT", 0]]),
+        json.dumps([["text", "title", "source", 0]]),
+        json.dumps(7),
+    ],
+)
+def test_an_entry_that_was_never_written_so_counts_as_not_found(tmp_path: Path, rows: str) -> None:
+    path = tmp_path / "found"
+    cache = NeighbourCache(path)
+    cache.put("docs", 1, {"a": [passage("text")], "b": [passage("text")]})
+    cache.close()
+    with sqlite3.connect(path) as other:
+        other.execute("UPDATE found SET passages = ? WHERE rowid = 1", (zlib.compress(rows.encode()),))
+    other.close()
+    cache = NeighbourCache(path)
+    assert cache.get("docs", 1, ["a", "b"]) == {"b": [passage("text")]}
+    cache.close()
