@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -259,10 +260,14 @@ class SwarmClient:
         """Tells the swarm's dashboards how training goes, after `step` steps of a loop of your own.
 
         Losses are in nats per token. `bits_per_byte`: of the validation. May be called on any thread, after each step.
+        Raises ValueError for a step below 0.
         """
-        self._joined.announcer.note_step(step, loss, tokens_per_s)
+        if not 0 <= step < 2**63:
+            raise ValueError(f"step {step}: the number of steps so far, from 0")
+        # numbers of numpy and torch, too, without their graphs
+        self._joined.announcer.note_step(index(step), float(loss), _float(tokens_per_s))
         if validation_loss is not None:
-            self._joined.announcer.note_validation(validation_loss, bits_per_byte)
+            self._joined.announcer.note_validation(float(validation_loss), _float(bits_per_byte))
 
     def note(self, progress: Progress) -> None:
         """Tells the swarm of a step of `Training`. May be called on any thread."""
@@ -449,3 +454,7 @@ def _listen_address(invite: Invite) -> str:
     """A trainer listens for nodes behind routers, which connect to it directly where that is possible."""
     on_loopback = all(address.endpoint.scope is AddressScope.LOOPBACK for address in invite.bootstrap)
     return "127.0.0.1" if on_loopback else default_listen_address()
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from commands import wait_until
 from training_swarm import Founder, founded
 
@@ -70,7 +71,11 @@ def test_a_loop_of_ones_own_reports_and_leaves_its_result(founder: Founder, tmp_
     with SwarmClient.join(founder.invite, name="mine", state=tmp_path / "state") as client:
         client.report(3, 2.5, tokens_per_s=10.0)
         wait_until(lambda: is_said(3, False), "its steps in the swarm")
-        client.report(4, 2.25, validation_loss=2.0)
+        # the announcements would fail again and again
+        for step in (-1, 2**63, 3.5):
+            with pytest.raises((ValueError, TypeError)):
+                client.report(step, 2.0)  # type: ignore[arg-type]  # what a loop of one's own may say
+        client.report(4, torch.tensor(2.25), validation_loss=2.0)  # type: ignore[arg-type]  # so too
     wait_until(lambda: is_said(4, True), "its farewell in the swarm")
     (found,) = founder.loop.run(records(), 120)
     assert (found.is_own_loop, found.loss, found.validation_loss) == (True, 2.25, 2.0)
