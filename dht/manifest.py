@@ -60,9 +60,10 @@ class ModelSpec(_Part):
     norm: Norm = Field(default="layer", description="LayerNorm or RMSNorm, in every layer")
     activation: Activation = Field(
         default="gelu",
-        description="of feed-forward blocks; swiglu and geglu have three matrices of hidden × feed_forward, gelu two",
+        description="activation of feed-forward blocks; swiglu and geglu have three matrices of hidden × "
+        "feed_forward, gelu two",
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="from which all first parameters are drawn")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of all initial parameters")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -86,8 +87,8 @@ class ExpertSpec(_Part):
         default=None,
         ge=8,
         le=16384,
-        description="columns of what travels to experts and back, even; less than hidden: the trainer projects to it "
-        "and back; unset: hidden",
+        description="columns of an expert's inputs and answers, even; if there are fewer than hidden, the trainer "
+        "projects to them and back; unset: hidden",
     )
     heads: int | None = Field(
         default=None,
@@ -131,8 +132,8 @@ class RoutingSpec(_Part):
     prefix: int = Field(
         default=0,
         ge=0,
-        description="first tokens of a sequence by whose mean all of it is routed as one, and which carry no loss; "
-        "0: each token by itself",
+        description="how many first tokens of a sequence choose, by their mean, the experts of the whole sequence; "
+        "these tokens have no loss; 0: each token chooses its own",
     )
 
 
@@ -142,14 +143,15 @@ class OptimizerSpec(_Part):
     name: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="the rule of a step")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="step size")
     momentum: float | None = Field(
-        default=None, ge=0, lt=1, allow_inf_nan=False, description="of sgd alone; unset: 0.9"
+        default=None, ge=0, lt=1, allow_inf_nan=False, description="momentum of sgd; unset: 0.9"
     )
     weight_decay: float = Field(
         default=0.01,
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="decoupled in adamw, added to the gradient in adam and sgd; of matrices, not of biases and norms",
+        description="weight decay of matrices, not of biases and norms: decoupled in adamw, added to the gradient in "
+        "adam and sgd",
     )
     clip_norm: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of one step"
@@ -168,7 +170,7 @@ class OptimizerSpec(_Part):
         default=0,
         ge=0,
         le=10**9,
-        description="steps after which it has fallen, as a cosine, to a tenth, where it stays; 0: it does not fall",
+        description="steps over which the step size falls to a tenth, as a cosine; it stays there; 0: it does not fall",
     )
     guard_factor: float = Field(
         default=10.0,
@@ -200,8 +202,8 @@ class WireSpec(_Part):
 
     codec: CodecName = Field(
         default="fp32",
-        description="of trainers' calls and of the answers; int8: with a scale for each row; int4: with a scale for "
-        "each 64 numbers, which are rotated together; 16 must divide the experts' width",
+        description="codec of trainers' calls and of the answers; int8: with a scale for each row; int4: with a scale "
+        "for each 64 numbers, which are rotated together; 16 must divide the experts' width",
     )
 
 
@@ -210,12 +212,13 @@ class AdmissionSpec(_Part):
 
     mode: Literal["open", "token"] = Field(
         default="open",
-        description="open: whoever has the invite; token: whoever has one that the founder made with `talkoot invite`",
+        description="who may join; open: anybody with the invite; token: anybody with an invite that the founder made "
+        "with `talkoot invite`",
     )
     export: tuple[Literal["trainer", "reader"], ...] = Field(
         default=("trainer",),
         max_length=2,
-        description="whose tokens let them export the model; in mode open, all may",
+        description="roles that may export the model; in mode open, everybody may",
     )
 
 
@@ -224,7 +227,7 @@ class Manifest(_Part):
 
     name: SwarmName = Field(description="the swarm's name: small letters, digits and hyphens, 2 to 32")
     protocol_version: int = Field(
-        default=PROTOCOL_VERSION, description="of the swarm's peers; another is refused"
+        default=PROTOCOL_VERSION, description="protocol version of the swarm's peers; others are refused"
     )
     preset: PresetName = Field(
         default="none",

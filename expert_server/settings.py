@@ -50,7 +50,7 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=0,
         le=10**6,
-        description="experts to adopt beyond those when their host has gone; unset: half as many",
+        description="more experts that it may adopt if their host disappears; unset: half as many",
     )
     host: str | None = Field(
         default=None,
@@ -127,7 +127,7 @@ class NodeSettings(RoleSettings):
         ge=0,
         le=3600,
         allow_inf_nan=False,
-        description="seconds that a node which leaves waits for others to take over its experts, at most",
+        description="longest time, in seconds, that a leaving node waits for others to take over its experts",
     )
     checkpoint_every_s: float = Field(
         default=60.0,
@@ -147,8 +147,8 @@ class NodeSettings(RoleSettings):
         ge=0,
         le=86400,
         allow_inf_nan=False,
-        description="seconds between rounds in which this node copies experts to its disk that only one other node "
-        "hosts; 0: never",
+        description="seconds between rounds in which this node copies experts that only one other node hosts to its "
+        "own disk; 0: never",
     )
     device: str = Field(
         default="auto",
@@ -221,8 +221,8 @@ class NodeSettings(RoleSettings):
         default=10.0,
         ge=0.5,
         le=120,
-        description="shortest time between announcements, in seconds. Where upkeep would take more than some 20 kbit/s "
-        "(twice that with 5 s), it is up to 18 times as long. Others forget a node that is silent for three periods",
+        description="shortest time between announcements, in seconds; up to 18 times as long if upkeep would take more "
+        "than about 20 kbit/s (40 with 5 s). Others forget a node that is silent for three periods",
     )
     max_queued_rows: int = Field(
         default=65536,
@@ -234,8 +234,8 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=0,
         le=2**40,
-        description="memory for forward passes kept until their backward call, and what they leave of it for keys and "
-        "values of text that is being continued, in bytes; unset: a sixteenth of the free memory",
+        description="memory for forward passes that wait for their backward call, in bytes; the rest of it holds keys "
+        "and values of texts that are being continued; unset: a sixteenth of the free memory",
     )
     max_dht_bytes: int = Field(
         default=64 * 2**20,

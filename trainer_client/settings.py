@@ -106,7 +106,8 @@ class TrainerSettings(RoleSettings):
         description="steps that run at once; auto: as many as hide the latency of the experts, one at first",
     )
     precision: Precision = Field(
-        default="fp32", description="of the dense part's activations; its parameters are always float32"
+        default="fp32",
+        description="precision of the dense part's activations; its parameters are always float32",
     )
     learning_rate: float = Field(
         default=2e-3, gt=0, le=1, allow_inf_nan=False, description="highest learning rate of the dense part"
@@ -122,7 +123,7 @@ class TrainerSettings(RoleSettings):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="decoupled, for the dense part's matrices; biases and norms have none",
+        description="decoupled weight decay of the dense part's matrices; biases and norms have none",
     )
     validate_every: int | None = Field(
         default=None,
@@ -136,7 +137,7 @@ class TrainerSettings(RoleSettings):
         default=None,
         ge=0,
         lt=2**63,
-        description="of this trainer's batches, noise and dropout; unset: one that no other trainer has",
+        description="seed of this trainer's batches, noise and dropout; unset: one that no other trainer has",
     )
     preset: PresetName | None = Field(
         default=None,
@@ -154,8 +155,13 @@ class TrainerSettings(RoleSettings):
         default=None,
         ge=2,
         le=64,
+<<<<<<< HEAD
         description="nodes that a token is sent to at most, unless experts fail or these nodes have fewer than top_k: "
         "fewer are less traffic, and less choice; unset: any number",
+=======
+        description="most nodes that a token is sent to, unless experts fail; fewer nodes mean less traffic, and less "
+        "choice of experts; unset: any number",
+>>>>>>> 225aa2fe (Say plainly what settings are and what has changed)
     )
     balance: Balance | None = Field(
         default=None,
@@ -219,7 +225,8 @@ class TrainerSettings(RoleSettings):
         default=0.01,
         ge=0,
         le=1,
-        description="share of the answers of which rows are computed again here, to find nodes that lie; 0: none",
+        description="share of the answers of which the trainer computes some rows again, to find nodes that lie; 0: "
+        "none",
     )
     wait_for_experts_s: float = Field(
         default=60.0,
