@@ -155,13 +155,8 @@ class TrainerSettings(RoleSettings):
         default=None,
         ge=2,
         le=64,
-<<<<<<< HEAD
-        description="nodes that a token is sent to at most, unless experts fail or these nodes have fewer than top_k: "
-        "fewer are less traffic, and less choice; unset: any number",
-=======
-        description="most nodes that a token is sent to, unless experts fail; fewer nodes mean less traffic, and less "
-        "choice of experts; unset: any number",
->>>>>>> 225aa2fe (Say plainly what settings are and what has changed)
+        description="most nodes that a token is sent to, unless experts fail or these nodes have fewer than top_k; "
+        "fewer nodes mean less traffic, and less choice of experts; unset: any number",
     )
     balance: Balance | None = Field(
         default=None,
