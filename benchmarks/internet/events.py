@@ -9,9 +9,16 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.internet import training
-from benchmarks.internet.nodes import SimulatedNode, simulated
+from benchmarks.internet.nodes import SimulatedNode, SwarmPlan, simulated
 from benchmarks.internet.population import draw_population
-from benchmarks.internet.scenario import LOOK_EVERY_S, START_S, Look, VolunteerSwarm, plan_for
+from benchmarks.internet.scenario import (
+    LOOK_EVERY_S,
+    START_S,
+    Look,
+    VolunteerSwarm,
+    plan_for,
+    plan_to_train,
+)
 from benchmarks.internet.training import PlacedSwarm, Window
 from benchmarks.internet.world import World, quantile
 
@@ -24,6 +31,8 @@ RESTARTED_SHARE, RESTARTED_WITHIN_S, RESTART_TAKES_S = 0.2, 300.0, 20.0
 DAY_S = 86_400.0
 TRAINED_BY, HEAVY = 10, 100.0
 """Nodes for each trainer, and how many times as much as others the one trains that is a burden."""
+ALONE_S = 3.5
+"""About what a lone step takes, back and forth through two layers."""
 BOOTSTRAPS = 3
 """The founder's own node, and the others that invites name."""
 
@@ -43,7 +52,7 @@ class Timing:
 
 
 FULL = Timing()
-QUICK = Timing(settle_s=120.0, aftermath_periods=8.0, parted_s=120.0, trained_s=8.0)
+QUICK = Timing(settle_s=120.0, aftermath_periods=8.0, parted_s=300.0, trained_s=8.0)
 
 
 @dataclass
@@ -76,12 +85,15 @@ class Stage:
             "served": [look.served for look in looks],
             "replicas": [look.replicas for look in looks],
             "living": [look.living for look in looks],
+            "faults": len(self.volunteers.swarm.faults),
         }
 
 
-def set_stage(world: World, nodes: int, timing: Timing, newcomers: int = 0) -> Stage:
+def set_stage(
+    world: World, nodes: int, timing: Timing, newcomers: int = 0, plan: SwarmPlan | None = None
+) -> Stage:
     population = draw_population(world.rng("population"), nodes + newcomers)
-    volunteers = VolunteerSwarm(world, population, plan_for(nodes))
+    volunteers = VolunteerSwarm(world, population, plan or plan_for(nodes))
     volunteers.begin(range(nodes))
     volunteers.run(START_S + timing.settle_s)
     period_s = fmean(node.period.seconds for node in volunteers.serving())
@@ -226,13 +238,12 @@ def play(name: str, nodes: int, seed: int, timing: Timing = FULL) -> Figures:
 def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
     """What a trainer for every ten nodes gets of a swarm at rest, and beside one that trains 100 times as much."""
     with simulated(seed) as world:
-        stage = set_stage(world, nodes, timing)
-        volunteers = stage.volunteers
+        volunteers = set_stage(world, nodes, timing, plan=plan_to_train(nodes)).volunteers
         numbers = {id(node): number for number, node in enumerate(volunteers.nodes)}
         hosts = {uid: [numbers[id(node)] for node in some] for uid, some in volunteers.swarm.hosts().items()}
         placed = PlacedSwarm(volunteers.swarm.plan.manifest, volunteers.volunteers, hosts)
         trainers = draw_population(world.rng("trainers"), max(3, nodes // TRAINED_BY))
-    window = Window(timing.trained_s, timing.trained_s / 2)
+    window = Window(timing.trained_s, 1.5 * timing.trained_s, alone_s=ALONE_S)
     figures = training.play(placed, trainers, window, seed)
     heavy = training.play(placed, trainers, replace(window, heavy=HEAVY), seed)
     return asdict(figures) | {

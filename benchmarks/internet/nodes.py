@@ -9,15 +9,15 @@ import functools
 import gc
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups
 from benchmarks.internet.world import HomeLine, Link, Peer, World
-from benchmarks.simulated_p2p import SimulatedIdentity, simulated_world
+from benchmarks.simulated_p2p import EPOCH, SimulatedIdentity, simulated_world
 from dht.announcements import Activity, NodeInfo, Reachability, Replica
 from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.manifest import Manifest
@@ -48,6 +48,8 @@ from peer.parsing import ParseGuard
 from peer.relays.reservations import WANTED
 from peer.transport.addresses import Multiaddress
 from peer.wire import state_pb2
+
+T = TypeVar("T")
 
 _ASK_S = 5.0
 _key_id_of = functools.lru_cache(maxsize=1 << 18)(key_id_of)
@@ -118,6 +120,16 @@ class CountedExpert:
         if self.clock is None:
             return int(self._count)
         return int(self._count + self.rate * (self.clock() - self._counted_at))
+
+    @property
+    def rows(self) -> int:
+        """Computed so far: one for each update."""
+        return self.update_count
+
+    @property
+    def updated_at(self) -> float:
+        """Unix time."""
+        return 0.0 if self.clock is None or not self.rate else EPOCH + float(self.clock())
 
     def serve(self, rate: float, clock: Any) -> None:
         self._count, self.rate, self.clock, self._counted_at = self.update_count, rate, clock, clock()
@@ -317,6 +329,12 @@ class SharedRegistry(Registry):
         if not all(result.someone_answered for result in found.values()):
             raise UnreachableError("no DHT peer answered")
         return {key: found[key_id].answer.unpacked for key, key_id in ids.items()}
+
+    async def _in_time(self, call: Awaitable[T], operation: str = "") -> T:
+        """Without the deadline, and its timer: look-ups of the model end by themselves, or stand still with a machine
+        that sleeps.
+        """
+        return await call
 
     def _region(
         self,

@@ -15,6 +15,8 @@ from dht.uid import UID
 
 EXPERTS_PER_NODE = 0.7
 """In the swarm, for each volunteer, so that two replicas of each fill about three quarters of the room there is."""
+MOST_TRAINED = 128
+"""Experts of a layer in a swarm that is trained."""
 START_S = 120.0
 """Within which those join who are there at the start."""
 LOOK_EVERY_S = 10.0
@@ -26,6 +28,13 @@ def plan_for(nodes: int) -> SwarmPlan:
     """One layer."""
     experts = max(4, round(EXPERTS_PER_NODE * nodes))
     manifest = {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
+    return SwarmPlan(Manifest.model_validate(manifest))
+
+
+def plan_to_train(nodes: int) -> SwarmPlan:
+    """Two layers. In a large swarm experts have more replicas, as trainers read all experts that there are."""
+    experts = max(4, min(MOST_TRAINED, round(EXPERTS_PER_NODE * nodes / 2)))
+    manifest = {"name": "simulated", "model": {"layers": 2}, "experts": {"grid": grid_of(experts)}}
     return SwarmPlan(Manifest.model_validate(manifest))
 
 
