@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +59,8 @@ class _Account:
     work: Work
     signed: Work
     """What the last receipt said, or as it was when the trainer started."""
+    saved: Work = field(default_factory=Work)
+    """As it was saved last. A receipt says no more, or a trainer that is killed would count less than it has signed."""
     node: NodeInfo | None = None
     """As it was called last in this run."""
     tried_at: float = float("-inf")
@@ -103,14 +105,14 @@ class CreditAccounts:
         return Work() if account is None else account.work
 
     def due(self, before: float) -> Iterable[tuple[NodeInfo, _Account]]:
-        """The nodes with unsigned work that were not given a receipt since that time, longest ago first."""
+        """The nodes with saved work that is not signed, and no receipt since that time, longest ago first."""
         found = [
             (account.node, account)
             for account in self._accounts.values()
             if account.node is not None
             and account.tried_at <= before
-            and account.work.is_sane
-            and account.work > account.signed
+            and account.saved.is_sane
+            and account.saved > account.signed
             and not account.takes_none
         ]
         return sorted(found, key=lambda each: each[1].tried_at)
@@ -135,6 +137,8 @@ class CreditAccounts:
 
     async def save(self) -> None:
         """Writes the file, whole or not at all. A full disk is a warning."""
+        for account in self._accounts.values():
+            account.saved = account.work
         if self._path is None or not self._has_changed:
             return
         nodes = {peer_id.to_base58(): astuple(a.work) for peer_id, a in self._accounts.items()}
@@ -207,7 +211,6 @@ class ReceiptSender:
 
     async def give(self, before: float, deadline_s: float, most: int = _AT_ONCE) -> int:
         """Signs for some nodes that were not given a receipt since that time. Returns for how many it tried."""
-        # first, so that a receipt never says more than the file
         await self._accounts.save()
         due, turns = list(islice(self._accounts.due(before), most)), asyncio.Semaphore(_AT_ONCE)
 
@@ -219,7 +222,7 @@ class ReceiptSender:
         return len(due)
 
     async def _give(self, node: NodeInfo, account: _Account, deadline_s: float) -> None:
-        account.tried_at, work = self._clock(), account.work
+        account.tried_at, work = self._clock(), account.saved
         receipt = sign_receipt(
             self._identity,
             self._swarm_id,
