@@ -135,7 +135,7 @@ def read_outline(data: bytes | memoryview, most: int) -> tuple[Any, list[Place]]
     """
     begin = 8 + int.from_bytes(data[:8], "little")
     if not 8 < begin <= len(data) or begin % _ALIGNMENT:
-        raise StateError("it can't be read: it is no safetensors file")
+        raise StateError("it can't be read: it is not a safetensors file")
     if begin - 8 > most:
         raise StateError(f"it can't be read: an outline of {begin - 8} bytes; at most {most}")
     try:

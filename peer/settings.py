@@ -142,9 +142,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"can't read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is no TOML file: it is not text in UTF-8") from error
+        raise SettingsError(f"{path} is not a TOML file: it is not text in UTF-8") from error
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{path} is no TOML file: {error}") from error
+        raise SettingsError(f"{path} is not a TOML file: {error}") from error
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:

@@ -373,7 +373,8 @@ def serve(
 
         settings = load_settings(context, ServeSettings)
         trainer = TrainerSettings.load(**given_settings(context, TrainerSettings))
-        _check_invite(join)
+        if model is None:
+            _check_invite(join)
         with signals.importing(), imports_without_gc():
             from talkoot.serve.server import run_serve
 

@@ -68,7 +68,7 @@ class Link:
             match = _PART.fullmatch(part)
             if match is None:
                 raise SettingsError(
-                    f"{part!r} is no part of a link: write for example 100mbit,80ms or 20mbit,80ms,5ms,0.1% "
+                    f"{part!r} is not part of a link: write for example 100mbit,80ms or 20mbit,80ms,5ms,0.1% "
                     "(rate, round-trip delay, jitter, packet loss)"
                 )
             number, unit = float(match[1]), match[2]

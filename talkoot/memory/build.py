@@ -385,7 +385,7 @@ def _given_encoder(file: Path, base: _Base | None) -> DualEncoder:
         raise DataError(f"--encoder: can't read {file}: {error.strerror or error}") from error
     except WireError as error:
         raise DataError(
-            f"--encoder {file} is no file that `talkoot memory train-encoder` wrote: {error}"
+            f"--encoder {file} is not a file that `talkoot memory train-encoder` wrote: {error}"
         ) from error
 
 

@@ -55,7 +55,8 @@ def run_inspect(terminal: Terminal, folder: Path) -> None:
     """Raises LibraryError if it is not a whole memory."""
     if not folder.is_dir():
         raise LibraryError(
-            f"{folder} is no folder: pass one that `talkoot memory build` wrote, or a memory's name and --join INVITE"
+            f"{folder} is not a folder: pass one that `talkoot memory build` wrote, or a memory's name with "
+            "--join INVITE"
         )
     with terminal.stages("verifying the memory") as stage:
         found = inspect_memory(folder, stage if terminal.live else lambda text: None)
@@ -135,7 +136,7 @@ def open_memory(
             store.load(root)
     except FileNotFoundError as error:
         raise LibraryError(
-            f"{folder} is no memory ({error.filename} is missing): `talkoot memory build` writes one"
+            f"{folder} is not a memory ({error.filename} is missing): `talkoot memory build` writes one"
         ) from error
     except OSError as error:
         raise LibraryError(f"can't read {folder}: {error.strerror or error}") from error

@@ -529,7 +529,7 @@ def _places_in(path: Path) -> dict[str, Path]:
         weight_map: dict[str, str] = json.loads(read_file(path, INDEX))["weight_map"]
         names = {name for name in weight_map.values() if _WEIGHTS.fullmatch(name)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path / INDEX} is no index: {printable(repr(error))}") from error
+        raise ModelError(f"{path / INDEX} is not an index: {printable(repr(error))}") from error
     if strange := set(weight_map.values()) - names:
         raise ModelError(f"{path / INDEX} names the file {printable(min(strange))!r}")
     places = _names_in([path / name for name in sorted(names)])
@@ -574,11 +574,11 @@ def read_file(folder: Path, name: str) -> bytes:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Raises OSError, and ModelError if it leads out of the folder or is no file."""
+    """Raises OSError, and ModelError if it leads out of the folder or is not a file."""
     if path.is_symlink():
         raise ModelError(f"{path} is a link: copy the folder with the files themselves (cp -rL)")
     file = os.fdopen(open_plainly(path, os.O_RDONLY), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise ModelError(f"{path} is no file")
+        raise ModelError(f"{path} is not a file")
     return file

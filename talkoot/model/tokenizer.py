@@ -50,9 +50,9 @@ def parse_tokenizer(text: str) -> Tokenizer:
         is_bounded = normalizer is None or normalizer["type"] in _NORMALIZERS
         is_bounded = is_bounded and all(map(_is_bounded, splits))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"this is no tokenizer: {printable(str(error))}") from error
+        raise DataError(f"this is not a tokenizer: {printable(str(error))}") from error
     if not is_plain:
-        raise DataError("this is no tokenizer of byte pairs, or one with a dropout, a prefix or a suffix")
+        raise DataError("this is not a tokenizer of byte pairs, or one with a dropout, a prefix or a suffix")
     if not is_bounded:
         raise DataError("what this tokenizer does before it looks for byte pairs may take any time or memory")
     return ByteTokenizer() if is_bytes else load_tokenizer(text)

@@ -96,7 +96,7 @@ def read_keys(path: Path | None) -> ApiKeys:
             f"can't read {path}: {error.strerror}; pass a file with one key on each line"
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no file of API keys: it is not text in ASCII") from error
+        raise DataError(f"{path} is not a file of API keys: it is not text in ASCII") from error
     if not keys or len(data) > _LONGEST_FILE or any(" " in key for key in keys):
-        raise DataError(f"{path} is no file of API keys: put one key without spaces on each line")
+        raise DataError(f"{path} is not a file of API keys: put one key without spaces on each line")
     return ApiKeys(keys)

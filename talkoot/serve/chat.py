@@ -54,7 +54,9 @@ class ChatFormat(BaseModel):
         try:
             return cls.model_validate_json(read_file(folder, CHAT_FORMAT))
         except ValidationError as error:
-            raise ModelError(f"{path} is no chat format: {describe_validation_error(error, cls)}") from error
+            raise ModelError(
+                f"{path} is not a chat format: {describe_validation_error(error, cls)}"
+            ) from error
 
     def text(self, messages: Sequence[Message]) -> str:
         turns = {

@@ -198,7 +198,7 @@ def test_a_wrong_file_is_refused_with_its_key_named(tmp_path: Path, text: str, n
 def test_a_file_that_does_not_parse_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "swarm.toml"
     path.write_bytes(content)
-    with pytest.raises(SettingsError, match=r"swarm\.toml is no TOML file"):
+    with pytest.raises(SettingsError, match=r"swarm\.toml is not a TOML file"):
         Manifest.from_toml(path)
 
 

@@ -84,13 +84,13 @@ def pipe(path: Path) -> None:
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is endless": (lambda f: replace(f / CONFIG, endless), "is a link"),
-    "config is a pipe": (lambda f: replace(f / CONFIG, pipe), "is no file"),
-    "config is a folder": (lambda f: replace(f / CONFIG, Path.mkdir), "is no file|Is a directory"),
+    "config is a pipe": (lambda f: replace(f / CONFIG, pipe), "is not a file"),
+    "config is a folder": (lambda f: replace(f / CONFIG, Path.mkdir), "is not a file|Is a directory"),
     "tokenizer leads out": (
         lambda f: replace(f / TOKENIZER, lambda path: path.symlink_to("/etc/passwd")),
         "is a link",
     ),
-    "weights are a pipe": (lambda f: replace(weights(f), pipe), "is no file"),
+    "weights are a pipe": (lambda f: replace(weights(f), pipe), "is not a file"),
     "weights lead out": (lambda f: replace(weights(f), endless), "is a link"),
     "weights by a name that leads out": (
         lambda f: change_json(f / INDEX, weight_map={"x": "../../x.safetensors"}),
@@ -108,9 +108,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "unknown",
     ),
     "config that is nested": (lambda f: (f / CONFIG).write_text('{"a":' * 2**17), "not that of a Talkoot"),
-    "index that is nested": (lambda f: (f / INDEX).write_text('{"weight_map":' + "[" * 2**20), "no index"),
-    "index of lists": (lambda f: change_json(f / INDEX, weight_map={"x": [[]] * 2**20}), "no index"),
-    "index that is a number": (lambda f: (f / INDEX).write_text("7"), "no index"),
+    "index that is nested": (lambda f: (f / INDEX).write_text('{"weight_map":' + "[" * 2**20), "not an index"),
+    "index of lists": (lambda f: change_json(f / INDEX, weight_map={"x": [[]] * 2**20}), "not an index"),
+    "index that is a number": (lambda f: (f / INDEX).write_text("7"), "not an index"),
     "header of 2^63 bytes": (
         lambda f: weights(f).write_bytes((2**63).to_bytes(8, "little") + b"{}"),
         "too much memory",

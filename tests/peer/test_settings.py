@@ -101,8 +101,8 @@ def test_what_a_setting_may_be_is_told_in_plain_words(given: dict[str, Any], sai
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"heat = hot", "is no TOML file: Invalid value"),
-        (b"\xff", "is no TOML file: it is not text in UTF-8"),
+        (b"heat = hot", "is not a TOML file: Invalid value"),
+        (b"\xff", "is not a TOML file: it is not text in UTF-8"),
     ],
 )
 def test_a_file_that_is_no_toml_is_named(config: Path, data: bytes, said: str) -> None:
@@ -160,7 +160,7 @@ def test_a_missing_file_and_one_that_does_not_parse_are_named(config: Path, tmp_
     with pytest.raises(SettingsError, match=r"no file .*absent"):
         SaunaSettings.load(tmp_path / "absent.toml")
     config.write_text("heat = = 60", encoding="utf-8")
-    with pytest.raises(SettingsError, match=r"sauna\.toml is no TOML file: Invalid value"):
+    with pytest.raises(SettingsError, match=r"sauna\.toml is not a TOML file: Invalid value"):
         SaunaSettings.load(config)
 
 

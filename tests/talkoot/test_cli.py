@@ -239,7 +239,7 @@ def test_a_founder_with_too_little_memory_publishes_nothing(tmp_path: Path) -> N
 
 
 def test_a_link_that_is_none_is_told_with_an_example() -> None:
-    assert_one_clear_line(run_here("demo", "--link", "fast"), "'fast' is no part of a link", "100mbit,80ms")
+    assert_one_clear_line(run_here("demo", "--link", "fast"), "'fast' is not part of a link", "100mbit,80ms")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--new", "swarm.toml", "--join", "talkoot2"]])

@@ -123,7 +123,7 @@ def _find(path: str) -> list[Path]:
     if at.is_file():
         return [at]
     if at.exists():
-        raise DataError(f"{path} is no file: write what comes from it into one first")
+        raise DataError(f"{path} is not a file: write what comes from it into one first")
     matched = sorted(Path(name) for name in glob.glob(path, recursive=True))
     files = [file for file in matched if file.is_file()]
     if not files:

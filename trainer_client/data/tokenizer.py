@@ -67,7 +67,7 @@ class BytePairTokenizer:
             # the library raises nothing narrower than Exception, and where it panics something wider
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise DataError(f"this is no tokenizer: {error}") from error
+            raise DataError(f"this is not a tokenizer: {error}") from error
         stands_for = byte_letters()
         vocabulary = self._library.get_vocab()
         if (
@@ -75,7 +75,7 @@ class BytePairTokenizer:
             or len(vocabulary) > MOST_TOKENS
             or not set(ByteLevel.alphabet()) <= vocabulary.keys() <= _words(vocabulary, stands_for)
         ):
-            raise DataError(f"this is no tokenizer of byte pairs with at most {MOST_TOKENS} tokens")
+            raise DataError(f"this is not a tokenizer of byte pairs with at most {MOST_TOKENS} tokens")
         # which have nothing to do with training
         self._library.no_padding()
         self._library.no_truncation()

@@ -299,7 +299,7 @@ def test_build_and_inspect_are_commands(folder: Path, tmp_path: Path) -> None:
 def test_inspect_of_a_name_asks_for_a_folder_or_an_invite() -> None:
     ended = run_here("memory", "inspect", "trees-of-others")
     assert ended.returncode
-    assert "build` wrote, or a memory's name and --join INVITE" in ended.stderr
+    assert "build` wrote, or a memory's name with --join INVITE" in ended.stderr
 
 
 def test_inspect_counts_and_verifies(folder: Path, tmp_path: Path) -> None:

@@ -99,10 +99,10 @@ def broken(what: str, folder: Path) -> None:
     [
         ("no shard", "lacks 1 shard"),
         ("no encoder", "lacks its encoder or codebook"),
-        ("no manifest", "is no memory"),
+        ("no manifest", "is not a memory"),
         ("another manifest", "is damaged"),
         ("a changed shard", "is damaged"),
-        ("no folder of shards", "is no memory"),
+        ("no folder of shards", "is not a memory"),
     ],
 )
 def test_a_broken_folder_is_not_published(tmp_path: Path, what: str, said: str) -> None:
@@ -114,7 +114,7 @@ def test_a_broken_folder_is_not_published(tmp_path: Path, what: str, said: str) 
 def test_a_folder_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
     founded(tmp_path / "node")
     ended = run_here("memory", "publish", str(tmp_path), "--state", str(tmp_path / "node"), "--host", HOST)
-    assert_one_clear_line(ended, "is no memory", "talkoot memory build")
+    assert_one_clear_line(ended, "is not a memory", "talkoot memory build")
 
 
 # Who publishes

@@ -234,7 +234,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing off the grid": (lambda f: change_json(f / CONFIG, missing_experts=["9.9.9"]), "missing_experts"),
     "missing are there": (lambda f: change_json(f / CONFIG, missing_experts=["0.0.0"]), "unknown tensor experts.0.0_0"),
     "another vocabulary": (lambda f: change_json(f / CONFIG, vocab_size=300), "tokenizer of 256 tokens"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").write_text("[]"), "no tokenizer"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").write_text("[]"), "not a tokenizer"),
     "index leads out": (lambda f: change_json(f / INDEX, weight_map={"x": "../x.safetensors"}), "names the file"),
     "index misplaces": (
         lambda f: change_json(f / INDEX, weight_map={"x": "model-00001-of-00003.safetensors"}),

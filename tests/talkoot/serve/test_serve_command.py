@@ -124,7 +124,7 @@ def test_what_is_no_chat_format_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_pipe_in_place_of_a_chat_format_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "chat_format.json")
-    with pytest.raises(ModelError, match="is no file"):
+    with pytest.raises(ModelError, match="is not a file"):
         ChatFormat.read(tmp_path)
 
 

@@ -70,7 +70,7 @@ def test_a_tokenizer_is_saved_whole(tokenizer: Tokenizer) -> None:
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(text)
-    with pytest.raises(DataError, match=rf"{path}.*this is no tokenizer"):
+    with pytest.raises(DataError, match=rf"{path}.*this is not a tokenizer"):
         read_tokenizer(str(path))
     absent = tmp_path / "absent"
     with pytest.raises(DataError, match=rf"no tokenizer {absent}: give .* the path of"):

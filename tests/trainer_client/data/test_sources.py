@@ -163,7 +163,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "x").mkdir(),
         r"no \.txt, \.jsonl or \.parquet file in",
     ),
-    "a pipe": (lambda folder: os.mkfifo(folder / "x"), "x is no file: write what comes from it into one"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "x"), "x is not a file: write what comes from it into one"),
     "zeros": (lambda folder: write_bytes(folder / "x.bin", b"ab\0c"), "is not text: byte 2 is 0"),
     "latin 1": (
         lambda folder: write_bytes(folder / "x.txt", b"12345\xe4 "),
