@@ -43,7 +43,7 @@ def test_a_link_is_read_as_people_write_it(text: str, link: Link) -> None:
 )
 def test_what_is_no_link_is_refused_with_an_example_or_its_bounds(text: str) -> None:
     with pytest.raises(
-        SettingsError, match=r"no part of a link: write for example 100mbit,80ms|is not a link"
+        SettingsError, match=r"not part of a link: write for example 100mbit,80ms|is not a link"
     ):
         Link.parse(text)
 

@@ -85,7 +85,7 @@ def test_a_tokenizer_of_words_is_refused() -> None:
     ]
     vocabulary["日"] = vocabulary.pop(some)
     of_words["model"]["merges"] = []
-    with pytest.raises(DataError, match="no tokenizer of byte pairs"):
+    with pytest.raises(DataError, match="not a tokenizer of byte pairs"):
         BytePairTokenizer(json.dumps(of_words))
 
 
