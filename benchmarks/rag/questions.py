@@ -3,9 +3,8 @@
 import random
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from benchmarks.memory import corpora
 from dht.memory import Passage
@@ -13,8 +12,6 @@ from talkoot.memory.build import text_of
 from talkoot.memory.pairs import Pair
 from talkoot.memory.passages import split
 from trainer_client.memory.encoder import words_of
-
-T = TypeVar("T")
 
 _TEST = 10
 """One headword of so many is for the test."""
@@ -59,15 +56,16 @@ class Asked:
         return pairs
 
 
-def ask(rng: random.Random, most: float, tested: int) -> Asked:
-    """Of the works that are installed. `most`: characters of each; `tested`: questions of each kind."""
+def ask(rng: random.Random, share: int, tested: int) -> Asked:
+    """Of the works that are installed, one title of `share`. `tested`: questions of each kind."""
     passages: dict[str, Passage] = {}
     dictionaries = [work for work in corpora.installed() if work.name in ("gcide", "foldoc")]
     for work in dictionaries:
-        _add(passages, _some(work.read(), most, lambda entry: entry.text), work.name, work.license)
+        entries = (entry for entry in work.read() if _drawn(entry.title, share))
+        _add(passages, entries, work.name, work.license)
     by_heading = defaultdict[str, set[str]](set)
     documented = corpora.sections() if corpora.is_documented() else ()
-    sections = list(_some(documented, most, lambda section: section[1].text))
+    sections = [section for section in documented if _drawn(section[1].title, share)]
     count = Counter(heading.lower() for heading, _ in sections)
     for heading, entry in sections:
         texts = _add(passages, [entry], "python", "PSF-2.0")
@@ -101,17 +99,11 @@ def ask(rng: random.Random, most: float, tested: int) -> Asked:
 
 
 def _is_test(question: Question) -> bool:
-    return zlib.crc32(f"test {question.about.lower()}".encode()) % _TEST == 0
+    return _drawn(f"test {question.about}", _TEST)
 
 
-def _some(entries: Iterable[T], most: float, text: Callable[[T], str]) -> Iterator[T]:
-    """The first of them, with so many characters in all."""
-    characters = 0
-    for entry in entries:
-        if characters >= most:
-            return
-        characters += len(text(entry))
-        yield entry
+def _drawn(text: str, share: int) -> bool:
+    return zlib.crc32(text.lower().encode()) % share == 0
 
 
 def _add(

@@ -66,7 +66,7 @@ def test_sections_have_their_headings_apart(works: None) -> None:
 
 
 def test_no_word_and_no_heading_is_on_both_sides(works: None) -> None:
-    asked = questions.ask(random.Random(0), 1e9, 100)
+    asked = questions.ask(random.Random(0), 1, 100)
     learned, tested = ({q.about.lower() for q in side} for side in (asked.learned, asked.tested))
     assert learned
     assert tested
@@ -88,7 +88,7 @@ def test_no_word_and_no_heading_is_on_both_sides(works: None) -> None:
 def test_all_rankings_are_measured(works: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "_UNITED", 30)
     monkeypatch.setattr(recall, "CUTS", (5, dual_training.K))
-    found = recall.measure(questions.ask(random.Random(0), 1e9, 100))
+    found = recall.measure(questions.ask(random.Random(0), 1, 100))
     by_all = {name: kinds["all"][str(dual_training.K)] for name, kinds in found["recall"].items()}
     # the glosses share no word with the entries: only pairs tell what they mean
     assert by_all["dpr"] > by_all["word_vectors"] + 0.3
@@ -107,7 +107,7 @@ def test_fusing_weighs_both_rankings() -> None:
 
 
 def test_negatives_of_a_definition_are_not_its_words_entry(works: None) -> None:
-    asked = questions.ask(random.Random(0), 1e9, 100)
+    asked = questions.ask(random.Random(0), 1, 100)
     pairs = asked.pairs()[:50]
     texts = [f"{passage.title}\n{passage.text}" for passage in asked.passages]
     negatives = hard_negatives(pairs, [passage.title for passage in asked.passages], texts)
