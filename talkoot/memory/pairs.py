@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def split_by_title(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     return sides
 
 
+def require_bm25s() -> None:
+    """Raises DataError if the package is missing."""
+    if find_spec("bm25s") is None:
+        raise DataError("hard negatives need the package bm25s: pip install 'talkoot[retrieval]'")
+
+
 def hard_negatives(
     pairs: Sequence[Pair],
     titles: Sequence[str],
@@ -75,13 +82,9 @@ def hard_negatives(
     """For each pair, the passage that BM25 finds best among those that don't answer; None if it finds none.
 
     A passage of the answer's title, or with one of the answers' phrases in it, may answer. `titles` and `texts`: of the
-    passages, the texts with their titles. `watch` is told how many pairs are done. Raises DataError if the package
-    bm25s is missing.
+    passages, the texts with their titles. `watch` is told how many pairs are done. Needs bm25s: see `require_bm25s`.
     """
-    try:
-        import bm25s
-    except ImportError as error:
-        raise DataError("hard negatives need the package bm25s: pip install 'talkoot[retrieval]'") from error
+    import bm25s
 
     def tokens(some: Sequence[str]) -> Any:
         return bm25s.tokenize(list(some), stopwords="en", show_progress=False)

@@ -23,7 +23,7 @@ from talkoot.memory.dual_training import (
     train_dual_encoder,
     tune,
 )
-from talkoot.memory.pairs import Pair, hard_negatives, read_pairs, split_by_title
+from talkoot.memory.pairs import Pair, hard_negatives, read_pairs, require_bm25s, split_by_title
 from talkoot.memory.passages import read_passages
 from talkoot.memory.progress import Progress, Rate, Show
 from talkoot.memory.training import WordCounter, encoder_of, train_word_vectors
@@ -105,6 +105,9 @@ def train_encoder(plan: TrainEncoderPlan, show: Show = lambda what, detail: None
     began = time.monotonic()
     if plan.out.exists():
         raise SettingsError(f"{plan.out} exists: pass the path of a new file with --out")
+    if not plan.out.parent.is_dir():
+        raise SettingsError(f"--out {plan.out}: {plan.out.parent} is no folder; make it first")
+    require_bm25s()
     pairs = read_pairs(plan.pairs)
     rate = Rate(show, "reading the text", None)
     sample = PassageSample(plan.seed)

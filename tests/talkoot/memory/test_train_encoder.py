@@ -1,6 +1,7 @@
 """Encoders of questions and passages: what they learn, and memories that are built with them."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,3 +160,16 @@ def test_a_step_follows_the_gradient_with_negatives_too() -> None:
     lengths = np.linalg.norm(gradient[used], axis=1, keepdims=True)
     np.testing.assert_allclose(step, 0.1 * 6**0.5 * gradient[used] / lengths, rtol=2e-3, atol=1e-5)
     np.testing.assert_array_equal(vectors[~used], before[~used])
+
+
+def test_what_is_missing_is_said_before_anything_is_learned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = write_samples(tmp_path)
+    shown: list[str] = []
+    with pytest.raises(SettingsError, match="is no folder"):
+        train_encoder(replace(plan, out=tmp_path / "nowhere" / "encoder"), lambda what, _: shown.append(what))
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(DataError, match="retrieval"):
+        train_encoder(plan, lambda what, _: shown.append(what))
+    assert not shown
