@@ -65,6 +65,8 @@ _SHARD_FOR_S = 600.0
 """How often a node checks, about, which shard it should be listed in."""
 _MOST_SHARDS = 4096
 """Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
+_TRAINER_STEPS = (1, 3, 12)
+"""Shards of trainers that are read at a time, by those who only need some."""
 _LATER_S = 0.001
 _MAX_WRITTEN = 16384
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
@@ -523,6 +525,20 @@ class Registry:
         """The peers listed in the 16 trainer shards, at most `most` of them, drawn at random."""
         found = await self._listed({self.keys.trainer_shard(shard): f"{shard:x}" for shard in range(16)})
         return frozenset(some_of(set().union(*found.values()), most))
+
+    async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
+        """Peers of as few of the trainer shards as list `enough`, and about how many all of them list.
+
+        Frugal, so that long lists, which anybody can make, cost little.
+        """
+        shards, found, read = self._rng.sample(range(16), 16), set[PeerID](), 0
+        for step in _TRAINER_STEPS:
+            some, read = shards[read : read + step], read + step
+            listed = await self._listed({self.keys.trainer_shard(n): f"{n:x}" for n in some}, FRUGAL)
+            found = found.union(*listed.values())
+            if len(found) >= enough:
+                break
+        return frozenset(found), len(found) * 16 // read
 
     async def _listed(
         self, shards: Mapping[str, str], limits: SearchLimits = DEFAULT_LIMITS

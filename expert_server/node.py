@@ -392,7 +392,7 @@ class Node:
             await asyncio.sleep(self.period.drawn_s())
 
     async def _hear_news(self) -> None:
-        """A look costs less than the announcements of a period. If the DHT does not answer, others have said so."""
+        """For ever. If the DHT does not answer, others have said so."""
         while True:
             with contextlib.suppress(UnreachableError):
                 await self.news.look()

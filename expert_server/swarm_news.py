@@ -1,6 +1,7 @@
 """What a node's owner hears of the rest of the swarm: who has gone, who trains, and what the model has learned."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,8 @@ _MOST_ASKED = 16
 """Missing nodes that are looked up at once."""
 _MOST_READ = 8
 """Trainers whose records are read; of more, some are drawn. They average, so their losses are alike."""
+TRAINERS_EVERY_S = 300.0
+"""Between two looks at the trainers. Where nobody trains, or few, one takes 0.1 MB: more than seven rounds may cost."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class TrainingNews:
     """How the swarm's training goes. Losses are the lowest validation loss of the live trainers, in nats per token."""
 
     trainers: int | None = None
-    """Those that are live; None: not known yet."""
+    """About how many are live; None: not known yet."""
     loss: float | None = None
     """The last that was heard of."""
     loss_at_first: float | None = None
@@ -45,6 +48,8 @@ class SwarmNews:
         registry: Registry,
         seen: Callable[[], Mapping[UID, tuple[Replica, ...]]],
         trainers_here: Callable[[], int],
+        trainers_every_s: float = TRAINERS_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`seen`: the replicas that this node saw in its last look. `trainers_here`: those that use its experts now."""
         self.training = TrainingNews()
@@ -52,14 +57,21 @@ class SwarmNews:
         self._seen = seen
         self._trainers_here = trainers_here
         self._hosts: frozenset[PeerID] = frozenset()
+        self._trainers_every_s = trainers_every_s
+        self._clock = clock
+        self._trainers_at = float("-inf")
 
     async def look(self) -> None:
         """Raises UnreachableError."""
         await self._note_gone()
-        listed = await self._registry.trainer_ids()
+        now = self._clock()
+        if now < self._trainers_at + self._trainers_every_s:
+            return
+        listed, about = await self._registry.some_trainer_ids(_MOST_READ)
         some = some_of(listed, _MOST_READ)
         read = await self._registry.trainers(some)
-        self.training = self.training.after(len(listed) - len(some) + len(read), read.values())
+        self.training = self.training.after(about - len(some) + len(read), read.values())
+        self._trainers_at = now
 
     async def _note_gone(self) -> None:
         """Tells of each host that has gone without a word."""

@@ -9,9 +9,19 @@ import pytest
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
-from dht.records import FULL, MOST_DIGITS, child_shards, choose_shard, digits_of, first_shards, shards_of
+from dht.records import (
+    FULL,
+    MOST_DIGITS,
+    child_shards,
+    choose_shard,
+    digits_of,
+    first_shards,
+    shards_of,
+    trainer_shard_of,
+)
 from dht.registry import Registry
 from peer.identity import PeerID
+from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.validation import pack
 from peer.wire import records_pb2
@@ -93,6 +103,34 @@ def test_nodes_of_a_full_shard_are_listed_below_it_and_come_back_when_there_is_r
         for registry in registries[-4:]:
             await registry.publish_node(records_pb2.NodeRecord(), 100.0)
         assert len(await listed_in(swarm, "ab")) == 4, "they were listed below, and there is room now"
+
+    world.run_until_complete(scenario())
+
+
+def test_who_needs_some_trainers_reads_little_however_many_are_listed(world: VirtualLoop) -> None:
+    """Anybody can list peers that don't exist."""
+
+    async def scenario() -> None:
+        swarm = await SimulatedSwarm.start(world, 20, 5, Link(), seed=1)
+        reader, rng = swarm.peers[3].registry, random.Random(0)
+        for trainers, enough in ((3, False), (60, True), (1200, True)):
+            listed = [PeerID(b"\x12\x20" + rng.randbytes(32)) for _ in range(trainers)]
+            keys = [swarm.keys.trainer_shard(trainer_shard_of(peer_id)) for peer_id in listed]
+            expires_at = world.unix_time() + 100.0
+            pairs = zip(listed, keys, strict=True)
+            items = [Item(key, peer_id.to_bytes(), key, expires_at) for peer_id, key in pairs]
+            for first in range(0, len(items), 500):
+                await swarm.peers[1].registry.store(items[first : first + 500])
+            before = reader.spent_bytes
+            everybody = await reader.trainer_ids(10**6)
+            spent = reader.spent_bytes - before
+            for _ in range(2):
+                before = reader.spent_bytes
+                some, about = await reader.some_trainer_ids(8)
+                assert some == everybody if not enough else 8 <= len(some) < len(everybody)
+                assert some <= everybody
+                assert len(everybody) / 4 < about < 4 * len(everybody)
+                assert reader.spent_bytes - before < spent / (8 if trainers == 1200 else 1)
 
     world.run_until_complete(scenario())
 

@@ -11,7 +11,8 @@ from simulated_readings import manifest, node, peer, replica, trainer
 
 from dht.announcements import NodeInfo, Replica, ReplicaState, TrainerInfo
 from dht.uid import UID
-from expert_server.swarm_news import SwarmNews, TrainingNews
+from expert_server.swarm_news import TRAINERS_EVERY_S, SwarmNews, TrainingNews
+from peer.errors import UnreachableError
 from peer.identity import PeerID
 
 HERE, THERE, *_ = manifest().uids()
@@ -28,8 +29,8 @@ class Records:
     async def nodes(self, peers: Collection[PeerID], *, with_left: bool = False) -> dict[PeerID, NodeInfo]:
         return {p: self.known[p] for p in peers if p in self.known and (with_left or not self.known[p].left)}
 
-    async def trainer_ids(self) -> frozenset[PeerID]:
-        return frozenset(self.training)
+    async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
+        return frozenset(self.training), len(self.training)
 
     async def trainers(self, peers: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
         return {p: self.training[p] for p in peers}
@@ -37,7 +38,7 @@ class Records:
 
 def news_of(records: Records, seen: dict[UID, tuple[Replica, ...]], users: int) -> SwarmNews:
     registry: Any = records
-    return SwarmNews(registry, lambda: seen, lambda: users)
+    return SwarmNews(registry, lambda: seen, lambda: users, trainers_every_s=0.0)
 
 
 @pytest.mark.parametrize(
@@ -112,3 +113,28 @@ def test_of_many_trainers_some_are_read_and_all_counted() -> None:
     news = news_of(records, {}, 0)
     asyncio.run(news.look())
     assert (news.training.trainers, read) == (100, [8])
+
+
+def test_trainers_are_looked_up_now_and_then_and_again_after_a_look_that_failed() -> None:
+    now, asked, fails = [1000.0], [0], [True]
+
+    class Failing(Records):
+        async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
+            asked[0] += 1
+            if fails[0]:
+                raise UnreachableError("nobody answers")
+            return await super().some_trainer_ids(enough)
+
+    registry: Any = Failing()
+    news = SwarmNews(registry, dict, lambda: 0, clock=lambda: now[0])
+
+    async def looks() -> None:
+        with pytest.raises(UnreachableError):
+            await news.look()
+        fails[0] = False
+        for seconds in (0.0, 10.0, TRAINERS_EVERY_S - 10.1, 0.1, 10.0):
+            now[0] += seconds
+            await news.look()
+
+    asyncio.run(looks())
+    assert asked[0] == 3
