@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from other_processes import name_of, runs
 
 from peer.errors import StartError
 from peer.files import StateFolder
@@ -115,18 +116,10 @@ def kill(process: "subprocess.Popen[str]") -> None:
             pipe.close()
 
 
-def runs(child: psutil.Process) -> bool:
-    """Whether it still runs; a process that nobody has collected yet does not."""
-    try:
-        return bool(child.is_running() and child.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_child_is_gone_after_its_parent_was_killed() -> None:
     parent = start_python(PARENT)
     child = psutil.Process(int(first_line(parent)))
-    wait_until(lambda: child.name() == "sleep")
+    wait_until(lambda: name_of(child) == "sleep")
     os.kill(parent.pid, signal.SIGSTOP)  # a parent that hangs is still a parent
     assert runs(child)
     kill(parent)
@@ -139,7 +132,7 @@ def watched() -> tuple["subprocess.Popen[str]", psutil.Process, psutil.Process]:
         [sys.executable, "-c", WATCHED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     child = psutil.Process(int(first_line(parent)))
-    wait_until(lambda: child.name() == "sleep" and len(child.children()) == 1)
+    wait_until(lambda: name_of(child) == "sleep" and len(child.children()) == 1)
     return parent, child, child.children()[0]
 
 
@@ -199,14 +192,18 @@ def test_a_state_folder_is_made_private_and_opens_once(tmp_path: Path) -> None:
 
 
 def test_a_refused_state_folder_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    def opened() -> list[str]:
+        paths = [file.path for file in psutil.Process().open_files()]
+        return [path for path in paths if path.startswith(str(tmp_path))]
+
     folder = StateFolder(tmp_path)
-    before = psutil.Process().num_fds()
+    assert len(before := opened()) == 1
     for _ in range(3):
         with pytest.raises(StartError):
             StateFolder(tmp_path)
-    assert psutil.Process().num_fds() == before
+    assert opened() == before
     folder.close()
-    assert psutil.Process().num_fds() == before - 1
+    assert opened() == []
 
 
 def test_a_state_folder_is_held_against_other_processes_and_freed_by_a_kill(tmp_path: Path) -> None:

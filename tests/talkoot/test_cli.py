@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_here, sockets_of, wait_until
+from other_processes import gone
 from typer.main import get_command
 
 from dht.invites import Invite
@@ -405,17 +406,6 @@ def test_trainer_with_too_short_a_text_is_told_what_it_needs(founder: Founder, t
 def kin(process: subprocess.Popen[str]) -> list[psutil.Process]:
     parent = psutil.Process(process.pid)
     return [parent, *parent.children(recursive=True)]
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(runs(process) for process in processes)
-
-
-def runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:  # it ended between the two
-        return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,11 +8,11 @@ import time
 from collections.abc import Sequence
 from ipaddress import IPv4Address
 
-import psutil
 import pytest
 from home_router import HomeRouter, serving
 from hypothesis import given
 from hypothesis import strategies as st
+from other_processes import children_with
 from pydantic import ValidationError
 
 from peer.transport import port_mapping
@@ -94,7 +94,7 @@ def test_a_hostile_router_has_not_answered_and_costs_a_bounded_time(monkeypatch:
     began = time.monotonic()
     assert asyncio.run(ask_all(routers, 31338, [31338])) == [RouterAnswer()] * len(routers)
     assert time.monotonic() - began < 60.0
-    assert not [child for child in psutil.Process().children() if "upnp.py" in " ".join(child.cmdline())]
+    assert not children_with("upnp.py")
 
 
 @given(st.binary(max_size=300))

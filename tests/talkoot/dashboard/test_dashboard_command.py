@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import wait_until
+from other_processes import gone
 from simulated_readings import peer
 
 from dht.invites import Invite
@@ -87,7 +89,7 @@ def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: st
     assert process.returncode == 0, said
     assert "cannot reach the swarm: no bootstrap address answers" in said
     assert "Traceback" not in said
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in kin)
+    wait_until(lambda: gone(kin), "the end of its children")
 
 
 def get(url: str) -> dict[str, object]:

@@ -15,6 +15,7 @@ import pytest
 from commands import command, run_here, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_processes import name_of
 from rich.console import Console
 from rich.live import Live
 
@@ -339,7 +340,7 @@ def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(tmp_path: Pa
             assert (event["state"], event["pause_reason"]) == ("paused", f"paused until {begins:%H}:00")
             assert event["experts"] == 0
             node = psutil.Process(process.pid)
-            wait_until(lambda: "p2pd" in {child.name() for child in node.children()}, "p2pd")
+            wait_until(lambda: "p2pd" in map(name_of, node.children()), "p2pd")
             family = [node, *node.children()]
             assert {member.nice() for member in family} == {max(10, os.nice(0))}
         finally:

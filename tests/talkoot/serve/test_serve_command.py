@@ -11,8 +11,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from commands import wait_until
 from model_folders import RandomModel
 from openai import OpenAI
+from other_processes import gone
 from served_model import LIMIT_S, served
 from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
 
@@ -76,7 +78,7 @@ def test_a_swarms_model_is_served_until_ctrl_c(founder: Founder, run: Path, tmp_
         process.communicate()
     assert process.returncode == 0, said
     assert "Traceback" not in said
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in kin)
+    wait_until(lambda: gone(kin), "the end of its children")
 
 
 def test_a_folders_model_is_served_and_says_the_same(loop: LoopThread, tmp_path: Path) -> None:
