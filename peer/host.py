@@ -47,6 +47,8 @@ from peer.transport.tunnel import Tunnels
 logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
+_PATIENCE_S = 10.0
+"""For peers that accept connections, but have not answered in that time: their machines may be busy."""
 _P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
 """Between attempts to start p2pd for the first time. The last one holds for all later ones."""
 
@@ -248,7 +250,8 @@ class Host:
 
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         """Dials peers and joins their DHT. Returns the addresses of those that answered."""
-        return list(_addresses(await self._bootstrap(await self._accepting(addresses))))
+        accepting = await self._accepting(addresses)
+        return list(_addresses(await self._bootstrap(accepting, DIAL_DEADLINE_S)))
 
     def reached_at(self, peer_id: PeerID) -> list[Multiaddress]:
         """Where this peer has found another; empty if it has not."""
@@ -318,7 +321,9 @@ class Host:
             # not waited for: the swarm is joined without it
             self._starting = self._tasks.spawn(self._start_libp2p(), "start the libp2p daemon")
         # a busy peer may be late, so all are asked twice
-        replies = await self._bootstrap(accepting) or await self._bootstrap(accepting)
+        replies = await self._bootstrap(accepting, DIAL_DEADLINE_S) or await self._bootstrap(
+            accepting, _PATIENCE_S
+        )
         if bootstrap and not replies:
             said = (self._transport.refusal_of(address.peer_id) for address in accepting)
             if refusals := {refusal for refusal in said if refusal}:
@@ -375,8 +380,8 @@ class Host:
                 "others, or pass the address by which they reach this machine as --host"
             )
 
-    async def _bootstrap(self, addresses: Sequence[Multiaddress]) -> list[BootstrapReply]:
-        return await bootstrap(self.dht, addresses, DIAL_DEADLINE_S)
+    async def _bootstrap(self, addresses: Sequence[Multiaddress], deadline_s: float) -> list[BootstrapReply]:
+        return await bootstrap(self.dht, addresses, deadline_s)
 
     def _own_endpoint(self) -> Endpoint | None:
         """Where this peer's own server listens: it may be the relay of whom it calls."""

@@ -143,7 +143,7 @@ def test_a_swarm_by_hand_in_four_terminals(reader: Reader) -> None:
 
         for written in (TRAIN, TRAIN_TOO):
             said = reader.types(written)
-            assert re.search(r"steps +│ +3 ", said), said
+            assert "trained 3 steps" in said, said
             assert re.search(r"experts live +│ +128 ", said), said
         assert "128 of 128" in (said := reader.types(STATUS)), said
 

@@ -130,9 +130,11 @@ def test_a_pipe_in_place_of_a_chat_format_is_refused(tmp_path: Path) -> None:
         ChatFormat.read(tmp_path)
 
 
-def test_what_to_serve_must_be_said_once(tmp_path: Path) -> None:
+def test_what_to_serve_must_be_said_once(founder: Founder, tmp_path: Path) -> None:
     talkoot("serve").is_one_clear_line("--join INVITE", "--model DIR")
-    talkoot("serve", "--join", "x", "--model", tmp_path).is_one_clear_line("--join INVITE", "--model DIR")
+    talkoot("serve", "--join", founder.invite, "--model", tmp_path).is_one_clear_line(
+        "--join INVITE", "--model DIR"
+    )
 
 
 def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:
