@@ -72,7 +72,7 @@ class Besieged:
         """What the attack did."""
         address = str(self.info.addresses[0])
         command = [sys.executable, "-I", str(SCRIPT), address, name, str(seconds), str(rate)]
-        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=seconds + 60)
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=seconds + 120)
         assert done.returncode == 0, done.stderr
         made: dict[str, int] = json.loads(done.stdout)
         return made
