@@ -31,8 +31,6 @@ RESTARTED_SHARE, RESTARTED_WITHIN_S, RESTART_TAKES_S = 0.2, 300.0, 20.0
 DAY_S = 86_400.0
 TRAINED_BY, HEAVY = 10, 100.0
 """Nodes for each trainer, and how many times as much as others the one trains that is a burden."""
-ALONE_S = 3.5
-"""About what a lone step takes, back and forth through two layers."""
 BOOTSTRAPS = 3
 """The founder's own node, and the others that invites name."""
 
@@ -243,7 +241,7 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
         hosts = {uid: [numbers[id(node)] for node in some] for uid, some in volunteers.swarm.hosts().items()}
         placed = PlacedSwarm(volunteers.swarm.plan.manifest, volunteers.volunteers, hosts)
         trainers = draw_population(world.rng("trainers"), max(3, nodes // TRAINED_BY))
-    window = Window(timing.trained_s, 1.5 * timing.trained_s, alone_s=ALONE_S)
+    window = Window(timing.trained_s, timing.trained_s / 2)
     figures = training.play(placed, trainers, window, seed)
     heavy = training.play(placed, trainers, replace(window, heavy=HEAVY), seed)
     return asdict(figures) | {
