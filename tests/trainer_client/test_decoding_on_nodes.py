@@ -244,5 +244,7 @@ def test_a_sequence_stays_with_its_replicas_and_moves_when_they_leave(
             {peer_id: node for peer_id, node in view.nodes.items() if node not in left},
             2.0,
         )
-        swarm.check(decoder, sequences, 4)
-        assert swarm.check(decoder, sequences, 5) == 2 * 2 * 3
+        later = [swarm.check(decoder, sequences, token) for token in range(4, 9)]
+        moves = [rows for rows in later if rows != 2 * 2 * 3]
+        assert moves
+        assert len(moves) <= len(sequences), "each moves once, when it needs an expert of those that left"
