@@ -5,7 +5,8 @@ gives them.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections import Counter as Multiset
+from collections.abc import Hashable
 from pathlib import Path
 
 import grpc
@@ -42,16 +43,17 @@ MAX_TRAINERS = 512
 work.
 """
 SLACK = 65_536
-"""Pairs, or queries, by which a trainer's first receipt in a run may exceed twice what this node remembers to have
-done: it may have been killed since it saved that.
+"""Pairs, or queries, by which all trainers together may exceed twice what this node remembers to have answered to them:
+it may have been killed since it saved their receipts.
 """
 _CALLERS = 4096
-"""Of whom it is remembered that they called."""
+"""Of whom it is remembered what they called for."""
 _GIVEN_EVERY_S, _GIVEN_AT_ONCE = 30.0, 4
 """How often a trainer may give a receipt, and how many at once after a pause."""
 _LISTS_PER_S, _LISTS_AT_ONCE = 4.0, 16
 _MAX_CALL_S = 10.0
 _SAVE_EVERY_S = 60.0
+_NOTHING = Work()
 
 
 class ReceiptBook:
@@ -76,9 +78,12 @@ class ReceiptBook:
         """The token or the neighbourhood of each of their trainers; of those from before the start, where nobody has a
         token, itself.
         """
-        self._done = BoundedDict[PeerID, tuple[Work, int]](most)
-        """The node's own count at the last receipt of each trainer in this run, and how far the next may exceed it."""
-        self._served = BoundedDict[PeerID, None](_CALLERS)
+        self.forgotten = Work()
+        """What the node had done when it lost its receipts: a trainer's first one may be for so much more."""
+        self._slack = Multiset(pairs=SLACK, queries=SLACK)
+        """What is left of it for this run."""
+        self._served = BoundedDict[PeerID, Work](_CALLERS)
+        """What was answered to each caller since its last receipt."""
         self._ordered: list[Receipt] | None = None
         self.signed = SignedWork()
         """The sum of all receipts."""
@@ -89,15 +94,15 @@ class ReceiptBook:
         most = sum(receipt.all_pairs for receipt in self._receipts.values())
         return self.signed.work.pairs / most if most else None
 
-    def note_served(self, caller: PeerID) -> None:
-        """It may sign from now on."""
-        self._served[caller] = None
+    def note_served(self, caller: PeerID, work: Work) -> None:
+        """It may sign for that from now on."""
+        self._served[caller] = self._served.get(caller, Work()) + work
 
-    def take(self, receipt: Receipt, done: Work, near: str = "") -> bool:
+    def take(self, receipt: Receipt, near: str = "") -> bool:
         """Keeps a receipt that is newer than the last one of its trainer, and returns whether it does.
 
-        `done`: the node's own count of all its work. `near`: the neighbourhood that it came from. Raises ExpertError
-        (FAILED_PRECONDITION) if this node can't have done that, and RecordError if the trainer may not sign.
+        `near`: the neighbourhood that it came from. Raises ExpertError (FAILED_PRECONDITION) if this node can't have
+        done that, and RecordError if the trainer may not sign.
         """
         signer = self._signer_of(receipt)
         held = self._receipts.get(receipt.trainer)
@@ -108,17 +113,22 @@ class ReceiptBook:
             raise ExpertError(
                 StatusCode.FAILED_PRECONDITION, "you have not called this node since it started"
             )
-        done_before, slack = self._done.get(receipt.trainer, (Work(), SLACK))
+        answered = self._served.get(receipt.trainer, Work())
+        over = dict[str, int]()
         for name in ("pairs", "queries"):
-            done_since = getattr(done, name) - getattr(done_before, name)
-            # twice, for a count that lags
-            if getattr(receipt.work, name) > getattr(before, name) + 2 * done_since + slack:
+            # twice, for what the node forgot when it was killed
+            expected = 2 * getattr(answered, name) + (getattr(self.forgotten, name) if held is None else 0)
+            over[name] = max(0, getattr(receipt.work, name) - getattr(before, name) - expected)
+            if over[name] > self._slack[name]:
                 raise ExpertError(
-                    StatusCode.FAILED_PRECONDITION, f"that is more {name} than this node has answered"
+                    StatusCode.FAILED_PRECONDITION, f"that is more {name} than this node has answered to you"
                 )
-        self._done[receipt.trainer] = done, 0
         self._keep(receipt, signer, near)
-        return receipt.trainer in self._receipts
+        if receipt.trainer not in self._receipts:
+            return False
+        self._slack.subtract(over)
+        self._served[receipt.trainer] = Work()
+        return True
 
     def page(self, offset: int) -> credit_pb2.ListReply:
         """The receipts from this one on: those for the most work of each token or neighbourhood first."""
@@ -170,13 +180,17 @@ class ReceiptFile:
         self._path = path
         self._book = book
 
-    async def open(self) -> None:
-        """Reads the file. One that is missing or broken counts as no receipts: trainers that still train sign anew."""
+    async def open(self, done: Work = _NOTHING) -> None:
+        """Reads the file. One that is missing or broken counts as no receipts: trainers that still train sign anew.
+
+        `done`: by the node's own count.
+        """
         try:
             await asyncio.to_thread(self._read)
         except FileNotFoundError:
-            pass
+            self._book.forgotten = done
         except (OSError, RecordError) as error:
+            self._book.forgotten = done
             logger.warning("%s can't be read, and trainers must sign again: %s", self._path, error)
 
     async def save(self) -> None:
@@ -218,11 +232,10 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
         swarm_id: str,
         node: PeerID,
         sessions: Sessions,
-        done: Callable[[], Work],
         up: RateLimit,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`done`: the node's own count of all its work. `up`: how fast answers may go."""
+        """`up`: how fast answers may go."""
         outcomes = Counter(
             "talkoot_receipts", "Receipts that trainers gave, by outcome.", ["outcome"], registry=metrics
         )
@@ -231,7 +244,6 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
         self._swarm_id = swarm_id
         self._node = node
         self._sessions = sessions
-        self._done = done
         self._up = up
         self._given = TokenBuckets[PeerID](1 / _GIVEN_EVERY_S, _GIVEN_AT_ONCE, _CALLERS)
         self._lists = FairTurns(_LISTS_PER_S, _LISTS_AT_ONCE)
@@ -269,6 +281,6 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
             receipt = check_receipt(signed, self._swarm_id, self._node)
             if receipt.trainer != caller:
                 raise RecordError("the receipt is another trainer's")
-            return self._book.take(receipt, self._done(), near)
+            return self._book.take(receipt, near)
         except RecordError as error:
             raise WireError(str(error)) from error

@@ -197,7 +197,6 @@ class Node:
             swarm_id,
             swarm.host.peer_id,
             self.sessions,
-            self._done,
             self.traffic.up,
             metrics,
         )
@@ -253,7 +252,7 @@ class Node:
         try:
             await node.replicas.checkpoints.open()
             await node.memories.open()
-            await node._receipt_file.open()
+            await node._receipt_file.open(node._done())
             await runtime.start()
             await node._serve(host)
             # what other peers say is looked at again and again; a start must not depend on it

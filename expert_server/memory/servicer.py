@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.memory import MAX_K, MAX_QUERIES, MAX_READ, MAX_SCORES, MAX_SEARCHED, MAX_SHARD_BYTES, Vectors
+from dht.receipts import Work
 from expert_server.memory.shard import MOST_PRODUCTS, NO_SCORE, Shard, search_together
 from expert_server.memory.store import MemoryStore
 from peer.budget import FairBudget, interruptible
@@ -221,7 +222,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
         metrics: MemoryMetrics,
         threads: int,
         clock: Callable[[], float] = time.monotonic,
-        note_served: Callable[[PeerID], None] = lambda caller: None,
+        note_served: Callable[[PeerID, Work], None] = lambda caller, work: None,
     ) -> None:
         """`stores`: by memory; the host may change it. `sessions`: who may call. `up`: how fast answers may go.
 
@@ -256,7 +257,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
             )
             reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
             self.metrics.queries.inc(len(queries))
-            self._note_served(caller)
+            self._note_served(caller, Work(queries=len(queries)))
             await self._up.take(reply.ByteSize())
             return reply
         raise AssertionError("abort raises")

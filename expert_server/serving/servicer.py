@@ -12,6 +12,7 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.manifest import Manifest
+from dht.receipts import Work
 from dht.uid import UID
 from expert_server.serving.batching import Direction
 from expert_server.serving.call import OPEN_CALL_BYTES, Call, CallTimes, Context, Requests
@@ -137,9 +138,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         sessions: Sessions,
         traffic: Bandwidth | None = None,
         metrics: CollectorRegistry | None = None,
-        note_served: Callable[[PeerID], None] = lambda caller: None,
+        note_served: Callable[[PeerID, Work], None] = lambda caller, work: None,
     ) -> None:
-        """`note_served` is told of callers whose calls are answered."""
+        """`note_served` is told of callers whose calls are answered, and for how much."""
         self.calls = Counter("talkoot_calls", "Forward and backward calls that came.", registry=metrics)
         self.forward_cache = ForwardCache(limits.max_kept_bytes, lambda: self.sequences.keep_to_room())
         self.sequences = SequenceCache(lambda: limits.max_kept_bytes - self.forward_cache.bytes)
@@ -196,7 +197,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
                     direction, requests, context, caller, self._parser, self._traffic, memory.grow
                 )
                 self._admit(direction, call, caller)
-                self._note_served(session.caller)
+                self._note_served(session.caller, Work(pairs=call.pairs))
                 try:
                     await call.answer(self._runtime, self.forward_cache, self.sequences, times)
                 finally:

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import pytest
 from callers import numbered_identity
-from credit_node import NODE, SWARM, CreditNode, credit_node
+from credit_node import NODE, SERVED, SWARM, CreditNode, credit_node
 from grpc import StatusCode
 
 from dht.receipts import PAGE, SignedWork, Work, check_receipt, sign_receipt
@@ -43,7 +43,7 @@ def in_node(loop: LoopThread, scenario: Any, **options: bool) -> None:
 
 def test_the_newest_receipt_is_kept_and_given_to_anybody(loop: LoopThread) -> None:
     async def scenario(node: CreditNode) -> None:
-        node.book.note_served(TRAINER.peer_id)
+        node.book.note_served(TRAINER.peer_id, SERVED)
         stub = await node.stub(TRAINER)
         assert (await stub.Give(signed())).kept
         assert (await stub.Give(signed(WORK + WORK))).kept
@@ -89,8 +89,8 @@ def test_what_no_honest_trainer_gives_is_refused_and_leaves_nothing(
         code, said = await refusal(stub, signed())
         assert code is StatusCode.FAILED_PRECONDITION
         assert "not called" in said
-        node.book.note_served(TRAINER.peer_id)
-        node.book.note_served(OTHER.peer_id)
+        node.book.note_served(TRAINER.peer_id, SERVED)
+        node.book.note_served(OTHER.peer_id, SERVED)
         for receipt in wrong:
             assert (await refusal(stub, receipt))[0] is StatusCode.INVALID_ARGUMENT
         code, said = await refusal(stub, signed(Work(pairs=10**6)))
@@ -105,7 +105,7 @@ def test_what_no_honest_trainer_gives_is_refused_and_leaves_nothing(
 def test_who_gives_receipts_too_often_must_wait(loop: LoopThread) -> None:
     async def scenario(node: CreditNode) -> None:
         for trainer in (TRAINER, OTHER):
-            node.book.note_served(trainer.peer_id)
+            node.book.note_served(trainer.peer_id, SERVED)
         stub = await node.stub(TRAINER)
         receipts = [signed(Work(pairs=number)) for number in range(1, 9)]
         given = await asyncio.gather(
@@ -122,7 +122,7 @@ def test_who_gives_receipts_too_often_must_wait(loop: LoopThread) -> None:
 
 def test_without_the_right_session_nothing_is_taken(loop: LoopThread) -> None:
     async def scenario(node: CreditNode) -> None:
-        node.book.note_served(TRAINER.peer_id)
+        node.book.note_served(TRAINER.peer_id, SERVED)
         assert (await refusal(await node.stub(), signed()))[0] is StatusCode.UNAUTHENTICATED
         stub = await node.stub(TRAINER, [session_pb2.RIGHT_DHT])
         assert (await refusal(stub, signed()))[0] is StatusCode.PERMISSION_DENIED
@@ -136,10 +136,9 @@ def test_lists_are_paged_and_of_this_swarm(loop: LoopThread) -> None:
     async def scenario(node: CreditNode) -> None:
         for number in range(PAGE + 3):
             trainer = numbered_identity(10 + number % 4)
-            node.book.note_served(trainer.peer_id)
+            node.book.note_served(trainer.peer_id, SERVED)
             node.book.take(
-                check_receipt(signed(Work(pairs=number + 1), identity=trainer), SWARM, NODE.peer_id),
-                node.work(),
+                check_receipt(signed(Work(pairs=number + 1), identity=trainer), SWARM, NODE.peer_id)
             )
         stub = await node.stub()
 

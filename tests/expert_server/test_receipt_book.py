@@ -1,6 +1,7 @@
 """What a node keeps of receipts: the newest of each trainer, within bounds, and through restarts."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ NODE = numbered_identity(2)
 def book(*callers: int, most: int = 512, signer_of: SignerOf = lambda receipt: None) -> ReceiptBook:
     made = ReceiptBook(SWARM, NODE.peer_id, signer_of, most)
     for caller in callers:
-        made.note_served(peer(caller))
+        made.note_served(peer(caller), MUCH)
     return made
 
 
@@ -35,61 +36,88 @@ def test_repeated_reordered_and_old_receipts_add_nothing(
 ) -> None:
     kept = book(*range(len(trainers)))
     offers = [receipt(number, work) for number, history in enumerate(trainers) for work in history]
-    done = MUCH
     for offer in data.draw(st.lists(st.sampled_from(offers))) + data.draw(st.permutations(offers)):
-        kept.take(offer, done)
-        done += MUCH
+        kept.take(offer)
+        kept.note_served(offer.trainer, MUCH)
     newest = [receipt(number, history[-1]) for number, history in enumerate(trainers)]
     assert kept.signed == total_of(newest)
-    assert all(not kept.take(offer, done) for offer in offers)
+    assert all(not kept.take(offer) for offer in offers)
     assert kept.signed == total_of(newest)
+
+
+def without_slack() -> ReceiptBook:
+    """One whose slack is spent."""
+    made = book()
+    made.note_served(peer(99), Work())
+    made.take(receipt(99, Work(pairs=SLACK, queries=SLACK)))
+    return made
 
 
 def test_what_a_node_can_have_done_is_kept_and_more_is_refused() -> None:
-    kept, done = book(1), Work(pairs=1000, queries=10)
-    assert kept.take(receipt(1, Work(pairs=1000)), done)
-    done += Work(pairs=500, queries=5)
-    for work in (Work(pairs=2001), Work(pairs=2000, queries=31), Work(pairs=10**9)):
+    kept, before = without_slack(), SLACK
+    kept.note_served(peer(1), Work(pairs=500))
+    assert kept.take(receipt(1, Work(pairs=1000)))
+    kept.note_served(peer(1), Work(pairs=300, queries=5))
+    kept.note_served(peer(2), Work(pairs=10**9, queries=10**9))
+    kept.note_served(peer(1), Work(pairs=200))
+    for work in (Work(pairs=2001), Work(pairs=2000, queries=11), Work(pairs=10**9)):
         with pytest.raises(ExpertError, match=r"more .* than this node") as caught:
-            kept.take(receipt(1, work), done)
+            kept.take(receipt(1, work))
         assert caught.value.status is StatusCode.FAILED_PRECONDITION
-    assert kept.signed.work == Work(pairs=1000)
-    assert kept.take(receipt(1, Work(pairs=2000, queries=10)), done)
+    assert kept.signed.work.pairs == before + 1000
+    assert kept.take(receipt(1, Work(pairs=2000, queries=10)))
 
 
 def test_a_node_that_was_killed_takes_what_it_forgot_to_have_done() -> None:
-    kept, done = book(1), Work(pairs=1000)
+    kept = book()
+    for caller in (1, 2):
+        kept.note_served(peer(caller), Work(pairs=1000))
     with pytest.raises(ExpertError, match="more pairs"):
-        kept.take(receipt(1, Work(pairs=2001 + SLACK)), done)
-    assert kept.take(receipt(1, Work(pairs=2000 + SLACK)), done)
-    with pytest.raises(ExpertError, match="more pairs"):  # but once
-        kept.take(receipt(1, Work(pairs=2001 + SLACK)), done)
+        kept.take(receipt(1, Work(pairs=2001 + SLACK)))
+    assert kept.take(receipt(1, Work(pairs=1990 + SLACK)))
+    # but once, for all together
+    for trainer, pairs in ((1, 2001 + SLACK), (2, 2011)):
+        with pytest.raises(ExpertError, match="more pairs"):
+            kept.take(receipt(trainer, Work(pairs=pairs)))
+    assert kept.take(receipt(2, Work(pairs=2010)))
 
 
-@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 10**6)), max_size=20))
-def test_nobody_signs_for_more_than_twice_what_was_done(steps: list[tuple[int, int]]) -> None:
-    """Whatever it claims, and however often."""
-    kept, done, claimed = book(1), Work(), 0
-    for worked, claims in steps:
-        done += Work(pairs=worked)
-        claimed += claims
-        for offer in (claimed, claimed // 2, kept.signed.work.pairs + 2 * worked + 1):
+def test_a_node_that_lost_its_receipts_takes_all_that_it_had_done_anew(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    kept = without_slack()
+    loop.run(ReceiptFile(tmp_path / "receipts", kept).open(Work(pairs=10**9)), 120)
+    kept.note_served(peer(1), Work(pairs=1))
+    assert kept.take(receipt(1, Work(pairs=10**9)))
+    with pytest.raises(ExpertError, match="more pairs"):
+        kept.take(receipt(1, Work(pairs=10**9 + 1)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1000), st.integers(0, 10**6)), max_size=20))
+def test_nobody_signs_for_more_than_twice_what_was_done(steps: list[tuple[int, int, int]]) -> None:
+    """Whatever they claim, however often, and with however many keys."""
+    kept, done, claimed = book(), 0, Counter[int]()
+    for trainer, worked, claims in steps:
+        kept.note_served(peer(trainer), Work(pairs=worked))
+        done += worked
+        claimed[trainer] += claims
+        for offer in (claimed[trainer], claimed[trainer] // 2, 2 * worked + 1):
             with contextlib.suppress(ExpertError):
-                kept.take(receipt(1, Work(pairs=max(1, offer))), done)
-    assert kept.signed.work.pairs <= 2 * done.pairs + SLACK
+                kept.take(receipt(trainer, Work(pairs=max(1, offer))))
+    assert kept.signed.work.pairs <= 2 * done + SLACK
 
 
 def test_a_trainer_that_never_called_signs_nothing() -> None:
     kept = book(1)
     with pytest.raises(ExpertError, match="not called this node"):
-        kept.take(receipt(2, Work(pairs=1)), MUCH)
+        kept.take(receipt(2, Work(pairs=1)))
     assert kept.signed == SignedWork()
 
 
 def test_of_too_many_the_one_for_the_least_work_goes() -> None:
     kept = book(*range(5), most=3)
-    assert [kept.take(receipt(number, Work(pairs=10 + number)), MUCH) for number in range(4)] == [True] * 4
-    assert not kept.take(receipt(4, Work(pairs=1)), MUCH)
+    assert [kept.take(receipt(number, Work(pairs=10 + number))) for number in range(4)] == [True] * 4
+    assert not kept.take(receipt(4, Work(pairs=1)))
     assert kept.signed == SignedWork(Work(pairs=11 + 12 + 13), 3)
 
 
@@ -97,9 +125,9 @@ def test_of_too_many_the_one_for_the_least_work_goes() -> None:
 def test_many_keys_of_one_token_or_neighbourhood_push_out_their_own(is_by_token: bool) -> None:
     kept = book(*range(50), most=8, signer_of=lambda r: min(r.work.pairs, 4) if is_by_token else None)
     for honest in range(3):  # tokens 1 to 3, and places of their own
-        kept.take(receipt(honest, Work(pairs=1 + honest)), MUCH, near=f"10.0.0.{honest}")
+        kept.take(receipt(honest, Work(pairs=1 + honest)), near=f"10.0.0.{honest}")
     for number in range(10, 50):
-        kept.take(receipt(number, Work(pairs=1000 + number)), MUCH, near="10.9.9.9")
+        kept.take(receipt(number, Work(pairs=1000 + number)), near="10.9.9.9")
     assert kept.signed.trainers == 8
     assert kept.signed.work.pairs == (1 + 2 + 3) + sum(1000 + number for number in range(45, 50))
 
@@ -108,7 +136,7 @@ def test_many_keys_of_one_token_or_neighbourhood_push_out_their_own(is_by_token:
 def test_pages_give_every_receipt_once_the_most_work_first(count: int, beyond: int) -> None:
     kept = book(*range(count))
     for number in range(count):
-        kept.take(receipt(number, Work(pairs=1 + number)), MUCH)
+        kept.take(receipt(number, Work(pairs=1 + number)))
     found = [page for offset in range(0, count, PAGE) for page in kept.page(offset).receipts]
     assert [page.receipt for page in found] == [bytes([number]) for number in reversed(range(count))]
     assert kept.page(beyond).total == count
@@ -120,7 +148,7 @@ def test_many_keys_of_one_neighbourhood_do_not_fill_the_first_page() -> None:
     kept = book(*range(100))
     for number in range(100):
         near = "crowd" if number >= 5 else f"home {number}"
-        kept.take(receipt(number, Work(pairs=1 + 1000 * number)), MUCH, near)
+        kept.take(receipt(number, Work(pairs=1 + 1000 * number)), near)
     first = [page.receipt[0] for page in kept.page(0).receipts]
     assert first[:6] == [99, 4, 3, 2, 1, 0]
     assert first[6:] == list(range(98, 98 - PAGE + 6, -1))
@@ -129,8 +157,8 @@ def test_many_keys_of_one_neighbourhood_do_not_fill_the_first_page() -> None:
 def test_its_share_is_of_what_its_trainers_had_answered() -> None:
     kept = book(1, 2)
     assert kept.share is None
-    kept.take(receipt(1, Work(pairs=10), all_pairs=100), MUCH)
-    kept.take(receipt(2, Work(pairs=30), all_pairs=60), MUCH)
+    kept.take(receipt(1, Work(pairs=10), all_pairs=100))
+    kept.take(receipt(2, Work(pairs=30), all_pairs=60))
     assert kept.share == 40 / 160
 
 
@@ -138,7 +166,7 @@ def test_receipts_outlive_the_node(loop: LoopThread, tmp_path: Path) -> None:
     path, before = tmp_path / "receipts" / SWARM, book()
     for number in (1, 3):
         trainer = numbered_identity(number)
-        before.note_served(trainer.peer_id)
+        before.note_served(trainer.peer_id, MUCH)
         signed = sign_receipt(trainer, SWARM, NODE.peer_id, Work(pairs=number, updates=1), 50)
         before.restore(saved(signed))
     before.has_changed = True
@@ -177,7 +205,7 @@ def test_a_disk_that_cannot_be_written_is_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("a file in the folder's place")
     kept = book(1)
-    kept.take(receipt(1, Work(pairs=1)), MUCH)
+    kept.take(receipt(1, Work(pairs=1)))
     loop.run(ReceiptFile(tmp_path / "file" / "receipts", kept).save(), 120)
     assert "could not write" in caplog.text
     assert kept.has_changed

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -27,6 +27,8 @@ NODE = numbered_identity(2)
 KEYS = SwarmKeys("sauna", numbered_identity(0).peer_id)
 SWARM = KEYS.swarm_id
 FORWARD = (session_pb2.RIGHT_FORWARD,)
+SERVED = Work(pairs=10_000, queries=100)
+"""What a test may say that a trainer had answered."""
 
 
 @dataclass
@@ -35,13 +37,6 @@ class CreditNode:
     book: ReceiptBook
     servicer: CreditServicer | None
     channels: ChannelPool
-    done: Work = field(default_factory=Work)
-    """Its own count, which grows by as much at each receipt."""
-    grows_by: Work = field(default_factory=lambda: Work(pairs=10_000, queries=100))
-
-    def work(self) -> Work:
-        self.done += self.grows_by
-        return self.done
 
     def sessions(self, trainer: Identity, rights: Sequence[Right] = FORWARD) -> SessionClient:
         return a_caller(SWARM, trainer, rights)
@@ -70,7 +65,7 @@ async def credit_node(*, knows_receipts: bool = True) -> AsyncIterator[CreditNod
     )  # fmt: skip
     node = CreditNode(info, book, None, ChannelPool(16))
     if knows_receipts:
-        node.servicer = CreditServicer(book, SWARM, NODE.peer_id, sessions, node.work, RateLimit(None))
+        node.servicer = CreditServicer(book, SWARM, NODE.peer_id, sessions, RateLimit(None))
         credit_pb2_grpc.add_CreditServiceServicer_to_server(node.servicer, server)
     await server.start()
     async with contextlib.AsyncExitStack() as stack:

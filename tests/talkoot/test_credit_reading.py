@@ -43,9 +43,9 @@ def reader(clock: Clock | None = None) -> CreditReader:
 
 def sign(node: CreditNode, number: int, pairs: int) -> None:
     trainer = numbered_identity(number)
-    node.book.note_served(trainer.peer_id)
+    node.book.note_served(trainer.peer_id, Work(pairs=pairs))
     receipt = sign_receipt(trainer, SWARM, NODE.peer_id, Work(pairs), pairs)
-    node.book.take(check_receipt(receipt, SWARM, NODE.peer_id), Work(pairs=pairs))
+    node.book.take(check_receipt(receipt, SWARM, NODE.peer_id))
 
 
 def announced(node: CreditNode) -> NodeInfo:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from callers import numbered_identity
-from credit_node import NODE, SWARM, CreditNode, credit_node
+from credit_node import NODE, SERVED, SWARM, CreditNode, credit_node
 from expert_fakes import make_node
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +41,7 @@ def sender(node: CreditNode, accounts: CreditAccounts, clock: Clock) -> ReceiptS
 def in_node(loop: LoopThread, scenario: Any, **options: bool) -> None:
     async def run() -> None:
         async with credit_node(**options) as node:
-            node.book.note_served(TRAINER.peer_id)
+            node.book.note_served(TRAINER.peer_id, SERVED)
             await scenario(node)
 
     loop.run(run(), 120)
@@ -77,7 +77,7 @@ def test_a_node_that_lost_its_receipts_gets_all_back_with_the_next(loop: LoopThr
         accounts.note(node.info, pairs=1000)
         await signs.give(clock.now, 60.0)
         node.book.__init__(SWARM, NODE.peer_id)  # type: ignore[misc]  # as after a start without the file
-        node.book.note_served(TRAINER.peer_id)
+        node.book.note_served(TRAINER.peer_id, SERVED)
         accounts.note(node.info, pairs=1)
         await signs.give(clock.now, 60.0)
         assert node.book.signed.work.pairs == 1001
@@ -106,7 +106,7 @@ def test_a_node_that_refuses_or_is_gone_is_asked_again_a_period_later(loop: Loop
         assert await signs.give(clock.now - 60.0, 0.5) == 2
         assert await signs.give(clock.now - 60.0, 0.5) == 0
         clock.now += 60.0
-        node.done = Work(pairs=10**6)
+        node.book.note_served(TRAINER.peer_id, Work(pairs=10**6))
         assert await signs.give(clock.now - 60.0, 60.0) == 2
         assert node.book.signed.work.pairs == 10**6
 
