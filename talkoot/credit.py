@@ -128,6 +128,8 @@ class CreditLedger:
             listed.add(receipt.trainer)
             self._keep(kept, receipt.trainer, counted)
         self._trim(kept, listed)
+        if not kept:
+            del self._nodes[node]
         while self._count > self._most and len(self._nodes) > 1:
             self._count -= len(self._nodes.popitem(last=False)[1])
 

@@ -173,6 +173,14 @@ def test_memory_is_bounded_whatever_nodes_give(patch: pytest.MonkeyPatch) -> Non
     assert signed.ledger.count()[peer(0)].work.pairs == 5
 
 
+def test_a_node_of_which_no_receipt_counts_takes_no_memory(patch: pytest.MonkeyPatch) -> None:
+    """A stranger may come with ever new ones."""
+    signed = Signed(patch)
+    for node in range(100):
+        signed.ledger.take(peer(node), [Signed.of(1, node + 1, Work(5))] if node % 2 else [])
+    assert not signed.ledger._nodes
+
+
 def test_many_keys_of_one_token_push_out_no_other_tokens_votes(patch: pytest.MonkeyPatch) -> None:
     signed = Signed(patch)
     honest = [Signed.of(token, 0, Work(100), token) for token in range(3)]
