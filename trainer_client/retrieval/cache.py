@@ -38,6 +38,8 @@ class NeighbourCache:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._path, self._limit_bytes = path, limit_bytes
+        self._forgotten: tuple[str, int] | None = None
+        """The memory and revision before which nothing is left. To look for earlier ones reads the whole file."""
         try:
             self._open()
         except sqlite3.Error:
@@ -72,9 +74,11 @@ class NeighbourCache:
             if self._connection is None:
                 return
             try:
-                self._connection.execute(
-                    "DELETE FROM found WHERE memory = ? AND revision < ?", (memory, revision)
-                )
+                if self._forgotten != (memory, revision):
+                    self._connection.execute(
+                        "DELETE FROM found WHERE memory = ? AND revision < ?", (memory, revision)
+                    )
+                    self._forgotten = memory, revision
                 self._insert(self._connection, rows)
             except sqlite3.Error as error:
                 self._failed(error)
