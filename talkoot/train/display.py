@@ -42,7 +42,7 @@ _COUNTS = {
     "rollbacks": "experts rolled back",
     "averagings": "averagings with other trainers",
     "memory_failed_lookups": "look-ups in the memory failed",
-    "memory_late_batches": "batches waited for the memory",
+    "memory_late_batches": "batches without the memory, which was too slow",
 }
 """In the summary, unless they are 0, as in most runs."""
 _CONNECTING = "the first calls take longest: connections and sessions are opened"

@@ -1,6 +1,7 @@
 """`talkoot train`: joins a swarm, trains, and shows how it goes."""
 
 import logging
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -121,10 +122,10 @@ def next_commands(values: Mapping[str, Any], join: str | None, settings: Trainer
     """What to do with what was trained. An invite that was given as text is not shown: it may hold a secret."""
     if values["checkpoint"] is None:
         return []
-    invite = join if join is not None and join.startswith("@") else "INVITE"
+    invite = shlex.quote(join) if join is not None and join.startswith("@") else "INVITE"
     options = f"--join {invite}"
     for name, path in (("--state", settings.state), ("--checkpoint", settings.checkpoint)):
-        options += "" if path is None else f" {name} {path}"
+        options += "" if path is None else f" {name} {shlex.quote(str(path))}"
     more = "" if values["stopped"] else f" --steps {2 * values['steps']}"
     return [
         f"next: talkoot generate {options} --prompt 'Once upon a time'",
@@ -206,9 +207,9 @@ class _Run:
                 return self._training.run(observe, self._stop, validated=validated)
         finally:
             self._signals.ignore()
-            self._exits.close()
             if self.saver is not None:
                 self.saver.save()
+            self._exits.close()
             if self.saver is not None and 0 < (step := self.saver.saved_step) < settings.steps:
                 logger.info("step %d of %d is saved: --resume goes on from there", step, settings.steps)
             if settings.plot is not None:

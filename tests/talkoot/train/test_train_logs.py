@@ -169,10 +169,10 @@ def test_the_summary_is_in_words() -> None:
 
 
 def test_the_next_command_is_told_and_shows_no_secret(tmp_path: Path) -> None:
-    settings = TrainerSettings.load(state=tmp_path)
+    settings = TrainerSettings.load(state=tmp_path / "my trainer")
     assert next_commands(SUMMARY, "@invite.txt", settings) == [
-        f"next: talkoot generate --join @invite.txt --state {tmp_path} --prompt 'Once upon a time'",
-        f"  or: talkoot train --join @invite.txt --state {tmp_path} --resume --steps 400",
+        f"next: talkoot generate --join @invite.txt --state '{tmp_path}/my trainer' --prompt 'Once upon a time'",
+        f"  or: talkoot train --join @invite.txt --state '{tmp_path}/my trainer' --resume --steps 400",
     ]
     stopped = next_commands(SUMMARY | {"stopped": True}, "talkoot2secret", TrainerSettings())
     assert stopped[1] == "  or: talkoot train --join INVITE --resume"
