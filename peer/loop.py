@@ -44,6 +44,15 @@ _MOST_MISSED = 4000
 """Ticks counted for one late one: enough for a stall of 100 s, and soon done."""
 
 
+def is_cancelled() -> bool:
+    """Whether this task is cancelled, and not only the call that it waits for.
+
+    gRPC cancels the calls of a channel that is closed, as a pool closes one to make room for others.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 def new_loop() -> asyncio.AbstractEventLoop:
     """A loop that does not log what is no fault.
 

@@ -29,6 +29,7 @@ from peer.bounded import BoundedDict
 from peer.errors import RecordError, UnreachableError
 from peer.formatting import printable
 from peer.identity import PeerID
+from peer.loop import is_cancelled
 from peer.parsing import ParseGuard
 from peer.rpc.calls import make_stub
 from peer.rpc.channels import ChannelPool
@@ -280,9 +281,8 @@ class CreditReader:
                 logger.debug("node %s gives no receipts: %s", node.peer_id, error)
                 return
             except (asyncio.CancelledError, grpc.aio.UsageError):
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
+                if is_cancelled():
                     raise
-                return  # not we are cancelled, but the call: the pool closed its channel to make room for others
+                return
             self._tried[node.peer_id] = self._clock(), node.signed
             self._guard.read("receipt", node.peer_id, lambda: self._ledger.take(node.peer_id, receipts))

@@ -25,6 +25,7 @@ from peer.errors import ExpertError, UnreachableError
 from peer.files import write_atomically
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
+from peer.loop import is_cancelled
 from peer.metrics import start_at_zero
 from peer.rpc.calls import make_stub
 from peer.rpc.channels import ChannelPool
@@ -248,9 +249,7 @@ class ReceiptSender:
         except (ExpertError, UnreachableError, TimeoutError) as error:
             logger.debug("node %s took no receipt: %s", node.peer_id, error)
         except (asyncio.CancelledError, grpc.aio.UsageError):
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_cancelled():
                 raise
-            # not we are cancelled, but the call: the pool closed its channel to make room for others
         finally:
             self.outcomes.labels(outcome).inc()

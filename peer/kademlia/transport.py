@@ -22,6 +22,7 @@ from peer.identity import Identity, PeerID
 from peer.kademlia.contacts import ContactBook
 from peer.kademlia.node import Handler
 from peer.kademlia.validation import MAX_MESSAGE_BYTES
+from peer.loop import is_cancelled
 from peer.rpc.calls import abort_on_error
 from peer.rpc.certificates import fetch_certificate
 from peer.rpc.channels import CLIENT_OPTIONS, ChannelPool, Contact, Options
@@ -207,8 +208,7 @@ class GrpcTransport:
                     raise
                 self._sessions.ended(peer_id, metadata)
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
+                if is_cancelled():
                     raise
         raise UnreachableError(f"the channel to {peer_id} was closed meanwhile")
 

@@ -15,7 +15,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID, certificate_pem
-from peer.loop import first_of
+from peer.loop import first_of, is_cancelled
 from peer.relays.pieces import ACCEPT_S, BEAT_S, SENT_BYTES, read_piece
 from peer.rpc.calls import make_stub
 from peer.rpc.certificates import fetch_certificate
@@ -208,8 +208,7 @@ def breaking() -> Iterator[None]:
     except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, ExpertError) as error:
         raise ConnectionError(f"the call ended: {error}") from error
     except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if is_cancelled():
             raise
         raise ConnectionError("the channel was closed meanwhile") from error
 

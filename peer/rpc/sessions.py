@@ -27,6 +27,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError
 from peer.formatting import printable
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
+from peer.loop import is_cancelled
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns
 from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm
@@ -416,8 +417,7 @@ class SessionClient:
         except grpc.aio.AioRpcError as error:
             raise ExpertError(error.code(), f"no session: {printable(error.details() or '')}") from error
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_cancelled():
                 raise
             raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed meanwhile") from error
         if len(reply.session) > _MAX_SESSION_BYTES:

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from peer.errors import DaemonError, PortError, UnreachableError, UserError
 from peer.identity import Identity, PeerID
-from peer.loop import keep_running
+from peer.loop import is_cancelled, keep_running
 from peer.metrics import total
 from peer.platform.p2pd import REINSTALL, why_unavailable
 from peer.platform.processes import raise_descriptor_limit
@@ -170,7 +170,7 @@ class Libp2p:
                     self._supervise_from_now_on()
                 else:
                     await self._end()
-            elif isinstance(error, asyncio.CancelledError) and not _is_cancelled():
+            elif isinstance(error, asyncio.CancelledError) and not is_cancelled():
                 raise DaemonError("the libp2p daemon was stopped before it had started") from None
             raise
         if self._task is starting:
@@ -241,11 +241,6 @@ def _import_p2pd() -> "ModuleType":
     except ImportError as error:
         raise DaemonError(f"can't import hivemind: {error}; {REINSTALL}") from error
     return p2pd
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 async def _failure(daemon: "Daemon") -> str:

@@ -25,6 +25,7 @@ from peer.codec import MAX_CHUNK_BYTES, Booleans, Floats, Integers, chunks, deco
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
+from peer.loop import is_cancelled
 from peer.rpc.calls import make_stub, retry_after_s
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
@@ -358,10 +359,8 @@ class GrpcCaller:
             # the call ended while we were still sending
             raise _call_error(await stream.code(), await stream.details()) from error
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_cancelled():
                 raise
-            # not we are cancelled, but the call: the pool closed its channel to make room for others
             raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
         except WireError as error:
             raise ExpertError(

@@ -22,6 +22,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
+from peer.loop import is_cancelled
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import ParseGuard
 from peer.rpc.calls import make_stub, retry_after_s
@@ -103,10 +104,8 @@ class GrpcMemoryCaller:
             retry_s = retry_after_s(error.trailing_metadata(), 0.0)
             raise ExpertError(error.code(), printable(error.details() or ""), retry_s) from error
         except (asyncio.CancelledError, grpc.aio.UsageError) as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_cancelled():
                 raise
-            # not we are cancelled, but the call: the pool closed its channel to make room for others
             raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
         raise AssertionError("the second try returns or raises")
 
