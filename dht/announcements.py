@@ -357,7 +357,7 @@ def read_replicas(
             message.queued_rows if is_alone else hosting.queued_rows,
             message.claimed_at,
             payload.expires_at,
-            (number(message.updated_at) or None),
+            number(message.updated_at) or None,
             count(message.recent_rows),
         )
     return found

@@ -262,9 +262,8 @@ def _value_type(field: "FieldInfo") -> Any:
 def _metavar(name: str, field: "FieldInfo", kind: Any) -> str:
     if choices := _choices(field):
         return "|".join(choices)
-    if name == "memory" and str in _alternatives(
-        field.annotation
-    ):  # a trainer's, not that of a node's machine
+    # a trainer's, not that of a node's machine
+    if name == "memory" and str in _alternatives(field.annotation):
         return "NAME"
     by_ending = (word for ending, word in _METAVARS_BY_ENDING.items() if name.endswith(ending))
     return _METAVARS.get(name) or next(by_ending, None) or _METAVARS_BY_TYPE.get(kind, "TEXT")

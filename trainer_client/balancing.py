@@ -270,9 +270,8 @@ def _prices(scores_RE: Floats, capacity_E: Integers) -> tuple[Floats, float]:
     for temperature in scale * np.geomspace(1.0, _LAST_TEMPERATURE, _STEPS):
         shares_RE = _shares(scores_RE - prices_E, np.float32(temperature))
         wanted_E = shares_RE.sum(axis=0)
-        torch_RE = torch.from_numpy(
-            shares_RE
-        )  # numpy's threads, one for each core, would wait for a busy one
+        # numpy's threads, one for each core, would wait for a busy one
+        torch_RE = torch.from_numpy(shares_RE)
         hessian_EE = np.diag(wanted_E).astype(np.float64) - (torch_RE.T @ torch_RE).numpy()
         hessian_EE[diagonal, diagonal] += (
             1e-3 * len(scores_RE) / len(capacity_E)

@@ -242,9 +242,8 @@ class CallTracker:
         fault = self._screening.find_fault(call, reply)
         if fault is not None:
             raise ExpertError(StatusCode.DATA_LOSS, f"a {fault} answer for {call.batch.uids[0]} and others")
-        if (
-            call.direction == "backward"
-        ):  # of forward answers, whoever waits for them counts those that it uses
+        # of forward answers, whoever waits for them counts those that it uses
+        if call.direction == "backward":
             self.credit.note(call.node, pairs=int(reply.answered.sum()))
         return True
 
