@@ -55,6 +55,16 @@ def test_a_newer_revision_drops_what_was_found_in_earlier_ones(tmp_path: Path) -
     cache.close()
 
 
+def test_earlier_revisions_are_looked_for_once(tmp_path: Path) -> None:
+    cache, statements = NeighbourCache(tmp_path / "found"), list[str]()
+    assert cache._connection is not None
+    cache._connection.set_trace_callback(statements.append)
+    for number in range(3):
+        cache.put("docs", 1, {f"{number}": [passage("some")]})
+    assert [statement.split()[0] for statement in statements] == ["DELETE", "INSERT", "INSERT", "INSERT"]
+    cache.close()
+
+
 def test_it_stays_within_its_bytes_and_keeps_the_newest(tmp_path: Path) -> None:
     path, limit = tmp_path / "found", 2**18
     cache = NeighbourCache(path, limit)
