@@ -83,7 +83,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
     )
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
     grid.add_row("all runs", f"computed {_so_far(status)}")
-    grid.add_row("", f"signed {signed_in_words(status)}")
+    grid.add_row("", signed_in_words(status))
     if trouble := _trouble(status):
         grid.add_row("trouble", Text(trouble, style="red"))
     return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left")
@@ -92,8 +92,8 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
 def summary(status: NodeStatus) -> str:
     """What the node achieved in the run that ends, and thanks for it."""
     return (
-        f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {_so_far(status)}, "
-        f"and signed {signed_in_words(status)}. Thank you for taking part!"
+        f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {_so_far(status)}; "
+        f"{signed_in_words(status)}. Thank you for taking part!"
     )
 
 
@@ -118,7 +118,7 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
     yield f"in all runs computed {_so_far(status)}"
-    yield f"signed {signed_in_words(status)}"
+    yield signed_in_words(status)
     if trouble := _trouble(status):
         yield trouble
 
@@ -199,12 +199,13 @@ def signed_in_words(status: NodeStatus) -> str:
     """What trainers have signed for, and how much of all that they used it was."""
     work, trainers = status.signed.work, status.signed.trainers
     if not trainers:
-        return "nothing yet"
+        return "no trainer has signed for its work yet"
     words = counted(work.pairs, "row", ",")
     if work.queries:
         words += f" and {work.queries:,} {'query' if work.queries == 1 else 'queries'}"
     share = "" if status.signed_share is None else f", {status.signed_share:.0%} of all that they used"
-    return f"{words} by {counted(trainers, 'trainer', ',')}{share}"
+    have = "has" if trainers == 1 else "have"
+    return f"{counted(trainers, 'trainer', ',')} {have} signed for {words}{share}"
 
 
 def hours_in_words(hours: float) -> str:

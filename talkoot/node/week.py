@@ -31,7 +31,7 @@ class WeekBegun(BaseModel):
     signed_rows: int = Field(ge=0)
 
     @classmethod
-    def with_(cls, status: NodeStatus, now: float) -> "WeekBegun":
+    def at(cls, status: NodeStatus, now: float) -> "WeekBegun":
         return cls(
             began_at=now,
             hours=status.contributed_hours,
@@ -45,8 +45,8 @@ class WeekBegun(BaseModel):
         rows = counted(max(0, status.contributed_rows - self.rows), "row", ",")
         signed = counted(max(0, status.signed.work.pairs - self.signed_rows), "row", ",")
         return (
-            f"in the last week: {hours} served, computed {rows}, signed {signed}; "
-            f"in all runs signed {signed_in_words(status)}"
+            f"in the last week: {hours} served, computed {rows}, trainers signed for {signed}; "
+            f"in all runs {signed_in_words(status)}"
         )
 
 
@@ -74,7 +74,7 @@ class WeeklySummary:
         is_over = begun is not None and now - begun.began_at >= WEEK_S
         if begun is not None and not is_over and begun.began_at <= now:
             return ""
-        self._begun = WeekBegun.with_(status, now)
+        self._begun = WeekBegun.at(status, now)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(self._path, self._begun.model_dump_json().encode())

@@ -127,7 +127,7 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         "600 MB of 2 GB",
         "reached   relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2 ",
         "all runs  computed 7,000,000 rows, 34,567 updates, 12 h 18 min served",
-        "          signed 6,900,000 rows by 5 trainers, 12% of all that they used",
+        "          5 trainers have signed for 6,900,000 rows, 12% of all that they used",
     ):
         assert said in text
 
@@ -260,17 +260,21 @@ def test_a_line_for_the_log_says_the_same() -> None:
         "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
         "reached: relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2, "
         "in all runs computed 7,000,000 rows, 34,567 updates, 12 h 18 min served, "
-        "signed 6,900,000 rows by 5 trainers, 12% of all that they used"
+        "5 trainers have signed for 6,900,000 rows, 12% of all that they used"
     )
 
 
 @pytest.mark.parametrize(
     ("signed", "share", "said"),
     [
-        (SignedWork(), None, "signed nothing yet"),
-        (SignedWork(Work(pairs=1), 1), 1.0, "signed 1 row by 1 trainer, 100% of all that they used"),
-        (SignedWork(Work(queries=1), 1), None, "signed 0 rows and 1 query by 1 trainer"),
-        (SignedWork(Work(pairs=5, queries=70), 2), 0.5, "signed 5 rows and 70 queries by 2 trainers, 50%"),
+        (SignedWork(), None, "no trainer has signed for its work yet"),
+        (SignedWork(Work(pairs=1), 1), 1.0, "1 trainer has signed for 1 row, 100% of all that they used"),
+        (SignedWork(Work(queries=1), 1), None, "1 trainer has signed for 0 rows and 1 query"),
+        (
+            SignedWork(Work(pairs=5, queries=70), 2),
+            0.5,
+            "2 trainers have signed for 5 rows and 70 queries, 50%",
+        ),
     ],
 )
 def test_what_trainers_signed_stands_beside_what_the_node_computed(
@@ -279,7 +283,7 @@ def test_what_trainers_signed_stands_beside_what_the_node_computed(
     status = replace(STATUS, signed=signed, signed_share=share)
     assert said in "\n".join(shown(status, NodeRates(), 100))
     assert said in line(status, NodeRates())
-    assert said.replace("signed", "and signed", 1) in summary(status)
+    assert f"; {said}" in summary(status)
 
 
 def test_the_first_look_and_one_in_the_same_moment_measure_nothing() -> None:

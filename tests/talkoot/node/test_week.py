@@ -32,19 +32,23 @@ def test_a_week_is_told_once_and_over_restarts(tmp_path: Path) -> None:
     clock.now += 1
     week = WeeklySummary(path, clock)
     assert week.look(LATER) == (
-        "in the last week: 100 h 30 min served, computed 1,000,000 rows, signed 900,000 rows; "
-        "in all runs signed 7,800,000 rows by 6 trainers, 12% of all that they used"
+        "in the last week: 100 h 30 min served, computed 1,000,000 rows, trainers signed for 900,000 rows; "
+        "in all runs 6 trainers have signed for 7,800,000 rows, 12% of all that they used"
     )
     assert week.look(LATER) == ""
     clock.now += WEEK_S
-    assert "0 min served, computed 0 rows, signed 0 rows;" in WeeklySummary(path, clock).look(LATER)
+    assert "0 min served, computed 0 rows, trainers signed for 0 rows;" in WeeklySummary(path, clock).look(
+        LATER
+    )
 
 
 def test_what_was_lost_is_not_counted_as_less_than_nothing(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "week.json"
     WeeklySummary(path, clock).look(LATER)
     clock.now += WEEK_S
-    assert "0 min served, computed 0 rows, signed 0 rows;" in WeeklySummary(path, clock).look(STATUS)
+    assert "0 min served, computed 0 rows, trainers signed for 0 rows;" in WeeklySummary(path, clock).look(
+        STATUS
+    )
 
 
 def test_a_clock_that_was_set_back_begins_a_week(tmp_path: Path) -> None:
