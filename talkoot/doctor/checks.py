@@ -314,8 +314,8 @@ def check_traffic(manifest: Manifest, line: Finding | None = None) -> Finding:
     traffic = trainer_traffic(manifest, _TOKENS_PER_S, nodes_per_token=most)
     up, down = traffic.upload_mbit, traffic.download_mbit
     takes = (
-        f"each {_TOKENS_PER_S:,.0f} tokens/s of this swarm take a trainer {up:.1f} Mbit/s up and {down:.1f} down, and "
-        f"each of {TYPICAL_NODES} nodes a tenth of that, in {manifest.wire.codec}"
+        f"each {_TOKENS_PER_S:,.0f} tokens/s of this swarm take a trainer {up:.1f} Mbit/s up and {down:.1f} down in "
+        f"{manifest.wire.codec}; {TYPICAL_NODES} nodes share that"
     )
     values: dict[str, bool | int | float | str] = {
         "tokens_per_s": _TOKENS_PER_S,
