@@ -81,8 +81,8 @@ def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(play: Play)
             await village.run(node)
         # two replicas are enough, so the two share the work
         await until_hosted(second.swarm, memory, 2, MEMORY)
-        assert second.state.name == "SERVING"
-        assert second.status().memory_shards + third.status().memory_shards >= 4
+        await until(lambda: second.state.name == "SERVING")
+        await until(lambda: second.status().memory_shards + third.status().memory_shards >= 4)
         # killed: it withdraws nothing
         await end(first_task)
         await founder.swarm.host.stop()
