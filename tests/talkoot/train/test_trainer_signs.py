@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from commands import wait_until
 from training_swarm import founded
@@ -18,6 +19,12 @@ from trainer_client.client import SwarmClient
 from trainer_client.settings import TrainerSettings
 
 ROWS = 24
+
+
+@pytest.fixture(autouse=True)
+def patient_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that leaves gives its receipts in two seconds, or not at all."""
+    monkeypatch.setattr("trainer_client.credit._FAREWELL_S", 60.0)
 
 
 def train(invite: str, state: Path) -> None:
