@@ -384,7 +384,12 @@ def missing_metrics(value: Callable[[str], list[str]]) -> list[str]:
     return sorted(name for name in named if not value(name))
 
 
-def test_a_run_that_has_ended_is_shown_with_its_result(watched: Watched) -> None:
+def test_a_run_that_has_ended_is_shown_with_its_result(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # it may take longer here than the two seconds that a farewell has
+    monkeypatch.setattr("trainer_client.announcer._WITHDRAW_S", 60.0)
+
     def row_of(page: Any) -> Any:
         return next((row for row in page["trainers"] if row["name"] == "once"), None)
 
@@ -407,7 +412,10 @@ def test_a_node_that_falls_silent_is_shown_as_gone(watched: Watched) -> None:
     watched.until(lambda shown: shown["state"]["words"] == "4 experts have no host")
 
 
-def test_a_node_that_leaves_in_order_is_shown_as_left(watched: Watched) -> None:
+def test_a_node_that_leaves_in_order_is_shown_as_left(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.node._FAREWELL_S", 60.0)
     watched.loop.run(end(watched.running[0]))
     watched.loop.run(watched.nodes[0].stop(), LIMIT_S)
     states = {"kuusi": "left", HOSTILE: "gone"}

@@ -58,7 +58,12 @@ def test_a_validation_is_heard_of_before_the_first_step(founder: Founder, tmp_pa
         wait_until(lambda: founder.loop.run(validation_losses(), 120) == [5.5], "its validation in the swarm")
 
 
-def test_a_loop_of_ones_own_reports_and_leaves_its_result(founder: Founder, tmp_path: Path) -> None:
+def test_a_loop_of_ones_own_reports_and_leaves_its_result(
+    founder: Founder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # it may take longer here than the two seconds that a farewell has
+    monkeypatch.setattr("trainer_client.announcer._WITHDRAW_S", 60.0)
+
     registry = founder.node.swarm.registry
 
     async def records() -> list[TrainerInfo]:
