@@ -159,7 +159,7 @@ class World:
     def load(cls, file: Path, size: Size) -> "World":
         with safe_open(file, "pt") as opened:
             about = json.loads(opened.metadata()["about"])
-            tensors = {name: opened.get_tensor(name).long() for name in opened.keys()}  # noqa: SIM118  # it is no dict
+            tensors = {name: opened.get_tensor(name).long() for name in opened.keys()}  # noqa: SIM118  # it is not a dict
         tested = {}
         for name in [name.removesuffix("/tokens") for name in tensors if name.endswith("/tokens")]:
             begin = f"{name}/given/"
@@ -216,11 +216,12 @@ def train(
         learning_rate=size.learning_rate, warmup_steps=min(100, size.steps // 4),
     )  # fmt: skip
     # of a dataset, Training asks for no more than this
+    # `batches` has what a training uses of its dataset
     training = Training(model, batches, settings, None, batches if reads else None)  # type: ignore[arg-type]
     cpu_s = 0.0
     if file is not None and file.exists():
         with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is not a dict
         cpu_s = tensors.pop("cpu_s").item()
         training.import_state(tensors, 0)
     began, stopped = time.process_time(), threading.Event()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from callers import numbered_identity
+from commands import wait_until
 from torch import Tensor
 
 from dht.memory import MemoryID, Passage
@@ -105,13 +106,7 @@ def test_batches_are_looked_up_before_they_are_asked_for() -> None:
     loader = NeighbourLoader(lookup(memory), wanted.__getitem__, ahead=3)
     try:
         loader.training(0, wanted[0])
-        memory_knows = threading.Event()
-        for _ in range(int(LIMIT_S * 100)):
-            if {"batch 1 ", "batch 2 ", "batch 3 "} <= set(memory.asked):
-                memory_knows.set()
-                break
-            threading.Event().wait(0.01)
-        assert memory_knows.is_set()
+        wait_until(lambda: {"batch 1 ", "batch 2 ", "batch 3 "} <= set(memory.asked), "three look-ups")
         assert "batch 9 " not in memory.asked
         for number in range(1, 6):
             loader.training(number, wanted[number])
