@@ -17,6 +17,7 @@ from attending import attending_experts
 from hypothesis import settings
 from make_release import build_wheel, recorded_wheels
 
+from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
 
@@ -119,6 +120,13 @@ def experts_attend(request: pytest.FixtureRequest) -> Iterator[None]:
     attends = "/".join(request.path.parts[-3:-1]) in folders
     with attending_experts() if attends else nullcontext():
         yield
+
+
+@pytest.fixture
+def long_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announcements live for 15 s or more, however often they are renewed: a busy machine may stall for seconds."""
+    monkeypatch.setattr("dht.upkeep._LIFETIMES", 30)
+    monkeypatch.setattr(NodeSettings, "lifetime_s", 15.0)
 
 
 @pytest.fixture

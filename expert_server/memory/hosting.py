@@ -575,7 +575,7 @@ class MemoryHosting:
 
     def _leave_alone(self, memory: MemoryID) -> None:
         """For one announcement period, as its first hosts may not be known yet; then for twice as long each time."""
-        _, pause_s = self._put_off.get(memory, (0.0, self._period.lifetime_s / 6))
+        _, pause_s = self._put_off.get(memory, (0.0, self._period.seconds / 2))
         pause_s = min(2 * pause_s, _PUT_OFF_S)
         self._put_off[memory] = self._clock() + pause_s, pause_s
 

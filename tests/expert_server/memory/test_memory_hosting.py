@@ -41,7 +41,7 @@ def identities() -> list[Identity]:
 
 
 @pytest.fixture
-def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path, long_lives: None) -> Play:
     return playing(loop, identities, tmp_path)
 
 
