@@ -145,6 +145,14 @@ def test_client_in_javascript_makes_a_forward_call(node: RunningNode, javascript
     torch.testing.assert_close(answers, (one + 2 * other) / 3, atol=1e-5, rtol=1e-4)
 
 
+def test_client_in_javascript_asks_for_an_invite(javascript: Path) -> None:
+    ended = subprocess.run(
+        ["node", "forward.js"], cwd=javascript, capture_output=True, text=True, timeout=100
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("usage: node forward.js INVITE")
+
+
 def test_client_in_javascript_makes_the_bytes_of_the_vectors(javascript: Path) -> None:
     assert run_node(javascript, "vectors.js") == "all vectors agree\n"
 

@@ -124,7 +124,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "sauna.txt").write_text(TEXT)
-    (tmp_path / "test.txt").write_text(TEXT)
+    (tmp_path / "README.md").write_text(TEXT)
     for name, value in SMALL.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))

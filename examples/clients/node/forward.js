@@ -2,6 +2,10 @@
 import { Node } from './node.js';
 import { fromBase58, readInvite, swarmId } from './wire.js';
 
+if (!process.argv[2]) {
+  console.error('usage: node forward.js INVITE, the line that a node prints, such as talkoot2…');
+  process.exit(2);
+}
 const invite = readInvite(process.argv[2]);
 const swarm = swarmId(invite.name, invite.author);
 const direct = invite.bootstrap_addresses.find((address) => !address.includes('p2p-circuit'));
