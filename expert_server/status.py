@@ -30,7 +30,7 @@ class NodeState(Enum):
     JOINING = "joining"
     SERVING = "serving"
     PAUSED = "paused"
-    UNREACHABLE = "can't reach the DHT"
+    UNREACHABLE = "no other peer answers"
     DRAINING = "draining"
     STOPPING = "stopping"
 

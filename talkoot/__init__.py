@@ -6,6 +6,7 @@ with talkoot.SwarmClient.join(invite) as swarm:
 `talkoot.errors` has what may be raised. On the command line it is the program `talkoot`.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ else:
             return import_module("peer.errors")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # gRPC reads it when it is imported; otherwise it writes to standard error about what does not matter
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         return getattr(import_module(_HOMES[name]), name)
 
     def __dir__() -> list[str]:

@@ -240,7 +240,7 @@ def test_the_panel_stays_in_its_place_between_looks() -> None:
             "told to go on, else paused: on battery",
             "serving (told to go on, else paused: on battery)",
         ),
-        (NodeState.UNREACHABLE, "", "can't reach the DHT"),
+        (NodeState.UNREACHABLE, "", "no other peer answers"),
     ],
 )
 def test_the_state_comes_with_its_reason(state: NodeState, pause_reason: str, words: str) -> None:
