@@ -36,6 +36,8 @@ _TOO_OFTEN, _LATELY_RESTARTED_S = 3, 900.0
 
 _CLOSE_S = 30.0
 """Longest wait for a loop's thread: uvloop waits in `close` for what is open and cannot be closed."""
+_CLEAN_UP_S = 20.0
+"""Longest wait for tasks that were cancelled before their loop is closed."""
 _SLICE_S = 0.002
 """As long as 20 signatures take to check."""
 _TICK_S = 0.025
@@ -108,6 +110,9 @@ class LoopThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        # what was cancelled before cleans up by now: another cancel would cut that short
+        if ending := [task for task in asyncio.all_tasks(self.loop) if task.cancelling()]:
+            self.loop.run_until_complete(asyncio.wait(ending, timeout=_CLEAN_UP_S))
         left = asyncio.all_tasks(self.loop)
         for task in left:
             task.cancel()

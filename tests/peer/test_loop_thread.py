@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import os
+import threading
 
 import pytest
 from callers import numbered_identities
@@ -71,3 +72,26 @@ def test_a_streams_handler_that_is_cancelled_is_no_error(
     finally:
         thread.close()
     assert not caplog.records
+
+
+def test_what_was_cancelled_before_it_closes_cleans_up_whole(thread: LoopThread) -> None:
+    """Such as a join, with its p2pd and the folder of its sockets."""
+    begun, said = threading.Event(), []
+
+    async def work() -> None:
+        inner = asyncio.create_task(asyncio.Event().wait())
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            said.append("inner cancelled" if inner.done() else "inner runs")
+            inner.cancel()
+            await asyncio.wait({inner})
+            said.append("cleaned up")
+
+    future = thread.submit(work())
+    assert begun.wait(60)
+    future.cancel()
+    thread.close()
+    assert said == ["inner runs", "cleaned up"]
