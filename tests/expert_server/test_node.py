@@ -222,7 +222,7 @@ def test_orphans_of_a_vanished_founder_are_adopted_by_the_others(play: Play) -> 
     play(scenario)
 
 
-def test_a_node_without_spare_room_adopts_nothing(play: Play) -> None:
+def test_a_node_without_spare_room_adopts_nothing(play: Play, long_lives: None) -> None:
     async def scenario(village: Village) -> None:
         node = await village.found(experts=2, spare=0, announce_every_s=0.5)
         own = set(node.runtime.experts)
@@ -303,7 +303,9 @@ def fetch(address: str) -> tuple[str, str]:
         return response.headers["Content-Type"], response.read().decode()
 
 
-def test_a_mistake_in_one_task_does_not_end_the_node(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_in_one_task_does_not_end_the_node(
+    play: Play, monkeypatch: pytest.MonkeyPatch, long_lives: None
+) -> None:
     async def scenario(village: Village) -> None:
         node = await village.found(experts=2, spare=0, announce_every_s=0.5)
 
@@ -377,7 +379,7 @@ def test_a_node_comes_back_with_its_identity(play: Play) -> None:
 
 
 def test_a_node_whose_p2pd_can_not_be_started_says_so_and_serves(
-    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, long_lives: None
 ) -> None:
     async def fails(*arguments: Any) -> None:
         raise DaemonError("no p2pd for this test")

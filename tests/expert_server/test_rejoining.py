@@ -129,7 +129,7 @@ async def other_half(village: Village, swarm: Swarm) -> Swarm:
     )
 
 
-def test_two_halves_of_a_swarm_find_each_other(play: Play) -> None:
+def test_two_halves_of_a_swarm_find_each_other(play: Play, long_lives: None) -> None:
     async def scenario(village: Village) -> None:
         first = await village.found(experts=4, spare=0, announce_every_s=0.5)
         apart = await other_half(village, first.swarm)

@@ -50,6 +50,7 @@ HOST = "127.0.0.1"
 MEMORY = SampleMemory.make()
 FOUNDER, FIRST, SECOND, LIBRARIAN = (numbered_identity(number) for number in range(4))
 SETTINGS = NodeSettings(announce_every_s=0.5, p2pd="off")
+pytestmark = pytest.mark.usefixtures("long_lives")
 SERVING, LEAVING = ReplicaState.SERVING, ReplicaState.LEAVING
 
 
