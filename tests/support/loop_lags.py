@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -44,6 +45,21 @@ class Bystander(threading.Thread):
         """How many times longer than on a core of its own a computation took."""
         return self._spent_s / self._computed_s if self._computed_s else 1.0
 
+    def allows(self, limit_s: float) -> float:
+        """In how many seconds must be done what a core of its own does within the limit.
+
+        Others compute as much more slowly as this, and where it waited, they may have waited as long: twice, as most of
+        it has two sides, and buckets are wide.
+        """
+        return limit_s * self.slowdown + 2 * self.longest_s
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+
     def run(self) -> None:
         data = bytes(2**22)
         while not self.over.is_set():
@@ -75,20 +91,12 @@ class LoopLags:
         return min(bound for bound, count in since.items() if count >= share * ticks)
 
     def check(self) -> None:
-        """Checks the longest stall, which holds on a machine that other tests keep busy, too.
-
-        A loop computes as much more slowly as a bystander, and where that waited, it may have waited as long, which
-        counts twice, as buckets are wide.
-        """
+        """Checks the longest stall, which holds on a machine that other tests keep busy, too."""
         self._bystander.over.set()
-        machine_s, slowdown, stall_s = (
-            self._bystander.longest_s,
-            self._bystander.slowdown,
-            self.quantile(1.0),
-        )
-        assert stall_s <= LONGEST_STALL_S * slowdown + 2 * machine_s, (
-            f"the loop stalled for up to {stall_s} s; a bystander waited {machine_s:.3f} s at most, and computed "
-            f"{slowdown:.1f} times too slowly"
+        stall_s, bystander = self.quantile(1.0), self._bystander
+        assert stall_s <= bystander.allows(LONGEST_STALL_S), (
+            f"the loop stalled for up to {stall_s} s; a bystander waited {bystander.longest_s:.3f} s at most, and "
+            f"computed {bystander.slowdown:.1f} times too slowly"
         )
 
     def check_when_quiet(self) -> None:
