@@ -48,8 +48,10 @@ _LEAST_PRODUCT = 1e-9
 """Products that are smaller may be anything: they make no difference."""
 _SUMMED = 1e-5
 """How far a sum of products in float32 may be off, as a part of the product of both rows' norms."""
-_APART = 0.1
-"""How far two rows must be apart, against their size, that no expert and no codec makes one of them."""
+_APART = 0.5
+"""How far the directions of two rows must be apart that no expert and no codec makes one of them. Experts normalize
+rows first: a row and its double are the same to them.
+"""
 _COMPARED = 64
 """Columns of a row that are kept to compare it."""
 _REMEMBERED_ROWS = 8
@@ -300,8 +302,8 @@ def products_fit(
 
 
 def are_apart(one_D: Floats, other_D: Floats) -> bool:
-    size = max(float(np.linalg.norm(one_D)), float(np.linalg.norm(other_D)))
-    return float(np.linalg.norm(one_D - other_D)) > _APART * size
+    sizes = float(np.linalg.norm(one_D)), float(np.linalg.norm(other_D))
+    return min(sizes) > 0 and float(np.linalg.norm(one_D / sizes[0] - other_D / sizes[1])) > _APART
 
 
 def _largest(numbers_RD: Floats) -> float:

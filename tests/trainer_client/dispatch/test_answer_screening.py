@@ -53,6 +53,29 @@ def test_what_honest_experts_answer_is_let_through(
         inputs = inputs * np.float32(1.0001)
 
 
+@given(
+    st.integers(1, 5),
+    st.integers(0, 2**20),
+    st.sampled_from(get_args(CodecName)),
+    st.floats(1.2, 9),
+    st.floats(0, 0.05),
+)
+def test_rows_that_point_the_same_way_may_have_the_same_answer(
+    rows: int, seed: int, codec: CodecName, factor: float, noise: float
+) -> None:
+    """Experts normalize rows, so of a row and its double int4 makes one answer. Honest nodes were banned for that."""
+    manifest = make_manifest((2, 2), k=2, hidden=16)
+    test, block = AnswerScreening(), build_block(manifest, manifest.uids()[0])
+    factors = np.float32(factor) ** np.arange(rows, dtype=np.float32)[:, None]
+    inputs = factors * (random_rows(1, 16, seed) + np.float32(noise) * random_rows(rows, 16, seed + 1))
+    for _ in range(2):
+        with torch.no_grad():
+            x_RD = torch.from_numpy(sent(inputs, codec))
+            answer = (block(x_RD, torch.ones(rows, dtype=torch.int64), torch.zeros(rows)) - x_RD).numpy()
+        assert test.fault_of_answer(PEER, inputs, sent(answer, codec)) is None
+        inputs = inputs * np.float32(factor)
+
+
 def test_huge_answers_are_seen() -> None:
     inputs = random_rows(4)
     answer = inputs.copy()
