@@ -137,19 +137,20 @@ class CreditAccounts:
                 self._accounts[peer_id] = _Account(work, work)
 
     async def save(self) -> None:
-        """Writes the file, whole or not at all. A full disk is a warning."""
-        for account in self._accounts.values():
-            account.saved = account.work
-        if self._path is None or not self._has_changed:
-            return
-        nodes = {peer_id.to_base58(): astuple(a.work) for peer_id, a in self._accounts.items()}
-        data = _Saved(all_pairs=self.all_pairs, nodes=nodes).model_dump_json().encode()
-        self._has_changed = False
-        try:
-            await asyncio.to_thread(self._write, self._path, data)
-        except OSError as error:
-            self._has_changed = True
-            logger.warning("could not write %s: %s", self._path, error)
+        """Writes the file, whole or not at all. A full disk is a warning, and nothing new is signed then."""
+        works = {peer_id: account.work for peer_id, account in self._accounts.items()}
+        if self._path is not None and self._has_changed:
+            nodes = {peer_id.to_base58(): astuple(work) for peer_id, work in works.items()}
+            data = _Saved(all_pairs=self.all_pairs, nodes=nodes).model_dump_json().encode()
+            self._has_changed = False
+            try:
+                await asyncio.to_thread(self._write, self._path, data)
+            except OSError as error:
+                self._has_changed = True
+                logger.warning("could not write %s: %s", self._path, error)
+                return
+        for peer_id, account in self._accounts.items():
+            account.saved = works.get(peer_id, account.saved)
 
     @staticmethod
     def _read(path: Path) -> _Saved:

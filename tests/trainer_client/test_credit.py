@@ -149,6 +149,23 @@ def test_accounts_outlive_the_run(loop: LoopThread, tmp_path: Path) -> None:
     loop.run(scenario(), 120)
 
 
+def test_what_could_not_be_saved_is_not_signed(loop: LoopThread, tmp_path: Path) -> None:
+    """Else a trainer that is killed counts on from less than it has signed, and its receipts are old ones."""
+    folder = tmp_path / "credit"
+    folder.write_text("in the way")
+
+    async def scenario() -> None:
+        accounts = CreditAccounts(folder / "sauna.json")
+        accounts.note(make_node(peer(1)), pairs=10)
+        await accounts.save()
+        assert not list(accounts.due(1e9))
+        folder.unlink()
+        await accounts.save()
+        assert [account.saved.pairs for _, account in accounts.due(1e9)] == [10]
+
+    loop.run(scenario(), 120)
+
+
 @pytest.mark.parametrize(
     "broken",
     [b"", b"{", b'{"all_pairs": -1, "nodes": {}}', b'{"all_pairs": 1, "nodes": {"Qm": [1]}}', b"\xff" * 9,
