@@ -107,7 +107,9 @@ def test_a_running_node_is_paused_resumed_and_stopped(node: BareNode) -> None:
     with ControlClient(node.state) as control:
         assert control.pid == node.process.pid
     paused = run_here("pause", "--state", str(node.state))
-    assert paused.stdout.startswith("paused: by its owner"), paused.stderr
+    warned, answer = paused.stdout.splitlines()
+    assert warned.startswith("no other node serves 4 of its 4 experts"), paused.stderr
+    assert answer.startswith("paused: by its owner"), paused.stderr
     resumed = run_here("resume", "--state", str(node.state))
     assert resumed.stdout.startswith("serving"), resumed.stderr
     stopped = run_here("stop", "--state", str(node.state))
