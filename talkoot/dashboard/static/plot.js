@@ -239,10 +239,12 @@ export class Plot {
   }
 }
 
+/** Means of equal figures may differ by a rounding error: such limits would leave uPlot looking for ticks without an end. */
 function limits(low, high, fromZero) {
   if (low === null || high === null) return [0, 1];
   if (fromZero) return [0, high > 0 ? high * 1.08 : 1];
-  const margin = (high - low) * 0.08 || Math.abs(high) * 0.05 || 1;
+  const isFlat = high - low <= 1e-6 * Math.abs(high);
+  const margin = isFlat ? Math.abs(high) * 0.05 || 1 : (high - low) * 0.08;
   return [low - margin, high + margin];
 }
 

@@ -155,6 +155,22 @@ def test_nothing_is_wider_than_the_window(
         assert seen.overflow() == 0
 
 
+def test_figures_that_differ_by_a_rounding_error_are_drawn(seen: Visit) -> None:
+    """As the means of equal ones do. The chart looked for ticks between them until its memory was full."""
+    seen.page.evaluate(
+        """async () => {
+          const { Plot } = await import(new URL("plot.js", document.querySelector("script[type=module]").src));
+          const plot = new Plot({ title: "Loss", write: String });
+          document.querySelector("main").append(plot.element);
+          const points = [[1000, 2.0], [1001, 2.0000000000000004]];
+          plot.show([{ name: "loss", label: "loss", points }], "", 940, 1002);
+          plot.element.id = "flat";
+        }"""
+    )
+    seen.until("document.querySelector('#flat canvas') !== null")
+    seen.page.wait_for_timeout(500)
+
+
 def test_killed_node_turns_red(swarm: LiveSwarm, seen: Visit, pictures: Path) -> None:
     """After one and a half of its announcements, as `test_census` measures by a clock of its own."""
     # in one go: rows are made anew with every picture, and one that has just gone has no colour
