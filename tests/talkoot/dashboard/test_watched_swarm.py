@@ -171,8 +171,10 @@ def watched(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def test_the_head_has_the_right_counts(watched: Watched) -> None:
     def complete(shown: Any) -> bool:
-        measured = shown["trainers"] == 1 and shown["bits_per_byte"] and shown["requests_per_s"]
-        return bool(measured and shown["state"] == {"level": "ok", "words": "healthy"})
+        measured = ("bits_per_byte", "requests_per_s", "tokens_per_s", "bytes_per_s")
+        is_steady = shown["trainers"] == 1 and not shown["nodes"]["unsteady"] and shown["nodes"]["live"] == 2
+        is_healthy = shown["state"] == {"level": "ok", "words": "healthy"}
+        return is_steady and is_healthy and all(shown[figure] for figure in measured)
 
     shown = watched.until(complete)
     assert shown["nodes"] == {"live": 2, "gone": 0, "unsteady": 0}
