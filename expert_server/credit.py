@@ -85,8 +85,15 @@ class ReceiptBook:
         self._served = BoundedDict[PeerID, Work](_CALLERS)
         """What was answered to each caller since its last receipt."""
         self._ordered: list[Receipt] | None = None
-        self.signed = SignedWork()
+        self._signed: SignedWork | None = SignedWork()
+        """None: to be summed again, once somebody asks."""
+
+    @property
+    def signed(self) -> SignedWork:
         """The sum of all receipts."""
+        if self._signed is None:
+            self._signed = total_of(self._receipts.values())
+        return self._signed
 
     @property
     def share(self) -> float | None:
@@ -166,7 +173,7 @@ class ReceiptBook:
             crowded = largest_crowd(self._crowds)
             least = max(crowded, key=lambda trainer: _most_first(self._receipts[trainer]))
             del self._receipts[least], self._crowds[least]
-        self.signed, self._ordered, self.has_changed = total_of(self._receipts.values()), None, True
+        self._signed, self._ordered, self.has_changed = None, None, True
 
 
 def _most_first(receipt: Receipt) -> tuple[int, int, bytes]:
