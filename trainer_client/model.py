@@ -160,7 +160,11 @@ class LanguageModel(nn.Module):
 
 
 def require_memory(
-    manifest: Manifest, make_mixture: Callable[[int], nn.Module], vocabulary: int, copies: int
+    manifest: Manifest,
+    make_mixture: Callable[[int], nn.Module],
+    vocabulary: int,
+    copies: int,
+    retrieval: RetrievalSpec | None = None,
 ) -> None:
     """Raises SettingsError when so many copies of the model's parameters don't fit into the free memory.
 
@@ -175,6 +179,8 @@ def require_memory(
             for n in range(spec.layers)
             for local in (True, False)
         ]
+        if retrieval is not None:
+            modules.append(Retrieval(spec, retrieval))
     size = 4 * 2 * vocabulary * spec.hidden + sum(p.nbytes for module in modules for p in module.parameters())
     free = psutil.virtual_memory().available
     if copies * size > free:

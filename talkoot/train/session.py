@@ -158,20 +158,21 @@ class _Run:
         )
         with terminal.stages("looking for experts") as stage:
             client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=settings.min_experts)
-        require_memory(manifest, client.mixture, len(token_bytes), _COPIES)
+        require_memory(manifest, client.mixture, len(token_bytes), _COPIES, spec)
         make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes), spec)
-        self._exits = ExitStack()
         self._lookup: NeighbourLookup | None = None
         loader = None
-        if spec is not None:
-            with terminal.stages("opening the memory"):
-                self._lookup = lookup = self._open_memory(client, spec, start)
-            # a step's gradient is the mean over several batches of this size
-            loader = NeighbourLoader(lookup, partial(dataset.batch, batch_size=settings.batch_size))
-            self._exits.callback(loader.close)
-        self._training = Training(make_model(), dataset, settings, make_model, loader)
-        start.restore(self._training)
-        self._averaging = _begin_averaging(client, self._training.part, start, spec)
+        with ExitStack() as exits:
+            if spec is not None:
+                with terminal.stages("opening the memory"):
+                    self._lookup = lookup = _open_memory(client, spec, start, exits)
+                # a step's gradient is the mean over several batches of this size
+                loader = NeighbourLoader(lookup, partial(dataset.batch, batch_size=settings.batch_size))
+                exits.callback(loader.close)
+            self._training = Training(make_model(), dataset, settings, make_model, loader)
+            start.restore(self._training)
+            self._averaging = _begin_averaging(client, self._training.part, start, spec)
+            self._exits = exits.pop_all()
         self.saver = (
             None if isinstance(client, LocalSwarm) else CheckpointSaver(start, self._training, manifest, seed)
         )
@@ -219,21 +220,6 @@ class _Run:
         """What the model's memory was asked, and what came of it."""
         return {} if self._lookup is None else self._lookup.counts.values()
 
-    def _open_memory(self, client: Client, spec: RetrievalSpec, start: RunStart) -> NeighbourLookup:
-        """Raises UserError."""
-        settings = start.settings
-        if isinstance(client, LocalSwarm):
-            raise SettingsError(
-                "memory: a swarm's nodes host memories, and with --local there are none: pass --join"
-            )
-        cache = NeighbourCache(trainer_state(settings) / "neighbours")
-        self._exits.callback(cache.close)
-        memory = client.memory(settings.memory)
-        logger.info("the model reads the memory %s, of revision %d", memory.id, memory.revision)
-        return NeighbourLookup(
-            memory, start.tokenizer, spec, most_overlap=settings.memory_overlap, cache=cache
-        )
-
     def _averaged(self) -> dict[str, Any]:
         """The number of averagings, and those since the previous step."""
         merges = self._training.part.take_merges()
@@ -247,6 +233,20 @@ class _Run:
         logger.warning("no expert answers: training pauses until one does, at most %.0f s", limit_s)
         client.wait_for_experts(limit_s, lambda text: None, share=1 / client.manifest.experts_total)
         logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
+
+
+def _open_memory(client: Client, spec: RetrievalSpec, start: RunStart, exits: ExitStack) -> NeighbourLookup:
+    """What it opens, `exits` close. Raises UserError."""
+    settings = start.settings
+    if isinstance(client, LocalSwarm):
+        raise SettingsError(
+            "memory: a swarm's nodes host memories, and with --local there are none: pass --join"
+        )
+    cache = NeighbourCache(trainer_state(settings) / "neighbours")
+    exits.callback(cache.close)
+    memory = client.memory(settings.memory)
+    logger.info("the model reads the memory %s, of revision %d", memory.id, memory.revision)
+    return NeighbourLookup(memory, start.tokenizer, spec, most_overlap=settings.memory_overlap, cache=cache)
 
 
 def _begin_averaging(

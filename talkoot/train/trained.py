@@ -115,8 +115,8 @@ def trained_model(
                 share = 1 / client.manifest.experts_total
                 client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=share)
             vocabulary = len(tokenizer.token_bytes)
-            require_memory(client.manifest, client.mixture, vocabulary, 1)
             spec = RetrievalSpec.of(settings, client.manifest.model)
+            require_memory(client.manifest, client.mixture, vocabulary, 1, spec)
             model = LanguageModel(client.manifest, client.mixture, vocabulary, spec)
             checkpoint.load_into(model)
             lookup = None if spec is None else _open_memory(terminal, client, settings, tokenizer, spec)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dht.manifest import Manifest
 from peer.errors import SettingsError
 from trainer_client.model import LanguageModel, require_memory
+from trainer_client.retrieval.attention import RetrievalSpec
 
 
 class DenseMixture(nn.Module):
@@ -193,6 +194,14 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: py
     memory.available = 3 * size
     with pytest.raises(SettingsError, match="the trainer's part of this swarm's model takes"):
         require_memory(manifest, make_gate, 7, 4)
+    reads = RetrievalSpec(chunk=2)
+    whole = sum(parameter.nbytes for parameter in LanguageModel(manifest, make_gate, 7, reads).parameters())
+    memory.available = 4 * whole
+    require_memory(manifest, make_gate, 7, 4, reads)
+    memory.available = 2 * (size + whole)
+    require_memory(manifest, make_gate, 7, 4)
+    with pytest.raises(SettingsError, match="the trainer's part of this swarm's model takes"):
+        require_memory(manifest, make_gate, 7, 4, reads)
     huge = {"layers": 64, "hidden": 16384, "heads": 256, "local_layers": 16, "feed_forward": 65536}
     with pytest.raises(SettingsError, match="TB"):
         require_memory(Manifest.model_validate({"name": "huge", "model": huge}), make_gate, 7, 4)
