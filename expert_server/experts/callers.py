@@ -5,8 +5,11 @@ would cause most of the steps, and whoever sent large gradients would drown thos
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from operator import itemgetter
 from typing import NamedTuple
 
 WINDOW_STEPS = 256
@@ -22,7 +25,9 @@ _RECENT_CALLS = 8
 _MOST_ENTRIES = 4096
 """Numbers kept for the steps of one window. If many callers share each step, the window is of fewer steps."""
 _NOTHING = 1e-9
-"""Of a step: less is what rounding leaves."""
+"""Of a step, or of a group: less is what rounding leaves."""
+_SIZES_IN_A_SORT = 16
+"""The part of all callers' sizes that may change before the median is taken anew. With fewer callers, each time."""
 
 
 class _Step(NamedTuple):
@@ -31,16 +36,32 @@ class _Step(NamedTuple):
     """Those that each caller has sent since the step before."""
     parts: Mapping[str, float]
     """The part of the step that each caller caused: its part of the rows whose gradients were in it."""
+    group_parts: Mapping[str, float]
+    """The same of each group."""
+
+
+@dataclass
+class _Group:
+    """Callers that may be one person."""
+
+    name: str
+    members: int = 0
+    """With rows in the window."""
+    rows: int = 0
+    """In the window."""
 
 
 class Callers:
     """What the callers of one expert did in its last steps, and what they may do next. Bounded.
 
-    Take any window that ends with a step that a caller takes part in. It has caused at most `MOST_OF_ROWS` times its
-    part of the rows in that window, or the nth part of the steps if n callers sent rows, and one step more. For it may
-    take part in a step only if what it caused before is within its share (`is_over`). A caller alone, or with half of
-    the rows, is never over. Nor are all callers for long: in the end those who still call sent all the rows, and then
-    their shares come to twice the steps.
+    Take any window that ends with a step that a group of callers takes part in. It has caused at most `MOST_OF_ROWS`
+    times its part of the rows in that window, or the nth part of the steps if n groups sent rows, and one step more.
+    For it may take part in a step only if what it caused before is within its share (`is_over`). Within the group the
+    same holds for each caller, and the nth part is split evenly. A caller alone, or with half of the rows, is never
+    over. Nor are all callers for long: in the end those who still call sent all the rows, and then their shares come to
+    twice the steps.
+
+    Keys cost nothing, so groups are what counts: the callers of one token, or those of one line.
     """
 
     def __init__(self, window_steps: int = WINDOW_STEPS, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,24 +77,39 @@ class Callers:
         self._all_rows = 0
         self._caused: dict[str, float] = {}
         """Steps in the window."""
+        self._caused_by_group: dict[str, float] = {}
         self._sizes: dict[str, deque[float]] = {}
         """Of each caller's last calls. Callers with no rows in the window are forgotten."""
         self._usual_sizes: dict[str, float] = {}
         """The median of these, of each caller."""
+        self._usual_size = inf
+        """The median of these, in which each group counts once."""
+        self._sizes_since = 0
+        """How many were noted since it was taken."""
+        self._groups: dict[str, _Group] = {}
+        """Those with rows in the window, by name."""
+        self._group_of: dict[str, _Group] = {}
+        """By caller with rows in the window."""
 
-    def note_rows(self, caller: str, rows: int, size: float) -> float:
-        """Notes a part of a backward batch before its step. `size`: root mean square of its gradients.
+    def note_rows(self, caller: str, rows: int, size: float, group: str = "") -> float:
+        """Notes a part of a backward batch before its step. `size`: root mean square of its gradients. `group`: who
+        else may be the same person; empty for a caller by itself.
 
         Returns the factor, at most 1, that brings this size to `MOST_SIZE` times the usual one: the median over all
-        callers of the median of their last calls. A minority of the callers can't move it beyond the sizes of the
-        others, and of two callers the one with small gradients can't shrink the other's. A caller alone has nobody to
-        drown.
+        callers of the median of their last calls, in which each group counts once. A minority of the groups can't move
+        it beyond the sizes of the others, and of two the one with small gradients can't shrink the other's. A caller
+        alone has nobody to drown.
         """
         while self._steps and self._steps[0].at < self._clock() - LONGEST_S:
             self._forget_first()
         if len(self._rows_since) >= _MOST_ENTRIES:
             self.note_step({})  # so many keys sent gradients, and none that a step could be made of
         self._rows_since[caller] = self._rows_since.get(caller, 0) + rows
+        if caller not in self._rows:
+            name = group or caller
+            self._group_of[caller] = self._groups.setdefault(name, _Group(name))
+            self._group_of[caller].members += 1
+        self._group_of[caller].rows += rows
         self._rows[caller] = self._rows.get(caller, 0) + rows
         self._all_rows += rows
         if not size > 0:  # nor is NaN
@@ -83,41 +119,72 @@ class Callers:
         self._usual_sizes[caller] = sorted(sizes)[(len(sizes) - 1) // 2]
         if len(self._sizes) == 1:
             return 1.0
-        usual = sorted(self._usual_sizes.values())[len(self._usual_sizes) // 2]
-        return min(1.0, MOST_SIZE * usual / size)
+        self._sizes_since += 1
+        if self._sizes_since > len(self._sizes) // _SIZES_IN_A_SORT:
+            self._usual_size, self._sizes_since = self._take_usual_size(), 0
+        return min(1.0, MOST_SIZE * self._usual_size / size)
 
     def is_over(self, caller: str) -> bool:
         """Whether it has caused more than its share of the steps in the window."""
         if caller not in self._rows:
             return False
-        share = max(MOST_OF_ROWS * self._rows[caller] / self._all_rows, 1 / len(self._rows))
-        return self._caused.get(caller, 0.0) > share * len(self._steps)
+        group = self._group_of[caller]
+        even = 1 / len(self._groups)
+        most = max(MOST_OF_ROWS * self._rows[caller] / self._all_rows, even / group.members)
+        most_of_group = max(MOST_OF_ROWS * group.rows / self._all_rows, even)
+        steps, of_group = len(self._steps), self._caused_by_group.get(group.name, 0.0)
+        return self._caused.get(caller, 0.0) > most * steps or of_group > most_of_group * steps + _NOTHING
 
     def note_step(self, rows: Mapping[str, int]) -> None:
         """Notes a step with the gradients of so many rows of each caller."""
         total = sum(rows.values())
-        step = _Step(
-            self._clock(), self._rows_since, {caller: own / total for caller, own in rows.items() if own}
-        )
+        parts = {caller: own / total for caller, own in rows.items() if own}
+        group_parts: dict[str, float] = {}
+        for caller, part in parts.items():
+            group = self._group_of[caller].name if caller in self._group_of else caller
+            _add(group_parts, group, part)
+            _add(self._caused, caller, part)
+            _add(self._caused_by_group, group, part)
+        step = _Step(self._clock(), self._rows_since, parts, group_parts)
         self._rows_since = {}
-        for caller, part in step.parts.items():
-            self._caused[caller] = self._caused.get(caller, 0.0) + part
         self._steps.append(step)
         self._entries += len(step.rows) + len(step.parts)
         while len(self._steps) > self._most_steps or (self._entries > _MOST_ENTRIES and len(self._steps) > 1):
             self._forget_first()
 
+    def _take_usual_size(self) -> float:
+        """The upper median."""
+        counts = Counter(self._group_of[caller].name for caller in self._usual_sizes)
+        half = len(counts) / 2 + _NOTHING
+        for caller, size in sorted(self._usual_sizes.items(), key=itemgetter(1)):
+            half -= 1 / counts[self._group_of[caller].name]
+            if half < 0:
+                return size
+        return inf
+
     def _forget_first(self) -> None:
         step = self._steps.popleft()
         self._entries -= len(step.rows) + len(step.parts)
+        for caller, part in step.parts.items():
+            _add(self._caused, caller, -part)
+        for group, part in step.group_parts.items():
+            _add(self._caused_by_group, group, -part)
         for caller, rows in step.rows.items():
             self._all_rows -= rows
             self._rows[caller] -= rows
+            its = self._group_of[caller]
+            its.rows -= rows
             if not self._rows[caller]:
-                del self._rows[caller]
+                del self._rows[caller], self._group_of[caller]
+                its.members -= 1
+                if not its.members:
+                    del self._groups[its.name]
                 self._sizes.pop(caller, None)
                 self._usual_sizes.pop(caller, None)
-        for caller, part in step.parts.items():
-            left = self._caused.pop(caller, 0.0) - part
-            if left > _NOTHING:
-                self._caused[caller] = left
+
+
+def _add(steps: dict[str, float], name: str, part: float) -> None:
+    """Keeps no name of which nothing is left."""
+    left = steps.pop(name, 0.0) + part
+    if left > _NOTHING:
+        steps[name] = left

@@ -47,6 +47,8 @@ class WorkItem:
     """The queue is fair to each caller, and the log names it."""
     keep: bool = False
     """In forward: whether a backward call is meant to follow."""
+    group: str = ""
+    """In which callers may be one person under several keys; empty for a caller by itself."""
 
     def __post_init__(self) -> None:
         assert (self.rows.gradients is None) == (self.direction == "forward"), "only backward has gradients"

@@ -209,6 +209,7 @@ class Call:
         requests: "RequestStream",
         replies: "ReplyStream",
         caller: str,
+        group: str,
     ) -> None:
         self.header = header
         self.parsed = parsed
@@ -216,6 +217,7 @@ class Call:
         self._requests = requests
         self._replies = replies
         self._caller = caller
+        self._group = group
         self._computing: dict[int, Entry] = {}
         """By expert."""
         self._done: list[tuple[int, Outcome]] = []
@@ -231,18 +233,19 @@ class Call:
         requests: Requests,
         context: Context,
         caller: str,
+        group: str,
         parser: HeaderParser,
         traffic: Bandwidth,
         reserve: Callable[[int], object],
     ) -> "Call":
-        """Reads the header. `reserve`: as for `HeaderParser.parse`.
+        """Reads the header. `group`: as in `WorkItem`. `reserve`: as for `HeaderParser.parse`.
 
         Raises WireError or ExpertError when it is wrong, and TimeoutError if it does not come.
         """
         stream = RequestStream(requests, traffic.down)
         header = await stream.header()
         parsed = parser.parse(header, direction, caller, reserve)
-        return cls(header, parsed, direction, stream, ReplyStream(context, traffic.up), caller)
+        return cls(header, parsed, direction, stream, ReplyStream(context, traffic.up), caller, group)
 
     @property
     def pairs(self) -> int:
@@ -342,7 +345,8 @@ class Call:
                 raise ExpertError(StatusCode.FAILED_PRECONDITION, message)
             if isinstance(kept, _Holding):
                 rows = replace(rows, caches=kept.take(expert))
-            work = WorkItem(uid, self._direction, rows, deadline, self._caller, isinstance(kept, _Keeping))
+            keep = isinstance(kept, _Keeping)
+            work = WorkItem(uid, self._direction, rows, deadline, self._caller, keep, self._group)
             entry = self._computing[expert] = runtime.enqueue(work)
             entry.future.add_done_callback(lambda _: self._end(expert, entry, runtime, kept))
         except ExpertError as error:  # concerns this expert alone

@@ -33,11 +33,15 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
     if batch[0].direction == "forward":
         return _computed(expert, batch)
     clipped = [_clipped(expert, work) for work in batch]
-    over = {caller for caller in {work.caller for work in batch} if expert.callers.is_over(caller)}
+    over = {work: expert.callers.is_over(work.caller) for work, _ in clipped}
     results: dict[WorkItem, Result | ExpertError] = {}
-    for withhold in (False, True):
-        for group in by_size([work for work, _ in clipped if (work.caller in over) is withhold]):
-            results |= zip(group, _computed(expert, group, withhold), strict=True)
+    for group in by_size([work for work, is_over in over.items() if not is_over]):
+        # the steps of the groups before may have been those of one person's other keys
+        over |= {work: expert.callers.is_over(work.caller) for work in group}
+        if on_time := [work for work in group if not over[work]]:
+            results |= zip(on_time, _computed(expert, on_time), strict=True)
+    for group in by_size([work for work in over if work not in results]):
+        results |= zip(group, _computed(expert, group, withhold=True), strict=True)
     return [_unclipped(results[work], factor) for work, factor in clipped]
 
 
@@ -139,7 +143,7 @@ def _clipped(expert: Expert, work: WorkItem) -> tuple[WorkItem, float]:
 
     Also returns the factor, at most 1.
     """
-    factor = expert.callers.note_rows(work.caller, len(work.rows), size_of([work.rows]))
+    factor = expert.callers.note_rows(work.caller, len(work.rows), size_of([work.rows]), work.group)
     if factor == 1.0:
         return work, factor
     assert work.rows.gradients is not None, "only backward has gradients"

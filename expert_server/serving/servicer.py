@@ -194,8 +194,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             caller = session.name
             with self.memory.holding(caller, OPEN_CALL_BYTES) as memory:
                 call = await Call.open(
-                    direction, requests, context, caller, self._parser, self._traffic, memory.grow
-                )
+                    direction, requests, context, caller, session.group,
+                    self._parser, self._traffic, memory.grow,
+                )  # fmt: skip
                 self._admit(direction, call, caller)
                 self._note_served(session.caller, Work(pairs=call.pairs))
                 try:

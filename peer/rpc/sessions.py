@@ -108,6 +108,11 @@ class Session:
     near: str = ""
     """The neighbourhood that it was opened from."""
 
+    @property
+    def group(self) -> str:
+        """In which callers may be one person under several keys: those of a token, or those of a neighbourhood."""
+        return f"token {self.serial}" if self.serial else self.near
+
 
 class Challenges:
     """Makes challenges without remembering them, and accepts each once. It remembers those that were used lately."""

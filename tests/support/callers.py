@@ -67,7 +67,9 @@ class InSession:
         return in_session
 
 
-def opened(sessions: Sessions, server: Identity, swarm_id: str, identity: Identity | None = None) -> Metadata:
-    """What a caller's calls carry, without a round trip."""
+def opened(
+    sessions: Sessions, server: Identity, swarm_id: str, identity: Identity | None = None, near: str = ""
+) -> Metadata:
+    """What a caller's calls carry, without a round trip. `near`: the neighbourhood that it comes from."""
     request = a_caller(swarm_id, identity).statement(server.peer_id, sessions.challenges.new())
-    return (("talkoot-session-bin", sessions.open(request).session),)
+    return (("talkoot-session-bin", sessions.open(request, near).session),)

@@ -91,9 +91,10 @@ class Edge:
     def stub_on(self, channel: Any) -> Any:
         return InSession(expert_pb2_grpc.ExpertServiceStub(channel), self.session)
 
-    def as_another(self) -> "Edge":
-        """The same server, called by another peer."""
-        return replace(self, session=opened(self.sessions, self.identity, SWARM, numbered_identity(_ANOTHER)))
+    def as_another(self, number: int = _ANOTHER, near: str = "") -> "Edge":
+        """The same server, called by another peer, from this neighbourhood."""
+        caller = numbered_identity(number)
+        return replace(self, session=opened(self.sessions, self.identity, SWARM, caller, near))
 
     @property
     def caller(self) -> str:

@@ -84,6 +84,40 @@ def test_a_minority_that_sends_many_tiny_batches_gets_no_more_steps_than_its_hea
     assert window[True] <= hostile * (1 + window.total() * (1 / (honest + hostile) + 1 / 64))
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 40), st.integers(0, 1000))
+def test_one_person_with_many_keys_causes_no_more_steps_than_one_group_may(
+    honest: int, keys: int, seed: int
+) -> None:
+    """However few rows it sends with each of them."""
+    rng = random.Random(seed)
+    callers, caused = Callers(WINDOW), Counter[bool]()
+    for turn in range(200):
+        sender = f"honest {rng.randrange(honest)}"
+        batches = [(f"key {n}", 1, "one line") for n in range(keys)] + [(sender, rng.randint(200, 600), "")]
+        for caller, rows, group in batches:
+            callers.note_rows(caller, rows, 1.0, group)
+            if not callers.is_over(caller):
+                callers.note_step({caller: rows})
+                caused[caller.startswith("key")] += turn >= 100
+    share = max(1 / (1 + honest), MOST_OF_ROWS * keys / (keys + 200))
+    assert caused[True] <= caused.total() * (share + 1 / WINDOW) + 1
+
+
+@given(batches, st.lists(st.sampled_from(["", "x", "y"]), min_size=6, max_size=6))
+def test_in_groups_the_shares_of_all_still_come_to_all_steps(
+    sent: list[dict[str, int]], groups: list[str]
+) -> None:
+    """So that somebody may always take the next one."""
+    callers = Callers(WINDOW)
+    for batch in sent:
+        for caller, rows in batch.items():
+            callers.note_rows(caller, rows, 1.0, groups["abcdef".index(caller)])
+        callers.note_step(batch)
+        assert not all(map(callers.is_over, callers._rows))
+        assert sum(group.members for group in callers._groups.values()) == len(callers._rows)
+
+
 @given(calls)
 def test_a_caller_alone_or_with_half_of_the_rows_is_never_held_back(sent: list[tuple[str, int]]) -> None:
     callers, window = Callers(WINDOW), Window()
@@ -171,6 +205,23 @@ def test_no_minority_moves_the_size_beyond_the_sizes_of_the_others(
             if of_hostile < len(usual) and len(sizes) > 1:
                 assert factor * size <= (1 + 1e-9) * max(min(size, MOST_SIZE * max(usual)), 0.0)
                 assert factor * size >= (1 - 1e-9) * min(size, MOST_SIZE * min(usual))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.5, 2), min_size=2, max_size=6), st.integers(1, 60), st.sampled_from([1e-9, 1e9]))
+def test_many_keys_of_one_group_do_not_set_how_large_gradients_may_be(
+    honest: list[float], keys: int, size: float
+) -> None:
+    callers = Callers()
+    for n, own in enumerate(honest):
+        callers.note_rows(f"honest {n}", 1, own)
+    for n in range(keys):
+        factor = callers.note_rows(f"key {n}", 1, size, "one line")
+        assert factor * size <= (1 + 1e-9) * min(size, MOST_SIZE * max(honest))
+    for n, own in enumerate(honest):
+        assert callers.note_rows(f"honest {n}", 1, own) * own >= (1 - 1e-9) * min(
+            own, MOST_SIZE * min(honest)
+        )
 
 
 def test_a_caller_alone_is_not_scaled_and_one_that_sends_nothing_but_zeros_does_not_count() -> None:

@@ -64,7 +64,7 @@ def expert_with_one_over(caller: str = "tiny", rows_per_update: int = 1) -> Expe
 
 
 class _NoRule(Callers):
-    def note_rows(self, caller: str, rows: int, size: float) -> float:
+    def note_rows(self, caller: str, rows: int, size: float, group: str = "") -> float:
         return 1.0
 
     def is_over(self, caller: str) -> bool:
@@ -86,7 +86,22 @@ def test_an_expert_learns_beside_a_caller_that_floods_it_with_flipped_gradients(
     assert total(runtime.metrics.clipped_rows) >= 0.9 * 24 * 50
 
 
-def losses_beside_a_flood(runtime: Runtime, turns: int) -> list[float]:
+def test_an_expert_learns_beside_fifty_keys_of_one_line_that_flood_it() -> None:
+    runtime = make_runtime(Expert(FIRST, make_manifest("ffn", learning_rate=1e-2)))
+    first, *_, last = losses_beside_a_flood(runtime, 24, keys=50, group="one line")
+    assert last < 0.5 * first
+
+
+def test_many_keys_of_one_line_buy_no_steps_by_gradients_of_many_sizes_in_one_batch() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    for name in "abc":
+        compute(expert, [work(name, 50)])
+    batch = [replace(work(f"key {n}", 1, 100.0 ** (n - 6), n), group="one line") for n in range(7)]
+    steps = [result_of(result).step for result in compute(expert, batch)]
+    assert steps.count(StepOutcome.TAKEN) <= 2
+
+
+def losses_beside_a_flood(runtime: Runtime, turns: int, keys: int = 1, group: str = "") -> list[float]:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5
     losses = []
@@ -111,7 +126,8 @@ def losses_beside_a_flood(runtime: Runtime, turns: int) -> list[float]:
                     honest.positions[row],
                     -1e3 * honest.gradients[row],
                 )
-                await submit(runtime, WorkItem(FIRST, "backward", tiny, NEVER, "hostile"))
+                name = f"hostile {int(row) % keys}"
+                await submit(runtime, WorkItem(FIRST, "backward", tiny, NEVER, name, group=group))
 
     with_runtime(runtime, scenario)
     return losses
