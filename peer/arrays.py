@@ -1,6 +1,6 @@
 """Arrays of numbers in a safetensors file, written in one way only and parsed strictly: a file may be a stranger's."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from peer.checkpoints import read_outline
 from peer.errors import StateError, WireError
-from peer.files import OpenFile, PlainFile
+from peer.files import PlainFile
 
 MAX_OUTLINE_BYTES = 2**16
 """Of the JSON before the arrays."""
@@ -67,27 +67,10 @@ class FileArray:
         """Raises OSError, also if the file is another one by now."""
         begin, end, step = rows.indices(self._count)
         assert step == 1, "only what lies together is read"
-        with self._file.opened() as file:
-            return self._read(file, begin, max(begin, end))
-
-    def parts(self, rows: int) -> Iterator[npt.NDArray[Any]]:
-        """All, so many at a time; the file is opened once. Raises OSError."""
-        with self._file.opened() as file:
-            for begin in range(0, self._count, rows):
-                yield self._read(file, begin, min(begin + rows, self._count))
-
-    def _read(self, file: OpenFile, begin: int, end: int) -> npt.NDArray[Any]:
-        data = np.empty((end - begin) * self._row_bytes, np.uint8)
-        file.read_into(data.data, self._start + begin * self._row_bytes)
-        return data.view(self._dtype).reshape(end - begin, *self._shape)
-
-
-def parts_of(array: Rows, rows: int) -> Iterator[npt.NDArray[Any]]:
-    """All rows, so many at a time. Raises OSError if they are in a file that can't be read."""
-    if isinstance(array, FileArray):
-        yield from array.parts(rows)
-    else:
-        yield from (array[begin : begin + rows] for begin in range(0, len(array), rows))
+        count = max(0, end - begin)
+        data = np.empty(count * self._row_bytes, np.uint8)
+        self._file.read_into(data.data, self._start + begin * self._row_bytes)
+        return data.view(self._dtype).reshape(count, *self._shape)
 
 
 def arrays_in(file: PlainFile, data: bytes) -> dict[str, FileArray]:

@@ -3,9 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from io import FileIO
+from contextlib import suppress
 from pathlib import Path
 
 from peer.errors import StateFolderError
@@ -52,29 +50,33 @@ class PlainFile:
         os.close(descriptor)
         self.size = self.identity[2]
 
-    @contextmanager
-    def opened(self) -> Iterator["OpenFile"]:
-        """Raises OSError, also if another file has its name by now."""
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        """Raises OSError, as `read_into` does."""
+        start, end, step = part.indices(self.size)
+        assert step == 1, "only what lies together is read"
+        data = bytearray(max(0, end - start))
+        self.read_into(memoryview(data), start)
+        return bytes(data)
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fills the buffer, of which each item has a byte. Raises OSError, also if another file has its name by now."""
         try:
             descriptor, identity = self._open()
             with os.fdopen(descriptor, "rb", buffering=0) as file:
                 if identity != self.identity:
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-                yield OpenFile(file)
+                file.seek(start)
+                left = buffer
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise OSError(errno.EIO, "it ends too early")
+                    left = left[count:]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, part: slice, /) -> bytes:
-        """Raises OSError, as `opened` does."""
-        start, end, step = part.indices(self.size)
-        assert step == 1, "only what lies together is read"
-        data = bytearray(max(0, end - start))
-        with self.opened() as file:
-            file.read_into(memoryview(data), start)
-        return bytes(data)
 
     def _open(self) -> tuple[int, tuple[int, int, int]]:
         descriptor = open_plainly(self.path, os.O_RDONLY)
@@ -83,23 +85,6 @@ class PlainFile:
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is no plain file", str(self.path))
         return descriptor, (about.st_ino, about.st_mtime_ns, about.st_size)
-
-
-class OpenFile:
-    """A file while it is read."""
-
-    def __init__(self, file: FileIO) -> None:
-        self._file = file
-
-    def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fills the buffer, of which each item has a byte. Raises OSError."""
-        self._file.seek(start)
-        left = buffer
-        while left:
-            count = self._file.readinto(left)
-            if not count:
-                raise OSError(errno.EIO, "it ends too early")
-            left = left[count:]
 
 
 def _protect(folder: Path) -> None:

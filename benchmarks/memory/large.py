@@ -21,6 +21,7 @@ from benchmarks.apart import run_apart
 from benchmarks.memory.built import BuiltMemory, open_codebook, write_memory
 from benchmarks.memory.recall import K, best, exact_scores
 from dht.memory import Passage, Place, number_of
+from expert_server.memory.search import search_together
 from expert_server.memory.shard import Shard
 from expert_server.memory.store import MemoryStore
 from talkoot.memory.clustering import two_cells
@@ -98,7 +99,7 @@ def host(folder: Path, queries: Path) -> dict[str, Any]:
         some: dict[Place, int] = {}
         for cell in codebook.assign(query_D[None], ASKED)[0]:
             for shard in shards.get(int(cell), []):
-                (positions,), (found,) = shard.search(query_D[None], K)
+                _, (positions,), (found,) = search_together([shard], query_D[None], K)
                 some |= {
                     shard.text_at(int(at)): int(score) for at, score in zip(positions, found, strict=True)
                 }

@@ -20,6 +20,7 @@ from benchmarks.memory.recall import K, exact_scores, ranks_of_cells
 from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from dht.announcements import NodeInfo
 from dht.memory import MemoryID, MemoryManifest, Place, ShardInfo, Vectors, cell_of
+from expert_server.memory.search import search_together
 from expert_server.memory.shard import Shard
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import Floats
@@ -64,10 +65,9 @@ class ShardHost:
             if shard is None:
                 missing.append(number)
                 continue
-            rows = list(asked.queries) or range(len(queries))
-            for row, positions, scores in zip(
-                rows, *shard.search(queries[list(rows)], request.k), strict=True
-            ):
+            rows = list(asked.queries) or list(range(len(queries)))
+            _, positions_QK, scores_QK = search_together([shard], queries[rows], request.k)
+            for row, positions, scores in zip(rows, positions_QK, scores_QK, strict=True):
                 candidates[row] += [
                     Candidate(score, number, position, shard.text_at(position))
                     for score, position in zip(scores.tolist(), positions.tolist(), strict=True)

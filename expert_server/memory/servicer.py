@@ -9,12 +9,11 @@ import errno
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +21,12 @@ import grpc
 import numpy as np
 import torch
 from grpc import StatusCode
-from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.memory import MAX_K, MAX_QUERIES, MAX_READ, MAX_SCORES, MAX_SEARCHED, MAX_SHARD_BYTES, Vectors
 from dht.receipts import Work
-from expert_server.memory.shard import MOST_PRODUCTS, NO_SCORE, Shard, search_together
+from expert_server.memory.search import Best, ShardGroup, VectorCache, search_together
+from expert_server.memory.shard import Shard
 from expert_server.memory.store import MemoryStore
 from peer.budget import FairBudget, interruptible
 from peer.errors import ExpertError, WireError
@@ -146,65 +145,6 @@ class Turns:
                 turn.set_result(None)
 
 
-@dataclass(frozen=True)
-class _ShardSearch:
-    """What one call asks of one shard."""
-
-    number: int
-    """Of the shard in the request."""
-    shard: Shard
-    queries: NDArray[np.intp]
-    """Numbers of the queries."""
-
-
-class Best:
-    """The best passages that were found for each query so far, in some shards."""
-
-    def __init__(self, queries: int, k: int) -> None:
-        self.scores = np.full((queries, k), NO_SCORE, np.int64)
-        self.shards = np.zeros((queries, k), np.int64)
-        self.positions = np.zeros((queries, k), np.int64)
-
-    def add(
-        self,
-        queries: NDArray[np.intp],
-        numbers: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        scores: NDArray[np.int32],
-    ) -> None:
-        """The best passages of some shards for these queries. Of equal scores, those that were added first stay first.
-
-        `numbers`: of their shards in the request.
-        """
-        k = self.scores.shape[1]
-        joined = np.concatenate((self.scores[queries], scores), axis=1)
-        best = np.argsort(np.negative(joined), axis=1, kind="stable")[:, :k]
-        for kept, new in ((self.scores, scores), (self.positions, positions), (self.shards, numbers)):
-            kept[queries] = np.take_along_axis(np.concatenate((kept[queries], new), axis=1), best, axis=1)
-
-    def reply(self, shards: Sequence[Shard | None]) -> memory_pb2.SearchReply:
-        """As it is sent. `shards`: those of the request."""
-        text_roots: dict[bytes, int] = {}
-        reply = memory_pb2.SearchReply()
-        for row, scores in enumerate(self.scores):
-            found = reply.found.add()
-            count = int((scores > NO_SCORE).sum())
-            found.scores.extend(scores[:count].tolist())
-            found.shards.extend(self.shards[row, :count].tolist())
-            found.positions.extend(self.positions[row, :count].tolist())
-            for number, position in zip(found.shards, found.positions, strict=True):
-                shard = shards[number]
-                assert shard is not None, "what was found was searched"
-                text = shard.text_at(position)
-                is_elsewhere = text.root != shard.root
-                found.texts.append(
-                    text_roots.setdefault(text.root, len(text_roots)) + 1 if is_elsewhere else 0
-                )
-                found.text_positions.append(text.position if is_elsewhere else 0)
-        reply.text_roots.extend(text_roots)
-        return reply
-
-
 SearchContext = grpc.aio.ServicerContext[memory_pb2.SearchRequest, memory_pb2.SearchReply]
 ReadContext = grpc.aio.ServicerContext[memory_pb2.ReadRequest, memory_pb2.ReadReply]
 FetchContext = grpc.aio.ServicerContext[memory_pb2.FetchPartRequest, state_pb2.FetchReply]
@@ -236,6 +176,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
         self._clock = clock
         self._note_served = note_served
         self._turns = Turns(threads, _MAX_WAITING)
+        self._vectors = VectorCache()
         self._slots = TransferSlots(_MAX_TRANSFERS)
         # one core for each call: torch's threads would wait for one another on a busy machine
         self._pool = ThreadPoolExecutor(threads, "memory", initializer=partial(torch.set_num_threads, 1))
@@ -250,10 +191,11 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
             caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).caller
             store = self._store(request)
             queries = _vectors(request, store.manifest.dimensions)
-            shards = [store.shards.get(_root(wanted.root)) for wanted in request.shards]
-            searches = _searches(request, shards, len(queries))
+            served = store.shards
+            shards = [served.get(_root(wanted.root)) for wanted in request.shards]
+            groups = _groups(request, shards, len(queries))
             reply = await self._compute(
-                caller, store, partial(self._search, queries, request.k, shards, searches)
+                caller, store, partial(self._search, queries, request.k, shards, groups)
             )
             reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
             self.metrics.queries.inc(len(queries))
@@ -347,17 +289,18 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[mis
         queries: Vectors,
         k: int,
         shards: Sequence[Shard | None],
-        searches: Sequence[_ShardSearch],
+        groups: Sequence[ShardGroup],
         is_given_up: Callable[[], bool],
     ) -> memory_pb2.SearchReply:
         began = self._clock()
         best = Best(len(queries), k)
-        for some in _together(searches):
+        for some in chain.from_iterable(group.parts() for group in groups):
             if is_given_up():
                 break
-            asked = some[0].queries
-            places, positions, scores = search_together([one.shard for one in some], queries[asked], k)
-            best.add(asked, np.array([one.number for one in some])[places], positions, scores)
+            numbers, positions, scores = search_together(
+                some.shards, queries[some.queries], k, self._vectors.columns_of
+            )
+            best.add(some.queries, np.array(some.numbers)[numbers], positions, scores)
         reply = best.reply(shards)
         self.metrics.seconds.observe(self._clock() - began)
         return reply
@@ -394,40 +337,28 @@ def _vectors(request: memory_pb2.SearchRequest, dimensions: int) -> Vectors:
     return np.frombuffer(request.vectors, np.int8).reshape(count, dimensions)
 
 
-def _searches(
+def _groups(
     request: memory_pb2.SearchRequest, shards: Sequence[Shard | None], queries: int
-) -> list[_ShardSearch]:
-    """Raises WireError if it makes no sense, or asks for too much."""
+) -> list[ShardGroup]:
+    """Raises WireError if the request makes no sense, or asks for too much."""
     if len({wanted.root for wanted in request.shards}) < len(request.shards):
         raise WireError("a shard is named twice")
-    found, cost, everything = [], 0, np.arange(queries)
+    groups: dict[tuple[int, ...], ShardGroup] = {(): ShardGroup(np.arange(queries))}
     for number, (wanted, shard) in enumerate(zip(request.shards, shards, strict=True)):
-        numbers = everything
-        if wanted.queries:
-            if len(wanted.queries) > queries:  # before an array is made of them
-                raise WireError("a query is named twice")
-            numbers = np.array(wanted.queries, np.intp)
-            if numbers.max() >= queries or len(np.unique(numbers)) < len(numbers):
+        if len(wanted.queries) > queries:  # before anything is made of them
+            raise WireError("a query is named twice")
+        named = tuple(wanted.queries)
+        if named not in groups:
+            if max(named) >= queries or len(set(named)) < len(named):
                 raise WireError("a query is named twice, or is not in the request")
+            groups[named] = ShardGroup(np.array(named, np.intp))
         if shard is not None:
-            cost += len(shard) * len(numbers)
-            found.append(_ShardSearch(number, shard, numbers))
+            groups[named].numbers.append(number)
+            groups[named].shards.append(shard)
+    cost = sum(len(group.queries) * sum(map(len, group.shards)) for group in groups.values())
     if cost > MAX_SCORES:
         raise WireError(f"{cost} passages to compare; at most {MAX_SCORES}: ask for less at once")
-    return found
-
-
-def _together(searches: Sequence[_ShardSearch]) -> Iterator[list[_ShardSearch]]:
-    """Searches for the same queries, some at a time."""
-    for _, group in groupby(searches, lambda search: search.queries.tobytes()):
-        some, rows = list[_ShardSearch](), 0
-        for search in group:
-            if some and (rows + len(search.shard)) * len(search.queries) > MOST_PRODUCTS:
-                yield some
-                some, rows = [], 0
-            some.append(search)
-            rows += len(search.shard)
-        yield some
+    return [group for group in groups.values() if group.shards]
 
 
 def _read(

@@ -16,11 +16,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
 from typing import Self, TypeAlias
 
 import numpy as np
-import torch
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
@@ -35,7 +33,7 @@ from dht.memory import (
     Vectors,
     reference_leaf,
 )
-from peer.arrays import Rows, arrays_in, decode_arrays, encode_arrays, parts_of
+from peer.arrays import Rows, arrays_in, decode_arrays, encode_arrays
 from peer.errors import WireError
 from peer.files import PlainFile
 from peer.merkle import HASH_BYTES, MerkleTree
@@ -51,14 +49,6 @@ _LENGTH_BYTES = 4
 """Before each passage in an inflated block."""
 _MOST_PASSAGE_BYTES = 4 * (MAX_TEXT_CHARACTERS + 2 * MAX_LABEL_CHARACTERS + MAX_LICENSE_CHARACTERS) + 64
 """Of a serialized passage: its fields in UTF-8, and what protobuf adds."""
-MOST_PRODUCTS = 2**22
-"""Computed at once: 16 MiB."""
-NO_SCORE = -(2**31)
-"""Of revoked passages."""
-_FEWEST_DIMENSIONS = 16
-"""That torch's product of bytes is used for: with one, its answer is wrong."""
-_ROWS = 1024
-"""Vectors at a time, which stay in the processor's cache until they are multiplied."""
 
 
 @dataclass(frozen=True)
@@ -176,24 +166,13 @@ class Shard(ABC):
     def _contents(self, block: int, inside: Sequence[int]) -> list[tuple[Passage | None, bytes]]:
         """The passages there, and if they were revoked what stands for them."""
 
-    def search(self, queries: Vectors, k: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """The positions and scores of the `k` passages with the largest inner products, best first. Both (Q, k).
+    def vectors(self) -> Vectors:
+        """All, (N, D); zeros where a passage was revoked."""
+        return self._vectors[:]
 
-        Fewer than k if there are fewer that were not revoked. Of equal scores, the first positions.
-        """
-        _, positions, scores = search_together([self], queries, k)
-        return positions, scores
-
-    def products(self, queries: Vectors) -> NDArray[np.int32]:
-        """The inner products with all passages, and the least number of all with revoked ones. (Q, N)"""
-        products = np.empty((len(queries), len(self)), np.int32)
-        start = 0
-        for rows in parts_of(self._vectors, _ROWS):
-            products[:, start : start + len(rows)] = _inner_products(queries, rows)
-            start += len(rows)
-        if self.live < len(self):
-            products[:, self._revoked] = NO_SCORE
-        return products
+    def revoked(self) -> NDArray[np.bool_]:
+        """Which passages were. (N,)"""
+        return self._revoked
 
     def leaf(self, position: int) -> bytes:
         """The hash that stands for a passage in the tree."""
@@ -557,65 +536,3 @@ def _parsed(data: bytes) -> Passage:
     if not data or passage.message().SerializeToString(deterministic=True) != data:
         raise WireError("a shard with a passage in another form than it is written in")
     return passage
-
-
-def search_together(
-    shards: Sequence[Shard], queries: Vectors, k: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """The best passages over some shards: which of these, the positions there, and the scores. All (Q, k).
-
-    Fewer than k if there are fewer that were not revoked. Of equal scores, those of the first shards and positions.
-    """
-    ends = np.cumsum([len(shard) for shard in shards])
-    k = min(k, sum(shard.live for shard in shards))
-    places, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.int32)
-    step = max(1, MOST_PRODUCTS // int(ends[-1]))
-    for start in range(0, len(queries), step) if k else ():
-        some = queries[start : start + step]
-        for row, found in enumerate(
-            np.concatenate([shard.products(some) for shard in shards], axis=1), start
-        ):
-            places[row] = best = _largest(found, k)
-            scores[row] = found[best]
-    numbers = np.searchsorted(ends, places, side="right")
-    begins = ends - [len(shard) for shard in shards]
-    return numbers, places - begins[numbers], scores
-
-
-def _inner_products(queries: Vectors, rows: Vectors) -> NDArray[np.int32]:
-    """All pairs. (Q, N)"""
-    # copies, for torch warns of arrays that are not writable, and takes an axis of one row for what numpy says of it;
-    # what was just read from a file is neither
-    own = rows.flags.writeable and rows.strides == (rows.shape[1], 1)
-    left, right = torch.from_numpy(queries.copy()), torch.from_numpy(rows if own else rows.copy()).T
-    if queries.shape[1] >= _FEWEST_DIMENSIONS and _multiplies_bytes_exactly():
-        whole: NDArray[np.int32] = torch._int_mm(left, right).numpy()
-        return whole
-    # sums of up to 1024 products of signed bytes are whole numbers up to 2^24, which float32 holds exactly
-    return (left.float() @ right.float()).to(torch.int32).numpy()
-
-
-@cache
-def _multiplies_bytes_exactly() -> bool:
-    """Whether torch does here, which is several times as fast: without instructions for it, sums may saturate."""
-    rng = np.random.default_rng(0)
-    for queries, dimensions in ((1, 256), (5, 1024), (64, 250)):
-        rows = rng.integers(-128, 128, (queries + 66, dimensions), np.int8)
-        # the last is the only query of the first round, and the one most likely to saturate
-        rows[-4:] = np.array([[0], [-128], [-127], [127]], np.int8)
-        left, right = torch.from_numpy(rows[-queries:]), torch.from_numpy(rows)
-        try:
-            found = torch._int_mm(left, right.T)
-        except (AttributeError, RuntimeError):
-            return False
-        if not torch.equal(found.long(), left.long() @ right.long().T):
-            return False
-    return True
-
-
-def _largest(scores: NDArray[np.int32], k: int) -> NDArray[np.int64]:
-    """The positions of the k largest, in falling order; of equal ones, the first."""
-    least = np.partition(scores, len(scores) - k)[len(scores) - k]
-    above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
-    best = np.concatenate((above, equal[: k - len(above)]))
-    return best[np.argsort(-scores[best], kind="stable")]

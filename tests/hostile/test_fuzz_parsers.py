@@ -45,6 +45,7 @@ from dht.records import RecordValidator, SwarmKeys, digits_of, open_record, sign
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import StateForm, from_bytes, to_bytes
+from expert_server.memory.search import search_together
 from expert_server.memory.shard import PrimaryShard, Shard
 from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.headers import HeaderParser
@@ -532,7 +533,7 @@ def deliver_shard(data: bytes) -> None:
     sample = memory()
     root = sample.roots[0]
     shard = Shard.parse(data, sample.manifest.by_root[root], DIMENSIONS)
-    shard.search(np.ones((2, DIMENSIONS), np.int8), 5)
+    search_together([shard], np.ones((2, DIMENSIONS), np.int8), 5)
     shard.check({root: [3]})
     assert isinstance(shard, PrimaryShard)
     assert {passage for passage in shard.passages() if passage} <= set(sample.passages[root][0])
@@ -541,7 +542,7 @@ def deliver_shard(data: bytes) -> None:
 def deliver_secondary_shard(data: bytes) -> None:
     sample = memory()
     shard = Shard.parse(data, sample.manifest.shards[4], DIMENSIONS)
-    shard.search(np.ones((2, DIMENSIONS), np.int8), 5)
+    search_together([shard], np.ones((2, DIMENSIONS), np.int8), 5)
     shard.check({sample.roots[0]: [3]})
     assert all(shard.text_at(n) == (sample.roots[0], n) for n in range(len(shard)))
 

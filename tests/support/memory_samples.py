@@ -13,6 +13,7 @@ from grpc import StatusCode
 
 from dht.announcements import NodeInfo
 from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, Place, ShardInfo, Vectors, cell_of
+from expert_server.memory.search import search_together
 from expert_server.memory.shard import PrimaryShard, SecondaryShard, Shard
 from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
@@ -226,7 +227,7 @@ class SampleHost:
                 continue
             shard = self.memory.shards[asked.root]
             for query in asked.queries or range(len(queries_QD)):
-                positions_k, scores_k = shard.search(queries_QD[[query]], request.k)
+                _, positions_k, scores_k = search_together([shard], queries_QD[[query]], request.k)
                 for position, score in zip(positions_k[0].tolist(), scores_k[0].tolist(), strict=True):
                     found[query].append(_Candidate(score, number, position, shard.text_at(position)))
         lengths = [len(self.memory.shards[asked.root]) for asked in request.shards]

@@ -17,9 +17,9 @@ from memory_folders import DIMENSIONS, SampleMemory
 from memory_peers import SWARM, Library, in_library, read_request, search_request, until
 
 from dht.memory import MAX_READ, Passage, Vectors
-from expert_server.memory import servicer as servicer_module
-from expert_server.memory.servicer import Best, MemoryServicer, Turns
-from expert_server.memory.shard import Shard
+from expert_server.memory import search
+from expert_server.memory.servicer import MemoryServicer, Turns
+from expert_server.memory.shard import PrimaryShard
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import PeerID
@@ -442,15 +442,15 @@ def test_a_search_that_nobody_waits_for_stops(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched, go = [], threading.Event()
-    products = Shard.products
+    vectors = PrimaryShard.vectors
 
-    def slow(shard: Shard, queries: Vectors) -> Any:
+    def slow(shard: PrimaryShard) -> Vectors:
         searched.append(shard)
         assert go.wait(60)
-        return products(shard, queries)
+        return vectors(shard)
 
-    monkeypatch.setattr(Shard, "products", slow)
-    monkeypatch.setattr(servicer_module, "MOST_PRODUCTS", 1)
+    monkeypatch.setattr(PrimaryShard, "vectors", slow)
+    monkeypatch.setattr(search, "MOST_PRODUCTS", 1)
 
     async def scenario(library: Library) -> None:
         servicer = await library.host(1, MEMORY, threads=1)
@@ -468,26 +468,6 @@ def test_a_search_that_nobody_waits_for_stops(
         in_library(loop, tmp_path, scenario)
     finally:
         go.set()
-
-
-@given(
-    st.lists(st.lists(st.integers(-5, 5), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(1, 8)
-)
-def test_merged_results_are_those_of_one_search(shards: list[list[int]], k: int) -> None:
-    best, every = Best(1, k), []
-    for number, scores in enumerate(shards):
-        ranked = sorted((-score, position) for position, score in enumerate(scores))[:k]
-        best.add(
-            np.array([0]),
-            np.full((1, len(ranked)), number),
-            np.array([[position for _, position in ranked]]),
-            np.array([[-score for score, _ in ranked]], np.int32),
-        )
-        every += [(-score, number, position) for position, score in enumerate(scores)]
-    expected = sorted(every)[:k]
-    count = len(expected)
-    found = zip(-best.scores[0, :count], best.shards[0, :count], best.positions[0, :count], strict=True)
-    assert [tuple(map(int, each)) for each in found] == expected
 
 
 def test_an_offset_without_a_checksum_is_refused(loop: LoopThread, tmp_path: Path) -> None:

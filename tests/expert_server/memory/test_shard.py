@@ -2,7 +2,6 @@
 
 import io
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,47 +9,20 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from memory_folders import shard_info, some_passages
+from shard_samples import opened, secondary, shards
 
 from dht.memory import Passage, Place, ShardInfo, Vectors, by_root, prove
-from expert_server.memory import shard as shard_module
 from expert_server.memory.shard import (
     BLOCK,
     PrimaryShard,
     SecondaryShard,
     Shard,
     most_bytes,
-    search_together,
 )
 from peer.errors import WireError
 from peer.files import PlainFile
 from peer.merkle import proves
-
-LABELS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-PASSAGES = st.builds(
-    Passage,
-    text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200),
-    title=LABELS,
-    source=LABELS,
-    offset=st.integers(0, 2**40),
-    license=LABELS,
-)
-
-
-def opened(data: bytes, passages: list[Passage], vectors: Vectors) -> PrimaryShard:
-    shard = Shard.parse(data, shard_info(data, passages, vectors), vectors.shape[1])
-    assert isinstance(shard, PrimaryShard)
-    return shard
-
-
-@st.composite
-def shards(draw: st.DrawFn) -> tuple[list[Passage], Vectors]:
-    passages = draw(st.lists(PASSAGES, min_size=1, max_size=5))
-    # several blocks, the last of any size
-    passages = passages * draw(st.integers(1, 30))
-    dimensions = draw(st.integers(1, 9))
-    return passages, draw(arrays.arrays(np.int8, (len(passages), dimensions)))
 
 
 @given(shards())
@@ -68,69 +40,6 @@ def test_what_was_built_is_read_and_proven(built: tuple[list[Passage], Vectors])
         assert shard.leaf(position) == leaf
         assert proven.vector == vectors[position].tobytes()
         assert proves(info.root, leaf, position, info.leaves, proven.path)
-
-
-def secondary(root: bytes, vectors: Vectors) -> tuple[Shard, ShardInfo]:
-    """A shard of the same passages in another cell."""
-    data = SecondaryShard.build([Place(root, position) for position in range(len(vectors))], vectors)
-    info = ShardInfo((1,), SecondaryShard.root_of(data), len(vectors), len(data), is_secondary=True)
-    return Shard.parse(data, info, vectors.shape[1]), info
-
-
-@given(shards(), st.data(), st.booleans())
-@settings(deadline=None)
-def test_search_is_exact_and_never_finds_what_was_revoked(
-    built: tuple[list[Passage], Vectors], data: st.DataObject, is_secondary: bool
-) -> None:
-    passages, vectors = built
-    gone = data.draw(st.sets(st.integers(0, len(passages) - 1)))
-    shard: Shard = opened(PrimaryShard.build(passages, vectors), passages, vectors)
-    revoked = {shard.root: gone}
-    if is_secondary:
-        shard, info = secondary(shard.root, vectors)
-    else:
-        info = shard_info(b"", passages, vectors)
-    file = shard.without(revoked)
-    assert (file is None) == (not gone)
-    if file is not None:
-        assert len(file) <= most_bytes(info) or not is_secondary
-        shard = Shard.parse(file, replace(info, size=len(file)), vectors.shape[1])
-        shard.check(revoked)
-    queries = data.draw(arrays.arrays(np.int8, (3, vectors.shape[1])))
-    k = data.draw(st.integers(1, len(passages) + 3))
-    positions, scores = shard.search(queries, k)
-    exact = queries.astype(np.int64) @ vectors.T.astype(np.int64)
-    for row in range(3):
-        live = [position for position in range(len(passages)) if position not in gone]
-        best = [position for _, position in sorted((-exact[row, position], position) for position in live)][
-            :k
-        ]
-        assert positions[row].tolist() == best
-        assert scores[row].tolist() == exact[row, best].tolist()
-
-
-@given(st.lists(shards(), min_size=1, max_size=4), st.integers(1, 40), st.booleans())
-@settings(deadline=None)
-def test_shards_are_searched_together_as_one(
-    built: list[tuple[list[Passage], Vectors]], k: int, has_instructions: bool
-) -> None:
-    """With and without the processor's products of bytes."""
-    dimensions = 18  # enough for the processor's products of bytes
-    some, every = [], []
-    for number, (passages, vectors) in enumerate(built):
-        vectors = np.resize(vectors, (len(passages), dimensions))
-        some.append(opened(PrimaryShard.build(passages, vectors), passages, vectors))
-        every += [(number, position, vector) for position, vector in enumerate(vectors.astype(int))]
-    query = np.array([-128, 127, 5, -3, 0, 1, 77, -77, 2], np.int8).repeat(2)
-    with pytest.MonkeyPatch.context() as patched:
-        if not has_instructions:
-            patched.setattr(shard_module, "_multiplies_bytes_exactly", lambda: False)
-        found = search_together(some, query[None], k)
-    ranked = sorted(
-        (-int(query.astype(int) @ vector), number, position) for number, position, vector in every
-    )[:k]
-    numbers, positions, scores = (array[0].tolist() for array in found)
-    assert [(-score, *place) for score, *place in zip(scores, numbers, positions, strict=True)] == ranked
 
 
 def test_revoked_passages_leave_their_leaf_alone() -> None:
@@ -206,13 +115,11 @@ def test_a_shard_on_disk_is_read_when_it_is_needed_and_noticed_when_it_is_anothe
         path = tmp_path / str(number)
         path.write_bytes(content)
         on_disk = shard.on_disk(PlainFile(path), content)
-        here, there = shard.search(vectors[:3], 9), on_disk.search(vectors[:3], 9)
-        assert np.array_equal(here[0], there[0])
-        assert np.array_equal(here[1], there[1])
+        assert np.array_equal(on_disk.vectors(), vectors)
         assert on_disk.read([7, 100]) == shard.read([7, 100])
         path.write_bytes(content[:-1])
         with pytest.raises(OSError, match=str(path)):
-            on_disk.search(vectors[:3], 9)
+            on_disk.vectors()
         with pytest.raises(OSError, match=str(path)):
             on_disk.read([7])
 
@@ -255,7 +162,7 @@ def test_a_changed_header_is_refused_or_says_the_same(data: st.DataObject) -> No
         return
     assert isinstance(shard, PrimaryShard)
     assert list(shard.passages()) == passages
-    assert shard.search(vectors, 3)[1].max() == (vectors.astype(int) @ vectors.T.astype(int)).max()
+    assert np.array_equal(shard.vectors(), vectors)
 
 
 @given(st.integers(0, 5000))
@@ -295,14 +202,3 @@ def test_a_block_that_inflates_to_far_more_is_refused_early() -> None:
         PrimaryShard(vectors, shard._leaves, shard._revoked, np.array([0, len(block)], np.int64), block).read(
             [3]
         )
-
-
-def test_passages_whose_products_are_largest_are_exact() -> None:
-    vectors = np.full((4, 1024), -128, np.int8)
-    vectors[1, 0] = -127
-    passages, _ = some_passages(4)
-    positions, scores = opened(PrimaryShard.build(passages, vectors), passages, vectors).search(
-        vectors[:1], 4
-    )
-    assert positions.tolist() == [[0, 2, 3, 1]]
-    assert scores.tolist() == [[2**24] * 3 + [2**24 - 128]]

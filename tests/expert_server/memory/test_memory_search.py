@@ -1,0 +1,136 @@
+"""What a search of shards finds, and which vectors stay in memory for the next one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from memory_folders import shard_info, some_passages
+from shard_samples import opened, secondary, shards
+
+from dht.memory import Passage, Vectors
+from expert_server.memory import search
+from expert_server.memory.search import Best, VectorCache, search_together
+from expert_server.memory.shard import PrimaryShard, Shard, most_bytes
+from peer.files import PlainFile
+
+
+@given(shards(), st.data(), st.booleans())
+@settings(deadline=None)
+def test_search_is_exact_and_never_finds_what_was_revoked(
+    built: tuple[list[Passage], Vectors], data: st.DataObject, is_secondary: bool
+) -> None:
+    passages, vectors = built
+    gone = data.draw(st.sets(st.integers(0, len(passages) - 1)))
+    shard: Shard = opened(PrimaryShard.build(passages, vectors), passages, vectors)
+    revoked = {shard.root: gone}
+    if is_secondary:
+        shard, info = secondary(shard.root, vectors)
+    else:
+        info = shard_info(b"", passages, vectors)
+    file = shard.without(revoked)
+    assert (file is None) == (not gone)
+    if file is not None:
+        assert len(file) <= most_bytes(info) or not is_secondary
+        shard = Shard.parse(file, replace(info, size=len(file)), vectors.shape[1])
+        shard.check(revoked)
+    queries = data.draw(arrays.arrays(np.int8, (3, vectors.shape[1])))
+    k = data.draw(st.integers(1, len(passages) + 3))
+    _, positions, scores = search_together([shard], queries, k)
+    exact = queries.astype(np.int64) @ vectors.T.astype(np.int64)
+    for row in range(3):
+        live = [position for position in range(len(passages)) if position not in gone]
+        best = [position for _, position in sorted((-exact[row, position], position) for position in live)][
+            :k
+        ]
+        assert positions[row].tolist() == best
+        assert scores[row].tolist() == exact[row, best].tolist()
+
+
+@given(st.lists(shards(), min_size=1, max_size=4), st.integers(1, 40), st.booleans())
+@settings(deadline=None)
+def test_shards_are_searched_together_as_one(
+    built: list[tuple[list[Passage], Vectors]], k: int, has_instructions: bool
+) -> None:
+    """With and without the processor's products of bytes."""
+    dimensions = 18  # enough for the processor's products of bytes
+    some, every = [], []
+    for number, (passages, vectors) in enumerate(built):
+        vectors = np.resize(vectors, (len(passages), dimensions))
+        some.append(opened(PrimaryShard.build(passages, vectors), passages, vectors))
+        every += [(number, position, vector) for position, vector in enumerate(vectors.astype(int))]
+    query = np.array([-128, 127, 5, -3, 0, 1, 77, -77, 2], np.int8).repeat(2)
+    with pytest.MonkeyPatch.context() as patched:
+        if not has_instructions:
+            patched.setattr(search, "_multiplies_bytes_exactly", lambda: False)
+        found = search_together(some, query[None], k)
+    ranked = sorted(
+        (-int(query.astype(int) @ vector), number, position) for number, position, vector in every
+    )[:k]
+    numbers, positions, scores = (array[0].tolist() for array in found)
+    assert [(-score, *place) for score, *place in zip(scores, numbers, positions, strict=True)] == ranked
+
+
+@given(
+    st.lists(st.lists(st.integers(-5, 5), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(1, 8)
+)
+def test_merged_results_are_those_of_one_search(shards: list[list[int]], k: int) -> None:
+    best, every = Best(1, k), []
+    for number, scores in enumerate(shards):
+        ranked = sorted((-score, position) for position, score in enumerate(scores))[:k]
+        best.add(
+            np.array([0]),
+            np.full((1, len(ranked)), number),
+            np.array([[position for _, position in ranked]]),
+            np.array([[-score for score, _ in ranked]], np.int32),
+        )
+        every += [(-score, number, position) for position, score in enumerate(scores)]
+    expected = sorted(every)[:k]
+    count = len(expected)
+    found = zip(-best.scores[0, :count], best.shards[0, :count], best.positions[0, :count], strict=True)
+    assert [tuple(map(int, each)) for each in found] == expected
+
+
+def test_passages_whose_products_are_largest_are_exact() -> None:
+    vectors = np.full((4, 1024), -128, np.int8)
+    vectors[1, 0] = -127
+    passages, _ = some_passages(4)
+    shard = opened(PrimaryShard.build(passages, vectors), passages, vectors)
+    _, positions, scores = search_together([shard], vectors[:1], 4)
+    assert positions.tolist() == [[0, 2, 3, 1]]
+    assert scores.tolist() == [[2**24] * 3 + [2**24 - 128]]
+
+
+def on_disk(folder: Path, seed: int) -> PrimaryShard:
+    passages, vectors = some_passages(50, seed)
+    data = PrimaryShard.build(passages, vectors)
+    path = folder / str(seed)
+    path.write_bytes(data)
+    return opened(data, passages, vectors).on_disk(PlainFile(path), data)
+
+
+def test_shards_that_were_searched_last_are_not_read_again(tmp_path: Path) -> None:
+    some = [on_disk(tmp_path, seed) for seed in range(3)]
+    cache = VectorCache(2 * some[0].vectors().nbytes)
+    expected = [shard.vectors().T for shard in some]
+    for number in (0, 1, 0, 2):
+        assert np.array_equal(cache.columns_of(some[number]), expected[number])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    for number in (0, 2):
+        assert np.array_equal(cache.columns_of(some[number]), expected[number])
+    with pytest.raises(FileNotFoundError):
+        cache.columns_of(some[1])
+
+
+def test_vectors_go_from_memory_with_their_shard(tmp_path: Path) -> None:
+    some = [on_disk(tmp_path, seed) for seed in range(3)]
+    cache = VectorCache()
+    for shard in some:
+        cache.columns_of(shard)
+    assert cache.nbytes == sum(shard.vectors().nbytes for shard in some)
+    del shard, some[1:]
+    assert cache.nbytes == some[0].vectors().nbytes
