@@ -28,6 +28,10 @@ def _spdx(text: str) -> str:
 License = Annotated[str, AfterValidator(_spdx)]
 
 
+_LEAST_ENCODER_CONTEXT = 16
+"""Tokens. There must be room for the marks in a corrupted text."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,6 +40,12 @@ class ModelSpec(_Part):
     """The language model: `layers` times (a local part at the trainer, then a mixture of experts)."""
 
     layers: int = Field(default=2, ge=1, le=64, description="mixture layers of the model")
+    causal: tuple[bool, ...] = Field(
+        default=(),
+        max_length=64,
+        description="of each layer, whether tokens see only those before them; the first layers, with false, are an "
+        "encoder, and the others its decoder; empty: all layers are causal, and there is no encoder",
+    )
     hidden: int = Field(default=128, ge=8, le=16384, description="columns of every activation")
     heads: int = Field(default=4, ge=1, le=256, description="attention heads")
     head_size: int | None = Field(
@@ -69,6 +79,31 @@ class ModelSpec(_Part):
     def _heads_fit(self) -> Self:
         check_heads(self.hidden, self.heads, self.head_size)
         return self
+
+    @model_validator(mode="after")
+    def _encoder_comes_first(self) -> Self:
+        if not self.causal:
+            return self
+        if len(self.causal) != self.layers:
+            raise ValueError(f"causal has {len(self.causal)} values for {self.layers} layers")
+        if self.causal != tuple(sorted(self.causal)):
+            raise ValueError("causal: the layers with false are the encoder, which comes first")
+        if not self.causal[-1]:
+            raise ValueError("causal: no layer is left for the decoder; at least the last must be true")
+        if self.encoder_layers and self.context < _LEAST_ENCODER_CONTEXT:
+            raise ValueError(
+                f"an encoder-decoder's context must be {_LEAST_ENCODER_CONTEXT} or more, not {self.context}"
+            )
+        return self
+
+    @property
+    def encoder_layers(self) -> int:
+        """How many of the layers, the first ones, are the encoder's; 0: the model has none."""
+        return self.causal.count(False)
+
+    def is_causal(self, layer: int) -> bool:
+        """Whether a token sees only those before it in this layer."""
+        return layer >= self.encoder_layers
 
 
 class ExpertSpec(_Part):
@@ -279,6 +314,10 @@ class Manifest(_Part):
         if self.routing.prefix >= self.model.context:
             raise ValueError(
                 f"prefix ({self.routing.prefix}) must be less than the model's context ({self.model.context})"
+            )
+        if self.routing.prefix and self.model.encoder_layers:
+            raise ValueError(
+                "prefix must be 0 where the model has an encoder: a decoder writes from its first token on"
             )
         return self
 

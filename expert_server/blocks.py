@@ -7,10 +7,9 @@ entry point group `talkoot.expert_kinds`: a name, and a function from the expert
 """
 
 import hashlib
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
-from typing import TypeAlias, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,13 @@ from peer.layers import Activation, Norm, TransformerLayer, make_feed_forward, m
 
 ENTRY_POINT_GROUP = "talkoot.expert_kinds"
 
-BlockBuilder: TypeAlias = Callable[[ModelSpec], nn.Module]
+
+class BlockBuilder(Protocol):
+    """Builds a block. Only our own kinds are asked for one that is not causal."""
+
+    def __call__(self, model: ModelSpec, *, causal: bool = True) -> nn.Module:
+        """`causal`: whether a row sees only the rows of its segment before it."""
+        ...
 
 
 class FeedForward(nn.Module):
@@ -41,20 +46,38 @@ class FeedForward(nn.Module):
         return output_RD
 
 
-def _transformer(model: ModelSpec) -> nn.Module:
+def _transformer(model: ModelSpec, *, causal: bool = True) -> nn.Module:
     """It starts as a feed-forward block: at first a row's segment is whatever the untrained gate sent along with it."""
     layer = TransformerLayer(
-        model.hidden, model.heads, model.feed_forward, model.norm, model.activation, model.head_size
+        model.hidden,
+        model.heads,
+        model.feed_forward,
+        model.norm,
+        model.activation,
+        model.head_size,
+        causal=causal,
     )
     nn.init.zeros_(layer.attention_output.weight)
     return layer
 
 
-def _ffn(model: ModelSpec) -> nn.Module:
+def _ffn(model: ModelSpec, *, causal: bool = True) -> nn.Module:
+    """Causal or not, it sees every row by itself."""
     return FeedForward(model.hidden, model.feed_forward, model.norm, model.activation)
 
 
 OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}
+
+
+def require_kind(manifest: Manifest) -> None:
+    """Raises SwarmError when no installed package has the manifest's kind of experts, or not for all of its layers."""
+    kind = manifest.experts.kind
+    builder_of(kind)
+    if manifest.model.encoder_layers and kind not in OWN_KINDS:
+        raise SwarmError(
+            f"an encoder's experts must be of kind {' or '.join(OWN_KINDS)}, and this swarm's are of kind {kind!r}, "
+            "which knows only causal layers: found a swarm without `causal` in its manifest"
+        )
 
 
 def builder_of(kind: str) -> BlockBuilder:
@@ -77,6 +100,8 @@ def _others_builder(kind: str) -> BlockBuilder:
 def build_block(manifest: Manifest, uid: UID) -> nn.Module:
     """The block with its first parameters, which follow from the manifest's seed and the UID alone."""
     build = builder_of(manifest.experts.kind)
+    if not manifest.model.is_causal(uid.layer):
+        build = partial(build, causal=False)
     return seeded(first_seed(manifest, uid), lambda: build(manifest.expert_model))
 
 

@@ -18,7 +18,7 @@ from dht.announcements import Activity
 from dht.receipts import Work
 from dht.swarm import Stage, Swarm
 from dht.upkeep import UpkeepPeriod
-from expert_server.blocks import builder_of
+from expert_server.blocks import require_kind
 from expert_server.credit import CreditServicer, ReceiptBook, ReceiptFile
 from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.experts.expert import expert_bytes
@@ -233,7 +233,7 @@ class Node:
         `state`: the node's own folder, where it keeps checkpoints. `stage`: is told what happens.
         """
         try:
-            builder_of(swarm.manifest.experts.kind)
+            require_kind(swarm.manifest)
             devices = open_devices(settings.device, settings.precision)
             settings = within_memory(settings, swarm.manifest)
             require_room(settings, swarm.manifest, max(device.memory_bytes for device in devices))

@@ -113,20 +113,29 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions (Su et al., arXiv 2104.09864). Normalises its input and adds to it.
+    """Attention with rotary positions (Su et al., arXiv 2104.09864). Normalises its input and adds to it.
 
     Rows are packed, segment after segment, so that no linear layer computes padding. A row attends to itself and to the
-    earlier rows of its own segment.
+    earlier rows of its own segment, and if the attention is not causal to the later ones too.
     """
 
     frequencies_C: Tensor
 
-    def __init__(self, hidden: int, heads: int, norm: Norm = "layer", head_size: int | None = None) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        norm: Norm = "layer",
+        head_size: int | None = None,
+        *,
+        causal: bool = True,
+    ) -> None:
         """`head_size`: columns of one head, hidden / heads by default."""
         super().__init__()
         check_heads(hidden, heads, head_size)
         size = head_size or hidden // heads
         self.heads = heads
+        self.causal = causal
         self.attention_norm = make_norm(norm, hidden)
         self.attention_input = nn.Linear(hidden, 3 * heads * size, bias=False)
         self.attention_output = nn.Linear(heads * size, hidden, bias=False)
@@ -142,7 +151,7 @@ class Attention(nn.Module):
         """Returns [R, D]. `lengths_S`: int64, on the CPU, each at least 1, with sum R. `positions_R`: int64.
 
         `caches`: none, or one for each segment, or None in its place: its rows come after those in the cache, which
-        takes them, too. Only without gradients.
+        takes them, too. Only without gradients, and only in causal attention.
         """
         output_RD: Tensor = x_RD + self.attention_output(
             self._attention(self.attention_norm(x_RD), lengths_S.tolist(), positions_R, caches)
@@ -164,8 +173,9 @@ class Attention(nn.Module):
         qk_R2HC = rotate(qkv_R3HC[:, :2], angles_R11C.cos(), angles_R11C.sin())
         qkv_R3HC = torch.cat((qk_R2HC, qkv_R3HC[:, 2:]), dim=1)
         if caches:
+            assert self.causal, "rows that are computed already can't attend to later ones"
             return _attend_cached(qkv_R3HC, lengths, caches).flatten(1)
-        return _attend_segments(qkv_R3HC, lengths).flatten(1)
+        return _attend_segments(qkv_R3HC, lengths, self.causal).flatten(1)
 
 
 class TransformerLayer(Attention):
@@ -179,8 +189,10 @@ class TransformerLayer(Attention):
         norm: Norm = "layer",
         activation: Activation = "gelu",
         head_size: int | None = None,
+        *,
+        causal: bool = True,
     ) -> None:
-        super().__init__(hidden, heads, norm, head_size)
+        super().__init__(hidden, heads, norm, head_size, causal=causal)
         self.feed_forward_norm = make_norm(norm, hidden)
         self.feed_forward = make_feed_forward(hidden, feed_forward, activation)
 
@@ -209,10 +221,10 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1).type_as(x)
 
 
-def _attend_segments(qkv_R3HC: Tensor, lengths: list[int]) -> Tensor:
-    """Causal attention within each segment; returns [R, H, C]."""
+def _attend_segments(qkv_R3HC: Tensor, lengths: list[int], causal: bool) -> Tensor:
+    """Attention within each segment; returns [R, H, C]."""
     if len(set(lengths)) == 1:
-        return _attend(qkv_R3HC, len(lengths))
+        return _attend(qkv_R3HC, len(lengths), causal)
     lengths_S = torch.tensor(lengths)
     starts_S = lengths_S.cumsum(0) - lengths_S
     order, outputs = [], []
@@ -223,18 +235,22 @@ def _attend_segments(qkv_R3HC: Tensor, lengths: list[int]) -> Tensor:
         rows = (starts_S[members_S, None] + steps_L)[inside_SL]
         slots = inside_SL.flatten().nonzero().squeeze(1).to(qkv_R3HC.device)
         order.append(rows)
-        # padding is zero and follows the rows of its segment, so the causal mask hides it
+        # padding is zero and follows the rows of its segment, so a causal mask hides it
         padded = qkv_R3HC.new_zeros(inside_SL.numel(), *qkv_R3HC.shape[1:])
         padded = padded.index_copy(0, slots, qkv_R3HC.index_select(0, rows.to(qkv_R3HC.device)))
-        outputs.append(_attend(padded, len(group)).index_select(0, slots))
+        present_SL = None if causal else inside_SL.to(qkv_R3HC.device)
+        outputs.append(_attend(padded, len(group), causal, present_SL).index_select(0, slots))
     return torch.cat(outputs).index_select(0, torch.cat(order).argsort().to(qkv_R3HC.device))
 
 
-def _attend(qkv_R3HC: Tensor, segments: int) -> Tensor:
-    """Causal attention within segments of equal length; returns [R, H, C]."""
+def _attend(qkv_R3HC: Tensor, segments: int, causal: bool, present_SL: Tensor | None = None) -> Tensor:
+    """Attention within segments of equal length; returns [R, H, C]. `present_SL`: False for padding."""
     qkv_SL3HC = qkv_R3HC.view(segments, -1, *qkv_R3HC.shape[1:])
     q_SHLC, k_SHLC, v_SHLC = qkv_SL3HC.permute(2, 0, 3, 1, 4).unbind(0)
-    output_SHLC = F.scaled_dot_product_attention(q_SHLC, k_SHLC, v_SHLC, is_causal=True)
+    mask_S11L = None if present_SL is None else present_SL[:, None, None]
+    output_SHLC = F.scaled_dot_product_attention(
+        q_SHLC, k_SHLC, v_SHLC, attn_mask=mask_S11L, is_causal=causal
+    )
     return output_SHLC.transpose(1, 2).flatten(0, 1)
 
 
@@ -243,7 +259,7 @@ def _attend_cached(qkv_R3HC: Tensor, lengths: list[int], caches: Sequence[KeyVal
     outputs = []
     for qkv_L3HC, cache in zip(torch.split(qkv_R3HC, lengths), caches, strict=True):
         if cache is None or (not cache.length and len(qkv_L3HC) > 1):
-            outputs.append(_attend(qkv_L3HC, 1))
+            outputs.append(_attend(qkv_L3HC, 1, causal=True))
             if cache is not None:
                 cache.extend(qkv_L3HC[:, 1:])
             continue

@@ -43,9 +43,17 @@ class LanguageModel(nn.Module):
         vocabulary: int = VOCABULARY,
         retrieval: RetrievalSpec | None = None,
     ) -> None:
-        """`vocabulary`: the number of tokens. `retrieval`: how it reads a memory; None: it reads none."""
+        """`vocabulary`: the number of tokens. `retrieval`: how it reads a memory; None: it reads none.
+
+        Raises SettingsError if the manifest's model has an encoder.
+        """
         super().__init__()
         spec = manifest.model
+        if spec.encoder_layers:
+            raise SettingsError(
+                "this swarm's model is an encoder-decoder, which this command can't use: `talkoot train` and "
+                "`talkoot generate` can"
+            )
         self.context = spec.context
         self.first_scored = max(1, manifest.routing.prefix)
         """The first token of a sequence, from 0, that counts in the loss: those before it may decide its routing."""

@@ -111,6 +111,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self.hidden = manifest.model.hidden
         self.k = routing.k
         self._kind = manifest.experts.kind
+        self._is_causal = manifest.model.is_causal(layer)
         self._routing = routing
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
@@ -145,19 +146,23 @@ class RemoteMixtureOfExperts(nn.Module):
         if self.balance is not None and load is not None:
             self.balance.correct(load)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """[..., D] -> [..., D], of the same dtype and on the same device.
 
-        [T, D] is one sequence, [B, T, D] are B sequences, and any dimensions before them make more. Each is causal by
-        itself. Mixes in float32, under autocast too.
+        [T, D] is one sequence, [B, T, D] are B sequences, and any dimensions before them make more. Each is by itself,
+        and causal unless the layer is an encoder's. Mixes in float32, under autocast too.
+
+        `segments`: those of packed rows [R, D], in place of what the dimensions say.
         """
         assert x.shape[-1] == self.hidden, f"{x.shape[-1]} columns, and this swarm's model has {self.hidden}"
         if not x.numel():
             return x
-        length = x.shape[-2] if x.dim() > 1 else 1
         x_RD = x.reshape(-1, self.hidden)
+        if segments is None:
+            length = x.shape[-2] if x.dim() > 1 else 1
+            segments = Segments.whole(len(x_RD) // length, length)
         with torch.autocast(x.device.type, enabled=False):
-            y_RD = self._mix(x_RD.float(), Segments.whole(len(x_RD) // length, length))
+            y_RD = self._mix(x_RD.float(), segments)
         return y_RD.to(x.dtype).view(x.shape)
 
     @property
@@ -165,8 +170,8 @@ class RemoteMixtureOfExperts(nn.Module):
         """Whether rows can be computed without those before them: no row's experts depend on rows after it, and experts
         compute each row by itself, or hold those before it.
         """
-        is_causal = self._routing.choose_by == "token" or self._routing.prefix > 0
-        return is_causal and self._kind in ("ffn", "transformer")
+        is_routed_causally = self._routing.choose_by == "token" or self._routing.prefix > 0
+        return self._is_causal and is_routed_causally and self._kind in ("ffn", "transformer")
 
     def extend(self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]) -> Tensor:
         """Of the next rows of sequences [R, D], as `forward` gives them for whole ones in evaluation.

@@ -216,6 +216,11 @@ class Expert:
         return GroupedBlock.of(self.block, self._manifest, self.device)
 
     @property
+    def is_causal(self) -> bool:
+        """Whether each row sees only the rows before it."""
+        return self._manifest.model.is_causal(self.uid.layer)
+
+    @property
     def parameters(self) -> Sequence[nn.Parameter]:
         """As they are, in the block's order."""
         return self._parameters

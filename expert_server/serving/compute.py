@@ -61,7 +61,7 @@ def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> li
     In backward they are those of one shared forward pass, or of none. What cannot join is computed one by one.
     """
     is_small = len(works) < LEAST_EXPERTS and works[0].shared is None
-    if is_small or not all(map(can_join, experts, works)):
+    if is_small or not _are_alike(experts) or not all(map(can_join, experts, works)):
         return [compute(expert, [work])[0] for expert, work in zip(experts, works, strict=True)]
     for expert in experts:
         expert.settle()
@@ -71,6 +71,11 @@ def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> li
             return [compute(expert, [work])[0] for expert, work in pairs]
         return _forward_together(experts, works)
     return _backward_together(experts, works)
+
+
+def _are_alike(experts: Sequence[Expert]) -> bool:
+    """Whether one pass can be that of all of them."""
+    return len({each.is_causal for each in experts}) == 1 and all(each.grouped_block for each in experts)
 
 
 def _pass_together(experts: Sequence[Expert], works: Sequence[WorkItem], keep: bool) -> SharedPass:

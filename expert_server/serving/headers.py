@@ -210,6 +210,8 @@ def parse_held(
         raise WireError(_NO_SEQUENCES)
     if manifest.experts.kind != "transformer":
         raise WireError(f"experts of kind {manifest.experts.kind} keep no rows of sequences")
+    if not all(manifest.model.is_causal(uid.layer) for uid in assignment.uids):
+        raise WireError("experts of an encoder keep no rows of sequences: they see a sequence as a whole")
     if (count := sum(map(len, assignment.first_pairs))) > MAX_SEQUENCES_IN_CALL:
         raise ExpertError(
             StatusCode.RESOURCE_EXHAUSTED,

@@ -16,7 +16,7 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm, was_member
-from expert_server.blocks import builder_of
+from expert_server.blocks import require_kind
 from expert_server.experts.devices import check_devices
 from expert_server.node import Node
 from expert_server.resources import within_memory
@@ -67,7 +67,7 @@ class Origin:
         self.addresses()
         if self.new is not None:
             manifest = Manifest.from_toml(self.new)
-            builder_of(manifest.experts.kind)  # fails now rather than after the manifest is published
+            require_kind(manifest)  # fails now rather than after the manifest is published
             return manifest
         invite = Invite.read(self.join or "")
         return replace(invite, bootstrap=(*invite.bootstrap, *self.addresses()))

@@ -38,9 +38,15 @@ def manifests() -> st.SearchStrategy[Manifest]:
     heads = st.integers(1, 8)
     models = st.builds(
         lambda layers, heads, pairs, seed, norm, activation: ModelSpec(
-            layers=layers, heads=heads, hidden=2 * heads * pairs, seed=seed, norm=norm, activation=activation
+            layers=sum(layers),
+            causal=(False,) * layers[0] + (True,) * layers[1] if layers[0] else (),
+            heads=heads,
+            hidden=2 * heads * pairs,
+            seed=seed,
+            norm=norm,
+            activation=activation,
         ),
-        layers=st.integers(1, 64),
+        layers=st.tuples(st.integers(0, 32), st.integers(1, 32)),
         heads=heads,
         pairs=st.integers(4, 16),
         seed=st.integers(0, 2**63 - 1),
@@ -104,6 +110,22 @@ def test_json_names_what_differs_from_the_defaults(manifest: Manifest) -> None:
             assert json.loads(defaults.model_dump_json())[key] != value
 
 
+def test_a_manifest_without_an_encoder_has_the_bytes_that_it_had_before_there_were_encoders() -> None:
+    text = f'{{"name": "sauna", "protocol_version": {PROTOCOL_VERSION}, "model": {{"layers": 3}}}}'
+    assert Manifest(name="sauna", model=ModelSpec(layers=3)).to_json() == text.encode()
+
+
+def test_each_layer_says_whether_it_is_causal(tmp_path: Path) -> None:
+    text = 'name = "sauna"\n[model]\nlayers = 3\ncausal = [false, true, true]\n'
+    model = Manifest.from_toml(write(tmp_path, text)).model
+    assert model.encoder_layers == 1
+    assert [model.is_causal(layer) for layer in range(3)] == [False, True, True]
+    for causal in ((), (True, True, True)):
+        plain = ModelSpec(layers=3, causal=causal)
+        assert plain.encoder_layers == 0
+        assert all(map(plain.is_causal, range(3)))
+
+
 def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> None:
     text = 'name = "sauna"\npreset = "none"\n[model]\nlayers = 3\n[experts]\ngrid = [8, 16]\n[routing]\ntop_k = 2\n'
     manifest = Manifest.from_toml(write(tmp_path, text))
@@ -139,6 +161,19 @@ def test_toml_without_a_preset_is_completed_by_that_of_its_experts(tmp_path: Pat
         ('name = "Sauna!"', "name: small letters, digits and '-'"),
         ('name = "sauna"\n[model]\nlayers = 0', "model.layers"),
         ('name = "sauna"\n[model]\nlayers = "two"', "model.layers"),
+        ('name = "sauna"\n[model]\ncausal = [true]', "causal has 1 values for 2 layers"),
+        ('name = "sauna"\n[model]\ncausal = [true, false]', "the encoder, which comes first"),
+        ('name = "sauna"\n[model]\ncausal = [false, false]', "no layer is left for the decoder"),
+        ('name = "sauna"\n[model]\ncausal = false', "model.causal"),
+        ('name = "sauna"\n[model]\ncausal = [false, "so"]', "model.causal.1"),
+        (
+            'name = "sauna"\n[model]\ncausal = [false, true]\ncontext = 15',
+            "context must be 16 or more, not 15",
+        ),
+        (
+            'name = "sauna"\n[model]\ncausal = [false, true]\n[routing]\nprefix = 2',
+            "prefix must be 0 where the model has an encoder",
+        ),
         (
             'name = "sauna"\n[routing]\nprefix = 128',
             "prefix (128) must be less than the model's context (128)",

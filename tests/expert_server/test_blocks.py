@@ -5,11 +5,12 @@ from typing import get_args
 
 import pytest
 import torch
+from attending import attend
 from torch import nn
 
-from dht.manifest import Manifest, ModelSpec
+from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.blocks import build_block, builder_of
+from expert_server.blocks import build_block, builder_of, require_kind
 from peer.errors import SwarmError
 from peer.layers import Activation, Norm, TransformerLayer
 
@@ -47,6 +48,20 @@ def test_a_transformer_expert_starts_as_one_and_learns_to_attend() -> None:
     assert not torch.allclose(whole, block(x_RD, alone, torch.arange(5)))
 
 
+def test_in_an_encoders_layers_a_transformer_expert_sees_later_rows_too() -> None:
+    model = ModelSpec(layers=2, causal=(False, True), hidden=8, heads=1, feed_forward=16)
+    manifest = Manifest(name="sauna", model=model)
+    x_RD = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    changed_RD = x_RD.clone()
+    changed_RD[4] += 1
+    changes = []
+    for layer in range(2):
+        block = attend(build_block(manifest, UID(layer, (0, 0))))
+        before, after = (block(x, torch.tensor([5]), torch.arange(5)) for x in (x_RD, changed_RD))
+        changes.append((before != after).any(dim=1).tolist())
+    assert changes == [[True] * 5, [False] * 4 + [True]]
+
+
 @pytest.mark.parametrize("kind", ["transformer", "ffn"])
 def test_the_manifest_chooses_norm_and_activation(kind: str) -> None:
     block = builder_of(kind)(ModelSpec(hidden=8, heads=1, feed_forward=16, norm="rms", activation="swiglu"))
@@ -77,6 +92,12 @@ def test_a_kind_comes_from_an_installed_package(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(tmp_path)
     block = builder_of("doubling")(ModelSpec(hidden=8, heads=1))
     assert isinstance(block, Doubling)
+    experts = ExpertSpec(kind="doubling")
+    require_kind(Manifest(name="sauna", experts=experts))
+    encoder = ModelSpec(causal=(False, True))
+    with pytest.raises(SwarmError, match=r"kind 'doubling', which knows only causal layers"):
+        require_kind(Manifest(name="sauna", experts=experts, model=encoder))
+    require_kind(Manifest(name="sauna", model=encoder))
 
 
 def test_a_kind_that_is_not_installed_is_named() -> None:

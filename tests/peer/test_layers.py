@@ -25,12 +25,21 @@ activations = st.sampled_from(get_args(Activation))
 
 
 def build_layer(
-    norm: Norm = "layer", activation: Activation = "gelu", head_size: int | None = None
+    norm: Norm = "layer",
+    activation: Activation = "gelu",
+    head_size: int | None = None,
+    *,
+    causal: bool = True,
 ) -> TransformerLayer:
-    return seeded(7, lambda: TransformerLayer(HIDDEN, HEADS, FEED_FORWARD, norm, activation, head_size))
+    return seeded(
+        7,
+        lambda: TransformerLayer(HIDDEN, HEADS, FEED_FORWARD, norm, activation, head_size, causal=causal),
+    )
 
 
-layers = st.builds(build_layer, norms, activations, st.sampled_from([None, 4, 12]))
+head_sizes = st.sampled_from([None, 4, 12])
+layers = st.builds(build_layer, norms, activations, head_sizes, causal=st.booleans())
+causal_layers = st.builds(build_layer, norms, activations, head_sizes)
 
 
 def random_rows(rows: int, seed: int) -> Tensor:
@@ -55,7 +64,8 @@ def attention_by_the_book(layer: TransformerLayer, x: Tensor, positions: Tensor)
             for i in (0, 1)
         )
         scores = (q @ k.conj().T).real / width**0.5
-        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+        if layer.causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
         outputs.append(scores.softmax(-1) @ qkv[:, 2, head])
     x = x + layer.attention_output(torch.cat(outputs, dim=1))
     output: Tensor = x + layer.feed_forward(layer.feed_forward_norm(x))
@@ -91,7 +101,7 @@ def test_packed_segments_give_the_gradients_that_each_gives_alone(
 
 
 @settings(deadline=None, max_examples=40)
-@given(layers, lengths_lists, seeds, st.data())
+@given(causal_layers, lengths_lists, seeds, st.data())
 def test_a_row_changes_no_earlier_row_and_no_other_segment(
     layer: TransformerLayer, lengths: list[int], seed: int, data: st.DataObject
 ) -> None:
@@ -108,8 +118,27 @@ def test_a_row_changes_no_earlier_row_and_no_other_segment(
     assert not torch.allclose(after[start + row], before[start + row])
 
 
-def test_a_segment_that_is_not_finite_leaves_the_others_finite() -> None:
-    layer, lengths = build_layer(), [3, 5, 2]
+@settings(deadline=None, max_examples=20)
+@given(lengths_lists, seeds, st.data())
+def test_without_causality_a_row_changes_all_of_its_segment_and_no_other(
+    lengths: list[int], seed: int, data: st.DataObject
+) -> None:
+    segment = data.draw(st.integers(0, len(lengths) - 1))
+    row = data.draw(st.integers(0, lengths[segment] - 1))
+    start, end = sum(lengths[:segment]), sum(lengths[: segment + 1])
+    x, positions = random_rows(sum(lengths), seed), rising_positions(lengths, seed)
+    changed_x = x.clone()
+    changed_x[start + row] = random_rows(1, seed + 1)[0] * 10
+    layer = build_layer(causal=False)
+    before, after = (layer(each, torch.tensor(lengths), positions) for each in (x, changed_x))
+    torch.testing.assert_close(after[:start], before[:start])
+    torch.testing.assert_close(after[end:], before[end:])
+    assert (after[start:end] != before[start:end]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_segment_that_is_not_finite_leaves_the_others_finite(causal: bool) -> None:
+    layer, lengths = build_layer(causal=causal), [3, 5, 2]
     x, positions = random_rows(10, 0), rising_positions(lengths, 0)
     x[3:8] = torch.nan
     output = layer(x, torch.tensor(lengths), positions)

@@ -22,5 +22,5 @@ def attending_experts() -> Iterator[None]:
     """Experts that are built in this process meanwhile attend from the start."""
     build = OWN_KINDS["transformer"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(OWN_KINDS, "transformer", lambda model: attend(build(model)))
+        patch.setitem(OWN_KINDS, "transformer", lambda model, **changes: attend(build(model, **changes)))
         yield

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from attending import attending_experts
 from expert_samples import HIDDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +101,39 @@ def test_what_is_computed_together_is_what_each_expert_computes_alone(
             expected = compute(alone[place], [work(UIDS[place], lengths[place], seeds[place], "backward")])
             torch.testing.assert_close(tensor_of(result), tensor_of(expected[0]), rtol=1e-4, atol=1e-5)
     assert_alike(together, alone)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_experts_of_encoder_and_decoder_are_not_computed_as_one(direction: Direction) -> None:
+    """A trainer's calls are of one layer each; a stranger's may name any."""
+    plain = make_manifest()
+    model = plain.model.model_copy(update={"layers": 2, "causal": (False, True)})
+    manifest = plain.model_copy(update={"model": model})
+    uids = [UID(layer, (0, column)) for layer in range(2) for column in range(3)]
+    with attending_experts():
+        together, alone = ([Expert(uid, manifest) for uid in uids] for _ in range(2))
+    works = [work(uid, [5, 3], seed, direction) for seed, uid in enumerate(uids)]
+    for expert, each, result in zip(alone, works, compute_together(together, works), strict=True):
+        torch.testing.assert_close(tensor_of(result), tensor_of(compute(expert, [each])[0]))
+    only = works[:3]
+    for expert, each, result in zip(alone[:3], only, compute_together(together[:3], only), strict=True):
+        torch.testing.assert_close(
+            tensor_of(result), tensor_of(compute(expert, [each])[0]), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_brief_work_of_large_experts_is_computed_one_by_one() -> None:
+    model = ModelSpec(hidden=256, feed_forward=1024)
+    manifest = Manifest(name="test", model=model, experts=ExpertSpec(grid=(2, 2)))
+    experts = [Expert(uid, manifest) for uid in manifest.uids()[:4]]
+    rows = [Rows(torch.randn(1, 256), torch.tensor([1]), torch.tensor([0])) for _ in experts]
+    works = [
+        WorkItem(expert.uid, "forward", own, float("inf"), "a trainer")
+        for expert, own in zip(experts, rows, strict=True)
+    ]
+    assert all(map(can_join, experts, works))
+    for expert, own, result in zip(experts, rows, compute_together(experts, works), strict=True):
+        torch.testing.assert_close(tensor_of(result), expert.forward(own))
 
 
 def shared_forward(experts: list[Expert], seeds: list[int]) -> list[SharedGraph]:

@@ -210,6 +210,11 @@ def test_backward_calls_and_experts_that_see_one_row_at_a_time_keep_no_sequences
     parser = HeaderParser(SWARM, manifest, max_call_bytes=2**20, cache=ForwardCache(0))
     with pytest.raises(WireError, match="experts of kind ffn keep no rows of sequences"):
         parser.parse(Call().holding(1, 2).header, "forward", "QmA", lambda size: None)
+    model = MANIFEST.model.model_copy(update={"layers": 2, "causal": (False, True)})
+    manifest = MANIFEST.model_copy(update={"model": model})
+    parser = HeaderParser(SWARM, manifest, max_call_bytes=2**20, cache=ForwardCache(0))
+    with pytest.raises(WireError, match="experts of an encoder keep no rows of sequences"):
+        parser.parse(Call().holding(1, 2).header, "forward", "QmA", lambda size: None)
 
 
 def test_memory_for_held_rows_is_reserved_before_they_are_looked_for() -> None:
