@@ -25,6 +25,8 @@ settings.register_profile("talkoot", deadline=None, derandomize=True, print_blob
 settings.load_profile("talkoot")
 sys.dont_write_bytecode = False  # else every process that a test starts compiles all modules again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# nodes of lower priority than the tests that wait for them would starve on a busy machine
+os.environ["TALKOOT_NODE_NICENESS"] = "0"
 torch.set_num_threads(1)  # on a busy machine several pools wait for each other
 
 LONGEST = (
