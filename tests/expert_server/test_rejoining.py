@@ -56,7 +56,9 @@ async def at_least_once(swarm: Swarm) -> bool:
     return set(await serving(swarm)) == set(UIDS)
 
 
-def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(play: Play) -> None:
+def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(
+    play: Play, long_lives: None
+) -> None:
     async def scenario(village: Village) -> None:
         async def found() -> Node:
             state = village.folder / "founder"

@@ -325,7 +325,10 @@ def test_a_wrong_flag_is_one_clear_line() -> None:
     assert "schedule: 'mon-fry' names no days" in error
 
 
-def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(tmp_path: Path) -> None:
+def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TALKOOT_NODE_NICENESS")  # as other tests have it
     manifest, begins = tmp_path / "swarm.toml", datetime.now() + timedelta(hours=10)
     manifest.write_text('name = "sauna"\n')
     hours = f"{begins:%H}:00-{begins + timedelta(hours=1):%H}:00"
