@@ -118,6 +118,5 @@ async def call_the_node(stranger: Stranger, info: Any, node: Any) -> None:
     writer.close()
     uids = list(node.runtime.experts)
     async with honest_caller(info, stranger.keys.swarm_id, node.swarm.manifest, uids) as honest:
-        await honest.call_for(0.5)
+        await honest.call_for(0.5, least=4)
     assert honest.share == 1.0, honest.last_error
-    assert honest.calls > 3

@@ -243,10 +243,10 @@ class HonestCaller:
         self.longest_s = max(self.longest_s, took_s)
         return True
 
-    async def call_for(self, seconds: float, pause_s: float = 0.02) -> None:
-        """One call after another."""
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
+    async def call_for(self, seconds: float, pause_s: float = 0.02, least: int = 1) -> None:
+        """One call after another, and on a slow machine for longer: until there are `least`."""
+        ends, calls = time.monotonic() + seconds, self.calls + least
+        while time.monotonic() < ends or self.calls < calls:
             await self.call()
             await asyncio.sleep(pause_s)
 

@@ -134,7 +134,8 @@ def _start_node(processes: _Processes, number: int, name: str, *origin: str) -> 
         f"node-{number}",
         *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--name", name),
         *("--experts", "12", "--spare", "12", "--announce-every-s", str(every_s)),
-        *("--niceness", "0", "--drain-timeout", "0"),
+        # or the trainer would take all of the machine while the page is looked at
+        *("--upload-mbit", "0.5", "--drain-timeout", "0"),
     )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import threading
 import time
@@ -35,6 +36,8 @@ MANIFEST = Manifest(
 UIDS = MANIFEST.uids()
 ALWAYS_THERE, BROKEN = UIDS[:3], UIDS[2]
 CALLERS, CALLS = 24, 40
+LEAST_DONE = CALLERS * CALLS // 10
+"""Fewer were no test. A slow machine refuses most calls, so there are more of them."""
 MAX_ROWS = 9
 
 
@@ -102,6 +105,8 @@ class Stress:
         self.witness = Witness()
         self.ends: dict[int, StatusCode | str] = {}
         """How each work ended: a status, or "cancelled"."""
+        self.done = 0
+        """How many ended well."""
         self.rows: dict[int, int] = {}
         self._one_more = asyncio.Event()
         self.ran: Counter[str] = Counter()
@@ -110,7 +115,10 @@ class Stress:
         self.runtime = Runtime(experts, max_queued_rows=60, max_batch_rows=20, threads=threads)
 
     async def all_at_once(self) -> None:
-        """Until every caller has made its calls. Raises TimeoutError when one of them never ends."""
+        """Until every caller has made its calls, and enough ended well.
+
+        Raises TimeoutError when one of them never ends.
+        """
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             callers = [
                 group.create_task(self._call_often("greedy" if n % 2 else str(n % 8))) for n in range(CALLERS)
@@ -127,7 +135,9 @@ class Stress:
                 await self._one_more.wait()
 
     async def _call_often(self, caller: str) -> None:
-        for _ in range(CALLS):
+        for calls in itertools.count():
+            if calls >= CALLS and self.done >= LEAST_DONE:
+                return
             work = self._work(caller)
             number = int(work.rows.inputs[0, 0])
             call = asyncio.create_task(self._submit(number, work))
@@ -152,6 +162,7 @@ class Stress:
             factor = 1 if work.direction == "forward" else 2
             torch.testing.assert_close(result.tensor, factor * work.rows.inputs)
             self.ends[number] = StatusCode.OK
+            self.done += 1
 
     def _work(self, caller: str) -> WorkItem:
         rows, backward = self._rng.randint(1, MAX_ROWS), self._rng.random() < 0.4
@@ -233,9 +244,7 @@ def test_every_work_ends_whatever_happens_beside_it(seed: int, threads: int) -> 
         finally:
             await stress.runtime.stop()
         stress.check()
-        counts = Counter(stress.ends.values())
-        assert StatusCode.UNAVAILABLE not in counts
-        assert counts[StatusCode.OK] > CALLERS * CALLS / 10
+        assert StatusCode.UNAVAILABLE not in stress.ends.values()
         assert stress.ran["NoneType"] > 0
 
     uvloop.run(scenario())

@@ -365,8 +365,8 @@ def test_a_liar_that_names_made_up_peers_fills_no_table_and_pushes_out_nobody() 
             one, liar, *others = peers
             one.book._heard.most = 8
             made_up = new_identities(60)
-            ends_at = time.time() + 60
-            asked = 0
+            ends_at = time.time() + 300
+            reached, asked, times_found = {peer.peer_id for peer in peers[1:]}, 0, 0
 
             async def lie(sender: PeerID, request: bytes) -> bytes:
                 nonlocal asked
@@ -383,11 +383,13 @@ def test_a_liar_that_names_made_up_peers_fills_no_table_and_pushes_out_nobody() 
 
             await liar.transport.serve("find", lie)
             await lookups(others[0]).store([Item("key", 1, "here", ends_at)])
-            for _ in range(5):
-                assert await found(one, "key") == {1}
+            async with asyncio.timeout(
+                DEADLINE_S
+            ):  # on a busy machine some answer too late, and are met again
+                while times_found < 5 or {peer_id for _, peer_id in one.node.table} != reached:
+                    times_found += await found(one, "key") == {1}
             assert asked
-            assert {peer_id for _, peer_id in one.node.table} == {peer.peer_id for peer in peers[1:]}
-            assert all(one.book.message(peer.peer_id) for peer in peers[1:])
+            assert all(one.book.message(peer_id) for peer_id in reached)
             assert not any(one.book.message(identity.peer_id) for identity in made_up)
             assert len(one.book._heard) == 8
             answer = await one.node.find(liar.peer_id, [0], EntryChecker())
