@@ -26,7 +26,8 @@ from expert_server.hosting.averaging import ReplicaAveraging
 from expert_server.hosting.manager import HostingManager
 from expert_server.hosting.replicas import CLAIM_WAIT_S, LocalReplicas
 from expert_server.hosting.standby import StandbyCopies
-from expert_server.memory.hosting import HostingRules, MemoryHosting
+from expert_server.memory.following import HostingRules
+from expert_server.memory.hosting import MemoryHosting
 from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
 from expert_server.pauses import LOOK_EVERY_S, PauseController
 from expert_server.probe import ProbeServicer
@@ -184,7 +185,7 @@ class Node:
             runtime, manifest, swarm_id, limits, self.sessions, self.traffic, metrics, note_served
         )
         self._memory_servicer = MemoryServicer(
-            self.memories.served,
+            self.memories.hosted.served,
             swarm_id,
             self.sessions,
             self.traffic.up,
@@ -346,7 +347,7 @@ class Node:
                 "announce",
                 self.reachability.check,
                 self.hosting.announce,
-                self.memories.announce,
+                self.memories.hosted.announce_all,
                 self._publish_record,
                 stay_member,
             )
@@ -379,15 +380,15 @@ class Node:
 
     async def _host_memories(self) -> None:
         """Verifies and serves what is on disk, then takes what needs a host."""
-        await self.memories.verify()
-        await self._rounds.run("announce memories", self.memories.announce)
+        await self.memories.hosted.verify()
+        await self._rounds.run("announce memories", self.memories.hosted.announce_all)
         while True:
             await self._rounds.run("look for shards of memories", self.memories.look)
             await asyncio.sleep(self.period.drawn_s())
 
     async def _follow_memories(self) -> None:
         while True:
-            await self._rounds.run("follow memories", self.memories.follow)
+            await self._rounds.run("follow memories", self.memories.publishers.follow)
             await asyncio.sleep(self.period.drawn_s())
 
     async def _hear_news(self) -> None:
@@ -535,8 +536,8 @@ class Node:
             reachability=self.reachability.in_words,
             reachability_advice=self.reachability.advice,
             unsteady=self.restarts.unsteady,
-            memory_shards=self.memories.shards,
-            memory_disk_bytes=self.memories.disk_bytes,
+            memory_shards=self.memories.hosted.shards,
+            memory_disk_bytes=self.memories.hosted.disk_bytes,
             memory_queries=int(total(self._memory_servicer.metrics.queries)),
             clock_warning=clock.CLOCK.warning,
             signed=self._receipts.signed,

@@ -35,6 +35,8 @@ _TRIES = 3
 """Passages asked for, as one may have been revoked that this node does not know of yet."""
 _DOUBTED_S = 300.0
 """How long nothing that a host announces is counted after it failed to prove a claim."""
+_MISSED_S = 15.0
+"""The same, if its node record was not found: it may only have been renewed late. Twice as long each further time."""
 _REMEMBERED = 4096
 
 
@@ -56,6 +58,8 @@ class ReplicaProofs:
         self._rng = rng or random.SystemRandom()
         self._clock = clock
         self._doubted_until = BoundedDict[PeerID, float](_REMEMBERED)
+        self._missed_for = BoundedDict[PeerID, float](_REMEMBERED)
+        """How long hosts were doubted last because their node record was not found."""
 
     def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
         """What was seen, without what doubted hosts say that they serve."""
@@ -74,18 +78,25 @@ class ReplicaProofs:
         self, claims: Collection[tuple[PeerID, ShardKey]], seen: Mapping[ShardKey, SeenShard]
     ) -> set[tuple[PeerID, ShardKey]]:
         """Those claims that their hosts prove. The others' hosts are doubted from now on. Raises UnreachableError."""
-        nodes = await self._swarm.registry.nodes({peer_id for peer_id, _ in claims})
+        hosts = {peer_id for peer_id, _ in claims}
+        nodes = await self._swarm.registry.nodes(hosts)
+        for peer_id in hosts - nodes.keys():
+            self._missed_for[peer_id] = min(2 * self._missed_for.get(peer_id, _MISSED_S / 2), _DOUBTED_S)
+            self._doubt(peer_id, self._missed_for[peer_id])
         found: set[tuple[PeerID, ShardKey]] = set()
 
         async def check(peer_id: PeerID, key: ShardKey) -> None:
-            node = nodes.get(peer_id)
-            if node is not None and await self._proves(node, key, seen[key]):
+            if await self._proves(nodes[peer_id], key, seen[key]):
                 found.add((peer_id, key))
+                self._missed_for.pop(peer_id, None)
             else:
-                self._doubted_until[peer_id] = self._clock() + _DOUBTED_S
+                self._doubt(peer_id, _DOUBTED_S)
 
-        await side_by_side((check(*claim) for claim in claims), _AT_ONCE)
+        await side_by_side((check(*claim) for claim in claims if claim[0] in nodes), _AT_ONCE)
         return found
+
+    def _doubt(self, peer_id: PeerID, seconds: float) -> None:
+        self._doubted_until[peer_id] = max(self._doubted_until.get(peer_id, 0.0), self._clock() + seconds)
 
     async def _proves(self, node: NodeInfo, key: ShardKey, shard: SeenShard) -> bool:
         info = shard.info

@@ -2,6 +2,8 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from callers import numbered_identities
@@ -10,12 +12,15 @@ from memory_peers import until
 from published_memories import HOST, folder, memory_id, publishing, until_hosted
 from real_swarm import Play, Village, playing
 
-from dht.announcements import ReplicaState
+from dht.announcements import NodeInfo, ReplicaState
 from dht.library import MemoryRegistry
+from dht.memory import MemoryID
 from expert_server.memory.placement import SeenShard, ShardKey
+from expert_server.memory.proofs import ReplicaProofs
 from expert_server.node import Node
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
+from peer.rpc.parts import PartClient
 
 MEMORY = SampleMemory.make(each=30)
 
@@ -54,7 +59,7 @@ def test_shards_get_real_replicas_though_liars_announce_enough(play: Play) -> No
         # a host that leaves does not believe them either
         running.cancel()
         await founder.stop()
-        assert node.memories.shards == 4
+        assert node.memories.hosted.shards == 4
         assert len(list((folder(village, 3, MEMORY) / "shards").iterdir())) == 4
 
     play(scenario)
@@ -78,11 +83,11 @@ def test_no_host_drops_a_shard_for_replicas_that_are_not_proven(
 
         monkeypatch.setattr(founder.memories._placement, "to_drop", lambda size: [key])
         monkeypatch.setattr(founder.memories._placement, "keener", keener)
-        monkeypatch.setattr(founder.memories, "_rules", founder.memories._rules.__class__(disk_bytes=1))
+        monkeypatch.setattr(founder.memories.hosted, "_most_bytes", 1)
         async with asyncio.timeout(60):
             await asked.wait()
         await until(lambda: bool(founder.memories._proofs._doubted_until))
-        assert founder.memories.shards == 4
+        assert founder.memories.hosted.shards == 4
 
     play(scenario)
 
@@ -110,3 +115,30 @@ def test_hosts_of_a_shard_of_which_all_is_revoked_are_not_taken_for_liars(play: 
         assert await proofs.proven(claims, seen) == set()
 
     play(scenario)
+
+
+def test_a_host_whose_record_is_late_is_doubted_for_a_short_time_and_one_that_has_none_for_longer(
+    identities: list[Identity],
+) -> None:
+    now, host = 1000.0, identities[1].peer_id
+
+    async def nodes(peers: set[PeerID]) -> dict[PeerID, NodeInfo]:
+        return {}
+
+    swarm: Any = SimpleNamespace(registry=SimpleNamespace(nodes=nodes))
+    proofs = ReplicaProofs(swarm, cast(PartClient, None), lambda memory: (), clock=lambda: now)
+    info = MEMORY.manifest.shards[0]
+    key = ShardKey(MemoryID("some", "publisher"), info.root)
+    seen = {key: SeenShard(info, frozenset({host}), frozenset())}
+
+    def is_counted() -> bool:
+        return host in proofs.counted(seen)[key].serving
+
+    pauses_s = list[float]()
+    for _ in range(6):
+        began = now
+        assert asyncio.run(proofs.proven({(host, key)}, seen)) == set()
+        while not is_counted():
+            now += 5
+        pauses_s.append(now - began)
+    assert pauses_s == [15, 30, 60, 120, 240, 300]

@@ -86,7 +86,7 @@ def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(play: Play)
         # killed: it withdraws nothing
         await end(first_task)
         await founder.swarm.host.stop()
-        await until(lambda: second.memories.shards == third.memories.shards == 4)
+        await until(lambda: second.memories.hosted.shards == third.memories.hosted.shards == 4)
         # both have all now, with the encoder and the codebook
         for number in (1, 2):
             store = MemoryStore.open(folder(village, number, MEMORY))
@@ -117,7 +117,9 @@ def test_what_is_revoked_goes_from_all_hosts(play: Play) -> None:
         root = MEMORY.roots[2]
         later = MEMORY.revoking((root, 9))
         # the founder's node follows its own store, too: from whoever serves the new manifest
-        await asyncio.to_thread(founder.memories.served[str(memory)].follow, later.manifest.serialize())
+        await asyncio.to_thread(
+            founder.memories.hosted.served[str(memory)].follow, later.manifest.serialize()
+        )
         await list_memories(founder, later)
         stub = await stub_of(village, founder.swarm, node)
 
@@ -126,7 +128,7 @@ def test_what_is_revoked_goes_from_all_hosts(play: Play) -> None:
 
         await eventually(is_gone)
         assert MEMORY.passages[root][0][9].text not in {
-            passage.text for passage in passages_in(node.memories.served[str(memory)], root) if passage
+            passage.text for passage in passages_in(node.memories.hosted.served[str(memory)], root) if passage
         }
         assert await text_of(stub, founder.swarm, memory, root, 8) is not None
         again = MemoryStore.open(folder(village, 1, MEMORY))
@@ -154,7 +156,7 @@ def test_a_node_that_restarts_serves_what_is_on_its_disk_and_fetches_what_was_da
         with caplog.at_level(logging.WARNING):
             back = await village.join(1, invite, **HOST)
             await village.run(back)
-            await until(lambda: back.memories.shards == 4)
+            await until(lambda: back.memories.hosted.shards == 4)
         assert "on disk is not used, and will be fetched again" in caplog.text
         assert damaged.read_bytes() == MEMORY.files[MEMORY.roots[0]]
         await until(lambda: fetched(back) == 1)
@@ -174,7 +176,7 @@ def test_wrong_bytes_are_refused_and_come_from_another_host(
         liar = await village.join(1, invite, **HOST)
         await village.run(liar)
         await until_hosted(founder.swarm, memory, 2, MEMORY)
-        store = liar.memories.served[str(memory)]
+        store = liar.memories.hosted.served[str(memory)]
         asked, give = list[bytes](), store.file
 
         def another(name: bytes) -> tuple[PlainFile, bytes]:
@@ -186,17 +188,17 @@ def test_wrong_bytes_are_refused_and_come_from_another_host(
         monkeypatch.setattr(store, "file", another)
         monkeypatch.setattr("expert_server.memory.hosting.WANTED_REPLICAS", 3)
         last = await village.join(2, invite, **HOST)
-        contacts = last.memories._contacts
+        contacts = last.memories._fetcher._contacts
 
         async def the_liar_first(hosts: Iterable[PeerID], name: bytes) -> list[NodeInfo]:
             found = await contacts(hosts, name)
             return sorted(found, key=lambda node: node.peer_id != liar.swarm.host.peer_id)
 
-        monkeypatch.setattr(last.memories, "_contacts", the_liar_first)
+        monkeypatch.setattr(last.memories._fetcher, "_contacts", the_liar_first)
         await village.run(last)
-        await until(lambda: last.memories.shards == 4)
+        await until(lambda: last.memories.hosted.shards == 4)
         for root, (passages, _) in MEMORY.passages.items():
-            assert passages_in(last.memories.served[str(memory)], root) == passages
+            assert passages_in(last.memories.hosted.served[str(memory)], root) == passages
         assert asked
         assert total(last.memories._metrics.fetches, outcome="wrong")
 
@@ -212,9 +214,9 @@ def test_refused_memories_and_licences_are_not_hosted(play: Play) -> None:
         by_license = await village.join(2, invite, **HOST, memory_licenses=("CC0-1.0",))
         for node in (by_name, by_license):
             await village.run(node)
-        await until(lambda: by_name.memories.shards == by_license.memories.shards == 4)
-        assert list(by_name.memories.served) == [str(memory_id(village, SECOND))]
-        assert list(by_license.memories.served) == [str(memory_id(village, MEMORY))]
+        await until(lambda: by_name.memories.hosted.shards == by_license.memories.hosted.shards == 4)
+        assert list(by_name.memories.hosted.served) == [str(memory_id(village, SECOND))]
+        assert list(by_license.memories.hosted.served) == [str(memory_id(village, MEMORY))]
         assert not folder(village, 1, MEMORY).exists()
 
     play(scenario)
@@ -240,14 +242,14 @@ def test_a_licence_that_only_the_manifest_names_is_refused_once(
         allowed = tuple(license for license in (*many.manifest.licenses, "CC0-1.0") if license != "secret")
         node = await village.join(1, await founder.swarm.invite(), **HOST, memory_licenses=allowed)
         await village.run(node)
-        await until(lambda: node.memories.shards == 4)
+        await until(lambda: node.memories.hosted.shards == 4)
         refused = f"does not host memory {memory_id(village, many)}"
         await until(lambda: refused in caplog.text)  # or both would fetch the manifest at the same time
         for _ in range(3):
-            await node.memories.follow()
+            await node.memories.publishers.follow()
             await node.memories.look()
         assert fetched[MemoryStore(Path(), many.manifest.serialize()).part.sha256] == 1
-        assert list(node.memories.served) == [str(memory_id(village, MEMORY))]
+        assert list(node.memories.hosted.served) == [str(memory_id(village, MEMORY))]
         assert not folder(village, 1, many).exists()
 
     play(scenario)
@@ -264,7 +266,7 @@ def test_folders_that_are_no_memory_are_left_alone(play: Play, caplog: pytest.Lo
         with caplog.at_level(logging.WARNING):
             founder = await village.found(**HOST)
             await village.run(founder)
-            await until(lambda: founder.memories.shards == 4)
+            await until(lambda: founder.memories.hosted.shards == 4)
         assert f"{broken} is not used" in caplog.text
         assert f"{other} is not used" in caplog.text
         assert other.exists()
@@ -279,14 +281,17 @@ def test_a_node_takes_no_more_than_its_disk_may_hold(play: Play) -> None:
         await village.run(founder)
         node = await village.join(1, await founder.swarm.invite(), **HOST | {"memory_disk": SIZE // 2 + 3000})
         await village.run(node)
-        await until(lambda: node.memories.shards >= 1)
+        await until(lambda: node.memories.hosted.shards >= 1)
 
         async def settled() -> bool:
-            return sum((await replicas(founder.swarm, memory, MEMORY)).values()) == 4 + node.memories.shards
+            return (
+                sum((await replicas(founder.swarm, memory, MEMORY)).values())
+                == 4 + node.memories.hosted.shards
+            )
 
         await eventually(settled)
-        assert node.memories.shards <= 2
-        assert node.memories.disk_bytes <= SIZE // 2 + 3000
+        assert node.memories.hosted.shards <= 2
+        assert node.memories.hosted.disk_bytes <= SIZE // 2 + 3000
 
     play(scenario)
 
@@ -302,7 +307,7 @@ def test_a_limit_below_the_smallest_shard_is_a_clear_warning(
             await village.run(node)
             await until(lambda: f"no room for memory {memory_id(village, MEMORY)}" in caplog.text)
         assert "--memory-disk leaves 2 kB" in caplog.text
-        assert node.memories.disk_bytes == 0
+        assert node.memories.hosted.disk_bytes == 0
         assert not folder(village, 1, MEMORY).exists()
 
     play(scenario)
@@ -328,7 +333,7 @@ def test_a_full_disk_is_a_clear_warning_and_nothing_is_lost(
         with caplog.at_level(logging.WARNING):
             await village.run(node)
             await until(lambda: "the disk is full" in caplog.text)
-        assert node.memories.shards == 2
+        assert node.memories.hosted.shards == 2
         assert "--memory-disk" in caplog.text
         assert node.restarts.total == 0
 
@@ -345,7 +350,7 @@ def test_a_node_that_leaves_waits_until_others_have_what_it_had_alone(play: Play
         running = await village.run(node)
         await end(task)
         await founder.stop()
-        assert node.memories.shards == 4
+        assert node.memories.hosted.shards == 4
         await end(running)
 
     play(scenario)
@@ -358,10 +363,10 @@ def test_a_paused_node_serves_no_memories_and_takes_them_again(play: Play) -> No
         await village.run(founder)
         await until_hosted(founder.swarm, memory, 1, MEMORY)
         await founder.pause()
-        assert founder.memories.shards == 0
+        assert founder.memories.hosted.shards == 0
         assert not +(await replicas(founder.swarm, memory, MEMORY))
         await founder.resume()
-        assert founder.memories.shards == 4
+        assert founder.memories.hosted.shards == 4
         await until_hosted(founder.swarm, memory, 1, MEMORY)
 
     play(scenario)
@@ -403,9 +408,9 @@ def test_a_memory_that_its_publisher_lists_no_more_is_removed(play: Play) -> Non
         await village.run(founder)
         node = await village.join(1, await founder.swarm.invite(), **HOST)
         await village.run(node)
-        await until(lambda: node.memories.shards == 8)
+        await until(lambda: node.memories.hosted.shards == 8)
         await list_memories(founder, SECOND)
-        await until(lambda: node.memories.shards == 4)
+        await until(lambda: node.memories.hosted.shards == 4)
         await until(lambda: not folder(village, 1, MEMORY).exists())
 
     play(scenario)
@@ -420,8 +425,8 @@ def test_a_host_that_starts_again_knows_the_newest_lists_that_it_saw(play: Play)
         invite = await founder.swarm.invite()
         node = await village.join(1, invite, **HOST)
         task = await village.run(node)
-        await until(lambda: node.memories.shards == 4)
-        await node.memories.follow()
+        await until(lambda: node.memories.hosted.shards == 4)
+        await node.memories.publishers.follow()
         await end(task)
         await node.stop()
         again = await village.join(1, invite, **HOST)
@@ -439,23 +444,23 @@ def test_a_memory_that_goes_while_its_revision_comes_is_no_full_disk(
         await village.run(founder)
         node = await village.join(1, await founder.swarm.invite(), **HOST)
         await village.run(node)
-        await until(lambda: node.memories.shards == 4)
+        await until(lambda: node.memories.hosted.shards == 4)
         later = MEMORY.revoking((MEMORY.roots[2], 9))
         asked = []
 
         async def removed_meanwhile(entry: LibraryEntry) -> bytes:
-            await node.memories._remove(memory)
+            await node.memories.hosted.remove(memory)
             asked.append(entry)
             return later.manifest.serialize()
 
-        monkeypatch.setattr(node.memories, "_fetch_manifest", removed_meanwhile)
+        monkeypatch.setattr(node.memories.publishers, "_fetch_manifest", removed_meanwhile)
         await list_memories(founder, later)
-        await node.memories.follow()
+        await node.memories.publishers.follow()
         await until(lambda: bool(asked))
-        await node.memories.follow()
-        await asyncio.gather(node.memories._remove(memory), node.memories._remove(memory))
+        await node.memories.publishers.follow()
+        await asyncio.gather(node.memories.hosted.remove(memory), node.memories.hosted.remove(memory))
         assert "can't write" not in caplog.text
-        assert node.memories._full_until == 0.0
+        assert node.memories.hosted._full_until == 0.0
         assert node.restarts.total == 0
 
     play(scenario)
@@ -474,7 +479,7 @@ def test_without_disk_nothing_is_hosted_or_asked_for(play: Play) -> None:
             return node.swarm.host.peer_id in await founder.swarm.registry.nodes([node.swarm.host.peer_id])
 
         await eventually(announced)
-        assert node.memories.shards == 0
+        assert node.memories.hosted.shards == 0
         assert not folder(village, 1, MEMORY).exists()
         request = search_request(memory, 1, bytes(DIMENSIONS), MEMORY.roots[0])
         request.swarm_id = node.swarm.keys.swarm_id
@@ -489,7 +494,7 @@ def test_a_memory_that_nobody_lists_any_more_makes_room_for_others(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as that of a librarian whose token was revoked."""
-    monkeypatch.setattr("expert_server.memory.hosting._UNLISTED_S", 0.0)
+    monkeypatch.setattr("expert_server.memory.following._UNLISTED_S", 0.0)
 
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY, SECOND)
@@ -503,9 +508,11 @@ def test_a_memory_that_nobody_lists_any_more_makes_room_for_others(
 
         monkeypatch.setattr(node.memories._memories, "libraries", by_another)
         await village.run(node)
-        await until(lambda: node.memories.shards == 4)
+        await until(lambda: node.memories.hosted.shards == 4)
         listed[:] = [memory_id(village, SECOND)]
-        await until(lambda: list(node.memories.served) == [str(listed[0])] and node.memories.shards == 4)
+        await until(
+            lambda: list(node.memories.hosted.served) == [str(listed[0])] and node.memories.hosted.shards == 4
+        )
         assert not folder(village, 1, MEMORY).exists()
 
     play(scenario)

@@ -1,0 +1,89 @@
+"""Fetches parts of memories for a node that hosts them, and remembers from whom and of which memories none came."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from dht.announcements import NodeInfo
+from dht.memory import MemoryID
+from dht.swarm import Swarm
+from dht.upkeep import UpkeepPeriod
+from peer.bounded import BoundedDict
+from peer.identity import PeerID
+from peer.rpc.parts import PartClient
+
+T = TypeVar("T")
+
+_PUT_OFF_S = 600.0
+"""Longest that a memory is left alone whose parts did not come."""
+_REMEMBERED = 4096
+
+
+class PartFetcher:
+    """Fetches parts from any of their hosts."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        parts: PartClient,
+        period: UpkeepPeriod,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._swarm = swarm
+        self._parts = parts
+        self._period = period
+        self._rng = rng
+        self._clock = clock
+        self._wrong = BoundedDict[tuple[PeerID, bytes], None](_REMEMBERED)
+        """Who gave wrong bytes for what."""
+        self._put_off = BoundedDict[MemoryID, tuple[float, float]](_REMEMBERED)
+        """Until when memories are left alone, and for how long."""
+
+    async def fetch(
+        self,
+        memory: MemoryID,
+        hosts: Iterable[PeerID],
+        name: bytes,
+        most_bytes: int,
+        check: Callable[[bytes], T],
+        wrong: Callable[[], None] = lambda: None,
+    ) -> T:
+        """What `check` makes of the part: see `PartClient.fetch_any`. `wrong` is called if a host gave another file.
+
+        Raises TransferError if nobody gives it, and UnreachableError.
+        """
+
+        def note_wrong(peer_id: PeerID) -> None:
+            self._wrong[peer_id, name] = None
+            wrong()
+
+        nodes = await self._contacts(hosts, name)
+        return await self._parts.fetch_any(nodes, str(memory), name, most_bytes, check, note_wrong)
+
+    def is_put_off(self, memory: MemoryID) -> bool:
+        """Whether it is left alone for now."""
+        until, _ = self._put_off.get(memory, (-math.inf, 0.0))
+        return self._clock() < until
+
+    def put_off(self, memory: MemoryID) -> bool:
+        """Leaves it alone for one announcement period, as its first hosts may not be known yet; then for twice as long
+        each time. Returns whether this is the first time.
+        """
+        is_first = memory not in self._put_off
+        _, pause_s = self._put_off.get(memory, (0.0, self._period.seconds / 2))
+        pause_s = min(2 * pause_s, _PUT_OFF_S)
+        self._put_off[memory] = self._clock() + pause_s, pause_s
+        return is_first
+
+    def was_complete(self, memory: MemoryID) -> None:
+        """Its parts came: it is not left alone any more."""
+        self._put_off.pop(memory, None)
+
+    async def _contacts(self, hosts: Iterable[PeerID], name: bytes) -> list[NodeInfo]:
+        """How to call them, in random order, those last that gave something else for it before."""
+        nodes = list((await self._swarm.registry.nodes(set(hosts) - {self._swarm.host.peer_id})).values())
+        self._rng.shuffle(nodes)
+        return sorted(nodes, key=lambda node: (node.peer_id, name) in self._wrong)

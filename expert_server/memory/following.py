@@ -1,0 +1,218 @@
+"""Follows the publishers of memories: what they list, their later revisions, and what they no longer list."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from dht.library import LibraryEntry, MemoryRegistry
+from dht.memory import MemoryID, MemoryManifest, Part
+from dht.swarm import Swarm
+from expert_server.memory.fetching import PartFetcher
+from expert_server.memory.hosted import HostedMemories
+from expert_server.memory.shard import most_bytes
+from expert_server.memory.store import MemoryStore, parts_bytes
+from expert_server.settings import NodeSettings
+from peer.errors import TransferError, WireError
+from peer.formatting import bytes_in_words
+from peer.loop import side_by_side, tolerating
+from peer.rpc.parts import has_sha256
+
+logger = logging.getLogger(__name__)
+
+_MOST_MEMORIES = 64
+"""That a node follows. Of more, each follows others."""
+_MANIFEST_S = 60.0
+"""Longest that a manifest is waited for: those of other memories wait meanwhile."""
+_FOLLOWED_AT_ONCE = 8
+_UNLISTED_S = 3600.0
+"""How long a memory is kept for certain that nobody lists: the DHT may fail for a while."""
+_KEEP_EVERY_S = 3600.0
+"""How often the libraries are stored again."""
+
+
+@dataclass(frozen=True)
+class HostingRules:
+    """What an owner lets a node host."""
+
+    disk_bytes: int
+    """0: nothing."""
+    refuse: frozenset[str] = frozenset()
+    """Memories, by name or id."""
+    licenses: frozenset[str] = frozenset()
+    """If any, the only ones of which passages may be hosted."""
+
+    @classmethod
+    def of(cls, settings: NodeSettings) -> "HostingRules":
+        return cls(
+            settings.memory_disk, frozenset(settings.memory_refuse), frozenset(settings.memory_licenses)
+        )
+
+    def refusal(self, memory: MemoryID, licenses: Iterable[str]) -> str:
+        """Why it is not hosted, in words; else empty."""
+        if {memory.name, str(memory)} & self.refuse:
+            return "this node refuses it by name"
+        if self.licenses and (others := sorted(set(licenses) - self.licenses)):
+            return f"this node does not host passages under {', '.join(others[:3])}"
+        return ""
+
+
+class PublisherFollower:
+    """What publishers list, and this node may host."""
+
+    def __init__(
+        self,
+        hosted: HostedMemories,
+        rules: HostingRules,
+        swarm: Swarm,
+        memories: MemoryRegistry,
+        fetcher: PartFetcher,
+        count_revision: Callable[[], None],
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`count_revision` is told of each that was followed."""
+        self.listed: Mapping[MemoryID, LibraryEntry] = {}
+        """At the last look, without what is refused."""
+        self._hosted = hosted
+        self._rules = rules
+        self._swarm = swarm
+        self._memories = memories
+        self._fetcher = fetcher
+        self._count_revision = count_revision
+        self._rng = rng
+        self._clock = clock
+        self._refused: dict[MemoryID, Part] = {}
+        """What this node may not host, by the manifest that says so."""
+        self._unlisted: dict[MemoryID, float] = {}
+        """Since when memories that are hosted here are in nobody's list."""
+        self._kept_at: float | None = None
+
+    async def follow(self) -> None:
+        """Follows later revisions, and removes what its publisher no longer lists. Raises UnreachableError.
+
+        The founder's node reads the lists in any case, to renew its own.
+        """
+        if not self._rules.disk_bytes and self._swarm.host.peer_id != self._swarm.keys.author:
+            return
+        libraries = await self._memories.libraries()
+        await self._hosted.save_libraries()
+        listed = {entry.memory: entry for entries in libraries.values() for entry in entries}
+        self._refused = {memory: part for memory, part in self._refused.items() if memory in listed}
+        for entry in listed.values():
+            # a list names few licences, and the manifest all of them
+            if self._refused.get(entry.memory) != entry.manifest:
+                await self._refuses(entry, entry.licenses)
+        self.listed = {memory: entry for memory, entry in listed.items() if memory not in self._refused}
+        for memory in list(self._hosted.stores):
+            if memory not in listed and any(MemoryID.of(memory.name, p) == memory for p in libraries):
+                logger.info("no longer hosts memory %s: its publisher no longer lists it", memory)
+                await self._hosted.remove(memory)
+        stores = self._hosted.stores.items()
+        latest = [(store, self.listed[memory]) for memory, store in stores if memory in self.listed]
+        due = [(store, entry) for store, entry in latest if entry.revision > store.manifest.revision]
+        await side_by_side((self._follow(store, entry) for store, entry in due), _FOLLOWED_AT_ONCE)
+        now = self._clock()
+        self._unlisted = {
+            memory: self._unlisted.get(memory, now) for memory in self._hosted.stores if memory not in listed
+        }
+        if listed and (self._kept_at is None or now >= self._kept_at + _KEEP_EVERY_S):
+            self._kept_at = now
+            await self._memories.keep_libraries()
+
+    async def meet(self) -> None:
+        """Fetches the manifests of memories that are new here. Raises UnreachableError."""
+        stores = self._hosted.stores
+        new = [m for m in self.listed if m not in stores and not self._fetcher.is_put_off(m)]
+        unused = [memory for memory, store in stores.items() if not store.shards]
+        places = _MOST_MEMORIES - len(stores)
+        if new and places <= 0 and unused:  # so that nobody's memories take the places of all others
+            await self._hosted.remove(self._rng.choice(unused))
+            places = 1
+        for memory in self._rng.sample(new, min(len(new), max(0, places))):
+            entry = self.listed.get(memory)
+            if entry is None:  # not any more
+                continue
+            await self.drop_unlisted(entry.manifest.size)
+            if entry.manifest.size > self._hosted.room:
+                continue
+            try:
+                data = await self._fetch_manifest(entry)
+                manifest = await asyncio.to_thread(MemoryManifest.parse, data)
+                if await self._refuses(entry, manifest.licenses) or not self._has_room(entry, manifest):
+                    continue
+                await self._hosted.add(memory, data)
+            except (TransferError, WireError) as error:
+                logger.info("memory %s can't be hosted yet: %s", memory, error)
+                self._fetcher.put_off(memory)
+            except OSError as error:
+                self._hosted.note_full(error)
+                return
+
+    async def drop_unlisted(self, size: int) -> None:
+        """Removes memories that no publisher lists any more, until there is room for so many bytes."""
+        for memory, since in list(self._unlisted.items()):
+            if size <= self._hosted.room:
+                return
+            if memory in self._hosted.stores and self._clock() - since >= _UNLISTED_S:
+                logger.info("no longer hosts memory %s: nobody lists it, and others need the room", memory)
+                await self._hosted.remove(memory)
+
+    async def _refuses(self, entry: LibraryEntry, licenses: Collection[str]) -> bool:
+        """Whether this node may not host the memory. Then it is removed."""
+        memory, reason = entry.memory, self._rules.refusal(entry.memory, licenses)
+        if not reason:
+            self._refused.pop(memory, None)
+            return False
+        if memory not in self._refused:
+            logger.info("does not host memory %s: %s", memory, reason)
+        self._refused[memory] = entry.manifest
+        if memory in self._hosted.stores:
+            await self._hosted.remove(memory)
+        return True
+
+    async def _follow(self, store: MemoryStore, entry: LibraryEntry) -> None:
+        with tolerating("follow a memory"):
+            try:
+                data = await self._fetch_manifest(entry)
+                manifest = await asyncio.to_thread(MemoryManifest.parse, data)
+                if await self._refuses(entry, manifest.licenses):
+                    return
+                await self._hosted.follow(entry.memory, store, data)
+            except (TransferError, WireError) as error:
+                logger.warning(
+                    "revision %d of memory %s can't be followed yet: %s", entry.revision, entry.memory, error
+                )
+            except OSError as error:
+                self._hosted.note_full(error)
+            else:
+                self._count_revision()
+                logger.info("follows revision %d of memory %s", entry.revision, entry.memory)
+
+    async def _fetch_manifest(self, entry: LibraryEntry) -> bytes:
+        hosts = {host.peer_id for host in await self._memories.some_hosts(entry.memory, entry.grid)}
+        name, size = entry.manifest.sha256, entry.manifest.size
+        check = partial(has_sha256, name)
+        try:
+            async with asyncio.timeout(_MANIFEST_S):
+                return await self._fetcher.fetch(entry.memory, hosts | {entry.publisher}, name, size, check)
+        except TimeoutError:
+            raise TransferError(f"its manifest did not come within {_MANIFEST_S:.0f} s") from None
+
+    def _has_room(self, entry: LibraryEntry, manifest: MemoryManifest) -> bool:
+        """Whether anything of a new memory fits. If not, says what would, and leaves it alone for a while."""
+        smallest = min((most_bytes(shard) for shard in manifest.shards), default=0)
+        need = entry.manifest.size + parts_bytes(manifest) + smallest
+        if need <= self._hosted.room:
+            return True
+        if self._fetcher.put_off(entry.memory):
+            logger.warning(
+                "no room for memory %s: it needs %s at least, and --memory-disk leaves %s",
+                entry.memory,
+                bytes_in_words(need),
+                bytes_in_words(max(0, self._hosted.room)),
+            )
+        return False

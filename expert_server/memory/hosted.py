@@ -1,0 +1,218 @@
+"""The memories that a node hosts: on its disk, served, and announced."""
+
+import asyncio
+import errno
+import logging
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+from dht.announcements import ReplicaState
+from dht.library import MemoryRegistry
+from dht.memory import Cell, MemoryID, Place
+from dht.upkeep import UpkeepPeriod
+from expert_server.memory.placement import ShardKey
+from expert_server.memory.store import MemoryStore
+from peer.errors import TransferError, WireError
+from peer.files import PlainFile, write_atomically
+
+logger = logging.getLogger(__name__)
+
+_FULL_PAUSE_S = 600.0
+"""How long a node takes nothing after its disk was full."""
+_LIBRARIES = "libraries"
+"""The file with what publishers list, beside the folders of the memories. No memory is called that."""
+
+
+class HostedMemories:
+    """What a node hosts of memories. Nothing is served before it was verified."""
+
+    def __init__(
+        self,
+        folder: Path,
+        most_bytes: int,
+        memories: MemoryRegistry,
+        period: UpkeepPeriod,
+        changed: Callable[[MemoryID], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`folder`: has a folder for each memory. `changed` is told of memories that go or have another revision."""
+        self.stores: dict[MemoryID, MemoryStore] = {}
+        self.served: dict[str, MemoryStore] = {}
+        """What the service answers from, by memory."""
+        self.unverified: dict[MemoryID, list[bytes]] = {}
+        """Shards found on disk at the start."""
+        self.leaving = True
+        """Whether others are told that this node's replicas go, and nothing more is taken."""
+        self._folder = folder
+        self._most_bytes = most_bytes
+        self._memories = memories
+        self._period = period
+        self._changed = changed
+        self._clock = clock
+        self._announced: dict[MemoryID, set[Cell]] = {}
+        self._writing = asyncio.Lock()
+        """Held while a store changes its files. Not while others are waited for."""
+        self._full_until = 0.0
+        self._saved_libraries = b""
+
+    @property
+    def shards(self) -> int:
+        return sum(len(store.shards) for store in self.served.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(store.nbytes for store in self.stores.values())
+
+    @property
+    def room(self) -> int:
+        """Bytes that may still be taken. Less than none if the owner lowered the limit."""
+        return self._most_bytes - self.disk_bytes
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the disk was, a short time ago."""
+        return self._clock() < self._full_until
+
+    def mine(self) -> set[ShardKey]:
+        return {ShardKey(memory, root) for memory, store in self.stores.items() for root in store.shards}
+
+    def revoked(self, memory: MemoryID) -> Collection[Place]:
+        """Passages of a memory that its publisher revoked."""
+        store = self.stores.get(memory)
+        return () if store is None else store.manifest.revoked
+
+    async def open(self) -> None:
+        """Finds what is on disk from the last run."""
+        self._memories.restore(await asyncio.to_thread(self._read_libraries))
+        found = await asyncio.to_thread(self._found)
+        self.stores = {memory: store for memory, (store, _) in found.items()}
+        self.unverified = {memory: roots for memory, (_, roots) in found.items()}
+
+    async def verify(self) -> None:
+        """Verifies what is on disk and serves it, shard by shard."""
+        for memory, roots in list(self.unverified.items()):
+            store = self.stores.get(memory)
+            while roots and store is not None:
+                root = roots.pop()
+                async with self._writing:
+                    if root not in store.manifest.by_root or self.stores.get(memory) is not store:
+                        continue
+                    try:
+                        await asyncio.to_thread(store.load, root)
+                    except (WireError, OSError) as error:
+                        with suppress(OSError):
+                            await asyncio.to_thread(store.drop, root)
+                        logger.warning(
+                            "shard %s on disk is not used, and will be fetched again: %s",
+                            ShardKey(memory, root),
+                            error,
+                        )
+            self.unverified.pop(memory, None)
+
+    def resume(self) -> None:
+        """Serves what is hosted."""
+        self.leaving = False
+        self.served.update({str(memory): store for memory, store in self.stores.items()})
+
+    async def announce_all(self) -> None:
+        """Renews the announcements of all cells. Raises UnreachableError."""
+        for memory in {*self.stores, *self._announced}:
+            await self.announce(memory)
+
+    async def announce(self, memory: MemoryID) -> None:
+        """Raises UnreachableError."""
+        cells: dict[Cell, list[bytes]] = {}
+        if (store := self.served.get(str(memory))) is not None:
+            for root in store.shards:
+                cells.setdefault(store.manifest.by_root[root].cell, []).append(root)
+        state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
+        records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
+            cell: (state, roots) for cell, roots in cells.items()
+        }
+        for cell in self._announced.get(memory, set()) - cells.keys():
+            records[cell] = ReplicaState.WITHDRAWN, ()
+        if records:
+            await self._memories.announce(memory, records, self._period.lifetime_s)
+        self._announced[memory] = set(cells)
+        if not cells:
+            del self._announced[memory]
+
+    async def add(self, memory: MemoryID, manifest: bytes) -> None:
+        """A memory of which nothing is here yet. Raises WireError, and OSError if the disk is full."""
+        async with self._writing:
+            store = await asyncio.to_thread(MemoryStore.create, self._folder / str(memory), manifest)
+        self.stores[memory] = store
+        if not self.leaving:
+            self.served[str(memory)] = store
+
+    async def remove(self, memory: MemoryID) -> None:
+        """Stops hosting it, and says so. Raises UnreachableError."""
+        async with self._writing:
+            store = self.stores.pop(memory, None)
+            if store is None:  # somebody else did
+                return
+            self.served.pop(str(memory), None)
+            self.unverified.pop(memory, None)
+            self._changed(memory)
+            await asyncio.to_thread(store.remove)
+        await self.announce(memory)
+
+    async def write(self, memory: MemoryID, store: MemoryStore, change: Callable[[], None]) -> None:
+        """Lets a store change its files. Raises what `change` does, and TransferError if it is no longer hosted."""
+        async with self._writing:
+            if self.stores.get(memory) is not store:
+                raise TransferError("it is no longer hosted here")
+            await asyncio.to_thread(change)
+
+    async def follow(self, memory: MemoryID, store: MemoryStore, manifest: bytes) -> None:
+        """Goes on with a later revision. Raises what `write` and `MemoryStore.follow` do, and UnreachableError."""
+        await self.write(memory, store, lambda: store.follow(manifest))
+        self._changed(memory)
+        await self.announce(memory)
+
+    async def save_libraries(self) -> None:
+        """Keeps what publishers list. After a restart, an older list that somebody stored again would be believed."""
+        async with self._writing:
+            data = self._memories.saved()
+            if data != self._saved_libraries and self.stores:
+                try:
+                    await asyncio.to_thread(write_atomically, self._folder / _LIBRARIES, data)
+                except OSError as error:
+                    self.note_full(error)
+                else:
+                    self._saved_libraries = data
+
+    def note_full(self, error: OSError) -> None:
+        self._full_until = self._clock() + _FULL_PAUSE_S
+        cause = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        logger.warning(
+            "can't write to %s: %s; what is hosted stays, and nothing more is taken for %.0f minutes. Free some space, "
+            "or lower --memory-disk",
+            self._folder,
+            cause,
+            _FULL_PAUSE_S / 60,
+        )
+
+    def _found(self) -> dict[MemoryID, tuple[MemoryStore, list[bytes]]]:
+        """What is on disk of each memory, with the roots of its shards."""
+        found = {}
+        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
+            if path.name == _LIBRARIES:
+                continue
+            try:
+                memory, store = MemoryID.parse(path.name), MemoryStore.open(path)
+                found[memory] = store, store.roots()
+            except (WireError, OSError) as error:
+                logger.warning("%s is not used: %s", path, error)
+        return found
+
+    def _read_libraries(self) -> bytes:
+        """What publishers listed in the last run."""
+        try:
+            return PlainFile(self._folder / _LIBRARIES)[:]
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                logger.warning("%s is not used: %s", self._folder / _LIBRARIES, error.strerror)
+            return b""
