@@ -29,6 +29,7 @@ from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.format import (
     ACCUMULATED_ROWS,
     ACCUMULATED_SIZES,
+    AVERAGED,
     BLOCK,
     Checkpoint,
     State,
@@ -516,7 +517,8 @@ class Expert:
         self._accumulated = self._accumulated_in(state)
         self._withheld = None
         self.update_count = update_count
-        self.own_moves.start(moving_tensors(state))
+        if source != AVERAGED:  # what an average moved since its base is known to whoever made it
+            self.own_moves.start(moving_tensors(state))
         self._imported = object()
         self._source = source
         if source:

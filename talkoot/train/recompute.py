@@ -1,9 +1,11 @@
 """Experts with the parameters that nodes give, for the spot checks of a trainer."""
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from dht.manifest import Manifest
 from dht.uid import UID
@@ -15,12 +17,14 @@ from trainer_client.dispatch.snapshots import Precision
 
 
 class BlockLoader:
-    """Makes experts of a swarm's kind from parameters. Any thread may use it."""
+    """Makes experts of a swarm's kind from parameters. Any thread may use it, and its experts: one at a time."""
 
     def __init__(self, manifest: Manifest, swarm_id: str) -> None:
-        self._manifest = manifest
         self._swarm_id = swarm_id
         self._form = StateForm.of(manifest)
+        # here, and not for each expert: it draws from torch's global generator
+        first = UID(0, (0,) * len(manifest.experts.grid))
+        self._block = build_block(manifest, first).requires_grad_(False)
 
     @classmethod
     def of(cls, manifest: Manifest, swarm_id: str) -> Self | None:
@@ -35,18 +39,18 @@ class BlockLoader:
     def load(self, uid: UID, data: bytes) -> "RecomputedExpert":
         """Raises StateError when the data is not the parameters of that expert."""
         state = block_from_bytes(data, self._swarm_id, uid, self._form)
-        block = build_block(self._manifest, uid)
-        block.load_state_dict(
-            {name.removeprefix(BLOCK): tensor for name, tensor in state.items()}, strict=False
+        return RecomputedExpert(
+            self._block, {name.removeprefix(BLOCK): tensor for name, tensor in state.items()}
         )
-        return RecomputedExpert(block.requires_grad_(False))
 
 
 class RecomputedExpert:
     """Computes on the CPU, on the thread that calls."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors`: what it has in place of the block's own."""
         self._block = block
+        self._tensors = dict(tensors)
 
     def updates(self, inputs: Floats, lengths: Integers, positions: Integers, precision: Precision) -> Floats:
         """The updates of rows [R, W] in segments [S] at positions [R], as `Expert.forward` gives them.
@@ -55,7 +59,8 @@ class RecomputedExpert:
         """
         device = ComputeDevice("cpu", "bf16" if precision == "bf16" else "fp32")
         x_RD = torch.from_numpy(inputs)
+        arguments = x_RD, torch.from_numpy(lengths), torch.from_numpy(positions)
         with torch.no_grad(), device.autocast():
-            y_RD: torch.Tensor = self._block(x_RD, torch.from_numpy(lengths), torch.from_numpy(positions))
+            y_RD: Tensor = functional_call(self._block, self._tensors, arguments)
         updates: Floats = (y_RD.float() - x_RD).numpy()
         return updates
