@@ -1,7 +1,6 @@
 """Fetches the parameters that answers were computed with from the nodes that gave them, for spot checks."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -50,15 +49,11 @@ class BlockClient:
         self._max_bytes = max_bytes
         self._down = RateLimit(None)
 
-    async def fetch(
-        self, node: NodeInfo, uid: UID, version: int, deadline_s: float, count: Callable[[int], None]
-    ) -> FetchedBlock:
-        """`count` is called with the bytes of each part that came, even if the rest does not.
-
-        Raises TransferError when they did not come, VersionGoneError among them, and StateError when what came can't
-        be right.
+    async def fetch(self, node: NodeInfo, uid: UID, version: int, deadline_s: float) -> FetchedBlock:
+        """Raises TransferError when they did not come, VersionGoneError among them, and StateError when what came
+        can't be right.
         """
-        incoming = SnapshotReceiver(self._max_bytes, count)
+        incoming = SnapshotReceiver(self._max_bytes, lambda size: None)
         try:
             async with asyncio.timeout(deadline_s):
                 await self._receive(node, uid, version, deadline_s, incoming)

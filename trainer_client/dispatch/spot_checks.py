@@ -14,7 +14,7 @@ Shapes: n rows of the batch, m of an answer, c of those checked, K slots of each
 import asyncio
 import logging
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -66,11 +66,13 @@ _FORGIVEN_AFTER_ROWS = 100_000
 """Right ones in a row, after which a node's failed checks no longer count: in as many, an honest one may fail once."""
 _MOST_ROWS = 512
 """That each expert computes in a check, beyond one segment."""
-_MOST_AT_ONCE = 2
+_MOST_AT_ONCE = 4
 _DEADLINE_S = 20.0
 """For the parameters to come."""
 _TRAFFIC_SHARE = 0.1
-"""Bytes of parameters, as a part of those of forward answers: about a fortieth of all traffic with nodes."""
+"""Most bytes of parameters that are asked for on average, as a part of those of forward answers: about a fortieth of
+all traffic with nodes.
+"""
 _KEPT_EXPERTS = 4
 """Whose parameters are kept for more answers of the same version."""
 _NODES = 1024
@@ -113,13 +115,9 @@ class ExpertLoader(Protocol):
 class BlockSource(Protocol):
     """Where parameters come from."""
 
-    async def fetch(
-        self, node: NodeInfo, uid: UID, version: int, deadline_s: float, count: Callable[[int], None]
-    ) -> FetchedBlock:
-        """`count` is called with the bytes of each part that came, even if the rest does not.
-
-        Raises TransferError when they did not come, VersionGoneError among them, and StateError when what came can't
-        be right.
+    async def fetch(self, node: NodeInfo, uid: UID, version: int, deadline_s: float) -> FetchedBlock:
+        """Raises TransferError when they did not come, VersionGoneError among them, and StateError when what came
+        can't be right.
         """
         ...
 
@@ -238,7 +236,7 @@ class _Record:
     right_rows: int = 0
     """Checked since the last failure."""
     owed: int = 0
-    """Answers that are still to be checked, whatever chance says."""
+    """Answers that still have to prove right, whatever chance says."""
     decided: deque[bool] = field(default_factory=lambda: deque(maxlen=_LATELY))
     """Whether each of the last checks came to a verdict."""
 
@@ -248,7 +246,11 @@ class _Record:
 
 
 class SpotChecks:
-    """Those of one trainer. Its methods belong to the loop's thread."""
+    """Those of one trainer. Its methods belong to the loop's thread.
+
+    A node sees when its parameters are fetched. So what was checked before must not change what will be: each answer is
+    drawn by itself, and a node that holds up the checks of its own answers holds up no further ones.
+    """
 
     def __init__(
         self, calls: CallTracker, checking: Checking | None, codec: CodecName, rng: random.Random
@@ -262,7 +264,8 @@ class SpotChecks:
         self._pool = ThreadPoolExecutor(1, "spot check", initializer=torch.set_num_threads, initargs=(1,))
         self._records = BoundedDict[PeerID, _Record](_NODES)
         self._experts = BoundedDict[tuple[PeerID, UID, int], tuple[LoadedExpert, Precision]](_KEPT_EXPERTS)
-        self._answer_bytes = self._fetched_bytes = 0
+        self._fetching: dict[asyncio.Task[None], NodeInfo] = {}
+        """The checks whose parameters have not come yet, oldest first."""
         calls.metrics.evasive.set_function(self.evasive)
 
     def evasive(self) -> int:
@@ -277,19 +280,40 @@ class SpotChecks:
         """
         if self._checking is None or not len(reply.places):
             return
-        self._answer_bytes += encoded_bytes(len(reply.tensor), reply.tensor.shape[1], self._codec)
-        if len(self._tasks) >= _MOST_AT_ONCE:
-            return
         record = self._records.get(sent.node.peer_id)
-        is_owed = record is not None and record.owed > 0
+        is_full = len(self._tasks) >= _MOST_AT_ONCE
+        is_owed = record is not None and record.owed > 0 and not is_full
         if not is_owed and self._rng.random() >= self._checking.share:
             return
         sample = Sample.draw(sent, reply, inputs[sent.batch.rows], self._rng)
-        if record is not None and is_owed:
-            record.owed -= 1
-        elif self._fetched_bytes > _TRAFFIC_SHARE * self._answer_bytes and not self._has(sample):
+        if not is_owed and self._rng.random() >= self._affordable(sample, reply):
             return
-        self._tasks.spawn(self._check(sample), "check an answer")
+        if is_full and not self._make_room():
+            return
+        task = self._tasks.spawn(self._check(sample), "check an answer")
+        self._fetching[task] = sample.node
+        task.add_done_callback(lambda ended: self._fetching.pop(ended, None))
+
+    def _affordable(self, sample: Sample, reply: AnsweredRows) -> float:
+        """The part of such checks that keeps to the share of the traffic."""
+        assert self._checking is not None, "no check begins without"
+        node = sample.node.peer_id
+        missing = sum((node, *each) not in self._experts for each in sample.versions.items())
+        most = _TRAFFIC_SHARE * encoded_bytes(len(reply.tensor), reply.tensor.shape[1], self._codec)
+        expected = self._checking.share * missing * self._checking.loader.max_bytes
+        return 1.0 if expected <= most else most / expected
+
+    def _make_room(self) -> bool:
+        """Ends a check of the node for whose parameters the most checks wait, and returns whether there was one."""
+        waiting = Counter(node.peer_id for node in self._fetching.values())
+        if not waiting:
+            return False
+        most = max(waiting, key=waiting.__getitem__)
+        task, node = next((t, node) for t, node in self._fetching.items() if node.peer_id == most)
+        del self._fetching[task]
+        task.cancel()
+        self._note(node, "not_given")
+        return True
 
     async def close(self) -> None:
         await self._tasks.aclose()
@@ -300,6 +324,9 @@ class SpotChecks:
         try:
             async with asyncio.timeout(_DEADLINE_S):
                 loaded = await self._load_all(sample)
+                self._fetching = {
+                    t: node for t, node in self._fetching.items() if t is not asyncio.current_task()
+                }
                 experts = {uid: expert for uid, (expert, _) in zip(sample.versions, loaded, strict=True)}
                 # one device has them all, or each is as precise as it says
                 precision = max((precision for _, precision in loaded), key=SLACK.__getitem__)
@@ -321,10 +348,6 @@ class SpotChecks:
         else:
             self._pass(sample)
 
-    def _has(self, sample: Sample) -> bool:
-        """Whether nothing must be fetched to check it."""
-        return all((sample.node.peer_id, *each) in self._experts for each in sample.versions.items())
-
     async def _load_all(self, sample: Sample) -> list[tuple[LoadedExpert, Precision]]:
         """All at once, for their versions don't last. Raises TransferError, and StateError."""
         loads = [self._load(sample.node, *each) for each in sample.versions.items()]
@@ -342,14 +365,11 @@ class SpotChecks:
         key = node.peer_id, uid, version
         found = self._experts.get(key)
         if found is None:
-            block = await self._checking.source.fetch(node, uid, version, _DEADLINE_S, self._count_fetched)
+            block = await self._checking.source.fetch(node, uid, version, _DEADLINE_S)
             with self._checking.guard.guarding("state", node.peer_id, TransferError):
                 expert = await self._run(self._checking.loader.load, uid, block.data)
             found = self._experts[key] = expert, block.precision
         return found
-
-    def _count_fetched(self, size: int) -> None:
-        self._fetched_bytes += size
 
     async def _run(self, function: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
         """On the one thread that checks compute on, with one core."""
@@ -370,6 +390,7 @@ class SpotChecks:
 
     def _pass(self, sample: Sample) -> None:
         record = self._note(sample.node, "passed")
+        record.owed = max(0, record.owed - 1)
         record.right_rows += len(sample.places)
         if record.right_rows >= _FORGIVEN_AFTER_ROWS:
             record.failed = 0

@@ -40,19 +40,13 @@ def a_client(street: Street, max_bytes: int = 2**20) -> BlockClient:
     return BlockClient(channels, sessions, SWARM, max_bytes)
 
 
-def ignore(size: int) -> None:
-    """Whoever asks has no budget."""
-
-
 def test_they_come_at_their_version_and_without_moments(play: Callable[[Scenario], None]) -> None:
     async def scenario(street: Street) -> None:
         expert = make_expert(3)
         await street.host(expert)
         form = StateForm.of(MANIFEST)
-        sizes: list[int] = []
         client = a_client(street, form.max_block_bytes)
-        block = await client.fetch(street.node, AN_UID, expert.version, 9.0, sizes.append)
-        assert sum(sizes) == len(block.data)
+        block = await client.fetch(street.node, AN_UID, expert.version, 9.0)
         assert block.precision == "fp32"
         assert block_from_bytes(block.data, SWARM, AN_UID, form).keys() == form.block.keys()
 
@@ -76,7 +70,7 @@ def test_of_another_version_or_expert_or_too_large_they_do_not_come(
         client = a_client(street, most)
         with pytest.raises(error):
             await client.fetch(
-                street.node, OTHER_UID if uid == OTHER_UID else AN_UID, expert.version + step, 9.0, ignore
+                street.node, OTHER_UID if uid == OTHER_UID else AN_UID, expert.version + step, 9.0
             )
 
     play(scenario)
@@ -91,7 +85,7 @@ def test_who_asks_for_too_many_is_told_to_wait(
         client = a_client(street)
         monkeypatch.setattr(SnapshotTaker, "_wait_s", lambda *_: 1.0)
         with pytest.raises(TransferError, match="RESOURCE_EXHAUSTED"):
-            await client.fetch(street.node, AN_UID, expert.version, 9.0, ignore)
+            await client.fetch(street.node, AN_UID, expert.version, 9.0)
 
     play(scenario)
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from expert_server.serving.compute import compute_together
 from expert_server.serving.runtime import Runtime
 from peer.codec import CodecName, Floats, Integers, codec_of, decode, encode
 from peer.errors import StateError, TransferError, VersionGoneError
+from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.metrics import total, totals
 from peer.rpc.channels import ChannelPool
@@ -272,17 +274,21 @@ def test_whatever_is_drawn_an_honest_answer_passes_and_a_lie_in_a_checked_row_fa
 # Over real sockets
 
 
+@pytest.fixture
+def any_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer that is drawn is checked, however large the parameters."""
+    monkeypatch.setattr("trainer_client.dispatch.spot_checks._TRAFFIC_SHARE", 1e9)
+
+
 class Reluctant:
-    """Gives no parameters, for a reason, after so many bytes of them."""
+    """Gives no parameters, for a reason."""
 
-    def __init__(self, error: Exception, size: int = 0) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
-        self.size = size
+        self.asked = 0
 
-    async def fetch(
-        self, node: NodeInfo, uid: UID, version: int, deadline_s: float, count: Callable[[int], None]
-    ) -> FetchedBlock:
-        count(self.size)
+    async def fetch(self, node: NodeInfo, uid: UID, version: int, deadline_s: float) -> FetchedBlock:
+        self.asked += 1
         raise self.error
 
 
@@ -348,9 +354,8 @@ def test_a_node_that_alters_one_row_in_a_hundred_is_banned_and_an_honest_one_is_
     tmp_path: Path,
     codec: CodecName,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    any_traffic: None,
 ) -> None:
-    monkeypatch.setattr("trainer_client.dispatch.spot_checks._TRAFFIC_SHARE", 1e9)
     checked, (liar, honest) = loop.run(
         check_nodes(tmp_path, LyingRuntime, Runtime, codec=codec, steps=400), 60
     )
@@ -363,11 +368,8 @@ def test_a_node_that_alters_one_row_in_a_hundred_is_banned_and_an_honest_one_is_
     assert "1.00%" in warning or codec != "fp32"
 
 
-def test_a_lone_host_is_checked_while_it_trains(
-    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lone_host_is_checked_while_it_trains(loop: LoopThread, tmp_path: Path, any_traffic: None) -> None:
     """Each step makes another version, which is fetched for the answers it has given."""
-    monkeypatch.setattr("trainer_client.dispatch.spot_checks._TRAFFIC_SHARE", 1e9)
     checked, _ = loop.run(check_nodes(tmp_path, Runtime, steps=12, trains=True), 60)
     assert checked.outcomes["passed"] == 12
     assert checked.outcomes["failed"] == 0
@@ -378,12 +380,67 @@ def test_bytes_of_parameters_are_a_small_share_of_those_of_answers(loop: LoopThr
     assert checked.outcomes["passed"] <= 2, "one expert takes as many bytes as several answers"
 
 
-def test_a_node_whose_line_is_too_slow_for_its_parameters_is_not_asked_all_the_time(
-    loop: LoopThread, tmp_path: Path
+def test_what_was_fetched_before_tells_a_node_nothing_of_when_it_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    slow = Reluctant(TransferError("did not come in time"), size=2**30)
-    checked, _ = loop.run(check_nodes(tmp_path, Runtime, steps=5, source=slow), 60)
-    assert checked.outcomes["not_given"] == 1
+    """As many answers are checked as the share of the traffic pays for, and after each the next one as likely."""
+
+    async def scenario() -> None:
+        calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
+        source, loader = Reluctant(TransferError("busy")), BlockLoader(MANIFEST, SWARM)
+        monkeypatch.setattr(BlockLoader, "max_bytes", 2000)
+        checks = SpotChecks(calls, Checking(1.0, source, loader), "fp32", random.Random(0))
+        sent, reply, _ = answered(0, 3, 0.0)
+        inputs = np.zeros((5 * LENGTH, 8), np.float32)
+        checked = []
+        for _ in range(2000):
+            checks.note(sent, reply, inputs)
+            checked.append(len(checks._tasks) > 0)
+            await checks._tasks.join()
+        assert source.asked * loader.max_bytes == pytest.approx(2000 * 0.1 * 4 * reply.tensor.size, rel=0.3)
+        twice = sum(one and other for one, other in pairwise(checked))
+        assert twice == pytest.approx(sum(checked) ** 2 / 2000, rel=0.5), "as often as without memory"
+        await checks.close()
+
+    asyncio.run(scenario())
+
+
+class Stalling:
+    """Gives nothing until it is let go, and counts who was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[PeerID] = []
+
+    async def fetch(self, node: NodeInfo, uid: UID, version: int, deadline_s: float) -> FetchedBlock:
+        self.asked.append(node.peer_id)
+        await asyncio.Event().wait()
+        raise AssertionError("nothing is given")
+
+
+def test_a_node_that_holds_up_the_checks_of_its_answers_holds_up_no_others(any_traffic: None) -> None:
+    """Neither those of other nodes nor those of its own next answers."""
+
+    async def scenario() -> None:
+        calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
+        source = Stalling()
+        checks = SpotChecks(
+            calls, Checking(1.0, source, BlockLoader(MANIFEST, SWARM)), "fp32", random.Random(0)
+        )
+        sent, reply, _ = answered(0, 3, 0.0)
+        other = replace(sent, node=make_node(make_peer_id(2)))
+        inputs = np.zeros((5 * LENGTH, 8), np.float32)
+        for number in range(20):
+            before = len(source.asked)
+            checks.note(other if number == 10 else sent, reply, inputs)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert len(source.asked) > before, "each answer is checked"
+            assert len(checks._tasks) <= 4 + 1
+        assert other.node in checks._fetching.values(), "who holds up the most makes room"
+        assert total(calls.metrics.spot_checks, outcome="not_given") == 16
+        await checks.close()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -394,7 +451,12 @@ def test_a_node_whose_line_is_too_slow_for_its_parameters_is_not_asked_all_the_t
     ],
 )
 def test_a_node_that_gives_no_parameters_is_not_banned_but_counted(
-    loop: LoopThread, tmp_path: Path, error: Exception, outcome: str, caplog: pytest.LogCaptureFixture
+    loop: LoopThread,
+    tmp_path: Path,
+    error: Exception,
+    outcome: str,
+    caplog: pytest.LogCaptureFixture,
+    any_traffic: None,
 ) -> None:
     checked, _ = loop.run(check_nodes(tmp_path, LyingRuntime, source=Reluctant(error)), 60)
     assert checked.outcomes[outcome] == 33
@@ -403,30 +465,33 @@ def test_a_node_that_gives_no_parameters_is_not_banned_but_counted(
     assert len([r for r in caplog.records if "none of the last 32 answers" in r.getMessage()]) == 1
 
 
-def test_a_node_that_gives_parameters_which_cant_be_right_is_banned(loop: LoopThread, tmp_path: Path) -> None:
+def test_a_node_that_gives_parameters_which_cant_be_right_is_banned(
+    loop: LoopThread, tmp_path: Path, any_traffic: None
+) -> None:
     checked, (node,) = loop.run(check_nodes(tmp_path, Runtime, source=Reluctant(StateError("garbage"))), 60)
     assert checked.banned == {node.peer_id}
     assert checked.outcomes["failed"] == 2
 
 
 def test_parameters_that_break_their_parser_end_no_task(
-    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread, tmp_path: Path, any_traffic: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(self: BlockLoader, uid: UID, data: bytes) -> RecomputedExpert:
         raise ZeroDivisionError
 
     monkeypatch.setattr(BlockLoader, "load", load)
-    monkeypatch.setattr("trainer_client.dispatch.spot_checks._TRAFFIC_SHARE", 1e9)
     checked, _ = loop.run(check_nodes(tmp_path, Runtime, steps=5), 60)
     assert checked.outcomes["not_given"] == 5
 
 
-def test_whoever_may_not_fetch_checks_nothing(loop: LoopThread, tmp_path: Path) -> None:
+def test_whoever_may_not_fetch_checks_nothing(loop: LoopThread, tmp_path: Path, any_traffic: None) -> None:
     checked, _ = loop.run(check_nodes(tmp_path, Runtime, rights=[session_pb2.RIGHT_BACKWARD], steps=5), 60)
     assert checked.outcomes["not_given"] == 5
 
 
-def test_after_a_failure_the_next_answers_are_checked_whatever_chance_says() -> None:
+def test_after_a_failure_a_node_is_checked_until_so_many_answers_were_right() -> None:
+    """Whatever chance says. It can't sit that out by giving no parameters."""
+
     async def scenario() -> None:
         calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
         checking = Checking(1e-12, Reluctant(TransferError("")), BlockLoader(MANIFEST, SWARM))
@@ -437,10 +502,13 @@ def test_after_a_failure_the_next_answers_are_checked_whatever_chance_says() -> 
             checks.note(sent, reply, inputs)
         assert not checks._tasks
         checks._fail(Sample.draw(sent, reply, of_batch, random.Random(0)), "for a test")
-        for _ in range(40):
-            checks.note(sent, reply, inputs)
-            await asyncio.gather(*checks._tasks._tasks)
-        assert total(calls.metrics.spot_checks, outcome="not_given") == 32
+        sample = Sample.draw(sent, reply, of_batch, random.Random(0))
+        for right in range(33):
+            for _ in range(2):
+                checks.note(sent, reply, inputs)
+                await checks._tasks.join()
+            assert total(calls.metrics.spot_checks, outcome="not_given") == 2 * min(32, right + 1)
+            checks._pass(sample)
         await checks.close()
 
     asyncio.run(scenario())
