@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import SettingsError
 from talkoot.options import (
+    AskCommand,
     Config,
     DashboardCommand,
     DoctorCommand,
@@ -55,6 +56,7 @@ Use what a swarm has learned:
   talkoot serve --join INVITE       serve the model to programs and to a page
   talkoot export --join INVITE      keep the model in a folder
   talkoot search --join INVITE "…"  find passages of text that nodes host
+  talkoot ask --join INVITE "…"     answer a question from these passages
 
 An invite is one line that somebody gives you. Without one:
 
@@ -75,7 +77,10 @@ class _Talkoot(GroupedCommands):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Take part": ("node", "train", "dashboard", "status"),
         "Try and check": ("demo", "doctor"),
-        "Use what a swarm learned": ("generate", "serve", "evaluate", "export", "import", "search", "memory"),
+        "Use what a swarm learned": (
+            *("generate", "serve", "evaluate", "export", "import"),
+            *("ask", "search", "memory"),
+        ),
         "Your node and your swarm": ("pause", "resume", "stop", "logs", "service", "invite"),
         "This program": ("update", "uninstall"),
     }
@@ -527,6 +532,30 @@ def search(
             from talkoot.memory.search import SearchRequest, run_search
 
         run_search(terminal, join, SearchRequest(question, memory, k, cells))
+
+
+@app.command(cls=AskCommand)
+def ask(
+    context: typer.Context,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
+    *,
+    join: Join = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer a question from a memory, and name the passages behind the answer.
+
+    Needs a model that learned to answer: talkoot train --objective rag-sequence --memory NAME --data QUESTIONS.jsonl
+    """
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing():
+            from trainer_client.settings import TrainerSettings
+
+        settings = load_settings(context, TrainerSettings)
+        _check_invite(join)
+        with signals.importing():
+            from talkoot.train.ask import run_ask
+
+        run_ask(terminal, signals, join, question, settings)
 
 
 @app.command(cls=PlainCommand)

@@ -338,7 +338,7 @@ class DoctorCommand(NodeCommand):
 class TrainCommand(SettingsCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Swarm": ("join", "local", "name"),
-        "Data": ("data", "field", "tokenizer"),
+        "Data": ("data", "objective", "field", "tokenizer"),
         "Training": (
             "steps",
             "batch_size",
@@ -440,6 +440,32 @@ class GenerateCommand(TrainedModelCommand):
         from trainer_client.settings import Sampling, TrainerSettings
 
         return {TrainerSettings: _TRAINED_MODEL, Sampling: _all_settings(Sampling)}
+
+
+class AskCommand(TrainedModelCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Question": ("question", "objective", "memory_passages"),
+        "Model": _TRAINED_MODEL_SHOWN,
+        "Output": ("as_json",),
+    }
+
+    @cached_property
+    def _setting_options(self) -> list[Any]:
+        options = super()._setting_options
+        changed = {
+            "objective": "How the passages are summed: rag-sequence for each answer as a whole, rag-token for each of "
+            "its tokens.  [default: as the model learned]",
+            "memory_passages": "Passages that are read.  [default: as many as the model learned with]",
+        }
+        for option in options:
+            option.help = changed.get(option.name, option.help)
+        return options
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from trainer_client.settings import TrainerSettings
+
+        return {TrainerSettings: (*_TRAINED_MODEL, "objective", "memory_passages")}
 
 
 class EvaluateCommand(TrainedModelCommand):

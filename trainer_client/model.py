@@ -28,7 +28,37 @@ from trainer_client.retrieval.attention import ReadChunks, Retrieval, RetrievalS
 _EMBEDDING_SCALE = 0.3
 
 
-class LanguageModel(nn.Module):
+class MixtureModel(nn.Module):
+    """A model that has mixtures of experts somewhere, as training sees it."""
+
+    first_scored: int
+    """The first token of a sequence, from 0, that counts in the loss."""
+
+    loss: Callable[..., Tensor]
+    """The mean over the tokens that count in a batch, in nats, with what is read for it, if the model reads. []"""
+
+    def balancing_loss(self) -> Tensor | None:
+        """The sum of the routers' losses in this thread's last training forward pass; None if there are none. []"""
+        losses = [routed.balancing_loss for routed in self._routed() if routed.balancing_loss is not None]
+        return torch.stack(losses).sum() if losses else None
+
+    def load_spread(self) -> LoadSpread | None:
+        """The mean over the mixtures in this thread's last training forward pass; None if no expert was live."""
+        return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
+
+    def begin_step(self, number: int) -> None:
+        """From now on the mixtures draw the random numbers of this training step."""
+        for mixture in self._remote():
+            mixture.begin_step(number)
+
+    def _routed(self) -> list[Routed]:
+        return [mixture.routed for mixture in self._remote() if mixture.routed is not None]
+
+    def _remote(self) -> list[RemoteMixtureOfExperts]:
+        return [module for module in self.modules() if isinstance(module, RemoteMixtureOfExperts)]
+
+
+class LanguageModel(MixtureModel):
     """`layers` times (a local part, then a mixture of experts).
 
     `make_mixture(layer)` returns a module from [B, T, D] to [B, T, D] with its own residual connection: where no expert
@@ -77,6 +107,11 @@ class LanguageModel(nn.Module):
 
         `neighbours_BUNL`: of each whole chunk, int64 and -1 where there is none; None: no chunk has any.
         """
+        logits_BTV: Tensor = self.head(self.norm(self.states(tokens_BT, neighbours_BUNL)))
+        return logits_BTV
+
+    def states(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
+        """What `head` makes logits of, before `norm`: [B, T, D]. As in `forward`."""
         assert tokens_BT.shape[1] <= self.context, f"at most {self.context} tokens in a sequence"
         x_BTD = self.embedding(tokens_BT)
         read = None
@@ -88,8 +123,8 @@ class LanguageModel(nn.Module):
             if read is not None and self.retrieval is not None and layer in read:
                 x_BTD = self.retrieval.attention[str(layer)](x_BTD, read[layer])
             x_BTD = mixture(x_BTD)
-        logits_BTV: Tensor = self.head(self.norm(x_BTD))
-        return logits_BTV
+        states_BTD: Tensor = x_BTD
+        return states_BTD
 
     @property
     def can_extend(self) -> bool:
@@ -145,26 +180,6 @@ class LanguageModel(nn.Module):
         first = self.first_scored
         logits_BTV = self(tokens_BT[:, :-1], neighbours_BUNL)[:, first - 1 :].float()
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, first:].flatten())
-
-    def balancing_loss(self) -> Tensor | None:
-        """The sum of the routers' losses in this thread's last training forward pass; None if there are none. []"""
-        losses = [routed.balancing_loss for routed in self._routed() if routed.balancing_loss is not None]
-        return torch.stack(losses).sum() if losses else None
-
-    def load_spread(self) -> LoadSpread | None:
-        """The mean over the mixtures in this thread's last training forward pass; None if no expert was live."""
-        return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
-
-    def begin_step(self, number: int) -> None:
-        """From now on the mixtures draw the random numbers of this training step."""
-        for mixture in self._remote():
-            mixture.begin_step(number)
-
-    def _routed(self) -> list[Routed]:
-        return [mixture.routed for mixture in self._remote() if mixture.routed is not None]
-
-    def _remote(self) -> list[RemoteMixtureOfExperts]:
-        return [mixture for mixture in self.mixtures if isinstance(mixture, RemoteMixtureOfExperts)]
 
 
 def require_memory(

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 Balance = Literal["bias", "loss", "both", "none"]
 Precision = Literal["fp32", "bf16"]
+Objective = Literal["causal", "rag-sequence", "rag-token"]
+Marginal = Literal["sequence", "token"]
+"""Over what RAG sums passages: whole answers, or each token of one."""
 
 _BALANCED: dict[str, Any] = {
     "router": "product-key",
@@ -83,6 +86,12 @@ class TrainerSettings(RoleSettings):
     data: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
         default=(),
         description="text, .jsonl and .parquet files, folders of them, and globs; unset: Python's own help",
+    )
+    objective: Objective = Field(
+        default="causal",
+        description="causal: predict the next token of the text; rag-sequence and rag-token: answer questions from "
+        "passages of `memory`, summed over whole answers or over each token of one; then `data` is .jsonl with the "
+        "fields question and answers",
     )
     field: str = Field(default="text", description="which field of .jsonl and .parquet files is the text")
     validation_share: float = Field(
@@ -180,12 +189,14 @@ class TrainerSettings(RoleSettings):
         default=None,
         min_length=1,
         description="memory of the swarm, by name or id: the model reads passages of it while it learns and while it "
-        "writes; unset: none",
+        "writes or answers; unset: none",
     )
     memory_chunk: int = Field(
         default=64, ge=4, le=1024, description="tokens of the text for which passages are looked up together"
     )
-    memory_passages: int = Field(default=2, ge=1, le=8, description="passages that are read for each chunk")
+    memory_passages: int = Field(
+        default=2, ge=1, le=8, description="passages that are read for each chunk or question"
+    )
     memory_length: int = Field(
         default=128, ge=4, le=1024, description="tokens that are read of each passage, from its beginning on"
     )
@@ -338,6 +349,14 @@ class TrainerSettings(RoleSettings):
                 f"{manifest.experts.kind!r}: pass --preset {manifest.preset}, or leave it out to take what the swarm "
                 "recommends"
             )
+
+    @property
+    def answers_questions(self) -> bool:
+        return self.objective in ("rag-sequence", "rag-token")
+
+    @property
+    def marginal(self) -> Marginal:
+        return "token" if self.objective == "rag-token" else "sequence"
 
     @property
     def steps_between_validations(self) -> int:

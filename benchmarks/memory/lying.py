@@ -28,7 +28,7 @@ from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import HostCalls, Method
-from trainer_client.memory.retriever import Located, Retriever, SearchResult
+from trainer_client.memory.retriever import Located, Retriever, SearchResult, Turn
 
 HOSTS, REPLICAS = 8, 2
 LIARS = 2
@@ -182,8 +182,9 @@ class KnownDirectory:
     def nodes(self) -> Collection[NodeInfo]:
         return self._nodes.values()
 
-    def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
+    def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
         vectors_QD = self._built.encoder.encode(texts)
+        vectors_QD = vectors_QD if turn is None else turn(vectors_QD)
         return vectors_QD, self._built.codebook.scores(vectors_QD)
 
     @property

@@ -80,7 +80,15 @@ def fusion(memory: BuiltMemory, texts: Sequence[str], by_vectors: Ranking) -> Ra
     for text, query_D, found in zip(texts, queries_QD, by_vectors, strict=True):
         scores = memory.vectors_ND[found].astype(np.float32) @ query_D / max(1.0, float(query_D @ query_D))
         hits = [
-            Hit(memory.passages[position], float(score), float(score), name, position.tobytes(), host)
+            Hit(
+                memory.passages[position],
+                float(score),
+                float(score),
+                name,
+                position.tobytes(),
+                host,
+                memory.vectors_ND[position],
+            )
             for position, score in zip(found, scores, strict=True)
         ]
         ranked = ranked_by_words(text, hits, memory.encoder.rarity)

@@ -178,7 +178,7 @@ def train(
     spec = None if source is None else _SPEC
     model = LanguageModel(_MANIFEST, lambda layer: Waiting() if waits else nn.Identity(), retrieval=spec)
     with ExitStack() as stack:
-        neighbours: NeighbourLoader | Ready | None
+        neighbours: NeighbourLoader[Tensor, Tensor] | Ready | None
         if isinstance(source, NeighbourLookup):
             neighbours = NeighbourLoader(source, partial(dataset.batch, batch_size=_BATCH))
             stack.enter_context(closing(neighbours))

@@ -215,9 +215,7 @@ def train(
         steps=size.steps, batch_size=size.batch, seed=seed, validation_batches=1,
         learning_rate=size.learning_rate, warmup_steps=min(100, size.steps // 4),
     )  # fmt: skip
-    # of a dataset, Training asks for no more than this
-    # `batches` has what a training uses of its dataset
-    training = Training(model, batches, settings, None, batches if reads else None)  # type: ignore[arg-type]
+    training = Training(model, batches, settings, None, batches if reads else None)
     cpu_s = 0.0
     if file is not None and file.exists():
         with safe_open(file, "pt") as opened:

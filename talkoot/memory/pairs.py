@@ -1,6 +1,5 @@
 """Questions and the passages that answer them, from which encoders learn."""
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,11 @@ import numpy as np
 
 from dht.memory import MAX_LABEL_CHARACTERS, MAX_TEXT_CHARACTERS
 from peer.errors import DataError
+from trainer_client.data.questions import parse_answers, read_json_lines
 from trainer_client.memory.encoder import words_of
 from trainer_client.memory.retriever import MOST_CHARACTERS
 
 MOST_PAIRS = 1_000_000
-_MOST_LINE = 2**17
-"""Bytes."""
-_MOST_ANSWERS, _MOST_ANSWER = 64, 256
 _CANDIDATES = 10
 """Passages that BM25 finds for a question, of which the first that does not answer it is a negative."""
 _AT_ONCE = 1024
@@ -45,15 +42,10 @@ class Pair:
 def read_pairs(file: Path) -> list[Pair]:
     """Of a file of JSON lines. Raises DataError that names the line where something is no pair."""
     pairs = list[Pair]()
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(_MOST_LINE + 1), b""), 1):
-                if len(pairs) == MOST_PAIRS:
-                    raise DataError(f"{file} has more than {MOST_PAIRS:,} pairs: leave some out")
-                if line.strip():
-                    pairs.append(_parse(line, f"{file}, line {number}"))
-    except OSError as error:
-        raise DataError(f"can't read {file}: {error.strerror or error}") from error
+    for place, row in read_json_lines(file):
+        if len(pairs) == MOST_PAIRS:
+            raise DataError(f"{file} has more than {MOST_PAIRS:,} pairs: leave some out")
+        pairs.append(_parse(row, place))
     if not pairs:
         raise DataError(f"{file} has no pairs: give JSON lines with the fields question, title and text")
     return pairs
@@ -118,29 +110,14 @@ def _spaced(text: str) -> str:
     return f" {' '.join(words_of(text))} "
 
 
-def _parse(line: bytes, place: str) -> Pair:
+def _parse(row: dict[str, Any], place: str) -> Pair:
     """Raises DataError."""
-    if len(line) > _MOST_LINE:
-        raise DataError(f"{place}: longer than {_MOST_LINE // 1024} KB")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object with the fields question, title and text")
     bounds = {"question": MOST_CHARACTERS, "title": MAX_LABEL_CHARACTERS, "text": MAX_TEXT_CHARACTERS}
     for field, most in bounds.items():
         value = row.get(field, "" if field == "title" else None)
         if not isinstance(value, str) or len(value) > most or (field != "title" and not words_of(value)):
             raise DataError(f"{place}: the field {field!r} must be text of at most {most} characters")
-    answers = row.get("answers", [])
-    if (
-        not isinstance(answers, list)
-        or len(answers) > _MOST_ANSWERS
-        or not all(isinstance(each, str) and words_of(each) and len(each) <= _MOST_ANSWER for each in answers)
-    ):
-        raise DataError(
-            f"{place}: the field 'answers' must be a list of at most {_MOST_ANSWERS} phrases of up to {_MOST_ANSWER} "
-            "characters"
-        )
-    return Pair(row["question"], row.get("title", ""), row["text"], tuple(answers))
+    answers = parse_answers(row, place)
+    if not all(map(words_of, answers)):
+        raise DataError(f"{place}: the field 'answers' has a phrase without a word")
+    return Pair(row["question"], row.get("title", ""), row["text"], answers)

@@ -53,7 +53,7 @@ def run_search(terminal: Terminal, join: str | None, request: SearchRequest) -> 
         raise DataError('ask something, such as: talkoot search --join INVITE "how are lists sorted?"')
     check_query([request.question], request.k, request.cells)
     answer = run_in_swarm(terminal, join, lambda swarm: _search(terminal, swarm, request), tuple(Role))
-    _check(answer)
+    check_found(answer.memory, answer.result)
     if terminal.json:
         terminal.line(to_json(_to_dict(request, answer)))
     else:
@@ -76,20 +76,19 @@ async def _search(terminal: Terminal, swarm: Swarm, request: SearchRequest) -> _
             await channels.close()
 
 
-def _check(answer: _Answer) -> None:
+def check_found(memory: MemoryID, result: SearchResult) -> None:
     """Raises UserError if nothing was found."""
-    result = answer.result
     if not result.is_understood:
         raise DataError(
-            f"memory {answer.memory} knows no word of this question: ask in the words and the language of its passages"
+            f"memory {memory} knows no word of this question: ask in the words and the language of its passages"
         )
     if not result.hits and result.missing:
         raise LibraryError(
-            f"no live host of memory {answer.memory} answered: wait until a node that hosts it is back; "
+            f"no live host of memory {memory} answered: wait until a node that hosts it is back; "
             "`talkoot memory list` shows how many there are"
         )
     if not result.hits:
-        raise LibraryError(f"memory {answer.memory} has no passages near this question")
+        raise LibraryError(f"nothing found: memory {memory} has no passages near this question")
 
 
 def _show(terminal: Terminal, answer: _Answer) -> None:
@@ -120,11 +119,11 @@ def _to_dict(request: SearchRequest, answer: _Answer) -> dict[str, Any]:
         "memory": str(answer.memory),
         "seconds": answer.seconds,
         "missing_cells": [list(cell) for cell in answer.result.missing],
-        "passages": [_hit_dict(hit) for hit in answer.result.hits],
+        "passages": [hit_dict(hit) for hit in answer.result.hits],
     }
 
 
-def _hit_dict(hit: Hit) -> dict[str, Any]:
+def hit_dict(hit: Hit) -> dict[str, Any]:
     passage = hit.passage
     return {
         "title": passage.title,

@@ -49,9 +49,12 @@ def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) 
     checkpoint.check_manifest(client.manifest)
     header = checkpoint.header
     if header.settings.get("memory") is not None:
+        used = "`talkoot generate` or `talkoot serve`"
+        if str(header.settings.get("objective")).startswith("rag"):
+            used = "`talkoot ask`"
         raise ModelError(
             f"this run's model reads the memory {header.settings['memory']}, and model folders are of models that read "
-            "none: use it with `talkoot generate` or `talkoot serve`, or train one without --memory"
+            f"none: use it with {used}, or train one without --memory"
         )
     tokenizer = load_tokenizer(header.tokenizer)
     routing = _anywhere(Routing.of(client.settings, client.manifest, 0))

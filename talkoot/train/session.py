@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import platformdirs
 
@@ -34,16 +34,22 @@ from trainer_client.averaging.averager import Averaging
 from trainer_client.averaging.dense_part import SharedParameters
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import Dataset
+from trainer_client.data.questions import QuestionBatches
+from trainer_client.memory.memories import Memory
 from trainer_client.model import LanguageModel, require_memory
+from trainer_client.retrieval.answering import PassageLookup, check_encoder, make_rag_model
 from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.retrieval.cache import NeighbourCache
-from trainer_client.retrieval.lookup import NeighbourLoader, NeighbourLookup
+from trainer_client.retrieval.lookup import Lookup, NeighbourLoader, NeighbourLookup, RetrievalCounts
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointSaver, RunStart, prepare_run
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress, Summary, Validation
 
 logger = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
+Read = TypeVar("Read")
 
 Client: TypeAlias = SwarmClient | LocalSwarm
 
@@ -149,34 +155,80 @@ class _Run:
         self._settings = settings = start.settings
         self._stop = threading.Event()
         manifest, token_bytes = client.manifest, start.tokenizer.token_bytes
-        spec = RetrievalSpec.of(settings, manifest.model)
         if start.checkpoint is not None:
             start.checkpoint.check_manifest(manifest)
         seed = client.own_seed if settings.seed is None else settings.seed
-        dataset = Dataset(
-            start.corpus.tokens, manifest.model.context, seed, settings.validation_share, token_bytes
-        )
+        spec = RetrievalSpec.of(settings, manifest.model)
+        dataset = None
+        if not settings.answers_questions:
+            context, share = manifest.model.context, settings.validation_share
+            dataset = Dataset(start.corpus.tokens, context, seed, share, token_bytes)
+        elif settings.memory is None:
+            raise SettingsError(
+                f"memory: with --objective {settings.objective} a model answers from a memory: pass --memory NAME"
+            )
         with terminal.stages("looking for experts") as stage:
             client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=settings.min_experts)
         require_memory(manifest, client.mixture, len(token_bytes), _COPIES, spec)
-        make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes), spec)
-        self._lookup: NeighbourLookup | None = None
-        loader = None
-        with ExitStack() as exits:
-            if spec is not None:
-                with terminal.stages("opening the memory"):
-                    self._lookup = lookup = _open_memory(client, spec, start, exits)
-                # a step's gradient is the mean over several batches of this size
-                loader = NeighbourLoader(lookup, partial(dataset.batch, batch_size=settings.batch_size))
-                exits.callback(loader.close)
-            self._training = Training(make_model(), dataset, settings, make_model, loader)
+        self._counts: RetrievalCounts | None = None
+        encoder: str | None = None
+        with ExitStack() as self._exits:
+            if dataset is None:
+                self._training, encoder = self._learn_questions(start, seed)
+                meanings = [f"answers questions that it finds passages for by the encoder {encoder}"]
+            else:
+                self._training = self._learn_text(start, dataset, spec)
+                meanings = [] if spec is None else [spec.meaning]
             start.restore(self._training)
-            self._averaging = _begin_averaging(client, self._training.part, start, spec)
-            self._exits = exits.pop_all()
+            self._averaging = _begin_averaging(client, self._training.part, start, meanings)
+            self._exits = self._exits.pop_all()
         self.saver = (
-            None if isinstance(client, LocalSwarm) else CheckpointSaver(start, self._training, manifest, seed)
+            None
+            if isinstance(client, LocalSwarm)
+            else CheckpointSaver(start, self._training, manifest, seed, encoder)
         )
         """None in local mode: a dense part is useless without its experts."""
+
+    def _learn_text(self, start: RunStart, dataset: Dataset, spec: RetrievalSpec | None) -> Training:
+        client, settings, vocabulary = self._client, self._settings, len(start.tokenizer.token_bytes)
+        make_model = partial(LanguageModel, client.manifest, client.mixture, vocabulary, spec)
+        if spec is None:
+            return Training(make_model(), dataset, settings, make_model)
+        cache = NeighbourCache(trainer_state(settings) / "neighbours")
+        self._exits.callback(cache.close)
+        lookup = NeighbourLookup(
+            self._open_memory(), start.tokenizer, spec, most_overlap=settings.memory_overlap, cache=cache
+        )
+        return Training(make_model(), dataset, settings, make_model, self._looked_up(lookup, dataset.batch))
+
+    def _learn_questions(self, start: RunStart, seed: int) -> tuple[Training, str]:
+        """Returns the SHA-256 of the memory's encoder, too."""
+        client, settings, tokenizer = self._client, self._settings, start.tokenizer
+        memory = self._open_memory()
+        encoder = memory.encoder.sha256.hex()
+        if start.checkpoint is not None:
+            check_encoder(memory, start.checkpoint.header.encoder)
+        make_model = partial(
+            make_rag_model, client.manifest, client.mixture, tokenizer, memory.dimensions, settings
+        )
+        model = make_model()
+        batches = QuestionBatches(
+            start.questions, seed, settings.validation_share, model.reader.target, tokenizer.token_bytes
+        )
+        lookup = PassageLookup(memory, model.questions, settings.memory_passages)
+        loader = self._looked_up(lookup, batches.batch)
+        return Training(model, batches, settings, make_model, loader), encoder
+
+    def _looked_up(
+        self, lookup: Lookup[Batch, Read], batch: Callable[[int, int], Batch]
+    ) -> NeighbourLoader[Batch, Read]:
+        """What is read with the batches of training."""
+        self._counts = lookup.counts
+        # a step's gradient is the mean over several batches of this size
+        size = self._settings.batch_size
+        loader = NeighbourLoader(lookup, lambda number: batch(number, size))
+        self._exits.callback(loader.close)
+        return loader
 
     @property
     def averagings(self) -> int:
@@ -218,7 +270,18 @@ class _Run:
 
     def read(self) -> Mapping[str, float]:
         """What the model's memory was asked, and what came of it."""
-        return {} if self._lookup is None else self._lookup.counts.values()
+        return {} if self._counts is None else self._counts.values()
+
+    def _open_memory(self) -> Memory:
+        """Raises UserError."""
+        if isinstance(self._client, LocalSwarm):
+            raise SettingsError(
+                "memory: a swarm's nodes host memories, and with --local there are none: pass --join"
+            )
+        with self._terminal.stages("opening the memory"):
+            memory = self._client.memory(self._settings.memory)
+        logger.info("the model reads the memory %s, of revision %d", memory.id, memory.revision)
+        return memory
 
     def _averaged(self) -> dict[str, Any]:
         """The number of averagings, and those since the previous step."""
@@ -235,22 +298,8 @@ class _Run:
         logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
 
 
-def _open_memory(client: Client, spec: RetrievalSpec, start: RunStart, exits: ExitStack) -> NeighbourLookup:
-    """What it opens, `exits` close. Raises UserError."""
-    settings = start.settings
-    if isinstance(client, LocalSwarm):
-        raise SettingsError(
-            "memory: a swarm's nodes host memories, and with --local there are none: pass --join"
-        )
-    cache = NeighbourCache(trainer_state(settings) / "neighbours")
-    exits.callback(cache.close)
-    memory = client.memory(settings.memory)
-    logger.info("the model reads the memory %s, of revision %d", memory.id, memory.revision)
-    return NeighbourLookup(memory, start.tokenizer, spec, most_overlap=settings.memory_overlap, cache=cache)
-
-
 def _begin_averaging(
-    client: Client, part: SharedParameters, start: RunStart, spec: RetrievalSpec | None
+    client: Client, part: SharedParameters, start: RunStart, meanings: Sequence[str]
 ) -> Averaging | None:
     """Averages with other trainers. A new run starts from what they have trained, if so set, and so does a resumed one
     that is far behind. Raises UserError.
@@ -258,7 +307,6 @@ def _begin_averaging(
     settings = start.settings
     if isinstance(client, LocalSwarm) or not settings.average_every:
         return None
-    meanings = () if spec is None else (spec.meaning,)
     averaging = client.average(part, start.tokenizer.to_json(), settings.router, *meanings)
     if settings.start_from == "swarm":
         age = client.take_whole(averaging)

@@ -44,7 +44,7 @@ from trainer_client.model import LanguageModel, require_memory
 from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.retrieval.lookup import Find, NeighbourLookup, Neighbours
 from trainer_client.settings import Sampling, TrainerSettings
-from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
+from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +74,36 @@ class TrainedModel:
         return None if self.lookup is None else self.lookup.written
 
 
+@dataclass(frozen=True, eq=False)
+class JoinedRun:
+    """A run's checkpoint, and its swarm. Usable until the block that opened it ends."""
+
+    client: SwarmClient
+    checkpoint: Checkpoint
+    settings: TrainerSettings
+    """The checkpoint's, overridden by those given now."""
+    tokenizer: Tokenizer
+    folder: Path
+    """For temporary files."""
+
+    @property
+    def retrieval(self) -> RetrievalSpec | None:
+        """How its model reads a memory chunk by chunk, if it does."""
+        return RetrievalSpec.of(self.settings, self.client.manifest.model)
+
+
 @contextmanager
-def trained_model(
+def joined_run(
     terminal: Terminal,
     signals: StopSignals,
     join: str | None,
     settings: TrainerSettings,
     prepare: Callable[[Tokenizer, TrainerSettings, Path], None] = lambda tokenizer, settings, folder: None,
     through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
-) -> Iterator[TrainedModel]:
+) -> Iterator[JoinedRun]:
     """Joins with a temporary identity, so that it works beside a trainer. Raises UserError when it can't.
 
-    `prepare` is called first, with the tokenizer, the settings and a folder that lasts as long as the model.
+    `prepare` is called first, with the tokenizer, the settings and a folder that lasts as long as the run is open.
     `through` may put something between the client and the network.
     """
     invite = invite_of(join)
@@ -114,16 +132,38 @@ def trained_model(
             with terminal.stages("looking for experts") as stage:
                 share = 1 / client.manifest.experts_total
                 client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=share)
+            run = JoinedRun(client, checkpoint, settings, tokenizer, folder)
             vocabulary = len(tokenizer.token_bytes)
-            spec = RetrievalSpec.of(settings, client.manifest.model)
-            require_memory(client.manifest, client.mixture, vocabulary, 1, spec)
-            model = LanguageModel(client.manifest, client.mixture, vocabulary, spec)
-            checkpoint.load_into(model)
-            lookup = None if spec is None else _open_memory(terminal, client, settings, tokenizer, spec)
-            yield TrainedModel(model, tokenizer, client, settings, checkpoint.header.step, folder, lookup)
+            require_memory(client.manifest, client.mixture, vocabulary, 1, run.retrieval)
+            yield run
         finally:
             signals.ignore()
             client.close()
+
+
+@contextmanager
+def trained_model(
+    terminal: Terminal,
+    signals: StopSignals,
+    join: str | None,
+    settings: TrainerSettings,
+    prepare: Callable[[Tokenizer, TrainerSettings, Path], None] = lambda tokenizer, settings, folder: None,
+    through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
+) -> Iterator[TrainedModel]:
+    """A model of text. As for `joined_run`."""
+
+    def prepared(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
+        if settings.answers_questions:
+            raise SettingsError('this run\'s model answers questions: talkoot ask --join INVITE "…"')
+        prepare(tokenizer, settings, folder)
+
+    with joined_run(terminal, signals, join, settings, prepared, through) as run:
+        client, tokenizer, settings, spec = run.client, run.tokenizer, run.settings, run.retrieval
+        model = LanguageModel(client.manifest, client.mixture, len(tokenizer.token_bytes), spec)
+        run.checkpoint.load_into(model)
+        lookup = None if spec is None else _open_memory(terminal, client, settings, tokenizer, spec)
+        step = run.checkpoint.header.step
+        yield TrainedModel(model, tokenizer, client, settings, step, run.folder, lookup)
 
 
 def _open_memory(

@@ -25,7 +25,7 @@ from peer.wire import memory_pb2
 from trainer_client.memory.calls import Method
 from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.encoder import DUAL, STATIC, WORD_WEIGHT, DualEncoder, StaticEncoder
-from trainer_client.memory.retriever import Located
+from trainer_client.memory.retriever import Located, Turn
 
 SWARM = "sauna-abcdefghijkl"
 MEMORY = MemoryID("docs", "abcdefghijkl")
@@ -323,8 +323,9 @@ class SampleSwarm:
     def nodes(self) -> list[NodeInfo]:
         return [node_info(host) for host in self.hosts]
 
-    def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
+    def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
         vectors_QD = np.array([self.memory_here.vectors_ND[int(text)] for text in texts], np.int8)
+        vectors_QD = vectors_QD if turn is None else turn(vectors_QD)
         return vectors_QD, self.memory_here.codebook.scores(vectors_QD)
 
     @property

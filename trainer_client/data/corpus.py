@@ -139,9 +139,7 @@ class Dataset:
         starts_B = np.empty_like(positions_B)
         for epoch in np.unique(epochs_B):
             here = epochs_B == epoch
-            *keys, cut = np.random.SeedSequence([self._seed, int(epoch)]).generate_state(
-                _ROUNDS + 1, np.uint64
-            )
+            *keys, cut = shuffle_keys(self._seed, int(epoch))
             order = shuffled(indices_B[here], self.sequences, keys)
             starts_B[here] = order * self.context + int(cut) % self._offsets
         return self._sequences(self.train, starts_B)
@@ -158,6 +156,11 @@ class Dataset:
     def _sequences(self, tokens: Tokens, starts_B: NDArray[np.int64]) -> Tensor:
         places_BT = starts_B[:, None] + np.arange(self.context + 1)
         return torch.from_numpy(tokens[places_BT].astype(np.int64))
+
+
+def shuffle_keys(seed: int, epoch: int) -> list[np.uint64]:
+    """Keys for `shuffled`, and one number more that may be used for anything else."""
+    return list(np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS + 1, np.uint64))
 
 
 def shuffled(indices_N: NDArray[np.int64], count: int, keys: Sequence[np.uint64]) -> NDArray[np.int64]:

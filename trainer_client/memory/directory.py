@@ -39,7 +39,7 @@ from peer.rpc.parts import PartClient, has_sha256
 from trainer_client.memory.calls import loop_time
 from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.encoder import Encoder, load_encoder
-from trainer_client.memory.retriever import Located
+from trainer_client.memory.retriever import Located, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -231,9 +231,10 @@ class MemoryDirectory:
         """Those that host what was searched lately."""
         return self._nodes.values()
 
-    def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
+    def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
         opened = self._opened
         vectors_QD = opened.encoder.encode_questions(texts)
+        vectors_QD = vectors_QD if turn is None else turn(vectors_QD)
         return vectors_QD, opened.codebook.scores(vectors_QD)
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from dht.library import LibraryEntry, MemoryRegistry, find_memory
-from dht.memory import MemoryID
+from dht.memory import MemoryID, Part, Vectors
 from dht.swarm import Stage, Swarm
 from peer.loop import TaskSet
 from peer.rates import RateLimit
@@ -24,7 +24,7 @@ from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.grpc_caller import SessionWarmer
 from trainer_client.memory.calls import GrpcMemoryCaller, HostCalls, RetrieverMetrics
 from trainer_client.memory.directory import MemoryDirectory, MemoryParts, PartCache
-from trainer_client.memory.retriever import Retriever, SearchResult
+from trainer_client.memory.retriever import Retriever, SearchResult, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -103,25 +103,54 @@ class Memory:
         """The newest that its publisher signed, as far as it is known here."""
         return self._retriever.directory.manifest.revision
 
+    @property
+    def encoder(self) -> Part:
+        """The file of its encoder: the same in all revisions."""
+        return self._retriever.directory.manifest.encoder
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a vector."""
+        return self._retriever.directory.manifest.dimensions
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """The vectors by which texts are searched, [Q, D]. Zeros for a text of which the encoder knows no word."""
+        return self._retriever.directory.encode(texts)[0]
+
     @overload
     def search(  # type: ignore[overload-overlap]  # a text is a sequence of texts to mypy; the first one wins
-        self, texts: str, k: int = 10, cells: int = 8, *, by_words: bool = True
+        self, texts: str, k: int = 10, cells: int = 8, *, by_words: bool = True, turn: Turn | None = None
     ) -> SearchResult: ...
 
     @overload
     def search(
-        self, texts: Sequence[str], k: int = 10, cells: int = 8, *, by_words: bool = True
+        self,
+        texts: Sequence[str],
+        k: int = 10,
+        cells: int = 8,
+        *,
+        by_words: bool = True,
+        turn: Turn | None = None,
     ) -> list[SearchResult]: ...
 
     def search(
-        self, texts: str | Sequence[str], k: int = 10, cells: int = 8, *, by_words: bool = True
+        self,
+        texts: str | Sequence[str],
+        k: int = 10,
+        cells: int = 8,
+        *,
+        by_words: bool = True,
+        turn: Turn | None = None,
     ) -> SearchResult | list[SearchResult]:
         """The k best passages for a text, or for each of many, among those in the `cells` cells nearest to it.
 
         Many at once cost one call to each host, for 256 of them. `by_words`: the words that a passage shares with the
-        text count, too; then three times as many passages are read. Raises DataError for a text that is too long, and
+        text count, too; then three times as many passages are read. `turn`: makes other vectors of those that the
+        memory's encoder gives the texts, to search by. Raises DataError for a text that is too long, and
         UnreachableError if the DHT does not answer.
         """
         many = [texts] if isinstance(texts, str) else texts
-        results: list[SearchResult] = self._run(self._retriever.search(many, k, cells, by_words=by_words))
+        results: list[SearchResult] = self._run(
+            self._retriever.search(many, k, cells, by_words=by_words, turn=turn)
+        )
         return results[0] if isinstance(texts, str) else results

@@ -16,9 +16,9 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -59,6 +59,9 @@ from trainer_client.memory.encoder import WORD_WEIGHT, words_of
 
 T = TypeVar("T")
 
+Turn: TypeAlias = Callable[[Vectors], Vectors]
+"""Other vectors in place of those of questions. [Q, D] -> [Q, D]"""
+
 MOST_CHARACTERS = 10_000
 """Of a query."""
 MOST_WANTED = MAX_K // 2
@@ -94,6 +97,8 @@ class Hit:
     leaf: bytes
     """The hash that names it, by which it may be revoked."""
     served_by: PeerID
+    vector_D: Vectors = field(repr=False, compare=False)
+    """The passage's own, as it lies in the memory."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,11 @@ class Directory(Protocol):
     def nodes(self) -> Collection[NodeInfo]:
         """Those that host what was searched lately."""
 
-    def encode(self, texts: Sequence[str]) -> tuple[Vectors, Floats]:
-        """The texts' vectors, [Q, D], and how near they are to each cell, [Q, C]. For any thread."""
+    def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
+        """The texts' vectors, [Q, D], and how near they are to each cell, [Q, C]. For any thread.
+
+        `turn`: see `Retriever.search`.
+        """
 
     @property
     def word_weight(self) -> float:
@@ -197,11 +205,13 @@ class Retriever:
         cells: int = 8,
         *,
         by_words: bool = True,
+        turn: Turn | None = None,
         deadline_s: float = _DEADLINE_S,
     ) -> list[SearchResult]:
         """The k best passages for each text, among those in the cells nearest to it.
 
         `by_words`: the words that a passage shares with the text count, too; then three times as many are read.
+        `turn`: makes other vectors of those that the memory's encoder gives the texts, to search by.
         `deadline_s`: for each 256 texts; what is not found by then is left out. Raises DataError for a text that is
         too long, and UnreachableError if the DHT does not answer.
         """
@@ -210,7 +220,7 @@ class Retriever:
         wanted = min(_CANDIDATES * k, MOST_WANTED) if by_words else k
         for at in range(0, len(texts), MAX_QUERIES):
             some = texts[at : at + MAX_QUERIES]
-            vectors_QD, scores_QC = await asyncio.to_thread(self.directory.encode, some)
+            vectors_QD, scores_QC = await asyncio.to_thread(self.directory.encode, some, turn)
             found = await self.search_vectors(vectors_QD, scores_QC, wanted, cells, deadline_s)
             if by_words:
                 found = await asyncio.to_thread(self._by_words, some, found, k)
@@ -506,7 +516,9 @@ class _Search:
         for query, vector_D in enumerate(self._vectors_QD):
             whole = float(vector_D.astype(np.int64) @ vector_D.astype(np.int64))
             hits = tuple(
-                Hit(passage, score / whole, score / whole, memory, proven.leaf, proven.reader)
+                Hit(
+                    passage, score / whole, score / whole, memory, proven.leaf, proven.reader, proven.vector_D
+                )
                 for score, passage, proven in findings.results(query)
             )
             missing = dict.fromkeys(self._located.missing[query])

@@ -48,8 +48,11 @@ class RetrievalSpec:
 
     @classmethod
     def of(cls, settings: TrainerSettings, model: ModelSpec) -> Self | None:
-        """As a trainer is set; None if its model reads no memory. Raises SettingsError if it does not fit the model."""
-        if settings.memory is None:
+        """As a trainer is set; None if its model reads no memory, or with its questions alone.
+
+        Raises SettingsError if it does not fit the model.
+        """
+        if settings.memory is None or settings.answers_questions:
             return None
         if settings.memory_chunk >= model.context:
             raise SettingsError(

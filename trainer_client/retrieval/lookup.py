@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol, TypeAlias
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -211,13 +211,32 @@ class NeighbourLookup:
         return b"".join(token_bytes[token] for token in tokens).decode(errors="replace")
 
 
-class NeighbourLoader:
-    """Gives training the neighbours of its batches, which it looks up before they are needed. Close it when done."""
+Batch = TypeVar("Batch")
+Batch_contra = TypeVar("Batch_contra", contravariant=True)
+Read = TypeVar("Read")
+Read_co = TypeVar("Read_co", covariant=True)
+
+
+class Lookup(Protocol[Batch_contra, Read_co]):
+    """Looks up what is read with a batch. For any thread."""
+
+    @property
+    def counts(self) -> RetrievalCounts: ...
+
+    def learned(self, batch: Batch_contra, /) -> Read_co:
+        """What is given to a model that learns from the batch."""
+
+    def nothing(self, batch: Batch_contra, /) -> Read_co:
+        """What it is given where nothing was found."""
+
+
+class NeighbourLoader(Generic[Batch, Read]):
+    """Gives training what is read with its batches, which it looks up before it is needed. Close it when done."""
 
     def __init__(
         self,
-        lookup: NeighbourLookup,
-        batch: Callable[[int], Tensor],
+        lookup: Lookup[Batch, Read],
+        batch: Callable[[int], Batch],
         *,
         ahead: int = 8,
         workers: int = 2,
@@ -230,9 +249,9 @@ class NeighbourLoader:
         self._patience_s = patience_s
         self._workers = ThreadPoolExecutor(workers, "neighbours")
         self._lock = threading.Lock()
-        self._begun: dict[int, Future[Tensor]] = {}
+        self._begun: dict[int, Future[Read]] = {}
 
-    def training(self, number: int, tokens_BT: Tensor) -> Tensor:
+    def training(self, number: int, batch: Batch) -> Read:
         began = time.monotonic()
         with self._lock:
             for each in range(number, number + self._ahead + 1):
@@ -246,16 +265,16 @@ class NeighbourLoader:
             return future.result(self._patience_s)
         except TimeoutError:
             self._lookup.counts.add(late=1)
-            return self._lookup.nothing(tokens_BT)
+            return self._lookup.nothing(batch)
         finally:
             self._lookup.counts.add(waited_s=time.monotonic() - began)
 
-    def validation(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        return [self._lookup.learned(tokens_BT) for tokens_BT in batches]
+    def validation(self, batches: Sequence[Batch]) -> list[Read]:
+        return [self._lookup.learned(batch) for batch in batches]
 
     def close(self) -> None:
         """Waits for the look-ups that are under way, which have a deadline each."""
         self._workers.shutdown(cancel_futures=True)
 
-    def _look_up(self, number: int) -> Tensor:
+    def _look_up(self, number: int) -> Read:
         return self._lookup.learned(self._batch(number))

@@ -1,16 +1,15 @@
-"""Generators that read passages: RAG-Sequence and RAG-Token, as functions of what a retriever and a generator say.
+"""RAG-Sequence and RAG-Token, as functions of what a retriever and a generator say.
 
 Lewis et al. 2020 (arXiv 2005.11401), sections 2.1 and 2.5. All is in logarithms, and gradients go through to whatever
 computed the scores of the passages and the logits of the tokens: to the encoder of questions, not to the passages.
 
-Shapes: B questions, K passages found for each, L tokens of an answer, V words of the vocabulary, N prefixes.
+Shapes: B questions, K passages found for each, L tokens of an answer, V words of the vocabulary, N prefixes, A answers.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +17,19 @@ from torch import Tensor
 Tokens: TypeAlias = tuple[int, ...]
 NextTokens: TypeAlias = Callable[[Sequence[Tokens]], Tensor]
 """The log probabilities of the token after each prefix, [N, V]; for RAG-Token with each passage, [N, K, V]."""
+
+
+class Generator(Protocol):
+    """Says what follows a source, which is a passage and a question."""
+
+    end: int
+    """The token that ends an answer."""
+
+    def log_likelihood(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+        """log p(y_i|x,y_<i) of each target's tokens, its end among them: float32 [N, L], and 0 behind shorter ones.
+
+        Gradients go through.
+        """
 
 
 @dataclass(frozen=True)
@@ -41,20 +53,17 @@ def passage_log_probabilities(scores_BK: Tensor, found_BK: Tensor | None = None)
     return masked_BK.log_softmax(-1).masked_fill(~found_BK, -math.inf)
 
 
-def sequence_log_likelihood(
-    passages_BK: Tensor, tokens_BKL: Tensor, present_BL: Tensor | None = None
-) -> Tensor:
+def sequence_log_likelihood(passages_BK: Tensor, tokens_BKL: Tensor) -> Tensor:
     """log p(y|x) of RAG-Sequence, [B]: log Σ_z p(z|x) Π_i p(y_i|x,z,y_<i). One passage answers as a whole.
 
-    `passages`: log p(z|x). `tokens`: log p(y_i|x,z,y_<i) of the answer's tokens; `present`: False for padding.
+    `passages`: log p(z|x). `tokens`: log p(y_i|x,z,y_<i) of the answer's tokens, and 0 behind its end.
     """
-    return (passages_BK + _kept(tokens_BKL, present_BL).sum(-1)).logsumexp(-1)
+    return (passages_BK + tokens_BKL.sum(-1)).logsumexp(-1)
 
 
-def token_log_likelihood(passages_BK: Tensor, tokens_BKL: Tensor, present_BL: Tensor | None = None) -> Tensor:
+def token_log_likelihood(passages_BK: Tensor, tokens_BKL: Tensor) -> Tensor:
     """log p(y|x) of RAG-Token, [B]: Σ_i log Σ_z p(z|x) p(y_i|x,z,y_<i). Each token may come from another passage."""
-    tokens_BL = (passages_BK[..., None] + tokens_BKL).logsumexp(-2)
-    return (tokens_BL if present_BL is None else tokens_BL.masked_fill(~present_BL, 0.0)).sum(-1)
+    return (passages_BK[..., None] + tokens_BKL).logsumexp(-2).sum(-1)
 
 
 def next_token_log_probabilities(passages_K: Tensor, next_NKV: Tensor) -> Tensor:
@@ -100,46 +109,25 @@ def decode_token(
 def decode_sequence(
     passages_K: Tensor,
     following: Sequence[NextTokens],
+    score: Callable[[Sequence[Tokens]], Tensor],
     beam: int,
     end: int,
     longest: int,
-    *,
-    is_fast: bool = False,
 ) -> list[Hypothesis]:
     """RAG-Sequence's answers, best first: a beam search with each passage, whose answers are scored with all of them.
 
-    `following`: with each passage. `is_fast`: an answer that a passage's beam did not meet has no probability with that
-    passage, which saves scoring it ("fast decoding").
+    `following`: with each passage. `score`: log p(y|x,z) of whole answers with each passage, [A, K].
     """
-    found = [
-        {each.tokens: each.log_probability for each in beam_search(of_passage, beam, end, longest)}
-        if log_probability > -math.inf
-        else {}
-        for of_passage, log_probability in zip(following, passages_K.tolist(), strict=True)
-    ]
-    answers = sorted(set[Tokens]().union(*found))
-    totals = []
-    for of_passage, met, log_probability in zip(following, found, passages_K.tolist(), strict=True):
-        unmet = (
-            [] if is_fast or log_probability == -math.inf else [each for each in answers if each not in met]
-        )
-        scored = met | dict(zip(unmet, log_probabilities(of_passage, unmet), strict=True))
-        totals.append([log_probability + scored.get(each, -math.inf) for each in answers])
-    values = torch.tensor(totals, dtype=torch.float64).logsumexp(0).tolist() if answers else []
+    answers = sorted(
+        {
+            each.tokens
+            for of_passage, log_probability in zip(following, passages_K.tolist(), strict=True)
+            if log_probability > -math.inf
+            for each in beam_search(of_passage, beam, end, longest)
+        }
+    )
+    if not answers:
+        return []
+    values = (passages_K + score(answers)).logsumexp(-1).tolist()
     hypotheses = [Hypothesis(tokens, value) for tokens, value in zip(answers, values, strict=True)]
     return sorted(hypotheses, key=lambda each: (-each.log_probability, each.tokens))
-
-
-def log_probabilities(following: NextTokens, answers: Sequence[Tokens]) -> list[float]:
-    """Of each whole answer."""
-    prefixes = [answer[:at] for answer in answers for at in range(len(answer))]
-    if not prefixes:
-        return [0.0] * len(answers)
-    next_NV = following(prefixes)
-    tokens = torch.tensor([token for answer in answers for token in answer], device=next_NV.device)
-    each = iter(next_NV.gather(1, tokens[:, None])[:, 0].tolist())
-    return [sum(islice(each, len(answer))) for answer in answers]
-
-
-def _kept(tokens_BKL: Tensor, present_BL: Tensor | None) -> Tensor:
-    return tokens_BKL if present_BL is None else tokens_BKL.masked_fill(~present_BL[:, None], 0.0)

@@ -8,12 +8,13 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from peer.errors import CheckpointError, DataError, SettingsError, StateError
 from peer.files import StateFolder
 from trainer_client.averaging.dense_part import require_bounded, shared_buffers
 from trainer_client.data.corpus import Corpus, encode_corpus
+from trainer_client.data.questions import Question, digest_of, read_questions
 from trainer_client.data.sources import find_files, read_text
 from trainer_client.data.tokenizer import (
     BytePairTokenizer,
@@ -44,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _EXPECTED = ("steps", "validate_every")
 """Settings whose change when a run is resumed needs no warning: it is how one goes on."""
-_FIXED = ("tokenizer", "vocabulary", "memory_chunk", "memory_layers")
+_FIXED = ("tokenizer", "vocabulary", "memory_chunk", "memory_layers", "objective")
 """Settings that can't change when a run is resumed: the model would be another one."""
 
 
@@ -65,6 +67,8 @@ class Header(CheckpointHeader):
     """As in `Corpus`; empty: of a model that was imported."""
     settings: dict[str, Any]
     """What `TrainerSettings.saved` returned."""
+    encoder: str | None = None
+    """SHA-256 of the encoder by whose vectors a model that answers questions finds passages, in hexadecimal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +223,8 @@ class RunStart:
     writer: CheckpointWriter
     tokenizer: Tokenizer
     corpus: Corpus
+    """Empty if the model learns from questions."""
+    questions: Sequence[Question] = ()
 
     def restore(self, training: Training) -> None:
         """Restores the checkpoint, if there is one. Raises CheckpointError when it is of another model."""
@@ -255,10 +261,14 @@ def prepare_run(
             tokenizer = _make_tokenizer(settings, files, stage)
         else:
             tokenizer = load_tokenizer(checkpoint.header.tokenizer)
-        corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
+        questions = read_questions(files) if settings.answers_questions else []
+        if questions:
+            corpus = Corpus(np.empty(0, np.uint8), digest_of(questions))
+        else:
+            corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
     if checkpoint is not None and checkpoint.header.data_sha256 not in ("", corpus.sha256):
         logger.warning("the text differs from the one that the checkpoint was trained on")
-    return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus)
+    return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus, questions)
 
 
 def checkpoint_folder(given: Path | None, state: Path, swarm_id: str, *, newest: bool) -> Path:
@@ -275,7 +285,10 @@ def checkpoint_folder(given: Path | None, state: Path, swarm_id: str, *, newest:
 class CheckpointSaver:
     """Saves a run: every `checkpoint_every` steps, and at the end."""
 
-    def __init__(self, start: RunStart, training: Training, manifest: Manifest, seed: int) -> None:
+    def __init__(
+        self, start: RunStart, training: Training, manifest: Manifest, seed: int, encoder: str | None = None
+    ) -> None:
+        """`encoder`: as in the header."""
         self.folder = start.writer.folder
         self.saved_step = training.step
         """Step of the run's newest checkpoint; until there is one, the step that it began with."""
@@ -283,6 +296,7 @@ class CheckpointSaver:
         self._training = training
         self._manifest_sha256 = manifest_sha256(manifest)
         self._seed = seed
+        self._encoder = encoder
 
     def save_if_due(self) -> None:
         every = self._start.settings.checkpoint_every
@@ -305,6 +319,7 @@ class CheckpointSaver:
             tokenizer=start.tokenizer.to_json(),
             data_sha256=start.corpus.sha256,
             settings=start.settings.saved(self._seed),
+            encoder=self._encoder,
         )
         if start.writer.save(header, tensors):
             self.saved_step = step

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from peer.errors import StateError
 from peer.layers import step_size
 from trainer_client.averaging.dense_part import SharedParameters, require_bounded, shared_buffers
 from trainer_client.balancing import LoadSpread
-from trainer_client.data.corpus import Dataset
-from trainer_client.model import LanguageModel
+from trainer_client.model import MixtureModel
 from trainer_client.moe import rebalance
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.in_flight import MAX_IN_FLIGHT, InFlight, InFlightController, staleness_limit
@@ -37,14 +36,27 @@ class _Step:
     in_flight: int = 1
 
 
-class NeighbourSource(Protocol):
-    """What a model that reads a memory is given beside its tokens. For any thread."""
+class Batches(Protocol):
+    """What is learned, in batches that the model's `loss` takes. `Dataset` says more."""
 
-    def training(self, number: int, tokens_BT: Tensor) -> Tensor:
-        """The neighbours of the chunks of training batch `number`, [B, U, N, L]. Waits for them for a while at most."""
+    context: int
+    sequences: int
 
-    def validation(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Those of other batches."""
+    def batch(self, step: int, batch_size: int) -> Any: ...
+
+    def validation_batches(self, batch_size: int, count: int) -> Sequence[Any]: ...
+
+    def bytes_per_token(self, batches: Sequence[Any], first: int) -> float: ...
+
+
+class ReadSource(Protocol):
+    """What a model that reads a memory is given beside its batches. For any thread."""
+
+    def training(self, number: int, batch: Any) -> Any:
+        """What is read with training batch `number`. Waits for it for a while at most."""
+
+    def validation(self, batches: Sequence[Any]) -> Sequence[Any]:
+        """What is read with other batches."""
 
 
 class Training:
@@ -52,15 +64,15 @@ class Training:
 
     def __init__(
         self,
-        model: LanguageModel,
-        dataset: Dataset,
+        model: MixtureModel,
+        dataset: Batches,
         settings: TrainerSettings,
-        make_copy: Callable[[], LanguageModel] | None = None,
-        neighbours: NeighbourSource | None = None,
+        make_copy: Callable[[], MixtureModel] | None = None,
+        reads: ReadSource | None = None,
     ) -> None:
         """`make_copy` returns another model of the same shape, for steps in flight; None: one step at a time.
 
-        `neighbours`: for a model that reads a memory.
+        `reads`: for a model that reads a memory.
         """
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -70,7 +82,7 @@ class Training:
         self._model = model
         self._dataset = dataset
         self._settings = settings
-        self._neighbours = neighbours
+        self._reads = reads
         self._make_copy = make_copy if settings.in_flight != 1 else None
         self._parameters = dict(model.named_parameters())
         self._optimizer = _make_optimizer(model, settings)
@@ -96,7 +108,7 @@ class Training:
         """
         settings, began = self._settings, clock()
         validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
-        read = () if self._neighbours is None else self._neighbours.validation(validation)
+        read = () if self._reads is None else self._reads.validation(validation)
         tokens = settings.batch_size * settings.accumulate * self._dataset.context
         bytes_per_token = self._dataset.bytes_per_token(validation, self._model.first_scored)
         record = TrainingRecord(tokens, bytes_per_token, self.history)
@@ -162,7 +174,7 @@ class Training:
         assert make_copy is not None
         limit = MAX_IN_FLIGHT if settings.in_flight == "auto" else settings.in_flight
         enough = InFlightController(limit) if settings.in_flight == "auto" else None
-        steps: InFlight[LanguageModel, _Step] = InFlight(self._model, make_copy, limit)
+        steps: InFlight[MixtureModel, _Step] = InFlight(self._model, make_copy, limit)
         begun = self.step
         try:
             while True:
@@ -179,21 +191,21 @@ class Training:
         finally:
             steps.close()
 
-    def _compute(self, number: int, model: LanguageModel) -> _Step:
+    def _compute(self, number: int, model: MixtureModel) -> _Step:
         """Computes the gradients of step `number` (from 0) into the parameters of `model`."""
         settings, losses = self._settings, []
         model.zero_grad()
         model.begin_step(number)
         for part in range(settings.accumulate):
             batch = number * settings.accumulate + part
-            tokens = self._dataset.batch(batch, settings.batch_size)
-            read = None if self._neighbours is None else self._neighbours.training(batch, tokens)
-            losses.append(self._add_gradients(model, tokens, read))
+            learned = self._dataset.batch(batch, settings.batch_size)
+            read = () if self._reads is None else (self._reads.training(batch, learned),)
+            losses.append(self._add_gradients(model, learned, *read))
             if not math.isfinite(losses[-1]):
                 return _Step(losses[-1], model.load_spread())
         return _Step(statistics.fmean(losses), model.load_spread())
 
-    def _apply(self, computed: LanguageModel, loss: float) -> float:
+    def _apply(self, computed: MixtureModel, loss: float) -> float:
         """Takes the optimizer's step with the gradients of `computed`, and returns the loss: NaN if the gradient is
         not finite. If one of the two is not finite, nothing changes.
         """
@@ -213,11 +225,12 @@ class Training:
             rebalance(self._model, computed)
         return loss
 
-    def _add_gradients(self, model: LanguageModel, tokens: Tensor, neighbours: Tensor | None) -> float:
+    def _add_gradients(self, model: MixtureModel, *batch: Any) -> float:
         """Returns the loss of a batch. If it is not finite there is no backward pass: experts would refuse it."""
         settings = self._settings
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = _loss(model, tokens, neighbours)
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = model.loss(*batch)
         value: float = loss.item()
         if math.isfinite(value):
             balancing = model.balancing_loss()
@@ -232,19 +245,14 @@ def learning_rate(step: int, settings: TrainerSettings) -> float:
 
 
 @torch.no_grad()
-def validation_loss(
-    model: LanguageModel, batches: Sequence[Tensor], neighbours: Sequence[Tensor] = ()
-) -> float:
-    """The mean over the batches, in nats per token. `neighbours`: of each, if the model reads a memory."""
+def validation_loss(model: MixtureModel, batches: Sequence[Any], read: Sequence[Any] = ()) -> float:
+    """The mean over the batches, in nats per token. `read`: with each, if the model reads a memory."""
     model.eval()
-    read: Sequence[Tensor | None] = neighbours or [None] * len(batches)
-    losses = [_loss(model, *each).item() for each in zip(batches, read, strict=True)]
+    losses = [
+        model.loss(*each).item() for each in (zip(batches, read, strict=True) if read else zip(batches))
+    ]
     model.train()
     return statistics.fmean(losses)
-
-
-def _loss(model: LanguageModel, tokens: Tensor, neighbours: Tensor | None) -> Tensor:
-    return model.loss(tokens) if neighbours is None else model.loss(tokens, neighbours)
 
 
 def _make_optimizer(model: nn.Module, settings: TrainerSettings) -> torch.optim.AdamW:

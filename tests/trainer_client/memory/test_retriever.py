@@ -399,7 +399,7 @@ def test_a_host_that_is_much_slower_than_another_is_passed_over() -> None:
 
 def a_hit(text: str, similarity: float) -> Hit:
     passage = Passage(text, "", "", 0, "")
-    return Hit(passage, similarity, similarity, MEMORY, b"", peer_ids(1)[0])
+    return Hit(passage, similarity, similarity, MEMORY, b"", peer_ids(1)[0], np.zeros(8, np.int8))
 
 
 def rarities(words: Iterable[str]) -> list[float]:

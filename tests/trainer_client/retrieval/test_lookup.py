@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from callers import numbered_identity
 from commands import wait_until
@@ -45,7 +46,8 @@ class Echo:
 
     def _hits(self, text: str, k: int) -> tuple[Hit, ...]:
         passages = [Passage(f"{n} {text}", f"page {n}", "echo", 0, "MIT") for n in range(k)]
-        return tuple(Hit(each, 1.0, 1.0, self.id, b"", HOST) for each in passages)
+        vector_D = np.zeros(8, np.int8)
+        return tuple(Hit(each, 1.0, 1.0, self.id, b"", HOST, vector_D) for each in passages)
 
 
 def lookup(memory: Echo, cache: NeighbourCache | None = None) -> NeighbourLookup:

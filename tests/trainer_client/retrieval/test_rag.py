@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainer_client.retrieval.rag import (
+    Hypothesis,
     NextTokens,
     Tokens,
     beam_search,
     decode_sequence,
     decode_token,
-    log_probabilities,
     passage_log_probabilities,
     sequence_log_likelihood,
     token_log_likelihood,
@@ -52,6 +52,16 @@ class Tables:
 
     def with_passage(self, k: int) -> NextTokens:
         return lambda some: self.following(some)[:, k]
+
+    def decode_sequence(self, beam: int) -> list[Hypothesis]:
+        """Of all passages."""
+        count = len(self.passages_K)
+
+        def score(answers: Sequence[Tokens]) -> Tensor:
+            return torch.stack([self.log_KL(answer).sum(-1) for answer in answers])
+
+        each = [self.with_passage(k) for k in range(count)]
+        return decode_sequence(self.passages_K, each, score, beam, END, LONGEST)
 
     def probability(self, answer: Tokens, k: int) -> float:
         """Π_i p(y_i|x,z,y_<i)."""
@@ -95,12 +105,11 @@ def test_both_likelihoods_are_the_papers_sums(seed: int, passages: int) -> None:
 @given(SEEDS)
 def test_answers_of_different_lengths_are_scored_together(seed: int) -> None:
     tables, answers = Tables(seed, 3), [(1, END), (2, 1, END), (END,)]
-    padded_BKL = torch.full((3, 3, LONGEST), 5.0, dtype=torch.float64)
-    present_BL = torch.zeros(3, LONGEST, dtype=torch.bool)
+    padded_BKL = torch.zeros(3, 3, LONGEST, dtype=torch.float64)
     for row, answer in enumerate(answers):
-        padded_BKL[row, :, : len(answer)], present_BL[row, : len(answer)] = tables.log_KL(answer), True
+        padded_BKL[row, :, : len(answer)] = tables.log_KL(answer)
     for likelihood in (sequence_log_likelihood, token_log_likelihood):
-        together = likelihood(tables.passages_K.expand(3, -1), padded_BKL, present_BL)
+        together = likelihood(tables.passages_K.expand(3, -1), padded_BKL)
         alone = [likelihood(tables.passages_K[None], tables.log_KL(answer)[None])[0] for answer in answers]
         torch.testing.assert_close(together, torch.stack(alone))
 
@@ -178,13 +187,11 @@ def test_gradients_are_those_of_the_sums(seed: int, passages: int) -> None:
 @settings(max_examples=40)
 def test_a_wide_beam_finds_all_answers_in_their_order(seed: int, passages: int) -> None:
     tables, wide = Tables(seed, passages), 100
-    each = [tables.with_passage(k) for k in range(passages)]
     found = {
         "token": decode_token(tables.passages_K, tables.following, wide, END, LONGEST),
-        "sequence": decode_sequence(tables.passages_K, each, wide, END, LONGEST),
-        "fast": decode_sequence(tables.passages_K, each, wide, END, LONGEST, is_fast=True),
+        "sequence": tables.decode_sequence(wide),
     }
-    exact = {"token": tables.token, "sequence": tables.sequence, "fast": tables.sequence}
+    exact = {"token": tables.token, "sequence": tables.sequence}
     for name, hypotheses in found.items():
         assert {each.tokens for each in hypotheses} == set(all_answers())
         for hypothesis in hypotheses:
@@ -199,17 +206,10 @@ def test_a_wide_beam_finds_all_answers_in_their_order(seed: int, passages: int) 
 @settings(max_examples=40)
 def test_a_narrow_beam_scores_what_it_meets_exactly(seed: int, passages: int, beam: int) -> None:
     tables = Tables(seed, passages)
-    each = [tables.with_passage(k) for k in range(passages)]
-    thorough = decode_sequence(tables.passages_K, each, beam, END, LONGEST)
-    for hypothesis in thorough:
+    for hypothesis in tables.decode_sequence(beam):
         assert math.exp(hypothesis.log_probability) == pytest.approx(
             tables.sequence(hypothesis.tokens), rel=1e-6
         )
-    # what a beam did not meet is missing in fast decoding
-    fast = decode_sequence(tables.passages_K, each, beam, END, LONGEST, is_fast=True)
-    exact = {hypothesis.tokens: hypothesis.log_probability for hypothesis in thorough}
-    assert {each.tokens for each in fast} == exact.keys()
-    assert all(each.log_probability <= exact[each.tokens] + 1e-9 for each in fast)
     tokens = decode_token(tables.passages_K, tables.following, beam, END, LONGEST)
     assert len(tokens) <= beam
     for hypothesis in tokens:
@@ -227,20 +227,18 @@ def test_an_answer_that_no_passage_likes_best_may_be_the_best() -> None:
     tables.log_NKV[tables.number[1,]] = tables.log_NKV[tables.number[2,]] = torch.tensor(
         [[1.0, 0.0, 0.0]] * 2, dtype=torch.float64
     ).log()
-    each = [tables.with_passage(k) for k in range(2)]
-    best, *_ = decode_sequence(tables.passages_K, each, 2, END, LONGEST)
+    best, *_ = tables.decode_sequence(2)
     assert best.tokens == (2, END)
     assert math.exp(best.log_probability) == pytest.approx(0.45)
-    greedy, *_ = decode_sequence(tables.passages_K, each, 1, END, LONGEST)
+    greedy, *_ = tables.decode_sequence(1)
     assert greedy.tokens != (2, END)
 
 
 def test_without_a_passage_nothing_is_said() -> None:
     tables = Tables(0, 2)
-    none_K = torch.full((2,), -math.inf, dtype=torch.float64)
-    each = [tables.with_passage(k) for k in range(2)]
-    assert decode_sequence(none_K, each, 3, END, LONGEST) == []
-    assert decode_token(none_K, tables.following, 3, END, LONGEST) == []
+    tables.passages_K = torch.full((2,), -math.inf, dtype=torch.float64)
+    assert tables.decode_sequence(3) == []
+    assert decode_token(tables.passages_K, tables.following, 3, END, LONGEST) == []
 
 
 def test_a_beam_goes_on_while_any_answer_grows() -> None:
@@ -248,6 +246,3 @@ def test_a_beam_goes_on_while_any_answer_grows() -> None:
     found = beam_search(tables.with_passage(0), 100, END, 2)
     assert all(each.tokens[-1] == END or len(each.tokens) == 2 for each in found)
     assert beam_search(tables.with_passage(0), 2, END, 0)[0].tokens == ()
-    assert log_probabilities(tables.with_passage(0), []) == []
-    values = log_probabilities(tables.with_passage(0), [each.tokens for each in found])
-    assert values == pytest.approx([each.log_probability for each in found])

@@ -1,0 +1,157 @@
+"""Models that answer questions from a memory of their swarm: trained, resumed and asked as people do it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from memory_samples import MEMORY, SampleMemory
+from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
+
+from dht.library import LibraryEntry, MemoryRegistry
+from dht.memory import MemoryID, Part
+from expert_server.memory.store import MemoryStore
+from peer.errors import DataError, LibraryError
+from peer.identity import Identity
+from peer.loop import LoopThread
+from talkoot.memory.search import check_found
+from trainer_client.memory.retriever import SearchResult
+from trainer_client.training.checkpoints import load_checkpoint
+
+WORDS = SampleMemory.with_words()
+
+
+def named(name: str, memory: SampleMemory) -> SampleMemory:
+    return replace(memory, manifest=replace(memory.manifest, name=name))
+
+
+OTHER = named("other", SampleMemory.with_words(1))
+EMPTY = named("empty", WORDS.revoking(*range(len(WORDS.passages))))
+MEMORIES = (WORDS, OTHER, EMPTY)
+NAME = WORDS.manifest.name
+QUICK = ("--batch-size", 2, "--threads", 1, "--call-deadline-s", 60, "--validation-batches", 1)
+
+
+@pytest.fixture(scope="module")
+def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
+    """A node that hosts all experts and three memories. One has only passages that were taken back."""
+    folder = tmp_path_factory.mktemp("founder")
+    peer_id = Identity.load_or_create(folder / "founder.key").peer_id
+    for memory in MEMORIES:
+        memory.write(folder / "founder" / "memory" / str(MemoryID.of(memory.manifest.name, peer_id)))
+    parts = {"model": MANIFEST.model.model_copy(update={"context": 64})}
+    with founded(loop, folder, experts=8, parts=parts, memory_disk="100MB") as running:
+        entries = []
+        for memory in MEMORIES:
+            data = memory.manifest.serialize()
+            part = Part(MemoryStore(Path(), data).part.sha256, len(data))
+            entries.append(LibraryEntry.of(memory.manifest, part, running.node.swarm.host.peer_id))
+        loop.run(MemoryRegistry(running.node.swarm.registry).publish_library(entries), 120)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = [
+        {"question": f"what is word{n}?", "answers": [f"word{n + 1}"] if n % 3 else []} for n in range(20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train(founder: Founder, state: Path, *options: object) -> list[object]:
+    return ["train", "--join", founder.invite, "--state", state, *QUICK, *options]
+
+
+def learning(questions: Path) -> tuple[object, ...]:
+    return ("--data", questions, "--objective", "rag-token", "--memory", NAME, "--memory-length", 16)
+
+
+@pytest.fixture(scope="module")
+def trained(founder: Founder, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = tmp_path_factory.mktemp("state")
+    ended = talkoot(
+        *train(founder, state, *learning(questions), "--steps", 3, "--json", state / "first.json")
+    )
+    assert ended.status == 0, ended.err
+    return state
+
+
+def test_a_run_learns_from_questions_and_is_resumed(founder: Founder, trained: Path, questions: Path) -> None:
+    first = json.loads((trained / "first.json").read_text())
+    assert first["memory_chunks"] >= 4 * 2
+    assert (
+        first["memory_failed_lookups"] == first["memory_late_batches"] == first["memory_chunks_without"] == 0
+    )
+    checkpoint = load_checkpoint(Path(first["checkpoint"]), Path(first["checkpoint"]).parent.name)
+    assert checkpoint.header.encoder == WORDS.manifest.encoder.sha256.hex()
+    assert any(name.startswith("model.questions.") for name in checkpoint.tensors)
+    again = train(founder, trained, "--resume", "--steps", 5, "--json", trained / "again.json")
+    ended = talkoot(*again)
+    assert ended.status == 0, ended.err
+    assert json.loads((trained / "again.json").read_text())["resumed_at"] == 3
+    talkoot(*train(founder, trained, "--resume", "--objective", "causal")).is_one_clear_line("objective: ")
+    talkoot(*train(founder, trained, "--resume", "--steps", 9, "--memory", "other")).is_one_clear_line(
+        "by the encoder of another memory"
+    )
+
+
+def test_an_answer_has_its_sources(founder: Founder, trained: Path) -> None:
+    asked = ("ask", "what is word7?", "--join", founder.invite, "--state", trained)
+    for options in ((), ("--objective", "rag-sequence", "--memory-passages", 3)):
+        found = talkoot(*asked, "--json", *options)
+        assert found.status == 0, found.err
+        values = json.loads(found.out)
+        assert values["memory"].startswith(NAME)
+        assert 0 < values["probability"] <= 1
+        assert values["answer"] is None or values["answer"].strip()
+        assert len(values["sources"]) == (3 if options else 2)
+        for answer in (values, *values["other_answers"]):
+            assert sum(source["share"] for source in answer["sources"]) == pytest.approx(1)
+        assert values["sources"][0]["license"] == "CC0-1.0"
+        assert (values["missing_cells"], values["unanswered_rows"]) == ([], 0)
+    told = talkoot(*asked)
+    assert told.status == 0, told.err
+    assert "from title " in told.out
+    assert "(words.txt, CC0-1.0)" in told.out
+
+
+def test_what_can_not_be_answered_is_one_clear_line(
+    founder: Founder, trained: Path, questions: Path, tmp_path: Path
+) -> None:
+    used = ("--join", founder.invite, "--state", trained)
+    talkoot("ask", "mikä on kiuas?", *used).is_one_clear_line("knows no word of this question")
+    talkoot("ask", " ", *used).is_one_clear_line("ask something")
+    talkoot("ask", "what? " * 2000, *used).is_one_clear_line("shorten it to 10000")
+    talkoot("ask", f"word1 {'and more ' * 20}?", *used).is_one_clear_line("tokens", "shorten it")
+    talkoot("ask", "what?", *used, "--memory", "other").is_one_clear_line("by the encoder of another memory")
+    talkoot("ask", "what?", *used, "--memory", "away").is_one_clear_line("away")
+    talkoot("ask", "what is word1?", *used, "--memory", "empty").is_one_clear_line(
+        "nothing found: memory empty"
+    )
+    talkoot("generate", *used, "--prompt", "word1").is_one_clear_line("talkoot ask")
+    export = ("export", *used, "--out", tmp_path / "model", "--resume")
+    talkoot(*export).is_one_clear_line("reads the memory", "talkoot ask")
+    new = tmp_path / "new"
+    talkoot(*train(founder, new, *learning(questions)[:4])).is_one_clear_line("pass --memory NAME")
+    talkoot(*train(founder, new, *learning(questions), "--data", __file__)).is_one_clear_line(".jsonl files")
+
+
+def test_a_model_of_text_answers_no_questions(founder: Founder, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    ended = talkoot(*train(founder, tmp_path, "--data", text, "--steps", 1))
+    assert ended.status == 0, ended.err
+    asked = talkoot("ask", "why?", "--join", founder.invite, "--state", tmp_path)
+    asked.is_one_clear_line("answer no questions", "--objective rag-sequence")
+
+
+def test_nothing_found_is_said_as_such() -> None:
+    with pytest.raises(DataError, match="knows no word of this question"):
+        check_found(MEMORY, SearchResult((), is_understood=False))
+    with pytest.raises(LibraryError, match="no live host"):
+        check_found(MEMORY, SearchResult((), missing=((0, 1),)))
+    with pytest.raises(LibraryError, match="nothing found: memory docs-abcdefghijkl has no passages near"):
+        check_found(MEMORY, SearchResult(()))

@@ -1,0 +1,318 @@
+"""Models that answer from passages: what is learned, what is found with it, and what is honest to say."""
+
+import math
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from callers import numbered_identity
+from torch import Tensor, nn
+
+from dht.manifest import Manifest
+from dht.memory import MemoryID, Part, Passage, Vectors
+from peer.errors import DataError, SettingsError, UnreachableError
+from talkoot.train.local import LocalSwarm
+from trainer_client.data.questions import Question, QuestionBatches
+from trainer_client.data.tokenizer import ByteTokenizer
+from trainer_client.decoding import Decoder
+from trainer_client.memory.encoder import StaticEncoder, to_vectors, words_of
+from trainer_client.memory.retriever import Hit, SearchResult, Turn, ranked_by_words
+from trainer_client.retrieval.answering import (
+    Answerer,
+    Continuations,
+    DecoderGenerator,
+    PassageLookup,
+    QueryEncoder,
+    RagModel,
+    check_encoder,
+    make_rag_model,
+)
+from trainer_client.retrieval.lookup import NeighbourLoader
+from trainer_client.retrieval.rag import Tokens
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.loop import Training
+
+HOST = numbered_identity(1).peer_id
+DIMENSIONS = 16
+TOKENIZER = ByteTokenizer()
+MANIFEST = Manifest.model_validate(
+    {
+        "name": "answers",
+        "preset": "none",
+        "model": {"layers": 1, "hidden": 16, "heads": 2, "context": 64, "feed_forward": 32},
+        "experts": {"grid": [2, 2]},
+        "routing": {"top_k": 2},
+    }
+)
+COLOURS = {"kiuas": "red", "vihta": "green", "loyly": "white", "kauha": "blue", "laude": "brown"}
+
+
+class Shelf:
+    """A memory in this process, with a vector drawn for each word."""
+
+    id = MemoryID.of("shelf", HOST)
+    encoder = Part(bytes(32), 1)
+    dimensions = DIMENSIONS
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        words = sorted({word for each in passages for word in words_of(f"{each.title} {each.text}")})
+        rng = np.random.default_rng(0)
+        vectors_VD = rng.integers(-127, 128, (len(words), DIMENSIONS)).astype(np.int8)
+        ones_V = np.ones(len(words), np.float32)
+        self._encoder = StaticEncoder(words, vectors_VD, ones_V, ones_V)
+        self._passages = passages
+        self._vectors_ND = self._encoder.encode([f"{each.title}\n{each.text}" for each in passages])
+        self.is_there = True
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        return self._encoder.encode(texts)
+
+    def search(self, texts: Sequence[str], k: int, cells: int, *, turn: Turn | None) -> list[SearchResult]:
+        if not self.is_there:
+            raise UnreachableError("nobody is there")
+        vectors_QD = self.encode(texts) if turn is None else turn(self.encode(texts))
+        results = []
+        for text, query_D in zip(texts, vectors_QD.astype(np.int64), strict=True):
+            whole = int(query_D @ query_D)
+            if not whole:
+                results.append(SearchResult((), is_understood=False))
+                continue
+            hits = [
+                Hit(passage, score, score, self.id, b"", HOST, vector_D)
+                for passage, vector_D in zip(self._passages, self._vectors_ND, strict=True)
+                for score in [float(query_D @ vector_D.astype(np.int64)) / whole]
+            ]
+            results.append(SearchResult(ranked_by_words(text, hits, self._encoder.rarity)[:k]))
+        return results
+
+
+def passage(name: str, colour: str) -> Passage:
+    return Passage(f"{name} is {colour}", name, "sauna.txt", 0, "CC0-1.0")
+
+
+SHELF = Shelf([passage(*each) for each in COLOURS.items()])
+QUESTIONS = [Question(f"what colour is {name}?", (colour,)) for name, colour in COLOURS.items()]
+
+
+def settings(**more: object) -> TrainerSettings:
+    values = {
+        "objective": "rag-sequence",
+        "memory": "shelf",
+        "batch_size": 5,
+        "validation_batches": 1,
+        "seed": 0,
+    }
+    return TrainerSettings.model_validate(values | {"memory_passages": 2, "memory_length": 24} | more)
+
+
+def model_of(chosen: TrainerSettings) -> RagModel:
+    return make_rag_model(MANIFEST, lambda layer: nn.Identity(), TOKENIZER, DIMENSIONS, chosen)
+
+
+def learned(objective: str, steps: int, passages: int = 2) -> tuple[RagModel, Training, PassageLookup]:
+    chosen = settings(objective=objective, steps=steps, memory_passages=passages, learning_rate=1e-2)
+    model = model_of(chosen)
+    batches = QuestionBatches([*QUESTIONS, *QUESTIONS], 0, 0.5, model.reader.target, TOKENIZER.token_bytes)
+    lookup = PassageLookup(SHELF, model.questions, passages)
+    loader = NeighbourLoader(lookup, lambda number: batches.batch(number, 5))
+    training = Training(model, batches, chosen, None, loader)
+    training.run(lambda progress: None, threading.Event())
+    loader.close()
+    return model, training, lookup
+
+
+@pytest.mark.parametrize("objective", ["rag-sequence", "rag-token"])
+def test_generator_and_query_encoder_learn_and_answers_name_their_sources(objective: str) -> None:
+    model, training, lookup = learned(objective, 60)
+    assert training.history.validation_losses[-1] < training.history.validation_losses[0] / 4
+    assert model.questions.change.weight.abs().sum() > 0
+    assert lookup.counts.failed == lookup.counts.without == 0
+    answerer = Answerer(model)
+    for question in QUESTIONS:
+        found, _ = lookup.search([question.text])
+        for marginal in ("sequence", "token"):
+            answers = answerer.answers(question.text, found, marginal)
+            best = answers[0]
+            assert best.text == question.answer
+            assert best.probability == max(each.probability for each in answers)
+            assert sum(source.share for source in best.sources) == pytest.approx(1)
+            assert [source.share for source in best.sources] == sorted(
+                (source.share for source in best.sources), reverse=True
+            )
+
+
+def test_the_loss_is_the_papers_sum_over_what_was_found() -> None:
+    """By the generator alone, one passage after the other."""
+    for objective in ("rag-sequence", "rag-token"):
+        model = model_of(settings(objective=objective)).eval()
+        found, _ = PassageLookup(SHELF, model.questions, 2).search([each.text for each in QUESTIONS[:2]])
+        expected, tokens = 0.0, 0
+        for row, question in enumerate(QUESTIONS[:2]):
+            chances = model.questions.log_probabilities(found, 2)[row].exp()
+            target = model.reader.target(question)
+            likelihoods_KL = torch.stack(
+                [
+                    _by_whole_sequences(
+                        model.generator, model.reader.source(question.text, hit.passage), target
+                    )
+                    for hit in found.hits[row]
+                ]
+            ).exp()
+            summed = (
+                (chances @ likelihoods_KL.prod(1)).log()
+                if objective == "rag-sequence"
+                else (chances @ likelihoods_KL).log().sum()
+            )
+            expected -= summed.item()
+            tokens += len(target)
+        assert model.loss(QUESTIONS[:2], found).item() == pytest.approx(expected / tokens, rel=1e-4)
+
+
+def _by_whole_sequences(generator: DecoderGenerator, source: Sequence[int], target: Tokens) -> Tensor:
+    values = []
+    for at, token in enumerate(target):
+        logits_V = generator.model(torch.tensor([[*source, *target[:at]]]))[0, -1]
+        values.append(logits_V.log_softmax(-1)[token])
+    return torch.stack(values)
+
+
+def test_gradients_reach_the_query_encoder_and_no_passage() -> None:
+    model = model_of(settings())
+    found, _ = PassageLookup(SHELF, model.questions, 2).search([QUESTIONS[0].text])
+    torch.autograd.backward(model.loss(QUESTIONS[:1], found))
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    change = model.questions.change.weight.grad
+    assert change is not None
+    assert change.abs().sum() > 0
+    assert not isinstance(found.hits[0][0].vector_D, Tensor)
+
+
+def test_the_query_encoder_begins_as_the_search_ranks() -> None:
+    questions = QueryEncoder(DIMENSIONS)
+    texts = [each.text for each in QUESTIONS]
+    vectors_QD = SHELF.encode(texts)
+    assert (
+        np.abs(questions.turn(vectors_QD).astype(int) - to_vectors(vectors_QD.astype(np.float32))).max() <= 1
+    )
+    found, results = PassageLookup(SHELF, questions, 5).search(texts)
+    for row, result in zip(questions.log_probabilities(found, 5), results, strict=True):
+        values = row.tolist()
+        assert values == sorted(values, reverse=True)
+        assert math.fsum(map(math.exp, values)) == pytest.approx(1)
+        assert len(result.hits) == 5
+
+
+def test_a_turned_question_finds_other_passages() -> None:
+    questions = QueryEncoder(DIMENSIONS)
+    with torch.no_grad():
+        questions.change.weight.copy_(-2 * torch.eye(DIMENSIONS))
+    (plain,) = SHELF.search([QUESTIONS[0].text], 1, 8, turn=None)
+    (turned,) = SHELF.search([QUESTIONS[0].text], 1, 8, turn=questions.turn)
+    assert plain.hits[0].passage.title == "kiuas"
+    assert turned.hits[0].passage.title != "kiuas"
+
+
+def test_without_hosts_training_goes_on() -> None:
+    shelf = Shelf([passage("kiuas", "red")])
+    shelf.is_there = False
+    model = model_of(settings())
+    lookup = PassageLookup(shelf, model.questions, 2)
+    found = lookup.learned(QUESTIONS[:2])
+    loss = model.loss(QUESTIONS[:2], found)
+    assert loss.isfinite()
+    torch.autograd.backward(loss)
+    assert (lookup.counts.failed, lookup.counts.without) == (1, 2)
+    with pytest.raises(UnreachableError):
+        lookup.search([QUESTIONS[0].text])
+
+
+def test_a_question_without_a_known_word_finds_nothing() -> None:
+    model = model_of(settings())
+    found, (result,) = PassageLookup(SHELF, model.questions, 2).search(["miksi?"])
+    assert not result.is_understood
+    assert found.hits == [()]
+    assert model.questions.log_probabilities(found, 2).eq(-math.inf).all()
+
+
+def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
+    """With equal passages but for the colour, both are as likely, and each names its own source."""
+    shelf = Shelf([passage("kiuas", "red"), passage("kiuas", "blue")])
+    model = model_of(settings())
+    found, _ = PassageLookup(shelf, model.questions, 2).search(["what colour is kiuas?"])
+    certain = {"red": (*b" red", 10), "blue": (*b" blue", 10)}
+
+    class Copying(DecoderGenerator):
+        def log_likelihood(
+            self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+        ) -> Tensor:
+            longest = max(map(len, targets))
+            rows = [
+                [0.0 if certain[_colour(source)] == tuple(target) else -5.0] + [0.0] * (longest - 1)
+                for source, target in zip(sources, targets, strict=True)
+            ]
+            return torch.tensor(rows)
+
+    def _colour(source: Sequence[int]) -> str:
+        return "red" if b"is red" in bytes(source) else "blue"
+
+    class Said(nn.Module):
+        """Logits of the colour that the sequence has read."""
+
+        context, first_scored, can_extend, retrieval = 64, 1, False, None
+
+        def forward(self, tokens_BT: Tensor) -> Tensor:
+            logits_BTV = torch.full((*tokens_BT.shape, 256), -20.0)
+            for row, tokens in enumerate(tokens_BT.tolist()):
+                said = bytes(tokens).rpartition(b"?\n")[2]
+                answer = certain[_colour(tokens)]
+                logits_BTV[row, -1, answer[len(said)] if len(said) < len(answer) else 10] = 20.0
+            return logits_BTV
+
+    model.generator = Copying(Said(), 10)  # type: ignore[arg-type]  # all of a model that decoding uses
+    first, second, *_ = Answerer(model).answers("what colour is kiuas?", found, "sequence")
+    assert {first.text, second.text} == {"red", "blue"}
+    for answer in (first, second):
+        assert 0.2 < answer.probability < 0.8
+        assert answer.sources[0].hit.passage.text == f"kiuas is {answer.text}"
+        assert answer.sources[0].share > 0.9
+
+
+def test_what_the_context_can_not_hold_is_refused_and_passages_are_cut() -> None:
+    reader = model_of(settings(memory_length=1000)).reader
+    long = Passage("x " * 400, "t", "s", 0, "MIT")
+    source = reader.source("why?", long)
+    assert len(source) + reader.longest <= 64
+    assert bytes(source).endswith(b"\nwhy?\n")
+    with pytest.raises(DataError, match="shorten it"):
+        reader.source("w" * 60, long)
+    with pytest.raises(DataError, match="another tokenizer"):
+        reader.target(Question("why?", ("a" * 40,)))
+    assert reader.target(Question("why?")) == (reader.end,)
+    assert reader.text((*b" a b", reader.end)) == "a b"
+
+
+def test_another_encoder_is_refused() -> None:
+    check_encoder(SHELF, SHELF.encoder.sha256.hex())
+    for other in (None, "00"):
+        with pytest.raises(SettingsError, match="by the encoder of another memory"):
+            check_encoder(SHELF, other)
+
+
+def test_decoding_goes_on_from_what_experts_have_computed_as_whole_sequences_do() -> None:
+    """With real experts in this process, of prefixes that part and go on."""
+    swarm = LocalSwarm(MANIFEST, settings())
+    model = make_rag_model(MANIFEST, swarm.mixture, TOKENIZER, DIMENSIONS, swarm.settings).eval()
+    sources = [[*b"kiuas is red\nwhat?\n"], [*b"vihta is green, and so is a leaf\nwhat?\n"]]
+    following = Continuations(Decoder(model.generator.model), sources)
+    first, second, third = map(ord, "abc")
+    for prefixes in ([()], [(first,), (second,)], [(first, third), (first, first), (second, third)]):
+        found_NKV = following(prefixes, range(2))
+        for row, prefix in enumerate(prefixes):
+            for place, source in enumerate(sources):
+                logits_V = model.generator.model(torch.tensor([[*source, *prefix]]))[0, -1]
+                torch.testing.assert_close(
+                    found_NKV[row, place], logits_V.log_softmax(-1), atol=1e-4, rtol=1e-3
+                )
+    following.close()

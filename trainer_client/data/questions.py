@@ -1,0 +1,161 @@
+"""Questions and their answers, from which a model learns to answer from what a memory holds.
+
+They are JSON lines with the fields `question` and `answers`, as encoders of memories learn from them, too.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peer.errors import DataError
+from trainer_client.data.corpus import shuffle_keys, shuffled
+
+MOST_QUESTIONS = 1_000_000
+MOST_QUESTION = 10_000
+"""Characters."""
+_MOST_LINE = 2**17
+"""Bytes."""
+_MOST_ANSWERS, _MOST_ANSWER = 64, 256
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and what is right to say."""
+
+    text: str
+    answers: tuple[str, ...] = ()
+    """The first is the one that is learned. None at all: the memory does not say it."""
+
+    @property
+    def answer(self) -> str:
+        return self.answers[0] if self.answers else ""
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects in a file, one a line, and where each is. Raises DataError that names the line with anything else."""
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(_MOST_LINE + 1), b""), 1):
+                place = f"{file}, line {number}"
+                if len(line) > _MOST_LINE:
+                    raise DataError(f"{place}: longer than {_MOST_LINE // 1024} KB")
+                if line.strip():
+                    yield place, _object(line, place)
+    except OSError as error:
+        raise DataError(f"can't read {file}: {error.strerror or error}") from error
+
+
+def _object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object, such as {{'question': '…', 'answers': ['…']}}")
+    return row
+
+
+def parse_answers(row: dict[str, Any], place: str) -> tuple[str, ...]:
+    """The field `answers`; none if there is no such field. Raises DataError."""
+    answers = row.get("answers", [])
+    if (
+        not isinstance(answers, list)
+        or len(answers) > _MOST_ANSWERS
+        or not all(isinstance(each, str) and each.strip() and len(each) <= _MOST_ANSWER for each in answers)
+    ):
+        raise DataError(
+            f"{place}: the field 'answers' must be a list of at most {_MOST_ANSWERS} phrases of up to {_MOST_ANSWER} "
+            "characters"
+        )
+    return tuple(answers)
+
+
+def read_questions(files: Sequence[Path]) -> list[Question]:
+    """All that are in these files. Raises DataError that names the place where something is no question."""
+    questions: list[Question] = []
+    for file in files:
+        if file.suffix != ".jsonl":
+            raise DataError(f"{file}: questions are .jsonl files, with the fields question and answers")
+        for place, row in read_json_lines(file):
+            if len(questions) == MOST_QUESTIONS:
+                raise DataError(f"more than {MOST_QUESTIONS:,} questions in all: leave some out")
+            text = row.get("question")
+            if not isinstance(text, str) or not text.strip() or len(text) > MOST_QUESTION:
+                raise DataError(
+                    f"{place}: the field 'question' must be text of at most {MOST_QUESTION} characters"
+                )
+            if "answers" not in row:
+                raise DataError(
+                    f"{place}: no field 'answers': give a list, which is empty if the memory has no answer"
+                )
+            questions.append(Question(text, parse_answers(row, place)))
+    if not questions:
+        raise DataError(
+            "no questions to learn from: pass --data FILE.jsonl with the fields question and answers"
+        )
+    return questions
+
+
+def digest_of(questions: Sequence[Question]) -> str:
+    """Equal for equal questions in the same order."""
+    rows = [[question.text, *question.answers] for question in questions]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+
+class QuestionBatches:
+    """Batches of questions: in an epoch each comes once, in an order of its own. The last ones are for validation."""
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        seed: int,
+        validation_share: float,
+        tokens_of: Callable[[Question], Sequence[int]],
+        token_bytes: Sequence[bytes],
+    ) -> None:
+        """`tokens_of`: those of a question's answer. Raises DataError if there are fewer than two questions."""
+        if len(questions) < 2:
+            raise DataError(
+                "there is one question to learn from: give at least two, of which one is for validation"
+            )
+        held_out = min(max(1, int(len(questions) * validation_share)), len(questions) - 1)
+        self.train, self.validation = questions[:-held_out], questions[-held_out:]
+        self.sequences = len(self.train)
+        """Questions in an epoch."""
+        self._seed = seed
+        self._tokens_of, self._token_bytes = tokens_of, token_bytes
+        lengths = [len(tokens_of(question)) for question in self.validation]
+        self.context = max(1, round(sum(lengths) / len(lengths)))
+        """Tokens that are learned of a question: those of the answer. The mean."""
+
+    def batch(self, step: int, batch_size: int) -> list[Question]:
+        """Those of a step, always the same."""
+        positions_B = np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs_B, places_B = np.divmod(positions_B, self.sequences)
+        for epoch in np.unique(epochs_B):
+            here = epochs_B == epoch
+            *keys, _ = shuffle_keys(self._seed, int(epoch))
+            places_B[here] = shuffled(places_B[here], self.sequences, keys)
+        return [self.train[place] for place in places_B.tolist()]
+
+    def validation_batches(self, batch_size: int, count: int) -> list[list[Question]]:
+        """At most `count` batches, spread evenly over the questions for validation, each of which comes once."""
+        wanted = min(batch_size * count, len(self.validation))
+        places = np.linspace(0, len(self.validation) - 1, wanted).astype(int).tolist()
+        parts = [places[at : at + batch_size] for at in range(0, wanted, batch_size)]
+        return [[self.validation[place] for place in part] for part in parts]
+
+    def bytes_per_token(self, batches: Sequence[Sequence[Question]], first: int = 1) -> float:
+        """The mean over the tokens of their answers."""
+        lengths = [
+            len(self._token_bytes[token])
+            for batch in batches
+            for question in batch
+            for token in self._tokens_of(question)
+        ]
+        return sum(lengths) / max(1, len(lengths))

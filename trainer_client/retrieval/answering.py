@@ -1,0 +1,423 @@
+"""Models that answer questions from passages of a memory: retrieval-augmented generation (RAG).
+
+Lewis et al. 2020 (arXiv 2005.11401). A generator reads each of the passages found for a question, followed by the
+question, and goes on with the answer. What it says with each of them is summed, by how well they fit the question
+(`rag`). The generator and what turns the question's vector learn together; the passages' vectors stay as they are.
+
+Shapes: B questions, K passages for each, L tokens of an answer, D numbers in a vector, V words of the vocabulary, A
+answers.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dht.manifest import Manifest
+from dht.memory import MAX_QUERIES, MemoryID, Part, Passage, Vectors
+from peer.errors import DataError, SettingsError, TalkootError
+from trainer_client.data.questions import Question
+from trainer_client.data.tokenizer import Tokenizer
+from trainer_client.decoding import Decoder, Decoding
+from trainer_client.memory.encoder import to_vectors
+from trainer_client.memory.retriever import Hit, SearchResult, Turn
+from trainer_client.model import LanguageModel, MixtureModel
+from trainer_client.retrieval.lookup import RetrievalCounts
+from trainer_client.retrieval.rag import (
+    NextTokens,
+    Tokens,
+    decode_sequence,
+    decode_token,
+    passage_log_probabilities,
+    sequence_log_likelihood,
+    token_log_likelihood,
+)
+from trainer_client.settings import Marginal, TrainerSettings
+
+logger = logging.getLogger(__name__)
+
+BEAM = 4
+LONGEST_ANSWER = 64
+"""Tokens."""
+_CELLS = 8
+_SHARPNESS = 12.0
+"""Of the first softmax over passages, whose scores are cosines."""
+_SHOWN = 3
+"""Answers."""
+_WARN_EVERY_S = 60.0
+
+
+class AskedMemory(Protocol):
+    """A memory, as `SwarmClient.memory` gives it."""
+
+    @property
+    def id(self) -> MemoryID: ...
+
+    @property
+    def encoder(self) -> Part: ...
+
+    def encode(self, texts: Sequence[str]) -> Vectors: ...
+
+    def search(
+        self, texts: Sequence[str], k: int, cells: int, *, turn: Turn | None
+    ) -> list[SearchResult]: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for some questions."""
+
+    vectors_BD: Tensor
+    """Of the questions, by the memory's encoder. Of unit length, or zeros."""
+    hits: Sequence[Sequence[Hit]]
+    """Of each, best first, at most K."""
+
+    @classmethod
+    def of(cls, vectors_BD: Vectors, hits: Sequence[Sequence[Hit]]) -> "Found":
+        return cls(_units(torch.from_numpy(vectors_BD)), hits)
+
+
+def _units(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.float(), dim=-1)
+
+
+class QueryEncoder(nn.Module):
+    """Turns the vectors that a memory's encoder gives to questions, and scores passages by them. It begins as a search
+    ranks: by the cosine, and by the words that both share.
+    """
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.change = nn.Linear(dimensions, dimensions, bias=False)
+        nn.init.zeros_(self.change.weight)
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(_SHARPNESS)))
+        self.word_weight = nn.Parameter(torch.ones(()))
+        """Against the cosine, in parts of the memory's own."""
+
+    def forward(self, vectors_BD: Tensor) -> Tensor:
+        """Of unit length again."""
+        return F.normalize(vectors_BD + self.change(vectors_BD), dim=-1)
+
+    @torch.no_grad()
+    def turn(self, vectors_BD: Vectors) -> Vectors:
+        """What searches look for."""
+        return to_vectors(self(_units(torch.from_numpy(vectors_BD))).numpy())
+
+    def log_probabilities(self, found: Found, passages: int) -> Tensor:
+        """log p(z|x) of so many passages for each question, [B, K]; -inf where fewer were found."""
+        size = len(found.hits), passages
+        vectors_BKD = np.zeros((*size, found.vectors_BD.shape[-1]), np.float32)
+        words_BK, found_BK = torch.zeros(size), torch.zeros(size, dtype=torch.bool)
+        for row, hits in enumerate(found.hits):
+            for place, hit in enumerate(hits):
+                vectors_BKD[row, place] = hit.vector_D
+                words_BK[row, place] = hit.score - hit.similarity
+                found_BK[row, place] = True
+        cosines_BK = (_units(torch.from_numpy(vectors_BKD)) @ self(found.vectors_BD)[:, :, None])[:, :, 0]
+        scores_BK = self.log_sharpness.exp() * (cosines_BK + self.word_weight * words_BK)
+        return passage_log_probabilities(scores_BK, found_BK)
+
+
+class DecoderGenerator(nn.Module):
+    """A decoder that goes on from a source with the target."""
+
+    def __init__(self, model: LanguageModel, end: int) -> None:
+        super().__init__()
+        self.model = model
+        self.end = end
+
+    def log_likelihood(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+        """As `Generator` says."""
+        longest = max(len(s) + len(t) for s, t in zip(sources, targets, strict=True))
+        tokens_NT = torch.full((len(sources), longest), self.end)
+        rows, places, wanted, columns = list[int](), list[int](), list[int](), list[int]()
+        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            tokens_NT[row, : len(source) + len(target)] = torch.tensor([*source, *target])
+            rows += [row] * len(target)
+            places += range(len(source) - 1, len(source) + len(target) - 1)
+            wanted += target
+            columns += range(len(target))
+        states_NTD = self.model.states(tokens_NT[:, :-1])
+        logits_RV = self.model.head(self.model.norm(states_NTD[rows, places])).float()
+        values_R = logits_RV.log_softmax(-1)[range(len(wanted)), wanted]
+        values_NL: Tensor = values_R.new_zeros(len(sources), max(map(len, targets)))
+        return values_NL.index_put((torch.tensor(rows), torch.tensor(columns)), values_R)
+
+
+class RagModel(MixtureModel):
+    """A generator, and what it finds passages by."""
+
+    def __init__(
+        self,
+        generator: DecoderGenerator,
+        reader: "Reader",
+        dimensions: int,
+        marginal: Marginal,
+        passages: int,
+    ) -> None:
+        """`dimensions`: of the memory's vectors. `passages`: that are read for a question."""
+        super().__init__()
+        self.generator = generator
+        self.questions = QueryEncoder(dimensions)
+        self.first_scored = 1
+        self.marginal, self.passages = marginal, passages
+        self.reader = reader
+
+    def log_likelihood(self, questions: Sequence[Question], found: Found) -> Tensor:
+        """log p(y|x) of the questions' answers, [B]. What has no passages is answered without."""
+        passages_BK = self.questions.log_probabilities(found, self.passages)
+        tokens_BKL = self._scored(questions, found, [self.reader.target(each) for each in questions])
+        blind_B1 = torch.tensor([[not hits] for hits in found.hits])
+        first_BK = torch.arange(self.passages) == 0
+        passages_BK = passages_BK.masked_fill(blind_B1 & first_BK, 0.0)
+        likelihood = sequence_log_likelihood if self.marginal == "sequence" else token_log_likelihood
+        return likelihood(passages_BK, tokens_BKL)
+
+    def loss(self, questions: Sequence[Question], found: Found) -> Tensor:
+        """The mean over the answers' tokens, in nats. []"""
+        tokens = sum(len(self.reader.target(each)) for each in questions)
+        return -self.log_likelihood(questions, found).sum() / tokens
+
+    def _scored(self, questions: Sequence[Question], found: Found, targets: Sequence[Tokens]) -> Tensor:
+        """log p(y_i|x,z,y_<i), [B, K, L]; of a question without a passage, that without one."""
+        sources, answers, places = [], [], []
+        for row, (question, hits, target) in enumerate(zip(questions, found.hits, targets, strict=True)):
+            for place, hit in enumerate(hits or [None]):
+                sources.append(self.reader.source(question.text, None if hit is None else hit.passage))
+                answers.append(target)
+                places.append(row * self.passages + place)
+        tokens_NL = self.generator.log_likelihood(sources, answers)
+        every = tokens_NL.new_zeros(len(questions) * self.passages, tokens_NL.shape[1])
+        every = every.index_put((torch.tensor(places),), tokens_NL)
+        return every.view(len(questions), self.passages, -1)
+
+
+class Reader:
+    """How a passage, a question and an answer become tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, context: int, length: int) -> None:
+        """`context`: tokens that the generator sees. `length`: that are read of each passage, at most."""
+        self._tokenizer = tokenizer
+        self._context = context
+        self._length = length
+        (self.end,) = self._encode("\n")
+
+    def source(self, question: str, passage: Passage | None) -> list[int]:
+        """The passage comes first, cut where the context would not hold the rest. Raises DataError."""
+        asked = self._encode(f"{_one_line(question)}\n")
+        room = self._context - len(asked) - self.longest
+        if room < 1:
+            raise DataError(
+                f"a question of {len(asked)} tokens, and this swarm's models see {self._context}: shorten it"
+            )
+        if passage is None:
+            return asked
+        read = self._encode(f"{_one_line(passage.title)}\n{_one_line(passage.text)}")
+        return [*read[: min(self._length, room - 1)], self.end, *asked]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an answer, with its end, at most."""
+        return min(LONGEST_ANSWER, self._context // 4)
+
+    def target(self, question: Question) -> Tokens:
+        """The answer as it is in the middle of a text, and its end."""
+        answer = _one_line(question.answer)
+        tokens = self._encode(f" {answer}") if answer else []
+        if len(tokens) >= self.longest:
+            raise DataError(
+                f"the answer {answer[:40]!r} has {len(tokens)} tokens, and one may have {self.longest - 1}: "
+                "shorten it, or use another tokenizer, such as bpe"
+            )
+        return *tokens, self.end
+
+    def text(self, tokens: Tokens) -> str:
+        token_bytes = self._tokenizer.token_bytes
+        text = b"".join(token_bytes[token] for token in tokens if token != self.end)
+        return text.decode(errors="replace").strip()
+
+    def _encode(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer.encode(text).tolist()
+        return tokens
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def make_rag_model(
+    manifest: Manifest,
+    make_mixture: Callable[[int], nn.Module],
+    tokenizer: Tokenizer,
+    dimensions: int,
+    settings: TrainerSettings,
+) -> RagModel:
+    """As a trainer is set. `dimensions`: of the memory's vectors."""
+    reader = Reader(tokenizer, manifest.model.context, settings.memory_length)
+    generator = DecoderGenerator(
+        LanguageModel(manifest, make_mixture, len(tokenizer.token_bytes)), reader.end
+    )
+    return RagModel(generator, reader, dimensions, settings.marginal, settings.memory_passages)
+
+
+def check_encoder(memory: AskedMemory, learned: str | None) -> None:
+    """Raises SettingsError unless the memory has the encoder by whose vectors the model learned to ask."""
+    if learned != memory.encoder.sha256.hex():
+        raise SettingsError(
+            f"memory: the model learned to find passages by the encoder of another memory than {memory.id}: pass that "
+            "one, or a revision of it, or train a model with this one"
+        )
+
+
+class PassageLookup:
+    """Finds passages for questions with a model's query encoder, as it is by then. For any thread."""
+
+    def __init__(self, memory: AskedMemory, questions: QueryEncoder, passages: int) -> None:
+        self.counts = RetrievalCounts()
+        self._memory, self._questions, self._passages = memory, questions, passages
+        self._warned_at = -_WARN_EVERY_S
+
+    def search(self, texts: Sequence[str]) -> tuple[Found, list[SearchResult]]:
+        """Raises UserError if the question is too long, or the DHT does not answer."""
+        results = self._memory.search(texts, self._passages, _CELLS, turn=self._questions.turn)
+        return Found.of(self._memory.encode(texts), [result.hits for result in results]), results
+
+    def learned(self, questions: Sequence[Question]) -> Found:
+        """For training, which goes on without passages where nobody answers."""
+        texts = [question.text for question in questions]
+        self.counts.add(chunks=len(texts))
+        try:
+            parts = [self.search(texts[at : at + MAX_QUERIES])[0] for at in range(0, len(texts), MAX_QUERIES)]
+        except TalkootError as error:
+            self.counts.add(failed=1)
+            if time.monotonic() - self._warned_at > _WARN_EVERY_S:
+                self._warned_at = time.monotonic()
+                logger.warning("the model learns without the memory %s: %s", self._memory.id, error)
+            parts = [self.nothing(questions)]
+        found = Found(torch.cat([part.vectors_BD for part in parts]), list(chain(*(p.hits for p in parts))))
+        self.counts.add(without=sum(not hits for hits in found.hits))
+        return found
+
+    def nothing(self, questions: Sequence[Question]) -> Found:
+        dimensions = self._questions.change.in_features
+        return Found.of(np.zeros((len(questions), dimensions), np.int8), [()] * len(questions))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage that was read, and its part in an answer."""
+
+    hit: Hit
+    share: float
+    """p(z|x,y): how much of the answer's probability is from this passage."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    """Empty: the passages don't say it."""
+    probability: float
+    sources: Sequence[Source]
+    """The one with the largest share first."""
+
+
+class Continuations:
+    """What follows prefixes of an answer with each source. Computes little more than the last token of each."""
+
+    def __init__(self, decoder: Decoder, sources: Sequence[Sequence[int]]) -> None:
+        self._decoder, self._sources = decoder, sources
+        self._decodings: dict[tuple[int, Tokens], Decoding] = {}
+
+    def __call__(self, prefixes: Sequence[Tokens], places: Sequence[int]) -> Tensor:
+        """Log probabilities with these sources, [N, K, V]."""
+        known, self._decodings = self._decodings, {}
+        for prefix in prefixes:
+            for place in places:
+                # of several that begin alike, one goes on from what is there
+                decoding = known.pop((place, prefix[:-1]), None) if prefix else None
+                if decoding is None:
+                    decoding = self._decoder.begin([*self._sources[place], *prefix])
+                else:
+                    decoding.append(prefix[-1])
+                self._decodings[place, prefix] = decoding
+        for old in known.values():
+            old.end()
+        logits_RV = self._decoder.logits(list(self._decodings.values()))
+        return logits_RV.log_softmax(-1).view(len(prefixes), len(places), -1)
+
+    def close(self) -> None:
+        for each in self._decodings.values():
+            each.end()
+        self._decodings.clear()
+
+
+class Answerer:
+    """Answers questions with a trained model. Belongs to one thread."""
+
+    def __init__(self, model: RagModel, is_usable: Callable[[], bool] = lambda: True) -> None:
+        """`is_usable`: as for `Decoder`."""
+        model.eval()
+        self._model, self._reader, self._is_usable = model, model.reader, is_usable
+
+    @torch.no_grad()
+    def answers(
+        self,
+        question: str,
+        found: Found,
+        marginal: Marginal,
+        beam: int = BEAM,
+    ) -> list[Answer]:
+        """The best answers to the question of `found`, which has passages; the best first. Raises UserError."""
+        (hits,) = found.hits
+        end, longest = self._reader.end, self._reader.longest
+        passages_K = self._model.questions.log_probabilities(found, len(hits))[0]
+        sources = [self._reader.source(question, hit.passage) for hit in hits]
+        places = range(len(hits))
+
+        def score(answers: Sequence[Tokens]) -> Tensor:
+            """log p(y|x,z), [A, K]."""
+            while True:
+                log_NL = self._model.generator.log_likelihood(
+                    [source for _ in answers for source in sources],
+                    [answer for answer in answers for _ in sources],
+                )
+                if self._is_usable():
+                    return log_NL.sum(-1).view(len(answers), len(sources))
+
+        following = Continuations(Decoder(self._model.generator.model, self._is_usable), sources)
+
+        def with_passage(place: int) -> NextTokens:
+            return lambda prefixes: following(prefixes, [place])[:, 0]
+
+        try:
+            if marginal == "token":
+                found_here = decode_token(
+                    passages_K, lambda prefixes: following(prefixes, places), beam, end, longest
+                )
+            else:
+                found_here = decode_sequence(
+                    passages_K, [with_passage(k) for k in places], score, beam, end, longest
+                )
+        finally:
+            following.close()
+        best = found_here[:_SHOWN]
+        shares_AK = (passages_K + score([each.tokens for each in best])).softmax(-1)
+        return [
+            Answer(
+                self._reader.text(each.tokens),
+                math.exp(each.log_probability),
+                sorted(
+                    (Source(hit, share) for hit, share in zip(hits, shares_K, strict=True)),
+                    key=lambda source: -source.share,
+                ),
+            )
+            for each, shares_K in zip(best, shares_AK.tolist(), strict=True)
+        ]
