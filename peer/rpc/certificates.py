@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from typing import cast
 
 from peer.errors import RecordError, UnreachableError
 from peer.identity import TLS_NAME, PeerID, certificate_pem
@@ -19,22 +20,46 @@ async def fetch_certificate(endpoint: Endpoint, peer_id: PeerID, deadline_s: flo
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the PeerID says which key it must be
     context.set_alpn_protocols(["h2"])
+    connection = _Connection()
     try:
         async with asyncio.timeout(deadline_s):
-            _, writer = await asyncio.open_connection(
-                endpoint.host, endpoint.port, ssl=context, server_hostname=TLS_NAME
+            await asyncio.get_running_loop().create_connection(
+                lambda: connection, endpoint.host, endpoint.port, ssl=context, server_hostname=TLS_NAME
             )
+        shown = connection.certificate
     except OSError as error:  # also TimeoutError and ssl.SSLError
         raise UnreachableError(
             f"no TLS server answers at {endpoint}: {str(error) or 'it took too long'}"
         ) from error
-    try:
-        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     finally:
-        writer.transport.abort()  # a silent peer would never end TLS
+        connection.abort()
     if not shown or len(shown) > MAX_CERTIFICATE_BYTES:
         raise UnreachableError(f"the server at {endpoint} shows no certificate of a peer")
     try:
         return certificate_pem(shown, peer_id)
     except RecordError as error:
         raise UnreachableError(f"peer {peer_id} is not at {endpoint}: {error}") from error
+
+
+class _Connection(asyncio.Protocol):
+    """Has the transport as soon as TLS stands, also where whoever waited for it was cancelled at that moment.
+
+    Else it would be closed in order, and a silent peer never ends TLS.
+    """
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are of another class
+
+    @property
+    def certificate(self) -> bytes | None:
+        """Of the peer, DER."""
+        assert self._transport is not None, "it is connected"
+        found: bytes | None = self._transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return found
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()

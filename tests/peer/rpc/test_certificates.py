@@ -10,7 +10,8 @@ from callers import numbered_identity
 
 from peer.errors import UnreachableError
 from peer.identity import Identity, certificate_pem
-from peer.rpc.certificates import fetch_certificate
+from peer.loop import LoopThread
+from peer.rpc.certificates import _Connection, fetch_certificate
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import Sessions
 from peer.transport.endpoints import Endpoint
@@ -83,6 +84,34 @@ def test_what_is_no_tls_server_or_silent_or_gone_is_refused_in_time() -> None:
         await refused(fetch_certificate(endpoint, peer_id, 60.0), "no TLS server")
 
     asyncio.run(scenario())
+
+
+def test_who_is_cancelled_as_tls_stands_leaves_no_connection(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed in order, it waited for the server's end of TLS, and the loop could not be closed meanwhile."""
+    identity, made = numbered_identity(0), list[asyncio.BaseTransport]()
+
+    async def scenario(endpoint: Endpoint) -> None:
+        fetching = asyncio.create_task(fetch_certificate(endpoint, identity.peer_id, 60.0))
+
+        class Cancelling(_Connection):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                super().connection_made(transport)
+                made.append(transport)
+                fetching.cancel()
+
+        monkeypatch.setattr("peer.rpc.certificates._Connection", Cancelling)
+        await asyncio.wait([fetching])
+        assert fetching.cancelled()
+
+    async def on_another_loop() -> None:
+        async with grpc_server(identity) as endpoint:
+            with contextlib.closing(LoopThread()) as client:
+                await asyncio.wrap_future(client.submit(scenario(endpoint)))
+
+    loop.run(on_another_loop(), 120)
+    assert made
 
 
 def test_a_certificate_that_is_too_large_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
