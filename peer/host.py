@@ -47,8 +47,10 @@ from peer.transport.tunnel import Tunnels
 logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
-_PATIENCE_S = 10.0
-"""For peers that accept connections, but have not answered in that time: their machines may be busy."""
+_PATIENCE_S = (5.0, 10.0)
+"""For peers that accept connections, but have not answered in that time: their machines may be busy. They are asked
+twice more, because the first of these calls may share the dial of the one before, and fail with it.
+"""
 _P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
 """Between attempts to start p2pd for the first time. The last one holds for all later ones."""
 
@@ -320,10 +322,10 @@ class Host:
         if self.config.p2pd:
             # not waited for: the swarm is joined without it
             self._starting = self._tasks.spawn(self._start_libp2p(), "start the libp2p daemon")
-        # a busy peer may be late, so all are asked twice
-        replies = await self._bootstrap(accepting, DIAL_DEADLINE_S) or await self._bootstrap(
-            accepting, _PATIENCE_S
-        )
+        replies: list[BootstrapReply] = []
+        for deadline_s in (DIAL_DEADLINE_S, *_PATIENCE_S):
+            if replies := await self._bootstrap(accepting, deadline_s):
+                break
         if bootstrap and not replies:
             said = (self._transport.refusal_of(address.peer_id) for address in accepting)
             if refusals := {refusal for refusal in said if refusal}:

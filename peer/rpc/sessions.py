@@ -387,13 +387,20 @@ class SessionClient:
 
         Raises ExpertError with the server's status if it opens none.
         """
-        if (known := self.known(server)) is not None:
-            return known
-        opening = self._opening.get(server)
-        if opening is None:
-            opening = self._opening[server] = asyncio.create_task(self._open(server, channel, deadline_s))
-            opening.add_done_callback(lambda task: self._note_opened(server, task))
-        return await asyncio.shield(opening)
+        until = self._clock() + deadline_s
+        while (known := self.known(server)) is None:
+            opening = self._opening.get(server)
+            if is_own := opening is None:
+                opening = asyncio.create_task(self._open(server, channel, until - self._clock()))
+                self._opening[server] = opening
+                opening.add_done_callback(lambda task: self._note_opened(server, task))
+            try:
+                return await asyncio.shield(opening)
+            except ExpertError as error:
+                # whoever began it may have had less time than this caller
+                if is_own or error.status is not StatusCode.DEADLINE_EXCEEDED or self._clock() >= until:
+                    raise
+        return known
 
     def ended(self, server: PeerID, metadata: Metadata) -> None:
         """Forgets a session that the server no longer knows."""

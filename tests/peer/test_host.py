@@ -232,6 +232,7 @@ def test_a_bootstrap_that_is_no_peer_is_refused_in_bounded_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peer.host.DIAL_DEADLINE_S", 0.5)
+    monkeypatch.setattr("peer.host._PATIENCE_S", (0.1, 0.5))
     address = tcp_address(listener.getsockname()[1], identities[0])
     with pytest.raises(UserError, match="no DHT peer answered there") as caught:
         loop.run(start_and_stop(identities[1], [address]), 120)

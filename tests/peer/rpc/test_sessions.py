@@ -319,6 +319,21 @@ def test_a_session_is_opened_once_and_again_when_it_has_ended(
     loop.run(scenario(), 120)
 
 
+def test_a_caller_with_more_time_than_the_one_it_waits_for_opens_a_session_itself(
+    loop: LoopThread, server: Identity, alice: Identity
+) -> None:
+    async def scenario() -> None:
+        async with serving(server, Sessions(SWARM, server.peer_id)) as channel:
+            own = a_caller(SWARM, alice)
+            asked = [own.metadata(server.peer_id, channel, deadline_s) for deadline_s in (0.0, 100.0)]
+            late, patient = await asyncio.gather(*asked, return_exceptions=True)
+            assert isinstance(late, ExpertError)
+            assert late.status is StatusCode.DEADLINE_EXCEEDED
+            assert patient == own.known(server.peer_id)
+
+    loop.run(scenario(), 120)
+
+
 def test_who_is_refused_is_told_why(loop: LoopThread, server: Identity, alice: Identity) -> None:
     async def scenario() -> None:
         async with serving(server, Sessions("banya", server.peer_id)) as channel:
