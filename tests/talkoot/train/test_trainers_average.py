@@ -25,7 +25,7 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress
 
-LIMIT_S = 120.0
+LIMIT_S = 400.0
 
 
 @dataclass
@@ -91,7 +91,7 @@ def train_together(*trainers: Trainer, meetings: int) -> None:
 
 
 @pytest.fixture
-def village(loop: LoopThread, tmp_path: Path) -> Iterator[str]:
+def village(loop: LoopThread, tmp_path: Path, long_lives: None) -> Iterator[str]:
     with founded(loop, tmp_path, experts=8) as founder:
         yield founder.invite
 

@@ -43,7 +43,8 @@ def test_one_call_brings_both_together(play: Play) -> None:
         await square.until(lambda: ended(one, "averaged") == 1, one.part)
         (theirs,) = one.part.take_merges()
         assert merge.share == 0.5
-        assert theirs.share == pytest.approx(0.25, rel=0.2), "a few steps more while they waited"
+        mine, others = one.part.steps, other.part.steps  # while they waited
+        assert 10 / (40 + mine) <= theirs.share <= (10 + others) / (40 + others)
         assert (merge.peer, theirs.peer) == (one.peer_id.to_base58(), other.peer_id.to_base58())
         assert theirs.difference > 0.05
         again = await square.stepping(other.average_with(square.info(one)), one.part, other.part)
