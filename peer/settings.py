@@ -3,7 +3,7 @@
 import logging
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,12 +81,15 @@ _IN_WORDS = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    "path_type": "must be a path",
     **dict.fromkeys(("model_type", "model_attributes_type"), "must be a table"),
     "string_type": "must be text",
     "tuple_type": "must be a list",
     "finite_number": "must be finite",
 }
 """What pydantic's kinds of errors are called here; of others its own message is told."""
+_LONGEST_SHOWN = 40
+"""Characters of a wrong value in a message."""
 
 
 class RoleSettings(BaseModel):
@@ -150,7 +153,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
     """One line that names each key of the model that is wrong."""
     parts: list[str] = []
-    said: dict[str, list[str]] = {}
+    said: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():
         if problem["type"] == "extra_forbidden":
             key = ".".join(map(str, problem["loc"]))
@@ -160,9 +163,21 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
             places = [
                 str(part) for part in problem["loc"] if str(part).isidentifier() or isinstance(part, int)
             ]
-            said.setdefault(".".join(places), []).append(_in_words(problem))
-    parts += [f"{key}: {' or '.join(words)}".removeprefix(": ") for key, words in said.items()]
-    return "; ".join(parts)
+            said.setdefault(".".join(places), []).append(problem)
+    return "; ".join([*parts, *(describe_problems(key, problems) for key, problems in said.items())])
+
+
+def describe_problems(name: str, problems: Sequence[ErrorDetails]) -> str:
+    """What is wrong with one value, such as "steps must be a whole number, not 'ten'"."""
+    words = [_in_words(problem) for problem in problems]
+    if not name or not all(each.startswith("must ") for each in words):
+        return f"{name}: {' or '.join(words)}".removeprefix(": ")
+    first, *others = words
+    text = " or ".join([f"{name} {first}", *(each.removeprefix("must be ") for each in others)])
+    given = problems[0]["input"]
+    if not text.startswith(f"{name} must be ") or not isinstance(given, str | int | float):
+        return text
+    return f"{text}, not {repr(given)[:_LONGEST_SHOWN]}"
 
 
 def _in_words(problem: ErrorDetails) -> str:
@@ -171,7 +186,11 @@ def _in_words(problem: ErrorDetails) -> str:
         for name, bound in problem.get("ctx", {}).items()
     }
     words = _IN_WORDS.get(problem["type"])
-    return problem["msg"].removeprefix("Value error, ") if words is None else words.format(**bounds)
+    return (
+        problem["msg"].removeprefix("Value error, ").removesuffix(".")
+        if words is None
+        else words.format(**bounds)
+    )
 
 
 def _keys(model: type[BaseModel], above: str = "") -> Iterator[str]:

@@ -28,7 +28,7 @@ from typing import (
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from peer.errors import InstallationError, UserError
+from peer.errors import InstallationError, SettingsError, UserError
 from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import LogFormat, Terminal, escaped, set_up_logging
 
@@ -91,8 +91,28 @@ _FIRST_COLUMN = 26
 """Width of the options in the help. The text of a wider one begins on the next line."""
 
 
+class _WrongValue(typer.BadParameter):
+    """An option's value that pydantic refused, in one line like other errors of the user."""
+
+    def show(self, file: Any = None) -> None:
+        print(_error_line(SettingsError(self.message)), file=file or sys.stderr)
+
+
 class PlainCommand(TyperCommand):
-    """A command whose help is for people: without Python's types and inequalities."""
+    """A command whose help and errors are for people: without Python's types and inequalities."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            from pydantic import ValidationError
+
+            from peer.settings import describe_problems
+
+            if not isinstance(error.__cause__, ValidationError) or error.param is None:
+                raise
+            flag = (error.param.opts or [error.param.name])[0]
+            raise _WrongValue(describe_problems(flag, error.__cause__.errors())) from error
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [re.sub(r"[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
@@ -571,5 +591,9 @@ _OWN_PACKAGES = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 
 
 def _fail(error: UserError) -> NoReturn:
-    print(f"error: {escaped(' '.join(str(error).split()))} [{error.code}]", file=sys.stderr)  # noqa: T201  # the one line
+    print(_error_line(error), file=sys.stderr)  # noqa: T201  # the one line
     raise typer.Exit(USER_ERROR_STATUS) from None
+
+
+def _error_line(error: UserError) -> str:
+    return f"error: {escaped(' '.join(str(error).split()))} [{error.code}]"

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dht.announcements import NodeInfo, Replica, TrainerInfo
+from dht.announcements import NodeInfo, Reachability, Replica, TrainerInfo
 from dht.directory import Directory, View
 from dht.manifest import Manifest
 from dht.swarm import Swarm
@@ -65,7 +65,10 @@ class SwarmReading:
                 _node_dict(node, self.view.read_at) | signed_figures(node, self.credit.get(node.peer_id))
                 for node in self.nodes.values()
             ],
-            "trainers": [_trainer_dict(trainer, self.view.read_at) for trainer in self.trainers.values()],
+            "trainers": [
+                _trainer_dict(trainer, self.view.read_at)
+                for trainer in (*self.trainers.values(), *self.left_trainers.values())
+            ],
             "experts": {
                 "total": manifest.experts_total,
                 "alive": self.view.live_experts(),
@@ -213,7 +216,7 @@ def _renderables(reading: SwarmReading) -> list[RenderableType]:
         Text(head),
         *([Text(f"warning: {reading.warning}", style="yellow")] if reading.warning else []),
         _nodes_table(reading),
-        *([_trainers_table(reading)] if reading.trainers else []),
+        *([_trainers_table(reading)] if reading.trainers or reading.left_trainers else []),
         *(_layer_table(view, layer) for layer in layers),
     ]
 
@@ -257,7 +260,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
             node.name or "-",
             node.activity.name.lower() + (", unsteady" if node.unsteady else ""),
             ", ".join(node.addresses) or "-",
-            node.reachability.name.lower(),
+            "?" if node.reachability is Reachability.UNKNOWN else node.reachability.name.lower(),
             f"{node.expert_count}/{node.expert_capacity}",
             str(node.updates),
             f"{node.contributed_rows:,}",
@@ -282,6 +285,7 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
     columns = (
         "peer",
         "name",
+        "state",
         "step",
         "loss",
         "validation loss",
@@ -292,11 +296,12 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
         "up",
     )
     table = FittingTable("trainers", columns, ("version", "up", "bits/byte", "failures", "tokens/s", "loss"))
-    for trainer in reading.trainers.values():
+    for trainer in (*reading.trainers.values(), *reading.left_trainers.values()):
         table.add_row(
             trainer.peer_id.to_base58()[-8:],
             trainer.name or "-",
-            f"{trainer.step}, own loop" if trainer.is_own_loop else f"{trainer.step}/{trainer.steps}",
+            trainer_state(trainer, trainer.left),
+            str(trainer.step) if trainer.is_own_loop else f"{trainer.step}/{trainer.steps}",
             _shown(trainer.loss, ".3f"),
             _shown(trainer.validation_loss, ".3f"),
             _shown(trainer.bits_per_byte, ".3f"),
@@ -306,6 +311,13 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
             age_in_words(reading.view.read_at - trainer.started_at),
         )
     return table
+
+
+def trainer_state(trainer: TrainerInfo, left: bool) -> str:
+    """In a word or two. `left`: it has left in order."""
+    if left:
+        return "finished" if trainer.step >= trainer.steps else "stopped"
+    return "own loop" if trainer.is_own_loop else "training"
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -363,6 +375,7 @@ def _trainer_dict(trainer: TrainerInfo, read_at: float) -> dict[str, Any]:
     return {
         "peer_id": trainer.peer_id.to_base58(),
         "name": trainer.name or None,
+        "state": trainer_state(trainer, trainer.left),
         "step": trainer.step,
         "steps": trainer.steps or None,
         "loss": trainer.loss,

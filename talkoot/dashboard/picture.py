@@ -20,6 +20,7 @@ from dht.manifest import Manifest
 from peer.identity import PeerID
 from talkoot.credit import Credit, signed_figures
 from talkoot.memory.replication import Survey
+from talkoot.status import trainer_state
 
 SILENCE_FACTOR = 1.5
 """A peer has gone when it has not renewed its record for so many of its own periods."""
@@ -474,10 +475,7 @@ def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
 
 
 def _trainer_state(seen: Seen[TrainerInfo]) -> str:
-    trainer = seen.info
-    if seen.left:
-        return "finished" if trainer.step >= trainer.steps else "stopped"
-    return "gone" if seen.gone else "own loop" if trainer.is_own_loop else "training"
+    return "gone" if seen.gone and not seen.left else trainer_state(seen.info, seen.left)
 
 
 def _memory_row(found: Survey) -> Json:

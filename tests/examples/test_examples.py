@@ -155,12 +155,22 @@ def test_client_in_javascript_makes_a_forward_call(node: RunningNode, javascript
     torch.testing.assert_close(answers, (one + 2 * other) / 3, atol=1e-5, rtol=1e-4)
 
 
-def test_client_in_javascript_asks_for_an_invite(javascript: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, "usage: node forward.js INVITE"),
+        (["talkoot2abc"], 1, "error: the invite is incomplete or mistyped\n"),
+    ],
+)
+def test_client_in_javascript_says_in_a_line_what_is_wrong_with_the_invite(
+    javascript: Path, arguments: list[str], status: int, said: str
+) -> None:
     ended = subprocess.run(
-        ["node", "forward.js"], cwd=javascript, capture_output=True, text=True, timeout=100
+        ["node", "forward.js", *arguments], cwd=javascript, capture_output=True, text=True, timeout=100
     )
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("usage: node forward.js INVITE")
+    assert (ended.returncode, ended.stdout) == (status, "")
+    assert ended.stderr.startswith(said)
+    assert ended.stderr.count("\n") == 1
 
 
 def test_client_in_javascript_makes_the_bytes_of_the_vectors(javascript: Path) -> None:

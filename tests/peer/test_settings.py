@@ -80,16 +80,16 @@ def test_two_files_do_not_mix(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"heat": -3}, "heat: must be at least 0"),
-        ({"heat": 111}, "heat: must be at most 110"),
-        ({"heat": "hot"}, "heat: must be a whole number"),
-        ({"heat": 80.5}, "heat: must be a whole number"),
-        ({"wait_s": 0}, "wait_s: must be more than 0"),
-        ({"wait_s": "long"}, "wait_s: must be a number"),
-        ({"towels": "x"}, "towels: must be a whole number or must be 'auto'"),
-        ({"open": "perhaps"}, "open: must be true or false"),
-        ({"guests": 3}, "guests: must be a list"),
-        ({"heat": -3, "wait_s": 0}, "heat: must be at least 0; wait_s: must be more than 0"),
+        ({"heat": -3}, "heat must be at least 0, not -3"),
+        ({"heat": 111}, "heat must be at most 110, not 111"),
+        ({"heat": "hot"}, "heat must be a whole number, not 'hot'"),
+        ({"heat": 80.5}, "heat must be a whole number, not 80.5"),
+        ({"wait_s": 0}, "wait_s must be more than 0, not 0"),
+        ({"wait_s": "long"}, "wait_s must be a number, not 'long'"),
+        ({"towels": "x"}, "towels must be a whole number or 'auto', not 'x'"),
+        ({"open": "perhaps"}, "open must be true or false, not 'perhaps'"),
+        ({"guests": 3}, "guests must be a list, not 3"),
+        ({"heat": -3, "wait_s": 0}, "heat must be at least 0, not -3; wait_s must be more than 0, not 0"),
     ],
 )
 def test_what_a_setting_may_be_is_told_in_plain_words(given: dict[str, Any], said: str) -> None:
@@ -140,7 +140,7 @@ def test_variables_of_other_roles_are_left_alone(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("key", "value"), [("heat", 111), ("heat", -1), ("heat", "hot"), ("wait_s", 0)])
 def test_a_value_out_of_bounds_is_refused_in_one_line_that_names_its_key(key: str, value: Any) -> None:
-    with pytest.raises(SettingsError, match=f"^{key}: ") as caught:
+    with pytest.raises(SettingsError, match=f"^{key} must be ") as caught:
         SaunaSettings.load(**{key: value})
     assert "\n" not in str(caught.value)
 

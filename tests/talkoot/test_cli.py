@@ -317,6 +317,20 @@ def test_setting_out_of_bounds_is_named(founder: Founder) -> None:
     assert_one_clear_line(run_here("train", "--join", founder.invite, "--steps", "0"), "steps")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("train --steps ten", "--steps must be a whole number, not 'ten'"),
+        ("train --learning-rate fast", "--learning-rate must be a number, not 'fast'"),
+        ("demo --nodes 99", "--nodes must be at most 16, not '99'"),
+        ("node --log-format xml", "--log-format: 'xml' is not one of 'text', 'json'"),
+        ("dashboard --port 99999", "port must be at most 65535, not 99999"),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(arguments: str, said: str) -> None:
+    assert_one_clear_line(run_here(*arguments.split()), said)
+
+
 def test_router_that_does_not_exist_is_named_with_those_that_do(founder: Founder) -> None:
     ended = run_here("train", "--join", founder.invite, "--router", "best")
     assert_one_clear_line(ended, "router", "'product-key', 'noisy-top-k', 'switch', 'base' or 'glam'")

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from simulated_readings import NOW, manifest, node, peer, replica, trainer
 
-from dht.announcements import NodeInfo, TrainerInfo
+from dht.announcements import NodeInfo, Reachability, TrainerInfo
 from dht.directory import View
 from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.receipts import SignedWork, Work
@@ -181,6 +181,22 @@ def test_status_leaves_out_columns_that_do_not_fit_and_breaks_no_word() -> None:
 
 def test_status_without_trainers_has_no_table_of_them() -> None:
     assert "tokens/s" not in status_text(reading())
+
+
+def test_status_shows_runs_that_have_just_ended_but_counts_those_that_train() -> None:
+    left = {peer(n): trainer(n, left=True, step=step) for n, step in ((6, 100), (7, 40))}
+    ended = reading(trainers={peer(5): trainer(5)}, left_trainers=left)
+    shown = status_text(ended)
+    assert "1 trainer," in shown
+    rows = [line.split() for line in shown.splitlines() if "/100" in line]
+    assert [row[row.index("trainer") + 3] for row in rows] == ["training", "finished", "stopped"], shown
+    assert [row["state"] for row in ended.to_dict()["trainers"]] == ["training", "finished", "stopped"]
+
+
+def test_status_shows_what_is_unknown_in_one_way() -> None:
+    shown = status_text(reading(nodes={peer(0): node(0, reachability=Reachability.UNKNOWN)}))
+    assert "unknown" not in shown
+    assert "?" in shown
 
 
 def test_status_for_programs_has_trainers() -> None:

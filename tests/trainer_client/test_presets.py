@@ -185,5 +185,5 @@ def test_a_run_is_validated_about_ten_times_between(steps: int, every: int) -> N
 
 @pytest.mark.parametrize("name", ["dense", ["ffn"]])
 def test_an_unknown_preset_is_named(name: Any) -> None:
-    with pytest.raises(SettingsError, match="preset: must be 'transformer', 'ffn', 'paper' or 'none'"):
+    with pytest.raises(SettingsError, match="preset must be 'transformer', 'ffn', 'paper' or 'none'"):
         TrainerSettings.load(preset=name)

@@ -6,6 +6,11 @@ if (!process.argv[2]) {
   console.error('usage: node forward.js INVITE, the line that a node prints, such as talkoot2…');
   process.exit(2);
 }
+// such as a mistyped invite, or a node that does not answer
+process.on('uncaughtException', (error) => {
+  console.error(`error: ${error.message}`);
+  process.exit(1);
+});
 const invite = readInvite(process.argv[2]);
 const swarm = swarmId(invite.name, invite.author);
 const direct = invite.bootstrap_addresses.find((address) => !address.includes('p2p-circuit'));

@@ -148,7 +148,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_a_way_out(monkeypatch: pyt
 def test_settings_refuse_an_unknown_precision(tmp_path: Path) -> None:
     config = tmp_path / "node.toml"
     config.write_text('precision = "fp8"\n')
-    with pytest.raises(SettingsError, match="precision: must be 'auto', 'fp32', 'tf32' or 'bf16'"):
+    with pytest.raises(SettingsError, match="precision must be 'auto', 'fp32', 'tf32' or 'bf16'"):
         NodeSettings.load(config)
 
 
