@@ -116,7 +116,7 @@ class ExpertSpec(_Part):
         description="size of each grid dimension, the same in every layer",
     )
     kind: str = Field(
-        default="transformer", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="what an expert is"
+        default="transformer", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="kind of the experts"
     )
     width: int | None = Field(
         default=None,
@@ -167,8 +167,8 @@ class RoutingSpec(_Part):
     prefix: int = Field(
         default=0,
         ge=0,
-        description="how many first tokens of a sequence choose, by their mean, the experts of the whole sequence; "
-        "these tokens have no loss; 0: each token chooses its own",
+        description="number of first tokens whose mean chooses the experts for a whole sequence; these tokens have no "
+        "loss; 0: each token chooses its own",
     )
 
 

@@ -77,7 +77,7 @@ class NodeSettings(RoleSettings):
     reachability: Literal["auto", "public", "private"] = Field(
         default="auto",
         description="how others reach this node: public, at its addresses; private, through relays and hole punching; "
-        "auto: as other nodes report that try to connect to it",
+        "auto: as other nodes find when they try to connect to it",
     )
     relay_mbit: float = Field(
         default=20.0,
@@ -140,7 +140,7 @@ class NodeSettings(RoleSettings):
         default=2,
         ge=1,
         le=1000,
-        description="checkpoints kept for each expert, newest first, besides the last of each of up to 4 other nodes",
+        description="checkpoints kept for each expert, newest first, besides the last one from each of up to 4 nodes",
     )
     standby_every_s: float = Field(
         default=300.0,

@@ -326,7 +326,7 @@ def demo(
         bool, typer.Option("--p2pd/--no-p2pd", help="Start libp2p's daemon beside each peer, as by default.")
     ] = True,
 ) -> None:
-    """Train on a swarm on this machine, and kill a node meanwhile."""
+    """Train on a swarm on this machine, and kill a node half-way."""
     with command(LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
             from talkoot.demo.links import Link
@@ -673,7 +673,7 @@ PublisherState = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="The founder's: the state folder of its node, which may be running. A librarian's: a folder for its "
+        help="For the founder, the state folder of its node, which may be running. For a librarian, a folder for its "
         "key.  [default: the node's if it founded the swarm, else ~/.local/state/talkoot/publisher]",
     ),
 ]
@@ -793,8 +793,8 @@ def publish(
     """Publish a memory in a swarm.
 
     Lists it, and serves it until nodes host two replicas of each of its shards. Nodes take what they have room for with
-    --memory-disk. If you stop it early, the same command goes on where it was. In an open swarm only the founder
-    publishes; in one that admits by token, librarians do too.
+    --memory-disk. If you stop it early, the same command resumes. In an open swarm only the founder publishes; in one
+    that admits by token, librarians do too.
     """
     with command(log_format) as (terminal, signals):
         with signals.importing(), imports_without_gc():
@@ -975,7 +975,7 @@ def update(
         typer.Option(
             "--from",
             metavar="SOURCE",
-            help="A folder, a wheel or an archive, or their address.  [default: where it came from]",
+            help="Folder, wheel or archive to install, or its address.  [default: where it came from]",
         ),
     ] = None,
 ) -> None:

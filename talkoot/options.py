@@ -357,7 +357,7 @@ class DoctorCommand(NodeCommand):
 
 class TrainCommand(SettingsCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Swarm": ("join", "local", "name"),
+        "Swarm": ("join", "local", "name", "min_experts"),
         "Data": ("data", "objective", "field", "tokenizer"),
         "Training": (
             "steps",
@@ -365,14 +365,12 @@ class TrainCommand(SettingsCommand):
             "in_flight",
             "learning_rate",
             "preset",
-            "router",
             "average_every",
             "memory",
-            "seed",
             "threads",
         ),
         "Checkpoints": ("resume", "checkpoint", "checkpoint_every"),
-        "Settings and output": ("state", "config", "log", "plot", "json_file", "log_format"),
+        "Settings and output": ("state", "config", "log", "json_file", "log_format"),
     }
 
     @staticmethod

@@ -89,9 +89,8 @@ class TrainerSettings(RoleSettings):
     )
     objective: Objective = Field(
         default="causal",
-        description="causal: predict the next token of the text; rag-sequence and rag-token: answer questions from "
-        "passages of `memory`, summed over whole answers or over each token of one; then `data` is .jsonl with the "
-        "fields question and answers",
+        description="causal: predict the next token; rag-sequence, rag-token: answer the questions in `data` from "
+        "passages of `memory`, summed over whole answers or over each token of one",
     )
     field: str = Field(default="text", description="which field of .jsonl and .parquet files is the text")
     validation_share: float = Field(
@@ -198,17 +197,18 @@ class TrainerSettings(RoleSettings):
         default=2, ge=1, le=8, description="passages that are read for each chunk or question"
     )
     memory_length: int = Field(
-        default=128, ge=4, le=1024, description="tokens that are read of each passage, from its beginning on"
+        default=128, ge=4, le=1024, description="tokens that are read of each passage, from its beginning"
     )
     memory_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(several)] = Field(
-        default=(), description="layers of the model that read, from 0; unset: the middle one"
+        default=(),
+        description="layers of the model that read passages, counted from 0; unset: the middle one",
     )
     memory_overlap: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="share of the runs of eight words in the text to be predicted that a passage may have, too, while "
-        "the model learns; passages of the text's own document are never read",
+        description="in training, a passage is left out if it has more than this share of the runs of eight words in "
+        "the text to be predicted; passages of the text's own document are always left out",
     )
     call_deadline_s: float = Field(
         default=10.0,
@@ -231,7 +231,7 @@ class TrainerSettings(RoleSettings):
         default=0.01,
         ge=0,
         le=1,
-        description="share of the answers of which the trainer computes some rows again, to find nodes that lie; 0: "
+        description="share of the answers in which the trainer computes some rows again, to find nodes that lie; 0: "
         "none",
     )
     wait_for_experts_s: float = Field(
