@@ -315,7 +315,8 @@ class Host:
         if bootstrap and not accepting:
             raise UnreachableError(
                 f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
-                "have a network connection? If it has, they may be gone for good: ask for a new invite"
+                "have a network connection? If it has, they may be gone for good: ask for a new invite, which any "
+                "node of the swarm writes with --invite-file"
             )
         if self.server is not None:
             await self._listen(self.server)

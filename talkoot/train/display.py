@@ -30,7 +30,7 @@ _PLOT_POINTS = 2000
 _COUNTS = {
     "skipped_steps": "steps skipped",
     "hedged_calls": "calls made twice",
-    "hedges_won": "of them answered first by the second",
+    "hedges_won": "experts answered first by the second call",
     "repeated_calls": "calls repeated",
     "reselected_rows": "rows sent to other experts",
     "unanswered_rows": "rows without an answer",
