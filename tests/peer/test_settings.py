@@ -152,7 +152,7 @@ def test_a_value_out_of_bounds_in_the_environment_names_its_key(monkeypatch: pyt
 
 
 def test_all_wrong_keys_are_named_at_once() -> None:
-    with pytest.raises(SettingsError, match=r"heat: .*wait_s: "):
+    with pytest.raises(SettingsError, match=r"heat must .*wait_s must "):
         SaunaSettings.load(heat=200, wait_s=-1)
 
 
