@@ -119,7 +119,7 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("wrong", ["", "much", "2XB", "-2GB", "2 GB RAM", "1e9", "2000PB", "0"])
 def test_what_is_no_size_is_refused(wrong: str) -> None:
-    with pytest.raises(SettingsError, match="memory(: | must )"):
+    with pytest.raises(SettingsError, match=r"memory(: | must )"):
         NodeSettings.load(memory=wrong)
 
 
