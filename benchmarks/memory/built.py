@@ -21,7 +21,7 @@ from talkoot.memory.passages import read_passages
 from talkoot.memory.shards import write_shards
 from talkoot.memory.training import WordCounter, train_static_encoder
 from trainer_client.memory.codebook import Codebook
-from trainer_client.memory.encoder import STATIC, StaticEncoder
+from trainer_client.memory.encoder import STATIC, DualEncoder, StaticEncoder
 
 GRID = (16, 16)
 
@@ -34,7 +34,7 @@ class BuiltMemory:
     vectors_ND: NDArray[np.int8]
     cells_NT: NDArray[np.int64]
     """The numbers of the cells that each passage lies in."""
-    encoder: StaticEncoder
+    encoder: StaticEncoder | DualEncoder
     codebook: Codebook
     grid: tuple[int, ...] = GRID
 

@@ -183,7 +183,7 @@ class KnownDirectory:
         return self._nodes.values()
 
     def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
-        vectors_QD = self._built.encoder.encode(texts)
+        vectors_QD = self._built.encoder.encode_questions(texts)
         vectors_QD = vectors_QD if turn is None else turn(vectors_QD)
         return vectors_QD, self._built.codebook.scores(vectors_QD)
 

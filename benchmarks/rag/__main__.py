@@ -1,11 +1,14 @@
-"""Retrievers that learn: which passages a question finds.
+"""Retrievers that learn, and models that answer from what they find.
 
     python -m benchmarks.rag [--quick] [--only PART...] [--json FILE]
 
 recall      questions that find a passage which answers them among the first twenty: by DPR, BM25, word vectors, fused
+answers     questions that are answered exactly: closed-book, by DPR and a reader, by RAG-Token and RAG-Sequence
 
-The passages are those of two dictionaries and of Python's documentation, as far as they are installed. The questions
-are WordNet's definitions and the documentation's headings. `--quick` takes an eighth of each work.
+For `recall`, the passages are those of two dictionaries and of Python's documentation, as far as they are installed,
+and the questions are WordNet's definitions and the documentation's headings. For `answers`, both are about made-up
+towns and ships.
+`--quick` takes an eighth of each work, and trains models that learn nothing yet.
 """
 
 import argparse
@@ -16,18 +19,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.memory import corpora
-from benchmarks.rag import recall
+from benchmarks.rag import answers, recall
 from benchmarks.rag.questions import ask
 from benchmarks.verdicts import Verdict, table_of
 from talkoot.memory.dual_training import K
 
-PARTS = ("recall",)
+PARTS = ("recall", "answers")
 _FULL, _QUICK = (1, 1500), (8, 300)
 """One title of so many, and questions of each kind."""
+_WAYS = {
+    "closed_book": "closed-book",
+    "dpr_reader": "DPR and a reader of the first passage",
+    "rag_token": "RAG-Token",
+    "rag_sequence": "RAG-Sequence",
+    "gold": "RAG-Sequence, given the right passage alone",
+}
+_EXACT, _OF_GOLD, _CLOSED_BOOK, _FOLLOW = 0.5, 0.8, 0.05, 0.9
 _WITHIN = 0.01
 """Of the best ranking, where fusing does no harm."""
 _NAMES = {
@@ -40,8 +52,41 @@ _NAMES = {
 
 
 def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
-    if not (found := results.get("recall")):
-        return
+    if found := results.get("recall"):
+        yield from _recall_verdicts(found)
+    if found := results.get("answers"):
+        yield from _answer_verdicts(found)
+
+
+def _answer_verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
+    exact = found["exact"]
+    about = f"exact answers to {found['questions']} questions about {found['passages']:,} passages"
+    best = max(exact["rag_token"], exact["rag_sequence"])
+    for name, words in _WAYS.items():
+        yield Verdict(f"{about}: {words}", "", f"{exact[name]:.2f}")
+    yield Verdict("the better RAG", f">= {_EXACT}", f"{best:.2f}", best >= _EXACT)
+    least = _OF_GOLD * exact["gold"]
+    yield Verdict("the same, against the right passage", f">= {least:.2f}", f"{best:.2f}", best >= least)
+    closed = exact["closed_book"]
+    yield Verdict("closed-book", f"<= {_CLOSED_BOOK}", f"{closed:.2f}", closed <= _CLOSED_BOOK)
+    changed = found["changed"]
+    yield Verdict(
+        f"of {changed['right_before']} right answers, those that follow when the passages change",
+        f">= {_FOLLOW}",
+        f"{changed['followed']:.2f}",
+        changed["followed"] >= _FOLLOW,
+    )
+    same = found["same_with_a_host_killed"]
+    yield Verdict("the same answers with one of four hosts killed half-way", "1.00", f"{same:.2f}", same == 1)
+    first = found["found_first"]
+    yield Verdict(
+        "questions whose passage is found first, before and after the query encoder has learned",
+        "",
+        f"{first['before']:.2f}, {first['after']:.2f}",
+    )
+
+
+def _recall_verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
     figures = found["recall"]
     best = max(figures[name]["all"][str(K)] for name in ("dpr", "bm25", "word_vectors"))
     for name, words in _NAMES.items():
@@ -63,14 +108,22 @@ def main() -> None:
     options = parser.parse_args()
     end_in_order_when_stopped()
     console = Console(width=150)
-    missing = corpora.remedies() + ([] if find_spec("bm25s") else ["pip install 'talkoot[retrieval]'"])
+    needed = [] if options.only == ["answers"] else corpora.remedies()
+    missing = needed + ([] if find_spec("bm25s") else ["pip install 'talkoot[retrieval]'"])
     if missing:
         console.print(f"This benchmark needs: {'; '.join(missing)}")
         raise SystemExit(1)
+    torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    with console.status("recall"):
-        share, tested = _QUICK if options.quick else _FULL
-        results["recall"] = recall.measure(ask(random.Random(0), share, tested))
+    parts = options.only or PARTS
+    with console.status("") as status:
+        if "recall" in parts:
+            status.update("recall")
+            share, tested = _QUICK if options.quick else _FULL
+            results["recall"] = recall.measure(ask(random.Random(0), share, tested))
+        if "answers" in parts:
+            size = answers.QUICK if options.quick else answers.Size()
+            results["answers"] = answers.measure(size, lambda what: status.update(f"answers: {what}"))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     console.print(table_of("retrieval", verdicts(results)))

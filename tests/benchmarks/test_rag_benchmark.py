@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.memory import corpora
-from benchmarks.rag import questions, recall
+from benchmarks.rag import answers, facts, questions, recall
 from benchmarks.rag.__main__ import verdicts
 from talkoot.memory import dual_training
 from talkoot.memory.pairs import hard_negatives
@@ -114,3 +114,34 @@ def test_negatives_of_a_definition_are_not_its_words_entry(works: None) -> None:
     for pair, negative in zip(pairs, negatives, strict=True):
         if negative is not None:
             assert negative.partition("\n")[0].lower() != pair.title.lower()
+
+
+def test_the_tests_things_and_ways_are_none_that_are_learned() -> None:
+    rng, taken = random.Random(0), set[str]()
+    learned = facts.things(rng, 50, taken, tested=False)
+    tested = facts.things(rng, 50, taken, tested=True)
+    assert len({thing.name for thing in (*learned, *tested)}) == 100
+    assert not set(facts._ASKS) & set(facts._ASKS_TESTED)
+    assert not set(facts._SAYS) & set(facts._SAYS_TESTED)
+    for thing in tested:
+        asked = thing.ask(rng, tested=True)
+        assert asked.answer in thing.passage.text
+        assert asked.answer not in asked.text
+        changed = thing.changed(rng)
+        assert changed.name == thing.name
+        assert changed.facts.keys() == thing.facts.keys()
+        assert all(value in changed.passage.text for value in changed.facts.values())
+
+
+def test_all_ways_of_answering_are_measured_and_judged() -> None:
+    size = answers.Size(
+        learned=60, asked=4, steps=3, rag_steps=2, batch=4, vocabulary=300, hidden=16, layers=1
+    )
+    found = answers.measure(size)
+    assert set(found["exact"]) == {"closed_book", "dpr_reader", "rag_token", "rag_sequence", "gold"}
+    # whatever a model says that has learned nothing: another replica answers in place of the host that died
+    assert found["same_with_a_host_killed"] == 1
+    reached = {each.what: each.is_reached for each in verdicts({"answers": found})}
+    assert reached["the same answers with one of four hosts killed half-way"]
+    assert reached["closed-book"]
+    assert not reached["the better RAG"]
