@@ -148,7 +148,7 @@ class Handover:
 
 
 class HostingManager:
-    """Decides which experts a node hosts. It makes one change at a time."""
+    """Decides which experts a node hosts. It makes one look at a time, and adopts what others ask it to meanwhile."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class HostingManager:
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = False
         self._changing = asyncio.Lock()
-        """Held while experts are taken or given up."""
+        """Held while this node looks for experts to take or give up. States that come slowly make that take long."""
         self._handing_over: asyncio.Task[None] | None = None
 
     @property
@@ -224,8 +224,9 @@ class HostingManager:
     async def look(self) -> None:
         """Adopts experts that nobody hosts, and fills the room that is left with further replicas."""
         async with self._changing:
+            mine = {*self._replicas.experts}
             replicas = await self._read()
-            self._require_own(replicas)
+            self._require_own(mine, replicas)
             self._vacant_looks = self._vacant_again(replicas)
             await self._adopt(replicas)
             await self._replicate(replicas)
@@ -237,9 +238,9 @@ class HostingManager:
         if not suspects:
             return
         async with self._changing:
-            own = [*self._replicas.experts][:1]
-            replicas = await self._swarm.registry.replicas({*suspects, *own})
-            self._require_own(replicas)
+            own = {*[*self._replicas.experts][:1]}
+            replicas = await self._swarm.registry.replicas(suspects | own)
+            self._require_own(own, replicas)
             others = {uid: looks for uid, looks in self._vacant_looks.items() if uid not in suspects}
             self._vacant_looks = others | self._vacant_again(replicas)
             await self._adopt(replicas)
@@ -251,14 +252,10 @@ class HostingManager:
 
     async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
         """Takes those experts that, as the DHT says, only this leaving peer hosts."""
-        if not await self._given_up_by(leaving, uids):
-            return  # and nobody else had to wait for a stranger's lie
-        async with self._changing:
-            wanted = await self._given_up_by(leaving, uids)
-            mine = self._replicas.experts
-            if taken := await self._take(wanted[: max(0, self.capacity - len(mine))]):
-                self.adopted.inc(len(taken))
-                logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
+        # not one at a time: that peer waits for no heir longer than ten seconds, and a look may take minutes
+        if taken := await self._take(await self._given_up_by(leaving, uids)):
+            self.adopted.inc(len(taken))
+            logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
 
     async def _given_up_by(self, leaving: PeerID, uids: Collection[UID]) -> list[UID]:
         replicas = await self._swarm.registry.replicas(uids)
@@ -336,7 +333,7 @@ class HostingManager:
             if looks >= (_LOOKS_WITHOUT if uid in had_host and uid not in saved else _LOOKS)
         }
         orphans = lasting & (had_host | saved.keys())
-        room = self._room - len(self._replicas.experts)
+        room = self._room - self._replicas.count
         gains = self._regressed_elsewhere(replicas, saved)
         lacking = len(orphans | gains.keys()) - room - self._spare
         if gone := await self._proven(releasable(replicas, self._replicas.experts, me, lacking), replicas, 1):
@@ -384,9 +381,10 @@ class HostingManager:
             for uid, hosts in replicas.items()
             if uid not in mine and not self._replicas.is_withheld(uid)
         }
-        wanted = under_replicated(others, self._room - len(mine), me, self._enough)
+        room = self._room - self._replicas.count
+        wanted = under_replicated(others, room, me, self._enough)
         enough = self._enough
-        if not wanted and len(mine) < self._room:
+        if not wanted and room > 0:
             more = further_replica(others, me, is_idle=not mine)
             if more is not None:
                 # idle nodes may take the same one together, as many as its hosts can give it to; others one at a time
@@ -413,13 +411,15 @@ class HostingManager:
         return proven
 
     async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
+        """Of these, the first for which there is room."""
+        wanted = wanted[: max(0, self.capacity - self._replicas.count)]
         return await self._replicas.take(wanted, plausible_updates(self.seen), enough) if wanted else []
 
     async def _take_vacant(self) -> set[UID]:
         """Returns the experts that nobody serves yet: others may have claimed them, and may lose their claims."""
         replicas = await self._read()
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
-        room = self._room - len(self._replicas.experts)
+        room = self._room - self._replicas.count
         gains = self._regressed_elsewhere(replicas, saved)
         await self._take(rank_vacancies({*self._vacant(replicas), *gains}, room, me, {**saved, **gains}))
         unserved = {uid for uid, hosts in replicas.items() if not serving_elsewhere(hosts, me)}
@@ -430,10 +430,13 @@ class HostingManager:
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
 
-    def _require_own(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
-        """Raises UnreachableError if this node's own announcements are missing: then those of others may be, too."""
-        me, mine = self._swarm.host.peer_id, self._replicas.experts.keys() & replicas.keys()
-        if not self._replicas.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
+    def _require_own(self, mine: Collection[UID], replicas: Mapping[UID, Collection[Replica]]) -> None:
+        """`mine`: what this node hosted before it read these.
+
+        Raises UnreachableError if its announcements are missing: then those of others may be, too.
+        """
+        me, read = self._swarm.host.peer_id, replicas.keys() & mine & self._replicas.experts.keys()
+        if not self._replicas.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in read):
             raise UnreachableError("the DHT does not give back this node's own announcements")
 
     def _vacant_again(self, replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, int]:

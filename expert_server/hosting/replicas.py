@@ -6,8 +6,9 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState
 from dht.swarm import Swarm
@@ -33,6 +34,8 @@ from peer.loop import side_by_side
 from peer.metrics import total
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CLAIM_WAIT_S = 1.0
 """How long others get to see a claim before the expert is served."""
@@ -76,7 +79,7 @@ class RecentRows:
 
 
 class LocalReplicas:
-    """This node's replicas. It takes experts into service one call at a time, and says in the DHT what it hosts.
+    """This node's replicas. It takes experts into service, and says in the DHT what it hosts.
 
     It also owns what the replicas need: the runtime that computes them, their checkpoints on disk, the client that
     fetches states from other nodes, and the history of averages with other replicas.
@@ -108,7 +111,14 @@ class LocalReplicas:
         self._whole_states = WholeStates(swarm, runtime, states, self._rng)
         self._leaving = False
         self._claimed_at: dict[UID, float] = {}
-        self._taking: asyncio.Task[list[UID]] | None = None
+        self._taking: set[UID] = set()
+        """Experts that are being taken."""
+        self._built: dict[UID, Expert] = {}
+        """Those of them that do not serve yet."""
+        self._building = asyncio.Lock()
+        """The room that is left on a device is known when the expert before is built."""
+        self._under_way: set[asyncio.Task[Any]] = set()
+        """What is broken off when this node leaves."""
         self._first_scale: Scale | None = None
         self._recent_rows = RecentRows()
         self._withheld = BoundedDict[UID, tuple[int, float]](_WITHHELD)
@@ -127,6 +137,11 @@ class LocalReplicas:
     def experts(self) -> Mapping[UID, Expert]:
         """Those in service."""
         return self.runtime.experts
+
+    @property
+    def count(self) -> int:
+        """Experts in service, and those that are being taken."""
+        return len(self._taking.union(self.experts))
 
     @property
     def held(self) -> list[UID]:
@@ -158,14 +173,15 @@ class LocalReplicas:
         self.runtime.refuse(False)
 
     def leave(self) -> None:
-        """From now on takes no experts and no work. What is being taken is broken off."""
+        """From now on takes no experts and no work. Breaks off what is being taken, or proven."""
         self._leaving = True
         self.runtime.refuse()
-        if self._taking is not None:
-            self._taking.cancel()
+        for task in self._under_way:
+            task.cancel()
 
     async def finish_work(self) -> None:
-        """Waits until the queued work is done, for a short while."""
+        """Waits until the queued work is done, for a short while, and what `leave` broke off has ended."""
+        await asyncio.gather(*self._under_way, return_exceptions=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_QUEUE_S):
                 await self.runtime.settle()
@@ -173,19 +189,31 @@ class LocalReplicas:
     async def take(self, wanted: list[UID], most_updates: int, enough: int = 1) -> list[UID]:
         """Takes those experts into service of which fewer than `enough` others have a replica. Returns what it took.
 
-        `most_updates`: what a state that comes from another node can have taken at most. Ends early when the node
-        leaves. Raises UnreachableError.
+        It passes over those that it has, or that another call takes. `most_updates`: what a state that comes from
+        another node can have taken at most. Ends early when the node leaves. Raises UnreachableError.
         """
+        wanted = [uid for uid in wanted if uid not in self._taking and uid not in self.experts]
         if not wanted or self._leaving:
             return []
-        self._taking = asyncio.create_task(self._claim_and_serve(wanted, most_updates, enough), name="take")
+        self._taking.update(wanted)
         try:
-            await asyncio.wait({self._taking})
-            return [] if self._taking.cancelled() else self._taking.result()
+            return await self._unless_leaving(self._claim_and_serve(wanted, most_updates, enough), [])
         finally:
-            self._taking.cancel()
-            await asyncio.gather(self._taking, return_exceptions=True)
-            self._taking = None
+            self._taking.difference_update(wanted)
+            for uid in wanted:
+                self._built.pop(uid, None)
+
+    async def _unless_leaving(self, work: Coroutine[Any, Any, T], otherwise: T) -> T:
+        """What the work gives, or `otherwise` if the node leaves first."""
+        task = asyncio.create_task(work)
+        self._under_way.add(task)
+        try:
+            await asyncio.wait({task})
+            return otherwise if task.cancelled() else task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self._under_way.discard(task)
 
     async def announce(self, uids: Collection[UID] | None = None) -> None:
         """Renews the announcements of experts in service: of `uids`, or of all."""
@@ -220,8 +248,11 @@ class LocalReplicas:
     async def are_given(self, uid: UID, others: Sequence[Replica], enough: int) -> bool:
         """Whether `enough` of the others give a good state of an expert in service, no older than its own.
 
-        Ask before it is given up to them: an announcement costs its writer nothing.
+        Ask before it is given up to them: an announcement costs its writer nothing. False when this node leaves.
         """
+        return not self._leaving and await self._unless_leaving(self._are_given(uid, others, enough), False)
+
+    async def _are_given(self, uid: UID, others: Sequence[Replica], enough: int) -> bool:
         expert, given = self.experts[uid], 0
 
         def check(checkpoint: Checkpoint) -> None:
@@ -292,43 +323,43 @@ class LocalReplicas:
             for uid in wanted
         }
         await registry.announce(claims.values(), self._period.lifetime_s)
-        built = await self._build_for(self.claim_wait_s, wanted)
+        await self._build_for(self.claim_wait_s, wanted)
         replicas = await registry.replicas(wanted)
         lost = lost_claims(wanted, replicas, me, saved, enough)
         await self.withdraw(lost)
         for uid in lost:
             del claims[uid]
-            built.pop(uid, None)
+            self._built.pop(uid, None)
         restored_before = total(self.checkpoints.restored)
-        taken = await self._serve(claims, built, replicas, saved, most_updates)
+        taken = await self._serve(claims, replicas, saved, most_updates)
         if restored := total(self.checkpoints.restored) - restored_before:
             logger.info(
                 "%d of %s can go on from this node's checkpoints", restored, counted(len(taken), "expert")
             )
         return taken
 
-    async def _build_for(self, seconds: float, wanted: Iterable[UID]) -> dict[UID, Expert]:
+    async def _build_for(self, seconds: float, wanted: Iterable[UID]) -> None:
         """Waits for so long, and meanwhile builds as many of the experts as it can."""
         clock = asyncio.get_running_loop().time
         ends = clock() + seconds
-        built: dict[UID, Expert] = {}
         for uid in wanted:
             if clock() >= ends:
                 break
-            built[uid] = await self._build(uid, built.values())
+            await self._build(uid)
         await asyncio.sleep(max(0.0, ends - clock()))
-        return built
 
-    async def _build(self, uid: UID, others: Iterable[Expert]) -> Expert:
-        """An expert with its first parameters. `others`: experts that are built, and do not serve yet."""
-        hosted = Counter(expert.device for expert in [*self.experts.values(), *others])
-        device = roomiest(self._devices, hosted)
-        return await self.runtime.run(partial(Expert, uid, self._swarm.manifest, device))
+    async def _build(self, uid: UID) -> Expert:
+        """An expert with its first parameters, unless it is built."""
+        async with self._building:
+            if uid not in self._built:
+                hosted = Counter(expert.device for expert in [*self.experts.values(), *self._built.values()])
+                device = roomiest(self._devices, hosted)
+                self._built[uid] = await self.runtime.run(partial(Expert, uid, self._swarm.manifest, device))
+            return self._built[uid]
 
     async def _serve(
         self,
         claims: Mapping[UID, ReplicaAnnouncement],
-        built: dict[UID, Expert],
         replicas: Mapping[UID, Sequence[Replica]],
         saved: Mapping[UID, int],
         most_updates: int,
@@ -339,18 +370,10 @@ class LocalReplicas:
         unreachable: set[PeerID] = set()
         renewing = asyncio.create_task(self._keep_claimed(claims, taken, failed), name="keep claimed")
 
-        building = (
-            asyncio.Lock()
-        )  # the room that is left on a device is known when the expert before is built
-
         async def serve(uid: UID) -> None:
-            async with building:
-                if uid not in built:
-                    built[uid] = await self._build(uid, built.values())
-            is_ready = await self._restore(
-                built[uid], replicas[uid], saved.get(uid), most_updates, unreachable
-            )
-            expert = built.pop(uid)
+            expert = await self._build(uid)
+            is_ready = await self._restore(expert, replicas[uid], saved.get(uid), most_updates, unreachable)
+            del self._built[uid]
             if is_ready:
                 self.runtime.add(expert)
             (taken if is_ready else failed).append(uid)

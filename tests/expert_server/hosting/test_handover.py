@@ -17,9 +17,11 @@ from dht.directory import Directory
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.experts.graphs import Rows
+from expert_server.hosting.placement import serving_elsewhere
 from expert_server.node import Node
 from expert_server.serving.batching import WorkItem
 from expert_server.status import NodeState
+from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -113,6 +115,45 @@ def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: 
         deaf.averaging.accept_hint = lambda hint: len(hint.uids)  # type: ignore[method-assign]  # says yes, does nothing
         deaf.averaging._runs = True
         assert await leaver.hosting.release(1.0) == 8
+
+    play(scenario)
+
+
+def test_an_heir_adopts_also_while_it_looks_for_what_to_host(play: Play) -> None:
+    """Looks are made one at a time, and the states that one fetches may come slowly."""
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        heir = await village.join(1, await leaver.swarm.invite(), experts=0, spare=8)
+        for node in (leaver, heir):
+            await village.run(node)
+        await train(leaver, dict.fromkeys(UIDS, 1))
+        async with heir.hosting._changing:
+            assert await asyncio.wait_for(leaver.hosting.release(600), DEADLINE_S) == 0
+        assert set(heir.runtime.experts) == set(UIDS)
+
+    play(scenario)
+
+
+def test_a_node_leaves_while_an_expert_of_others_is_fetched_to_prove_it(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        joiner, uid = await village.join(1, await leaver.swarm.invite(), experts=0, spare=1), UIDS[0]
+        assert await joiner.replicas.take([uid], MAX_UPDATE_COUNT, enough=2) == [uid]
+        replicas = (await leaver.swarm.registry.replicas([uid]))[uid]
+        (other,) = serving_elsewhere(replicas, leaver.swarm.host.peer_id)
+        asked = asyncio.Event()
+
+        async def never(*_: Any) -> Any:
+            asked.set()
+            await asyncio.Event().wait()
+
+        leaver.replicas.states.fetch = never  # type: ignore[method-assign]  # a host that stalls
+        proving = asyncio.create_task(leaver.replicas.are_given(uid, [other], 1))
+        await asyncio.wait_for(asked.wait(), DEADLINE_S)
+        leaver.replicas.leave()
+        assert not await asyncio.wait_for(proving, DEADLINE_S)
+        assert not await leaver.replicas.are_given(uid, [other], 1)
 
     play(scenario)
 
