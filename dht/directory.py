@@ -66,6 +66,7 @@ class View:
     read_at: float
     """Unix time in seconds; 0 before the first reading."""
     _tables: dict[tuple[int, frozenset[PeerID]], PrefixTables] = field(default_factory=dict, compare=False)
+    _by_peer: dict[UID, dict[PeerID, Replica]] = field(default_factory=dict, compare=False)
 
     def hosts(self, uid: UID, avoided: frozenset[PeerID] = NOBODY) -> list[Replica]:
         """The expert's replicas that can be called now."""
@@ -80,6 +81,14 @@ class View:
             and replica.peer_id not in avoided
             and replica.peer_id in self.nodes
         ]
+
+    def at(self, uid: UID, peers: Mapping[PeerID, object]) -> list[Replica]:
+        """The expert's replicas at these peers, in the order of whichever are fewer."""
+        by_peer = self._by_peer.get(uid)
+        if by_peer is None:
+            by_peer = self._by_peer[uid] = {r.peer_id: r for r in self.replicas.get(uid, ())}
+        fewer, more = (by_peer, peers) if len(by_peer) < len(peers) else (peers, by_peer)
+        return [by_peer[peer_id] for peer_id in fewer if peer_id in more]
 
     def tables(self, layer: int, avoided: frozenset[PeerID] = NOBODY) -> PrefixTables:
         """The layer's prefix tables, over live experts not hosted by `avoided` peers alone."""

@@ -84,9 +84,8 @@ def _hosts(
     """The replicas that are compared."""
     replicas = view.replicas.get(uid, ())
     if len(replicas) > _MANY:
-        drawn = rng.sample(replicas, _COMPARED_OF_MANY)
-        known = [replica for replica in replicas if replica.peer_id in times_s and replica not in drawn]
-        if some := view.able([*known, *drawn], avoided):
+        compared = [*view.at(uid, times_s), *rng.sample(replicas, _COMPARED_OF_MANY)]
+        if some := view.able({replica.peer_id: replica for replica in compared}.values(), avoided):
             return some
     return view.hosts(uid, avoided)
 
