@@ -23,7 +23,7 @@ LIFETIME_S = 30 * 86400.0
 EXPIRES_SOON_S = 7 * 86400.0
 """If the founder does not renew the manifest in this time, nobody can join any more."""
 _KEPT_BY = 8
-"""Peers that store the manifest again in each round, on average."""
+"""Peers that store each of them again in each round, on average."""
 _RENEW_AFTER_S = LIFETIME_S / 2
 _LOOK_EVERY_S = 3600.0
 """How often other peers look for a newer manifest record, in the second half of its lifetime."""
@@ -73,8 +73,7 @@ class ManifestRecord:
             self._take(self._registry.sign_manifest(self._manifest_json, expires_at), expires_at)
         elif await self.look() and (warning := self.warning):
             logger.warning("%s", warning)
-        # everybody stores it now and then, and not all at the same few holders all the time
-        if is_due or self._rng.random() * self._registry.lookups.estimated_nodes < _KEPT_BY:
+        if is_due or _is_drawn(self._registry, self._rng):
             await self._registry.republish(keys.manifest, self.data, self.expires_at)
 
     async def look(self) -> bool:
@@ -94,6 +93,11 @@ class ManifestRecord:
     def _take(self, data: bytes, expires_at: float) -> None:
         self.data, self.expires_at = data, expires_at
         self._file.save(data)
+
+
+def _is_drawn(registry: Registry, rng: random.Random) -> bool:
+    """Everybody stores a founder's record now and then, and not all at the same few holders all the time."""
+    return rng.random() * registry.lookups.estimated_nodes < _KEPT_BY
 
 
 class RecordFile:
@@ -139,12 +143,14 @@ class Revocations:
         admission: SwarmAdmission,
         file: "RecordFile | None" = None,
         now: Callable[[], float] = clock.now,
+        rng: random.Random | None = None,
     ) -> None:
         """Applies what is on disk at once. `file`: where the newest record is saved."""
         self._registry = registry
         self._admission = admission
         self._file = file or RecordFile(None)
         self._now = now
+        self._rng = rng or random.SystemRandom()
         self._record: tuple[bytes, float] | None = None
         """The signed record and its expiry."""
         self._published: frozenset[int] = frozenset()
@@ -161,8 +167,8 @@ class Revocations:
         self._take(*found)
 
     async def keep(self) -> None:
-        """Stores the founder's record again. Raises UnreachableError."""
-        if self._record is not None:
+        """Stores the founder's record again, in some of the rounds. Raises UnreachableError."""
+        if self._record is not None and _is_drawn(self._registry, self._rng):
             await self._registry.republish(self._registry.keys.revocations, *self._record)
 
     async def publish(self, serials: Collection[int]) -> None:
