@@ -7,12 +7,12 @@ It is small and unsigned, and what it points to is signed.
 Nodes are listed in shards, which split as they fill up. A shard is named by two to four hex digits, and a node belongs
 to every shard whose digits its own digits begin with. It is listed in the first of them that has room, and readers go
 on to the child shards where a shard is well filled. So no key outgrows 32 KB, which is about 330 entries of 95 bytes.
-Four digits hold 13 million nodes.
+Four digits hold 13 million nodes. Trainers are listed likewise, in shards of one to four digits.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,8 +48,9 @@ MAX_REPLICAS_OF_RECORD = 512
 INDEX_PIECE = 128
 """Coordinates under one key. As many index entries with the longest name stay under 32 KB."""
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
+FEWEST_TRAINER_DIGITS = 1
 FULL = 192
-"""Nodes in a shard. New ones go into its child shards then; a few more may arrive at the same moment."""
+"""Nodes or trainers in a shard. New ones go into its child shards then; a few more may arrive at the same moment."""
 _FOUNDERS = {"manifest_json", "revocations"}
 """Records that only the founder writes."""
 _LONG_LIVED = {"manifest_json": ".manifest", "revocations": ".revoked", "library": ".library"}
@@ -59,7 +60,7 @@ _VERIFIED = 4096
 """Verified records that are remembered, about 1 KB each."""
 _REFUSED = 4096
 _COORDINATE_LIMIT = 4096
-_SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2,4})$|\.trainers\.([0-9a-f])$")
+_SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2,4})$|\.trainers\.([0-9a-f]{1,4})$")
 _PIECE_PATTERN = re.compile(r":([1-9][0-9]?)$")
 
 
@@ -102,8 +103,8 @@ class SwarmKeys:
     def trainer(self, peer_id: PeerID) -> str:
         return f"{self.swarm_id}.trainer.{peer_id.to_base58()}"
 
-    def trainer_shard(self, shard: int) -> str:
-        return f"{self.swarm_id}.trainers.{shard:x}"
+    def trainer_shard(self, digits: str) -> str:
+        return f"{self.swarm_id}.trainers.{digits}"
 
     @property
     def library(self) -> str:
@@ -249,33 +250,27 @@ def digits_of(peer_id: bytes) -> str:
     return bytes(reversed(peer_id[-MOST_DIGITS // 2 :])).hex()
 
 
-def shards_of(peer_id: PeerID) -> list[str]:
-    """All shards that a node may be listed in, the largest first."""
+def shards_of(peer_id: PeerID, fewest: int = FEWEST_DIGITS) -> list[str]:
+    """All shards that a node may be listed in, the largest first. `fewest`: digits."""
     digits = digits_of(peer_id.to_bytes())
-    return [digits[:count] for count in range(FEWEST_DIGITS, MOST_DIGITS + 1)]
+    return [digits[:count] for count in range(fewest, MOST_DIGITS + 1)]
 
 
-def first_shards() -> list[str]:
+def first_shards(fewest: int = FEWEST_DIGITS) -> list[str]:
     """The shards with the fewest digits, which readers start from."""
-    return [f"{number:0{FEWEST_DIGITS}x}" for number in range(16**FEWEST_DIGITS)]
+    return [f"{number:0{fewest}x}" for number in range(16**fewest)]
 
 
 def child_shards(shard: str, listed: int) -> Iterator[str]:
-    """The shards to read after this one, which lists `listed` nodes. From half full on, it may have been full."""
+    """The shards to read after this one, which lists `listed` peers. From half full on, it may have been full."""
     if 2 * listed >= FULL and len(shard) < MOST_DIGITS:
         for digit in range(16):
             yield f"{shard}{digit:x}"
 
 
-def choose_shard(peer_id: PeerID, others: Mapping[str, int]) -> str:
-    """The shard in which a node is listed. `others`: how many other nodes each of `shards_of(peer_id)` lists."""
-    shards = shards_of(peer_id)
+def choose_shard(shards: Sequence[str], others: Mapping[str, int]) -> str:
+    """In which of `shards_of` a peer it is listed. `others`: how many others each of them lists."""
     return next((shard for shard in shards if others.get(shard, 0) < FULL), shards[-1])
-
-
-def trainer_shard_of(peer_id: PeerID) -> int:
-    """Which of the 16 trainer shards lists a trainer. They don't split: a swarm has fewer trainers than nodes."""
-    return int(digits_of(peer_id.to_bytes())[0], 16)
 
 
 def _parsed(data: bytes) -> tuple[records_pb2.SignedRecord, records_pb2.RecordPayload]:

@@ -25,6 +25,8 @@ from dht.announcements import (
     read_trainer,
 )
 from dht.records import (
+    FEWEST_DIGITS,
+    FEWEST_TRAINER_DIGITS,
     INDEX_PIECE,
     MAX_LIFETIME_S,
     SwarmKeys,
@@ -36,7 +38,6 @@ from dht.records import (
     parse_peer_id,
     shards_of,
     sign_record,
-    trainer_shard_of,
 )
 from dht.regions import CROWDED_BYTES, Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.uid import UID
@@ -62,11 +63,13 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 _SHARD_FOR_S = 600.0
-"""How often a node checks, about, which shard it should be listed in."""
+"""How often a peer checks, about, which shard it should be listed in."""
 _MOST_SHARDS = 4096
 """Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
 _TRAINER_STEPS = (1, 3, 12)
-"""Shards of trainers that are read at a time, by those who only need some."""
+"""Shards of trainers that are read at a time, by those who only need some,"""
+_TRAINER_CHILDREN = 3
+"""and of the shards below those that are well filled."""
 _LATER_S = 0.001
 _MAX_WRITTEN = 16384
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
@@ -84,6 +87,11 @@ def some_of(found: Collection[T], most: int) -> Sequence[T]:
 def active_under(key: str, found: Mapping[object, tuple[Any, float]]) -> set[int]:
     """The coordinates that index entries under this key give."""
     return {c for c, (value, _) in found.items() if type(c) is int and value == key}
+
+
+def _below(listed: Mapping[str, Collection[PeerID]]) -> list[str]:
+    """The shards to read after these, each with the peers that it lists."""
+    return [lower for shard, some in listed.items() for lower in child_shards(shard, len(some))]
 
 
 class Registry:
@@ -144,8 +152,8 @@ class Registry:
         """Where it has announced each of them."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
         """When this peer's last record under each key expires."""
-        self._shard = ""
-        self._shard_until = 0.0
+        self._own_shards: dict[int, tuple[str, float]] = {}
+        """Where this peer is listed, and until when it goes by that; by the fewest digits, as a node or a trainer."""
 
     @property
     def peer_id(self) -> PeerID:
@@ -293,20 +301,25 @@ class Registry:
         """Stores this peer's node record, and lists the peer in its shard."""
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
-        if self.now() >= self._shard_until:
-            own = {self.keys.node_shard(shard): shard for shard in shards_of(peer_id)}
-            shards = await self._listed(own, FRUGAL)
-            self._shard = choose_shard(
-                peer_id, {shard: len(some - {peer_id}) for shard, some in shards.items()}
-            )
-            self._shard_until = self.now() + _SHARD_FOR_S * self._rng.uniform(0.5, 1.5)
-        await self._publish_self(payload, self.keys.node_shard(self._shard), lifetime_s)
+        shard = await self._own_shard(self.keys.node_shard, FEWEST_DIGITS)
+        await self._publish_self(payload, self.keys.node_shard(shard), lifetime_s)
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
         """Stores this peer's trainer record, and lists the peer in its shard."""
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.trainer(peer_id), trainer=trainer)
-        await self._publish_self(payload, self.keys.trainer_shard(trainer_shard_of(peer_id)), lifetime_s)
+        shard = await self._own_shard(self.keys.trainer_shard, FEWEST_TRAINER_DIGITS)
+        await self._publish_self(payload, self.keys.trainer_shard(shard), lifetime_s)
+
+    async def _own_shard(self, key_of: Callable[[str], str], fewest: int) -> str:
+        """The shard in which this peer should be listed, as it saw not long ago."""
+        shard, until = self._own_shards.get(fewest, ("", 0.0))
+        if self.now() >= until:
+            shards = shards_of(self.peer_id, fewest)
+            listed = await self._listed({key_of(shard): shard for shard in shards}, FRUGAL)
+            shard = choose_shard(shards, {each: len(some - {self.peer_id}) for each, some in listed.items()})
+            self._own_shards[fewest] = shard, self.now() + _SHARD_FOR_S * self._rng.uniform(0.5, 1.5)
+        return shard
 
     async def prefixes(
         self,
@@ -512,33 +525,46 @@ class Registry:
 
         Anybody can list a peer that does not exist. Only its node record shows that it does.
         """
-        listed: set[PeerID] = set()
-        shards: Sequence[str] = first_shards()
-        while shards and len(listed) < most:
-            found = await self._listed({self.keys.node_shard(shard): shard for shard in shards})
-            listed.update(*found.values())
-            wanted = [lower for shard, some in found.items() for lower in child_shards(shard, len(some))]
-            shards = some_of(wanted, _MOST_SHARDS)
-        return frozenset(some_of(listed, most))
+        return await self._ids(self.keys.node_shard, FEWEST_DIGITS, most)
 
     async def trainer_ids(self, most: int = 4096) -> frozenset[PeerID]:
-        """The peers listed in the 16 trainer shards, at most `most` of them, drawn at random."""
-        found = await self._listed({self.keys.trainer_shard(shard): f"{shard:x}" for shard in range(16)})
-        return frozenset(some_of(set().union(*found.values()), most))
+        """The same, of trainers."""
+        return await self._ids(self.keys.trainer_shard, FEWEST_TRAINER_DIGITS, most)
+
+    async def _ids(self, key_of: Callable[[str], str], fewest: int, most: int) -> frozenset[PeerID]:
+        listed: set[PeerID] = set()
+        shards: Sequence[str] = first_shards(fewest)
+        while shards and len(listed) < most:
+            found = await self._listed({key_of(shard): shard for shard in shards})
+            listed.update(*found.values())
+            shards = some_of(_below(found), _MOST_SHARDS)
+        return frozenset(some_of(listed, most))
 
     async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
         """Peers of as few of the trainer shards as list `enough`, and about how many all of them list.
 
-        Frugal, so that long lists, which anybody can make, cost little.
+        Frugal, so that long lists, which anybody can make, cost little. Of the shards below well-filled ones it reads a
+        few, and takes the others to be like them.
         """
-        shards, found, read = self._rng.sample(range(16), 16), set[PeerID](), 0
+        key_of, first = self.keys.trainer_shard, first_shards(FEWEST_TRAINER_DIGITS)
+        shards, read = self._rng.sample(first, len(first)), 0
+        listed: dict[str, set[PeerID]] = {}
+        found: set[PeerID] = set()
         for step in _TRAINER_STEPS:
             some, read = shards[read : read + step], read + step
-            listed = await self._listed({self.keys.trainer_shard(n): f"{n:x}" for n in some}, FRUGAL)
+            listed |= await self._listed({key_of(shard): shard for shard in some}, FRUGAL)
             found = found.union(*listed.values())
             if len(found) >= enough:
                 break
-        return frozenset(found), len(found) * 16 // read
+        times = len(shards) / read
+        about = times * len(found)
+        while lower := _below(listed):
+            some = self._rng.sample(lower, min(_TRAINER_CHILDREN, len(lower)))
+            times *= len(lower) / len(some)
+            listed = await self._listed({key_of(shard): shard for shard in some}, FRUGAL)
+            found = found.union(*listed.values())
+            about += times * sum(map(len, listed.values()))
+        return frozenset(found), round(about)
 
     async def _listed(
         self, shards: Mapping[str, str], limits: SearchLimits = DEFAULT_LIMITS

@@ -199,7 +199,7 @@ class ProtocolVectors:
             keys.node(founder.peer_id),
             keys.node_shard(digits_of(peer_id)[:2]),
             keys.trainer(self._caller.peer_id),
-            keys.trainer_shard(int(digits_of(self._caller.peer_id.to_bytes())[0], 16)),
+            keys.trainer_shard(digits_of(self._caller.peer_id.to_bytes())[0]),
         ]
         return {
             "keys": {key: id_bytes(key_id_of(key)).hex() for key in named},

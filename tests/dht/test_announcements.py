@@ -19,7 +19,7 @@ from dht.announcements import (
     read_trainer,
     renewal,
 )
-from dht.records import RecordValidator, SwarmKeys, trainer_shard_of
+from dht.records import FEWEST_TRAINER_DIGITS, RecordValidator, SwarmKeys, shards_of
 from peer.errors import RecordError
 from peer.identity import Identity, PeerID
 from peer.kademlia.routing import id_bytes, key_id_of
@@ -167,11 +167,13 @@ def entry(value: str, subkey: object) -> Record:
     return Record(id_bytes(key_id_of(value)), pack(subkey), pack(value), NOW + 30)
 
 
-def test_trainers_are_listed_in_the_shard_of_their_last_half_byte() -> None:
+def test_trainers_are_listed_in_shards_from_their_first_digit_on() -> None:
     keys, validator = SwarmKeys("sauna", PEER), RecordValidator(lambda: NOW)
-    assert trainer_shard_of(PEER) == 0xA
-    assert keys.trainer_shard(0xA) == f"{keys.swarm_id}.trainers.a"
-    validator.check(entry(keys.trainer_shard(0xA), PEER.to_bytes()))
-    for value, subkey in ((keys.trainer_shard(0xB), PEER.to_bytes()), (keys.trainer_shard(0xA), 3)):
+    shards = shards_of(PEER, FEWEST_TRAINER_DIGITS)
+    assert [len(shard) for shard in shards] == [1, 2, 3, 4]
+    assert keys.trainer_shard(shards[0]) == f"{keys.swarm_id}.trainers.a"
+    for shard in shards:
+        validator.check(entry(keys.trainer_shard(shard), PEER.to_bytes()))
+    for value, subkey in ((keys.trainer_shard("b"), PEER.to_bytes()), (keys.trainer_shard("a"), 3)):
         with pytest.raises(RecordError, match="belong to it"):
             validator.check(entry(value, subkey))

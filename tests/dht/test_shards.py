@@ -10,6 +10,7 @@ import pytest
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.records import (
+    FEWEST_TRAINER_DIGITS,
     FULL,
     MOST_DIGITS,
     child_shards,
@@ -17,7 +18,6 @@ from dht.records import (
     digits_of,
     first_shards,
     shards_of,
-    trainer_shard_of,
 )
 from dht.registry import Registry
 from peer.identity import PeerID
@@ -43,10 +43,11 @@ def test_a_node_belongs_into_one_shard_of_each_length() -> None:
 
 
 def test_a_node_is_listed_in_the_first_shard_with_room() -> None:
-    assert choose_shard(PEER, {}) == "ab"
-    assert choose_shard(PEER, {"ab": FULL - 1}) == "ab"
-    assert choose_shard(PEER, {"ab": FULL}) == "abc"
-    assert choose_shard(PEER, {"ab": FULL, "abc": FULL, "abcd": FULL}) == "abcd", "the last takes all"
+    shards = shards_of(PEER)
+    assert choose_shard(shards, {}) == "ab"
+    assert choose_shard(shards, {"ab": FULL - 1}) == "ab"
+    assert choose_shard(shards, {"ab": FULL}) == "abc"
+    assert choose_shard(shards, {"ab": FULL, "abc": FULL, "abcd": FULL}) == "abcd", "the last takes all"
 
 
 def test_readers_look_below_a_shard_before_it_is_full() -> None:
@@ -62,7 +63,7 @@ def test_no_shard_of_a_large_swarm_passes_32_kilobytes_and_every_node_is_found(n
     rng, listed, peers = random.Random(1), Counter[str](), []
     for _ in range(nodes // 256):
         peer_id = PeerID(b"\x12\x20" + rng.randbytes(31) + b"\xab")
-        shard = choose_shard(peer_id, listed)
+        shard = choose_shard(shards_of(peer_id), listed)
         listed[shard] += 1
         peers.append(shard)
     entry = len(pack([PEER.to_bytes(), b"x" * 80, 1e9]))
@@ -115,7 +116,9 @@ def test_who_needs_some_trainers_reads_little_however_many_are_listed(world: Vir
         reader, rng = swarm.peers[3].registry, random.Random(0)
         for trainers, enough in ((3, False), (60, True), (1200, True)):
             listed = [PeerID(b"\x12\x20" + rng.randbytes(32)) for _ in range(trainers)]
-            keys = [swarm.keys.trainer_shard(trainer_shard_of(peer_id)) for peer_id in listed]
+            keys = [
+                swarm.keys.trainer_shard(shards_of(peer_id, FEWEST_TRAINER_DIGITS)[0]) for peer_id in listed
+            ]
             expires_at = world.unix_time() + 100.0
             pairs = zip(listed, keys, strict=True)
             items = [Item(key, peer_id.to_bytes(), key, expires_at) for peer_id, key in pairs]
@@ -131,6 +134,28 @@ def test_who_needs_some_trainers_reads_little_however_many_are_listed(world: Vir
                 assert some <= everybody
                 assert len(everybody) / 4 < about < 4 * len(everybody)
                 assert reader.spent_bytes - before < spent / (8 if trainers == 1200 else 1)
+
+    world.run_until_complete(scenario())
+
+
+def test_trainers_of_a_full_shard_are_listed_below_it_and_counted(
+    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dht.records.FULL", 4)
+
+    async def scenario() -> None:
+        swarm = await SimulatedSwarm.start(world, 5, 5, Link(), seed=1)
+        trainers = [SimulatedIdentity(n + 100) for n in range(200)]
+        for identity in trainers:
+            registry = Registry(swarm.peers[0].dht, swarm.keys, identity, now=world.unix_time)  # type: ignore[arg-type]
+            await registry.publish_trainer(records_pb2.TrainerRecord(), 500.0)
+        reader, everybody = swarm.peers[1].registry, {identity.peer_id for identity in trainers}
+        assert await reader.trainer_ids() == everybody
+        for _ in range(3):
+            some, about = await reader.some_trainer_ids(8)
+            assert 8 <= len(some) < len(everybody)
+            assert some <= everybody
+            assert 100 < about < 400
 
     world.run_until_complete(scenario())
 
