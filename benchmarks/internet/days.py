@@ -2,6 +2,7 @@
 
 import resource
 import time
+from statistics import fmean
 from typing import Any
 
 from benchmarks.internet.nodes import simulated
@@ -27,7 +28,7 @@ def play(nodes: int, hours: float, seed: int) -> dict[str, Any]:
         volunteers.come_and_go(hours)
         volunteers.run(WARM_UP_S)
         volunteers.updates = volunteers.updates_lost = 0.0
-        takings, transferred = volunteers.swarm.takings, world.accounts.totals()["transfer"]
+        takings, before = volunteers.swarm.takings, world.accounts.totals()
         looks, meters = [], []
         while (left_s := hours * 3600.0 - world.time()) > 0:
             meter = UpkeepMeter(world)
@@ -35,6 +36,8 @@ def play(nodes: int, hours: float, seed: int) -> dict[str, Any]:
             meters.append(meter.read())
         seconds = max(1.0, world.time() - WARM_UP_S)
         living_s = sum(look.living for look in looks) / max(1, len(looks)) * seconds
+        carried = {purpose: total - before[purpose] for purpose, total in world.accounts.totals().items()}
+        period_s = fmean(node.period.seconds for node in volunteers.serving())
         some = looks[:: 1 + len(looks) // SERIES]
         kept = [look.served for look in looks]
         figures = {
@@ -49,7 +52,11 @@ def play(nodes: int, hours: float, seed: int) -> dict[str, Any]:
                 "mean_kbit_per_s": sum(m["mean_kbit_per_s"] for m in meters) / max(1, len(meters)),
                 "most_kbit_per_s": max((m["most_kbit_per_s"] for m in meters), default=0.0),
             },
-            "transfer_kbit_per_s": 8e-3 * (world.accounts.totals()["transfer"] - transferred) / living_s,
+            "period_s": period_s,
+            "round_bytes": (carried["announce"] + carried["read"]) / living_s * period_s,
+            "servers": world.servers(),
+            "keys": volunteers.swarm.dht.keys,
+            "transfer_kbit_per_s": 8e-3 * carried["transfer"] / living_s,
             "faults": len(volunteers.swarm.faults),
             "series": {
                 "hour": [round(look.at_s / 3600, 3) for look in some],

@@ -193,6 +193,11 @@ class ModelDHT:
         self._costs: dict[tuple[str, bool, int, int], Cost] = {}
         world.accounts.settlers.append(self.settle)
 
+    @property
+    def keys(self) -> int:
+        """Under which something is stored."""
+        return len(self._keys)
+
     def cost(self, kind: str, is_warm: bool, keys: int) -> Cost:
         """Of one key in a look-up of so many now."""
         size = self.world.servers().bit_length(), keys.bit_length()

@@ -14,29 +14,6 @@ DAY_S = 86_400.0
 # Upkeep
 
 
-@dataclass(frozen=True)
-class Round:
-    """What one node does in the DHT in one period, without what others ask of it."""
-
-    written: Sequence[float]
-    """Bytes of each record that it renews,"""
-    holders: int
-    """at so many peers,"""
-    to_write: float
-    """and of finding these, for each record."""
-    read: float
-    """Keys that it reads,"""
-    to_read: float
-    """bytes of asking for each of them,"""
-    values: float
-    """and of all that came and was new."""
-
-    @property
-    def bytes(self) -> float:
-        stored = self.holders * math.fsum(self.written) + self.to_write * len(self.written)
-        return stored + self.read * self.to_read + self.values
-
-
 def stretched_period(
     round_bytes: float, budget_bit_per_s: float, shortest_s: float, longest_s: float
 ) -> float:
@@ -177,9 +154,9 @@ class Token:
     """What training on one token sends to experts."""
 
     layers: int
-    top_k: int
+    top_k: float
     """Experts that compute its row, in each layer,"""
-    nodes: int
+    nodes: float
     """and nodes that it is sent to."""
     row_bytes: float
 
@@ -199,32 +176,3 @@ def most_tokens_per_s(token: Token, rows_per_s: float, bit_per_s: float) -> floa
     slower direction. No placement of experts is better.
     """
     return min(rows_per_s / token.rows, bit_per_s / 8 / token.bytes)
-
-
-def hottest_tokens_per_s(token: Token, share: float, rows_per_s: float) -> float:
-    """What an expert allows that gets this share of its layer's rows, and whose replicas compute so many together."""
-    return rows_per_s / (share * token.top_k)
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What one step asks of the swarm."""
-
-    think_s: float
-    """At the trainer: its own layers, the gate, and waiting for links' round trips."""
-    service_s: Sequence[float]
-    """Of each station, nodes' processors and links: time in which it can serve no other step."""
-
-
-def steps_per_s(trainers: int, demand: Demand) -> tuple[float, float]:
-    """Bounds on the steps per second of all trainers, each of which takes one after another.
-
-    The balanced system bounds of Lazowska, Zahorjan, Graham and Sevcik 1984 (*Quantitative System Performance*, section
-    5.4), of stations that serve one step at a time.
-    """
-    total, largest, think_s = math.fsum(demand.service_s), max(demand.service_s), demand.think_s
-    mean = total / len(demand.service_s)
-    queued = (trainers - 1) * largest / (1 + think_s / (trainers * total))
-    least_queued = (trainers - 1) * mean / (1 + think_s / total)
-    lower = trainers / (think_s + total + queued)
-    return lower, min(1 / largest, trainers / (think_s + total + least_queued))

@@ -4,7 +4,7 @@ Writes hops.json: for look-ups of so many keys at a time in swarms of so many no
 questions and of answers without the values in them, how often each value came, and which share of the calls went to the
 seven nodes nearest to a key. `find` and `frugal` read values, `nearest` is what a writer does before it stores, and
 `store` has the bytes of one call that brings items, without these. A look-up is warm when the same peer has looked the
-same keys up before.
+same keys up several times before.
 """
 
 import argparse
@@ -30,6 +30,10 @@ _KINDS = {"find": DEFAULT_LIMITS, "frugal": lookups.FRUGAL, "nearest": lookups._
 _FRONT = 7
 _KEYS, _VALUE_BYTES = 256, 1000
 _TRIES = 6
+_WARMED_BY = 6
+"""Look-ups of the same keys before a warm one. A node looks the same keys up in each period: it soon knows who is
+near them.
+"""
 
 
 class _CountingNetwork(Network):
@@ -130,7 +134,7 @@ async def _look(
         network.near[key.to_bytes(20, "big")] = {p.peer_id.to_bytes() for p in nearest}
     # random keys are looked up apart
     peer.lookups._sample_at = loop.time() + 1e6
-    if is_warm:
+    for _ in range(_WARMED_BY if is_warm else 0):
         await peer.lookups.find(ids, limits, room=room)
     network.clear()
     began = loop.time()

@@ -134,6 +134,12 @@ class TrainingFigures:
     """Tokens a second that the trainers' own machines and lines could train."""
     of_placed: float
     of_free: float
+    layers: int
+    row_bytes: float
+    rows_per_s: float
+    """That all living nodes together compute,"""
+    bit_per_s: float
+    """and what their lines carry, in the slower direction."""
     step_s: dict[str, float]
     call_s: dict[str, float]
     """Of drawn trainers."""
@@ -443,6 +449,7 @@ class _Play:
     def _figures(self, computed: Numbers, more: Mapping[str, float], in_flight: float) -> TrainingFigures:
         swarm, window, counts = self.swarm, self.window, self.counts
         serving = sorted({n for hosts in swarm.hosts.values() for n in hosts} - swarm.dead)
+        living = [m for number, m in enumerate(swarm.machines) if number not in swarm.dead]
         busy = computed[serving] / self.calls.rates[serving] / window.seconds
         ideal = self._ideal()
         throughput = float(counts.tokens.sum()) / window.seconds
@@ -458,6 +465,10 @@ class _Play:
             wanted=self._wanted(),
             of_placed=throughput / ideal.as_placed if ideal.as_placed else 0.0,
             of_free=throughput / ideal.free if ideal.free else 0.0,
+            layers=swarm.manifest.model.layers,
+            row_bytes=self.calls.row_bytes,
+            rows_per_s=sum(machine.rows_per_s for machine in living),
+            bit_per_s=sum(min(machine.up_bps, machine.down_bps) for machine in living),
             step_s=_quantiles(counts.step_s),
             call_s=_quantiles(counts.call_s),
             forward_s=_quantiles(counts.pass_s[True]),

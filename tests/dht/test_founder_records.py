@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dht.founder_records import LIFETIME_S, ManifestRecord
+from dht.founder_records import LIFETIME_S, ManifestRecord, Revocations
 from dht.records import SwarmKeys
 from peer.identity import PeerID
 
@@ -49,6 +49,12 @@ class Records:
             async def find_manifest(self) -> tuple[bytes, float] | None:
                 records.looks += 1
                 return records.held if records.held[1] > records.now else None
+
+            def revocations_record(self, value: object) -> None:
+                assert value is None, "nothing is on disk"
+
+            async def find_revocations(self) -> tuple[tuple[int, ...], bytes, float]:
+                return (1,), b"revoked", LIFETIME_S
 
             async def republish(self, key: str, record: bytes, expires_at: float) -> None:
                 records.stored += 1
@@ -125,3 +131,19 @@ def test_in_a_large_swarm_a_few_store_it_in_each_round() -> None:
     peers = [records.kept_by(OTHER) for _ in range(1000)]
     live(records, peers, 1)
     assert 24 * 8 * 0.7 < records.stored < 24 * 8 * 1.3, "eight in each of 24 rounds"
+
+
+def test_in_a_large_swarm_a_few_store_the_revoked_tokens_in_each_round() -> None:
+    records = Records(nodes=1000.0)
+    admission: Any = SimpleNamespace(mode="token", revoke=lambda serials: None)
+    peers = [Revocations(records.registry(OTHER), admission) for _ in range(1000)]
+
+    async def run() -> None:
+        for peer in peers:
+            await peer.read()
+        for _ in range(24):
+            for peer in peers:
+                await peer.keep()
+
+    asyncio.run(run())
+    assert 24 * 8 * 0.7 < records.stored < 24 * 8 * 1.3
