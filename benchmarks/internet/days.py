@@ -5,9 +5,9 @@ import time
 from statistics import fmean
 from typing import Any
 
-from benchmarks.internet.nodes import simulated
 from benchmarks.internet.population import draw_population
 from benchmarks.internet.scenario import START_S, UpkeepMeter, VolunteerSwarm, plan_for
+from benchmarks.internet.stand_ins import simulated
 
 WARM_UP_S = START_S + 1080.0
 """Until those who were there at the start host what they can."""

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.internet import training
-from benchmarks.internet.nodes import SimulatedNode, SwarmPlan, simulated
+from benchmarks.internet.nodes import SimulatedNode, SwarmPlan
 from benchmarks.internet.population import draw_population
 from benchmarks.internet.scenario import (
     LOOK_EVERY_S,
@@ -19,7 +19,8 @@ from benchmarks.internet.scenario import (
     plan_for,
     plan_to_train,
 )
-from benchmarks.internet.training import PlacedSwarm, Window
+from benchmarks.internet.stand_ins import simulated
+from benchmarks.internet.window import PlacedSwarm, Window
 from benchmarks.internet.world import World, quantile
 
 CROWD = 10_000

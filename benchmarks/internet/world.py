@@ -1,6 +1,6 @@
 """What all parts of a simulation share: the clock, random numbers, who lives and reaches whom, links, and bytes.
 
-A world is made by `benchmarks.internet.nodes.simulated`.
+A world is made by `benchmarks.internet.stand_ins.simulated`.
 """
 
 import asyncio

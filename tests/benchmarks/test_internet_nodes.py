@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups
-from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan, simulated
+from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan
+from benchmarks.internet.stand_ins import simulated
 from benchmarks.internet.world import HomeLine, World
 from benchmarks.simulated_p2p import VirtualLoop
 from benchmarks.simulated_swarm import grid_of

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.internet.calls import Calls, Costs, Sent
-from benchmarks.internet.training import PlacedSwarm, TrainingFigures, Window, play
+from benchmarks.internet.training import TrainingFigures, play
+from benchmarks.internet.window import PlacedSwarm, Window
 from benchmarks.simulated_p2p import VirtualLoop
 from dht.manifest import Manifest
 from dht.uid import UID

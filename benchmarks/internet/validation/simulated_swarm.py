@@ -9,7 +9,8 @@ import numpy as np
 
 from benchmarks.internet.calls import Calls, Costs, ModelCaller, row_bytes
 from benchmarks.internet.dht_model import ModelLookups
-from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan, simulated
+from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan
+from benchmarks.internet.stand_ins import simulated
 from benchmarks.internet.validation.measured import Adoption, Measured, Stretch
 from benchmarks.internet.validation.scenario import Hosting, Scenario
 from benchmarks.internet.validation.steady_trainers import Step, settings_of, train

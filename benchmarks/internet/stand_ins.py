@@ -1,0 +1,289 @@
+"""A world in which the product's code runs, and the parts of it that a simulation replaces.
+
+Experts are only counted: `CountedExpert` takes updates, and computes nothing. What one node has read of a record, no
+other has to read.
+"""
+
+import asyncio
+import functools
+import gc
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+from benchmarks.internet.world import World
+from benchmarks.simulated_p2p import EPOCH, simulated_world
+from dht.announcements import NodeInfo, Replica
+from dht.manifest import Manifest
+from dht.regions import Prefix, Region
+from dht.registry import Registry
+from dht.uid import UID
+from expert_server.experts.format import Checkpoint
+from expert_server.hosting.manager import Handover
+from expert_server.hosting.replicas import LocalReplicas
+from peer.averaging import AveragingHistory
+from peer.errors import UnreachableError
+from peer.identity import PeerID
+from peer.kademlia.routing import key_id_of
+from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
+
+T = TypeVar("T")
+
+_key_id_of = functools.lru_cache(maxsize=1 << 18)(key_id_of)
+_GC_THRESHOLDS = 1_000_000, 20, 100
+"""A full collection walks the objects of all nodes, and finds little."""
+_MOST_SHARED = 200_000
+
+
+class Tally:
+    """Stands for a Prometheus metric, of which 100,000 nodes would have millions."""
+
+    __slots__ = ("count",)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.count = 0.0
+
+    def labels(self, *values: str) -> "Tally":
+        return self
+
+    def inc(self, amount: float = 1) -> None:
+        self.count += amount
+
+    def observe(self, amount: float) -> None:
+        self.count += 1
+
+    def set_function(self, function: Callable[[], float]) -> None: ...
+
+
+async def _at_once(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands for `asyncio.to_thread`."""
+    return work(*args, **kwargs)
+
+
+class CountedExpert:
+    """Stands for `Expert`: takes updates at an even rate while it serves."""
+
+    def __init__(self, uid: UID, manifest: Manifest, device: object) -> None:
+        self.uid = uid
+        self.device = device
+        self.generation: object = object()
+        self.accumulated_rows = 0
+        self.source = self.refuted = ""
+        self.rate = 0.0
+        """Updates per second; set by the runtime that serves it."""
+        self.clock: Any = None
+        self._count = 0.0
+        self._counted_at = 0.0
+        self.shared_count = 0
+        """The last count of which somebody else has a copy."""
+
+    @property
+    def update_count(self) -> int:
+        if self.clock is None:
+            return int(self._count)
+        return int(self._count + self.rate * (self.clock() - self._counted_at))
+
+    @property
+    def rows(self) -> int:
+        """Computed so far: one for each update."""
+        return self.update_count
+
+    @property
+    def updated_at(self) -> float:
+        """Unix time."""
+        return 0.0 if self.clock is None or not self.rate else EPOCH + float(self.clock())
+
+    def serve(self, rate: float, clock: Any) -> None:
+        self._count, self.rate, self.clock, self._counted_at = self.update_count, rate, clock, clock()
+
+    def stop(self) -> None:
+        self._count, self.clock = self.update_count, None
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint({}, self.update_count, self.source)
+
+    def require_good(self, state: object, update_count: int) -> None: ...
+
+    def import_state(self, state: object, update_count: int, source: str = "") -> None:
+        self._count = update_count
+        if self.clock is not None:
+            self._counted_at = self.clock()
+        self.generation = object()
+        self.source = ""
+
+
+class CountingRuntime:
+    """Stands for `Runtime`."""
+
+    def __init__(self, rate: float, clock: Any) -> None:
+        self.experts: dict[UID, CountedExpert] = {}
+        self.queued_rows = 0
+        """Of the training that is simulated elsewhere."""
+        self.takings = 0
+        self._rate = rate
+        self._clock = clock
+
+    async def run(self, work: Any) -> Any:
+        return work()
+
+    def refuse(self, refuses: bool = True) -> None: ...
+
+    async def settle(self) -> None: ...
+
+    def add(self, expert: CountedExpert) -> None:
+        self.takings += 1
+        expert.serve(self._rate, self._clock)
+        self.experts[expert.uid] = expert
+
+    def remove(self, uid: UID) -> None:
+        expert = self.experts.pop(uid, None)
+        if expert is not None:
+            expert.stop()
+
+
+class CountedCheckpoints:
+    """Stands for `Checkpoints`: what the disk of a machine holds, also after its node ended."""
+
+    def __init__(self, disk: dict[UID, dict[str, int]]) -> None:
+        self.restored = Tally()
+        self._disk = disk
+
+    async def newest(self) -> dict[UID, int]:
+        return {uid: max(counts.values()) for uid, counts in self._disk.items()}
+
+    async def newest_by_source(self) -> dict[UID, dict[str, int]]:
+        return {uid: dict(counts) for uid, counts in self._disk.items()}
+
+    async def restore(self, expert: CountedExpert) -> bool:
+        counts = self._disk.get(expert.uid)
+        if not counts:
+            return False
+        expert.import_state({}, max(counts.values()))
+        return True
+
+    async def keep(self, uid: UID, checkpoint: Checkpoint) -> None:
+        self._disk.setdefault(uid, {})[checkpoint.source] = checkpoint.update_count
+
+    def note_replaced(self, uid: UID) -> None: ...
+
+    async def save_all_within(self, seconds: float, experts: Collection[CountedExpert]) -> None:
+        self.save(experts)
+
+    def save(self, experts: Collection[CountedExpert]) -> None:
+        for expert in experts:
+            if expert.update_count:
+                self._disk.setdefault(expert.uid, {})[""] = expert.update_count
+
+
+class SharedRegistry(Registry):
+    """A registry for which a record that any other has read needs no reading: all agree on it."""
+
+    def __init__(self, shared: dict[object, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shared = shared
+
+    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
+        replicas: dict[UID, Replica] | None = self._shared.get(value)
+        if replicas is None:
+            if len(self._shared) >= _MOST_SHARED:
+                self._shared.clear()
+            replicas = self._shared[value] = super()._replicas_in(prefix, key, subkey, value)
+        return replicas
+
+    async def get(
+        self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int | None = None
+    ) -> dict[str, dict[object, tuple[Any, float]]]:
+        """As `Registry.get`, and what it gives of a key is one dictionary for all readers."""
+        if not keys:
+            return {}
+        ids = {key: _key_id_of(key) for key in keys}
+        found: Any = await self._in_time(self.lookups.find(list(ids.values()), limits, room=room), "get")
+        if not all(result.someone_answered for result in found.values()):
+            raise UnreachableError("no DHT peer answered")
+        return {key: found[key_id].answer.unpacked for key, key_id in ids.items()}
+
+    async def _in_time(self, call: Awaitable[T], operation: str = "") -> T:
+        """Without the deadline, and its timer: look-ups of the model end by themselves, or stand still with a machine
+        that sleeps.
+        """
+        return await call
+
+    def _region(
+        self,
+        prefix: Prefix,
+        keys: Sequence[str],
+        answers: Mapping[str, Mapping[object, tuple[Any, float]]],
+    ) -> Region:
+        answer: Any = answers[keys[0]]
+        if len(keys) > 1:
+            return super()._region(prefix, keys, answers)
+        if answer.region is None:
+            answer.region = super()._region(prefix, keys, answers)
+        region: Region = answer.region
+        return region
+
+    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo:
+        if value not in self._shared:
+            self._shared[value] = super()._node_info(value, key, peer_id)
+        info: NodeInfo = self._shared[value]
+        return info
+
+
+async def _end_all() -> None:
+    """Tasks that end start others, or wait once more."""
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _no_scale(replicas: LocalReplicas) -> None:
+    """Stands for what needs tensors."""
+
+
+def _middle(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random) -> tuple[int, Checkpoint]:
+    """Stands for `choose`: honest states differ in their updates alone."""
+    index = sorted(range(len(states)), key=lambda n: states[n].update_count)[(len(states) - 1) // 2]
+    return index, states[index]
+
+
+@contextmanager
+def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[World]:
+    """A world in which the product's code runs, as long as the block lasts. `more`: stand-ins, by what they replace."""
+    with simulated_world() as loop, ExitStack() as stack:
+        world = World(seed, loop)
+        tallies = (
+            "dht.registry.Counter", "dht.registry.Histogram", "peer.loop.Counter", "peer.parsing.Counter",
+            "expert_server.hosting.manager.Counter", "expert_server.hosting.standby.Counter",
+        )  # fmt: skip
+        stand_ins: dict[str, object] = {
+            **dict.fromkeys(tallies, Tally),
+            "asyncio.to_thread": _at_once,
+            "dht.registry.Lookups": lambda lookups, **kwargs: lookups,
+            "dht.registry.unpack": lambda value: value,
+            "dht.registry.key_id_of": _key_id_of,
+            "benchmarks.internet.dht_model.key_id_of": _key_id_of,
+            "expert_server.hosting.manager.Handover": functools.partial(Handover, clock=world.time),
+            "expert_server.hosting.replicas.AveragingHistory": functools.partial(
+                AveragingHistory, world.time
+            ),
+            "expert_server.hosting.replicas.Expert": CountedExpert,
+            "expert_server.hosting.standby.StandbyCopies._check": lambda *args: None,
+            "expert_server.hosting.replicas.LocalReplicas.first_scale": _no_scale,
+            "expert_server.hosting.replicas.roomiest": lambda devices, hosted: None,
+            "expert_server.hosting.replicas.total": lambda tally: tally.count,
+            "expert_server.hosting.whole_states.choose": _middle,
+            "random.SystemRandom": functools.partial(world.rng, "system"),
+            **(more or {}),
+        }
+        for target, stand_in in stand_ins.items():
+            stack.enter_context(patch(target, stand_in))
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*_GC_THRESHOLDS)
+        try:
+            yield world
+        finally:
+            gc.set_threshold(*thresholds)
+            world.loop.run_until_complete(_end_all())

@@ -1,0 +1,321 @@
+"""A window of training: the swarm as it is placed, what is played, and what all of its trainers share.
+
+Real trainers record which node computes what in each pass, and drawn ones repeat that (`Recorded`).
+
+Shapes: R rows, K slots of each row, G groups: what of a pass goes to one node.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from benchmarks.internet.calls import Calls, Machine, Sent, row_bytes
+from benchmarks.internet.fluid import Integers
+from dht.announcements import NodeInfo, Replica, ReplicaState
+from dht.beam_search import Selection
+from dht.directory import Directory, LiveExperts, View
+from dht.manifest import Manifest
+from dht.uid import UID
+from peer.identity import PeerID
+from peer.transport.endpoints import Endpoint
+from trainer_client.dispatch.policy import WaitPolicy
+from trainer_client.routers import Routing
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.in_flight import MAX_IN_FLIGHT, InFlightController
+
+_PASSES = 32
+"""Of real trainers that drawn ones repeat, the last of each layer."""
+
+
+@dataclass(frozen=True)
+class PlacedSwarm:
+    """Who hosts what at one moment."""
+
+    manifest: Manifest
+    machines: Sequence[Machine]
+    hosts: Mapping[UID, Sequence[int]]
+    """Of each expert, numbers of machines."""
+    dead: frozenset[int] = frozenset()
+    """Machines that are still announced, and do not answer any more."""
+
+    @cached_property
+    def peer_ids(self) -> list[PeerID]:
+        return [PeerID(b"\x12\x20" + number.to_bytes(32, "big")) for number in range(len(self.machines))]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is played. Times in seconds."""
+
+    seconds: float = 20.0
+    """That are measured,"""
+    warm_up_s: float = 10.0
+    """after so many."""
+    real: int = 20
+    """Trainers that send real rows, at most."""
+    sequences: int = 8
+    length: int = 128
+    """Tokens of a sequence. A step has `sequences` of them."""
+    in_flight: int | None = None
+    """Steps at once; None: as many as the product's controller finds."""
+    alone_s: float | None = None
+    """What a lone step takes. If given, trainers have the steps in flight that the controller finds in the end for
+    that, and for what their machines and lines can do: a window is shorter than its search.
+    """
+    dense_rows: float = 6.0
+    """What the trainer's own part of a token costs, in rows of an expert: assumed, for the default model."""
+    announce_every_s: float = 10.0
+    """How often nodes say how many rows wait there,"""
+    refresh_every_s: float = 3.0
+    """and trainers read that."""
+    slot_s: float = 0.01
+    heavy: float = 1.0
+    """The last trainer's machine and steps in flight, against those of another."""
+
+    @property
+    def start_s(self) -> float:
+        """Within which trainers begin, not all at once."""
+        return self.warm_up_s / 2
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.sequences * self.length
+
+
+class Announced:
+    """What trainers read: who hosts what, and how many rows waited there when it was announced."""
+
+    def __init__(self, swarm: PlacedSwarm, calls: Calls, window: Window, rng: np.random.Generator) -> None:
+        self.queued: Integers = np.zeros(len(swarm.machines), np.int64)
+        self._swarm = swarm
+        self._calls = calls
+        self._every_s = window.announce_every_s
+        self._phase = rng.random(len(swarm.machines)) * self._every_s
+        self._at = 0.0
+        self._view: View | None = None
+        self._nodes = {peer_id: _node_of(peer_id) for peer_id in swarm.peer_ids}
+
+    def step(self, now: float) -> None:
+        """Once a second: the nodes announce whose turn has come since."""
+        if now < self._at + 1.0:
+            return
+        due = (now - self._phase) // self._every_s > (self._at - self._phase) // self._every_s
+        self.queued[due] = self._calls.queued_rows()[: len(self.queued)][due].astype(np.int64)
+        self._at, self._view = now, None
+
+    def view(self) -> View:
+        if self._view is None:
+            names, queued = self._swarm.peer_ids, self.queued.tolist()
+            replicas = {
+                uid: tuple(
+                    Replica(uid, names[n], ReplicaState.SERVING, 1, queued[n], 0.0, math.inf) for n in hosts
+                )
+                for uid, hosts in self._swarm.hosts.items()
+            }
+            self._view = View(self._swarm.manifest, replicas, self._nodes, self._at)
+        return self._view
+
+
+def _node_of(peer_id: PeerID) -> NodeInfo:
+    return NodeInfo(peer_id, (Endpoint("203.0.113.7:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, math.inf)
+
+
+class ReadDirectory(Directory):
+    """A trainer's view, as it was when it read last."""
+
+    def __init__(self, announced: Announced) -> None:
+        self.view = announced.view()
+        self._manifest = self.view.manifest
+        self._announced = announced
+        self._gone: dict[PeerID, float] = {}
+        self._now = asyncio.get_running_loop().time
+
+    def read(self) -> None:
+        view = self._announced.view()
+        if self._gone:
+            view = replace(view, nodes=self._but_the_gone(view.nodes), _tables={})
+        self.view = view
+
+
+class Pacing:
+    """How many steps a trainer has under way, and how many it should have."""
+
+    def __init__(self, fixed: int | None) -> None:
+        self._fixed = fixed
+        self._controller = InFlightController(MAX_IN_FLIGHT)
+        self._begun: dict[int, tuple[float, bool]] = {}
+
+    @property
+    def wanted(self) -> int:
+        return self._controller.count if self._fixed is None else self._fixed
+
+    @property
+    def lacks(self) -> int:
+        return self.wanted - len(self._begun)
+
+    def begin(self, step: int, now: float) -> None:
+        alone = not self._begun
+        self._begun = {other: (at, False) for other, (at, _) in self._begun.items()}
+        self._begun[step] = now, alone
+
+    def end(self, step: int, now: float) -> float:
+        """How long it took."""
+        at, alone = self._begun.pop(step)
+        self._controller.note(now - at, now, alone)
+        return now - at
+
+
+@dataclass(frozen=True)
+class RecordedPass:
+    """What a real trainer sent in one layer: which node computes what, not the rows themselves."""
+
+    group_of: Integers  # [R, K]; -1 where a slot has no expert
+    sent: Sent  # of the groups [G], at the nodes that the real trainer took
+    alone: Integers  # [G], the number of the expert in the layer, where a group has only one; else -1
+
+    @classmethod
+    def of(
+        cls, selection: Selection, live: LiveExperts, numbers: Mapping[PeerID, int], grid: tuple[int, ...]
+    ) -> "RecordedPass":
+        table = np.full(grid, -1)
+        for uid, peer_id in live.hosts.items():
+            table[uid.coordinate] = numbers[peer_id]
+        node_RK = table[tuple(np.moveaxis(selection.coordinates, -1, 0))]
+        is_sent = selection.valid & (node_RK >= 0)
+        expert_RK = np.ravel_multi_index(tuple(np.moveaxis(selection.coordinates, -1, 0)), grid)
+        nodes, which = np.unique(node_RK[is_sent], return_inverse=True)
+        group_of = np.full(node_RK.shape, -1)
+        group_of[is_sent] = which
+        count = len(nodes)
+        rows = np.array([(group_of == group).any(axis=1).sum() for group in range(count)], np.int64)
+        pairs = np.unique(np.stack([which, expert_RK[is_sent]]), axis=1)
+        experts = np.bincount(pairs[0], minlength=count)
+        first = np.zeros(count, np.int64)
+        first[pairs[0]] = pairs[1]
+        sent = Sent(nodes, rows, np.bincount(which, minlength=count), experts)
+        return cls(group_of, sent, np.where(experts == 1, first, -1))
+
+
+class Recorded:
+    """The last passes of real trainers, and the replicas that drawn ones may take instead of theirs."""
+
+    def __init__(self, swarm: PlacedSwarm, calls: Calls) -> None:
+        layers, grid = swarm.manifest.model.layers, swarm.manifest.experts.grid
+        self.passes = [deque[RecordedPass](maxlen=_PASSES) for _ in range(layers)]
+        self.hosts: list[Integers] = []
+        """Of each layer's experts, those that answer rightly; -1 fills the rest. [E, replicas]"""
+        experts = swarm.manifest.experts.count
+        for layer in range(layers):
+            hosts = [
+                [n for n in swarm.hosts.get(UID(layer, tuple(map(int, place))), ()) if not calls.hostile[n]]
+                for place in zip(*np.unravel_index(np.arange(experts), grid), strict=True)
+            ]
+            table = np.full((experts, max(1, *map(len, hosts))), -1)
+            for expert, some in enumerate(hosts):
+                table[expert, : len(some)] = some
+            self.hosts.append(table)
+
+
+class Counts:
+    """What happens while the window is measured."""
+
+    def __init__(self, trainers: int) -> None:
+        self.is_on = False
+        self.tokens = np.zeros(trainers)
+        self.step_s: list[float] = []
+        self.call_s: list[float] = []
+        self.pass_s: dict[bool, list[float]] = {True: [], False: []}
+        """Of one layer, forward and backward."""
+        self.rows = self.answered_rows = self.answered_slots = 0
+        self.sent_rows = self.sent_slots = 0
+
+    def note_pass(self, forward: bool, seconds: float) -> None:
+        if self.is_on:
+            self.pass_s[forward].append(seconds)
+
+
+class SharedWindow:
+    """What all trainers of a window share."""
+
+    def __init__(self, swarm: PlacedSwarm, trainers: Sequence[Machine], window: Window, seed: int) -> None:
+        self.swarm, self.window, self.seed = swarm, window, seed
+        manifest, nodes = swarm.manifest, len(swarm.machines)
+        machines = [*swarm.machines, *trainers]
+        if window.heavy > 1:
+            machines[-1] = _Times(machines[-1], window.heavy)
+        rng = np.random.default_rng((seed, 0))
+        self.calls = Calls(machines, nodes, row_bytes(manifest), rng, slot_s=window.slot_s)
+        for number in swarm.dead:
+            self.calls.kill(number, long_ago=True)
+        self.announced = Announced(swarm, self.calls, window, rng)
+        self.recorded = Recorded(swarm, self.calls)
+        self.numbers = {peer_id: number for number, peer_id in enumerate(swarm.peer_ids)}
+        self.settings = TrainerSettings().in_swarm(manifest)
+        self.policy = WaitPolicy(self.settings.call_deadline_s, self.settings.grace_s, self.settings.k_min)
+        self.routing = Routing.of(self.settings, manifest, seed)
+        self.counts = Counts(len(trainers))
+        self.machines, self.nodes = machines, nodes
+        self.rows = np.zeros((manifest.model.layers, manifest.experts.count))
+        """Of real trainers, that each expert got."""
+
+    def in_flight(self, number: int) -> int | None:
+        """Of this trainer; None where the product's controller says so."""
+        window, heavy = self.window, 1.0
+        if window.heavy > 1 and number == len(self.counts.tokens) - 1:
+            heavy = window.heavy
+        if window.in_flight is not None:
+            return round(heavy * window.in_flight)
+        if window.alone_s is None:
+            return None
+        nodes = self.routing.nodes_per_token or self.routing.k
+        carried = 2 * self.swarm.manifest.model.layers * nodes * self.calls.row_bytes
+        limit = self.limit(self.machines[self.nodes + number], carried) / heavy
+        serving = float(
+            self.calls.rates[list({n for hosts in self.swarm.hosts.values() for n in hosts})].sum()
+        )
+        share = serving / self.routing.k / self.swarm.manifest.model.layers / len(self.counts.tokens)
+        busy = min(limit, share) / window.tokens * window.alone_s
+        return round(heavy * min(MAX_IN_FLIGHT, max(2, round(busy + 2 * math.sqrt(busy)))))
+
+    def limit(self, machine: Machine, carried: float) -> float:
+        """Tokens a second of a trainer alone, by its machine and its line. `carried`: bytes of each both ways."""
+        line = min(machine.up_bps, machine.down_bps) / 8 / carried
+        return min(machine.rows_per_s / self.window.dense_rows, line)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """A machine that is so many machines."""
+
+    machine: Machine
+    times: float
+
+    @property
+    def up_bps(self) -> float:
+        return self.machine.up_bps * self.times
+
+    @property
+    def down_bps(self) -> float:
+        return self.machine.down_bps * self.times
+
+    @property
+    def rtt_s(self) -> float:
+        return self.machine.rtt_s
+
+    @property
+    def nat(self) -> bool:
+        return self.machine.nat
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.machine.rows_per_s * self.times
+
+    @property
+    def is_hostile(self) -> bool:
+        return False
