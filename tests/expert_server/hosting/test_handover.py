@@ -144,7 +144,7 @@ def test_a_node_leaves_while_an_expert_of_others_is_fetched_to_prove_it(play: Pl
         (other,) = serving_elsewhere(replicas, leaver.swarm.host.peer_id)
         asked = asyncio.Event()
 
-        async def never(*_: Any) -> Any:
+        async def never(*_: Any, **__: Any) -> Any:
             asked.set()
             await asyncio.Event().wait()
 
