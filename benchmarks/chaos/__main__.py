@@ -7,12 +7,16 @@ and kills the founder.
     python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
         [--strangers]
     python -m benchmarks.chaos --hostile 0.2 [--seeds N] [--only KIND...] [--placement random] [--json FILE] [--quick]
+    python -m benchmarks.chaos --overhead [--only RULE...] [--check-share S] [--json FILE] [--quick]
 
 With `--strangers`, strangers of several kinds attack the chaos part meanwhile (tests/hostile/siege.py).
 With `--only`, the other part is taken from the JSON file, if it is there.
 
 With `--hostile`, nobody dies. Instead some peers lie, in one run for each kind of attack (hostile.py, attacks.py). Runs
 that the JSON file already has are not repeated.
+
+With `--overhead`, nobody dies and nobody lies. One swarm leaves the rules against liars out every other while, which
+shows what they cost (overhead.py).
 """
 
 import argparse
@@ -23,7 +27,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,9 +35,11 @@ import uvloop
 from rich.console import Console
 
 from benchmarks.chaos.accounts import losses
-from benchmarks.chaos.attacks import ATTACKS
+from benchmarks.chaos.attacks import ATTACKS, RULES
 from benchmarks.chaos.hostile import QUICK_KINDS, HostilePlan, Placement, run_all
 from benchmarks.chaos.hostile import show as show_attacks
+from benchmarks.chaos.overhead import LEAST_SPEED
+from benchmarks.chaos.overhead import measure as measure_overhead
 from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.report import plot, show, verdicts
 from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
@@ -177,11 +183,20 @@ def main() -> None:
         help="both parts at the same time: on a machine that does other work too",
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="PART", help="one part, calm or chaos; with --hostile, kinds of attacks"
+        "--only",
+        nargs="+",
+        metavar="PART",
+        help="one part, calm or chaos; with --hostile, kinds of attacks; with --overhead, rules",
     )
     parser.add_argument("--strangers", action="store_true", help="strangers attack the chaos part")
     parser.add_argument(
         "--hostile", type=float, metavar="SHARE", help="lying peers in place of deaths; of the nodes"
+    )
+    parser.add_argument(
+        "--overhead", action="store_true", help="what the rules against liars cost where nobody lies"
+    )
+    parser.add_argument(
+        "--check-share", type=float, default=0.01, help="with --overhead: of the answers that trainers check"
     )
     parser.add_argument("--seeds", type=int, default=1, help="with --hostile: how often, each time otherwise")
     parser.add_argument(
@@ -198,6 +213,9 @@ def main() -> None:
     console = Console(width=120)
     if options.hostile is not None:
         lie(parser, options, console)
+        return
+    if options.overhead:
+        weigh(parser, options, console)
         return
     if options.only and (len(options.only) != 1 or options.only[0] not in PARTS):
         parser.error(f"--only: one of {', '.join(PARTS)}")
@@ -242,6 +260,25 @@ def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
         results["runs"] = saved["runs"] if saved.get("plan") == results["plan"] else {}
     run_all(plan, options.seeds, kinds, console, results, options.json)
     show_attacks(results, console)
+
+
+def weigh(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> None:
+    """A run that leaves rules out every other while."""
+    without = options.only or RULES
+    if unknown := [rule for rule in without if rule not in RULES]:
+        parser.error(f"--only: {unknown[0]} is none of {', '.join(RULES)}")
+    plan = replace(HostilePlan(), check_share=options.check_share)
+    window_s, pairs = (4.0, 3) if options.quick else (15.0, 12)
+    found = uvloop.run(measure_overhead(plan, ",".join(without), window_s, pairs, console))
+    console.print(
+        f"speed with {', '.join(without)}, of that without: {found['speed']:.3f} ± {found['speed_error']:.3f}, "
+        f"by processor time {found['speed_by_cpu']:.3f} ± {found['speed_by_cpu_error']:.3f} "
+        f"(at least {LEAST_SPEED}) {'reached' if found['reached'] else 'missed'}"
+    )
+    for line in found["faults"]:
+        console.print(line, style="red", markup=False)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

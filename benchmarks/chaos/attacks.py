@@ -3,7 +3,8 @@
     python attacks.py ATTACK SEED FILE COMMAND...
 
 runs the `talkoot` command. The peer joins and works like any other, and attacks as soon as the file exists. It then
-claims `CLAIMED` more updates than it took. This file is run as a script, so it imports nothing from its folder.
+claims `CLAIMED` more updates than it took. In place of an attack, the names of `RULES` make an honest peer leave these
+rules out while the file exists. This file is run as a script, so it imports nothing from its folder.
 """
 
 import asyncio
@@ -56,6 +57,10 @@ ATTACKS: Mapping[str, Role] = {
     "gradients-flipped": "trainer",
 }
 """By name, who does it."""
+RULES = ("checks", "averages", "steps")
+"""What keeps liars from doing harm, and what it costs where nobody lies (`overhead.py`): spot checks, clipped averages,
+and callers' shares of the steps and sizes of gradients.
+"""
 
 
 @dataclass(frozen=True)
@@ -276,8 +281,49 @@ def flip_gradients(seed: int, start: Start) -> None:
     patch.object(GrpcCaller, "call", call_flipped).start()
 
 
+def leave_out(rules: Collection[str], start: Start) -> None:
+    """An honest peer goes without these rules for as long as the file exists."""
+    from expert_server.experts.callers import Callers
+    from expert_server.hosting import averaging
+    from expert_server.serving import compute
+    from peer.clipping import Clipped, OwnMoves
+    from trainer_client.averaging import dense_part
+    from trainer_client.dispatch.spot_checks import SpotChecks
+
+    def replaced(owner: Any, name: str, plain: Callable[..., Any]) -> None:
+        rule = getattr(owner, name)
+        patch.object(owner, name, lambda *a, **k: plain(*a, **k) if start.is_over else rule(*a, **k)).start()
+
+    def mean(current: Any, base: Any, theirs: Any, radii: Any, share: float) -> Clipped:
+        return Clipped(
+            {
+                n: (t.double() + share * (theirs[n].double() - base[n].double())).to(t.dtype)
+                for n, t in current.items()
+            },
+            1.0,
+        )
+
+    if "checks" in rules:
+        replaced(SpotChecks, "note", lambda *_: None)
+    if "averages" in rules:
+        for name, value in (("present", {}), ("radii", {}), ("reach", float("inf")), ("start", None)):
+            replaced(OwnMoves, name, lambda *_, value=value: value)
+        for module in (averaging, dense_part):
+            replaced(module, "clip", mean)
+            replaced(module, "distance", lambda *_: 0.0)
+            replaced(module, "at_base", lambda *_: {})
+    if "steps" in rules:
+        replaced(Callers, "note_step", lambda *_: None)
+        replaced(Callers, "is_over", lambda *_: False)
+        replaced(compute, "_clipped", lambda _, work: (work, 1.0))
+
+
 def patches_of(attack: str, seed: int, start: Start) -> Callable[[], None]:
-    """What makes a process attack. Raises KeyError when there is no such attack."""
+    """What makes a process attack, or leave out rules, which are separated by commas. Raises KeyError when there is no
+    such attack.
+    """
+    if set(rules := attack.split(",")) <= set(RULES):
+        return lambda: leave_out(rules, start)
     if ATTACKS[attack] == "node" and attack not in _WRONG:
         return lambda: lie_in_states(attack.removeprefix("replicas-"), seed, start)
     if attack in _WRONG:

@@ -168,6 +168,8 @@ class _Peer:
     """That a node serves."""
     steps: list[float] = field(default_factory=list)
     """Seconds between the ends of steps."""
+    ended_at: list[float] = field(default_factory=list)
+    """When they were heard of, by the monotonic clock."""
     summary: Mapping[str, Any] | None = None
     metrics: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """By name and the value of the only label, as of the last look."""
@@ -180,13 +182,25 @@ class _Peer:
 class HostileSwarm:
     """The processes of one run. `stop` it when done."""
 
-    def __init__(self, plan: HostilePlan, seed: int, attack: str | None, folder: Path, keys: Path) -> None:
-        """`attack`: what hostile peers do; None: there are none. `keys`: has the peers' identities, by name."""
+    def __init__(
+        self,
+        plan: HostilePlan,
+        seed: int,
+        attack: str | None,
+        folder: Path,
+        keys: Path,
+        without: str | None = None,
+    ) -> None:
+        """`attack`: what hostile peers do; None: there are none. `keys`: has the peers' identities, by name.
+
+        `without`: the rules of `attacks.RULES` that all peers leave out while the file `begins` exists.
+        """
         self._plan = plan
         self._seed = seed
         self._attack = attack
         self._folder = folder
         self._keys = keys
+        self._without = without
         role = None if attack is None else ATTACKS[attack]
         bad = plan.hostile_nodes(seed) if role == "node" else ()
         names = [(f"node-{n}", n in bad) for n in range(plan.nodes)]
@@ -198,7 +212,7 @@ class HostileSwarm:
         self.nodes, self.trainers = peers[: plan.nodes], peers[plan.nodes :]
         self._invite: str | None = None
         self._children = DemoProcesses(folder, self._hear)
-        self._begins = folder / "attack"
+        self.begins = folder / "attack"
         self._pids: dict[int, float] = {}
         self.began_at = 0
         """Steps that each judged trainer had taken when the attack began."""
@@ -229,8 +243,12 @@ class HostileSwarm:
         hostile = {p.peer_id for p in self.nodes if p.hostile}
         return lost_experts(hosts, {p for peers in hosts.values() for p in peers if p.to_base58() in hostile})
 
-    async def train(self, console: Console) -> None:
-        """Returns when the judged trainers have ended."""
+    @property
+    def pids(self) -> list[int]:
+        return [p.child.pid for p in [*self.nodes, *self.trainers] if p.child is not None]
+
+    async def start_trainers(self) -> None:
+        """The last one joins when the others have begun."""
         text = "\n".join(pydoc_data.topics.topics.values())
         (self._folder / "text.txt").write_text(text)
         for number, trainer in enumerate(self.judged):
@@ -239,12 +257,16 @@ class HostileSwarm:
             lambda: all(t.steps for t in self.judged), _START_LIMIT_S, "the trainers' first steps"
         )
         await self._start_trainer(self.trainers[-1], len(self.trainers) - 1)
+
+    async def train(self, console: Console) -> None:
+        """Returns when the judged trainers have ended."""
+        await self.start_trainers()
         ends, said, began = time.monotonic() + _RUN_LIMIT_S, time.monotonic(), time.monotonic()
         while not all(t.has_ended for t in self.judged) and time.monotonic() < ends:
             await asyncio.sleep(_LOOK_EVERY_S)
             if not self.began_at and (done := min(len(t.steps) for t in self.judged)) >= _BEGINS_AFTER:
                 self.began_at = done
-                self._begins.touch()
+                self.begins.touch()
             await asyncio.to_thread(self._scrape)
             if time.monotonic() > said + _SAY_EVERY_S:
                 said, done = time.monotonic(), sum(len(t.steps) for t in self.judged)
@@ -264,7 +286,7 @@ class HostileSwarm:
             "first_losses": [(t.summary or {}).get("validation_loss_first") for t in self.judged],
             "steps_per_s": sum(rates),
             "attack_began_at": self.began_at,
-            "deeds": self._begins.stat().st_size if self._begins.exists() else 0,
+            "deeds": self.begins.stat().st_size if self.begins.exists() else 0,
             "experts_lost": len(self.lost(hosts)) / len(hosts),
             "hosts": sorted(len(peers) for peers in hosts.values()),
             "hostile_banned": sorted(p.name for p in self.nodes if p.hostile and p.peer_id in banned),
@@ -346,8 +368,8 @@ class HostileSwarm:
         Identity.load_or_create(self._keys / peer.name)
         shutil.copy2(self._keys / peer.name, state / "identity.key")
         program: Sequence[str] = ("-m", "talkoot.cli")
-        if peer.hostile and self._attack is not None:
-            program = (attacks.__file__, self._attack, str(self._seed), str(self._begins))
+        if (patched := self._attack if peer.hostile else self._without) is not None:
+            program = (attacks.__file__, patched, str(self._seed), str(self.begins))
         peer.child = await self._children.start(peer.name, (*arguments, "--state", str(state)), program)
 
     def _hear(self, child: DemoProcess, event: Mapping[str, Any]) -> None:
@@ -360,6 +382,7 @@ class HostileSwarm:
                 peer.experts = event["experts"]
             case "step":
                 peer.steps.append(event["step_s"])
+                peer.ended_at.append(time.monotonic())
             case "summary":
                 peer.summary = event
 
@@ -401,10 +424,13 @@ def counts(pages: Iterable[Mapping[tuple[str, str], float]]) -> dict[str, int]:
         ("talkoot_state_fetches_total", "broken"),
         ("talkoot_trainer_averagings_total", "refused"),
     ]
-    checks = [("talkoot_trainer_spot_checks_total", outcome) for outcome in ("passed", "failed")]
+    checks = {
+        outcome: [("talkoot_trainer_spot_checks_total", outcome)]
+        for outcome in ("passed", "failed", "moved_on", "not_given")
+    }
     return {
         name: round(sum(total[key] for key in keys))
-        for name, keys in (("averaged", averaged), ("refused", refused), ("spot checks", checks))
+        for name, keys in {"averaged": averaged, "refused": refused, **checks}.items()
     }
 
 

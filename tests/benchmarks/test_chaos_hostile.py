@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,8 +13,18 @@ from expert_fakes import make_node
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.chaos.attacks import ATTACKS, LIES, Start, altered, altered_rows, patches_of, tiny_calls
+from benchmarks.chaos.attacks import (
+    ATTACKS,
+    LIES,
+    RULES,
+    Start,
+    altered,
+    altered_rows,
+    patches_of,
+    tiny_calls,
+)
 from benchmarks.chaos.hostile import MOST_LOSS, HostilePlan, counts, hosts_of, lost_experts, rows, scraped
+from benchmarks.chaos.overhead import Window, ratios, steps_in
 from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
 from dht.uid import UID
@@ -119,6 +130,58 @@ def test_tiny_calls_have_one_row_each_and_the_gradients_sign_flipped() -> None:
 def test_what_an_attack_patches_is_there(attack: str, tmp_path: Path, unpatched: None) -> None:
     """A peer that could not be patched would be honest, and the run would show nothing."""
     patches_of(attack, 0, Start(tmp_path / "attack"))()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_left_out_for_as_long_as_the_file_exists(
+    rule: str, tmp_path: Path, unpatched: None
+) -> None:
+    start = Start(tmp_path / "begins")
+    patches_of(rule, 0, start)()
+
+    def is_kept() -> bool:
+        """Imported only here, as a peer does it: afterwards."""
+        from expert_server.experts.callers import Callers
+        from peer.clipping import OwnMoves
+        from trainer_client.dispatch.spot_checks import SpotChecks
+
+        if rule == "checks":
+            with pytest.raises(AttributeError) if not start.is_over else nullcontext() as raised:
+                SpotChecks.note(None, None, None, None)  # type: ignore[arg-type]  # it looks at none of them
+            return raised is not None
+        if rule == "averages":
+            return OwnMoves({"a": torch.zeros(3)}).present({"a": torch.ones(3)}) != {}
+        callers = Callers()
+        callers.note_step({"a": 1})
+        return len(callers._steps) > 0
+
+    assert is_kept()
+    start.file.touch()
+    assert not is_kept()
+    start.file.unlink()
+    assert is_kept()
+
+
+def test_part_of_a_step_counts_as_that_part() -> None:
+    ended_at = [1.0, 2.0, 4.0, 8.0]
+    assert steps_in(ended_at, 1.0, 8.0) == 3
+    assert steps_in(ended_at, 2.0, 3.0) == 0.5
+    assert steps_in(ended_at, 6.0, 7.0) == 0.25
+    assert steps_in([], 0.0, 9.0) == 0.0
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=8), st.floats(0.5, 1.5))
+def test_the_load_of_the_machine_cancels_out(loads: list[float], speed: float) -> None:
+    """Each pair of windows is as slow as the machine was by then."""
+    windows = []
+    for number, load in enumerate(loads):
+        # busy all the time, whatever is done
+        ruled = Window(True, 0.0, 10.0, 7.0), 100 * speed / load
+        plain = Window(False, 10.0, 20.0, 7.0), 100 / load
+        windows += [ruled, plain] if number % 2 == 0 else [plain, ruled]
+    found = ratios(windows)
+    assert found["speed"] == pytest.approx(speed)
+    assert found["speed_by_cpu"] == pytest.approx(speed)
 
 
 def test_counts_are_of_all_pages() -> None:
