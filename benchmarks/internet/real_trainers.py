@@ -16,9 +16,9 @@ from benchmarks.internet.window import Pacing, ReadDirectory, RecordedPass, Shar
 from dht.beam_search import Selection
 from dht.directory import LiveExperts, prefix_tables
 from dht.manifest import Manifest
-from peer.codec import Booleans, Floats
+from peer.codec import Floats
 from trainer_client.balancing import Load, LoadBias
-from trainer_client.dispatch.batches import RoutedRows, Segments
+from trainer_client.dispatch.batches import ForwardPass, RoutedRows, Segments
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.routers import Gate, NodeLimit, Routing
 
@@ -157,7 +157,7 @@ class RealTrainer:
             began = loop.time()
             result = await self.dispatcher.send(rows, selection, live)
             play.counts.note_pass(True, loop.time() - began)
-            self._count(result.answered, recorded)
+            self._count(layer, result, recorded)
             passes.append((result, load))
         for layer in reversed(range(len(passes))):
             await self._compute(2 * part)
@@ -180,14 +180,13 @@ class RealTrainer:
         play = self._play
         recorded = RecordedPass.of(selection, live, play.numbers, play.swarm.manifest.experts.grid)
         play.recorded.passes[layer].append(recorded)
-        numbers = np.ravel_multi_index(
-            tuple(selection.coordinates[selection.valid].T), play.swarm.manifest.experts.grid
-        )
-        play.rows[layer] += np.bincount(numbers, minlength=play.rows.shape[1])
         return recorded
 
-    def _count(self, answered: Booleans, recorded: RecordedPass) -> None:
-        counts = self._play.counts
+    def _count(self, layer: int, result: ForwardPass, recorded: RecordedPass) -> None:
+        play, answered = self._play, result.answered
+        counts, grid = play.counts, play.swarm.manifest.experts.grid
+        numbers = np.ravel_multi_index(tuple(result.coordinates[answered].T), grid)
+        play.rows[layer] += np.bincount(numbers, minlength=play.rows.shape[1])
         if counts.is_on:
             counts.sent_rows += int(recorded.sent.rows.sum())
             counts.sent_slots += int(recorded.sent.slots.sum())

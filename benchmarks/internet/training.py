@@ -184,12 +184,16 @@ class _Play(SharedWindow):
         return sum(self.limit(machine, carried) for machine in self.machines[self.nodes :])
 
     def _ideal(self) -> Ideal:
-        """By what the real trainers' tokens asked of experts, and of links."""
+        """By what experts answered to real trainers, and what that took of links.
+
+        Trainers let answers go of experts whose hosts are overloaded, which a flow can't.
+        """
         swarm, manifest = self.swarm, self.swarm.manifest
-        slots = self.counts.sent_slots / max(1, self.counts.rows)
-        demand = (self.rows / np.maximum(self.rows.sum(axis=1, keepdims=True), 1e-9)).ravel() * slots
+        counts = self.counts
+        sent, answered = (slots / max(1, counts.rows) for slots in (counts.sent_slots, counts.answered_slots))
+        demand = (self.rows / np.maximum(self.rows.sum(axis=1, keepdims=True), 1e-9)).ravel() * answered
         # bytes of a slot: rows are shared by experts of one node
-        carried = 2 * self._rows_per_token() / max(slots, 1e-9) * self.calls.row_bytes
+        carried = 2 * self._rows_per_token() / max(sent, 1e-9) * self.calls.row_bytes
         capacity = np.array(
             [
                 0.0

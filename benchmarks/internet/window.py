@@ -262,7 +262,7 @@ class SharedWindow:
         self.counts = Counts(len(trainers))
         self.machines, self.nodes = machines, nodes
         self.rows = np.zeros((manifest.model.layers, manifest.experts.count))
-        """Of real trainers, that each expert got."""
+        """Of real trainers, that each expert answered."""
 
     def in_flight(self, number: int) -> int | None:
         """Of this trainer; None where the product's controller says so."""

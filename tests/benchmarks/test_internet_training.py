@@ -70,6 +70,18 @@ def test_slow_hosts_hold_training_up_as_far_as_the_flow_says() -> None:
     assert 0.6 <= figures.of_placed <= 1.1
 
 
+def test_the_flow_carries_what_experts_answered_and_not_what_an_overloaded_one_let_go() -> None:
+    machines = [Machine()] * 8
+    swarm = make_swarm(machines)
+    first = swarm.manifest.uids()[0]
+    overloaded = replace(
+        swarm, machines=[*machines, Machine(rows_per_s=1.0)], hosts={**swarm.hosts, first: [8]}
+    )
+    figures = train(overloaded)
+    assert figures.answered_slots < 1.0
+    assert 0 < figures.of_placed <= 1.1
+
+
 def test_a_dead_node_costs_no_row_where_others_have_its_experts() -> None:
     figures = train(make_swarm([Machine()] * 8, dead=frozenset({3})))
     assert figures.answered_rows == 1.0
