@@ -60,6 +60,8 @@ PASSAGES = 4
 """Read for a question."""
 _LIMIT_S = 600.0
 _RAG_BATCH = 16
+_QUESTIONS = 6
+"""About each thing, to learn from."""
 _OBJECTIVES: dict[Marginal, Objective] = {"sequence": "rag-sequence", "token": "rag-token"}
 
 
@@ -67,13 +69,13 @@ _OBJECTIVES: dict[Marginal, Objective] = {"sequence": "rag-sequence", "token": "
 class Size:
     """What is learned, and how much is asked."""
 
-    learned: int = 2500
+    learned: int = 3000
     """Things."""
-    asked: int = 60
+    asked: int = 100
     """Questions, and as many things."""
-    steps: int = 900
+    steps: int = 4000
     """Of reading the right passage."""
-    rag_steps: int = 40
+    rag_steps: int = 60
     """Of RAG, from there on."""
     batch: int = 32
     vocabulary: int = 1536
@@ -95,7 +97,7 @@ class World:
         self.questions = {
             Question(asked.text, (asked.answer,)): thing
             for thing in self.learned
-            for asked in [thing.ask(rng, tested=False), thing.ask(rng, tested=False)]
+            for asked in [thing.ask(rng, tested=False) for _ in range(_QUESTIONS)]
         }
         self.asked = [thing.ask(rng, tested=True) for thing in self.tested]
         texts = [text_of(thing.passage) for thing in self.learned] + [each.text for each in self.questions]
