@@ -478,7 +478,8 @@ class Node:
         """Gives up the experts. Meanwhile the node stays announced, so that others find it and fetch the states."""
         announcing = asyncio.create_task(self._stay_announced_as_leaving(), name="announce while leaving")
         try:
-            await self._release(self._settings.drain_timeout_s if self.address else 0)
+            can_hand_over = self.address and not self.is_revoked
+            await self._release(self._settings.drain_timeout_s if can_hand_over else 0)
         finally:
             announcing.cancel()
             await asyncio.gather(announcing, return_exceptions=True)
@@ -493,6 +494,11 @@ class Node:
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
                 await self.swarm.registry.leave(self.period.lifetime_s)
+
+    @property
+    def is_revoked(self) -> bool:
+        """Whether the founder has revoked this node's token, so that nobody takes what it says or gives."""
+        return self._access.is_revoked
 
     @property
     def state(self) -> NodeState:

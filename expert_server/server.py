@@ -109,6 +109,11 @@ class AccessControl:
             self.sessions.recheck()
         self._look_at_own()
 
+    @property
+    def is_revoked(self) -> bool:
+        """Whether the founder has revoked this node's token."""
+        return self._own_revoked.is_set()
+
     async def until_revoked(self) -> NoReturn:
         """Raises InviteError once the founder has revoked this node's token."""
         await self._own_revoked.wait()

@@ -285,7 +285,9 @@ class HostingManager:
             self._vacant_looks.clear()
             self.replicated = 0
         alone = len(handover.alone)
-        if count:
+        if count and not timeout_s:
+            logger.info("gave up %s, which are in this node's checkpoints", counted(count, "expert"))
+        elif count:
             logger.info(
                 "gave up %s: others host %d, %d are in this node's checkpoints alone",
                 *(counted(count, "expert"), count - alone, alone),

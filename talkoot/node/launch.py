@@ -39,7 +39,7 @@ from talkoot.node.week import WeeklySummary
 from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal, log_file
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
@@ -168,7 +168,7 @@ class _NodeRun:
                 group.create_task(keep_running("tell what the week brought", tell, node.restarts))
         finally:
             status = node.status()
-            if experts := status.experts:
+            if (experts := status.experts) and not node.is_revoked:
                 what = "1 expert goes" if experts == 1 else f"{experts} experts go"
                 logger.info("leaving: %s to others with room; Ctrl-C again leaves at once", what)
             await node.stop()

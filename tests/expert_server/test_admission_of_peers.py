@@ -143,7 +143,7 @@ def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> 
     play(scenario)
 
 
-def test_a_revoked_node_says_so_and_stops(play: Play) -> None:
+def test_a_revoked_node_says_so_and_stops(play: Play, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(village: Village) -> None:
         founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=0.5)
         await village.run(founder)
@@ -160,6 +160,9 @@ def test_a_revoked_node_says_so_and_stops(play: Play) -> None:
         (error,) = errors.exceptions
         assert isinstance(error, InviteError)
         assert "has revoked this node's token" in str(error)
+        assert node.is_revoked
+        await node.stop()
+        assert "hand experts over" not in caplog.text, "nobody would take them"
 
     play(scenario)
 
