@@ -86,7 +86,7 @@ class _Talkoot(GroupedCommands):
     }
 
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     cls=_Talkoot,
     help="Train one model on many home computers: volunteers host experts, and trainers train on them.",
     invoke_without_command=True,
@@ -94,13 +94,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 100},
 )
-memory = typer.Typer(
+memory: typer.Typer = typer.Typer(
     cls=GroupedCommands,
     help="Build and publish memories, which nodes host. A memory is text in passages, in which models look things up.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-service = typer.Typer(
+service: typer.Typer = typer.Typer(
     cls=GroupedCommands,
     help="Run a node as a service of this user, which the system starts.",
     no_args_is_help=True,

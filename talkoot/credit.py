@@ -35,7 +35,7 @@ from peer.rpc.calls import make_stub
 from peer.rpc.channels import ChannelPool
 from peer.wire import credit_pb2, credit_pb2_grpc
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_RECEIPTS = 131_072
 """Of all nodes, about 0.4 KB each. Of more, those go first that were read longest ago."""
@@ -97,7 +97,7 @@ class CreditLedger:
 
     def __init__(self, swarm_id: str, signer_of: SignerOf, most: int = MAX_RECEIPTS) -> None:
         """`most`: receipts that are kept."""
-        self.has_changed = False
+        self.has_changed: bool = False
         """Since the last count."""
         self._swarm_id = swarm_id
         self._signer_of = signer_of

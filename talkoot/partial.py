@@ -22,7 +22,7 @@ class PartialFolder:
     def __init__(self, path: Path) -> None:
         """`path`: its final place. Raises UserError if something is there, or the folder is in use."""
         self.path = path
-        self.partial = path.with_name(path.name + PARTIAL)
+        self.partial: Path = path.with_name(path.name + PARTIAL)
         """What is written meanwhile. All files in it become part of the folder."""
         require_new(path)
         with naming_failures(path):

@@ -22,7 +22,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        self.exit_status = 128 + number
+        self.exit_status: int = 128 + number
 
 
 def exit_at_once_on_signals() -> None:

@@ -23,7 +23,7 @@ from peer.errors import StartError, UserError
 from peer.platform.files import open_plainly
 from peer.rates import TokenBucket
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LOG_FILE_BYTES = 5_000_000
 """A log file that would grow larger is renamed to `….1`, which replaces the one before."""
@@ -46,10 +46,10 @@ class Terminal:
     """
 
     def __init__(self, log_format: LogFormat) -> None:
-        self.json = log_format is LogFormat.JSON
-        self.out = Console(soft_wrap=True, highlight=False, markup=False)
-        self.err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-        self.live = self.err.is_terminal and not self.json
+        self.json: bool = log_format is LogFormat.JSON
+        self.out: Console = Console(soft_wrap=True, highlight=False, markup=False)
+        self.err: Console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self.live: bool = self.err.is_terminal and not self.json
         """Whether somebody is watching, so that lines may be redrawn."""
 
     def line(self, text: str) -> None:

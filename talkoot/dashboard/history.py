@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Counter
 from peer.errors import StartError
 from talkoot.dashboard.picture import Picture
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Point = tuple[float, float | None]
@@ -236,7 +236,7 @@ class HistoryStore:
     """Reads and writes the history on other threads, one call at a time. Owns it: close the store when done."""
 
     def __init__(self, history: History, metrics: CollectorRegistry | None = None) -> None:
-        self.failures = Counter(
+        self.failures: Counter = Counter(
             "talkoot_dashboard_history_failures",
             "Reads and writes of the history that failed.",
             registry=metrics,

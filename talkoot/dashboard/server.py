@@ -22,7 +22,7 @@ from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal
 from talkoot.web import address_of, listen, serving
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _KEEP_S = 5.0
 """Deadline for saving the last picture when the dashboard stops."""

@@ -36,7 +36,7 @@ from talkoot.dashboard.picture import (
 from talkoot.memory.replication import Survey, survey
 from talkoot.status import SwarmReader, SwarmReading
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _JOIN_AGAIN_S = 5.0
 _CHECK_EVERY_S = 10.0
@@ -98,13 +98,13 @@ class Watcher:
         self.picture = kept
         self.unreachable_since: float | None = None
         self.bootstrap = invite.bootstrap
-        self.readings = Counter(
+        self.readings: Counter = Counter(
             "talkoot_dashboard_readings", "Readings of the swarm that succeeded.", registry=metrics
         )
-        self.failures = Counter(
+        self.failures: Counter = Counter(
             "talkoot_dashboard_failed_readings", "Readings of the swarm that failed.", registry=metrics
         )
-        self.restarts = Restarts(metrics)
+        self.restarts: Restarts = Restarts(metrics)
         self._lag = LoopLag(metrics)
         self._expose(metrics)
         self._was_read = False

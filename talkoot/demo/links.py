@@ -131,7 +131,8 @@ class Wire:
 
     def __init__(self, link: Link, seed: int = 0) -> None:
         self.link = link
-        self.there, self.back = Direction(link), Direction(link)
+        self.there: Direction = Direction(link)
+        self.back: Direction = Direction(link)
         self.connections = 0
         """Opened since the start."""
         self.resets = 0

@@ -77,7 +77,7 @@ class DemoProcess:
     def __init__(self, name: str, process: asyncio.subprocess.Process, errors: Path, hear: Hear) -> None:
         """Reads the process's output from now on, on the running loop."""
         self.name = name
-        self.pid = process.pid
+        self.pid: int = process.pid
         self.killed = False
         self._process = process
         self._errors = errors

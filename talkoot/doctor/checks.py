@@ -18,6 +18,7 @@ from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import torch
@@ -80,7 +81,7 @@ class Verdict(StrEnum):
 class Finding(BaseModel):
     """The result of one check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     verdict: Verdict

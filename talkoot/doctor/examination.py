@@ -10,7 +10,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
@@ -51,7 +51,7 @@ from talkoot.node.launch import Origin, listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 REPORT_FILE = "check.json"
 _REPORT_VERSION = 1
@@ -61,7 +61,7 @@ _MAX_BYTES = 100_000
 class Report(BaseModel):
     """All findings of one check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     version: int = _REPORT_VERSION
     checked_at: float

@@ -51,7 +51,7 @@ from trainer_client.memory.encoder import (
     words_of,
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _PASSAGES = ".passages"
 """A file of the folder while it is made."""

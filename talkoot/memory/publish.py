@@ -37,7 +37,7 @@ from talkoot.node.launch import listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 2.0
 _LOOKING = 0.2
@@ -67,8 +67,8 @@ class Publication:
     ) -> None:
         """`host`: where the peer listens."""
         self.swarm = swarm
-        self.memories = MemoryRegistry(swarm.registry)
-        self.entry = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id)
+        self.memories: MemoryRegistry = MemoryRegistry(swarm.registry)
+        self.entry: LibraryEntry = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id)
         self.manifest = store.manifest
         self._store = store
         self._publisher = publisher
@@ -89,7 +89,7 @@ class Publication:
         self._tasks = TaskSet(swarm.host.restarts)
         rights = (session_pb2.RIGHT_MEMORY,)
         sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
-        self.parts = PartClient(
+        self.parts: PartClient = PartClient(
             swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None)
         )
         """Of other hosts."""

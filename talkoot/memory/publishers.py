@@ -23,7 +23,7 @@ from talkoot.node.control import node_folder
 from talkoot.node.invites import FILE, FoundedSwarm
 from talkoot.node.launch import announced_address
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _TOKEN_S = 30 * 86400.0
 

@@ -31,7 +31,7 @@ from talkoot.node.launch import listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _FEWEST_DIGITS = 16
 _SHOWN = 20

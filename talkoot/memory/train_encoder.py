@@ -32,7 +32,7 @@ from talkoot.terminal import Terminal
 from trainer_client.data.sources import find_files
 from trainer_client.memory.encoder import DualEncoder, StaticEncoder
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _FEWEST_PAIRS = 100
 _FEW_PAIRS = 2000
@@ -136,7 +136,7 @@ class PassageSample:
     """The words of all passages of a text, and some of its passages, drawn at random."""
 
     def __init__(self, seed: int) -> None:
-        self.words = WordCounter()
+        self.words: WordCounter = WordCounter()
         self.some: list[Passage] = []
         self.count = 0
         self._known: set[int] = set()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
@@ -46,7 +46,7 @@ print(tokenizer.decode(model.generate(**prompt)[0]))
 class ExpertSource(BaseModel):
     """Where an expert in the folder comes from."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     updates: Annotated[int, Field(ge=0)]
     """Optimizer steps that the parameters have taken."""

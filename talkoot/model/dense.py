@@ -24,7 +24,7 @@ from trainer_client.routers import ROUTERS, Routing
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import Checkpoint
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _ELSE = "pass --resume on a machine that has trained in this swarm, or --checkpoint with the folder of a run"
 

@@ -35,7 +35,7 @@ from trainer_client.inference import check_length, evaluate
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, load_checkpoint
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _NAMED = 5
 """Missing experts that an error names."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self, cast
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
@@ -66,7 +66,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class FolderRouting(BaseModel):
     """What the model's evaluation depends on beside the manifest."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     router: RouterName
     top_k: Annotated[int, Field(ge=1, le=64)]

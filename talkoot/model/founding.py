@@ -41,7 +41,7 @@ from talkoot.train.session import once, trainer_state
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointWriter, Header, checkpoint_folder, manifest_sha256
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _KEEP = 1
 """Checkpoints of each expert, and of the dense part."""

@@ -96,9 +96,9 @@ class Attention(nn.Module):
         super().__init__()
         size = head_size or hidden // heads
         self.heads = heads
-        self.attention_norm = make_norm(norm, hidden)
-        self.attention_input = nn.Linear(hidden, 3 * heads * size, bias=False)
-        self.attention_output = nn.Linear(heads * size, hidden, bias=False)
+        self.attention_norm: nn.Module = make_norm(norm, hidden)
+        self.attention_input: nn.Linear = nn.Linear(hidden, 3 * heads * size, bias=False)
+        self.attention_output: nn.Linear = nn.Linear(heads * size, hidden, bias=False)
 
     def qkv(self, x_ND: Tensor, positions_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, and values: [N, H, C]."""
@@ -127,8 +127,8 @@ class TransformerLayer(Attention):
         self, hidden: int, heads: int, feed_forward: int, norm: str, activation: str, head_size: int | None
     ) -> None:
         super().__init__(hidden, heads, norm, head_size)
-        self.feed_forward_norm = make_norm(norm, hidden)
-        self.feed_forward = nn.Sequential(*make_feed_forward(hidden, feed_forward, activation))
+        self.feed_forward_norm: nn.Module = make_norm(norm, hidden)
+        self.feed_forward: nn.Sequential = nn.Sequential(*make_feed_forward(hidden, feed_forward, activation))
 
     def after(self, x_ND: Tensor, seen_NHC: Tensor) -> Tensor:
         x_ND = super().after(x_ND, seen_NHC)
@@ -141,7 +141,7 @@ class FeedForward(nn.Module):
     def __init__(self, hidden: int, feed_forward: int, norm: str, activation: str) -> None:
         super().__init__()
         layers = make_feed_forward(hidden, feed_forward, activation)
-        self.layers = nn.Sequential(make_norm(norm, hidden), *layers)
+        self.layers: nn.Sequential = nn.Sequential(make_norm(norm, hidden), *layers)
 
     def forward(self, x_nW: Tensor) -> Tensor:
         """What it adds to its rows."""
@@ -156,7 +156,7 @@ class LocalPart(nn.Module):
         model = config.manifest["model"]
         sizes = (model["hidden"], model["heads"])
         rest = (model["norm"], model["activation"], model["head_size"])
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             TransformerLayer(*sizes, model["feed_forward"], *rest) for _ in range(model["local_layers"])
         )
         if model["local"] == "attention":
@@ -175,10 +175,10 @@ class Gate(nn.Module):
     def __init__(self, hidden: int, grid: list[int], has_noise: bool) -> None:
         super().__init__()
         self.grid = grid
-        self.linear = nn.Linear(hidden, sum(grid))
+        self.linear: nn.Linear = nn.Linear(hidden, sum(grid))
         if has_noise:
             # of training alone
-            self.noise = nn.Linear(hidden, sum(grid), bias=False)
+            self.noise: nn.Linear = nn.Linear(hidden, sum(grid), bias=False)
 
     def forward(self, x_UD: Tensor) -> tuple[Tensor, ...]:
         """float32 [U, G] of each dimension."""
@@ -204,9 +204,9 @@ class Projections(nn.Module):
 
     def __init__(self, norm: str, hidden: int, width: int) -> None:
         super().__init__()
-        self.norm = make_norm(norm, hidden)
-        self.down = nn.Linear(hidden, width, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
+        self.norm: nn.Module = make_norm(norm, hidden)
+        self.down: nn.Linear = nn.Linear(hidden, width, bias=False)
+        self.up: nn.Linear = nn.Linear(width, hidden, bias=False)
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class Mixture(nn.Module):
         self.count = 1
         for size in self.grid:
             self.count *= size
-        self.gate = Gate(config.hidden_size, self.grid, self.router == "noisy-top-k")
+        self.gate: Gate = Gate(config.hidden_size, self.grid, self.router == "noisy-top-k")
         self.projections: Projections | None = None
         if config.expert_width < config.hidden_size:
             self.projections = Projections(model["norm"], config.hidden_size, config.expert_width)
@@ -424,12 +424,12 @@ class TalkootForCausalLM(PreTrainedModel, GenerationMixin):
             )
         layers = range(config.mixture_layers)
         self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.local = nn.ModuleList(LocalPart(config) for _ in layers)
-        self.norm = make_norm(model["norm"], config.hidden_size)
+        self.local: nn.ModuleList = nn.ModuleList(LocalPart(config) for _ in layers)
+        self.norm: nn.Module = make_norm(model["norm"], config.hidden_size)
         self.head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         mixtures = [Mixture(config, layer) for layer in layers]
-        self.mixtures = nn.ModuleList(mixtures)
-        self.experts = nn.ModuleList(
+        self.mixtures: nn.ModuleList = nn.ModuleList(mixtures)
+        self.experts: nn.ModuleList = nn.ModuleList(
             nn.ModuleDict({mixture.names[number]: self._expert() for number in mixture.live.tolist()})
             for mixture in mixtures
         )

@@ -19,7 +19,7 @@ class WatchedExperts:
     """A swarm's experts, of which it counts the rows that are sent to them. It can hide some of them."""
 
     def __init__(self, experts: Experts) -> None:
-        self.rows = Counter[UID]()
+        self.rows: Counter[UID] = Counter()
         self.kept: frozenset[UID] | None = None
         """The experts that are found; None: all."""
         self._experts = experts

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,7 +25,7 @@ from peer.settings import describe_validation_error
 if TYPE_CHECKING:
     from expert_server.status import NodeStatus
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LOG_FILE = "node.log"
 CONTROL_VERSION = 2
@@ -63,7 +63,7 @@ class ControlVersion(BaseModel):
 class ControlRequest(BaseModel):
     """What a client asks for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     version: int = CONTROL_VERSION
     command: ControlCommand

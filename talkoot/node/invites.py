@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
@@ -30,7 +31,7 @@ _LONGEST_S = 10 * 365 * 86400.0
 class FoundedSwarm(BaseModel):
     """The file that a founder's node leaves in its state folder for `talkoot invite`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     invite: str
     """As the node prints it, without a token."""

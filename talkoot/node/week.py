@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,7 +14,7 @@ from peer.files import write_atomically
 from peer.formatting import counted
 from talkoot.node.view import hours_in_words, signed_in_words
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 WEEK_S = 7 * 86400.0
 _LOOK_EVERY_S = 600.0
@@ -23,7 +24,7 @@ _MAX_FILE_BYTES = 4096
 class WeekBegun(BaseModel):
     """When a week began, and what the node had done in all runs by then."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     began_at: float = Field(ge=0, allow_inf_nan=False)
     hours: float = Field(ge=0, allow_inf_nan=False)

@@ -68,7 +68,7 @@ StopSequence = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool = False
     include_obfuscation: Unsupported = None
@@ -77,7 +77,7 @@ class StreamOptions(BaseModel):
 class Request(BaseModel):
     """What both kinds of requests have in common. Parameters that are not here are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: str = Field(max_length=256)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -157,14 +157,14 @@ class CompletionRequest(Request):
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=_MOST_MESSAGES)]

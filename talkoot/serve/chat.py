@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,7 +33,7 @@ Turn = Annotated[str, Field(max_length=4096), AfterValidator(_has_one_place)]
 class ChatFormat(BaseModel):
     """Plain texts around the messages. Nothing in them is run, and what a message says is never looked at."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     system: Turn = "{content}\n\n"
     user: Turn = "User: {content}\n"

@@ -23,7 +23,7 @@ from trainer_client.decoding import Decoder, Decoding
 from trainer_client.inference import make_generator, next_token
 from trainer_client.settings import Sampling
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _INTERNAL = "an internal error; the server's log says more"
 _CLOSE_S = 2.0
@@ -96,7 +96,7 @@ class Stream:
         """While it has a place."""
         self.tokens = job.prompt
         """What it goes on from when it gets a place."""
-        self.asked_at = time.monotonic()
+        self.asked_at: float = time.monotonic()
         self.has_begun = False
         self._text = TextStream(token_bytes, job.stops)
         self._generator = make_generator(job.sampling.seed)
@@ -172,20 +172,24 @@ class EngineMetrics:
             "prompt",
             "generated",
         )
-        self.first_token = Histogram(
+        self.first_token: Histogram = Histogram(
             "talkoot_serve_first_token_seconds",
             "From a request to the first token of its answer.",
             buckets=SECONDS,
             registry=metrics,
         )
-        self.step = Histogram(
+        self.step: Histogram = Histogram(
             "talkoot_serve_step_seconds",
             "For one more token of all answers that are computed.",
             buckets=SECONDS,
             registry=metrics,
         )
-        self.computed = Gauge("talkoot_serve_streams", "Answers that are computed now.", registry=metrics)
-        self.waiting = Gauge("talkoot_serve_waiting", "Answers that wait for a place.", registry=metrics)
+        self.computed: Gauge = Gauge(
+            "talkoot_serve_streams", "Answers that are computed now.", registry=metrics
+        )
+        self.waiting: Gauge = Gauge(
+            "talkoot_serve_waiting", "Answers that wait for a place.", registry=metrics
+        )
 
 
 class Engine:

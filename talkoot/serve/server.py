@@ -25,7 +25,7 @@ from talkoot.web import address_of, listen, serving
 from trainer_client.decoding import Decoder
 from trainer_client.settings import TrainerSettings
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def run_serve(

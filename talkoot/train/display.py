@@ -19,7 +19,7 @@ from peer.settings import require_extra
 from talkoot.terminal import StepBar, Terminal, check_writable, to_json
 from trainer_client.training.record import History, Validation
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
 """A step's figures: those of `Progress`, and those of the swarm."""

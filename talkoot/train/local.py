@@ -56,8 +56,8 @@ class LocalSwarm:
         """
         self.manifest = manifest
         self.settings = settings.in_swarm(manifest)
-        self.dispatcher = LocalExperts(manifest, nodes)
-        self.routing = Routing.of(self.settings, manifest, _OWN_SEED)
+        self.dispatcher: LocalExperts = LocalExperts(manifest, nodes)
+        self.routing: Routing = Routing.of(self.settings, manifest, _OWN_SEED)
 
     def mixture(
         self, layer: int, choose_by: Literal["token", "sequence"] | None = None
@@ -105,7 +105,7 @@ class LocalExperts:
     def __init__(self, manifest: Manifest, nodes: int | None = None) -> None:
         """`nodes`: on which the experts would be, at random, each node having as many."""
         grid = manifest.experts.grid
-        self.metrics = DispatchMetrics()
+        self.metrics: DispatchMetrics = DispatchMetrics()
         self.experts = {uid: Expert(uid, manifest) for uid in manifest.uids()}
         self._view = View(manifest, {}, {}, 0.0)
         uids = manifest.uids()

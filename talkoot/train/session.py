@@ -46,7 +46,7 @@ from trainer_client.training.checkpoints import CheckpointSaver, RunStart, prepa
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress, Summary, Validation
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 Read = TypeVar("Read")

@@ -46,7 +46,7 @@ from trainer_client.retrieval.lookup import Find, NeighbourLookup, Neighbours
 from trainer_client.settings import Sampling, TrainerSettings
 from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, load_checkpoint
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _LONGEST_PROMPT = 2**24
 """Bytes to read from standard input."""
