@@ -27,7 +27,7 @@ from peer.identity import GRANT_DOMAIN, Identity, PeerID, verify
 from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Mode = Literal["open", "token"]
 MAX_DENIED = 65_536
@@ -152,7 +152,7 @@ class SwarmAdmission:
     def __init__(
         self, keys: SwarmKeys, denylist: Denylist | None = None, now: Callable[[], float] = clock.now
     ) -> None:
-        self.denylist = denylist or Denylist()
+        self.denylist: Denylist = denylist or Denylist()
         self._keys = keys
         self._now = now
         self._mode: Mode | None = None

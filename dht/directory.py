@@ -28,7 +28,7 @@ from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.kademlia.search import DEFAULT_LIMITS
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

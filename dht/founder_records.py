@@ -16,7 +16,7 @@ from dht.registry import Registry
 from peer import clock
 from peer.files import write_atomically
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LIFETIME_S = 30 * 86400.0
 """Of both records, in seconds. They outlive a founder that is away."""

@@ -18,7 +18,7 @@ from peer.host import Host
 from peer.identity import PeerID
 from peer.transport.addresses import Multiaddress
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_PEERS = 64
 _MAX_ADDRESSES = 4

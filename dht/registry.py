@@ -54,7 +54,7 @@ from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import Message, ParseGuard
 from peer.wire import admission_pb2, records_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
 
@@ -134,17 +134,17 @@ class Registry:
             buckets=_HOPS,
             registry=metrics,
         )
-        self.guard = guard or ParseGuard()
-        self.lookups = Lookups(dht, rng=rng, guard=self.guard)
+        self.guard: ParseGuard = guard or ParseGuard()
+        self.lookups: Lookups = Lookups(dht, rng=rng, guard=self.guard)
         self._dht = dht
         self._identity = identity
         self._admission = admission
         self._deadline_s = deadline_s
         self.now = now
-        self.claims = ClaimAges()
+        self.claims: ClaimAges = ClaimAges()
         """Since when others have claimed experts."""
         self._rng = rng or random.SystemRandom()
-        self.regions = RegionMap(now, self._rng)
+        self.regions: RegionMap = RegionMap(now, self._rng)
         self._announced: dict[UID, tuple[ReplicaAnnouncement, float]] = {}
         """What this peer says of its replicas, and until when."""
         self._announcing = asyncio.Lock()

@@ -13,7 +13,7 @@ from peer.host import Host
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import is_public
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _SAMPLED = 24
 """DHT peers whose records are read to find nodes, which may be relays."""

@@ -29,7 +29,7 @@ from peer.parsing import ParseGuard
 from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MANIFEST_DEADLINE_S = 20.0
 _RETRY_S = 0.5

@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
         self, hidden: int, feed_forward: int, norm: Norm = "layer", activation: Activation = "gelu"
     ) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
+        self.layers: nn.Sequential = nn.Sequential(
             make_norm(norm, hidden), *make_feed_forward(hidden, feed_forward, activation)
         )
 

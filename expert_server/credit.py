@@ -36,7 +36,7 @@ from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions, near_of
 from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRAINERS = 512
 """Whose receipts a node keeps. Of more, the token or neighbourhood with the most trainers loses the one for the least
@@ -78,7 +78,7 @@ class ReceiptBook:
         """The token or the neighbourhood of each of their trainers; of those from before the start, where nobody has a
         token, itself.
         """
-        self.forgotten = Work()
+        self.forgotten: Work = Work()
         """What the node had done when it lost its receipts: a trainer's first one may be for so much more."""
         self._slack = Multiset(pairs=SLACK, queries=SLACK)
         """What is left of it for this run."""
@@ -246,7 +246,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[mis
         outcomes = Counter(
             "talkoot_receipts", "Receipts that trainers gave, by outcome.", ["outcome"], registry=metrics
         )
-        self.outcomes = start_at_zero(outcomes, "kept", "old", "refused")
+        self.outcomes: Counter = start_at_zero(outcomes, "kept", "old", "refused")
         self._book = book
         self._swarm_id = swarm_id
         self._node = node

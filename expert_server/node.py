@@ -63,7 +63,7 @@ from peer.rpc.sessions import SessionClient
 from peer.transport.dialling import resolved
 from peer.wire import session_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
 """Longest that a stopping node tries to withdraw its record."""
@@ -106,12 +106,16 @@ class Node:
         self._now = now
         swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
         self.restarts = swarm.host.restarts
-        self.period = UpkeepPeriod(settings.announce_every_s, lambda: swarm.registry.spent_bytes)
-        self.traffic = Bandwidth(swarm.host.upload, download_limit(settings.download_mbit, metrics))
+        self.period: UpkeepPeriod = UpkeepPeriod(
+            settings.announce_every_s, lambda: swarm.registry.spent_bytes
+        )
+        self.traffic: Bandwidth = Bandwidth(
+            swarm.host.upload, download_limit(settings.download_mbit, metrics)
+        )
         store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
         rights = sorted(RIGHTS[Role.NODE])
         own_sessions = SessionClient(swarm.host.identity, swarm_id, rights, swarm.admission)
-        self.replicas = LocalReplicas(
+        self.replicas: LocalReplicas = LocalReplicas(
             swarm,
             runtime,
             Checkpoints(store, runtime, metrics),
@@ -129,11 +133,11 @@ class Node:
             claim_wait_s=timing.claim_wait_s,
             now=now,
         )
-        self.hosting = HostingManager(settings, swarm, self.replicas, now, metrics=metrics)
+        self.hosting: HostingManager = HostingManager(settings, swarm, self.replicas, now, metrics=metrics)
         self._snapshots = SnapshotTaker(
             runtime, swarm_id, self.replicas.history.of, snapshots_of(settings, manifest)
         )
-        self.averaging = ReplicaAveraging(
+        self.averaging: ReplicaAveraging = ReplicaAveraging(
             settings,
             swarm,
             self.replicas,
@@ -156,7 +160,7 @@ class Node:
             self.traffic.down,
             count=memory_metrics.bytes.labels("received").inc,
         )
-        self.memories = MemoryHosting(
+        self.memories: MemoryHosting = MemoryHosting(
             state / "memory",
             HostingRules.of(settings),
             swarm,
@@ -201,7 +205,7 @@ class Node:
             self.traffic.up,
             metrics,
         )
-        self.news = SwarmNews(
+        self.news: SwarmNews = SwarmNews(
             swarm.registry, lambda: self.hosting.seen, lambda: self._servicer.trainers(_LATELY_S)
         )
         self._expert_bytes = expert_bytes(manifest)
@@ -211,7 +215,7 @@ class Node:
         self._account = ContributionAccount(state / "contribution.json")
         self._records = NodeRecordBuilder(settings, swarm.host.certificate, now())
         rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
-        self.reachability = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
+        self.reachability: ReachabilityMonitor = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
         self._rounds = RetryingRounds(settings.announce_every_s, metrics, self.restarts)
         self._lag = LoopLag(metrics)
         self._stopping = self._drained = False

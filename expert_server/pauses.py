@@ -20,7 +20,7 @@ import psutil
 from expert_server.settings import NodeSettings
 from peer.platform.machine import on_battery, processor_times
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
 """Time between looks at the hour, the battery and the load by other programs."""

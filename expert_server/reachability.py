@@ -22,7 +22,7 @@ from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import AddressScope, Endpoint, is_public
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _ASKED = 3
 """Nodes that are asked to dial back."""

@@ -28,7 +28,7 @@ from peer.wire import (
     state_pb2_grpc,
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _SERVICES = ("", expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name)
 """The node as a whole, and the service that trainers call."""

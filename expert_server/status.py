@@ -17,7 +17,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.files import write_atomically
 from peer.wire import records_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 4096
 _RATE_OVER_S = 5.0

@@ -11,7 +11,7 @@ from dht.uid import UID
 from peer.formatting import counted
 from peer.identity import PeerID
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_ASKED = 16
 """Missing nodes that are looked up at once."""

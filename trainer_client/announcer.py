@@ -22,7 +22,7 @@ from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import Latencies
 from trainer_client.settings import TrainerSettings
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _WITHDRAW_S = 2.0
 """Longest that a trainer tries to withdraw its record when it leaves."""

@@ -53,7 +53,7 @@ from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress, Validation
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -32,7 +32,7 @@ from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Admission, SessionClient
 from peer.wire import credit_pb2_grpc
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_NODES = 1024
 """Accounts that are kept, those of the nodes that worked last."""
@@ -186,7 +186,7 @@ class ReceiptSender:
             ["outcome"],
             registry=metrics,
         )
-        self.outcomes = start_at_zero(outcomes, "given", "failed")
+        self.outcomes: Counter = start_at_zero(outcomes, "given", "failed")
         self._accounts = accounts
         self._identity = identity
         self._swarm_id = swarm_id

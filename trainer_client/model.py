@@ -89,7 +89,7 @@ class LanguageModel(MixtureModel):
         """The first token of a sequence, from 0, that counts in the loss: those before it may decide its routing."""
         seeded(spec.seed, partial(self._add_dense_part, spec, vocabulary))
         # a seed for each mixture, so that its gate does not depend on what else a mixture holds
-        self.mixtures = nn.ModuleList(
+        self.mixtures: nn.ModuleList = nn.ModuleList(
             seeded(spec.seed + 1 + layer, partial(make_mixture, layer)) for layer in range(spec.layers)
         )
         self.retrieval = None if retrieval is None else Retrieval(spec, retrieval)
@@ -97,9 +97,9 @@ class LanguageModel(MixtureModel):
     def _add_dense_part(self, spec: ModelSpec, vocabulary: int) -> Self:
         self.embedding = nn.Embedding(vocabulary, spec.hidden)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_SCALE)
-        self.local = nn.ModuleList(LocalPart(spec) for _ in range(spec.layers))
+        self.local: nn.ModuleList = nn.ModuleList(LocalPart(spec) for _ in range(spec.layers))
         self.norm = make_norm(spec.norm, spec.hidden)
-        self.head = nn.Linear(spec.hidden, vocabulary, bias=False)
+        self.head: nn.Linear = nn.Linear(spec.hidden, vocabulary, bias=False)
         return self
 
     def forward(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
@@ -222,7 +222,7 @@ class LocalPart(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             TransformerLayer(
                 spec.hidden, spec.heads, spec.feed_forward, spec.norm, spec.activation, spec.head_size
             )

@@ -115,11 +115,13 @@ class RemoteMixtureOfExperts(nn.Module):
         self._routing = routing
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
-        self.gate = Gate(self.hidden, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise)
+        self.gate: Gate = Gate(
+            self.hidden, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise
+        )
         # after the gate, so that it starts as it does without them
-        self.projections = Projections(manifest) if manifest.width < self.hidden else None
+        self.projections: Projections | None = Projections(manifest) if manifest.width < self.hidden else None
         self.shared = _shared_expert(manifest.model)
-        self.balance = LoadBias(manifest.experts.grid) if routing.has_bias else None
+        self.balance: LoadBias | None = LoadBias(manifest.experts.grid) if routing.has_bias else None
         self._loads = LoadSum()
         self._experts = experts
         self._run = run
@@ -281,8 +283,8 @@ class Projections(nn.Module):
         super().__init__()
         hidden, width = manifest.model.hidden, manifest.width
         self.norm = make_norm(manifest.model.norm, hidden)
-        self.down = nn.Linear(hidden, width, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
+        self.down: nn.Linear = nn.Linear(hidden, width, bias=False)
+        self.up: nn.Linear = nn.Linear(width, hidden, bias=False)
 
     def normed(self, x_RD: Tensor) -> Tensor:
         """What the gate reads and `narrowed` takes."""

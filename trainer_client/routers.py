@@ -102,7 +102,7 @@ class Gate(nn.Module):
         """
         super().__init__()
         self.grid = grid
-        self.linear = nn.Linear(hidden, sum(grid))
+        self.linear: nn.Linear = nn.Linear(hidden, sum(grid))
         if scale is not None:
             spread = math.sqrt(scale / hidden)
             nn.init.trunc_normal_(self.linear.weight, std=spread, a=-2 * spread, b=2 * spread)

@@ -97,7 +97,7 @@ class ComputeDevice:
 
     def __init__(self, name: str = "cpu", precision: Precision = "fp32", memory_bytes: int = 1) -> None:
         """`memory_bytes`: how much memory was free before any expert was placed there, at least 1."""
-        self.torch_device = torch.device(name)
+        self.torch_device: torch.device = torch.device(name)
         self.precision: Precision = precision
         self.memory_bytes = memory_bytes
         self._copies: torch.cuda.Stream | None = None

@@ -79,7 +79,7 @@ class Expert:
     def __init__(self, uid: UID, manifest: Manifest, device: ComputeDevice | None = None) -> None:
         """`device`: the CPU in float32 by default."""
         self.uid = uid
-        self.device = device or ComputeDevice()
+        self.device: ComputeDevice = device or ComputeDevice()
         self.update_count = 0
         self.updated_at = 0.0
         """When it took its last step here; 0: not yet."""
@@ -92,12 +92,12 @@ class Expert:
         self._settings = manifest.optimizer
         self._parameters = list(self.block.parameters())  # to walk through a block takes long
         self._places = ParameterSlots(self.block)
-        self.optimizer = Optimizer(self._parameters, self._settings)
-        self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
-        self.form = StateForm.of(manifest)
+        self.optimizer: Optimizer = Optimizer(self._parameters, self._settings)
+        self.guard: Guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
+        self.form: StateForm = StateForm.of(manifest)
         self.refuted = ""
         """Who gave the last state that turned bad on probation, until somebody has taken note and cleared it."""
-        self.own_moves = OwnMoves({BLOCK + name: p for name, p in self.block.named_parameters()})
+        self.own_moves: OwnMoves = OwnMoves({BLOCK + name: p for name, p in self.block.named_parameters()})
         """How far its updates have led since the state was last replaced, an average included."""
         self._first_scale = Scale.of(dict(self.block.named_parameters()))
         self._source = ""
@@ -105,7 +105,7 @@ class Expert:
         """Update count of the state that returns if the present one turns bad on probation."""
         self._step_is_due = False
         self._accumulated: AccumulatedGradients | None = None
-        self.callers = Callers()
+        self.callers: Callers = Callers()
         self._withheld: AccumulatedGradients | None = None
         """Gradients of callers that had caused more than their share of the steps. No part of the state."""
         self._withheld_steps = 0

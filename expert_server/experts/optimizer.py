@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from dht.manifest import OptimizerSpec
 from peer.formatting import counted
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq", "step"),

@@ -41,7 +41,7 @@ from peer.identity import PeerID
 from peer.loop import Restarts, keep_running, side_by_side, tolerating
 from peer.wire import state_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _TAKES_INITIATIVE = 0.5
 """Share of its replicated experts that a node averages by its own initiative: others' make it about one each."""
@@ -82,10 +82,10 @@ class ReplicaAveraging:
         restarts: Restarts | None = None,
     ) -> None:
         """`adopt`: takes experts over from a peer that leaves. `restarts`: counts what fails unexpectedly."""
-        self.averagings = Counter(
+        self.averagings: Counter = Counter(
             "talkoot_averagings", "Replicas averaged with another node's.", registry=metrics
         )
-        self.refused = Counter(
+        self.refused: Counter = Counter(
             "talkoot_averagings_refused", "Replicas of others that were out of reach.", registry=metrics
         )
         self._restarts = restarts

@@ -39,7 +39,7 @@ from peer.identity import PeerID
 from peer.loop import side_by_side, tolerating
 from peer.wire import state_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _CLAIM_ROUNDS = 5
 """How often a node that starts looks for experts, as long as others may lose the claims they made."""
@@ -159,7 +159,7 @@ class HostingManager:
         exchange_every_s: float = _EXCHANGE_EVERY_S,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        self.adopted = Counter(
+        self.adopted: Counter = Counter(
             "talkoot_experts_adopted",
             "Experts taken over because nobody hosted them, or their only host left.",
             registry=metrics,
@@ -171,7 +171,7 @@ class HostingManager:
         )
         self.replicated = 0
         """How many of the hosted experts others served too at the last look."""
-        self.exchanged = Counter(
+        self.exchanged: Counter = Counter(
             "talkoot_experts_exchanged",
             "Replicas given up for ones that were needed more.",
             registry=metrics,

@@ -33,7 +33,7 @@ from peer.identity import PeerID
 from peer.loop import side_by_side
 from peer.metrics import total
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from expert_server.settings import NodeSettings
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.loop import side_by_side
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_STANDBYS = 32
 """Copies in all, and experts copied each time."""
@@ -45,7 +45,7 @@ class StandbyCopies:
         metrics: CollectorRegistry | None = None,
     ) -> None:
         """`seen`: gives the replicas of the swarm as this node saw them last."""
-        self.copied = Counter(
+        self.copied: Counter = Counter(
             "talkoot_standby_copies",
             "Copies made of experts that one other node hosts alone.",
             registry=metrics,

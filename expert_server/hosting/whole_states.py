@@ -32,7 +32,7 @@ from peer.identity import PeerID
 from peer.loop import first_few
 from peer.medoid import COMPARED, elementwise_median, medoid
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
 """Once a host gave its state, the others get so much longer. A slow uplink sends a state of 7 MB in a minute."""

@@ -35,7 +35,7 @@ from peer.loop import first_of, side_by_side
 from peer.metrics import start_at_zero
 from peer.rpc.parts import PartClient, has_sha256
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
 """Shards in one look, and at the same time."""
@@ -61,8 +61,8 @@ class HostingMetrics:
             registry=metrics,
         )
         # "failed": no host gave the right bytes; "wrong": one gave others
-        self.fetches = start_at_zero(fetches, "fetched", "failed", "wrong")
-        self.revisions = Counter(
+        self.fetches: Counter = start_at_zero(fetches, "fetched", "failed", "wrong")
+        self.revisions: Counter = Counter(
             "talkoot_memory_revisions", "Later revisions of memories followed.", registry=metrics
         )
 

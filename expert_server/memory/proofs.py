@@ -25,7 +25,7 @@ from peer.loop import side_by_side
 from peer.rpc.parts import PartClient
 from peer.wire import memory_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _CHECKED, _AT_ONCE = 8, 8
 """Claims that are checked in one look, and proofs that are waited for at the same time."""

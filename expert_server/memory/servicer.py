@@ -39,7 +39,7 @@ from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import TransferPace, TransferSlots, outgoing
 from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2, state_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class MemoryMetrics:
     """What a host of memories counts."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
-        self.queries = Counter(
+        self.queries: Counter = Counter(
             "talkoot_memory_queries",
             "Queries of memories answered, each once for each call.",
             registry=metrics,
@@ -66,8 +66,8 @@ class MemoryMetrics:
             ["outcome"],
             registry=metrics,
         )
-        self.calls = start_at_zero(calls, "answered", "refused")
-        self.seconds = Histogram(
+        self.calls: Counter = start_at_zero(calls, "answered", "refused")
+        self.seconds: Histogram = Histogram(
             "talkoot_memory_search_seconds",
             "Time to compute the answer to a search, which may be for many queries.",
             buckets=SECONDS,
@@ -79,7 +79,7 @@ class MemoryMetrics:
             ["direction"],
             registry=metrics,
         )
-        self.bytes = start_at_zero(size, "sent", "received")
+        self.bytes: Counter = start_at_zero(size, "sent", "received")
 
 
 class Turns:

@@ -21,7 +21,7 @@ from peer.files import PlainFile, write_atomically
 from peer.platform.files import sync_folder
 from peer.rpc.parts import has_sha256
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MANIFEST, PARTS, SHARDS = "manifest", "parts", "shards"
 
@@ -208,8 +208,8 @@ class MemoryStore:
         shutil.rmtree(self.folder)
 
     def _set_manifest(self, data: bytes) -> None:
-        self.manifest = MemoryManifest.parse(data)
-        self.part = Part(hashlib.sha256(data).digest(), len(data))
+        self.manifest: MemoryManifest = MemoryManifest.parse(data)
+        self.part: Part = Part(hashlib.sha256(data).digest(), len(data))
         """Of the manifest itself."""
 
     def _has_part(self, part: Part) -> bool:

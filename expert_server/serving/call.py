@@ -98,7 +98,9 @@ class CallTensors:
         self._gradients = gradients
         self._graphs = {} if cached is None else cached.graphs
         expected = None if cached is None else cached.answered
-        self.answers = AnswerAssembler(assignment, header.width, weighs=gradients is None, expected=expected)
+        self.answers: AnswerAssembler = AnswerAssembler(
+            assignment, header.width, weighs=gradients is None, expected=expected
+        )
         self._expected = np.ones(len(assignment.rows), np.bool_) if expected is None else expected
         self._updates: Tensor | None = None
         """[P, D]; in backward."""

@@ -34,7 +34,7 @@ from expert_server.serving.compute import can_join, compute, compute_together
 from peer.errors import ExpertError
 from peer.metrics import SECONDS, start_at_zero
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -54,34 +54,34 @@ class RuntimeMetrics:
     """What a runtime counts. Its threads use these without a lock."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
-        self.batches = Counter("talkoot_batches", "Batches computed.", registry=metrics)
-        self.batch_rows = Histogram(
+        self.batches: Counter = Counter("talkoot_batches", "Batches computed.", registry=metrics)
+        self.batch_rows: Histogram = Histogram(
             "talkoot_batch_rows", "Rows in a batch.", registry=metrics, buckets=_BATCH_ROWS
         )
-        self.batch_s = Histogram(
+        self.batch_s: Histogram = Histogram(
             "talkoot_batch_seconds", "Time to compute a batch.", registry=metrics, buckets=SECONDS
         )
-        self.rows = Counter("talkoot_rows", "Rows computed, forward and backward.", registry=metrics)
-        self.updates = Counter("talkoot_updates", "Optimizer steps taken.", registry=metrics)
-        self.skipped_updates = Counter(
+        self.rows: Counter = Counter("talkoot_rows", "Rows computed, forward and backward.", registry=metrics)
+        self.updates: Counter = Counter("talkoot_updates", "Optimizer steps taken.", registry=metrics)
+        self.skipped_updates: Counter = Counter(
             "talkoot_skipped_updates",
             "Optimizer steps skipped for gradients that were not finite.",
             registry=metrics,
         )
-        self.withheld_updates = Counter(
+        self.withheld_updates: Counter = Counter(
             "talkoot_withheld_updates",
             "Backward work without a step, as its caller had caused more than its share of them.",
             registry=metrics,
         )
-        self.clipped_rows = Counter(
+        self.clipped_rows: Counter = Counter(
             "talkoot_clipped_rows",
             "Rows whose gradients were scaled down, as they were large beside those of other callers.",
             registry=metrics,
         )
-        self.rollbacks = Counter(
+        self.rollbacks: Counter = Counter(
             "talkoot_rollbacks", "Experts rolled back to their last good state.", registry=metrics
         )
-        self.compute_s = Counter(
+        self.compute_s: Counter = Counter(
             "talkoot_compute_seconds",
             "Time the compute threads were busy, all together counted as one.",
             registry=metrics,
@@ -89,7 +89,7 @@ class RuntimeMetrics:
         failed = Counter(
             "talkoot_failed_work_items", "Work items without a result, by cause.", ["cause"], registry=metrics
         )
-        self.failed = start_at_zero(failed, "expired", "refused", "failed")
+        self.failed: Counter = start_at_zero(failed, "expired", "refused", "failed")
 
 
 class _Task:
@@ -132,7 +132,7 @@ class Runtime:
         metrics: CollectorRegistry | None = None,
     ) -> None:
         """`threads`: for all batches together. `clock`: what deadlines are measured by."""
-        self.metrics = RuntimeMetrics(metrics)
+        self.metrics: RuntimeMetrics = RuntimeMetrics(metrics)
         self.trained: set[UID] = set()
         """Experts that have taken a step here."""
         self._clock = clock

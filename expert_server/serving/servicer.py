@@ -67,7 +67,7 @@ class Budgets:
     """
 
     def __init__(self, limits: BudgetLimits, metrics: CollectorRegistry | None = None) -> None:
-        self.refused = Counter(
+        self.refused: Counter = Counter(
             "talkoot_calls_over_budget",
             "Calls refused because their caller's budget was spent.",
             registry=metrics,
@@ -141,13 +141,19 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         note_served: Callable[[PeerID, Work], None] = lambda caller, work: None,
     ) -> None:
         """`note_served` is told of callers whose calls are answered, and for how much."""
-        self.calls = Counter("talkoot_calls", "Forward and backward calls that came.", registry=metrics)
-        self.forward_cache = ForwardCache(limits.max_kept_bytes, lambda: self.sequences.keep_to_room())
-        self.sequences = SequenceCache(lambda: limits.max_kept_bytes - self.forward_cache.bytes)
+        self.calls: Counter = Counter(
+            "talkoot_calls", "Forward and backward calls that came.", registry=metrics
+        )
+        self.forward_cache: ForwardCache = ForwardCache(
+            limits.max_kept_bytes, lambda: self.sequences.keep_to_room()
+        )
+        self.sequences: SequenceCache = SequenceCache(
+            lambda: limits.max_kept_bytes - self.forward_cache.bytes
+        )
         """Of the same memory, as far as the other leaves it."""
         self._looks_for_idle = False
-        self.budgets = Budgets(limits.budget, metrics)
-        self.memory = MemoryBudget(limits.max_memory_bytes, metrics)
+        self.budgets: Budgets = Budgets(limits.budget, metrics)
+        self.memory: MemoryBudget = MemoryBudget(limits.max_memory_bytes, metrics)
         self._runtime = runtime
         self._parser = HeaderParser(swarm_id, manifest, limits.max_call_bytes, self.forward_cache)
         self._swarm_id = swarm_id

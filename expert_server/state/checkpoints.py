@@ -29,7 +29,7 @@ from peer.checkpoints import RotatingFiles, read_checkpoint
 from peer.errors import ExpertError, StateError, WireError
 from peer.formatting import counted
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_SOURCES = 4
 """Other peers whose states of one expert are kept."""
@@ -200,14 +200,14 @@ class Checkpoints:
     def __init__(
         self, store: CheckpointStore, runtime: Runtime, metrics: CollectorRegistry | None = None
     ) -> None:
-        self.saved = Counter("talkoot_checkpoints_saved", "Checkpoints written.", registry=metrics)
-        self.failed = Counter(
+        self.saved: Counter = Counter("talkoot_checkpoints_saved", "Checkpoints written.", registry=metrics)
+        self.failed: Counter = Counter(
             "talkoot_checkpoint_failures", "Checkpoints that could not be written.", registry=metrics
         )
-        self.restored = Counter(
+        self.restored: Counter = Counter(
             "talkoot_experts_restored", "Experts that went on from a checkpoint.", registry=metrics
         )
-        self.refuted = Counter(
+        self.refuted: Counter = Counter(
             "talkoot_states_refuted",
             "States of other nodes that turned bad here while they were on probation.",
             registry=metrics,

@@ -31,7 +31,7 @@ from peer.rpc.sessions import Right, Sessions
 from peer.rpc.transfer import TransferPace, TransferSlots, outgoing
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 

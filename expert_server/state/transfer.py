@@ -41,7 +41,7 @@ from peer.rpc.sessions import Metadata, SessionClient
 from peer.rpc.transfer import SnapshotCache, SnapshotClient, SnapshotReceiver
 from peer.wire import state_pb2, state_pb2_grpc
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRANSFER_S = 600.0
 """Longest that fetching a state may take."""
@@ -77,14 +77,14 @@ class TransferMetrics:
             registry=metrics,
         )
         # "failed" did not come whole, "broken" came and was refused
-        self.fetches = start_at_zero(fetches, "fetched", "failed", "broken")
+        self.fetches: Counter = start_at_zero(fetches, "fetched", "failed", "broken")
         size = Counter(
             "talkoot_state_bytes",
             "Bytes of experts' states, to and from other nodes.",
             ["direction"],
             registry=metrics,
         )
-        self.bytes = start_at_zero(size, "sent", "received")
+        self.bytes: Counter = start_at_zero(size, "sent", "received")
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,7 +343,7 @@ class StateClient:
         """`sessions`: show other nodes who fetches. `down`: how fast states may come. `channels`: to other nodes, for
         this alone. `max_transfer_s`: longest that one may take, with all attempts. `guard`: of the parser of states.
         """
-        self.metrics = TransferMetrics(metrics)
+        self.metrics: TransferMetrics = TransferMetrics(metrics)
         self._down = down
         self._swarm_id = swarm_id
         self._form = StateForm.of(manifest)

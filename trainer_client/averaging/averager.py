@@ -49,7 +49,7 @@ from trainer_client.averaging.exchange import (
     Snapshot,
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _DEADLINE_S = 120.0
 """Longest that two trainers may take to exchange their dense parts."""
@@ -113,7 +113,7 @@ class Averaging:
         self.certificate = b""
         self.addresses: tuple[Endpoint, ...] = ()
         swarm_id, deadline_s = self.form.swarm_id, schedule.deadline_s
-        self.sessions = Sessions(swarm_id, identity.peer_id, admission)
+        self.sessions: Sessions = Sessions(swarm_id, identity.peer_id, admission)
         self._identity = identity
         self._registry = registry
         self._schedule = schedule

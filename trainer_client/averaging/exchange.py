@@ -38,7 +38,7 @@ from trainer_client.averaging.dense_part import (
 )
 from trainer_client.dispatch.policy import CircuitBreakers
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_SNAPSHOTS = 2
 _SNAPSHOT_LIFETIME_S = 300.0
@@ -64,14 +64,14 @@ class AveragingMetrics:
             registry=metrics,
         )
         # refused: broken, or too far from this trainer's; failed: begun here, and broken off or not answered
-        self.ends = start_at_zero(ends, "averaged", "refused", "failed", "given")
+        self.ends: Counter = start_at_zero(ends, "averaged", "refused", "failed", "given")
         moved = Counter(
             "talkoot_trainer_dense_bytes",
             "Bytes of dense parts sent to and received from other trainers.",
             ["direction"],
             registry=metrics,
         )
-        self.bytes = start_at_zero(moved, "sent", "received")
+        self.bytes: Counter = start_at_zero(moved, "sent", "received")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +122,10 @@ class DenseExchange:
         """`guard`: of the parser of dense parts."""
         self.form = form
         self.part = part
-        self.metrics = metrics or AveragingMetrics()
-        self.breakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
+        self.metrics: AveragingMetrics = metrics or AveragingMetrics()
+        self.breakers: CircuitBreakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
         """Trainers that calls came to nothing with: they are not called, and may call."""
-        self.refused = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
+        self.refused: CircuitBreakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
         """Trainers whose dense parts could not be used, or that kept this one waiting: they may not call either."""
         self.clock = clock
         self.ended_at_step = 0

@@ -29,7 +29,7 @@ from trainer_client.dispatch.batches import (
 )
 from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # an expert's own status, after which the peer that hosts it is as good as before
 _NOT_THE_PEERS_FAULT = {StatusCode.NOT_FOUND, StatusCode.INTERNAL, StatusCode.INVALID_ARGUMENT}
@@ -55,9 +55,11 @@ class DispatchMetrics:
         def gauge(name: str, description: str) -> Gauge:
             return Gauge(f"talkoot_trainer_{name}", description, registry=metrics)
 
-        self.calls = counter("calls", "Calls to nodes.")
-        self.failures = counter("failures", "Calls, and parts of them, that failed, by gRPC status.", "cause")
-        self.call_seconds = Histogram(
+        self.calls: Counter = counter("calls", "Calls to nodes.")
+        self.failures: Counter = counter(
+            "failures", "Calls, and parts of them, that failed, by gRPC status.", "cause"
+        )
+        self.call_seconds: Histogram = Histogram(
             "talkoot_trainer_call_seconds",
             "Duration of calls that were answered in full.",
             ["direction"],
@@ -65,40 +67,42 @@ class DispatchMetrics:
             registry=metrics,
         )
         start_at_zero(self.call_seconds, "forward", "backward")
-        self.bytes = counter("bytes", "Payload to and from nodes, in bytes.", "direction")
+        self.bytes: Counter = counter("bytes", "Payload to and from nodes, in bytes.", "direction")
         start_at_zero(self.bytes, "sent", "received")
-        self.fp32_bytes = counter(
+        self.fp32_bytes: Counter = counter(
             "fp32_bytes", "What that payload would take as fp32, in bytes.", "direction"
         )
         start_at_zero(self.fp32_bytes, "sent", "received")
-        self.reselected_rows = counter(
+        self.reselected_rows: Counter = counter(
             "reselected_rows", "Rows sent to other experts because the first did not answer."
         )
-        self.unanswered_rows = counter("unanswered_rows", "Rows that went on with no expert.")
-        self.forgotten_sequences = counter(
+        self.unanswered_rows: Counter = counter("unanswered_rows", "Rows that went on with no expert.")
+        self.forgotten_sequences: Counter = counter(
             "forgotten_sequences", "Times that an expert no longer had the earlier rows of sequences."
         )
-        self.repeated_calls = counter("repeated_calls", "Calls repeated because the first was lost.")
-        self.hedged_calls = counter("hedged_calls", "Forward calls also sent to a second replica.")
-        self.hedges_won = counter(
+        self.repeated_calls: Counter = counter("repeated_calls", "Calls repeated because the first was lost.")
+        self.hedged_calls: Counter = counter("hedged_calls", "Forward calls also sent to a second replica.")
+        self.hedges_won: Counter = counter(
             "hedges_won", "Experts of hedged calls that the second replica answered first."
         )
-        self.spot_checks = counter(
+        self.spot_checks: Counter = counter(
             "spot_checks", "Answers of which rows were to be computed again here, by outcome.", "outcome"
         )
         # "moved_on" and "not_given" say nothing about the answer: the node gave no parameters to check it with
         start_at_zero(self.spot_checks, "passed", "failed", "moved_on", "not_given")
-        self.checked_rows = counter("checked_rows", "Rows computed again here and compared.")
-        self.evasive = gauge("evasive_nodes", "Nodes of whose last answers none could be checked.")
-        self.late_gradients = counter("late_gradients", "Gradients that did not come in time.")
-        self.wrong_answers = counter("wrong_answers", "Answers that no honest node gives.")
-        self.skipped_updates = counter("skipped_updates", "Optimizer steps that experts refused.")
-        self.rollbacks = counter("rollbacks", "Times that an expert went back to its last good state.")
-        self.live_experts = gauge("live_experts", "Experts that can be called now.")
-        self.open_breakers = gauge(
+        self.checked_rows: Counter = counter("checked_rows", "Rows computed again here and compared.")
+        self.evasive: Gauge = gauge("evasive_nodes", "Nodes of whose last answers none could be checked.")
+        self.late_gradients: Counter = counter("late_gradients", "Gradients that did not come in time.")
+        self.wrong_answers: Counter = counter("wrong_answers", "Answers that no honest node gives.")
+        self.skipped_updates: Counter = counter("skipped_updates", "Optimizer steps that experts refused.")
+        self.rollbacks: Counter = counter(
+            "rollbacks", "Times that an expert went back to its last good state."
+        )
+        self.live_experts: Gauge = gauge("live_experts", "Experts that can be called now.")
+        self.open_breakers: Gauge = gauge(
             "open_breakers", "Nodes avoided for a while because they failed or were busy."
         )
-        self.banned = gauge("banned", "Nodes avoided for a while because of wrong answers.")
+        self.banned: Gauge = gauge("banned", "Nodes avoided for a while because of wrong answers.")
 
     def values(self) -> dict[str, Any]:
         """The counts by name, with the failures by cause."""
@@ -141,9 +145,9 @@ class CallTracker:
         """`is_silent`: whether a connection to the node was tried and does not stand. `gone` is told of peers whose
         call failed so. `credit`: where it is noted what nodes have done.
         """
-        self.metrics = metrics or DispatchMetrics()
-        self.credit = credit or CreditAccounts()
-        self.latencies = Latencies()
+        self.metrics: DispatchMetrics = metrics or DispatchMetrics()
+        self.credit: CreditAccounts = credit or CreditAccounts()
+        self.latencies: Latencies = Latencies()
         self.breakers = breakers
         self.now = clock
         self.is_silent = is_silent

@@ -83,7 +83,7 @@ class ForwardRun:
         self._tries = np.zeros((count, rows.k), dtype=np.int64)
         self._rounds = np.zeros(count, dtype=np.int64)  # times that each row's experts were chosen
         self._goal = np.full(count, min(policy.k_min, rows.k))  # answers that each row needs
-        self.result = ForwardPass.of(rows)
+        self.result: ForwardPass = ForwardPass.of(rows)
 
     async def until_enough(self, selection: Selection) -> None:
         """Returns when all have answered, or enough and the grace time is over, or at the deadline."""

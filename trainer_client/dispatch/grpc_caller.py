@@ -33,7 +33,7 @@ from peer.wire import expert_pb2, expert_pb2_grpc
 from trainer_client.dispatch.batches import AnsweredRows, CallReply, ExpertReply, Kept, NodeBatch, NodeCall
 from trainer_client.dispatch.calls import DispatchMetrics
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _STATUS = {status.value[0]: status for status in StatusCode}
 
@@ -236,7 +236,7 @@ class GrpcCaller:
         self._width = width
         self._codec = codec
         self._sessions = sessions
-        self.metrics = metrics or DispatchMetrics()
+        self.metrics: DispatchMetrics = metrics or DispatchMetrics()
 
     async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         if call.deadline_s <= 0:

@@ -169,8 +169,8 @@ class Latencies:
     """Of one trainer's calls that went well. Bounded, however many calls and nodes there are."""
 
     def __init__(self) -> None:
-        self.forward = Durations()
-        self.backward = Durations()
+        self.forward: Durations = Durations()
+        self.backward: Durations = Durations()
         self.nodes = BoundedDict[PeerID, float](_NODES)
         """Seconds until each node's first answer to a call, a moving mean; the node that answered last at the end."""
         self._answered_at = BoundedDict[PeerID, float](_NODES)

@@ -46,7 +46,7 @@ from trainer_client.dispatch.batches import AnsweredRows, ExpertPart, SentBatch,
 from trainer_client.dispatch.calls import CallTracker
 from trainer_client.dispatch.snapshots import FetchedBlock, Precision
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 SLACK: Mapping[Precision, float] = {"fp32": 2e-4, "tf32": 5e-3, "bf16": 1e-2}
 """How far a number may be from the trainer's own, against the root mean square of its experts' updates of the row.

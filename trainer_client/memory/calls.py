@@ -32,7 +32,7 @@ from peer.wire import memory_pb2, memory_pb2_grpc
 from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, WaitPolicy
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
@@ -125,22 +125,22 @@ class RetrieverMetrics:
         def counter(name: str, description: str, *labels: str) -> Counter:
             return Counter(f"talkoot_retriever_{name}", description, labels, registry=metrics)
 
-        self.queries = counter("queries", "Queries to memories.")
-        self.seconds = Histogram(
+        self.queries: Counter = counter("queries", "Queries to memories.")
+        self.seconds: Histogram = Histogram(
             "talkoot_retriever_seconds",
             "Duration of a search, which may be of many queries.",
             buckets=SECONDS,
             registry=metrics,
         )
-        self.calls = counter("calls", "Calls to hosts of memories, by method.", "method")
+        self.calls: Counter = counter("calls", "Calls to hosts of memories, by method.", "method")
         start_at_zero(self.calls, "Search", "Read")
-        self.failures = counter("failures", "Calls to hosts that failed, by gRPC status.", "cause")
-        self.hedged_calls = counter(
+        self.failures: Counter = counter("failures", "Calls to hosts that failed, by gRPC status.", "cause")
+        self.hedged_calls: Counter = counter(
             "hedged_calls", "Calls whose shards were asked from another replica, too."
         )
-        self.lies = counter("lies", "Answers of hosts that were not true.", "kind")
+        self.lies: Counter = counter("lies", "Answers of hosts that were not true.", "kind")
         start_at_zero(self.lies, "malformed", "false", "omission")
-        self.checks = counter("checks", "Queries of which a second replica was asked.")
+        self.checks: Counter = counter("checks", "Queries of which a second replica was asked.")
 
 
 def choose_hosts(wanted: Mapping[H, Collection[PeerID]], rng: random.Random) -> dict[PeerID, list[H]]:
@@ -207,9 +207,9 @@ class HostCalls:
         credit: CreditAccounts | None = None,
     ) -> None:
         """`memory`: its id. `guard`: of this process. `credit`: where it is noted what hosts have done."""
-        self.metrics = metrics or RetrieverMetrics()
-        self.credit = credit or CreditAccounts()
-        self.breakers = CircuitBreakers()
+        self.metrics: RetrieverMetrics = metrics or RetrieverMetrics()
+        self.credit: CreditAccounts = credit or CreditAccounts()
+        self.breakers: CircuitBreakers = CircuitBreakers()
         self._caller = caller
         self._memory = memory
         self._guard = guard or ParseGuard()

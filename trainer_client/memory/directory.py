@@ -41,7 +41,7 @@ from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.encoder import Encoder, load_encoder
 from trainer_client.memory.retriever import Located, Turn
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

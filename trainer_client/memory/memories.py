@@ -26,7 +26,7 @@ from trainer_client.memory.calls import GrpcMemoryCaller, HostCalls, RetrieverMe
 from trainer_client.memory.directory import MemoryDirectory, MemoryParts, PartCache
 from trainer_client.memory.retriever import Retriever, SearchResult, Turn
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Memories:

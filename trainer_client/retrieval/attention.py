@@ -111,7 +111,7 @@ class Retrieval(nn.Module):
         seeded(model.seed + _SEED, partial(self._add_layers, model))
 
     def _add_layers(self, model: ModelSpec) -> "Retrieval":
-        self.encoder = NeighbourEncoder(model)
+        self.encoder: NeighbourEncoder = NeighbourEncoder(model)
         self.attention = nn.ModuleDict(
             {str(layer): ChunkedCrossAttention(model, self.spec.chunk) for layer in self.spec.layers}
         )
@@ -176,7 +176,7 @@ class NeighbourEncoder(nn.Module):
         size = model.head_size or model.hidden // model.heads
         self.heads = model.heads
         self.norm = make_norm(model.norm, model.hidden)
-        self.input = nn.Linear(model.hidden, 3 * model.heads * size, bias=False)
+        self.input: nn.Linear = nn.Linear(model.hidden, 3 * model.heads * size, bias=False)
         self.output = nn.Linear(model.heads * size, model.hidden, bias=False)
         self.register_buffer("frequencies_C", rotary_frequencies(size), persistent=False)
 
@@ -207,8 +207,8 @@ class ChunkedCrossAttention(nn.Module):
         self.heads, self.chunk = model.heads, chunk
         self.norm = make_norm(model.norm, model.hidden)
         self.neighbour_norm = make_norm(model.norm, model.hidden)
-        self.query = nn.Linear(model.hidden, model.heads * size, bias=False)
-        self.key_value = nn.Linear(model.hidden, 2 * model.heads * size, bias=False)
+        self.query: nn.Linear = nn.Linear(model.hidden, model.heads * size, bias=False)
+        self.key_value: nn.Linear = nn.Linear(model.hidden, 2 * model.heads * size, bias=False)
         self.output = nn.Linear(model.heads * size, model.hidden, bias=False)
         nn.init.zeros_(self.output.weight)
 

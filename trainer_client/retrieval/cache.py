@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MAX_TEXT_CHARACTERS, Passage
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 2**30
 _PAGE_BYTES = 4096

@@ -23,7 +23,7 @@ from trainer_client.retrieval.attention import NOTHING, RetrievalSpec
 from trainer_client.retrieval.cache import NeighbourCache
 from trainer_client.retrieval.neighbours import Chunk, chosen, chunks_of, own_documents
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _SPARE = 8
 """Passages that are looked up for each chunk beside those that are read: some may be left out."""
@@ -107,7 +107,7 @@ class NeighbourLookup:
     ) -> None:
         """`most_overlap`: the share of a target's runs of words that its neighbours may give away in training."""
         self.spec = spec
-        self.counts = RetrievalCounts()
+        self.counts: RetrievalCounts = RetrievalCounts()
         self._memory = memory
         self._tokenizer = tokenizer
         self._most_overlap = most_overlap

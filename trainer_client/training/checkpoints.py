@@ -42,7 +42,7 @@ from trainer_client.data.tokenizer import (
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _EXPECTED = ("steps", "validate_every")
 """Settings whose change when a run is resumed needs no warning: it is how one goes on."""

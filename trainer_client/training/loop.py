@@ -77,7 +77,7 @@ class Training:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.history = History()
-        self.part = SharedParameters(model)
+        self.part: SharedParameters = SharedParameters(model)
         """The model's parameters and biases, to be averaged with other trainers'."""
         self._model = model
         self._dataset = dataset
