@@ -20,7 +20,7 @@ MOST = MEMORY // 8 + 256 * 2**20
 """Of `memory`, the part for calls under way; and beyond it, freed memory that the process keeps. It was 1,900 MiB."""
 WIDTH = 512
 TOML = MANIFEST_TOML.replace("hidden = 16", f"hidden = {WIDTH}")
-STRANGERS, STREAMS, SECONDS, CALLS = 5, 11, 4.0, 12
+STRANGERS, STREAMS, SECONDS, CALLS = 5, 11, 3.0, 12
 FORWARD = "talkoot.v1.ExpertService/Forward"
 
 

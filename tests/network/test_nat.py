@@ -11,6 +11,8 @@ from benchmarks.homes import START_S, Program, Village
 from benchmarks.namespaces import why_not
 
 STEPS = 4
+SLOW = ("--upload-mbit", 1)
+"""Or the trainers would take all of the machine while others wait."""
 NOT_HERE = why_not()
 pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(400)]
 
@@ -24,7 +26,7 @@ def village(tmp_path: Path) -> Iterator[Village]:
 def found(village: Village, folder: Path, experts: int = 0) -> str:
     """Founds the swarm on a public node; gives its invite."""
     manifest = manifest_in(folder)
-    founder = village.node(village.net.public(), "--new", manifest, "--experts", experts, "--spare", 0)
+    founder = village.node(village.net.public(), "--new", manifest, "--experts", experts, "--spare", 0, *SLOW)
     founder.wait_for("an invite", lambda: founder.events("invite"))
     return str(founder.events("invite")[0]["invite"])
 
@@ -41,7 +43,8 @@ def trainer(village: Village, invite: str, text: Path, *arguments: object) -> Pr
 def test_two_homes_and_a_public_peer_train_together(village: Village, tmp_path: Path) -> None:
     invite = found(village, tmp_path)
     homes = [
-        village.node(village.net.home(), "--join", invite, "--experts", 2, "--spare", 0) for _ in range(2)
+        village.node(village.net.home(), "--join", invite, "--experts", 2, "--spare", 0, *SLOW)
+        for _ in range(2)
     ]
     for home in homes:
         home.wait_until_reached("relayed")

@@ -97,7 +97,8 @@ def test_training_goes_on_when_the_relays_of_a_home_die_one_after_the_other(
     public = dict(zip((machine.address for machine in machines), (founder, *others), strict=True))
     for node in others:
         node.wait_until_reached("direct")
-    home = village.node(village.net.home(), *joining, "--experts", 4)
+    # with its upload bounded, or the trainer would take all of the machine while others wait
+    home = village.node(village.net.home(), *joining, "--experts", 4, "--upload-mbit", 1)
     home.wait_until_reached("relayed by 2 relays")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)

@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from commands import wait_until
-from training_swarm import TEXT, talkoot
+from training_swarm import TEXT, Ended, talkoot
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -93,6 +93,12 @@ class Reader:
         assert ended.returncode == 0, f"{written}: {ended.stderr}"
         return ended.stdout + ended.stderr
 
+    def types_here(self, written: str, statuses: Sequence[int] = (0,)) -> Ended:
+        """The same without the start of an interpreter, which takes seconds."""
+        ended = talkoot(*shlex.split(self.line(written))[1:])
+        assert ended.status in statuses, f"{written}: {ended.err}"
+        return ended
+
     @contextmanager
     def terminal(self, written: str, name: str) -> Iterator[Path]:
         """A terminal in which the command goes on. Gives the file that has what it prints."""
@@ -145,16 +151,13 @@ def test_a_swarm_by_hand_in_four_terminals(reader: Reader) -> None:
             said = reader.types(written)
             assert "trained 3 steps" in said, said
             assert "128 of 128 experts live" in said, said
-        assert "128 of 128" in (said := reader.types(STATUS)), said
+        assert "128 of 128" in (said := reader.types_here(STATUS).out), said
 
-        # what the README has for those who were invited, without the start of an interpreter
-        doctor = talkoot(*shlex.split(reader.line(DOCTOR))[1:])
-        assert doctor.status in (0, 1), doctor.err
+        # what the README has for those who were invited
+        doctor = reader.types_here(DOCTOR, statuses=(0, 1))
         assert "swarm" in doctor.out
         for written in (TRAIN_ON_TEXT, *USE):
-            ended = talkoot(*shlex.split(reader.line(written))[1:])
-            assert ended.status == 0, f"{written}: {ended.err}"
-            assert ended.out
+            assert reader.types_here(written).out
 
 
 @pytest.mark.slow

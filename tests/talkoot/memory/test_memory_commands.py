@@ -1,7 +1,4 @@
-"""A memory's whole life by its commands: built, published, listed, searched, and taken back.
-
-Those that change something are processes of their own.
-"""
+"""A memory's whole life by its commands: built, published, listed, searched, and taken back."""
 
 import contextlib
 import json
@@ -16,7 +13,7 @@ from victim import MANIFEST_TOML, NodeVictim, founder, member
 
 from expert_server.settings import NodeSettings
 
-QUICK = {"announce_every_s": 1, "p2pd": "off", "upnp": False}
+QUICK = {"announce_every_s": 2, "p2pd": "off", "upnp": False}
 SUBJECTS = {
     "bread": "The baker kneads the dough of flour and water, lets the yeast rise, and puts the loaf into a hot oven.",
     "glaciers": "A glacier is a river of ice that flows slowly down its valley and carries stones from the mountains.",
@@ -25,11 +22,6 @@ SUBJECTS = {
     "locks": "A canal lock lifts a boat from one level of water to another by closing a gate and filling a chamber.",
     "comets": "A comet comes near the sun on a long orbit, and the heat draws a bright tail of dust out of its ice.",
 }
-
-
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Some of these commands wait for others, who may be slow."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
 
 
 def written(folder: Path) -> Path:
@@ -41,13 +33,15 @@ def written(folder: Path) -> Path:
     return folder
 
 
-def events(ended: "subprocess.CompletedProcess[str]") -> list[dict[str, Any]]:
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads(line) for line in ended.stdout.splitlines()]
+def events(*arguments: str) -> list[dict[str, Any]]:
+    """What a command says. It runs in this process, as an interpreter takes seconds to start."""
+    ended = talkoot(*arguments)
+    assert ended.status == 0, ended.err
+    return [json.loads(line) for line in ended.out.splitlines()]
 
 
 def read(node: NodeVictim, *arguments: str) -> Any:
-    """What a command that only reads prints. It runs in this process, as an interpreter takes seconds to start."""
+    """What a command that only reads prints."""
     ended = talkoot(*arguments, "--join", node.invite, "--json")
     assert ended.status == 0, ended.err
     return json.loads(ended.out)
@@ -58,28 +52,26 @@ def search(node: NodeVictim, question: str) -> list[dict[str, Any]]:
     return passages
 
 
-@pytest.mark.timeout(900)  # seven processes start, one after the other
+@pytest.mark.timeout(900)  # four processes start, one after the other
 def test_a_memory_is_built_published_found_and_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "memory"
     texts = written(tmp_path / "texts")
-    built = run(
-        "memory", "build", str(texts), "-o", str(folder), "--name", "subjects", "--license", "CC0-1.0"
-    )
-    assert built.returncode == 0, built.stderr
+    built = talkoot("memory", "build", texts, "-o", folder, "--name", "subjects", "--license", "CC0-1.0")
+    assert built.status == 0, built.err
     with contextlib.ExitStack() as stack:
         node = stack.enter_context(founder(tmp_path, MANIFEST_TOML, experts=4, **QUICK))
         for name in ("first", "second"):
             stack.enter_context(member(tmp_path, node.invite, name, experts=0, memory_disk="100MB", **QUICK))
-        own = ("--state", str(node.state), "--host", "127.0.0.1", "--announce-every-s", "1", "--p2pd", "off")
+        own = ("--state", str(node.state), "--host", "127.0.0.1", "--announce-every-s", "2", "--p2pd", "off")
         publish = ("memory", "publish", str(folder), *own, "--log-format", "json")
         with subprocess.Popen(command(*publish), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as killed:
             assert killed.stdout is not None
             assert killed.stdout.readline()
             killed.kill()
-        *_, published = events(run(*publish))
+        *_, published = events(*publish)
         assert (published["event"], published["name"], published["replicas"]) == ("published", "subjects", 2)
 
         (memory,) = read(node, "memory", "list")["memories"]
@@ -90,9 +82,9 @@ def test_a_memory_is_built_published_found_and_taken_back(
         best = search(node, question)[0]
         assert best["source"] == "bees.txt"
         assert "nectar" in best["text"]
-        revoked = events(
-            run("memory", "revoke", str(folder), "--passage", best["hash"], *own, "--log-format", "json")
-        )[-1]
+        *_, revoked = events(
+            "memory", "revoke", str(folder), "--passage", best["hash"], *own, "--log-format", "json"
+        )
         assert (revoked["event"], revoked["revision"], revoked["hosts"]) == ("revoked", 2, 2)
         assert best["hash"] not in {found["hash"] for found in search(node, question)}
 
