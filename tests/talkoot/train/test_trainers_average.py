@@ -36,10 +36,6 @@ class Trainer:
     training: Training
     averaging: Averaging
 
-    def train_until(self, condition: threading.Event) -> None:
-        """Until the condition is set, and no longer than there are steps."""
-        self.training.run(lambda progress: None, condition)
-
 
 @contextlib.contextmanager
 def trainer(invite: str, state: Path, seed: int, in_flight: int = 1) -> Iterator[Trainer]:
