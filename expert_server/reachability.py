@@ -112,7 +112,7 @@ class ReachabilityMonitor:
         clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        self.status = ReachabilityStatus()
+        self.status: ReachabilityStatus = ReachabilityStatus()
         self.tunnel_addresses: tuple[Multiaddress, ...] = ()
         """By which others open libp2p streams to it."""
         self._settings = settings

@@ -52,7 +52,7 @@ class SwarmNews:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`seen`: the replicas that this node saw in its last look. `trainers_here`: those that use its experts now."""
-        self.training = TrainingNews()
+        self.training: TrainingNews = TrainingNews()
         self._registry = registry
         self._seen = seen
         self._trainers_here = trainers_here

@@ -25,8 +25,8 @@ class Reservation:
     __slots__ = ("_budget", "_revoke", "owner", "size")
 
     def __init__(self, budget: "FairBudget", owner: Hashable, revoke: Callable[[], None]) -> None:
-        self.owner = owner
-        self.size = 0
+        self.owner: Hashable = owner
+        self.size: int = 0
         self._budget = budget
         self._revoke = revoke
 
@@ -50,8 +50,8 @@ class FairBudget:
     def __init__(self, limit: int) -> None:
         """`limit`: in bytes, or in any other unit."""
         self.limit = limit
-        self.used = 0
-        self.revoked = 0
+        self.used: int = 0
+        self.revoked: int = 0
         """How often a reservation was taken back."""
         self._held: dict[Hashable, dict[Reservation, None]] = {}
         """By owner, the latest last. No owner is without any."""
@@ -131,7 +131,7 @@ class MemoryBudget(FairBudget):
             ["event"],
             registry=metrics,
         )
-        self.events = start_at_zero(events, "refused", "revoked")
+        self.events: Counter = start_at_zero(events, "refused", "revoked")
         used = Gauge("talkoot_call_memory_bytes", "Memory reserved for calls under way.", registry=metrics)
         used.set_function(lambda: self.used)
 

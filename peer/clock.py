@@ -15,7 +15,7 @@ from peer.bounded import BoundedDict
 from peer.formatting import counted
 from peer.platform.machine import seconds_since_boot
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 CLOCK_TOLERANCE_S = 3.0
 """By how much the clocks of two peers may differ: otherwise records are refused, or expire too early for some."""

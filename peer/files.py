@@ -48,7 +48,7 @@ class PlainFile:
         descriptor, self.identity = self._open()
         """`identity`: another file of the same name has another one."""
         os.close(descriptor)
-        self.size = self.identity[2]
+        self.size: int = self.identity[2]
 
     def __len__(self) -> int:
         return self.size

@@ -44,7 +44,7 @@ from peer.transport.pipes import Pipe
 from peer.transport.port_mapping import PortMapping
 from peer.transport.tunnel import Tunnels
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
 _PATIENCE_S = (5.0, 10.0)
@@ -118,11 +118,11 @@ class Host:
     ) -> None:
         self.identity = identity
         self.config = config
-        self.dialling = dialling or Dialling(AddressScope.LOOPBACK)
+        self.dialling: Dialling = dialling or Dialling(AddressScope.LOOPBACK)
         """Which of the addresses that others write are dialled; for all that this process dials."""
-        self.restarts = Restarts(metrics)
+        self.restarts: Restarts = Restarts(metrics)
         """Of this process's tasks that fail."""
-        self.certificate = identity.make_certificate()
+        self.certificate: bytes = identity.make_certificate()
         bounds = store_bounds or StoreBounds()
         served = metrics if config.serves_dht else None
         self.upload = upload_limit(bounds.upload_mbit, served)
@@ -130,10 +130,10 @@ class Host:
         self.bootstrapped_from: tuple[Multiaddress, ...] = ()
         """Addresses of the peers that answered at the start."""
         self._guard = guard or ParseGuard()
-        self.contacts = ContactBook(metrics=metrics, guard=self._guard)
+        self.contacts: ContactBook = ContactBook(metrics=metrics, guard=self._guard)
         self._own = OwnContact(identity, self.certificate)
         self._transport = GrpcTransport(identity, swarm_id, self.contacts, self._own, self.dialling)
-        self.dht = KademliaNode(
+        self.dht: KademliaNode = KademliaNode(
             self._transport,
             validator,
             serves_dht=config.serves_dht,
@@ -141,7 +141,7 @@ class Host:
             metrics=StoreMetrics(served),
             upload=self.upload,
         )
-        self.sessions = Sessions(swarm_id, identity.peer_id, admission, metrics=served)
+        self.sessions: Sessions = Sessions(swarm_id, identity.peer_id, admission, metrics=served)
         self.server: RpcServer | None = None
         """Its services are added by whoever has some. None: this peer is a client, and serves nothing here."""
         if config.serves_dht:
@@ -150,7 +150,7 @@ class Host:
             relaying = RelayServicer(self.sessions, config.relay_mbit, self.upload, metrics)
             relaying.add_to(self.server.services)
         self._libp2p = Libp2p(identity, config.libp2p, self.dialling, metrics)
-        self.tunnels = Tunnels(self._libp2p.open_stream, metrics=metrics)
+        self.tunnels: Tunnels = Tunnels(self._libp2p.open_stream, metrics=metrics)
         self._relay_client = RelayClient(
             identity,
             swarm_id,
@@ -160,9 +160,9 @@ class Host:
             self._own_endpoint,
             admission,
         )
-        self.relays = RelayDialler(self._relay_client, metrics)
+        self.relays: RelayDialler = RelayDialler(self._relay_client, metrics)
         """Dials others through their relays."""
-        self.reservations = Reservations(self._relay_client, metrics, self.restarts)
+        self.reservations: Reservations = Reservations(self._relay_client, metrics, self.restarts)
         """By which others reach this peer through relays."""
         self.port_mapping: PortMapping | None = None
         """What the router forwards; None: it is not asked."""

@@ -85,7 +85,7 @@ class KeyValueCache:
     """Keys and values of the rows of one sequence that an attention has computed, so that it can go on with it."""
 
     def __init__(self) -> None:
-        self.length = 0
+        self.length: int = 0
         """Rows."""
         self.version = 0
         """Of the parameters that computed them, for whoever changes these; 0 while there are none."""
@@ -136,9 +136,9 @@ class Attention(nn.Module):
         size = head_size or hidden // heads
         self.heads = heads
         self.causal = causal
-        self.attention_norm = make_norm(norm, hidden)
-        self.attention_input = nn.Linear(hidden, 3 * heads * size, bias=False)
-        self.attention_output = nn.Linear(heads * size, hidden, bias=False)
+        self.attention_norm: nn.Module = make_norm(norm, hidden)
+        self.attention_input: nn.Linear = nn.Linear(hidden, 3 * heads * size, bias=False)
+        self.attention_output: nn.Linear = nn.Linear(heads * size, hidden, bias=False)
         self.register_buffer("frequencies_C", rotary_frequencies(size), persistent=False)
 
     def forward(
@@ -193,8 +193,8 @@ class TransformerLayer(Attention):
         causal: bool = True,
     ) -> None:
         super().__init__(hidden, heads, norm, head_size, causal=causal)
-        self.feed_forward_norm = make_norm(norm, hidden)
-        self.feed_forward = make_feed_forward(hidden, feed_forward, activation)
+        self.feed_forward_norm: nn.Module = make_norm(norm, hidden)
+        self.feed_forward: nn.Sequential = make_feed_forward(hidden, feed_forward, activation)
 
     def forward(
         self,

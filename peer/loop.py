@@ -23,7 +23,7 @@ from peer.errors import TalkootError, UnreachableError
 from peer.metrics import SECONDS, total
 from peer.platform.loop import new_event_loop, result_of
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Step: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
@@ -133,7 +133,7 @@ class LoopLag:
     def __init__(
         self, metrics: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.seconds = Histogram(
+        self.seconds: Histogram = Histogram(
             "talkoot_loop_lag_seconds",
             "How late the event loop ran a timer that is due 40 times a second.",
             buckets=SECONDS,
@@ -400,7 +400,7 @@ class RetryingRounds:
         self, again_s: float, metrics: CollectorRegistry | None = None, restarts: Restarts | None = None
     ) -> None:
         """`again_s`: until the next round, in seconds, for the log. `restarts`: counts steps that fail otherwise."""
-        self.failures = Counter(
+        self.failures: Counter = Counter(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", registry=metrics
         )
         self._again_s = again_s

@@ -36,7 +36,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from peer.errors import PortError
 from peer.formatting import endpoint, host_in, is_loopback
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M", Counter, Gauge, Histogram)
 
@@ -102,7 +102,7 @@ class MetricsServer:
         answer = make_wsgi_app(registry)
         self._server.set_app(_for_loopback_alone(answer) if is_loopback(host) else answer)
         self._host, self._port = host, int(self._server.server_port)
-        self.address = f"http://{endpoint(host, self._port)}/metrics"
+        self.address: str = f"http://{endpoint(host, self._port)}/metrics"
         self._thread = threading.Thread(target=self._server.serve_forever, name="serve metrics", daemon=True)
         self._thread.start()
 

@@ -16,7 +16,7 @@ from peer.errors import TalkootError
 from peer.formatting import printable
 from peer.metrics import start_at_zero
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class ParseGuard:
             ["message"],
             registry=metrics,
         )
-        self.failures = start_at_zero(failures, *get_args(Message))
+        self.failures: Counter = start_at_zero(failures, *get_args(Message))
         self._logged = BoundedDict[str, None](_PEERS)
 
     def read(self, message: Message, writer: object, parse: Callable[[], T]) -> T | None:

@@ -83,7 +83,7 @@ class Pace:
 
     def __init__(self, rate: float, grace_s: float, what: str = "it") -> None:
         """As in `LeastRate`. `what`: is waited for, in words."""
-        self.late = f"{what} stalled, or came slower than {rate:.0f} bytes a second"
+        self.late: str = f"{what} stalled, or came slower than {rate:.0f} bytes a second"
         """What a TimeoutError says."""
         self._least = LeastRate(rate, grace_s)
 
@@ -291,8 +291,8 @@ class Bandwidth:
     """Upload and download of all calls together."""
 
     def __init__(self, up: RateLimit | None = None, down: RateLimit | None = None) -> None:
-        self.up = up or RateLimit(None)
-        self.down = down or RateLimit(None)
+        self.up: RateLimit = up or RateLimit(None)
+        self.down: RateLimit = down or RateLimit(None)
 
 
 def upload_limit(mbit: float | None, metrics: CollectorRegistry | None = None) -> RateLimit:

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from peer.errors import SettingsError
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def _printable(text: str) -> str:

@@ -32,7 +32,7 @@ class TrainingMetrics:
     """How a trainer's training goes. May be updated on any thread."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
-        self.step = 0
+        self.step: int = 0
         """Steps done."""
         self.loss: float | None = None
         """Of the last step. It may not be finite, as may not the next two."""

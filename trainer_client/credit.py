@@ -76,7 +76,7 @@ class CreditAccounts:
         """`path`: the file that keeps them; None: no file."""
         self._path = path
         self._accounts = BoundedDict[PeerID, _Account](MAX_NODES)
-        self.all_pairs = 0
+        self.all_pairs: int = 0
         """That all nodes have answered, those that are forgotten by now, too."""
         self._has_changed = False
 

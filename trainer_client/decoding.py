@@ -32,7 +32,7 @@ class Decoding:
 
     def __init__(self, tokens: Sequence[int], context: int, shortest: int) -> None:
         """`shortest`: the fewest tokens that the model continues."""
-        self.tokens = list(tokens)
+        self.tokens: list[int] = list(tokens)
         """Those that the model sees. When they outgrow the context, the older half of it is dropped."""
         self._context = context
         self._remaining = max(context // 2, shortest)

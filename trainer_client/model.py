@@ -84,7 +84,7 @@ class LanguageModel(MixtureModel):
                 "this swarm's model is an encoder-decoder, which this command can't use: `talkoot train` and "
                 "`talkoot generate` can"
             )
-        self.context = spec.context
+        self.context: int = spec.context
         self.first_scored = max(1, manifest.routing.prefix)
         """The first token of a sequence, from 0, that counts in the loss: those before it may decide its routing."""
         seeded(spec.seed, partial(self._add_dense_part, spec, vocabulary))
@@ -92,13 +92,13 @@ class LanguageModel(MixtureModel):
         self.mixtures: nn.ModuleList = nn.ModuleList(
             seeded(spec.seed + 1 + layer, partial(make_mixture, layer)) for layer in range(spec.layers)
         )
-        self.retrieval = None if retrieval is None else Retrieval(spec, retrieval)
+        self.retrieval: Retrieval | None = None if retrieval is None else Retrieval(spec, retrieval)
 
     def _add_dense_part(self, spec: ModelSpec, vocabulary: int) -> Self:
-        self.embedding = nn.Embedding(vocabulary, spec.hidden)
+        self.embedding: nn.Embedding = nn.Embedding(vocabulary, spec.hidden)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_SCALE)
         self.local: nn.ModuleList = nn.ModuleList(LocalPart(spec) for _ in range(spec.layers))
-        self.norm = make_norm(spec.norm, spec.hidden)
+        self.norm: nn.Module = make_norm(spec.norm, spec.hidden)
         self.head: nn.Linear = nn.Linear(spec.hidden, vocabulary, bias=False)
         return self
 
@@ -257,7 +257,7 @@ class SequenceState:
         self.length = 0
         """Tokens."""
         parts = [local for local in model.local if isinstance(local, LocalPart)]
-        self.caches = [[KeyValueCache() for _ in local.layers] for local in parts]
+        self.caches: list[list[KeyValueCache]] = [[KeyValueCache() for _ in local.layers] for local in parts]
         self.routed = [RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in model.mixtures]
         self.read: ReadChunks = {}
         """Neighbours of the last whole chunk, for a model that reads a memory."""

@@ -108,8 +108,8 @@ class RemoteMixtureOfExperts(nn.Module):
         if not 0 <= layer < manifest.model.layers:
             raise SettingsError(f"layer {layer}: this swarm has layers 0 to {manifest.model.layers - 1}")
         self.layer = layer
-        self.hidden = manifest.model.hidden
-        self.k = routing.k
+        self.hidden: int = manifest.model.hidden
+        self.k: int = routing.k
         self._kind = manifest.experts.kind
         self._is_causal = manifest.model.is_causal(layer)
         self._routing = routing
@@ -282,7 +282,7 @@ class Projections(nn.Module):
     def __init__(self, manifest: Manifest) -> None:
         super().__init__()
         hidden, width = manifest.model.hidden, manifest.width
-        self.norm = make_norm(manifest.model.norm, hidden)
+        self.norm: nn.Module = make_norm(manifest.model.norm, hidden)
         self.down: nn.Linear = nn.Linear(hidden, width, bias=False)
         self.up: nn.Linear = nn.Linear(width, hidden, bias=False)
 

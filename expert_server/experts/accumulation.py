@@ -31,10 +31,10 @@ class AccumulatedGradients:
     ) -> None:
         """`gradients`: of each parameter, or None if nothing has reached it. `sizes`, `callers`: as the properties."""
         self.gradients = gradients
-        self.rows = rows
-        self.sizes = sizes
+        self.rows: int = rows
+        self.sizes: tuple[float, float] = sizes
         """The least and the largest root mean square of one pass's gradients of the updates, zeros left out."""
-        self.callers = dict(callers)
+        self.callers: dict[str, int] = dict(callers)
         """How many of the rows each caller sent, as far as that is known."""
 
     @classmethod

@@ -80,15 +80,15 @@ class Expert:
         """`device`: the CPU in float32 by default."""
         self.uid = uid
         self.device: ComputeDevice = device or ComputeDevice()
-        self.update_count = 0
-        self.updated_at = 0.0
+        self.update_count: int = 0
+        self.updated_at: float = 0.0
         """When it took its last step here; 0: not yet."""
         self.rows = 0
         """Computed here, forward and backward, as its runtime counts them."""
         self._imported = object()
         self._meter = GraphMeter()
         self._manifest = manifest
-        self.block = build_block(manifest, uid).to(self.device.torch_device)
+        self.block: nn.Module = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
         self._parameters = list(self.block.parameters())  # to walk through a block takes long
         self._places = ParameterSlots(self.block)

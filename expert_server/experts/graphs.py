@@ -85,11 +85,11 @@ class SharedPass:
         self, inputs: Tensor, updates: Tensor, stacks: Sequence[Tensor], counts: Sequence[int], size: int
     ) -> None:
         """Expert after expert: inputs and updates [R, D], `counts` of their rows. `stacks`: their parameters."""
-        self.updates = torch.split(updates.detach(), list(counts))
+        self.updates: tuple[Tensor, ...] = torch.split(updates.detach(), list(counts))
         """Of each expert."""
-        self.are_finite = bool(np.isfinite(updates.detach().numpy()).all())
+        self.are_finite: bool = bool(np.isfinite(updates.detach().numpy()).all())
         """Whether all of these are."""
-        self.counts = list(counts)
+        self.counts: list[int] = list(counts)
         self._kept: tuple[Tensor, Tensor, Sequence[Tensor]] | None = (inputs, updates, stacks)
         self._bytes = size
 

@@ -56,9 +56,9 @@ class Optimizer:
     """Steps parameters as torch's AdamW, Adam and SGD do, number for number. Vectors, as biases are, do not decay."""
 
     def __init__(self, parameters: Iterable[Tensor], spec: OptimizerSpec) -> None:
-        self.learning_rate = spec.learning_rate
+        self.learning_rate: float = spec.learning_rate
         """Of the next step."""
-        self.moments = moments_of(spec)
+        self.moments: tuple[str, ...] = moments_of(spec)
         """The names of the tensors kept for each parameter; torch's optimizers use the same."""
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         """The tensors kept for each parameter that has had a gradient."""
@@ -157,7 +157,7 @@ class Guard:
     """
 
     def __init__(self, name: str, block: nn.Module, optimizer: Optimizer, spec: OptimizerSpec) -> None:
-        self.rollbacks = 0
+        self.rollbacks: int = 0
         """How often the state was rolled back."""
         self._name = name
         self._parameters = list(block.parameters())

@@ -72,9 +72,9 @@ class Handover:
     def __init__(
         self, swarm: Swarm, replicas: LocalReplicas, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.alone = set(replicas.experts)
+        self.alone: set[UID] = set(replicas.experts)
         """The experts that nobody else serves, as far as was seen."""
-        self.handed_over = 0
+        self.handed_over: int = 0
         self._swarm = swarm
         self._replicas = replicas
         self._clock = clock
@@ -164,7 +164,7 @@ class HostingManager:
             "Experts taken over because nobody hosted them, or their only host left.",
             registry=metrics,
         )
-        self.handed_over = Counter(
+        self.handed_over: Counter = Counter(
             "talkoot_experts_handed_over",
             "Experts that others took over when this node left.",
             registry=metrics,

@@ -21,7 +21,7 @@ from peer.formatting import bytes_in_words
 from peer.loop import side_by_side, tolerating
 from peer.rpc.parts import has_sha256
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_MEMORIES = 64
 """That a node follows. Of more, each follows others."""

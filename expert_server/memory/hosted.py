@@ -17,7 +17,7 @@ from expert_server.memory.store import MemoryStore
 from peer.errors import TransferError, WireError
 from peer.files import PlainFile, write_atomically
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _FULL_PAUSE_S = 600.0
 """How long a node takes nothing after its disk was full."""

@@ -88,12 +88,12 @@ class MemoryHosting:
         self._memories = memories = MemoryRegistry(swarm.registry)
         self._rng = rng = rng or random.SystemRandom()
         self._placement = Placement(swarm.host.peer_id, WANTED_REPLICAS)
-        self.hosted = HostedMemories(
+        self.hosted: HostedMemories = HostedMemories(
             folder, rules.disk_bytes, memories, period, self._placement.forget, clock
         )
         self._metrics = HostingMetrics(self.hosted, metrics)
         self._fetcher = PartFetcher(swarm, parts, period, rng, clock)
-        self.publishers = PublisherFollower(
+        self.publishers: PublisherFollower = PublisherFollower(
             self.hosted, rules, swarm, memories, self._fetcher, self._metrics.revisions.inc, rng, clock
         )
         self._survey = MemorySurvey(memories, rng)

@@ -39,7 +39,7 @@ class VectorCache:
         self._most_bytes = most_bytes
         self._kept: OrderedDict[weakref.ref[Shard], torch.Tensor] = OrderedDict()
         """The one used last at the end. What was revoked goes with its shard, which another one replaces."""
-        self.nbytes = 0
+        self.nbytes: int = 0
         # the collector may forget a shard in the middle of all this
         self._lock = threading.RLock()
 

@@ -90,7 +90,7 @@ class Shard(ABC):
     def __init__(self, vectors: Rows, revoked: NDArray[np.bool_]) -> None:
         """See `parse`."""
         self._vectors, self._revoked = vectors, revoked
-        self.live = len(revoked) - int(revoked.sum())
+        self.live: int = len(revoked) - int(revoked.sum())
         """Passages that were not revoked."""
         # the roots of whole, aligned parts of a tree are a level of that tree
         self._top = MerkleTree([self._tree(block).root for block in range(-(-len(revoked) // BLOCK))])

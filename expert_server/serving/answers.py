@@ -53,7 +53,7 @@ class AnswerAssembler:
         self, assignment: Assignment, width: int, *, weighs: bool, expected: Booleans | None = None
     ) -> None:
         """`weighs`: whether answers are weighted means, as in forward, or sums. `expected`: of which pairs [P]."""
-        self.tensor = torch.empty(len(assignment.rows), width)
+        self.tensor: Tensor = torch.empty(len(assignment.rows), width)
         """[P, D]: what the experts answered, where `_there`."""
         self.sent = np.zeros(len(assignment.rows), np.bool_)
         """[P]: which pairs are in the answers so far."""

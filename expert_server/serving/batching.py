@@ -119,7 +119,7 @@ class BatchQueue:
     """
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
-        self.rows = 0
+        self.rows: int = 0
         self._max_queued_rows = max_queued_rows
         self._max_batch_rows = max_batch_rows
         self._order = count()

@@ -76,7 +76,7 @@ class ContactBook:
             ["reason"],
             registry=metrics,
         )
-        self.refused = start_at_zero(refused, "malformed", "invalid")
+        self.refused: Counter = start_at_zero(refused, "malformed", "invalid")
         self._now = now
         self._most_reached = limit // 2
         self._heard = BoundedDict[PeerID, _Known](limit - limit // 2)

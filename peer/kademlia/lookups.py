@@ -118,14 +118,14 @@ class Lookups:
         """
         self._dht = dht
         self.parallel_calls = parallel_calls
-        self.round_trips = RttEstimator()
+        self.round_trips: RttEstimator = RttEstimator()
         self._store_trips = RttEstimator()
-        self.checker = EntryChecker(guard)
-        self.reach = UsualReach()
+        self.checker: EntryChecker = EntryChecker(guard)
+        self.reach: UsualReach = UsualReach()
         self.rng = rng or random.SystemRandom()
         self._sample_at = 0.0
         self._tasks = TaskSet()
-        self.unverified = UnverifiedNodes()
+        self.unverified: UnverifiedNodes = UnverifiedNodes()
         self._near = BoundedDict[int, dict[int, PeerID]](_REMEMBERED_KEYS)
         """Who answered in the last look-up of each key; the key looked up most recently comes last."""
 

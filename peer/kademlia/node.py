@@ -173,18 +173,18 @@ class KademliaNode:
         over is counted. `now`: Unix time in seconds.
         """
         self.transport = transport
-        self.peer_id = transport.peer_id
-        self.node_id = node_id_of(self.peer_id.to_bytes())
+        self.peer_id: PeerID = transport.peer_id
+        self.node_id: int = node_id_of(self.peer_id.to_bytes())
         self.validator = validator
         self.serves_dht = serves_dht
         self.now = now
-        self.bounds = bounds or StoreBounds()
-        self.metrics = metrics or StoreMetrics()
-        self.upload = upload or RateLimit(None)
-        self.table = RoutingTable(self.node_id)
-        self.storage = BoundedStorage(self.bounds, self.metrics, now, rng)
-        self.backoff = Backoff()
-        self.spent_bytes = 0
+        self.bounds: StoreBounds = bounds or StoreBounds()
+        self.metrics: StoreMetrics = metrics or StoreMetrics()
+        self.upload: RateLimit = upload or RateLimit(None)
+        self.table: RoutingTable = RoutingTable(self.node_id)
+        self.storage: BoundedStorage = BoundedStorage(self.bounds, self.metrics, now, rng)
+        self.backoff: Backoff = Backoff()
+        self.spent_bytes: int = 0
         """Of this peer's calls to others: questions and answers, and about what carries them."""
         self._told = BoundedDict[PeerID, tuple[bytes, float]](_MOST_TOLD)
         """Who was told this peer's contact with which signature, and until when it is not told again."""

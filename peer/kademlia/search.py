@@ -117,7 +117,7 @@ class IterativeSearch:
         self.key = key
         self.found_after: int | None = None
         """Rounds of requests until the first value; None while there is none."""
-        self.rounds = 0
+        self.rounds: int = 0
         """The longest chain of requests so far, in which each asks a node that the previous answer named."""
         self._holding: set[int] = set()
         """Nodes that returned a value."""

@@ -73,7 +73,7 @@ class DHTServer:
 
     def __init__(self, node: KademliaNode, guard: ParseGuard | None = None) -> None:
         """`guard`: of this process."""
-        self.guard = guard or ParseGuard()
+        self.guard: ParseGuard = guard or ParseGuard()
         self._node = node
         self._metrics = node.metrics
         self._checker = EntryChecker(self.guard)

@@ -57,24 +57,26 @@ class StoreMetrics:
     """Metrics of what other peers store here."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
-        self.bytes = Gauge(
+        self.bytes: Gauge = Gauge(
             "talkoot_dht_stored_bytes", "Memory of what others store here in the DHT.", registry=metrics
         )
-        self.keys = Gauge("talkoot_dht_stored_keys", "Keys of what others store here.", registry=metrics)
-        self.evicted = Counter(
+        self.keys: Gauge = Gauge(
+            "talkoot_dht_stored_keys", "Keys of what others store here.", registry=metrics
+        )
+        self.evicted: Counter = Counter(
             "talkoot_dht_evicted_entries", "Entries that went as there was no more room.", registry=metrics
         )
-        self.refused = Counter(
+        self.refused: Counter = Counter(
             "talkoot_dht_messages_refused",
             "Messages that asked for or brought more than is allowed.",
             registry=metrics,
         )
-        self.withheld = Counter(
+        self.withheld: Counter = Counter(
             "talkoot_dht_values_withheld",
             "Values that were left out of answers, since the peer that asked had had its share.",
             registry=metrics,
         )
-        self.not_handed_over = Counter(
+        self.not_handed_over: Counter = Counter(
             "talkoot_dht_not_handed_over",
             "Newcomers to the DHT that were handed nothing of what is stored here, since too many came before.",
             registry=metrics,

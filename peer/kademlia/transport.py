@@ -89,7 +89,7 @@ class GrpcTransport:
         dialling: Dialling | None = None,
     ) -> None:
         """`contacts`: of this process. `dialling`: its rules; None: all of this machine may be dialled."""
-        self.peer_id = identity.peer_id
+        self.peer_id: PeerID = identity.peer_id
         self.contacts = contacts
         self._own = own
         self._dialling = dialling or Dialling(AddressScope.LOOPBACK)

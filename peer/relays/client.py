@@ -77,10 +77,10 @@ class RelayClient:
 
         `admission`: has this peer's badge.
         """
-        self.peer_id = identity.peer_id
-        self.circuits = 0
+        self.peer_id: PeerID = identity.peer_id
+        self.circuits: int = 0
         """Open now, those to others and those that others opened."""
-        self.bytes = Counter(
+        self.bytes: Counter = Counter(
             "talkoot_circuit_bytes", "Carried in this peer's circuits, both ways.", registry=metrics
         )
         Gauge(

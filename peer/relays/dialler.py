@@ -16,7 +16,7 @@ from peer.transport.addresses import Multiaddress
 from peer.transport.pipes import Listeners, Pipe
 from peer.wire import relay_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _PEERS = 256
 """That can be dialled without opening a socket again."""
@@ -37,7 +37,7 @@ class RelayDialler:
             "talkoot_relay_dials", "Connections that this peer wanted through relays.", ["outcome"],
             registry=metrics,
         )  # fmt: skip
-        self.dials = start_at_zero(dials, "opened", "failed")
+        self.dials: Counter = start_at_zero(dials, "opened", "failed")
         self._client = client
         self._listeners = Listeners(_PEERS, self._forward)
         self._tasks = TaskSet()

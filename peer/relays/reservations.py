@@ -28,7 +28,7 @@ from peer.transport.addresses import Multiaddress, multiaddress
 from peer.transport.pipes import Pipe
 from peer.wire import relay_pb2
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 RelayExit: TypeAlias = Callable[[PeerID, PeerID], Awaitable[Pipe]]
 """Takes a caller and the relay that names it. Connects it with this peer's gRPC server. Raises OSError."""
@@ -70,7 +70,7 @@ class Reservations:
         offers = Counter(
             "talkoot_relay_offers", "Callers whom relays named to this peer.", ["outcome"], registry=metrics
         )
-        self.offers = start_at_zero(offers, "accepted", "failed", "refused")
+        self.offers: Counter = start_at_zero(offers, "accepted", "failed", "refused")
         self._client = client
         self._changed = changed
         self._rng = rng or random.SystemRandom()

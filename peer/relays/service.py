@@ -102,7 +102,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):  # type: ignore[misc] 
         Gauge("talkoot_relay_circuits", "Connections relayed now.", registry=metrics).set_function(
             lambda: self._circuits.used
         )
-        self.bytes = Counter("talkoot_relay_bytes", "Relayed, both ways.", registry=metrics)
+        self.bytes: Counter = Counter("talkoot_relay_bytes", "Relayed, both ways.", registry=metrics)
         refused = Counter(
             "talkoot_relay_refused",
             "Reservations and circuits that this relay refused or ended: it relays for nobody, there were too many, "
@@ -110,7 +110,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):  # type: ignore[misc] 
             ["reason"],
             registry=metrics,
         )
-        self.refused = start_at_zero(
+        self.refused: Counter = start_at_zero(
             refused, "off", "crowded", "displaced", "hasty", "absent", "unaccepted", "malformed"
         )
         self._sessions = sessions

@@ -18,7 +18,7 @@ from grpc import StatusCode
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, WireError
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 Parse = Callable[[bytes], M]

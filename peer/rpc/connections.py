@@ -202,12 +202,12 @@ class Connections:
             ["reason"],
             registry=metrics,
         )
-        self.closed = start_at_zero(closed, "crowded", "silent", "unread", "abused")
+        self.closed: Counter = start_at_zero(closed, "crowded", "silent", "unread", "abused")
         self._clock = clock
         self._table = ConnectionTable(most_connections())
         self._by_name: dict[str, Connection] = {}
         self._starts = FairTurns(_STARTS_PER_S, _STARTS_AT_ONCE, same=1)
-        self.server = ServerSocket()
+        self.server: ServerSocket = ServerSocket()
         """Where gRPC must listen."""
         self._short_until = 0.0
         self._listener: asyncio.Server | None = None

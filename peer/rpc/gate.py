@@ -30,7 +30,7 @@ from peer.rpc.calls import note_failure, or_empty, retry_metadata
 from peer.rpc.connections import Connection, Connections, origin_of
 from peer.rpc.sessions import Sessions
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 _CALLS_WITHOUT_SESSION = 32
@@ -161,7 +161,7 @@ class CallGate(grpc.aio.ServerInterceptor):
             ["reason"],
             registry=metrics,
         )
-        self.refused = start_at_zero(refused, "crowded", "displaced", "hasty", "slow", "failed")
+        self.refused: Counter = start_at_zero(refused, "crowded", "displaced", "hasty", "slow", "failed")
         self._sessions = sessions
         self._connections = connections
         self._restarts = restarts

@@ -17,7 +17,7 @@ from peer.rpc.sessions import SessionClient
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver
 from peer.wire import memory_pb2, memory_pb2_grpc
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

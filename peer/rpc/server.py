@@ -19,7 +19,7 @@ from peer.transport.addresses import require_free_port
 from peer.transport.pipes import Pipe
 from peer.wire import session_pb2_grpc
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_STREAMS = 4096
 """Calls that gRPC lets begin at the same time. The gate ends those that are too many."""
@@ -41,8 +41,8 @@ class RpcServer:
         `restarts`: counts handlers that fail unexpectedly.
         """
         _GRPC.addFilter(_is_of_ours)
-        self.connections = Connections(metrics)
-        self.gate = CallGate(sessions, self.connections, most_calls, metrics, restarts)
+        self.connections: Connections = Connections(metrics)
+        self.gate: CallGate = CallGate(sessions, self.connections, most_calls, metrics, restarts)
         self.services: grpc.aio.Server = grpc.aio.server(
             interceptors=[self.gate], options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MOST_STREAMS
         )

@@ -181,9 +181,9 @@ class Sessions:
             ["event"],
             registry=metrics,
         )
-        self.events = start_at_zero(events, "opened", "refused", "evicted", "unknown")
+        self.events: Counter = start_at_zero(events, "opened", "refused", "evicted", "unknown")
         Gauge("talkoot_sessions", "Callers that are known now.", registry=metrics).set_function(self.__len__)
-        self.challenges = Challenges(clock=clock)
+        self.challenges: Challenges = Challenges(clock=clock)
         self._swarm_id = swarm_id
         self._server = server
         self._admission = admission or AllowAll()
@@ -367,7 +367,7 @@ class SessionClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`admission`: has this peer's badge. `limit`: sessions remembered, the newest ones."""
-        self.opened = 0
+        self.opened: int = 0
         self._identity = identity
         self._swarm_id = swarm_id
         self._rights = rights

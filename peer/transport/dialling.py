@@ -49,7 +49,7 @@ class Dialling:
             ["reason"],
             registry=metrics,
         )
-        self.refused = start_at_zero(refused, "near", "often")
+        self.refused: Counter = start_at_zero(refused, "near", "often")
         self._nearest = nearest
         self._trusted = frozenset(trusted)
         self._clock = clock

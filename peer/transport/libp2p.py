@@ -33,7 +33,7 @@ from peer.transport.tunnel import StreamHandler
 if TYPE_CHECKING:
     from peer.transport.p2pd import Daemon
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 CALL_DEADLINE_S = 3.0
 """For what p2pd answers by itself, and for a dial that is only tried."""
@@ -61,7 +61,7 @@ class Libp2p:
         dialling: Dialling,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        self.config = config
+        self.config: Libp2pConfig = config
         self._identity = identity
         self._dialling = dialling
         self._restarts = Counter(

@@ -20,7 +20,7 @@ from peer.errors import AddressError
 from peer.platform.processes import die_with_parent
 from peer.transport.endpoints import AddressScope, Endpoint, parse_ip4, scope_of
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Command: TypeAlias = Literal["map", "unmap", "look"]
 

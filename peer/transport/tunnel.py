@@ -24,7 +24,7 @@ from peer.rates import TokenBuckets
 from peer.transport.addresses import Multiaddress
 from peer.transport.pipes import Listeners, Pipe, SocketStream, copy_both_ways
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 PROTOCOL = "/talkoot/grpc/1"
 OPEN_DEADLINE_S = 15.0
@@ -66,17 +66,19 @@ class Tunnels:
         limits: TunnelLimits = TunnelLimits(),
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        self.streams = Gauge(
+        self.streams: Gauge = Gauge(
             "talkoot_tunnel_streams", "Streams open in tunnels, both ways.", registry=metrics
         )
         opened = Counter(
             "talkoot_tunnel_opened", "Streams that others opened here.", ["way"], registry=metrics
         )
-        self.opened = start_at_zero(opened, "relayed", "punched", "refused")
-        self.failures = Counter(
+        self.opened: Counter = start_at_zero(opened, "relayed", "punched", "refused")
+        self.failures: Counter = Counter(
             "talkoot_tunnel_failures", "Streams that this peer could not open.", registry=metrics
         )
-        self.bytes = Counter("talkoot_tunnel_bytes", "Carried in tunnels, both ways.", registry=metrics)
+        self.bytes: Counter = Counter(
+            "talkoot_tunnel_bytes", "Carried in tunnels, both ways.", registry=metrics
+        )
         self.last_relayed: bool | None = None
         """Whether the last stream that another peer opened came through a relay."""
         self._open_stream = open_stream

@@ -200,7 +200,7 @@ class SharedParameters:
     def __init__(self, model: nn.Module, age: int = 0) -> None:
         """`age`: steps that have gone into the parameters already."""
         self.model = model
-        self.steps = 0
+        self.steps: int = 0
         """Taken by this trainer."""
         self._age = age
         self._subscribers: tuple[Callable[[], None], ...] = ()

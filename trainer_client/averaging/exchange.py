@@ -128,7 +128,7 @@ class DenseExchange:
         self.refused: CircuitBreakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
         """Trainers whose dense parts could not be used, or that kept this one waiting: they may not call either."""
         self.clock = clock
-        self.ended_at_step = 0
+        self.ended_at_step: int = 0
         """Steps of this trainer when the last exchange ended that it began, or that changed its dense part."""
         self.is_running = False
         self._guard = guard or ParseGuard()

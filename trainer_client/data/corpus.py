@@ -124,7 +124,7 @@ class Dataset:
         held_out = min(max(int(len(tokens) * validation_share), length), len(tokens) - length)
         self.train, self.validation = tokens[:-held_out], tokens[-held_out:]
         self.context = context
-        self.sequences = max(1, len(self.train) // context - 1)
+        self.sequences: int = max(1, len(self.train) // context - 1)
         """Number of sequences in an epoch."""
         self._offsets = min(context, len(self.train) - self.sequences * context)
         self._bytes_of = np.array(

@@ -125,12 +125,12 @@ class QuestionBatches:
             )
         held_out = min(max(1, int(len(questions) * validation_share)), len(questions) - 1)
         self.train, self.validation = questions[:-held_out], questions[-held_out:]
-        self.sequences = len(self.train)
+        self.sequences: int = len(self.train)
         """Questions in an epoch."""
         self._seed = seed
         self._tokens_of, self._token_bytes = tokens_of, token_bytes
         lengths = [len(tokens_of(question)) for question in self.validation]
-        self.context = max(1, round(sum(lengths) / len(lengths)))
+        self.context: int = max(1, round(sum(lengths) / len(lengths)))
         """Tokens that are learned of a question: those of the answer. The mean."""
 
     def batch(self, step: int, batch_size: int) -> list[Question]:

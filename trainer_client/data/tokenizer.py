@@ -43,7 +43,7 @@ class ByteTokenizer:
     """Each byte of the text's UTF-8 is a token."""
 
     def __init__(self) -> None:
-        self.token_bytes = [bytes([value]) for value in range(BYTES)]
+        self.token_bytes: list[bytes] = [bytes([value]) for value in range(BYTES)]
 
     def encode(self, *texts: str) -> Tokens:
         return np.frombuffer("".join(texts).encode(), dtype=np.uint8)
@@ -82,7 +82,7 @@ class BytePairTokenizer:
         if max(self._library.encode("a").ids, default=0) >= len(vocabulary):
             raise DataError("this tokenizer adds tokens that are not in its vocabulary")
         by_id = sorted(vocabulary, key=vocabulary.__getitem__)
-        self.token_bytes = [bytes(stands_for[letter] for letter in token) for token in by_id]
+        self.token_bytes: list[bytes] = [bytes(stands_for[letter] for letter in token) for token in by_id]
         self._json = json
 
     @classmethod

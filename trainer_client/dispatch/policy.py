@@ -171,7 +171,7 @@ class Latencies:
     def __init__(self) -> None:
         self.forward: Durations = Durations()
         self.backward: Durations = Durations()
-        self.nodes = BoundedDict[PeerID, float](_NODES)
+        self.nodes: BoundedDict[PeerID, float] = BoundedDict[PeerID, float](_NODES)
         """Seconds until each node's first answer to a call, a moving mean; the node that answered last at the end."""
         self._answered_at = BoundedDict[PeerID, float](_NODES)
 

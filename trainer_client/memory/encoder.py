@@ -128,7 +128,7 @@ class StaticEncoder:
 
         `rarities`: as `rarity` returns them.
         """
-        self.words = tuple(words)
+        self.words: tuple[str, ...] = tuple(words)
         self.dimensions: int = vectors_VD.shape[1]
         self._vectors_VD, self._scales_V, self._rarities_V = vectors_VD, scales_V, rarities_V
         self._number = {word: number for number, word in enumerate(self.words)}
@@ -198,7 +198,7 @@ class DualEncoder:
     def __init__(self, questions: StaticEncoder, passages: StaticEncoder, word_weight: float) -> None:
         """`questions` and `passages`: of the same words."""
         self.questions, self.passages, self.word_weight = questions, passages, word_weight
-        self.dimensions = passages.dimensions
+        self.dimensions: int = passages.dimensions
         self.encode, self.encode_questions = passages.encode, questions.encode
         self.rarity, self.knows = passages.rarity, passages.knows
 

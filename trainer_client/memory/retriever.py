@@ -307,7 +307,7 @@ class _Search:
     def __init__(
         self, retriever: Retriever, vectors_QD: Vectors, k: int, began: float, deadline_s: float
     ) -> None:
-        self.count = len(vectors_QD)
+        self.count: int = len(vectors_QD)
         self.answers: list[Answer] = []
         self._retriever = retriever
         self._vectors_QD = vectors_QD

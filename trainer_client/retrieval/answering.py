@@ -42,7 +42,7 @@ from trainer_client.retrieval.rag import (
 )
 from trainer_client.settings import Marginal, TrainerSettings
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 BEAM = 4
 LONGEST_ANSWER = 64
@@ -96,10 +96,10 @@ class QueryEncoder(nn.Module):
 
     def __init__(self, dimensions: int) -> None:
         super().__init__()
-        self.change = nn.Linear(dimensions, dimensions, bias=False)
+        self.change: nn.Linear = nn.Linear(dimensions, dimensions, bias=False)
         nn.init.zeros_(self.change.weight)
-        self.log_sharpness = nn.Parameter(torch.tensor(math.log(_SHARPNESS)))
-        self.word_weight = nn.Parameter(torch.ones(()))
+        self.log_sharpness: nn.Parameter = nn.Parameter(torch.tensor(math.log(_SHARPNESS)))
+        self.word_weight: nn.Parameter = nn.Parameter(torch.ones(()))
         """Against the cosine, in parts of the memory's own."""
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class RagModel(MixtureModel):
         """`dimensions`: of the memory's vectors. `passages`: that are read for a question."""
         super().__init__()
         self.generator = generator
-        self.questions = QueryEncoder(dimensions)
+        self.questions: QueryEncoder = QueryEncoder(dimensions)
         self.first_scored = 1
         self.marginal, self.passages = marginal, passages
         self.reader = reader
@@ -281,7 +281,7 @@ class PassageLookup:
     """Finds passages for questions with a model's query encoder, as it is by then. For any thread."""
 
     def __init__(self, memory: AskedMemory, questions: QueryEncoder, passages: int) -> None:
-        self.counts = RetrievalCounts()
+        self.counts: RetrievalCounts = RetrievalCounts()
         self._memory, self._questions, self._passages = memory, questions, passages
         self._warned_at = -_WARN_EVERY_S
 

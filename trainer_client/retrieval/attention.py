@@ -112,7 +112,7 @@ class Retrieval(nn.Module):
 
     def _add_layers(self, model: ModelSpec) -> "Retrieval":
         self.encoder: NeighbourEncoder = NeighbourEncoder(model)
-        self.attention = nn.ModuleDict(
+        self.attention: nn.ModuleDict = nn.ModuleDict(
             {str(layer): ChunkedCrossAttention(model, self.spec.chunk) for layer in self.spec.layers}
         )
         return self
@@ -174,7 +174,7 @@ class NeighbourEncoder(nn.Module):
         super().__init__()
         check_heads(model.hidden, model.heads, model.head_size)
         size = model.head_size or model.hidden // model.heads
-        self.heads = model.heads
+        self.heads: int = model.heads
         self.norm = make_norm(model.norm, model.hidden)
         self.input: nn.Linear = nn.Linear(model.hidden, 3 * model.heads * size, bias=False)
         self.output = nn.Linear(model.heads * size, model.hidden, bias=False)
@@ -206,7 +206,7 @@ class ChunkedCrossAttention(nn.Module):
         size = model.head_size or model.hidden // model.heads
         self.heads, self.chunk = model.heads, chunk
         self.norm = make_norm(model.norm, model.hidden)
-        self.neighbour_norm = make_norm(model.norm, model.hidden)
+        self.neighbour_norm: nn.Module = make_norm(model.norm, model.hidden)
         self.query: nn.Linear = nn.Linear(model.hidden, model.heads * size, bias=False)
         self.key_value: nn.Linear = nn.Linear(model.hidden, 2 * model.heads * size, bias=False)
         self.output = nn.Linear(model.heads * size, model.hidden, bias=False)

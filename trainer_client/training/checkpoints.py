@@ -289,8 +289,8 @@ class CheckpointSaver:
         self, start: RunStart, training: Training, manifest: Manifest, seed: int, encoder: str | None = None
     ) -> None:
         """`encoder`: as in the header."""
-        self.folder = start.writer.folder
-        self.saved_step = training.step
+        self.folder: Path = start.writer.folder
+        self.saved_step: int = training.step
         """Step of the run's newest checkpoint; until there is one, the step that it began with."""
         self._start = start
         self._training = training

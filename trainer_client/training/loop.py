@@ -76,7 +76,7 @@ class Training:
         """
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self.history = History()
+        self.history: History = History()
         self.part: SharedParameters = SharedParameters(model)
         """The model's parameters and biases, to be averaged with other trainers'."""
         self._model = model
