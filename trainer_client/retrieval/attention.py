@@ -3,9 +3,11 @@
 A text is cut into chunks. The neighbours of a chunk are passages of a memory that are found by its tokens, so nobody
 may see them before the chunk's last token: this token and the next chunk, but for its own last token, attend to them.
 
-Two things differ from the paper. A passage is found as a whole and holds about two chunks, so that it is both the
-neighbour and its continuation, and it begins anywhere with respect to the chunk: queries have no positions. And the
-encoder does not look at the chunk, so that what it computes is kept while text is generated.
+Three things differ from the paper. A passage is found as a whole and holds about two chunks, so that it is both the
+neighbour and its continuation, and it begins anywhere with respect to the chunk: queries have no positions. The
+encoder does not look at the chunk, so that what it computes is kept while text is generated. And keys are smeared
+(Olsson et al. 2022, arXiv 2209.11895): a token is found by the one before it, so that a row finds what came next where
+its own token stands in a neighbour.
 
 Shapes: B sequences, T positions, D hidden, H heads, C columns of one head; U chunks of a sequence, N neighbours of a
 chunk, L tokens of a neighbour, K = N * L tokens of all of them; P chunks or neighbours of all sequences.
@@ -29,6 +31,10 @@ from trainer_client.settings import TrainerSettings
 
 NOTHING = -1
 """In the place of a token: there is none."""
+_SMEAR = 3.0
+"""The logit of how much of a key is that of the token before, at the start."""
+_SHARPNESS = 2.0
+"""By how much the first queries are longer than they usually are."""
 _SEED = 2**20
 """Apart from the seeds of the rest of the model, which has at most so many layers."""
 
@@ -134,7 +140,7 @@ class Retrieval(nn.Module):
         every_PNLD = encoded_PLD.new_zeros(*neighbours_PNL.shape, encoded_PLD.shape[-1])
         every_PNLD = every_PNLD.index_put((there_PN,), encoded_PLD)
         return {
-            layer: attention.keys_values(every_PNLD.flatten(1, 2), present_PNL.flatten(1))
+            layer: attention.keys_values(every_PNLD, present_PNL)
             for layer in self.spec.layers
             if (attention := self.at(layer)) is not None
         }
@@ -210,15 +216,24 @@ class ChunkedCrossAttention(nn.Module):
         self.query: nn.Linear = nn.Linear(model.hidden, model.heads * size, bias=False)
         self.key_value: nn.Linear = nn.Linear(model.hidden, 2 * model.heads * size, bias=False)
         self.output = nn.Linear(model.heads * size, model.hidden, bias=False)
+        self.smear_H = nn.Parameter(torch.full((model.heads,), _SMEAR))
+        with torch.no_grad():
+            # a row finds its own token from the start, which small models take long to learn
+            self.key_value.weight[: self.query.out_features] = self.query.weight
+            self.query.weight *= _SHARPNESS
         nn.init.zeros_(self.output.weight)
 
-    def keys_values(self, encoded_PKD: Tensor, present_PK: Tensor) -> KeysValues:
-        """`encoded_PKD`: the tokens of each chunk's neighbours."""
-        kv_PK2HC = self.key_value(self.neighbour_norm(encoded_PKD)).unflatten(-1, (2, self.heads, -1))
+    def keys_values(self, encoded_PNLD: Tensor, present_PNL: Tensor) -> KeysValues:
+        """`encoded_PNLD`: the tokens of each chunk's neighbours."""
+        kv_PNL2HC = self.key_value(self.neighbour_norm(encoded_PNLD)).unflatten(-1, (2, self.heads, -1))
+        k_PNLHC, v_PNLHC = kv_PNL2HC.unbind(3)
+        before_PNLHC = F.pad(k_PNLHC[:, :, :-1], (0, 0, 0, 0, 1, 0))
+        k_PNLHC = torch.lerp(k_PNLHC, before_PNLHC, self.smear_H.sigmoid()[:, None])
         # nothing comes last: a key of zeros, and a value that adds nothing
-        kv_PK2HC = F.pad(kv_PK2HC, (0, 0, 0, 0, 0, 0, 0, 1))
-        k_PHKC, v_PHKC = kv_PK2HC.permute(2, 0, 3, 1, 4).unbind(0)
-        return KeysValues(k_PHKC, v_PHKC, F.pad(present_PK, (0, 1), value=True)[:, None, None])
+        k_PHKC, v_PHKC = (
+            F.pad(each.flatten(1, 2), (0, 0, 0, 0, 0, 1)).transpose(1, 2) for each in (k_PNLHC, v_PNLHC)
+        )
+        return KeysValues(k_PHKC, v_PHKC, F.pad(present_PNL.flatten(1), (0, 1), value=True)[:, None, None])
 
     def forward(self, x_BTD: Tensor, read: KeysValues) -> Tensor:
         """[B, T, D] -> [B, T, D]. `read`: of the T // chunk whole chunks of each sequence, sequence after sequence."""

@@ -47,10 +47,15 @@ def make_model() -> LanguageModel:
     return awakened(LanguageModel(SMALL, lambda layer: nn.Identity(), retrieval=SPEC))
 
 
-def naive(layer: ChunkedCrossAttention, x_TD: Tensor, encoded_UKD: Tensor, present_UK: Tensor) -> Tensor:
-    """Row by row and head by head, as in the paper's algorithm 1, with a choice that adds nothing."""
+def naive(layer: ChunkedCrossAttention, x_TD: Tensor, encoded_UNLD: Tensor, present_UNL: Tensor) -> Tensor:
+    """Row by row and head by head, as in the paper's algorithm 1, with smeared keys and a choice that adds nothing."""
     rows = []
     size = layer.query.out_features // layer.heads
+
+    def key_and_value(encoded_D: Tensor, head: int) -> Tensor:
+        both_2HC: Tensor = layer.key_value(layer.neighbour_norm(encoded_D)).view(2, layer.heads, size)
+        return both_2HC[:, head]
+
     for position, row_D in enumerate(x_TD):
         chunk = (position + 1) // layer.chunk - 1
         if chunk < 0:
@@ -60,11 +65,16 @@ def naive(layer: ChunkedCrossAttention, x_TD: Tensor, encoded_UKD: Tensor, prese
         seen = []
         for head in range(layer.heads):
             scores, values = [torch.zeros(())], [torch.zeros(size)]
-            for encoded_D, is_there in zip(encoded_UKD[chunk], present_UK[chunk], strict=True):
-                if is_there:
-                    key, value = layer.key_value(layer.neighbour_norm(encoded_D)).view(2, layer.heads, size)
-                    scores.append(query[head] @ key[head] / math.sqrt(size))
-                    values.append(value[head])
+            smear = layer.smear_H[head].sigmoid()
+            for encoded_LD, present_L in zip(encoded_UNLD[chunk], present_UNL[chunk], strict=True):
+                key_before = torch.zeros(size)
+                for encoded_D, is_there in zip(encoded_LD, present_L, strict=True):
+                    key, value = key_and_value(encoded_D, head)
+                    if is_there:
+                        smeared = smear * key_before + (1 - smear) * key
+                        scores.append(query[head] @ smeared / math.sqrt(size))
+                        values.append(value)
+                    key_before = key
             shares = torch.stack(scores).softmax(dim=0)
             seen.append((shares[:, None] * torch.stack(values)).sum(dim=0))
         rows.append(row_D + layer.output(torch.cat(seen)))
@@ -79,10 +89,11 @@ def test_each_row_attends_to_the_neighbours_of_the_last_whole_chunk(seed: int, l
     layer = ChunkedCrossAttention(model, chunk=4)
     nn.init.normal_(layer.output.weight)
     chunks = length // 4
-    x_BTD, encoded_BUKD = torch.randn(2, length, 8), torch.randn(2, chunks, 5, 8)
-    present_BUK = torch.rand(2, chunks, 5) < 0.6
-    read = layer.keys_values(encoded_BUKD.flatten(0, 1), present_BUK.flatten(0, 1))
-    expected = [naive(layer, *each) for each in zip(x_BTD, encoded_BUKD, present_BUK, strict=True)]
+    nn.init.normal_(layer.smear_H)
+    x_BTD, encoded_BUNLD = torch.randn(2, length, 8), torch.randn(2, chunks, 2, 3, 8)
+    present_BUNL = torch.rand(2, chunks, 2, 3) < 0.6
+    read = layer.keys_values(encoded_BUNLD.flatten(0, 1), present_BUNL.flatten(0, 1))
+    expected = [naive(layer, *each) for each in zip(x_BTD, encoded_BUNLD, present_BUNL, strict=True)]
     torch.testing.assert_close(layer(x_BTD, read), torch.stack(expected), atol=1e-5, rtol=1e-4)
 
 
@@ -99,6 +110,17 @@ def test_a_changed_token_changes_no_logit_before_it_though_it_changes_neighbours
         after = model(changed, found_by(changed, SPEC))
     torch.testing.assert_close(after[0, :at], before[0, :at], rtol=0, atol=1e-5)
     torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-5)
+
+
+def test_a_row_finds_what_follows_its_own_token_in_a_neighbour_before_anything_is_learned() -> None:
+    torch.manual_seed(0)
+    layer = ChunkedCrossAttention(
+        ModelSpec(layers=1, hidden=256, heads=1, context=32, feed_forward=8), chunk=1
+    )
+    encoded_1NLD = torch.randn(1, 1, 20, 256)
+    read = layer.keys_values(encoded_1NLD, torch.ones(1, 1, 20, dtype=torch.bool))
+    scores_LK = layer.query(layer.norm(encoded_1NLD[0, 0])) @ read.keys_PHKC[0, 0].T
+    assert scores_LK[:-1].argmax(dim=1).tolist() == list(range(1, 20))
 
 
 def test_neighbours_change_the_rows_from_the_end_of_their_chunk_to_that_of_the_next() -> None:
