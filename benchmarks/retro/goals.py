@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.retro.hosted import RTT_S
 from benchmarks.retro.runs import OVERLAPS, SHARES
-from benchmarks.retro.store import ADDED
+from benchmarks.retro.translations import ADDED
 from benchmarks.verdicts import Verdict
 
 LEAST_GAIN = 0.05
@@ -127,17 +127,25 @@ def _learning(runs: Mapping[str, Any]) -> Iterator[Verdict]:
 
 def _pace(found: Mapping[str, Any]) -> Iterator[Verdict]:
     rates = found["tokens_per_s"]
-    ratio = rates["looked_up"] / rates["ready"]
+    ratio, plain = (
+        statistics.median(a / b for a, b in zip(rates["looked_up"], rates[other], strict=True))
+        for other in ("ready", "none")
+    )
+    looked_up, ready, none = (statistics.median(rates[name]) for name in ("looked_up", "ready", "none"))
     yield Verdict(
         f"tokens/s at round trips of {1000 * RTT_S:.0f} ms: passages looked up, of passages that are there",
         f"{LEAST_PACE}",
-        f"{ratio:.2f} ({rates['looked_up']:.0f}, {rates['ready']:.0f})",
+        f"{ratio:.2f} ({looked_up:.0f}, {ready:.0f})",
         ratio >= LEAST_PACE,
     )
     yield Verdict("    part of the time that it waited for them", "", f"{found['waited_share']:.1%}")
-    plain = rates["looked_up"] / rates["none"]
+    yield Verdict("    of a model that reads nothing, and computes less", "", f"{plain:.2f} ({none:.0f})")
+    cpu = found["cpu_ms_per_1000_tokens"]
+    looking_ms = cpu["looked_up"] - cpu["ready"] - cpu["hosts"]
     yield Verdict(
-        "    of a model that reads nothing, and computes less", "", f"{plain:.2f} ({rates['none']:.0f})"
+        "    CPU time for 1,000 tokens: to train without, to read, to look up, and of all hosts",
+        "",
+        f"{cpu['none']:.0f}, {cpu['ready'] - cpu['none']:.0f}, {looking_ms:.0f}, {cpu['hosts']:.0f} ms",
     )
 
 

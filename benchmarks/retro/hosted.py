@@ -48,7 +48,7 @@ _DYING = "half of them die"
 _DIE_AFTER = 10
 """Calls of all hosts together."""
 _SPEC = RetrievalSpec(chunk=64, neighbours=2, length=128, layers=(1,))
-_BATCH, _CONTEXT, _HIDDEN = 4, 256, 64
+_BATCH, _CONTEXT, _HIDDEN = 4, 256, 128
 _HELD_OUT = 50
 _LIMIT_S = 60.0
 _MANIFEST = Manifest.model_validate(
@@ -74,6 +74,8 @@ class DistantCaller:
         self._mortal = {host.peer_id for host in hosts[::2]} if half_die else set()
         self._rtt_s = rtt_s
         self._calls = 0
+        self.cpu_s = 0.0
+        """Of the hosts."""
 
     async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
         self._calls += 1
@@ -81,7 +83,10 @@ class DistantCaller:
             raise ExpertError(StatusCode.UNAVAILABLE, "it has died")
         host = self._hosts[node.peer_id]
         await asyncio.sleep(self._rtt_s)
-        return await (host.search if method == "Search" else host.read)(request)
+        began = time.thread_time()
+        answer = await (host.search if method == "Search" else host.read)(request)
+        self.cpu_s += time.thread_time() - began
+        return answer
 
 
 class Waiting(nn.Module):
@@ -139,17 +144,17 @@ class HostedMemory:
             for number, some in enumerate(placed)
         ]
 
-    def open(self, loop: LoopThread, kind: str, rtt_s: float) -> tuple[Memory, Retriever]:
+    def open(self, loop: LoopThread, kind: str, rtt_s: float) -> tuple[Memory, Retriever, DistantCaller]:
         hosts = self.hosts(kind)
         directory = KnownDirectory(self._built, self._manifest, hosts)
+        caller = DistantCaller(hosts, rtt_s, half_die=kind == _DYING)
 
         async def make() -> Retriever:
-            caller = DistantCaller(hosts, rtt_s, half_die=kind == _DYING)
             calls = HostCalls(caller, str(directory.memory), rng=random.Random(0))
             return Retriever(directory, calls, "benchmark", rng=random.Random(0))
 
         retriever = loop.run(make())
-        return Memory(retriever, partial(loop.run, timeout_s=_LIMIT_S)), retriever
+        return Memory(retriever, partial(loop.run, timeout_s=_LIMIT_S)), retriever, caller
 
 
 class Ready:
@@ -184,10 +189,13 @@ def train(
             stack.enter_context(closing(neighbours))
         else:
             neighbours = source
+        began_s = time.process_time()
         summary = Training(model, dataset, settings, None, neighbours).run(
             lambda progress: None, threading.Event()
         )
+        cpu_s = time.process_time() - began_s
     figures = {
+        "cpu_s": cpu_s,
         "steps": summary.steps,
         "tokens_per_s": summary.tokens_per_s,
         "validation_loss": summary.validation_loss_last,
@@ -198,26 +206,31 @@ def train(
 def pace(hosted: HostedMemory, steps: int, rounds: int) -> dict[str, Any]:
     """Tokens per second where a call of experts or of hosts takes 80 ms.
 
-    In turns: with look-ups; with passages that are there already; and without any, by a model that reads none.
+    In turns, since other work on the machine comes and goes: with look-ups; with passages that are there already; and
+    without any, by a model that reads none. What is compared is of the same round.
     """
     found: dict[str, list[dict[str, Any]]] = {"looked_up": [], "ready": [], "none": []}
     ready = Ready(hosted.passage)
     loop = LoopThread()
     try:
         for _ in range(rounds):
-            memory, retriever = hosted.open(loop, "honest", RTT_S)
-            found["looked_up"].append(train(hosted.tokens, steps, lookup_in(memory), waits=True))
+            memory, retriever, caller = hosted.open(loop, "honest", RTT_S)
+            looked_up = train(hosted.tokens, steps, lookup_in(memory), waits=True)
             loop.run(retriever.close())
+            found["looked_up"].append(looked_up | {"hosts_cpu_s": caller.cpu_s})
             found["ready"].append(train(hosted.tokens, steps, ready, waits=True))
             found["none"].append(train(hosted.tokens, steps, None, waits=True))
     finally:
         loop.close()
-    rates = {name: statistics.median(each["tokens_per_s"] for each in some) for name, some in found.items()}
-    waited_s = statistics.median(each["memory_waited_s"] for each in found["looked_up"])
+    tokens = steps * _BATCH * _CONTEXT
+    cpu_s = {name: statistics.median(each["cpu_s"] for each in some) for name, some in found.items()}
+    cpu_s["hosts"] = statistics.median(each["hosts_cpu_s"] for each in found["looked_up"])
+    rates = {name: [each["tokens_per_s"] for each in some] for name, some in found.items()}
+    waited = [each["memory_waited_s"] * each["tokens_per_s"] / tokens for each in found["looked_up"]]
     return {
         "tokens_per_s": rates,
-        "waited_share": waited_s * rates["looked_up"] / (steps * _BATCH * _CONTEXT),
-        "chunks": found["looked_up"][0]["memory_chunks"],
+        "waited_share": statistics.median(waited),
+        "cpu_ms_per_1000_tokens": {name: 1e6 * each / tokens for name, each in cpu_s.items()},
     }
 
 
@@ -233,7 +246,7 @@ def faults(hosted: HostedMemory, steps: int) -> dict[str, Any]:
     loop = LoopThread()
     try:
         for kind in FAULTS:
-            memory, retriever = hosted.open(loop, kind, 0.0)
+            memory, retriever, _ = hosted.open(loop, kind, 0.0)
             lookup = lookup_in(memory)
             figures = train(hosted.tokens, steps, lookup, waits=False)
             given = lookup.learned(tokens_BT)

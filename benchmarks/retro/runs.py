@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.retro.store import Store
+from benchmarks.retro.translations import ADDED, LEARNED
 from dht.manifest import Manifest
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.attention import RetrievalSpec
@@ -46,19 +47,19 @@ _TESTED_AT_ONCE = 16
 class Size:
     """What is trained, and on how much."""
 
-    steps: int = 1500
+    steps: int = 600
     batch: int = 4
     hidden: int = 64
     heads: int = 4
     layers: int = 2
     context: int = 256
-    vocabulary: int = 1024
-    held_out: int = 160
+    vocabulary: int = 2048
+    held_out: int = 120
     """Sequences of each domain."""
-    characters: float = 3e7
+    characters: float = math.inf
+    """Of each domain."""
     learning_rate: float = 3e-3
-    """Of each work."""
-    spec: RetrievalSpec = field(default_factory=lambda: RetrievalSpec(64, 2, 96, (1,)))
+    spec: RetrievalSpec = field(default_factory=lambda: RetrievalSpec(64, 1, 160, (0,)))
 
     def manifest(self, layers: int, seed: int) -> Manifest:
         """Experts have no part in this: every layer is the trainer's."""
@@ -86,7 +87,7 @@ class Size:
         return next(n for n in itertools.count(self.layers) if self.flops(n, reads=False) >= wanted)
 
 
-QUICK = Size(60, 4, 32, 2, 2, 128, 512, 12, 2e5, 3e-3, RetrievalSpec(32, 2, 48, (1,)))
+QUICK = Size(40, 4, 32, 2, 2, 128, 512, 12, 2e5, 3e-3, RetrievalSpec(32, 1, 80, (0,)))
 
 
 @dataclass(frozen=True)
@@ -114,36 +115,29 @@ class World:
 
     @classmethod
     def make(cls, store: Store, size: Size) -> "World":
-        known = store.where(store.names)
-        texts = [text for name in store.names for text in store.learned[name]]
-        learned = store.sequences(texts, size.steps * size.batch, known)
-        tested, overlap = {}, {}
-        for name in store.names:
-            held_out = store.sequences(store.held_out[name], size.held_out, known)
-            overlap[name] = store.overlaps(held_out)
-            given = {f"real {each}": store.neighbours(held_out, most) for each, most in OVERLAPS.items()}
-            for share in SHARES[:-1]:
-                part = store.again(held_out, store.where(store.names, share))
-                given[f"share {share}"] = store.neighbours(part, LEARNED_OVERLAP)
-            tested[name] = HeldOut(held_out.tokens_ST, given | {"random": store.drawn(held_out, known)})
-        if store.added is not None:
-            name = store.added
-            every = store.where([*store.names, name])
-            held_out = store.sequences(store.held_out[name], size.held_out, known)
-            added = store.again(held_out, every)
-            overlap[name] = store.overlaps(added)
-            given = {
-                "before": store.neighbours(held_out, LEARNED_OVERLAP),
-                "added": store.neighbours(added, LEARNED_OVERLAP),
-                "random": store.drawn(held_out, every),
-            }
-            tested[name] = HeldOut(held_out.tokens_ST, given)
-        about = {
-            "passages": {name: store.domains.count(name) for name in store.learned},
-            "overlap_of_nearest": overlap,
-            "tokens_learned": learned.tokens_ST.numel(),
+        known, every = store.where(LEARNED), store.where(LEARNED, ADDED)
+        learned = store.sequences(store.learned, size.steps * size.batch, known)
+        held_out = store.sequences(store.held_out[LEARNED], size.held_out, known)
+        given = {f"real {each}": store.neighbours(held_out, most) for each, most in OVERLAPS.items()}
+        for share in SHARES[:-1]:
+            part = store.again(held_out, store.where(LEARNED, share=share))
+            given[f"share {share}"] = store.neighbours(part, LEARNED_OVERLAP)
+        given["random"] = store.drawn(held_out, known)
+        new = store.sequences(store.held_out[ADDED], size.held_out, known)
+        added = store.again(new, every)
+        given_new = {
+            "before": store.neighbours(new, LEARNED_OVERLAP),
+            "added": store.neighbours(added, LEARNED_OVERLAP),
+            "random": store.drawn(new, every),
         }
-        given_learned = store.neighbours(learned, LEARNED_OVERLAP)
+        about = {
+            "passages": {name: store.domains.count(name) for name in (LEARNED, ADDED)},
+            "overlap_of_nearest": {LEARNED: store.overlaps(held_out), ADDED: store.overlaps(added)},
+            "tokens_learned": size.steps * size.batch * size.context,
+            "sequences_learned": len(learned),
+        }
+        tested = {LEARNED: HeldOut(held_out.tokens_ST, given), ADDED: HeldOut(new.tokens_ST, given_new)}
+        given_learned = store.neighbours(learned, LEARNED_OVERLAP, learned=True)
         return cls(size, learned.tokens_ST, given_learned, tested, store.byte_lengths, about)
 
     def save(self, file: Path) -> None:

