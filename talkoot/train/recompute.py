@@ -22,9 +22,14 @@ class BlockLoader:
     def __init__(self, manifest: Manifest, swarm_id: str) -> None:
         self._swarm_id = swarm_id
         self._form = StateForm.of(manifest)
+        first, model = (0,) * len(manifest.experts.grid), manifest.model
+        layers = {model.is_causal(layer): layer for layer in range(model.layers)}
         # here, and not for each expert: it draws from torch's global generator
-        first = UID(0, (0,) * len(manifest.experts.grid))
-        self._block = build_block(manifest, first).requires_grad_(False)
+        self._blocks = {
+            causal: build_block(manifest, UID(layer, first)).requires_grad_(False)
+            for causal, layer in layers.items()
+        }
+        self._is_causal = model.is_causal
 
     @classmethod
     def of(cls, manifest: Manifest, swarm_id: str) -> Self | None:
@@ -39,9 +44,8 @@ class BlockLoader:
     def load(self, uid: UID, data: bytes) -> "RecomputedExpert":
         """Raises StateError when the data is not the parameters of that expert."""
         state = block_from_bytes(data, self._swarm_id, uid, self._form)
-        return RecomputedExpert(
-            self._block, {name.removeprefix(BLOCK): tensor for name, tensor in state.items()}
-        )
+        block = self._blocks[self._is_causal(uid.layer)]
+        return RecomputedExpert(block, {name.removeprefix(BLOCK): tensor for name, tensor in state.items()})
 
 
 class RecomputedExpert:

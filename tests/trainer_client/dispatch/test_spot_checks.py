@@ -592,6 +592,22 @@ def test_parameters_of_another_expert_or_swarm_or_form_are_refused() -> None:
             loader.load(UIDS[0], data)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_experts_of_an_encoder_and_of_its_decoder_are_recomputed_as_they_answer(layer: int) -> None:
+    model = MANIFEST.model.model_copy(update={"layers": 2, "causal": (False, True)})
+    manifest = MANIFEST.model_copy(update={"model": model})
+    expert = Expert(UID(layer, (0,)), manifest)
+    torch.nn.init.normal_(expert.block.get_parameter("attention_output.weight"))
+    inputs, lengths, positions = random_rows(4, HIDDEN), np.array([4]), np.arange(4)
+    arguments = (torch.from_numpy(each) for each in (inputs, lengths, positions))
+    expected = expert.block(*arguments).detach().numpy() - inputs
+    state = expert.export_block(expert.version)
+    assert state is not None
+    data = block_to_bytes(state, 0, SWARM, expert.uid, 0.0)
+    own = BlockLoader(manifest, SWARM).load(expert.uid, data).updates(inputs, lengths, positions, "fp32")
+    np.testing.assert_array_equal(own, expected)
+
+
 def test_kinds_of_other_packages_are_not_checked() -> None:
     other = Manifest.model_construct(**{**MANIFEST.__dict__, "experts": MANIFEST.experts.model_copy()})
     object.__setattr__(other.experts, "kind", "sauna")
