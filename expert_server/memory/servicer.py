@@ -45,7 +45,7 @@ M = TypeVar("M")
 T = TypeVar("T")
 
 _MAX_WAITING = 128
-"""Calls that wait or compute, of all callers."""
+"""Calls that wait or compute, and replies that were not read, of all callers."""
 _MAX_CALL_S = 30.0
 _MAX_TRANSFERS, _MAX_TRANSFER_S = 8, 600.0
 _TOO_MANY = "others wait to search too, and more than your share of the places were yours: try again soon"
@@ -85,12 +85,12 @@ class MemoryMetrics:
 class Turns:
     """Lets a few calls compute at a time. Those that wait take turns by caller. For one event loop.
 
-    If all places are taken, a newcomer gets that of the caller with the most, who is refused, if that one has more than
-    the newcomer would have.
+    A call keeps its place until its task ends: replies that nobody reads take memory, too. If all places are taken, a
+    newcomer gets that of the caller with the most, who is refused, if that one has more than the newcomer would have.
     """
 
     def __init__(self, at_once: int, most: int) -> None:
-        """`most`: calls that wait or compute."""
+        """`most`: calls that wait, compute, or have a reply that was not read."""
         self._free = at_once
         self._places = FairBudget(most)
         self._waiting: OrderedDict[PeerID, deque[asyncio.Future[None]]] = OrderedDict()
@@ -103,17 +103,17 @@ class Turns:
     @asynccontextmanager
     async def turn(self, caller: PeerID) -> AsyncIterator[None]:
         """Waits for a turn. Raises ExpertError (RESOURCE_EXHAUSTED), also when others need the place."""
+        task = asyncio.current_task()
+        assert task is not None, "calls are answered in tasks"
         with interruptible(_TOO_MANY) as interrupt:
             place = self._places.reserve(caller, 1, interrupt)
+            task.add_done_callback(lambda _: place.release())
+            await self._wait(caller)
             try:
-                await self._wait(caller)
-                try:
-                    yield
-                finally:
-                    self._free += 1
-                    self._next()
+                yield
             finally:
-                place.release()
+                self._free += 1
+                self._next()
 
     async def _wait(self, caller: PeerID) -> None:
         if self._free:

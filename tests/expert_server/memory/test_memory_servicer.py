@@ -376,6 +376,28 @@ def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) 
     loop.run(scenario(), 60)
 
 
+def test_replies_that_nobody_reads_keep_their_places_until_others_need_them(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        turns, read = Turns(1, 3), asyncio.Event()
+        greedy, other = new_identity().peer_id, new_identity().peer_id
+
+        async def call(caller: PeerID) -> None:
+            async with turns.turn(caller):
+                pass
+            await read.wait()
+
+        unread = [asyncio.create_task(call(greedy)) for _ in range(3)]
+        with pytest.raises(ExpertError):
+            await asyncio.create_task(call(greedy))
+        honest = asyncio.create_task(call(other))
+        await until(lambda: unread[-1].done())
+        assert unread[-1].cancelled()
+        read.set()
+        await asyncio.gather(honest, *unread[:-1])
+
+    loop.run(scenario(), 120)
+
+
 def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: LoopThread) -> None:
     async def scenario() -> None:
         turns, go, caller = Turns(1, 10), asyncio.Event(), new_identity().peer_id
