@@ -231,7 +231,8 @@ class Directory:
             guessed = index.best(scores, _GUESSED * k, everything=True)
             guesses = [UID(layer, c) for c in guessed] if len(guessed) <= _MOST_GUESSED else []
             way = self._read_way(layer, index, scores, width, self._only_at(avoided, layer))
-            ahead, _ = await asyncio.gather(self.registry.replicas(guesses, limits=DEFAULT_LIMITS), way)
+            guessed_now = self.registry.replicas(guesses, limits=DEFAULT_LIMITS, at_once=True)
+            ahead, _ = await asyncio.gather(guessed_now, way)
         for round_number in range(_SEARCH_ROUNDS):
             passed_over = self._only_at(avoided, layer)
             await self._read_way(layer, index, scores, width, passed_over)
@@ -291,7 +292,10 @@ class Directory:
             for prefix in prefixes:
                 by_size.setdefault(self._size_after(prefix), []).append(prefix)
             for found in await asyncio.gather(
-                *(self.registry.prefixes(some, size, limits=DEFAULT_LIMITS) for size, some in by_size.items())
+                *(
+                    self.registry.prefixes(some, size, limits=DEFAULT_LIMITS, at_once=True)
+                    for size, some in by_size.items()
+                )
             ):
                 for (_, coordinate), active in found.items():
                     index.note(coordinate, active)
@@ -305,7 +309,9 @@ class Directory:
             return
         replicas = {uid: ahead[uid] for uid in uids if uid in ahead}
         further = [uid for uid in uids if uid not in ahead]
-        replicas |= await self.registry.replicas(further, limits=DEFAULT_LIMITS)
+        replicas |= await self.registry.replicas(
+            further, limits=DEFAULT_LIMITS, at_once=len(further) <= _MOST_GUESSED
+        )
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = dict(self.view.nodes) | await self.registry.nodes(peers - self.view.nodes.keys())
         known = dict(self.view.replicas) | replicas

@@ -327,14 +327,17 @@ class Registry:
         size: int,
         *,
         limits: SearchLimits = FRUGAL,
+        at_once: bool = False,
         most: int | None = None,
     ) -> dict[Prefix, frozenset[int]]:
         """The active next coordinates after each prefix, in a grid dimension of this size.
 
-        `limits`: see `Lookups.find`. `most`: regions that are read on each level; the prefixes for which they are not
-        enough are left out.
+        `limits`: see `Lookups.find`. `at_once`: reads a prefix together with those above it, and not only where these
+        have split. `most`: regions that are read on each level; prefixes for which they are not enough are left out.
         """
-        read, known = await self._walk(dict.fromkeys(prefixes, size), limits=limits, most=most)
+        read, known = await self._walk(
+            dict.fromkeys(prefixes, size), limits=limits, at_once=at_once, most=most
+        )
         active = {prefix: set(read[prefix].active) if prefix in read else set() for prefix in known}
         depths = {len(coordinate) for _, coordinate in known}
         for region in read.values():
@@ -366,15 +369,21 @@ class Registry:
         limits: SearchLimits = FRUGAL,
         only_active: bool = False,
         just_read: bool = False,
+        at_once: bool = False,
     ) -> dict[UID, tuple[Replica, ...]]:
         """The live announcements of each expert, without the withdrawn ones.
 
         `limits`: see `Lookups.find`. `only_active`: passes over regions to which no index entry leads; for whoever asks
-        for many experts. `just_read`: what was read a moment ago will do.
+        for many experts. `just_read`: what was read a moment ago will do. `at_once`: reads the layer, the row and the
+        expert together, and not only where the region above has split; for whoever asks for few, and in a hurry.
         """
         found: dict[UID, dict[PeerID, Replica]] = {uid: {} for uid in uids}
         read, _ = await self._walk(
-            dict.fromkeys(found, 0), limits=limits, only_active=only_active, just_read=just_read
+            dict.fromkeys(found, 0),
+            limits=limits,
+            only_active=only_active,
+            just_read=just_read,
+            at_once=at_once,
         )
         for region in read.values():
             for uid, replicas in region.replicas.items():
@@ -398,6 +407,7 @@ class Registry:
         limits: SearchLimits = FRUGAL,
         only_active: bool = False,
         just_read: bool = False,
+        at_once: bool = False,
         most: int | None = None,
     ) -> tuple[dict[Prefix, Region], Collection[Prefix]]:
         """Reads the regions in which hosts of these experts, or of those below these prefixes, may announce.
@@ -409,6 +419,11 @@ class Registry:
         known = dict.fromkeys(targets)
         experts = {target for target, size in targets.items() if not size}
         depths = {target: [0] if only_active else self.regions.depths(target) for target in targets}
+        if at_once:
+            depths = {
+                target: [*range(levels[0], len(target[1]) + 1)] if levels else levels
+                for target, levels in depths.items()
+            }
         while depths:
             pieces: dict[Prefix, set[int]] = {}
             for (layer, coordinate), levels in depths.items():
