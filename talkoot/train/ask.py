@@ -11,6 +11,7 @@ from talkoot.memory.search import check_found, hit_dict
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, to_json
 from talkoot.train.trained import joined_run
+from trainer_client.data.sources import as_text
 from trainer_client.memory.memories import Memory
 from trainer_client.memory.retriever import SearchResult, check_query
 from trainer_client.retrieval.answering import (
@@ -33,6 +34,7 @@ def run_ask(
     """Raises UserError when it can't, and Stopped after a signal."""
     if not question.strip():
         raise DataError('ask something, such as: talkoot ask --join INVITE "how hot is a sauna?"')
+    question = as_text(question)
     check_query([question], 1, 1)
 
     def require_questions(tokenizer: object, settings: TrainerSettings, folder: object) -> None:

@@ -29,7 +29,7 @@ from talkoot.train.recompute import BlockLoader
 from talkoot.train.session import once, trainer_state
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
-from trainer_client.data.sources import find_texts
+from trainer_client.data.sources import as_text, find_texts
 from trainer_client.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.inference import (
@@ -286,7 +286,7 @@ def run_generate(
     sampling: Sampling,
 ) -> None:
     """Raises UserError when it can't, and Stopped after a signal."""
-    text = _read_prompt() if prompt == "-" else prompt.encode(errors="replace").decode()
+    text = _read_prompt() if prompt == "-" else as_text(prompt)
     with trained_model(terminal, signals, join, settings) as trained:
         read: dict[Passage, None] = {}
         try:

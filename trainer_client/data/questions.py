@@ -14,6 +14,7 @@ import numpy as np
 
 from peer.errors import DataError
 from trainer_client.data.corpus import shuffle_keys, shuffled
+from trainer_client.data.sources import as_text
 
 MOST_QUESTIONS = 1_000_000
 MOST_QUESTION = 10_000
@@ -57,7 +58,7 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected an object, such as {{'question': '…', 'answers': ['…']}}")
-    return row
+    return {name: as_text(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def parse_answers(row: dict[str, Any], place: str) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ def parse_answers(row: dict[str, Any], place: str) -> tuple[str, ...]:
             f"{place}: the field 'answers' must be a list of at most {_MOST_ANSWERS} phrases of up to {_MOST_ANSWER} "
             "characters"
         )
-    return tuple(answers)
+    return tuple(map(as_text, answers))
 
 
 def read_questions(files: Sequence[Path]) -> list[Question]:

@@ -141,11 +141,11 @@ def _documents(file: Path, field: str, labels: Sequence[str]) -> Iterator[Docume
             yield Document(file, 0, _read_plain(file), {})
             return
     for number, values in found:
-        known = {label: _text(values[label]) for label in labels if isinstance(values.get(label), str)}
-        yield Document(file, number, _in_pieces(_text(values[field])), known)
+        known = {label: as_text(values[label]) for label in labels if isinstance(values.get(label), str)}
+        yield Document(file, number, _in_pieces(as_text(values[field])), known)
 
 
-def _text(value: str) -> str:
+def as_text(value: str) -> str:
     """Half of a surrogate pair is valid JSON, and no text."""
     return value.encode(errors="replace").decode()
 

@@ -50,6 +50,13 @@ def test_a_line_that_is_no_question_is_named(line: str, tmp_path: Path) -> None:
         read_questions([file])
 
 
+def test_halves_of_surrogate_pairs_become_text(tmp_path: Path) -> None:
+    """They are valid JSON, and no tokenizer can encode them."""
+    row = {"question": "what \ud800?", "answers": ["a\udfff"]}
+    (found,) = read_questions([write(tmp_path / "questions.jsonl", row)])
+    assert found == Question("what ??", ("a?",))
+
+
 def test_what_has_no_questions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no questions to learn from: pass --data"):
         read_questions([])
