@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dht.memory import Passage
-from peer.errors import DataError
+from peer.errors import DataError, UserError
 from peer.identity import PeerID
 from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.retrieval.lookup import Find, Neighbours
@@ -25,6 +25,13 @@ _MOST_FORGOTTEN = 3
 """Times that a node may forget a sequence, before replicas of its experts elsewhere are preferred."""
 _MOST_ROWS = 2048
 """Of several sequences that are computed at once from their first tokens on."""
+
+
+def require_finite(predicted: Tensor) -> Tensor:
+    """Returns it. Raises UserError if a number is not finite."""
+    if not predicted.isfinite().all():
+        raise UserError("the model's prediction is not finite: its checkpoint or an expert is broken")
+    return predicted
 
 
 class Decoding:

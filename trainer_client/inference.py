@@ -15,7 +15,7 @@ from torch import Tensor
 from peer.errors import DataError, UserError
 from peer.formatting import counted
 from trainer_client.data.tokenizer import Tokens
-from trainer_client.decoding import Decoder
+from trainer_client.decoding import Decoder, require_finite
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.lookup import Find
 from trainer_client.settings import Sampling
@@ -63,8 +63,7 @@ def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator)
 
     Raises UserError if a logit is not finite.
     """
-    if not logits_V.isfinite().all():
-        raise UserError("the model's prediction is not finite: its checkpoint or an expert is broken")
+    require_finite(logits_V)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     ids_K, chances_K = choices(logits_V, sampling)

@@ -26,7 +26,7 @@ from dht.memory import MAX_QUERIES, MemoryID, Part, Passage, Vectors
 from peer.errors import DataError, SettingsError, TalkootError
 from trainer_client.data.questions import Question
 from trainer_client.data.tokenizer import Tokenizer
-from trainer_client.decoding import Decoder, Decoding
+from trainer_client.decoding import Decoder, Decoding, require_finite
 from trainer_client.memory.encoder import to_vectors
 from trainer_client.memory.retriever import Hit, SearchResult, Turn
 from trainer_client.model import LanguageModel, MixtureModel
@@ -204,11 +204,17 @@ class Reader:
     """How a passage, a question and an answer become tokens."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, length: int) -> None:
-        """`context`: tokens that the generator sees. `length`: that are read of each passage, at most."""
+        """`context`: tokens that the generator sees. `length`: that are read of each passage, at most.
+
+        Raises DataError if the tokenizer does not encode a line's end as one token.
+        """
         self._tokenizer = tokenizer
         self._context = context
         self._length = length
-        (self.end,) = self._encode("\n")
+        ends = self._encode("\n")
+        if len(ends) != 1:
+            raise DataError("this tokenizer has no token for the end of a line: use another one, such as bpe")
+        (self.end,) = ends
 
     def source(self, question: str, passage: Passage | None) -> list[int]:
         """The passage comes first, cut where the context would not hold the rest. Raises DataError."""
@@ -337,7 +343,7 @@ class Continuations:
         self._decodings: dict[tuple[int, Tokens], Decoding] = {}
 
     def __call__(self, prefixes: Sequence[Tokens], places: Sequence[int]) -> Tensor:
-        """Log probabilities with these sources, [N, K, V]."""
+        """Log probabilities with these sources, [N, K, V]. Raises UserError if one is not a number."""
         known, self._decodings = self._decodings, {}
         for prefix in prefixes:
             for place in places:
@@ -350,7 +356,7 @@ class Continuations:
                 self._decodings[place, prefix] = decoding
         for old in known.values():
             old.end()
-        logits_RV = self._decoder.logits(list(self._decodings.values()))
+        logits_RV = require_finite(self._decoder.logits(list(self._decodings.values())))
         return logits_RV.log_softmax(-1).view(len(prefixes), len(places), -1)
 
     def close(self) -> None:
@@ -378,7 +384,7 @@ class Answerer:
         """The best answers to the question of `found`, which has passages; the best first. Raises UserError."""
         (hits,) = found.hits
         end, longest = self._reader.end, self._reader.longest
-        passages_K = self._model.questions.log_probabilities(found, len(hits))[0]
+        passages_K = require_finite(self._model.questions.log_probabilities(found, len(hits))[0])
         sources = [self._reader.source(question, hit.passage) for hit in hits]
         places = range(len(hits))
 
@@ -390,7 +396,7 @@ class Answerer:
                     [answer for answer in answers for _ in sources],
                 )
                 if self._is_usable():
-                    return log_NL.sum(-1).view(len(answers), len(sources))
+                    return require_finite(log_NL.sum(-1)).view(len(answers), len(sources))
 
         following = Continuations(Decoder(self._model.generator.model, self._is_usable), sources)
 

@@ -112,7 +112,7 @@ def test_an_answer_has_its_sources(founder: Founder, trained: Path) -> None:
             assert sum(source["share"] for source in answer["sources"]) == pytest.approx(1)
         assert values["sources"][0]["license"] == "CC0-1.0"
         assert (values["missing_cells"], values["unanswered_rows"]) == ([], 0)
-    told = talkoot(*asked)
+    told = talkoot(asked[0], "what is word7\udcff?", *asked[2:])
     assert told.status == 0, told.err
     assert "from title " in told.out
     assert "(words.txt, CC0-1.0)" in told.out

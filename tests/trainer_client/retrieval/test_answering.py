@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dht.manifest import Manifest
 from dht.memory import MemoryID, Part, Passage, Vectors
-from peer.errors import DataError, SettingsError, UnreachableError
+from peer.errors import DataError, SettingsError, UnreachableError, UserError
 from talkoot.train.local import LocalSwarm
 from trainer_client.data.questions import Question, QuestionBatches
 from trainer_client.data.tokenizer import ByteTokenizer
+from trainer_client.data.tokenizer import Tokens as Encoded
 from trainer_client.decoding import Decoder
 from trainer_client.memory.encoder import StaticEncoder, to_vectors, words_of
 from trainer_client.memory.retriever import Hit, SearchResult, Turn, ranked_by_words
@@ -26,6 +27,7 @@ from trainer_client.retrieval.answering import (
     PassageLookup,
     QueryEncoder,
     RagModel,
+    Reader,
     check_encoder,
     make_rag_model,
 )
@@ -277,6 +279,28 @@ def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
         assert 0.2 < answer.probability < 0.8
         assert answer.sources[0].hit.passage.text == f"kiuas is {answer.text}"
         assert answer.sources[0].share > 0.9
+
+
+@pytest.mark.parametrize("objective", ["rag-sequence", "rag-token"])
+@pytest.mark.parametrize("name", ["questions.log_sharpness", "generator.model.head.weight"])
+def test_predictions_that_are_not_finite_are_no_answer(objective: str, name: str) -> None:
+    """Broken experts and checkpoints of strangers give such, although each number in them is finite."""
+    chosen = settings(objective=objective)
+    model = model_of(chosen)
+    found, _ = PassageLookup(SHELF, model.questions, 2).search([QUESTIONS[0].text])
+    with torch.no_grad():
+        model.get_parameter(name).fill_(3e38)
+    with pytest.raises(UserError, match="is not finite"):
+        Answerer(model).answers(QUESTIONS[0].text, found, chosen.marginal)
+
+
+def test_a_tokenizer_without_a_line_end_is_refused() -> None:
+    class Stripping(ByteTokenizer):
+        def encode(self, *texts: str) -> Encoded:
+            return super().encode(*(text.strip() for text in texts))
+
+    with pytest.raises(DataError, match="another one, such as bpe"):
+        Reader(Stripping(), 64, 24)
 
 
 def test_what_the_context_can_not_hold_is_refused_and_passages_are_cut() -> None:
