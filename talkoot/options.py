@@ -477,6 +477,8 @@ class AskCommand(TrainedModelCommand):
         }
         for option in options:
             option.help = changed.get(option.name, option.help)
+            if option.name == "objective":
+                option.metavar = "rag-sequence|rag-token"
         return options
 
     @staticmethod

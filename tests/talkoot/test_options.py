@@ -159,6 +159,7 @@ def test_an_option_that_may_come_several_times_says_so(name: str, option: str) -
     [
         ("train", "router", "product-key|noisy-top-k|switch|base|glam"),
         ("train", "in_flight", "N|auto"),
+        ("ask", "objective", "rag-sequence|rag-token"),
         ("node", "port", "PORT"),
         ("node", "announce_every_s", "SECONDS"),
         ("node", "experts", "N"),
