@@ -76,7 +76,9 @@ class HostedMemories:
         return self._clock() < self._full_until
 
     def mine(self) -> set[ShardKey]:
-        return {ShardKey(memory, root) for memory, store in self.stores.items() for root in store.shards}
+        return {
+            ShardKey(memory, info.root) for memory, store in self.stores.items() for info in store.served()
+        }
 
     def revoked(self, memory: MemoryID) -> Collection[Place]:
         """Passages of a memory that its publisher revoked."""
@@ -125,8 +127,8 @@ class HostedMemories:
         """Raises UnreachableError."""
         cells: dict[Cell, list[bytes]] = {}
         if (store := self.served.get(str(memory))) is not None:
-            for root in store.shards:
-                cells.setdefault(store.manifest.by_root[root].cell, []).append(root)
+            for info in store.served():
+                cells.setdefault(info.cell, []).append(info.root)
         state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
         records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
             cell: (state, roots) for cell, roots in cells.items()

@@ -271,12 +271,15 @@ class MemoryHosting:
         await self._hurried.wait()
 
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
-        cells: dict[MemoryID, set[Cell]] = {}
-        alone, stores = set(keys) & self.hosted.mine(), self.hosted.stores
-        for key in alone:
-            cells.setdefault(key.memory, set()).add(stores[key.memory].manifest.by_root[key.root].cell)
+        alone, cells = set[ShardKey](), dict[MemoryID, set[Cell]]()
+        # as they are now: publishers may change or unlist them meanwhile
+        manifests = {memory: store.manifest for memory, store in self.hosted.stores.items()}
+        for key in set(keys) & self.hosted.mine():
+            if (info := manifests[key.memory].by_root.get(key.root)) is not None:
+                alone.add(key)
+                cells.setdefault(key.memory, set()).add(info.cell)
         for memory, some in cells.items():
-            manifest = stores[memory].manifest
+            manifest = manifests[memory]
             for cell, hosts in (await self._memories.cell_hosts(memory, some)).items():
                 seen = self._proofs.counted(seen_shards(memory, manifest.by_cell[cell], hosts))
                 others = {

@@ -61,6 +61,11 @@ class MemoryStore:
         """Those that are verified and served, by root."""
         return MappingProxyType(self._shards)
 
+    def served(self) -> list[ShardInfo]:
+        """What the manifest says of these. Also while a revision takes some away."""
+        infos = self.manifest.by_root
+        return [infos[root] for root in list(self._shards) if root in infos]
+
     @property
     def shard_bytes(self) -> int:
         """Of the served shards on disk."""
@@ -101,9 +106,7 @@ class MemoryStore:
 
     def verified(self, root: bytes, data: bytes) -> bytes:
         """The file that is to be kept of a shard that somebody gave. Raises WireError if it is another."""
-        info = self.manifest.by_root.get(root)
-        if info is None:
-            raise WireError("no shard of this revision of the memory")
+        info = self._info(root)
         shard = Shard.parse(data, info, self.manifest.dimensions)
         shard.check(self.manifest.revoked_in)
         kept = shard.without(self.manifest.revoked_in) or data
@@ -114,7 +117,11 @@ class MemoryStore:
         return kept
 
     def save(self, root: bytes, data: bytes) -> None:
-        """Keeps and serves a shard that was verified. Raises OSError, and then keeps nothing."""
+        """Keeps and serves a shard that was verified. Raises OSError, and then keeps nothing.
+
+        Raises WireError if a later revision has it no more.
+        """
+        self._info(root)
         path = self._shard_path(root)
         write_atomically(path, data)
         try:
@@ -211,6 +218,13 @@ class MemoryStore:
         self.manifest: MemoryManifest = MemoryManifest.parse(data)
         self.part: Part = Part(hashlib.sha256(data).digest(), len(data))
         """Of the manifest itself."""
+
+    def _info(self, root: bytes) -> ShardInfo:
+        """Raises WireError."""
+        info = self.manifest.by_root.get(root)
+        if info is None:
+            raise WireError("no shard of this revision of the memory")
+        return info
 
     def _has_part(self, part: Part) -> bool:
         try:

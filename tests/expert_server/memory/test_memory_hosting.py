@@ -4,7 +4,7 @@ import asyncio
 import errno
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from real_swarm import Play, Village, end, eventually, playing
 
 from dht.announcements import NodeInfo
 from dht.library import LibraryEntry
-from dht.memory import MemoryID
+from dht.memory import Cell, MemoryID
 from dht.swarm import Swarm
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
@@ -352,6 +352,29 @@ def test_a_node_that_leaves_waits_until_others_have_what_it_had_alone(play: Play
         await founder.stop()
         assert node.memories.hosted.shards == 4
         await end(running)
+
+    play(scenario)
+
+
+def test_a_node_leaves_while_publishers_unlist_what_it_hosts(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY, SECOND)
+        await village.run(founder)
+        memories, hosted = founder.memories, founder.memories.hosted
+        await until(lambda: hosted.shards == len(MEMORY.roots) + len(SECOND.roots))
+        cell_hosts = memories._memories.cell_hosts
+
+        async def unlisted_meanwhile(memory: MemoryID, cells: Collection[Cell]) -> Any:
+            for other in hosted.stores.keys() - {memory}:
+                await hosted.remove(other)
+            return await cell_hosts(memory, cells)
+
+        monkeypatch.setattr(memories._memories, "cell_hosts", unlisted_meanwhile)
+        mine = hosted.mine()
+        assert await memories._without_other_host(mine) == mine
+        assert not hosted.stores
 
     play(scenario)
 

@@ -123,11 +123,40 @@ def test_what_is_no_later_revision_is_refused(tmp_path: Path, changes: dict[str,
 
 def test_shards_of_an_older_revision_go(tmp_path: Path) -> None:
     store = MEMORY.write(tmp_path / "m")
-    values = {name: getattr(MEMORY.manifest, name) for name in MemoryManifest.__dataclass_fields__}
-    fewer = MemoryManifest(**values | {"revision": 2, "shards": MEMORY.manifest.shards[1:]})
-    store.follow(fewer.serialize())
+    store.follow(_without_first_shard())
     assert list(store.shards) == MEMORY.roots[1:]
     assert not (tmp_path / "m" / "shards" / MEMORY.roots[0].hex()).exists()
+
+
+def test_a_shard_that_left_the_manifest_while_it_came_leaves_no_file(tmp_path: Path) -> None:
+    """Else a publisher who changes its list again and again would fill disks with what no limit counts."""
+    store = MEMORY.write(tmp_path / "m", lambda root: False)
+    first = MEMORY.roots[0]
+    data = store.verified(first, MEMORY.files[first])
+    store.follow(_without_first_shard())
+    with pytest.raises(WireError, match="no shard of this revision"):
+        store.save(first, data)
+    assert list((tmp_path / "m" / "shards").iterdir()) == []
+
+
+def test_shards_can_be_listed_while_a_revision_takes_them_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MEMORY.write(tmp_path / "m")
+    drop, seen = store.drop, list[list[bytes]]()
+
+    def look(root: bytes) -> None:
+        seen.append([info.root for info in store.served()])
+        drop(root)
+
+    monkeypatch.setattr(store, "drop", look)
+    store.follow(_without_first_shard())
+    assert seen == [MEMORY.roots[1:]]
+
+
+def _without_first_shard() -> bytes:
+    values = {name: getattr(MEMORY.manifest, name) for name in MemoryManifest.__dataclass_fields__}
+    return MemoryManifest(**values | {"revision": 2, "shards": MEMORY.manifest.shards[1:]}).serialize()
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
