@@ -16,6 +16,7 @@ from torch import Tensor
 from dht.memory import Passage
 from peer.errors import DataError, UserError
 from peer.identity import PeerID
+from trainer_client.encoder_decoder import EncodedSource, EncoderDecoder
 from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.retrieval.lookup import Find, Neighbours
 
@@ -37,12 +38,16 @@ def require_finite(predicted: Tensor) -> Tensor:
 class Decoding:
     """One sequence while it is continued."""
 
-    def __init__(self, tokens: Sequence[int], context: int, shortest: int) -> None:
-        """`shortest`: the fewest tokens that the model continues."""
+    def __init__(
+        self, tokens: Sequence[int], context: int, shortest: int, source: Sequence[int] | None = None
+    ) -> None:
+        """`shortest`: the fewest tokens that the model continues. `source`: what an encoder reads."""
+        self.source = source
         self.tokens: list[int] = list(tokens)
         """Those that the model sees. When they outgrow the context, the older half of it is dropped."""
         self._context = context
         self._remaining = max(context // 2, shortest)
+        self._encoded: EncodedSource | None = None
         self._state: SequenceState | None = None
         self._logits: Tensor | None = None
         """Of the token after these; None if they are not computed yet."""
@@ -61,6 +66,11 @@ class Decoding:
         """Nodes that forget it again and again."""
         return frozenset(peer_id for peer_id, times in self._forgotten.items() if times >= _MOST_FORGOTTEN)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing can follow: a decoder that drops its first tokens would no longer know where it began."""
+        return self.source is not None and len(self.tokens) == self._context
+
     def append(self, token: int) -> None:
         self._logits = None
         if len(self.tokens) == self._context:
@@ -76,7 +86,7 @@ class Decoding:
 
     def end(self) -> None:
         """Frees what is kept for the sequence. May be called twice."""
-        self._state = self._logits = None
+        self._state = self._logits = self._encoded = None
 
 
 class Decoder:
@@ -84,7 +94,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | EncoderDecoder,
         is_usable: Callable[[], bool] = lambda: True,
         find: Find | None = None,
     ) -> None:
@@ -98,10 +108,12 @@ class Decoder:
         self._find = find
 
     def begin(self, prompt: Sequence[int]) -> Decoding:
-        """Of a prompt that is longer than the context the model sees the last tokens.
+        """Of a prompt that is longer than the context the model sees the last tokens. An encoder reads it.
 
         Raises DataError if the prompt is shorter than the model was trained to continue.
         """
+        if isinstance(self._model, EncoderDecoder):
+            return Decoding([self._model.end], self._model.context, 1, prompt[-self._model.context :])
         shortest = self._model.first_scored
         if len(prompt) < shortest:
             raise DataError(
@@ -141,13 +153,19 @@ class Decoder:
 
     def _extend(self, sequences: Sequence[Decoding]) -> None:
         """Computes what is new in each."""
-        states = [each._state or SequenceState(self._model, each.avoided) for each in sequences]
+        self._encode(sequences)
+        states = [each._state or self._begin(each) for each in sequences]
         for each in sequences:
             each._state = None  # a computation that fails leaves a state that is of no use
         new = [each.tokens[state.length :] for each, state in zip(sequences, states, strict=True)]
         read = self._read(sequences, [state.length for state in states])
-        logits_SV = self._model.extend(new, states, read) if read else self._model.extend(new, states)
+        if read and isinstance(self._model, LanguageModel):
+            logits_SV = self._model.extend(new, states, read)
+        else:
+            logits_SV = self._model.extend(new, states)
         if not self._is_usable():
+            for each in sequences:
+                each._encoded = None
             return
         for each, state, tokens, logits_V in zip(sequences, states, new, logits_SV, strict=True):
             each._forgotten.update(state.forgetful)
@@ -164,17 +182,36 @@ class Decoder:
 
     def _compute(self, sequences: Sequence[Decoding]) -> None:
         """Computes whole sequences of one length."""
-        tokens_ST = torch.tensor([each.tokens for each in sequences])
-        read = self._read(sequences, [0] * len(sequences))
-        logits_STV = self._model(tokens_ST, torch.stack(read)) if read else self._model(tokens_ST)
-        logits_SV = logits_STV[:, -1].float()
+        if isinstance(self._model, EncoderDecoder):
+            sources = [each.source or () for each in sequences]
+            logits_SV = self._model.next_token_logits(sources, [each.tokens[1:] for each in sequences])
+        else:
+            logits_SV = self._whole(self._model, sequences)
         if self._is_usable():
             for each, logits_V in zip(sequences, logits_SV, strict=True):
                 each._logits = logits_V
 
+    def _whole(self, model: LanguageModel, sequences: Sequence[Decoding]) -> Tensor:
+        tokens_ST = torch.tensor([each.tokens for each in sequences])
+        read = self._read(sequences, [0] * len(sequences))
+        logits_STV: Tensor = model(tokens_ST, torch.stack(read)) if read else model(tokens_ST)
+        return logits_STV[:, -1].float()
+
+    def _encode(self, sequences: Sequence[Decoding]) -> None:
+        """What the encoder makes of sources that it has not read yet."""
+        if isinstance(self._model, EncoderDecoder):
+            for each in sequences:
+                if each._encoded is None:
+                    (each._encoded,) = self._model.encode([each.source or ()])
+
+    def _begin(self, sequence: Decoding) -> SequenceState:
+        state = self._model.begin(sequence.avoided)
+        state.source = sequence._encoded or ()
+        return state
+
     def _read(self, sequences: Sequence[Decoding], lengths: Sequence[int]) -> list[Tensor]:
         """Neighbours of the chunks of each that end after so many tokens, [U, N, L]. None at all if it reads none."""
-        if self._find is None or self._model.retrieval is None:
+        if self._find is None or isinstance(self._model, EncoderDecoder) or self._model.retrieval is None:
             return []
         spec = self._model.retrieval.spec
         chunks = [

@@ -16,6 +16,7 @@ from peer.errors import DataError, UserError
 from peer.formatting import counted
 from trainer_client.data.tokenizer import Tokens
 from trainer_client.decoding import Decoder, require_finite
+from trainer_client.encoder_decoder import EncoderDecoder
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.lookup import Find
 from trainer_client.settings import Sampling
@@ -26,13 +27,13 @@ _FIRST_SORTED = 64
 
 
 def generate(
-    model: LanguageModel,
+    model: LanguageModel | EncoderDecoder,
     prompt: Sequence[int],
     sampling: Sampling,
     is_usable: Callable[[], bool] = lambda: True,
     find: Find | None = None,
 ) -> Iterator[int]:
-    """Yields the tokens that follow the prompt.
+    """Yields the tokens that follow the prompt, or that a decoder writes for it, up to its end.
 
     `is_usable`, `find`: as for `Decoder`. Raises DataError if the prompt is shorter than the model was trained to
     continue.
@@ -41,7 +42,11 @@ def generate(
     sequence = decoder.begin(prompt)
     try:
         for _ in range(sampling.max_tokens):
+            if sequence.is_full:
+                break
             token = next_token(decoder.logits([sequence])[0], sampling, generator)
+            if isinstance(model, EncoderDecoder) and token == model.end:
+                break
             sequence.append(token)
             yield token
     finally:

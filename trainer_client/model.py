@@ -20,12 +20,13 @@ from peer.identity import PeerID
 from peer.layers import Attention, KeyValueCache, TransformerLayer, make_norm, seeded
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import VOCABULARY
+from trainer_client.data.special_tokens import SpecialTokens
 from trainer_client.dispatch.batches import HeldSequence, Segments
 from trainer_client.moe import RemoteMixtureOfExperts, Routed, RoutedSequence
 from trainer_client.retrieval.attention import ReadChunks, Retrieval, RetrievalSpec
 
 # validation loss of 2 dense layers after 200 steps: 1.90 at 0.02, 1.84 at 0.1, 1.78 here, 1.85 at 1
-_EMBEDDING_SCALE = 0.3
+EMBEDDING_SCALE = 0.3
 
 
 class MixtureModel(nn.Module):
@@ -78,12 +79,8 @@ class LanguageModel(MixtureModel):
         Raises SettingsError if the manifest's model has an encoder.
         """
         super().__init__()
+        require_no_encoder(manifest)
         spec = manifest.model
-        if spec.encoder_layers:
-            raise SettingsError(
-                "this swarm's model is an encoder-decoder, which this command can't use: `talkoot train` and "
-                "`talkoot generate` can"
-            )
         self.context: int = spec.context
         self.first_scored = max(1, manifest.routing.prefix)
         """The first token of a sequence, from 0, that counts in the loss: those before it may decide its routing."""
@@ -96,7 +93,7 @@ class LanguageModel(MixtureModel):
 
     def _add_dense_part(self, spec: ModelSpec, vocabulary: int) -> Self:
         self.embedding: nn.Embedding = nn.Embedding(vocabulary, spec.hidden)
-        nn.init.normal_(self.embedding.weight, std=_EMBEDDING_SCALE)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_SCALE)
         self.local: nn.ModuleList = nn.ModuleList(LocalPart(spec) for _ in range(spec.layers))
         self.norm: nn.Module = make_norm(spec.norm, spec.hidden)
         self.head: nn.Linear = nn.Linear(spec.hidden, vocabulary, bias=False)
@@ -131,6 +128,10 @@ class LanguageModel(MixtureModel):
         """Whether each mixture can compute rows without those before them."""
         return len(self._remote()) == len(self.mixtures) and all(each.can_extend for each in self._remote())
 
+    def begin(self, avoided: frozenset[PeerID] = frozenset()) -> "SequenceState":
+        """Of a sequence of which nothing is computed yet. `avoided`: as in `HeldSequence`."""
+        return SequenceState([each for each in self.local if isinstance(each, LocalPart)], avoided)
+
     @torch.no_grad()
     def extend(
         self,
@@ -145,22 +146,20 @@ class LanguageModel(MixtureModel):
         """
         for state, its_neighbours in zip(states, neighbours, strict=bool(neighbours)):
             self._read(state, its_neighbours)
-        lengths_S = np.array([len(each) for each in tokens])
-        firsts_S = np.array([state.length for state in states])
-        segments = Segments.after(firsts_S, lengths_S)
+        segments = following(tokens, states)
         new_R = torch.tensor(
             [token for each in tokens for token in each], device=self.embedding.weight.device
         )
         x_RD = self.embedding(new_R)
         parts = [local for local in self.local if isinstance(local, LocalPart)]
         for layer, (local, mixture) in enumerate(zip(parts, self._remote(), strict=True)):
-            x_RD = local.extend(x_RD, segments, [state.caches[layer] for state in states])
+            x_RD = local.extend(x_RD, segments, caches_of(layer, states))
             if self.retrieval is not None:
                 x_RD = self.retrieval.extend(layer, x_RD, segments, [state.read for state in states])
             x_RD = mixture.extend(x_RD, segments, [state.routed[layer] for state in states])
         for state, each in zip(states, tokens, strict=True):
             state.length += len(each)
-        last_S = torch.from_numpy(lengths_S.cumsum() - 1)
+        last_S = torch.from_numpy(segments.lengths.cumsum() - 1)
         logits_SV: Tensor = self.head(self.norm(x_RD[last_S]))
         return logits_SV.float()
 
@@ -182,18 +181,28 @@ class LanguageModel(MixtureModel):
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, first:].flatten())
 
 
+def require_no_encoder(manifest: Manifest) -> None:
+    """Raises SettingsError: what asks can use only a model that goes on with a text."""
+    if manifest.model.encoder_layers:
+        raise SettingsError(
+            "this swarm's model is an encoder-decoder, which this command can't use: `talkoot train` and "
+            "`talkoot generate` can"
+        )
+
+
 def require_memory(
     manifest: Manifest,
     make_mixture: Callable[[int], nn.Module],
-    vocabulary: int,
+    tokens: int,
     copies: int,
     retrieval: RetrievalSpec | None = None,
 ) -> None:
     """Raises SettingsError when so many copies of the model's parameters don't fit into the free memory.
 
-    A manifest's author chooses the sizes of everybody's models. Allocates nothing.
+    A manifest's author chooses the sizes of everybody's models. Allocates nothing. `tokens`: those of the tokenizer.
     """
     spec = manifest.model
+    vocabulary = SpecialTokens(tokens).vocabulary if spec.encoder_layers else tokens
     with torch.device(
         "meta"
     ):  # without embedding and head: there normal_ imports torch's compiler, for a second
@@ -204,6 +213,9 @@ def require_memory(
         ]
         if retrieval is not None:
             modules.append(Retrieval(spec, retrieval))
+        # in place of the decoder's attention to its source, which has as many parameters
+        decoder = range(spec.encoder_layers, spec.layers) if spec.encoder_layers else ()
+        modules += [Attention(spec.hidden, spec.heads, spec.norm, spec.head_size) for _ in decoder]
     size = 4 * 2 * vocabulary * spec.hidden + sum(p.nbytes for module in modules for p in module.parameters())
     free = psutil.virtual_memory().available
     if copies * size > free:
@@ -220,47 +232,64 @@ class LocalPart(nn.Module):
     2101.03961, figure 2), and attention of its own comes before it.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, causal: bool = True) -> None:
         super().__init__()
         self.layers: nn.ModuleList = nn.ModuleList(
             TransformerLayer(
-                spec.hidden, spec.heads, spec.feed_forward, spec.norm, spec.activation, spec.head_size
+                spec.hidden,
+                spec.heads,
+                spec.feed_forward,
+                spec.norm,
+                spec.activation,
+                spec.head_size,
+                causal=causal,
             )
             for _ in range(spec.local_layers)
         )
         if spec.local == "attention":
-            self.layers.append(Attention(spec.hidden, spec.heads, spec.norm, spec.head_size))
+            attention = Attention(spec.hidden, spec.heads, spec.norm, spec.head_size, causal=causal)
+            self.layers.append(attention)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         sequences, length, _ = x_BTD.shape
-        lengths_B = torch.full((sequences,), length)
-        positions_R = torch.arange(length, device=x_BTD.device).repeat(sequences)
-        x_RD = x_BTD.flatten(0, 1)
-        for layer in self.layers:
-            x_RD = layer(x_RD, lengths_B, positions_R)
-        return x_RD.reshape(x_BTD.shape)
+        return self.packed(x_BTD.flatten(0, 1), Segments.whole(sequences, length)).reshape(x_BTD.shape)
+
+    def packed(self, x_RD: Tensor, segments: Segments) -> Tensor:
+        """Of whole sequences, of any lengths: [R, D] -> [R, D]."""
+        return self.extend(x_RD, segments, [[] for _ in self.layers])
 
     def extend(self, x_RD: Tensor, segments: Segments, caches: Sequence[Sequence[KeyValueCache]]) -> Tensor:
-        """Of the next rows of sequences [R, D]. `caches`: of each segment those of the layers, which take them."""
+        """Of the next rows of sequences [R, D]. `caches`: of each layer those of the segments, which take the rows."""
         lengths_S = torch.from_numpy(segments.lengths)
         positions_R = torch.from_numpy(segments.positions).to(x_RD.device)
-        for layer, its_caches in zip(self.layers, zip(*caches, strict=True), strict=True):
+        for layer, its_caches in zip(self.layers, caches, strict=True):
             x_RD = layer(x_RD, lengths_S, positions_R, its_caches)
         return x_RD
+
+
+def caches_of(layer: int, states: Sequence["SequenceState"]) -> list[tuple[KeyValueCache, ...]]:
+    """Of a local part: for each of its layers, that of each sequence."""
+    return list(zip(*(state.caches[layer] for state in states), strict=True))
+
+
+def following(tokens: Sequence[Sequence[int]], states: Sequence["SequenceState"]) -> Segments:
+    """Of the next `tokens` of sequences, by what is there of them."""
+    return Segments.after(np.array([state.length for state in states]), np.array(list(map(len, tokens))))
 
 
 class SequenceState:
     """What is kept of one sequence's rows, of each layer, to compute the next ones without them."""
 
-    def __init__(self, model: LanguageModel, avoided: frozenset[PeerID] = frozenset()) -> None:
-        """`avoided`: nodes that are asked only for experts that no other node has."""
+    def __init__(self, parts: Sequence[LocalPart], avoided: frozenset[PeerID]) -> None:
+        """`parts`: before each of the mixtures. `avoided`: nodes that are asked only for experts that no other has."""
         self.length = 0
         """Tokens."""
-        parts = [local for local in model.local if isinstance(local, LocalPart)]
         self.caches: list[list[KeyValueCache]] = [[KeyValueCache() for _ in local.layers] for local in parts]
-        self.routed = [RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in model.mixtures]
+        self.routed = [RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in parts]
         self.read: ReadChunks = {}
         """Neighbours of the last whole chunk, for a model that reads a memory."""
+        self.source: Sequence[Tensor] = ()
+        """Of a decoder: what its layers attend to, as its encoder has made it."""
 
     @property
     def is_answered(self) -> bool:

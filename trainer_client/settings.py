@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 Balance = Literal["bias", "loss", "both", "none"]
 Precision = Literal["fp32", "bf16"]
-Objective = Literal["causal", "rag-sequence", "rag-token"]
+Objective = Literal["causal", "span-corruption", "infilling", "permutation", "rag-sequence", "rag-token"]
 Marginal = Literal["sequence", "token"]
 """Over what RAG sums passages: whole answers, or each token of one."""
 
@@ -89,8 +89,8 @@ class TrainerSettings(RoleSettings):
     )
     objective: Objective = Field(
         default="causal",
-        description="causal: predict the next token; rag-sequence, rag-token: answer the questions in `data` from "
-        "passages of `memory`, summed over whole answers or over each token of one",
+        description="causal: predict the next token; rag-sequence, rag-token: answer the questions in `data` from a "
+        "`memory`; others: restore a text, with an encoder",
     )
     field: str = Field(default="text", description="which field of .jsonl and .parquet files is the text")
     validation_share: float = Field(

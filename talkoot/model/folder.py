@@ -39,7 +39,7 @@ from talkoot.partial import LOCK, PARTIAL, PartialFolder, naming_failures, open_
 from talkoot.train.local import run_at_once
 from trainer_client.averaging.dense_part import require_bounded
 from trainer_client.data.tokenizer import Tokenizer
-from trainer_client.model import LocalPart
+from trainer_client.model import LocalPart, require_no_encoder
 from trainer_client.moe import Experts, RemoteMixtureOfExperts
 from trainer_client.routers import Routing
 from trainer_client.settings import Balance, RouterName, Sampling
@@ -101,7 +101,8 @@ def _forms(prefix: str, module: nn.Module) -> dict[str, Form]:
 
 
 def dense_forms(manifest: Manifest, routing: FolderRouting, vocabulary: int) -> dict[str, Form]:
-    """The tensors of a `LanguageModel`, in its order. Allocates nothing."""
+    """The tensors of a `LanguageModel`, in its order. Allocates nothing. Raises SettingsError if it has an encoder."""
+    require_no_encoder(manifest)
     spec, how = manifest.model, routing.routing(manifest)
     table = ((vocabulary, spec.hidden), torch.float32)
     with torch.device("meta"):

@@ -100,7 +100,7 @@ def model_of_swarm(
         yield ServedModel(
             manifest.name,
             "swarm",
-            trained.model,
+            trained.language_model(),
             trained.tokenizer,
             manifest.experts_total,
             trained.client.dispatcher.live_experts,

@@ -34,7 +34,9 @@ from trainer_client.averaging.averager import Averaging
 from trainer_client.averaging.dense_part import SharedParameters
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import Dataset
+from trainer_client.data.pairs import PairDataset
 from trainer_client.data.questions import QuestionBatches
+from trainer_client.encoder_decoder import EncoderDecoder
 from trainer_client.memory.memories import Memory
 from trainer_client.model import LanguageModel, require_memory
 from trainer_client.retrieval.answering import PassageLookup, check_encoder, make_rag_model
@@ -159,11 +161,13 @@ class _Run:
             start.checkpoint.check_manifest(manifest)
         seed = client.own_seed if settings.seed is None else settings.seed
         spec = RetrievalSpec.of(settings, manifest.model)
-        dataset = None
-        if not settings.answers_questions:
-            context, share = manifest.model.context, settings.validation_share
-            dataset = Dataset(start.corpus.tokens, context, seed, share, token_bytes)
-        elif settings.memory is None:
+        if settings.answers_questions and manifest.model.encoder_layers:
+            raise SettingsError(
+                f"objective: {settings.objective} is for models without an encoder, and this swarm's has one: train it "
+                "by another, such as --objective span-corruption"
+            )
+        dataset = None if settings.answers_questions else _dataset(start, manifest, seed)
+        if dataset is None and settings.memory is None:
             raise SettingsError(
                 f"memory: with --objective {settings.objective} a model answers from a memory: pass --memory NAME"
             )
@@ -176,6 +180,10 @@ class _Run:
             if dataset is None:
                 self._training, encoder = self._learn_questions(start, seed)
                 meanings = [f"answers questions that it finds passages for by the encoder {encoder}"]
+            elif isinstance(dataset, PairDataset):
+                make_model = partial(EncoderDecoder, manifest, client.mixture, len(token_bytes))
+                self._training = Training(make_model(), dataset, settings, make_model)
+                meanings = [f"objective {settings.objective}"]
             else:
                 self._training = self._learn_text(start, dataset, spec)
                 meanings = [] if spec is None else [spec.meaning]
@@ -296,6 +304,18 @@ class _Run:
         logger.warning("no expert answers: training pauses until one does, at most %.0f s", limit_s)
         client.wait_for_experts(limit_s, lambda text: None, share=1 / client.manifest.experts_total)
         logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
+
+
+def _dataset(start: RunStart, manifest: Manifest, seed: int) -> Dataset | PairDataset:
+    settings, tokens, token_bytes = start.settings, start.corpus.tokens, start.tokenizer.token_bytes
+    context, share = manifest.model.context, settings.validation_share
+    if manifest.model.encoder_layers:
+        return PairDataset(tokens, context, settings.objective, token_bytes, seed, share)
+    if settings.objective != "causal":
+        raise SettingsError(
+            f"objective: {settings.objective} is for models with an encoder, and this swarm's has none: leave it out"
+        )
+    return Dataset(tokens, context, seed, share, token_bytes)
 
 
 def _begin_averaging(

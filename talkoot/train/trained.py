@@ -29,9 +29,11 @@ from talkoot.train.recompute import BlockLoader
 from talkoot.train.session import once, trainer_state
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
+from trainer_client.data.pairs import marked
 from trainer_client.data.sources import as_text, find_texts
 from trainer_client.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from trainer_client.dispatch.batches import ExpertCaller
+from trainer_client.encoder_decoder import EncoderDecoder, make_model
 from trainer_client.inference import (
     Evaluation,
     check_length,
@@ -40,7 +42,7 @@ from trainer_client.inference import (
     evaluate,
     generate,
 )
-from trainer_client.model import LanguageModel, require_memory
+from trainer_client.model import LanguageModel, require_memory, require_no_encoder
 from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.retrieval.lookup import Find, NeighbourLookup, Neighbours
 from trainer_client.settings import Sampling, TrainerSettings
@@ -58,7 +60,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 class TrainedModel:
     """Usable until the block that opened it ends."""
 
-    model: LanguageModel
+    model: LanguageModel | EncoderDecoder
     tokenizer: Tokenizer
     client: SwarmClient
     settings: TrainerSettings
@@ -68,6 +70,12 @@ class TrainedModel:
     """For temporary files. Deleted with the model."""
     lookup: NeighbourLookup | None = None
     """Of the passages that the model reads; None: it reads none, or its memory is not there."""
+
+    def language_model(self) -> LanguageModel:
+        """Raises SettingsError if the model is an encoder-decoder."""
+        require_no_encoder(self.client.manifest)
+        assert isinstance(self.model, LanguageModel)
+        return self.model
 
     @property
     def find(self) -> Find | None:
@@ -159,7 +167,7 @@ def trained_model(
 
     with joined_run(terminal, signals, join, settings, prepared, through) as run:
         client, tokenizer, settings, spec = run.client, run.tokenizer, run.settings, run.retrieval
-        model = LanguageModel(client.manifest, client.mixture, len(tokenizer.token_bytes), spec)
+        model = make_model(client.manifest, client.mixture, len(tokenizer.token_bytes), spec)
         run.checkpoint.load_into(model)
         lookup = None if spec is None else _open_memory(terminal, client, settings, tokenizer, spec)
         step = run.checkpoint.header.step
@@ -201,6 +209,7 @@ def run_evaluate(
             check_length(read[name], 1, name)
 
     with trained_model(terminal, signals, join, settings, read_texts) as trained:
+        trained.language_model()
         for name, tokens in read.items():  # again: a swarm may route by a prefix, which no checkpoint tells
             check_length(tokens, trained.model.first_scored, name)
         found = _evaluate(terminal, trained, read)
@@ -231,7 +240,9 @@ def _evaluate(
         for name, tokens in texts.items():
             token_bytes, batch_size = trained.tokenizer.token_bytes, trained.settings.batch_size
             neighbours = None if trained.lookup is None else trained.lookup.learned
-            found[name] = evaluate(trained.model, tokens, token_bytes, batch_size, observe, neighbours)
+            found[name] = evaluate(
+                trained.language_model(), tokens, token_bytes, batch_size, observe, neighbours
+            )
             done_before += found[name].tokens
     return found
 
@@ -325,7 +336,13 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Pas
         read.update((passage, None) for each in neighbours for passage in each.passages)
         return neighbours
 
-    tokens = trained.tokenizer.encode(prompt or "\n").tolist()
+    token_bytes = trained.tokenizer.token_bytes
+    if isinstance(trained.model, EncoderDecoder):
+        special = trained.model.special
+        tokens = special.encode(marked(prompt or "\n", trained.settings.objective), trained.tokenizer)
+        token_bytes = special.written(token_bytes)
+    else:
+        tokens = trained.tokenizer.encode(prompt or "\n").tolist()
     context = trained.model.context
     if len(tokens) > context:
         logger.warning(
@@ -336,7 +353,7 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Pas
         )
     usable = trained.client.has_experts
     following = generate(trained.model, tokens, sampling, usable, None if find is None else found)
-    return decoded(following, trained.tokenizer.token_bytes)
+    return decoded(following, token_bytes)
 
 
 def _read_prompt() -> str:

@@ -486,7 +486,7 @@ def make_manifest(
     kind: str = "transformer",
     prefix: int = 0,
     width: int | None = None,
-    **model: int | str,
+    **model: Any,
 ) -> Manifest:
     small = {"layers": 1, "hidden": 8, "heads": 2, "context": 16, "local_layers": 1, "feed_forward": 16}
     return Manifest(

@@ -37,8 +37,10 @@ def draw_spans(
     rng: np.random.Generator,
     density: float = DENSITY_T5,
     mean: float = MEAN_SPAN_T5,
+    most: int | None = None,
 ) -> list[Span]:
-    """Spans for `corrupt_spans`: `density` of the tokens, in spans of `mean` tokens on average.
+    """Spans for `corrupt_spans`: `density` of the tokens, in spans of `mean` tokens on average, or of more if there
+    would be more than `most`.
 
     Raffel et al. 2020 (arXiv 1910.10683), section 3.3.4. Spans are never empty and never touch. They lie anywhere; T5's
     own code always corrupts the last token. A text of less than two tokens has none.
@@ -46,7 +48,7 @@ def draw_spans(
     if length < 2:
         return []
     corrupted = min(max(1, round(length * density)), length - 1)
-    count = min(max(1, round(corrupted / mean)), corrupted, length - corrupted + 1)
+    count = min(max(1, round(corrupted / mean)), corrupted, length - corrupted + 1, most or length)
     cuts = np.sort(rng.choice(corrupted - 1, count - 1, replace=False)) + 1 if count > 1 else ()
     lengths = np.diff([0, *cuts, corrupted]).tolist()
     return _placed(lengths, length - corrupted, rng)

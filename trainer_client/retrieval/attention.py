@@ -60,6 +60,10 @@ class RetrievalSpec:
         """
         if settings.memory is None or settings.answers_questions:
             return None
+        if model.encoder_layers:
+            raise SettingsError(
+                "memory: an encoder-decoder can't read one while it writes: leave --memory out"
+            )
         if settings.memory_chunk >= model.context:
             raise SettingsError(
                 f"memory_chunk: {settings.memory_chunk} tokens, and this swarm's models see {model.context}: pass a "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dht.manifest import Manifest, ModelSpec
 from talkoot.train.local import LocalSwarm
-from trainer_client.model import LanguageModel, SequenceState
+from trainer_client.model import LanguageModel
 from trainer_client.retrieval.attention import NOTHING, ChunkedCrossAttention, RetrievalSpec
 from trainer_client.settings import TrainerSettings
 
@@ -163,7 +163,7 @@ def test_sequences_that_grow_read_what_whole_ones_do(seed: int, growths: list[li
     model = awakened(LanguageModel(manifest, swarm.mixture, retrieval=spec)).eval()
     most = manifest.model.context
     texts = [torch.randint(256, (min(sum(growth), most),)) for growth in growths]
-    states = [SequenceState(model) for _ in texts]
+    states = [model.begin() for _ in texts]
     for step in range(max(map(len, growths))):
         some = [n for n, growth in enumerate(growths) if step < len(growth)]
         some = [n for n in some if states[n].length < len(texts[n])]
