@@ -290,7 +290,7 @@ def test_experts_lost_while_text_comes_end_it_in_time(
                 founder.pause()
             return super().extend(tokens, states)
 
-    monkeypatch.setattr("talkoot.train.trained.LanguageModel", Losing)
+    monkeypatch.setattr("trainer_client.encoder_decoder.LanguageModel", Losing)
     short = ("--wait-for-experts", 0.5, "--max-tokens", 10_000)
     try:
         ended = talkoot("generate", "--join", founder.invite, "--state", trained, "--prompt", "In", *short)
