@@ -70,7 +70,9 @@ class SwarmNews:
         listed, about = await self._registry.some_trainer_ids(_MOST_READ)
         some = some_of(listed, _MOST_READ)
         read = await self._registry.trainers(some)
-        self.training = self.training.after(about - len(some) + len(read), read.values())
+        # anybody can list trainers that don't exist
+        live = round(about * len(read) / max(1, len(some)))
+        self.training = self.training.after(live, read.values())
         self._trainers_at = now
 
     async def _note_gone(self) -> None:

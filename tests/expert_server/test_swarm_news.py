@@ -33,7 +33,7 @@ class Records:
         return frozenset(self.training), len(self.training)
 
     async def trainers(self, peers: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
-        return {p: self.training[p] for p in peers}
+        return {p: self.training[p] for p in peers if p in self.training}
 
 
 def news_of(records: Records, seen: dict[UID, tuple[Replica, ...]], users: int) -> SwarmNews:
@@ -113,6 +113,16 @@ def test_of_many_trainers_some_are_read_and_all_counted() -> None:
     news = news_of(records, {}, 0)
     asyncio.run(news.look())
     assert (news.training.trainers, read) == (100, [8])
+
+
+def test_listed_trainers_that_do_not_exist_are_not_counted() -> None:
+    class Filled(Records):
+        async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
+            return frozenset(map(peer, range(2000))), 13_000_000
+
+    news = news_of(Filled(), {}, 0)
+    asyncio.run(news.look())
+    assert news.training.trainers == 0
 
 
 def test_trainers_are_looked_up_now_and_then_and_again_after_a_look_that_failed() -> None:
