@@ -153,7 +153,6 @@ class Decoder:
 
     def _extend(self, sequences: Sequence[Decoding]) -> None:
         """Computes what is new in each."""
-        self._encode(sequences)
         states = [each._state or self._begin(each) for each in sequences]
         for each in sequences:
             each._state = None  # a computation that fails leaves a state that is of no use
@@ -197,17 +196,13 @@ class Decoder:
         logits_STV: Tensor = model(tokens_ST, torch.stack(read)) if read else model(tokens_ST)
         return logits_STV[:, -1].float()
 
-    def _encode(self, sequences: Sequence[Decoding]) -> None:
-        """What the encoder makes of sources that it has not read yet."""
-        if isinstance(self._model, EncoderDecoder):
-            for each in sequences:
-                if each._encoded is None:
-                    (each._encoded,) = self._model.encode([each.source or ()])
-
     def _begin(self, sequence: Decoding) -> SequenceState:
-        state = self._model.begin(sequence.avoided)
-        state.source = sequence._encoded or ()
-        return state
+        """An encoder reads its source once."""
+        if not isinstance(self._model, EncoderDecoder):
+            return self._model.begin(sequence.avoided)
+        if sequence._encoded is None:
+            (sequence._encoded,) = self._model.encode([sequence.source or ()])
+        return self._model.begin(sequence._encoded, sequence.avoided)
 
     def _read(self, sequences: Sequence[Decoding], lengths: Sequence[int]) -> list[Tensor]:
         """Neighbours of the chunks of each that end after so many tokens, [U, N, L]. None at all if it reads none."""

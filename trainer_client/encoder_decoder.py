@@ -137,11 +137,9 @@ class EncoderDecoder(MixtureModel):
         mixtures = self.mixtures[self.encoder_layers :]
         return all(isinstance(each, RemoteMixtureOfExperts) and each.can_extend for each in mixtures)
 
-    def begin(self, avoided: frozenset[PeerID] = frozenset()) -> SequenceState:
-        """Of a target of which nothing is computed yet. Its `source` is still to be set. `avoided`: see
-        `HeldSequence`.
-        """
-        return SequenceState(self._parts[self.encoder_layers :], avoided)
+    def begin(self, source: EncodedSource, avoided: frozenset[PeerID] = frozenset()) -> SequenceState:
+        """Of a target of which nothing is computed yet. `avoided`: as in `HeldSequence`."""
+        return SequenceState(self._parts[self.encoder_layers :], avoided, source)
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[Tokens], states: Sequence[SequenceState]) -> Tensor:

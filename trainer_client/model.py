@@ -280,16 +280,19 @@ def following(tokens: Sequence[Sequence[int]], states: Sequence["SequenceState"]
 class SequenceState:
     """What is kept of one sequence's rows, of each layer, to compute the next ones without them."""
 
-    def __init__(self, parts: Sequence[LocalPart], avoided: frozenset[PeerID]) -> None:
-        """`parts`: before each of the mixtures. `avoided`: nodes that are asked only for experts that no other has."""
+    def __init__(
+        self, parts: Sequence[LocalPart], avoided: frozenset[PeerID], source: Sequence[Tensor] = ()
+    ) -> None:
+        """`parts`: before each of the mixtures. `avoided`: nodes that are asked only for experts that no other has.
+        `source`: what each of a decoder's layers attends to, as its encoder has made it.
+        """
         self.length = 0
         """Tokens."""
         self.caches: list[list[KeyValueCache]] = [[KeyValueCache() for _ in local.layers] for local in parts]
         self.routed = [RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in parts]
         self.read: ReadChunks = {}
         """Neighbours of the last whole chunk, for a model that reads a memory."""
-        self.source: Sequence[Tensor] = ()
-        """Of a decoder: what its layers attend to, as its encoder has made it."""
+        self.source: Sequence[Tensor] = source
 
     @property
     def is_answered(self) -> bool:
