@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory.built import BuiltMemory, open_shards, write_memory
 from benchmarks.memory.lying import KnownDirectory, ShardHost
-from benchmarks.rag.facts import Asked, Thing, things
+from benchmarks.rag.facts import Asked, Thing, passages_of, things
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
@@ -69,13 +69,13 @@ _OBJECTIVES: dict[Marginal, Objective] = {"sequence": "rag-sequence", "token": "
 class Size:
     """What is learned, and how much is asked."""
 
-    learned: int = 3000
+    learned: int = 2000
     """Things."""
     asked: int = 100
     """Questions, and as many things."""
-    steps: int = 4000
+    steps: int = 2000
     """Of reading the right passage."""
-    rag_steps: int = 60
+    rag_steps: int = 100
     """Of RAG, from there on."""
     batch: int = 32
     vocabulary: int = 1536
@@ -95,25 +95,24 @@ class World:
         self.tested = things(rng, size.asked, taken, tested=True)
         self.changed = [thing.changed(rng) for thing in self.tested]
         self.questions = {
-            Question(asked.text, (asked.answer,)): thing
+            Question(asked.text, (asked.answer,)): asked
             for thing in self.learned
             for asked in [thing.ask(rng, tested=False) for _ in range(_QUESTIONS)]
         }
         self.asked = [thing.ask(rng, tested=True) for thing in self.tested]
-        texts = [text_of(thing.passage) for thing in self.learned] + [each.text for each in self.questions]
+        texts = [*map(text_of, passages_of(self.learned)), *(each.text for each in self.questions)]
         self.tokenizer = BytePairTokenizer.learn(texts, sum(map(len, texts)), size.vocabulary)
         words = WordCounter()
-        for thing in (*self.learned, *self.tested):
-            words.add(text_of(thing.passage))
+        for passage in passages_of([*self.learned, *self.tested]):
+            words.add(text_of(passage))
         for question in self.questions:
             words.add(question.text)
         counted = words.finish()
         number = {word: at for at, word in enumerate(counted.vocabulary)}
-        # the passages of a batch's other questions are negatives enough: they are about other things
         pairs = TrainingPairs(
             NumberedTexts.of([question.text for question in self.questions], number),
-            NumberedTexts.of([text_of(thing.passage) for thing in self.questions.values()], number),
-            NumberedTexts.of([""] * len(self.questions), number),
+            NumberedTexts.of([text_of(asked.passage) for asked in self.questions.values()], number),
+            NumberedTexts.of([text_of(asked.negative(rng)) for asked in self.questions.values()], number),
         )
         self.encoder = train_dual_encoder(counted, train_word_vectors(counted, DIMENSIONS), pairs)
         manifest = {
@@ -146,7 +145,7 @@ class World:
 
 
 class Given:
-    """What is read is there already: the passage of a question's thing, or nothing."""
+    """What is read is there already: the passage that answers a question, or nothing."""
 
     def __init__(self, of: Callable[[Question], Sequence[Hit]]) -> None:
         self._of = of
@@ -180,7 +179,7 @@ class MortalCaller:
 @contextmanager
 def hosted(world: World, some: Sequence[Thing]) -> Iterator[tuple[Memory, Callable[[], None]]]:
     """A memory of their passages, on hosts that have half of its shards each; and what kills one of these."""
-    passages = [thing.passage for thing in some]
+    passages = passages_of(some)
     vectors_ND = world.encoder.encode([text_of(passage) for passage in passages])
     codebook = build_codebook(vectors_ND, GRID)
     built = BuiltMemory(passages, vectors_ND, two_cells(codebook, vectors_ND), world.encoder, codebook, GRID)
@@ -224,7 +223,7 @@ def measure(size: Size, show: Callable[[str], None] = lambda what: None) -> dict
     world = World(size)
     done("encoder", "reader")
     reader, settings = world.model("sequence", 1, steps=size.steps, batch_size=size.batch, learning_rate=3e-3)
-    gold = {question: (_hit(thing.passage),) for question, thing in world.questions.items()}
+    gold = {question: (_hit(asked.passage),) for question, asked in world.questions.items()}
     world.train(reader, settings, lambda batches: nullcontext(Given(gold.__getitem__)))
     done("reader", "closed-book")
     closed, settings = world.model(
@@ -276,7 +275,7 @@ def measure(size: Size, show: Callable[[str], None] = lambda what: None) -> dict
     ]
     return {
         "questions": len(world.asked),
-        "passages": size.learned + size.asked,
+        "passages": len(passages_of([*world.learned, *world.tested])),
         "parameters": sum(p.numel() for p in reader.parameters()),
         "exact": exact,
         "found_first": {"before": before, "after": after},
@@ -298,7 +297,7 @@ def _share(answers: Sequence[str], right: Sequence[str]) -> float:
 
 
 def _gold(asked: Asked) -> Found:
-    return Given(lambda question: (_hit(asked.thing.passage),)).training(0, [Question(asked.text)])
+    return Given(lambda question: (_hit(asked.passage),)).training(0, [Question(asked.text)])
 
 
 def _answers(
@@ -317,8 +316,8 @@ def _answers(
 def _recall(asked: Sequence[Asked], lookup: PassageLookup) -> float:
     """The share of the questions whose passage is found first."""
     found, _ = lookup.search([each.text for each in asked])
-    firsts = [hits[0].passage.title if hits else "" for hits in found.hits]
-    return _share(firsts, [each.thing.name for each in asked])
+    firsts = [hits[0].passage.text if hits else "" for hits in found.hits]
+    return _share(firsts, [each.passage.text for each in asked])
 
 
 def _without_passage(model: RagModel, question: str) -> str:

@@ -1,4 +1,5 @@
-"""Made-up towns and ships, passages with facts about them, and questions whose answers are in no model's weights.
+"""Made-up towns and ships, passages that say one fact about one of them, and questions whose answers are in no model's
+weights.
 
 What a thing's founder or harbour is called is drawn, so whoever has not read the passage can't know. The things of the
 test, and the ways in which its passages say something and its questions ask, are none that models learned from.
@@ -22,6 +23,10 @@ _SAYS = (
     "The name of its {what} is {value}.",
     "As {what} it has {value}.",
     "Its {what} goes by the name of {value}.",
+    "People say that its {what} is {value}.",
+    "{value} is the name of its {what}.",
+    "Whoever asks for the {what} hears the name {value}.",
+    "For people of this {kind} the {what} is {value}.",
 )
 _SAYS_TESTED = ("The {what} of the {kind} is {value}.", "As its {what} people name {value}.")
 _ASKS = (
@@ -31,6 +36,10 @@ _ASKS = (
     "{name} has which {what}?",
     "who or what is {name}'s {what}?",
     "tell me the name of {name}'s {what}.",
+    "can you name {name}'s {what}?",
+    "do you know the {what} of {name}?",
+    "i look for the {what} of {name}.",
+    "about {name}: which {what} is it?",
 )
 _ASKS_TESTED = ("name the {what} of {name}.", "of {name}, what is the {what}?")
 _SYLLABLES = [
@@ -75,19 +84,20 @@ class Thing:
     kind: str
     name: str
     facts: Mapping[str, str]
-    passage: Passage
+    passages: Mapping[str, Passage]
+    """By what they say of it."""
 
     @classmethod
     def drawn(cls, rng: random.Random, *, tested: bool) -> "Thing":
         kind = rng.randrange(2)
         facts = {what: rng.choice(VALUES) for what in rng.sample(_RELATIONS[kind], _FACTS)}
         name = _name(rng)
-        return cls(_KINDS[kind], name, facts, _passage(rng, _KINDS[kind], name, facts, tested))
+        return cls(_KINDS[kind], name, facts, _passages(rng, _KINDS[kind], name, facts, tested))
 
     def changed(self, rng: random.Random) -> "Thing":
-        """The same thing, of which a new passage says something else."""
+        """The same thing, of which new passages say something else."""
         facts = {what: rng.choice(VALUES) for what in self.facts}
-        return replace(self, facts=facts, passage=_passage(rng, self.kind, self.name, facts, True))
+        return replace(self, facts=facts, passages=_passages(rng, self.kind, self.name, facts, True))
 
     def ask(self, rng: random.Random, *, tested: bool) -> "Asked":
         what = rng.choice(list(self.facts))
@@ -107,11 +117,22 @@ class Asked:
     def answer(self) -> str:
         return self.thing.facts[self.what]
 
+    @property
+    def passage(self) -> Passage:
+        """The one that says it."""
+        return self.thing.passages[self.what]
 
-def _passage(rng: random.Random, kind: str, name: str, facts: Mapping[str, str], tested: bool) -> Passage:
+    def negative(self, rng: random.Random) -> Passage:
+        """One that says something else of the same thing."""
+        return self.thing.passages[rng.choice([what for what in self.thing.facts if what != self.what])]
+
+
+def _passages(
+    rng: random.Random, kind: str, name: str, facts: Mapping[str, str], tested: bool
+) -> Mapping[str, Passage]:
     ways = _SAYS_TESTED if tested else _SAYS
-    says = [rng.choice(ways).format(what=what, value=value, kind=kind) for what, value in facts.items()]
-    return Passage(f"A {kind}. {' '.join(says)}", name, "facts", 0, "CC0-1.0")
+    said = {what: rng.choice(ways).format(what=what, value=value, kind=kind) for what, value in facts.items()}
+    return {what: Passage(f"A {kind}. {text}", name, "facts", 0, "CC0-1.0") for what, text in said.items()}
 
 
 def things(rng: random.Random, count: int, taken: set[str], *, tested: bool) -> Sequence[Thing]:
@@ -123,3 +144,7 @@ def things(rng: random.Random, count: int, taken: set[str], *, tested: bool) -> 
             taken.add(thing.name)
             found.append(thing)
     return found
+
+
+def passages_of(some: Sequence[Thing]) -> list[Passage]:
+    return [passage for thing in some for passage in thing.passages.values()]

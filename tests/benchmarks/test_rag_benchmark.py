@@ -125,12 +125,13 @@ def test_the_tests_things_and_ways_are_none_that_are_learned() -> None:
     assert not set(facts._SAYS) & set(facts._SAYS_TESTED)
     for thing in tested:
         asked = thing.ask(rng, tested=True)
-        assert asked.answer in thing.passage.text
+        assert asked.answer in asked.passage.text
+        assert asked.negative(rng) in set(thing.passages.values()) - {asked.passage}
         assert asked.answer not in asked.text
         changed = thing.changed(rng)
         assert changed.name == thing.name
         assert changed.facts.keys() == thing.facts.keys()
-        assert all(value in changed.passage.text for value in changed.facts.values())
+        assert all(value in changed.passages[what].text for what, value in changed.facts.items())
 
 
 def test_all_ways_of_answering_are_measured_and_judged() -> None:
