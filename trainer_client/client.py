@@ -59,6 +59,8 @@ T = TypeVar("T")
 
 _RETRY_S = 0.5
 """Between two looks for live experts, while waiting for them."""
+_MOST_WAITS = 8
+"""In a row, for experts that are announced again and then don't answer."""
 _CHECK_EVERY_S = 10.0
 """Between two checks that this trainer still knows other peers of its swarm, and who is admitted."""
 _MAX_TUNNEL_RELAYS = 4
@@ -122,6 +124,8 @@ class SwarmClient:
         self._settings = settings
         self._stage = stage
         self._is_own_loop = is_own_loop
+        self._waits = 0
+        """In a row, of `has_experts`."""
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._exits = contextlib.AsyncExitStack()
@@ -239,10 +243,19 @@ class SwarmClient:
     def has_experts(self, limit_s: float | None = None) -> bool:
         """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
 
-        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError when none comes in time.
+        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError when none comes in time, or when
+        those that came never answered.
         """
         if self.dispatcher.live_experts():
+            self._waits = 0
             return True
+        if self._waits == _MOST_WAITS:
+            self._waits = 0
+            raise SwarmError(
+                f"experts are announced, but {_MOST_WAITS} times in a row none of them answered: "
+                "`talkoot status` shows who announces them; wait for other nodes, or host the experts yourself"
+            )
+        self._waits += 1
         limit_s = self.settings.wait_for_experts_s if limit_s is None else limit_s
         logger.warning("no expert answers: waiting until one does, at most %.0f s", limit_s)
         self.wait_for_experts(limit_s, lambda text: None, share=1 / self.manifest.experts_total)

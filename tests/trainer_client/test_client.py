@@ -1,0 +1,41 @@
+"""What a trainer does when nobody answers."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from peer.errors import SwarmError
+from trainer_client import client
+from trainer_client.client import SwarmClient
+
+
+def make_client(live: list[int]) -> tuple[SwarmClient, list[float]]:
+    """A client that sees these numbers of live experts, one look after the other; and its waits."""
+    waits: list[float] = []
+    made: Any = SimpleNamespace(
+        dispatcher=SimpleNamespace(live_experts=lambda: live.pop(0)),
+        manifest=SimpleNamespace(experts_total=4),
+        settings=SimpleNamespace(wait_for_experts_s=60.0),
+        wait_for_experts=lambda limit_s, report, share: waits.append(limit_s),
+        _waits=0,
+    )
+    return cast(SwarmClient, made), waits
+
+
+def test_experts_that_are_announced_and_never_answer_are_not_waited_for_without_end() -> None:
+    made, waits = make_client([0] * 100)
+    for _ in range(client._MOST_WAITS):
+        assert not SwarmClient.has_experts(made)
+    with pytest.raises(SwarmError, match="8 times in a row none of them answered"):
+        SwarmClient.has_experts(made)
+    assert waits == [60.0] * client._MOST_WAITS
+    assert not SwarmClient.has_experts(made, 5.0)  # who asks again may wait again
+    assert waits[-1] == 5.0
+
+
+def test_an_answer_ends_the_row() -> None:
+    seen = [0, 0, 0, 3] * client._MOST_WAITS
+    made, waits = make_client(list(seen))
+    assert [SwarmClient.has_experts(made) for _ in seen] == [bool(live) for live in seen]
+    assert len(waits) == 3 * client._MOST_WAITS
