@@ -338,9 +338,8 @@ class SpotChecks:
         try:
             async with asyncio.timeout(_DEADLINE_S):
                 loaded = await self._load_all(sample)
-                self._fetching = {
-                    t: node for t, node in self._fetching.items() if t is not asyncio.current_task()
-                }
+                if (task := asyncio.current_task()) is not None:
+                    self._fetching.pop(task, None)
                 experts = {uid: expert for uid, (expert, _) in zip(sample.versions, loaded, strict=True)}
                 # one device has them all, or each is as precise as it says
                 precision = max((precision for _, precision in loaded), key=SLACK.__getitem__)

@@ -8,9 +8,7 @@ Shapes: B questions, K passages for each, L tokens of an answer, D numbers in a 
 answers.
 """
 
-import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -42,8 +40,6 @@ from trainer_client.retrieval.rag import (
 )
 from trainer_client.settings import Marginal, TrainerSettings
 
-logger: logging.Logger = logging.getLogger(__name__)
-
 BEAM = 4
 LONGEST_ANSWER = 64
 """Tokens."""
@@ -52,7 +48,6 @@ _SHARPNESS = 12.0
 """Of the first softmax over passages, whose scores are cosines."""
 _SHOWN = 3
 """Answers."""
-_WARN_EVERY_S = 60.0
 
 
 class AskedMemory(Protocol):
@@ -135,7 +130,10 @@ class DecoderGenerator(nn.Module):
         self.end = end
 
     def log_likelihood(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
-        """As `Generator` says."""
+        """log p(y_i|x,z,y_<i) of each target's tokens, its end among them: float32 [N, L], and 0 behind shorter ones.
+
+        Of N sources, which are a passage z and a question x. Gradients go through.
+        """
         longest = max(len(s) + len(t) for s, t in zip(sources, targets, strict=True))
         tokens_NT = torch.full((len(sources), longest), self.end)
         rows, places, wanted, columns = list[int](), list[int](), list[int](), list[int]()
@@ -289,7 +287,6 @@ class PassageLookup:
     def __init__(self, memory: AskedMemory, questions: QueryEncoder, passages: int) -> None:
         self.counts: RetrievalCounts = RetrievalCounts()
         self._memory, self._questions, self._passages = memory, questions, passages
-        self._warned_at = -_WARN_EVERY_S
 
     def search(self, texts: Sequence[str]) -> tuple[Found, list[SearchResult]]:
         """Raises UserError if the question is too long, or the DHT does not answer."""
@@ -303,10 +300,7 @@ class PassageLookup:
         try:
             parts = [self.search(texts[at : at + MAX_QUERIES])[0] for at in range(0, len(texts), MAX_QUERIES)]
         except TalkootError as error:
-            self.counts.add(failed=1)
-            if time.monotonic() - self._warned_at > _WARN_EVERY_S:
-                self._warned_at = time.monotonic()
-                logger.warning("the model learns without the memory %s: %s", self._memory.id, error)
+            self.counts.note_failed(self._memory.id, error)
             parts = [self.nothing(questions)]
         found = Found(torch.cat([part.vectors_BD for part in parts]), list(chain(*(p.hits for p in parts))))
         self.counts.add(without=sum(not hits for hits in found.hits))

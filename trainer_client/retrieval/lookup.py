@@ -62,6 +62,16 @@ class RetrievalCounts:
     waited_s: float = 0.0
     """That training waited for neighbours."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _warned_at: float = field(default=-_WARN_EVERY_S, repr=False)
+
+    def note_failed(self, memory: MemoryID, error: TalkootError) -> None:
+        """Of a look-up without which the model goes on. Says so now and then."""
+        self.add(failed=1)
+        with self._lock:
+            if time.monotonic() - self._warned_at < _WARN_EVERY_S:
+                return
+            self._warned_at = time.monotonic()
+        logger.warning("the model goes on without the memory %s: %s", memory, error)
 
     def add(self, **counts: float) -> None:
         with self._lock:
@@ -114,7 +124,6 @@ class NeighbourLookup:
         self._cache = cache
         self._tokens = BoundedDict[str, Tensor](_KEPT)
         self._words = BoundedDict[str, list[str]](_KEPT)
-        self._warned_at = -_WARN_EVERY_S
         self._lock = threading.Lock()
 
     def written(self, chunks: Sequence[Sequence[int]]) -> list[Neighbours]:
@@ -159,8 +168,7 @@ class NeighbourLookup:
         try:
             results = self._memory.search(texts, self.spec.neighbours + _SPARE, _CELLS, by_words=False)
         except TalkootError as error:  # the memory's hosts are not there: the model goes on without
-            self.counts.add(failed=1)
-            self._warn(error)
+            self.counts.note_failed(self._memory.id, error)
             return {}
         found = {
             text: [hit.passage for hit in result.hits] for text, result in zip(texts, results, strict=True)
@@ -172,13 +180,6 @@ class NeighbourLookup:
             }
             self._cache.put(str(self._memory.id), revision, whole)
         return found
-
-    def _warn(self, error: TalkootError) -> None:
-        with self._lock:
-            if time.monotonic() - self._warned_at < _WARN_EVERY_S:
-                return
-            self._warned_at = time.monotonic()
-        logger.warning("the model goes on without the memory %s: %s", self._memory.id, error)
 
     def _neighbours(self, passages: Sequence[Passage]) -> Neighbours:
         tokens_NL = self.spec.nothing()

@@ -9,7 +9,7 @@ Shapes: B questions, K passages found for each, L tokens of an answer, V words o
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,19 +17,6 @@ from torch import Tensor
 Tokens: TypeAlias = tuple[int, ...]
 NextTokens: TypeAlias = Callable[[Sequence[Tokens]], Tensor]
 """The log probabilities of the token after each prefix, [N, V]; for RAG-Token with each passage, [N, K, V]."""
-
-
-class Generator(Protocol):
-    """Says what follows a source, which is a passage and a question."""
-
-    end: int
-    """The token that ends an answer."""
-
-    def log_likelihood(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
-        """log p(y_i|x,y_<i) of each target's tokens, its end among them: float32 [N, L], and 0 behind shorter ones.
-
-        Gradients go through.
-        """
 
 
 @dataclass(frozen=True)
