@@ -7,8 +7,10 @@ honest hosts answer, and a passage is believed only if it is in the memory with 
 import asyncio
 import math
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +28,10 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
+from peer.loop import LoopThread
 from peer.wire import memory_pb2
-from trainer_client.memory.calls import HostCalls, Method
+from trainer_client.memory.calls import HostCalls, MemoryCaller, Method
+from trainer_client.memory.memories import Memory
 from trainer_client.memory.retriever import Located, Retriever, SearchResult, Turn
 
 HOSTS, REPLICAS = 8, 2
@@ -92,6 +96,10 @@ class ShardHost:
             if (shard := self.shards.get(asked.root)) is not None:
                 passages += [entry.message(number) for entry in shard.read(asked.positions)]
         return memory_pb2.ReadReply(passages=passages)
+
+    async def answer(self, method: Method, request: Any) -> Any:
+        """The reply to a call."""
+        return await (self.search if method == "Search" else self.read)(request)
 
     def _best(self, found: list[Candidate], k: int) -> list[Candidate]:
         return sorted(found, key=lambda each: -each.score)[:k]
@@ -224,6 +232,21 @@ class KnownDirectory:
         """Nothing changes."""
 
 
+@contextmanager
+def opened(
+    directory: KnownDirectory, caller: MemoryCaller, loop: LoopThread, limit_s: float
+) -> Iterator[Memory]:
+    """Its memory, as a trainer searches it in wall-clock time. `limit_s`: for a search."""
+
+    async def make() -> Retriever:
+        calls = HostCalls(caller, str(directory.memory), rng=random.Random(0))
+        return Retriever(directory, calls, "benchmark", rng=random.Random(0))
+
+    retriever = loop.run(make())
+    yield Memory(retriever, partial(loop.run, timeout_s=limit_s))
+    loop.run(retriever.close())
+
+
 class SlowCaller:
     """Calls that take a round trip, in simulated time."""
 
@@ -231,12 +254,10 @@ class SlowCaller:
         self._hosts = {host.peer_id: host for host in hosts}
 
     async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
-        host = self._hosts[node.peer_id]
-        answer = host.search if method == "Search" else host.read
         try:
             async with asyncio.timeout(deadline_s):
                 await asyncio.sleep(RTT_S)
-                return await answer(request)
+                return await self._hosts[node.peer_id].answer(method, request)
         except TimeoutError:
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
 

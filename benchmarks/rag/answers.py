@@ -20,7 +20,7 @@ from grpc import StatusCode
 from torch import Tensor, nn
 
 from benchmarks.memory.built import BuiltMemory, open_shards, write_memory
-from benchmarks.memory.lying import KnownDirectory, ShardHost
+from benchmarks.memory.lying import KnownDirectory, ShardHost, opened
 from benchmarks.rag.facts import Asked, Thing, passages_of, things
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.announcements import NodeInfo
@@ -37,9 +37,9 @@ from talkoot.memory.training import WordCounter, train_word_vectors
 from trainer_client.data.questions import Question, QuestionBatches
 from trainer_client.data.tokenizer import BytePairTokenizer
 from trainer_client.decoding import Decoder
-from trainer_client.memory.calls import HostCalls, Method
+from trainer_client.memory.calls import Method
 from trainer_client.memory.memories import Memory
-from trainer_client.memory.retriever import Hit, Retriever
+from trainer_client.memory.retriever import Hit
 from trainer_client.retrieval.answering import (
     BEAM,
     Answerer,
@@ -172,8 +172,7 @@ class MortalCaller:
     async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
         if node.peer_id in self.dead:
             raise ExpertError(StatusCode.UNAVAILABLE, "it has died")
-        host = self._hosts[node.peer_id]
-        return await (host.search if method == "Search" else host.read)(request)
+        return await self._hosts[node.peer_id].answer(method, request)
 
 
 @contextmanager
@@ -195,18 +194,9 @@ def hosted(world: World, some: Sequence[Thing]) -> Iterator[tuple[Memory, Callab
             ShardHost(SimulatedIdentity(number + 1).peer_id, manifest, shards)
             for number, shards in enumerate(placed)
         ]
-        directory, caller = KnownDirectory(built, manifest, hosts), MortalCaller(hosts)
-
-        async def make() -> Retriever:
-            calls = HostCalls(caller, str(directory.memory), rng=random.Random(0))
-            return Retriever(directory, calls, "benchmark", rng=random.Random(0))
-
-        retriever = loop.run(make())
-        yield (
-            Memory(retriever, partial(loop.run, timeout_s=_LIMIT_S)),
-            lambda: caller.dead.add(hosts[0].peer_id),
-        )
-        loop.run(retriever.close())
+        caller = MortalCaller(hosts)
+        with opened(KnownDirectory(built, manifest, hosts), caller, loop, _LIMIT_S) as memory:
+            yield memory, lambda: caller.dead.add(hosts[0].peer_id)
 
 
 def measure(size: Size, show: Callable[[str], None] = lambda what: None) -> dict[str, Any]:

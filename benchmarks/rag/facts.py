@@ -44,27 +44,7 @@ _ASKS = (
 _ASKS_TESTED = ("name the {what} of {name}.", "of {name}, what is the {what}?")
 _SYLLABLES = [
     first + vowel + last
-    for first in [
-        "b",
-        "d",
-        "f",
-        "g",
-        "k",
-        "l",
-        "m",
-        "n",
-        "p",
-        "r",
-        "s",
-        "t",
-        "v",
-        "z",
-        "br",
-        "dr",
-        "kl",
-        "st",
-        "tr",
-    ]
+    for first in [*"bdfgklmnprstvz", "br", "dr", "kl", "st", "tr"]
     for vowel in "aeiou"
     for last in ("", "n", "r", "l", "s")
 ]

@@ -8,8 +8,8 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.memory.built import build_memory, open_shards, write_memory
-from benchmarks.memory.lying import KINDS, REPLICAS, KnownDirectory, ShardHost
+from benchmarks.memory.lying import KINDS, REPLICAS, KnownDirectory, ShardHost, opened
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
@@ -30,9 +30,8 @@ from peer.errors import ExpertError
 from peer.loop import LoopThread
 from trainer_client.data.corpus import Dataset
 from trainer_client.data.tokenizer import ByteTokenizer
-from trainer_client.memory.calls import HostCalls, Method
+from trainer_client.memory.calls import Method
 from trainer_client.memory.memories import Memory
-from trainer_client.memory.retriever import Retriever
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.retrieval.lookup import NeighbourLoader, NeighbourLookup
@@ -84,7 +83,7 @@ class DistantCaller:
         host = self._hosts[node.peer_id]
         await asyncio.sleep(self._rtt_s)
         began = time.thread_time()
-        answer = await (host.search if method == "Search" else host.read)(request)
+        answer = await host.answer(method, request)
         self.cpu_s += time.thread_time() - began
         return answer
 
@@ -144,17 +143,12 @@ class HostedMemory:
             for number, some in enumerate(placed)
         ]
 
-    def open(self, loop: LoopThread, kind: str, rtt_s: float) -> tuple[Memory, Retriever, DistantCaller]:
+    @contextmanager
+    def opened(self, loop: LoopThread, kind: str, rtt_s: float) -> Iterator[tuple[Memory, DistantCaller]]:
         hosts = self.hosts(kind)
-        directory = KnownDirectory(self._built, self._manifest, hosts)
         caller = DistantCaller(hosts, rtt_s, half_die=kind == _DYING)
-
-        async def make() -> Retriever:
-            calls = HostCalls(caller, str(directory.memory), rng=random.Random(0))
-            return Retriever(directory, calls, "benchmark", rng=random.Random(0))
-
-        retriever = loop.run(make())
-        return Memory(retriever, partial(loop.run, timeout_s=_LIMIT_S)), retriever, caller
+        with opened(KnownDirectory(self._built, self._manifest, hosts), caller, loop, _LIMIT_S) as memory:
+            yield memory, caller
 
 
 class Ready:
@@ -214,9 +208,8 @@ def pace(hosted: HostedMemory, steps: int, rounds: int) -> dict[str, Any]:
     loop = LoopThread()
     try:
         for _ in range(rounds):
-            memory, retriever, caller = hosted.open(loop, "honest", RTT_S)
-            looked_up = train(hosted.tokens, steps, lookup_in(memory), waits=True)
-            loop.run(retriever.close())
+            with hosted.opened(loop, "honest", RTT_S) as (memory, caller):
+                looked_up = train(hosted.tokens, steps, lookup_in(memory), waits=True)
             found["looked_up"].append(looked_up | {"hosts_cpu_s": caller.cpu_s})
             found["ready"].append(train(hosted.tokens, steps, ready, waits=True))
             found["none"].append(train(hosted.tokens, steps, None, waits=True))
@@ -246,13 +239,12 @@ def faults(hosted: HostedMemory, steps: int) -> dict[str, Any]:
     loop = LoopThread()
     try:
         for kind in FAULTS:
-            memory, retriever, _ = hosted.open(loop, kind, 0.0)
-            lookup = lookup_in(memory)
-            figures = train(hosted.tokens, steps, lookup, waits=False)
-            given = lookup.learned(tokens_BT)
+            with hosted.opened(loop, kind, 0.0) as (memory, _):
+                lookup = lookup_in(memory)
+                figures = train(hosted.tokens, steps, lookup, waits=False)
+                given = lookup.learned(tokens_BT)
             honest = given if honest is None else honest
             same = float((given == honest).flatten(2).all(dim=2).float().mean())
-            loop.run(retriever.close())
             found[kind] = figures | {"same_neighbours": same}
     finally:
         loop.close()
