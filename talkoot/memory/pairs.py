@@ -11,7 +11,7 @@ import numpy as np
 
 from dht.memory import MAX_LABEL_CHARACTERS, MAX_TEXT_CHARACTERS
 from peer.errors import DataError
-from trainer_client.data.questions import parse_answers, read_json_lines
+from trainer_client.data.questions import parse_answers, read_rows
 from trainer_client.memory.encoder import words_of
 from trainer_client.memory.retriever import MOST_CHARACTERS
 
@@ -42,7 +42,7 @@ class Pair:
 def read_pairs(file: Path) -> list[Pair]:
     """Of a file of JSON lines. Raises DataError that names the line where something is no pair."""
     pairs = list[Pair]()
-    for place, row in read_json_lines(file):
+    for place, row in read_rows(file):
         if len(pairs) == MOST_PAIRS:
             raise DataError(f"{file} has more than {MOST_PAIRS:,} pairs: leave some out")
         pairs.append(_parse(row, place))

@@ -14,7 +14,7 @@ import numpy as np
 
 from peer.errors import DataError
 from trainer_client.data.corpus import shuffle_keys, shuffled
-from trainer_client.data.sources import as_text
+from trainer_client.data.sources import as_text, read_json_lines, unreadable
 
 MOST_QUESTIONS = 1_000_000
 MOST_QUESTION = 10_000
@@ -37,28 +37,13 @@ class Question:
         return self.answers[0] if self.answers else ""
 
 
-def read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in a file, one a line, and where each is. Raises DataError that names the line with anything else."""
+def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects in a file of JSON lines, and where each is. Raises DataError that names a line with anything else."""
     try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(_MOST_LINE + 1), b""), 1):
-                place = f"{file}, line {number}"
-                if len(line) > _MOST_LINE:
-                    raise DataError(f"{place}: longer than {_MOST_LINE // 1024} KB")
-                if line.strip():
-                    yield place, _object(line, place)
+        for _, place, row in read_json_lines(file, _MOST_LINE):
+            yield place, row
     except OSError as error:
-        raise DataError(f"can't read {file}: {error.strerror or error}") from error
-
-
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object, such as {{'question': '…', 'answers': ['…']}}")
-    return {name: as_text(value) if isinstance(value, str) else value for name, value in row.items()}
+        raise unreadable(file, error) from error
 
 
 def parse_answers(row: dict[str, Any], place: str) -> tuple[str, ...]:
@@ -82,7 +67,7 @@ def read_questions(files: Sequence[Path]) -> list[Question]:
     for file in files:
         if file.suffix != ".jsonl":
             raise DataError(f"{file}: questions are .jsonl files, with the fields question and answers")
-        for place, row in read_json_lines(file):
+        for place, row in read_rows(file):
             if len(questions) == MOST_QUESTIONS:
                 raise DataError(f"more than {MOST_QUESTIONS:,} questions in all: leave some out")
             text = row.get("question")
@@ -152,11 +137,7 @@ class QuestionBatches:
         return [[self.validation[place] for place in part] for part in parts]
 
     def bytes_per_token(self, batches: Sequence[Sequence[Question]], first: int = 1) -> float:
-        """The mean over the tokens of their answers."""
-        lengths = [
-            len(self._token_bytes[token])
-            for batch in batches
-            for question in batch
-            for token in self._tokens_of(question)
-        ]
-        return sum(lengths) / max(1, len(lengths))
+        """The mean over the tokens of their answers. An encoder-decoder's end is no text, and has none."""
+        tokens = [token for batch in batches for question in batch for token in self._tokens_of(question)]
+        text = [len(self._token_bytes[token]) for token in tokens if token < len(self._token_bytes)]
+        return sum(text) / max(1, len(tokens))

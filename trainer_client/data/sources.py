@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.errors import DataError
+from peer.formatting import bytes_in_words
 from peer.settings import require_extra
 
 PIECE_BYTES = 2**16
@@ -97,17 +98,18 @@ def read_documents(
             for document in _documents(file, field, labels):
                 yield Document(document.file, document.number, _readable(document), document.labels)
         except OSError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
 
 
 def _readable(document: Document) -> Iterator[str]:
     try:
         yield from document.pieces
     except OSError as error:
-        raise _unreadable(document.file, error) from error
+        raise unreadable(document.file, error) from error
 
 
-def _unreadable(file: Path, error: OSError) -> DataError:
+def unreadable(file: Path, error: OSError) -> DataError:
+    """What to raise in its place."""
     return DataError(f"can't read {file}: {error.strerror or error}; check who may read it")
 
 
@@ -134,7 +136,7 @@ def _find(path: str) -> list[Path]:
 def _documents(file: Path, field: str, labels: Sequence[str]) -> Iterator[Document]:
     match file.suffix:
         case ".jsonl":
-            found = _read_json_lines(file, field)
+            found = _read_texts_in_lines(file, field)
         case ".parquet":
             found = _read_parquet(file, field, labels)
         case _:
@@ -184,32 +186,38 @@ def _decode(
         ) from error
 
 
-def _read_json_lines(path: Path, field: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Each line's number and values, of which the field is text."""
+def read_json_lines(path: Path, longest: int) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Each line's number, what to call it in errors, and its object. Text in it can be encoded.
+
+    `longest`: bytes of a line. Raises DataError, and OSError.
+    """
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE + 1):
-            number += 1
-            if len(line) > _LONGEST_LINE:
-                raise DataError(
-                    f"line {number} of {path} is longer than {_LONGEST_LINE >> 20} MiB: is it JSON lines?"
-                )
+        for number, line in enumerate(iter(lambda: file.readline(longest + 1), b""), 1):
+            where = f"line {number} of {path}"
+            if len(line) > longest:
+                raise DataError(f"{where} is longer than {bytes_in_words(longest)}: is it JSON lines?")
             if line.strip():
-                yield number, _of_line(line, field, f"line {number} of {path}")
+                yield number, where, _object_of(line, where)
 
 
-def _of_line(line: bytes, field: str, where: str) -> Mapping[str, Any]:
+def _object_of(line: bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}; give a file with an object in each line") from error
     if not isinstance(values, dict):
         raise DataError(f"{where} is not a JSON object: give a file with an object in each line")
-    if field not in values:
-        raise DataError(_no_field(field, where, values))
-    if not isinstance(values[field], str):
-        raise DataError(f"{where}: the field {field!r} is no text: pass --field")
-    return values
+    return {name: as_text(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _read_texts_in_lines(path: Path, field: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Each line's number and values, of which the field is text."""
+    for number, where, values in read_json_lines(path, _LONGEST_LINE):
+        if field not in values:
+            raise DataError(_no_field(field, where, values))
+        if not isinstance(values[field], str):
+            raise DataError(f"{where}: the field {field!r} is no text: pass --field")
+        yield number, values
 
 
 def _read_parquet(path: Path, field: str, labels: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -49,7 +49,7 @@ def test_pairs_are_read_from_lines(tmp_path: Path) -> None:
 def test_a_line_that_is_no_pair_is_named(line: str, tmp_path: Path) -> None:
     file = write(tmp_path / "pairs.jsonl", GOOD)
     file.write_text(f"{file.read_text()}{line}\n{json.dumps(GOOD)}")
-    with pytest.raises(DataError, match=r"pairs\.jsonl, line 2: "):
+    with pytest.raises(DataError, match=r"line 2 of .*pairs\.jsonl"):
         read_pairs(file)
 
 

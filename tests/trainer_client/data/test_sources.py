@@ -218,7 +218,7 @@ def test_a_line_without_an_end_is_refused_before_memory_is_full(
 ) -> None:
     monkeypatch.setattr(sources, "_LONGEST_LINE", 2**20)
     path = write_bytes(tmp_path / "x.jsonl", b'"' + b"a" * 2**20)
-    with pytest.raises(DataError, match=r"line 1 of .* is longer than 1 MiB"):
+    with pytest.raises(DataError, match=r"line 1 of .* is longer than 1.05 MB"):
         text_of(path)
 
 
