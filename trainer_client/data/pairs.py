@@ -7,7 +7,6 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from peer.errors import DataError
 from trainer_client.data.corpus import Dataset
 from trainer_client.data.denoising import (
     Denoising,
@@ -26,8 +25,6 @@ _SHORTER = 2
 """Tokens by which a sequence of the text is shorter than what the model's context would hold: it is written with the
 token that it ends with, and a `Dataset` gives one token more than its context.
 """
-_SHORTEST_CONTEXT = 4
-"""Which holds a pair of each objective."""
 _MARKS: Mapping[str, str] = {
     "span-corruption": "<extra_id_0>",
     "infilling": "<mask>",
@@ -104,12 +101,7 @@ class PairDataset:
         seed: int = 0,
         validation_share: float = 0.1,
     ) -> None:
-        """`context`: of the model. `objective`: one of `RULES`. Raises DataError if text or context is too short."""
-        if context < _SHORTEST_CONTEXT:
-            raise DataError(
-                f"this swarm's models see {context} tokens, and a pair of texts needs {_SHORTEST_CONTEXT}: join "
-                "a swarm with a longer context"
-            )
+        """`context`: of an encoder-decoder. `objective`: one of `RULES`. Raises DataError if the text is too short."""
         special = SpecialTokens(len(token_bytes))
         ends = frozenset(
             number for number, each in enumerate(token_bytes) if each.endswith(_ENDS_OF_SENTENCES)

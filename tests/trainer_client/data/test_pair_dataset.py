@@ -49,18 +49,6 @@ def test_a_prompt_is_written_with_marks_as_in_the_example_of_t5_and_of_the_lectu
     assert SPECIAL.encode("A <mask>.", ByteTokenizer()) == [*b"A ", SPECIAL.mask, *b"."]
 
 
-@every_objective
-def test_pairs_fit_in_every_context_or_it_is_refused(objective: Objective) -> None:
-    for context in (2, 3):
-        with pytest.raises(DataError, match="a longer context"):
-            make(objective, context)
-    for context in range(4, 10):
-        dataset = make(objective, context)
-        for step in range(10):
-            pairs = dataset.batch(step, 4)
-            assert all(0 < len(each) <= context for side in pairs for each in side)
-
-
 @given(st.text())
 def test_a_text_without_marks_is_encoded_as_any_other(text: str) -> None:
     text = text.replace("<", "").encode(errors="replace").decode()
