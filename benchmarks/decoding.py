@@ -38,7 +38,7 @@ from talkoot.demo.links import free_ports
 from talkoot.model.opened import OpenedExperts
 from talkoot.train.local import run_at_once
 from trainer_client.client import SwarmClient, TrainerTiming
-from trainer_client.decoding import Decoder
+from trainer_client.decoding import TextDecoder
 from trainer_client.dispatch.batches import AnsweredRows, CallReply, NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 from trainer_client.model import LanguageModel
@@ -83,7 +83,7 @@ class Contender:
     """A model that continues some texts. `step` computes one more token of each."""
 
     def __init__(self, model: LanguageModel, streams: int) -> None:
-        self._decoder = Decoder(model)
+        self._decoder = TextDecoder(model)
         prompts = np.random.default_rng(0).integers(0, 256, (streams, PROMPT)).tolist()
         self._sequences = [self._decoder.begin(tokens) for tokens in prompts]
         self.step()

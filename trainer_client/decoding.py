@@ -7,8 +7,11 @@ expert does not answer, or no longer has what it kept because its parameters hav
 Shapes: S sequences, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -35,19 +38,27 @@ def require_finite(predicted: Tensor) -> Tensor:
     return predicted
 
 
+@dataclass(eq=False)
+class Source:
+    """What an encoder reads."""
+
+    tokens: tuple[int, ...]
+    encoded: EncodedSource | None = None
+    """What it made of it; None: it has not read it yet."""
+
+
 class Decoding:
     """One sequence while it is continued."""
 
     def __init__(
-        self, tokens: Sequence[int], context: int, shortest: int, source: Sequence[int] | None = None
+        self, tokens: Sequence[int], context: int, shortest: int, source: Source | None = None
     ) -> None:
-        """`shortest`: the fewest tokens that the model continues. `source`: what an encoder reads."""
+        """`shortest`: the fewest tokens that the model continues. `source`: of an encoder-decoder."""
         self.source = source
         self.tokens: list[int] = list(tokens)
         """Those that the model sees. When they outgrow the context, the older half of it is dropped."""
         self._context = context
         self._remaining = max(context // 2, shortest)
-        self._encoded: EncodedSource | None = None
         self._state: SequenceState | None = None
         self._logits: Tensor | None = None
         """Of the token after these; None if they are not computed yet."""
@@ -86,41 +97,27 @@ class Decoding:
 
     def end(self) -> None:
         """Frees what is kept for the sequence. May be called twice."""
-        self._state = self._logits = self._encoded = None
+        self._state = self._logits = self.source = None
 
 
-class Decoder:
+class Decoder(ABC):
     """Computes what follows each sequence as if it were alone. Belongs to one thread."""
 
-    def __init__(
-        self,
-        model: LanguageModel | EncoderDecoder,
-        is_usable: Callable[[], bool] = lambda: True,
-        find: Find | None = None,
-    ) -> None:
-        """`is_usable` is asked after each computation whether its result counts; if not, it is repeated.
+    end: int | None = None
+    """The token that ends what the model writes; None: nothing does."""
 
-        `find`: passages for chunks of the text, for a model that reads a memory; None: it reads nothing.
-        """
+    def __init__(self, model: LanguageModel | EncoderDecoder, is_usable: Callable[[], bool]) -> None:
+        """`is_usable` is asked after each computation whether its result counts; if not, it is repeated."""
         model.eval()
-        self._model = model
+        self._can_extend: Callable[[], bool] = lambda: model.can_extend
         self._is_usable = is_usable
-        self._find = find
 
-    def begin(self, prompt: Sequence[int]) -> Decoding:
-        """Of a prompt that is longer than the context the model sees the last tokens. An encoder reads it.
+    @abstractmethod
+    def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
+        """Of a prompt that is longer than the context the model sees the last tokens. `written`: what follows it.
 
         Raises DataError if the prompt is shorter than the model was trained to continue.
         """
-        if isinstance(self._model, EncoderDecoder):
-            return Decoding([self._model.end], self._model.context, 1, prompt[-self._model.context :])
-        shortest = self._model.first_scored
-        if len(prompt) < shortest:
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens, and this swarm's models go on from {shortest} or more: "
-                "give a longer one"
-            )
-        return Decoding(prompt[-self._model.context :], self._model.context, shortest)
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Decoding]) -> Tensor:
@@ -133,7 +130,7 @@ class Decoder:
             self._extend(going_on)
         while anew := [each for each in sequences if each._logits is None]:
             for group in self._groups(anew):
-                if self._model.can_extend:
+                if self._can_extend():
                     self._extend(group)
                 else:
                     self._compute(group)
@@ -144,7 +141,7 @@ class Decoder:
         group: list[Decoding] = []
         for each in sorted(sequences, key=lambda each: len(each.tokens)):
             length = len(each.tokens)
-            is_alike = self._model.can_extend or not group or len(group[0].tokens) == length
+            is_alike = self._can_extend() or not group or len(group[0].tokens) == length
             if group and not (is_alike and (len(group) + 1) * length <= _MOST_ROWS):
                 yield group
                 group = []
@@ -153,18 +150,12 @@ class Decoder:
 
     def _extend(self, sequences: Sequence[Decoding]) -> None:
         """Computes what is new in each."""
-        states = [each._state or self._begin(each) for each in sequences]
+        states = self._states(sequences)
         for each in sequences:
             each._state = None  # a computation that fails leaves a state that is of no use
         new = [each.tokens[state.length :] for each, state in zip(sequences, states, strict=True)]
-        read = self._read(sequences, [state.length for state in states])
-        if read and isinstance(self._model, LanguageModel):
-            logits_SV = self._model.extend(new, states, read)
-        else:
-            logits_SV = self._model.extend(new, states)
-        if not self._is_usable():
-            for each in sequences:
-                each._encoded = None
+        logits_SV = self._extended(sequences, new, states)
+        if not self._is_valid(sequences):
             return
         for each, state, tokens, logits_V in zip(sequences, states, new, logits_SV, strict=True):
             each._forgotten.update(state.forgetful)
@@ -181,32 +172,70 @@ class Decoder:
 
     def _compute(self, sequences: Sequence[Decoding]) -> None:
         """Computes whole sequences of one length."""
-        if isinstance(self._model, EncoderDecoder):
-            sources = [each.source or () for each in sequences]
-            logits_SV = self._model.next_token_logits(sources, [each.tokens[1:] for each in sequences])
-        else:
-            logits_SV = self._whole(self._model, sequences)
-        if self._is_usable():
+        logits_SV = self._whole(sequences)
+        if self._is_valid(sequences):
             for each, logits_V in zip(sequences, logits_SV, strict=True):
                 each._logits = logits_V
 
-    def _whole(self, model: LanguageModel, sequences: Sequence[Decoding]) -> Tensor:
+    def _is_valid(self, sequences: Sequence[Decoding]) -> bool:
+        """Whether what was just computed of them counts."""
+        return self._is_usable()
+
+    @abstractmethod
+    def _states(self, sequences: Sequence[Decoding]) -> list[SequenceState]:
+        """Those that they have, and new ones."""
+
+    @abstractmethod
+    def _extended(
+        self, sequences: Sequence[Decoding], new: Sequence[Sequence[int]], states: Sequence[SequenceState]
+    ) -> Tensor:
+        """Logits of the token after the `new` ones, [S, V]. The states take these in."""
+
+    @abstractmethod
+    def _whole(self, sequences: Sequence[Decoding]) -> Tensor:
+        """Logits of the token after each, [S, V], computed from its first token on."""
+
+
+class TextDecoder(Decoder):
+    """Goes on with texts."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        is_usable: Callable[[], bool] = lambda: True,
+        find: Find | None = None,
+    ) -> None:
+        """`find`: passages for chunks of the text, for a model that reads a memory; None: it reads nothing."""
+        super().__init__(model, is_usable)
+        self._model = model
+        self._find = find
+
+    def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
+        shortest, context = self._model.first_scored, self._model.context
+        if len(prompt) < shortest:
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens, and this swarm's models go on from {shortest} or more: "
+                "give a longer one"
+            )
+        return Decoding([*prompt, *written][-context:], context, shortest)
+
+    def _states(self, sequences: Sequence[Decoding]) -> list[SequenceState]:
+        return [each._state or self._model.begin(each.avoided) for each in sequences]
+
+    def _extended(
+        self, sequences: Sequence[Decoding], new: Sequence[Sequence[int]], states: Sequence[SequenceState]
+    ) -> Tensor:
+        return self._model.extend(new, states, self._read(sequences, [state.length for state in states]))
+
+    def _whole(self, sequences: Sequence[Decoding]) -> Tensor:
         tokens_ST = torch.tensor([each.tokens for each in sequences])
         read = self._read(sequences, [0] * len(sequences))
-        logits_STV: Tensor = model(tokens_ST, torch.stack(read)) if read else model(tokens_ST)
+        logits_STV: Tensor = self._model(tokens_ST, torch.stack(read)) if read else self._model(tokens_ST)
         return logits_STV[:, -1].float()
-
-    def _begin(self, sequence: Decoding) -> SequenceState:
-        """An encoder reads its source once."""
-        if not isinstance(self._model, EncoderDecoder):
-            return self._model.begin(sequence.avoided)
-        if sequence._encoded is None:
-            (sequence._encoded,) = self._model.encode([sequence.source or ()])
-        return self._model.begin(sequence._encoded, sequence.avoided)
 
     def _read(self, sequences: Sequence[Decoding], lengths: Sequence[int]) -> list[Tensor]:
         """Neighbours of the chunks of each that end after so many tokens, [U, N, L]. None at all if it reads none."""
-        if self._find is None or isinstance(self._model, EncoderDecoder) or self._model.retrieval is None:
+        if self._find is None or self._model.retrieval is None:
             return []
         spec = self._model.retrieval.spec
         chunks = [
@@ -228,3 +257,64 @@ class Decoder:
             new = [known[chunk].tokens_NL for chunk in some[spec.chunks(length) :]]
             read.append(torch.stack(new) if new else spec.nothing(0))
         return read
+
+
+class TargetDecoder(Decoder):
+    """Writes what the decoder of an encoder-decoder writes for prompts, which the encoder reads."""
+
+    def __init__(self, model: EncoderDecoder, is_usable: Callable[[], bool] = lambda: True) -> None:
+        super().__init__(model, is_usable)
+        self._model = model
+        self.end = model.end
+        self._sources = WeakValueDictionary[tuple[int, ...], Source]()
+        """Of sequences that are continued. An encoder reads equal ones once."""
+
+    def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
+        context = self._model.context
+        tokens = tuple(prompt[-context:])
+        source = self._sources.setdefault(tokens, Source(tokens))
+        return Decoding([self._model.end, *written], context, 1, source)
+
+    def _states(self, sequences: Sequence[Decoding]) -> list[SequenceState]:
+        encoded = self._encoded(sequences)
+        return [
+            each._state or self._model.begin(source, each.avoided)
+            for each, source in zip(sequences, encoded, strict=True)
+        ]
+
+    def _extended(
+        self, sequences: Sequence[Decoding], new: Sequence[Sequence[int]], states: Sequence[SequenceState]
+    ) -> Tensor:
+        return self._model.extend(new, states)
+
+    def _whole(self, sequences: Sequence[Decoding]) -> Tensor:
+        prefixes = [each.tokens[1:] for each in sequences]
+        return self._model.next_token_logits(self._encoded(sequences), prefixes)
+
+    def _encoded(self, sequences: Sequence[Decoding]) -> list[EncodedSource]:
+        sources = [each.source for each in sequences if each.source is not None]
+        unread = [source for source in dict.fromkeys(sources) if source.encoded is None]
+        if unread:
+            read = self._model.encode([source.tokens for source in unread])
+            for source, encoded in zip(unread, read, strict=True):
+                source.encoded = encoded
+        return [source.encoded or () for source in sources]
+
+    def _is_valid(self, sequences: Sequence[Decoding]) -> bool:
+        if self._is_usable():
+            return True
+        for each in sequences:
+            if each.source is not None:
+                each.source.encoded = None
+        return False
+
+
+def make_decoder(
+    model: LanguageModel | EncoderDecoder,
+    is_usable: Callable[[], bool] = lambda: True,
+    find: Find | None = None,
+) -> Decoder:
+    """The one for this model. `is_usable`, `find`: as for `TextDecoder`."""
+    if isinstance(model, EncoderDecoder):
+        return TargetDecoder(model, is_usable)
+    return TextDecoder(model, is_usable, find)

@@ -82,7 +82,10 @@ class EncoderDecoder(MixtureModel):
 
     def forward(self, sources: Sequence[Tokens], targets: Sequence[Tokens]) -> Tensor:
         """Logits of each token of each target, target after target: [R, V]. Neither may be empty."""
-        encoded = self.encode(sources)
+        return self.decode(self.encode(sources), targets)
+
+    def decode(self, encoded: Sequence[EncodedSource], targets: Sequence[Tokens]) -> Tensor:
+        """As `forward`, of what `encode` gave."""
         segments = _segments(targets)
         inputs_R = self._tensor([token for target in targets for token in (self.end, *target[:-1])])
         x_RD = self.embedding(inputs_R)
@@ -124,9 +127,9 @@ class EncoderDecoder(MixtureModel):
         return pad_sequence(list(torch.split(of_rows, list(map(len, targets)))), batch_first=True)
 
     @torch.no_grad()
-    def next_token_logits(self, sources: Sequence[Tokens], prefixes: Sequence[Tokens]) -> Tensor:
+    def next_token_logits(self, encoded: Sequence[EncodedSource], prefixes: Sequence[Tokens]) -> Tensor:
         """Logits of the token that follows each prefix, which may be empty: float32 [N, V]."""
-        logits_RV = self(sources, [(*prefix, self.end) for prefix in prefixes])
+        logits_RV = self.decode(encoded, [(*prefix, self.end) for prefix in prefixes])
         last_N = np.cumsum([len(prefix) + 1 for prefix in prefixes]) - 1
         logits_NV: Tensor = logits_RV[torch.from_numpy(last_N)].float()
         return logits_NV

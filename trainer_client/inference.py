@@ -15,7 +15,7 @@ from torch import Tensor
 from peer.errors import DataError, UserError
 from peer.formatting import counted
 from trainer_client.data.tokenizer import Tokens
-from trainer_client.decoding import Decoder, require_finite
+from trainer_client.decoding import make_decoder, require_finite
 from trainer_client.encoder_decoder import EncoderDecoder
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.lookup import Find
@@ -38,14 +38,14 @@ def generate(
     `is_usable`, `find`: as for `Decoder`. Raises DataError if the prompt is shorter than the model was trained to
     continue.
     """
-    decoder, generator = Decoder(model, is_usable, find), make_generator(sampling.seed)
+    decoder, generator = make_decoder(model, is_usable, find), make_generator(sampling.seed)
     sequence = decoder.begin(prompt)
     try:
         for _ in range(sampling.max_tokens):
             if sequence.is_full:
                 break
             token = next_token(decoder.logits([sequence])[0], sampling, generator)
-            if isinstance(model, EncoderDecoder) and token == model.end:
+            if token == decoder.end:
                 break
             sequence.append(token)
             yield token

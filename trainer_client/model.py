@@ -180,6 +180,26 @@ class LanguageModel(MixtureModel):
         logits_BTV = self(tokens_BT[:, :-1], neighbours_BUNL)[:, first - 1 :].float()
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, first:].flatten())
 
+    def log_likelihood(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+        """log p(y_i | x, y_<i) of each target's tokens, where it goes on from its source: float32 [N, L].
+
+        0 behind a target that is shorter than the longest.
+        """
+        longest = max(len(s) + len(t) for s, t in zip(sources, targets, strict=True))
+        tokens_NT = torch.zeros(len(sources), longest, dtype=torch.int64)
+        rows, places, wanted, columns = list[int](), list[int](), list[int](), list[int]()
+        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            tokens_NT[row, : len(source) + len(target)] = torch.tensor([*source, *target])
+            rows += [row] * len(target)
+            places += range(len(source) - 1, len(source) + len(target) - 1)
+            wanted += target
+            columns += range(len(target))
+        states_NTD = self.states(tokens_NT[:, :-1])
+        logits_RV = self.head(self.norm(states_NTD[rows, places])).float()
+        values_R = logits_RV.log_softmax(-1)[range(len(wanted)), wanted]
+        values_NL: Tensor = values_R.new_zeros(len(sources), max(map(len, targets)))
+        return values_NL.index_put((torch.tensor(rows), torch.tensor(columns)), values_R)
+
 
 def require_no_encoder(manifest: Manifest) -> None:
     """Raises SettingsError: what asks can use only a model that goes on with a text."""

@@ -36,7 +36,7 @@ from talkoot.memory.dual_training import NumberedTexts, TrainingPairs, train_dua
 from talkoot.memory.training import WordCounter, train_word_vectors
 from trainer_client.data.questions import Question, QuestionBatches
 from trainer_client.data.tokenizer import BytePairTokenizer
-from trainer_client.decoding import Decoder
+from trainer_client.decoding import make_decoder
 from trainer_client.memory.calls import Method
 from trainer_client.memory.memories import Memory
 from trainer_client.memory.retriever import Hit
@@ -313,7 +313,7 @@ def _recall(asked: Sequence[Asked], lookup: PassageLookup) -> float:
 def _without_passage(model: RagModel, question: str) -> str:
     model.eval()
     reader = model.reader
-    following = Continuations(Decoder(model.generator.model), [reader.source(question, None)])
+    following = Continuations(make_decoder(model.generator), [reader.source(question, None)])
 
     def after(prefixes: Sequence[tuple[int, ...]]) -> Tensor:
         return following(prefixes, [0])[:, 0]

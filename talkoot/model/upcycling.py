@@ -24,7 +24,7 @@ from peer.errors import SettingsError
 from peer.settings import describe_validation_error
 from talkoot.model.folder import ModelFolder
 from talkoot.model.opened import OpenedModel, open_model
-from trainer_client.decoding import Decoder
+from trainer_client.decoding import TextDecoder
 from trainer_client.moe import RemoteMixtureOfExperts
 
 _NOISE = 0.01
@@ -141,7 +141,7 @@ def _gate_inputs(opened: OpenedModel) -> list[Tensor]:
         mixture.gate.register_forward_pre_hook(_recorder(read[-1]))
     generator = torch.Generator().manual_seed(opened.manifest.model.seed)
     decoder, first, vocabulary = (
-        Decoder(opened.model),
+        TextDecoder(opened.model),
         opened.model.first_scored,
         len(opened.tokenizer.token_bytes),
     )

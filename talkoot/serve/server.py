@@ -22,7 +22,7 @@ from talkoot.serve.settings import ServeSettings
 from talkoot.signals import Stopped, StopSignals, run_until_stopped
 from talkoot.terminal import Terminal
 from talkoot.web import address_of, listen, serving
-from trainer_client.decoding import Decoder
+from trainer_client.decoding import TextDecoder
 from trainer_client.settings import TrainerSettings
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ async def server(
         served = dataclasses.replace(served, name=settings.model_name)
     keys = read_keys(settings.api_key_file)
     engine = Engine(
-        Decoder(served.model, served.is_usable, served.find),
+        TextDecoder(served.model, served.is_usable, served.find),
         served.token_bytes,
         settings.max_streams,
         asyncio.get_running_loop(),

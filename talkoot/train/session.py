@@ -39,7 +39,7 @@ from trainer_client.data.questions import QuestionBatches
 from trainer_client.encoder_decoder import EncoderDecoder
 from trainer_client.memory.memories import Memory
 from trainer_client.model import LanguageModel, require_memory
-from trainer_client.retrieval.answering import PassageLookup, check_encoder, make_rag_model
+from trainer_client.retrieval.answering import PassageLookup, Reader, check_encoder, make_rag_model
 from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.retrieval.cache import NeighbourCache
 from trainer_client.retrieval.lookup import Lookup, NeighbourLoader, NeighbourLookup, RetrievalCounts
@@ -161,16 +161,14 @@ class _Run:
             start.checkpoint.check_manifest(manifest)
         seed = client.own_seed if settings.seed is None else settings.seed
         spec = RetrievalSpec.of(settings, manifest.model)
-        if settings.answers_questions and manifest.model.encoder_layers:
-            raise SettingsError(
-                f"objective: {settings.objective} is for models without an encoder, and this swarm's has one: train it "
-                "by another, such as --objective span-corruption"
-            )
         dataset = None if settings.answers_questions else _dataset(start, manifest, seed)
-        if dataset is None and settings.memory is None:
-            raise SettingsError(
-                f"memory: with --objective {settings.objective} a model answers from a memory: pass --memory NAME"
-            )
+        if dataset is None:
+            if settings.memory is None:
+                raise SettingsError(
+                    f"memory: with --objective {settings.objective} a model answers from a memory: pass --memory NAME"
+                )
+            with terminal.stages("reading the questions"):
+                Reader(start.tokenizer, manifest.model, settings.memory_length).check(start.questions)
         with terminal.stages("looking for experts") as stage:
             client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=settings.min_experts)
         require_memory(manifest, client.mixture, len(token_bytes), _COPIES, spec)

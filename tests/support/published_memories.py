@@ -2,14 +2,14 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from memory_folders import SampleMemory
 from real_swarm import Village, eventually
 
 from dht.announcements import ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import MemoryID, Part
+from dht.memory import MemoryID, MemoryManifest, Part
 from dht.swarm import Swarm
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
@@ -37,7 +37,14 @@ async def publishing(village: Village, *memories: SampleMemory, **settings: Any)
     return founder
 
 
-async def list_memories(founder: Node, *memories: SampleMemory) -> None:
+class Described(Protocol):
+    """A memory of either kind of samples."""
+
+    @property
+    def manifest(self) -> MemoryManifest: ...
+
+
+async def list_memories(founder: Node, *memories: Described) -> None:
     publisher = founder.swarm.host.peer_id
     entries = []
     for memory in memories:

@@ -1,7 +1,7 @@
 """A founder's node and the trainer's commands in one process: what people type, without the start of an interpreter."""
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -9,9 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from memory_samples import SampleMemory
+from published_memories import list_memories
 from typer.main import get_command
 
 from dht.manifest import Manifest
+from dht.memory import MemoryID
 from dht.swarm import found_swarm
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
@@ -104,16 +107,25 @@ def founded(
     experts: int,
     name: str = "village",
     parts: Mapping[str, Any] = MappingProxyType({}),
+    memories: Sequence[SampleMemory] = (),
     **changes: Any,
 ) -> Iterator[Founder]:
-    """`parts`: of the manifest, in place of the usual ones. `changes`: of the node's settings."""
+    """`parts`: of the manifest, in place of the usual ones. `memories`: that the node publishes, and hosts whole.
+    `changes`: of the node's settings.
+    """
+    identity = Identity.load_or_create(folder / "founder.key")
+    for memory in memories:
+        memory.write(folder / "founder" / "memory" / str(MemoryID.of(memory.manifest.name, identity.peer_id)))
+    if memories:
+        changes = {"memory_disk": "100MB", **changes}
 
     async def start() -> tuple[Node, str]:
-        identity = Identity.load_or_create(folder / "founder.key")
         manifest = MANIFEST.model_copy(update={"name": name, **parts})
         swarm = await found_swarm(identity, manifest, NetworkConfig(HOST))
         settings = node_settings(experts, **changes)
         node = await Node.start(settings, swarm, host=HOST, state=folder / "founder")
+        if memories:
+            await list_memories(node, *memories)
         return node, str(await node.swarm.invite())
 
     node, invite = loop.run(start(), 120)

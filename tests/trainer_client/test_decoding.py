@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dht.manifest import Manifest
 from talkoot.train.local import LocalSwarm
-from trainer_client.decoding import Decoder, Decoding
+from trainer_client.decoding import Decoding, TextDecoder
 from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.settings import RouterName, TrainerSettings
 
@@ -52,7 +52,7 @@ def uncached(model: LanguageModel, sequence: Decoding) -> Tensor:
 
 
 def check(model: Watched, prompts: list[list[int]], seed: int, steps: int) -> None:
-    decoder = Decoder(model)
+    decoder = TextDecoder(model)
     generator = torch.Generator().manual_seed(seed)
     sequences = [decoder.begin(prompt) for prompt in prompts]
     for _ in range(steps):
@@ -94,7 +94,7 @@ def test_what_is_kept_of_a_sequence_changes_nothing(
 
 def test_a_token_costs_one_row_until_the_context_is_full() -> None:
     model = make_model(make_manifest((2, 3), k=2, kind="ffn"))
-    decoder = Decoder(model)
+    decoder = TextDecoder(model)
     sequence = decoder.begin(list(range(12)))
     for token in range(14):
         decoder.logits([sequence])
@@ -104,7 +104,7 @@ def test_a_token_costs_one_row_until_the_context_is_full() -> None:
 
 def test_sequences_of_all_lengths_are_computed_at_once() -> None:
     model = make_model(make_manifest((2, 3), k=2, kind="ffn"))
-    decoder = Decoder(model)
+    decoder = TextDecoder(model)
     sequences = [decoder.begin(list(range(length))) for length in (3, 9, 5)]
     decoder.logits(sequences)
     for sequence in sequences:
@@ -116,7 +116,7 @@ def test_sequences_of_all_lengths_are_computed_at_once() -> None:
 def test_a_computation_that_fails_or_does_not_count_is_repeated_from_the_first_token() -> None:
     model = make_model(make_manifest((2, 3), k=2, kind="ffn"))
     answers = iter([True, False, True])
-    decoder = Decoder(model, lambda: next(answers))
+    decoder = TextDecoder(model, lambda: next(answers))
     sequence = decoder.begin([1, 2, 3])
     decoder.logits([sequence])
     sequence.append(4)

@@ -22,7 +22,7 @@ from peer.errors import ExpertError
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import ChannelPool
-from trainer_client.decoding import Decoder, Decoding
+from trainer_client.decoding import Decoding, TextDecoder
 from trainer_client.dispatch.batches import CallReply, ExpertReply, Kept, NodeCall
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -85,7 +85,7 @@ class OnNodes:
             logits_V: Tensor = self.model(torch.tensor([sequence.tokens]))[0, -1]
             return logits_V
 
-    def check(self, decoder: Decoder, sequences: list[Decoding], token: int) -> int:
+    def check(self, decoder: TextDecoder, sequences: list[Decoding], token: int) -> int:
         """One more token of each, as if nothing had been kept. Returns the rows that the nodes computed."""
         before = self.rows()
         logits_SV = decoder.logits(sequences)
@@ -141,7 +141,7 @@ def on_nodes(
 @pytest.mark.parametrize("kind", ["transformer", "ffn"])
 def test_nodes_compute_each_row_once(loop: LoopThread, tmp_path: Path, kind: str, prefix: int) -> None:
     with on_nodes(loop, tmp_path, make_manifest(kind, prefix)) as swarm:
-        decoder = Decoder(swarm.model)
+        decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         counts = [swarm.check(decoder, sequences, token) for token in range(9)]
         rows = 2 * 2  # layers and experts of each
@@ -157,7 +157,7 @@ def test_nodes_compute_each_row_once(loop: LoopThread, tmp_path: Path, kind: str
 
 def test_an_expert_that_has_changed_is_given_the_prompt_again(loop: LoopThread, tmp_path: Path) -> None:
     with on_nodes(loop, tmp_path, make_manifest()) as swarm:
-        decoder = Decoder(swarm.model)
+        decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         swarm.check(decoder, sequences, 0)
         swarm.change_experts()
@@ -170,7 +170,7 @@ def test_an_expert_that_has_changed_is_given_the_prompt_again(loop: LoopThread, 
 
 def test_experts_that_change_all_the_time_are_seldom_asked_to_go_on(loop: LoopThread, tmp_path: Path) -> None:
     with on_nodes(loop, tmp_path, make_manifest()) as swarm:
-        decoder, attempts = Decoder(swarm.model), []
+        decoder, attempts = TextDecoder(swarm.model), []
         sequence = decoder.begin(PROMPTS[0])
         for token in range(40):
             before = total(swarm.dispatcher.metrics.forgotten_sequences)
@@ -201,7 +201,7 @@ def test_a_node_that_forgets_again_and_again_is_avoided_where_others_have_its_ex
 
         honest, asked = GrpcCaller.call, list[bool]()
         monkeypatch.setattr(GrpcCaller, "call", forget)
-        decoder = Decoder(swarm.model)
+        decoder = TextDecoder(swarm.model)
         sequence = decoder.begin(PROMPTS[0])
         for token in range(9):
             asked.clear()
@@ -220,7 +220,7 @@ def test_a_node_that_forgets_again_and_again_is_avoided_where_others_have_its_ex
 
 def test_nodes_without_room_are_given_whole_sequences(loop: LoopThread, tmp_path: Path) -> None:
     with on_nodes(loop, tmp_path, make_manifest(), max_kept_bytes=0) as swarm:
-        decoder = Decoder(swarm.model)
+        decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         assert [swarm.check(decoder, sequences, token) for token in range(3)] == [
             2 * 2 * n for n in (13, 16, 19)
@@ -232,7 +232,7 @@ def test_a_sequence_stays_with_its_replicas_and_moves_when_they_leave(
     loop: LoopThread, tmp_path: Path
 ) -> None:
     with on_nodes(loop, tmp_path, make_manifest(), count=4) as swarm:
-        decoder = Decoder(swarm.model)
+        decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         counts = [swarm.check(decoder, sequences, token) for token in range(4)]
         assert counts[1:] == [2 * 2 * 3] * 3

@@ -17,7 +17,7 @@ from dht.manifest import Manifest
 from peer.errors import SettingsError
 from talkoot.train.local import LocalSwarm
 from trainer_client.data.pairs import Pairs
-from trainer_client.decoding import Decoder
+from trainer_client.decoding import TargetDecoder
 from trainer_client.dispatch.batches import Segments
 from trainer_client.encoder_decoder import EncoderDecoder, make_model
 from trainer_client.inference import generate
@@ -133,12 +133,13 @@ def test_a_target_is_continued_as_if_nothing_of_it_were_kept(
 ) -> None:
     model = make(two_layers(kind, local=local, local_layers=1))
     assert model.can_extend
-    decoder = Decoder(model)
+    decoder = TargetDecoder(model)
     sequences = [decoder.begin(source) for source, _ in pairs]
     for step in range(4):
         logits_SV = decoder.logits(sequences)
         prefixes = [sequence.tokens[1:] for sequence in sequences]
-        expected_SV = model.next_token_logits([source for source, _ in pairs], prefixes)
+        encoded = model.encode([source for source, _ in pairs])
+        expected_SV = model.next_token_logits(encoded, prefixes)
         torch.testing.assert_close(logits_SV, expected_SV, atol=2e-5, rtol=2e-4)
         for sequence, (_, target) in zip(sequences, pairs, strict=True):
             sequence.append(target[step % len(target)])
@@ -147,7 +148,7 @@ def test_a_target_is_continued_as_if_nothing_of_it_were_kept(
 def test_a_source_that_was_read_without_experts_is_read_again() -> None:
     model, answers, read = make(), iter([False, True, True]), list[object]()
     model.encoder_norm.register_forward_pre_hook(lambda module, given: read.append(given))
-    decoder = Decoder(model, lambda: next(answers))
+    decoder = TargetDecoder(model, lambda: next(answers))
     sequence = decoder.begin([1, 2, 3])
     decoder.logits([sequence])
     sequence.append(4)
@@ -160,6 +161,23 @@ def test_equal_sources_are_encoded_once() -> None:
     first, second, third = model.encode([(1, 2), (3,), [1, 2]])
     assert first[0] is third[0]
     assert not torch.equal(first[0][:, :, :1], second[0])
+
+
+def test_sequences_with_equal_sources_read_them_once_and_go_on_from_what_is_written() -> None:
+    model, read = make(), list[object]()
+    model.encoder_norm.register_forward_pre_hook(lambda module, given: read.append(given))
+    decoder = TargetDecoder(model)
+    first = decoder.begin([1, 2, 3])
+    decoder.logits([first])
+    second = decoder.begin((1, 2, 3), [4, 5])
+    logits_1V = decoder.logits([second])
+    assert len(read) == 1
+    expected_1V = model.next_token_logits(model.encode([[1, 2, 3]]), [[4, 5]])
+    torch.testing.assert_close(logits_1V, expected_1V, atol=2e-5, rtol=2e-4)
+    for each in (first, second):
+        each.end()
+    decoder.logits([decoder.begin([1, 2, 3])])
+    assert len(read) == 3, "the test's own, and one of what nobody had kept"
 
 
 def test_writing_ends_with_the_end_token_and_with_the_context() -> None:
@@ -181,7 +199,7 @@ def test_without_rows_to_keep_whole_targets_are_computed() -> None:
     written = list(generate(model, [1, 2, 3], Sampling(temperature=0, max_tokens=3)))
     prefix: list[int] = []
     for token in written:
-        assert model.next_token_logits([[1, 2, 3]], [prefix]).argmax() == token
+        assert model.next_token_logits(model.encode([[1, 2, 3]]), [prefix]).argmax() == token
         prefix.append(token)
 
 

@@ -1,7 +1,8 @@
 """Models that answer questions from passages of a memory: retrieval-augmented generation (RAG).
 
 Lewis et al. 2020 (arXiv 2005.11401). A generator reads each of the passages found for a question, followed by the
-question, and goes on with the answer. What it says with each of them is summed, by how well they fit the question
+question, and then writes the answer: a decoder goes on with it, and of an encoder-decoder the encoder reads and the
+decoder writes. What it says with each of them is summed, by how well they fit the question
 (`rag`). The generator and what turns the question's vector learn together; the passages' vectors stay as they are.
 
 Shapes: B questions, K passages for each, L tokens of an answer, D numbers in a vector, V words of the vocabulary, A
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dht.manifest import Manifest
+from dht.manifest import Manifest, ModelSpec
 from dht.memory import MAX_QUERIES, MemoryID, Part, Passage, Vectors
 from peer.errors import DataError, SettingsError, TalkootError
 from trainer_client.data.questions import Question
+from trainer_client.data.special_tokens import SpecialTokens
 from trainer_client.data.tokenizer import Tokenizer
-from trainer_client.decoding import Decoder, Decoding, require_finite
+from trainer_client.decoding import Decoder, Decoding, make_decoder, require_finite
+from trainer_client.encoder_decoder import EncoderDecoder, make_model
 from trainer_client.memory.encoder import to_vectors
 from trainer_client.memory.retriever import Hit, SearchResult, Turn
 from trainer_client.model import LanguageModel, MixtureModel
@@ -121,41 +124,12 @@ class QueryEncoder(nn.Module):
         return passage_log_probabilities(scores_BK, found_BK)
 
 
-class DecoderGenerator(nn.Module):
-    """A decoder that goes on from a source with the target."""
-
-    def __init__(self, model: LanguageModel, end: int) -> None:
-        super().__init__()
-        self.model = model
-        self.end = end
-
-    def log_likelihood(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
-        """log p(y_i|x,z,y_<i) of each target's tokens, its end among them: float32 [N, L], and 0 behind shorter ones.
-
-        Of N sources, which are a passage z and a question x. Gradients go through.
-        """
-        longest = max(len(s) + len(t) for s, t in zip(sources, targets, strict=True))
-        tokens_NT = torch.full((len(sources), longest), self.end)
-        rows, places, wanted, columns = list[int](), list[int](), list[int](), list[int]()
-        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            tokens_NT[row, : len(source) + len(target)] = torch.tensor([*source, *target])
-            rows += [row] * len(target)
-            places += range(len(source) - 1, len(source) + len(target) - 1)
-            wanted += target
-            columns += range(len(target))
-        states_NTD = self.model.states(tokens_NT[:, :-1])
-        logits_RV = self.model.head(self.model.norm(states_NTD[rows, places])).float()
-        values_R = logits_RV.log_softmax(-1)[range(len(wanted)), wanted]
-        values_NL: Tensor = values_R.new_zeros(len(sources), max(map(len, targets)))
-        return values_NL.index_put((torch.tensor(rows), torch.tensor(columns)), values_R)
-
-
 class RagModel(MixtureModel):
     """A generator, and what it finds passages by."""
 
     def __init__(
         self,
-        generator: DecoderGenerator,
+        generator: LanguageModel | EncoderDecoder,
         reader: "Reader",
         dimensions: int,
         marginal: Marginal,
@@ -201,23 +175,29 @@ class RagModel(MixtureModel):
 class Reader:
     """How a passage, a question and an answer become tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, context: int, length: int) -> None:
-        """`context`: tokens that the generator sees. `length`: that are read of each passage, at most.
+    def __init__(self, tokenizer: Tokenizer, spec: ModelSpec, length: int) -> None:
+        """`spec`: of the generator. `length`: tokens that are read of each passage, at most.
 
         Raises DataError if the tokenizer does not encode a line's end as one token.
         """
         self._tokenizer = tokenizer
-        self._context = context
+        self._context = spec.context
         self._length = length
         ends = self._encode("\n")
         if len(ends) != 1:
             raise DataError("this tokenizer has no token for the end of a line: use another one, such as bpe")
-        (self.end,) = ends
+        (self._line_end,) = ends
+        has_encoder = bool(spec.encoder_layers)
+        self.end: int = SpecialTokens(len(tokenizer.token_bytes)).end if has_encoder else self._line_end
+        """The token that ends an answer."""
+        self.longest: int = min(LONGEST_ANSWER, spec.context if has_encoder else spec.context // 4)
+        """Tokens of an answer, with its end, at most."""
+        self._room = spec.context if has_encoder else spec.context - self.longest
 
     def source(self, question: str, passage: Passage | None) -> list[int]:
         """The passage comes first, cut where the context would not hold the rest. Raises DataError."""
         asked = self._encode(f"{_one_line(question)}\n")
-        room = self._context - len(asked) - self.longest
+        room = self._room - len(asked)
         if room < 1:
             raise DataError(
                 f"a question of {len(asked)} tokens, and this swarm's models see {self._context}: shorten it"
@@ -225,12 +205,7 @@ class Reader:
         if passage is None:
             return asked
         read = self._encode(f"{_one_line(passage.title)}\n{_one_line(passage.text)}")
-        return [*read[: min(self._length, room - 1)], self.end, *asked]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of an answer, with its end, at most."""
-        return min(LONGEST_ANSWER, self._context // 4)
+        return [*read[: min(self._length, room - 1)], self._line_end, *asked]
 
     def target(self, question: Question) -> Tokens:
         """The answer as it is in the middle of a text, and its end."""
@@ -243,9 +218,19 @@ class Reader:
             )
         return *tokens, self.end
 
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raises DataError that names the first of them that does not fit."""
+        for number, question in enumerate(questions, 1):
+            try:
+                self.source(question.text, None)
+                self.target(question)
+            except DataError as error:
+                raise DataError(f"question {number}, {question.text[:40]!r}: {error}") from error
+
     def text(self, tokens: Tokens) -> str:
         token_bytes = self._tokenizer.token_bytes
-        text = b"".join(token_bytes[token] for token in tokens if token != self.end)
+        # an encoder-decoder may write marks, which are no text
+        text = b"".join(token_bytes[token] for token in tokens if token < len(token_bytes))
         return text.decode(errors="replace").strip()
 
     def _encode(self, text: str) -> list[int]:
@@ -265,10 +250,8 @@ def make_rag_model(
     settings: TrainerSettings,
 ) -> RagModel:
     """As a trainer is set. `dimensions`: of the memory's vectors."""
-    reader = Reader(tokenizer, manifest.model.context, settings.memory_length)
-    generator = DecoderGenerator(
-        LanguageModel(manifest, make_mixture, len(tokenizer.token_bytes)), reader.end
-    )
+    reader = Reader(tokenizer, manifest.model, settings.memory_length)
+    generator = make_model(manifest, make_mixture, len(tokenizer.token_bytes))
     return RagModel(generator, reader, dimensions, settings.marginal, settings.memory_passages)
 
 
@@ -344,7 +327,7 @@ class Continuations:
                 # of several that begin alike, one goes on from what is there
                 decoding = known.pop((place, prefix[:-1]), None) if prefix else None
                 if decoding is None:
-                    decoding = self._decoder.begin([*self._sources[place], *prefix])
+                    decoding = self._decoder.begin(self._sources[place], prefix)
                 else:
                     decoding.append(prefix[-1])
                 self._decodings[place, prefix] = decoding
@@ -392,7 +375,7 @@ class Answerer:
                 if self._is_usable():
                     return require_finite(log_NL.sum(-1)).view(len(answers), len(sources))
 
-        following = Continuations(Decoder(self._model.generator.model, self._is_usable), sources)
+        following = Continuations(make_decoder(self._model.generator, self._is_usable), sources)
 
         def with_passage(place: int) -> NextTokens:
             return lambda prefixes: following(prefixes, [place])[:, 0]

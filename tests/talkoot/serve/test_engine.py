@@ -14,7 +14,7 @@ from torch import Tensor
 from peer.errors import SwarmError
 from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream
 from talkoot.serve.model import ServedModel
-from trainer_client.decoding import Decoder, Decoding
+from trainer_client.decoding import Decoding, TextDecoder
 from trainer_client.inference import decoded, generate
 from trainer_client.settings import Sampling
 
@@ -26,7 +26,7 @@ def model() -> ServedModel:
     return small_model()
 
 
-class CountedDecoder(Decoder):
+class CountedDecoder(TextDecoder):
     """Tells how many sequences it has begun and not ended, and may be made to fail or wait."""
 
     def __init__(self, model: ServedModel) -> None:
@@ -35,8 +35,8 @@ class CountedDecoder(Decoder):
         self.batches: list[int] = []
         self.before: Callable[[], None] = lambda: None
 
-    def begin(self, prompt: Sequence[int]) -> Decoding:
-        decoding = super().begin(prompt)
+    def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
+        decoding = super().begin(prompt, written)
         self.open.add(decoding)
         end = decoding.end
 

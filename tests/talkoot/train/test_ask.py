@@ -9,11 +9,7 @@ import pytest
 from memory_samples import MEMORY, SampleMemory
 from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
 
-from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import MemoryID, Part
-from expert_server.memory.store import MemoryStore
 from peer.errors import DataError, LibraryError
-from peer.identity import Identity
 from peer.loop import LoopThread
 from talkoot.memory.search import check_found
 from trainer_client.memory.retriever import SearchResult
@@ -30,24 +26,15 @@ OTHER = named("other", SampleMemory.with_words(1))
 EMPTY = named("empty", WORDS.revoking(*range(len(WORDS.passages))))
 MEMORIES = (WORDS, OTHER, EMPTY)
 NAME = WORDS.manifest.name
+MODEL = MANIFEST.model.model_copy(update={"context": 64})
 QUICK = ("--batch-size", 2, "--threads", 1, "--call-deadline-s", 60, "--validation-batches", 1)
 
 
 @pytest.fixture(scope="module")
 def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
     """A node that hosts all experts and three memories. One has only passages that were taken back."""
-    folder = tmp_path_factory.mktemp("founder")
-    peer_id = Identity.load_or_create(folder / "founder.key").peer_id
-    for memory in MEMORIES:
-        memory.write(folder / "founder" / "memory" / str(MemoryID.of(memory.manifest.name, peer_id)))
-    parts = {"model": MANIFEST.model.model_copy(update={"context": 64})}
-    with founded(loop, folder, experts=8, parts=parts, memory_disk="100MB") as running:
-        entries = []
-        for memory in MEMORIES:
-            data = memory.manifest.serialize()
-            part = Part(MemoryStore(Path(), data).part.sha256, len(data))
-            entries.append(LibraryEntry.of(memory.manifest, part, running.node.swarm.host.peer_id))
-        loop.run(MemoryRegistry(running.node.swarm.registry).publish_library(entries), 120)
+    folder, parts = tmp_path_factory.mktemp("founder"), {"model": MODEL}
+    with founded(loop, folder, experts=8, parts=parts, memories=MEMORIES) as running:
         yield running
 
 
@@ -118,6 +105,27 @@ def test_an_answer_has_its_sources(founder: Founder, trained: Path) -> None:
     assert "(words.txt, CC0-1.0)" in told.out
 
 
+@pytest.mark.parametrize("objective", ["rag-sequence", "rag-token"])
+def test_an_encoder_decoder_reads_and_answers(
+    loop: LoopThread, objective: str, questions: Path, tmp_path: Path
+) -> None:
+    parts = {"model": MODEL.model_copy(update={"causal": (False, True)})}
+    with founded(loop, tmp_path, experts=8, parts=parts, memories=[WORDS]) as founder:
+        state, result = tmp_path / "trainer", tmp_path / "result.json"
+        learned = (*learning(questions), "--objective", objective, "--steps", 2, "--json", result)
+        ended = talkoot(*train(founder, state, *learned))
+        assert ended.status == 0, ended.err
+        assert json.loads(result.read_text())["memory_chunks_without"] == 0
+        counts = {uid: expert.update_count for uid, expert in founder.node.runtime.experts.items()}
+        assert {uid.layer for uid, count in counts.items() if count} == {0, 1}, "the encoder's learn, too"
+        found = talkoot("ask", "what is word7?", "--join", founder.invite, "--state", state, "--json")
+        assert found.status == 0, found.err
+        values = json.loads(found.out)
+        assert values["answer"] is None or values["answer"].strip()
+        assert sum(source["share"] for source in values["sources"]) == pytest.approx(1)
+        assert values["unanswered_rows"] == 0
+
+
 def test_what_can_not_be_answered_is_one_clear_line(
     founder: Founder, trained: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +145,11 @@ def test_what_can_not_be_answered_is_one_clear_line(
     new = tmp_path / "new"
     talkoot(*train(founder, new, *learning(questions)[:4])).is_one_clear_line("pass --memory NAME")
     talkoot(*train(founder, new, *learning(questions), "--data", __file__)).is_one_clear_line(".jsonl files")
+    long = tmp_path / "long.jsonl"
+    long.write_text(questions.read_text() + json.dumps({"question": "why? " * 20, "answers": []}) + "\n")
+    talkoot(*train(founder, new, *learning(questions), "--data", long)).is_one_clear_line(
+        "question 41, 'why? why? ", "tokens", "shorten it"
+    )
 
 
 def test_a_model_of_text_answers_no_questions(founder: Founder, tmp_path: Path) -> None:

@@ -88,11 +88,9 @@ def test_objectives_of_encoder_decoders_are_for_models_with_an_encoder(tmp_path:
     ended = talkoot("train", "--local", pairs, "--objective", "permutation", *quick)
     assert ended.status == 0, ended.err
     questions = tmp_path / "questions.jsonl"
-    questions.write_text('{"question": "Where?", "answers": ["In the sauna"]}\n' * 20)
+    questions.write_text('{"question": "Where?", "answers": ["There"]}\n' * 20)
     asked = ("--objective", "rag-token", "--memory", "docs", *few, "--data", questions)
-    talkoot("train", "--local", pairs, *asked).is_one_clear_line(
-        "objective: rag-token is for models without an encoder, and this swarm's has one"
-    )
+    talkoot("train", "--local", pairs, *asked).is_one_clear_line("with --local there are none")
     talkoot("train", "--local", pairs, "--memory", "docs", *quick).is_one_clear_line(
         "memory: an encoder-decoder can't read one while it writes"
     )

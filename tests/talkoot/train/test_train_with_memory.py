@@ -9,10 +9,6 @@ import pytest
 from memory_samples import SampleMemory
 from training_swarm import Founder, founded, talkoot
 
-from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import MemoryID, Part
-from expert_server.memory.store import MemoryStore
-from peer.identity import Identity
 from peer.loop import LoopThread
 from trainer_client.training.checkpoints import load_checkpoint
 
@@ -24,14 +20,7 @@ READS = ("--memory", NAME, "--memory-chunk", 8, "--memory-length", 16)
 @pytest.fixture(scope="module")
 def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
     """A node that hosts all experts and all of the memory."""
-    folder = tmp_path_factory.mktemp("founder")
-    memory = MemoryID.of(NAME, Identity.load_or_create(folder / "founder.key").peer_id)
-    WORDS.write(folder / "founder" / "memory" / str(memory))
-    with founded(loop, folder, experts=8, memory_disk="100MB") as running:
-        data = WORDS.manifest.serialize()
-        part = Part(MemoryStore(Path(), data).part.sha256, len(data))
-        entry = LibraryEntry.of(WORDS.manifest, part, running.node.swarm.host.peer_id)
-        loop.run(MemoryRegistry(running.node.swarm.registry).publish_library([entry]), 120)
+    with founded(loop, tmp_path_factory.mktemp("founder"), experts=8, memories=[WORDS]) as running:
         yield running
 
 

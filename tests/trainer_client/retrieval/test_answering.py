@@ -17,13 +17,14 @@ from talkoot.train.local import LocalSwarm
 from trainer_client.data.questions import Question, QuestionBatches
 from trainer_client.data.tokenizer import ByteTokenizer
 from trainer_client.data.tokenizer import Tokens as Encoded
-from trainer_client.decoding import Decoder
+from trainer_client.decoding import make_decoder
+from trainer_client.encoder_decoder import EncoderDecoder
 from trainer_client.memory.encoder import StaticEncoder, to_vectors, words_of
 from trainer_client.memory.retriever import Hit, SearchResult, Turn, ranked_by_words
+from trainer_client.model import LanguageModel
 from trainer_client.retrieval.answering import (
     Answerer,
     Continuations,
-    DecoderGenerator,
     PassageLookup,
     QueryEncoder,
     RagModel,
@@ -48,6 +49,11 @@ MANIFEST = Manifest.model_validate(
         "routing": {"top_k": 2},
     }
 )
+PAIRS = MANIFEST.model_copy(
+    update={"model": MANIFEST.model.model_copy(update={"layers": 2, "causal": (False, True)})}
+)
+"""An encoder reads the passage and the question, and a decoder writes the answer."""
+generators = pytest.mark.parametrize("manifest", [MANIFEST, PAIRS], ids=["decoder", "encoder-decoder"])
 COLOURS = {"kiuas": "red", "vihta": "green", "loyly": "white", "kauha": "blue", "laude": "brown"}
 
 
@@ -109,13 +115,23 @@ def settings(**more: object) -> TrainerSettings:
     return TrainerSettings.model_validate(values | {"memory_passages": 2, "memory_length": 24} | more)
 
 
-def model_of(chosen: TrainerSettings) -> RagModel:
-    return make_rag_model(MANIFEST, lambda layer: nn.Identity(), TOKENIZER, DIMENSIONS, chosen)
+class Unmixed(nn.Module):
+    """A mixture without experts, for either kind of model."""
+
+    def forward(self, x: Tensor, segments: object = None) -> Tensor:
+        return x
 
 
-def learned(objective: str, steps: int, passages: int = 2) -> tuple[RagModel, Training, PassageLookup]:
+def model_of(chosen: TrainerSettings, manifest: Manifest = MANIFEST) -> RagModel:
+    return make_rag_model(manifest, lambda layer: Unmixed(), TOKENIZER, DIMENSIONS, chosen)
+
+
+def learned(
+    objective: str, steps: int, manifest: Manifest = MANIFEST
+) -> tuple[RagModel, Training, PassageLookup]:
+    passages = 2
     chosen = settings(objective=objective, steps=steps, memory_passages=passages, learning_rate=1e-2)
-    model = model_of(chosen)
+    model = model_of(chosen, manifest)
     batches = QuestionBatches([*QUESTIONS, *QUESTIONS], 0, 0.5, model.reader.target, TOKENIZER.token_bytes)
     lookup = PassageLookup(SHELF, model.questions, passages)
     loader = NeighbourLoader(lookup, lambda number: batches.batch(number, 5))
@@ -125,9 +141,12 @@ def learned(objective: str, steps: int, passages: int = 2) -> tuple[RagModel, Tr
     return model, training, lookup
 
 
+@generators
 @pytest.mark.parametrize("objective", ["rag-sequence", "rag-token"])
-def test_generator_and_query_encoder_learn_and_answers_name_their_sources(objective: str) -> None:
-    model, training, lookup = learned(objective, 60)
+def test_generator_and_query_encoder_learn_and_answers_name_their_sources(
+    objective: str, manifest: Manifest
+) -> None:
+    model, training, lookup = learned(objective, 60, manifest)
     assert training.history.validation_losses[-1] < training.history.validation_losses[0] / 4
     assert model.questions.change.weight.abs().sum() > 0
     assert lookup.counts.failed == lookup.counts.without == 0
@@ -145,10 +164,11 @@ def test_generator_and_query_encoder_learn_and_answers_name_their_sources(object
             )
 
 
-def test_the_loss_is_the_papers_sum_over_what_was_found() -> None:
+@generators
+def test_the_loss_is_the_papers_sum_over_what_was_found(manifest: Manifest) -> None:
     """By the generator alone, one passage after the other."""
     for objective in ("rag-sequence", "rag-token"):
-        model = model_of(settings(objective=objective)).eval()
+        model = model_of(settings(objective=objective), manifest).eval()
         found, _ = PassageLookup(SHELF, model.questions, 2).search([each.text for each in QUESTIONS[:2]])
         expected, tokens = 0.0, 0
         for row, question in enumerate(QUESTIONS[:2]):
@@ -172,12 +192,27 @@ def test_the_loss_is_the_papers_sum_over_what_was_found() -> None:
         assert model.loss(QUESTIONS[:2], found).item() == pytest.approx(expected / tokens, rel=1e-4)
 
 
-def _by_whole_sequences(generator: DecoderGenerator, source: Sequence[int], target: Tokens) -> Tensor:
-    values = []
-    for at, token in enumerate(target):
-        logits_V = generator.model(torch.tensor([[*source, *target[:at]]]))[0, -1]
-        values.append(logits_V.log_softmax(-1)[token])
-    return torch.stack(values)
+def _by_whole_sequences(
+    generator: LanguageModel | EncoderDecoder, source: Sequence[int], target: Tokens
+) -> Tensor:
+    return torch.stack(
+        [
+            next_logits(generator, source, target[:at]).log_softmax(-1)[token]
+            for at, token in enumerate(target)
+        ]
+    )
+
+
+def next_logits(
+    generator: LanguageModel | EncoderDecoder, source: Sequence[int], written: Sequence[int]
+) -> Tensor:
+    """Of the token after what is written, [V], with nothing kept of anything."""
+    if isinstance(generator, EncoderDecoder):
+        logits_RV = generator([source], [[*written, generator.end]])
+    else:
+        (logits_RV,) = generator(torch.tensor([[*source, *written]]))
+    last_V: Tensor = logits_RV[-1]
+    return last_V
 
 
 def test_gradients_reach_the_query_encoder_and_no_passage() -> None:
@@ -245,7 +280,14 @@ def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
     found, _ = PassageLookup(shelf, model.questions, 2).search(["what colour is kiuas?"])
     certain = {"red": (*b" red", 10), "blue": (*b" blue", 10)}
 
-    class Copying(DecoderGenerator):
+    def _colour(source: Sequence[int]) -> str:
+        return "red" if b"is red" in bytes(source) else "blue"
+
+    class Copying(nn.Module):
+        """Writes the colour that it has read."""
+
+        context, first_scored, can_extend, retrieval = 64, 1, False, None
+
         def log_likelihood(
             self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
         ) -> Tensor:
@@ -256,14 +298,6 @@ def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
             ]
             return torch.tensor(rows)
 
-    def _colour(source: Sequence[int]) -> str:
-        return "red" if b"is red" in bytes(source) else "blue"
-
-    class Said(nn.Module):
-        """Logits of the colour that the sequence has read."""
-
-        context, first_scored, can_extend, retrieval = 64, 1, False, None
-
         def forward(self, tokens_BT: Tensor) -> Tensor:
             logits_BTV = torch.full((*tokens_BT.shape, 256), -20.0)
             for row, tokens in enumerate(tokens_BT.tolist()):
@@ -272,7 +306,7 @@ def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
                 logits_BTV[row, -1, answer[len(said)] if len(said) < len(answer) else 10] = 20.0
             return logits_BTV
 
-    model.generator = Copying(Said(), 10)  # type: ignore[arg-type]  # all of a model that decoding uses
+    model.generator = Copying()  # type: ignore[assignment]  # all of a model that decoding uses
     first, second, *_ = Answerer(model).answers("what colour is kiuas?", found, "sequence")
     assert {first.text, second.text} == {"red", "blue"}
     for answer in (first, second):
@@ -282,11 +316,12 @@ def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
 
 
 @pytest.mark.parametrize("objective", ["rag-sequence", "rag-token"])
-@pytest.mark.parametrize("name", ["questions.log_sharpness", "generator.model.head.weight"])
-def test_predictions_that_are_not_finite_are_no_answer(objective: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["questions.log_sharpness", "generator.head.weight"])
+@generators
+def test_predictions_that_are_not_finite_are_no_answer(objective: str, name: str, manifest: Manifest) -> None:
     """Broken experts and checkpoints of strangers give such, although each number in them is finite."""
     chosen = settings(objective=objective)
-    model = model_of(chosen)
+    model = model_of(chosen, manifest)
     found, _ = PassageLookup(SHELF, model.questions, 2).search([QUESTIONS[0].text])
     with torch.no_grad():
         model.get_parameter(name).fill_(3e38)
@@ -300,7 +335,7 @@ def test_a_tokenizer_without_a_line_end_is_refused() -> None:
             return super().encode(*(text.strip() for text in texts))
 
     with pytest.raises(DataError, match="another one, such as bpe"):
-        Reader(Stripping(), 64, 24)
+        Reader(Stripping(), MANIFEST.model, 24)
 
 
 def test_what_the_context_can_not_hold_is_refused_and_passages_are_cut() -> None:
@@ -317,6 +352,28 @@ def test_what_the_context_can_not_hold_is_refused_and_passages_are_cut() -> None
     assert reader.text((*b" a b", reader.end)) == "a b"
 
 
+def test_an_encoder_has_its_context_for_the_passage_and_the_question() -> None:
+    reader = model_of(settings(memory_length=1000), PAIRS).reader
+    source = reader.source("why?", Passage("x " * 400, "t", "s", 0, "MIT"))
+    assert len(source) == 64
+    assert bytes(source).endswith(b"\nwhy?\n")
+    with pytest.raises(DataError, match="shorten it"):
+        reader.source("w" * 63, None)
+    assert reader.target(Question("why?", ("a b",))) == (*b" a b", reader.end)
+    assert reader.end == 256, "the model's own, which is no text"
+    assert reader.text((*b" a", 256 + 7, *b"b", reader.end)) == "ab"
+
+
+@generators
+def test_questions_that_do_not_fit_are_named_before_anything_is_learned(manifest: Manifest) -> None:
+    reader = model_of(settings(), manifest).reader
+    reader.check(QUESTIONS)
+    with pytest.raises(DataError, match=r"question 6, 'why w+': a question of \d+ tokens"):
+        reader.check([*QUESTIONS, Question("why " + "w" * 80, ("so",))])
+    with pytest.raises(DataError, match=r"question 1, 'why\?': the answer 'a+' has \d+ tokens"):
+        reader.check([Question("why?", ("a" * 80,)), *QUESTIONS])
+
+
 def test_another_encoder_is_refused() -> None:
     check_encoder(SHELF, SHELF.encoder.sha256.hex())
     for other in (None, "00"):
@@ -324,19 +381,18 @@ def test_another_encoder_is_refused() -> None:
             check_encoder(SHELF, other)
 
 
-def test_decoding_goes_on_from_what_experts_have_computed_as_whole_sequences_do() -> None:
+@generators
+def test_decoding_goes_on_from_what_experts_have_computed_as_whole_sequences_do(manifest: Manifest) -> None:
     """With real experts in this process, of prefixes that part and go on."""
-    swarm = LocalSwarm(MANIFEST, settings())
-    model = make_rag_model(MANIFEST, swarm.mixture, TOKENIZER, DIMENSIONS, swarm.settings).eval()
+    swarm = LocalSwarm(manifest, settings())
+    model = make_rag_model(manifest, swarm.mixture, TOKENIZER, DIMENSIONS, swarm.settings).eval()
     sources = [[*b"kiuas is red\nwhat?\n"], [*b"vihta is green, and so is a leaf\nwhat?\n"]]
-    following = Continuations(Decoder(model.generator.model), sources)
+    following = Continuations(make_decoder(model.generator), sources)
     first, second, third = map(ord, "abc")
     for prefixes in ([()], [(first,), (second,)], [(first, third), (first, first), (second, third)]):
         found_NKV = following(prefixes, range(2))
         for row, prefix in enumerate(prefixes):
             for place, source in enumerate(sources):
-                logits_V = model.generator.model(torch.tensor([[*source, *prefix]]))[0, -1]
-                torch.testing.assert_close(
-                    found_NKV[row, place], logits_V.log_softmax(-1), atol=1e-4, rtol=1e-3
-                )
+                expected_V = next_logits(model.generator, source, prefix).log_softmax(-1)
+                torch.testing.assert_close(found_NKV[row, place], expected_V, atol=1e-4, rtol=1e-3)
     following.close()

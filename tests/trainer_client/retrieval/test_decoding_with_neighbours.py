@@ -10,7 +10,7 @@ from torch import nn
 
 from dht.memory import Passage
 from talkoot.train.local import LocalSwarm
-from trainer_client.decoding import Decoder
+from trainer_client.decoding import TextDecoder
 from trainer_client.inference import generate
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.attention import RetrievalSpec
@@ -49,7 +49,7 @@ def make_model(*, remote: bool) -> LanguageModel:
 
 def check(prompts: Sequence[Sequence[int]], steps: int, *, remote: bool) -> None:
     model, library = make_model(remote=remote), Library()
-    decoder = Decoder(model, find=library.find)
+    decoder = TextDecoder(model, find=library.find)
     sequences = [decoder.begin(prompt) for prompt in prompts]
     for step in range(steps):
         logits_SV = decoder.logits(sequences)
@@ -74,7 +74,7 @@ def test_each_token_is_predicted_as_from_the_whole_text(prompts: list[list[int]]
 
 def test_a_chunk_is_looked_up_once_and_named_once() -> None:
     library = Library()
-    decoder = Decoder(make_model(remote=True), find=library.find)
+    decoder = TextDecoder(make_model(remote=True), find=library.find)
     sequence = decoder.begin([1, 2, 3, 4, 5, 6, 7])
     named = []
     for token in (8, 9, 10):
