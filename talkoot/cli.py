@@ -345,7 +345,7 @@ def generate(
         str, typer.Option(metavar="TEXT", help="The text to continue; - reads it from standard input.")
     ] = "",
 ) -> None:
-    """Continue a prompt with a trained model."""
+    """Continue a prompt with a trained model, or answer it, if the model learned to answer questions."""
     with command(LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
             from trainer_client.settings import Sampling, TrainerSettings
@@ -353,7 +353,7 @@ def generate(
         settings, sampling = load_settings(context, TrainerSettings), load_settings(context, Sampling)
         _check_invite(join)
         with signals.importing():
-            from talkoot.train.trained import run_generate
+            from talkoot.train.generate import run_generate
 
         run_generate(terminal, signals, join, prompt, settings, sampling)
 

@@ -78,17 +78,25 @@ async def _search(terminal: Terminal, swarm: Swarm, request: SearchRequest) -> _
 
 def check_found(memory: MemoryID, result: SearchResult) -> None:
     """Raises UserError if nothing was found."""
-    if not result.is_understood:
-        raise DataError(
-            f"memory {memory} knows no word of this question: ask in the words and the language of its passages"
-        )
-    if not result.hits and result.missing:
+    check_hosts(memory, result)
+    if (why := why_nothing(memory, result)) is not None:
+        raise DataError(f"nothing found: {why}")
+
+
+def check_hosts(memory: MemoryID, result: SearchResult) -> None:
+    """Raises LibraryError if nothing was found because nobody answered."""
+    if result.is_understood and not result.hits and result.missing:
         raise LibraryError(
             f"no live host of memory {memory} answered: wait until a node that hosts it is back; "
             "`talkoot memory list` shows how many there are"
         )
-    if not result.hits:
-        raise LibraryError(f"nothing found: memory {memory} has no passages near this question")
+
+
+def why_nothing(memory: MemoryID, result: SearchResult) -> str | None:
+    """Why there are no passages, for whoever asked; None: there are some."""
+    if not result.is_understood:
+        return f"memory {memory} knows no word of this question; ask in the words and the language of its passages"
+    return None if result.hits else f"memory {memory} has no passages near this question"
 
 
 def _show(terminal: Terminal, answer: _Answer) -> None:

@@ -128,6 +128,10 @@ class Request(BaseModel):
     def wanted_tokens(self) -> int | None:
         return self.max_tokens
 
+    def alternatives(self) -> int | None:
+        """How many tokens to name beside each of the answer; None: no log probabilities at all."""
+        raise NotImplementedError
+
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -203,6 +207,14 @@ class ChatRequest(Request):
 
     def wanted_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def question(self) -> str:
+        """The last message, which the earlier ones are no part of. Raises RequestError."""
+        last = self.messages[-1]
+        if last.role != "user":
+            message = "messages: the last one must be the user's question"
+            raise RequestError(400, message, "invalid_value", parameter="messages")
+        return last.text
 
     def text(self, chat: ChatFormat) -> str:
         return chat.text([Message(each.role, each.text) for each in self.messages])

@@ -19,6 +19,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from peer.errors import DataError
 from peer.metrics import start_at_zero
 from talkoot.dashboard.app import STATIC as DASHBOARD_STATIC
 from talkoot.serve import api
@@ -122,6 +123,7 @@ class _Endpoints:
                 "max_tokens": self._shared.max_tokens,
                 "experts": {"live": served.live_experts(), "total": served.experts_total},
                 "needs_key": self._shared.keys.are_needed,
+                "answers_questions": served.questions is not None,
             }
         )
 
@@ -151,32 +153,50 @@ def _completion(body: bytes, shared: _Shared) -> _Asked:
     """On a thread of its own: a long text takes a while. Raises RequestError."""
     request = api.CompletionRequest.parse(body)
     _check_model(request.model, shared.served)
-    prompt = _prompt(request.text_or_tokens(), shared.served)
-    return _asked(request, prompt, request.stops(), request.alternatives(), api.CompletionReply, shared)
+    given = request.text_or_tokens()
+    if shared.served.questions is not None:
+        return _asked(request, _job(request, given, "prompt", shared), api.CompletionReply, shared)
+    prompt = _prompt(given, shared.served)
+    job = Job(prompt, request.sampling(shared.max_tokens), request.stops(), request.alternatives())
+    return _asked(request, job, api.CompletionReply, shared)
 
 
 def _chat(body: bytes, shared: _Shared) -> _Asked:
     request = api.ChatRequest.parse(body)
     _check_model(request.model, shared.served)
+    if shared.served.questions is not None:
+        return _asked(request, _job(request, request.question(), "messages", shared), api.ChatReply, shared)
     chat = shared.served.chat
     stops = (*request.stops(), *chat.stop)
     prompt = _prompt(request.text(chat), shared.served)
-    return _asked(request, prompt, stops, request.alternatives(), api.ChatReply, shared)
+    job = Job(prompt, request.sampling(shared.max_tokens), stops, request.alternatives())
+    return _asked(request, job, api.ChatReply, shared)
 
 
-def _asked(
-    request: api.Request,
-    prompt: Sequence[int],
-    stops: tuple[str, ...],
-    alternatives: int | None,
-    make: type[api.Reply],
-    shared: _Shared,
-) -> _Asked:
-    job = Job(prompt, request.sampling(shared.max_tokens), stops, alternatives)
-    reply = make(
-        shared.served.name, len(prompt), api.TokenNames(shared.served.token_bytes), request.wants_usage
-    )
+def _asked(request: api.Request, job: Job, make: type[api.Reply], shared: _Shared) -> _Asked:
+    names = api.TokenNames(shared.served.token_bytes)
+    reply = make(shared.served.name, len(job.prompt), names, request.wants_usage)
     return _Asked(job, reply, bool(request.stream))
+
+
+def _job(request: api.Request, question: str | Sequence[int], parameter: str, shared: _Shared) -> Job:
+    """Of a model that answers questions. Raises RequestError."""
+    assert shared.served.questions is not None
+    if not isinstance(question, str):
+        raise RequestError(
+            400, "prompt: this model answers questions; send one as text", "invalid_value", parameter="prompt"
+        )
+    if request.alternatives() is not None:
+        raise RequestError(
+            400, "logprobs: an answer has none, for it is a sum over passages", "invalid_value",
+            parameter="logprobs",
+        )  # fmt: skip
+    try:
+        shared.served.questions.check(question)
+    except DataError as error:
+        raise RequestError(400, f"{parameter}: {error}", "invalid_value", parameter=parameter) from error
+    prompt = shared.served.tokenizer.encode(question).tolist()
+    return Job(prompt, request.sampling(shared.max_tokens), question=question)
 
 
 def _prompt(given: str | Sequence[int], served: ServedModel) -> Sequence[int]:

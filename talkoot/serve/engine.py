@@ -6,9 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Self
+from typing import Protocol, Self, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
@@ -19,6 +21,8 @@ from peer.formatting import counted
 from peer.metrics import SECONDS, start_at_zero
 from talkoot.serve.schedule import FairSchedule
 from talkoot.serve.text import TextStream
+from talkoot.train.ask import Answered, QuestionAnswerer
+from trainer_client.data.tokenizer import Tokenizer
 from trainer_client.decoding import Decoder, Decoding
 from trainer_client.inference import make_generator, next_token
 from trainer_client.settings import Sampling
@@ -39,10 +43,13 @@ class Job:
     """What a client wants continued."""
 
     prompt: Sequence[int]
+    """For a model that answers questions, those of the `question`."""
     sampling: Sampling
     stops: tuple[str, ...] = ()
     alternatives: int | None = None
     """How many of the likeliest tokens to name at each place; None: no log probabilities at all."""
+    question: str = ""
+    """What is asked of a model that answers questions."""
 
 
 @dataclass(frozen=True)
@@ -192,12 +199,70 @@ class EngineMetrics:
         )
 
 
+Advance: TypeAlias = Callable[[frozenset[str]], Piece]
+"""Gives a stream's next piece, which the nodes given have worked for. Raises UserError."""
+
+
+class Work(Protocol):
+    """What is done for the streams that have a place, in each round."""
+
+    def compute(self, streams: Sequence[Stream]) -> Sequence[Advance]:
+        """Raises UserError if none of them can go on."""
+
+    def close(self) -> None: ...
+
+
+class Writing:
+    """Texts, which grow by a token each."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def compute(self, streams: Sequence[Stream]) -> list[Advance]:
+        for stream in streams:
+            if stream.decoding is None:
+                stream.decoding = self._decoder.begin(stream.tokens)
+        logits_SV = self._decoder.logits(
+            [stream.decoding for stream in streams if stream.decoding is not None]
+        )
+        return [
+            partial(stream.advance, logits_V) for stream, logits_V in zip(streams, logits_SV, strict=True)
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+class Answering:
+    """Questions, which are answered whole: in a round each of them."""
+
+    AT_ONCE = 4
+    """Each waits for a memory's hosts, and then for experts."""
+
+    def __init__(self, questions: QuestionAnswerer, tokenizer: Tokenizer) -> None:
+        self._questions, self._tokenizer = questions, tokenizer
+        self._threads = ThreadPoolExecutor(self.AT_ONCE, "talkoot-answer")
+
+    def compute(self, streams: Sequence[Stream]) -> list[Advance]:
+        answers = [self._threads.submit(self._questions.answer, stream.job.question) for stream in streams]
+        wait(answers)  # each search and each call of an expert has a deadline
+        return [partial(self._piece, answer) for answer in answers]
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _piece(self, answer: "Future[Answered]", nodes: frozenset[str]) -> Piece:
+        answered = answer.result()
+        tokens = len(self._tokenizer.encode(answered.text))
+        return Piece(answered.text, tokens, finish="stop", nodes=nodes, read=answered.sources)
+
+
 class Engine:
     """Continues streams on a thread of its own until it is closed."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        work: Work,
         token_bytes: Sequence[bytes],
         places: int,
         loop: asyncio.AbstractEventLoop,
@@ -207,7 +272,7 @@ class Engine:
         """`places`: for streams that are computed together. `loop`: where streams are read. `nodes`: those that have
         answered since it was called last.
         """
-        self._decoder = decoder
+        self._work = work
         self._token_bytes = token_bytes
         self._loop = loop
         self._nodes = nodes
@@ -248,6 +313,7 @@ class Engine:
             self._closing = True
             self._changed.notify()
         self._thread.join(_CLOSE_S)
+        self._work.close()
 
     def _run(self) -> None:
         while (streams := self._next_streams()) is not None:
@@ -279,17 +345,12 @@ class Engine:
             return None if self._closing else self._schedule.running
 
     def _advance(self, streams: Sequence[Stream]) -> dict[Stream, Piece | EngineError]:
-        for stream in streams:
-            if stream.decoding is None:
-                stream.decoding = self._decoder.begin(stream.tokens)
-        logits_SV = self._decoder.logits(
-            [stream.decoding for stream in streams if stream.decoding is not None]
-        )
+        advances = self._work.compute(streams)
         nodes = self._nodes()
         news: dict[Stream, Piece | EngineError] = {}
-        for stream, logits_V in zip(streams, logits_SV, strict=True):
+        for stream, advance in zip(streams, advances, strict=True):
             try:
-                news[stream] = stream.advance(logits_V, nodes)
+                news[stream] = piece = advance(nodes)
             except UserError as error:
                 news[stream] = EngineError(str(error))
                 continue
@@ -297,7 +358,7 @@ class Engine:
                 logger.exception("an answer broke off")
                 news[stream] = EngineError(_INTERNAL)
                 continue
-            self._metrics.tokens.labels("generated").inc()
+            self._metrics.tokens.labels("generated").inc(piece.tokens)
             if not stream.has_begun:
                 stream.has_begun = True
                 self._metrics.first_token.observe(time.monotonic() - stream.asked_at)

@@ -13,9 +13,11 @@ from talkoot.model.opened import open_model
 from talkoot.serve.chat import ChatFormat
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal
-from talkoot.train.trained import trained_model
+from talkoot.train.ask import QuestionAnswerer
+from talkoot.train.trained import joined_run, text_model
 from trainer_client.data.tokenizer import Tokenizer
 from trainer_client.dispatch.batches import CallReply, ExpertCaller, NodeCall
+from trainer_client.encoder_decoder import EncoderDecoder
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.lookup import Find
 from trainer_client.settings import TrainerSettings
@@ -31,7 +33,7 @@ class ServedModel:
     name: str
     source: str
     """Where its experts are: "swarm" or "folder"."""
-    model: LanguageModel
+    model: LanguageModel | EncoderDecoder
     tokenizer: Tokenizer
     experts_total: int
     live_experts: Callable[[], int]
@@ -43,6 +45,8 @@ class ServedModel:
     """Whose experts have answered since it was called last."""
     find: Find | None = None
     """Passages that the model reads while it writes; None: it reads none."""
+    questions: QuestionAnswerer | None = None
+    """Answers what is asked; None: the model goes on with texts."""
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
@@ -95,18 +99,27 @@ def model_of_swarm(
 ) -> Iterator[ServedModel]:
     """The dense part of a run's checkpoint, and the swarm's experts. Raises UserError."""
     nodes = AnsweringNodes()
-    with trained_model(terminal, signals, join, settings, through=nodes.through) as trained:
-        manifest = trained.client.manifest
+    model: LanguageModel | EncoderDecoder
+    with joined_run(terminal, signals, join, settings, through=nodes.through) as run:
+        manifest, is_usable = run.client.manifest, partial(run.client.has_experts, _WAIT_S)
+        questions, find = None, None
+        if run.settings.answers_questions:
+            questions = QuestionAnswerer.open(terminal, run, is_usable)
+            model = questions.model.generator
+        else:
+            trained = text_model(terminal, run)
+            model, find = trained.language_model(), trained.find
         yield ServedModel(
             manifest.name,
             "swarm",
-            trained.language_model(),
-            trained.tokenizer,
+            model,
+            run.tokenizer,
             manifest.experts_total,
-            trained.client.dispatcher.live_experts,
-            is_usable=partial(trained.client.has_experts, _WAIT_S),
+            run.client.dispatcher.live_experts,
+            is_usable=is_usable,
             nodes=nodes.take,
-            find=trained.find,
+            find=find,
+            questions=questions,
         )
 
 

@@ -16,13 +16,13 @@ from peer.metrics import new_registry
 from peer.platform.loop import new_event_loop
 from talkoot.serve.access import read_keys
 from talkoot.serve.app import make_app
-from talkoot.serve.engine import Engine
+from talkoot.serve.engine import Answering, Engine, Work, Writing
 from talkoot.serve.model import ServedModel, model_of_folder, model_of_swarm
 from talkoot.serve.settings import ServeSettings
 from talkoot.signals import Stopped, StopSignals, run_until_stopped
 from talkoot.terminal import Terminal
 from talkoot.web import address_of, listen, serving
-from trainer_client.decoding import TextDecoder
+from trainer_client.decoding import make_decoder
 from trainer_client.settings import TrainerSettings
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -98,10 +98,16 @@ async def server(
     if settings.model_name is not None:
         served = dataclasses.replace(served, name=settings.model_name)
     keys = read_keys(settings.api_key_file)
+    work: Work
+    places = settings.max_streams
+    if served.questions is None:
+        work = Writing(make_decoder(served.model, served.is_usable, served.find))
+    else:
+        work, places = Answering(served.questions, served.tokenizer), min(places, Answering.AT_ONCE)
     engine = Engine(
-        TextDecoder(served.model, served.is_usable, served.find),
+        work,
         served.token_bytes,
-        settings.max_streams,
+        places,
         asyncio.get_running_loop(),
         served.nodes,
         metrics,

@@ -1,31 +1,102 @@
 """`talkoot ask`: answers a question from passages of a memory, and says which."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS
+from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MemoryID, Passage
 from peer.errors import DataError, SettingsError
 from peer.formatting import counted, printable
 from peer.metrics import total
-from talkoot.memory.search import check_found, hit_dict
+from talkoot.memory.search import check_found, check_hosts, hit_dict, why_nothing
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, to_json
-from talkoot.train.trained import joined_run
+from talkoot.train.trained import JoinedRun, joined_run
 from trainer_client.data.sources import as_text
-from trainer_client.memory.memories import Memory
 from trainer_client.memory.retriever import SearchResult, check_query
 from trainer_client.retrieval.answering import (
     Answer,
     Answerer,
+    AskedMemory,
     PassageLookup,
+    RagModel,
     check_encoder,
     make_rag_model,
 )
-from trainer_client.settings import TrainerSettings
+from trainer_client.settings import Marginal, TrainerSettings
 
 _LEAST_SHARE = 0.05
 """Of other answers and of sources that are shown."""
 _ANSWER_CHARACTERS = 1000
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came of a question."""
+
+    memory: MemoryID
+    result: SearchResult
+    answers: Sequence[Answer]
+    """The best first; none if nothing was found."""
+
+    @property
+    def text(self) -> str:
+        """The best answer, or that nothing was found, and why."""
+        if self.answers and self.answers[0].text:
+            return self.answers[0].text
+        read = counted(len(self.result.hits), "passage")
+        why = why_nothing(self.memory, self.result) or (
+            f"the {read} of memory {self.memory} that fit best don't say it"
+        )
+        return f"Nothing found: {why}."
+
+    @property
+    def sources(self) -> tuple[Passage, ...]:
+        """The passages behind the best answer."""
+        if not self.answers or not self.answers[0].text:
+            return ()
+        return tuple(source.hit.passage for source in self.answers[0].sources if source.share >= _LEAST_SHARE)
+
+
+class QuestionAnswerer:
+    """Answers questions with a trained model from a memory of its swarm. For any thread."""
+
+    def __init__(
+        self, model: RagModel, memory: AskedMemory, marginal: Marginal, is_usable: Callable[[], bool]
+    ) -> None:
+        """`is_usable`: as for `Decoder`."""
+        self.model = model
+        self._memory, self._marginal = memory, marginal
+        self._lookup = PassageLookup(memory, model.questions, model.passages)
+        self._answerer = Answerer(model, is_usable)
+
+    @classmethod
+    def open(cls, terminal: Terminal, run: JoinedRun, is_usable: Callable[[], bool]) -> "QuestionAnswerer":
+        """Of a run that has learned to answer. Raises UserError."""
+        client, settings = run.client, run.settings
+        with terminal.stages("opening the memory"):
+            memory = client.memory(settings.memory)
+        check_encoder(memory, run.checkpoint.header.encoder)
+        model = make_rag_model(client.manifest, client.mixture, run.tokenizer, memory.dimensions, settings)
+        run.checkpoint.load_into(model)
+        return cls(model, memory, settings.marginal, is_usable)
+
+    def check(self, question: str) -> None:
+        """Raises DataError if it is none, or too long."""
+        if not question.strip():
+            raise DataError("ask something, such as: how hot is a sauna?")
+        check_query([question], 1, 1)
+        self.model.reader.source(question, None)
+
+    def answer(self, question: str, stage: Callable[[str], None] = lambda text: None) -> Answered:
+        """Raises UserError."""
+        self.check(question)
+        found, (result,) = self._lookup.search([question])
+        check_hosts(self._memory.id, result)
+        if not result.hits:
+            return Answered(self._memory.id, result, ())
+        stage("answering")
+        return Answered(self._memory.id, result, self._answerer.answers(question, found, self._marginal))
 
 
 def run_ask(
@@ -34,8 +105,7 @@ def run_ask(
     """Raises UserError when it can't, and Stopped after a signal."""
     if not question.strip():
         raise DataError('ask something, such as: talkoot ask --join INVITE "how hot is a sauna?"')
-    question = as_text(question)
-    check_query([question], 1, 1)
+    check_query([as_text(question)], 1, 1)
 
     def require_questions(tokenizer: object, settings: TrainerSettings, folder: object) -> None:
         if not settings.answers_questions:
@@ -45,36 +115,31 @@ def run_ask(
             )
 
     with joined_run(terminal, signals, join, settings, require_questions) as run:
-        client, settings = run.client, run.settings
-        with terminal.stages("opening the memory"):
-            memory = client.memory(settings.memory)
-        check_encoder(memory, run.checkpoint.header.encoder)
-        model = make_rag_model(client.manifest, client.mixture, run.tokenizer, memory.dimensions, settings)
-        run.checkpoint.load_into(model)
-        with terminal.stages("looking for passages") as stage:
-            found, (result,) = PassageLookup(memory, model.questions, settings.memory_passages).search(
-                [question]
-            )
-            check_found(memory.id, result)
-            stage("answering")
-            answers = Answerer(model, client.has_experts).answers(question, found, settings.marginal)
-        unanswered = int(total(client.dispatcher.metrics.unanswered_rows))
+        answer_question(terminal, run, as_text(question))
+
+
+def answer_question(terminal: Terminal, run: JoinedRun, question: str) -> None:
+    """Shows the answer and its sources. Raises UserError."""
+    answerer = QuestionAnswerer.open(terminal, run, run.client.has_experts)
+    with terminal.stages("looking for passages") as stage:
+        answered = answerer.answer(question, stage)
+    check_found(answered.memory, answered.result)
+    unanswered = int(total(run.client.dispatcher.metrics.unanswered_rows))
     if terminal.json:
-        terminal.line(to_json(_to_dict(question, memory, result, answers, unanswered)))
+        terminal.line(to_json(_to_dict(question, answered, unanswered)))
     else:
-        _show(terminal, memory, result, answers, unanswered)
+        for line in _lines(answered, unanswered):
+            terminal.line(line)
 
 
-def _to_dict(
-    question: str, memory: Memory, result: SearchResult, answers: Sequence[Answer], unanswered: int
-) -> Mapping[str, Any]:
-    best, *others = map(_answer_dict, answers)
+def _to_dict(question: str, answered: Answered, unanswered: int) -> Mapping[str, Any]:
+    best, *others = map(_answer_dict, answered.answers)
     return {
         "question": question,
-        "memory": str(memory.id),
+        "memory": str(answered.memory),
         **best,
         "other_answers": others,
-        "missing_cells": [list(cell) for cell in result.missing],
+        "missing_cells": [list(cell) for cell in answered.result.missing],
         "unanswered_rows": unanswered,
     }
 
@@ -88,41 +153,30 @@ def _answer_dict(answer: Answer) -> Mapping[str, Any]:
     }
 
 
-def _show(
-    terminal: Terminal, memory: Memory, result: SearchResult, answers: Sequence[Answer], unanswered: int
-) -> None:
-    best, *others = answers
-    if best.text:
-        terminal.line(f"{_text(best)} ({best.probability:.0%})")
-    else:
-        read = counted(len(result.hits), "passage")
-        terminal.line(f"Nothing found: the {read} of memory {memory.id} that fit best don't say it.")
-    for line in _sources(best):
-        terminal.line(f"   {line}")
+def _lines(answered: Answered, unanswered: int) -> Iterator[str]:
+    best, *others = answered.answers
+    text = printable(answered.text, _ANSWER_CHARACTERS)
+    yield f"{text} ({best.probability:.0%})" if best.text else text
+    yield from _sources(best)
     for other in others:
         if other.text and other.probability >= _LEAST_SHARE:
-            terminal.line(f"or: {_text(other)} ({other.probability:.0%})")
-            for line in _sources(other):
-                terminal.line(f"   {line}")
-    if result.missing:
-        cells = counted(len(result.missing), "cell")
-        terminal.line(f"Nobody answered for {cells} near the question: there may be better passages.")
+            yield f"or: {printable(other.text, _ANSWER_CHARACTERS)} ({other.probability:.0%})"
+            yield from _sources(other)
+    if answered.result.missing:
+        cells = counted(len(answered.result.missing), "cell")
+        yield f"Nobody answered for {cells} near the question: there may be better passages."
     if unanswered:
         rows = counted(unanswered, "row")
-        terminal.line(f"No expert answered for {rows}, so the answer may be worse than it could be.")
+        yield f"No expert answered for {rows}, so the answer may be worse than it could be."
 
 
-def _text(answer: Answer) -> str:
-    return printable(answer.text, _ANSWER_CHARACTERS)
-
-
-def _sources(answer: Answer) -> list[str]:
+def _sources(answer: Answer) -> Iterator[str]:
     """The passages behind an answer, the one that had the largest part in it first."""
-    return [
-        f"{source.share:.0%} from {printable(passage.title, MAX_LABEL_CHARACTERS) or '(no title)'} "
-        f"({printable(passage.source, MAX_LABEL_CHARACTERS)}, "
-        f"{printable(passage.license, MAX_LICENSE_CHARACTERS) or 'licence not given'})"
-        for source in answer.sources
-        if source.share >= _LEAST_SHARE
-        for passage in [source.hit.passage]
-    ]
+    for source in answer.sources:
+        passage = source.hit.passage
+        if source.share >= _LEAST_SHARE:
+            yield (
+                f"   {source.share:.0%} from {printable(passage.title, MAX_LABEL_CHARACTERS) or '(no title)'} "
+                f"({printable(passage.source, MAX_LABEL_CHARACTERS)}, "
+                f"{printable(passage.license, MAX_LICENSE_CHARACTERS) or 'licence not given'})"
+            )

@@ -1,14 +1,11 @@
-"""`talkoot evaluate` and `talkoot generate`: use a trained model with its swarm.
+"""`talkoot evaluate`, and what opens a trained model with its swarm.
 
 The dense part comes from a checkpoint, and the experts are called in the swarm.
 """
 
 import logging
-import os
-import re
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +16,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from dht.invites import invite_of
-from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, Passage
-from peer.errors import DataError, LibraryError, SettingsError, UnreachableError
-from peer.formatting import counted, printable
+from peer.errors import LibraryError, SettingsError, UnreachableError
 from peer.metrics import total
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, escaped, to_json
@@ -29,8 +24,7 @@ from talkoot.train.recompute import BlockLoader
 from talkoot.train.session import once, trainer_state
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
-from trainer_client.data.pairs import marked
-from trainer_client.data.sources import as_text, find_texts
+from trainer_client.data.sources import find_texts
 from trainer_client.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.encoder_decoder import EncoderDecoder, make_model
@@ -38,22 +32,15 @@ from trainer_client.inference import (
     Evaluation,
     check_length,
     combined,
-    decoded,
     evaluate,
-    generate,
 )
 from trainer_client.model import LanguageModel, require_memory, require_no_encoder
 from trainer_client.retrieval.attention import RetrievalSpec
-from trainer_client.retrieval.lookup import Find, NeighbourLookup, Neighbours
-from trainer_client.settings import Sampling, TrainerSettings
+from trainer_client.retrieval.lookup import Find, NeighbourLookup
+from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, load_checkpoint
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-_LONGEST_PROMPT = 2**24
-"""Bytes to read from standard input."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that could control a terminal: experts influence the text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +142,7 @@ def trained_model(
     signals: StopSignals,
     join: str | None,
     settings: TrainerSettings,
-    prepare: Callable[[Tokenizer, TrainerSettings, Path], None] = lambda tokenizer, settings, folder: None,
-    through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
+    prepare: Callable[[Tokenizer, TrainerSettings, Path], None],
 ) -> Iterator[TrainedModel]:
     """A model of text. As for `joined_run`."""
 
@@ -165,13 +151,17 @@ def trained_model(
             raise SettingsError('this run\'s model answers questions: talkoot ask --join INVITE "…"')
         prepare(tokenizer, settings, folder)
 
-    with joined_run(terminal, signals, join, settings, prepared, through) as run:
-        client, tokenizer, settings, spec = run.client, run.tokenizer, run.settings, run.retrieval
-        model = make_model(client.manifest, client.mixture, len(tokenizer.token_bytes), spec)
-        run.checkpoint.load_into(model)
-        lookup = None if spec is None else _open_memory(terminal, client, settings, tokenizer, spec)
-        step = run.checkpoint.header.step
-        yield TrainedModel(model, tokenizer, client, settings, step, run.folder, lookup)
+    with joined_run(terminal, signals, join, settings, prepared) as run:
+        yield text_model(terminal, run)
+
+
+def text_model(terminal: Terminal, run: JoinedRun) -> TrainedModel:
+    """Of a run that has learned from text."""
+    client, tokenizer, settings, spec = run.client, run.tokenizer, run.settings, run.retrieval
+    model = make_model(client.manifest, client.mixture, len(tokenizer.token_bytes), spec)
+    run.checkpoint.load_into(model)
+    lookup = None if spec is None else _open_memory(terminal, client, settings, tokenizer, spec)
+    return TrainedModel(model, tokenizer, client, settings, run.checkpoint.header.step, run.folder, lookup)
 
 
 def _open_memory(
@@ -286,81 +276,3 @@ def _comparison(found: Mapping[str, Evaluation]) -> Table:
 def _figures(evaluation: Evaluation) -> list[str]:
     figures = (evaluation.loss, evaluation.bits_per_byte, evaluation.perplexity)
     return [str(evaluation.tokens), *(f"{figure:.4f}" for figure in figures)]
-
-
-def run_generate(
-    terminal: Terminal,
-    signals: StopSignals,
-    join: str | None,
-    prompt: str,
-    settings: TrainerSettings,
-    sampling: Sampling,
-) -> None:
-    """Raises UserError when it can't, and Stopped after a signal."""
-    text = _read_prompt() if prompt == "-" else as_text(prompt)
-    with trained_model(terminal, signals, join, settings) as trained:
-        read: dict[Passage, None] = {}
-        try:
-            for piece in _text(trained, text, sampling, read):
-                sys.stdout.write(_CONTROL.sub("\ufffd", piece))
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        for line in sources_of(read):
-            terminal.err.print(escaped(line))
-        if rows := int(total(trained.client.dispatcher.metrics.unanswered_rows)):
-            logger.warning(
-                "no expert answered for %s, so the text is worse than it could be", counted(rows, "row")
-            )
-
-
-def sources_of(passages: Iterable[Passage]) -> list[str]:
-    """What was read, for people: a line for each source, the first that was read first."""
-    lines = [
-        f"{printable(passage.title, MAX_LABEL_CHARACTERS)} ({printable(passage.source, MAX_LABEL_CHARACTERS)}, "
-        f"{printable(passage.license, MAX_LICENSE_CHARACTERS)})"
-        for passage in passages
-    ]
-    return [f"read: {line}" for line in dict.fromkeys(lines)]
-
-
-def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:
-    """`read`: takes the passages that the model was given."""
-    find = trained.find
-
-    def found(chunks: Sequence[Sequence[int]]) -> Sequence[Neighbours]:
-        assert find is not None
-        neighbours = find(chunks)
-        read.update((passage, None) for each in neighbours for passage in each.passages)
-        return neighbours
-
-    token_bytes = trained.tokenizer.token_bytes
-    if isinstance(trained.model, EncoderDecoder):
-        special = trained.model.special
-        tokens = special.encode(marked(prompt or "\n", trained.settings.objective), trained.tokenizer)
-        token_bytes = special.written(token_bytes)
-    else:
-        tokens = trained.tokenizer.encode(prompt or "\n").tolist()
-    context = trained.model.context
-    if len(tokens) > context:
-        logger.warning(
-            "the prompt has %d tokens and the model's context %d: the first %s are left out",
-            len(tokens),
-            context,
-            counted(len(tokens) - context, "token"),
-        )
-    usable = trained.client.has_experts
-    following = generate(trained.model, tokens, sampling, usable, None if find is None else found)
-    return decoded(following, token_bytes)
-
-
-def _read_prompt() -> str:
-    data = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
-    if len(data) > _LONGEST_PROMPT:
-        raise DataError(f"the prompt on standard input is longer than {_LONGEST_PROMPT >> 20} MiB")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"the prompt on standard input is not text in UTF-8: {error}") from error

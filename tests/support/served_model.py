@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from shelf import TOKENIZER, Shelf
 from training_swarm import MANIFEST
 
 from dht.manifest import Manifest
@@ -13,10 +14,12 @@ from peer.loop import LoopThread
 from talkoot.serve.model import ServedModel
 from talkoot.serve.server import server
 from talkoot.serve.settings import ServeSettings
+from talkoot.train.ask import QuestionAnswerer
 from talkoot.train.local import LocalSwarm
 from talkoot.web import address_of, listen
 from trainer_client.data.tokenizer import ByteTokenizer
 from trainer_client.model import LanguageModel
+from trainer_client.retrieval.answering import RagModel
 from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.settings import TrainerSettings
 
@@ -38,6 +41,12 @@ def small_model(
     return ServedModel(
         "village", "folder", model, ByteTokenizer(), manifest.experts_total, swarm.dispatcher.live_experts
     )
+
+
+def answering(model: RagModel, shelf: Shelf) -> ServedModel:
+    """A model that answers questions from the shelf."""
+    questions = QuestionAnswerer(model, shelf, "sequence", lambda: True)
+    return ServedModel("sauna", "swarm", model.generator, TOKENIZER, 8, lambda: 8, questions=questions)
 
 
 @contextmanager

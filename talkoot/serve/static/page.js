@@ -27,6 +27,9 @@ function showStatus() {
   setText(byId("state"), `${experts.live} of ${experts.total} experts ${where}, context of ${context} tokens`);
   byId("tokens").max = status.max_tokens;
   byId("key-field").hidden = !status.needs_key;
+  setText(byId("prompt-label"), status.answers_questions ? "Question" : "Text to continue");
+  setText(byId("go"), status.answers_questions ? "Ask" : "Continue");
+  byId("ask").classList.toggle("asks", status.answers_questions);
   if (!writing) byId("go").disabled = false;
 }
 
@@ -49,7 +52,7 @@ async function write() {
   writing = new AbortController();
   begin(request.prompt);
   const began = performance.now();
-  const seen = { first: null, tokens: 0, nodes: null, end: "" };
+  const seen = { first: null, tokens: 0, nodes: null, sources: null, end: "" };
   try {
     for await (const chunk of complete(request, byId("key").value, writing.signal)) take(chunk, seen, began);
   } catch (error) {
@@ -62,8 +65,8 @@ async function write() {
 
 function begin(prompt) {
   byId("problem").hidden = true;
-  byId("nodes").hidden = true;
-  setText(byId("given"), prompt);
+  byId("nodes").hidden = byId("sources").hidden = true;
+  setText(byId("given"), status.answers_questions ? `${prompt}\n` : prompt);
   byId("written").replaceChildren();
   byId("answer").setAttribute("aria-busy", "true");
   setText(byId("speed"), "writing…");
@@ -74,9 +77,9 @@ function begin(prompt) {
 function take(chunk, seen, began) {
   const [choice] = chunk.choices;
   if (chunk.usage) seen.tokens = chunk.usage.completion_tokens;
-  if (chunk.talkoot) seen.nodes = chunk.talkoot.nodes;
+  if (chunk.talkoot) ({ nodes: seen.nodes, sources: seen.sources } = chunk.talkoot);
   if (!choice) return;
-  if (choice.finish_reason === "stop") seen.end = "ended before the stop text";
+  if (choice.finish_reason === "stop" && !status.answers_questions) seen.end = "ended before the stop text";
   if (!choice.text) return;
   seen.first ??= performance.now() - began;
   const box = byId("answer");
@@ -85,7 +88,7 @@ function take(chunk, seen, began) {
   if (atEnd) box.scrollTop = box.scrollHeight;
 }
 
-function finish({ first, tokens, nodes, end }, seconds) {
+function finish({ first, tokens, nodes, sources, end }, seconds) {
   byId("written").normalize();
   byId("answer").setAttribute("aria-busy", "false");
   byId("go").disabled = false;
@@ -96,8 +99,14 @@ function finish({ first, tokens, nodes, end }, seconds) {
   if (first !== null) said.push(`first text after ${Math.round(first)} ms`);
   if (end) said.push(end);
   setText(byId("speed"), said.join("; "));
+  byId("sources").hidden = !sources;
+  if (sources) setText(byId("sources"), `Read: ${sources.map(named).join("; ")}`);
   byId("nodes").hidden = !nodes;
   if (nodes) setText(byId("nodes"), `Nodes that answered meanwhile: ${nodes.join(", ")}`);
+}
+
+function named({ title, source, license }) {
+  return `${title || "(no title)"} (${source}, ${license || "licence not given"})`;
 }
 
 function tell(message) {

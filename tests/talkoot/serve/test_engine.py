@@ -12,10 +12,11 @@ from served_model import LIMIT_S, small_model
 from torch import Tensor
 
 from peer.errors import SwarmError
-from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream
+from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream, Writing
 from talkoot.serve.model import ServedModel
 from trainer_client.decoding import Decoding, TextDecoder
 from trainer_client.inference import decoded, generate
+from trainer_client.model import LanguageModel
 from trainer_client.settings import Sampling
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class CountedDecoder(TextDecoder):
     """Tells how many sequences it has begun and not ended, and may be made to fail or wait."""
 
     def __init__(self, model: ServedModel) -> None:
+        assert isinstance(model.model, LanguageModel)
         super().__init__(model.model)
         self.open: set[Decoding] = set()
         self.batches: list[int] = []
@@ -74,7 +76,7 @@ def run(
     decoder = CountedDecoder(model)
 
     async def scene() -> T:
-        engine = Engine(decoder, model.token_bytes, places, asyncio.get_running_loop())
+        engine = Engine(Writing(decoder), model.token_bytes, places, asyncio.get_running_loop())
         try:
             result = await scenario(engine, decoder)
             await until(lambda: not decoder.open)
@@ -157,7 +159,7 @@ def test_a_prediction_that_is_not_finite_ends_one_stream(model: ServedModel) -> 
             return logits_SV
 
     async def scene() -> None:
-        engine = Engine(Broken(model), model.token_bytes, 8, asyncio.get_running_loop())
+        engine = Engine(Writing(Broken(model)), model.token_bytes, 8, asyncio.get_running_loop())
         try:
             good, bad = engine.begin(job("In", 30), "a"), engine.begin(job("Xn", 30), "a")
             with pytest.raises(EngineError, match="not finite"):

@@ -304,7 +304,7 @@ def test_without_experts_it_says_so(loop: LoopThread, model: ServedModel, http: 
 def test_status_tells_what_the_page_shows(http: httpx.Client, address: str, model: ServedModel) -> None:
     assert http.get(f"{address}status").json() == {
         "model": "village", "from": "folder", "context": model.model.context, "max_tokens": 10**6,
-        "experts": {"live": 8, "total": 8}, "needs_key": False,
+        "experts": {"live": 8, "total": 8}, "needs_key": False, "answers_questions": False,
     }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 from browser import Visit, chromium, needs_chromium, visit
 from playwright.sync_api import Browser
-from served_model import served, small_model
+from served_model import answering, served, small_model
+from shelf import QUESTIONS, SHELF, learned
 
 from peer.loop import LoopThread
 from talkoot.serve.app import STATIC
@@ -71,6 +72,18 @@ def test_an_answer_is_written(seen: Visit) -> None:
     assert written(seen) == first, "the same seed"
     seen.page.get_by_role("button", name="Use as prompt").click()
     assert seen.page.get_by_label("Text to continue").input_value() == "In the sauna" + first
+
+
+@needs_chromium
+def test_a_question_is_answered_and_what_was_read_is_named(browser: Browser, loop: LoopThread) -> None:
+    model, *_ = learned("rag-token", 60)
+    with served(loop, answering(model, SHELF)) as address, visit(browser, address, ready=READY) as seen:
+        assert seen.page.get_by_label("Temperature").is_hidden()
+        seen.page.get_by_label("Question").fill(QUESTIONS[0].text)
+        seen.page.get_by_role("button", name="Ask").click()
+        seen.page.locator("#sources").wait_for()
+        assert written(seen) == QUESTIONS[0].answer
+        assert seen.text("#sources").startswith("Read: kiuas (sauna.txt, CC0-1.0)")
 
 
 @needs_chromium

@@ -5,14 +5,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 from memory_samples import MEMORY, SampleMemory
-from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
+from served_model import served
+from training_swarm import MANIFEST, TEXT, Founder, founded, signals_restored, talkoot
 
 from peer.errors import DataError, LibraryError
 from peer.loop import LoopThread
 from talkoot.memory.search import check_found
+from talkoot.options import command
+from talkoot.serve.model import model_of_swarm
+from talkoot.terminal import LogFormat
 from trainer_client.memory.retriever import SearchResult
+from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import load_checkpoint
 
 WORDS = SampleMemory.with_words()
@@ -99,31 +105,61 @@ def test_an_answer_has_its_sources(founder: Founder, trained: Path) -> None:
             assert sum(source["share"] for source in answer["sources"]) == pytest.approx(1)
         assert values["sources"][0]["license"] == "CC0-1.0"
         assert (values["missing_cells"], values["unanswered_rows"]) == ([], 0)
-    told = talkoot(asked[0], "what is word7\udcff?", *asked[2:])
-    assert told.status == 0, told.err
-    assert "from title " in told.out
-    assert "(words.txt, CC0-1.0)" in told.out
+    used = ("--join", founder.invite, "--state", trained)
+    for typed in (
+        ("ask", "what is word7\udcff?", *used),
+        ("generate", "--prompt", "what is word7\udcff?", "--memory", NAME, *used),
+    ):
+        told = talkoot(*typed)
+        assert told.status == 0, told.err
+        assert "from title " in told.out
+        assert "(words.txt, CC0-1.0)" in told.out
 
 
-@pytest.mark.parametrize("objective", ["rag-sequence", "rag-token"])
-def test_an_encoder_decoder_reads_and_answers(
-    loop: LoopThread, objective: str, questions: Path, tmp_path: Path
+def test_questions_to_a_server_are_answered_with_their_sources(
+    loop: LoopThread, founder: Founder, trained: Path
 ) -> None:
+    settings = TrainerSettings.load(state=trained)
+    with (
+        signals_restored(),
+        command(LogFormat.TEXT) as (terminal, signals),
+        model_of_swarm(terminal, signals, founder.invite, settings) as model,
+        served(loop, model) as address,
+        httpx.Client(base_url=f"{address}v1/", timeout=120) as http,
+    ):
+        asked = {"model": "village", "messages": [{"role": "user", "content": "what is word7?"}]}
+        told = http.post("chat/completions", json=asked)
+        assert told.status_code == 200, told.text
+        answer = told.json()
+        text = answer["choices"][0]["message"]["content"]
+        assert text.startswith("Nothing found: the 2 passages of memory ") or (
+            answer["talkoot"]["sources"][0]["source"] == "words.txt"
+        )
+        assert answer["talkoot"]["nodes"]
+        asked["messages"] = [{"role": "user", "content": "mikä on kiuas?"}]
+        text = http.post("chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+        assert text.startswith("Nothing found: memory ")
+        assert "knows no word of this question" in text
+
+
+def test_an_encoder_decoder_reads_and_answers(loop: LoopThread, questions: Path, tmp_path: Path) -> None:
     parts = {"model": MODEL.model_copy(update={"causal": (False, True)})}
     with founded(loop, tmp_path, experts=8, parts=parts, memories=[WORDS]) as founder:
         state, result = tmp_path / "trainer", tmp_path / "result.json"
-        learned = (*learning(questions), "--objective", objective, "--steps", 2, "--json", result)
+        learned = (*learning(questions), "--steps", 2, "--json", result)
         ended = talkoot(*train(founder, state, *learned))
         assert ended.status == 0, ended.err
         assert json.loads(result.read_text())["memory_chunks_without"] == 0
         counts = {uid: expert.update_count for uid, expert in founder.node.runtime.experts.items()}
         assert {uid.layer for uid, count in counts.items() if count} == {0, 1}, "the encoder's learn, too"
-        found = talkoot("ask", "what is word7?", "--join", founder.invite, "--state", state, "--json")
-        assert found.status == 0, found.err
-        values = json.loads(found.out)
-        assert values["answer"] is None or values["answer"].strip()
-        assert sum(source["share"] for source in values["sources"]) == pytest.approx(1)
-        assert values["unanswered_rows"] == 0
+        asked = ("ask", "what is word7?", "--join", founder.invite, "--state", state, "--json")
+        for options in ((), ("--objective", "rag-sequence")):
+            found = talkoot(*asked, *options)
+            assert found.status == 0, found.err
+            values = json.loads(found.out)
+            assert values["answer"] is None or values["answer"].strip()
+            assert sum(source["share"] for source in values["sources"]) == pytest.approx(1)
+            assert values["unanswered_rows"] == 0
 
 
 def test_what_can_not_be_answered_is_one_clear_line(
@@ -139,7 +175,8 @@ def test_what_can_not_be_answered_is_one_clear_line(
     talkoot("ask", "what is word1?", *used, "--memory", "empty").is_one_clear_line(
         "nothing found: memory empty"
     )
-    talkoot("generate", *used, "--prompt", "word1").is_one_clear_line("talkoot ask")
+    talkoot("generate", *used).is_one_clear_line("ask something")
+    talkoot("evaluate", questions, *used).is_one_clear_line("talkoot ask")
     export = ("export", *used, "--out", tmp_path / "model", "--resume")
     talkoot(*export).is_one_clear_line("reads the memory", "talkoot ask")
     new = tmp_path / "new"
@@ -166,5 +203,5 @@ def test_nothing_found_is_said_as_such() -> None:
         check_found(MEMORY, SearchResult((), is_understood=False))
     with pytest.raises(LibraryError, match="no live host"):
         check_found(MEMORY, SearchResult((), missing=((0, 1),)))
-    with pytest.raises(LibraryError, match="nothing found: memory docs-abcdefghijkl has no passages near"):
+    with pytest.raises(DataError, match="nothing found: memory docs-abcdefghijkl has no passages near"):
         check_found(MEMORY, SearchResult(()))

@@ -1,0 +1,111 @@
+"""`talkoot generate`: continues a prompt, or answers it, with a trained model and its swarm."""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, Passage
+from peer.errors import DataError
+from peer.formatting import counted, printable
+from peer.metrics import total
+from talkoot.signals import StopSignals
+from talkoot.terminal import Terminal, escaped
+from talkoot.train.ask import answer_question
+from talkoot.train.trained import TrainedModel, joined_run, text_model
+from trainer_client.data.pairs import marked
+from trainer_client.data.sources import as_text
+from trainer_client.encoder_decoder import EncoderDecoder
+from trainer_client.inference import decoded, generate
+from trainer_client.retrieval.lookup import Neighbours
+from trainer_client.settings import Sampling, TrainerSettings
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+_LONGEST_PROMPT = 2**24
+"""Bytes to read from standard input."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that could control a terminal: experts influence the text."""
+
+
+def run_generate(
+    terminal: Terminal,
+    signals: StopSignals,
+    join: str | None,
+    prompt: str,
+    settings: TrainerSettings,
+    sampling: Sampling,
+) -> None:
+    """A model that answers questions takes the prompt for one. Raises UserError, and Stopped after a signal."""
+    text = _read_prompt() if prompt == "-" else as_text(prompt)
+    with joined_run(terminal, signals, join, settings) as run:
+        if run.settings.answers_questions:
+            answer_question(terminal, run, text)
+            return
+        trained = text_model(terminal, run)
+        read: dict[Passage, None] = {}
+        try:
+            for piece in _text(trained, text, sampling, read):
+                sys.stdout.write(_CONTROL.sub("\ufffd", piece))
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for line in sources_of(read):
+            terminal.err.print(escaped(line))
+        if rows := int(total(trained.client.dispatcher.metrics.unanswered_rows)):
+            logger.warning(
+                "no expert answered for %s, so the text is worse than it could be", counted(rows, "row")
+            )
+
+
+def sources_of(passages: Iterable[Passage]) -> list[str]:
+    """What was read, for people: a line for each source, the first that was read first."""
+    lines = [
+        f"{printable(passage.title, MAX_LABEL_CHARACTERS)} ({printable(passage.source, MAX_LABEL_CHARACTERS)}, "
+        f"{printable(passage.license, MAX_LICENSE_CHARACTERS)})"
+        for passage in passages
+    ]
+    return [f"read: {line}" for line in dict.fromkeys(lines)]
+
+
+def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:
+    """`read`: takes the passages that the model was given."""
+    find = trained.find
+
+    def found(chunks: Sequence[Sequence[int]]) -> Sequence[Neighbours]:
+        assert find is not None
+        neighbours = find(chunks)
+        read.update((passage, None) for each in neighbours for passage in each.passages)
+        return neighbours
+
+    token_bytes = trained.tokenizer.token_bytes
+    if isinstance(trained.model, EncoderDecoder):
+        special = trained.model.special
+        tokens = special.encode(marked(prompt or "\n", trained.settings.objective), trained.tokenizer)
+        token_bytes = special.written(token_bytes)
+    else:
+        tokens = trained.tokenizer.encode(prompt or "\n").tolist()
+    context = trained.model.context
+    if len(tokens) > context:
+        logger.warning(
+            "the prompt has %d tokens and the model's context %d: the first %s are left out",
+            len(tokens),
+            context,
+            counted(len(tokens) - context, "token"),
+        )
+    usable = trained.client.has_experts
+    following = generate(trained.model, tokens, sampling, usable, None if find is None else found)
+    return decoded(following, token_bytes)
+
+
+def _read_prompt() -> str:
+    data = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
+    if len(data) > _LONGEST_PROMPT:
+        raise DataError(f"the prompt on standard input is longer than {_LONGEST_PROMPT >> 20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the prompt on standard input is not text in UTF-8: {error}") from error
