@@ -33,6 +33,7 @@ proto: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -Ipeer/wire=proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		$(patsubst proto/%,peer/wire/%,$(wildcard proto/*.proto))
 	rm -f $(addprefix peer/wire/,admission_pb2_grpc.py contact_pb2_grpc.py dht_pb2_grpc.py records_pb2_grpc.py)
+	$(BIN)/python tools/grpc_types.py peer/wire
 
 # Writes what clients in other languages compare their bytes with, from the code.
 vectors: $(VENV)/installed

@@ -259,7 +259,7 @@ class PrefixIndex:
     """Prefix tables that are filled as prefixes are read. What was read and is empty is known as well."""
 
     def __init__(self, grid: tuple[int, ...]) -> None:
-        self.alive = [np.zeros(grid[: d + 1], dtype=bool) for d in range(len(grid))]
+        self.alive: list[Booleans] = [np.zeros(grid[: d + 1], dtype=bool) for d in range(len(grid))]
         """For each grid dimension, of shape grid[:d+1]: True where the prefix is known to be active."""
         self._known = [np.zeros(grid[:d], dtype=bool) for d in range(len(grid))]
 

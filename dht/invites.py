@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import base58
 from google.protobuf.message import DecodeError
@@ -140,7 +141,7 @@ def invite_of(join: str | None) -> Invite:
 class IssuedInvite(BaseModel):
     """One token that was issued. The token itself is not saved."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     serial: int = Field(gt=0, lt=2**32)
     role: Role

@@ -94,7 +94,7 @@ class Membership:
         now: Callable[[], float] = clock.now,
         rng: random.Random | None = None,
     ) -> None:
-        self.rejoined = 0
+        self.rejoined: int = 0
         """How often this peer had to rejoin."""
         self._host = host
         self._registry = registry

@@ -67,7 +67,7 @@ class ReceiptBook:
         most: int = MAX_TRAINERS,
     ) -> None:
         """`signer_of`: by whose leave a trainer signs; None: anybody may."""
-        self.has_changed = False
+        self.has_changed: bool = False
         """Since it was saved."""
         self._signer_of = signer_of
         self._swarm_id = swarm_id
@@ -230,7 +230,7 @@ Context = grpc.aio.ServicerContext[credit_pb2.SignedReceipt, credit_pb2.GiveRepl
 ListContext = grpc.aio.ServicerContext[credit_pb2.ListRequest, credit_pb2.ListReply]
 
 
-class CreditServicer(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
     """Takes receipts from trainers, and gives them to whoever asks."""
 
     def __init__(

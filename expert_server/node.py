@@ -54,12 +54,12 @@ from expert_server.swarm_news import SwarmNews
 from peer import clock
 from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
-from peer.loop import LoopLag, RetryingRounds, keep_running, tolerating
+from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, tolerating
 from peer.metrics import MetricsServer, total
 from peer.platform.processes import return_freed_memory
 from peer.rates import Bandwidth, download_limit
 from peer.rpc.parts import PartClient
-from peer.rpc.sessions import SessionClient
+from peer.rpc.sessions import SessionClient, Sessions
 from peer.transport.dialling import resolved
 from peer.wire import session_pb2
 
@@ -99,13 +99,13 @@ class Node:
     ) -> None:
         self.swarm = swarm
         self.runtime = runtime
-        self.address = ""
-        self.metrics_address = ""
+        self.address: str = ""
+        self.metrics_address: str = ""
         self._settings = settings
         self._timing = timing
         self._now = now
         swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
-        self.restarts = swarm.host.restarts
+        self.restarts: Restarts = swarm.host.restarts
         self.period: UpkeepPeriod = UpkeepPeriod(
             settings.announce_every_s, lambda: swarm.registry.spent_bytes
         )
@@ -170,7 +170,7 @@ class Node:
         )
         self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, now)
         self._access = AccessControl(swarm, state, now)
-        self.sessions = self._access.sessions
+        self.sessions: Sessions = self._access.sessions
         kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
         limits = CallLimits(
             max_call_s=timing.max_call_s,

@@ -79,7 +79,7 @@ class Allowance:
         return 0.0
 
 
-class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
     """Lets the peers of a swarm measure the way to this node."""
 
     def __init__(

@@ -19,6 +19,7 @@ from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer import clock
 from peer.errors import InviteError, RecordError, RevokedError, StartError
+from peer.rpc.sessions import Sessions
 from peer.wire import (
     credit_pb2_grpc,
     expert_pb2,
@@ -86,7 +87,7 @@ class AccessControl:
 
     def __init__(self, swarm: Swarm, state: Path, now: Callable[[], float] = clock.now) -> None:
         """`state`: the node's state folder; a founder's holds the ledger of its invites."""
-        self.sessions = swarm.host.sessions
+        self.sessions: Sessions = swarm.host.sessions
         self._swarm = swarm
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
         self._now = now

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -112,7 +113,7 @@ class NodeStatus:
 class Contribution(BaseModel):
     """Rows computed, optimizer steps taken, and seconds served."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     rows: int = Field(default=0, ge=0, lt=2**63)
     updates: int = Field(default=0, ge=0, lt=2**63)

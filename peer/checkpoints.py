@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -63,7 +63,7 @@ class CheckpointHeader(BaseModel):
     could not ignore needs another `FORMAT_VERSION`.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", frozen=True, strict=True)
 
     format_version: int = FORMAT_VERSION
     sha256: str = ""

@@ -87,4 +87,4 @@ class SwarmClock:
 
 CLOCK = SwarmClock(time.time, seconds_since_boot)
 """Of this process: there is one clock to read."""
-now = CLOCK.now
+now: Callable[[], float] = CLOCK.now

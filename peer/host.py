@@ -26,7 +26,7 @@ from peer.parsing import ParseGuard
 from peer.platform.p2pd import is_offered, why_unavailable
 from peer.platform.processes import raise_descriptor_limit
 from peer.platform.sockets import sweep_socket_folders
-from peer.rates import upload_limit
+from peer.rates import RateLimit, upload_limit
 from peer.relays.client import RelayClient
 from peer.relays.dialler import RelayDialler
 from peer.relays.reservations import Reservations
@@ -125,7 +125,7 @@ class Host:
         self.certificate: bytes = identity.make_certificate()
         bounds = store_bounds or StoreBounds()
         served = metrics if config.serves_dht else None
-        self.upload = upload_limit(bounds.upload_mbit, served)
+        self.upload: RateLimit = upload_limit(bounds.upload_mbit, served)
         """Of all that this peer sends, in the DHT and elsewhere."""
         self.bootstrapped_from: tuple[Multiaddress, ...] = ()
         """Addresses of the peers that answered at the start."""

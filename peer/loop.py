@@ -77,7 +77,7 @@ class LoopThread:
     """A loop on its own thread, for a process whose main thread runs torch. Close it when done."""
 
     def __init__(self) -> None:
-        self.loop = new_loop()
+        self.loop: asyncio.AbstractEventLoop = new_loop()
         self._thread = threading.Thread(target=self._run, name="talkoot-loop", daemon=True)
         self._thread.start()
 

@@ -95,7 +95,7 @@ _LONGEST_SHOWN = 40
 class RoleSettings(BaseModel):
     """Base of a role's settings. A subclass sets `env_prefix`, and gives each field a unit, bounds, a description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     env_prefix: ClassVar[str]
     removed: ClassVar[Mapping[str, str]] = {}

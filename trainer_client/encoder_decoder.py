@@ -55,22 +55,24 @@ class EncoderDecoder(MixtureModel):
         super().__init__()
         spec = manifest.model
         self.context: int = spec.context
-        self.special = SpecialTokens(tokens)
+        self.special: SpecialTokens = SpecialTokens(tokens)
         self.first_scored = 0
         self.encoder_layers: int = spec.encoder_layers
         seeded(spec.seed, partial(self._add_dense_part, spec, self.special.vocabulary))
-        self.mixtures = nn.ModuleList(
+        self.mixtures: nn.ModuleList = nn.ModuleList(
             seeded(spec.seed + 1 + layer, partial(make_mixture, layer)) for layer in range(spec.layers)
         )
 
     def _add_dense_part(self, spec: ModelSpec, vocabulary: int) -> Self:
         self.embedding: nn.Embedding = nn.Embedding(vocabulary, spec.hidden)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_SCALE)
-        self.local = nn.ModuleList(
+        self.local: nn.ModuleList = nn.ModuleList(
             LocalPart(spec, causal=spec.is_causal(layer)) for layer in range(spec.layers)
         )
-        self.encoder_norm = make_norm(spec.norm, spec.hidden)
-        self.cross = nn.ModuleList(CrossAttention(spec) for _ in range(spec.encoder_layers, spec.layers))
+        self.encoder_norm: nn.Module = make_norm(spec.norm, spec.hidden)
+        self.cross: nn.ModuleList = nn.ModuleList(
+            CrossAttention(spec) for _ in range(spec.encoder_layers, spec.layers)
+        )
         self.norm: nn.Module = make_norm(spec.norm, spec.hidden)
         self.head: nn.Linear = nn.Linear(spec.hidden, vocabulary, bias=False)
         return self
@@ -181,10 +183,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         size = spec.head_size or spec.hidden // spec.heads
         self.heads: int = spec.heads
-        self.norm = make_norm(spec.norm, spec.hidden)
-        self.query = nn.Linear(spec.hidden, spec.heads * size, bias=False)
-        self.key_value = nn.Linear(spec.hidden, 2 * spec.heads * size, bias=False)
-        self.output = nn.Linear(spec.heads * size, spec.hidden, bias=False)
+        self.norm: nn.Module = make_norm(spec.norm, spec.hidden)
+        self.query: nn.Linear = nn.Linear(spec.hidden, spec.heads * size, bias=False)
+        self.key_value: nn.Linear = nn.Linear(spec.hidden, 2 * spec.heads * size, bias=False)
+        self.output: nn.Linear = nn.Linear(spec.heads * size, spec.hidden, bias=False)
 
     def keys_values(self, encoded_RD: Tensor, lengths: list[int]) -> list[Tensor]:
         """Of each source [2, H, L, C]."""

@@ -309,7 +309,9 @@ class SequenceState:
         self.length = 0
         """Tokens."""
         self.caches: list[list[KeyValueCache]] = [[KeyValueCache() for _ in local.layers] for local in parts]
-        self.routed = [RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in parts]
+        self.routed: list[RoutedSequence] = [
+            RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in parts
+        ]
         self.read: ReadChunks = {}
         """Neighbours of the last whole chunk, for a model that reads a memory."""
         self.source: Sequence[Tensor] = source

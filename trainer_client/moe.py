@@ -120,7 +120,7 @@ class RemoteMixtureOfExperts(nn.Module):
         )
         # after the gate, so that it starts as it does without them
         self.projections: Projections | None = Projections(manifest) if manifest.width < self.hidden else None
-        self.shared = _shared_expert(manifest.model)
+        self.shared: nn.Module | None = _shared_expert(manifest.model)
         self.balance: LoadBias | None = LoadBias(manifest.experts.grid) if routing.has_bias else None
         self._loads = LoadSum()
         self._experts = experts

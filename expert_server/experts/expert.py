@@ -95,7 +95,7 @@ class Expert:
         self.optimizer: Optimizer = Optimizer(self._parameters, self._settings)
         self.guard: Guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self.form: StateForm = StateForm.of(manifest)
-        self.refuted = ""
+        self.refuted: str = ""
         """Who gave the last state that turned bad on probation, until somebody has taken note and cleared it."""
         self.own_moves: OwnMoves = OwnMoves({BLOCK + name: p for name, p in self.block.named_parameters()})
         """How far its updates have led since the state was last replaced, an average included."""

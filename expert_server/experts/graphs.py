@@ -29,7 +29,9 @@ class WeightVersion:
 
     def __init__(self, parameters: Sequence[nn.Parameter], generation: object) -> None:
         self.generation = generation
-        self.parameters = [nn.Parameter(each.data, each.requires_grad) for each in parameters]
+        self.parameters: list[nn.Parameter] = [
+            nn.Parameter(each.data, each.requires_grad) for each in parameters
+        ]
         """The same memory, as leaves of their own."""
         self._is_whole = True
         self._stashed_bytes = 0

@@ -169,7 +169,7 @@ class HostingManager:
             "Experts that others took over when this node left.",
             registry=metrics,
         )
-        self.replicated = 0
+        self.replicated: int = 0
         """How many of the hosted experts others served too at the last look."""
         self.exchanged: Counter = Counter(
             "talkoot_experts_exchanged",

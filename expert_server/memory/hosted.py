@@ -43,7 +43,7 @@ class HostedMemories:
         """What the service answers from, by memory."""
         self.unverified: dict[MemoryID, list[bytes]] = {}
         """Shards found on disk at the start."""
-        self.leaving = True
+        self.leaving: bool = True
         """Whether others are told that this node's replicas go, and nothing more is taken."""
         self._folder = folder
         self._most_bytes = most_bytes

@@ -93,9 +93,9 @@ class Best:
     """The best passages that were found for each query so far, in some shards."""
 
     def __init__(self, queries: int, k: int) -> None:
-        self.scores = np.full((queries, k), NO_SCORE, np.int64)
-        self.shards = np.zeros((queries, k), np.int64)
-        self.positions = np.zeros((queries, k), np.int64)
+        self.scores: NDArray[np.int64] = np.full((queries, k), NO_SCORE, np.int64)
+        self.shards: NDArray[np.int64] = np.zeros((queries, k), np.int64)
+        self.positions: NDArray[np.int64] = np.zeros((queries, k), np.int64)
 
     def add(
         self,

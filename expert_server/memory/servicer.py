@@ -150,7 +150,7 @@ ReadContext = grpc.aio.ServicerContext[memory_pb2.ReadRequest, memory_pb2.ReadRe
 FetchContext = grpc.aio.ServicerContext[memory_pb2.FetchPartRequest, state_pb2.FetchReply]
 
 
-class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
     """Serves the memories that one peer hosts to one swarm. Close it when done."""
 
     def __init__(

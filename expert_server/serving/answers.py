@@ -55,7 +55,7 @@ class AnswerAssembler:
         """`weighs`: whether answers are weighted means, as in forward, or sums. `expected`: of which pairs [P]."""
         self.tensor: Tensor = torch.empty(len(assignment.rows), width)
         """[P, D]: what the experts answered, where `_there`."""
-        self.sent = np.zeros(len(assignment.rows), np.bool_)
+        self.sent: Booleans = np.zeros(len(assignment.rows), np.bool_)
         """[P]: which pairs are in the answers so far."""
         self._assignment = assignment
         self._weighs = weighs

@@ -47,7 +47,7 @@ class SequenceCache:
         self._bytes: dict[str, int] = {}
         self._most: list[tuple[int, str]] = []
         """A heap. Of each caller, minus the bytes that it had when it last got more, and perhaps before."""
-        self.bytes = 0
+        self.bytes: int = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._callers.values()))

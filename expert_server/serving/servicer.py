@@ -126,7 +126,7 @@ class CallLimits:
     """Memory for all calls under way together, each from its header to its last answer."""
 
 
-class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     """Serves the experts of one runtime to one swarm."""
 
     def __init__(

@@ -138,7 +138,7 @@ FetchContext = grpc.aio.ServicerContext[state_pb2.FetchRequest, state_pb2.FetchR
 AskContext = grpc.aio.ServicerContext[state_pb2.AskRequest, state_pb2.AskReply]
 
 
-class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class StateServicer(state_pb2_grpc.StateServiceServicer):
     """Gives the states of a node's experts to other nodes, and passes their hints on."""
 
     def __init__(

@@ -122,7 +122,7 @@ class Lookups:
         self._store_trips = RttEstimator()
         self.checker: EntryChecker = EntryChecker(guard)
         self.reach: UsualReach = UsualReach()
-        self.rng = rng or random.SystemRandom()
+        self.rng: random.Random = rng or random.SystemRandom()
         self._sample_at = 0.0
         self._tasks = TaskSet()
         self.unverified: UnverifiedNodes = UnverifiedNodes()

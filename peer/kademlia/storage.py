@@ -102,7 +102,7 @@ class BoundedStorage:
         rng: random.Random | None = None,
     ) -> None:
         """`now`: Unix time in seconds."""
-        self.bytes = 0
+        self.bytes: int = 0
         """The memory of all entries."""
         self._bounds = bounds
         self._metrics = metrics

@@ -84,7 +84,7 @@ class _Circuit:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class RelayServicer(relay_pb2_grpc.RelayServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
     """Relays for peers that have a session here."""
 
     def __init__(

@@ -320,7 +320,7 @@ class Sessions:
         self.events.labels("evicted").inc()
 
 
-class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     """Opens sessions for callers that prove who they are."""
 
     def __init__(self, sessions: Sessions) -> None:

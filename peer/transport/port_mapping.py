@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,7 +44,7 @@ _PROGRAM = Path(__file__).with_name("upnp.py")
 class RouterAnswer(BaseModel):
     """What `upnp.py` prints."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     router: IPv4Address | None = None
     """Its address in this network; None: no router answers."""

@@ -21,6 +21,7 @@ from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopLag, Restarts, TaskSet, keep_running
+from peer.transport.addresses import Multiaddress
 from talkoot.credit import Credit, CreditReader
 from talkoot.dashboard.api import DashboardState
 from talkoot.dashboard.history import MAX_EXPERTS, HistoryStore, Sample
@@ -97,7 +98,7 @@ class Watcher:
         """`kept`: the last picture of an earlier run."""
         self.picture = kept
         self.unreachable_since: float | None = None
-        self.bootstrap = invite.bootstrap
+        self.bootstrap: tuple[Multiaddress, ...] = invite.bootstrap
         self.readings: Counter = Counter(
             "talkoot_dashboard_readings", "Readings of the swarm that succeeded.", registry=metrics
         )

@@ -130,7 +130,7 @@ class Wire:
     """A link in use, which can be changed and cut. Give all proxies of a peer the same wire."""
 
     def __init__(self, link: Link, seed: int = 0) -> None:
-        self.link = link
+        self.link: Link = link
         self.there: Direction = Direction(link)
         self.back: Direction = Direction(link)
         self.connections = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dht.announcements import Activity, ReplicaState
 from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry, with_entry
+from dht.memory import MemoryManifest
 from dht.swarm import Stage, Swarm
 from expert_server.memory.placement import SeenShard, ShardKey
 from expert_server.memory.proofs import ReplicaProofs
@@ -69,7 +70,7 @@ class Publication:
         self.swarm = swarm
         self.memories: MemoryRegistry = MemoryRegistry(swarm.registry)
         self.entry: LibraryEntry = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id)
-        self.manifest = store.manifest
+        self.manifest: MemoryManifest = store.manifest
         self._store = store
         self._publisher = publisher
         self._settings = settings

@@ -26,7 +26,7 @@ class TalkootConfig(PretrainedConfig):
         self.manifest: dict[str, Any] = manifest or {}
         self.routing: dict[str, Any] = routing or {}
         self.vocab_size = vocab_size
-        self.missing_experts = missing_experts or []
+        self.missing_experts: list[str] = missing_experts or []
         self.format_version = format_version
         super().__init__(**{"tie_word_embeddings": False} | others)
 

@@ -73,11 +73,13 @@ class Rows:
 
     def __init__(self, mask_BS: Tensor, positions_BT: Tensor) -> None:
         """`mask_BS`: False for padding. Positions count from the first token that is no padding."""
+        self.sequences: int
+        self.new: int
         self.sequences, self.new = positions_BT.shape
-        self.past = mask_BS.shape[1] - self.new
+        self.past: int = mask_BS.shape[1] - self.new
         self.positions_BT = positions_BT
-        self.real_BT = mask_BS[:, self.past :]
-        self.is_plain = bool(mask_BS.all()) and (not self.past or self.new == 1)
+        self.real_BT: Tensor = mask_BS[:, self.past :]
+        self.is_plain: bool = bool(mask_BS.all()) and (not self.past or self.new == 1)
         """Nothing is hidden but what comes later."""
         self.allowed_B1TS: Tensor | None = None
         if not self.is_plain:
@@ -229,9 +231,11 @@ class Mixture(nn.Module):
         self.router, self.k, self.prefix = routing["router"], routing["top_k"], config.prefix
         if self.router not in ("product-key", "noisy-top-k", "switch", "base", "glam"):
             raise ValueError(f"the router {self.router!r} is not known to this version of the model's code")
-        self.attends = config.experts_attend
-        self.expert_heads = config.expert_heads
-        self.expert_head_size = manifest["experts"]["head_size"] or config.expert_width // self.expert_heads
+        self.attends: bool = config.experts_attend
+        self.expert_heads: int = config.expert_heads
+        self.expert_head_size: int = (
+            manifest["experts"]["head_size"] or config.expert_width // self.expert_heads
+        )
         self.count = 1
         for size in self.grid:
             self.count *= size
@@ -243,13 +247,15 @@ class Mixture(nn.Module):
         if model["shared_feed_forward"]:
             inner = make_feed_forward(config.hidden_size, model["shared_feed_forward"], model["activation"])
             self.shared = nn.Sequential(make_norm(model["norm"], config.hidden_size), *inner)
-        self.balance = LoadBias(self.count) if routing["balance"] in ("bias", "both") else None
+        self.balance: LoadBias | None = (
+            LoadBias(self.count) if routing["balance"] in ("bias", "both") else None
+        )
         coordinates = product(*map(range, self.grid))
-        self.names = ["_".join(map(str, coordinate)) for coordinate in coordinates]
+        self.names: list[str] = ["_".join(map(str, coordinate)) for coordinate in coordinates]
         missing = {uid.replace(".", "_") for uid in config.missing_experts}
         live = [number for number, name in enumerate(self.names) if f"{layer}_{name}" not in missing]
         # neither a parameter nor a buffer: it follows from the configuration
-        self.live = torch.tensor(live, dtype=torch.int64, device="cpu")
+        self.live: Tensor = torch.tensor(live, dtype=torch.int64, device="cpu")
 
     def forward(
         self, x_RD: Tensor, rows: Rows, experts: nn.ModuleDict, cache: Cache | None, first: int

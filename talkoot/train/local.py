@@ -22,6 +22,7 @@ from grpc import StatusCode
 from dht.beam_search import Selection
 from dht.directory import NOBODY, LiveExperts, View
 from dht.manifest import Manifest
+from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from expert_server.experts.grouped import MOST_EXPERTS, MOST_ROWS
@@ -55,7 +56,7 @@ class LocalSwarm:
         Raises UserError when the settings or the experts' kind do not fit.
         """
         self.manifest = manifest
-        self.settings = settings.in_swarm(manifest)
+        self.settings: TrainerSettings = settings.in_swarm(manifest)
         self.dispatcher: LocalExperts = LocalExperts(manifest, nodes)
         self.routing: Routing = Routing.of(self.settings, manifest, _OWN_SEED)
 
@@ -106,7 +107,7 @@ class LocalExperts:
         """`nodes`: on which the experts would be, at random, each node having as many."""
         grid = manifest.experts.grid
         self.metrics: DispatchMetrics = DispatchMetrics()
-        self.experts = {uid: Expert(uid, manifest) for uid in manifest.uids()}
+        self.experts: dict[UID, Expert] = {uid: Expert(uid, manifest) for uid in manifest.uids()}
         self._view = View(manifest, {}, {}, 0.0)
         uids = manifest.uids()
         drawn = random.Random(_OWN_SEED).sample(range(len(uids)), len(uids))  # noqa: S311  # keeps no secret

@@ -77,7 +77,7 @@ def test_a_call_of_millions_of_tiny_fields_is_not_parsed(loop: LoopThread, tmp_p
     attacking(loop, tmp_path, attack)
 
 
-class Trickler(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class Trickler(memory_pb2_grpc.MemoryServiceServicer):
     """Gives parts that never end."""
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ async def trickle() -> AsyncIterator[state_pb2.FetchReply]:
         await asyncio.sleep(0.05)
 
 
-class Trickler(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class Trickler(state_pb2_grpc.StateServiceServicer):
     async def Fetch(self, request: Any, context: Any) -> AsyncIterator[state_pb2.FetchReply]:
         async for reply in trickle():
             yield reply

@@ -1,6 +1,7 @@
 """The generated code is that of proto/, and every field there says what it means."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -100,7 +101,9 @@ def significant(path: Path, pattern: str) -> list[str]:
     return re.findall(pattern, path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["credit", "dense", "expert", "probe", "relay", "session", "state"])
+@pytest.mark.parametrize(
+    "name", ["credit", "dense", "expert", "memory", "probe", "relay", "session", "state"]
+)
 def test_committed_stubs_call_what_the_service_has(generated: Path, name: str) -> None:
     pattern = r"'/talkoot[^']*'|\w+__pb2\.\w+\.(?:FromString|SerializeToString)|stream_\w+|unary_\w+"
     fresh = significant(generated / f"peer/wire/{name}_pb2_grpc.py", pattern)
@@ -114,6 +117,14 @@ def test_committed_types_are_those_of_proto(name: str, generated: Path) -> None:
     fresh = significant(generated / f"peer/wire/{name}_pb2.pyi", pattern)
     assert len(fresh) > 10
     assert significant(ROOT / f"peer/wire/{name}_pb2.pyi", pattern) == fresh
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, file in COMMITTED.items() if file.services_by_name and name != "dht"]
+)
+def test_committed_types_of_calls_are_those_of_proto(name: str) -> None:
+    types_of = runpy.run_path(str(ROOT / "tools" / "grpc_types.py"))["types_of"]
+    assert (ROOT / f"peer/wire/{name}_pb2_grpc.pyi").read_text(encoding="utf-8") == types_of(COMMITTED[name])
 
 
 def paths(file: descriptor_pb2.FileDescriptorProto) -> Iterator[tuple[str, Sequence[int]]]:

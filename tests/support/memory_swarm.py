@@ -30,7 +30,7 @@ _SEARCHER = 50
 """The number of the identity that searches first."""
 
 
-class LyingServicer(memory_pb2_grpc.MemoryServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class LyingServicer(memory_pb2_grpc.MemoryServiceServicer):
     """Serves a `SampleHost`, and the memory's other parts as they are."""
 
     def __init__(self, host: SampleHost, honest: MemoryServicer, sessions: Sessions) -> None:

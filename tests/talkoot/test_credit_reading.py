@@ -110,7 +110,7 @@ def test_nodes_without_receipts_are_not_asked_and_of_many_some(loop: LoopThread)
     loop.run(reads.close(), 60)
 
 
-class Liar(credit_pb2_grpc.CreditServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class Liar(credit_pb2_grpc.CreditServiceServicer):
     """A node that answers whatever it likes."""
 
     def __init__(self, answer: Callable[[], Any]) -> None:

@@ -40,7 +40,7 @@ from peer.transport.dialling import resolved
 from peer.transport.endpoints import Endpoint
 from peer.transport.pipes import Pipe
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2
-from trainer_client.averaging.dense_part import DenseMerge, DensePart
+from trainer_client.averaging.dense_part import DenseForm, DenseMerge, DensePart, SharedParameters
 from trainer_client.averaging.exchange import (
     AveragingMetrics,
     DenseExchange,
@@ -105,12 +105,12 @@ class Averaging:
         it at its addresses, or not at all.
         """
         self.exchange = exchange
-        self.part = exchange.part
-        self.form = exchange.form
+        self.part: SharedParameters = exchange.part
+        self.form: DenseForm = exchange.form
         self.relays = relays
         self.partners: tuple[TrainerInfo, ...] = ()
         """Trainers of the same model, as of the last search."""
-        self.certificate = b""
+        self.certificate: bytes = b""
         self.addresses: tuple[Endpoint, ...] = ()
         swarm_id, deadline_s = self.form.swarm_id, schedule.deadline_s
         self.sessions: Sessions = Sessions(swarm_id, identity.peer_id, admission)

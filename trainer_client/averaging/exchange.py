@@ -236,7 +236,7 @@ class DenseExchange:
         return PeerDensePart(tensors, min(header.update_count, MAX_AGE), difference, moves)
 
 
-class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
     """Exchanges one trainer's dense part with other trainers of the same swarm and model."""
 
     def __init__(

@@ -32,7 +32,7 @@ def play(loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch) 
     return playing(loop, identity, monkeypatch)
 
 
-class Liar(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class Liar(state_pb2_grpc.StateServiceServicer):
     """Answers as it is told, and counts."""
 
     def __init__(self, *answers: Callable[[state_pb2.FetchRequest], Replies]) -> None:

@@ -121,7 +121,7 @@ def test_bytes_that_are_no_dense_part_are_refused_whoever_calls(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-class Liar(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class Liar(dense_pb2_grpc.DenseServiceServicer):
     """Answers an offer with what it was given, and hears out who goes on then."""
 
     def __init__(self, replies: list[state_pb2.FetchReply], hangs: bool = False) -> None:
