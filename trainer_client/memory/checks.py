@@ -206,6 +206,8 @@ class Findings:
         self._k = k
         self._manifest = manifest
         self._claims: list[list[Claim]] = [[] for _ in vectors_QD]
+        self._unsorted: set[int] = set()
+        """Queries whose claims are not in the order of `_rank`."""
         self._unreadable: set[Place] = set()
         self._true: set[tuple[int, Claim]] = set()
 
@@ -213,6 +215,7 @@ class Findings:
         for query, claims in answer.claims.items():
             # a secondary shard may name what another revision has, or its publisher made up
             self._claims[query] += (claim for claim in claims if self._manifest.has_text_at(claim.text))
+            self._unsorted.add(query)
 
     def prove(self, passages: Mapping[Place, Proven]) -> None:
         self.proven |= passages
@@ -266,20 +269,17 @@ class Findings:
         ]
 
     def _ranked(self, query: int) -> list[Claim]:
-        fit = [
-            claim
-            for claim in self._claims[query]
-            if claim.host not in self.liars
-            and claim.text not in self._unreadable
-            and claim.text not in self._manifest.revoked
-        ]
-        # of several claims of one passage rather that of a host that has its text
-        fit.sort(key=lambda claim: (-claim.score, claim.text, claim.found != claim.text))
+        if query in self._unsorted:
+            self._claims[query].sort(key=_rank)
+            self._unsorted.remove(query)
         ranked: list[Claim] = []
         texts: set[Place] = set()
-        for claim in fit:
-            if claim.text not in texts:
-                texts.add(claim.text)
+        for claim in self._claims[query]:
+            text = claim.text
+            if text in texts or claim.host in self.liars or text in self._unreadable:
+                continue
+            if text not in self._manifest.revoked:
+                texts.add(text)
                 ranked.append(claim)
                 if len(ranked) == self._k:
                     break
@@ -292,6 +292,11 @@ class Findings:
             return False
         self._true.add((query, claim))
         return True
+
+
+def _rank(claim: Claim) -> tuple[int, Place, bool]:
+    """The best first. Of several claims of one passage rather that of a host that has its text."""
+    return -claim.score, claim.text, claim.found != claim.text
 
 
 def agrees(claim: Claim, proven: Proven, query_D: Vectors) -> bool:

@@ -16,6 +16,10 @@ from peer.codec import Floats, Integers
 from peer.errors import WireError
 
 _LARGEST = 1e3
+_FEW_PRODUCTS = 2**26
+"""As many are summed up by this thread. BLAS would start one for each core, which wait for one another on a busy
+machine: 16 vectors by 256 cells took 15 ms of CPU time in place of 0.2.
+"""
 
 
 class Codebook:
@@ -47,7 +51,11 @@ class Codebook:
         """How near each vector is to each cell, [B, C]: for unit vectors and centroids, the cosine."""
         numbers_BD = vectors_BD.astype(np.float32)
         length_B1 = np.linalg.norm(numbers_BD, axis=1, keepdims=True)
-        scores_BC: Floats = numbers_BD @ self._columns_DC
+        scores_BC: Floats
+        if len(numbers_BD) * self._columns_DC.size <= _FEW_PRODUCTS:
+            scores_BC = np.einsum("bd,dc->bc", numbers_BD, self._columns_DC)
+        else:
+            scores_BC = numbers_BD @ self._columns_DC
         scores_BC /= np.where(length_B1 > 0, length_B1, np.float32(1))
         return scores_BC
 

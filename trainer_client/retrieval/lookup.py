@@ -59,6 +59,8 @@ class RetrievalCounts:
     """Look-ups of a batch that came to nothing."""
     late: int = 0
     """Batches that were trained without neighbours, as these took too long."""
+    waits: int = 0
+    """Batches whose neighbours were not there when training came to them."""
     waited_s: float = 0.0
     """That training waited for neighbours."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -87,6 +89,7 @@ class RetrievalCounts:
                 "memory_chunks_without": self.without,
                 "memory_failed_lookups": self.failed,
                 "memory_late_batches": self.late,
+                "memory_waits": self.waits,
                 "memory_waited_s": self.waited_s,
             }
 
@@ -262,13 +265,14 @@ class NeighbourLoader(Generic[Batch, Read]):
             # of steps in flight, an earlier one may still come
             for old in [each for each in self._begun if each < number - self._ahead]:
                 self._begun.pop(old).cancel()
+        is_early = not future.done()
         try:
             return future.result(self._patience_s)
         except TimeoutError:
             self._lookup.counts.add(late=1)
             return self._lookup.nothing(batch)
         finally:
-            self._lookup.counts.add(waited_s=time.monotonic() - began)
+            self._lookup.counts.add(waits=is_early, waited_s=time.monotonic() - began)
 
     def validation(self, batches: Sequence[Batch]) -> list[Read]:
         return [self._lookup.learned(batch) for batch in batches]

@@ -26,6 +26,13 @@ def test_a_vector_lies_in_the_cells_with_the_largest_cosines(vectors: np.ndarray
         assert list(row[found]) == sorted(row, reverse=True)[:count]
 
 
+def test_many_vectors_get_the_scores_of_few() -> None:
+    centroids = np.random.default_rng(1).normal(size=(64, 256)).astype(np.float16)
+    vectors = np.random.default_rng(2).integers(-127, 128, (5000, 256), np.int8)
+    codebook = Codebook(centroids)
+    np.testing.assert_allclose(codebook.scores(vectors)[-3:], codebook.scores(vectors[-3:]), atol=1e-3)
+
+
 def test_a_file_gives_the_same_codebook() -> None:
     data = Codebook(CENTROIDS).to_bytes()
     again = Codebook.from_bytes(memoryview(data), (2, 3), 4)

@@ -124,7 +124,8 @@ def test_neighbours_that_come_too_late_are_left_out() -> None:
     loader = NeighbourLoader(looking, lambda number: tokens("aaaa bbbc"), ahead=1, patience_s=0.05)
     try:
         assert (loader.training(0, tokens("aaaa bbbc")) == NOTHING).all()
-        assert looking.counts.values()["memory_late_batches"] == 1
+        counts = looking.counts.values()
+        assert counts["memory_late_batches"] == counts["memory_waits"] == 1
     finally:
         memory.may_answer.set()
         loader.close()
