@@ -40,6 +40,7 @@ RTT_S = 0.1
 ASKED = 8
 _PAUSE_S = 1.0
 """From one query to the next."""
+SWARM = "benchmark"
 
 
 class Candidate(NamedTuple):
@@ -179,12 +180,20 @@ OMITTERS = ("omits the best", "omits a tenth")
 class KnownDirectory:
     """Who hosts what, as the DHT would say it."""
 
-    def __init__(self, memory: BuiltMemory, manifest: MemoryManifest, hosts: Sequence[ShardHost]) -> None:
+    def __init__(
+        self,
+        memory: BuiltMemory,
+        manifest: MemoryManifest,
+        hosts: Sequence[ShardHost],
+        nodes: Iterable[NodeInfo] | None = None,
+    ) -> None:
+        """`nodes`: of the hosts, where they are called over the network."""
         self.memory = MemoryID.of(manifest.name, hosts[0].peer_id)
         self._built = memory
         self.manifest = manifest
         self._hosts = hosts
-        self._nodes = {host.peer_id: _node(host.peer_id) for host in hosts}
+        known = (_node(host.peer_id) for host in hosts) if nodes is None else nodes
+        self._nodes = {node.peer_id: node for node in known}
 
     @property
     def nodes(self) -> Collection[NodeInfo]:
@@ -210,8 +219,7 @@ class KnownDirectory:
         ]
         hosts = {
             shard.root: [host.peer_id for host in self._hosts if shard.root in host.shards]
-            for some in cells
-            for cell in some
+            for cell in {cell for some in cells for cell in some}
             for shard in manifest.by_cell.get(cell, ())
         }
         return Located(manifest, cells, [()] * len(cells), hosts, self._nodes)
@@ -240,7 +248,7 @@ def opened(
 
     async def make() -> Retriever:
         calls = HostCalls(caller, str(directory.memory), rng=random.Random(0))
-        return Retriever(directory, calls, "benchmark", rng=random.Random(0))
+        return Retriever(directory, calls, SWARM, rng=random.Random(0))
 
     retriever = loop.run(make())
     yield Memory(retriever, partial(loop.run, timeout_s=limit_s))
@@ -314,7 +322,7 @@ class _Trial:
         """`wanted`: of each query, the score of the tenth passage that honest hosts give."""
         directory = KnownDirectory(self._memory, self._manifest, self._hosts)
         calls = HostCalls(SlowCaller(self._hosts), str(directory.memory), rng=random.Random(0))
-        retriever = Retriever(directory, calls, "benchmark", rng=random.Random(0))
+        retriever = Retriever(directory, calls, SWARM, rng=random.Random(0))
         loop = asyncio.get_running_loop()
         failed, recalls, times_s = 0, list[float](), list[float]()
         noticed: dict[PeerID, int] = {}

@@ -82,7 +82,7 @@ def measure(
         for name in contenders:
             standing[name] = Standby("benchmarks.memory.throughput", [name, str(folder)], _LIMIT_S)
             stack.callback(standing[name].close)
-        calls = loop.run(_HostCalls.open(_node(standing["host"].ask("where")), folder))
+        calls = loop.run(_HostCalls.open(node_of(standing["host"].ask("where")), folder))
         stack.callback(lambda: loop.run(calls.close()))
         for number in range(_ROUNDS + 1):  # the first one warms up
             for way in WAYS:
@@ -161,7 +161,8 @@ class _HostCalls:
         await self._channels.close()
 
 
-def _node(said: Mapping[str, Any]) -> NodeInfo:
+def node_of(said: Mapping[str, Any]) -> NodeInfo:
+    """What a host says of itself."""
     peer_id = PeerID.from_base58(said["peer_id"])
     pem = certificate_pem(bytes.fromhex(said["certificate"]), peer_id)
     address = Endpoint(f"127.0.0.1:{said['port']}")

@@ -90,10 +90,12 @@ def _world(size: Size, files: Files) -> World:
     return world
 
 
-def _hosted(results: dict[str, Any], folder: Path, *, quick: bool) -> None:
-    memory = hosted.HostedMemory(folder / "hosted", 2e5 if quick else 1e6)
-    results["pace"] = hosted.pace(memory, 8 if quick else 24, 1 if quick else 6)
-    results["faults"] = hosted.faults(memory, 12 if quick else 120)
+def _hosted(results: dict[str, Any], files: Files, folder: Path, console: Console, *, quick: bool) -> None:
+    console.print("hosted: building a memory")
+    memory = hosted.HostedMemory(folder / "hosted", 1e5 if quick else 5e5)
+    results["pace"] = hosted.pace(memory, 8 if quick else 36, 1 if quick else 5, console.print)
+    files.write(results)
+    results["faults"] = hosted.faults(memory, 12 if quick else 120, console.print)
 
 
 def _show(console: Console, status: Status, what: str, step: int, loss: float) -> None:
@@ -128,7 +130,7 @@ def main() -> None:
         files.folder.mkdir(parents=True, exist_ok=True)
         measure: dict[str, Callable[[], None]] = {
             "learning": lambda: learning(size, seeds, results, files, ends, console),
-            "hosted": lambda: _hosted(results, Path(temporary), quick=options.quick),
+            "hosted": lambda: _hosted(results, files, Path(temporary), console, quick=options.quick),
         }
         for part, run in measure.items():
             if options.only and part not in options.only:

@@ -1,18 +1,19 @@
 """Training that reads a memory of hosts on this machine: what their distance costs, and what their failures do.
 
-The retriever, the look-ups and the training are the real ones. Hosts answer in this process, after a round trip's wait.
+The retriever, the look-ups and the training are the real ones. For the pace, hosts are in a process of their own, as
+nodes host memories, and experts are calls that take a round trip and nothing else. Hosts that fail answer in this
+process.
 """
 
-import asyncio
-import random
-import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,29 +21,35 @@ from grpc import StatusCode
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.apart import Standby
 from benchmarks.memory.built import build_memory, open_shards, write_memory
-from benchmarks.memory.lying import KINDS, REPLICAS, KnownDirectory, ShardHost, opened
+from benchmarks.memory.lying import KINDS, SWARM, KnownDirectory, ShardHost, opened
+from benchmarks.memory.throughput import node_of
+from benchmarks.retro.hosts import HOSTS, LIARS, RTT_S, placed
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
-from expert_server.memory.shard import Shard
 from peer.errors import ExpertError
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import SessionClient
+from peer.wire import session_pb2
 from trainer_client.data.corpus import Dataset
 from trainer_client.data.tokenizer import ByteTokenizer
-from trainer_client.memory.calls import Method
+from trainer_client.memory.calls import GrpcMemoryCaller, Method
 from trainer_client.memory.memories import Memory
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.attention import RetrievalSpec
-from trainer_client.retrieval.lookup import NeighbourLoader, NeighbourLookup
+from trainer_client.retrieval.lookup import NeighbourLoader, NeighbourLookup, RetrievalCounts
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
+from trainer_client.training.record import Progress
 
-RTT_S = 0.08
-HOSTS = 8
+Say: TypeAlias = Callable[[str], None]
+"""Told what has been measured."""
 FAULTS = ("honest", "half of them die", "forged text", "omits the best", "malformed answers")
 """Of a fourth of the hosts, but where they die."""
-_LIARS = HOSTS // 4
 _DYING = "half of them die"
 _DIE_AFTER = 10
 """Calls of all hosts together."""
@@ -50,6 +57,8 @@ _SPEC = RetrievalSpec(chunk=64, neighbours=2, length=128, layers=(1,))
 _BATCH, _CONTEXT, _HIDDEN = 4, 256, 128
 _HELD_OUT = 50
 _LIMIT_S = 60.0
+_SETTLED = 12
+"""Steps after which the pace is measured."""
 _MANIFEST = Manifest.model_validate(
     {
         "name": "hosted",
@@ -65,27 +74,19 @@ _MANIFEST = Manifest.model_validate(
 )
 
 
-class DistantCaller:
-    """Calls that take a round trip of wall-clock time, and fail once their host has died."""
+class LocalCaller:
+    """Calls of hosts in this process, which fail once their host has died."""
 
-    def __init__(self, hosts: Sequence[ShardHost], rtt_s: float, *, half_die: bool) -> None:
+    def __init__(self, hosts: Sequence[ShardHost], *, half_die: bool) -> None:
         self._hosts = {host.peer_id: host for host in hosts}
         self._mortal = {host.peer_id for host in hosts[::2]} if half_die else set()
-        self._rtt_s = rtt_s
         self._calls = 0
-        self.cpu_s = 0.0
-        """Of the hosts."""
 
     async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
         self._calls += 1
         if node.peer_id in self._mortal and self._calls > _DIE_AFTER:
             raise ExpertError(StatusCode.UNAVAILABLE, "it has died")
-        host = self._hosts[node.peer_id]
-        await asyncio.sleep(self._rtt_s)
-        began = time.thread_time()
-        answer = await host.answer(method, request)
-        self.cpu_s += time.thread_time() - began
-        return answer
+        return await self._hosts[node.peer_id].answer(method, request)
 
 
 class Waiting(nn.Module):
@@ -113,42 +114,56 @@ class HostedMemory:
 
     def __init__(self, folder: Path, characters: float) -> None:
         """`characters`: of each work, at most, and about."""
+        self._folder = folder / "memory"
         self._built, held_out = build_memory(folder / "works", _HELD_OUT, characters)
         self._manifest = write_memory(
-            folder / "memory",
+            self._folder,
             self._built,
             self._built.vectors_ND,
             self._built.cells_NT,
             lambda number: self._built.passages[number],
         )
-        self._shards = {info.root: shard for info, shard in open_shards(folder / "memory", self._manifest)}
+        self._shards = {info.root: shard for info, shard in open_shards(self._folder, self._manifest)}
         texts = [passage.text for passage in self._built.passages] + held_out
         self.passage = texts[0]
         self.tokens = np.frombuffer("\n".join(texts).encode(), np.uint8)
 
-    def hosts(self, kind: str) -> list[ShardHost]:
-        """Each shard is at two of them. Those that lie are the last."""
-        rng, placed = random.Random(0), [dict[bytes, Shard]() for _ in range(HOSTS)]
-        for root, shard in self._shards.items():
-            # no protocol finds what liars alone have
-            first = rng.randrange(HOSTS - _LIARS)
-            others = rng.sample([n for n in range(HOSTS) if n != first], REPLICAS - 1)
-            for number in (first, *others):
-                placed[number][root] = shard
+    @contextmanager
+    def with_faults(self, loop: LoopThread, kind: str) -> Iterator[Memory]:
+        """The hosts are in this process."""
         liar = KINDS.get(kind, ShardHost)
-        return [
-            (liar if number >= HOSTS - _LIARS else ShardHost)(
-                SimulatedIdentity(number + 1).peer_id, self._manifest, some
-            )
-            for number, some in enumerate(placed)
-        ]
+        peers = [SimulatedIdentity(number + 1).peer_id for number in range(HOSTS)]
+        hosts = self._hosts(peers, [ShardHost] * (HOSTS - LIARS) + [liar] * LIARS)
+        caller = LocalCaller(hosts, half_die=kind == _DYING)
+        with opened(KnownDirectory(self._built, self._manifest, hosts), caller, loop, _LIMIT_S) as memory:
+            yield memory
 
     @contextmanager
-    def opened(self, loop: LoopThread, kind: str, rtt_s: float) -> Iterator[tuple[Memory, DistantCaller]]:
-        hosts = self.hosts(kind)
-        caller = DistantCaller(hosts, rtt_s, half_die=kind == _DYING)
-        with opened(KnownDirectory(self._built, self._manifest, hosts), caller, loop, _LIMIT_S) as memory:
-            yield memory, caller
+    def distant(self, loop: LoopThread) -> Iterator[tuple[Memory, Callable[[], float]]]:
+        """The hosts are a round trip away, in another process. Also: a function that tells how long that computed."""
+        with ExitStack() as stack:
+            standby = Standby("benchmarks.retro.hosts", [str(self._folder)], _LIMIT_S)
+            stack.callback(standby.close)
+            nodes = [node_of(where) for where in standby.ask("where")["hosts"]]
+            hosts = self._hosts([node.peer_id for node in nodes], [ShardHost] * HOSTS)
+            identity = Identity.load_or_create(self._folder / "caller.key")
+
+            async def connect() -> tuple[ChannelPool, SessionClient]:
+                return ChannelPool(), SessionClient(identity, SWARM, (session_pb2.RIGHT_MEMORY,))
+
+            channels, sessions = loop.run(connect())
+            stack.callback(lambda: loop.run(channels.close()))
+            stack.callback(lambda: loop.run(sessions.close()))
+            directory = KnownDirectory(self._built, self._manifest, hosts, nodes)
+            caller = GrpcMemoryCaller(channels, sessions)
+            memory = stack.enter_context(opened(directory, caller, loop, _LIMIT_S))
+            yield memory, lambda: standby.ask("cpu")["seconds"]
+
+    def _hosts(self, peers: Sequence[PeerID], kinds: Sequence[type[ShardHost]]) -> list[ShardHost]:
+        return [
+            kind(peer_id, self._manifest, {root: self._shards[root] for root in roots})
+            for peer_id, kind, roots in zip(peers, kinds, placed(self._shards), strict=True)
+        ]
 
 
 class Ready:
@@ -166,16 +181,55 @@ class Ready:
         return [self._given for _ in batches]
 
 
+@dataclass
+class _Pace:
+    """How fast steps go once a run has settled: before that, the look-ups of the first batches come all at once."""
+
+    first: int
+    last: int
+    counts: RetrievalCounts | None
+    hosts_cpu_s: Callable[[], float]
+    _marks: list[dict[str, float]] = field(default_factory=list)
+
+    def observe(self, progress: Progress) -> None:
+        if progress.step in (self.first, self.last):
+            counts = {} if self.counts is None else self.counts.values()
+            self._marks.append(
+                {
+                    "s": time.monotonic(),
+                    "cpu_s": time.process_time(),
+                    "hosts_cpu_s": self.hosts_cpu_s(),
+                    **counts,
+                }
+            )
+
+    def figures(self) -> dict[str, float]:
+        """Between the two steps."""
+        before, after = self._marks
+        return {"steps": self.last - self.first} | {name: after[name] - before[name] for name in after}
+
+
 def train(
-    tokens: NDArray[np.uint8], steps: int, source: NeighbourLookup | Ready | None, *, waits: bool
-) -> dict[str, Any]:
-    """The figures of a run. `source`: of passages; None: its model reads nothing. `waits`: for experts."""
+    tokens: NDArray[np.uint8],
+    steps: int,
+    source: NeighbourLookup | Ready | None,
+    *,
+    waits: bool,
+    hosts_cpu_s: Callable[[], float] = lambda: 0.0,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The figures of a run, and those of its pace.
+
+    `source`: of passages; None: its model reads nothing. `waits`: for experts.
+    """
     settings = TrainerSettings(
         steps=steps, batch_size=_BATCH, seed=0, validation_batches=2, warmup_steps=min(20, steps // 2)
     )
     dataset = Dataset(tokens, _CONTEXT, 0, validation_share=0.02)
     spec = None if source is None else _SPEC
     model = LanguageModel(_MANIFEST, lambda layer: Waiting() if waits else nn.Identity(), retrieval=spec)
+    counts = source.counts if isinstance(source, NeighbourLookup) else None
+    # the last step's time has the validation in it
+    pace = _Pace(min(_SETTLED, steps // 2), steps - 1, counts, hosts_cpu_s)
     with ExitStack() as stack:
         neighbours: NeighbourLoader[Tensor, Tensor] | Ready | None
         if isinstance(source, NeighbourLookup):
@@ -183,55 +237,51 @@ def train(
             stack.enter_context(closing(neighbours))
         else:
             neighbours = source
-        began_s = time.process_time()
-        summary = Training(model, dataset, settings, None, neighbours).run(
-            lambda progress: None, threading.Event()
-        )
-        cpu_s = time.process_time() - began_s
-    figures = {
-        "cpu_s": cpu_s,
-        "steps": summary.steps,
-        "tokens_per_s": summary.tokens_per_s,
-        "validation_loss": summary.validation_loss_last,
-    }
-    return figures | (source.counts.values() if isinstance(source, NeighbourLookup) else {})
+        summary = Training(model, dataset, settings, None, neighbours).run(pace.observe, threading.Event())
+    figures = {"steps": summary.steps, "validation_loss": summary.validation_loss_last}
+    return figures | ({} if counts is None else counts.values()), pace.figures()
 
 
-def pace(hosted: HostedMemory, steps: int, rounds: int) -> dict[str, Any]:
-    """Tokens per second where a call of experts or of hosts takes 80 ms.
+def pace(hosted: HostedMemory, steps: int, rounds: int, say: Say) -> dict[str, Any]:
+    """What steps take where a call of experts or of hosts takes 80 ms.
 
     In turns, since other work on the machine comes and goes: with look-ups; with passages that are there already; and
     without any, by a model that reads none. What is compared is of the same round.
     """
-    found: dict[str, list[dict[str, Any]]] = {"looked_up": [], "ready": [], "none": []}
+    found = defaultdict[str, list[dict[str, float]]](list)
     ready = Ready(hosted.passage)
     loop = LoopThread()
     try:
-        for _ in range(rounds):
-            with hosted.opened(loop, "honest", RTT_S) as (memory, caller):
-                looked_up = train(hosted.tokens, steps, lookup_in(memory), waits=True)
-            found["looked_up"].append(looked_up | {"hosts_cpu_s": caller.cpu_s})
-            found["ready"].append(train(hosted.tokens, steps, ready, waits=True))
-            found["none"].append(train(hosted.tokens, steps, None, waits=True))
+        with hosted.distant(loop) as (memory, hosts_cpu_s):
+            for number in range(rounds):
+                sources: dict[str, NeighbourLookup | Ready | None] = {
+                    "looked_up": lookup_in(memory),
+                    "ready": ready,
+                    "none": None,
+                }
+                for name, source in sources.items():
+                    _, figures = train(hosted.tokens, steps, source, waits=True, hosts_cpu_s=hosts_cpu_s)
+                    found[name].append(figures)
+                    say(f"pace, round {number + 1} of {rounds}, {name}: {tokens_per_s(figures):.0f} tokens/s")
     finally:
         loop.close()
-    tokens = steps * _BATCH * _CONTEXT
-    cpu_s = {name: statistics.median(each["cpu_s"] for each in some) for name, some in found.items()}
-    cpu_s["hosts"] = statistics.median(each["hosts_cpu_s"] for each in found["looked_up"])
-    rates = {name: [each["tokens_per_s"] for each in some] for name, some in found.items()}
-    waited = [each["memory_waited_s"] * each["tokens_per_s"] / tokens for each in found["looked_up"]]
-    return {
-        "tokens_per_s": rates,
-        "waited_share": statistics.median(waited),
-        "cpu_ms_per_1000_tokens": {name: 1e6 * each / tokens for name, each in cpu_s.items()},
-    }
+    return found
+
+
+def tokens_per_s(figures: Mapping[str, float]) -> float:
+    return figures["steps"] * _BATCH * _CONTEXT / figures["s"]
+
+
+def ms_per_1000_tokens(figures: Mapping[str, float], name: str = "cpu_s") -> float:
+    """Of CPU time."""
+    return 1e6 * figures[name] / (figures["steps"] * _BATCH * _CONTEXT)
 
 
 def lookup_in(memory: Memory) -> NeighbourLookup:
     return NeighbourLookup(memory, ByteTokenizer(), _SPEC, most_overlap=0.5)
 
 
-def faults(hosted: HostedMemory, steps: int) -> dict[str, Any]:
+def faults(hosted: HostedMemory, steps: int, say: Say) -> dict[str, Any]:
     """By the fault, how a run ended, and for how many chunks of other text it finds what it would of honest hosts."""
     found: dict[str, Any] = {}
     tokens_BT = torch.from_numpy(hosted.tokens[: 32 * (_CONTEXT + 1)].astype(np.int64)).view(32, -1)
@@ -239,13 +289,14 @@ def faults(hosted: HostedMemory, steps: int) -> dict[str, Any]:
     loop = LoopThread()
     try:
         for kind in FAULTS:
-            with hosted.opened(loop, kind, 0.0) as (memory, _):
+            with hosted.with_faults(loop, kind) as memory:
                 lookup = lookup_in(memory)
-                figures = train(hosted.tokens, steps, lookup, waits=False)
+                figures, _ = train(hosted.tokens, steps, lookup, waits=False)
                 given = lookup.learned(tokens_BT)
             honest = given if honest is None else honest
             same = float((given == honest).flatten(2).all(dim=2).float().mean())
             found[kind] = figures | {"same_neighbours": same}
+            say(f"hosts: {kind}: loss {figures['validation_loss']:.4f} after {figures['steps']} steps")
     finally:
         loop.close()
     return found

@@ -1,0 +1,99 @@
+"""Hosts of a memory in a process of their own: the node's service over gRPC with TLS, after a round trip's wait.
+
+    python -m benchmarks.retro.hosts FOLDER
+
+says where they listen, and answers the line `cpu` with the seconds that it has computed (`benchmarks.apart`).
+"""
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+from benchmarks.memory.lying import REPLICAS, SWARM
+from dht.memory import MemoryID
+from expert_server.memory.servicer import MemoryMetrics, MemoryServicer, ReadContext, SearchContext
+from expert_server.memory.store import MemoryStore
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.rates import RateLimit
+from peer.rpc.channels import SERVER_OPTIONS
+from peer.rpc.server import server_credentials
+from peer.rpc.sessions import Sessions, SessionServicer
+from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2_grpc
+
+HOSTS = 8
+LIARS = HOSTS // 4
+RTT_S = 0.08
+
+
+def placed(roots: Iterable[bytes]) -> list[set[bytes]]:
+    """The shards of each host. Each shard is at two of them. Those that may lie are the last."""
+    rng, found = random.Random(0), [set[bytes]() for _ in range(HOSTS)]
+    for root in roots:
+        # no protocol finds what liars alone have
+        first = rng.randrange(HOSTS - LIARS)
+        others = rng.sample([n for n in range(HOSTS) if n != first], REPLICAS - 1)
+        for number in (first, *others):
+            found[number].add(root)
+    return found
+
+
+class DistantServicer(MemoryServicer):
+    """One whose calls take a round trip."""
+
+    async def Search(
+        self, request: memory_pb2.SearchRequest, context: SearchContext
+    ) -> memory_pb2.SearchReply:
+        await asyncio.sleep(RTT_S)
+        return await super().Search(request, context)
+
+    async def Read(self, request: memory_pb2.ReadRequest, context: ReadContext) -> memory_pb2.ReadReply:
+        await asyncio.sleep(RTT_S)
+        return await super().Read(request, context)
+
+
+async def _serve(
+    folder: Path, number: int, roots: set[bytes], first: Identity
+) -> tuple[grpc.aio.Server, dict[str, Any]]:
+    """A server, and where it listens. `first`: the host that the memory is named after."""
+    identity = Identity.load_or_create(folder / f"host-{number}.key") if number else first
+    certificate, sessions = identity.make_certificate(), Sessions(SWARM, identity.peer_id)
+    store = MemoryStore.open(folder)
+    for root in roots:
+        store.load(root)
+    memory = str(MemoryID.of(store.manifest.name, first.peer_id))
+    servicer = DistantServicer({memory: store}, SWARM, sessions, RateLimit(None), MemoryMetrics(), 1)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(servicer, server)
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
+    await server.start()
+    return server, {"port": port, "peer_id": identity.peer_id.to_base58(), "certificate": certificate.hex()}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    loop = LoopThread()
+    roots = [shard.root for shard in MemoryStore.open(folder).manifest.shards]
+    first = Identity.load_or_create(folder / "host-0.key")
+    servers = [loop.run(_serve(folder, number, some, first)) for number, some in enumerate(placed(roots))]
+    where = {"hosts": [place for _, place in servers]}
+    print(json.dumps(where), flush=True)
+    for line in sys.stdin:
+        answers = {"where": where, "cpu": {"seconds": time.process_time()}}
+        print(json.dumps(answers[line.strip()]), flush=True)
+    for server, _ in servers:
+        loop.run(server.stop(None))
+    loop.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
