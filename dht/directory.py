@@ -220,26 +220,24 @@ class Directory:
 
         `scores` has one float32 [R, G_d] per grid dimension; `bias`, of the grid's shape, is added to those of experts.
         Reads the prefixes that a beam search by the scores alone comes by, then the experts that are best with the
-        bias: nothing, when all of that is known. The first time, if it is for few rows, those experts are read at the
-        same time that would be best if all were active: most of the right ones are among them, and a round of
+        bias: nothing, when all of that is known. The first time, if it is for few rows, it begins to read at the same
+        time those experts that would be best if all were active: most of the right ones are among them, and a round of
         questions is saved. Rows that met experts which can't be called go on, each time twice as far. Raises
         UnreachableError.
         """
         index, room, width = self._index(layer), _MAX_READ, default_beam_size(k)
-        ahead: Mapping[UID, tuple[Replica, ...]] = {}
         if not index.knows(()):
             guessed = index.best(scores, _GUESSED * k, everything=True)
-            guesses = [UID(layer, c) for c in guessed] if len(guessed) <= _MOST_GUESSED else []
-            way = self._read_way(layer, index, scores, width, self._only_at(avoided, layer))
-            guessed_now = self.registry.replicas(guesses, limits=DEFAULT_LIMITS, at_once=True)
-            ahead, _ = await asyncio.gather(guessed_now, way)
+            self.registry.read_ahead(
+                UID(layer, c) for c in (guessed if len(guessed) <= _MOST_GUESSED else ())
+            )
         for round_number in range(_SEARCH_ROUNDS):
             passed_over = self._only_at(avoided, layer)
             await self._read_way(layer, index, scores, width, passed_over)
             chosen = select_experts(scores, index.tables(passed_over), k << round_number, bias=bias)
             unknown = self._experts_at(layer, chosen, self._lacking(layer, chosen, avoided))
             read = self._drawn([uid for uid in unknown if uid not in self.view.replicas], room)
-            await self._read_experts(read, ahead)
+            await self._read_experts(read)
             room -= len(read)
             lacking = self._lacking(layer, chosen, avoided)
             for uid in self._experts_at(layer, chosen, lacking):
@@ -300,21 +298,21 @@ class Directory:
                 for (_, coordinate), active in found.items():
                     index.note(coordinate, active)
 
-    async def _read_experts(self, uids: Collection[UID], ahead: Mapping[UID, tuple[Replica, ...]]) -> None:
-        """Adds them to the view, also those that nobody hosts. Of too many, those go first, then the oldest.
-
-        `ahead`: what has been read already, of these and others.
-        """
+    async def _read_experts(self, uids: Collection[UID]) -> None:
+        """Adds them to the view, also those that nobody hosts. Of too many, those go first, then the oldest."""
         if not uids:
             return
-        replicas = {uid: ahead[uid] for uid in uids if uid in ahead}
-        further = [uid for uid in uids if uid not in ahead]
-        replicas |= await self.registry.replicas(
-            further, limits=DEFAULT_LIMITS, at_once=len(further) <= _MOST_GUESSED
-        )
+        is_hurried = len(uids) <= _MOST_GUESSED
+        await self._add(await self.registry.replicas(uids, limits=DEFAULT_LIMITS, at_once=is_hurried))
+        # who was found first can't be called, and others may announce the expert further down
+        hidden = [uid for uid in uids if self.view.replicas.get(uid) and not self.view.hosts(uid)]
+        if is_hurried and hidden:
+            await self._add(await self.registry.replicas(hidden, limits=DEFAULT_LIMITS))
+
+    async def _add(self, replicas: Mapping[UID, tuple[Replica, ...]]) -> None:
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = dict(self.view.nodes) | await self.registry.nodes(peers - self.view.nodes.keys())
-        known = dict(self.view.replicas) | replicas
+        known = {**self.view.replicas, **replicas}
         for uid in sorted(known, key=lambda uid: bool(known[uid]))[: max(0, len(known) - _MAX_READ)]:
             del known[uid]
         self.view = View(self._manifest, known, self._but_the_gone(nodes), self._now())

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from dht.announcements import Replica
+from dht.announcements import Replica, ReplicaState
 from dht.records import INDEX_PIECE, MAX_REPLICAS_OF_RECORD
 from dht.uid import UID
 from peer.bounded import BoundedDict
@@ -54,6 +54,10 @@ class Region:
     """Nodes that announce there."""
     size: int
     """Bytes of what they announce."""
+
+    def serves(self, uid: Prefix) -> bool:
+        """Whether somebody who announces there serves the expert."""
+        return any(r.state is ReplicaState.SERVING for r in self.replicas.get(UID(*uid), ()))
 
     def leads_to(self, coordinate: int, only_active: bool) -> bool:
         """Whether hosts may announce below this next coordinate: the index says so, or `only_active` is False, and it

@@ -89,6 +89,21 @@ def active_under(key: str, found: Mapping[object, tuple[Any, float]]) -> set[int
     return {c for c, (value, _) in found.items() if type(c) is int and value == key}
 
 
+def _pieces(
+    targets: Mapping[Prefix, int], depths: Mapping[Prefix, Collection[int]]
+) -> dict[Prefix, set[int]]:
+    """The regions above these targets at these depths, with the pieces of their indices. `targets`: see `_walk`."""
+    pieces: dict[Prefix, set[int]] = {}
+    for (layer, coordinate), levels in depths.items():
+        for level in levels:
+            some = pieces.setdefault((layer, coordinate[:level]), set())
+            if level < len(coordinate):
+                some.add(coordinate[level] // INDEX_PIECE)
+            else:
+                some.update(pieces_of(targets[layer, coordinate]))
+    return pieces
+
+
 def _below(listed: Mapping[str, Collection[PeerID]]) -> list[str]:
     """The shards to read after these, each with the peers that it lists."""
     return [lower for shard, some in listed.items() for lower in child_shards(shard, len(some))]
@@ -150,6 +165,8 @@ class Registry:
         self._announcing = asyncio.Lock()
         self.home_of: dict[UID, Prefix] = {}
         """Where it has announced each of them."""
+        self._begun: dict[Prefix, tuple[frozenset[int], asyncio.Task[dict[Prefix, Region]]]] = {}
+        """Regions that are being read in a hurry, with those pieces of their indices."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
         """When this peer's last record under each key expires."""
         self._own_shards: dict[int, tuple[str, float]] = {}
@@ -332,8 +349,9 @@ class Registry:
     ) -> dict[Prefix, frozenset[int]]:
         """The active next coordinates after each prefix, in a grid dimension of this size.
 
-        `limits`: see `Lookups.find`. `at_once`: reads a prefix together with those above it, and not only where these
-        have split. `most`: regions that are read on each level; prefixes for which they are not enough are left out.
+        `limits`: see `Lookups.find`. `at_once`: begins to read a prefix together with those above it, and waits for it
+        only where these have split. `most`: regions that are read on each level; prefixes for which they are not enough
+        are left out.
         """
         read, known = await self._walk(
             dict.fromkeys(prefixes, size), limits=limits, at_once=at_once, most=most
@@ -374,8 +392,9 @@ class Registry:
         """The live announcements of each expert, without the withdrawn ones.
 
         `limits`: see `Lookups.find`. `only_active`: passes over regions to which no index entry leads; for whoever asks
-        for many experts. `just_read`: what was read a moment ago will do. `at_once`: reads the layer, the row and the
-        expert together, and not only where the region above has split; for whoever asks for few, and in a hurry.
+        for many experts. `just_read`: what was read a moment ago will do. `at_once`: begins to read the layer, the row
+        and the expert together, and does not wait for what is below a region that has not split, or has a host of the
+        expert; for whoever asks for few, and in a hurry.
         """
         found: dict[UID, dict[PeerID, Replica]] = {uid: {} for uid in uids}
         read, _ = await self._walk(
@@ -392,6 +411,11 @@ class Registry:
                     if other is None or other.expires_at < replica.expires_at:  # it may have moved
                         found[uid][replica.peer_id] = replica
         return {uid: tuple(filter(self._is_live, hosts.values())) for uid, hosts in found.items()}
+
+    def read_ahead(self, uids: Iterable[UID]) -> None:
+        """Begins to read what is announced of each of these experts alone, for whoever asks for some of them soon."""
+        for uid in uids:
+            self._begin({uid: ()}, {uid}, DEFAULT_LIMITS)
 
     def _is_live(self, replica: Replica) -> bool:
         if replica.state is ReplicaState.CLAIMED:
@@ -420,19 +444,16 @@ class Registry:
         experts = {target for target, size in targets.items() if not size}
         depths = {target: [0] if only_active else self.regions.depths(target) for target in targets}
         if at_once:
-            depths = {
-                target: [*range(levels[0], len(target[1]) + 1)] if levels else levels
-                for target, levels in depths.items()
-            }
+            depths = {target: levels[:1] for target, levels in depths.items()}
+            for depth in range(1, max((len(coordinate) for _, coordinate in targets), default=0) + 1):
+                below = {
+                    target: [depth]
+                    for target, levels in depths.items()
+                    if levels[0] < depth <= len(target[1]) and self._is_unread(target, levels[0])
+                }
+                self._begin(_pieces(targets, below), experts, limits)
         while depths:
-            pieces: dict[Prefix, set[int]] = {}
-            for (layer, coordinate), levels in depths.items():
-                for level in levels:
-                    some = pieces.setdefault((layer, coordinate[:level]), set())
-                    if level < len(coordinate):
-                        some.add(coordinate[level] // INDEX_PIECE)
-                    else:
-                        some.update(pieces_of(targets[layer, coordinate]))
+            pieces = _pieces(targets, depths)
             unread = dict(islice(((p, some) for p, some in pieces.items() if p not in read), most))
             read |= await self._read_regions(unread, experts, limits, just_read)
             further: dict[Prefix, list[int]] = {}
@@ -441,7 +462,8 @@ class Registry:
                     del known[layer, coordinate]
                 elif (last := levels[-1]) < len(coordinate):
                     region = read[layer, coordinate[:last]]
-                    if region.leads_to(coordinate[last], only_active):
+                    is_found = at_once and region.serves((layer, coordinate))
+                    if not is_found and region.leads_to(coordinate[last], only_active):
                         further[layer, coordinate] = [last + 1]
             depths = further
         return read, known.keys()
@@ -461,6 +483,41 @@ class Registry:
                 if (region := self.regions.recent(prefix, some)) is not None:
                     found[prefix] = region
         unread = {prefix: some for prefix, some in pieces.items() if prefix not in found}
+        if limits.is_frugal:
+            return found | await self._read(unread, experts_only, limits)
+        for reading in self._begin(unread, experts_only, limits):
+            regions = await asyncio.shield(reading)
+            found |= {prefix: region for prefix, region in regions.items() if prefix in unread}
+        return found
+
+    def _begin(
+        self, pieces: Mapping[Prefix, Collection[int]], experts_only: Container[Prefix], limits: SearchLimits
+    ) -> "Collection[asyncio.Task[dict[Prefix, Region]]]":
+        """Reads these regions, but for those that are being read already. Returns the tasks that have them all."""
+        tasks, new = set[asyncio.Task[dict[Prefix, Region]]](), dict[Prefix, Collection[int]]()
+        for prefix, some in pieces.items():
+            begun, reading = self._begun.get(prefix, (frozenset[int](), None))
+            if reading is not None and begun.issuperset(some):
+                tasks.add(reading)
+            else:
+                new[prefix] = some
+        if new:
+            task = self.lookups.spawn(self._read(new, experts_only, limits))
+            self._begun.update((prefix, (frozenset(some), task)) for prefix, some in new.items())
+            task.add_done_callback(partial(self._note_end, new))
+            tasks.add(task)
+        return tasks
+
+    def _note_end(self, prefixes: Iterable[Prefix], task: "asyncio.Task[dict[Prefix, Region]]") -> None:
+        for prefix in prefixes:
+            _, reading = self._begun.get(prefix, (frozenset(), None))
+            if reading is task:
+                del self._begun[prefix]
+
+    async def _read(
+        self, unread: Mapping[Prefix, Collection[int]], experts_only: Container[Prefix], limits: SearchLimits
+    ) -> dict[Prefix, Region]:
+        found: dict[Prefix, Region] = {}
         keys = {
             prefix: [
                 self.keys.prefix(*prefix),
@@ -480,6 +537,10 @@ class Registry:
             if found[prefix].size > CROWDED_BYTES:
                 await asyncio.sleep(0)  # it took long; let other tasks run
         return found
+
+    def _is_unread(self, target: Prefix, depth: int) -> bool:
+        """Whether the region of a target at that depth was not read a moment ago."""
+        return self.regions.recent(prefix_of(target, depth), ()) is None
 
     def _region(
         self,

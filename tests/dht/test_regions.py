@@ -19,6 +19,7 @@ from dht.uid import UID
 from peer.errors import RecordError
 from peer.identity import PeerID
 from peer.kademlia.lookups import Item
+from peer.kademlia.search import DEFAULT_LIMITS
 from peer.wire import records_pb2
 
 SERVING, WITHDRAWN = ReplicaState.SERVING, ReplicaState.WITHDRAWN
@@ -262,3 +263,33 @@ def test_a_record_of_experts_that_do_not_exist_shows_none() -> None:
         assert not await liar.lookups.store([Item(key, liar.peer_id.to_bytes(), record, until + 1)])
 
     play(scenario, nodes=8)
+
+
+def test_who_is_in_a_hurry_waits_for_nothing_below_a_region_that_has_a_host_or_has_not_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        uid, others = UID(0, (1, 1)), [UID(0, (2, n)) for n in range(4)]
+        reader = await swarm.make_peer(serves_dht=False)
+        await swarm.join(reader)
+        registry, asked = reader.registry, list[str]()
+        get, below = registry.get, {registry.keys.prefix(*some) for some in (uid, *others)}
+
+        async def slow_below(keys: Any, *limits: Any) -> Any:
+            asked.extend(keys)
+            if not below.isdisjoint(keys):
+                await asyncio.sleep(1000)
+            return await get(keys, *limits)
+
+        monkeypatch.setattr(registry, "get", slow_below)
+        began = loop.time()
+        registry.read_ahead([uid, *others])
+        found, again = await asyncio.gather(
+            *(registry.replicas([uid, *others], limits=DEFAULT_LIMITS, at_once=True) for _ in range(2))
+        )
+        assert loop.time() - began < 1000
+        assert found == again
+        assert all(found.values())
+        assert len(asked) == len(set(asked)), "what is being read is not asked for again"
+
+    play(scenario, 8)
