@@ -14,6 +14,7 @@ from peer import PROTOCOL_VERSION
 from peer.codec import CodecName, codec_of, encoded_bytes
 from peer.errors import SettingsError, SwarmError, WireError
 from peer.layers import Activation, Norm, check_heads
+from peer.optimizer import OptimizerName
 from peer.settings import describe_validation_error, read_toml
 
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
@@ -175,7 +176,7 @@ class RoutingSpec(_Part):
 class OptimizerSpec(_Part):
     """The optimizer of the experts."""
 
-    name: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="the rule of a step")
+    name: OptimizerName = Field(default="adamw", description="the rule of a step")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="step size")
     momentum: float | None = Field(
         default=None, ge=0, lt=1, allow_inf_nan=False, description="momentum of sgd; unset: 0.9"

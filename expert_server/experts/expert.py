@@ -54,13 +54,14 @@ from expert_server.experts.graphs import (
     run_backward,
 )
 from expert_server.experts.grouped import GroupedBlock
-from expert_server.experts.optimizer import Guard, Optimizer, StepOutcome
+from expert_server.experts.guard import Guard, StepOutcome
 from expert_server.experts.plausibility import Scale, require_plausible
 from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.clipping import OwnMoves, sketch_bytes
 from peer.errors import ExpertError, StateError
 from peer.layers import KeyValueCache, step_size
+from peer.optimizer import Optimizer
 
 _ROWS_WORTH_A_COPY = 64
 """Rows whose updates take longer to compute again than the parameters take to copy."""
@@ -92,7 +93,10 @@ class Expert:
         self._settings = manifest.optimizer
         self._parameters = list(self.block.parameters())  # to walk through a block takes long
         self._places = ParameterSlots(self.block)
-        self.optimizer: Optimizer = Optimizer(self._parameters, self._settings)
+        spec = self._settings
+        self.optimizer: Optimizer = Optimizer(
+            self._parameters, spec.name, spec.learning_rate, spec.weight_decay, spec.sgd_momentum
+        )
         self.guard: Guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self.form: StateForm = StateForm.of(manifest)
         self.refuted: str = ""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import weightless_block
-from expert_server.experts.optimizer import moments_of
 from peer.checkpoints import CheckpointHeader, Form, Outline, decode_checkpoint, encode_checkpoint, form_of
 from peer.errors import StateError
 from peer.formatting import printable
+from peer.optimizer import moments_of
 
 State: TypeAlias = dict[str, Tensor]
 """What an expert is made of: `block.…`, `optimizer.…` and `accumulated.…` tensors by name, on the CPU."""
@@ -79,7 +79,7 @@ class StateForm:
         return cls(
             {BLOCK + name: form_of(tensor) for name, tensor in block_tensors(block).items()},
             {name: form_of(parameter) for name, parameter in block.named_parameters()},
-            moments_of(manifest.optimizer),
+            moments_of(manifest.optimizer.name, manifest.optimizer.sgd_momentum),
             manifest.optimizer.rows_per_update,
         )
 

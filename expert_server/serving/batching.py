@@ -22,7 +22,7 @@ from torch import Tensor
 from dht.uid import UID
 from expert_server.experts.graphs import ForwardGraph, Rows, SharedGraph, SharedPass
 from expert_server.experts.grouped import MOST_EXPERTS
-from expert_server.experts.optimizer import StepOutcome
+from expert_server.experts.guard import StepOutcome
 from peer.errors import ExpertError
 
 Direction: TypeAlias = Literal["forward", "backward"]

@@ -13,7 +13,7 @@ from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import Checkpoint, State, StateForm, moment_name
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import CHECK_EVERY_UPDATES
+from expert_server.experts.guard import CHECK_EVERY_UPDATES
 from expert_server.state.checkpoints import CheckpointStore
 
 MANIFEST = Manifest.model_validate(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peer.errors import StateError
 from peer.layers import step_size
+from peer.optimizer import Optimizer
 from trainer_client.averaging.dense_part import SharedParameters, require_bounded, shared_buffers
 from trainer_client.balancing import LoadSpread
 from trainer_client.model import MixtureModel
@@ -85,7 +86,9 @@ class Training:
         self._reads = reads
         self._make_copy = make_copy if settings.in_flight != 1 else None
         self._parameters = dict(model.named_parameters())
-        self._optimizer = _make_optimizer(model, settings)
+        self._optimizer = Optimizer(
+            self._parameters.values(), "adamw", settings.learning_rate, settings.weight_decay
+        )
         self._is_whole = True
 
     @property
@@ -158,8 +161,9 @@ class Training:
         self._model.load_state_dict(model)
         self.part.replace(model, age)
         for name, state in moments.items():
-            self._optimizer.state[self._parameters[name]] = {
-                key: moment.clone() for key, moment in state.items()
+            parameter = self._parameters[name]
+            self._optimizer.state[parameter] = {
+                key: moment.to(parameter.device, copy=True) for key, moment in state.items()
             }
         self.history = history
 
@@ -209,9 +213,7 @@ class Training:
         """Takes the optimizer's step with the gradients of `computed`, and returns the loss: NaN if the gradient is
         not finite. If one of the two is not finite, nothing changes.
         """
-        rate = learning_rate(self.step, self._settings)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        self._optimizer.learning_rate = learning_rate(self.step, self._settings)
         if not math.isfinite(loss):
             return loss
         norm: float = nn.utils.clip_grad_norm_(computed.parameters(), self._settings.clip_norm).item()
@@ -253,16 +255,6 @@ def validation_loss(model: MixtureModel, batches: Sequence[Any], read: Sequence[
     ]
     model.train()
     return statistics.fmean(losses)
-
-
-def _make_optimizer(model: nn.Module, settings: TrainerSettings) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
 def _history_tensors(history: History) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from expert_server.experts.accumulation import MOST_APART
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.format import ACCUMULATED, ACCUMULATED_ROWS, ACCUMULATED_SIZES, State, StateForm
 from expert_server.experts.graphs import ForwardGraph, Rows
-from expert_server.experts.optimizer import CHECK_EVERY_UPDATES, StepOutcome
+from expert_server.experts.guard import CHECK_EVERY_UPDATES, StepOutcome
 from peer.errors import ExpertError, StateError
 
 MANY = 10**6

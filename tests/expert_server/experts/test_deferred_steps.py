@@ -20,7 +20,7 @@ from runtime_samples import FIRST, MANIFEST, SECOND, make_runtime, make_work, su
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import CHECK_EVERY_UPDATES, StepOutcome
+from expert_server.experts.guard import CHECK_EVERY_UPDATES, StepOutcome
 
 Read = Callable[[Expert], object]
 

@@ -26,7 +26,7 @@ from dht.uid import UID
 from expert_server.blocks import build_block
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import StepOutcome
+from expert_server.experts.guard import StepOutcome
 from peer.errors import ExpertError
 
 

@@ -24,7 +24,7 @@ from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.graphs import NODES_BYTES, Rows
-from expert_server.experts.optimizer import StepOutcome
+from expert_server.experts.guard import StepOutcome
 from peer.errors import ExpertError
 from peer.layers import Activation, KeyValueCache, Norm
 

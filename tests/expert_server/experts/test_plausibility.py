@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import AVERAGED, BLOCK, State
-from expert_server.experts.optimizer import CHECK_EVERY_UPDATES, PROBATION_UPDATES
+from expert_server.experts.guard import CHECK_EVERY_UPDATES, PROBATION_UPDATES
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import StateError
 

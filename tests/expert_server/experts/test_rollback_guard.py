@@ -11,7 +11,7 @@ from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import CHECK_EVERY_UPDATES, KEEP_EVERY_UPDATES
+from expert_server.experts.guard import CHECK_EVERY_UPDATES, KEEP_EVERY_UPDATES
 from peer.errors import ExpertError
 
 HIDDEN, ROWS = 16, 12

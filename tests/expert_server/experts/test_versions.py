@@ -7,7 +7,7 @@ from expert_samples import AN_UID, LENGTHS, POSITIONS, make_manifest, random_row
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import BLOCK
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import StepOutcome
+from expert_server.experts.guard import StepOutcome
 from expert_server.serving.batching import Result, WorkItem
 from expert_server.serving.compute import compute, compute_together
 from peer.errors import ExpertError

@@ -10,7 +10,7 @@ from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from expert_server.experts.callers import Callers
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import StepOutcome
+from expert_server.experts.guard import StepOutcome
 from expert_server.serving.batching import Result, WorkItem
 from expert_server.serving.compute import compute, compute_together
 from expert_server.serving.runtime import Runtime

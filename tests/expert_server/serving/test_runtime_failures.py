@@ -25,7 +25,7 @@ from torch import Tensor
 
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import CHECK_EVERY_UPDATES
+from expert_server.experts.guard import CHECK_EVERY_UPDATES
 from peer.errors import ExpertError
 from peer.metrics import total
 

@@ -21,7 +21,7 @@ from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import StepOutcome
+from expert_server.experts.guard import StepOutcome
 from expert_server.serving.batching import WorkItem
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError

@@ -21,7 +21,7 @@ from checkpoint_samples import (
 )
 
 from expert_server.experts.format import AVERAGED, Checkpoint
-from expert_server.experts.optimizer import CHECK_EVERY_UPDATES, PROBATION_UPDATES
+from expert_server.experts.guard import CHECK_EVERY_UPDATES, PROBATION_UPDATES
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import MAX_SOURCES, Checkpoints, CheckpointStore
 from peer.errors import StateError

@@ -24,6 +24,7 @@ from torch import nn
 
 from peer.errors import CheckpointError, StartError, UserError
 from peer.files import StateFolder
+from peer.optimizer import Optimizer
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName
@@ -248,7 +249,7 @@ def test_a_step_broken_off_within_the_optimizer_is_not_saved(
     def broken(*_: object) -> None:
         raise Stopped
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    monkeypatch.setattr(Optimizer, "step", broken)
     with pytest.raises(Stopped):
         training.run(lambda progress: None, threading.Event())
     assert training.export_state() is None
