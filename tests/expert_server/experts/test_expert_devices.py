@@ -25,6 +25,7 @@ from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.graphs import NODES_BYTES, Rows
 from expert_server.experts.guard import StepOutcome
+from peer.clipping import OwnMoves
 from peer.errors import ExpertError
 from peer.layers import Activation, KeyValueCache, Norm
 
@@ -187,6 +188,7 @@ def live_bytes() -> Iterator[Callable[[], int]]:
         tensors = [found for found in gc.get_objects(generation=0) if isinstance(found, Tensor)]
         return storage_bytes([*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)])
 
+    OwnMoves({"x": torch.ones(2**12)})  # makes the signs that all sketches of this process share
     gc.freeze()  # what was there before is in no generation
     gc.disable()  # and what is new stays in the youngest
     yield measure
