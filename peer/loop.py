@@ -362,7 +362,10 @@ async def keep_running(
     fatal: type[Exception] | tuple[type[Exception], ...] = (),
     first_pause_s: float = _FIRST_PAUSE_S,
 ) -> None:
-    """Runs it until it returns or raises a `fatal` exception. After any other it is logged, counted and run again."""
+    """Runs it until it returns or raises a `fatal` exception. After any other it is logged, counted and run again.
+
+    So it is after a CancelledError of something that it waited for, which would end it without a word.
+    """
     pause_s, now = first_pause_s, asyncio.get_running_loop().time
     while True:
         began = now()
@@ -370,7 +373,9 @@ async def keep_running(
             return await run()
         except fatal:
             raise
-        except Exception:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
             if restarts is not None:
                 restarts.note(name)
             if now() - began > _LONGEST_PAUSE_S:

@@ -25,9 +25,8 @@ from peer.errors import ExpertError, UnreachableError
 from peer.files import write_atomically
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
-from peer.loop import is_cancelled
 from peer.metrics import start_at_zero
-from peer.rpc.calls import make_stub
+from peer.rpc.calls import make_stub, while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Admission, SessionClient
 from peer.wire import credit_pb2_grpc
@@ -239,7 +238,8 @@ class ReceiptSender:
                 channel = await self._channels.reach(node)
                 session = await self._sessions.metadata(node.peer_id, channel, deadline_s)
                 stub = make_stub(credit_pb2_grpc.CreditServiceStub, channel)
-                await stub.Give(receipt, timeout=deadline_s, metadata=session)
+                with while_open():
+                    await stub.Give(receipt, timeout=deadline_s, metadata=session)
             account.signed, outcome = work, "given"
         except grpc.aio.AioRpcError as error:
             if error.code() is StatusCode.UNAUTHENTICATED:
@@ -249,8 +249,5 @@ class ReceiptSender:
             logger.debug("node %s took no receipt: %s: %s", node.peer_id, error.code().name, said)
         except (ExpertError, UnreachableError, TimeoutError) as error:
             logger.debug("node %s took no receipt: %s", node.peer_id, error)
-        except (asyncio.CancelledError, grpc.aio.UsageError):
-            if is_cancelled():
-                raise
         finally:
             self.outcomes.labels(outcome).inc()

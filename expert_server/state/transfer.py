@@ -36,6 +36,7 @@ from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.parsing import ParseGuard
 from peer.rates import RateLimit, TokenBucket, TokenBuckets
+from peer.rpc.calls import while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.rpc.transfer import SnapshotCache, SnapshotClient, SnapshotReceiver
@@ -413,7 +414,8 @@ class StateClient:
         session: Metadata = ()
         try:
             stub, session = await self._service.stub(node)
-            reply = await stub.Ask(request, timeout=_ASK_S, metadata=session)
+            with while_open():
+                reply = await stub.Ask(request, timeout=_ASK_S, metadata=session)
         except (grpc.aio.AioRpcError, TransferError, ExpertError) as error:
             # the session may be the cause: open another next time
             self._service.sessions.ended(node.peer_id, session)

@@ -15,9 +15,9 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID, certificate_pem
-from peer.loop import first_of, is_cancelled
+from peer.loop import first_of
 from peer.relays.pieces import ACCEPT_S, BEAT_S, SENT_BYTES, read_piece
-from peer.rpc.calls import make_stub
+from peer.rpc.calls import make_stub, while_open
 from peer.rpc.certificates import fetch_certificate
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Admission, SessionClient
@@ -204,13 +204,10 @@ class CircuitStream:
 def breaking() -> Iterator[None]:
     """Raises ConnectionError if a call ends inside, in whatever way."""
     try:
-        yield
+        with while_open():
+            yield
     except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, ExpertError) as error:
         raise ConnectionError(f"the call ended: {error}") from error
-    except asyncio.CancelledError as error:
-        if is_cancelled():
-            raise
-        raise ConnectionError("the channel was closed meanwhile") from error
 
 
 async def _begun(call: Call, first: Message) -> Call:

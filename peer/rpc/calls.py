@@ -7,8 +7,8 @@ traceback for each, and give a caller None in place of a reply.
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -17,6 +17,7 @@ from grpc import StatusCode
 
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, WireError
+from peer.loop import is_cancelled
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -89,6 +90,20 @@ def make_stub(
     `sends_one`: its methods that take a stream are given one request instead. That is the same to the server.
     """
     return stub(_Calls(channel, sends_one, most_bytes))
+
+
+@contextmanager
+def while_open() -> Iterator[None]:
+    """Raises ExpertError (UNAVAILABLE) if the channel of a call inside is closed, as a pool does to make room.
+
+    gRPC tells who waits for a call by a CancelledError, which would end the task as if somebody had cancelled it.
+    """
+    try:
+        yield
+    except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+        if is_cancelled():
+            raise
+        raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
 
 
 def note_failure(transfer: "asyncio.Future[Any]") -> None:

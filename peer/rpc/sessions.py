@@ -27,10 +27,9 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError
 from peer.formatting import printable
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
-from peer.loop import is_cancelled
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns
-from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm
+from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm, while_open
 from peer.transport.endpoints import address_of, neighbourhood
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
@@ -419,19 +418,16 @@ class SessionClient:
         stub = make_stub(session_pb2_grpc.SessionServiceStub, channel)
         try:
             until = time.monotonic() + deadline_s
-            given: session_pb2.ChallengeReply = await stub.Challenge(
-                session_pb2.ChallengeRequest(), timeout=deadline_s
-            )
-            if len(given.challenge) > _MAX_CHALLENGE_BYTES:
-                raise ExpertError(StatusCode.DATA_LOSS, "the server gave no usable challenge")
-            request = self.statement(server, given.challenge)
-            reply: session_pb2.OpenReply = await stub.Open(request, timeout=until - time.monotonic())
+            with while_open():
+                given: session_pb2.ChallengeReply = await stub.Challenge(
+                    session_pb2.ChallengeRequest(), timeout=deadline_s
+                )
+                if len(given.challenge) > _MAX_CHALLENGE_BYTES:
+                    raise ExpertError(StatusCode.DATA_LOSS, "the server gave no usable challenge")
+                request = self.statement(server, given.challenge)
+                reply: session_pb2.OpenReply = await stub.Open(request, timeout=until - time.monotonic())
         except grpc.aio.AioRpcError as error:
             raise ExpertError(error.code(), f"no session: {printable(error.details() or '')}") from error
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed meanwhile") from error
         if len(reply.session) > _MAX_SESSION_BYTES:
             raise ExpertError(StatusCode.DATA_LOSS, "the server gave no usable session")
         metadata = ((SESSION_KEY, reply.session),)

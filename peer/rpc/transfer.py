@@ -23,7 +23,7 @@ from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.formatting import printable
 from peer.identity import PeerID
 from peer.rates import Pace, RateLimit
-from peer.rpc.calls import make_stub
+from peer.rpc.calls import make_stub, while_open
 from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import state_pb2
@@ -223,8 +223,9 @@ class SnapshotClient:
                 stub, session = await self.stub(peer)
                 request.sha256 = incoming.header.sha256 if incoming.header is not None else wanted
                 request.offset = incoming.offset
-                call = getattr(stub, method)(request, timeout=self.limit_s, metadata=session)
-                await _receive(call, incoming, down, what, wanted)
+                with while_open():
+                    call = getattr(stub, method)(request, timeout=self.limit_s, metadata=session)
+                    await _receive(call, incoming, down, what, wanted)
                 reason = "the stream ended early"
             except (grpc.aio.AioRpcError, ExpertError) as error:
                 status = error.status if isinstance(error, ExpertError) else error.code()

@@ -37,6 +37,29 @@ def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.Lo
     assert all(record.exc_info for record in caplog.records)
 
 
+def test_a_task_that_something_else_was_cancelled_for_is_started_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As gRPC cancels the calls of a channel that is closed, and those who wait for them."""
+
+    async def scenario() -> None:
+        tasks, begun = TaskSet(first_pause_s=0.001), asyncio.Queue[asyncio.Future[None]]()
+
+        async def fetch() -> None:
+            await begun.put(call := asyncio.get_running_loop().create_future())
+            await call
+
+        tasks.supervise("fetch a state", fetch)
+        async with asyncio.timeout(60):
+            (await begun.get()).cancel()
+            await begun.get()
+        await tasks.aclose()
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(scenario())
+    assert "could not fetch a state" in caplog.text
+
+
 def test_after_a_long_good_run_a_task_begins_again_soon() -> None:
     async def scenario() -> None:
         now = asyncio.get_running_loop().time

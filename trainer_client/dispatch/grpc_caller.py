@@ -25,8 +25,7 @@ from peer.codec import MAX_CHUNK_BYTES, Booleans, Floats, Integers, chunks, deco
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
-from peer.loop import is_cancelled
-from peer.rpc.calls import make_stub, retry_after_s
+from peer.rpc.calls import make_stub, retry_after_s, while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import expert_pb2, expert_pb2_grpc
@@ -343,31 +342,28 @@ class GrpcCaller:
         stub = make_stub(expert_pb2_grpc.ExpertServiceStub, channel, sends_one=second is None)
         method = stub.Forward if call.direction == "forward" else stub.Backward
         message = (first,) if second is None else ()
-        stream: Stream = method(*message, timeout=deadline_s, metadata=session)
-        try:
-            if second is not None:
-                for request in chain((first, second), requests):
-                    await stream.write(request)
-                await stream.done_writing()
-            async with aclosing(self._read(stream, request_id, call)) as replies:
-                async for reply in replies:
-                    yield reply
-        except grpc.aio.AioRpcError as error:
-            retry_s = retry_after_s(error.trailing_metadata(), _BUSY_S)
-            raise _call_error(error.code(), error.details(), retry_s) from error
-        except (asyncio.InvalidStateError, grpc.aio.InternalError) as error:
-            # the call ended while we were still sending
-            raise _call_error(await stream.code(), await stream.details()) from error
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
-        except WireError as error:
-            raise ExpertError(
-                StatusCode.DATA_LOSS, f"node {call.node.peer_id} answered wrongly: {error}"
-            ) from error
-        finally:
-            stream.cancel()  # no effect on a call that has ended
+        with while_open():
+            stream: Stream = method(*message, timeout=deadline_s, metadata=session)
+            try:
+                if second is not None:
+                    for request in chain((first, second), requests):
+                        await stream.write(request)
+                    await stream.done_writing()
+                async with aclosing(self._read(stream, request_id, call)) as replies:
+                    async for reply in replies:
+                        yield reply
+            except grpc.aio.AioRpcError as error:
+                retry_s = retry_after_s(error.trailing_metadata(), _BUSY_S)
+                raise _call_error(error.code(), error.details(), retry_s) from error
+            except (asyncio.InvalidStateError, grpc.aio.InternalError) as error:
+                # the call ended while we were still sending
+                raise _call_error(await stream.code(), await stream.details()) from error
+            except WireError as error:
+                raise ExpertError(
+                    StatusCode.DATA_LOSS, f"node {call.node.peer_id} answered wrongly: {error}"
+                ) from error
+            finally:
+                stream.cancel()  # no effect on a call that has ended
 
     def _requests(self, request_id: bytes, call: NodeCall) -> Iterator[expert_pb2.CallRequest]:
         """At least one."""

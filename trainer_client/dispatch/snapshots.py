@@ -13,7 +13,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError, VersionGoneError
 from peer.formatting import printable
 from peer.rates import RateLimit
-from peer.rpc.calls import make_stub
+from peer.rpc.calls import make_stub, while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.rpc.transfer import SnapshotReceiver, receive
@@ -77,11 +77,12 @@ class BlockClient:
             channel = await self._channels.reach(node)
             session = await self._sessions.metadata(node.peer_id, channel, deadline_s)
             stub = make_stub(state_pb2_grpc.StateServiceStub, channel)
-            call = stub.Fetch(request, timeout=deadline_s, metadata=session)
-            try:
-                await receive(call, incoming, self._down)
-            finally:
-                call.cancel()
+            with while_open():
+                call = stub.Fetch(request, timeout=deadline_s, metadata=session)
+                try:
+                    await receive(call, incoming, self._down)
+                finally:
+                    call.cancel()
         except grpc.aio.AioRpcError as error:
             if error.code() is StatusCode.UNAUTHENTICATED:
                 self._sessions.ended(node.peer_id, session)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import grpc
 import pytest
 from callers import a_caller
 from expert_fakes import ask
@@ -10,7 +11,7 @@ from real_node import GENEROUS, HIDDEN, UIDS, a_node, request, rows
 
 from peer.errors import ExpertError
 from peer.loop import LoopThread
-from peer.rpc.channels import ChannelPool
+from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import SESSION_KEY
 from peer.wire import session_pb2
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -37,6 +38,38 @@ def test_a_session_that_has_ended_is_opened_again_and_the_call_repeated(
             assert runtime.experts[UIDS[0]].update_count == (direction == "backward")
             await ask(caller, node, "forward", request(UIDS[0]))
             assert sessions.opened == 1
+        await channels.close()
+
+    loop.run(scenario(), 120)
+
+
+class CrowdedPool(ChannelPool):
+    """Closes each channel that it gives out at once, as if others needed the room."""
+
+    async def reach(self, peer: Contact) -> grpc.aio.Channel:
+        channel = await super().reach(peer)
+        await channel.close()
+        return channel
+
+
+@pytest.mark.parametrize("has_session", [False, True])
+def test_a_node_is_not_to_blame_for_a_channel_that_the_trainer_closes(
+    loop: LoopThread, tmp_path: Path, has_session: bool
+) -> None:
+    async def scenario() -> None:
+        channels, crowded, sessions = ChannelPool(), CrowdedPool(), a_caller("kept-swarm")
+        async with a_node(tmp_path, GENEROUS) as (node, _):
+            if has_session:
+                await sessions.metadata(node.peer_id, await channels.reach(node), 60)
+            with pytest.raises(ExpertError, match="the channel was closed") as caught:
+                await ask(
+                    GrpcCaller(crowded, "kept-swarm", HIDDEN, sessions=sessions),
+                    node,
+                    "forward",
+                    request(UIDS[0]),
+                )
+            assert caught.value.status is StatusCode.UNAVAILABLE
+        await crowded.close()
         await channels.close()
 
     loop.run(scenario(), 120)
