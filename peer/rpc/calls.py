@@ -1,15 +1,17 @@
 """What all gRPC services and callers share: how a call is refused, how its messages are parsed.
 
 A message that can't be parsed counts as an empty one, which whoever reads it refuses. gRPC by itself would log a
-traceback for each, and give a caller None in place of a reply.
+traceback for each, and give a caller None in place of a reply. So does one of very many parts: 3 MB of empty messages
+or strings would hold the loop for a quarter of a second, and take 100 MB of memory.
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -23,8 +25,15 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 Parse = Callable[[bytes], M]
+Descriptor: TypeAlias = Any
+"""Of a kind of messages. Which class that has depends on what protobuf is made of."""
 _RETRY_KEY = "talkoot-retry-after-s"
 _LONGEST_RETRY_S = 3600.0
+_COUNTED_BYTES = 64 * 2**10
+"""The parts of larger messages are counted."""
+_MOST_PARTS = 10_000
+"""Of a message: its fields, and those of messages in it that have messages in them. A call names 4,096 experts,
+and its answer as many blocks of rows."""
 
 
 def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) -> None:
@@ -132,12 +141,72 @@ class _Calls:
 
 
 def or_empty(parse: Parse[M], most_bytes: int | None = None) -> Parse[M]:
-    """Parses what can be parsed and has at most so many bytes, and gives an empty message for the rest."""
+    """Parses what can be parsed, and gives an empty message for the rest, and for what has more than `most_bytes`, or
+    very many parts where that is not given.
+    """
+    # that of a generated class is bound to it
+    kind: Descriptor | None = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+
+    def is_small(data: bytes) -> bool:
+        if most_bytes is not None:
+            return len(data) <= most_bytes
+        return kind is None or len(data) <= _COUNTED_BYTES or has_few_parts(data, kind)
 
     def parsed(data: bytes) -> M:
         try:
-            return parse(b"" if most_bytes is not None and len(data) > most_bytes else data)
+            return parse(data if is_small(data) else b"")
         except DecodeError:
             return parse(b"")
 
     return parsed
+
+
+def has_few_parts(data: bytes, kind: Descriptor) -> bool:
+    """Whether an encoded message of this kind has at most 10,000 parts. Takes some ms at most, whatever is in it."""
+    left, unread = _MOST_PARTS, [(kind, 0, len(data))]
+    try:
+        while unread:
+            kind, at, end = unread.pop()
+            nested = _with_messages(kind)
+            while at < end:
+                left -= 1
+                tag, at = _read_varint(data, at)
+                match tag & 7:  # how the field is encoded
+                    case 0:
+                        _, at = _read_varint(data, at)
+                    case 1:
+                        at += 8
+                    case 2:
+                        size, at = _read_varint(data, at)
+                        if inner := nested.get(tag >> 3):
+                            unread.append((inner, at, at + size))
+                        at += size
+                    case 5:
+                        at += 4
+                    case _:
+                        return False
+                if left < 0:
+                    return False
+    except IndexError:
+        return False
+    return True
+
+
+@cache
+def _with_messages(kind: Descriptor) -> Mapping[int, Descriptor]:
+    """The kinds of messages in this one that have messages in them, by their field numbers."""
+    kinds = {field.number: field.message_type for field in kind.fields if field.message_type is not None}
+    return {n: each for n, each in kinds.items() if any(f.message_type is not None for f in each.fields)}
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number, and where it ends. Raises IndexError if it has no end within 64 bits."""
+    if (number := data[at]) < 128:
+        return number, at + 1
+    number &= 127
+    for shift in range(7, 70, 7):
+        at += 1
+        number |= (data[at] & 127) << shift
+        if data[at] < 128:
+            return number, at + 1
+    raise IndexError

@@ -25,6 +25,7 @@ from peer.codec import MAX_CHUNK_BYTES, Booleans, Floats, Integers, chunks, deco
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
+from peer.loop import TimeSlices
 from peer.rpc.calls import make_stub, retry_after_s, while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
@@ -52,18 +53,16 @@ class ReplyAssembler:
         self._computed = np.zeros(len(self._batch.uids), dtype=np.bool_)
         """The experts that may be in answers."""
         self._unanswered = np.ones(len(self._batch.rows), dtype=np.bool_)
-        self._due: deque[_Due] = deque()
+        self._due: _Due | None = None
         """Rows whose tensor has not come in whole."""
         self._data = bytearray()
-        """Of the first that are due."""
-        self._missing = 0
-        """Bytes that all rows still lack."""
+        """What has come of it."""
         self._kept = False
 
     @property
     def complete(self) -> bool:
         """Whether every expert has replied, and all that was announced has come."""
-        return not (self._waiting or self._due)
+        return not self._waiting and self._due is None
 
     def end(self) -> None:
         """Raises WireError when a correct node would have answered more.
@@ -91,22 +90,21 @@ class ReplyAssembler:
             )
         for expert in reply.experts:
             yield self._reply_of(expert)
-        for rows in reply.rows:
-            self._expect(rows)
-        if len(chunk) > self._missing:
-            raise WireError(f"{len(chunk) - self._missing} bytes more than the announced tensors have")
-        self._missing -= len(chunk)
-        while self._due:
-            due = self._due[0]
+        blocks = deque(reply.rows)
+        while self._due is not None or blocks:
+            due = self._due = self._due or self._expected(blocks.popleft())
             missing = due.payload_bytes - len(self._data)
             self._data += chunk[:missing]
             chunk = chunk[missing:]
             if len(self._data) < due.payload_bytes:
                 break
-            self._due.popleft()
             tensor = decode(self._data, self._width, self._codec)
+            self._due, self._data = None, bytearray()
             yield AnsweredRows(self._batch, due.places, due.answered, tensor, due.products)
-            self._data = bytearray()
+        if blocks:
+            raise WireError("rows that are announced before the tensor of others has come")
+        if chunk:
+            raise WireError(f"{len(chunk)} bytes more than the announced tensors have")
         if reply.kept:
             if self._backward or not self.complete:
                 raise WireError("said that it has kept the call before its last message")
@@ -132,7 +130,7 @@ class ReplyAssembler:
             rolled_back=expert.rolled_back,
         )
 
-    def _expect(self, rows: expert_pb2.AnsweredRows) -> None:
+    def _expected(self, rows: expert_pb2.AnsweredRows) -> "_Due":
         places = _places(rows, len(self._unanswered))
         if not self._unanswered[places].all():
             raise WireError("a second answer to a row")
@@ -152,8 +150,7 @@ class ReplyAssembler:
         elif rows.products:
             raise WireError("products in a forward call")
         self._unanswered[places] = False
-        self._due.append(_Due(places, answered, products, size))
-        self._missing += size
+        return _Due(places, answered, products, size)
 
 
 @dataclass(frozen=True)
@@ -398,7 +395,7 @@ class GrpcCaller:
         """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
         cancelled leak (grpc issue 43360).
         """
-        assembler = ReplyAssembler(call, request_id, self._width, self._codec)
+        assembler, slices = ReplyAssembler(call, request_id, self._width, self._codec), TimeSlices()
         while (message := await stream.read()) is not grpc.aio.EOF:
             assert isinstance(message, expert_pb2.CallReply)
             self.metrics.bytes.labels("received").inc(len(message.chunk))
@@ -406,6 +403,7 @@ class GrpcCaller:
                 if isinstance(reply, AnsweredRows):
                     self.metrics.fp32_bytes.labels("received").inc(reply.tensor.nbytes)
                 yield reply
+                await slices.pause()  # a node may answer row by row
         # with status OK: any other was raised by read()
         assembler.end()
 

@@ -1,4 +1,4 @@
-"""A pool closes channels to make room, also those of calls under way: these end with an error, and nothing else does."""
+"""A pool closes channels to make room, also those of calls under way: these end with an error, and no task ends."""
 
 import asyncio
 import contextlib

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
@@ -127,11 +128,12 @@ WRONG = {
     "a tensor of twice the width": ((*ANSWERED_0, answer(1, 2 * BYTES), chunk(2 * BYTES)), FIRST),
     "a size beyond all memory": ((answer(0, 2**63), chunk()), []),
     "no bytes announced": ((answer(0, 0),), []),
-    "a chunk longer than announced": ((*ANSWERED_0, answer(1), chunk(BYTES + 4)), FIRST),
-    "chunks longer than announced": ((*ANSWERED_0, answer(1), chunk(BYTES - 4), chunk(8)), FIRST),
+    "a chunk longer than announced": ((*ANSWERED_0, answer(1), chunk(BYTES + 4)), BOTH),
+    "chunks longer than announced": ((*ANSWERED_0, answer(1), chunk(BYTES - 4), chunk(8)), BOTH),
     "one chunk too many at the end": ((*ANSWERED_0, answer(1), chunk(), chunk(4)), BOTH),
     "an empty chunk": ((*ANSWERED_0, answer(1), CallReply(chunk=b""), chunk()), FIRST),
-    "no room for the second of two tensors": ((answer(0), answer(1), chunk(), chunk(BYTES + 4)), FIRST),
+    "rows announced before the tensor of others has come": ((answer(0), answer(1), chunk(), chunk()), []),
+    "rows announced within the tensor of others": ((answer(0), chunk(4), answer(1), chunk(BYTES - 4)), []),
     "a tensor of both short": ((both(), chunk(), chunk(BYTES - 4)), []),
     "a message of too many bytes": (
         (CallReply(experts=both().experts, rows=both().rows, chunk=bytes(MAX_CHUNK_BYTES + 1)),),
@@ -231,6 +233,37 @@ def test_products_that_are_too_few_too_many_or_not_finite_are_refused(products: 
     list(assembler.take(computed(0, 1)))
     with pytest.raises(WireError, match="products"):
         list(assembler.take(block([], 2 * BYTES, products=products)))
+
+
+def test_a_node_that_answers_row_by_row_leaves_the_loop_to_others(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    """A message of some KB may bring thousands of answers. Reading them takes a while."""
+    rows = 2000
+    blocks = [AnsweredRows(rows=[row], payload_bytes=BYTES // 3) for row in range(rows)]
+    tensor = random_rows(rows).tobytes()
+    server.behave = sends(CallReply(experts=computed(0).experts, rows=blocks, chunk=tensor))
+    turns, seen = 0, list[int]()
+
+    async def scenario() -> None:
+        others = asyncio.create_task(take_turns())
+        async with aclosing(
+            caller.call(make_call(server.info, "forward", requests_for(0, rows=rows), LONG))
+        ) as replies:
+            async for reply in replies:
+                if isinstance(reply, batches.AnsweredRows):
+                    seen.append(turns)
+        others.cancel()
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    loop.run(scenario(), 120)
+    assert len(seen) == rows
+    assert len(set(seen)) >= 5, "the loop was held"
 
 
 def test_what_is_kept_has_the_id_of_the_call(loop: LoopThread, server: Server, caller: GrpcCaller) -> None:
