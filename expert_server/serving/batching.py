@@ -147,14 +147,14 @@ class BatchQueue:
             return []
         wanted = self._rows_of(work.caller) + len(work.rows)
         rows = {name: caller.rows for name, caller in self._callers.items() if name != work.caller}
-        latest = {name: sorted(self._callers[name].line.items()) for name in rows}
         taken: list[Entry] = []
         while missing > 0:
             largest = max(rows, key=rows.__getitem__, default=work.caller)
             if rows.get(largest, 0) <= wanted:
+                for entry in taken:
+                    self._callers[entry.work.caller].latest.put_back(entry)
                 return []
-            _, _, order = latest[largest].pop()
-            taken.append(self._waiting[order])
+            taken.append(self._callers[largest].latest.pop())
             rows[largest] -= len(taken[-1].work.rows)
             missing -= len(taken[-1].work.rows)
         return [self._take(entry) for entry in taken]
@@ -181,7 +181,7 @@ class BatchQueue:
         lines = self._by_key.setdefault(work.key, {})
         if work.caller not in lines:
             lines[work.caller] = _Line(self._waiting)
-        for line in (self._by_deadline, caller.line, lines[work.caller]):
+        for line in (self._by_deadline, caller.line, caller.latest, lines[work.caller]):
             line.push(entry)
         return entry
 
@@ -314,7 +314,7 @@ class BatchQueue:
         self.rows -= len(work.rows)
         caller, lines = self._callers[work.caller], self._by_key[work.key]
         caller.rows -= len(work.rows)
-        for line in (self._by_deadline, caller.line, lines[work.caller]):
+        for line in (self._by_deadline, caller.line, caller.latest, lines[work.caller]):
             line.note_left()
         if not lines[work.caller].length:
             del lines[work.caller]
@@ -326,7 +326,8 @@ class BatchQueue:
 
     def _enter(self, name: str) -> "_Caller":
         virtual_time = max(self._ahead.pop(name, 0), self._virtual_time)
-        caller = self._callers[name] = _Caller(name, virtual_time, _Line(self._waiting))
+        line, latest = _Line(self._waiting), _Line(self._waiting, is_reversed=True)
+        caller = self._callers[name] = _Caller(name, virtual_time, line, latest)
         return caller
 
     def _leave(self, caller: "_Caller") -> None:
@@ -342,7 +343,7 @@ class BatchQueue:
             self._ahead = dict(islice(ahead.items(), max(0, len(ahead) - _REMEMBERED_CALLERS // 2), None))
 
 
-_Turn: TypeAlias = tuple[bool, float, int]
+_Turn: TypeAlias = tuple[int, float, int]
 """What is compared: whether it can wait for all others, its deadline, its order of arrival."""
 
 
@@ -352,29 +353,44 @@ class _Line:
     Backward goes first because it ends a step under way: the sooner it runs, the fresher its gradients.
     """
 
-    __slots__ = ("_directions_alike", "_heap", "_waiting", "length")
+    __slots__ = ("_directions_alike", "_heap", "_sign", "_waiting", "length")
 
-    def __init__(self, waiting: Mapping[int, Entry], directions_alike: bool = False) -> None:
+    def __init__(
+        self, waiting: Mapping[int, Entry], directions_alike: bool = False, is_reversed: bool = False
+    ) -> None:
+        """`is_reversed`: the last one is first."""
         self.length = 0
         """How many entries wait."""
         self._waiting = waiting
         self._directions_alike = directions_alike
+        self._sign = -1 if is_reversed else 1
         self._heap: list[_Turn] = []
 
     def push(self, entry: Entry) -> None:
-        can_wait = entry.work.direction == "forward" and not self._directions_alike
-        heappush(self._heap, (can_wait, entry.work.deadline, entry.order))
+        self.put_back(entry)
         self.length += 1
+
+    def put_back(self, entry: Entry) -> None:
+        """After `pop`."""
+        can_wait = entry.work.direction == "forward" and not self._directions_alike
+        sign = self._sign
+        heappush(self._heap, (sign * can_wait, sign * entry.work.deadline, sign * entry.order))
 
     def first(self) -> _Turn:
         """The line must not be empty."""
-        while self._heap[0][-1] not in self._waiting:
+        while abs(self._heap[0][-1]) not in self._waiting:
             heappop(self._heap)
         return self._heap[0]
 
+    def pop(self) -> Entry:
+        """Takes out the first, which waits until it is put back or has left."""
+        turn = self.first()
+        heappop(self._heap)
+        return self._waiting[abs(turn[-1])]
+
     def items(self) -> Iterator[_Turn]:
         """In no order."""
-        return (item for item in self._heap if item[-1] in self._waiting)
+        return (item for item in self._heap if abs(item[-1]) in self._waiting)
 
     def note_left(self) -> None:
         self.length -= 1
@@ -388,4 +404,6 @@ class _Caller:
     name: str
     virtual_time: int
     line: _Line
+    latest: _Line
+    """The same, reversed."""
     rows: int = 0

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Set
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_lags import least_cpu_s
 
 from dht.uid import UID
 from expert_server.experts.graphs import Rows, SharedGraph, SharedPass
@@ -363,6 +365,29 @@ def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> No
     entry, displaced = push(queue, make_work(1, caller="other"))
     assert displaced == late
     assert queue.pop(0.0) == ([early, entry], [])
+
+
+@pytest.mark.parametrize("caller", ["a newcomer", "a stranger"])
+def test_what_comes_to_a_full_queue_costs_about_as_little_however_much_waits(caller: str) -> None:
+    """Be it taken or refused: the loop sees to it, for each expert of a call."""
+
+    def cpu_s(rows: int) -> float:
+        queue, works = (
+            BatchQueue(rows, MAX_BATCH_ROWS),
+            [make_work(1, caller=c) for c in ("a stranger", "another")],
+        )
+        for work in rows // 2 * works:
+            add(queue, work)
+        work = make_work(2, caller=caller)
+
+        def come() -> None:
+            for _ in range(20):
+                with contextlib.suppress(ExpertError):
+                    push(queue, work)
+
+        return least_cpu_s(come)
+
+    assert cpu_s(20_000) < 20 * cpu_s(200)
 
 
 def test_no_one_is_displaced_for_work_that_is_refused_anyway() -> None:

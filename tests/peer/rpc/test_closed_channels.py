@@ -22,7 +22,7 @@ STATE = bytes(range(10))
 HEADER = state_pb2.StateHeader(total_bytes=len(STATE), sha256=hashlib.sha256(STATE).digest(), update_count=1)
 
 
-class StallingServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+class StallingServicer(state_pb2_grpc.StateServiceServicer):
     """Gives half of a state, and the rest to whoever comes back for it."""
 
     def __init__(self) -> None:
