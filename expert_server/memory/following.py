@@ -87,6 +87,8 @@ class PublisherFollower:
         self._clock = clock
         self._refused: dict[MemoryID, Part] = {}
         """What this node may not host, by the manifest that says so."""
+        self._wrong: dict[MemoryID, LibraryEntry] = {}
+        """What is listed, and whose manifest is not the one of such a revision: it is not fetched again."""
         self._unlisted: dict[MemoryID, float] = {}
         """Since when memories that are hosted here are in nobody's list."""
         self._kept_at: float | None = None
@@ -102,6 +104,7 @@ class PublisherFollower:
         await self._hosted.save_libraries()
         listed = {entry.memory: entry for entries in libraries.values() for entry in entries}
         self._refused = {memory: part for memory, part in self._refused.items() if memory in listed}
+        self._wrong = {memory: entry for memory, entry in self._wrong.items() if listed.get(memory) == entry}
         for entry in listed.values():
             # a list names few licences, and the manifest all of them
             if self._refused.get(entry.memory) != entry.manifest:
@@ -113,7 +116,11 @@ class PublisherFollower:
                 await self._hosted.remove(memory)
         stores = self._hosted.stores.items()
         latest = [(store, self.listed[memory]) for memory, store in stores if memory in self.listed]
-        due = [(store, entry) for store, entry in latest if entry.revision > store.manifest.revision]
+        due = [
+            (store, entry)
+            for store, entry in latest
+            if entry.revision > store.manifest.revision and entry.memory not in self._wrong
+        ]
         await side_by_side((self._follow(store, entry) for store, entry in due), _FOLLOWED_AT_ONCE)
         now = self._clock()
         self._unlisted = {
@@ -126,7 +133,11 @@ class PublisherFollower:
     async def meet(self) -> None:
         """Fetches the manifests of memories that are new here. Raises UnreachableError."""
         stores = self._hosted.stores
-        new = [m for m in self.listed if m not in stores and not self._fetcher.is_put_off(m)]
+        new = [
+            m
+            for m in self.listed
+            if m not in stores and m not in self._wrong and not self._fetcher.is_put_off(m)
+        ]
         unused = [memory for memory, store in stores.items() if not store.shards]
         places = _MOST_MEMORIES - len(stores)
         if new and places <= 0 and unused:  # so that nobody's memories take the places of all others
@@ -140,12 +151,13 @@ class PublisherFollower:
             if entry.manifest.size > self._hosted.room:
                 continue
             try:
-                data = await self._fetch_manifest(entry)
-                manifest = await asyncio.to_thread(MemoryManifest.parse, data)
+                data, manifest = await self._fetch_manifest(entry)
                 if await self._refuses(entry, manifest.licenses) or not self._has_room(entry, manifest):
                     continue
                 await self._hosted.add(memory, data)
-            except (TransferError, WireError) as error:
+            except WireError as error:
+                self._note_wrong(entry, error)
+            except TransferError as error:
                 logger.info("memory %s can't be hosted yet: %s", memory, error)
                 self._fetcher.put_off(memory)
             except OSError as error:
@@ -177,12 +189,13 @@ class PublisherFollower:
     async def _follow(self, store: MemoryStore, entry: LibraryEntry) -> None:
         with tolerating("follow a memory"):
             try:
-                data = await self._fetch_manifest(entry)
-                manifest = await asyncio.to_thread(MemoryManifest.parse, data)
+                data, manifest = await self._fetch_manifest(entry)
                 if await self._refuses(entry, manifest.licenses):
                     return
                 await self._hosted.follow(entry.memory, store, data)
-            except (TransferError, WireError) as error:
+            except WireError as error:
+                self._note_wrong(entry, error)
+            except TransferError as error:
                 logger.warning(
                     "revision %d of memory %s can't be followed yet: %s", entry.revision, entry.memory, error
                 )
@@ -192,15 +205,27 @@ class PublisherFollower:
                 self._count_revision()
                 logger.info("follows revision %d of memory %s", entry.revision, entry.memory)
 
-    async def _fetch_manifest(self, entry: LibraryEntry) -> bytes:
+    def _note_wrong(self, entry: LibraryEntry, error: WireError) -> None:
+        self._wrong[entry.memory] = entry
+        logger.warning(
+            "revision %d of memory %s is not what its publisher lists, and is not used: %s",
+            entry.revision, entry.memory, error,
+        )  # fmt: skip
+
+    async def _fetch_manifest(self, entry: LibraryEntry) -> tuple[bytes, MemoryManifest]:
+        """Raises TransferError, and WireError if its publisher lists what it is not."""
         hosts = {host.peer_id for host in await self._memories.some_hosts(entry.memory, entry.grid)}
         name, size = entry.manifest.sha256, entry.manifest.size
         check = partial(has_sha256, name)
         try:
             async with asyncio.timeout(_MANIFEST_S):
-                return await self._fetcher.fetch(entry.memory, hosts | {entry.publisher}, name, size, check)
+                data = await self._fetcher.fetch(entry.memory, hosts | {entry.publisher}, name, size, check)
         except TimeoutError:
             raise TransferError(f"its manifest did not come within {_MANIFEST_S:.0f} s") from None
+        manifest = await asyncio.to_thread(MemoryManifest.parse, data)
+        if (manifest.name, manifest.revision) != (entry.memory.name, entry.revision):
+            raise WireError(f"its manifest is that of revision {manifest.revision} of {manifest.name}")
+        return data, manifest
 
     def _has_room(self, entry: LibraryEntry, manifest: MemoryManifest) -> bool:
         """Whether anything of a new memory fits. If not, says what would, and leaves it alone for a while."""

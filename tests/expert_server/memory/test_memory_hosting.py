@@ -5,6 +5,7 @@ import errno
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from published_memories import HOST, folder, list_memories, memory_id, publishin
 from real_swarm import Play, Village, end, eventually, playing
 
 from dht.announcements import NodeInfo
-from dht.library import LibraryEntry
-from dht.memory import Cell, MemoryID
+from dht.library import LibraryEntry, MemoryRegistry
+from dht.memory import Cell, MemoryID, MemoryManifest
 from dht.swarm import Swarm
+from expert_server.memory.fetching import PartFetcher
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
 from peer.files import PlainFile
@@ -439,6 +441,49 @@ def test_a_memory_that_its_publisher_lists_no_more_is_removed(play: Play) -> Non
     play(scenario)
 
 
+@pytest.mark.parametrize("is_hosted", [True, False])
+def test_a_revision_that_is_not_what_its_publisher_lists_is_fetched_once(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_hosted: bool
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        memory = memory_id(village, MEMORY)
+        await village.run(founder)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
+        node = await village.join(1, await founder.swarm.invite(), **HOST)
+        publishers, stores = node.memories.publishers, node.memories.hosted.stores
+        registry = MemoryRegistry(founder.swarm.registry)
+        (entry,) = (await registry.libraries())[founder.swarm.host.peer_id]
+        if is_hosted:
+            await village.run(node)
+            await until(lambda: memory in stores)
+        fetch, names = PartFetcher.fetch, list[bytes]()
+
+        async def counted(fetcher: PartFetcher, memory: MemoryID, hosts: Any, name: bytes, *more: Any) -> Any:
+            if fetcher is node.memories._fetcher and name == entry.manifest.sha256:
+                names.append(name)
+            return await fetch(fetcher, memory, hosts, name, *more)
+
+        monkeypatch.setattr(PartFetcher, "fetch", counted)
+        await registry.publish_library([replace(entry, revision=9)])
+        if not is_hosted:
+            await village.run(node)
+        await until(lambda: memory in publishers._wrong)
+        for _ in range(3):
+            await publishers.follow()
+            await publishers.meet()
+        assert len(names) == 1
+        assert "not what its publisher lists" in caplog.text
+        assert (memory in stores) == is_hosted
+        mended = replace(MEMORY, manifest=replace(MEMORY.manifest, revision=10))
+        own, data = founder.memories.hosted.served[str(memory)], mended.manifest.serialize()
+        await asyncio.to_thread(own.follow, data)
+        await list_memories(founder, mended)
+        await until(lambda: memory in stores and stores[memory].manifest.revision == 10)
+
+    play(scenario)
+
+
 def test_a_host_that_starts_again_knows_the_newest_lists_that_it_saw(play: Play) -> None:
     """Or whoever stores an older one again would take memories from it."""
 
@@ -471,10 +516,10 @@ def test_a_memory_that_goes_while_its_revision_comes_is_no_full_disk(
         later = MEMORY.revoking((MEMORY.roots[2], 9))
         asked = []
 
-        async def removed_meanwhile(entry: LibraryEntry) -> bytes:
+        async def removed_meanwhile(entry: LibraryEntry) -> tuple[bytes, MemoryManifest]:
             await node.memories.hosted.remove(memory)
             asked.append(entry)
-            return later.manifest.serialize()
+            return later.manifest.serialize(), later.manifest
 
         monkeypatch.setattr(node.memories.publishers, "_fetch_manifest", removed_meanwhile)
         await list_memories(founder, later)
