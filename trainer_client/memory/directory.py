@@ -1,8 +1,9 @@
 """What is known of one memory: its newest manifest, its encoder and codebook, and who hosts its cells.
 
-A memory's parts are fetched once and kept on disk. Of the DHT it reads what searches need: the first one asks for the
-prefixes level by level, and meanwhile for the cells nearest to it and the nodes that host these. What was read is kept
-and read again in the background, so that later searches ask nobody.
+A memory's parts are fetched once and kept on disk. Of the DHT it reads what searches need: the cells nearest to them,
+which the manifest tells, and the nodes that host these. If nobody hosts one, it asks for the prefixes, level by level,
+to learn which cells are live. What was read is kept and read again in the background, so that later searches ask
+nobody.
 
 Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 """
@@ -61,7 +62,7 @@ _READ_AT_ONCE = 512
 _EMPTY = 64
 """Sets of avoided peers for which it is known which cells nobody else hosts."""
 _GUESSED, _MOST_GUESSED = 3, 64
-"""Cells whose hosts the first search reads before it knows which are live: for each that is asked, and at most."""
+"""Cells whose hosts the first search reads, some of them while it goes on: for each that it asks, and at most."""
 _ROUNDS = 4
 """How often a search goes on after it has met cells that nobody hosts."""
 _SOURCES = 8
@@ -200,6 +201,8 @@ class MemoryDirectory:
         self._empty: dict[frozenset[PeerID], Booleans] = {}
         """By the peers that are avoided, the cells that nobody else hosts. Emptied whenever more is known."""
         self._reading = asyncio.Lock()
+        self._reading_ahead: asyncio.Task[None] | None = None
+        """Of cells that the first search does not ask, and that may have its texts."""
         self._following = asyncio.Lock()
         self._used_at = loop_time()
 
@@ -249,22 +252,25 @@ class MemoryDirectory:
         opened = self._opened
         grid = opened.manifest.grid
         async with self._reading:  # searches at the same time need the same cells
-            active_C = self._active_C
-            if active_C is None:
-                # most of the nearest are live, and the next ones have texts: their hosts are read meanwhile
-                guessed_Qk, valid_Qk = _nearest(scores_QC, opened.filled_C, _GUESSED * count)
-                numbers = np.unique(guessed_Qk[valid_Qk])[:_MOST_GUESSED].tolist()
-                guessed = self._read_hosts([cell_of(number, grid) for number in numbers])
-                found_C, _ = await asyncio.gather(self._read_active(), guessed)
-                active_C = self._active_C = found_C
             for _ in range(_ROUNDS):
-                live_C = opened.filled_C & active_C & ~self._known_empty(avoided)
+                live_C = opened.filled_C & ~self._known_empty(avoided)
+                if self._active_C is not None:
+                    live_C &= self._active_C
                 chosen_Qk, valid_Qk = _nearest(scores_QC, live_C, count)
                 cells = {number: cell_of(number, grid) for number in np.unique(chosen_Qk[valid_Qk]).tolist()}
                 unknown = [cell for cell in cells.values() if cell not in self._hosts]
                 if not unknown:
                     break
+                if not self._hosts:  # the next nearest have texts
+                    further_Qk, valid_Qk = _nearest(scores_QC, live_C, _GUESSED * count)
+                    further = np.setdiff1d(further_Qk[valid_Qk], list(cells))[
+                        : max(0, _MOST_GUESSED - len(cells))
+                    ]
+                    reading = self._read_hosts([cell_of(number, grid) for number in further.tolist()])
+                    self._reading_ahead = self._registry.lookups.spawn(reading)
                 await self._read_hosts(unknown)
+                if self._active_C is None and not all(map(self._hosts.get, unknown)):
+                    self._active_C = await self._read_active()
         hosts = {
             shard.root: self._askable(cell, avoided, shard.short)
             for cell in cells.values()
@@ -290,8 +296,10 @@ class MemoryDirectory:
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
     ) -> Located:
         async with self._reading:
-            unknown = {shard.cell for shard in shards} - self._hosts.keys()
-            if unknown:
+            cells = {shard.cell for shard in shards}
+            if self._reading_ahead is not None and cells - self._hosts.keys():
+                await asyncio.wait([self._reading_ahead])
+            if unknown := cells - self._hosts.keys():
                 await self._read_hosts(list(unknown))
         hosts = {shard.root: self._askable(shard.cell, avoided, shard.short) for shard in shards}
         return replace(located, hosts={**located.hosts, **hosts}, nodes={**located.nodes, **self._nodes})

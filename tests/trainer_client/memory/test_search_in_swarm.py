@@ -15,7 +15,8 @@ from memory_samples import SampleMemory
 from memory_swarm import MemorySwarm
 
 from dht.announcements import ReplicaState
-from dht.memory import Part
+from dht.library import MemoryRegistry
+from dht.memory import Cell, MemoryID, Part
 from peer.errors import LibraryError, UnreachableError
 from peer.loop import LoopThread
 from peer.metrics import total
@@ -88,6 +89,34 @@ def test_a_query_that_is_a_passage_finds_it_first(play: Play) -> None:
         (result,) = await retriever.search([WORDS.passages[7].text], 3, 4)
         assert result.hits[0].passage == WORDS.passages[7]
         assert result.hits[0].served_by == swarm.hosts[0].swarm.host.peer_id
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_the_prefixes_are_read_only_if_nobody_hosts_a_cell_that_is_near(
+    play: Play, monkeypatch: pytest.MonkeyPatch, is_whole: bool
+) -> None:
+    asked = list[MemoryID]()
+    active_cells = MemoryRegistry.active_cells
+
+    async def counted(registry: MemoryRegistry, memory: MemoryID, grid: tuple[int, ...]) -> frozenset[Cell]:
+        asked.append(memory)
+        return await active_cells(registry, memory, grid)
+
+    monkeypatch.setattr(MemoryRegistry, "active_cells", counted)
+
+    async def scenario(swarm: MemorySwarm) -> None:
+        first = WORDS.manifest.shards[0].cell
+        await swarm.host(
+            [root for root, shard in WORDS.manifest.by_root.items() if is_whole or shard.cell == first]
+        )
+        retriever = await (await swarm.searcher()).open()
+        (result,) = await retriever.search([WORDS.passages[7].text], 3, 4)
+        assert bool(result.missing) == (not is_whole)
+        assert len(asked) == (not is_whole)
+        await retriever.search([WORDS.passages[9].text], 3, 4)
+        assert len(asked) == (not is_whole), "what lives is known now"
 
     play(scenario)
 
