@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dht.manifest import Manifest, ModelSpec
+from peer.layers import Activation
 from trainer_client.settings import TrainerSettings
 
 EXPERT_RATE = 2e-3
@@ -58,6 +59,9 @@ class Configuration:
     """Of experts, as a multiple of hidden."""
     head_size: int | None = None
     """Of the only head of an expert. None: heads are as large as the trainer's, as many as fit into the width."""
+    shared: float = 0.0
+    """Inner size of the shared expert of each mixture, as a multiple of hidden; 0: none."""
+    activation: Activation = "gelu"
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the trainer, beside those that all have."""
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +84,8 @@ class Configuration:
             "heads": size.heads,
             "context": size.context,
             "feed_forward": round(self.feed_forward * size.hidden),
+            "shared_feed_forward": round(self.shared * size.hidden),
+            "activation": self.activation,
             "seed": size.seed,
         }
         experts: dict[str, Any] = {
@@ -88,7 +94,7 @@ class Configuration:
         }
         if self.width != 1.0:
             experts |= {
-                "width": round(self.width * size.hidden),
+                "width": 2 * round(self.width * size.hidden / 2),
                 "heads": max(1, round(self.width * size.heads)),
             }
         if self.head_size is not None:
@@ -202,6 +208,7 @@ _HALF = replace(
     _NARROW, name="transformer top-4, half as wide", width=1 / 2, head_size=8, feed_forward=19 / 12
 )
 """One thin head: attention takes a tenth of what the expert computes."""
+_THIRD = replace(_HALF, name="transformer top-4, a third as wide", width=1 / 3, feed_forward=31 / 12)
 
 CONFIGURATIONS = (
     Configuration("dense-4", 4),
@@ -238,6 +245,11 @@ def _variant(change: str, **changes: Any) -> Configuration:
     return _short(changed, "short, transformer top-1")
 
 
+def _fine_variant(change: str, **changes: Any) -> Configuration:
+    """Of the mixture of small feed-forward experts."""
+    return _short(replace(_FINE, name=f"ffn top-4, {change}", **changes), f"short, {_FINE.name}")
+
+
 VARIANTS = (
     _short(Configuration("dense-2", 2)),
     _short(_TRANSFORMER, "short, dense-2"),
@@ -266,6 +278,7 @@ VARIANTS = (
     _short(_FINE, "short, dense-4"),
     _short(_NARROW, "short, dense-4"),
     _short(_HALF, "short, dense-4"),
+    _short(_THIRD, "short, dense-4"),
     *(
         _short(
             replace(_HALF, name=f"{_HALF.name}, {rows} rows for a step"),
@@ -274,6 +287,14 @@ VARIANTS = (
         )
         for rows in (128, 256)
     ),
+    _short(Configuration("dense-4, swiglu", 4, 8 / 3, activation="swiglu")),
+    _fine_variant("swiglu", feed_forward=2 / 3, activation="swiglu"),
+    _fine_variant("one dimension of 64", grid=(64,), feed_forward=11 / 12),
+    _fine_variant("16 experts", grid=(4, 4)),
+    _fine_variant("256 experts", grid=(16, 16)),
+    _fine_variant("three and a shared one", top_k=3, shared=1.0),
+    _fine_variant("experts' rate 0.001", optimizer={"learning_rate": 1e-3}),
+    _fine_variant("experts' rate 0.004", optimizer={"learning_rate": 4e-3}),
 )
 """With a third of the steps, the rate falling as much: other numbers of experts for each token beside dense models that
 compute as much, and one mixture with one thing changed at a time."""

@@ -121,6 +121,8 @@ def test_a_cache_name_changes_with_what_is_learned_alone() -> None:
         name(replace(SMALL, hidden=32)),
         name(replace(SMALL, seed=1)),
         name(feed_forward=1.0),
+        name(shared=1.0),
+        name(activation="geglu"),
         name(expert_kind="transformer"),
         name(settings={"router": "base"}),
         name(optimizer={"learning_rate": 0.1}),
