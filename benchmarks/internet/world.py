@@ -80,6 +80,14 @@ class Peer:
         self.awake: asyncio.Event | None = None
         """Of a peer that sleeps."""
 
+    def occupy(self, way: str, seconds: float, now: float) -> float:
+        """Its link carries so much more, "up" or "down", after what is under way. Returns when that has passed."""
+        if way == "up":
+            self.up_free = max(now, self.up_free) + seconds
+            return self.up_free
+        self.down_free = max(now, self.down_free) + seconds
+        return self.down_free
+
 
 class Accounts:
     """Bytes that each peer sent and received, by purpose."""
@@ -241,16 +249,17 @@ class World:
             ("down", receiver),
             *((way, relay) for relay in relays for way in ("up", "down")),
         ]
-        ends = now
-        for way, peer in ways:  # each link goes on with others' while this one waits elsewhere
-            if way == "up":
-                peer.up_free = max(now, peer.up_free) + 8 * size / peer.link.up_bps
-                ends = max(ends, peer.up_free)
-            else:
-                peer.down_free = max(now, peer.down_free) + 8 * size / peer.link.down_bps
-                ends = max(ends, peer.down_free)
+        takes = [8 * size / (peer.link.up_bps if way == "up" else peer.link.down_bps) for way, peer in ways]
+        # each link goes on with others' while this one waits elsewhere
+        ends = [peer.occupy(way, took_s, now) for (way, peer), took_s in zip(ways, takes, strict=True)]
         delay_s = self.rtt_s(sender, receiver) / 2 + sum(relay.link.rtt_s for relay in relays)
-        await asyncio.sleep(ends - now + delay_s)
+        try:
+            await asyncio.sleep(max(ends) - now + delay_s)
+        except asyncio.CancelledError:
+            now = self.time()
+            for (way, peer), took_s, end in zip(ways, takes, ends, strict=True):
+                peer.occupy(way, -min(took_s, max(0.0, end - now)), now)
+            raise
         if not all(peer.is_alive and peer.half == sender.half for _, peer in ways):
             return False
         self.accounts.up[purpose][sender.number] += size
