@@ -180,9 +180,9 @@ def _note_node_reads(loop: VirtualLoop, directory: Directory) -> list[float]:
     registry, times = directory.registry, []
     read = registry.nodes
 
-    async def noted(peer_ids: Collection[PeerID], *, with_left: bool = False) -> dict[PeerID, NodeInfo]:
+    async def noted(peer_ids: Collection[PeerID], **options: Any) -> dict[PeerID, NodeInfo]:
         times.append(loop.time())
-        return await read(peer_ids, with_left=with_left)
+        return await read(peer_ids, **options)
 
     registry.nodes = noted  # type: ignore[method-assign]  # this object's alone
     return times

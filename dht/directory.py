@@ -311,7 +311,8 @@ class Directory:
 
     async def _add(self, replicas: Mapping[UID, tuple[Replica, ...]]) -> None:
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
-        nodes = dict(self.view.nodes) | await self.registry.nodes(peers - self.view.nodes.keys())
+        unknown = peers - self.view.nodes.keys()
+        nodes = dict(self.view.nodes) | await self.registry.nodes(unknown, limits=DEFAULT_LIMITS)
         known = {**self.view.replicas, **replicas}
         for uid in sorted(known, key=lambda uid: bool(known[uid]))[: max(0, len(known) - _MAX_READ)]:
             del known[uid]

@@ -54,6 +54,8 @@ class Region:
     """Nodes that announce there."""
     size: int
     """Bytes of what they announce."""
+    unread: int = 0
+    """About how many further nodes announce there, of which this peer was told nothing else."""
 
     def serves(self, uid: Prefix) -> bool:
         """Whether somebody who announces there serves the expert."""
@@ -120,7 +122,12 @@ class RegionMap:
                 split_until = now + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5)
             empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
             self._seen[prefix, piece] = _Seen(
-                region.hosts, region.size > CROWDED_BYTES, active[piece], now, split_until, empty_reads
+                region.hosts + region.unread,
+                region.size > CROWDED_BYTES,
+                active[piece],
+                now,
+                split_until,
+                empty_reads,
             )
 
     def recent(self, prefix: Prefix, pieces: Collection[int]) -> Region | None:

@@ -71,11 +71,18 @@ _TRAINER_STEPS = (1, 3, 12)
 _TRAINER_CHILDREN = 3
 """and of the shards below those that are well filled."""
 _LATER_S = 0.001
-_MAX_WRITTEN = 16384
+_MAX_WRITTEN, _MOST_CROWDED = 16384, 65536
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
 """Bytes of announcements that one holder gives of a region, and of a single expert, drawn at random. What several
 holders give is more: of an expert with many hosts, one reads a dozen.
 """
+
+
+class Entries(dict[object, tuple[Any, float]]):
+    """What was read of a key: subkey → (value, expiry)."""
+
+    unread: int = 0
+    """About how many further records there are."""
 
 
 def some_of(found: Collection[T], most: int) -> Sequence[T]:
@@ -167,6 +174,8 @@ class Registry:
         """Where it has announced each of them."""
         self._begun: dict[Prefix, tuple[frozenset[int], asyncio.Task[dict[Prefix, Region]]]] = {}
         """Regions that are being read in a hurry, with those pieces of their indices."""
+        self.unread: BoundedDict[UID, int] = BoundedDict(_MOST_CROWDED)
+        """About how many hosts of an expert `replicas` left out when it was read last, as there are too many."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
         """When this peer's last record under each key expires."""
         self._own_shards: dict[int, tuple[str, float]] = {}
@@ -397,6 +406,7 @@ class Registry:
         expert; for whoever asks for few, and in a hurry.
         """
         found: dict[UID, dict[PeerID, Replica]] = {uid: {} for uid in uids}
+        unread = dict.fromkeys(found, 0.0)
         read, _ = await self._walk(
             dict.fromkeys(found, 0),
             limits=limits,
@@ -406,10 +416,16 @@ class Registry:
         )
         for region in read.values():
             for uid, replicas in region.replicas.items():
+                if uid in unread:
+                    unread[uid] += len(replicas) * region.unread / region.hosts
                 for replica in replicas if uid in found else ():
                     other = found[uid].get(replica.peer_id)
                     if other is None or other.expires_at < replica.expires_at:  # it may have moved
                         found[uid][replica.peer_id] = replica
+        for uid, count in unread.items():
+            self.unread.pop(uid, None)
+            if count >= 1:
+                self.unread[uid] = int(count)
         return {uid: tuple(filter(self._is_live, hosts.values())) for uid, hosts in found.items()}
 
     def read_ahead(self, uids: Iterable[UID]) -> None:
@@ -546,7 +562,7 @@ class Registry:
         self,
         prefix: Prefix,
         keys: Sequence[str],
-        answers: Mapping[str, Mapping[object, tuple[Any, float]]],
+        answers: Mapping[str, Entries],
     ) -> Region:
         """What these keys say. The first one is the prefix's own."""
         replicas: dict[UID, list[Replica]] = {}
@@ -567,16 +583,21 @@ class Registry:
             for uid, replica in record.items():
                 replicas.setdefault(uid, []).append(replica)
         active = set[int]().union(*(active_under(each, answers[each]) for each in keys))
-        return Region(replicas, frozenset(active), hosts, size)
+        return Region(replicas, frozenset(active), hosts, size, answers[key].unread)
 
     def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
         peer_id = parse_peer_id(subkey)
         return read_replicas(self.unseal(value, key, peer_id), *prefix, peer_id)
 
-    async def nodes(self, peer_ids: Collection[PeerID], *, with_left: bool = False) -> dict[PeerID, NodeInfo]:
-        """The valid node records of these peers; `with_left`: of those that left in order, too."""
+    async def nodes(
+        self, peer_ids: Collection[PeerID], *, with_left: bool = False, limits: SearchLimits = FRUGAL
+    ) -> dict[PeerID, NodeInfo]:
+        """The valid node records of these peers; `with_left`: of those that left in order, too.
+
+        `limits`: see `Lookups.find`. Few look for the same peer twice, so such look-ups are dear.
+        """
         keys = {self.keys.node(peer_id): peer_id for peer_id in peer_ids}
-        found = await self._own_records("node", keys, self._node_info)
+        found = await self._own_records("node", keys, self._node_info, limits)
         return {peer_id: info for peer_id, info in found.items() if with_left or not info.left}
 
     async def trainers(
@@ -671,9 +692,10 @@ class Registry:
         message: Message,
         keys: Mapping[str, PeerID],
         read: Callable[[object, str, PeerID], T | None],
+        limits: SearchLimits = DEFAULT_LIMITS,
     ) -> dict[PeerID, T]:
         """The record of each peer, by its key, as far as it is valid."""
-        found = await self.get(list(keys))
+        found = await self.get(list(keys), limits)
         records = {}
         for key, peer_id in keys.items():
             value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
@@ -717,8 +739,8 @@ class Registry:
 
     async def get(
         self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int = MAX_KEY_BYTES
-    ) -> dict[str, dict[object, tuple[Any, float]]]:
-        """The dictionary of each key: subkey → (value, expiry). Merges the answers of several holders.
+    ) -> dict[str, Entries]:
+        """What is stored under each key. Merges the answers of several holders.
 
         `limits`, `room`: see `Lookups.find`. Raises UnreachableError if nobody answered for one of the keys, because it
         may not be empty.
@@ -732,13 +754,12 @@ class Registry:
             self._hops.observe(result.search.rounds)
         if not all(result.someone_answered for result in found.values()):
             raise UnreachableError("no DHT peer answered")
-        return {
-            key: {
-                subkey: (unpack(entry.value), entry.expires_at)
-                for subkey, entry in found[key_id].entries.items()
-            }
-            for key, key_id in ids.items()
-        }
+        read = {}
+        for key, key_id in ids.items():
+            entries = found[key_id].entries.items()
+            read[key] = Entries((subkey, (unpack(each.value), each.expires_at)) for subkey, each in entries)
+            read[key].unread = found[key_id].unread
+        return read
 
     async def _in_time(self, call: Awaitable[T], operation: str = "") -> T:
         """`operation`: the label under which its time is measured; empty: it is not."""

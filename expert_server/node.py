@@ -143,6 +143,7 @@ class Node:
             self.replicas,
             self._snapshots,
             self.hosting.adopt_from,
+            lambda: self.hosting.seen,
             metrics=metrics,
             restarts=self.restarts,
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.internet.world import Peer, World
+from dht.registry import Entries
 from peer.kademlia.lookups import Item, Lookups
 from peer.kademlia.routing import ID_BITS, REPLICAS, key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
@@ -136,13 +137,12 @@ class _Search:
         return [0] if self.someone else []
 
 
-class Unpacked(dict[Any, tuple[Any, float]]):
-    """Value and expiry of each entry, as `Registry.get` gives them."""
+class Unpacked(Entries):
+    """As `Registry.get` gives them."""
 
-    __slots__ = ("region",)
-
-    def __init__(self, entries: Mapping[Any, Entry]) -> None:
+    def __init__(self, entries: Mapping[Any, Entry], unread: int) -> None:
         super().__init__({subkey: (entry.value, entry.expires_at) for subkey, entry in entries.items()})
+        self.unread = unread
         self.region: Any = None
         """What a reader made of it."""
 
@@ -150,18 +150,25 @@ class Unpacked(dict[Any, tuple[Any, float]]):
 class Answer:
     """Entries of a key. All who find the same have one."""
 
-    __slots__ = ("_unpacked", "entries", "size")
+    __slots__ = ("_unpacked", "entries", "size", "unread")
 
-    def __init__(self, entries: dict[Any, Entry], size: int) -> None:
-        """`size`: in bytes."""
+    def __init__(self, entries: dict[Any, Entry], size: int, unread: int = 0) -> None:
+        """`size`: in bytes. `unread`: entries that were left out."""
         self.entries = entries
         self.size = size
+        self.unread = unread
         self._unpacked: Unpacked | None = None
+
+    def with_own(self, subkey: bytes, whole: "Answer") -> "Answer":
+        """A peer's own entry is never left out: it holds that itself."""
+        if subkey in self.entries or subkey not in whole.entries:
+            return self
+        return Answer({**self.entries, subkey: whole.entries[subkey]}, self.size, self.unread - 1)
 
     @property
     def unpacked(self) -> Unpacked:
         if self._unpacked is None:
-            self._unpacked = Unpacked(self.entries)
+            self._unpacked = Unpacked(self.entries, self.unread)
         return self._unpacked
 
 
@@ -292,7 +299,7 @@ class ModelDHT:
                 for subkey, entry in answer.entries.items()
                 if type(subkey) is int or self.rng.random() < share
             }
-            key.samples.append(Answer(drawn, _size(drawn)))
+            key.samples.append(Answer(drawn, _size(drawn), len(answer.entries) - len(drawn)))
             return key.samples[-1]
         return key.samples[int(self.rng.random() * _SAMPLES)]
 
@@ -405,7 +412,7 @@ class ModelLookups(Lookups):
             key = model.key(key_id)
             answer = model.get(key, peer)
             if room is not None and answer.size > room:
-                answer = model.sample(key, answer, room)
+                answer = model.sample(key, answer, room).with_own(peer.peer_id.to_bytes(), answer)
             found[key_id] = ModelFound(search, answer)
             size += answer.size
             count += len(answer.entries)

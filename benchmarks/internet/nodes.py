@@ -24,7 +24,7 @@ from dht.relays import RelayKeeper
 from dht.uid import UID
 from dht.upkeep import UpkeepPeriod
 from expert_server.experts.format import Checkpoint
-from expert_server.hosting.averaging import choose_partners, pause_after
+from expert_server.hosting.averaging import choose_partners, pause_after, replicas_to_meet
 from expert_server.hosting.manager import HostingManager
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.hosting.replicas import LocalReplicas
@@ -309,7 +309,8 @@ class SimulatedNode:
     async def _average(self, is_last: bool = False) -> None:
         """Meets one other replica of each of half its experts; of all, before it leaves."""
         me, rng = self.peer.peer_id, self.swarm.world.rng("averaging")
-        replicas = await self.registry.replicas(self.runtime.experts)
+        seen = {} if is_last else self.hosting.seen
+        replicas = await replicas_to_meet(self.registry, self.runtime.experts, seen, me)
         if is_last:
             found = [rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
         else:

@@ -18,7 +18,7 @@ from benchmarks.simulated_p2p import EPOCH, simulated_world
 from dht.announcements import NodeInfo, Replica
 from dht.manifest import Manifest
 from dht.regions import Prefix, Region
-from dht.registry import Registry
+from dht.registry import Entries, Registry
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint
 from expert_server.hosting.manager import Handover
@@ -194,7 +194,7 @@ class SharedRegistry(Registry):
 
     async def get(
         self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int | None = None
-    ) -> dict[str, dict[object, tuple[Any, float]]]:
+    ) -> dict[str, Entries]:
         """As `Registry.get`, and what it gives of a key is one dictionary for all readers."""
         if not keys:
             return {}
@@ -214,7 +214,7 @@ class SharedRegistry(Registry):
         self,
         prefix: Prefix,
         keys: Sequence[str],
-        answers: Mapping[str, Mapping[object, tuple[Any, float]]],
+        answers: Mapping[str, Entries],
     ) -> Region:
         answer: Any = answers[keys[0]]
         if len(keys) > 1:

@@ -363,7 +363,8 @@ class HostingManager:
         is_full = self._room <= len(mine) < self.capacity
         # anybody can announce an expert and not give it: that must not keep others from being taken
         able = {uid: hosts for uid, hosts in replicas.items() if not self._replicas.is_withheld(uid)}
-        wish = exchange(able, mine, self._swarm.host.peer_id, enough) if is_full else None
+        unread = self._swarm.registry.unread
+        wish = exchange(able, mine, self._swarm.host.peer_id, enough, unread) if is_full else None
         if not self._hysteresis.is_due(wish, self._now()) or wish is None:
             return
         self._hysteresis.failed()  # unless it succeeds
@@ -378,16 +379,13 @@ class HostingManager:
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         self.replicated = sum(bool(serving_elsewhere(replicas.get(uid, ()), me)) for uid in mine)
-        others = {
-            uid: hosts
-            for uid, hosts in replicas.items()
-            if uid not in mine and not self._replicas.is_withheld(uid)
-        }
+        able = {uid: hosts for uid, hosts in replicas.items() if not self._replicas.is_withheld(uid)}
+        others = {uid: hosts for uid, hosts in able.items() if uid not in mine}
         room = self._room - self._replicas.count
         wanted = under_replicated(others, room, me, self._enough)
         enough = self._enough
         if not wanted and room > 0:
-            more = further_replica(others, me, is_idle=not mine)
+            more = further_replica(able, mine, me, self._swarm.registry.unread)
             if more is not None:
                 # idle nodes may take the same one together, as many as its hosts can give it to; others one at a time
                 hosts = replicas[more]

@@ -47,6 +47,9 @@ FEW = 4
 """Of layers that have split: how many of this node's experts a look reads, of vacant ones and of others."""
 MOST_REGIONS = 32
 """Regions that a look reads, at most, to see what is active. A layer that has just split has many."""
+CROWDED = 2
+"""An expert is crowded that has more than so many times as many replicas as another, which gets one more instead."""
+_NONE_UNREAD: Mapping[UID, int] = MappingProxyType({})
 _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 
 
@@ -117,25 +120,32 @@ def under_replicated(
 
 
 def further_replica(
-    replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID, is_idle: bool, most: int = MOST_REPLICAS
+    replicas: Mapping[UID, Collection[Replica]],
+    mine: Collection[UID],
+    peer_id: PeerID,
+    unread: Mapping[UID, int] = _NONE_UNREAD,
+    most: int = MOST_REPLICAS,
 ) -> UID | None:
     """An expert with enough replicas of which a peer with room hosts another; None if there is nothing to gain.
 
-    It is one whose hosts are all overloaded; or, for an idle peer, which hosts nothing, one with the fewest replicas:
-    no volunteer stands by without need. None gets more than `most`, or more claims than hosts that give its state.
+    It is one whose hosts are all overloaded; or one with the fewest replicas, for a peer that hosts nothing or only
+    crowded experts: no volunteer stands by without need. None gets more than `most`, or more claims than hosts that
+    give its state. `unread`: further replicas that there are of each.
     """
+    counts = _counts(replicas, unread)
     able = [
         uid
         for uid, hosts in replicas.items()
-        if len(hosts) < min(most, 2 * len(_serving(hosts)))
+        if uid not in mine
+        and len(hosts) < 2 * len(_serving(hosts))
+        and counts[uid] < most
         and peer_id not in {replica.peer_id for replica in hosts}
     ]
     busy = [uid for uid in able if _queue(replicas[uid]) >= BUSY_ROWS]
     if busy:
         return max(busy, key=lambda uid: preference(uid, peer_id))
-    if not is_idle or not able:
-        return None
-    return min(able, key=lambda uid: (lasting_replicas(replicas[uid]), preference(uid, peer_id)))
+    few = [uid for uid in able if all(counts.get(own, 0) > CROWDED * counts[uid] for own in mine)]
+    return min(few, key=lambda uid: (counts[uid], preference(uid, peer_id)), default=None)
 
 
 def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:
@@ -185,6 +195,11 @@ def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
 def lasting_replicas(hosts: Collection[Replica]) -> int:
     """How many of these replicas belong to peers that do not leave."""
     return sum(replica.state is not ReplicaState.LEAVING for replica in hosts)
+
+
+def _counts(replicas: Mapping[UID, Collection[Replica]], unread: Mapping[UID, int]) -> Mapping[UID, int]:
+    """How many replicas each expert has, without those that leave."""
+    return {uid: lasting_replicas(hosts) + unread.get(uid, 0) for uid, hosts in replicas.items()}
 
 
 def state_sources(hosts: Collection[Replica], besides: PeerID, rng: random.Random) -> list[Replica]:
@@ -270,26 +285,31 @@ class Exchange:
 
 
 def exchange(
-    replicas: Mapping[UID, Collection[Replica]], mine: Collection[UID], peer_id: PeerID, enough: int
+    replicas: Mapping[UID, Collection[Replica]],
+    mine: Collection[UID],
+    peer_id: PeerID,
+    enough: int,
+    unread: Mapping[UID, int] = _NONE_UNREAD,
 ) -> Exchange | None:
     """The exchange that helps most, or None when none is worth it.
 
     An expert is only given up if it has more than `enough` serving replicas, and never by the `enough` hosts that
     prefer it most: they keep it even if all others exchange it at the same moment. In its place comes an expert with
-    fewer than `enough` replicas, or else one whose hosts are all overloaded while those of the given one are not. Some
-    host must be able to give its state.
+    fewer than `enough` replicas, or beside which the given one is crowded, or else one whose hosts are all overloaded
+    while those of the given one are not. Some host must be able to give its state. `unread`: as in `further_replica`.
     """
+    counts = _counts(replicas, unread)
     given = [uid for uid in mine if _can_go(replicas.get(uid, ()), uid, peer_id, enough)]
     if not given:
         return None
     gives = min(
         given,
-        key=lambda uid: (_queue(replicas[uid]), -lasting_replicas(replicas[uid]), preference(uid, peer_id)),
+        key=lambda uid: (_queue(replicas[uid]), -counts[uid], preference(uid, peer_id)),
     )
     others = [uid for uid, hosts in replicas.items() if uid not in mine and _serving(hosts)]
-    thin = [uid for uid in others if lasting_replicas(replicas[uid]) < enough]
+    thin = [uid for uid in others if counts[uid] < enough or CROWDED * counts[uid] < counts[gives]]
     if thin:
-        takes = min(thin, key=lambda uid: (lasting_replicas(replicas[uid]), preference(uid, peer_id)))
+        takes = min(thin, key=lambda uid: (counts[uid], preference(uid, peer_id)))
         return Exchange(gives, takes)
     least = max(BUSY_ROWS, BUSIER * _queue(replicas[gives]))
     busy = [uid for uid in others if _queue(replicas[uid]) >= least]

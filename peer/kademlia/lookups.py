@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import math
 import random
+import statistics
 from collections import Counter, deque
 from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from peer.kademlia.validation import (
     Entry,
     EntryChecker,
     Record,
+    large_entries,
     pack,
 )
 from peer.loop import TaskSet, TimeSlices
@@ -87,6 +89,8 @@ class Found:
     """Those of the nodes in the search."""
     entries: Entries = field(default_factory=dict)
     """By subkey, from the answer that expires last. Some may have expired."""
+    counts: dict[int, int] = field(default_factory=dict)
+    """How many entries each node has that gave some, by its own word."""
 
     def take(self, entries: Entries) -> bool:
         """Merges an answer; False if it is empty."""
@@ -95,6 +99,14 @@ class Found:
             if known is None or known.expires_at < entry.expires_at:
                 self.entries[subkey] = entry
         return bool(entries)
+
+    @property
+    def unread(self) -> int:
+        """About how many entries there are beside these, index entries not counted: the middle one of the holders'
+        words, so that none of them alone decides.
+        """
+        told = [self.counts[node] for node in self.search.nearest()[:REPLICAS] if node in self.counts]
+        return max(0, statistics.median_low(told) - large_entries(self.entries)) if told else 0
 
     @property
     def someone_answered(self) -> bool:
@@ -603,6 +615,8 @@ class _Run:
             named.update(answer.nearer)
             self._peers.update(answer.nearer)
             found.take(answer.entries)
+            if answer.count:
+                found.counts[call.node] = answer.count
             found.search.answered(call.node, answer.nearer, answer.has_value)
         if not call.is_late and len(answers) < len(call.keys):
             self._queue.setdefault(call.node, []).extend(call.keys[len(answers) :])

@@ -35,6 +35,7 @@ from peer.kademlia.validation import (
     ITEM_OVERHEAD_BYTES,
     MAX_ANSWER_BYTES,
     MAX_DIGESTS,
+    MAX_ENTRIES,
     MAX_ITEMS,
     Entries,
     EntryChecker,
@@ -150,6 +151,8 @@ class FindResult:
     """The nodes it knows nearest to the key, by their IDs."""
     has_value: bool = False
     """Whether it has any entries, be they the same."""
+    count: int = 0
+    """Entries that it has, by its own word, if it was to give only some; index entries not counted."""
 
 
 class KademliaNode:
@@ -280,7 +283,7 @@ class KademliaNode:
                 entries = await checker.accepted(self.validator, peer_id, key, entries)
             nearer = dict(nodes[name] for name in _named(result, places) if name in nodes)
             has_value = bool(entries) or (is_dictionary and bool(have.get(key)))
-            answers[key] = FindResult(entries, nearer, has_value)
+            answers[key] = FindResult(entries, nearer, has_value, min(result.entries, MAX_ENTRIES))
         return answers
 
     async def store(self, peer_id: PeerID, rows: Sequence[Row]) -> Sequence[bool] | None:

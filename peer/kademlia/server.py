@@ -32,6 +32,7 @@ from peer.kademlia.validation import (
     EntryChecker,
     Subkey,
     digest_of,
+    large_entries,
     pack_entries,
     some_of,
     unpack_entries,
@@ -242,7 +243,9 @@ class DHTServer:
             if room_of_key != 0 and (packed := node.storage.packed(key)):
                 if is_within_share:
                     if have or room_of_key is not None:
-                        packed = self._wanted_of(key, packed, have, room_of_key, sender, now)
+                        entries = self._unpacked(packed, sender, now)
+                        result.entries = 0 if room_of_key is None else large_entries(entries)
+                        packed = self._wanted_of(key, entries, have, room_of_key)
                     result.type, result.value = dht_pb2.RESULT_TYPE_DICTIONARY, packed
                     result.expiration_time = node.storage.expires_at(key)
                 else:
@@ -258,12 +261,13 @@ class DHTServer:
             room = contacts.add(others, response, room)
         self._spend(sender, response.ByteSize(), now)
 
-    def _wanted_of(
-        self, key: int, packed: bytes, have: Container[int], room: int | None, sender: PeerID, now: float
-    ) -> bytes:
-        """What is stored under a key without what the sender has, or some of it."""
+    def _unpacked(self, packed: bytes, sender: PeerID, now: float) -> Entries:
+        """At the sender's expense."""
         self._work.take(sender, len(packed) / _BYTES_OF_WORK, now)
-        entries = unpack_entries(packed)
+        return unpack_entries(packed)
+
+    def _wanted_of(self, key: int, entries: Entries, have: Container[int], room: int | None) -> bytes:
+        """What is stored under a key without what the sender has, or some of it."""
         new = {
             subkey: entry for subkey, entry in entries.items() if digest_of(key, subkey, entry) not in have
         }

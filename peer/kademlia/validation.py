@@ -178,6 +178,11 @@ def digest_of(key: int, subkey: Subkey, entry: Entry) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
+def large_entries(entries: Entries) -> int:
+    """How many are no index entries."""
+    return sum(entry_bytes(subkey, entry) > SMALL_ENTRY_BYTES for subkey, entry in entries.items())
+
+
 def some_of(entries: Entries, room: int, rng: random.Random) -> Entries:
     """The small entries, and of the others as many as fit into `room` bytes, drawn at random."""
     kept = {}

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from peer.wire import contact_pb2 as peer_dot_wire_dot_contact__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13peer/wire/dht.proto\x12\ntalkoot.v1\x1a\x17peer/wire/contact.proto\"A\n\x08NodeInfo\x12\x0f\n\x07node_id\x18\x01 \x01(\x0c\x12$\n\x07\x63ontact\x18\x0f \x01(\x0b\x32\x13.talkoot.v1.Contact\"C\n\x0bPingRequest\x12\"\n\x04peer\x18\x02 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\x12\x10\n\x08validate\x18\x03 \x01(\x08\"W\n\x0cPingResponse\x12\"\n\x04peer\x18\x02 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\x12\x10\n\x08\x64ht_time\x18\x04 \x01(\x01\x12\x11\n\tavailable\x18\x05 \x01(\x08\"\x8c\x01\n\x0cStoreRequest\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\x0f\n\x07subkeys\x18\x03 \x03(\x0c\x12\x0e\n\x06values\x18\x04 \x03(\x0c\x12\x17\n\x0f\x65xpiration_time\x18\x05 \x03(\x01\x12\x10\n\x08in_cache\x18\x06 \x03(\x08\x12\"\n\x04peer\x18\x07 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\"E\n\rStoreResponse\x12\x10\n\x08store_ok\x18\x02 \x03(\x08\x12\"\n\x04peer\x18\x03 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\"\x9c\x01\n\x0b\x46indRequest\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\"\n\x04peer\x18\x03 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\x12\r\n\x05known\x18\x0f \x03(\x06\x12\x0c\n\x04have\x18\x10 \x03(\x06\x12\x11\n\x04room\x18\x11 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08\x63ontacts\x18\x12 \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_roomB\x0b\n\t_contacts\"\xa5\x01\n\nFindResult\x12$\n\x04type\x18\x01 \x01(\x0e\x32\x16.talkoot.v1.ResultType\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x17\n\x0f\x65xpiration_time\x18\x03 \x01(\x01\x12\x18\n\x10nearest_node_ids\x18\x04 \x03(\x0c\x12\x18\n\x10nearest_peer_ids\x18\x05 \x03(\x0c\x12\x15\n\rnearest_known\x18\x0f \x03(\r\"\x82\x01\n\x0c\x46indResponse\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.talkoot.v1.FindResult\x12\"\n\x04peer\x18\x03 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\x12%\n\x08\x63ontacts\x18\x0f \x03(\x0b\x32\x13.talkoot.v1.Contact*Z\n\nResultType\x12\x19\n\x15RESULT_TYPE_NOT_FOUND\x10\x00\x12\x15\n\x11RESULT_TYPE_PLAIN\x10\x01\x12\x1a\n\x16RESULT_TYPE_DICTIONARY\x10\x02\x32\xc0\x01\n\nDhtService\x12\x39\n\x04Ping\x12\x17.talkoot.v1.PingRequest\x1a\x18.talkoot.v1.PingResponse\x12<\n\x05Store\x12\x18.talkoot.v1.StoreRequest\x1a\x19.talkoot.v1.StoreResponse\x12\x39\n\x04\x46ind\x12\x17.talkoot.v1.FindRequest\x1a\x18.talkoot.v1.FindResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13peer/wire/dht.proto\x12\ntalkoot.v1\x1a\x17peer/wire/contact.proto\"A\n\x08NodeInfo\x12\x0f\n\x07node_id\x18\x01 \x01(\x0c\x12$\n\x07\x63ontact\x18\x0f \x01(\x0b\x32\x13.talkoot.v1.Contact\"C\n\x0bPingRequest\x12\"\n\x04peer\x18\x02 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\x12\x10\n\x08validate\x18\x03 \x01(\x08\"W\n\x0cPingResponse\x12\"\n\x04peer\x18\x02 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\x12\x10\n\x08\x64ht_time\x18\x04 \x01(\x01\x12\x11\n\tavailable\x18\x05 \x01(\x08\"\x8c\x01\n\x0cStoreRequest\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\x0f\n\x07subkeys\x18\x03 \x03(\x0c\x12\x0e\n\x06values\x18\x04 \x03(\x0c\x12\x17\n\x0f\x65xpiration_time\x18\x05 \x03(\x01\x12\x10\n\x08in_cache\x18\x06 \x03(\x08\x12\"\n\x04peer\x18\x07 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\"E\n\rStoreResponse\x12\x10\n\x08store_ok\x18\x02 \x03(\x08\x12\"\n\x04peer\x18\x03 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\"\x9c\x01\n\x0b\x46indRequest\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\"\n\x04peer\x18\x03 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\x12\r\n\x05known\x18\x0f \x03(\x06\x12\x0c\n\x04have\x18\x10 \x03(\x06\x12\x11\n\x04room\x18\x11 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08\x63ontacts\x18\x12 \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_roomB\x0b\n\t_contacts\"\xb6\x01\n\nFindResult\x12$\n\x04type\x18\x01 \x01(\x0e\x32\x16.talkoot.v1.ResultType\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x17\n\x0f\x65xpiration_time\x18\x03 \x01(\x01\x12\x18\n\x10nearest_node_ids\x18\x04 \x03(\x0c\x12\x18\n\x10nearest_peer_ids\x18\x05 \x03(\x0c\x12\x15\n\rnearest_known\x18\x0f \x03(\r\x12\x0f\n\x07\x65ntries\x18\x10 \x01(\r\"\x82\x01\n\x0c\x46indResponse\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.talkoot.v1.FindResult\x12\"\n\x04peer\x18\x03 \x01(\x0b\x32\x14.talkoot.v1.NodeInfo\x12%\n\x08\x63ontacts\x18\x0f \x03(\x0b\x32\x13.talkoot.v1.Contact*Z\n\nResultType\x12\x19\n\x15RESULT_TYPE_NOT_FOUND\x10\x00\x12\x15\n\x11RESULT_TYPE_PLAIN\x10\x01\x12\x1a\n\x16RESULT_TYPE_DICTIONARY\x10\x02\x32\xc0\x01\n\nDhtService\x12\x39\n\x04Ping\x12\x17.talkoot.v1.PingRequest\x1a\x18.talkoot.v1.PingResponse\x12<\n\x05Store\x12\x18.talkoot.v1.StoreRequest\x1a\x19.talkoot.v1.StoreResponse\x12\x39\n\x04\x46ind\x12\x17.talkoot.v1.FindRequest\x1a\x18.talkoot.v1.FindResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peer.wire.dht_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESULTTYPE']._serialized_start=959
-  _globals['_RESULTTYPE']._serialized_end=1049
+  _globals['_RESULTTYPE']._serialized_start=976
+  _globals['_RESULTTYPE']._serialized_end=1066
   _globals['_NODEINFO']._serialized_start=60
   _globals['_NODEINFO']._serialized_end=125
   _globals['_PINGREQUEST']._serialized_start=127
@@ -47,9 +47,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINDREQUEST']._serialized_start=500
   _globals['_FINDREQUEST']._serialized_end=656
   _globals['_FINDRESULT']._serialized_start=659
-  _globals['_FINDRESULT']._serialized_end=824
-  _globals['_FINDRESPONSE']._serialized_start=827
-  _globals['_FINDRESPONSE']._serialized_end=957
-  _globals['_DHTSERVICE']._serialized_start=1052
-  _globals['_DHTSERVICE']._serialized_end=1244
+  _globals['_FINDRESULT']._serialized_end=841
+  _globals['_FINDRESPONSE']._serialized_start=844
+  _globals['_FINDRESPONSE']._serialized_end=974
+  _globals['_DHTSERVICE']._serialized_start=1069
+  _globals['_DHTSERVICE']._serialized_end=1261
 # @@protoc_insertion_point(module_scope)

@@ -84,20 +84,22 @@ class FindRequest(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., peer: _Optional[_Union[NodeInfo, _Mapping]] = ..., known: _Optional[_Iterable[int]] = ..., have: _Optional[_Iterable[int]] = ..., room: _Optional[int] = ..., contacts: _Optional[int] = ...) -> None: ...
 
 class FindResult(_message.Message):
-    __slots__ = ("type", "value", "expiration_time", "nearest_node_ids", "nearest_peer_ids", "nearest_known")
+    __slots__ = ("type", "value", "expiration_time", "nearest_node_ids", "nearest_peer_ids", "nearest_known", "entries")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     EXPIRATION_TIME_FIELD_NUMBER: _ClassVar[int]
     NEAREST_NODE_IDS_FIELD_NUMBER: _ClassVar[int]
     NEAREST_PEER_IDS_FIELD_NUMBER: _ClassVar[int]
     NEAREST_KNOWN_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
     type: ResultType
     value: bytes
     expiration_time: float
     nearest_node_ids: _containers.RepeatedScalarFieldContainer[bytes]
     nearest_peer_ids: _containers.RepeatedScalarFieldContainer[bytes]
     nearest_known: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, type: _Optional[_Union[ResultType, str]] = ..., value: _Optional[bytes] = ..., expiration_time: _Optional[float] = ..., nearest_node_ids: _Optional[_Iterable[bytes]] = ..., nearest_peer_ids: _Optional[_Iterable[bytes]] = ..., nearest_known: _Optional[_Iterable[int]] = ...) -> None: ...
+    entries: int
+    def __init__(self, type: _Optional[_Union[ResultType, str]] = ..., value: _Optional[bytes] = ..., expiration_time: _Optional[float] = ..., nearest_node_ids: _Optional[_Iterable[bytes]] = ..., nearest_peer_ids: _Optional[_Iterable[bytes]] = ..., nearest_known: _Optional[_Iterable[int]] = ..., entries: _Optional[int] = ...) -> None: ...
 
 class FindResponse(_message.Message):
     __slots__ = ("results", "peer", "contacts")

@@ -27,10 +27,10 @@ def plan_of(experts: int) -> SwarmPlan:
     return SwarmPlan(Manifest.model_validate(values))
 
 
-def grown(world: World, nodes: int, experts: int) -> InternetSwarm:
+def grown(world: World, nodes: int, experts: int, room: int = 1) -> InternetSwarm:
     swarm = InternetSwarm(world, plan_of(experts))
     for number in range(nodes):
-        world.loop.call_later(0.5 * number, swarm.join, HomeLine(nat=number % 2 == 1), 1)
+        world.loop.call_later(0.5 * number, swarm.join, HomeLine(nat=number % 2 == 1), room)
     world.run(nodes / 2 + 60)
     return swarm
 
@@ -63,6 +63,27 @@ def test_a_dead_host_is_replaced() -> None:
             swarm.crash(node)
         assert not swarm.hosts()[uid]
         until(world, lambda: bool(swarm.hosts()[uid]), 600)
+        assert not swarm.faults
+
+
+def test_an_expert_that_lost_most_of_its_hosts_gets_half_as_many_as_another() -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 40, 4, room=2)
+        until(world, lambda: min(map(len, swarm.hosts().values())) >= 6, 1200)
+        uid, thin = min(swarm.hosts().items(), key=lambda item: len(item[1]))
+        for node in thin[1:]:
+            swarm.crash(node)
+
+        def has_enough() -> bool:
+            hosts = swarm.hosts()
+            return 2 * len(hosts[uid]) >= min(len(some) for other, some in hosts.items() if other != uid)
+
+        assert not has_enough()
+        until(world, has_enough, 3600)
+        world.run(1200)
+        taken = swarm.takings
+        world.run(600)
+        assert swarm.takings == taken, "it comes to rest"
         assert not swarm.faults
 
 

@@ -61,7 +61,7 @@ class FakeRegistry:
             self.experts_read += uids
         return {uid: (make_replica(uid, FIRST),) if uid.coordinate in self.served else () for uid in uids}
 
-    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+    async def nodes(self, peer_ids: Collection[PeerID], **limits: object) -> dict[PeerID, NodeInfo]:
         return {peer_id: make_node(peer_id) for peer_id in peer_ids}
 
 
@@ -154,7 +154,7 @@ def test_a_host_that_can_not_be_called_hides_no_other_that_announces_further_dow
             found = await super().replicas(uids)
             return {uid: (make_replica(uid, SECOND),) for uid in found} if at_once else found
 
-        async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        async def nodes(self, peer_ids: Collection[PeerID], **limits: object) -> dict[PeerID, NodeInfo]:
             return await super().nodes(set(peer_ids) - {SECOND})
 
     registry = Hurried([(7, 3)], [(7, 3)])
@@ -291,7 +291,7 @@ class TwoHosts(FakeRegistry):
     async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, tuple[Replica, ...]]:
         return {uid: (make_replica(uid, (FIRST, SECOND)[uid.coordinate[0] % 2]),) for uid in uids}
 
-    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+    async def nodes(self, peer_ids: Collection[PeerID], **limits: object) -> dict[PeerID, NodeInfo]:
         return {peer_id: make_node(peer_id, self.expires_at) for peer_id in peer_ids}
 
 

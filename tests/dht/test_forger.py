@@ -247,7 +247,7 @@ class CountingRegistry:
             for uid in uids
         }
 
-    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+    async def nodes(self, peer_ids: Collection[PeerID], **limits: object) -> dict[PeerID, NodeInfo]:
         return {}
 
 

@@ -50,7 +50,9 @@ class SwarmRegistry:
     async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, tuple[Replica, ...]]:
         return {uid: (make_replica(uid, self._swarm.peer_of[uid]),) for uid in uids}
 
-    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+    def read_ahead(self, uids: Collection[UID]) -> None: ...
+
+    async def nodes(self, peer_ids: Collection[PeerID], **limits: object) -> dict[PeerID, NodeInfo]:
         return {peer_id: make_node(peer_id) for peer_id in peer_ids}
 
 

@@ -1,7 +1,10 @@
 """Two replicas that meet come together, no update of either is lost, and none counts for more than it can be."""
 
+import asyncio
 import random
+from collections.abc import Collection
 from statistics import median_high
+from typing import Any
 
 import torch
 from checkpoint_samples import AN_UID, OTHER_UID, make_expert, step
@@ -9,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dht.announcements import Replica, ReplicaState
 from dht.uid import UID
 from expert_server.experts.format import State, moving_tensors
-from expert_server.hosting.averaging import averaged, is_astray, pause_after
+from expert_server.hosting.averaging import averaged, is_astray, pause_after, replicas_to_meet
 from peer.averaging import (
     MAX_UPDATE_COUNT,
     AveragingHistory,
@@ -219,3 +223,29 @@ def test_the_memory_of_meetings_is_bounded() -> None:
     assert meetings.of(OTHER_UID) == {}
     meetings.forget(AN_UID)
     assert meetings.of(AN_UID) == {}
+
+
+def test_only_the_hosts_of_experts_that_nobody_else_was_seen_to_serve_are_read_before_an_average() -> None:
+    me, other = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(2))
+    uids = [UID(0, (n,)) for n in range(4)]
+
+    def replica(uid: UID, host: PeerID, state: ReplicaState = ReplicaState.SERVING) -> Replica:
+        return Replica(uid, host, state, 0, 0, 0.0, 1.0)
+
+    seen = {
+        uids[0]: [replica(uids[0], me), replica(uids[0], other)],
+        uids[1]: [replica(uids[1], me), replica(uids[1], other, ReplicaState.CLAIMED)],
+        uids[2]: [replica(uids[2], me)],
+        UID(9, (9,)): [replica(UID(9, (9,)), other)],
+    }
+    read: list[UID] = []
+
+    class Registry:
+        async def replicas(self, wanted: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+            read.extend(wanted)
+            return {uid: (replica(uid, other),) for uid in wanted}
+
+    registry: Any = Registry()
+    found = asyncio.run(replicas_to_meet(registry, uids, seen, me))
+    assert read == uids[1:]
+    assert found == {uids[0]: seen[uids[0]]} | {uid: (replica(uid, other),) for uid in uids[1:]}

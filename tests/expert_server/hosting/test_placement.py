@@ -12,6 +12,7 @@ from dht.announcements import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
 from expert_server.hosting.placement import (
     BUSY_ROWS,
+    CROWDED,
     ahead_of,
     assign_orphans,
     further_replica,
@@ -244,27 +245,27 @@ def test_with_enough_replicas_of_all_nothing_is_taken() -> None:
 def test_an_idle_peer_hosts_one_of_the_experts_with_the_fewest_replicas() -> None:
     me, *others = seeded_peers(6)
     seen = {uid: [replica(uid, p, SERVING) for p in others[: 2 + n % 3]] for n, uid in enumerate(GRID[:60])}
-    wanted = further_replica(seen, me, is_idle=True)
+    wanted = further_replica(seen, [], me)
     assert wanted is not None
     assert len(seen[wanted]) == 2
-    assert further_replica(seen, me, is_idle=False) is None
-    assert further_replica(seen, me, is_idle=True, most=2) is None
-    assert further_replica({uid: [replica(uid, me, SERVING)] for uid in GRID[:5]}, me, is_idle=True) is None
+    assert further_replica(seen, GRID[:1], me) is None
+    assert further_replica(seen, [], me, most=2) is None
+    assert further_replica({uid: [replica(uid, me, SERVING)] for uid in GRID[:5]}, [], me) is None
 
 
 def test_an_idle_peer_leaves_alone_what_as_many_claim_as_serve() -> None:
     me, first, second, third = seeded_peers(4)
     seen = {GRID[0]: [replica(GRID[0], first, SERVING), replica(GRID[0], second, SERVING)]}
     seen[GRID[0]].append(replica(GRID[0], third, CLAIMED))
-    assert further_replica(seen, me, is_idle=True) == GRID[0]
+    assert further_replica(seen, [], me) == GRID[0]
     seen[GRID[0]][1] = replica(GRID[0], second, CLAIMED)
-    assert further_replica(seen, me, is_idle=True) is None
+    assert further_replica(seen, [], me) is None
 
 
 def test_idle_peers_spread_over_the_experts() -> None:
     host, *idle = seeded_peers(257)
     seen = {uid: [replica(uid, host, SERVING)] for uid in GRID[:64]}
-    chosen = Counter(further_replica(seen, peer_id, is_idle=True) for peer_id in idle)
+    chosen = Counter(further_replica(seen, [], peer_id) for peer_id in idle)
     assert len(chosen) > 55
     assert max(chosen.values()) < 4 * 256 / 64
 
@@ -274,8 +275,34 @@ def test_a_peer_with_room_helps_an_expert_whose_hosts_are_all_overloaded() -> No
     seen = {uid: [replica(uid, p, SERVING) for p in hosts] for uid in GRID[:9]}
     seen[GRID[3]] = [replace(r, queued_rows=BUSY_ROWS) for r in seen[GRID[3]]]
     seen[GRID[4]][0] = replace(seen[GRID[4]][0], queued_rows=9 * BUSY_ROWS)
-    assert further_replica(seen, me, is_idle=False) == GRID[3]
-    assert further_replica(seen, hosts[0], is_idle=False) is None
+    assert further_replica(seen, GRID[:1], me) == GRID[3]
+    assert further_replica(seen, GRID[:9], hosts[0]) is None
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(1, 40), st.integers(0, 60))
+def test_a_peer_with_room_that_hosts_a_crowded_expert_helps_one_with_less_than_half_as_many(
+    own: int, own_unread: int, others: int, others_unread: int
+) -> None:
+    me, *hosts = seeded_peers(41)
+    seen = {GRID[0]: [replica(GRID[0], p, SERVING) for p in [me, *hosts[: own - 1]]]}
+    seen[GRID[1]] = [replica(GRID[1], p, SERVING) for p in hosts[:others]]
+    unread = {GRID[0]: own_unread, GRID[1]: others_unread}
+    helps = own + own_unread > CROWDED * (others + others_unread)
+    assert further_replica(seen, [GRID[0]], me, unread, most=200) == (GRID[1] if helps else None)
+
+
+def test_joiners_that_see_two_experts_each_and_some_of_their_hosts_spread_evenly() -> None:
+    rng, hosts = random.Random(1), {uid: [p] for uid, p in zip(GRID[:32], seeded_peers(32), strict=True)}
+    for me in seeded_peers(32 + 20 * 32)[32:]:
+        drawn = rng.sample(sorted(hosts), 2)
+        seen = {u: [replica(u, p, SERVING) for p in hosts[u][:12]] for u in drawn}
+        unread = {u: len(hosts[u]) - len(seen[u]) for u in drawn}
+        wanted = further_replica(seen, [], me, unread)
+        assert wanted is not None
+        hosts[wanted].append(me)
+    counts = sorted(map(len, hosts.values()))
+    assert counts[0] >= 21 - 4
+    assert counts[-1] <= 21 + 4
 
 
 @given(uids, st.sets(peer_ids, min_size=1, max_size=8), st.integers(0, 4), st.integers(1, 4))

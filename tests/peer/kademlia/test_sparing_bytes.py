@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL, Item
 from peer.kademlia.routing import BUCKET_SIZE, id_bytes, key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS
-from peer.kademlia.validation import SMALL_ENTRY_BYTES, Entries, Entry, entry_bytes, some_of
+from peer.kademlia.validation import MAX_KEY_BYTES, SMALL_ENTRY_BYTES, Entries, Entry, entry_bytes, some_of
 from peer.wire import dht_pb2
 
 KEY = "shared"
@@ -150,6 +151,33 @@ def test_a_holder_gives_some_entries_of_many_if_asked_for_few() -> None:
         found = (await reader.lookups.find([key], FRUGAL, room=3000))[key].entries
         assert 0 < swarm.network.traffic.largest < 3_200
         assert len(found) > 2, "each holder draws for itself"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("claimed", [1, WRITERS, 2**32 - 1])
+def test_holders_that_give_some_entries_say_how_many_they_have_and_one_alone_is_not_believed(
+    claimed: int,
+) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key = key_id_of(KEY)
+        await write(swarm, 600)
+        liar = min(swarm.peers, key=lambda peer: peer.dht.node_id ^ key)
+
+        async def answer(sender: PeerID, data: bytes) -> bytes:
+            response = await liar.server.find(sender, dht_pb2.FindRequest.FromString(data))
+            for result in response.results:
+                result.entries = claimed
+            return response.SerializeToString()
+
+        await liar.dht.transport.serve("find", answer)
+        for limits in (FRUGAL, DEFAULT_LIMITS):
+            reader = await newcomer(swarm)
+            found = (await reader.lookups.find([key], limits, room=1500))[key]
+            assert len(found.entries) < WRITERS
+            assert len(found.entries) + found.unread == WRITERS
+            whole = (await reader.lookups.find([key], limits, room=MAX_KEY_BYTES))[key]
+            assert (len(whole.entries), whole.unread) == (WRITERS, 0)
 
     play(scenario)
 
