@@ -29,6 +29,8 @@ def _spdx(text: str) -> str:
 License = Annotated[str, AfterValidator(_spdx)]
 
 
+LEAST_CONTEXT = 2
+"""Tokens."""
 _LEAST_ENCODER_CONTEXT = 16
 """Tokens. There must be room for the marks in a corrupted text."""
 
@@ -52,7 +54,7 @@ class ModelSpec(_Part):
     head_size: int | None = Field(
         default=None, ge=2, le=512, description="columns of an attention head, even; unset: hidden / heads"
     )
-    context: int = Field(default=128, ge=2, le=65536, description="longest sequence, in tokens")
+    context: int = Field(default=128, ge=LEAST_CONTEXT, le=65536, description="longest sequence, in tokens")
     local_layers: int = Field(
         default=1, ge=0, le=16, description="local Transformer layers before each mixture"
     )

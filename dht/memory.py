@@ -97,7 +97,7 @@ def check_name(name: str) -> str:
     """The name. Raises WireError if no memory may be called that."""
     if not _NAME_PATTERN.fullmatch(name):
         raise WireError(
-            f"{name[:80]!r} is no name of a memory: 2 to 24 small letters, digits and hyphens, such as python-docs"
+            f"{name[:80]!r} is not a name for a memory: 2 to 24 small letters, digits and hyphens, such as python-docs"
         )
     return name
 

@@ -243,10 +243,11 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
         await swarm.revocations.read()
     if not roles:
         return
-    wanted = " or ".join(role.word for role in roles)
+    *others, last = (role.word for role in roles)
+    wanted = f"{', '.join(others)} or {last}" if others else last
     if not invite.token:
         raise InviteError(
-            f"this swarm admits by token: ask its founder for an invite of your own, as a {wanted}"
+            f"this swarm admits by token: ask its founder for an invite of your own, for a {wanted}"
         )
     token = admission_pb2.Token.FromString(invite.token)
     try:

@@ -13,7 +13,7 @@ def parse_bytes(value: object) -> object:
         return value
     match = _SIZE.fullmatch(value.strip())
     if match is None:
-        raise ValueError(f"{value!r} is no size: write for example 2GB or 512MiB")
+        raise ValueError(f"{value!r} is not a size: write for example 2GB or 512MiB")
     number, prefix, binary = match.groups()
     unit = (1024 if binary else 1000) ** " kmgt".index((prefix or " ").lower())
     return int(float(number) * unit)

@@ -113,7 +113,7 @@ def run_update(terminal: Terminal, source: str | None) -> None:
     command = installation.update_command(source)
     if not CAN_UNLINK_OPEN_FILES:
         terminal.line(
-            "This system replaces no program that runs. Stop nodes and trainers, and run this in PowerShell:"
+            "This system can't replace a running program. Stop nodes and trainers, and run this in PowerShell:"
         )
         terminal.line(installation.in_powershell(command))
         return
@@ -156,7 +156,7 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
     if states.exists():
         kept = f"; identities stay in {states}" if state else f"; {states} stays"
     if not CAN_UNLINK_OPEN_FILES:
-        terminal.line(f"This system removes no program that runs. Run this in PowerShell{kept}:")
+        terminal.line(f"This system can't remove a running program. Run this in PowerShell{kept}:")
         terminal.line(installation.in_powershell(installation.removal_command()))
         return
     installation.run(installation.removal_command())

@@ -86,11 +86,13 @@ def _require_own(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> BinaryIO:
-    """Raises StartError while another process writes there."""
+    """Raises StartError while another process is writing there."""
     file = open_for_writing(folder / LOCK)
     try:
         lock(file.fileno())
     except BlockingIOError:
         file.close()
-        raise StartError(f"another process writes {folder}: wait for it, or pass another folder") from None
+        raise StartError(
+            f"another process is writing {folder}: wait for it, or pass another folder"
+        ) from None
     return file

@@ -25,7 +25,7 @@ from dht.manifest import Manifest
 from dht.relays import RelayKeeper, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.codec import codec_of
-from peer.errors import SwarmError, UnreachableError
+from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.files import StateFolder
 from peer.host import NetworkConfig
 from peer.identity import Identity
@@ -219,12 +219,13 @@ class SwarmClient:
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """Waits until `share` of all experts are live, at most `limit_s` seconds; after that one is enough.
 
-        Raises SwarmError when none is live then.
+        Raises SwarmError when none is live then, and InviteError once this trainer's token is revoked or has expired.
         """
         deadline = time.monotonic() + limit_s
         total = self.manifest.experts_total
         enough = math.ceil(share * total)
         while (live := self.dispatcher.live_experts()) < enough:
+            self._require_admitted()
             if time.monotonic() > deadline:
                 if live:
                     logger.warning(
@@ -239,6 +240,17 @@ class SwarmClient:
                 f"waiting for experts, at most {limit_s:.0f} s: {live} of {total} live, {enough} are enough"
             )
             self._loop.run(self._refresh_soon())
+
+    def _require_admitted(self) -> None:
+        swarm = self._joined.swarm
+        if (badge := swarm.admission.badge) is None:
+            return
+        try:
+            swarm.admission.check_own(badge, swarm.host.peer_id)
+        except RecordError as error:
+            raise InviteError(
+                f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for another one"
+            ) from error
 
     def has_experts(self, limit_s: float | None = None) -> bool:
         """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.

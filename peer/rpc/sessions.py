@@ -135,7 +135,7 @@ class Challenges:
         """Raises ExpertError (UNAUTHENTICATED) if it can't be used now."""
         made = challenge[:-_MAC_BYTES]
         if not hmac.compare_digest(challenge[-_MAC_BYTES:], self._mac(made)):
-            raise ExpertError(StatusCode.UNAUTHENTICATED, "this is no challenge of this server")
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "this server gave no such challenge")
         age_s = self._clock() - self._began - struct.unpack_from(">d", made)[0]
         if age_s > self._lifetime_s:
             raise ExpertError(StatusCode.UNAUTHENTICATED, "the challenge is too old: ask for a new one")

@@ -230,7 +230,7 @@ def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:
     """One layer, as flat arrays in row-major order of its grid."""
     layer = integer(query, "layer", 0, 0, _MAX_LAYER)
     if picture is None:
-        raise ApiError(503, "the swarm was not read yet")
+        raise ApiError(503, "the swarm has not been read yet")
     if layer >= len(picture.layers):
         raise ApiError(404, f"layer: this swarm has layers 0 to {len(picture.layers) - 1}")
     shown = picture.layers[layer]
@@ -244,7 +244,7 @@ def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:
 def expert(picture: Picture | None, uid: str, now: float) -> Json:
     """Who hosts an expert. The caller adds its history."""
     if picture is None:
-        raise ApiError(503, "the swarm was not read yet")
+        raise ApiError(503, "the swarm has not been read yet")
     if not _is_uid(picture, uid):
         raise ApiError(404, f"{uid[:40]!r} is no expert of this swarm: write layer.i.j, such as 0.1.3")
     replicas = []
@@ -271,7 +271,7 @@ def history_query(query: Mapping[str, str], now: float) -> HistoryQuery:
     points = integer(query, "points", 300, 2, MAX_POINTS)
     text = query.get("since", str(now - 3600))
     if not _NUMBER.fullmatch(text) or not 0 <= float(text) <= _LATEST:
-        raise ApiError(400, f"since: {text[:40]!r} is no Unix time in seconds")
+        raise ApiError(400, f"since: {text[:40]!r} is not a Unix time in seconds")
     return HistoryQuery(metric, float(text), points)
 
 
@@ -296,7 +296,7 @@ def integer(query: Mapping[str, str], key: str, default: int, least: int, most: 
     """Raises ApiError."""
     text = query.get(key, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
-        raise ApiError(400, f"{key}: {text[:40]!r} is no whole number from {least} to {most}")
+        raise ApiError(400, f"{key}: {text[:40]!r} is not a whole number from {least} to {most}")
     return int(text)
 
 

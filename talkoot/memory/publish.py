@@ -279,7 +279,7 @@ async def _publish(
             publication = Publication(swarm, store, publisher, settings, host)
             await stack.enter_async_context(publication.published(stage))
         logger.info(
-            "%s is listed. Others fetch it from here now: keep this running until it says that it is done",
+            "%s is listed. Others now fetch it from here: keep this running until it says that it is done",
             publication.entry.memory,
         )
         watch = ReplicationWatch(terminal, publication)

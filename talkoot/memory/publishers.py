@@ -79,7 +79,7 @@ class Publisher:
                 swarm.admission.check_own(badge, swarm.host.peer_id)
             except RecordError as error:
                 raise LibraryError(
-                    f"your memories are not followed any more, since {error}: ask the founder of swarm "
+                    f"nodes no longer host your memories ({error}): ask the founder of swarm "
                     f"{swarm.keys.name!r} for another invite"
                 ) from error
 

@@ -106,7 +106,7 @@ def train_encoder(plan: TrainEncoderPlan, show: Show = lambda what, detail: None
     if plan.out.exists():
         raise SettingsError(f"{plan.out} exists: pass the path of a new file with --out")
     if not plan.out.parent.is_dir():
-        raise SettingsError(f"--out {plan.out}: {plan.out.parent} is no folder; make it first")
+        raise SettingsError(f"--out {plan.out}: {plan.out.parent} is not a folder; make it first")
     require_bm25s()
     pairs = read_pairs(plan.pairs)
     rate = Rate(show, "reading the text", None)

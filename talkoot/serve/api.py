@@ -229,7 +229,7 @@ def _refusal(error: ValidationError) -> RequestError:
     # of several alternatives, the one that was got furthest into
     problem = max(error.errors(), key=lambda each: len(each["loc"]))
     if problem["type"] == "json_invalid":
-        return RequestError(400, f"the body is no JSON: {problem['ctx']['error']}", "invalid_json")
+        return RequestError(400, f"the body is not JSON: {problem['ctx']['error']}", "invalid_json")
     parameter = str(problem["loc"][0]) if problem["loc"] else None
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":

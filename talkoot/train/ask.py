@@ -110,7 +110,7 @@ def run_ask(
     def require_questions(tokenizer: object, settings: TrainerSettings, folder: object) -> None:
         if not settings.answers_questions:
             raise SettingsError(
-                "this run's model has learned to answer no questions: train one with `talkoot train --objective "
+                "this run's model has not learned to answer questions: train one with `talkoot train --objective "
                 "rag-sequence --memory NAME --data QUESTIONS.jsonl`, or give its --checkpoint"
             )
 

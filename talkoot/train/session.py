@@ -77,7 +77,7 @@ def run_train(
         )
     if local is not None and (resume or settings.checkpoint is not None):
         raise SettingsError(
-            "--local saves nothing, for its experts are in this process alone: leave --resume and --checkpoint out"
+            "--local saves nothing, because its experts are in this process alone: leave --resume and --checkpoint out"
         )
     if json_file is not None:
         check_writable(json_file, "--json")

@@ -107,7 +107,7 @@ def joined_run(
     checkpoint = load_checkpoint(path, swarm_id)
     settings = settings.resumed(checkpoint.header.settings)
     if settings.memory is not None and checkpoint.header.settings.get("memory") is None:
-        raise SettingsError("memory: this model learned to read none: leave --memory out")
+        raise SettingsError("memory: this model has not learned to read one: leave --memory out")
     tokenizer = load_tokenizer(checkpoint.header.tokenizer)
     with tempfile.TemporaryDirectory(prefix="talkoot-model-") as name:
         folder = Path(name)

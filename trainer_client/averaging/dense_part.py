@@ -141,7 +141,7 @@ def require_near(mine: Tensors, theirs: Tensors) -> float:
     if not own / _MOST_SCALE**2 <= other <= own * _MOST_SCALE**2:
         raise StateError("its numbers are of another magnitude than this trainer's")
     if product < _LEAST_LIKENESS * math.sqrt(own * other):
-        raise StateError("it is no kin of this trainer's: the two did not begin alike")
+        raise StateError("it is unrelated to this trainer's: the two did not start alike")
     return math.sqrt(max(0.0, own + other - 2 * product) / own) if own else 0.0
 
 

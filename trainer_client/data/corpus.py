@@ -95,6 +95,18 @@ def _fingerprint(files: Sequence[Path], field: str, tokenizer: Tokenizer) -> str
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
 
+def require_length(tokens: Tokens, context: int, token_bytes: Sequence[bytes] | None = None) -> int:
+    """The tokens of a sequence. Raises DataError if the text has none to learn from beside one for validation."""
+    length = context + 1
+    if len(tokens) < 2 * length:
+        unit = "bytes" if token_bytes is None or len(token_bytes) <= BYTES else "tokens"
+        raise DataError(
+            f"the text has {len(tokens)} {unit}, and a model with a context of {context} needs "
+            f"{2 * length} or more: give a longer text"
+        )
+    return length
+
+
 class Dataset:
     """Sequences of context + 1 tokens: the last part of a text for validation, and all before it for training.
 
@@ -114,13 +126,7 @@ class Dataset:
 
         Raises DataError if the text is too short for one sequence of each part.
         """
-        length = context + 1
-        if len(tokens) < 2 * length:
-            unit = "bytes" if token_bytes is None or len(token_bytes) <= BYTES else "tokens"
-            raise DataError(
-                f"the text has {len(tokens)} {unit} and needs {2 * length} or more, "
-                f"twice the model's context of {context} and one: give a longer one"
-            )
+        length = require_length(tokens, context, token_bytes)
         held_out = min(max(int(len(tokens) * validation_share), length), len(tokens) - length)
         self.train, self.validation = tokens[:-held_out], tokens[-held_out:]
         self.context = context

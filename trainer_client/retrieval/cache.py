@@ -112,7 +112,7 @@ class NeighbourCache:
     def _failed(self, error: sqlite3.Error) -> None:
         # an extended code has the plain one in its last byte
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN:
-            logger.warning("%s is broken and begins anew: %s", self._path, error)
+            logger.warning("%s is broken, so it starts empty: %s", self._path, error)
             self._begin_anew()
         else:
             self._give_up(error)
@@ -135,7 +135,9 @@ class NeighbourCache:
                     )
 
     def _give_up(self, error: sqlite3.Error) -> None:
-        logger.warning("passages are looked up again each time, for %s can't be used: %s", self._path, error)
+        logger.warning(
+            "passages are looked up again each time, because %s can't be used: %s", self._path, error
+        )
         self._drop()
 
     def _drop(self) -> None:

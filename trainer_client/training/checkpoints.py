@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
-from dht.manifest import Manifest
+from dht.manifest import LEAST_CONTEXT, Manifest
 from peer.checkpoints import (
     CheckpointHeader,
     Outline,
@@ -30,7 +30,7 @@ from peer.checkpoints import (
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
 from peer.files import StateFolder
 from trainer_client.averaging.dense_part import require_bounded, shared_buffers
-from trainer_client.data.corpus import Corpus, encode_corpus
+from trainer_client.data.corpus import Corpus, encode_corpus, require_length
 from trainer_client.data.questions import Question, digest_of, read_questions
 from trainer_client.data.sources import find_files, read_text
 from trainer_client.data.tokenizer import (
@@ -152,7 +152,7 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
         try:
             return _read(path, swarm_id)
         except StateError as error:
-            raise CheckpointError(f"{path} is no whole checkpoint: {error}") from error
+            raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
     files, tried = RotatingFiles(path, keep=1), set[int]()
     # lists the folder each time: a running trainer removes the older ones meanwhile
     while untried := [number for number in files.numbers() if number not in tried]:
@@ -266,6 +266,9 @@ def prepare_run(
             corpus = Corpus(np.empty(0, np.uint8), digest_of(questions))
         else:
             corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
+            require_length(
+                corpus.tokens, LEAST_CONTEXT, tokenizer.token_bytes
+            )  # the swarm's context is not known yet
     if checkpoint is not None and checkpoint.header.data_sha256 not in ("", corpus.sha256):
         logger.warning("the text differs from the one that the checkpoint was trained on")
     return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus, questions)

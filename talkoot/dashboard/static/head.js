@@ -170,7 +170,7 @@ function drawSpark(box, points) {
       "svg",
       { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" },
       svg("path", { class: "spark-area", d: area }),
-      svg("path", { class: "spark-line", d: line }),
+      svg("path", { class: "spark-line", d: line, "vector-effect": "non-scaling-stroke" }),
     ),
   );
 }

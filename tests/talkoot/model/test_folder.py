@@ -159,7 +159,7 @@ def test_what_another_model_left_is_not_gone_on_with(model: RandomModel, tmp_pat
 
 def test_only_one_process_writes_a_folder(model: RandomModel, tmp_path: Path) -> None:
     given = tmp_path / "model", MANIFEST, model.routing, model.tokenizer
-    with FolderWriter(*given), pytest.raises(StartError, match="another process writes"):
+    with FolderWriter(*given), pytest.raises(StartError, match="another process is writing"):
         FolderWriter(*given)
 
 

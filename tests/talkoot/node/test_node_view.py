@@ -321,7 +321,7 @@ def test_a_wrong_flag_is_one_clear_line() -> None:
     assert ended.returncode == 2
     (error,) = [row for row in ended.stderr.splitlines() if row]
     assert error.startswith("error: ")
-    assert "memory: 'much' is no size" in error
+    assert "memory: 'much' is not a size" in error
     assert "schedule: 'mon-fry' names no days" in error
 
 

@@ -136,7 +136,7 @@ def test_the_newest_run_is_taken_by_default(founder: Founder, trained: Path, tex
 def test_a_model_that_learned_to_read_no_memory_is_given_none(founder: Founder, trained: Path) -> None:
     used = ("--join", founder.invite, "--state", trained)
     talkoot("generate", *used, "--memory", "docs").is_one_clear_line(
-        "memory: this model learned to read none"
+        "memory: this model has not learned to read one"
     )
 
 
@@ -370,6 +370,8 @@ def test_a_loss_that_stays_not_finite_is_one_clear_line(
 BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
     "binary": ("x.bin", b"\x7fELF\0\0", "is not text: byte 4 is 0"),
     "empty": ("x.txt", b"", "x.txt is empty: give"),
+    # the founder's model has a context of 16: this is said before the manifest is read
+    "too short for any model": ("x.txt", b"Moi!", "4 bytes, and a model with a context of 2 needs 6 or more"),
     "a wrong field": (
         "x.jsonl",
         b'{"body": "a"}\n',
@@ -389,7 +391,7 @@ def test_what_is_no_text_is_one_clear_line(founder: Founder, tmp_path: Path, nam
 def test_one_line_is_too_short_to_learn_from(founder: Founder, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("just one line")
     ended = talkoot(*train(founder, tmp_path / "state", "--data", tmp_path / "x.txt"))
-    ended.is_one_clear_line("the text has 13 bytes and needs 34 or more")
+    ended.is_one_clear_line("the text has 13 bytes, and a model with a context of 16 needs 34 or more")
 
 
 def test_broken_and_foreign_checkpoints_are_one_clear_line(
@@ -410,7 +412,7 @@ def test_broken_and_foreign_checkpoints_are_one_clear_line(
     talkoot(*resume).is_one_clear_line("no checkpoint in", "is whole: give another run's folder")
     assert f"passing over the checkpoint {path}: it can't be read" in caplog.text
     talkoot("generate", "--join", founder.invite, "--checkpoint", path).is_one_clear_line(
-        "is no whole checkpoint"
+        "is not a whole checkpoint"
     )
     path.unlink()
     talkoot(*resume).is_one_clear_line("no checkpoint in", "give the folder that `talkoot train` named")

@@ -175,7 +175,7 @@ def test_when_none_is_whole_that_is_said(tmp_path: Path) -> None:
         CheckpointError, match=r"no checkpoint in .* is whole: .* in another folder and without --res"
     ):
         load_checkpoint(tmp_path, SWARM)
-    with pytest.raises(CheckpointError, match=r"3\.safetensors is no whole checkpoint: it can't be read"):
+    with pytest.raises(CheckpointError, match=r"3\.safetensors is not a whole checkpoint: it can't be read"):
         load_checkpoint(tmp_path / "3.safetensors", SWARM)
 
 
