@@ -202,7 +202,7 @@ class OptimizerSpec(_Part):
         "after 30 s in any case; 1: a step for each batch",
     )
     warmup_updates: int = Field(
-        default=10, ge=0, le=10**7, description="steps in which the step size rises linearly"
+        default=10, ge=0, le=10**7, description="steps over which the step size rises linearly"
     )
     decay_updates: int = Field(
         default=0,

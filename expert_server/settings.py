@@ -158,7 +158,7 @@ class NodeSettings(RoleSettings):
     )
     precision: PrecisionSetting = Field(
         default="auto",
-        description="precision of the experts' computing; auto: bf16 on CUDA GPUs that have it, else fp32",
+        description="precision in which experts are computed; auto: bf16 on CUDA GPUs that have it, else fp32",
     )
     threads: int | None = Field(
         default=None,

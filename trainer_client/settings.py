@@ -105,7 +105,7 @@ class TrainerSettings(RoleSettings):
         default=4096, ge=257, le=65536, description="tokens that bpe learns, including the 256 bytes"
     )
     steps: int = Field(
-        default=200, ge=1, le=10**7, description="training steps in all, with those before a resume"
+        default=200, ge=1, le=10**7, description="training steps in all, including those before a resume"
     )
     batch_size: int = Field(default=8, ge=1, le=65536, description="sequences in a batch")
     accumulate: int = Field(default=1, ge=1, le=65536, description="batches in a step")
@@ -121,7 +121,7 @@ class TrainerSettings(RoleSettings):
         default=2e-3, gt=0, le=1, allow_inf_nan=False, description="highest learning rate of the dense part"
     )
     warmup_steps: int = Field(
-        default=20, ge=0, le=10**7, description="steps in which the learning rate rises linearly"
+        default=20, ge=0, le=10**7, description="steps over which the learning rate rises linearly"
     )
     clip_norm: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of the dense part"

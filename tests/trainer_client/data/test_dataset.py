@@ -14,7 +14,7 @@ TEXT = bytes(range(256)) * 8
 
 
 def test_a_text_too_short_for_two_sequences_is_refused() -> None:
-    with pytest.raises(DataError, match="17 bytes, .* needs 18"):
+    with pytest.raises(DataError, match=r"17 bytes, .* needs 18"):
         byte_dataset(b"x" * 17, context=8)
 
 
