@@ -67,9 +67,9 @@ _SHARD_FOR_S = 600.0
 _MOST_SHARDS = 4096
 """Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
 _TRAINER_STEPS = (1, 3, 12)
-"""Shards of trainers that are read at a time, by those who only need some,"""
+"""In each step, how many shards of trainers are read at a time, by peers that need only some trainers."""
 _TRAINER_CHILDREN = 3
-"""and of the shards below those that are well filled."""
+"""The same, of the shards below those that are well filled."""
 _LATER_S = 0.001
 _MAX_WRITTEN, _MOST_CROWDED = 16384, 65536
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024

@@ -34,13 +34,13 @@ class KnownTimes:
 
     def __init__(self, trainers: int, nodes: int, announced: Announced, rng: np.random.Generator) -> None:
         self._seconds = np.zeros((trainers, nodes), np.float32)
-        """Moving means,"""
+        """Moving means."""
         self._at = np.full((trainers, nodes), -math.inf, np.float32)
-        """and when each node answered last."""
+        """When each node answered last."""
         self._usual = np.zeros(trainers)
-        """What nodes took lately, by each trainer's last look,"""
+        """What nodes took lately, by each trainer's last look."""
         self._usual_at = np.full(trainers, -math.inf)
-        """and when that was."""
+        """When that look was."""
         self._announced = announced
         self._rng = rng
 
@@ -91,9 +91,9 @@ class _Pass:
         self.sent_to = nodes.copy()
         """Of each group the node that answered it, or was asked last."""
         self.nodes = np.concatenate([nodes, np.full(len(nodes), -1)])
-        """Of all calls,"""
+        """Of all calls."""
         self.called_at = np.full(2 * len(nodes), began)
-        """and when each was made."""
+        """When each call was made."""
         self.forward = forward
         self.began = began
         self.ends = ends

@@ -43,20 +43,20 @@ class TrainingFigures:
     layers: int
     row_bytes: float
     rows_per_s: float
-    """That all living nodes together compute,"""
+    """That all living nodes together compute."""
     bit_per_s: float
-    """and what their lines carry, in the slower direction."""
+    """What the lines of all living nodes carry, in the slower direction."""
     step_s: dict[str, float]
     call_s: dict[str, float]
     """Of drawn trainers."""
     forward_s: dict[str, float]
-    """Of all trainers' passes through one layer,"""
+    """Of all trainers' forward passes through one layer."""
     backward_s: dict[str, float]
-    """and back."""
+    """Of all trainers' backward passes through one layer."""
     answered_rows: float
-    """Of the rows of real trainers, those that any expert answered,"""
+    """Of the rows of real trainers, those that any expert answered."""
     answered_slots: float
-    """and of the answers of all experts that they were sent to."""
+    """The same of the answers: those that came, of all experts that rows were sent to."""
     experts_per_token: float
     """That a row of a real trainer was sent to, in one layer."""
     rows_per_token: float
@@ -65,9 +65,9 @@ class TrainingFigures:
     failed: float
     reselected: float
     load_cv: float
-    """Of the share of time that nodes computed, over those that serve,"""
+    """Of the shares of time that the serving nodes computed."""
     busiest: float
-    """and that of the busiest."""
+    """The share of time that the busiest node computed."""
     busiest_expert: float
     """Rows against the mean."""
     in_flight: float

@@ -53,9 +53,9 @@ class Window:
     """What is played. Times in seconds."""
 
     seconds: float = 20.0
-    """That are measured,"""
+    """How long the window is measured."""
     warm_up_s: float = 10.0
-    """after so many."""
+    """Before the window begins."""
     real: int = 20
     """Trainers that send real rows, at most."""
     sequences: int = 8
@@ -70,9 +70,9 @@ class Window:
     dense_rows: float = 6.0
     """What the trainer's own part of a token costs, in rows of an expert: assumed, for the default model."""
     announce_every_s: float = 10.0
-    """How often nodes say how many rows wait there,"""
+    """How often nodes say how many rows wait there."""
     refresh_every_s: float = 3.0
-    """and trainers read that."""
+    """How often trainers read that."""
     slot_s: float = 0.01
     heavy: float = 1.0
     """The last trainer's machine and steps in flight, against those of another."""

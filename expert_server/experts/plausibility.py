@@ -29,9 +29,9 @@ _MOST_SCALE = 3.0
 explain.
 """
 _DIRECTED_UPDATES = 64
-"""So many optimizer steps go in one direction, and more in random ones,"""
+"""So many optimizer steps go in one direction, and further ones in random directions."""
 _WALK = 2.0
-"""in which n of them lead about √n steps away."""
+"""In random directions, n steps lead about √n steps away."""
 _LARGEST_BUFFER = 1e6
 """Of tensors that are not trained, about which nothing is known."""
 _LARGEST_MOVE = 16.0

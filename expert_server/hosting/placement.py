@@ -30,9 +30,9 @@ from peer.identity import PeerID
 _OUTLIER = 10
 """How many times the updates of a middling node's experts the most popular one can have taken."""
 BUSY_ROWS = 512
-"""An expert is overloaded when at least so many rows wait at each of its hosts,"""
+"""An expert is overloaded when at least so many rows wait at each of its hosts."""
 BUSIER = 4
-"""and so many times as many as at the hosts of the expert that is given up for it."""
+"""Its hosts must have so many times as many rows waiting as those of the expert that is given up for it."""
 MOST_REPLICAS = 64
 """Of an expert: a peer that has nothing else to do makes no more than so many. They could not stay alike."""
 MOST_PREFIXES = 1024
@@ -40,9 +40,9 @@ MOST_PREFIXES = 1024
 _ROWS_FOR = 6
 """Looks at the same of them."""
 MOST_VACANT = 1024
-"""How many vacant experts are read of them,"""
+"""How many vacant experts are read of them."""
 SAMPLED = 1024
-"""and how many active ones, to see which have few replicas. Other nodes read others."""
+"""How many active ones are read, to see which have few replicas. Other nodes read others."""
 FEW = 4
 """Of layers that have split: how many of this node's experts a look reads, of vacant ones and of others."""
 MOST_REGIONS = 32
