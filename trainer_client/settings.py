@@ -193,8 +193,11 @@ class TrainerSettings(RoleSettings):
     memory_chunk: int = Field(
         default=64, ge=4, le=1024, description="tokens of the text for which passages are looked up together"
     )
-    memory_passages: int = Field(
-        default=2, ge=1, le=8, description="passages that are read for each chunk or question"
+    memory_passages: int | None = Field(
+        default=None,
+        ge=1,
+        le=8,
+        description="passages that are read for each chunk or question; unset: one for a chunk, two for a question",
     )
     memory_length: int = Field(
         default=128, ge=4, le=1024, description="tokens that are read of each passage, from its beginning"
@@ -353,6 +356,11 @@ class TrainerSettings(RoleSettings):
     @property
     def answers_questions(self) -> bool:
         return self.objective in ("rag-sequence", "rag-token")
+
+    @property
+    def passages_read(self) -> int:
+        """For each chunk or question."""
+        return self.memory_passages or (2 if self.answers_questions else 1)
 
     @property
     def marginal(self) -> Marginal:

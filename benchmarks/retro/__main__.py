@@ -93,7 +93,7 @@ def _world(size: Size, files: Files) -> World:
 def _hosted(results: dict[str, Any], files: Files, folder: Path, console: Console, *, quick: bool) -> None:
     console.print("hosted: building a memory")
     memory = hosted.HostedMemory(folder / "hosted", 1e5 if quick else 5e5)
-    results["pace"] = hosted.pace(memory, 8 if quick else 36, 1 if quick else 5, console.print)
+    results["pace"] = hosted.pace(memory, 8 if quick else 36, 1 if quick else 3, console.print)
     files.write(results)
     results["faults"] = hosted.faults(memory, 12 if quick else 120, console.print)
 

@@ -53,7 +53,8 @@ FAULTS = ("honest", "half of them die", "forged text", "omits the best", "malfor
 _DYING = "half of them die"
 _DIE_AFTER = 10
 """Calls of all hosts together."""
-_SPEC = RetrievalSpec(chunk=64, neighbours=2, length=128, layers=(1,))
+_SPEC = RetrievalSpec(layers=(1,))
+"""As trainers read unless they are told otherwise."""
 _BATCH, _CONTEXT, _HIDDEN = 4, 256, 128
 _HELD_OUT = 50
 _LIMIT_S = 60.0

@@ -76,7 +76,8 @@ class Size:
         if not reads:
             return plain
         read = spec.neighbours * spec.length
-        encoded = read // spec.chunk * (8 * D * D + 4 * spec.length * D)
+        encoder = max(1, self.heads // 4) * D // self.heads
+        encoded = read // spec.chunk * (8 * D * encoder + 4 * spec.length * encoder)
         attended = len(spec.layers) * (4 * D * D * read // spec.chunk + 4 * D * D + 4 * read * D)
         return plain + encoded + attended
 

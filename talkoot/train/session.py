@@ -221,7 +221,7 @@ class _Run:
         batches = QuestionBatches(
             start.questions, seed, settings.validation_share, model.reader.target, tokenizer.token_bytes
         )
-        lookup = PassageLookup(memory, model.questions, settings.memory_passages)
+        lookup = PassageLookup(memory, model.questions, settings.passages_read)
         loader = self._looked_up(lookup, batches.batch)
         return Training(model, batches, settings, make_model, loader), encoder
 

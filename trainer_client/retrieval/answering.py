@@ -252,7 +252,7 @@ def make_rag_model(
     """As a trainer is set. `dimensions`: of the memory's vectors."""
     reader = Reader(tokenizer, manifest.model, settings.memory_length)
     generator = make_model(manifest, make_mixture, len(tokenizer.token_bytes))
-    return RagModel(generator, reader, dimensions, settings.marginal, settings.memory_passages)
+    return RagModel(generator, reader, dimensions, settings.marginal, settings.passages_read)
 
 
 def check_encoder(memory: AskedMemory, learned: str | None) -> None:

@@ -45,7 +45,7 @@ class RetrievalSpec:
 
     chunk: int = 64
     """Tokens by which neighbours are found."""
-    neighbours: int = 2
+    neighbours: int = 1
     """Of each chunk."""
     length: int = 128
     """Tokens of a neighbour that are read."""
@@ -74,7 +74,7 @@ class RetrievalSpec:
             raise SettingsError(
                 f"memory_layers: there is no layer {layers[-1]}; this swarm's models have 0 to {model.layers - 1}"
             )
-        return cls(settings.memory_chunk, settings.memory_passages, settings.memory_length, layers)
+        return cls(settings.memory_chunk, settings.passages_read, settings.memory_length, layers)
 
     @property
     def meaning(self) -> str:
@@ -175,7 +175,8 @@ class Retrieval(nn.Module):
 class NeighbourEncoder(nn.Module):
     """Attention in both directions over a neighbour, with rotary positions.
 
-    It has no feed-forward block: there are four times as many tokens to encode as there are in the text.
+    It has a fourth of the model's heads and no feed-forward block: there are four times as many tokens to encode as
+    there are in the text.
     """
 
     frequencies_C: Tensor
@@ -184,10 +185,10 @@ class NeighbourEncoder(nn.Module):
         super().__init__()
         check_heads(model.hidden, model.heads, model.head_size)
         size = model.head_size or model.hidden // model.heads
-        self.heads: int = model.heads
+        self.heads: int = max(1, model.heads // 4)
         self.norm = make_norm(model.norm, model.hidden)
-        self.input: nn.Linear = nn.Linear(model.hidden, 3 * model.heads * size, bias=False)
-        self.output = nn.Linear(model.heads * size, model.hidden, bias=False)
+        self.input: nn.Linear = nn.Linear(model.hidden, 3 * self.heads * size, bias=False)
+        self.output = nn.Linear(self.heads * size, model.hidden, bias=False)
         self.register_buffer("frequencies_C", rotary_frequencies(size), persistent=False)
 
     def forward(self, x_PLD: Tensor, present_PL: Tensor) -> Tensor:
