@@ -52,15 +52,15 @@ class Definition:
     text: str
 
 
-def dictionary(name: str) -> Iterator[Entry]:
-    """Entries of a dictionary in dictd's format."""
+def dictionary(name: str, wanted: Callable[[str], bool] = lambda title: True) -> Iterator[Entry]:
+    """Entries of a dictionary in dictd's format, of the titles that are wanted."""
     with gzip.open(_DICTIONARIES / f"{name}.dict.dz") as compressed:
         data = compressed.read()
     seen = set()
     with (_DICTIONARIES / f"{name}.index").open(encoding="utf-8", errors="replace") as index:
         for line in index:
             title, *place = line.rstrip("\n").split("\t")
-            if len(place) != 2 or title.startswith("00"):  # what is about the dictionary
+            if len(place) != 2 or title.startswith("00") or not wanted(title):  # 00: about the dictionary
                 continue
             begin, size = map(_number, place)
             if (begin, size) not in seen:  # a word may be listed in several spellings
@@ -87,9 +87,12 @@ def documentation() -> Iterator[Entry]:
             yield Entry(page.title or name, text)
 
 
-def sections() -> Iterator[tuple[str, Entry]]:
-    """Sections of Python's documentation with their headings, which are not in the texts. The titles are the pages'."""
-    for name, page in _pages():
+def sections(wanted: Callable[[str], bool] = lambda page: True) -> Iterator[tuple[str, Entry]]:
+    """Sections of Python's documentation with their headings, which are not in the texts. The titles are the pages'.
+
+    `wanted`: pages, by the names of their files.
+    """
+    for name, page in _pages(wanted):
         for heading, text in page.sections:
             if text:
                 yield heading, Entry(page.title or name, text)
@@ -99,9 +102,9 @@ def is_documented() -> bool:
     return bool(_documentation_folder().parts)
 
 
-def _pages() -> Iterator[tuple[str, "_Page"]]:
+def _pages(wanted: Callable[[str], bool] = lambda page: True) -> Iterator[tuple[str, "_Page"]]:
     for path in sorted(_documentation_folder().rglob("*.html")):
-        if path.name.startswith(("genindex", "py-modindex", "search", "contents")):
+        if path.name.startswith(("genindex", "py-modindex", "search", "contents")) or not wanted(path.stem):
             continue
         page = _Page()
         page.feed(path.read_text(encoding="utf-8", errors="replace"))

@@ -8,13 +8,14 @@ answers     questions that are answered exactly: closed-book, by DPR and a reade
 For `recall`, the passages are those of two dictionaries and of Python's documentation, as far as they are installed,
 and the questions are WordNet's definitions and the documentation's headings. For `answers`, both are about made-up
 towns and ships.
-`--quick` takes an eighth of each work, and trains models that learn nothing yet.
+`--quick` takes a 64th of each work, and trains models that learn nothing yet.
 """
 
 import argparse
 import json
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from benchmarks.verdicts import Verdict, table_of
 from talkoot.memory.dual_training import K
 
 PARTS = ("recall", "answers")
-_FULL, _QUICK = (1, 1500), (8, 300)
-"""One title of so many, and questions of each kind."""
+_FULL, _QUICK = (1, 1500), (64, 300)
+"""One title or page of so many, and questions of each kind."""
 _WAYS = {
     "closed_book": "closed-book",
     "dpr_reader": "DPR and a reader of the first passage",
@@ -56,6 +57,9 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
         yield from _recall_verdicts(found)
     if found := results.get("answers"):
         yield from _answer_verdicts(found)
+    if found := results.get("encoder_decoder"):
+        for verdict in _answer_verdicts(found):
+            yield replace(verdict, what=f"{verdict.what} (encoder-decoder)")
 
 
 def _answer_verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
@@ -102,8 +106,9 @@ def _recall_verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="an eighth of the text, under 90 s")
+    parser.add_argument("--quick", action="store_true", help="a 64th of the text, under 90 s")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--encoder-decoder", action="store_true", help="answer with one, too: twice the time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     end_in_order_when_stopped()
@@ -124,6 +129,11 @@ def main() -> None:
         if "answers" in parts:
             size = answers.QUICK if options.quick else answers.Size()
             results["answers"] = answers.measure(size, lambda what: status.update(f"answers: {what}"))
+            if options.encoder_decoder:
+                size = replace(size, encoder_layers=size.layers)
+                results["encoder_decoder"] = answers.measure(
+                    size, lambda what: status.update(f"answers of an encoder-decoder: {what}")
+                )
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     console.print(table_of("retrieval", verdicts(results)))

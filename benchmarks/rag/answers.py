@@ -81,6 +81,8 @@ class Size:
     vocabulary: int = 1536
     hidden: int = 64
     layers: int = 2
+    encoder_layers: int = 0
+    """Before these, of an encoder-decoder."""
 
 
 QUICK = Size(200, 6, 20, 3, 8, 400, 16, 1)
@@ -115,9 +117,10 @@ class World:
             NumberedTexts.of([text_of(asked.negative(rng)) for asked in self.questions.values()], number),
         )
         self.encoder = train_dual_encoder(counted, train_word_vectors(counted, DIMENSIONS), pairs)
+        causal = [False] * size.encoder_layers + [True] * size.layers if size.encoder_layers else []
         manifest = {
-            "layers": size.layers, "hidden": size.hidden, "heads": 4, "context": 128,
-            "feed_forward": 4 * size.hidden,
+            "layers": size.encoder_layers + size.layers, "causal": causal, "hidden": size.hidden, "heads": 4,
+            "context": 128, "feed_forward": 4 * size.hidden,
         }  # fmt: skip
         self.manifest = Manifest.model_validate({"name": "answers", "preset": "none", "model": manifest})
 
@@ -127,7 +130,7 @@ class World:
             validation_batches=1, validate_every=0, threads=1, **more,
         )  # fmt: skip
         model = make_rag_model(
-            self.manifest, lambda layer: nn.Identity(), self.tokenizer, DIMENSIONS, settings
+            self.manifest, lambda layer: WithoutExperts(), self.tokenizer, DIMENSIONS, settings
         )
         return model, settings
 
@@ -142,6 +145,13 @@ class World:
         )
         with source(batches) as reads:
             Training(model, batches, settings, None, reads).run(lambda progress: None, threading.Event())
+
+
+class WithoutExperts(nn.Module):
+    """In place of a mixture. An encoder-decoder also says where sequences end."""
+
+    def forward(self, x: Tensor, segments: object = None) -> Tensor:
+        return x
 
 
 class Given:

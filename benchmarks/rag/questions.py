@@ -5,6 +5,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.memory import corpora
 from dht.memory import Passage
@@ -57,15 +58,14 @@ class Asked:
 
 
 def ask(rng: random.Random, share: int, tested: int) -> Asked:
-    """Of the works that are installed, one title of `share`. `tested`: questions of each kind."""
+    """Of the works that are installed, one title or page of `share`. `tested`: questions of each kind."""
     passages: dict[str, Passage] = {}
+    drawn = partial(_drawn, share=share)
     dictionaries = [work for work in corpora.installed() if work.name in ("gcide", "foldoc")]
     for work in dictionaries:
-        entries = (entry for entry in work.read() if _drawn(entry.title, share))
-        _add(passages, entries, work.name, work.license)
+        _add(passages, corpora.dictionary(work.name, drawn), work.name, work.license)
     by_heading = defaultdict[str, set[str]](set)
-    documented = corpora.sections() if corpora.is_documented() else ()
-    sections = [section for section in documented if _drawn(section[1].title, share)]
+    sections = list(corpora.sections(drawn)) if corpora.is_documented() else []
     count = Counter(heading.lower() for heading, _ in sections)
     for heading, entry in sections:
         texts = _add(passages, [entry], "python", "PSF-2.0")

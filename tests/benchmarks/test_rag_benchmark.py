@@ -134,10 +134,9 @@ def test_the_tests_things_and_ways_are_none_that_are_learned() -> None:
         assert all(value in changed.passages[what].text for what, value in changed.facts.items())
 
 
-def test_all_ways_of_answering_are_measured_and_judged() -> None:
-    size = answers.Size(
-        learned=60, asked=4, steps=3, rag_steps=2, batch=4, vocabulary=300, hidden=16, layers=1
-    )
+@pytest.mark.parametrize("encoder_layers", [0, 1])
+def test_all_ways_of_answering_are_measured_and_judged(encoder_layers: int) -> None:
+    size = answers.Size(60, 2 if encoder_layers else 4, 3, 2, 4, 300, 16, 1, encoder_layers)
     found = answers.measure(size)
     assert set(found["exact"]) == {"closed_book", "dpr_reader", "rag_token", "rag_sequence", "gold"}
     # whatever a model says that has learned nothing: another replica answers in place of the host that died
