@@ -45,24 +45,29 @@ class Described(Protocol):
 
 
 async def list_memories(founder: Node, *memories: Described) -> None:
-    publisher = founder.swarm.host.peer_id
+    await publish_library(founder.swarm, *memories)
+
+
+async def publish_library(founder: Swarm, *memories: Described) -> None:
+    publisher = founder.host.peer_id
     entries = []
     for memory in memories:
         data = memory.manifest.serialize()
         store = MemoryStore(Path(), data)
         entries.append(LibraryEntry.of(memory.manifest, Part(store.part.sha256, len(data)), publisher))
-    await MemoryRegistry(founder.swarm.registry).publish_library(entries)
+    await MemoryRegistry(founder.registry).publish_library(entries)
 
 
-async def replicas(swarm: Swarm, memory: MemoryID, sample: SampleMemory) -> Counter[bytes]:
+async def replicas(swarm: Swarm, memory: MemoryID, sample: Described) -> Counter[bytes]:
     """How many serve each shard, by the DHT."""
     cells = {shard.cell for shard in sample.manifest.shards}
     found = await MemoryRegistry(swarm.registry).cell_hosts(memory, cells)
     hosts = [host for some in found.values() for host in some if host.state is ReplicaState.SERVING]
-    return Counter({root: sum(root[:8] in host.shards for host in hosts) for root in sample.roots})
+    roots = [shard.root for shard in sample.manifest.shards]
+    return Counter({root: sum(root[:8] in host.shards for host in hosts) for root in roots})
 
 
-async def until_hosted(swarm: Swarm, memory: MemoryID, least: int, sample: SampleMemory) -> None:
+async def until_hosted(swarm: Swarm, memory: MemoryID, least: int, sample: Described) -> None:
     async def hosted() -> bool:
         return min((await replicas(swarm, memory, sample)).values()) >= least
 

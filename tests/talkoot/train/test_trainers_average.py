@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from byte_texts import byte_dataset
-from training_swarm import TEXT, founded
+from memory_samples import SampleMemory
+from training_swarm import MANIFEST, TEXT, founded
 
 from dht.invites import Invite
 from peer.loop import LoopThread
@@ -20,12 +22,19 @@ from peer.medoid import medoid
 from peer.metrics import total
 from trainer_client.averaging.averager import Averaging
 from trainer_client.client import SwarmClient
+from trainer_client.data.questions import Question, QuestionBatches
+from trainer_client.data.tokenizer import ByteTokenizer
 from trainer_client.model import LanguageModel
+from trainer_client.retrieval.answering import PassageLookup, make_rag_model
+from trainer_client.retrieval.lookup import NeighbourLoader
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress
 
 LIMIT_S = 400.0
+WORDS = SampleMemory.with_words()
+NAME = WORDS.manifest.name
+QUESTIONS = [Question(f"what is word{n}?", (f"word{n + 1}",)) for n in range(40)]
 
 
 @dataclass
@@ -49,6 +58,29 @@ def trainer(invite: str, state: Path, seed: int, in_flight: int = 1) -> Iterator
         make = partial(LanguageModel, client.manifest, client.mixture)
         training = Training(make(), dataset, settings, make)
         yield Trainer(client, training, client.average(training.part, "bytes", settings.router))
+
+
+@contextlib.contextmanager
+def asking_trainer(invite: str, state: Path, seed: int) -> Iterator[Trainer]:
+    """As `talkoot train --objective rag-token` makes one."""
+    settings = TrainerSettings.load(
+        seed=seed, objective="rag-token", memory=NAME, memory_length=16, batch_size=2, steps=2000,
+        validation_batches=1, warmup_steps=2, average_every=2, announce_every_s=0.5, check_share=0,
+    )  # fmt: skip
+    with contextlib.ExitStack() as exits:
+        client = exits.enter_context(SwarmClient(Invite.parse(invite), settings, state))
+        client.wait_for_experts(LIMIT_S, lambda text: None)
+        memory, tokenizer = client.memory(NAME), ByteTokenizer()
+        make = partial(
+            make_rag_model, client.manifest, client.mixture, tokenizer, memory.dimensions, client.settings
+        )
+        model = make()
+        batches = QuestionBatches(QUESTIONS, seed, 0.1, model.reader.target, tokenizer.token_bytes)
+        lookup = PassageLookup(memory, model.questions, settings.memory_passages)
+        loader = NeighbourLoader(lookup, lambda number: batches.batch(number, settings.batch_size))
+        exits.callback(loader.close)
+        training = Training(model, batches, client.settings, make, loader)
+        yield Trainer(client, training, client.average(training.part, "bytes", settings.router, "answers"))
 
 
 def distance(one: Trainer, other: Trainer, but: str = "nothing") -> float:
@@ -123,3 +155,26 @@ def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -
             age = third.client.take_whole(third.averaging)
             assert age == min(t.training.part.age for t in (first, second)) == third.training.part.age
             assert distance(third, nearest, but=".balance.") == 0
+
+
+def test_a_third_asks_as_two_have_learned_to_together(
+    loop: LoopThread, tmp_path: Path, long_lives: None
+) -> None:
+    """An encoder-decoder and its query encoder are averaged, and come whole to one that joins."""
+    parts = {"model": MANIFEST.model.model_copy(update={"context": 64, "causal": (False, True)})}
+    with (
+        founded(loop, tmp_path, experts=8, parts=parts, memories=[WORDS]) as founder,
+        asking_trainer(founder.invite, tmp_path / "a", 1) as first,
+        asking_trainer(founder.invite, tmp_path / "b", 2) as second,
+    ):
+        train_together(first, second, meetings=4)
+        assert not any(total(each.averaging.metrics.ends, end="refused") for each in (first, second))
+        with asking_trainer(founder.invite, tmp_path / "c", 3) as third:
+            wait_for_ages(third, first, second)
+            new = third.training.part.read().tensors
+            assert third.client.take_whole(third.averaging) == third.training.part.age
+            assert 0 in [distance(third, other, but=".balance.") for other in (first, second)]
+            taken = third.training.part.read().tensors
+            asking = {name for name in taken if name.startswith("questions.")}
+            assert asking == {"questions.change.weight", "questions.log_sharpness", "questions.word_weight"}
+            assert not any(torch.equal(taken[name], new[name]) for name in asking)
