@@ -207,7 +207,7 @@ class GrpcTransport:
                 if error.code() is not StatusCode.UNAUTHENTICATED or last:
                     raise
                 self._sessions.ended(peer_id, metadata)
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, grpc.aio.UsageError):
                 if is_cancelled():
                     raise
         raise UnreachableError(f"the channel to {peer_id} was closed meanwhile")

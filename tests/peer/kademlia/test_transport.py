@@ -20,7 +20,7 @@ from peer.kademlia.node import CALL_DEADLINE_S
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.validation import MAX_MESSAGE_BYTES, EntryChecker
 from peer.loop import LoopThread
-from peer.rpc.channels import ChannelPool
+from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import SessionServicer
 from peer.transport.addresses import Multiaddress
 from peer.transport.contacts import OwnContact
@@ -266,6 +266,28 @@ def test_a_peer_that_lost_its_sessions_is_called_in_a_new_one() -> None:
             assert await one.node.ping(other.peer_id)
             for name in list(other.sessions._sessions):
                 other.sessions._end(name)
+            assert await one.node.ping(other.peer_id)
+
+    play(scenario)
+
+
+def test_a_call_is_made_again_whose_channel_was_closed_before_it_began() -> None:
+    """To make room for those of other peers."""
+
+    async def scenario() -> None:
+        async with dht_peers(2) as (one, other):
+            assert await one.node.ping(other.peer_id)
+            channels = one.transport._pool._channels
+            reach = one.transport._pool.reach
+
+            async def reach_and_close(peer: Contact) -> grpc.aio.Channel:
+                channel = await reach(peer)
+                one.transport._pool.reach = reach  # type: ignore[method-assign]  # for the next
+                while channels:
+                    await channels.popitem()[1].close()
+                return channel
+
+            one.transport._pool.reach = reach_and_close  # type: ignore[method-assign]
             assert await one.node.ping(other.peer_id)
 
     play(scenario)
