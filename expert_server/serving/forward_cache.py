@@ -218,6 +218,9 @@ class SeenRequests:
         self._limit = limit
         self._count = 0
         self._by_caller: dict[str, OrderedDict[bytes, None]] = {}
+        self._with: dict[int, dict[str, None]] = {}
+        """The callers with so many ids; none is empty. So those with the most are found at once."""
+        self._most = 0
 
     def is_new(self, caller: str, request_id: bytes) -> bool:
         """Whether the caller has not used this id before. Remembers it."""
@@ -226,18 +229,30 @@ class SeenRequests:
             return False
         ids[request_id] = None
         self._count += 1
+        self._note(caller, len(ids) - 1, len(ids))
         if self._count > self._limit:
-            self._forget_one(caller)
+            self._forget_one(next(iter(self._with[self._most])))
         return True
 
     def __len__(self) -> int:
         return self._count
 
     def _forget_one(self, caller: str) -> None:
-        share = self._limit // len(self._by_caller)
-        if len(self._by_caller[caller]) <= share:  # otherwise the search for the largest can be spared
-            caller = max(self._by_caller, key=lambda name: len(self._by_caller[name]))
-        self._by_caller[caller].popitem(last=False)
+        ids = self._by_caller[caller]
+        ids.popitem(last=False)
         self._count -= 1
-        if not self._by_caller[caller]:
+        self._note(caller, len(ids) + 1, len(ids))
+        if not ids:
             del self._by_caller[caller]
+
+    def _note(self, caller: str, before: int, now: int) -> None:
+        """How many ids a caller had, and has."""
+        if before:
+            del self._with[before][caller]
+            if not self._with[before]:
+                del self._with[before]
+        if now:
+            self._with.setdefault(now, {})[caller] = None
+        self._most = max(self._most, now)
+        while self._most and self._most not in self._with:
+            self._most -= 1

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ import torch
 from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
+from loop_lags import least_cpu_s
 from tls_expert_server import (
     FIRST,
     MANIFEST,
@@ -207,6 +209,29 @@ def test_a_caller_that_makes_up_ids_pushes_out_only_its_own() -> None:
     for number in range(200):  # and so do many callers with one each
         assert seen.is_new(f"sybil {number}", bytes(1))
     assert len(seen) == 100
+
+
+def test_a_request_is_remembered_where_more_callers_than_ids_have_come() -> None:
+    seen = SeenRequests(100)
+    for number in range(150):
+        assert seen.is_new(f"sybil {number}", bytes(1))
+    assert seen.is_new("honest", bytes(1))
+    assert not seen.is_new("honest", bytes(1))
+
+
+def test_a_new_request_costs_as_little_however_many_callers_there_were() -> None:
+    def cpu_s(callers: int) -> float:
+        seen, numbers = SeenRequests(2 * callers), count()
+        for number in range(2 * callers):
+            seen.is_new(f"caller {number // 2}", bytes([number % 2]))
+
+        def come() -> None:
+            for _ in range(50):
+                assert seen.is_new(f"newcomer {next(numbers)}", bytes(1))
+
+        return least_cpu_s(come)
+
+    assert cpu_s(20_000) < 20 * cpu_s(50)
 
 
 @pytest.mark.parametrize("way", ["cancelled", "disconnected"])
