@@ -135,8 +135,8 @@ def run_revoke(
         terminal.event("revoked", _values(revoked))
     else:
         terminal.line(
-            f"{revoked.number} is revoked. Your node tells the others while it runs, or when you start it: that takes up "
-            "to a minute in a small swarm, and some minutes in a large one"
+            f"{revoked.number} is revoked. Your node tells the others while it runs, or when you start it: that "
+            "takes up to a minute in a small swarm, and some minutes in a large one"
         )
 
 
