@@ -76,7 +76,7 @@ def asking_trainer(invite: str, state: Path, seed: int) -> Iterator[Trainer]:
         )
         model = make()
         batches = QuestionBatches(QUESTIONS, seed, 0.1, model.reader.target, tokenizer.token_bytes)
-        lookup = PassageLookup(memory, model.questions, settings.memory_passages)
+        lookup = PassageLookup(memory, model.questions, model.passages)
         loader = NeighbourLoader(lookup, lambda number: batches.batch(number, settings.batch_size))
         exits.callback(loader.close)
         training = Training(model, batches, client.settings, make, loader)
