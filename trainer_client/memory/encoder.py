@@ -77,7 +77,7 @@ def load_encoder(kind: str, data: bytes | memoryview, dimensions: int) -> Encode
     kinds: dict[str, type[StaticEncoder] | type[DualEncoder]] = {STATIC: StaticEncoder, DUAL: DualEncoder}
     if kind not in kinds:
         raise WireError(
-            f"a memory whose encoder is of the kind {kind!r:.40}, which this Talkoot does not know"
+            f"its encoder is of the kind {kind!r:.40}, which this version of Talkoot does not know: upgrade it"
         )
     encoder = kinds[kind].from_bytes(data)
     if encoder.dimensions != dimensions:

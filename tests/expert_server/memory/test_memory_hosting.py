@@ -23,6 +23,7 @@ from dht.library import LibraryEntry, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest
 from dht.swarm import Swarm
 from expert_server.memory.fetching import PartFetcher
+from expert_server.memory.placement import ShardKey
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
 from peer.files import PlainFile
@@ -104,6 +105,38 @@ def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(play: Play)
             return [node.memory_shards for node in nodes.values()] == [4]
 
         await eventually(says_so)
+
+    play(scenario)
+
+
+def test_what_came_stays_when_the_publisher_vanishes_half_way_and_the_rest_comes_when_it_is_back(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, came, has_vanished = PartFetcher.fetch, set(MEMORY.roots[:2]), asyncio.Event()
+
+    async def half(fetcher: PartFetcher, memory: MemoryID, hosts: Any, name: bytes, *more: Any) -> Any:
+        if name in MEMORY.files and name not in came:
+            await has_vanished.wait()
+        return await fetch(fetcher, memory, hosts, name, *more)
+
+    monkeypatch.setattr(PartFetcher, "fetch", half)
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        memory, task = memory_id(village, MEMORY), await village.run(founder)
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
+        node = await village.join(1, await founder.swarm.invite(), **HOST)
+        await village.run(node)
+        await until(lambda: node.memories.hosted.mine() == {ShardKey(memory, root) for root in came})
+        await end(task)
+        await founder.swarm.host.stop()
+        has_vanished.set()
+        await until(lambda: bool(total(node.memories._metrics.fetches, outcome="failed")))
+        store = node.memories.hosted.served[str(memory)]
+        assert passages_in(store, MEMORY.roots[0]) == MEMORY.passages[MEMORY.roots[0]][0]
+        back = await village.join(0, await node.swarm.invite(), **HOST)
+        await village.run(back)
+        await until(lambda: set(store.shards) == set(MEMORY.roots))
 
     play(scenario)
 

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,16 @@ def test_a_new_revision_is_followed_and_what_it_revokes_is_never_returned(play: 
         (result,) = await retriever.search([text], 3, 100)
         assert len(result.hits) == 3
         assert WORDS.passages[7] not in [hit.passage for hit in result.hits]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("memory", [replace(WORDS, manifest=replace(WORDS.manifest, encoder_kind="vast"))])
+def test_an_encoder_that_this_version_does_not_have_is_one_clear_error(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        await swarm.host()
+        with pytest.raises(LibraryError, match=r"memory docs-\S+ can't be used: .*'vast'.*: upgrade it"):
+            await (await swarm.searcher()).open()
 
     play(scenario)
 
