@@ -26,12 +26,11 @@ from dht.receipts import MAX_RECEIPT_BYTES, PAGE, SignedWork, SignerOf, Work, ch
 from dht.swarm import Swarm
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
-from peer.errors import RecordError, UnreachableError
+from peer.errors import ExpertError, RecordError, UnreachableError
 from peer.formatting import printable
 from peer.identity import PeerID
-from peer.loop import is_cancelled
 from peer.parsing import ParseGuard
-from peer.rpc.calls import make_stub
+from peer.rpc.calls import make_stub, while_open
 from peer.rpc.channels import ChannelPool
 from peer.wire import credit_pb2, credit_pb2_grpc
 
@@ -256,33 +255,30 @@ class CreditReader:
             receipts = list[credit_pb2.SignedReceipt]()
             try:
                 async with asyncio.timeout(_DEADLINE_S):
-                    stub = make_stub(
-                        credit_pb2_grpc.CreditServiceStub,
-                        await self._channels.reach(node),
-                        most_bytes=PAGE * (MAX_RECEIPT_BYTES + 8) + 16,
-                    )
-                    for offset in range(0, MAX_OF_NODE, PAGE):
-                        reply = await stub.List(
-                            credit_pb2.ListRequest(
-                                protocol_version=PROTOCOL_VERSION,
-                                swarm_id=self._swarm_id,
-                                offset=offset,
-                            ),
-                            timeout=_DEADLINE_S,
+                    with while_open():
+                        stub = make_stub(
+                            credit_pb2_grpc.CreditServiceStub,
+                            await self._channels.reach(node),
+                            most_bytes=PAGE * (MAX_RECEIPT_BYTES + 8) + 16,
                         )
-                        receipts.extend(reply.receipts[:PAGE])
-                        if offset + PAGE >= reply.total:
-                            break
+                        for offset in range(0, MAX_OF_NODE, PAGE):
+                            reply = await stub.List(
+                                credit_pb2.ListRequest(
+                                    protocol_version=PROTOCOL_VERSION,
+                                    swarm_id=self._swarm_id,
+                                    offset=offset,
+                                ),
+                                timeout=_DEADLINE_S,
+                            )
+                            receipts.extend(reply.receipts[:PAGE])
+                            if offset + PAGE >= reply.total:
+                                break
             except grpc.aio.AioRpcError as error:
                 said = printable(error.details() or "")
                 logger.debug("node %s gives no receipts: %s: %s", node.peer_id, error.code().name, said)
                 return
-            except (UnreachableError, TimeoutError) as error:
+            except (ExpertError, UnreachableError, TimeoutError) as error:
                 logger.debug("node %s gives no receipts: %s", node.peer_id, error)
-                return
-            except (asyncio.CancelledError, grpc.aio.UsageError):
-                if is_cancelled():
-                    raise
                 return
             self._tried[node.peer_id] = self._clock(), node.signed
             self._guard.read("receipt", node.peer_id, lambda: self._ledger.take(node.peer_id, receipts))

@@ -235,10 +235,10 @@ class ReceiptSender:
         outcome = "failed"
         try:
             async with asyncio.timeout(deadline_s):
-                channel = await self._channels.reach(node)
-                session = await self._sessions.metadata(node.peer_id, channel, deadline_s)
-                stub = make_stub(credit_pb2_grpc.CreditServiceStub, channel)
                 with while_open():
+                    channel = await self._channels.reach(node)
+                    session = await self._sessions.metadata(node.peer_id, channel, deadline_s)
+                    stub = make_stub(credit_pb2_grpc.CreditServiceStub, channel)
                     await stub.Give(receipt, timeout=deadline_s, metadata=session)
             account.signed, outcome = work, "given"
         except grpc.aio.AioRpcError as error:

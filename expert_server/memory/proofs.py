@@ -22,6 +22,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import PeerID
 from peer.loop import side_by_side
+from peer.rpc.calls import while_open
 from peer.rpc.parts import PartClient
 from peer.wire import memory_pb2
 
@@ -114,7 +115,8 @@ class ReplicaProofs:
         try:
             async with asyncio.timeout(_PROOF_S):
                 stub, session = await self._parts.service(0).stub(node)
-                reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
+                with while_open():
+                    reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
             revoked = self._revoked(key.memory)
             return any(_is_proven(given, shard.info, revoked) for given in _asked_for(reply, request))
         except (grpc.aio.AioRpcError, ExpertError, TransferError, WireError, TimeoutError) as error:

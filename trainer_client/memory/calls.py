@@ -22,10 +22,9 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
-from peer.loop import is_cancelled
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import ParseGuard
-from peer.rpc.calls import make_stub, retry_after_s
+from peer.rpc.calls import make_stub, retry_after_s, while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.wire import memory_pb2, memory_pb2_grpc
@@ -80,22 +79,23 @@ class GrpcMemoryCaller:
         ends = loop_time() + deadline_s
         try:
             async with asyncio.timeout(deadline_s):
-                channel = await self._channels.reach(node)
-                for may_repeat in (True, False):
-                    session = await self._sessions.metadata(
-                        node.peer_id, channel, max(ends - loop_time(), 0.001)
-                    )
-                    stub = make_stub(
-                        memory_pb2_grpc.MemoryServiceStub, channel, most_bytes=most_bytes(request)
-                    )
-                    try:
-                        return await getattr(stub, method)(
-                            request, timeout=max(ends - loop_time(), 0.001), metadata=session
+                with while_open():
+                    channel = await self._channels.reach(node)
+                    for may_repeat in (True, False):
+                        session = await self._sessions.metadata(
+                            node.peer_id, channel, max(ends - loop_time(), 0.001)
                         )
-                    except grpc.aio.AioRpcError as error:
-                        if error.code() is not StatusCode.UNAUTHENTICATED or not may_repeat:
-                            raise
-                    self._sessions.ended(node.peer_id, session)
+                        stub = make_stub(
+                            memory_pb2_grpc.MemoryServiceStub, channel, most_bytes=most_bytes(request)
+                        )
+                        try:
+                            return await getattr(stub, method)(
+                                request, timeout=max(ends - loop_time(), 0.001), metadata=session
+                            )
+                        except grpc.aio.AioRpcError as error:
+                            if error.code() is not StatusCode.UNAUTHENTICATED or not may_repeat:
+                                raise
+                        self._sessions.ended(node.peer_id, session)
         except UnreachableError as error:
             raise ExpertError(StatusCode.UNAVAILABLE, str(error)) from error
         except TimeoutError as error:
@@ -103,10 +103,6 @@ class GrpcMemoryCaller:
         except grpc.aio.AioRpcError as error:
             retry_s = retry_after_s(error.trailing_metadata(), 0.0)
             raise ExpertError(error.code(), printable(error.details() or ""), retry_s) from error
-        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
-            if is_cancelled():
-                raise
-            raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
         raise AssertionError("the second try returns or raises")
 
 
