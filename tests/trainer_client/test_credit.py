@@ -178,7 +178,7 @@ def test_a_broken_file_is_counted_anew(
     accounts = CreditAccounts(tmp_path / "credit.json")
     loop.run(accounts.open(), 120)
     assert accounts.all_pairs == 0
-    assert "counted anew" in caplog.text
+    assert "counted from 0 again" in caplog.text
 
 
 def test_so_many_nodes_are_remembered(
