@@ -6,7 +6,8 @@ and kills the founder.
 
     python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
         [--strangers]
-    python -m benchmarks.chaos --hostile 0.2 [--seeds N] [--only KIND...] [--placement random] [--json FILE] [--quick]
+    python -m benchmarks.chaos --hostile 0.2 [--seeds N] [--jobs N] [--only KIND...] [--placement random] [--json FILE]
+        [--quick]
     python -m benchmarks.chaos --overhead [--only RULE...] [--check-share S] [--json FILE] [--quick]
 
 With `--strangers`, strangers of several kinds attack the chaos part meanwhile (tests/hostile/siege.py).
@@ -199,6 +200,7 @@ def main() -> None:
         "--check-share", type=float, default=0.01, help="with --overhead: of the answers that trainers check"
     )
     parser.add_argument("--seeds", type=int, default=1, help="with --hostile: how often, each time otherwise")
+    parser.add_argument("--jobs", type=int, default=2, help="with --hostile: runs at a time")
     parser.add_argument(
         "--placement",
         choices=get_args(Placement),
@@ -258,7 +260,7 @@ def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
     if options.json and options.json.exists():
         saved = json.loads(options.json.read_text())
         results["runs"] = saved["runs"] if saved.get("plan") == results["plan"] else {}
-    run_all(plan, options.seeds, kinds, console, results, options.json)
+    uvloop.run(run_all(plan, options.seeds, kinds, options.jobs, console, results, options.json))
     show_attacks(results, console)
 
 
@@ -267,9 +269,9 @@ def weigh(parser: argparse.ArgumentParser, options: argparse.Namespace, console:
     without = options.only or RULES
     if unknown := [rule for rule in without if rule not in RULES]:
         parser.error(f"--only: {unknown[0]} is none of {', '.join(RULES)}")
-    plan = replace(HostilePlan(), check_share=options.check_share)
-    window_s, pairs = (4.0, 3) if options.quick else (15.0, 12)
-    found = uvloop.run(measure_overhead(plan, ",".join(without), window_s, pairs, console))
+    plan = replace(HostilePlan(), average_every_s=2.0, check_share=options.check_share)
+    pairs = 5 if options.quick else 80
+    found = uvloop.run(measure_overhead(plan, ",".join(without), pairs, console))
     console.print(
         f"speed with {', '.join(without)}, of that without: {found['speed']:.3f} ± {found['speed_error']:.3f}, "
         f"by processor time {found['speed_by_cpu']:.3f} ± {found['speed_by_cpu_error']:.3f} "

@@ -22,24 +22,23 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import psutil
-import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chaos import attacks
+from benchmarks.chaos import forks
 from benchmarks.chaos.attacks import ATTACKS
 from benchmarks.chaos.swarm import HOST, until
 from dht.announcements import Replica, ReplicaState
 from dht.invites import Invite
 from dht.swarm import join_swarm
 from dht.uid import UID
-from peer.errors import UnreachableError
+from peer.errors import StartError, UnreachableError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from talkoot.demo.links import free_ports
@@ -61,30 +60,29 @@ context = 64
 feed_forward = 64
 local_layers = 0
 [experts]
-grid = [{grid[0]}, {grid[1]}]
+grid = {grid}
 kind = "transformer"
 [routing]
 top_k = 2
 [optimizer]
-learning_rate = 2e-3
+learning_rate = 1e-2
 """
-"""The trainers have no attention of their own: with experts that never learn, the loss is 17% higher."""
+"""The trainers have no attention of their own, and learn slower than experts: the loss depends on these."""
 QUICK_KINDS = ("replicas-random", "dense-sign-flipped", "answers-30%", "gradients-flipped")
 _START_LIMIT_S = 180.0
 _RUN_LIMIT_S = 600.0
 """Longest that the trainers of one run may train."""
 _LOOK_EVERY_S = 1.0
-_SAY_EVERY_S = 10.0
 _LEAVE_LIMIT_S = 15.0
 _SCRAPE_LIMIT_S = 2.0
 _SHOWN = 400
 """Characters at the end of a log line that has a fault."""
-_BEGINS_AFTER = 10
+_BEGINS_AFTER = 8
 """Steps of each honest trainer."""
-_BATCH_SIZE = 4
+_BATCH_SIZE = 8
 _EAGERNESS = 4
 """How many times as often as others a hostile peer averages."""
-_VALIDATION_BATCHES = 16
+_VALIDATION_BATCHES = 8
 _BANNED = re.compile(r"node (\w{20,})[: ][^\"]*: banned for a while")
 """In a trainer's log."""
 
@@ -100,10 +98,10 @@ class HostilePlan:
     """Replicas of each expert."""
     trainers: int = 5
     """With the last, which is hostile in some runs and whose loss never counts."""
-    grid: tuple[int, int] = (2, 5)
-    steps: int = 200
+    grid: tuple[int, ...] = (5,)
+    steps: int = 48
     """Of each trainer."""
-    average_every_s: float = 2.0
+    average_every_s: float = 1.0
     average_every: int = 4
     """Steps between two averagings of a dense part."""
     check_share: float = 0.1
@@ -112,13 +110,12 @@ class HostilePlan:
     @classmethod
     def of(cls, share: float, placement: Placement, quick: bool) -> "HostilePlan":
         """A random placement needs more nodes, or no expert would ever have a hostile majority."""
-        return cls(
-            share, 5 if placement == "minority" else 10, steps=60 if quick else 200, placement=placement
-        )
+        plan = cls(share, steps=24 if quick else 48, placement=placement)
+        return plan if placement == "minority" else replace(plan, nodes=10, grid=(10,))
 
     @property
     def experts(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
     @property
     def room(self) -> int:
@@ -127,7 +124,7 @@ class HostilePlan:
 
     @property
     def manifest(self) -> str:
-        return _MANIFEST.format(grid=self.grid)
+        return _MANIFEST.format(grid=list(self.grid))
 
     def hostile_nodes(self, seed: int) -> tuple[int, ...]:
         """Which nodes are hostile when nodes attack: never the founder, whose invite everybody has."""
@@ -171,8 +168,8 @@ class _Peer:
     ended_at: list[float] = field(default_factory=list)
     """When they were heard of, by the monotonic clock."""
     summary: Mapping[str, Any] | None = None
-    metrics: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    """By name and the value of the only label, as of the last look."""
+    metrics: str = ""
+    """The page of the last look."""
 
     @property
     def has_ended(self) -> bool:
@@ -211,7 +208,7 @@ class HostileSwarm:
         peers = [_Peer(name, hostile, port) for (name, hostile), port in zip(names, ports, strict=True)]
         self.nodes, self.trainers = peers[: plan.nodes], peers[plan.nodes :]
         self._invite: str | None = None
-        self._children = DemoProcesses(folder, self._hear)
+        self._children = DemoProcesses(folder, self._hear, forks.start)
         self.begins = folder / "attack"
         self._pids: dict[int, float] = {}
         self.began_at = 0
@@ -245,36 +242,33 @@ class HostileSwarm:
 
     @property
     def pids(self) -> list[int]:
-        return [p.child.pid for p in [*self.nodes, *self.trainers] if p.child is not None]
+        """Of all peers that were started. Raises StartError when one has ended."""
+        children = [p.child for p in [*self.nodes, *self.trainers] if p.child is not None]
+        for child in children:
+            if child.exit_status is not None:
+                raise child.failure()
+        return [child.pid for child in children]
 
     async def start_trainers(self) -> None:
         """The last one joins when the others have begun."""
         text = "\n".join(pydoc_data.topics.topics.values())
         (self._folder / "text.txt").write_text(text)
-        for number, trainer in enumerate(self.judged):
-            await self._start_trainer(trainer, number)
+        await asyncio.gather(*(self._start_trainer(t, number) for number, t in enumerate(self.judged)))
         await self._children.until(
             lambda: all(t.steps for t in self.judged), _START_LIMIT_S, "the trainers' first steps"
         )
         await self._start_trainer(self.trainers[-1], len(self.trainers) - 1)
 
-    async def train(self, console: Console) -> None:
+    async def train(self) -> None:
         """Returns when the judged trainers have ended."""
         await self.start_trainers()
-        ends, said, began = time.monotonic() + _RUN_LIMIT_S, time.monotonic(), time.monotonic()
+        ends = time.monotonic() + _RUN_LIMIT_S
         while not all(t.has_ended for t in self.judged) and time.monotonic() < ends:
             await asyncio.sleep(_LOOK_EVERY_S)
             if not self.began_at and (done := min(len(t.steps) for t in self.judged)) >= _BEGINS_AFTER:
                 self.began_at = done
                 self.begins.touch()
             await asyncio.to_thread(self._scrape)
-            if time.monotonic() > said + _SAY_EVERY_S:
-                said, done = time.monotonic(), sum(len(t.steps) for t in self.judged)
-                rate = done / (said - began)
-                console.log(
-                    f"  {done} of {len(self.judged) * self._plan.steps} steps, {rate:.1f} steps/s"
-                    f"{', under attack' if self._attack and self.began_at else ''}"
-                )
 
     def result(self, hosts: Mapping[UID, frozenset[PeerID]]) -> dict[str, Any]:
         """What the run has shown."""
@@ -291,7 +285,7 @@ class HostileSwarm:
             "hosts": sorted(len(peers) for peers in hosts.values()),
             "hostile_banned": sorted(p.name for p in self.nodes if p.hostile and p.peer_id in banned),
             "honest_banned": sorted(p.name for p in self.nodes if not p.hostile and p.peer_id in banned),
-            "counts": counts(p.metrics for p in honest),
+            "counts": counts(scraped(p.metrics) for p in honest),
             "summaries": [t.summary for t in self.judged],
         }
 
@@ -341,7 +335,7 @@ class HostileSwarm:
         config.write_text(
             f'device = "cpu"\nthreads = 1\nniceness = 0\np2pd = "off"\nmetrics_port = {node.metrics_port}\n'
             f"experts = {plan.room}\nspare = 0\nreplicas = {plan.hosts}\naverage_every_s = {every_s}\n"
-            "checkpoint_every_s = 0\nstandby_every_s = 0\nannounce_every_s = 2\ndrain_timeout_s = 0\n"
+            "checkpoint_every_s = 0\nstandby_every_s = 0\nannounce_every_s = 3\ndrain_timeout_s = 0\n"
         )
         arguments = ("node", *origin, "--host", HOST, "--config", str(config), "--log-format", "json")
         await self._start(node, arguments)
@@ -356,7 +350,9 @@ class HostileSwarm:
         config.write_text(
             f'threads = 1\np2pd = "off"\nmetrics_port = {trainer.metrics_port}\naverage_host = "{HOST}"\n'
             f"seed = {plan.seed_of(self._seed, number)}\nsteps = {plan.steps}\nbatch_size = {_BATCH_SIZE}\n"
-            f"validation_batches = {_VALIDATION_BATCHES}\ncheckpoint_every = 0\nannounce_every_s = 2\n"
+            f"learning_rate = 5e-3\nwarmup_steps = 5\n"
+            f"validation_batches = {_VALIDATION_BATCHES}\nvalidate_every = 0\ncheckpoint_every = 0\n"
+            "announce_every_s = 2\n"
             f"average_every = {average_every}\ncheck_share = {plan.check_share}\n"
         )
         arguments = ("train", "--join", str(self._invite), "--data", str(self._folder / "text.txt"))
@@ -367,10 +363,12 @@ class HostileSwarm:
         state.mkdir(mode=0o700)
         Identity.load_or_create(self._keys / peer.name)
         shutil.copy2(self._keys / peer.name, state / "identity.key")
-        program: Sequence[str] = ("-m", "talkoot.cli")
-        if (patched := self._attack if peer.hostile else self._without) is not None:
-            program = (attacks.__file__, patched, str(self._seed), str(self.begins))
-        peer.child = await self._children.start(peer.name, (*arguments, "--state", str(state)), program)
+        patched = self._attack if peer.hostile else self._without
+        peer.child = await self._children.start(
+            peer.name,
+            (*arguments, "--state", str(state)),
+            (patched or "", str(self._seed), str(self.begins)),
+        )
 
     def _hear(self, child: DemoProcess, event: Mapping[str, Any]) -> None:
         peer = next(p for p in [*self.nodes, *self.trainers] if p.name == child.name)
@@ -390,7 +388,7 @@ class HostileSwarm:
         for peer in [*self.nodes, *self.trainers]:
             if peer.child is not None and not peer.has_ended:
                 with contextlib.suppress(OSError, ValueError):
-                    peer.metrics = scraped(_read(f"http://{HOST}:{peer.metrics_port}/metrics"))
+                    peer.metrics = _read(f"http://{HOST}:{peer.metrics_port}/metrics")
 
     def _banned(self) -> set[str]:
         """Nodes that the judged trainers banned, by PeerID."""
@@ -453,10 +451,9 @@ def _lives(pid: int, began: float) -> bool:
     return False
 
 
-async def run(
-    plan: HostilePlan, seed: int, attack: str | None, keys: Path, console: Console
-) -> dict[str, Any]:
+async def run(plan: HostilePlan, seed: int, attack: str | None, keys: Path) -> dict[str, Any]:
     """One run. Raises SystemExit if hostile nodes are no minority of some expert's hosts though the plan says so."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="talkoot-hostile-") as folder:
         swarm = HostileSwarm(plan, seed, attack, Path(folder), keys)
         try:
@@ -465,47 +462,64 @@ async def run(
                 sys.exit(
                     f"half of the hosts of {len(lost)} experts are hostile: a smaller share would be a minority"
                 )
-            await swarm.train(console)
+            await swarm.train()
             result = swarm.result(hosts)
         finally:
             faults = await swarm.stop()
-    return result | {"faults": faults}
+    return result | {"faults": faults, "seconds": time.monotonic() - began}
 
 
-def run_all(
+async def run_all(
     plan: HostilePlan,
     seeds: int,
     kinds: Sequence[str],
+    jobs: int,
     console: Console,
     results: dict[str, Any],
     file: Path | None,
 ) -> None:
-    """Runs what `results` lacks: for each seed the calm swarm, and each kind of attack. Writes the file after each."""
-    runs = results.setdefault("runs", {})
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # in good order, as on Ctrl-C
-    with tempfile.TemporaryDirectory(prefix="talkoot-keys-") as keys:
-        for seed, kind in ((seed, kind) for seed in range(seeds) for kind in (CALM, *kinds)):
-            of_seed = runs.setdefault(str(seed), {})
-            if kind in of_seed:
-                continue
-            console.log(f"seed {seed}: {kind}")
+    """Runs what `results` lacks, so many `jobs` at a time: for each seed the calm swarm, and each kind of attack.
+
+    Writes the file after each.
+    """
+    runs, places = results.setdefault("runs", {}), asyncio.Semaphore(jobs)
+    if (task := asyncio.current_task()) is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as on Ctrl-C
+
+    async def add(seed: int, kind: str, keys: Path) -> None:
+        async with places:
             attack = None if kind == CALM else kind
-            of_seed[kind] = uvloop.run(run(plan, seed, attack, Path(keys), console))
-            if file is not None:
-                file.write_text(json.dumps(results, indent=1) + "\n")
+            try:
+                result = await run(plan, seed, attack, keys)
+            except StartError as error:  # on a busy machine peers may find each other too late
+                console.log(f"seed {seed}, {kind}, once more: {error}", markup=False)
+                result = await run(plan, seed, attack, keys)
+        runs.setdefault(str(seed), {})[kind] = result
+        console.log(f"seed {seed}, {kind}: loss {mean_loss(result['losses']):.3f}, {result['seconds']:.0f} s")
+        if file is not None:
+            await asyncio.to_thread(file.write_text, json.dumps(results, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory(prefix="talkoot-keys-") as keys:
+        async with asyncio.TaskGroup() as group:
+            for seed, kind in ((seed, kind) for seed in range(seeds) for kind in (CALM, *kinds)):
+                if kind not in runs.get(str(seed), {}):
+                    group.create_task(add(seed, kind, Path(keys)))
 
 
 def rows(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each kind of attack what all seeds have shown, beside the calm runs of the same seeds."""
     found: dict[str, dict[str, Any]] = {}
-    for kind in dict.fromkeys(kind for of_seed in runs.values() for kind in of_seed):
+    for kind in (CALM, *ATTACKS):
         pairs = [(s[kind], s[CALM]) for s in runs.values() if kind in s and CALM in s]
+        if not pairs:
+            continue
         losses = [mean_loss(run["losses"]) / mean_loss(calm["losses"]) for run, calm in pairs]
         ratio = statistics.fmean(losses)
         found[kind] = {
             "seeds": len(pairs),
             "loss": statistics.fmean(mean_loss(run["losses"]) for run, _ in pairs),
             "of_calm": ratio,
+            "error": statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan,
             "speed": statistics.fmean(run["steps_per_s"] / calm["steps_per_s"] for run, calm in pairs),
             "experts_lost": statistics.fmean(run["experts_lost"] for run, _ in pairs),
             "hostile_banned": sum(len(run["hostile_banned"]) for run, _ in pairs),
@@ -536,7 +550,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             f"{kind} ({row['seeds']})",
             str(row["deeds"]),
             f"{row['loss']:.3f}",
-            f"{row['of_calm']:.3f}",
+            f"{row['of_calm']:.3f} ± {row['error']:.3f}",
             "" if kind == CALM else "reached" if row["reached"] else "missed",
             f"{row['speed']:.2f}",
             f"{row['hostile_banned']}, {row['honest_banned']}",

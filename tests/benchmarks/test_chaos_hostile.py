@@ -13,6 +13,7 @@ from expert_fakes import make_node
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.chaos import forks
 from benchmarks.chaos.attacks import (
     ATTACKS,
     LIES,
@@ -28,7 +29,10 @@ from benchmarks.chaos.overhead import Window, ratios, steps_in
 from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
 from dht.uid import UID
+from peer.errors import StartError
 from peer.identity import PeerID
+from peer.loop import LoopThread
+from talkoot.demo.processes import DemoProcesses
 from trainer_client.dispatch.batches import NodeBatch, NodeCall
 
 PEERS = [PeerID(bytes([18, 32, number]) + bytes(31)) for number in range(5)]
@@ -220,3 +224,19 @@ def test_the_report_compares_each_attack_with_the_calm_run_of_its_seed() -> None
     assert found["dense-nan"]["counts"] == {"averaged": 20, "refused": 2}
     assert found["replicas-nan"]["of_calm"] == math.inf, "a trainer that failed has no loss"
     assert not found["replicas-nan"]["reached"]
+
+
+def test_a_forked_peer_is_a_process_of_its_own_that_says_why_it_ended(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        processes = DemoProcesses(tmp_path, lambda child, event: None, forks.start)
+        arguments = ("node", "--join", "nonsense", "--state", str(tmp_path / "state"))
+        await processes.start("peer", arguments, ("", "0", str(tmp_path / "attack")))
+        try:
+            with pytest.raises(StartError, match=r"exit status 2: .*invite"):
+                await processes.until(lambda: False, 120, "its end")
+        finally:
+            await processes.stop()
+
+    loop.run(scenario(), 240)
