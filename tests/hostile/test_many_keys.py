@@ -1,4 +1,6 @@
-"""One person calls a node under many keys, to cause most of an expert's steps. Over real sockets."""
+"""Callers that want to cause most of an expert's steps: one person with many keys, and one with many tiny batches whose
+gradients have their signs flipped. Over real sockets.
+"""
 
 from collections.abc import Iterator
 
@@ -8,8 +10,11 @@ from tls_expert_server import FIRST, Call, Edge, Runner, make, running
 
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 
 KEYS, TURNS, ROWS = 8, 12, 16
+TINY = 8
+"""Batches of a row each, beside each honest one."""
 
 
 @pytest.fixture
@@ -35,5 +40,32 @@ def test_many_keys_of_one_line_cause_hardly_more_steps_than_one_caller_may(run: 
         share = max(1 / 4, 2 * KEYS / (KEYS + 3 * ROWS))
         assert hostile <= share * sum(caused.values()) + 1
         assert all(caused[caller.caller] >= TURNS - 1 for caller in honest)
+
+    run(scenario)
+
+
+def test_a_caller_of_many_tiny_batches_with_flipped_signs_causes_no_more_than_its_share(run: Runner) -> None:
+    """Its gradients are a hundred times as large, and those of all others have the same rows."""
+
+    async def scenario(edge: Edge) -> None:
+        honest = [edge.as_another(200 + n, f"192.0.2.{n}") for n in range(3)]
+        flipping = edge.as_another(300, "198.51.100.1")
+        true = Call("backward", [FIRST], [ROWS], range(ROWS))
+        calls = 0
+        for caller in TURNS // 4 * honest:
+            for row in (None, *range(TINY)):
+                calls += 1
+                call = true if row is None else Call("backward", [FIRST], [1], [row])
+                call.header.request_id = calls.to_bytes(16)
+                if row is not None:
+                    inputs, gradients = true.tensors
+                    call.tensors = [inputs[[row]], -100 * gradients[[row]]]
+                outcome = await make(caller if row is None else flipping, call)
+                assert outcome.code is StatusCode.OK, outcome.details
+        caused = edge.runtime.experts[FIRST].callers._caused
+        share = max(1 / 4, 2 * TINY / (TINY + ROWS))
+        assert caused[flipping.caller] <= share * sum(caused.values()) + 1
+        assert total(edge.runtime.metrics.withheld_updates) > 0
+        assert all(caused[caller.caller] >= TURNS // 4 - 1 for caller in honest)
 
     run(scenario)

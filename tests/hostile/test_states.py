@@ -64,6 +64,22 @@ def noise(state: State) -> State:
     return changed(state, lambda t: 0.1 * torch.randn(t.shape, generator=generator))
 
 
+def flipped(state: State) -> State:
+    return changed(state, torch.neg)
+
+
+def doubled(state: State) -> State:
+    return changed(state, lambda tensor: 2 * tensor)
+
+
+def drifted(state: State) -> State:
+    return changed(state, lambda tensor: tensor + 0.05)
+
+
+LIES = (noise, flipped, doubled)
+"""Of ordinary size."""
+
+
 class HostileHost:
     """A stranger that says it serves experts, and gives out whatever bytes a test wants."""
 
@@ -128,6 +144,11 @@ def test_a_hostile_replica_is_averaged_with_by_nobody(play: Play, caplog: pytest
                 await host.offer(states)
                 while set(host.given) != set(UIDS):
                     await node.averaging.average_some()
+            plausible = {uid: LIES[n % len(LIES)](state) for n, (uid, state) in enumerate(own.items())}
+            await host.offer(host.packed(plausible))
+            while set(host.given) != set(UIDS):
+                await node.averaging.average_some()
+            assert total(node.averaging.refused) == len(UIDS), "own updates explain none of these"
             assert total(node.averaging.averagings) == 0
         torch.testing.assert_close(await trained(node, 0), own, rtol=0, atol=0)
         assert not any(expert.source for expert in node.runtime.experts.values())
@@ -174,18 +195,6 @@ def test_states_that_outlived_their_host_are_not_lost_to_a_stranger_that_claims_
     play(scenario)
 
 
-def flipped(state: State) -> State:
-    return changed(state, torch.neg)
-
-
-def doubled(state: State) -> State:
-    return changed(state, lambda tensor: 2 * tensor)
-
-
-def drifted(state: State) -> State:
-    return changed(state, lambda tensor: tensor + 0.05)
-
-
 def rushing(state: State) -> State:
     """The parameters of an honest state, with first moments that lead far away from them in the next steps."""
     return {
@@ -194,7 +203,7 @@ def rushing(state: State) -> State:
     }
 
 
-HARMFUL = (noise, flipped, doubled, drifted, rushing)
+HARMFUL = (*LIES, drifted, rushing)
 
 
 async def assert_honest(node: Node, honest: Sequence[Mapping[UID, State]]) -> None:

@@ -29,11 +29,11 @@ from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import block_to_bytes, to_bytes
 from expert_server.experts.graphs import Rows, SharedGraph
-from expert_server.serving.batching import Result, WorkItem
+from expert_server.serving.batching import Entry, Result, WorkItem
 from expert_server.serving.compute import compute_together
 from expert_server.serving.runtime import Runtime
 from peer.codec import CodecName, Floats, Integers, codec_of, decode, encode
-from peer.errors import StateError, TransferError, VersionGoneError
+from peer.errors import ExpertError, StateError, TransferError
 from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.metrics import total, totals
@@ -468,23 +468,32 @@ def test_a_node_that_holds_up_the_checks_of_its_answers_holds_up_no_others(any_t
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(
-    ("error", "outcome"),
-    [
-        (VersionGoneError("moved on"), "moved_on"),
-        (TransferError("busy"), "not_given"),
-    ],
-)
 def test_a_node_that_gives_no_parameters_is_not_banned_but_counted(
-    loop: LoopThread,
-    tmp_path: Path,
-    error: Exception,
-    outcome: str,
-    caplog: pytest.LogCaptureFixture,
-    any_traffic: None,
+    loop: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture, any_traffic: None
 ) -> None:
-    checked, _ = loop.run(check_nodes(tmp_path, LyingRuntime, source=Reluctant(error)), 60)
-    assert checked.outcomes[outcome] == 33
+    source = Reluctant(TransferError("busy"))
+    checked, _ = loop.run(check_nodes(tmp_path, LyingRuntime, source=source), 60)
+    assert checked.outcomes["not_given"] == 33
+    assert checked.outcomes["passed"] == checked.outcomes["failed"] == 0
+    assert not checked.banned
+    assert len([r for r in caplog.records if "none of the last 32 answers" in r.getMessage()]) == 1
+
+
+class Evading(LyingRuntime):
+    """Says after each answer that its parameters have changed."""
+
+    def _compute(self, experts: Sequence[Expert], batch: Sequence[Entry]) -> list[Result | ExpertError]:
+        results = super()._compute(experts, batch)
+        for expert in experts:
+            expert._changes += 1
+        return results
+
+
+def test_a_node_whose_parameters_always_have_moved_on_is_noticed(
+    loop: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture, any_traffic: None
+) -> None:
+    checked, _ = loop.run(check_nodes(tmp_path, Evading), 60)
+    assert checked.outcomes["moved_on"] == 33
     assert checked.outcomes["passed"] == checked.outcomes["failed"] == 0
     assert not checked.banned
     assert len([r for r in caplog.records if "none of the last 32 answers" in r.getMessage()]) == 1
