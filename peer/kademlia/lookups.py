@@ -418,13 +418,13 @@ class _Run:
         reach, witnesses = lookups.usual_reach(), lookups.witnesses(limits.witnesses)
         self._peers.update(witnesses)
         self._contacts = limits.contacts
-        self._strangers = set(witnesses)
-        """Nodes far from all keys. Whom they name is far, too, and of no use to a peer that knows enough others."""
+        self._reach = reach
+        self._drawn = frozenset(witnesses)
+        """All witnesses."""
         self._witnesses = dict.fromkeys(keys, witnesses) if witnesses else {}
         """Those that were not asked yet, of each key."""
         for key in keys:
             known = self._nearest_known(key, BUCKET_SIZE)
-            self._strangers.difference_update(known)
             search = IterativeSearch(key, known, limits, reach, self._neighbourhood_of)
             if search.is_crowded:
                 search.know(self._nearest_known(key, limits.crowd))
@@ -523,9 +523,10 @@ class _Run:
 
     def _wants_contacts(self, call: _Call) -> bool:
         """Names and contacts, with a list of those known, are most of a call. Of keys that were looked up before, some
-        calls ask for them, so that nodes which came since are found.
+        calls ask for them, so that nodes which came since are found. Nodes that a witness far from all keys names are
+        far, too, and of no use.
         """
-        if call.node in self._strangers:
+        if call.node in self._drawn and all(call.node ^ key > self._reach for key in call.keys):
             return False
         is_cold = self._contacts is None or not all(map(self._lookups.near, call.keys))
         return is_cold or self._lookups.rng.random() < _NAMES_ASKED
