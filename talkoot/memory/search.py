@@ -10,7 +10,7 @@ import platformdirs
 
 from dht.admission import Role
 from dht.announcements import NodeInfo
-from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MAX_TEXT_CHARACTERS, MemoryID
+from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MAX_TEXT_CHARACTERS, MemoryID, Passage
 from dht.swarm import Swarm
 from peer.errors import DataError, LibraryError
 from peer.formatting import counted, printable
@@ -103,22 +103,35 @@ def _show(terminal: Terminal, answer: _Answer) -> None:
     names = {node.peer_id: node.name for node in answer.nodes if node.name}
     width = min(terminal.out.width, _WIDEST)
     for number, hit in enumerate(answer.result.hits, 1):
-        passage = hit.passage
-        title = printable(passage.title, MAX_LABEL_CHARACTERS) or "(no title)"
+        title, source, license = _labels(hit.passage)
         terminal.line(f"{number}. {title}")
         about = (
-            printable(passage.source, MAX_LABEL_CHARACTERS),
-            printable(passage.license, MAX_LICENSE_CHARACTERS) or "licence not given",
+            source,
+            license,
             f"score {hit.score:.3f}",
             f"served by {names.get(hit.served_by, hit.served_by)}",
         )
         terminal.line(_INDENT + " · ".join(text for text in about if text))
-        text = printable(passage.text, MAX_TEXT_CHARACTERS)
+        text = printable(hit.passage.text, MAX_TEXT_CHARACTERS)
         terminal.line(textwrap.fill(text, width, initial_indent=_INDENT, subsequent_indent=_INDENT) + "\n")
     missing = len(answer.result.missing)
     gap = f"; nobody answered for {counted(missing, 'cell')} near the question" if missing else ""
     found = counted(len(answer.result.hits), "passage")
     terminal.line(f"{found} of memory {answer.memory} in {answer.seconds:.2f} s{gap}")
+
+
+def citation(passage: Passage) -> str:
+    """Its title, source and licence, for people."""
+    title, source, license = _labels(passage)
+    return f"{title} ({source}, {license})"
+
+
+def _labels(passage: Passage) -> tuple[str, str, str]:
+    return (
+        printable(passage.title, MAX_LABEL_CHARACTERS) or "(no title)",
+        printable(passage.source, MAX_LABEL_CHARACTERS),
+        printable(passage.license, MAX_LICENSE_CHARACTERS) or "licence not given",
+    )
 
 
 def _to_dict(request: SearchRequest, answer: _Answer) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MemoryID, Passage
+from dht.memory import MemoryID, Passage
 from peer.errors import DataError, SettingsError
 from peer.formatting import counted, printable
 from peer.metrics import total
-from talkoot.memory.search import check_found, check_hosts, hit_dict, why_nothing
+from talkoot.memory.search import check_found, check_hosts, citation, hit_dict, why_nothing
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, to_json
 from talkoot.train.trained import JoinedRun, joined_run
@@ -46,7 +46,7 @@ class Answered:
             return self.answers[0].text
         read = counted(len(self.result.hits), "passage")
         why = why_nothing(self.memory, self.result) or (
-            f"the {read} of memory {self.memory} that fit best don't say it"
+            f"memory {self.memory} does not say it in the {read} that fit best"
         )
         return f"Nothing found: {why}."
 
@@ -83,9 +83,7 @@ class QuestionAnswerer:
 
     def check(self, question: str) -> None:
         """Raises DataError if it is none, or too long."""
-        if not question.strip():
-            raise DataError("ask something, such as: how hot is a sauna?")
-        check_query([question], 1, 1)
+        _check(question)
         self.model.reader.source(question, None)
 
     def answer(self, question: str, stage: Callable[[str], None] = lambda text: None) -> Answered:
@@ -99,13 +97,19 @@ class QuestionAnswerer:
         return Answered(self._memory.id, result, self._answerer.answers(question, found, self._marginal))
 
 
+def _check(question: str) -> None:
+    """What can be checked before the model is known. Raises DataError."""
+    if not question.strip():
+        raise DataError('ask something, such as "how hot is a sauna?"')
+    check_query([question], 1, 1)
+
+
 def run_ask(
     terminal: Terminal, signals: StopSignals, join: str | None, question: str, settings: TrainerSettings
 ) -> None:
     """Raises UserError when it can't, and Stopped after a signal."""
-    if not question.strip():
-        raise DataError('ask something, such as: talkoot ask --join INVITE "how hot is a sauna?"')
-    check_query([as_text(question)], 1, 1)
+    question = as_text(question)
+    _check(question)
 
     def require_questions(tokenizer: object, settings: TrainerSettings, folder: object) -> None:
         if not settings.answers_questions:
@@ -115,7 +119,7 @@ def run_ask(
             )
 
     with joined_run(terminal, signals, join, settings, require_questions) as run:
-        answer_question(terminal, run, as_text(question))
+        answer_question(terminal, run, question)
 
 
 def answer_question(terminal: Terminal, run: JoinedRun, question: str) -> None:
@@ -173,10 +177,5 @@ def _lines(answered: Answered, unanswered: int) -> Iterator[str]:
 def _sources(answer: Answer) -> Iterator[str]:
     """The passages behind an answer, the one that had the largest part in it first."""
     for source in answer.sources:
-        passage = source.hit.passage
         if source.share >= _LEAST_SHARE:
-            yield (
-                f"   {source.share:.0%} from {printable(passage.title, MAX_LABEL_CHARACTERS) or '(no title)'} "
-                f"({printable(passage.source, MAX_LABEL_CHARACTERS)}, "
-                f"{printable(passage.license, MAX_LICENSE_CHARACTERS) or 'licence not given'})"
-            )
+            yield f"   {source.share:.0%} from {citation(source.hit.passage)}"

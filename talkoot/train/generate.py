@@ -4,12 +4,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, Passage
+from dht.memory import Passage
 from peer.errors import DataError
-from peer.formatting import counted, printable
+from peer.formatting import counted
 from peer.metrics import total
+from talkoot.memory.search import citation
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, escaped
 from talkoot.train.ask import answer_question
@@ -53,22 +54,12 @@ def run_generate(
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        for line in sources_of(read):
-            terminal.err.print(escaped(line))
+        for source in dict.fromkeys(map(citation, read)):
+            terminal.err.print(escaped(f"read: {source}"))
         if rows := int(total(trained.client.dispatcher.metrics.unanswered_rows)):
             logger.warning(
                 "no expert answered for %s, so the text is worse than it could be", counted(rows, "row")
             )
-
-
-def sources_of(passages: Iterable[Passage]) -> list[str]:
-    """What was read, for people: a line for each source, the first that was read first."""
-    lines = [
-        f"{printable(passage.title, MAX_LABEL_CHARACTERS)} ({printable(passage.source, MAX_LABEL_CHARACTERS)}, "
-        f"{printable(passage.license, MAX_LICENSE_CHARACTERS)})"
-        for passage in passages
-    ]
-    return [f"read: {line}" for line in dict.fromkeys(lines)]
 
 
 def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:

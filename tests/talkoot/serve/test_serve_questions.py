@@ -77,7 +77,7 @@ def test_passages_that_do_not_say_it_are_no_sources() -> None:
     memory = MemoryID.of("shelf", HOST)
     hit = Hit(passage("kiuas", "red"), 1.0, 1.0, memory, b"", HOST, SHELF.encode(["kiuas"])[0])
     silent = Answered(memory, SearchResult((hit,)), [Answer("", 0.9, (Source(hit, 1.0),))])
-    assert silent.text == f"Nothing found: the 1 passage of memory {memory} that fit best don't say it."
+    assert silent.text == f"Nothing found: memory {memory} does not say it in the 1 passage that fit best."
     assert silent.sources == ()
     assert Answered(memory, SearchResult(()), ()).text == (
         f"Nothing found: memory {memory} has no passages near this question."
