@@ -261,7 +261,7 @@ class SwarmClient:
         if self.dispatcher.live_experts():
             self._waits = 0
             return True
-        if self._waits == _MOST_WAITS:
+        if self._waits >= _MOST_WAITS:  # several threads may wait
             self._waits = 0
             raise SwarmError(
                 f"experts are announced, but {_MOST_WAITS} times in a row none of them answered: "

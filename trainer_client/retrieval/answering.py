@@ -343,7 +343,7 @@ class Continuations:
 
 
 class Answerer:
-    """Answers questions with a trained model. Belongs to one thread."""
+    """Answers questions with a trained model. For any thread."""
 
     def __init__(self, model: RagModel, is_usable: Callable[[], bool] = lambda: True) -> None:
         """`is_usable`: as for `Decoder`."""

@@ -175,8 +175,8 @@ class Retrieval(nn.Module):
 class NeighbourEncoder(nn.Module):
     """Attention in both directions over a neighbour, with rotary positions.
 
-    It has a fourth of the model's heads and no feed-forward block: there are four times as many tokens to encode as
-    there are in the text.
+    It has a quarter of the model's heads and no feed-forward block, because the passages have at least twice as many
+    tokens as the text.
     """
 
     frequencies_C: Tensor

@@ -266,9 +266,8 @@ def prepare_run(
             corpus = Corpus(np.empty(0, np.uint8), digest_of(questions))
         else:
             corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
-            require_length(
-                corpus.tokens, LEAST_CONTEXT, tokenizer.token_bytes
-            )  # the swarm's context is not known yet
+            # the swarm's context is not known yet
+            require_length(corpus.tokens, LEAST_CONTEXT, tokenizer.token_bytes)
     if checkpoint is not None and checkpoint.header.data_sha256 not in ("", corpus.sha256):
         logger.warning("the text differs from the one that the checkpoint was trained on")
     return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus, questions)
