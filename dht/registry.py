@@ -594,7 +594,7 @@ class Registry:
     ) -> dict[PeerID, NodeInfo]:
         """The valid node records of these peers; `with_left`: of those that left in order, too.
 
-        `limits`: see `Lookups.find`. Few look for the same peer twice, so such look-ups are dear.
+        `limits`: see `Lookups.find`. Frugal by default: a look-up that is not repeated is the most expensive kind.
         """
         keys = {self.keys.node(peer_id): peer_id for peer_id in peer_ids}
         found = await self._own_records("node", keys, self._node_info, limits)

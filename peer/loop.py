@@ -364,7 +364,7 @@ async def keep_running(
 ) -> None:
     """Runs it until it returns or raises a `fatal` exception. After any other it is logged, counted and run again.
 
-    So it is after a CancelledError of something that it waited for, which would end it without a word.
+    That includes a CancelledError that something it awaits has raised, unless this task is cancelled itself.
     """
     pause_s, now = first_pause_s, asyncio.get_running_loop().time
     while True:

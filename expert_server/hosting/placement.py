@@ -48,7 +48,7 @@ FEW = 4
 MOST_REGIONS = 32
 """Regions that a look reads, at most, to see what is active. A layer that has just split has many."""
 CROWDED = 2
-"""An expert is crowded that has more than so many times as many replicas as another, which gets one more instead."""
+"""An expert is crowded if it has more than so many times the replicas of another, which then gets one more."""
 _NONE_UNREAD: Mapping[UID, int] = MappingProxyType({})
 _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 

@@ -88,7 +88,7 @@ class PublisherFollower:
         self._refused: dict[MemoryID, Part] = {}
         """What this node may not host, by the manifest that says so."""
         self._wrong: dict[MemoryID, LibraryEntry] = {}
-        """What is listed, and whose manifest is not the one of such a revision: it is not fetched again."""
+        """Listed entries whose manifest is not that of the listed revision. It is not fetched again."""
         self._unlisted: dict[MemoryID, float] = {}
         """Since when memories that are hosted here are in nobody's list."""
         self._kept_at: float | None = None

@@ -90,7 +90,7 @@ class Found:
     entries: Entries = field(default_factory=dict)
     """By subkey, from the answer that expires last. Some may have expired."""
     counts: dict[int, int] = field(default_factory=dict)
-    """How many entries each node has that gave some, by its own word."""
+    """How many entries each node says that it has, of those that gave only some."""
 
     def take(self, entries: Entries) -> bool:
         """Merges an answer; False if it is empty."""
@@ -102,8 +102,8 @@ class Found:
 
     @property
     def unread(self) -> int:
-        """About how many entries there are beside these, index entries not counted: the middle one of the holders'
-        words, so that none of them alone decides.
+        """About how many further entries there are, not counting index entries: by the median of what holders say, so
+        that one of several can't decide alone.
         """
         told = [self.counts[node] for node in self.search.nearest()[:REPLICAS] if node in self.counts]
         return max(0, statistics.median_low(told) - large_entries(self.entries)) if told else 0

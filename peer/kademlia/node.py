@@ -152,7 +152,7 @@ class FindResult:
     has_value: bool = False
     """Whether it has any entries, be they the same."""
     count: int = 0
-    """Entries that it has, by its own word, if it was to give only some; index entries not counted."""
+    """How many entries it says that it has, if it was asked for only some; index entries not counted."""
 
 
 class KademliaNode:

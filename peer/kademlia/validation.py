@@ -179,7 +179,7 @@ def digest_of(key: int, subkey: Subkey, entry: Entry) -> int:
 
 
 def large_entries(entries: Entries) -> int:
-    """How many are no index entries."""
+    """How many are not index entries."""
     return sum(entry_bytes(subkey, entry) > SMALL_ENTRY_BYTES for subkey, entry in entries.items())
 
 

@@ -105,7 +105,7 @@ def make_stub(
 def while_open() -> Iterator[None]:
     """Raises ExpertError (UNAVAILABLE) if the channel of a call inside is closed, as a pool does to make room.
 
-    gRPC tells who waits for a call by a CancelledError, which would end the task as if somebody had cancelled it.
+    gRPC raises CancelledError where the call is awaited, which would end the task as if somebody had cancelled it.
     """
     try:
         yield

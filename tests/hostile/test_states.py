@@ -148,7 +148,7 @@ def test_a_hostile_replica_is_averaged_with_by_nobody(play: Play, caplog: pytest
             await host.offer(host.packed(plausible))
             while set(host.given) != set(UIDS):
                 await node.averaging.average_some()
-            assert total(node.averaging.refused) == len(UIDS), "own updates explain none of these"
+            assert total(node.averaging.refused) >= len(UIDS), "own updates explain none of these"
             assert total(node.averaging.averagings) == 0
         torch.testing.assert_close(await trained(node, 0), own, rtol=0, atol=0)
         assert not any(expert.source for expert in node.runtime.experts.values())
