@@ -102,11 +102,13 @@ class Found:
 
     @property
     def unread(self) -> int:
-        """About how many further entries there are, not counting index entries: by the median of what holders say, so
-        that one of several can't decide alone.
+        """About how many further entries there are, not counting index entries: by the median of what holders say. At
+        least a quorum of them must have said it, so that nobody can make up records and their number alone.
         """
         told = [self.counts[node] for node in self.search.nearest()[:REPLICAS] if node in self.counts]
-        return max(0, statistics.median_low(told) - large_entries(self.entries)) if told else 0
+        if len(told) < DEFAULT_LIMITS.quorum:
+            return 0
+        return max(0, statistics.median_low(told) - large_entries(self.entries))
 
     @property
     def someone_answered(self) -> bool:

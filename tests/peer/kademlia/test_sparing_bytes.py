@@ -182,6 +182,32 @@ def test_holders_that_give_some_entries_say_how_many_they_have_and_one_alone_is_
     play(scenario)
 
 
+def test_a_count_of_what_only_one_node_has_seen_is_not_believed() -> None:
+    """Of a key under which honest nodes have nothing, records can be made up together with their count."""
+
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key = key_id_of(KEY)
+        nearest = sorted(swarm.peers, key=lambda peer: peer.dht.node_id ^ key)
+        until = swarm.peers[0].registry.now() + 600
+
+        async def answer(sender: PeerID, data: bytes) -> bytes:
+            response = await nearest[0].server.find(sender, dht_pb2.FindRequest.FromString(data))
+            for result in response.results:
+                result.entries = 512
+            return response.SerializeToString()
+
+        await nearest[0].dht.transport.serve("find", answer)
+        for large in (0, 1):
+            if large:
+                nearest[0].dht.storage.put(key, {1: Entry(bytes(1000), until)})
+            for limits in (FRUGAL, DEFAULT_LIMITS):
+                reader = await newcomer(swarm)
+                found = (await reader.lookups.find([key], limits, room=1500))[key]
+                assert (len(found.entries), found.unread) == (large, 0)
+
+    play(scenario)
+
+
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(0, 4000), st.integers(0, 2**32))
 def test_some_entries_are_all_small_ones_and_as_many_others_as_fit(
     sizes: list[int], room: int, seed: int
