@@ -146,6 +146,8 @@ class Directory:
         self._now = now
         self._rng = rng or random.SystemRandom()
         self._indices: dict[int, PrefixIndex] = {}
+        self._hurried: set[UID] = set()
+        """Experts of which other hosts may announce further down than those in the view. A refresh reads them all."""
         self._gone: dict[PeerID, float] = {}
         """Peers that were found dead, and when the node record that they had then expires."""
 
@@ -161,6 +163,7 @@ class Directory:
         others, as hosts renew the prefixes seldom where a crowd seems to do it.
         """
         living = {uid for uid, hosts in self.view.replicas.items() if hosts}
+        self._hurried.clear()
         if self.knows_all:
             replicas = await self.registry.replicas(self._manifest.uids(), only_active=True)
             missing = [uid for uid, hosts in replicas.items() if not hosts]
@@ -226,6 +229,8 @@ class Directory:
         UnreachableError.
         """
         index, room, width = self._index(layer), _MAX_READ, default_beam_size(k)
+        if avoided:
+            await self._read_hidden(avoided)
         if not index.knows(()):
             guessed = index.best(scores, _GUESSED * k, everything=True)
             self.registry.read_ahead(
@@ -304,9 +309,16 @@ class Directory:
             return
         is_hurried = len(uids) <= _MOST_GUESSED
         await self._add(await self.registry.replicas(uids, limits=DEFAULT_LIMITS, at_once=is_hurried))
-        # who was found first can't be called, and others may announce the expert further down
-        hidden = [uid for uid in uids if self.view.replicas.get(uid) and not self.view.hosts(uid)]
-        if is_hurried and hidden:
+        if is_hurried:
+            self._hurried.update(uids)
+            await self._read_hidden()
+
+    async def _read_hidden(self, avoided: frozenset[PeerID] = NOBODY) -> None:
+        """Others may announce an expert further down than who was found first, and can't be called or is avoided."""
+        hosted = [uid for uid in self._hurried if self.view.replicas.get(uid)]
+        hidden = [uid for uid in hosted if not self.view.hosts(uid, avoided)]
+        if hidden:
+            self._hurried.difference_update(hidden)
             await self._add(await self.registry.replicas(hidden, limits=DEFAULT_LIMITS))
 
     async def _add(self, replicas: Mapping[UID, tuple[Replica, ...]]) -> None:

@@ -162,6 +162,28 @@ def test_a_host_that_can_not_be_called_hides_no_other_that_announces_further_dow
     assert [replica.peer_id for replica in view.hosts(UID(0, (7, 3)))] == [FIRST]
 
 
+def test_an_avoided_host_that_was_found_first_hides_no_other_that_announces_further_down() -> None:
+    class Hurried(FakeRegistry):
+        async def replicas(
+            self, uids: Collection[UID], *, at_once: bool = False, **_: Any
+        ) -> dict[UID, tuple[Replica, ...]]:
+            found = await super().replicas(uids)
+            return {uid: (make_replica(uid, SECOND),) for uid in found} if at_once else found
+
+    async def scenario() -> None:
+        registry, scores = Hurried([(7, 3)], [(7, 3)]), random_scores(1, rows=1)
+        directory, uid = make_directory(registry), UID(0, (7, 3))
+        view = await directory.search(0, scores, 4)
+        assert [replica.peer_id for replica in view.hosts(uid)] == [SECOND]
+        view = await directory.search(0, scores, 4, frozenset({SECOND}))
+        assert [replica.peer_id for replica in view.hosts(uid)] == [FIRST]
+        registry.reads.clear()
+        await directory.search(0, scores, 4, frozenset({FIRST, SECOND}))
+        assert registry.reads == [], "what was read whole is not read again"
+
+    asyncio.run(scenario())
+
+
 def test_experts_that_nobody_hosts_make_room_for_the_next_best_and_are_not_asked_for_again() -> None:
     active, scores = random_experts(1.0, 0), random_scores(2, rows=1)
     first = {tuple(c) for c in best(scores, active).coordinates[0].tolist()}
