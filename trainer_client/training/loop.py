@@ -158,6 +158,8 @@ class Training:
         for name, state in moments.items():
             parameter = self._parameters[name]
             _check(state, {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter})
+            if any((state[moment] < 0).any() for moment in ("step", "exp_avg_sq")):
+                raise StateError(f"its moments of {name!r:.80} are negative")
         self._model.load_state_dict(model)
         self.part.replace(model, age)
         for name, state in moments.items():

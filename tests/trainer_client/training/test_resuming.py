@@ -22,7 +22,7 @@ from run_samples import (
 )
 from torch import nn
 
-from peer.errors import CheckpointError, StartError, UserError
+from peer.errors import CheckpointError, StartError, StateError, UserError
 from peer.files import StateFolder
 from peer.optimizer import Optimizer
 from trainer_client.data.corpus import Dataset
@@ -143,6 +143,34 @@ def test_a_router_of_other_parameters_does_not_fit(tmp_path: Path) -> None:
         CheckpointError, match=r"step 2 does not fit: it and this model differ in 'mixtures\.0"
     ):
         train_on(swarm, "noisy-top-k", again)
+
+
+@pytest.mark.parametrize(
+    ("moment", "odd", "said"),
+    [
+        ("step", torch.tensor(-1.0), "are negative"),
+        ("step", torch.ones(1), r"step is \(1,\)"),
+        ("exp_avg_sq", -torch.ones(()), "are negative"),
+        ("exp_avg_sq", torch.ones((), dtype=torch.float64), "torch.float64"),
+    ],
+)
+def test_moments_that_would_break_the_next_step_are_refused_and_change_nothing(
+    tmp_path: Path, moment: str, odd: torch.Tensor, said: str
+) -> None:
+    settings = make_settings(data=str(write_text(tmp_path)), steps=1)
+    dataset = Dataset(start(tmp_path, settings).corpus.tokens, 16)
+    model = LanguageModel(MANIFEST, lambda layer: nn.Identity())
+    training = Training(model, dataset, settings)
+    training.run(lambda progress: None, threading.Event())
+    state = training.export_state()
+    assert state is not None
+    name = f"optimizer.head.weight.{moment}"
+    state[name] = odd if odd.shape else odd.expand(state[name].shape).clone()
+    state["model.head.weight"] += 1
+    before = model.head.weight.clone()
+    with pytest.raises(StateError, match=said):
+        training.import_state(state, 1)
+    assert torch.equal(model.head.weight, before)
 
 
 # Folders
