@@ -566,7 +566,7 @@ class Registry:
     ) -> Region:
         """What these keys say. The first one is the prefix's own."""
         replicas: dict[UID, list[Replica]] = {}
-        hosts = size = 0
+        hosts = count = size = 0
         key = keys[0]
         records = [(subkey, value) for subkey, (value, _) in answers[key].items() if isinstance(value, bytes)]
         self._rng.shuffle(records)
@@ -579,11 +579,14 @@ class Registry:
             read = partial(self._replicas_in, prefix, key, subkey, value)
             record = self.guard.read("replica", subkey, read) or {}
             hosts += bool(record)
+            count += 1
             size += len(value)
             for uid, replica in record.items():
                 replicas.setdefault(uid, []).append(replica)
         active = set[int]().union(*(active_under(each, answers[each]) for each in keys))
-        return Region(replicas, frozenset(active), hosts, size, answers[key].unread)
+        # those that were not read are taken to be like these, of which some announce nothing any more
+        unread = answers[key].unread * hosts // max(1, count)
+        return Region(replicas, frozenset(active), hosts, size, unread)
 
     def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
         peer_id = parse_peer_id(subkey)

@@ -15,6 +15,7 @@ from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState, announced, read_replicas
 from dht.records import MAX_REPLICAS_OF_RECORD, sign_record
 from dht.regions import CROWDED_BYTES, STAYS_AT_ROW, Region, RegionMap
+from dht.registry import Entries
 from dht.uid import UID
 from peer.errors import RecordError
 from peer.identity import PeerID
@@ -263,6 +264,22 @@ def test_a_record_of_experts_that_do_not_exist_shows_none() -> None:
         assert not await liar.lookups.store([Item(key, liar.peer_id.to_bytes(), record, until + 1)])
 
     play(scenario, nodes=8)
+
+
+def test_records_that_announce_nothing_any_more_do_not_count_as_hosts_that_were_not_read() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        registry, layer, until = swarm.peers[0].registry, (0, ()), swarm.peers[0].registry.now() + 60
+        entries = Entries()
+        for number, peer in enumerate(swarm.peers):
+            said = ReplicaAnnouncement(UID(0, (1, 1)), SERVING if number < 2 else WITHDRAWN, 1)
+            for item in peer.registry._region_items(layer, [said], until, 0).values():
+                entries[item.subkey] = item.value, until
+        entries.unread = 40
+        key = registry.keys.prefix(*layer)
+        region = registry._region(layer, [key], {key: entries})
+        assert (region.hosts, region.unread) == (2, 10)
+
+    play(scenario, 8)
 
 
 def test_who_is_in_a_hurry_waits_for_nothing_below_a_region_that_has_a_host_or_has_not_split(
