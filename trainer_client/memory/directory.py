@@ -35,6 +35,8 @@ from peer.errors import LibraryError, TransferError, UnreachableError, WireError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words
 from peer.identity import PeerID
+from peer.kademlia.lookups import FRUGAL
+from peer.kademlia.search import DEFAULT_LIMITS
 from peer.platform.files import open_plainly
 from peer.rpc.parts import PartClient, has_sha256
 from trainer_client.memory.calls import loop_time
@@ -371,7 +373,7 @@ class MemoryDirectory:
         wanted = list(peers if again else peers - self._nodes.keys())
         for at in range(0, len(wanted), _READ_AT_ONCE):
             part = wanted[at : at + _READ_AT_ONCE]
-            nodes = await self._registry.nodes(part)
+            nodes = await self._registry.nodes(part, limits=FRUGAL if again else DEFAULT_LIMITS)
             for peer_id in part:  # records expire
                 self._nodes.pop(peer_id, None)
             self._nodes |= nodes
