@@ -50,7 +50,7 @@ def test_a_broken_file_counts_as_nothing(
         assert total.rows == 2
     else:
         assert total == Contribution(rows=1, updates=1)
-        assert "counted anew" in caplog.text
+        assert "counted from 0 again" in caplog.text
 
 
 def test_a_disk_that_cannot_be_written_is_a_warning(

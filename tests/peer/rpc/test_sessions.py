@@ -95,7 +95,7 @@ def test_a_challenge_is_of_use_for_half_a_minute_and_at_its_server(server: Ident
     time = [1000.0]
     sessions = make_sessions(server, clock=lambda: time[0])
     other = statement_of(alice, server, make_sessions(server))
-    refused(sessions, other, StatusCode.UNAUTHENTICATED, "no challenge of this server")
+    refused(sessions, other, StatusCode.UNAUTHENTICATED, "gave no such challenge")
     request = statement_of(alice, server, sessions)
     time[0] = 1031.0
     refused(sessions, request, StatusCode.UNAUTHENTICATED, "too old: ask for a new one")

@@ -167,7 +167,7 @@ def test_what_is_missing_is_said_before_anything_is_learned(
 ) -> None:
     plan = write_samples(tmp_path)
     shown: list[str] = []
-    with pytest.raises(SettingsError, match="is no folder"):
+    with pytest.raises(SettingsError, match="is not a folder"):
         train_encoder(replace(plan, out=tmp_path / "nowhere" / "encoder"), lambda what, _: shown.append(what))
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(DataError, match="retrieval"):
