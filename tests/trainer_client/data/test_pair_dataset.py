@@ -132,7 +132,7 @@ def test_bytes_are_counted_of_the_tokens_that_are_text() -> None:
 
 
 def test_a_text_that_is_too_short_is_refused() -> None:
-    with pytest.raises(DataError, match="give a longer one"):
+    with pytest.raises(DataError, match="give a longer text"):
         PairDataset(TEXT[:20], 64, "causal", BYTES)
 
 
