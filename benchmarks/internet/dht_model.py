@@ -186,6 +186,10 @@ class ModelFound:
     def entries(self) -> dict[Any, Entry]:
         return self.answer.entries
 
+    @property
+    def unread(self) -> int:
+        return self.answer.unread
+
 
 class ModelDHT:
     """All keys of all swarms."""

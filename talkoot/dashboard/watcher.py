@@ -289,7 +289,7 @@ class Watcher:
             self._failed_in_a_row >= _FAILURES_TO_SAY_SO or not self._was_read
         ):
             self.unreachable_since = self._now()
-            logger.warning("can't reach the swarm: %s; the page shows what was seen last", error)
+            logger.warning("cannot reach the swarm: %s; the page shows what was seen last", error)
         self.tell()
 
     def tell(self) -> None:

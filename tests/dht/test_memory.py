@@ -52,7 +52,7 @@ def test_a_memorys_id_names_it_and_its_publisher() -> None:
 
 @pytest.mark.parametrize("name", ["", "a", "A-b", "-ab", "ab-", "a" * 25, "a b", "a.b", "ab\n"])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(WireError, match="no name of a memory"):
+    with pytest.raises(WireError, match="is not a name for a memory"):
         check_name(name)
     with pytest.raises(WireError):
         MemoryID.parse(f"{name}-{'1' * 12}")
