@@ -20,9 +20,7 @@ from benchmarks.chaos import attacks
 from talkoot.demo.processes import DemoProcess, Hear
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["benchmarks.chaos.attacks", "talkoot.node.launch", "talkoot.train.session", "torch._dynamo"]
-)
+_FORKS.set_forkserver_preload(["benchmarks.chaos.attacks", "talkoot.node.launch", "talkoot.train.session"])
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GRPC_VERBOSITY": "ERROR"}
 """What torch and gRPC read when they are imported."""
 _PR_SET_PDEATHSIG = 1
