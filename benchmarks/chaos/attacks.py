@@ -1,8 +1,10 @@
-"""What hostile peers of a chaos run do: each is a real node or trainer with a small patch.
+"""What hostile peers of a chaos run do, and the process of one: a real node or trainer with a small patch.
 
-The peer joins and works like any other, and attacks as soon as a file exists. It then claims `CLAIMED` more updates
-than it took. In place of an attack, the names of `RULES` make an honest peer leave these rules out while the file
-exists.
+    python attacks.py ATTACK SEED FILE COMMAND...
+
+runs the `talkoot` command. The peer joins and works like any other, and attacks as soon as the file exists. It then
+claims `CLAIMED` more updates than it took. In place of an attack, the names of `RULES` make an honest peer leave these
+rules out while the file exists. This file is run as a script, so it imports nothing from its folder.
 """
 
 import asyncio
@@ -331,19 +333,21 @@ def patches_of(attack: str, seed: int, start: Start) -> Callable[[], None]:
     return lambda: flip_gradients(seed, start)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the `talkoot` command. Before its arguments come the attack, or nothing for an honest peer, the seed, and
-    the file of `Start`.
-    """
-    attack, seed, file, *given = arguments
+def main() -> None:
+    _, attack, seed, file, *arguments = sys.argv
     from talkoot import cli, options
     from talkoot.terminal import set_up_logging
 
+    apply = patches_of(attack, int(seed), Start(Path(file)))
+
     def set_up_and_patch(*values: Any) -> None:
-        set_up_logging(*values)
-        if attack:
-            patches_of(attack, int(seed), Start(Path(file)))()
+        set_up_logging(*values)  # first: it says how loud gRPC is, which gRPC reads when it is imported
+        apply()
 
     patch.object(options, "set_up_logging", set_up_and_patch).start()
-    sys.argv = ["talkoot", *given]
+    sys.argv = ["talkoot", *arguments]
     cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chaos import forks
+from benchmarks.chaos import attacks
 from benchmarks.chaos.attacks import ATTACKS
 from benchmarks.chaos.swarm import HOST, until
 from dht.announcements import Replica, ReplicaState
@@ -208,7 +208,7 @@ class HostileSwarm:
         peers = [_Peer(name, hostile, port) for (name, hostile), port in zip(names, ports, strict=True)]
         self.nodes, self.trainers = peers[: plan.nodes], peers[plan.nodes :]
         self._invite: str | None = None
-        self._children = DemoProcesses(folder, self._hear, forks.start)
+        self._children = DemoProcesses(folder, self._hear)
         self.begins = folder / "attack"
         self._pids: dict[int, float] = {}
         self.began_at = 0
@@ -363,12 +363,10 @@ class HostileSwarm:
         state.mkdir(mode=0o700)
         Identity.load_or_create(self._keys / peer.name)
         shutil.copy2(self._keys / peer.name, state / "identity.key")
-        patched = self._attack if peer.hostile else self._without
-        peer.child = await self._children.start(
-            peer.name,
-            (*arguments, "--state", str(state)),
-            (patched or "", str(self._seed), str(self.begins)),
-        )
+        program: Sequence[str] = ("-m", "talkoot.cli")
+        if (patched := self._attack if peer.hostile else self._without) is not None:
+            program = (attacks.__file__, patched, str(self._seed), str(self.begins))
+        peer.child = await self._children.start(peer.name, (*arguments, "--state", str(state)), program)
 
     def _hear(self, child: DemoProcess, event: Mapping[str, Any]) -> None:
         peer = next(p for p in [*self.nodes, *self.trainers] if p.name == child.name)
@@ -550,7 +548,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             f"{kind} ({row['seeds']})",
             str(row["deeds"]),
             f"{row['loss']:.3f}",
-            f"{row['of_calm']:.3f} ± {row['error']:.3f}",
+            f"{row['of_calm']:.3f}" + (f" ± {row['error']:.3f}" if math.isfinite(row["error"]) else ""),
             "" if kind == CALM else "reached" if row["reached"] else "missed",
             f"{row['speed']:.2f}",
             f"{row['hostile_banned']}, {row['honest_banned']}",

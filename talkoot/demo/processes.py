@@ -7,10 +7,10 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from peer.errors import StartError
 from peer.platform.processes import CHILD_FLAGS, ask_to_end, die_with_parent
@@ -22,23 +22,15 @@ _CODE = re.compile(r" \[T[0-9]{3}\]$")
 
 Hear = Callable[["DemoProcess", Mapping[str, Any] | None], None]
 """Gets each JSON line of a process, and None when it has ended."""
-Launch = Callable[[str, Sequence[str], Path, Hear, Mapping[str, str]], Awaitable["DemoProcess"]]
-"""Starts a process, as `DemoProcess.start` does."""
 
 
 class DemoProcesses:
     """All processes of the demo. Stop them when done."""
 
-    def __init__(
-        self,
-        folder: Path,
-        on_event: Callable[["DemoProcess", Mapping[str, Any]], None],
-        launch: Launch | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, on_event: Callable[["DemoProcess", Mapping[str, Any]], None]) -> None:
         """`on_event` gets each JSON line of each process. Log lines go to files in `folder`."""
         self._folder = folder
         self._on_event = on_event
-        self._launch = launch or DemoProcess.start
         self._changed = asyncio.Event()
         self._all: list[DemoProcess] = []
 
@@ -50,7 +42,7 @@ class DemoProcesses:
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> "DemoProcess":
         """Runs `talkoot` with the arguments, or another `program` of Python's. `environment` is added to this one's."""
-        process = await self._launch(name, (*program, *arguments), self._folder, self._hear, environment)
+        process = await DemoProcess.start(name, (*program, *arguments), self._folder, self._hear, environment)
         self._all.append(process)
         return process
 
@@ -79,27 +71,10 @@ class DemoProcesses:
         self._changed.set()
 
 
-class Child(Protocol):
-    """A process, as asyncio has it."""
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def returncode(self) -> int | None: ...
-
-    @property
-    def stdout(self) -> asyncio.StreamReader | None: ...
-
-    async def wait(self) -> int: ...
-
-    def kill(self) -> None: ...
-
-
 class DemoProcess:
     """A `talkoot` command in its own process, which ends when this process ends, however that happens."""
 
-    def __init__(self, name: str, process: Child, errors: Path, hear: Hear) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, errors: Path, hear: Hear) -> None:
         """Reads the process's output from now on, on the running loop."""
         self.name = name
         self.pid: int = process.pid

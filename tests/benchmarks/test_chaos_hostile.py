@@ -13,7 +13,7 @@ from expert_fakes import make_node
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.chaos import forks
+from benchmarks.chaos import attacks
 from benchmarks.chaos.attacks import (
     ATTACKS,
     LIES,
@@ -226,13 +226,14 @@ def test_the_report_compares_each_attack_with_the_calm_run_of_its_seed() -> None
     assert not found["replicas-nan"]["reached"]
 
 
-def test_a_forked_peer_is_a_process_of_its_own_that_says_why_it_ended(
+def test_a_hostile_peer_is_a_process_of_its_own_that_says_why_it_ended(
     loop: LoopThread, tmp_path: Path
 ) -> None:
     async def scenario() -> None:
-        processes = DemoProcesses(tmp_path, lambda child, event: None, forks.start)
+        processes = DemoProcesses(tmp_path, lambda child, event: None)
         arguments = ("node", "--join", "nonsense", "--state", str(tmp_path / "state"))
-        await processes.start("peer", arguments, ("", "0", str(tmp_path / "attack")))
+        attack = (attacks.__file__, "replicas-random", "0", str(tmp_path / "attack"))
+        await processes.start("peer", arguments, attack)
         try:
             with pytest.raises(StartError, match=r"exit status 2: .*invite"):
                 await processes.until(lambda: False, 120, "its end")
