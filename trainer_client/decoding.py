@@ -39,7 +39,7 @@ def require_finite(predicted: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Source:
+class EncoderSource:
     """What an encoder reads."""
 
     tokens: tuple[int, ...]
@@ -51,7 +51,7 @@ class Decoding:
     """One sequence while it is continued."""
 
     def __init__(
-        self, tokens: Sequence[int], context: int, shortest: int, source: Source | None = None
+        self, tokens: Sequence[int], context: int, shortest: int, source: EncoderSource | None = None
     ) -> None:
         """`shortest`: the fewest tokens that the model continues. `source`: of an encoder-decoder."""
         self.source = source
@@ -266,13 +266,13 @@ class TargetDecoder(Decoder):
         super().__init__(model, is_usable)
         self._model = model
         self.end = model.end
-        self._sources = WeakValueDictionary[tuple[int, ...], Source]()
+        self._sources = WeakValueDictionary[tuple[int, ...], EncoderSource]()
         """Of sequences that are continued. An encoder reads equal ones once."""
 
     def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
         context = self._model.context
         tokens = tuple(prompt[-context:])
-        source = self._sources.setdefault(tokens, Source(tokens))
+        source = self._sources.setdefault(tokens, EncoderSource(tokens))
         return Decoding([self._model.end, *written], context, 1, source)
 
     def _states(self, sequences: Sequence[Decoding]) -> list[SequenceState]:

@@ -144,7 +144,8 @@ def further_replica(
     busy = [uid for uid in able if _queue(replicas[uid]) >= BUSY_ROWS]
     if busy:
         return max(busy, key=lambda uid: preference(uid, peer_id))
-    few = [uid for uid in able if all(counts.get(own, 0) > CROWDED * counts[uid] for own in mine)]
+    fewest = min((counts.get(own, 0) for own in mine), default=math.inf)
+    few = [uid for uid in able if fewest > CROWDED * counts[uid]]
     return min(few, key=lambda uid: (counts[uid], preference(uid, peer_id)), default=None)
 
 

@@ -155,9 +155,10 @@ def _completion(body: bytes, shared: _Shared) -> _Asked:
     _check_model(request.model, shared.served)
     given = request.text_or_tokens()
     if shared.served.questions is not None:
-        return _asked(request, _job(request, given, "prompt", shared), api.CompletionReply, shared)
-    prompt = _prompt(given, shared.served)
-    job = Job(prompt, request.sampling(shared.max_tokens), request.stops(), request.alternatives())
+        job = _question_job(request, given, "prompt", shared)
+    else:
+        prompt = _prompt(given, shared.served)
+        job = Job(prompt, request.sampling(shared.max_tokens), request.stops(), request.alternatives())
     return _asked(request, job, api.CompletionReply, shared)
 
 
@@ -165,11 +166,12 @@ def _chat(body: bytes, shared: _Shared) -> _Asked:
     request = api.ChatRequest.parse(body)
     _check_model(request.model, shared.served)
     if shared.served.questions is not None:
-        return _asked(request, _job(request, request.question(), "messages", shared), api.ChatReply, shared)
-    chat = shared.served.chat
-    stops = (*request.stops(), *chat.stop)
-    prompt = _prompt(request.text(chat), shared.served)
-    job = Job(prompt, request.sampling(shared.max_tokens), stops, request.alternatives())
+        job = _question_job(request, request.question(), "messages", shared)
+    else:
+        chat = shared.served.chat
+        stops = (*request.stops(), *chat.stop)
+        prompt = _prompt(request.text(chat), shared.served)
+        job = Job(prompt, request.sampling(shared.max_tokens), stops, request.alternatives())
     return _asked(request, job, api.ChatReply, shared)
 
 
@@ -179,7 +181,9 @@ def _asked(request: api.Request, job: Job, make: type[api.Reply], shared: _Share
     return _Asked(job, reply, bool(request.stream))
 
 
-def _job(request: api.Request, question: str | Sequence[int], parameter: str, shared: _Shared) -> Job:
+def _question_job(
+    request: api.Request, question: str | Sequence[int], parameter: str, shared: _Shared
+) -> Job:
     """Of a model that answers questions. Raises RequestError."""
     assert shared.served.questions is not None
     if not isinstance(question, str):

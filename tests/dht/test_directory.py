@@ -146,30 +146,27 @@ def test_no_expert_is_read_twice_when_few_of_the_likely_ones_live() -> None:
     assert len(registry.experts_read) == len(set(registry.experts_read)) >= 4
 
 
-def test_a_host_that_can_not_be_called_hides_no_other_that_announces_further_down() -> None:
-    class Hurried(FakeRegistry):
-        async def replicas(
-            self, uids: Collection[UID], *, at_once: bool = False, **_: Any
-        ) -> dict[UID, tuple[Replica, ...]]:
-            found = await super().replicas(uids)
-            return {uid: (make_replica(uid, SECOND),) for uid in found} if at_once else found
+class Hurried(FakeRegistry):
+    """Finds another host than the experts' own, if it is asked in a hurry."""
 
+    async def replicas(
+        self, uids: Collection[UID], *, at_once: bool = False, **_: Any
+    ) -> dict[UID, tuple[Replica, ...]]:
+        found = await super().replicas(uids)
+        return {uid: (make_replica(uid, SECOND),) for uid in found} if at_once else found
+
+
+def test_a_host_that_can_not_be_called_hides_no_other_that_announces_further_down() -> None:
+    class Uncallable(Hurried):
         async def nodes(self, peer_ids: Collection[PeerID], **limits: object) -> dict[PeerID, NodeInfo]:
             return await super().nodes(set(peer_ids) - {SECOND})
 
-    registry = Hurried([(7, 3)], [(7, 3)])
+    registry = Uncallable([(7, 3)], [(7, 3)])
     view = asyncio.run(make_directory(registry).search(0, random_scores(1, rows=1), 4))
     assert [replica.peer_id for replica in view.hosts(UID(0, (7, 3)))] == [FIRST]
 
 
 def test_an_avoided_host_that_was_found_first_hides_no_other_that_announces_further_down() -> None:
-    class Hurried(FakeRegistry):
-        async def replicas(
-            self, uids: Collection[UID], *, at_once: bool = False, **_: Any
-        ) -> dict[UID, tuple[Replica, ...]]:
-            found = await super().replicas(uids)
-            return {uid: (make_replica(uid, SECOND),) for uid in found} if at_once else found
-
     async def scenario() -> None:
         registry, scores = Hurried([(7, 3)], [(7, 3)]), random_scores(1, rows=1)
         directory, uid = make_directory(registry), UID(0, (7, 3))
