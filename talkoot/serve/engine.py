@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -206,8 +206,8 @@ Advance: TypeAlias = Callable[[frozenset[str]], Piece]
 class Work(Protocol):
     """What is done for the streams that have a place, in each round."""
 
-    def compute(self, streams: Sequence[Stream]) -> Sequence[Advance]:
-        """Raises UserError if none of them can go on."""
+    def compute(self, streams: Sequence[Stream]) -> Sequence[Advance | None]:
+        """None for a stream that has no news yet. Raises UserError if none of them can go on."""
 
     def close(self) -> None: ...
 
@@ -234,22 +234,42 @@ class Writing:
 
 
 class Answering:
-    """Questions, which are answered whole: in a round each of them."""
+    """Questions, which are answered whole, each as soon as its memory's hosts and the experts let it."""
 
     AT_ONCE = 4
-    """Each waits for a memory's hosts, and then for experts."""
+    _ROUND_S = 0.1
+    """Longest wait before questions that have come meanwhile are looked at."""
 
     def __init__(self, questions: QuestionAnswerer, tokenizer: Tokenizer) -> None:
         self._questions, self._tokenizer = questions, tokenizer
         self._threads = ThreadPoolExecutor(self.AT_ONCE, "talkoot-answer")
+        self._answers: dict[Stream, Future[Answered]] = {}
+        """Those that nobody waits for any more take one of the threads until they end."""
 
-    def compute(self, streams: Sequence[Stream]) -> list[Advance]:
-        answers = [self._threads.submit(self._questions.answer, stream.job.question) for stream in streams]
-        wait(answers)  # each search and each call of an expert has a deadline
-        return [partial(self._piece, answer) for answer in answers]
+    def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
+        self._begin(streams)
+        if not any(self._is_ready(stream) for stream in streams):
+            wait(self._unready(), self._ROUND_S, FIRST_COMPLETED)
+        return [
+            partial(self._piece, self._answers.pop(stream)) if self._is_ready(stream) else None
+            for stream in streams
+        ]
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, streams: Sequence[Stream]) -> None:
+        for stream in [stream for stream in self._answers if stream.cancelled and self._is_ready(stream)]:
+            del self._answers[stream]
+        new = [stream for stream in streams if stream not in self._answers]
+        for stream in new[: self.AT_ONCE - len(self._unready())]:
+            self._answers[stream] = self._threads.submit(self._questions.answer, stream.job.question)
+
+    def _is_ready(self, stream: Stream) -> bool:
+        return stream in self._answers and self._answers[stream].done()
+
+    def _unready(self) -> list["Future[Answered]"]:
+        return [answer for answer in self._answers.values() if not answer.done()]
 
     def _piece(self, answer: "Future[Answered]", nodes: frozenset[str]) -> Piece:
         answered = answer.result()
@@ -349,6 +369,8 @@ class Engine:
         nodes = self._nodes()
         news: dict[Stream, Piece | EngineError] = {}
         for stream, advance in zip(streams, advances, strict=True):
+            if advance is None:
+                continue
             try:
                 news[stream] = piece = advance(nodes)
             except UserError as error:

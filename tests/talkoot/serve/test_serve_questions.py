@@ -1,6 +1,7 @@
 """A server of a model that answers questions from a memory."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,10 +9,11 @@ import openai
 import pytest
 from openai import OpenAI
 from served_model import answering, served
-from shelf import HOST, QUESTIONS, SHELF, Shelf, learned, passage
+from shelf import COLOURS, HOST, QUESTIONS, SHELF, Shelf, learned, passage
 
 from dht.memory import MemoryID
 from peer.loop import LoopThread
+from talkoot.serve.engine import Answering
 from talkoot.train.ask import Answered
 from trainer_client.memory.retriever import Hit, SearchResult
 from trainer_client.retrieval.answering import Answer, RagModel, Source
@@ -62,6 +64,41 @@ def test_many_questions_at_once_are_each_answered_as_if_alone(client: OpenAI) ->
         asked = [*QUESTIONS, *QUESTIONS]
         answers = threads.map(lambda question: chat(client, ("user", question.text)), asked)
     assert [each.choices[0].message.content for each in answers] == [question.answer for question in asked]
+
+
+class HeldUp(Shelf):
+    """Its answers to one question wait until they are let go."""
+
+    def __init__(self, question: str) -> None:
+        super().__init__([passage(name, colour) for name, colour in COLOURS.items()])
+        self.question, self.asked, self.let_go = question, threading.Semaphore(0), threading.Event()
+
+    def search(self, texts: Sequence[str], *arguments: Any, **more: Any) -> list[SearchResult]:
+        if texts == [self.question]:
+            self.asked.release()
+            self.let_go.wait(90)
+        return super().search(texts, *arguments, **more)
+
+
+def test_a_question_whose_hosts_are_slow_holds_no_other_up(loop: LoopThread, model: RagModel) -> None:
+    slow, *others = QUESTIONS
+    shelf = HeldUp(slow.text)
+    with (
+        served(loop, answering(model, shelf)) as address,
+        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=90) as client,
+        ThreadPoolExecutor(Answering.AT_ONCE - 1) as threads,
+    ):
+        held_up = [threads.submit(chat, client, ("user", slow.text)) for _ in range(Answering.AT_ONCE - 1)]
+        try:
+            for _ in held_up:
+                assert shelf.asked.acquire(timeout=90)
+            for question in others:
+                answer = chat(client, ("user", question.text))
+                assert answer.choices[0].message.content == question.answer
+            assert not any(each.done() for each in held_up)
+        finally:
+            shelf.let_go.set()
+        assert [each.result().choices[0].message.content for each in held_up] == ["red"] * len(held_up)
 
 
 def test_nothing_found_is_said_as_such_and_has_no_sources(client: OpenAI) -> None:
