@@ -77,7 +77,7 @@ class NodeInfo:
 
     peer_id: PeerID
     addresses: tuple[Endpoint, ...]
-    """Of its server, as IP addresses. It is there that others join the DHT, too."""
+    """IP addresses of its server. It is there that others join the DHT, too."""
     certificate_pem: bytes
     protocol_version: int
     software_version: str
@@ -104,11 +104,11 @@ class NodeInfo:
     unsteady: bool = False
     """Some of its tasks fail and start again too often."""
     relay_addresses: tuple[Multiaddress, ...] = ()
-    """Of its gRPC server, through relays over gRPC."""
+    """Addresses of its gRPC server through relays over gRPC."""
     memory_shards: int = 0
     """Shards of memories that it hosts."""
     memory_bytes: int = 0
-    """Of these on its disk."""
+    """Bytes of these shards on its disk."""
     memory_queries: int = 0
     """Answered since it started."""
     memory_queries_per_s: float = 0.0
@@ -155,13 +155,14 @@ class TrainerInfo:
     """Where others reach it to average dense parts. With neither these nor a tunnel, only it can call others."""
     certificate_pem: bytes = b""
     dense_fingerprint: bytes = b""
-    """Of its dense part's form: names, shapes and what else must agree. Empty: it averages with nobody."""
+    """The fingerprint of its dense part's form: names, shapes and what else must agree. Empty: it averages with nobody.
+    """
     dense_age: int = 0
     """Steps that its dense part has taken."""
     tunnel_addresses: tuple[Multiaddress, ...] = ()
     """By which it is reached if its router admits nobody."""
     relay_addresses: tuple[Multiaddress, ...] = ()
-    """Of its gRPC server, through relays over gRPC."""
+    """Addresses of its gRPC server through relays over gRPC."""
     left: bool = False
     """It has left in order, with these figures."""
 
@@ -210,7 +211,7 @@ class ReplicaAnnouncement:
     recent_rows: int = 0
 
     def message(self, depth: int) -> records_pb2.Announcement:
-        """For a record under the first `depth` coordinates."""
+        """The message for a record under the first `depth` coordinates."""
         is_claim = self.state is ReplicaState.CLAIMED
         return records_pb2.Announcement(
             state=self.state.value,

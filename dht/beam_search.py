@@ -94,7 +94,7 @@ def select_experts(
 
 
 def _tables_of_live_prefixes(alive: Sequence[Booleans]) -> list[Booleans]:
-    """For each dimension a table [prefixes before it, G_d]: marked live, and with a live expert below."""
+    """A table for each dimension, [prefixes before it, G_d]: marked live, and with a live expert below."""
     tables = [alive[-1].reshape(-1, alive[-1].shape[-1])]
     for marked in reversed(alive[:-1]):
         has_live_child = tables[0].any(axis=1).reshape(marked.shape)
@@ -108,7 +108,7 @@ def _finite(scores: Floats) -> Floats:
 
 
 def _largest_biases(bias: Floats, tables: Sequence[Booleans]) -> list[Floats]:
-    """For each dimension, in the form of `tables`: the largest bias of the live experts below each prefix."""
+    """The largest bias of the live experts below each prefix, for each dimension, in the form of `tables`."""
     lowest = np.float32(-np.inf)
     largest = [np.where(tables[-1], bias.reshape(tables[-1].shape), lowest)]
     for table in reversed(tables[:-1]):
@@ -260,7 +260,7 @@ class PrefixIndex:
 
     def __init__(self, grid: tuple[int, ...]) -> None:
         self.alive: list[Booleans] = [np.zeros(grid[: d + 1], dtype=bool) for d in range(len(grid))]
-        """For each grid dimension, of shape grid[:d+1]: True where the prefix is known to be active."""
+        """A table for each grid dimension, of shape grid[:d+1]: True where the prefix is known to be active."""
         self._known = [np.zeros(grid[:d], dtype=bool) for d in range(len(grid))]
 
     def knows(self, prefix: Coordinate) -> bool:

@@ -73,7 +73,7 @@ class View:
         return self.able(self.replicas.get(uid, ()), avoided)
 
     def able(self, replicas: Iterable[Replica], avoided: frozenset[PeerID] = NOBODY) -> list[Replica]:
-        """Those that can be called now."""
+        """The replicas that can be called now."""
         return [
             replica
             for replica in replicas

@@ -19,7 +19,7 @@ from peer.files import write_atomically
 logger: logging.Logger = logging.getLogger(__name__)
 
 LIFETIME_S = 30 * 86400.0
-"""Of both records, in seconds. They outlive a founder that is away."""
+"""The lifetime of both records, in seconds. They outlive a founder that is away."""
 EXPIRES_SOON_S = 7 * 86400.0
 """If the founder does not renew the manifest in this time, nobody can join any more."""
 _KEPT_BY = 8

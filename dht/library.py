@@ -44,20 +44,20 @@ from peer.merkle import HASH_BYTES
 from peer.wire import records_pb2
 
 WANTED_REPLICAS = 2
-"""Of each shard: nodes take what has fewer."""
+"""Replicas wanted for each shard: nodes take what has fewer."""
 MAX_LISTED_LICENSES = 8
 _RENEW_AFTER_S = LIFETIME_S / 2
 _MAX_PUBLISHERS = 256
 """Whose libraries are read and remembered."""
 _MAX_HOSTS = 256
-"""Of one cell whose records are read."""
+"""Hosts of one cell whose records are read."""
 _CELLS_AT_ONCE = 512
 """In one look-up, which has one deadline."""
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """Memories that an error names."""
 _BRANCHES, _FEW = 256, 16
-"""Of each level that are followed in search of some hosts, and cells that are read first."""
+"""Branches of each level that are followed in search of some hosts, and cells that are read first."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LibraryEntry:
     passages: int
     """Each once, though it lies in two cells."""
     total_bytes: int
-    """Of all shards."""
+    """The size of all shards."""
     licenses: tuple[str, ...]
     """At most 8. The manifest has all of them."""
     about: str

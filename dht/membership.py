@@ -22,7 +22,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_PEERS = 64
 _MAX_ADDRESSES = 4
-"""Of one peer."""
+"""Addresses that are kept for one peer."""
 _MAX_FILE_BYTES = 1 << 20
 _MEETINGS = 8
 """Peers whose addresses are remembered in one round, at most."""

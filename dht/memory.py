@@ -38,7 +38,7 @@ MAX_SHARDS = 131_072
 MAX_SHARDS_OF_CELL = 1024
 """As many as one host can announce."""
 MAX_LEAVES = 65_536
-"""Of one shard."""
+"""Passages in one shard, at most."""
 MAX_CELLS = 65_536
 MAX_REVOKED = 65_536
 MAX_LICENSES = 256
@@ -46,14 +46,14 @@ MAX_DIMENSIONS = 1024
 MAX_ENCODER_BYTES = 128 * 2**20
 MAX_CODEBOOK_BYTES = 64 * 2**20
 MAX_TEXT_CHARACTERS = 8192
-"""Of one passage."""
+"""Characters in one passage, at most."""
 MAX_LABEL_CHARACTERS = 256
-"""Of a title, a source or a line about a memory."""
+"""Characters in a title, a source or a line about a memory, at most."""
 MAX_LICENSE_CHARACTERS = 64
 MAX_LEVELS = 4
-"""Of a grid."""
+"""Levels of a grid, at most."""
 MAX_QUERIES, MAX_SEARCHED, MAX_K = 256, 256, 128
-"""Of one search: queries, shards, and passages for each query."""
+"""Limits of one search: queries, shards, and passages for each query."""
 MAX_SCORES = 2**26
 """Inner products that one search may ask for: about a second of one core, with 256 dimensions."""
 MAX_READ = 64
@@ -64,7 +64,7 @@ _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")
 _SUFFIX_CHARACTERS = 12
 _KIND_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _MAX_FIELDS = MAX_SHARDS + MAX_REVOKED + MAX_LICENSES + 2**10
-"""Of a manifest that can be parsed."""
+"""Fields of a manifest that can be parsed."""
 _LEAF_DOMAIN, _REFERENCE_DOMAIN = b"talkoot passage v1\0", b"talkoot reference v1\0"
 
 
@@ -143,7 +143,7 @@ class Place(NamedTuple):
     """A leaf of a shard."""
 
     root: bytes
-    """Of the shard."""
+    """The shard's root."""
     position: int
 
 
@@ -301,7 +301,7 @@ class MemoryManifest:
 
     @property
     def passages(self) -> int:
-        """Those that were not revoked."""
+        """The passages that were not revoked."""
         return sum(shard.leaves for shard in self.shards if not shard.is_secondary) - len(self.revoked)
 
     def has_text_at(self, place: Place) -> bool:

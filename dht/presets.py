@@ -24,13 +24,13 @@ class Preset:
     """What the keys of a manifest are that its founder leaves out."""
 
     tables: Mapping[str, Values]
-    """Those that do not depend on the model's sizes."""
+    """Tables that do not depend on the model's sizes."""
     feed_forward: float
     """Inner size of feed-forward blocks, as a multiple of hidden."""
     width: float = 1.0
-    """Of experts, as a share of hidden."""
+    """The width of experts, as a share of hidden."""
     head_size: float | None = None
-    """Of the only head of an expert, as a share of hidden. None: experts have heads like the model's."""
+    """The size of an expert's only head, as a share of hidden. None: experts have heads like the model's."""
     codec: "CodecName | None" = None
     """None: the narrowest that costs at most 0.5% of the loss."""
 
@@ -88,7 +88,7 @@ Gusev 2020, section 4.3, as `benchmarks.paper` trains it: 256 experts in all.
 
 
 def default_preset(values: Values) -> PresetName:
-    """Of a file that names none: that of its experts' kind, or else `transformer`."""
+    """The preset of a file that names none: that of its experts' kind, or else `transformer`."""
     experts = values.get("experts")
     kind = experts.get("kind") if isinstance(experts, Mapping) else None
     return "ffn" if kind == "ffn" else "transformer"

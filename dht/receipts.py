@@ -17,11 +17,13 @@ from peer.identity import RECEIPT_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.wire import admission_pb2, credit_pb2
 
 MAX_RECEIPT_BYTES = 2560
-"""Of a signed one, with a key of 4096 bits and a badge. It takes about 700 with one of 2048 bits and none."""
+"""The limit of a signed receipt, with a key of 4096 bits and a badge. It takes about 700 with one of 2048 bits and
+none.
+"""
 PAGE = 32
 """Receipts that a node gives in one answer."""
 MOST = 2**53
-"""Of each total. Beyond it, a double is not exact, and JSON has only those."""
+"""The limit of each total. Beyond it, a double is not exact, and JSON has only those."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -29,11 +31,11 @@ class Work:
     """What a node has done, as trainers count it. Of the receipts of one trainer, the greatest is the newest."""
 
     pairs: int = 0
-    """Of a row and an expert, answered in time, forward and backward."""
+    """Pairs of a row and an expert that were answered in time, forward and backward."""
     updates: int = 0
     """Backward passes of an expert, answered in time."""
     queries: int = 0
-    """To memories."""
+    """Queries to memories."""
     checks_passed: int = 0
     checks_failed: int = 0
 
@@ -47,7 +49,7 @@ class Work:
         )
 
     def capped(self) -> "Work":
-        """With no number above the most."""
+        """The same work, with no number above the limit."""
         return Work(*(min(number, MOST) for number in astuple(self)))
 
     @property
@@ -100,7 +102,7 @@ class Receipt:
     trainer: PeerID
     work: Work
     all_pairs: int
-    """Those that all nodes together have answered to this trainer, by its word."""
+    """Pairs that all nodes together have answered to this trainer, by its word."""
     badge: admission_pb2.Badge | None
     """What the trainer shows to be admitted. Not checked here."""
     signed: credit_pb2.SignedReceipt

@@ -34,17 +34,18 @@ Rule = Callable[[records_pb2.RecordPayload, PeerID], None]
 """Raises RecordError if that peer may not write that payload."""
 MAX_RECORD_BYTES = 16 * 1024
 MAX_LIBRARY_BYTES = 8 * 1024
-"""Of a publisher's record of its memories. So those of a dozen publishers fit under one key."""
+"""The limit for a publisher's record of its memories. So those of a dozen publishers fit under one key."""
 MAX_MEMORIES = 32
-"""Of one publisher."""
+"""Memories that one publisher may list."""
 SHORT_ROOT_BYTES = 8
-"""Of a shard's root, in what its hosts announce."""
+"""Bytes of a shard's root in what its hosts announce."""
 MAX_LIFETIME_S = 600.0
-"""Of announcements, node records and index entries. Those that claim to live longer are refused."""
+"""The longest lifetime of announcements, node records and index entries. Those that claim to live longer are refused.
+"""
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
 """The same, of manifests, revocations and libraries."""
 MAX_REPLICAS_OF_RECORD = 512
-"""That a node announces in one record. As many take 8 KB."""
+"""Replicas that a node may announce in one record. As many take 8 KB."""
 INDEX_PIECE = 128
 """Coordinates under one key. As many index entries with the longest name stay under 32 KB."""
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
@@ -112,7 +113,7 @@ class SwarmKeys:
         return f"{self.swarm_id}.library"
 
     def memory(self, memory: MemoryID, coordinate: Cell = ()) -> str:
-        """Of a cell, or of a prefix that says which coordinates come next."""
+        """The key of a cell, or of a prefix that says which coordinates come next."""
         return ".".join([self.swarm_id, "memory", str(memory), *map(str, coordinate)])
 
     def memory_index(self, memory: MemoryID, coordinate: Cell, following: int) -> str:

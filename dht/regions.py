@@ -25,7 +25,7 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 CROWDED_BYTES = 24 * 1024
-"""Of what nodes announce at a prefix, before others announce further down: about 30 hosts of a few experts each."""
+"""Bytes announced at a prefix before others announce further down: about 30 hosts of a few experts each."""
 STAYS_AT_ROW = 4
 """Experts of one node in a row that has split, for which it announces at the row."""
 _SPLIT_FOR_S = 600.0
@@ -47,7 +47,7 @@ class Region:
     """What was read under a prefix."""
 
     replicas: Mapping[UID, Sequence[Replica]]
-    """That their hosts announce there, withdrawn ones included."""
+    """Replicas that their hosts announce there, including withdrawn ones."""
     active: frozenset[int]
     """Next coordinates below which others announce, by those pieces of the index that were read."""
     hosts: int
@@ -155,9 +155,7 @@ class RegionMap:
         return [*found, len(below[1])]
 
     def unread(self, uids: Collection[UID], hosted: Collection[UID]) -> list[UID]:
-        """Those for which a node can't tell from what it has read lately where to announce them. It hosts them and
-        `hosted`.
-        """
+        """Those of the experts whose region is unknown to a node that hosts them and `hosted`."""
         own = _counts_below({*uids, *hosted})
         return [uid for uid in uids if not self._home(uid, own)[1]]
 

@@ -57,9 +57,9 @@ class Swarm:
     admission: SwarmAdmission
     revocations: Revocations
     guard: ParseGuard
-    """Of all parsers of what strangers write."""
+    """Guards all parsers of what strangers write."""
     metrics: CollectorRegistry
-    """Of this peer in this swarm."""
+    """The metrics of this peer in this swarm."""
 
     @property
     def keys(self) -> SwarmKeys:

@@ -18,7 +18,7 @@ _LONGEST_S = 190.0
 """No announcement may live for more than 600 s."""
 _LIFETIMES = 3
 _WEIGHT = 0.25
-"""Of the last period in the mean of what periods cost."""
+"""The weight of the last period in the mean of what periods cost."""
 _JITTER = 0.1
 """Part by which pauses differ, so that no two peers stay in step."""
 
@@ -48,7 +48,7 @@ class UpkeepPeriod:
 
     @property
     def lifetime_s(self) -> float:
-        """Of what is announced now."""
+        """The lifetime of what is announced now."""
         return _LIFETIMES * self.seconds
 
     def drawn_s(self, part: float = 1.0) -> float:

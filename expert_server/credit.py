@@ -39,15 +39,13 @@ from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRAINERS = 512
-"""Whose receipts a node keeps. Of more, the token or neighbourhood with the most trainers loses the one for the least
-work.
-"""
+"""Trainers whose receipts a node keeps. Beyond that, the token or neighbourhood with the most loses its smallest."""
 SLACK = 65_536
 """Pairs, or queries, by which all trainers together may exceed twice what this node remembers to have answered to them:
 it may have been killed since it saved their receipts.
 """
 _CALLERS = 4096
-"""Of whom it is remembered what they called for."""
+"""Callers whose calls are remembered."""
 _GIVEN_EVERY_S, _GIVEN_AT_ONCE = 30.0, 4
 """How often a trainer may give a receipt, and how many at once after a pause."""
 _LISTS_PER_S, _LISTS_AT_ONCE = 4.0, 16
@@ -97,7 +95,7 @@ class ReceiptBook:
 
     @property
     def share(self) -> float | None:
-        """Of the pairs that these trainers had answered by all nodes, the part that is this node's."""
+        """This node's share of all the pairs that nodes have answered to these trainers."""
         most = sum(receipt.all_pairs for receipt in self._receipts.values())
         return self.signed.work.pairs / most if most else None
 
@@ -212,7 +210,7 @@ class ReceiptFile:
             logger.warning("could not write %s: %s", self._path, error)
 
     async def keep_saved(self) -> None:
-        """For ever."""
+        """Saves until cancelled."""
         while True:
             await asyncio.sleep(_SAVE_EVERY_S)
             await self.save()

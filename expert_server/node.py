@@ -397,7 +397,7 @@ class Node:
             await asyncio.sleep(self.period.drawn_s())
 
     async def _hear_news(self) -> None:
-        """For ever. If the DHT does not answer, others have said so."""
+        """Follows the swarm's news until cancelled. If the DHT does not answer, others have said so."""
         while True:
             with contextlib.suppress(UnreachableError):
                 await self.news.look()

@@ -29,7 +29,7 @@ BUSY_AFTER_S = 10.0
 IDLE_AFTER_S = 120.0
 """Window over which that load is low before the node resumes."""
 _IDLE_SHARE = 0.4
-"""Of the load to pause at: the load to resume at."""
+"""The load at which to resume, as a share of the load at which to pause."""
 
 
 class PauseCause(Enum):
@@ -66,7 +66,7 @@ class LoadMonitor:
         self._busy_after_s = busy_after_s
         self._idle_after_s = idle_after_s
         self._loads: deque[Load] = deque()
-        """Of the window, oldest first."""
+        """The loads in the window, oldest first."""
 
     def note(self, load: Load) -> bool:
         """Takes the load since the last sample, and returns whether the machine is busy now."""
@@ -97,7 +97,7 @@ class MachineState:
 
     on_battery: bool = False
     busy: bool = False
-    """With other programs."""
+    """Whether other programs keep it busy."""
 
 
 def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineState) -> dict[PauseCause, str]:
@@ -153,10 +153,10 @@ class _Times:
 
     at: float
     total: float
-    """Of all cores."""
+    """The time of all cores."""
     busy: float
     own: float
-    """Of this process and its children."""
+    """The time of this process and its children."""
 
 
 class Machine:

@@ -16,7 +16,7 @@ _CPU_BATCH_ROWS, _GPU_BATCH_ROWS = 128, 2048
 _KEPT_SHARE = _CALLS_SHARE = _SNAPSHOT_SHARE = 1 / 8
 _KEPT_SHARE_OF_FREE = 1 / 16
 _CALLS_BYTES = 512 * 2**20
-"""For calls under way, if `memory` is not set."""
+"""The budget for calls in progress, if `memory` is not set."""
 
 
 def batch_rows_of(device_types: Iterable[str]) -> int:

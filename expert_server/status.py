@@ -60,7 +60,7 @@ class NodeStatus:
     """The limit, if there is one."""
     download_mbit: float | None
     memory_bytes: int
-    """Of experts, kept forward passes and waiting rows, about."""
+    """Bytes of experts, kept forward passes and waiting rows, about."""
     memory_limit_bytes: int
     """What they may take at most."""
     busy_s: float
@@ -71,7 +71,7 @@ class NodeStatus:
     contributed_updates: int
     contributed_hours: float
     replicated: int
-    """Of the experts, those that other nodes serve too."""
+    """How many of the experts other nodes serve too."""
     handed_over: int
     """Experts that others took over when this node left."""
     reachability: str = ""
@@ -83,31 +83,31 @@ class NodeStatus:
     memory_shards: int = 0
     """Shards of memories served."""
     memory_disk_bytes: int = 0
-    """Of memories."""
+    """Bytes of memories on disk."""
     memory_queries: int = 0
-    """Of memories, answered."""
+    """Queries to memories that were answered."""
     clock_warning: str = ""
     """In words, if most peers say that this machine's clock is wrong."""
     signed: SignedWork = field(default_factory=SignedWork)
     """What trainers have signed for, in all runs."""
     signed_share: float | None = None
-    """Of the pairs that those trainers had answered by all nodes, the part that is this node's; None: no receipts."""
+    """This node's share of all pairs that nodes have answered to those trainers; None: no receipts."""
     trained: int = 0
     """Experts that have learned here in this run."""
     trainers: int = 0
-    """That have trained them in this run."""
+    """Trainers that have trained its experts in this run."""
     trainers_now: int = 0
-    """Of these, in the last minute."""
+    """Trainers that have done so in the last minute."""
     swarm_trainers: int | None = None
-    """That are live in the whole swarm; None: not known yet."""
+    """Live trainers in the whole swarm; None: not known yet."""
     swarm_experts: int = 0
-    """Of the model."""
+    """Experts of the model."""
     loss: float | None = None
     """Lowest validation loss of the swarm's trainers, in nats per token; None: not known."""
     loss_at_first: float | None = None
     """The same when this node heard of it first."""
     alone: tuple[str, ...] = ()
-    """Of the experts, those that nobody else serves, as far as the node knows."""
+    """Experts that nobody else serves, as far as the node knows."""
 
 
 class Contribution(BaseModel):
@@ -154,7 +154,7 @@ class ContributionAccount:
             logger.warning("could not write %s: %s", self._path, error)
 
     async def save_every(self, seconds: float, total: Callable[[], Contribution]) -> None:
-        """For ever."""
+        """Saves until cancelled."""
         while True:
             await asyncio.sleep(seconds)
             await self.save(total())

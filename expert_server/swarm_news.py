@@ -18,7 +18,9 @@ _MOST_ASKED = 16
 _MOST_READ = 8
 """Trainers whose records are read; of more, some are drawn. They average, so their losses are alike."""
 TRAINERS_EVERY_S = 300.0
-"""Between two looks at the trainers. Where nobody trains, or few, one takes 0.1 MB: more than seven rounds may cost."""
+"""The pause between two looks at the trainers. Where nobody trains, or few, one takes 0.1 MB: more than seven rounds
+may cost.
+"""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from peer.errors import StateError, WireError
 from peer.files import PlainFile
 
 MAX_OUTLINE_BYTES = 2**16
-"""Of the JSON before the arrays."""
+"""The limit for the JSON before the arrays."""
 _TYPES = {
     torch.float32: "<f4",
     torch.float16: "<f2",

@@ -21,7 +21,7 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 _PEERS_REMEMBERED = 32
-"""For each copy. With more partners, each meets too seldom to be worth remembering."""
+"""Partners remembered for each copy. With more partners, each meets too seldom to be worth remembering."""
 _LARGEST_SHARE = 0.5
 _BEHIND = 0.9
 """Copies that average differ less in their updates: with fewer than this part of another's, one was restarted."""

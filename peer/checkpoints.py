@@ -30,7 +30,7 @@ from peer.platform.files import sync_folder
 
 FORMAT_VERSION = 1
 MAX_OUTLINE_BYTES = 2**24
-"""Of the JSON before the tensors, which has their names and the header."""
+"""The limit for the JSON before the tensors, which has their names and the header."""
 _HEADER_KEY = "talkoot"
 """Key of the safetensors metadata that holds the header as JSON."""
 _TYPES = {

@@ -34,7 +34,9 @@ class SwarmClock:
         self._wall = wall
         self._steady = steady
         self._offset = wall() - steady()
-        """Of the time that is used, against the steady clock. So are the others."""
+        """Seconds from the steady clock to the time in use; the other offsets are also against the steady clock. So are
+        the others.
+        """
         self._others = BoundedDict[str, float](_REMEMBERED)
         self._set_at: float | None = None
         """When the clock was set to what is not used, by the steady clock."""
@@ -86,5 +88,5 @@ class SwarmClock:
 
 
 CLOCK = SwarmClock(time.time, seconds_since_boot)
-"""Of this process: there is one clock to read."""
+"""The one clock of this process."""
 now: Callable[[], float] = CLOCK.now

@@ -28,7 +28,7 @@ ones have too much overhead.
 """
 MAX_CHUNK_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
-"""For a header and a chunk together."""
+"""The limit for a header and a chunk together."""
 
 _CODECS = {
     "fp32": expert_pb2.CODEC_FP32,
@@ -49,11 +49,13 @@ _LEAST_BLOCK, _LARGEST_BLOCK = 16, 64
 _HALF_STEPS = 7.5
 """int4's numbers are the 16 odd multiples of half a step from -7.5 to 7.5 steps."""
 _FUZZ = 1e-4
-"""Of a step: how far from its multiples numbers may be that were decoded in float32."""
+"""How far numbers decoded in float32 may be from multiples of a step, as a share of the step."""
 _SCALE_SLACK = 5
 """Times the slack: bfloat16 may round the largest number of a row by so much."""
 _MOST_SCALES = 64
-"""That a sender may have had, of one's own block: more where the block is far smaller than the slack allows for."""
+"""Scales a sender may have used for a block of one's own: more are possible where the block is far smaller than the
+slack allows for.
+"""
 _LARGEST_NUMBER, _LARGEST_SCALE = 2.0**100, 2.0**101
 """int4's. No sum of a block's numbers overflows, neither here nor where they are decoded."""
 _BLOCK_NUMBERS = 32_000
@@ -291,7 +293,7 @@ def _halves_above(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _scales_of_int4(largest: Floats) -> npt.NDArray[Any]:
-    """Of blocks with these largest numbers, as bfloat16; 0 below `_SMALLEST_SCALE`."""
+    """The scales of blocks with these largest numbers, as bfloat16; 0 below `_SMALLEST_SCALE`."""
     scales = (largest / _HALF_STEPS).astype(np.float32)
     scales[scales < _SMALLEST_SCALE] = 0
     return _halves_above(scales)

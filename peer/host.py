@@ -48,11 +48,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
 _PATIENCE_S = (5.0, 10.0)
-"""For peers that accept connections, but have not answered in that time: their machines may be busy. They are asked
-twice more, because the first of these calls may share the dial of the one before, and fail with it.
+"""Deadlines for peers that accept connections but have not answered: their machines may be busy. They are asked twice
+more, because the first of these calls may share the dial of the one before, and fail with it.
 """
 _P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
-"""Between attempts to start p2pd for the first time. The last one holds for all later ones."""
+"""Pauses between attempts to start p2pd for the first time. The last one holds for all later ones."""
 
 
 class Exit(Protocol):
@@ -121,12 +121,12 @@ class Host:
         self.dialling: Dialling = dialling or Dialling(AddressScope.LOOPBACK)
         """Which of the addresses that others write are dialled; for all that this process dials."""
         self.restarts: Restarts = Restarts(metrics)
-        """Of this process's tasks that fail."""
+        """Restarts failed tasks of this process."""
         self.certificate: bytes = identity.make_certificate()
         bounds = store_bounds or StoreBounds()
         served = metrics if config.serves_dht else None
         self.upload: RateLimit = upload_limit(bounds.upload_mbit, served)
-        """Of all that this peer sends, in the DHT and elsewhere."""
+        """Limits all that this peer sends, in the DHT and elsewhere."""
         self.bootstrapped_from: tuple[Multiaddress, ...] = ()
         """Addresses of the peers that answered at the start."""
         self._guard = guard or ParseGuard()
@@ -243,7 +243,7 @@ class Host:
 
     @property
     def port(self) -> int:
-        """Of the server; 0 without one."""
+        """The server's port; 0 without one."""
         return self._port
 
     def peers(self) -> frozenset[PeerID]:

@@ -27,7 +27,7 @@ _LARGEST_PADDING = 1.5
 CACHE_GROWTH = 1.25
 """The room of a cache that has grown, against its rows. When it is made it has no more than it needs."""
 _FINAL_SHARE = 0.1
-"""Of the peak learning rate, at the end of the cosine."""
+"""The learning rate at the end of the cosine, as a share of its peak."""
 
 
 def seeded(seed: int, build: Callable[[], M]) -> M:
@@ -88,7 +88,7 @@ class KeyValueCache:
         self.length: int = 0
         """Rows."""
         self.version = 0
-        """Of the parameters that computed them, for whoever changes these; 0 while there are none."""
+        """The version of the parameters that computed them, for whoever changes these; 0 while there are none."""
         self._kv_P2HC: Tensor | None = None
 
     @property
@@ -165,7 +165,7 @@ class Attention(nn.Module):
         positions_R: Tensor,
         caches: Sequence[KeyValueCache | None],
     ) -> Tensor:
-        """Of each row, what its heads see: [R, H * C]."""
+        """What each row's heads see: [R, H * C]."""
         rows = len(x_RD)
         assert sum(lengths) == rows, f"the segments have {sum(lengths)} rows, but there are {rows}"
         qkv_R3HC = self.attention_input(x_RD).view(rows, 3, self.heads, -1)
@@ -209,7 +209,7 @@ class TransformerLayer(Attention):
 
 
 def rotary_frequencies(size: int) -> Tensor:
-    """Those by which the positions of a head with so many columns turn its pairs of columns: float32 [size / 2]."""
+    """The frequencies by which positions turn the pairs of a head's columns: float32 [size / 2]."""
     # computed on the CPU: on the device "meta" a division imports torch's compiler, which takes a second
     exponents_C = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     return torch.tensor((_ROTARY_BASE**-exponents_C).tolist(), dtype=torch.float32)

@@ -58,7 +58,7 @@ def elementwise_median(states: Sequence[Tensors], names: Collection[str]) -> dic
 
 
 def _squared_distances(states: Sequence[Tensors]) -> list[list[float]]:
-    """Between each two states, as a matrix.
+    """The distances between each two states, as a matrix.
 
     Each tensor counts by its mean square, relative to the middle of the states' own. So a large tensor counts no more
     than a small one, and one hostile state of three sets no scale. A tensor that began as zeros is measured by the

@@ -38,7 +38,7 @@ class Optimizer:
     ) -> None:
         """`momentum`: of sgd."""
         self.learning_rate: float = learning_rate
-        """Of the next step."""
+        """The learning rate of the next step."""
         self.moments: tuple[str, ...] = moments_of(name, momentum)
         """The names of the tensors kept for each parameter; torch's optimizers use the same."""
         self.state: dict[Tensor, dict[str, Tensor]] = {}
@@ -91,7 +91,7 @@ class Optimizer:
         together += 1
 
     def no_moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Those of a parameter that has had no gradient."""
+        """The moments of a parameter that has had no gradient."""
         return {
             name: torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
             for name in self.moments

@@ -151,7 +151,7 @@ class FairTurns:
         self._waiting = OrderedDict[str, OrderedDict[str, deque[asyncio.Future[None]]]]()
         """By neighbourhood and source. The first ones are served next."""
         self._count = Multiset[str]()
-        """Of each neighbourhood."""
+        """How many there are of each neighbourhood."""
         self._timer: asyncio.TimerHandle | None = None
 
     async def turn(self, near: str, source: str) -> bool:

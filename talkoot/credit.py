@@ -37,15 +37,15 @@ from peer.wire import credit_pb2, credit_pb2_grpc
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_RECEIPTS = 131_072
-"""Of all nodes, about 0.4 KB each. Of more, those go first that were read longest ago."""
+"""Receipts of all nodes that are kept, about 0.4 KB each. Those that were read longest ago are dropped first."""
 MAX_OF_NODE = 64
-"""Of more, the token with the most trainers loses the one for the least work."""
+"""Receipts of one node that are kept."""
 MAX_SIGNERS = 16
-"""Of one node that are named."""
+"""Signers of one node that are named."""
 _NODES = 20_000
 _AT_ONCE = 8
 _DEADLINE_S = 5.0
-"""For the receipts of one node."""
+"""The deadline for the receipts of one node."""
 _AGAIN_S = 60.0
 """Before a node is asked again."""
 _CHANNELS = 64
@@ -58,9 +58,9 @@ class Credit:
     work: Work
     trainers: int
     signers: tuple[tuple[PeerID, Work], ...]
-    """Those who signed for the most work, with how much each."""
+    """The trainers who signed for the most work, with how much each."""
     share: float | None
-    """Of the votes of all tokens; None in an open swarm."""
+    """The share of all tokens' votes; None in an open swarm."""
 
 
 def signed_figures(node: NodeInfo, credit: Credit | None) -> dict[str, int | float | None]:
@@ -88,7 +88,7 @@ class _Counted:
     all_pairs: int
     signer: int | None
     digest: bytes
-    """Of the whole, so that it is not verified again."""
+    """The digest of the whole receipt, so that it is not verified again."""
 
 
 class CreditLedger:
@@ -102,7 +102,7 @@ class CreditLedger:
         self._signer_of = signer_of
         self._most = most
         self._nodes: OrderedDict[PeerID, dict[PeerID, _Counted]] = OrderedDict()
-        """Those that were read longest ago first."""
+        """Counted receipts of each node; the nodes that were read longest ago come first."""
         self._count = 0
 
     def __len__(self) -> int:

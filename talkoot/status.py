@@ -48,7 +48,7 @@ class SwarmReading:
     warning: str = ""
     """For example that the manifest expires soon; empty: none."""
     left_nodes: dict[PeerID, NodeInfo] = field(default_factory=dict)
-    """Those that have left in order a moment ago."""
+    """Nodes that have left in order a moment ago."""
     left_trainers: dict[PeerID, TrainerInfo] = field(default_factory=dict)
     credit: Mapping[PeerID, Credit] = field(default_factory=dict)
     """What trainers have signed for the nodes whose receipts were read."""

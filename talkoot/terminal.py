@@ -194,7 +194,7 @@ class RepeatLimit:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._places: dict[tuple[str, int], tuple[TokenBucket, int]] = {}
-        """Of each line of code: what it may still log, and how many of its records were left out."""
+        """For each line of code, what it may still log, and how many of its records were left out."""
         self._traced: set[tuple[str, int, str]] = set()
 
     def admit(self, record: logging.LogRecord) -> logging.LogRecord | None:

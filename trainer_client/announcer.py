@@ -35,7 +35,7 @@ class TrainingMetrics:
         self.step: int = 0
         """Steps done."""
         self.loss: float | None = None
-        """Of the last step. It may not be finite, as may not the next two."""
+        """The loss of the last step. It may not be finite, as may not the next two."""
         self.tokens_per_s: float | None = None
         self.validation: tuple[float, float | None] | None = None
         """The last one: in nats per token, and in bits per byte if that is known."""
@@ -83,7 +83,7 @@ class TrainerAnnouncer:
         now: Callable[[], float] = clock.now,
         is_own_loop: bool = False,
     ) -> None:
-        """For a running loop. `is_own_loop`: it is not known how many steps there will be.
+        """Starts announcing a running loop. `is_own_loop`: it is not known how many steps there will be.
 
         Raises PortError when the port of the metrics is taken.
         """

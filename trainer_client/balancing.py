@@ -63,7 +63,7 @@ class LoadSpread:
 
 
 def load_spread(selection: Selection, alive: PrefixTables) -> LoadSpread | None:
-    """Of the rows that were sent; None when none was."""
+    """The spread of the rows that were sent; None when none was."""
     live = alive[-1]
     counts = np.zeros(live.shape)
     np.add.at(counts, tuple(selection.coordinates[selection.valid].T), 1)

@@ -58,17 +58,17 @@ logger: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _RETRY_S = 0.5
-"""Between two looks for live experts, while waiting for them."""
+"""The pause between two looks for live experts, while waiting for them."""
 _MOST_WAITS = 8
 """In a row, for experts that are announced again and then don't answer."""
 _CHECK_EVERY_S = 10.0
-"""Between two checks that this trainer still knows other peers of its swarm, and who is admitted."""
+"""The pause between two checks that this trainer still knows other peers of its swarm, and who is admitted."""
 _MAX_TUNNEL_RELAYS = 4
 """Relays through which other trainers reach this one if its router admits nobody."""
 _MAX_TUNNEL_STREAMS = 32
 """Streams that they may have open to this trainer through relays."""
 _MAX_CHANNELS = 256
-"""To nodes."""
+"""Channels to nodes, at most."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class TrainerTiming:
     least_deadline_s: float = 3.0
     """Shortest deadline of a call to experts, however quickly they answered lately."""
     refresh_every_s: float = 3.0
-    """Between two looks at who is alive."""
+    """The pause between two looks at who is alive."""
     receipts_every_s: float = EVERY_S
-    """Between two receipts for one node."""
+    """The pause between two receipts for one node."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class SwarmClient:
 
     @property
     def settings(self) -> TrainerSettings:
-        """Those given, and for the rest those of the manifest's preset."""
+        """The given settings, completed by those of the manifest's preset."""
         return self._settings
 
     @property

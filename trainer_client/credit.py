@@ -36,7 +36,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 MAX_NODES = 1024
 """Accounts that are kept, those of the nodes that worked last."""
 EVERY_S = 60.0
-"""Between two receipts for one node. No announcement of it comes much later."""
+"""The pause between two receipts for one node. No announcement of it comes much later."""
 _LOOK_EVERY_S = 10.0
 _AT_ONCE = 16
 _DEADLINE_S = 10.0
@@ -76,7 +76,7 @@ class CreditAccounts:
         self._path = path
         self._accounts = BoundedDict[PeerID, _Account](MAX_NODES)
         self.all_pairs: int = 0
-        """That all nodes have answered, those that are forgotten by now, too."""
+        """Pairs that all nodes have answered, including nodes that are forgotten by now."""
         self._has_changed = False
 
     def note(
@@ -196,7 +196,7 @@ class ReceiptSender:
         self._clock = clock
 
     async def run(self) -> None:
-        """For ever."""
+        """Gives receipts until cancelled."""
         while True:
             await asyncio.sleep(min(_LOOK_EVERY_S, self._every_s))
             await self.give(self._clock() - self._every_s, _DEADLINE_S)

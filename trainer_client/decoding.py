@@ -28,7 +28,7 @@ _LONGEST_PAUSE = 16
 _MOST_FORGOTTEN = 3
 """Times that a node may forget a sequence, before replicas of its experts elsewhere are preferred."""
 _MOST_ROWS = 2048
-"""Of several sequences that are computed at once from their first tokens on."""
+"""Rows of several sequences that are computed at once from their first tokens on."""
 
 
 def require_finite(predicted: Tensor) -> Tensor:
@@ -56,12 +56,12 @@ class Decoding:
         """`shortest`: the fewest tokens that the model continues. `source`: of an encoder-decoder."""
         self.source = source
         self.tokens: list[int] = list(tokens)
-        """Those that the model sees. When they outgrow the context, the older half of it is dropped."""
+        """The tokens that the model sees. When they outgrow the context, the older half of it is dropped."""
         self._context = context
         self._remaining = max(context // 2, shortest)
         self._state: SequenceState | None = None
         self._logits: Tensor | None = None
-        """Of the token after these; None if they are not computed yet."""
+        """Logits of the token after these; None if they are not computed yet."""
         self._failures = 0
         """Attempts to go on that came to nothing since the last that did not."""
         self._forgotten = Counter[PeerID]()
@@ -69,7 +69,7 @@ class Decoding:
         self._pause = 0
         """Tokens for which nothing is kept, before the next attempt."""
         self._neighbours: dict[tuple[int, ...], Neighbours] = {}
-        """Of each whole chunk of the tokens."""
+        """The neighbours of each whole chunk of the tokens."""
         self._read: dict[Passage, None] = {}
 
     @property
@@ -114,7 +114,8 @@ class Decoder(ABC):
 
     @abstractmethod
     def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
-        """Of a prompt that is longer than the context the model sees the last tokens. `written`: what follows it.
+        """Begins with a prompt, of which the model sees the last tokens if it is longer than the context. `written`:
+        what follows it.
 
         Raises DataError if the prompt is shorter than the model was trained to continue.
         """
@@ -137,7 +138,7 @@ class Decoder(ABC):
         return torch.stack([each._logits for each in sequences if each._logits is not None])
 
     def _groups(self, sequences: Sequence[Decoding]) -> Iterator[list[Decoding]]:
-        """Of what is computed from the first token on: the shortest first; of one length if nothing is kept."""
+        """Groups of what is computed from the first token on: the shortest first; of one length if nothing is kept."""
         group: list[Decoding] = []
         for each in sorted(sequences, key=lambda each: len(each.tokens)):
             length = len(each.tokens)
@@ -183,7 +184,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def _states(self, sequences: Sequence[Decoding]) -> list[SequenceState]:
-        """Those that they have, and new ones."""
+        """The states that they have, and new ones."""
 
     @abstractmethod
     def _extended(
@@ -267,7 +268,7 @@ class TargetDecoder(Decoder):
         self._model = model
         self.end = model.end
         self._sources = WeakValueDictionary[tuple[int, ...], EncoderSource]()
-        """Of sequences that are continued. An encoder reads equal ones once."""
+        """The sources of sequences that are continued. An encoder reads equal ones once."""
 
     def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
         context = self._model.context

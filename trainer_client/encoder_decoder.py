@@ -143,7 +143,7 @@ class EncoderDecoder(MixtureModel):
         return all(isinstance(each, RemoteMixtureOfExperts) and each.can_extend for each in mixtures)
 
     def begin(self, source: EncodedSource, avoided: frozenset[PeerID] = frozenset()) -> SequenceState:
-        """Of a target of which nothing is computed yet. `avoided`: as in `HeldSequence`."""
+        """The state of a target of which nothing is computed yet. `avoided`: as in `HeldSequence`."""
         return SequenceState(self._parts[self.encoder_layers :], avoided, source)
 
     @torch.no_grad()
@@ -189,7 +189,7 @@ class CrossAttention(nn.Module):
         self.output: nn.Linear = nn.Linear(spec.heads * size, spec.hidden, bias=False)
 
     def keys_values(self, encoded_RD: Tensor, lengths: list[int]) -> list[Tensor]:
-        """Of each source [2, H, L, C]."""
+        """The keys and values of each source [2, H, L, C]."""
         kv_R2HC = self.key_value(encoded_RD).unflatten(-1, (2, self.heads, -1))
         return [kv_L2HC.permute(1, 2, 0, 3) for kv_L2HC in torch.split(kv_R2HC, lengths)]
 
@@ -219,7 +219,7 @@ def make_model(
 
 
 def _segments(sequences: Sequence[Tokens]) -> Segments:
-    """Of whole sequences."""
+    """The segments of whole sequences."""
     lengths_N = np.array(list(map(len, sequences)))
     assert lengths_N.min() > 0, "a sequence without tokens"
     return Segments.after(np.zeros_like(lengths_N), lengths_N)

@@ -23,7 +23,9 @@ from trainer_client.settings import Sampling
 from trainer_client.training.record import bits_per_byte, perplexity
 
 _FIRST_SORTED = 64
-"""Of the likeliest tokens, to find those that have the top p. Eight times as many where these are too few."""
+"""How many of the likeliest tokens are sorted first, to find those that have the top p. Eight times as many where these
+are too few.
+"""
 
 
 def generate(
@@ -170,7 +172,7 @@ def check_length(tokens: Tokens, first: int, name: str = "the text") -> None:
 
 
 def combined(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Of all the texts together: every token counts alike, whichever text it is in."""
+    """The scores of all the texts together: every token counts alike, whichever text it is in."""
     nats = math.fsum(each.loss * each.tokens for each in evaluations)
     return _evaluation(
         nats, sum(each.tokens for each in evaluations), sum(each.bytes for each in evaluations)

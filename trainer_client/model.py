@@ -129,7 +129,7 @@ class LanguageModel(MixtureModel):
         return len(self._remote()) == len(self.mixtures) and all(each.can_extend for each in self._remote())
 
     def begin(self, avoided: frozenset[PeerID] = frozenset()) -> "SequenceState":
-        """Of a sequence of which nothing is computed yet. `avoided`: as in `HeldSequence`."""
+        """The state of a sequence of which nothing is computed yet. `avoided`: as in `HeldSequence`."""
         return SequenceState([each for each in self.local if isinstance(each, LocalPart)], avoided)
 
     @torch.no_grad()
@@ -275,11 +275,13 @@ class LocalPart(nn.Module):
         return self.packed(x_BTD.flatten(0, 1), Segments.whole(sequences, length)).reshape(x_BTD.shape)
 
     def packed(self, x_RD: Tensor, segments: Segments) -> Tensor:
-        """Of whole sequences, of any lengths: [R, D] -> [R, D]."""
+        """Computes whole sequences of any lengths: [R, D] -> [R, D]."""
         return self.extend(x_RD, segments, [[] for _ in self.layers])
 
     def extend(self, x_RD: Tensor, segments: Segments, caches: Sequence[Sequence[KeyValueCache]]) -> Tensor:
-        """Of the next rows of sequences [R, D]. `caches`: of each layer those of the segments, which take the rows."""
+        """Computes the next rows of sequences [R, D]. `caches`: of each layer those of the segments, which take the
+        rows.
+        """
         lengths_S = torch.from_numpy(segments.lengths)
         positions_R = torch.from_numpy(segments.positions).to(x_RD.device)
         for layer, its_caches in zip(self.layers, caches, strict=True):
@@ -288,12 +290,12 @@ class LocalPart(nn.Module):
 
 
 def caches_of(layer: int, states: Sequence["SequenceState"]) -> list[tuple[KeyValueCache, ...]]:
-    """Of a local part: for each of its layers, that of each sequence."""
+    """For each layer of a local part, the cache of each sequence."""
     return list(zip(*(state.caches[layer] for state in states), strict=True))
 
 
 def following(tokens: Sequence[Sequence[int]], states: Sequence["SequenceState"]) -> Segments:
-    """Of the next `tokens` of sequences, by what is there of them."""
+    """The segments of the next `tokens` of sequences, after what is computed of them."""
     return Segments.after(np.array([state.length for state in states]), np.array(list(map(len, tokens))))
 
 

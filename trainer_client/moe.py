@@ -70,7 +70,7 @@ class Routed:
     """What a forward pass in training tells of its routing."""
 
     balancing_loss: Tensor | None
-    """To be added to the loss; None where the router has none."""
+    """What is added to the loss; None where the router has no balancing loss."""
     spread: LoadSpread | None
     """None where no expert was live."""
 
@@ -131,7 +131,7 @@ class RemoteMixtureOfExperts(nn.Module):
 
     @property
     def routed(self) -> Routed | None:
-        """Of this thread's last forward pass in training; None before the first."""
+        """The routing of this thread's last forward pass in training; None before the first."""
         routed: Routed | None = getattr(self._last, "routed", None)
         return routed
 
@@ -176,7 +176,7 @@ class RemoteMixtureOfExperts(nn.Module):
         return self._is_causal and is_routed_causally and self._kind in ("ffn", "transformer")
 
     def extend(self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]) -> Tensor:
-        """Of the next rows of sequences [R, D], as `forward` gives them for whole ones in evaluation.
+        """Computes the next rows of sequences [R, D], as `forward` does for whole ones in evaluation.
 
         `states`: of each segment, what was computed of the rows before these; takes them in.
         """

@@ -357,13 +357,13 @@ class Routing:
     balance: Balance | None = None
     """What evens out the load; None: as the router does."""
     balance_weight: float = 0.01
-    """Of the balancing loss in the loss."""
+    """The weight of the balancing loss in the loss."""
     expert_dropout: float = 0.1
     gate_scale: float = 0.1
     nodes_per_token: int | None = None
     """Nodes that the experts of a row may be at; None: any number."""
     seed: int = 0
-    """Of noise, chance and dropout."""
+    """The seed of noise, chance and dropout."""
 
     @classmethod
     def of(cls, settings: TrainerSettings, manifest: Manifest, own_seed: int) -> Self:

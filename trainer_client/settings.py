@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What the models of dht/presets.py were measured with (docs/recipe.md)."""
 
 _VALIDATIONS, _LEAST_STEPS_BETWEEN = 10, 10
-"""Between the first and the last, unless set otherwise."""
+"""Validations between the first and the last, and the fewest steps between two, unless set otherwise."""
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s", "min_experts"),
@@ -328,7 +328,7 @@ class TrainerSettings(RoleSettings):
             raise SettingsError(describe_validation_error(error, type(self))) from error
 
     def in_swarm(self, manifest: "Manifest") -> Self:
-        """With the preset that the swarm's manifest recommends, unless one was set. What was set stays.
+        """These settings with the preset that the swarm's manifest recommends, unless one was set. What was set stays.
 
         Raises SettingsError if the one that was set is for another kind of experts.
         """
@@ -359,7 +359,7 @@ class TrainerSettings(RoleSettings):
 
     @property
     def passages_read(self) -> int:
-        """For each chunk or question."""
+        """Passages read for each chunk or question."""
         return self.memory_passages or (2 if self.answers_questions else 1)
 
     @property

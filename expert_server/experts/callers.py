@@ -21,11 +21,11 @@ MOST_OF_ROWS = 2.0
 MOST_SIZE = 4.0
 """How large a caller's gradients may be, as a multiple of the median of all callers'."""
 _RECENT_CALLS = 8
-"""Those of a caller from which its usual size is taken."""
+"""Calls of a caller from which its usual size is taken."""
 _MOST_ENTRIES = 4096
 """Numbers kept for the steps of one window. If many callers share each step, the window is of fewer steps."""
 _NOTHING = 1e-9
-"""Of a step, or of a group: less is what rounding leaves."""
+"""The share of a step or a group below which only rounding is left."""
 _SIZES_IN_A_SORT = 16
 """The part of all callers' sizes that may change before the median is taken anew. With fewer callers, each time."""
 
@@ -33,7 +33,7 @@ _SIZES_IN_A_SORT = 16
 class _Step(NamedTuple):
     at: float
     rows: Mapping[str, int]
-    """Those that each caller has sent since the step before."""
+    """The rows that each caller has sent since the step before."""
     parts: Mapping[str, float]
     """The part of the step that each caller caused: its part of the rows whose gradients were in it."""
     group_parts: Mapping[str, float]
@@ -46,7 +46,7 @@ class _Group:
 
     name: str
     members: int = 0
-    """With rows in the window."""
+    """Members with rows in the window."""
     rows: int = 0
     """In the window."""
 
@@ -79,7 +79,7 @@ class Callers:
         """Steps in the window."""
         self._caused_by_group: dict[str, float] = {}
         self._sizes: dict[str, deque[float]] = {}
-        """Of each caller's last calls. Callers with no rows in the window are forgotten."""
+        """Sizes of each caller's last calls. Callers with no rows in the window are forgotten."""
         self._usual_sizes: dict[str, float] = {}
         """The median of these, of each caller."""
         self._usual_size = inf
@@ -87,7 +87,7 @@ class Callers:
         self._sizes_since = 0
         """How many were noted since it was taken."""
         self._groups: dict[str, _Group] = {}
-        """Those with rows in the window, by name."""
+        """Groups with rows in the window, by name."""
         self._group_of: dict[str, _Group] = {}
         """By caller with rows in the window."""
 

@@ -117,7 +117,7 @@ class Expert:
         self._version: WeightVersion | None = None
         """The present parameters, once a graph was made with them."""
         self._kept_versions = WeakValueDictionary[int, WeightVersion]()
-        """Those that graphs still need, by number."""
+        """Versions that graphs still need, by number."""
         self._first_version = secrets.randbits(32) + 1 << 30
         self._changes = 0
         """Optimizer steps and imports so far."""
@@ -370,7 +370,7 @@ class Expert:
         return outcome | self.end_accumulation() if self._accumulated.rows >= enough else outcome
 
     def _withhold(self, batch: AccumulatedGradients) -> StepOutcome:
-        """Those of another size than what is withheld already would drown or be drowned: they are dropped."""
+        """Keeps gradients for a later step, and drops those of another size than the ones already kept."""
         if self._withheld is None:
             self._withheld, self._withheld_steps = batch, 0
         elif self._withheld.are_like(batch):

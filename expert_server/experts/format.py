@@ -46,7 +46,9 @@ def gradient_name(parameter: str) -> str:
 
 
 def moving_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that an average moves: parameters, buffers of floats and moments, without counts and what accumulates."""
+    """The tensors that an average moves: parameters, float buffers and moments, without counts and accumulated
+    gradients.
+    """
     return {
         name: tensor
         for name, tensor in state.items()
@@ -66,7 +68,7 @@ class StateForm:
     block: Outline
     """All tensors of the block, under their names in the state."""
     parameters: Outline
-    """Those that are trained, under their names in the block."""
+    """The tensors that are trained, by their names in the block."""
     moments: tuple[str, ...]
     """The names of the tensors that the optimizer keeps for a parameter."""
     rows_per_update: int
@@ -107,13 +109,13 @@ class StateForm:
 
     @property
     def max_outline_bytes(self) -> int:
-        """Of an encoded state's names and header."""
+        """The limit for an encoded state's names and header."""
         per_parameter = len(self.moments) + self._accumulates
         return _NAME_BYTES * (len(self.block) + len(self.parameters) * per_parameter + 6)
 
     @property
     def max_bytes(self) -> int:
-        """Of an encoded state."""
+        """The limit for an encoded state."""
         moments = (self._moment(name, m) for name in self.parameters for m in self.moments)
         forms: list[Form] = [*self.block.values(), *moments, *_ABOUT_ACCUMULATED.values()]
         if self._accumulates:
@@ -122,7 +124,7 @@ class StateForm:
 
     @property
     def max_block_bytes(self) -> int:
-        """Of the encoded block alone."""
+        """The limit for the encoded block alone."""
         return (
             sum(prod(shape) * dtype.itemsize for shape, dtype in self.block.values()) + self.max_outline_bytes
         )

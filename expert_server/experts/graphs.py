@@ -88,7 +88,7 @@ class SharedPass:
     ) -> None:
         """Expert after expert: inputs and updates [R, D], `counts` of their rows. `stacks`: their parameters."""
         self.updates: tuple[Tensor, ...] = torch.split(updates.detach(), list(counts))
-        """Of each expert."""
+        """The updates of each expert."""
         self.are_finite: bool = bool(np.isfinite(updates.detach().numpy()).all())
         """Whether all of these are."""
         self.counts: list[int] = list(counts)
@@ -114,12 +114,12 @@ class SharedPass:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParameterGradients:
-    """Those of one expert's parameters, of a backward pass of several experts."""
+    """The gradients of one expert's parameters, from a backward pass of several experts."""
 
     tensors: Sequence[Tensor]
     """In the block's order."""
     norm: Tensor
-    """Of all of them: one number."""
+    """The norm of all of them: one number."""
     inputs_are_finite: bool
     """Whether the gradients of the inputs of all experts in that pass are."""
 
@@ -132,7 +132,7 @@ class SharedGraph:
     index: int
     """The expert's place in the pass."""
     generation: object
-    """Of the expert at that time."""
+    """The expert's generation at that time."""
 
     @property
     def bytes(self) -> int:
@@ -208,7 +208,7 @@ class Rows:
         return [cache.length for cache in self.caches if cache is not None]
 
     def note_version(self, version: int) -> None:
-        """Of the parameters that have computed these rows."""
+        """Notes the version of the parameters that have computed these rows."""
         for cache in self.caches:
             if cache is not None:
                 cache.version = version
@@ -221,7 +221,7 @@ class Rows:
 
     @staticmethod
     def joined_caches(parts: "Sequence[Rows]") -> Sequence[KeyValueCache | None]:
-        """Of the segments of all these, as `caches` of one."""
+        """The caches of all these segments, as `caches` of one."""
         if not any(part.caches for part in parts):
             return ()
         return [cache for part in parts for cache in part.caches or [None] * len(part.lengths)]

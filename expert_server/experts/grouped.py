@@ -26,9 +26,13 @@ from expert_server.experts.graphs import GraphMeter, ParameterGradients, Rows, S
 LEAST_EXPERTS, MOST_EXPERTS = 4, 16
 """At once. Fewer gain nothing, nor do more: the tensors of 64 no longer fit into a core's cache."""
 LEAST_ROWS, MOST_ROWS = 512, 2048
-"""Of what is computed at once: at most the first, if other threads would have nothing to do, and else the second."""
+"""Rows that are computed at once: at most the first, if other threads would have nothing to do, and otherwise the
+second.
+"""
 _MOST_NUMBERS = 2**18
-"""Of an expert. Larger ones gain less, and the copies of 16 would take over 16 MiB for each pass that is kept."""
+"""Numbers in the parameters of an expert that can be computed with others. Larger ones gain less, and the copies of 16
+would take over 16 MiB for each pass that is kept.
+"""
 _ALIGNMENT = 4
 """Rows of matrices must begin at multiples of 16 bytes."""
 

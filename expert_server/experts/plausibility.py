@@ -33,7 +33,7 @@ _DIRECTED_UPDATES = 64
 _WALK = 2.0
 """In random directions, n steps lead about √n steps away."""
 _LARGEST_BUFFER = 1e6
-"""Of tensors that are not trained, about which nothing is known."""
+"""The limit for tensors that are not trained, about which nothing is known."""
 _LARGEST_MOVE = 16.0
 """Steps by which moments move a number at once. Adam's own never reach 7.3: with the decay rates β of the two moments,
 the bound is (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)).

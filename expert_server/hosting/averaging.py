@@ -121,7 +121,7 @@ class ReplicaAveraging:
         return accepted
 
     async def run(self) -> None:
-        """For ever."""
+        """Averages until cancelled."""
         self._runs = True
         try:
             async with asyncio.TaskGroup() as group:
@@ -327,7 +327,7 @@ class ReplicaAveraging:
 
 
 def pause_after(every_s: float, took_s: float, rng: random.Random) -> float:
-    """Until the next round of averages, if the last one took so long."""
+    """The pause until the next round of averages, if the last one took so long."""
     return max(every_s, _PAUSE * took_s) * rng.uniform(0.5, 1.5)
 
 

@@ -398,7 +398,7 @@ class HostingManager:
     async def _proven(
         self, uids: Collection[UID], replicas: Mapping[UID, Collection[Replica]], enough: int
     ) -> list[UID]:
-        """Those of this node's experts that `enough` of the others, to whom they would be left, really have."""
+        """This node's experts that at least `enough` of the other hosts really have."""
         me, proven = self._swarm.host.peer_id, []
 
         async def prove(uid: UID) -> None:
@@ -411,7 +411,7 @@ class HostingManager:
         return proven
 
     async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
-        """Of these, the first for which there is room."""
+        """Takes the first of these for which there is room."""
         wanted = wanted[: max(0, self.capacity - self._replicas.count)]
         return await self._replicas.take(wanted, plausible_updates(self.seen), enough) if wanted else []
 

@@ -34,7 +34,7 @@ BUSY_ROWS = 512
 BUSIER = 4
 """Its hosts must have so many times as many rows waiting as those of the expert that is given up for it."""
 MOST_REPLICAS = 64
-"""Of an expert: a peer that has nothing else to do makes no more than so many. They could not stay alike."""
+"""Replicas of an expert beyond which an idle peer makes no more. They could not stay alike."""
 MOST_PREFIXES = 1024
 """How many rows are read at a time, of layers that have not split into regions."""
 _ROWS_FOR = 6
@@ -44,7 +44,7 @@ MOST_VACANT = 1024
 SAMPLED = 1024
 """How many active ones are read, to see which have few replicas. Other nodes read others."""
 FEW = 4
-"""Of layers that have split: how many of this node's experts a look reads, of vacant ones and of others."""
+"""Experts whose layers have split, of which a look reads at most so many: vacant ones, and others."""
 MOST_REGIONS = 32
 """Regions that a look reads, at most, to see what is active. A layer that has just split has many."""
 CROWDED = 2
@@ -427,7 +427,7 @@ class HostingSurvey:
         return [*some, *(uid for uid in held if uid.layer not in split)]
 
     def _merged(self, found: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
-        """With what was seen before and has not expired."""
+        """The replicas, together with those seen before that have not expired."""
         now = self._registry.now()
         for uid, hosts in found.items():
             if hosts:

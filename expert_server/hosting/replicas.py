@@ -42,7 +42,7 @@ CLAIM_WAIT_S = 1.0
 _ANNOUNCE_EVERY_S = 2.0
 """How often experts that are ready are announced while a node takes more."""
 _FREE_MEMORY_SHARE = 0.25
-"""Of each device: what experts may take when their number is not set."""
+"""The share of each device's free memory that experts may take when their number is not set."""
 _QUEUE_S = 2.0
 """Longest that a node which gives its experts up waits for the work in its queue."""
 _WITHDRAW_S = 2.0
@@ -53,7 +53,7 @@ _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
 """How long an expert is left alone whose state nobody gave, at first; twice as long each further time."""
 _WITHHELD = 4096
 _HALF_LIFE_S = 300.0
-"""Of the rows that count as recent."""
+"""The half-life of rows that count as recent."""
 _SAVE_S = 10.0
 """Longest that saving given-up experts may take."""
 
@@ -114,7 +114,7 @@ class LocalReplicas:
         self._taking: set[UID] = set()
         """Experts that are being taken."""
         self._built: dict[UID, Expert] = {}
-        """Those of them that do not serve yet."""
+        """Experts that are built and do not serve yet."""
         self._building = asyncio.Lock()
         """The room that is left on a device is known when the expert before is built."""
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -135,7 +135,7 @@ class LocalReplicas:
 
     @property
     def experts(self) -> Mapping[UID, Expert]:
-        """Those in service."""
+        """The experts in service."""
         return self.runtime.experts
 
     @property

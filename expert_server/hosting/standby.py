@@ -59,7 +59,7 @@ class StandbyCopies:
         self._copied_at: dict[UID, float] = {}
 
     async def run(self) -> None:
-        """For ever; ends at once when the settings want no copies."""
+        """Copies until cancelled; ends at once when the settings want no copies."""
         while self._every_s:
             await asyncio.sleep(self._every_s)
             try:

@@ -24,7 +24,7 @@ from peer.rpc.parts import has_sha256
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_MEMORIES = 64
-"""That a node follows. Of more, each follows others."""
+"""Memories that a node follows at most. If there are more, nodes follow different ones."""
 _MANIFEST_S = 60.0
 """Longest that a manifest is waited for: those of other memories wait meanwhile."""
 _FOLLOWED_AT_ONCE = 8

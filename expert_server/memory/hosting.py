@@ -100,7 +100,7 @@ class MemoryHosting:
         self._proofs = ReplicaProofs(swarm, parts, self.hosted.revoked, rng, clock)
         self._completing = BoundedDict[MemoryID, asyncio.Lock](_REMEMBERED)
         self._complete = WeakSet[MemoryStore]()
-        """Those with their encoder and codebook."""
+        """Stores that have their encoder and codebook."""
         self._hurried = asyncio.Event()
 
     async def open(self) -> None:
@@ -171,7 +171,7 @@ class MemoryHosting:
     # taking
 
     def _fitting(self, wanted: Iterable[ShardKey], seen: Mapping[ShardKey, SeenShard]) -> list[ShardKey]:
-        """Those for which there is room, in their order."""
+        """The shards for which there is room, in their order."""
         room, fitting, stores = self.hosted.room, [], self.hosted.stores
         begun = {memory for memory, store in stores.items() if store.shards}
         for key in wanted:

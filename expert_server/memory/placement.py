@@ -24,7 +24,7 @@ _FIRM_LOOKS = 4
 READ_WHOLE = 1024
 """Cells of all memories together, up to which all of them are read in each look."""
 SAMPLED = 256
-"""Of more cells, how many active ones are read. Other nodes read others."""
+"""Active cells that are read if there are more. Other nodes read others."""
 _MOST_DOUBLINGS = 40
 
 

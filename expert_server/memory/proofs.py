@@ -78,7 +78,7 @@ class ReplicaProofs:
     async def proven(
         self, claims: Collection[tuple[PeerID, ShardKey]], seen: Mapping[ShardKey, SeenShard]
     ) -> set[tuple[PeerID, ShardKey]]:
-        """Those claims that their hosts prove. The others' hosts are doubted from now on. Raises UnreachableError."""
+        """The claims that their hosts prove. The others' hosts are doubted from now on. Raises UnreachableError."""
         hosts = {peer_id for peer_id, _ in claims}
         nodes = await self._swarm.registry.nodes(hosts)
         for peer_id in hosts - nodes.keys():

@@ -21,10 +21,10 @@ from peer.wire import memory_pb2
 MOST_PRODUCTS = 2**22
 """Computed at once: 16 MiB."""
 NO_SCORE = -(2**31)
-"""Of revoked passages."""
+"""The score of revoked passages."""
 _CACHE_BYTES = 2**26
 _FEWEST_DIMENSIONS = 16
-"""That torch's product of bytes is used for: with one, its answer is wrong."""
+"""The fewest dimensions for which torch's product of bytes is used: with one, its answer is wrong."""
 _ROWS = 4096
 """Vectors that are multiplied at a time, where they are first made floats."""
 
@@ -72,7 +72,7 @@ class ShardGroup:
     queries: NDArray[np.intp]
     """Numbers of the queries."""
     numbers: list[int] = field(default_factory=list)
-    """Of the shards in the request."""
+    """The numbers of the shards in the request."""
     shards: list[Shard] = field(default_factory=list)
 
     def parts(self) -> Iterator["ShardGroup"]:

@@ -48,7 +48,7 @@ BLOCK = 128
 _LENGTH_BYTES = 4
 """Before each passage in an inflated block."""
 _MOST_PASSAGE_BYTES = 4 * (MAX_TEXT_CHARACTERS + 2 * MAX_LABEL_CHARACTERS + MAX_LICENSE_CHARACTERS) + 64
-"""Of a serialized passage: its fields in UTF-8, and what protobuf adds."""
+"""The limit of a serialized passage: its fields in UTF-8, and what protobuf adds."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Shard(ABC):
 
     @property
     def root(self) -> bytes:
-        """Of the Merkle tree, which names the shard."""
+        """The root of the Merkle tree, which names the shard."""
         return self._top.root
 
     def __len__(self) -> int:
@@ -356,7 +356,7 @@ class SecondaryShard(Shard):
         self._hashes, self._references = hashes, references
         self._roots = [root.tobytes() for root in roots]
         self._ends = np.cumsum(revoked, dtype=np.int32) if len(hashes) else None
-        """Of each vector, how many up to it were revoked."""
+        """For each vector, how many up to it were revoked."""
         super().__init__(vectors, revoked)
 
     @classmethod
@@ -457,7 +457,7 @@ class SecondaryShard(Shard):
 
 
 def most_bytes(info: ShardInfo) -> int:
-    """Of a shard's file after some was revoked: texts may be compressed a little less well, or hashes are kept."""
+    """The limit of a shard's file after a revocation: texts may compress a little less well, or hashes stay."""
     return info.size + (HASH_BYTES * info.leaves + 64 if info.is_secondary else info.size // 8)
 
 

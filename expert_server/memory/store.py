@@ -58,7 +58,7 @@ class MemoryStore:
 
     @property
     def shards(self) -> Mapping[bytes, Shard]:
-        """Those that are verified and served, by root."""
+        """The verified shards that are served, by root."""
         return MappingProxyType(self._shards)
 
     def served(self) -> list[ShardInfo]:
@@ -68,12 +68,14 @@ class MemoryStore:
 
     @property
     def shard_bytes(self) -> int:
-        """Of the served shards on disk."""
+        """The size of the served shards on disk."""
         return sum(self._sizes.values())
 
     @property
     def nbytes(self) -> int:
-        """Of all that a host keeps: the manifest, the shards, and with the first the encoder and the codebook."""
+        """The size of all that a host keeps: the manifest, the shards, and with the first shard the encoder and the
+        codebook.
+        """
         return self.part.size + self.shard_bytes + (parts_bytes(self.manifest) if self._shards else 0)
 
     def roots(self) -> list[bytes]:
@@ -217,7 +219,7 @@ class MemoryStore:
     def _set_manifest(self, data: bytes) -> None:
         self.manifest: MemoryManifest = MemoryManifest.parse(data)
         self.part: Part = Part(hashlib.sha256(data).digest(), len(data))
-        """Of the manifest itself."""
+        """The manifest itself, as a part."""
 
     def _info(self, root: bytes) -> ShardInfo:
         """Raises WireError."""
@@ -241,7 +243,7 @@ class MemoryStore:
 
 
 def parts_bytes(manifest: MemoryManifest) -> int:
-    """Of the encoder and the codebook."""
+    """The size of the encoder and the codebook."""
     return manifest.encoder.size + manifest.codebook.size
 
 

@@ -65,7 +65,7 @@ class Assignment:
 
     @cached_property
     def most_experts(self) -> int:
-        """Of a row."""
+        """The largest number of experts of any row."""
         return int(np.diff(self.starts).max())
 
     @cached_property
@@ -103,7 +103,7 @@ class Assignment:
         return [torch.from_numpy(own) for own in self._by_expert(lengths)]
 
     def of_rows(self, rows_A: Integers, is_in: Booleans) -> tuple[Integers, Integers, Integers]:
-        """Those pairs of some rows that are in `is_in` [P].
+        """The pairs of some rows that are in `is_in` [P].
 
         Returns the pairs [Q], for each its place among all pairs of its row [Q], and how many each row has [A].
         """

@@ -72,7 +72,7 @@ class Result:
     """[R, D]: updates in forward, gradients of the inputs in backward; on the CPU, float32."""
     update_count: int
     graph: ForwardGraph | SharedGraph | None = None
-    """Of a forward pass that was to be kept, unless it was merged with others."""
+    """The graph of a forward pass that was to be kept, unless it was merged with others."""
     step: StepOutcome = StepOutcome.NONE
     updates: Tensor | None = None
     """[R, D]: in backward, if they were computed once more."""

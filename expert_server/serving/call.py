@@ -70,7 +70,7 @@ Requests: TypeAlias = AsyncIterator[expert_pb2.CallRequest]
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
 Outcome: TypeAlias = Result | ExpertError
 Reply: TypeAlias = expert_pb2.ExpertReply | tuple[expert_pb2.AnsweredRows, memoryview]
-"""That an expert's part is over; or answers to rows, with their tensor."""
+"""The end of an expert's part, or answers to rows with their tensor."""
 
 
 def smallest_call_memory(manifest: Manifest) -> int:
@@ -108,7 +108,7 @@ class CallTensors:
         if gradients is not None:
             self._updates = torch.empty_like(self.answers.tensor) if cached is None else cached.updates
         self._blocks = 0
-        """Of answers, so far."""
+        """Blocks of answers so far."""
 
     def rows_of(self, expert: int) -> int:
         return len(self.assignment.rows[self.assignment.pairs_of(expert)])

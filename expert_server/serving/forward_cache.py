@@ -203,7 +203,7 @@ class _Kept:
 
     @property
     def bytes(self) -> int:
-        """With what its graphs hold, be it alone or with others."""
+        """Bytes, including what its graphs hold alone or with others."""
         return self.own_bytes + sum(version.bytes for version in self.versions)
 
 

@@ -20,7 +20,7 @@ from peer.wire import expert_pb2
 
 MAX_EXPERTS_IN_CALL = 4096
 MAX_SEQUENCES_IN_CALL = 2**14
-"""Of all of its experts together, if they are kept: each costs as much as many rows."""
+"""Sequences of all experts of a call together, if they are kept: each costs as much as many rows."""
 _NO_SEQUENCES = "sequences are kept of forward calls alone, which are not kept themselves"
 _SEGMENT_BYTES, _ROW_BYTES, _PAIR_BYTES, _EXPERT_BYTES = 24, 40, 64, 1024
 """Memory of a segment's length, of a row's position, of an expert's row and weight, and of an expert's work: parsed, in
@@ -73,7 +73,9 @@ class ParsedHeader:
     cached: CachedForward | None = None
     """In backward: the forward call that was kept here."""
     held: Sequence[HeldSegments] = ()
-    """Of each expert, in a call whose rows are to be kept for the next; empty if there is no memory for that."""
+    """Held segments of each expert, in a call whose rows are to be kept for the next; empty if there is no memory for
+    that.
+    """
 
 
 class HeaderParser:
@@ -237,7 +239,7 @@ def parse_held(
 
 
 def _cache_bytes(manifest: Manifest, pairs: int, held: Sequence[HeldSegments]) -> int:
-    """Of the keys and values of these rows and of those before them: as they are, and once more where they grow."""
+    """Bytes of the keys and values of these rows and of those before them, counted twice where they grow."""
     if not held:
         return 0
     model = manifest.expert_model

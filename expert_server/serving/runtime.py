@@ -436,7 +436,9 @@ class Runtime:
                 self._loop.call_soon_threadsafe(self._set_timer)
 
     def _set_timer(self) -> None:
-        """For the first step that is to be taken later. Those that are late are taken as soon as threads are free."""
+        """Sets the timer for the first step that is to be taken later. Those that are late are taken as soon as threads
+        are free.
+        """
         with self._lock:
             now = self._clock()
             waits_s = (step_at - now for _, step_at in self._accumulating.values() if step_at > now)
@@ -452,7 +454,7 @@ class Runtime:
         self._start()
 
     def _end_late_accumulation(self, expert: Expert) -> None:
-        """Of a busy expert, on its thread."""
+        """Ends accumulation of a busy expert, on its thread."""
         _, step_at = self._accumulating.get(expert.uid, (0, inf))
         if step_at <= self._clock():
             expert.end_accumulation()

@@ -43,7 +43,7 @@ class SequenceCache:
         """`room`: how many bytes it may keep now."""
         self._room = room
         self._callers: dict[str, OrderedDict[_Key, _Entry]] = {}
-        """Of each, the one used longest ago first. None is empty."""
+        """The entries of each caller, the one used longest ago first. None is empty."""
         self._bytes: dict[str, int] = {}
         self._most: list[tuple[int, str]] = []
         """A heap. Of each caller, minus the bytes that it had when it last got more, and perhaps before."""

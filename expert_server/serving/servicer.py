@@ -37,7 +37,7 @@ _BURST_S = 5.0
 _IDLE_LOOK_S = 10.0
 _EXPERT_BURST_S = 600.0
 _MOST_TRAINERS = 4096
-"""That are counted."""
+"""Trainers that are counted."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self.sequences: SequenceCache = SequenceCache(
             lambda: limits.max_kept_bytes - self.forward_cache.bytes
         )
-        """Of the same memory, as far as the other leaves it."""
+        """The cache of continued sequences, in what kept calls leave of the same memory."""
         self._looks_for_idle = False
         self.budgets: Budgets = Budgets(limits.budget, metrics)
         self.memory: MemoryBudget = MemoryBudget(limits.max_memory_bytes, metrics)

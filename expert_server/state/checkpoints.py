@@ -168,7 +168,9 @@ class CheckpointStore:
             files.remove(files.numbers())
 
     def _make_room(self, uid: UID, source: str) -> None:
-        """For a state of this source. Raises StateError when that would cost a state that may be the only good one."""
+        """Makes room for a state of this source. Raises StateError when that would cost a state that may be the only
+        good one.
+        """
         entries = self.entries(uid)
         others = {e.source: e.update_count for e in entries if e.source not in ("", AVERAGED, source)}
         if len(others) < MAX_SOURCES:

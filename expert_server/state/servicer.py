@@ -43,7 +43,7 @@ _ADOPT_EVERY_S = 1.0
 _AHEAD = 2
 """Times that one peer may ask for an average of the same expert before it is due: a node that leaves asks once more."""
 _EXPERTS_PER_S = 32.0
-"""That one peer may ask this one to fetch, on average."""
+"""Experts that one peer may ask this one to fetch each second, on average."""
 _PRECISIONS: dict[Precision, state_pb2.Precision] = {
     "fp32": state_pb2.PRECISION_FP32,
     "tf32": state_pb2.PRECISION_TF32,
@@ -58,9 +58,9 @@ class FetchHint:
     peer_id: PeerID
     uids: tuple[UID, ...]
     sha256: bytes = b""
-    """Of that peer's snapshot, if it asks for an average; empty if it asks for adoption."""
+    """The hash of that peer's snapshot, if it asks for an average; empty if it asks for adoption."""
     base_sha256: bytes = b""
-    """Of this node's snapshot, if it asks for an average."""
+    """The hash of this node's snapshot, if it asks for an average."""
 
     @property
     def is_average(self) -> bool:

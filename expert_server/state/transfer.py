@@ -97,14 +97,14 @@ class Snapshot:
     accumulated_rows: int
     """Rows whose gradients had not led to a step at that moment."""
     generation: object
-    """Of the expert at that moment."""
+    """The expert's generation at that moment."""
     met: Mapping[PeerID, Meeting]
     """Its last averages with other peers' replicas, at that moment."""
     data: bytes
     sha256: bytes
     expires_at: float
     _given: dict[PeerID, asyncio.Event] = field(default_factory=dict)
-    """Of the peers that are waited for."""
+    """The peers that are waited for."""
 
     @property
     def key(self) -> UID:
@@ -129,7 +129,7 @@ class Block:
     sha256: bytes
     update_count: int
     precision: Precision
-    """Of the device that computes with them."""
+    """The precision of the device that computes with them."""
     expires_at: float
 
 
@@ -324,7 +324,7 @@ class Fetched:
     checkpoint: Checkpoint
     sha256: bytes
     met_update_count: int
-    """With which the other went on after it last met this peer's replica; 0 if it remembers no meeting."""
+    """The update count of the other after it last met this peer's replica; 0 if it remembers no meeting."""
 
 
 class StateClient:

@@ -48,9 +48,10 @@ from peer.parsing import ParseGuard
 T = TypeVar("T")
 
 _NEAREST = SearchLimits(doubt=0, witnesses=0, quorum=2**31)
-"""For writers, which need all of the nearest nodes whatever values those have."""
+"""The limits for writers, which need all of the nearest nodes whatever values those have."""
 FRUGAL = SearchLimits(is_frugal=True)
-"""For what is read again and again in the background: it may take a round trip longer, and costs a third."""
+"""The limits for what is read repeatedly in the background: a look-up may take a round trip longer, and costs a third.
+"""
 _WIDE = 3
 """A record is stored at so many times the usual number of nodes, if there is a crowd beside its key."""
 _SAMPLE_EVERY_S = 300.0
@@ -86,7 +87,7 @@ class Found:
 
     search: IterativeSearch
     peers: Mapping[int, PeerID] = field(repr=False)
-    """Those of the nodes in the search."""
+    """The PeerIDs of the nodes in the search."""
     entries: Entries = field(default_factory=dict)
     """By subkey, from the answer that expires last. Some may have expired."""
     counts: dict[int, int] = field(default_factory=dict)
@@ -293,7 +294,7 @@ class _Writing:
         self._ends_at = self._clock() + _STORE_S
         self._candidates: dict[int, deque[int]] = {}
         self._missing: dict[int, int] = {}
-        """For each key, nodes that have it not and are not being sent it."""
+        """For each key, nodes that don't have it and are not being sent it."""
         self._answered: set[int] = set()
         self._in_time: dict[asyncio.Task[bool], tuple[float, Sequence[int]]] = {}
         """Calls, when each is late, and what it brings."""
@@ -424,7 +425,7 @@ class _Run:
         self._drawn = frozenset(witnesses)
         """All witnesses."""
         self._witnesses = dict.fromkeys(keys, witnesses) if witnesses else {}
-        """Those that were not asked yet, of each key."""
+        """For each key, the witnesses that were not asked yet."""
         for key in keys:
             known = self._nearest_known(key, BUCKET_SIZE)
             search = IterativeSearch(key, known, limits, reach, self._neighbourhood_of)
@@ -438,7 +439,7 @@ class _Run:
         self._unfinished = set(self.found)
 
     def _nearest_known(self, key: int, most: int) -> Collection[int]:
-        """Those in the routing table, and those that answered when the key was looked up last."""
+        """The nearest nodes in the routing table, and those that answered when the key was looked up last."""
         known = {**dict(self._dht.table.nearest(key, most)), **self._lookups.near(key)}
         self._peers.update(known)
         return known

@@ -53,9 +53,9 @@ Handler = Callable[[PeerID, bytes], Awaitable[bytes]]
 """Answers a peer's message."""
 
 _CALL_OVERHEAD_BYTES = 200
-"""Of frames, headers and acknowledgements, about, for a question and its answer."""
+"""The size of frames, headers and acknowledgements, about, for a request and its answer."""
 CALL_DEADLINE_S = 3.0
-"""Of one call to another node."""
+"""The deadline of one call to another node."""
 _CALLED_BACK, _CALLED_BACK_NEAR = 16, 4
 """Callers that are called back at the same time, of all and of one neighbourhood."""
 _MOST_TOLD, _TOLD_S = 1024, 300.0
@@ -146,7 +146,7 @@ class FindResult:
     """A peer's answer for one key."""
 
     entries: Entries
-    """Those that the validator accepts, and that this peer did not say it has."""
+    """The entries that the validator accepts, and that this peer did not say it has."""
     nearer: dict[int, PeerID]
     """The nodes it knows nearest to the key, by their IDs."""
     has_value: bool = False
@@ -188,12 +188,12 @@ class KademliaNode:
         self.storage: BoundedStorage = BoundedStorage(self.bounds, self.metrics, now, rng)
         self.backoff: Backoff = Backoff()
         self.spent_bytes: int = 0
-        """Of this peer's calls to others: questions and answers, and about what carries them."""
+        """Bytes of this peer's calls to others: requests, answers, and roughly what carries them."""
         self._told = BoundedDict[PeerID, tuple[bytes, float]](_MOST_TOLD)
         """Who was told this peer's contact with which signature, and until when it is not told again."""
         self._tasks = TaskSet()
         self._called_back: dict[PeerID, _CallBack] = {}
-        """Those under way."""
+        """Peers that are being called back."""
         self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
         """In seconds at the rate `handed_bytes_per_s`."""
 
@@ -355,7 +355,7 @@ class KademliaNode:
         self.table.remove(node_id_of(peer_id.to_bytes()))
 
     def _introduction_to(self, peer_id: PeerID) -> dht_pb2.NodeInfo:
-        """With the contact if the peer was not told of it lately."""
+        """What introduces this peer, with its contact if the other was not told of it lately."""
         contact = self.transport.own_contact() if self.serves_dht else None
         if contact is None:
             return self.info

@@ -26,7 +26,7 @@ REPLICAS = 5
 _DEPTH_STEP = 5
 """Buckets far from this peer's own ID split as well, down to the next multiple of this depth (b in section 4.2)."""
 _PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
-"""Of a key's SHA-256 hash, and of an Ed25519 key as it is. 32 bytes follow."""
+"""What precedes the 32 bytes of a key's SHA-256 hash, or of an Ed25519 key as it is. 32 bytes follow."""
 _REMEMBERED_SILENT = 4096
 _FIRST_PAUSE_S, _MOST_DOUBLINGS = 5.0, 7
 
@@ -42,7 +42,7 @@ def key_id_of(key: str) -> int:
 
 
 def first_bits(node: int) -> int:
-    """Of a NodeID, by which a request names a node that is known."""
+    """The first bits of a NodeID, by which a request names a node that is known."""
     return node >> (ID_BITS - PLACE_BITS)
 
 
@@ -80,13 +80,13 @@ class _Bucket:
         self.nodes: dict[int, bytes] = {}
         """Their PeerIDs, which take less memory as bytes. The one heard from longest ago comes first."""
         self.spare: dict[int, bytes] = {}
-        """Those that take the places of nodes that leave, the newest last (section 4.1)."""
+        """Nodes that take the places of those that leave, the newest last (section 4.1)."""
 
     def has(self, node: int) -> bool:
         return (node ^ self.low) >> (ID_BITS - self.depth) == 0
 
     def distance(self, key: int) -> int:
-        """Of the nearest ID in it. The buckets' distances never overlap."""
+        """The distance to the nearest ID in the bucket. The buckets' distances never overlap."""
         bits = ID_BITS - self.depth
         return (self.low ^ key) >> bits << bits
 

@@ -82,7 +82,7 @@ class SearchLimits:
 
 DEFAULT_LIMITS = SearchLimits()
 NEIGHBOURS = SearchLimits(front=BUCKET_SIZE, doubt=0, witnesses=0, quorum=2**31, contacts=None)
-"""For a peer that joins and looks itself up: as many as fill a bucket of its routing table."""
+"""The limits for a peer that joins and looks itself up: as many as fill a bucket of its routing table."""
 
 
 class _Path:
@@ -131,7 +131,7 @@ class IterativeSearch:
         self._depth: dict[int, int] = {}
         """The round that asks each node, 1 for those known at the start. Failed ones are included."""
         self._paths: dict[int, tuple[_Path, ...]] = {}
-        """Those on which each node may be asked."""
+        """The paths on which each node may be asked."""
         self._charges: dict[int, tuple[_Path, int]] = {}
         """What each asked node takes of the path on which it was asked. An answer returns it."""
         self._asked: set[int] = set()
@@ -331,7 +331,7 @@ class IterativeSearch:
     def _spread(
         self, nodes: Container[int], are_wanted: Callable[[int], bool] = lambda node: True
     ) -> Iterator[tuple[int, bool]]:
-        """Those of these nodes that are wanted, and whether each is the first of its neighbourhood.
+        """The wanted ones of these nodes, and whether each is the first of its neighbourhood.
 
         The first ones come first, nearest first, and then all others.
         """
@@ -506,5 +506,5 @@ class UnverifiedNodes:
         self._buckets.get(node >> _BUCKET_SHIFT, {}).pop(node, None)
 
     def near(self, key: int) -> Mapping[int, PeerID]:
-        """Those whose first byte is the key's."""
+        """The nodes whose first byte is the key's."""
         return self._buckets.get(key >> _BUCKET_SHIFT, {})

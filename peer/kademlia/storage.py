@@ -48,7 +48,7 @@ class StoreBounds:
     """Rate of handing entries to new peers. Each one counts for the whole store, which is searched for it."""
 
     def answer_rates(self, upload_limit: float | None) -> tuple[float, float]:
-        """Of answers to all and to each: at most a quarter of what this peer uploads."""
+        """The rates of answers to all peers and to each: at most a quarter of what this peer uploads."""
         most = math.inf if upload_limit is None else upload_limit / 4
         return min(self.answer_bytes_per_s, most), min(self.answer_bytes_per_s_of_peer, most)
 
@@ -158,7 +158,7 @@ class BoundedStorage:
         return 0.0 if stored is None else stored.last_expiry
 
     def bytes_of(self, key: int) -> int:
-        """Of all entries under the key, packed, expired ones included."""
+        """The packed size of all entries under the key, including expired ones."""
         stored = self._stored.get(key)
         return 0 if stored is None else len(stored.packed)
 

@@ -101,7 +101,7 @@ class GrpcTransport:
         """Until when a peer is left alone, and what was known of it then."""
         self._refusals = BoundedDict[PeerID, str](_CHANNELS)
         self._turns: dict[PeerID, _Turns] = {}
-        """Of peers that are being called."""
+        """The turns of peers that are being called."""
 
     def own_contact(self) -> contact_pb2.Contact | None:
         """Where others reach this peer; None if they can't."""

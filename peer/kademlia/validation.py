@@ -22,13 +22,13 @@ from peer.loop import TimeSlices
 from peer.parsing import ParseGuard
 
 MAX_MESSAGE_BYTES = 128 * 2**10
-"""Of a message, in either direction."""
+"""The limit of a message, in either direction."""
 MAX_ENTRIES = 512
 """Under one key. A shard of nodes is full at 192."""
 MAX_KEY_BYTES = 96 * 2**10
 """All entries of one key, packed. With the nearest nodes, they fit into one message."""
 MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 8 * 2**10
-"""Of what an answer or a request brings, beside who speaks."""
+"""The limit for what an answer or a request carries besides its sender's identity."""
 MAX_FIND_KEYS = 16
 """Keys in one look-up request. Their nearest nodes take 19 KiB of the answer, and three records for each 48 KiB."""
 MAX_ITEMS = 256

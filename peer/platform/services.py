@@ -24,14 +24,14 @@ class ServiceManager(Protocol):
     """What starts it: the modules `systemd`, `launchd` and `task_scheduler`. All functions raise StartError."""
 
     NAME: str
-    """Of the service, in the system's tools."""
+    """The name of the service in the system's tools."""
     WAITS_FOR_THE_END: bool
     """Whether `stop`, and `start` of one that runs, ask the program to leave and wait until it has."""
     ENCODING: str
-    """Of the definition's file."""
+    """The encoding of the definition's file."""
 
     def path(self) -> Path:
-        """Of the file that defines the service."""
+        """The path of the file that defines the service."""
 
     def definition(self, program: Program, *, sandboxed: bool) -> str:
         """What is in that file."""

@@ -22,7 +22,7 @@ from peer.platform.files import user_id
 
 _LOOPBACK = "127.0.0.1"
 _PREFIX = "talkoot-sockets-"
-"""Of a folder's name. The process id and a random word follow."""
+"""How a folder's name begins. The process id and a random word follow."""
 _PROCESS_ID = re.compile(r"[0-9]{1,9}")
 _LONGEST_PARENT = 40
 """Bytes. A unix socket's path has at most 107, and its own folder and name need the rest."""
@@ -137,7 +137,7 @@ def remove_socket(address: str) -> None:
 
 
 async def streams_of(made: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Of a socket of `ServerSocket.dial`. Raises OSError."""
+    """The streams of a socket from `ServerSocket.dial`. Raises OSError."""
     if sys.platform == "win32":
         return await asyncio.open_connection(sock=made)
     return await asyncio.open_unix_connection(sock=made)

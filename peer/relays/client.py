@@ -32,10 +32,12 @@ Message: TypeAlias = "relay_pb2.ReserveRequest | relay_pb2.CircuitPiece"
 Call: TypeAlias = Any
 """grpc's StreamStreamCall, whose messages have no type."""
 _OWN_CHANNELS, _DIAL_CHANNELS = 16, 256
-"""To relays where this peer has reservations, and to those of others. Apart, for strangers name the latter."""
+"""Limits for channels to relays where this peer has reservations, and to those of others. Apart, for strangers name the
+latter.
+"""
 _FETCH_S = 5.0
 _OPEN_S = ACCEPT_S + 2.0
-"""For a session and the relay's first reply; it waits for the other end in between."""
+"""Time for a session and the relay's first reply; it waits for the other end in between."""
 _IDLE_S = 600.0
 """A circuit that carries nothing for so long ends. gRPC opens another when it needs one."""
 

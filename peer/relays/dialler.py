@@ -19,7 +19,7 @@ from peer.wire import relay_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PEERS = 256
-"""That can be dialled without opening a socket again."""
+"""Peers that can be dialled without opening a socket again."""
 _CIRCUITS = 256
 """At the same time."""
 _TRIED = 4

@@ -16,7 +16,7 @@ SENT_BYTES = 32 * 2**10
 ones cost the relay's processor more.
 """
 CIRCUIT_BYTES = 16
-"""Of a circuit's name, which is random and known only to the two that it is told."""
+"""The size of a circuit's name, which is random and known only to its two ends."""
 BEAT_S = 6.0
 """An end that has sent nothing for so long sends something empty. The gate ends calls that say nothing for 20 s."""
 ACCEPT_S = 10.0

@@ -37,14 +37,16 @@ Candidates: TypeAlias = Callable[[], Awaitable[Sequence[Contact]]]
 WANTED = 2
 """Relays: one dies, and the other still leads here."""
 _ENDPOINTS_TRIED = 3
-"""Of one relay."""
+"""Endpoints that are tried of one relay."""
 _LOOK_S = 5.0
-"""Between two searches for a relay when there is none."""
+"""The pause between two searches for a relay when there is none."""
 _SILENT_S = 3 * BEAT_S
 """A relay answers each request. One that says nothing for so long has gone."""
 _STEADY_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
-"""Until a relay that failed is tried again. The pause doubles until the relay has kept a reservation for a while."""
+"""Pauses until a relay that failed is tried again. The pause doubles until the relay has kept a reservation for a
+while.
+"""
 _CIRCUITS_OF_RELAY = 32
 _REPLIES_PER_S, _REPLIES_AT_ONCE = 10.0, 64
 _ABUSE_S = 8.0
@@ -81,7 +83,7 @@ class Reservations:
         self._busy: dict[PeerID, Contact] = {}
         """Relays that are tried or hold a reservation."""
         self._pauses = BoundedDict[PeerID, tuple[float, float]](1024)
-        """Until when a relay that failed is left alone, and for how long that was."""
+        """Until when a relay that failed is avoided, and for how long that was."""
         self._circuits: Multiset[PeerID] = Multiset()
         """Open, by relay."""
         self._keeping = TaskSet(restarts)
@@ -178,7 +180,7 @@ class Reservations:
         raise failure
 
     async def _read_replies(self, relay: Relay, call: Call) -> None:
-        """Until the relay ends them. Raises OSError if it is silent, or calls too often."""
+        """Reads the relay's replies until they end. Raises OSError if it is silent, or calls too often."""
         bucket = TokenBucket(_REPLIES_PER_S, _REPLIES_AT_ONCE, self._clock())
         while True:
             async with asyncio.timeout(_SILENT_S):

@@ -35,7 +35,7 @@ _CIRCUITS, _CIRCUITS_OF_CALLER, _CIRCUITS_TO_TARGET = 128, 32, 32
 _DIALS_PER_S, _DIALS_AT_ONCE = 4.0, 64
 """By one caller."""
 _TURNS_PER_S, _TURNS_AT_ONCE = 8.0, 32
-"""Of those that dial one peer."""
+"""Turns of those that dial one peer."""
 _REQUESTS_PER_S, _REQUESTS_AT_ONCE = 0.5, 8
 """By which a peer with a reservation says that it is there."""
 _OFFERS = 64
@@ -63,7 +63,7 @@ class _Reservation:
     turns: FairTurns = field(
         default_factory=lambda: FairTurns(_TURNS_PER_S, _TURNS_AT_ONCE, most=_CIRCUITS, near=8)
     )
-    """Of those that dial it."""
+    """Turns of those that dial the peer."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         self._of_callers: Multiset[PeerID] = Multiset()
         """How many of them each caller has."""
         self._offered: dict[bytes, _Circuit] = {}
-        """Those that are not accepted yet."""
+        """Circuits that are not accepted yet."""
         self._dials = TokenBuckets[PeerID](_DIALS_PER_S, _DIALS_AT_ONCE)
 
     def add_to(self, server: grpc.aio.Server) -> None:

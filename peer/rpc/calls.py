@@ -26,14 +26,15 @@ logger: logging.Logger = logging.getLogger(__name__)
 M = TypeVar("M")
 Parse = Callable[[bytes], M]
 Descriptor: TypeAlias = Any
-"""Of a kind of messages. Which class that has depends on what protobuf is made of."""
+"""The descriptor of a kind of message. Which class that has depends on what protobuf is made of."""
 _RETRY_KEY = "talkoot-retry-after-s"
 _LONGEST_RETRY_S = 3600.0
 _COUNTED_BYTES = 64 * 2**10
 """The parts of larger messages are counted."""
 _MOST_PARTS = 10_000
-"""Of a message: its fields, and those of messages in it that have messages in them. A call names 4,096 experts,
-and its answer as many blocks of rows."""
+"""Parts that a message may have: its fields, and those of messages in it that contain messages. A call names 4,096
+experts, and its answer as many blocks of rows.
+"""
 
 
 def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) -> None:

@@ -9,7 +9,7 @@ from peer.identity import TLS_NAME, PeerID, certificate_pem
 from peer.transport.endpoints import Endpoint
 
 MAX_CERTIFICATE_BYTES = 4096
-"""Of a certificate, DER. One for a key of 4096 bits takes 1,400."""
+"""The limit for a certificate, DER. One for a key of 4096 bits takes 1,400."""
 
 
 async def fetch_certificate(endpoint: Endpoint, peer_id: PeerID, deadline_s: float) -> bytes:
@@ -55,7 +55,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def certificate(self) -> bytes | None:
-        """Of the peer, DER."""
+        """The peer's certificate, DER."""
         assert self._transport is not None, "it is connected"
         found: bytes | None = self._transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
         return found

@@ -98,7 +98,7 @@ class Contact(Protocol):
 
     @property
     def relay_addresses(self) -> Sequence[Multiaddress]:
-        """Of its server through relays over gRPC."""
+        """The addresses of its server through relays over gRPC."""
 
     @property
     def certificate_pem(self) -> bytes: ...
@@ -137,7 +137,7 @@ class ChannelPool:
         self._channels = BoundedDict[tuple[str, bytes], grpc.aio.Channel](limit)
         self._worked = BoundedDict[PeerID, str](limit)
         self._called = BoundedDict[PeerID, Way](limit)
-        """Of the channel to each peer that was given out last."""
+        """The way of the channel that was last given out for each peer."""
         self._tries: dict[tuple[PeerID, tuple[str, ...]], asyncio.Task[grpc.aio.Channel | None]] = {}
         self._failed = BoundedDict[PeerID, float](limit)
         """When a connection to the peer failed last."""

@@ -83,7 +83,7 @@ class ConnectionTable:
         self._proven: dict[str, dict[Connection, None]] = {}
         """By origin; the one used longest ago first."""
         self._counts: Multiset[bool] = Multiset()
-        """Of connections, by whether they are proven."""
+        """Numbers of connections, by whether they are proven."""
         self._of_caller: Multiset[PeerID] = Multiset()
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ class ConnectionTable:
                 del self._of_caller[connection.caller]
 
     def overdue(self, now: float) -> list[Connection]:
-        """Those that had time enough to say who they are, and did not."""
+        """Connections that had time enough to prove themselves, and did not."""
         return [
             connection
             for group in self._unproven.values()
@@ -146,7 +146,7 @@ class ConnectionTable:
         ]
 
     def unread(self, most: int) -> list[Connection]:
-        """Those that must be closed so that at most so many bytes wait to be read.
+        """Connections that must be closed so that at most so many bytes wait to be read.
 
         The neighbourhood for which the most bytes wait makes room, its fullest connection first.
         """
@@ -213,7 +213,7 @@ class Connections:
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self.ends: set[_End] = set()
-        """Of all connections that came from outside, two for each."""
+        """Both ends of all connections from outside."""
         self._tasks = TaskSet()
 
     async def listen(self, host: str, port: int) -> int:
@@ -258,7 +258,7 @@ class Connections:
             self._close(connection, reason)
 
     def stop_listening(self) -> None:
-        """Those that are connected stay."""
+        """Accepts no more connections. Existing ones stay."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None

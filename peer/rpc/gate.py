@@ -49,17 +49,18 @@ _END_S = 5.0
 _PATIENCE_S = 1.0
 """For so long a call may wait for its caller before its place goes to another if there is none left."""
 _MOST_BYTES = {"talkoot.v1.MemoryService": 512 * 2**10}
-"""Of a message to these services; the largest search fits in. A larger one counts as empty: a few MB of tiny fields
-would take the loop a tenth of a second to parse, and thirty times their size."""
+"""The limit of a message to these services; the largest search fits in. A larger one counts as empty: a few MB of tiny
+fields would take the loop a tenth of a second to parse, and thirty times their size.
+"""
 _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
-"""Of one caller."""
+"""The rate of calls of one caller."""
 _STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE = 5.0, 40.0
 """On one connection without a session."""
 _ABUSE_S = 1.0
 """Whoever is so far beyond its rate loses its connection: even refusing calls would cost too much."""
 _RETRY_S = 0.5
 _LOG_EVERY_S = 600.0
-"""Between two tracebacks of the same fault."""
+"""The pause between two tracebacks of the same fault."""
 
 
 @dataclass(eq=False, slots=True)
@@ -126,7 +127,7 @@ class Slots:
 
 
 def _service(method: str) -> str:
-    """Of a method's full name, `/service/method`."""
+    """The service in a method's full name, `/service/method`."""
     return method[1:].partition("/")[0]
 
 

@@ -29,7 +29,7 @@ _FAIR_BYTES_PER_S, _FAIR_S = 125_000, 10.0
 _AT_ONCE = 2
 """Peers that give one part at the same time. The slower one makes way for a third."""
 _MOST_PEERS = 8
-"""That are asked for one part."""
+"""Peers that are asked for one part."""
 _REMEMBERED = 1024
 
 
@@ -52,7 +52,7 @@ class PartClient:
         self._down = down
         self._count = count
         self._failed = BoundedDict[PeerID, None](_REMEMBERED)
-        """Those that did not give what they were asked for last, or slowly."""
+        """Peers that were slow, or did not give what they were asked for last."""
 
     async def close(self) -> None:
         await self._sessions.close()

@@ -60,7 +60,7 @@ class Admitted:
     """By what a caller was admitted."""
 
     serial: int = 0
-    """Of its grant; 0 if none is needed."""
+    """The serial number of its grant; 0 if none is needed."""
     expires_at: float = float("inf")
 
 

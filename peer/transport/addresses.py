@@ -165,11 +165,11 @@ class _Protocol:
     name: str
     code: int
     size: int | None
-    """Of its value, in bytes; None: the size comes first."""
+    """The size of its value, in bytes; None: the size comes first."""
     write: Callable[[str], bytes]
     """From text. Raises AddressError."""
     read: Callable[[bytes], str]
-    """To the text from which `write` makes the same bytes. Raises AddressError."""
+    """Reads a value as the text from which `write` makes the same bytes. Raises AddressError."""
 
 
 def _peer_bytes(text: str) -> bytes:
@@ -272,7 +272,7 @@ def _decoded(data: bytes) -> _Parts:
 
 
 def _varint(number: int) -> bytes:
-    """Of a number below 2^14, as codes and sizes are."""
+    """The varint of a number below 2^14, as codes and sizes are."""
     return bytes([number]) if number < 128 else bytes([number & 127 | 128, number >> 7])
 
 

@@ -21,10 +21,10 @@ from peer.transport.endpoints import Endpoint
 from peer.wire import contact_pb2
 
 LIFETIME_S = 3600.0
-"""Of a contact, at most."""
+"""The longest lifetime of a contact."""
 MAX_ADDRESSES = 8
 MAX_CONTACT_BYTES = 4096
-"""Of a contact with the longest addresses. A usual one has 1,400."""
+"""The limit for a contact, which fits the longest addresses. A usual one has 1,400."""
 _MAX_SIGNATURE_BYTES = 512
 """By a key of 4096 bits."""
 _OVERHEAD_BYTES = 16
@@ -39,11 +39,11 @@ class Contact:
     expires_at: float
     """Unix time in seconds."""
     addresses: tuple[Endpoint, ...]
-    """Of its gRPC server; the best first."""
+    """The addresses of its gRPC server, the best first."""
     relay_addresses: tuple[Multiaddress, ...]
     """Circuits to its gRPC server."""
     tunnel_addresses: tuple[Multiaddress, ...]
-    """Of its libp2p daemon."""
+    """The addresses of its libp2p daemon."""
     serialized: bytes
     """The message that the peer signed."""
 
@@ -188,7 +188,7 @@ class OwnContact:
 
 
 def _known(kind: type[Address], texts: Iterable[str]) -> list[Address]:
-    """Those that are addresses of IP endpoints, in a form that is known here."""
+    """The addresses that are IP endpoints, in a form that is known here."""
     found: list[Address] = []
     for text in texts:
         try:

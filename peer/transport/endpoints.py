@@ -16,7 +16,7 @@ from peer.errors import AddressError
 IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _MAX_CHARACTERS = 512
-"""Of one address. A circuit to a host with the longest name has 420."""
+"""The limit for one address. A circuit to a host with the longest name has 420."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _NAME = re.compile(rf"(?:{_LABEL}\.)*(?=[a-z]){_LABEL}")
@@ -31,7 +31,7 @@ class AddressScope(IntEnum):
     """It names no machine that strangers may name: link-local, multicast, reserved, a cloud's metadata."""
     LOOPBACK = 1
     PRIVATE = 2
-    """Of a private network, a provider's (RFC 6598), or documentation."""
+    """An address of a private network, a provider's (RFC 6598), or documentation."""
     GLOBAL = 3
 
 
@@ -94,7 +94,7 @@ class Endpoint(str):
 
     @classmethod
     def of(cls, host: str, port: int) -> Self:
-        """Of a host without brackets. Raises AddressError."""
+        """The scope of a host without brackets. Raises AddressError."""
         return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
     def at(self, other: "Endpoint") -> "Endpoint":

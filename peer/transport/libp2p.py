@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger(__name__)
 
 CALL_DEADLINE_S = 3.0
-"""For what p2pd answers by itself, and for a dial that is only tried."""
+"""The deadline for what p2pd answers by itself, and for a dial that is only tried."""
 _MOST_ADDRESSES = 8
 _RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Before p2pd is started again. The last one holds for all later tries."""

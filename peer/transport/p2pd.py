@@ -40,14 +40,14 @@ _STOP_DEADLINE_S = 3.0
 """p2pd is killed if it takes longer to stop when asked."""
 
 _RELAY_BUFFER_BYTES = 256 * 2**10
-"""For each direction of a relayed connection. p2pd's default is 16 MiB."""
+"""The buffer for each direction of a relayed connection. p2pd's default is 16 MiB."""
 _RELAYED_BYTES = 2**40
 _RELAYED_FOR = "24h"
 """A relay ends a connection after this many bytes or this long; the peers then make a new one."""
 
 _ONE_PROCESSOR = "GOMAXPROCS=1"
-"""For a p2pd that relays. It starts two relay services, one with the limits above and one that ends each connection
-after 128 KiB. The one that starts last counts, and with several processors it may be either.
+"""The environment of a p2pd that relays. It starts two relay services, one with the limits above and one that ends each
+connection after 128 KiB. The one that starts last counts, and with several processors it may be either.
 """
 _RETURNS_MEMORY = "GOMEMLIMIT=128MiB"
 """Above this, Go's runtime collects at once what strangers made p2pd take, and gives it back to the system."""
@@ -87,7 +87,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
             return 0
 
     async def own_addresses(self, deadline_s: float) -> list[Multiaddress]:
-        """Those of this peer that p2pd knows, without any of a kind that is not known here."""
+        """This peer's addresses that p2pd knows, except kinds that are not known here."""
         answer, _, writer = await self._request(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY), deadline_s)
         writer.close()
         return known_bytes(answer.identify.addrs, self.peer_id)

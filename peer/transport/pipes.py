@@ -16,7 +16,7 @@ from peer.transport.addresses import Multiaddress
 Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 CHUNK_BYTES = 256 * 2**10
 _FLUSH_S = 5.0
-"""For the last bytes of one side to reach the other."""
+"""Time for the last bytes of one side to reach the other."""
 
 
 class ByteStream(Protocol):

@@ -29,7 +29,7 @@ _DEADLINE_S: dict[Command, float] = {"map": 20.0, "unmap": 6.0, "look": 20.0}
 _RENEW_S = 1800.0
 """Half of the lease."""
 _AGAIN_S = 600.0
-"""Until a router that did not answer or agree is asked again."""
+"""The pause until a router that did not answer or agree is asked again."""
 _DOUBT_S = 30.0
 """The same, if it did before: an answer may get lost."""
 _OTHER_PORTS = 3
@@ -37,7 +37,7 @@ _LOWEST_PORT = 1024
 """Other peers dial none below."""
 _MOST_ANSWER_BYTES = 4096
 _MOST_BYTES = 512 * 2**20
-"""Of the program's address space: ten times what it takes."""
+"""The limit for the program's address space: ten times what it takes."""
 _PROGRAM = Path(__file__).with_name("upnp.py")
 
 

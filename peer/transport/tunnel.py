@@ -28,7 +28,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 PROTOCOL = "/talkoot/grpc/1"
 OPEN_DEADLINE_S = 15.0
-"""To open a stream: dialling, a relay, and agreeing on the protocol."""
+"""Time to open a stream: dialling, a relay, and agreeing on the protocol."""
 
 OpenExit: TypeAlias = Callable[[PeerID], Awaitable[Pipe]]
 """Connects a peer whose tunnel ends here with this peer's gRPC server. Raises OSError."""

@@ -25,7 +25,7 @@ except ImportError:  # it has no wheels for Python 3.14 yet
 DESCRIPTION = "talkoot"
 _LEASE_S = 3600
 _SEARCH_MS = {"map": 2000, "unmap": 1000, "look": 2000}
-"""To wait for answers. A router that is known need not be waited for so long."""
+"""How long to wait for answers. A router that is known need not be waited for so long."""
 _CONFLICT, _ONLY_PERMANENT = "ConflictInMappingEntry", "OnlyPermanentLeasesSupported"
 """What miniupnpc calls the errors 718 and 725."""
 

@@ -78,7 +78,7 @@ class DashboardState:
     refresh_s: float
     now: float
     longest_lag_s: float
-    """Of the dashboard's own loop, in the last two minutes."""
+    """The longest lag of the dashboard's own loop, in the last two minutes."""
     unsteady: tuple[str, ...]
     """The dashboard's own tasks that fail again and again."""
 
@@ -220,7 +220,7 @@ def trainers(picture: Picture | None, query: Mapping[str, str]) -> Json:
 
 
 def memories(picture: Picture | None, query: Mapping[str, str]) -> Json:
-    """Those with the fewest replicas first, as they need hosts most."""
+    """The memories, those with the fewest replicas first, as they need hosts most."""
     found = [] if picture is None else picture.memories
     ordered = sorted(found, key=lambda row: (row["replicas_mean"] or 0.0, row["memory"]))
     return _page(ordered, query, "memories", dict)

@@ -25,10 +25,10 @@ from talkoot.status import trainer_state
 SILENCE_FACTOR = 1.5
 """A peer has gone when it has not renewed its record for so many of its own periods."""
 MAX_NODES = 20_000
-"""Of more nodes than this, some are drawn and shown."""
+"""Nodes that are shown at most, drawn at random if there are more."""
 MAX_TRAINERS = 1000
 MAX_MEMORIES = 64
-"""Of more memories than this, some are watched."""
+"""Memories that are watched at most."""
 MAX_GONE = 1000
 """Peers that have gone and are still listed."""
 GONE_KEPT_S = 86400.0
@@ -200,7 +200,7 @@ class Picture:
 
     @cached_property
     def hosted(self) -> dict[str, list[str]]:
-        """For each PeerID the UIDs of its replicas."""
+        """The UIDs of the replicas of each PeerID."""
         hosted: dict[str, list[str]] = {}
         for uid, replicas in self.replicas.items():
             for replica in replicas:
@@ -376,7 +376,7 @@ def _layer(view: View, live: Iterable[PeerID], layer: int) -> Json:
 
 
 def _unevenness(rows: Sequence[int]) -> Json:
-    """Of the experts that have a host: the busiest's rows over the mean, and how many have next to none."""
+    """The busiest expert's rows over the mean, and how many experts have next to none, of those with a host."""
     mean = statistics.fmean(rows) if rows else 0.0
     if not mean:
         return {"busiest_over_mean": None, "starving": None}

@@ -234,7 +234,7 @@ class Watcher:
             await credit.close()
 
     async def _survey_memories(self, memories: MemoryRegistry) -> None:
-        """For ever. If the DHT does not answer, the last surveys stay."""
+        """Surveys memories until cancelled. If the DHT does not answer, the last surveys stay."""
         while True:
             with contextlib.suppress(UnreachableError):
                 libraries = await memories.libraries()
@@ -243,7 +243,9 @@ class Watcher:
             await asyncio.sleep(self._intervals.memories_every_s)
 
     async def _read_receipts(self, credit: CreditReader) -> None:
-        """For ever, of a few nodes at a time, so that a large swarm costs no more than a small one."""
+        """Reads receipts until cancelled, of a few nodes at a time, so that a large swarm costs no more than a small
+        one.
+        """
         while True:
             await credit.read(self._nodes.live().values(), _CREDITED_AT_ONCE, _CREDIT_S)
             self.credit = credit.credit

@@ -52,7 +52,7 @@ class Link:
     rate_mbit: float | None = None
     """Mbit/s of each direction, shared by all connections; None: unlimited."""
     delay_s: float = 0.0
-    """Of a round trip, as `ping` shows it."""
+    """The delay of a round trip, as `ping` shows it."""
     jitter_s: float = 0.0
     """The most that is added to each way, uniformly distributed."""
     loss: float = 0.0
@@ -156,7 +156,7 @@ class Wire:
         await self._whole.wait()
 
     def next_chances(self) -> tuple[random.Random, random.Random]:
-        """For both directions of the next connection: the same in each run, whatever other connections do."""
+        """The chances for both directions of the next connection, the same in each run whatever others do."""
         self.connections += 1
         there, back = (random.Random(f"{self._seed} {self.connections} {way}") for way in range(2))  # noqa: S311
         return there, back

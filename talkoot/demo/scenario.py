@@ -38,7 +38,7 @@ _SILENCE_LIMIT_S = 60.0
 _ADOPTION_LIMIT_S = 30.0
 """How long after training the swarm may take to serve all experts again."""
 _CALL_DEADLINE_S = 10.0
-"""Of the trainer's calls, and so the longest time that training may stall."""
+"""The deadline of the trainer's calls, and so the longest time that training may stall."""
 _NEEDED_FALL = 0.25
 """The demo has worked when the validation loss has fallen by this share."""
 _OF_THE_TRAINER = (
@@ -74,7 +74,7 @@ class DemoPlan:
 
     @property
     def common_options(self) -> tuple[str, ...]:
-        """Of nodes and trainers."""
+        """Options of nodes and trainers."""
         return () if self.p2pd else ("--p2pd", "off")
 
 

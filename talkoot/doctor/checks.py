@@ -56,7 +56,7 @@ _CLOCK_BROKEN_S = 3.0
 _SLOW_ROWS_PER_S = 200.0
 """Below this, a sequence of a few hundred tokens takes longer than trainers are willing to wait."""
 _TOKENS_PER_S = 1000.0
-"""Of the trainer whose traffic is told."""
+"""The speed of the trainer whose traffic is told."""
 _MEASURE_S = 1.5
 _ROWS = 512
 _FREE_MEMORY_SHARE = 0.25

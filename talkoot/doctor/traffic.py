@@ -9,7 +9,7 @@ from dht.manifest import Manifest
 from peer.codec import codec_of, encoded_bytes
 
 TYPICAL_NODES = 10
-"""Of a swarm, where nobody says how many it has."""
+"""Nodes of a swarm, if nobody says how many it has."""
 _FRAMES = 1.003
 """Bytes on a connection for each byte in gRPC's messages: HTTP/2 and TLS. Counted in a proxy, like those below."""
 _SENT_BESIDE, _RECEIVED_BESIDE = 3.0, 1.6
@@ -21,12 +21,14 @@ _NUMBER, _WEIGHT, _PRODUCT = 1.5, 4.0, 4.0
 the product that comes back.
 """
 _PACKET, _PACKET_HEADERS = 1500, 52
-"""Of TCP over IPv4 with timestamps. Every second packet is acknowledged, which costs headers in the other direction."""
+"""Bytes of a TCP packet over IPv4 with timestamps, and of its headers. Every second packet is acknowledged, which costs
+headers in the other direction.
+"""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of a trainer. Its download is the upload of the nodes that it calls."""
+    """The traffic of a trainer. Its download is the upload of the nodes that it calls."""
 
     upload_mbit: float
     download_mbit: float

@@ -88,17 +88,17 @@ class BuildReport:
     name: str
     revision: int
     passages: int
-    """Those that are new in this revision."""
+    """Passages that are new in this revision."""
     duplicates: int
     """Passages that were left out."""
     unknown: float
-    """Of the new text's words, the part that the encoder of --base or --encoder does not know; else 0."""
+    """The share of the new text's words that the encoder of --base or --encoder does not know; else 0."""
     shards: int
     cells: int
     skew: float
     """Passages in the fullest cell, as a multiple of the mean."""
     bytes: int
-    """Of the whole folder."""
+    """The size of the whole folder."""
     seconds: float
 
 
@@ -209,7 +209,7 @@ class _Base:
         return cls(store, encoder, codebook)
 
     def texts(self) -> Iterator[str]:
-        """Of its passages. Raises LibraryError if a shard is not what it should be."""
+        """The texts of its passages. Raises LibraryError if a shard is not what it should be."""
         for number, shard in enumerate(self.manifest.shards):
             try:
                 self._store.load(shard.root)

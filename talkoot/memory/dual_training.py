@@ -123,7 +123,7 @@ class Validation:
     by_vectors: float
     by_words_too: float
     word_weight: float
-    """With which they find the most."""
+    """The weight of words that finds the most."""
 
 
 def tune(

@@ -19,7 +19,7 @@ from talkoot.terminal import Terminal
 _SHOWN = 3
 """Passages, from shards far apart."""
 _CHARACTERS = 300
-"""Of a passage."""
+"""Characters of a passage that are shown."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Inspection:
     licenses: tuple[str, ...]
     grid: tuple[int, ...]
     cells: int
-    """That have passages."""
+    """Cells that have passages."""
     skew: float
     shards: int
-    """That are in the folder."""
+    """Shards that are in the folder."""
     shards_total: int
     shard_bytes: int
     encoder: str
     encoder_bytes: int
     dimensions: int
     bytes: int
-    """Of all parts."""
+    """The size of all parts."""
     samples: tuple[Passage, ...]
 
 

@@ -24,7 +24,7 @@ from talkoot.terminal import FittingTable, Terminal
 
 _CHANNELS = 16
 _MOST_ROWS = 64
-"""Of a grid that is shown."""
+"""Rows of a grid that are shown."""
 
 
 def run_list(terminal: Terminal, join: str | None) -> None:

@@ -40,7 +40,7 @@ class Pair:
 
 
 def read_pairs(file: Path) -> list[Pair]:
-    """Of a file of JSON lines. Raises DataError that names the line where something is no pair."""
+    """The pairs in a file of JSON lines. Raises DataError that names the line where something is no pair."""
     pairs = list[Pair]()
     for place, row in read_rows(file):
         if len(pairs) == MOST_PAIRS:
@@ -52,7 +52,7 @@ def read_pairs(file: Path) -> list[Pair]:
 
 
 def split_by_title(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Those to learn from, and those to validate with. No title has pairs in both."""
+    """The pairs to learn from, and those to validate with. No title has pairs in both."""
     sides: tuple[list[Pair], list[Pair]] = ([], [])
     for pair in pairs:
         sides[zlib.crc32(pair.title.lower().encode()) % _VALIDATED == 0].append(pair)

@@ -41,5 +41,5 @@ class Rate:
         self._show(self._what, f"{share} {self._noun}, {rate:,.0f} a second{more}")
 
     def step(self, step: int, steps: int, loss: float) -> None:
-        """Of training."""
+        """Shows a step of training."""
         self.at(step, f", loss {loss:.2f}", steps)

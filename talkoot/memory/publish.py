@@ -93,7 +93,7 @@ class Publication:
         self.parts: PartClient = PartClient(
             swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None)
         )
-        """Of other hosts."""
+        """Fetches parts from other hosts."""
         self._proofs = ReplicaProofs(swarm, self.parts, lambda memory: self.manifest.revoked)
         self._proven: set[tuple[PeerID, ShardKey]] = set()
         self._started_at = clock.now()
@@ -105,7 +105,7 @@ class Publication:
 
     @property
     def uploaded_bytes(self) -> float:
-        """Of parts of the memory."""
+        """Uploaded bytes of the memory's parts."""
         return total(self._metrics.bytes, direction="sent")
 
     @asynccontextmanager
@@ -379,7 +379,7 @@ class ReplicationWatch:
 
 
 def pause_after(look_s: float) -> float:
-    """Until the next look at what hosts announce, after one that took so long."""
+    """The pause until the next look at what hosts announce, after one that took so long."""
     return max(_LOOK_EVERY_S, look_s / _LOOKING)
 
 

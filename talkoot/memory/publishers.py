@@ -35,7 +35,7 @@ class Publisher:
     signer: Identity
     """Signs the list of memories."""
     identity: Identity
-    """Of the peer. A founder's node may be running with the founder's own."""
+    """The identity of the peer. A founder's node may be running with the founder's own."""
     invite: Invite
     state: Path | None
     """Where the peer keeps what it knows of the swarm."""

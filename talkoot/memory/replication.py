@@ -13,7 +13,9 @@ from peer.formatting import counted
 from peer.identity import PeerID
 
 _MOST_CELLS, _CELLS_AT_ONCE = 4096, 64
-"""Of one memory. A larger one is surveyed in part, and strangers can announce much in each cell."""
+"""Cells of one memory that are surveyed, in all and at once. A larger one is surveyed in part, and strangers can
+announce much in each cell.
+"""
 
 
 @dataclass(frozen=True)

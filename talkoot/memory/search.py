@@ -44,7 +44,7 @@ class _Answer:
     result: SearchResult
     nodes: Collection[NodeInfo]
     seconds: float
-    """Of the search alone."""
+    """Seconds of the search alone."""
 
 
 def run_search(terminal: Terminal, join: str | None, request: SearchRequest) -> None:

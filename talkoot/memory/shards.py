@@ -19,7 +19,7 @@ from peer.merkle import HASH_BYTES
 
 _MOST_BYTES = MAX_SHARD_BYTES - 2**16
 _PRIMARY_BYTES, _SECONDARY_BYTES = HASH_BYTES + 8, 5
-"""Of a passage in a shard, besides its text and vector."""
+"""Bytes of a passage in a shard, besides its text and vector."""
 
 
 class Passages(Protocol):

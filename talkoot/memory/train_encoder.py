@@ -64,7 +64,7 @@ class TrainEncoderReport:
     pairs: int
     """Learned from."""
     negatives: int
-    """That BM25 found for them."""
+    """Negatives that BM25 found for the pairs."""
     passages: int
     words: int
     validation: Validation | None
@@ -169,9 +169,9 @@ class Learned:
     """From the passages alone."""
     encoder: DualEncoder
     pairs: int
-    """That were learned from; the others are for validation."""
+    """Pairs that were learned from; the others are for validation."""
     negatives: int
-    """That BM25 found for them."""
+    """Negatives that BM25 found for the pairs."""
     validation: Validation | None
     """None: there were too few pairs."""
 

@@ -23,7 +23,7 @@ from trainer_client.memory.encoder import MAX_WORD_CHARACTERS, StaticEncoder, wo
 DIMENSIONS = 256
 _VOCABULARY = 65_536
 _MOST_WORDS = 2**22
-"""That are counted. Words that come up first after so many others are rare."""
+"""Distinct words that are counted. Words that come up first after so many others are rare."""
 _PASSAGES_AT_ONCE = 2**14
 """Whose words are counted."""
 _BATCH = 1024
@@ -78,7 +78,7 @@ class WordCounter:
         self._lengths.append(len(self._numbers) - before)
 
     def finish(self) -> PassageWords:
-        """To be called once. Raises DataError if no passage has a word."""
+        """Ends the count; call it once. Raises DataError if no passage has a word."""
         if not self._number:
             raise DataError(
                 "no word in all these passages: give text in a language that has spaces between words"
@@ -162,7 +162,9 @@ def encoder_of(words: PassageWords, vectors_VD: Floats) -> StaticEncoder:
 
 
 def _temperature(passages: int) -> float:
-    """Of the softmax. At a low one a small memory is learned by heart, and a large one is told apart best."""
+    """The temperature of the softmax. At a low one a small memory is learned by heart, and a large one is told apart
+    best.
+    """
     return min(0.15, max(0.05, 0.15 - 0.05 * math.log10(passages / 10_000)))
 
 

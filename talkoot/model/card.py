@@ -98,7 +98,7 @@ class CardFacts:
     figures: Mapping[str, float]
     """Measured at the export: losses in nats per token, by what they are of."""
     names: Collection[str]
-    """That nodes announce."""
+    """Names that nodes announce."""
     data_note: str
     exported_at: float
 

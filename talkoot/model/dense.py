@@ -39,7 +39,7 @@ class ExportedDense:
     origin: str
     """Where it comes from, in words, for the model card."""
     steps: int
-    """That have gone into it."""
+    """Steps that have gone into it."""
     validation_loss: float | None
     """In nats per token; None: not known."""
 
@@ -99,7 +99,7 @@ def dense_of_trainers(
 
 
 async def _trainers(swarm: Swarm) -> list[TrainerInfo]:
-    """Those with a dense part that has been trained."""
+    """The trainers that have trained their dense part."""
     found = await swarm.registry.trainers(await swarm.registry.trainer_ids())
     return [trainer for trainer in found.values() if trainer.dense_fingerprint and trainer.dense_age]
 
@@ -119,7 +119,7 @@ def _trained_routing(
 
 
 def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manifest) -> Iterator[Routing]:
-    """Those that the settings leave open, the swarm's own first."""
+    """The routings that the settings leave open, the swarm's own first."""
     names = [settings.router, *(name for name in ROUTERS if name != settings.router)]
     balances = [settings.balance, None, "bias", "none"]
     if "router" in given.model_fields_set:

@@ -53,7 +53,7 @@ PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
 """Copied from this release into every folder. They import torch and transformers alone."""
 
 _MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25, CHAT_FORMAT: 2**16}
-"""Of a JSON file that is read. Parsed it takes up to 40 times as much memory."""
+"""The limit of a JSON file that is read. Parsed it takes up to 40 times as much memory."""
 _MOST_HEADERS = 2**26
 """Bytes of the headers of all files of weights together, likewise."""
 _SOURCE = "source.json"
@@ -77,7 +77,7 @@ class FolderRouting(BaseModel):
         return cls(router=routing.name, top_k=routing.k, balance=routing.balance or routing.router.balance)
 
     def routing(self, manifest: Manifest) -> Routing:
-        """For evaluation: all experts are at one place, so that no limit of nodes applies."""
+        """The routing for evaluation: all experts are at one place, so that no limit of nodes applies."""
         prefix = manifest.routing.prefix
         return Routing(self.router, self.top_k, "sequence" if prefix else "token", prefix, self.balance)
 
@@ -333,7 +333,9 @@ def _write_safetensors(path: Path, most: Mapping[str, Form], tensors: Iterable[t
 
 
 def _header(forms: Mapping[str, Form], size: int | None = None) -> bytes:
-    """Of a safetensors file whose tensors come in this order. Spaces fill it up to `size`, or to a multiple of 8."""
+    """The header of a safetensors file whose tensors come in this order. Spaces fill it up to `size`, or to a multiple
+    of 8.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in forms.items():
@@ -451,7 +453,7 @@ class ModelFolder:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors in memory."""
+        """The size of all tensors in memory."""
         sizes = [
             sum(prod(shape) * dtype.itemsize for shape, dtype in forms.values())
             for forms in (self._dense_forms, self._expert_forms)

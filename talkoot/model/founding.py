@@ -46,7 +46,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _KEEP = 1
 """Checkpoints of each expert, and of the dense part."""
 _AGE = 1
-"""Of the dense part: more than that of a new one, so that trainers who join take it over."""
+"""The age of the dense part: more than that of a new one, so that trainers who join take it over."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ImportPlan:
     folder: Path
     manifest_file: Path
     name: str | None = None
-    """Of the swarm; None: as the model's was called."""
+    """The swarm's name; None: as the model's was called."""
     node_state: Path | None = None
     trainer_state: Path | None = None
     grid: tuple[int, ...] | None = None

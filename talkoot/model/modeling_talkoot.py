@@ -395,7 +395,7 @@ class _Kept:
             self._numbers_BKS = cache.layers[layer + 1].keys[..., 0]
 
     def before(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the earlier rows that went to this expert: their sequences [m], keys and values [m, H, C]."""
+        """The earlier rows that went to this expert: their sequences [m], keys and values [m, H, C]."""
         sequences, slots, places = (self._numbers_BKS == number).nonzero(as_tuple=True)
         keys, values = (old[sequences, slots, :, places] for old in self._old)
         return sequences, keys, values

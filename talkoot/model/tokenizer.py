@@ -9,7 +9,7 @@ from peer.formatting import printable
 from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer, byte_letters, load_tokenizer
 
 _NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
-"""Those of tokenizers that can't make a text much longer."""
+"""Normalizers that can't make a text much longer."""
 _SPLITS = frozenset({"ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"})
 _ODDITIES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 _REPEATS = re.compile(r"[*+?{(]")

@@ -28,7 +28,7 @@ from trainer_client.decoding import TextDecoder
 from trainer_client.moe import RemoteMixtureOfExperts
 
 _NOISE = 0.01
-"""Of a copy, relative to the root mean square of each tensor."""
+"""The noise of a copy, relative to the root mean square of each tensor."""
 _SEPARATION = 4.0
 """Standard deviation of the difference that two blocks make, in those of a row's logits: at 4 the loss of a model with
 feed-forward experts rises by 0.4% if nothing is held back, at 8 by 0.2%, and the bias moves in larger steps.
@@ -36,7 +36,7 @@ feed-forward experts rises by 0.4% if nothing is held back, at 8 by 0.2%, and th
 _HELD_BACK = 1e6
 """A bias below all scores. Its first correction leaves 8 standard deviations of the logits of it."""
 _TEXTS, _TOKENS = 16, 48
-"""That the model writes, to see what its gates read."""
+"""Texts that the model writes, and tokens of each, to see what its gates read."""
 
 
 def grown_manifest(manifest: Manifest, grid: tuple[int, ...]) -> Manifest:

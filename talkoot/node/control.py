@@ -84,7 +84,7 @@ class ControlStatus(BaseModel):
     pause_reason: str = ""
     """In words."""
     alone: int = 0
-    """Of the experts, those that no other node serves."""
+    """Experts that no other node serves."""
     alone_uids: tuple[str, ...] = ()
     """Some of these."""
 

@@ -44,7 +44,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
-"""Between attempts to rejoin a swarm when none of its peers answers."""
+"""Pauses between attempts to rejoin a swarm when none of its peers answers."""
 _LAST_PORT = "port"
 """File with the node's last port. A node that keeps its port can be found by invites and by peers that remember it."""
 
@@ -73,7 +73,7 @@ class Origin:
         return replace(invite, bootstrap=(*invite.bootstrap, *self.addresses()))
 
     def addresses(self) -> tuple[Multiaddress, ...]:
-        """Those of `bootstrap`. Raises SettingsError."""
+        """The addresses in `bootstrap`. Raises SettingsError."""
         try:
             return tuple(map(Multiaddress, self.bootstrap))
         except AddressError as error:

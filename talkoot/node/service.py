@@ -26,7 +26,7 @@ class Service:
     """A service to install: the node's options, its invite and its state folder."""
 
     options: tuple[str, ...]
-    """Of `talkoot node`, without --join and --state."""
+    """Options of `talkoot node`, without --join and --state."""
     invite: str
     state: Path
 

@@ -209,7 +209,7 @@ def signed_in_words(status: NodeStatus) -> str:
 
 
 def hours_in_words(hours: float) -> str:
-    """To the minute, such as `12 h 18 min`."""
+    """Hours to the minute, such as `12 h 18 min`."""
     whole, minutes = divmod(int(hours * 60 + 1e-6), 60)
     return f"{whole:,} h {minutes:02d} min" if whole else f"{minutes} min"
 

@@ -60,7 +60,7 @@ class WeeklySummary:
         self._begun: WeekBegun | None = None
 
     async def keep_telling(self, status: Callable[[], NodeStatus]) -> None:
-        """For ever."""
+        """Logs each week's summary until cancelled."""
         while True:
             said = await asyncio.to_thread(self.look, status())
             if said:

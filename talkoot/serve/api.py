@@ -19,7 +19,7 @@ _MOST_ALTERNATIVES = 20
 _MOST_MESSAGES = 1024
 _MOST_NODES = 64
 _MOST_SOURCES = 64
-"""That are named for an answer, the first that were read."""
+"""Sources that are named for an answer, the first that were read."""
 _MOST_MISTAKES = 1000
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 256
 """Generated where the request does not say how many."""

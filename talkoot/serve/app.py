@@ -34,7 +34,9 @@ STATIC = Path(__file__).parent / "static"
 MAX_BODY = 2**20
 """Bytes of a request."""
 _MOST_DRAINED, _DRAIN_S = 2**25, 5.0
-"""Of a body that is too large, so much is read and forgotten: most clients hear of the refusal only after sending."""
+"""How much of a body that is too large is read and forgotten, and for how long: most clients hear of the refusal only
+after sending.
+"""
 _REFUSAL = JSONResponse(
     api.error_json(421, "this server answers at 127.0.0.1 and localhost alone, unless it listens elsewhere"),
     421,
@@ -184,7 +186,7 @@ def _asked(request: api.Request, job: Job, make: type[api.Reply], shared: _Share
 def _question_job(
     request: api.Request, question: str | Sequence[int], parameter: str, shared: _Shared
 ) -> Job:
-    """Of a model that answers questions. Raises RequestError."""
+    """A job for a model that answers questions. Raises RequestError."""
     assert shared.served.questions is not None
     if not isinstance(question, str):
         raise RequestError(
@@ -391,5 +393,5 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    """Of an error that nobody foresaw. It is logged all the same."""
+    """The answer for an error that nobody foresaw. It is logged all the same."""
     return JSONResponse(api.error_json(500, "an internal error; the server's log says more"), 500)

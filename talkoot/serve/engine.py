@@ -244,7 +244,7 @@ class Answering:
         self._questions, self._tokenizer = questions, tokenizer
         self._threads = ThreadPoolExecutor(self.AT_ONCE, "talkoot-answer")
         self._answers: dict[Stream, Future[Answered]] = {}
-        """Those that nobody waits for any more take one of the threads until they end."""
+        """Answers being computed; those that nobody waits for any more take one of the threads until they end."""
 
     def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
         self._begin(streams)

@@ -66,7 +66,7 @@ class AnsweringNodes:
         self._nodes: set[str] = set()
 
     def take(self) -> frozenset[str]:
-        """Those that have answered since the last time. On any thread."""
+        """The nodes that have answered since the last time. On any thread."""
         with self._lock:
             taken = frozenset(self._nodes)
             self._nodes.clear()

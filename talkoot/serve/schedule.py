@@ -49,7 +49,7 @@ class FairSchedule(Generic[S]):
         self._waiting.setdefault(client, deque()).append(stream)
 
     def remove(self, stream: S) -> None:
-        """Of a stream that has ended, whether it had a place or not."""
+        """Removes a stream that has ended, whether it had a place or not."""
         client = self._client_of.pop(stream)
         if stream in self._served:
             del self._served[stream]
@@ -93,7 +93,7 @@ class FairSchedule(Generic[S]):
         return longest if most > fewest and self._served[longest] >= SLICE else None
 
     def _take_out(self, client: str, stream: S) -> None:
-        """Of those that wait. The client is then served after the others that do."""
+        """Takes a waiting stream out. Its client is then served after the others that wait."""
         queue = self._waiting.pop(client)
         queue.remove(stream)
         if queue:

@@ -26,7 +26,7 @@ from trainer_client.retrieval.answering import (
 from trainer_client.settings import Marginal, TrainerSettings
 
 _LEAST_SHARE = 0.05
-"""Of other answers and of sources that are shown."""
+"""The smallest share of other answers and of sources that are shown."""
 _ANSWER_CHARACTERS = 1000
 
 
@@ -72,7 +72,7 @@ class QuestionAnswerer:
 
     @classmethod
     def open(cls, terminal: Terminal, run: JoinedRun, is_usable: Callable[[], bool]) -> "QuestionAnswerer":
-        """Of a run that has learned to answer. Raises UserError."""
+        """Opens a run that has learned to answer. Raises UserError."""
         client, settings = run.client, run.settings
         with terminal.stages("opening the memory"):
             memory = client.memory(settings.memory)
@@ -149,7 +149,7 @@ def _to_dict(question: str, answered: Answered, unanswered: int) -> Mapping[str,
 
 
 def _answer_dict(answer: Answer) -> Mapping[str, Any]:
-    """With null as the answer where the passages don't say it."""
+    """An answer as JSON, null where the passages don't say it."""
     return {
         "answer": answer.text or None,
         "probability": answer.probability,

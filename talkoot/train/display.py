@@ -177,7 +177,7 @@ def _duration(seconds: float) -> str:
 
 
 def _means_about(losses: "np.ndarray[Any, np.dtype[np.float64]]", width: int) -> Any:
-    """Of the finite losses among the `width` up to each step."""
+    """The mean of the finite losses among the `width` up to each step."""
     finite = np.isfinite(losses)
     sums = np.cumsum(np.where(finite, losses, 0.0))
     counts = np.cumsum(finite).astype(np.float64)

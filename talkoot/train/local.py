@@ -94,7 +94,7 @@ def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @dataclass
 class LocalForward(ForwardPass):
-    """With what the experts need for their backward pass."""
+    """What the experts need for their backward pass."""
 
     parts: list[tuple[ExpertPart, Rows]] = field(default_factory=list)
     """The gradients in them are not there yet."""

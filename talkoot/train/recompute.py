@@ -38,7 +38,7 @@ class BlockLoader:
 
     @property
     def max_bytes(self) -> int:
-        """Of an expert's parameters, encoded."""
+        """The limit of an expert's encoded parameters."""
         return self._form.max_block_bytes
 
     def load(self, uid: UID, data: bytes) -> "RecomputedExpert":

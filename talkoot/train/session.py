@@ -56,7 +56,7 @@ Read = TypeVar("Read")
 Client: TypeAlias = SwarmClient | LocalSwarm
 
 _COPIES = 4
-"""Of the parameters: themselves, their gradients and Adam's two moments."""
+"""Copies of the parameters: themselves, their gradients and Adam's two moments."""
 
 
 def run_train(

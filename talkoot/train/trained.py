@@ -56,7 +56,7 @@ class TrainedModel:
     folder: Path
     """For temporary files. Deleted with the model."""
     lookup: NeighbourLookup | None = None
-    """Of the passages that the model reads; None: it reads none, or its memory is not there."""
+    """Looks up passages that the model reads; None: it reads none, or its memory is not there."""
 
     def language_model(self) -> LanguageModel:
         """Raises SettingsError if the model is an encoder-decoder."""
@@ -156,7 +156,7 @@ def trained_model(
 
 
 def text_model(terminal: Terminal, run: JoinedRun) -> TrainedModel:
-    """Of a run that has learned from text."""
+    """The model of a run that has learned from text."""
     client, tokenizer, settings, spec = run.client, run.tokenizer, run.settings, run.retrieval
     model = make_model(client.manifest, client.mixture, len(tokenizer.token_bytes), spec)
     run.checkpoint.load_into(model)

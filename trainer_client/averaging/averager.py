@@ -56,7 +56,7 @@ _DEADLINE_S = 120.0
 _MAX_RECORDS = 256
 """Trainers whose records are read in one search, at most; of more, a random sample."""
 _FIRST_PAUSE_S = 1.0
-"""Between the first two searches; it doubles up to the usual pause."""
+"""The pause between the first two searches; it doubles up to the usual pause."""
 _TAKE_ATTEMPTS = 6
 """Trainers that a new one asks for their dense part, at most."""
 _PATIENCE_S = 60.0
@@ -294,7 +294,7 @@ class Averaging:
         await call.done_writing()
 
     async def _keep_searching(self) -> None:
-        """With short pauses at first, when others may be about to join."""
+        """Searches until cancelled, with short pauses at first, when others may be about to join."""
         pause_s = min(_FIRST_PAUSE_S, self._schedule.search_every_s)
         while True:
             try:

@@ -56,7 +56,7 @@ class DenseForm:
     kinds: Mapping[str, tuple[torch.Size, torch.dtype]]
     """Shape and dtype of each parameter and buffer, by name."""
     buffers: frozenset[str]
-    """Those that no gradient trains: their size and direction say nothing of where training has led."""
+    """Buffers, which no gradient trains: their size and direction don't show where training has led."""
 
     @classmethod
     def of(cls, model: nn.Module, swarm_id: str, *meanings: str) -> Self:
@@ -74,7 +74,7 @@ class DenseForm:
 
     @property
     def max_outline_bytes(self) -> int:
-        """Of its names and its header."""
+        """The limit for its names and its header."""
         return 1024 * (len(self.kinds) + 4)
 
     def to_bytes(self, tensors: Tensors, age: int) -> bytes:
@@ -106,7 +106,9 @@ class DenseForm:
 
 
 def fingerprint_of(swarm_id: str, kinds: Outline, *meanings: str) -> bytes:
-    """That of the form of a dense part with these tensors, parameters and buffers. `meanings`: as in `DenseForm.of`."""
+    """The fingerprint of the form of a dense part with these tensors, parameters and buffers. `meanings`: as in
+    `DenseForm.of`.
+    """
     told = sorted((name, list(shape), str(dtype)) for name, (shape, dtype) in kinds.items())
     return hashlib.sha256(json.dumps([swarm_id, told, meanings]).encode()).digest()
 
@@ -171,7 +173,7 @@ class DenseMerge:
     share: float
     """Weight of the other trainer in the average."""
     age: int
-    """Of this trainer's dense part afterwards."""
+    """The age of this trainer's dense part afterwards."""
     difference: float
     """Norm of the difference between the two, relative to the norm of this trainer's."""
     belief: float

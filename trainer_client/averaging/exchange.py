@@ -88,7 +88,7 @@ class Snapshot:
     expires_at: float
 
     def header(self, peer_id: PeerID | None = None) -> state_pb2.StateHeader:
-        """For the peer that receives it; None: one that takes it to begin with."""
+        """The header for the peer that receives the dense part; None: one that starts from it."""
         return state_pb2.StateHeader(
             update_count=self.part.age,
             total_bytes=len(self.data),
@@ -154,7 +154,7 @@ class DenseExchange:
         self.is_running = False
 
     async def snapshot(self) -> Snapshot:
-        """Of the dense part as it is now."""
+        """A snapshot of the dense part as it is now."""
         met = self._history.of(self.form.fingerprint)
         part, data, sha256 = await asyncio.to_thread(self._pack)
         expires_at = self.clock() + _SNAPSHOT_LIFETIME_S

@@ -29,7 +29,7 @@ VOCABULARY = BYTES
 _PIECES = 32
 """Pieces of text that are encoded together, so that all cores have work."""
 _ROUNDS = 4
-"""Of the Feistel cipher in `shuffled`."""
+"""Rounds of the Feistel cipher in `shuffled`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,7 +75,7 @@ def _infilled(tokens: list[int], rng: np.random.Generator, known: _Vocabulary) -
 
 
 def _permuted(tokens: list[int], rng: np.random.Generator, known: _Vocabulary) -> Denoising:
-    """With infilling, as BART was trained (section 5.1)."""
+    """Permutes sentences, and infills, as BART was trained (section 5.1)."""
     order = rng.permutation(len(sentences_of(tokens, known.ends))).tolist()
     permuted = permute_sentences(tokens, known.ends, order)
     return Denoising(_infilled(permuted, rng, known).inputs, tokens)

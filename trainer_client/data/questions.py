@@ -120,7 +120,7 @@ class QuestionBatches:
         """Tokens that are learned of a question: those of the answer. The mean."""
 
     def batch(self, step: int, batch_size: int) -> list[Question]:
-        """Those of a step, always the same."""
+        """The questions of a step, always the same."""
         positions_B = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs_B, places_B = np.divmod(positions_B, self.sequences)
         for epoch in np.unique(epochs_B):

@@ -29,11 +29,11 @@ class Document:
 
     file: Path
     number: int
-    """Of its line or row, from 1; 0: it is the whole file."""
+    """The number of its line or row, from 1; 0: it is the whole file."""
     pieces: Iterable[str]
     """The text. To be read before the next document is."""
     labels: Mapping[str, str]
-    """Those of the labels that were asked for, and that it has as text."""
+    """The requested labels that it has as text."""
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:

@@ -44,7 +44,7 @@ class Segments:
 
     @classmethod
     def whole(cls, sequences: int, length: int) -> Self:
-        """Of sequences that are there from their first row on."""
+        """The held sequences of segments that are there from their first row on."""
         return cls(np.full(sequences, length), np.tile(np.arange(length), sequences))
 
     @classmethod
@@ -76,7 +76,7 @@ class HeldSequence:
     numbers: dict[PeerID, int] = field(default_factory=dict)
     """By which each node knows the sequence."""
     caches: dict[UID, KeyValueCache] = field(default_factory=dict)
-    """Of experts in this process."""
+    """Caches of experts in this process."""
     is_routed_as_one: bool = False
     """Whether all rows go to the same experts."""
     is_answered: bool = True
@@ -101,7 +101,7 @@ class RoutedRows:
     keep: bool  # a backward pass is meant to follow
     bias: Floats | None = None  # of the grid's shape, added to the scores of experts when rows choose again
     held: Sequence[HeldSequence] | None = None
-    """Of each segment what experts keep of the rows before these, and what they are to keep. None: nothing, for rows
+    """For each segment, what experts keep of the rows before these, and what they are to keep. None: nothing, for rows
     whose segments are all that experts see.
     """
 
@@ -110,14 +110,14 @@ class RoutedRows:
         return tuple(table.shape[1] for table in self.scores)
 
     def caches_of(self, part: "ExpertPart") -> list[KeyValueCache]:
-        """Those of an expert in this process, for each segment of its rows; none where nothing is to be held."""
+        """The caches of an expert in this process, for each segment of its rows; none where nothing is to be held."""
         if self.held is None:
             return []
         sequences = [self.held[number] for number in np.unique(self.segments.of_rows[part.places]).tolist()]
         return [sequence.caches.setdefault(part.uid, KeyValueCache()) for sequence in sequences]
 
     def logits(self, rows: Integers, coordinates: Integers) -> Floats:
-        """Of the experts at `coordinates` [n, K, dims], for these rows. [n, K]"""
+        """The logits of the experts at `coordinates` [n, K, dims], for these rows. [n, K]"""
         tables = zip(self.scores, np.moveaxis(coordinates, -1, 0), strict=True)
         logits: Floats = np.sum([table[rows[:, None], numbers] for table, numbers in tables], axis=0)
         return logits
@@ -175,14 +175,14 @@ class NodeBatch:
 
     @cached_property
     def coordinates(self) -> Integers:
-        """Of the experts asked; anything elsewhere. [n, K, dims]"""
+        """The coordinates of the experts asked; anything elsewhere. [n, K, dims]"""
         dims = len(self.uids[0].coordinate) if self.uids else 1
         places = np.array([uid.coordinate for uid in self.uids], dtype=np.int64).reshape(-1, dims)
         return np.concatenate([places, np.full((1, dims), -1)])[self.experts]
 
     @cached_property
     def ranks(self) -> Integers:
-        """Of each slot that is asked: how many of its row's experts come before it in `uids`. [n, K]"""
+        """The rank of each slot that is asked: how many of its row's experts come before it in `uids`. [n, K]"""
         before = self.asked[:, None, :] & (self.experts[:, None, :] < self.experts[:, :, None])
         ranks: Integers = before.sum(axis=2)
         return ranks
@@ -309,7 +309,7 @@ class ExpertReply:
 
     @property
     def has_forgotten(self) -> bool:
-        """Of a call that goes on with held rows: its parameters have changed since, or its node needed the memory."""
+        """Whether a node has forgotten the rows before: its parameters have changed since, or it needed the memory."""
         return self.error is not None and self.error.status is StatusCode.FAILED_PRECONDITION
 
 
@@ -367,9 +367,9 @@ class SentBatch:
     progress: CallProgress
     is_hedge: bool = False
     numbers: Sequence[int] = ()
-    """Of its segments, where the node is to keep their rows."""
+    """The numbers of its segments, under which the node is to keep their rows."""
     versions: dict[UID, int] = field(default_factory=dict)
-    """Of the parameters of the experts that have computed."""
+    """The version of the parameters of each expert that has computed."""
     open: Booleans = field(init=False)  # [n, K], the slots of which something may still come
     counts: Booleans = field(init=False)  # [n, K], the slots whose answers count
 
@@ -457,7 +457,7 @@ class ForwardPass:
 
 
 def shares(weights: Floats, slots: Booleans) -> Floats:
-    """Of each expert in the mean over `slots` [m, K] by the weights; 0 elsewhere, and in rows that have none."""
+    """The share of each expert in the weighted mean over `slots` [m, K]; 0 elsewhere, and in rows that have none."""
     weights = np.where(slots, weights, np.float32(0))
     total = weights.sum(axis=1, keepdims=True)
     result: Floats = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)

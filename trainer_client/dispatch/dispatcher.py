@@ -148,7 +148,7 @@ class Dispatcher:
         return result
 
     def _with_others(self, live: LiveExperts, avoided: frozenset[PeerID]) -> LiveExperts:
-        """With other hosts in place of these, where there are any."""
+        """The hosts, with others in place of these where there are any."""
         uids = [uid for uid, peer_id in live.hosts.items() if peer_id in avoided]
         others = choose_replicas(
             uids, live.view, self._rng, live.avoided | avoided, self.latencies.nodes_lately(self._calls.now())
@@ -222,7 +222,7 @@ class Dispatcher:
 
 
 def _of_answers(sent: SentBatch, numbers: Floats) -> Floats:
-    """Of `numbers` [R, K, W] those of each row's answer; zeros for rows whose answer does not count. [n, W]"""
+    """The entries of `numbers` [R, K, W] for each row's answer; zeros for rows whose answer does not count. [n, W]"""
     counted = sent.counts.any(axis=1, keepdims=True)
     return np.where(counted, numbers[sent.batch.rows, sent.counts.argmax(axis=1)], np.float32(0))
 

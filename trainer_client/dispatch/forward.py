@@ -324,7 +324,7 @@ class ForwardRun:
         self._failed.update(uid for uid in batch.uids if uid not in replicas)
 
     def _other_replicas(self, batch: NodeBatch) -> dict[UID, PeerID]:
-        """Of the batch's experts, at peers that were not asked for them in this pass."""
+        """Replicas of the batch's experts at peers that were not asked for them in this pass."""
         avoided, times = self._calls.avoided(), self._calls.latencies.nodes_lately(self._calls.now())
         return choose_replicas(batch.uids, self._directory.view, self._rng, avoided, times, self._asked)
 
@@ -349,7 +349,7 @@ class ForwardRun:
         return np.isin(batch.experts, alone)
 
     def _replace_silent(self) -> None:
-        """Of peers that can't even be connected to little is to be hoped: others are asked, replicas first."""
+        """Asks others, replicas first, instead of peers that can't even be connected to."""
         heard = np.zeros_like(self._pending)
         for sent in self._sent.values():
             if not self._calls.is_silent(sent.node):

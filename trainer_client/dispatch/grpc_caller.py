@@ -467,7 +467,7 @@ class SessionWarmer:
         self._tried_at: dict[PeerID, float] = {}
 
     async def run(self) -> None:
-        """For ever. Sessions that come to their end are renewed in time, too."""
+        """Keeps sessions until cancelled. Sessions that come to their end are renewed in time, too."""
         while True:
             async with asyncio.TaskGroup() as group:
                 for node in self.due():

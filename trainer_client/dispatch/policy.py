@@ -36,7 +36,7 @@ _RECENT = 512
 _NODES = 4096
 """Nodes whose mean is kept, those that answered last."""
 _WEIGHT = 0.25
-"""Of a new call in its node's mean."""
+"""The weight of a new call in its node's mean."""
 _TIMES_HOLD_S = 60.0
 """Without an answer for so long, a node's mean is forgotten: one that was slow once is asked again."""
 
@@ -58,7 +58,7 @@ _REMEMBERED_ROWS = 8
 _REMEMBERED_PEERS = 256
 
 LEAST_KNOWN = 32
-"""With fewer calls than that nothing is said about how long they take."""
+"""Calls that are needed before anything is said about how long they take."""
 
 _WINDOW = 256
 _USUAL, _SLOW = 0.9, 0.95
@@ -151,7 +151,7 @@ class CircuitBreakers:
 
 
 class Durations:
-    """Of one direction."""
+    """How long calls of one direction took."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_RECENT)
@@ -160,13 +160,13 @@ class Durations:
         self._recent.append(seconds)
 
     def quantiles(self) -> Latency | None:
-        """Of the last calls; None before the first."""
+        """Quantiles of the last calls; None before the first."""
         ordered = sorted(self._recent)
         return Latency(_nearest(ordered, 0.5), _nearest(ordered, 0.99)) if ordered else None
 
 
 class Latencies:
-    """Of one trainer's calls that went well. Bounded, however many calls and nodes there are."""
+    """How long one trainer's successful calls took. Bounded, however many calls and nodes there are."""
 
     def __init__(self) -> None:
         self.forward: Durations = Durations()
@@ -320,7 +320,7 @@ class CallTimes:
         self._last.append(seconds)
 
     def add_unfinished(self, seconds: float) -> None:
-        """Of a call that was given up after so long. It counts as at least as slow as most, so that a deadline that
+        """Counts a call that was given up after so long. It counts as at least as slow as most, so that a deadline that
         is too short for many calls gets longer.
         """
         self.add(max(seconds, self.quantile(_USUAL) or 0.0))
@@ -348,7 +348,7 @@ class WaitPolicy:
     """Calls sent to a second replica, as a part of all calls, at most."""
 
     def deadline_s(self, call_times: CallTimes) -> float:
-        """Of the next call: four times what nine in ten took lately, between the bounds."""
+        """The deadline of the next call: four times what nine in ten took lately, between the bounds."""
         usual = call_times.quantile(_USUAL)
         if usual is None:
             return self.call_deadline_s

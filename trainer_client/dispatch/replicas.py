@@ -24,8 +24,9 @@ lately, beyond which it is passed over."""
 _QUICK, _TRIED = 2, 1 / 16
 """Where so many quick replicas of an expert are known, others that were not called lately get so few of its calls."""
 _MANY, _COMPARED_OF_MANY = 16, 8
-"""Of an expert with more than 16 replicas 8 are compared, as drawn, with those that were called lately, unless none of
-these can be called."""
+"""If an expert has more than 16 replicas, 8 random ones are compared, with those that were called lately, unless none
+of these can be called.
+"""
 _BUSIER_ROWS = 1024
 """Rows queued beyond those of the least busy one, from which a peer is passed over."""
 _NOT_ASKED: Mapping[UID, Collection[PeerID]] = MappingProxyType({})
@@ -93,7 +94,7 @@ def _hosts(
 def _fit(
     hosts: list[Replica], times_s: Mapping[PeerID, float], usual_s: float, rng: random.Random
 ) -> list[Replica]:
-    """Those that are neither much slower nor much busier than another. `usual_s`: what peers took lately."""
+    """The peers that are neither much slower nor much busier than another. `usual_s`: what peers took lately."""
     known = [replica for replica in hosts if replica.peer_id in times_s]
     quickest = min((times_s[replica.peer_id] for replica in known), default=0.0)
     slowest = _SLOWER * max(quickest, usual_s)

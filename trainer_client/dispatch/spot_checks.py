@@ -69,12 +69,12 @@ _CHECKED_AFTER_FAILURE = 32
 _FORGIVEN_AFTER_ROWS = 100_000
 """Right ones in a row, after which a node's failed checks no longer count: in as many, an honest one may fail once."""
 _REMEMBERED_ROWS = 20_000
-"""Of a node. So a long good record excuses no more lies than these do."""
+"""Checked rows that are remembered of a node. So a long good record excuses no more lies than these do."""
 _MOST_ROWS = 512
-"""That each expert computes in a check, beyond one segment."""
+"""Rows that each expert computes in a check, beyond one segment."""
 _MOST_AT_ONCE = 4
 _DEADLINE_S = 20.0
-"""For the parameters to come."""
+"""The deadline for the parameters to come."""
 _TRAFFIC_SHARE = 0.1
 """Most bytes of parameters that are asked for on average, as a part of those of forward answers: about a fortieth of
 all traffic with nodes.
@@ -89,7 +89,7 @@ _NAMED = 4
 _VERDICTS = {"passed", "failed"}
 _LARGEST = 1e30
 _LARGEST_UPDATES = 4.0
-"""Of a row's experts, against its answer: parameters in which they cancel out must not widen the slack."""
+"""The limit of a row's updates against its answer: parameters in which they cancel out must not widen the slack."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -110,7 +110,7 @@ class ExpertLoader(Protocol):
 
     @property
     def max_bytes(self) -> int:
-        """Of an expert's parameters, encoded."""
+        """The limit of an expert's encoded parameters."""
         ...
 
     def load(self, uid: UID, data: bytes) -> LoadedExpert:
@@ -133,11 +133,11 @@ class Checking:
     """What spot checks need."""
 
     share: float
-    """Of the answers."""
+    """The share of answers that are checked."""
     source: BlockSource
     loader: ExpertLoader
     guard: ParseGuard = field(default_factory=ParseGuard)
-    """Of the parser of parameters."""
+    """Guards the parser of parameters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +146,11 @@ class Sample:
 
     node: NodeInfo
     versions: Mapping[UID, int]
-    """Of the experts in the answers."""
+    """The versions of the experts in the answers."""
     parts: Sequence[ExpertPart]
     """What each of them computed: places in `inputs`."""
     segments: Sequence[tuple[Integers, Integers]]
-    """Of each part: rows of each segment, and positions."""
+    """For each part, the rows of each segment, and positions."""
     inputs: Floats  # before the codec
     places: Integers  # [c], rows of `inputs`
     shares: Floats  # [c, K], of each expert in the answer
@@ -241,7 +241,7 @@ class _Record:
     failed: int = 0
     rows: float = 0.0
     wrong_rows: float = 0.0
-    """Of these. Both are halved now and then."""
+    """The wrong ones of these. Both are halved now and then."""
     right_rows: int = 0
     """Checked since the last failure."""
     owed: int = 0
@@ -260,7 +260,7 @@ class _Record:
 
 
 class SpotChecks:
-    """Those of one trainer. Its methods belong to the loop's thread.
+    """The checks of one trainer. Its methods belong to the loop's thread.
 
     A node sees when its parameters are fetched. So what was checked before must not change what will be: each answer is
     drawn by itself, and a node that holds up the checks of its own answers holds up no further ones.

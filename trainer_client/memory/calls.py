@@ -55,9 +55,9 @@ _QUICK = {StatusCode.UNAVAILABLE, StatusCode.NOT_FOUND}
 """Failures that cost little time, of which a few are forgiven."""
 _BUSY_TRIES = 3
 _FOUND_BYTES = 64
-"""Of one passage that was found, at most, and of what is around those of one query."""
+"""The limit of one passage that was found, and of what is around those of one query."""
 _PASSAGE_BYTES = 4 * MAX_TEXT_CHARACTERS + 8192
-"""Of a passage with its title, source, licence, vector and proof."""
+"""The limit of a passage with its title, source, licence, vector and proof."""
 
 
 class MemoryCaller(Protocol):
@@ -107,7 +107,7 @@ class GrpcMemoryCaller:
 
 
 def most_bytes(request: memory_pb2.SearchRequest | memory_pb2.ReadRequest) -> int:
-    """Of an honest answer. Some MB of tiny fields would take long to parse, and thirty times their size."""
+    """The limit of an honest answer. Some MB of tiny fields would take long to parse, and thirty times their size."""
     if isinstance(request, memory_pb2.ReadRequest):
         return sum(_PASSAGE_BYTES * len(shard.positions) for shard in request.shards)
     queries = min(MAX_QUERIES, len(request.vectors))  # in one dimension, at least
@@ -154,7 +154,7 @@ def choose_hosts(wanted: Mapping[H, Collection[PeerID]], rng: random.Random) -> 
 
 
 def quick_hosts(hosts: Collection[PeerID], times_s: Mapping[PeerID, float]) -> list[PeerID]:
-    """Those that are not much slower than another one. `times_s`: how long they took lately, as far as it is known."""
+    """The hosts that are not much slower than another one. `times_s`: how long they took lately, if known."""
     quickest = min((times_s[host] for host in hosts if host in times_s), default=0.0)
     return [host for host in hosts if times_s.get(host, 0.0) <= _SLOWER * quickest + _SLOWER_BY_S]
 

@@ -43,7 +43,7 @@ class Ask:
 
     shards: tuple[ShardInfo, ...]
     queries: tuple[tuple[int, ...], ...]
-    """Of each shard: numbers of queries in the search, rising."""
+    """The numbers of the queries in the search, rising, for each shard."""
     k: int
 
     @cached_property
@@ -129,7 +129,7 @@ class Answer:
     ask: Ask
     host: PeerID
     claims: Mapping[int, Sequence[Claim]]
-    """Of each query, best first."""
+    """The claims for each query, best first."""
     present: frozenset[bytes]
     """Roots of the shards that are there."""
 

@@ -49,11 +49,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_BYTES = 2**30
-"""Of the parts of memories that are kept on disk."""
+"""The limit for parts of memories that are kept on disk."""
 _REFRESH_EVERY_S = 15.0
-"""Between two looks at who hosts what."""
+"""The pause between two looks at who hosts what."""
 _FOLLOW_EVERY_S = 30.0
-"""Between two looks for a newer revision."""
+"""The pause between two looks for a newer revision."""
 _USED_S = 300.0
 """After a search, how long all this goes on."""
 _CELLS = 4096
@@ -204,7 +204,7 @@ class MemoryDirectory:
         """By the peers that are avoided, the cells that nobody else hosts. Emptied whenever more is known."""
         self._reading = asyncio.Lock()
         self._reading_ahead: asyncio.Task[None] | None = None
-        """Of cells that the first search does not ask, and that may have its texts."""
+        """Reads cells that the first search does not ask, and that may have its texts."""
         self._following = asyncio.Lock()
         self._used_at = loop_time()
 
@@ -233,7 +233,7 @@ class MemoryDirectory:
 
     @property
     def nodes(self) -> Collection[NodeInfo]:
-        """Those that host what was searched lately."""
+        """The nodes that host what was searched lately."""
         return self._nodes.values()
 
     def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:

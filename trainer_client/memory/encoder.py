@@ -23,7 +23,7 @@ STATIC, DUAL = "static-words", "dual-words"
 """The kinds of `StaticEncoder` and `DualEncoder`."""
 MAX_WORDS = 2**18
 MAX_WORD_CHARACTERS = 40
-"""Of a word in the vocabulary."""
+"""The longest word in the vocabulary."""
 UNSPACED = (
     "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
@@ -57,7 +57,9 @@ class Encoder(Protocol):
 
     dimensions: int
     word_weight: float
-    """Of the words that a passage shares with a question, against the nearness of their vectors, where both count."""
+    """The weight of words that a passage shares with a question, against the nearness of their vectors, where both
+    count.
+    """
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """A vector of signed bytes for each passage, [B, D]. Zeros for a text in which nothing is known."""

@@ -63,7 +63,7 @@ Turn: TypeAlias = Callable[[Vectors], Vectors]
 """Other vectors in place of those of questions. [Q, D] -> [Q, D]"""
 
 MOST_CHARACTERS = 10_000
-"""Of a query."""
+"""The longest query."""
 MOST_WANTED = MAX_K // 2
 """Passages for a query. A host is asked for twice as many, because a passage may lie in two of its cells."""
 CHECKED_SHARE = 1 / 50
@@ -76,7 +76,7 @@ _SATURATION, _LENGTH = 1.2, 0.75
 """k1 and b of BM25 (Robertson and Zaragoza, 2009)."""
 _DEADLINE_S = 10.0
 _FIRST_PART = 0.6
-"""Of the time that a search has, what the first answers may take."""
+"""The share of a search's time that the first answers may take."""
 _KEPT = 2048
 """Proven passages that are remembered."""
 _CHECKS_AT_ONCE = 2
@@ -119,11 +119,11 @@ class Located:
 
     manifest: MemoryManifest
     cells: Sequence[Sequence[Cell]]
-    """Of each query, live ones, the nearest first."""
+    """Live cells for each query, the nearest first."""
     missing: Sequence[Sequence[Cell]]
-    """Of each query: nearer than these, and nobody hosts them."""
+    """Cells for each query that are nearer than these and have no host."""
     hosts: Mapping[bytes, Collection[PeerID]]
-    """Of the shards in these cells, and perhaps of others, by their roots."""
+    """The hosts of the shards in these cells, and perhaps of others, by their roots."""
     nodes: Mapping[PeerID, NodeInfo]
 
 
@@ -139,7 +139,7 @@ class Directory(Protocol):
 
     @property
     def nodes(self) -> Collection[NodeInfo]:
-        """Those that host what was searched lately."""
+        """The nodes that host what was searched lately."""
 
     def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
         """The texts' vectors, [Q, D], and how near they are to each cell, [Q, C]. For any thread.
@@ -149,7 +149,7 @@ class Directory(Protocol):
 
     @property
     def word_weight(self) -> float:
-        """Of the words that a passage shares with a query, against the nearness of their vectors."""
+        """The weight of words that a passage shares with a query, against the nearness of their vectors."""
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word is in the memory."""
@@ -258,7 +258,7 @@ class Retriever:
     async def read(
         self, places: Collection[Place], manifest: MemoryManifest, node: NodeInfo, ends: float
     ) -> dict[Place, Proven]:
-        """Those passages that the host has. Raises ExpertError."""
+        """The passages that the host has. Raises ExpertError."""
         asked: dict[bytes, list[int]] = {}
         for root, position in places:
             asked.setdefault(root, []).append(position)
@@ -278,7 +278,7 @@ class Retriever:
         return found
 
     def kept(self, places: Iterable[Place]) -> dict[Place, Proven]:
-        """Those of the passages that were read lately."""
+        """The passages that were read lately."""
         found = ((place, self._kept.get(place)) for place in places)
         return {place: proven for place, proven in found if proven is not None}
 

@@ -48,7 +48,7 @@ LONGEST_ANSWER = 64
 """Tokens."""
 _CELLS = 8
 _SHARPNESS = 12.0
-"""Of the first softmax over passages, whose scores are cosines."""
+"""The sharpness of the first softmax over passages, whose scores are cosines."""
 _SHOWN = 3
 """Answers."""
 
@@ -74,9 +74,9 @@ class Found:
     """What was found for some questions."""
 
     vectors_BD: Tensor
-    """Of the questions, by the memory's encoder. Of unit length, or zeros."""
+    """The questions' vectors, by the memory's encoder. Of unit length, or zeros."""
     hits: Sequence[Sequence[Hit]]
-    """Of each, best first, at most K."""
+    """The hits of each question, best first, at most K."""
 
     @classmethod
     def of(cls, vectors_BD: Vectors, hits: Sequence[Sequence[Hit]]) -> "Found":
@@ -101,7 +101,7 @@ class QueryEncoder(nn.Module):
         """Against the cosine, in parts of the memory's own."""
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Of unit length again."""
+        """The moved vectors, of unit length again."""
         return F.normalize(vectors_BD + self.change(vectors_BD), dim=-1)
 
     @torch.no_grad()
@@ -277,7 +277,7 @@ class PassageLookup:
         return Found.of(self._memory.encode(texts), [result.hits for result in results]), results
 
     def learned(self, questions: Sequence[Question]) -> Found:
-        """For training, which goes on without passages where nobody answers."""
+        """Looks up for training, which goes on without passages where nobody answers."""
         texts = [question.text for question in questions]
         self.counts.add(chunks=len(texts))
         try:

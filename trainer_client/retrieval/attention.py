@@ -46,7 +46,7 @@ class RetrievalSpec:
     chunk: int = 64
     """Tokens by which neighbours are found."""
     neighbours: int = 1
-    """Of each chunk."""
+    """Neighbours of each chunk."""
     length: int = 128
     """Tokens of a neighbour that are read."""
     layers: tuple[int, ...] = (0,)
@@ -100,13 +100,13 @@ class KeysValues:
     """True where there is a token, or nothing to be chosen."""
 
     def __getitem__(self, chunk: int) -> "KeysValues":
-        """Those of one chunk."""
+        """The neighbours of one chunk."""
         one = slice(chunk, chunk + 1)
         return KeysValues(self.keys_PHKC[one], self.values_PHKC[one], self.mask_P11K[one])
 
 
 ReadChunks: TypeAlias = dict[int, list[KeysValues]]
-"""Of one sequence: by the chunk's number, what each of the layers attends to."""
+"""What each layer of one sequence attends to, by the chunk's number."""
 
 
 class Retrieval(nn.Module):
@@ -255,7 +255,7 @@ class ChunkedCrossAttention(nn.Module):
         return torch.cat((x_BTD[:, :first], x_BTD[:, first:] + added_BTD), dim=1)
 
     def extend(self, x_RD: Tensor, segments: Segments, read: Sequence[Mapping[int, KeysValues]]) -> Tensor:
-        """Of the next rows of sequences. `read`: of each, by the chunk's number."""
+        """Computes the next rows of sequences. `read`: of each, by the chunk's number."""
         chunks_R = (segments.positions + 1) // self.chunk - 1
         chunks = np.split(chunks_R, segments.lengths.cumsum()[:-1])
         outputs = []

@@ -47,7 +47,7 @@ class NeighbourCache:
             self._begin_anew()
 
     def get(self, memory: str, revision: int, texts: Sequence[str]) -> dict[str, list[Passage]]:
-        """Those that are there, by text."""
+        """The entries that are there, by text."""
         found = dict[str, list[Passage]]()
         with self._lock:
             for text in texts:

@@ -50,11 +50,11 @@ class RetrievalCounts:
     """What retrieval has done so far."""
 
     chunks: int = 0
-    """That neighbours were wanted for."""
+    """Chunks for which neighbours were wanted."""
     cached: int = 0
-    """Of these, those that were known from an earlier look-up."""
+    """Chunks whose neighbours were known from an earlier look-up."""
     without: int = 0
-    """Of these, those for which there was nothing: nobody answered, or all would have given away the text."""
+    """Chunks for which there was nothing: nobody answered, or all would have given away the text."""
     failed: int = 0
     """Look-ups of a batch that came to nothing."""
     late: int = 0
@@ -62,12 +62,12 @@ class RetrievalCounts:
     waits: int = 0
     """Batches whose neighbours were not there when training came to them."""
     waited_s: float = 0.0
-    """That training waited for neighbours."""
+    """Seconds that training waited for neighbours."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _warned_at: float = field(default=-_WARN_EVERY_S, repr=False)
 
     def note_failed(self, memory: MemoryID, error: TalkootError) -> None:
-        """Of a look-up without which the model goes on. Says so now and then."""
+        """Counts a look-up that failed and without which the model goes on. Says so now and then."""
         self.add(failed=1)
         with self._lock:
             if time.monotonic() - self._warned_at < _WARN_EVERY_S:
@@ -81,7 +81,7 @@ class RetrievalCounts:
                 setattr(self, name, getattr(self, name) + count)
 
     def values(self) -> dict[str, float]:
-        """For a summary."""
+        """The counts, for a summary."""
         with self._lock:
             return {
                 "memory_chunks": self.chunks,
@@ -130,12 +130,13 @@ class NeighbourLookup:
         self._lock = threading.Lock()
 
     def written(self, chunks: Sequence[Sequence[int]]) -> list[Neighbours]:
-        """Of chunks of a text that is being written: nothing can be given away."""
+        """Neighbours of chunks of a text that is being written: nothing can be given away."""
         some = [Chunk(self._decode(tokens)) for tokens in chunks]
         return [self._neighbours(candidates[: self.spec.neighbours]) for candidates in self._candidates(some)]
 
     def learned(self, tokens_BT: Tensor) -> Tensor:
-        """Of the whole chunks of sequences that a model is to predict, [B, U, N, L], with nothing given away.
+        """Neighbours of the whole chunks of sequences that a model is to predict, [B, U, N, L], with nothing given
+        away.
 
         int64 [B, T + 1]
         """
@@ -155,7 +156,7 @@ class NeighbourLookup:
         return self.spec.nothing(len(tokens_BT), self.spec.chunks(tokens_BT.shape[1] - 1))
 
     def _candidates(self, chunks: Sequence[Chunk]) -> list[list[Passage]]:
-        """Of each chunk, the nearest first; none where nobody answers."""
+        """Candidates for each chunk, the nearest first; none where nobody answers."""
         texts = [chunk.text[-MOST_CHARACTERS:] for chunk in chunks]
         memory, revision = str(self._memory.id), self._memory.revision
         known = {} if self._cache is None else self._cache.get(memory, revision, texts)

@@ -62,7 +62,7 @@ class Header(CheckpointHeader):
     saved_at: float = Field(ge=0, allow_inf_nan=False)
     """Unix time, in seconds."""
     tokenizer: str
-    """For `load_tokenizer`."""
+    """The tokenizer's name, for `load_tokenizer`."""
     data_sha256: str
     """As in `Corpus`; empty: of a model that was imported."""
     settings: dict[str, Any]
@@ -190,7 +190,9 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
 
 
 def new_run_folder(runs: Path) -> Path:
-    """For a run that begins now. One process at a time uses `runs`, and starting one takes more than a second."""
+    """The folder of a run that begins now. One process at a time uses `runs`, and starting one takes more than a
+    second.
+    """
     return runs / time.strftime("%Y%m%d-%H%M%S")
 
 

@@ -75,7 +75,7 @@ class History:
 
     losses: "array[float]" = field(default_factory=lambda: array("d"))
     validated: "array[int]" = field(default_factory=lambda: array("q"))
-    """For each validation, the number of steps before it."""
+    """The number of steps before each validation."""
     validation_losses: "array[float]" = field(default_factory=lambda: array("d"))
 
     def validation_loss_of(self, step: int) -> float | None:
@@ -191,12 +191,12 @@ class TrainingRecord:
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats per token: the number of equally likely tokens that would have the same loss."""
+    """The perplexity of a loss in nats per token: the number of equally likely tokens that would have the same loss."""
     return math.exp(min(loss, 700.0))
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Of a loss in nats per token: the size to which the model would compress a byte of text."""
+    """The bits per byte of a loss in nats per token: the size to which the model would compress a byte of text."""
     return loss / math.log(2) / bytes_per_token
 
 
