@@ -65,7 +65,7 @@ OPEN_TO_ALL = frozenset({session_pb2.RIGHT_DHT})
 OPEN_TO_MEMBERS = OPEN_TO_ALL | {session_pb2.RIGHT_RELAY, session_pb2.RIGHT_MEMORY}
 """What any token gives."""
 EXPORT = session_pb2.RIGHT_EXPORT
-"""Beside `RIGHTS`, of the roles that the manifest names."""
+"""The right to export, which the roles that the manifest names have besides `RIGHTS`."""
 _RECORDS: Mapping[str, frozenset[Role]] = {
     "announcement": frozenset({Role.NODE}),
     "hosting": frozenset({Role.NODE}),
@@ -221,7 +221,7 @@ class SwarmAdmission:
         return Admitted(grant.serial, grant.expires_at)
 
     def signer_of(self, trainer: PeerID, badge: admission_pb2.Badge | None) -> int | None:
-        """By whose leave a trainer signs receipts: the serial of its token, or 0 for the founder itself.
+        """The serial of the token by which a trainer may sign receipts, or 0 for the founder itself.
 
         None in an open swarm, where anybody may.
 

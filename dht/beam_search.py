@@ -278,7 +278,7 @@ class PrefixIndex:
         self._known[len(prefix)][prefix] = True
 
     def drop(self, expert: Coordinate) -> None:
-        """Nobody hosts the expert, whatever its prefix says; until the prefix is read again."""
+        """Notes that nobody hosts the expert, whatever its prefix says, until the prefix is read again."""
         self.alive[-1][expert] = False
 
     def tables(self, passed_over: Booleans | None = None) -> list[Booleans]:

@@ -55,7 +55,7 @@ class ManifestRecord:
 
     @property
     def warning(self) -> str:
-        """In words, if the founder should have renewed it long ago; else empty."""
+        """A warning in words, if the founder should have renewed the manifest long ago; else empty."""
         left_s = self.expires_at - self._now()
         if left_s >= EXPIRES_SOON_S:
             return ""

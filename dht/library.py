@@ -48,11 +48,11 @@ WANTED_REPLICAS = 2
 MAX_LISTED_LICENSES = 8
 _RENEW_AFTER_S = LIFETIME_S / 2
 _MAX_PUBLISHERS = 256
-"""Whose libraries are read and remembered."""
+"""Publishers whose libraries are read and remembered."""
 _MAX_HOSTS = 256
 """Hosts of one cell whose records are read."""
 _CELLS_AT_ONCE = 512
-"""In one look-up, which has one deadline."""
+"""Cells in one look-up, which has one deadline."""
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """Memories that an error names."""

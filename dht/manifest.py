@@ -423,7 +423,7 @@ class Manifest(_Part):
 
 
 class _Versioned(BaseModel):
-    """Only the version, to tell a manifest of another version from a broken one."""
+    """Reads only the version, to tell a manifest of another version from a broken one."""
 
     protocol_version: int
 

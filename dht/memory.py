@@ -111,7 +111,7 @@ class Passage:
     source: str
     """The file, without the folders that it was in."""
     offset: int
-    """Where in the file it begins, in characters."""
+    """The position in the file where it begins, in characters."""
     license: str
 
     @classmethod
@@ -194,7 +194,7 @@ class MemoryManifest:
     licenses: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
     revoked: frozenset[Place]
-    """In primary shards."""
+    """Revoked places in primary shards."""
 
     @classmethod
     def parse(cls, data: bytes) -> Self:

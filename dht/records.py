@@ -117,7 +117,7 @@ class SwarmKeys:
         return ".".join([self.swarm_id, "memory", str(memory), *map(str, coordinate)])
 
     def memory_index(self, memory: MemoryID, coordinate: Cell, following: int) -> str:
-        """As `index`, of a memory's grid."""
+        """Like `index`, of a memory's grid."""
         return _piece(self.memory(memory, coordinate), following)
 
 

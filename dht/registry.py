@@ -177,7 +177,7 @@ class Registry:
         self.unread: BoundedDict[UID, int] = BoundedDict(_MOST_CROWDED)
         """About how many hosts of an expert `replicas` left out when it was read last, as there are too many."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
-        """When this peer's last record under each key expires."""
+        """The time when this peer's last record under each key expires."""
         self._own_shards: dict[int, tuple[str, float]] = {}
         """Where this peer is listed, and until when it goes by that; by the fewest digits, as a node or a trainer."""
 

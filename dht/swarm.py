@@ -34,7 +34,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MANIFEST_DEADLINE_S = 20.0
 _RETRY_S = 0.5
 _LOOKS = 3
-"""Times that a peer looks for the manifest before it takes its own copy, or a founder founds a new swarm."""
+"""How many times a peer looks for the manifest before it takes its own copy, or a founder founds a new swarm."""
 _REMEMBERED_TRIED = 64
 """Addresses from earlier runs that are tried at the start, at most."""
 _OTHERS_IN_INVITE = 4

@@ -43,7 +43,7 @@ class UpkeepPeriod:
 
     @property
     def seconds(self) -> float:
-        """Its present length."""
+        """The present length in seconds."""
         return self.wanted_s * min(max(1.0, self._mean / ROUND_BYTES), self._most)
 
     @property

@@ -66,9 +66,9 @@ from peer.wire import session_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
-"""Longest that a stopping node tries to withdraw its record."""
+"""The longest time that a stopping node tries to withdraw its record."""
 _CALLS_GRACE_S = 1.0
-"""Longest that a stopping node lets calls finish."""
+"""The longest time that a stopping node lets calls finish."""
 _LATELY_S = 60.0
 """A trainer that has sent gradients within this time uses the node now."""
 _ACCOUNT_EVERY_S = 60.0
@@ -77,7 +77,7 @@ _ACCOUNT_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class NodeTiming:
-    """Times that no owner has a reason to change, in seconds. Tests of a whole node shorten them."""
+    """How many times no owner has a reason to change, in seconds. Tests of a whole node shorten them."""
 
     claim_wait_s: float = CLAIM_WAIT_S
     look_every_s: float = LOOK_EVERY_S

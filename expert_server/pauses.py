@@ -325,7 +325,7 @@ class PauseController:
 
 
 def paused_in_words(why: Sequence[str]) -> str:
-    """Such as `paused until 22:00` or `paused: on battery; until 22:00`."""
+    """The pause in words, such as `paused until 22:00` or `paused: on battery; until 22:00`."""
     return (
         f"paused {why[0]}" if len(why) == 1 and why[0].startswith("until ") else f"paused: {'; '.join(why)}"
     )

@@ -27,7 +27,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _ASKED = 3
 """Nodes that are asked to dial back."""
 _ASK_S = 20.0
-"""Longest that asking all of them may take."""
+"""The longest time that asking all of them may take."""
 _ASK_AGAIN_S = 600.0
 """Time until other nodes are asked again."""
 _UNANSWERED = 2
@@ -69,11 +69,13 @@ class ReachabilityStatus:
     asked: int = 0
     """Nodes that were asked to dial back."""
     why_unasked: str = ""
-    """In words, why nobody is asked; empty: others are."""
+    """Why nobody is asked, in words; empty: others are."""
 
     @property
     def in_words(self) -> str:
-        """Such as `direct` or `relayed by 3 relays`. It is `direct` only when others have dialled back."""
+        """How the node is reached, such as `direct` or `relayed by 3 relays`. It is `direct` only when others have
+        dialled back.
+        """
         if self.why_unasked:
             return f"not checked: {self.why_unasked}"
         if self.looking:
@@ -114,7 +116,7 @@ class ReachabilityMonitor:
     ) -> None:
         self.status: ReachabilityStatus = ReachabilityStatus()
         self.tunnel_addresses: tuple[Multiaddress, ...] = ()
-        """By which others open libp2p streams to it."""
+        """The addresses by which others open libp2p streams to it."""
         self._settings = settings
         self._swarm = swarm
         self._host = ""
@@ -152,7 +154,9 @@ class ReachabilityMonitor:
 
     @property
     def in_words(self) -> str:
-        """Such as `direct: the router at 192.168.1.1 forwards port 31337` or `relayed by 3 relays`."""
+        """How the node is reached, such as `direct: the router at 192.168.1.1 forwards port 31337` or `relayed by 3
+        relays`.
+        """
         is_forwarded = self._forwarded is not None and self._is(Reachability.DIRECT)
         return f"{self.status.in_words}: {self._router}" if is_forwarded else self.status.in_words
 
@@ -163,7 +167,7 @@ class ReachabilityMonitor:
 
     @property
     def relay_addresses(self) -> tuple[Multiaddress, ...]:
-        """By which others reach its server through relays over gRPC."""
+        """The addresses by which others reach its server through relays over gRPC."""
         return self._relays.relay_addresses if self._is_hidden else ()
 
     def _is(self, kind: Reachability) -> bool:
@@ -309,7 +313,7 @@ class ReachabilityMonitor:
 
     @property
     def _unproven(self) -> tuple[Endpoint, ...]:
-        """Where others should reach it, before any has said that they do."""
+        """The addresses where others should reach it, before any has said that they do."""
         return (self._own_address,) if self._forwarded is None else (self._forwarded, self._own_address)
 
     @property

@@ -87,7 +87,7 @@ class NodeStatus:
     memory_queries: int = 0
     """Queries to memories that were answered."""
     clock_warning: str = ""
-    """In words, if most peers say that this machine's clock is wrong."""
+    """A warning in words, if most peers say that this machine's clock is wrong."""
     signed: SignedWork = field(default_factory=SignedWork)
     """What trainers have signed for, in all runs."""
     signed_share: float | None = None

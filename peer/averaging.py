@@ -96,7 +96,7 @@ def is_behind(update_count: int, other: int) -> bool:
 
 
 def drawn_stale_last(claims: Collection[T], count: Callable[[T], int], rng: random.Random) -> list[T]:
-    """In random order, but those far behind the middle one by their update count come last."""
+    """The copies in random order, but those far behind the middle one by their update count come last."""
     if not claims:
         return []
     median = median_high(map(count, claims))

@@ -54,7 +54,7 @@ class FairBudget:
         self.revoked: int = 0
         """How often a reservation was taken back."""
         self._held: dict[Hashable, dict[Reservation, None]] = {}
-        """By owner, the latest last. No owner is without any."""
+        """Reservations by owner, the latest last. No owner is without any."""
         self._sums: dict[Hashable, int] = {}
 
     def reserve(self, owner: Hashable, size: int, revoke: Callable[[], None]) -> Reservation:

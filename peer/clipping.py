@@ -26,11 +26,11 @@ MEETINGS = 16
 _RADIUS = 2.0
 """τ in own moves. The other moved as far, if it is as fast: 2 holds both moves even if they lead opposite ways."""
 _REACH = 8.0
-"""In radii. Whoever is further away is refused."""
+"""The reach, in radii. Whoever is further away is refused."""
 _BUCKETS = 1021
 """Numbers in a sketch. A prime, so that a column of a matrix does not share one bucket."""
 _SKETCHED_AT_ONCE = 64 * _BUCKETS
-"""They and their copies stay in the processor's cache."""
+"""Tensors' numbers that are sketched at once."""
 _SIGNS = 16 * _SKETCHED_AT_ONCE
 _SHIFT = 65_537
 """How much further the signs of each further `_SIGNS` numbers begin. None comes twice in a bucket below 10⁹ numbers."""

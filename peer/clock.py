@@ -39,7 +39,7 @@ class SwarmClock:
         """
         self._others = BoundedDict[str, float](_REMEMBERED)
         self._set_at: float | None = None
-        """When the clock was set to what is not used, by the steady clock."""
+        """The steady clock's time when the clock was set to a time that is not used."""
 
     def now(self) -> float:
         """Unix time in seconds."""
@@ -65,7 +65,7 @@ class SwarmClock:
 
     @property
     def warning(self) -> str:
-        """In words, if this machine's clock is wrong by what most peers say; else empty."""
+        """A warning in words if most peers disagree with this machine's clock; else empty."""
         error_s = self.error_s
         if abs(error_s) <= CLOCK_TOLERANCE_S:
             return ""

@@ -51,7 +51,7 @@ _HALF_STEPS = 7.5
 _FUZZ = 1e-4
 """How far numbers decoded in float32 may be from multiples of a step, as a share of the step."""
 _SCALE_SLACK = 5
-"""Times the slack: bfloat16 may round the largest number of a row by so much."""
+"""How many times the slack a scale may be off: bfloat16 may round the largest number of a row by so much."""
 _MOST_SCALES = 64
 """Scales a sender may have used for a block of one's own: more are possible where the block is far smaller than the
 slack allows for.
@@ -288,7 +288,7 @@ def _encode_int4(numbers_RD: Tensor, rows_RC: Tensor, seed: bytes | None) -> Non
 
 
 def _halves_above(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """As bfloat16, rounded up so that no number is clipped. `scales`: float32; the halves: uint32."""
+    """Scales as bfloat16, rounded up so that no number is clipped. `scales`: float32; the halves: uint32."""
     return scales.view(np.uint32) + 0xFFFF >> 16
 
 
@@ -347,5 +347,5 @@ def _blocks(tensor: Tensor, width: int) -> Iterator[Tensor]:
 
 
 def _writable(data: bytearray | memoryview) -> Tensor:
-    """As a torch tensor, which can only share writable memory."""
+    """The array as a torch tensor, which can only share writable memory."""
     return torch.from_numpy(np.require(np.frombuffer(data, np.uint8), requirements="W"))

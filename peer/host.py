@@ -163,7 +163,7 @@ class Host:
         self.relays: RelayDialler = RelayDialler(self._relay_client, metrics)
         """Dials others through their relays."""
         self.reservations: Reservations = Reservations(self._relay_client, metrics, self.restarts)
-        """By which others reach this peer through relays."""
+        """Relays by which others reach this peer."""
         self.port_mapping: PortMapping | None = None
         """What the router forwards; None: it is not asked."""
         self._port = 0
@@ -267,7 +267,7 @@ class Host:
         self._own.set(addresses=tuple(await resolved(self._announced))[:8])
 
     def serve_dht(self, serves: bool) -> None:
-        """As a client, when nobody reaches the server, or as a node of the DHT."""
+        """Serves the DHT as a client, when nobody reaches the server, or as a node."""
         self.dht.serves_dht = serves and self.server is not None
 
     def bootstrap_addresses(self) -> list[Multiaddress]:
@@ -387,7 +387,7 @@ class Host:
         return await bootstrap(self.dht, addresses, deadline_s)
 
     def _own_endpoint(self) -> Endpoint | None:
-        """Where this peer's own server listens: it may be the relay of whom it calls."""
+        """The address of this peer's own server: it may be the relay of whom it calls."""
         return Endpoint.of(self.config.listen, self._port) if self._port else None
 
     async def _accepting(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:

@@ -32,7 +32,7 @@ _KEY_BITS = 2048
 _SERIAL_BYTES = 16
 _VALID_FROM = datetime(2025, 1, 1, tzinfo=UTC)
 _VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
-"""No end, in the notation of RFC 5280 (4.1.2.5). A certificate is valid as long as its key."""
+"""No end of validity, in the notation of RFC 5280 (4.1.2.5). A certificate is valid as long as its key."""
 _SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
 RECORD_DOMAIN = b"talkoot record v1\0"
 SESSION_DOMAIN = b"talkoot session v1\0"
@@ -41,7 +41,7 @@ CONTACT_DOMAIN = b"talkoot contact v1\0"
 RECEIPT_DOMAIN = b"talkoot receipt v1\0"
 """Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
 _MAX_PUBLIC_KEY_BYTES = 600
-"""In DER. A key of 4096 bits takes 550."""
+"""The limit in DER. A key of 4096 bits takes 550."""
 _EXPONENT = 65537
 """Used by all of libp2p's RSA keys. With a large exponent, verifying a signature would be as slow as signing."""
 

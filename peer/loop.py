@@ -39,7 +39,7 @@ _CLOSE_S = 30.0
 _CLEAN_UP_S = 20.0
 """Longest wait for tasks that were cancelled before their loop is closed."""
 _SLICE_S = 0.002
-"""As long as 20 signatures take to check."""
+"""A slice lasts as long as 20 signatures take to check."""
 _TICK_S = 0.025
 _LATELY_S = 60.0
 _MOST_MISSED = 4000

@@ -43,7 +43,7 @@ M = TypeVar("M", Counter, Gauge, Histogram)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Buckets for how long calls and computations take."""
 _MOST_SCRAPES = 16
-"""At the same time. Connections beyond that are closed."""
+"""Scrapes at the same time. Connections beyond that are closed."""
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 

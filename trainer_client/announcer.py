@@ -25,7 +25,7 @@ from trainer_client.settings import TrainerSettings
 logger: logging.Logger = logging.getLogger(__name__)
 
 _WITHDRAW_S = 2.0
-"""Longest that a trainer tries to withdraw its record when it leaves."""
+"""The longest time that a trainer tries to withdraw its record when it leaves."""
 
 
 class TrainingMetrics:
@@ -221,7 +221,7 @@ def trainer_record(
 
 
 def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
-    """Where and with what other trainers can average with this one."""
+    """Sets where and with what other trainers can average with this one."""
     record.addresses.extend(averaging.addresses)
     record.tunnel_addresses.extend(averaging.tunnel_addresses)
     record.relay_addresses.extend(averaging.relay_addresses)

@@ -34,7 +34,7 @@ _AVERAGED_STEPS = 10
 _REACH = 0.5
 """How far a bias may be from its average, in standard deviations of the logits: it moves a tenth of that in a step."""
 _MOST_BIAS = 8.0
-"""In standard deviations of the logits."""
+"""The largest bias, in standard deviations of the logits."""
 
 _LIMIT = np.float32(1e15)  # its square is far from overflow
 _SOLVED_WHOLE = 256  # rows

@@ -60,7 +60,7 @@ T = TypeVar("T")
 _RETRY_S = 0.5
 """The pause between two looks for live experts, while waiting for them."""
 _MOST_WAITS = 8
-"""In a row, for experts that are announced again and then don't answer."""
+"""Waits in a row for experts that are announced again and then don't answer."""
 _CHECK_EVERY_S = 10.0
 """The pause between two checks that this trainer still knows other peers of its swarm, and who is admitted."""
 _MAX_TUNNEL_RELAYS = 4
@@ -125,7 +125,7 @@ class SwarmClient:
         self._stage = stage
         self._is_own_loop = is_own_loop
         self._waits = 0
-        """In a row, of `has_experts`."""
+        """Waits in a row of `has_experts`."""
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._exits = contextlib.AsyncExitStack()

@@ -41,7 +41,7 @@ _LOOK_EVERY_S = 10.0
 _AT_ONCE = 16
 _DEADLINE_S = 10.0
 _FAREWELL_S = 2.0
-"""Longest that a trainer that leaves gives receipts."""
+"""The longest time that a trainer that leaves gives receipts."""
 _MAX_FILE_BYTES = 512 * 1024
 _Total = Annotated[int, Field(ge=0, le=MOST)]
 
@@ -62,7 +62,7 @@ class _Account:
     saved: Work = field(default_factory=Work)
     """As it was saved last. A receipt says no more, or a trainer that is killed would count less than it has signed."""
     node: NodeInfo | None = None
-    """As it was called last in this run."""
+    """The node as it was called last in this run."""
     tried_at: float = float("-inf")
     takes_none: bool = False
     """It is of a release that knows no receipts."""

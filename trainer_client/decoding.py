@@ -26,7 +26,7 @@ from trainer_client.retrieval.lookup import Find, Neighbours
 _LONGEST_PAUSE = 16
 """While experts are trained, what they keep is soon of no use: then most tokens are computed without an attempt."""
 _MOST_FORGOTTEN = 3
-"""Times that a node may forget a sequence, before replicas of its experts elsewhere are preferred."""
+"""How many times a node may forget a sequence, before replicas of its experts elsewhere are preferred."""
 _MOST_ROWS = 2048
 """Rows of several sequences that are computed at once from their first tokens on."""
 

@@ -87,7 +87,7 @@ class EncoderDecoder(MixtureModel):
         return self.decode(self.encode(sources), targets)
 
     def decode(self, encoded: Sequence[EncodedSource], targets: Sequence[Tokens]) -> Tensor:
-        """As `forward`, of what `encode` gave."""
+        """Like `forward`, of what `encode` gave."""
         segments = _segments(targets)
         inputs_R = self._tensor([token for target in targets for token in (self.end, *target[:-1])])
         x_RD = self.embedding(inputs_R)

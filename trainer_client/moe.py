@@ -236,7 +236,7 @@ class RemoteMixtureOfExperts(nn.Module):
     def _scores_of(
         self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]
     ) -> tuple[Tensor, ...]:
-        """As `_score` in evaluation. The first rows of a sequence decide those of all of it."""
+        """Like `_score` in evaluation. The first rows of a sequence decide those of all of it."""
         scores = self._score(x_RD, segments, None)
         if self._routing.choose_by == "token":
             return scores

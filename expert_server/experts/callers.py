@@ -48,7 +48,7 @@ class _Group:
     members: int = 0
     """Members with rows in the window."""
     rows: int = 0
-    """In the window."""
+    """Rows in the window."""
 
 
 class Callers:
@@ -73,7 +73,7 @@ class Callers:
         self._rows_since: dict[str, int] = {}
         """Since the last step."""
         self._rows: dict[str, int] = {}
-        """In the window; of no caller without any."""
+        """Each caller's rows in the window; no caller without any is kept."""
         self._all_rows = 0
         self._caused: dict[str, float] = {}
         """Steps in the window."""
@@ -89,7 +89,7 @@ class Callers:
         self._groups: dict[str, _Group] = {}
         """Groups with rows in the window, by name."""
         self._group_of: dict[str, _Group] = {}
-        """By caller with rows in the window."""
+        """The group of each caller with rows in the window."""
 
     def note_rows(self, caller: str, rows: int, size: float, group: str = "") -> float:
         """Notes a part of a backward batch before its step. `size`: root mean square of its gradients. `group`: who

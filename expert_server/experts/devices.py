@@ -148,7 +148,7 @@ class ComputeDevice:
 
 
 def roomiest(devices: Sequence[ComputeDevice], hosted: Mapping[ComputeDevice, int]) -> ComputeDevice:
-    """Where the next expert goes, so that devices host experts in proportion to their free memory."""
+    """The device where the next expert goes, so that devices host experts in proportion to their free memory."""
     return min(devices, key=lambda device: (hosted.get(device, 0) + 1) / device.memory_bytes)
 
 

@@ -196,7 +196,7 @@ class Expert:
         return all(cache is None or cache.version in (0, self.version) for cache in caches)
 
     def forward_with_graph(self, rows: Rows) -> tuple[Tensor, ForwardGraph]:
-        """As `forward`, and also returns the graph, which spares `backward` computing the updates again."""
+        """Like `forward`, and also returns the graph, which spares `backward` computing the updates again."""
         self.settle()
         x_RD = self.device.load(rows.inputs.detach()).requires_grad_()
         if self._version is None or self._version.generation != self.generation:
@@ -227,7 +227,7 @@ class Expert:
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
-        """As they are, in the block's order."""
+        """The parameters as they are, in the block's order."""
         return self._parameters
 
     @cached_property
@@ -303,7 +303,7 @@ class Expert:
         callers: Mapping[str, int] = _UNKNOWN,
         withhold: bool = False,
     ) -> tuple[Tensor, StepOutcome]:
-        """As `backward`, and may defer the step, by gradients that were computed together with other experts'."""
+        """Like `backward`, and may defer the step, by gradients that were computed together with other experts'."""
         assert not self._step_is_due, "the gradients are of parameters that are about to change"
 
         def take_gradients() -> list[Tensor]:
@@ -490,7 +490,7 @@ class Expert:
         return check_state(self.uid, state, update_count, self.form)
 
     def require_good(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
-        """As `check_state`, for a state of another peer. Raises StateError also if no training can have made it."""
+        """Like `check_state`, for a state of another peer. Raises StateError also if no training can have made it."""
         stepped = self.check_state(state, update_count)
         known = [self._first_scale, Scale.of(dict(self.block.named_parameters()))]
         require_plausible(self.uid, state, update_count, known, self._settings)

@@ -117,7 +117,7 @@ class ParameterGradients:
     """The gradients of one expert's parameters, from a backward pass of several experts."""
 
     tensors: Sequence[Tensor]
-    """In the block's order."""
+    """Gradients in the block's order."""
     norm: Tensor
     """The norm of all of them: one number."""
     inputs_are_finite: bool

@@ -24,7 +24,9 @@ from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.graphs import GraphMeter, ParameterGradients, Rows, SharedPass, run_backward
 
 LEAST_EXPERTS, MOST_EXPERTS = 4, 16
-"""At once. Fewer gain nothing, nor do more: the tensors of 64 no longer fit into a core's cache."""
+"""The fewest and most experts that are computed at once. Fewer gain nothing, nor do more: the tensors of 64 no longer
+fit into a core's cache.
+"""
 LEAST_ROWS, MOST_ROWS = 512, 2048
 """Rows that are computed at once: at most the first, if other threads would have nothing to do, and otherwise the
 second.

@@ -29,9 +29,9 @@ _MOST_SCALE = 3.0
 explain.
 """
 _DIRECTED_UPDATES = 64
-"""So many optimizer steps go in one direction, and further ones in random directions."""
+"""Optimizer steps that go in one direction; further ones go in random directions."""
 _WALK = 2.0
-"""In random directions, n steps lead about √n steps away."""
+"""The factor for random directions, in which n steps lead about √n steps away."""
 _LARGEST_BUFFER = 1e6
 """The limit for tensors that are not trained, about which nothing is known."""
 _LARGEST_MOVE = 16.0
@@ -125,7 +125,9 @@ def _check_moments(
 
 
 def _check_accumulated(uid: UID, names: Collection[str], state: Mapping[str, Tensor]) -> None:
-    """They are no larger than rows of their sizes make them: or others would lose theirs in the same step."""
+    """Checks that accumulated gradients are no larger than rows of their sizes make them: otherwise others would lose
+    theirs in the same step.
+    """
     if not (rows := accumulated_rows(state)):
         return
     gradients = [state[gradient_name(name)] for name in names if gradient_name(name) in state]
@@ -137,6 +139,6 @@ def _check_accumulated(uid: UID, names: Collection[str], state: Mapping[str, Ten
 
 
 def _norm(tensor: Tensor) -> float:
-    """In float64, in which no float32 overflows, unless the device has none."""
+    """The norm in float64, in which no float32 overflows, unless the device has none."""
     dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
     return float(torch.linalg.vector_norm(tensor.detach(), dtype=dtype))

@@ -49,7 +49,7 @@ _TAKES_INITIATIVE = 0.5
 _PAUSE = 4
 """How many times as long as a round took the pause after it is at least: slow uplinks have more to send than states."""
 _LAST_AVERAGING_S = 5.0
-"""Longest that a node which gives its experts up averages them a last time."""
+"""The longest time that a node which gives its experts up averages them a last time."""
 _MAX_HINTS = 256
 """Experts that others may ask this node to fetch, at one time."""
 _AT_ONCE = 4
@@ -181,7 +181,9 @@ class ReplicaAveraging:
         await side_by_side(meetings, _AT_ONCE)
 
     def _end_accumulation(self, uids: set[UID]) -> None:
-        """So that what is accumulated is part of the average: the other replica takes over no gradients."""
+        """Ends accumulation, so that what is accumulated is part of the average: the other replica takes over no
+        gradients.
+        """
         for uid in uids & self._replicas.experts.keys():
             self._replicas.experts[uid].end_accumulation()
             self._replicas.experts[uid].settle()
@@ -277,7 +279,9 @@ class ReplicaAveraging:
         return self._clock() < self._refused.get((uid, peer_id), (0, 0.0))[1]
 
     def _is_worth_meeting(self, replica: Replica) -> bool:
-        """Not if neither took an update since the two were averaged, or if its state was out of reach lately."""
+        """Whether it is worth meeting: not if neither took an update since the two were averaged, or if its state was
+        out of reach lately.
+        """
         if self._is_refused(replica.uid, replica.peer_id):
             return False
         met = self._replicas.history.of(replica.uid).get(replica.peer_id)

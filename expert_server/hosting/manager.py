@@ -55,7 +55,7 @@ _EXCHANGE_EVERY_S = 600.0
 _MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4
 """Experts that one look can give up, and of how many the states are fetched at the same time."""
 _PROOFS_S = 20.0
-"""Longest that all of that may take in one look."""
+"""The longest time that all of that may take in one look."""
 _CLAIM_WITHIN_S = 10.0
 """An heir that has not claimed what it accepted within this time is passed over: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
@@ -185,7 +185,7 @@ class HostingManager:
         self._room = settings.experts if settings.experts is not None else replicas.fitting()
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._vacant_looks: dict[UID, int] = {}
-        """In how many looks in a row nobody hosted the expert."""
+        """How many looks in a row nobody hosted the expert."""
         self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, exchange_every_s)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = False

@@ -32,7 +32,7 @@ _OUTLIER = 10
 BUSY_ROWS = 512
 """An expert is overloaded when at least so many rows wait at each of its hosts."""
 BUSIER = 4
-"""Its hosts must have so many times as many rows waiting as those of the expert that is given up for it."""
+"""How many times as many rows must wait at its hosts as at those of the expert that is given up for it."""
 MOST_REPLICAS = 64
 """Replicas of an expert beyond which an idle peer makes no more. They could not stay alike."""
 MOST_PREFIXES = 1024

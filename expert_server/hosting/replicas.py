@@ -44,9 +44,9 @@ _ANNOUNCE_EVERY_S = 2.0
 _FREE_MEMORY_SHARE = 0.25
 """The share of each device's free memory that experts may take when their number is not set."""
 _QUEUE_S = 2.0
-"""Longest that a node which gives its experts up waits for the work in its queue."""
+"""The longest time that a node which gives its experts up waits for the work in its queue."""
 _WITHDRAW_S = 2.0
-"""Longest that it tries to withdraw its announcements."""
+"""The longest time that it tries to withdraw its announcements."""
 _FETCHES = 3
 """States that are fetched at the same time: one that comes slowly must not hold up the others."""
 _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
@@ -55,7 +55,7 @@ _WITHHELD = 4096
 _HALF_LIFE_S = 300.0
 """The half-life of rows that count as recent."""
 _SAVE_S = 10.0
-"""Longest that saving given-up experts may take."""
+"""The longest time that saving given-up experts may take."""
 
 
 class RecentRows:

@@ -17,7 +17,7 @@ from peer.rpc.parts import PartClient
 T = TypeVar("T")
 
 _PUT_OFF_S = 600.0
-"""Longest that a memory is left alone whose parts did not come."""
+"""The longest time that a memory is left alone whose parts did not come."""
 _REMEMBERED = 4096
 
 

@@ -26,7 +26,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MOST_MEMORIES = 64
 """Memories that a node follows at most. If there are more, nodes follow different ones."""
 _MANIFEST_S = 60.0
-"""Longest that a manifest is waited for: those of other memories wait meanwhile."""
+"""The longest time that a manifest is waited for: those of other memories wait meanwhile."""
 _FOLLOWED_AT_ONCE = 8
 _UNLISTED_S = 3600.0
 """How long a memory is kept for certain that nobody lists: the DHT may fail for a while."""

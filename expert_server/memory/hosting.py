@@ -42,7 +42,7 @@ _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
 _LOOK_EVERY_S = 1.0
 """How often a node that leaves looks whether others have what it alone had."""
 _WITHDRAW_S = 2.0
-"""Longest that a node which leaves tries to withdraw its announcements."""
+"""The longest time that a node which leaves tries to withdraw its announcements."""
 _REMEMBERED = 4096
 
 

@@ -73,9 +73,9 @@ class Placement:
         self._enough = enough
         self._seen: Mapping[ShardKey, SeenShard] = {}
         self._lacking: dict[ShardKey, int] = {}
-        """In how many looks in a row each had too few replicas."""
+        """How many looks in a row each shard had too few replicas."""
         self._spare: dict[ShardKey, int] = {}
-        """In how many looks in a row enough hosts that prefer it more served each of this node's."""
+        """How many looks in a row enough hosts that prefer it more served each of this node's shards."""
         self._forgotten: set[MemoryID] = set()
 
     def note(self, seen: Mapping[ShardKey, SeenShard], mine: Collection[ShardKey]) -> None:

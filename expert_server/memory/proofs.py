@@ -31,7 +31,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _CHECKED, _AT_ONCE = 8, 8
 """Claims that are checked in one look, and proofs that are waited for at the same time."""
 _PROOF_S = 10.0
-"""Longest that a proof may take."""
+"""The longest time that a proof may take."""
 _TRIES = 3
 """Passages asked for, as one may have been revoked that this node does not know of yet."""
 _DOUBTED_S = 300.0

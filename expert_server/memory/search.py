@@ -115,7 +115,7 @@ class Best:
             kept[queries] = np.take_along_axis(np.concatenate((kept[queries], new), axis=1), best, axis=1)
 
     def reply(self, shards: Sequence[Shard | None]) -> memory_pb2.SearchReply:
-        """As it is sent. `shards`: those of the request."""
+        """The reply as it is sent. `shards`: those of the request."""
         text_roots: dict[bytes, int] = {}
         reply = memory_pb2.SearchReply()
         for row, scores in enumerate(self.scores):

@@ -94,7 +94,7 @@ class Turns:
         self._free = at_once
         self._places = FairBudget(most)
         self._waiting: OrderedDict[PeerID, deque[asyncio.Future[None]]] = OrderedDict()
-        """By caller, those whose turn was longest ago first. No caller is without any."""
+        """Waiting calls by caller, those whose turn was longest ago first. No caller is without any."""
 
     def __len__(self) -> int:
         """Calls that wait."""

@@ -519,7 +519,7 @@ def _deflated(passages: Sequence[bytes]) -> bytes:
 
 
 def serialized(passage: Passage) -> bytes:
-    """As it is stored, before it is compressed."""
+    """The passage as it is stored, before it is compressed."""
     data: bytes = passage.message().SerializeToString(deterministic=True)
     assert data, "a passage without anything in it"
     return data

@@ -133,7 +133,7 @@ class MemoryStore:
             raise OSError(f"the disk changed {path}: {error}") from error
 
     def stop_serving(self, root: bytes) -> None:
-        """Its file stays, and is not counted."""
+        """Stops serving the shard."""
         for kept in (self._shards, self._sizes, self._hashes):
             kept.pop(root, None)
 

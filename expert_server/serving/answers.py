@@ -17,7 +17,7 @@ from peer.codec import Booleans, Integers
 from peer.wire import expert_pb2
 
 _MOST_PAIRS = 2**16
-"""In one AnsweredRows: it takes less than 1 MiB."""
+"""Pairs in one AnsweredRows: it takes less than 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

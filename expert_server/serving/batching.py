@@ -48,7 +48,7 @@ class WorkItem:
     keep: bool = False
     """In forward: whether a backward call is meant to follow."""
     group: str = ""
-    """In which callers may be one person under several keys; empty for a caller by itself."""
+    """The group in which callers may be one person under several keys; empty for a caller by itself."""
 
     def __post_init__(self) -> None:
         assert (self.rows.gradients is None) == (self.direction == "forward"), "only backward has gradients"
@@ -79,7 +79,7 @@ class Result:
     is_clipped: bool = False
     """Whether the expert took less than the whole gradient."""
     version: int = 0
-    """In forward: of the parameters that computed the updates."""
+    """In forward: the version of the parameters that computed the updates."""
 
     @property
     def skipped_update(self) -> bool:
@@ -264,7 +264,9 @@ class BatchQueue:
         return self._callers[caller].rows if caller in self._callers else 0
 
     def _take_batch(self, busy: Set[UID], held: Mapping[str, Set[UID]]) -> list[Entry]:
-        """No caller joins that would then be more than a batch ahead of the caller whose turn it is."""
+        """Takes the next batch: no caller joins that would then be more than a batch ahead of the caller whose turn it
+        is.
+        """
         callers = self._callers.values()
         choosers = [
             (caller.virtual_time, *first)
@@ -389,7 +391,7 @@ class _Line:
         return self._waiting[abs(turn[-1])]
 
     def items(self) -> Iterator[_Turn]:
-        """In no order."""
+        """All work items, in no order."""
         return (item for item in self._heap if abs(item[-1]) in self._waiting)
 
     def note_left(self) -> None:

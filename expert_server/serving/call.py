@@ -187,12 +187,12 @@ def _expert_reply(expert: int, outcome: Outcome) -> expert_pb2.ExpertReply:
 
 @dataclass(frozen=True, slots=True)
 class CallTimes:
-    """When what ends, in monotonic seconds."""
+    """When each stage ends, in monotonic seconds."""
 
     flush_at: float
     """Rows are answered with what is there."""
     deadline: float
-    """Nobody waits any more."""
+    """The time after which nobody waits any more."""
     kept_until: float
 
     @classmethod

@@ -40,7 +40,7 @@ class CachedForward:
     """[P]: which pairs are in the answers that were sent."""
     expires_at: float
     graphs: dict[int, Graph] = field(default_factory=dict)
-    """By expert. The cache adds and evicts them."""
+    """Graphs by expert. The cache adds and evicts them."""
     is_complete: bool = False
     """Whether the call has been answered. Before, no backward call may have it."""
 

@@ -461,7 +461,7 @@ class Runtime:
 
     @contextmanager
     def _counting_updates(self, experts: Sequence[Expert]) -> Iterator[None]:
-        """From the experts themselves, because a batch that failed may have changed them."""
+        """Counts updates from the experts themselves, because a batch that failed may have changed them."""
         before = [(expert.update_count, expert.guard.rollbacks) for expert in experts]
         yield
         for expert, (updates, rollbacks) in zip(experts, before, strict=True):

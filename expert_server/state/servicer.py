@@ -41,7 +41,9 @@ MAX_UIDS_IN_ASK = 256
 _REMEMBERED = 4096
 _ADOPT_EVERY_S = 1.0
 _AHEAD = 2
-"""Times that one peer may ask for an average of the same expert before it is due: a node that leaves asks once more."""
+"""How many times one peer may ask for an average of the same expert before it is due: a node that leaves asks once
+more.
+"""
 _EXPERTS_PER_S = 32.0
 """Experts that one peer may ask this one to fetch each second, on average."""
 _PRECISIONS: dict[Precision, state_pb2.Precision] = {
@@ -82,7 +84,7 @@ class HintQueue:
         self._waiting: OrderedDict[PeerID, dict[tuple[UID, bool], tuple[FetchHint, Reservation]]] = (
             OrderedDict()
         )
-        """By peer, those whose turn was longest ago first. No peer is without any."""
+        """Waiting hints by peer, those whose turn was longest ago first. No peer is without any."""
         self._due_at = BoundedDict[tuple[PeerID, UID, bool], float](_REMEMBERED)
         self._paces = TokenBuckets[PeerID](_EXPERTS_PER_S, MAX_UIDS_IN_ASK)
 

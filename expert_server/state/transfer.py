@@ -45,7 +45,7 @@ from peer.wire import state_pb2, state_pb2_grpc
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRANSFER_S = 600.0
-"""Longest that fetching a state may take."""
+"""The longest time that fetching a state may take."""
 MAX_SNAPSHOTS = 8
 """States kept in memory for the nodes that fetch them."""
 SNAPSHOT_S = 300.0
@@ -63,7 +63,7 @@ Beyond that they get the newest that was made, or none.
 _MAX_BLOCKS = 8
 """Parameters that are copied for peers at the same time."""
 _ASK_S = 5.0
-"""Longest that a peer may take to answer an Ask."""
+"""The longest time that a peer may take to answer an Ask."""
 CHANNELS = 64
 
 

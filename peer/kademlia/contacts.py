@@ -91,7 +91,8 @@ class ContactBook:
         return len(self._reached) + len(self._heard)
 
     def learn(self, message: contact_pb2.Contact, whose: Container[PeerID]) -> PeerID | None:
-        """Whose contact it is; None if it is refused, or older than the one known. The signature is checked last.
+        """Learns a contact and returns whose it is; None if it is refused, or older than the one known. The signature
+        is checked last.
 
         `whose`: contacts of any others are refused.
         """
@@ -160,7 +161,9 @@ class ContactBook:
         self._origins[peer_id] = near
 
     def neighbourhood_of(self, peer_id: PeerID) -> str:
-        """Where it was reached, or else the first that its contact names; empty if it is on this machine or unknown."""
+        """The neighbourhood where the peer was reached, or else the first that its contact names; empty if it is on
+        this machine or unknown.
+        """
         known = self._reached.get(peer_id) or self._heard.get(peer_id)
         return (known and known.near) or ""
 

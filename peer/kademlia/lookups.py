@@ -62,7 +62,7 @@ _NAMES_ASKED = 0.25
 _CALLS_OF_NODE = 8
 """Under way in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
-"""In one request to store items."""
+"""Bytes in one request to store items."""
 _PATIENCE_S = 1.0
 """A writer waits for no peer longer than this, if others answer."""
 _FRUGAL_S = 1.0
@@ -89,7 +89,7 @@ class Found:
     peers: Mapping[int, PeerID] = field(repr=False)
     """The PeerIDs of the nodes in the search."""
     entries: Entries = field(default_factory=dict)
-    """By subkey, from the answer that expires last. Some may have expired."""
+    """Entries by subkey, from the answer that expires last. Some may have expired."""
     counts: dict[int, int] = field(default_factory=dict)
     """How many entries each node says that it has, of those that gave only some."""
 

@@ -86,7 +86,9 @@ class Contacts(Protocol):
         ...
 
     def neighbourhood_of(self, peer_id: PeerID) -> str:
-        """Where the peer was reached, or else where it says that it is; empty if that does not matter."""
+        """The neighbourhood where the peer was reached, or else where it says that it is; empty if that does not
+        matter.
+        """
         ...
 
     def origin_of(self, peer_id: PeerID) -> str:
@@ -195,7 +197,7 @@ class KademliaNode:
         self._called_back: dict[PeerID, _CallBack] = {}
         """Peers that are being called back."""
         self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
-        """In seconds at the rate `handed_bytes_per_s`."""
+        """A budget in seconds at the rate `handed_bytes_per_s`."""
 
     async def close(self) -> None:
         """Ends what goes on in the background. Closing twice is harmless."""

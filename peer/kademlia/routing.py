@@ -98,7 +98,7 @@ class RoutingTable:
         """`own`: this peer's ID, which is never among the others."""
         self._own = own
         self._buckets = [_Bucket(0, 0)]
-        """In the order of their IDs; together they have all."""
+        """Buckets in the order of their IDs, which cover all of them."""
         self._asked: set[int] = set()
         """Nodes of full buckets that are being pinged."""
         self._near: dict[int, str] = {}

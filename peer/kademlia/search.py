@@ -139,7 +139,7 @@ class IterativeSearch:
         self._awaited: set[int] = set()
         """Witnesses that may answer, while none has."""
         self._failed: set[int] = set()
-        """In the current try."""
+        """Nodes that failed in the current try."""
         self._tries = 1
         self._is_leading = limits.is_frugal
         self._own: int | None = None

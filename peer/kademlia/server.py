@@ -63,7 +63,9 @@ _WORK_OF_CONTACT = 2
 _DIALS_BACK = (8.0, 32.0)
 """Peers that are dialled back because they ask for it, in a second and at once. Neighbourhoods take turns."""
 _DIAL_BACK_S = CALL_DEADLINE_S - 1.0
-"""Longest that a peer is dialled back, so that it still waits for the answer where a firewall drops everything."""
+"""The longest time that a peer is dialled back, so that it still waits for the answer where a firewall drops
+everything.
+"""
 _DIALS_WAITING, _DIALS_WAITING_NEAR = 128, 32
 _NAMED_FIRST = 8
 """Nearest nodes whose contacts come with a result. Those of the others come if the message has room for them."""

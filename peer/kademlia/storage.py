@@ -163,7 +163,7 @@ class BoundedStorage:
         return 0 if stored is None else len(stored.packed)
 
     def keys(self) -> list[int]:
-        """As they are now. Some may have expired."""
+        """The keys now in the store. Some may have expired."""
         return list(self._order)
 
     def clear(self) -> None:
@@ -184,7 +184,7 @@ class BoundedStorage:
         )
 
     def _fitting(self, entries: Entries, newest: Subkey) -> Entries:
-        """As many as may be under one key. Evicts others than `newest` at random, large ones the likelier.
+        """The entries that fit under one key. Evicts others than `newest` at random, large ones the likelier.
 
         So a few writers of large entries displace each other rather than those of many small ones.
         """

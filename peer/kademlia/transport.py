@@ -40,7 +40,7 @@ _CALLS, _CALLS_OF_PEER = 1024, 64
 _TRY_S = 5.0
 """The addresses of a peer are tried for so long. A stranger's dials must not take the channels of others."""
 _SILENT_S = 5.0
-"""So long a peer is left alone after nobody answered at its addresses."""
+"""How long a peer is left alone after nobody answered at its addresses."""
 _REFUSED = (StatusCode.FAILED_PRECONDITION, StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED)
 """How a server says that it opens no session with this peer: not only now, but as it is."""
 _IDLE_MS = 60_000

@@ -34,14 +34,14 @@ MAX_FIND_KEYS = 16
 MAX_ITEMS = 256
 """Items in one request to store entries."""
 MAX_DIGESTS = 2048
-"""In one look-up request: 16 KiB, of entries that the caller has."""
+"""Digests in one look-up request: 16 KiB, of entries that the caller has."""
 SMALL_ENTRY_BYTES = 160
 """An index entry, packed, is no larger. Answers bring those whatever room is left."""
 ITEM_OVERHEAD_BYTES = 64
 """What an item takes in such a request beside its value."""
 MAX_SUBKEY_BYTES = 64
 DICTIONARY = b""
-"""In place of a subkey: the value is a dictionary of entries."""
+"""What stands in place of a subkey when the value is a dictionary of entries."""
 _MAX_NUMBER = 2**31
 _ENTRY_BYTES = 24
 """The most that msgpack needs for an entry beside its subkey and value."""

@@ -177,7 +177,9 @@ def _is_own(port: int) -> bool:
 
 
 def _remove_dead(folder: Path) -> None:
-    """Only a folder of this user in which nothing but dead sockets is. Others live in another process namespace."""
+    """Removes a folder, but only one of this user with nothing but dead sockets in it. Others live in another process
+    namespace.
+    """
     about = folder.lstat()
     if stat.S_ISDIR(about.st_mode) and about.st_uid == user_id():
         paths = list(folder.iterdir())

@@ -21,7 +21,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _PEERS = 256
 """Peers that can be dialled without opening a socket again."""
 _CIRCUITS = 256
-"""At the same time."""
+"""Circuits at the same time."""
 _TRIED = 4
 """Relays of one peer."""
 _HEAD_START_S = 1.0

@@ -41,7 +41,7 @@ def read_peer(data: bytes) -> PeerID:
 
 
 def read_target(piece: Piece) -> PeerID:
-    """Whom the first piece of Dial names. Raises ExpertError (INVALID_ARGUMENT)."""
+    """The peer that the first piece of Dial names. Raises ExpertError (INVALID_ARGUMENT)."""
     if piece.data or piece.circuit:
         raise ExpertError(StatusCode.INVALID_ARGUMENT, "the first piece names a peer, and nothing else")
     return read_peer(piece.peer_id)

@@ -79,7 +79,7 @@ class Reservations:
         self._clock = clock
         self._exit: RelayExit | None = None
         self._held: dict[PeerID, Multiaddress] = {}
-        """By relay."""
+        """Reservations by relay."""
         self._busy: dict[PeerID, Contact] = {}
         """Relays that are tried or hold a reservation."""
         self._pauses = BoundedDict[PeerID, tuple[float, float]](1024)
@@ -91,7 +91,7 @@ class Reservations:
 
     @property
     def addresses(self) -> tuple[Multiaddress, ...]:
-        """By which others reach this peer now."""
+        """The addresses by which others reach this peer now."""
         return tuple(self._held.values())
 
     def set_exit(self, open_exit: RelayExit) -> None:
@@ -169,7 +169,7 @@ class Reservations:
                 self._changed()
 
     async def _reserve(self, contact: Contact) -> tuple[Relay, Call]:
-        """At the first of its endpoints that answers. Raises UnreachableError."""
+        """Reserves at the first of the relay's endpoints that answers. Raises UnreachableError."""
         failure = UnreachableError("it has no address")
         for endpoint in contact.addresses[:_ENDPOINTS_TRIED]:
             relay = Relay(contact.peer_id, endpoint, contact.certificate_pem)

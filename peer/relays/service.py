@@ -29,15 +29,15 @@ from peer.rpc.sessions import Session, Sessions
 from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 
 _RESERVATIONS, _RESERVATIONS_NEAR = 128, 16
-"""In all, and in one neighbourhood."""
+"""Reservations in all, and in one neighbourhood."""
 _CIRCUITS, _CIRCUITS_OF_CALLER, _CIRCUITS_TO_TARGET = 128, 32, 32
 """A swarm may have one relay, through which a trainer calls all its nodes. gRPC holds up to 1 MiB of each, each way."""
 _DIALS_PER_S, _DIALS_AT_ONCE = 4.0, 64
-"""By one caller."""
+"""Dials by one caller."""
 _TURNS_PER_S, _TURNS_AT_ONCE = 8.0, 32
 """Turns of those that dial one peer."""
 _REQUESTS_PER_S, _REQUESTS_AT_ONCE = 0.5, 8
-"""By which a peer with a reservation says that it is there."""
+"""Requests by which a peer with a reservation says that it is there."""
 _OFFERS = 64
 """Callers of which a peer has not been told yet."""
 _LEAST_BYTES = 512

@@ -94,7 +94,7 @@ class Contact(Protocol):
 
     @property
     def tunnel_addresses(self) -> Sequence[Multiaddress]:
-        """By which its tunnel is reached; empty if it has none."""
+        """The addresses by which its tunnel is reached; empty if it has none."""
 
     @property
     def relay_addresses(self) -> Sequence[Multiaddress]:
@@ -151,7 +151,7 @@ class ChannelPool:
         return list(self._called.values()).count(way)
 
     def endpoint_of(self, peer_id: PeerID) -> Endpoint | None:
-        """At which the peer was reached last; None if it was by a detour, or too long ago."""
+        """The endpoint at which the peer was reached last; None if it was by a detour, or too long ago."""
         way = self._worked.get(peer_id)
         return None if way is None or way in self._detours else Endpoint(way)
 

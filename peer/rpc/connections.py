@@ -38,7 +38,9 @@ _LEAST_LEFT, _MOST_LEFT = 24, 256
 _UNPROVEN_SHARE = 1 / 4
 _CONNECTIONS_OF_CALLER = 32
 _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
-"""Longest that a connection stays without a byte, and without a call that is in a session or still under way."""
+"""The longest time that a connection stays without a byte, and without a call that is in a session or still in
+progress.
+"""
 _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
 """TLS handshakes, of all callers together. Each takes about a millisecond."""
 _SWEEP_S = 1.0
@@ -79,9 +81,9 @@ class ConnectionTable:
         self._most_unproven = max(1, int(most * _UNPROVEN_SHARE))
         self._most_proven = max(1, most - self._most_unproven)
         self._unproven: dict[str, dict[Connection, None]] = {}
-        """By origin; the oldest first."""
+        """Unproven connections by origin, the oldest first."""
         self._proven: dict[str, dict[Connection, None]] = {}
-        """By origin; the one used longest ago first."""
+        """Proven connections by origin, the one used longest ago first."""
         self._counts: Multiset[bool] = Multiset()
         """Numbers of connections, by whether they are proven."""
         self._of_caller: Multiset[PeerID] = Multiset()

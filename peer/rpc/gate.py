@@ -34,18 +34,20 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 _CALLS_WITHOUT_SESSION = 32
-"""At the same time, of all who have no session yet. These calls open sessions, and ask for what anybody may know."""
+"""Calls in progress from callers that have no session yet. These calls open sessions, and ask for what anybody may
+know.
+"""
 _OWN_PLACES = {"talkoot.v1.DhtService": 512, "talkoot.v1.RelayService": 512}
 """Places for the calls of these services, in sessions. They neither take those of other calls nor lose theirs to them:
 many of the first must not hold up experts, and one of the second lasts for hours."""
 _LASTING = "talkoot.v1.RelayService"
-"""Its calls wait for their callers most of the time, and keep their places all the same."""
+"""A service whose calls wait for their callers most of the time, and keep their places all the same."""
 _FIRST_MESSAGE_S, _NEXT_MESSAGE_S = 10.0, 20.0
-"""Longest that a call waits for its caller's messages. A slow line takes less for a chunk."""
+"""The longest time that a call waits for its caller's messages. A slow line takes less for a chunk."""
 _UNREAD_S = 20.0
-"""Longest that a reply waits to be taken."""
+"""The longest time that a reply waits to be taken."""
 _END_S = 5.0
-"""Longest that the end of a call waits to be taken, with the reply before it."""
+"""The longest time that the end of a call waits to be taken, with the reply before it."""
 _PATIENCE_S = 1.0
 """For so long a call may wait for its caller before its place goes to another if there is none left."""
 _MOST_BYTES = {"talkoot.v1.MemoryService": 512 * 2**10}

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _OPEN_S = 5.0
 _LIMIT_S = 600.0
-"""Longest that one part may take from one peer."""
+"""The longest time that one part may take from one peer."""
 _FAIR_BYTES_PER_S, _FAIR_S = 125_000, 10.0
 """A peer that takes longer than a part takes at this rate, and this delay, goes on beside the next one."""
 _AT_ONCE = 2

@@ -57,7 +57,7 @@ _MAX_SESSION_BYTES = _MAX_CHALLENGE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """By what a caller was admitted."""
+    """How a caller was admitted."""
 
     serial: int = 0
     """The serial number of its grant; 0 if none is needed."""

@@ -38,7 +38,7 @@ _FAIR_S = 10.0
 _CUT_OFF = "others wait, and your transfer was slow or not your only one: go on with it soon"
 _BUSY_S = 1.0
 _ATTEMPTS = 5
-"""Times that a download is started or resumed."""
+"""How many times a download is started or resumed."""
 _BUSY_ATTEMPTS = 20
 """The same, at a peer that others keep busy."""
 _BACKOFF_S = 0.2
@@ -176,9 +176,9 @@ class SnapshotClient:
     incoming: Callable[[], SnapshotReceiver]
     """Makes the receiver of a new download."""
     open_s: float
-    """Longest that opening a session may take."""
+    """The longest time that opening a session may take."""
     limit_s: float
-    """Longest that a download may take, over all attempts."""
+    """The longest time that a download may take, over all attempts."""
 
     async def close(self) -> None:
         await self.sessions.close()

@@ -26,7 +26,7 @@ MAX_ADDRESSES = 8
 MAX_CONTACT_BYTES = 4096
 """The limit for a contact, which fits the longest addresses. A usual one has 1,400."""
 _MAX_SIGNATURE_BYTES = 512
-"""By a key of 4096 bits."""
+"""The limit for a signature, which a key of 4096 bits makes."""
 _OVERHEAD_BYTES = 16
 
 

@@ -61,7 +61,7 @@ class RouterAnswer(BaseModel):
 
     @property
     def in_words(self) -> str:
-        """Such as `the router at 192.168.1.1 forwards port 31337`."""
+        """The answer in words, such as `the router at 192.168.1.1 forwards port 31337`."""
         if self.router is None:
             return f"no router is asked: {self.refusal}" if self.refusal else "no router answers UPnP"
         if not self._has_public_address:

@@ -52,7 +52,7 @@ class TunnelLimits:
     streams_of_peer: int = 16
     """Open at the same time from one other peer."""
     opened_per_s: float = 2.0
-    """By one other peer, once it has opened as many as it may have open."""
+    """Tunnels that one other peer may open each second, once it has opened as many as it may have open."""
     idle_s: float = 600.0
     """A stream that is idle for this long is closed; gRPC opens another one when it needs it."""
 

@@ -124,7 +124,7 @@ async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
 
 
 def entry_values(entry: LibraryEntry) -> dict[str, object]:
-    """As `--json` prints it."""
+    """Like `--json` prints it."""
     return {
         "memory": str(entry.memory),
         "name": entry.memory.name,

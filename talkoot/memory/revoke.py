@@ -38,7 +38,7 @@ _SHOWN = 20
 _SHOWN_CHARACTERS = 100
 _SHOW_EVERY_S = 10.0
 _ANSWER_S, _ASKED_AT_ONCE = 120.0, 8
-"""Longest that a host may take to give the manifest, and hosts that are asked at the same time."""
+"""The longest time that a host may take to give the manifest, and hosts that are asked at the same time."""
 
 
 @dataclass(frozen=True)

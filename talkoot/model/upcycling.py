@@ -65,7 +65,7 @@ class UpcycledModel:
         self._read = _gate_inputs(open_model(folder.path))
 
     def expert(self, uid: UID) -> dict[str, Tensor]:
-        """As `ModelFolder.expert`: the old expert's, or those of a copy of it."""
+        """Like `ModelFolder.expert`: the old expert's, or those of a copy of it."""
         old = self._folder.manifest.experts.grid
         source = UID(uid.layer, tuple(x % size for x, size in zip(uid.coordinate, old, strict=True)))
         tensors = self._folder.expert(source)
@@ -75,7 +75,7 @@ class UpcycledModel:
         return {name: tensor + _noise(tensor, generator) for name, tensor in tensors.items()}
 
     def dense(self) -> dict[str, Tensor]:
-        """As `ModelFolder.dense`."""
+        """Like `ModelFolder.dense`."""
         tensors = self._folder.dense()
         for layer in range(self.manifest.model.layers):
             self._grow_gate(tensors, layer)

@@ -52,7 +52,7 @@ from trainer_client.averaging.exchange import (
 logger: logging.Logger = logging.getLogger(__name__)
 
 _DEADLINE_S = 120.0
-"""Longest that two trainers may take to exchange their dense parts."""
+"""The longest time that two trainers may take to exchange their dense parts."""
 _MAX_RECORDS = 256
 """Trainers whose records are read in one search, at most; of more, a random sample."""
 _FIRST_PAUSE_S = 1.0
@@ -66,7 +66,7 @@ _REST = 3.0
 _CALLS_IN_TURN = 4
 """While this trainer begins one exchange, each other may begin so many with it: one that is faster calls more often."""
 _OPEN_S = 10.0
-"""Longest that opening a session may take."""
+"""The longest time that opening a session may take."""
 MAX_CALLS = 8
 
 
@@ -79,7 +79,7 @@ class AveragingSchedule:
     search_every_s: float
     """Seconds between two searches for other trainers."""
     deadline_s: float = _DEADLINE_S
-    """Longest that an exchange may take."""
+    """The longest time that an exchange may take."""
 
 
 class Averaging:

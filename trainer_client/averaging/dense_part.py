@@ -27,7 +27,7 @@ from peer.errors import OutOfReachError, StateError
 MAX_BUFFER = 1e9
 """Largest number in a buffer. A bias is a few times as large as the gate's scores; this is far from overflow."""
 MAX_AGE = 10**12
-"""In steps. Nobody trains for so long: a higher claim counts as this one, so that lies do not add up."""
+"""The limit in steps. Nobody trains for so long: a higher claim counts as this one, so that lies do not add up."""
 _MOST_SCALE = 4.0
 """How many times as large as one's own numbers another trainer's may be, in the whole or in one tensor."""
 _LEAST_LIKENESS = 0.25

@@ -46,7 +46,7 @@ _SNAPSHOT_LIFETIME_S = 300.0
 _BACKOFF_S, _LONGEST_BACKOFF_S = 10.0, 900.0
 _MAX_TAKERS = 4
 _CALLERS = 1024
-"""Whose last exchange is remembered."""
+"""Callers whose last exchange is remembered."""
 
 Requests = AsyncIterator[dense_pb2.ExchangeRequest]
 ExchangeContext = grpc.aio.ServicerContext[dense_pb2.ExchangeRequest, state_pb2.FetchReply]

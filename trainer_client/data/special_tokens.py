@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trainer_client.data.tokenizer import Tokenizer
 
 SENTINELS = 100
-"""As many as T5 has."""
+"""The number of sentinels, as many as T5 has."""
 _MARK = re.compile(r"<mask>|<extra_id_(\d{1,2})>")
 
 
@@ -18,7 +18,7 @@ def has_marks(prompt: str) -> bool:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Their numbers, which follow the tokenizer's."""
+    """The numbers of special tokens, which follow the tokenizer's."""
 
     first: int
     """How many tokens the tokenizer has."""

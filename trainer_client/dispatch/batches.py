@@ -74,7 +74,7 @@ class HeldSequence:
 
     experts: dict[UID, HeldRows] = field(default_factory=dict)
     numbers: dict[PeerID, int] = field(default_factory=dict)
-    """By which each node knows the sequence."""
+    """The numbers by which each node knows the sequence."""
     caches: dict[UID, KeyValueCache] = field(default_factory=dict)
     """Caches of experts in this process."""
     is_routed_as_one: bool = False
@@ -250,7 +250,9 @@ class NodeCall:
     counts: Booleans | None = None
     """[n, K], in backward: the slots whose answers count."""
     numbers: Sequence[int] = ()
-    """In forward, of each segment: under which the node is to keep its rows for the next call. Empty: it keeps none."""
+    """In forward: the number of each segment under which the node is to keep its rows for the next call. Empty: it
+    keeps none.
+    """
     held: Integers | None = None
     """[s, experts], with `numbers`: how many earlier rows of a segment an expert has. None: none."""
 
@@ -305,7 +307,7 @@ class ExpertReply:
     rolled_back: bool = False
     """In backward: the expert went back to its last good state."""
     version: int = 0
-    """In forward: of the parameters that computed its rows, by the node's word. 0: it names none."""
+    """In forward: the version of the parameters that computed its rows, by the node's word. 0: it names none."""
 
     @property
     def has_forgotten(self) -> bool:
@@ -446,7 +448,9 @@ class ForwardPass:
         return replaced
 
     def _take_back(self, rows: Integers, slots: Booleans) -> None:
-        """As if these slots [m, K] had not been answered. Other answers in the same rows count as before."""
+        """Takes answers back, as if these slots [m, K] had not been answered. Other answers in the same rows count as
+        before.
+        """
         some = slots.any(axis=1)
         rows, slots = rows[some], slots[some]
         self.updates[rows] = np.where(slots[..., None], np.float32(0), self.updates[rows])

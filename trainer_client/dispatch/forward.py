@@ -43,7 +43,7 @@ from trainer_client.dispatch.sequences import new_numbers
 from trainer_client.dispatch.spot_checks import SpotChecks
 
 _MAX_ROUNDS = 8
-"""Times that a row's experts are chosen in one pass."""
+"""How many times a row's experts are chosen in one pass."""
 _FREE_ROUNDS = 2
 """After so many choices a row prefers experts of peers that answered lately: its others were dead twice."""
 
@@ -243,7 +243,7 @@ class ForwardRun:
         return None
 
     def _take(self, sent: SentBatch, reply: AnsweredRows) -> None:
-        """Also where another expert was asked since."""
+        """Takes an answer, also where another expert was asked since."""
         accepted = self.result.accept(sent, reply)
         rows = sent.batch.rows[reply.places]
         self._waiting[rows] = np.where(accepted, 0, self._waiting[rows])
@@ -259,8 +259,8 @@ class ForwardRun:
         self._checks.note(sent, reply, self._rows.inputs)
 
     def _close(self, sent: SentBatch, slots: Booleans, places: Integers | None = None) -> Booleans:
-        """Nothing more comes for these slots of a batch, or of some `places` in it. Gives those that nobody else may
-        answer now.
+        """Notes that nothing more comes for these slots of a batch, or of some `places` in it. Gives those that nobody
+        else may answer now.
         """
         at = slice(None) if places is None else places
         rows = sent.batch.rows[at]
@@ -381,7 +381,7 @@ class ForwardRun:
         self._waiting = np.where(given_up & ~self._pending, waited, self._waiting)
 
     def _leave_alone(self, slots: Booleans) -> None:
-        """Nobody calls the peers that are waited for there [R, K] before this pass is over."""
+        """Avoids the peers that are waited for there [R, K] until this pass is over."""
         now = self._clock()
         for sent in self._sent.values():
             if (sent.open & self._is_own(sent.batch) & slots[sent.batch.rows]).any():

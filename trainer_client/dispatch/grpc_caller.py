@@ -363,7 +363,7 @@ class GrpcCaller:
                 stream.cancel()  # no effect on a call that has ended
 
     def _requests(self, request_id: bytes, call: NodeCall) -> Iterator[expert_pb2.CallRequest]:
-        """At least one."""
+        """The requests of a call, at least one."""
         header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,

@@ -70,7 +70,7 @@ _LEAST_HEDGE_S = 0.05
 @dataclass
 class _Breaker:
     failures: int = 0
-    """In a row, those forgiven not counted."""
+    """Failures in a row, without those forgiven."""
     forgiven: int = 0
     failed_until: float = 0.0
     busy_until: float = 0.0
@@ -213,7 +213,7 @@ class AnswerScreening:
         self._lately = BoundedDict[PeerID, list[_RememberedAnswer]](_REMEMBERED_PEERS)
 
     def find_fault(self, call: NodeCall, reply: AnsweredRows) -> str | None:
-        """In a word, or None."""
+        """The fault in a word, or None."""
         if call.gradients is not None:
             return self.fault_of_gradient(call.gradients, reply.tensor)
         inputs = call.inputs[reply.places]
@@ -231,7 +231,7 @@ class AnswerScreening:
         return None
 
     def fault_of_gradient(self, gradients_RD: Floats, answer_RD: Floats) -> str | None:
-        """In a word, or None. Small gradients may well become zeros on their way, and so equal."""
+        """The fault in a word, or None. Small gradients may well become zeros on their way, and so equal."""
         return "huge" if is_huge(gradients_RD, answer_RD, MOST_GRADIENT_GROWTH) else None
 
     def fault_of_answer(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:

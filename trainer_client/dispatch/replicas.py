@@ -19,8 +19,9 @@ _MOST_PREFERRED = 2.0
 once whatever it likes, gets no more.
 """
 _SLOWER = 2.0
-"""Times that a peer takes as long as the quickest one of its expert, and as the middling one of all that were called
-lately, beyond which it is passed over."""
+"""How many times a peer takes as long as the quickest one of its expert, and as the middling one of all that were
+called lately, beyond which it is passed over.
+"""
 _QUICK, _TRIED = 2, 1 / 16
 """Where so many quick replicas of an expert are known, others that were not called lately get so few of its calls."""
 _MANY, _COMPARED_OF_MANY = 16, 8
