@@ -73,7 +73,7 @@ class Work:
 
     @classmethod
     def of(cls, message: credit_pb2.Work) -> "Work":
-        """As it is said, sane or not."""
+        """The work as it is said, sane or not."""
         return cls(
             message.pairs, message.updates, message.queries, message.checks_passed, message.checks_failed
         )
@@ -106,11 +106,11 @@ class Receipt:
     badge: admission_pb2.Badge | None
     """What the trainer shows to be admitted. Not checked here."""
     signed: credit_pb2.SignedReceipt
-    """As it came."""
+    """The signed receipt as it came."""
 
 
 SignerOf = Callable[[Receipt], int | None]
-"""By whose leave a receipt was signed, as `SwarmAdmission.signer_of` says. Raises RecordError."""
+"""Tells by whose leave a receipt was signed, as `SwarmAdmission.signer_of` does. Raises RecordError."""
 
 
 def sign_receipt(
@@ -164,7 +164,7 @@ def check_receipt(signed: credit_pb2.SignedReceipt, swarm_id: str, node: PeerID)
 
 
 def total_of(receipts: Iterable[Receipt]) -> SignedWork:
-    """Their sum: no total of it is above the largest."""
+    """The sum of them: no total of it is above the largest."""
     work, trainers = Work(), 0
     for receipt in receipts:
         work += receipt.work

@@ -270,7 +270,9 @@ def child_shards(shard: str, listed: int) -> Iterator[str]:
 
 
 def choose_shard(shards: Sequence[str], others: Mapping[str, int]) -> str:
-    """In which shard a peer is listed. `shards`: its `shards_of`. `others`: how many other peers each of them lists."""
+    """The shard in which a peer is listed. `shards`: its `shards_of`. `others`: how many other peers each of them
+    lists.
+    """
     return next((shard for shard in shards if others.get(shard, 0) < FULL), shards[-1])
 
 

@@ -82,7 +82,7 @@ class _Seen:
     split_until: float
     """Whoever hides the index in one look does not undo this."""
     empty_reads: int
-    """In a row that found nobody announcing there. One may be a lie."""
+    """Reads in a row that found nobody announcing there. One may be a lie."""
 
     @property
     def is_empty(self) -> bool:

@@ -67,7 +67,7 @@ _SHARD_FOR_S = 600.0
 _MOST_SHARDS = 4096
 """Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
 _TRAINER_STEPS = (1, 3, 12)
-"""In each step, how many shards of trainers are read at a time, by peers that need only some trainers."""
+"""How many shards of trainers are read in each step, by peers that need only some trainers."""
 _TRAINER_CHILDREN = 3
 """The same, of the shards below those that are well filled."""
 _LATER_S = 0.001

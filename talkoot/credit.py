@@ -205,7 +205,7 @@ class CreditReader:
     ) -> None:
         """`channels`: are closed with it."""
         self.credit: Mapping[PeerID, Credit] = {}
-        """As it was counted last."""
+        """The credit as it was counted last."""
         self._swarm_id = swarm_id
         self._admission = admission
         self._channels = channels

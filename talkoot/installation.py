@@ -64,7 +64,9 @@ class Installation:
         return cls(environment, asked, Path(uv), None)
 
     def update_command(self, source: str | None) -> list[str]:
-        """Not `uv tool upgrade`, which has no say in torch's build and takes the one with CUDA."""
+        """The command that updates, which is not `uv tool upgrade`: that has no say in torch's build and takes the one
+        with CUDA.
+        """
         first, *others = self.requirements
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         command = [str(self.uv), "tool", "install", "--torch-backend", "auto", "--python", python]

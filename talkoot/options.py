@@ -66,7 +66,7 @@ _FLAGS = {
     "only_when_idle": "--only-when-idle/--even-when-busy",
     "not_on_battery": "--not-on-battery/--on-battery",
 }
-"""Beside the flag of a setting's own name; of a switch, in its place."""
+"""Flags besides that of a setting's own name; a switch has them in its place."""
 _METAVARS = {
     **dict.fromkeys(("state", "checkpoint", "tensorboard"), "DIR"),
     **dict.fromkeys(("log", "plot", "denylist"), "FILE"),
@@ -268,7 +268,7 @@ def _annotation(name: str, field: "FieldInfo | None") -> Any:
 
 
 def _value_type(field: "FieldInfo") -> Any:
-    """As what the command line reads a value. What is not read here is text, which the settings model reads."""
+    """The type that the command line reads. Whatever is not read here is text, which the settings model reads."""
     from pydantic import BeforeValidator
 
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not NoneType]

@@ -13,7 +13,7 @@ from peer.platform.files import CAN_UNLINK_OPEN_FILES, lock, open_plainly, sync_
 PARTIAL = ".partial"
 """Ends the name of a folder that is being written."""
 LOCK = "lock"
-"""In such a folder: its writer's lock."""
+"""The lock of such a folder's writer."""
 
 
 class PartialFolder:

@@ -275,7 +275,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
 
 
 def _signed(node: NodeInfo, credit: Credit | None) -> str:
-    """Such as `1,234 by 3`; `?`: its receipts were not read."""
+    """What trainers signed, such as `1,234 by 3`; `?`: its receipts were not read."""
     figures = signed_figures(node, credit)
     pairs, trainers = figures["signed_pairs"], figures["signed_trainers"]
     return "?" if pairs is None else f"{pairs:,} by {trainers}" if trainers else "0"
@@ -314,7 +314,7 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
 
 
 def trainer_state(trainer: TrainerInfo, left: bool) -> str:
-    """In a word or two. `left`: it has left in order."""
+    """The trainer's state in a word or two. `left`: it has left in order."""
     if left:
         return "finished" if trainer.step >= trainer.steps else "stopped"
     return "own loop" if trainer.is_own_loop else "training"

@@ -248,7 +248,7 @@ class _LogFileHandler(RotatingFileHandler):
         self._limit = RepeatLimit()
 
     def _open(self) -> TextIOWrapper:
-        """Not where a link leads: another user may have planted it."""
+        """Opens the log, but not where a link leads: another user may have planted it."""
         descriptor = open_plainly(Path(self.baseFilename), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         return open(descriptor, "a", encoding=self.encoding, errors=self.errors)
 
@@ -298,5 +298,5 @@ def _record(message: str, error: Exception | None = None) -> logging.LogRecord:
 
 
 def _level(record: logging.LogRecord) -> str:
-    """By number, because hivemind renames WARNING."""
+    """A level by number, because hivemind renames WARNING."""
     return {logging.WARNING: "warning", logging.ERROR: "error"}.get(record.levelno, record.levelname.lower())

@@ -48,7 +48,7 @@ class MixtureModel(nn.Module):
         return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
 
     def begin_step(self, number: int) -> None:
-        """From now on the mixtures draw the random numbers of this training step."""
+        """Makes the mixtures draw the random numbers of this training step from now on."""
         for mixture in self._remote():
             mixture.begin_step(number)
 

@@ -82,7 +82,7 @@ class RoutedSequence:
     scores: tuple[Tensor, ...] = ()
     """One [G_d] per grid dimension, where all of the sequence is routed as one; none before its first rows."""
     held: HeldSequence = field(default_factory=HeldSequence)
-    """By the experts, unless they compute each row by itself."""
+    """What the experts hold of it, unless they compute each row by itself."""
 
 
 class RemoteMixtureOfExperts(nn.Module):
@@ -263,8 +263,8 @@ class RemoteMixtureOfExperts(nn.Module):
         return result
 
     def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        """As the experts' `send_back`. Calls nobody where a gradient is not finite: experts would refuse it. Then all
-        it gives are NaN.
+        """Sends back like the experts' `send_back`. Calls nobody where a gradient is not finite: experts would refuse
+        it. Then all it gives are NaN.
         """
         if not np.isfinite(gradients).all():
             return np.full_like(forward.rows.inputs, np.nan), np.full_like(forward.shares, np.nan)
@@ -330,7 +330,7 @@ def _arrays(scores: Sequence[Tensor]) -> list[Floats]:
 def _for_each_row(
     scores: Sequence[Tensor], selection: Selection, lengths: Integers
 ) -> tuple[tuple[Tensor, ...], Selection]:
-    """From one of each sequence to one of each row: U to R."""
+    """Repeats one entry of each sequence for each of its rows: U to R."""
     repeats = torch.from_numpy(lengths).to(scores[0].device)
     return tuple(table.repeat_interleave(repeats, dim=0) for table in scores), Selection(
         selection.coordinates.repeat(lengths, axis=0),

@@ -40,7 +40,7 @@ MOST_BALANCED = 256
 _MOST_LISTED = 4096
 """Live experts that a choice among few nodes weighs one by one: as many as a layer that is known whole can have."""
 _CANDIDATES = 16
-"""Times k experts, the best of each row, that it is made among where there are more."""
+"""How many times k experts, the best of each row, the choice is made among, if there are more."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class NodeLimit:
 
     @classmethod
     def of(cls, live: LiveExperts, most: int) -> Self:
-        """By the replicas that are to be called."""
+        """Batches by the replicas that are to be called."""
         numbers: dict[PeerID, int] = {}
         nodes = np.full(live.tables[-1].shape, -1)
         for uid, peer_id in live.hosts.items():
@@ -228,7 +228,7 @@ def balanced(
     bias: Floats | None = None,
     limit: NodeLimit | None = None,
 ) -> Selection:
-    """In training one expert for each row and R / E rows for each live expert (BASE, arXiv 2103.16716, section 3.1).
+    """In training, one expert for each row and R / E rows for each live expert (BASE, arXiv 2103.16716, section 3.1).
 
     There a row's expert depends on all rows. In evaluation it is the row's best, so that no row sees another. It takes
     no bias: no expert gets more rows than another.
@@ -316,7 +316,7 @@ class Router:
     balance: Balance = "loss"
     """What evens out the load unless the settings say otherwise."""
     starts_small: bool = False
-    """Its gate starts with smaller parameters."""
+    """Whether its gate starts with smaller parameters."""
     drops_updates: bool = False
     """Drops some of what experts answer, in training."""
 
@@ -349,7 +349,8 @@ class Routing:
     k: int = 4
     """Experts for each row."""
     choose_by: ChooseBy = "token"
-    """By "sequence" all tokens of a sequence go where the mean of its first `prefix` says."""
+    """How experts are chosen: with "sequence", all tokens of a sequence go where the mean of its first `prefix` says.
+    """
     prefix: int = 0
     """0: the mean of all tokens says so, which is not for causal models. With a prefix a model is causal from the
     prediction of the token after it on: tokens of the prefix may not be predicted in the loss.
@@ -367,7 +368,7 @@ class Routing:
 
     @classmethod
     def of(cls, settings: TrainerSettings, manifest: Manifest, own_seed: int) -> Self:
-        """As a trainer's settings and the manifest say. `own_seed` is taken where the settings have none.
+        """The routing for a trainer's settings and the manifest. `own_seed` is taken where the settings have none.
 
         Raises SettingsError when the router does not fit the swarm or the other settings.
         """

@@ -20,7 +20,7 @@ _MAX_LAYER = 10**6
 _MAX_PAGE = 10**9
 _LATEST = 1e12
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,20})(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?")
-"""As in JSON."""
+"""A number as JSON writes it."""
 
 NODE_KEYS = (
     "peer_id", "short", "name", "state", "unsteady", "experts", "capacity", "rows_per_s", "latency_ms",

@@ -36,7 +36,7 @@ _RETRY_AFTER_S = "30"
 _EXPERT_S = 2 * 86400.0
 """How far back the history of an expert goes."""
 _EXPERT_POINTS = 12_000
-"""So many that each tier is shown in full."""
+"""The number of points with which each tier is shown in full."""
 _REFUSAL = JSONResponse({"error": "this dashboard answers at 127.0.0.1 and localhost alone"}, 421)
 
 

@@ -194,7 +194,7 @@ class Picture:
     nodes: list[Json]
     trainers: list[Json]
     replicas: dict[str, list[Json]]
-    """By UID."""
+    """Replicas by UID."""
     memories: list[Json]
     form: int = FORM
 
@@ -387,7 +387,7 @@ def _unevenness(rows: Sequence[int]) -> Json:
 
 
 def _place(coordinate: Sequence[int], grid: Sequence[int]) -> int:
-    """In row-major order."""
+    """The position in row-major order."""
     place = 0
     for index, size in zip(coordinate, grid, strict=True):
         place = place * size + index

@@ -38,7 +38,7 @@ _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of 0 s: closing then sends a reset."""
 
 _UNASSIGNED_PORTS = range(20_000, 32_768)
-"""Below those that Linux gives to whoever asks for any; other systems' are higher still."""
+"""Ports below those that Linux gives to whoever asks for any; other systems' are higher still."""
 
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(kbit|mbit|gbit|ms|s|%)")
 _MBIT = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}

@@ -54,7 +54,7 @@ _CLOCK_OFF_S = 1.0
 _CLOCK_BROKEN_S = 3.0
 """Beyond this, others mistake fresh records for expired or not yet valid ones."""
 _SLOW_ROWS_PER_S = 200.0
-"""Below this, a sequence of a few hundred tokens takes longer than trainers are willing to wait."""
+"""A speed below which a sequence of a few hundred tokens takes longer than trainers are willing to wait."""
 _TOKENS_PER_S = 1000.0
 """The speed of the trainer whose traffic is told."""
 _MEASURE_S = 1.5

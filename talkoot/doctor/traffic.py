@@ -52,7 +52,7 @@ def trainer_traffic(
 
 
 def nodes_of_token(experts: int, nodes: int, most: int | None = None) -> float:
-    """At how many nodes so many experts are on average, each being at any node, where a token may go to `most`."""
+    """The mean number of nodes that host so many experts, each being at any node, where a token may go to `most`."""
     chances = [1.0]  # of being at 0, 1, ... nodes
     for _ in range(experts):
         met = [chance * at / nodes for at, chance in enumerate(chances)]

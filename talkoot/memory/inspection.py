@@ -32,7 +32,7 @@ class Inspection:
     about: str
     created_at: float
     passages: int
-    """Whose texts are in these shards, without those that were revoked."""
+    """Passages whose texts are in these shards, without those that were revoked."""
     revoked: int
     licenses: tuple[str, ...]
     grid: tuple[int, ...]

@@ -103,7 +103,7 @@ async def _inspect(terminal: Terminal, swarm: Swarm, name: str) -> None:
 
 
 async def _fetch_manifest(swarm: Swarm, entry: LibraryEntry, hosts: Collection[NodeInfo]) -> MemoryManifest:
-    """From any of these. Raises LibraryError."""
+    """Fetches the manifest from any of these. Raises LibraryError."""
     rights = (session_pb2.RIGHT_MEMORY,)
     sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
     parts = PartClient(swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None))

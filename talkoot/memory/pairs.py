@@ -106,7 +106,7 @@ def hard_negatives(
 
 
 def _spaced(text: str) -> str:
-    """Its words, each between spaces, so that one text can be looked for in another."""
+    """The words of a text, each between spaces, so that one text can be looked for in another."""
     return f" {' '.join(words_of(text))} "
 
 

@@ -15,7 +15,7 @@ from trainer_client.data.sources import Document, read_documents
 from trainer_client.memory.encoder import UNSPACED, words_of
 
 WORDS = 100
-"""In a passage, about."""
+"""Words in a passage, about."""
 UNKNOWN_LICENSE = "unknown"
 _FEWEST, _MOST = 70, 130
 """Words of a passage that ends where a sentence does. One at the end of a text may have fewer."""
@@ -123,7 +123,7 @@ class PassageFile:
         return True
 
     def finish(self) -> None:
-        """From now on passages are read. Raises OSError."""
+        """Ends the build: from now on passages are read. Raises OSError."""
         self._file.flush()
         self._digests = set()
 

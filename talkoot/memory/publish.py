@@ -220,7 +220,9 @@ class Publication:
         await self.swarm.keep_admission(self._settings.announce_every_s, self.swarm.host.sessions.recheck)
 
     async def _announce(self) -> None:
-        """As one that leaves: others fetch from this peer, and don't count it among the replicas that are enough."""
+        """Announces like a node that leaves: others fetch from this peer, and don't count it among the replicas that
+        are enough.
+        """
         cells = {
             cell: (ReplicaState.LEAVING, [shard.root for shard in shards])
             for cell, shards in self.manifest.by_cell.items()

@@ -122,7 +122,7 @@ def _founded(folder: Path, invite: Invite | None) -> Invite | None:
 
 
 def _with_token(founded: Invite, given: Invite | None, founder: Identity) -> Invite:
-    """By which the founder's other peer joins. Its token is for this run, and is not kept."""
+    """The invite with a token by which the founder's other peer joins. Its token is for this run, and is not kept."""
     keys = founded.keys
     token = make_token(founder, keys.swarm_id, Role.LIBRARIAN, time.time() + _TOKEN_S, new_serial())
     addresses = dict.fromkeys((*(given.bootstrap if given is not None else ()), *founded.bootstrap))

@@ -31,7 +31,7 @@ class SearchRequest:
 
     question: str
     memory: str | None
-    """Its name or id; None: the only one of the swarm."""
+    """The memory's name or id; None: the only one of the swarm."""
     k: int
     cells: int
 
@@ -121,7 +121,7 @@ def _show(terminal: Terminal, answer: _Answer) -> None:
 
 
 def citation(passage: Passage) -> str:
-    """Its title, source and licence, for people."""
+    """The title, source and licence, for people."""
     title, source, license = _labels(passage)
     return f"{title} ({source}, {license})"
 

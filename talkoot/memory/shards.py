@@ -88,7 +88,7 @@ def _by_cell(cells_N: Integers, numbers: Integers, grid: tuple[int, ...]) -> Ite
 
 
 def _parts(numbers: Integers, sizes: Iterator[int]) -> Iterator[Integers]:
-    """As many at a time as fit into a shard."""
+    """The passages in parts, as many at a time as fit into a shard."""
     begin = size = 0
     for end, each in enumerate(sizes):
         if end > begin and (size + each > _MOST_BYTES or end - begin == MAX_LEAVES):

@@ -166,7 +166,7 @@ class Learned:
     """What pairs and passages teach."""
 
     word_vectors: StaticEncoder
-    """From the passages alone."""
+    """Word vectors learned from the passages alone."""
     encoder: DualEncoder
     pairs: int
     """Pairs that were learned from; the others are for validation."""

@@ -25,7 +25,7 @@ _VOCABULARY = 65_536
 _MOST_WORDS = 2**22
 """Distinct words that are counted. Words that come up first after so many others are rare."""
 _PASSAGES_AT_ONCE = 2**14
-"""Whose words are counted."""
+"""Passages whose words are counted at once."""
 _BATCH = 1024
 _RATE = 0.1
 _WARM_UP_STEPS = 100
@@ -50,7 +50,7 @@ class PassageWords:
     vocabulary: tuple[str, ...]
     """The words that are in the most passages, those first."""
     rarities_V: Floats
-    """Their inverse document frequencies."""
+    """The words' inverse document frequencies."""
     numbers: Numbers
     """The words of one passage after another, by number; without those that are not in the vocabulary."""
     offsets: Integers
@@ -169,7 +169,9 @@ def _temperature(passages: int) -> float:
 
 
 def _random_vectors(rarities_V: Floats, dimensions: int, rng: np.random.Generator) -> Floats:
-    """As long as the words are rare: with these, a text's vector is a random projection of its tf-idf."""
+    """Random vectors that are as long as their words are rare: with these, a text's vector is a random projection of
+    its tf-idf.
+    """
     vectors_VD = rng.standard_normal((len(rarities_V), dimensions), np.float32) / np.float32(dimensions**0.5)
     mean = rarities_V.mean()
     vectors_VD *= (rarities_V / mean if mean > 0 else np.ones_like(rarities_V))[:, None]

@@ -29,7 +29,7 @@ _MOST_NAMES, _MOST_MISSING = 1000, 20
 _MOST_NOTE = 10_000
 """Characters of what the user says about the data."""
 _WORST_LOSS = 100.0
-"""In nats per token: no model is so bad."""
+"""The worst loss in nats per token: no model is so bad."""
 _SYNTAX = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 _USE = """\
 ```python
@@ -104,7 +104,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """In Markdown, with the front matter that model hubs read."""
+    """The card in Markdown, with the front matter that model hubs read."""
     manifest = facts.manifest
     parts = [
         _front_matter(manifest),
@@ -224,5 +224,5 @@ def _licence(manifest: Manifest) -> str:
 
 
 def _plain(text: str, most: int = 200) -> str:
-    """As it reads, whatever Markdown or HTML it looks like."""
+    """The text as it reads, whatever Markdown or HTML it looks like."""
     return _SYNTAX.sub(r"\\\1", html.escape(printable(text, most), quote=False))

@@ -41,7 +41,7 @@ class ExportedDense:
     steps: int
     """Steps that have gone into it."""
     validation_loss: float | None
-    """In nats per token; None: not known."""
+    """The loss in nats per token; None: not known."""
 
 
 def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) -> ExportedDense:
@@ -138,7 +138,7 @@ def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manif
 
 
 def _anywhere(routing: Routing) -> Routing:
-    """In a folder all experts are at one place."""
+    """The place of an expert: in a folder all are at one place."""
     return replace(routing, nodes_per_token=None)
 
 

@@ -43,12 +43,12 @@ class TakenExpert:
     uid: UID
     peer_id: PeerID
     update_count: int
-    """As far as it is believed."""
+    """The update count, as far as it is believed."""
     state: State
 
     @property
     def tensors(self) -> State:
-        """By their names in the block."""
+        """The tensors by their names in the block."""
         return {name.removeprefix(BLOCK): tensor for name, tensor in self.state.items()}
 
 

@@ -47,7 +47,7 @@ from trainer_client.settings import Balance, RouterName, Sampling
 FORMAT_VERSION = 1
 CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
 CHAT_FORMAT = "chat_format.json"
-"""Not written here: see `talkoot.serve.chat`."""
+"""A file that is not written here: see `talkoot.serve.chat`."""
 CARD = "README.md"
 PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
 """Copied from this release into every folder. They import torch and transformers alone."""
@@ -57,7 +57,7 @@ _MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25, CHAT_FORMAT: 2**16
 _MOST_HEADERS = 2**26
 """Bytes of the headers of all files of weights together, likewise."""
 _SOURCE = "source.json"
-"""In a folder that is not finished: what it is a model of."""
+"""The file of an unfinished folder that says what it is a model of."""
 _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What `transformers` may have written a folder in."""

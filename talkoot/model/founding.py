@@ -60,7 +60,7 @@ class ImportPlan:
     node_state: Path | None = None
     trainer_state: Path | None = None
     grid: tuple[int, ...] | None = None
-    """Larger than the model's; None: as it is."""
+    """A grid larger than the model's; None: the same."""
 
 
 def run_import(terminal: Terminal, plan: ImportPlan) -> None:

@@ -80,7 +80,7 @@ class Rows:
         self.positions_BT = positions_BT
         self.real_BT: Tensor = mask_BS[:, self.past :]
         self.is_plain: bool = bool(mask_BS.all()) and (not self.past or self.new == 1)
-        """Nothing is hidden but what comes later."""
+        """Whether nothing is hidden but what comes later."""
         self.allowed_B1TS: Tensor | None = None
         if not self.is_plain:
             places_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
@@ -202,7 +202,7 @@ class LoadBias(nn.Module):
 
 
 class Projections(nn.Module):
-    """From the model to the experts' width and back."""
+    """Projections from the model to the experts' width and back."""
 
     def __init__(self, norm: str, hidden: int, width: int) -> None:
         super().__init__()

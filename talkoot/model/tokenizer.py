@@ -16,7 +16,7 @@ _REPEATS = re.compile(r"[*+?{(]")
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """In the format of the library `tokenizers`: bytes are byte pairs of which none was learned."""
+    """The tokenizer in the format of the library `tokenizers`: bytes are byte pairs of which none was learned."""
     return tokenizer.to_json() or json.dumps(_bytes_as_json())
 
 

@@ -55,7 +55,7 @@ class ControllableNode(Protocol):
 
 
 class ControlVersion(BaseModel):
-    """Only the version of a request, so that another version is not mistaken for a broken line."""
+    """Reads only the version of a request, so that another version is not mistaken for a broken line."""
 
     version: int
 
@@ -82,7 +82,7 @@ class ControlStatus(BaseModel):
     rows: int = 0
     peers: int = 0
     pause_reason: str = ""
-    """In words."""
+    """The reason of the pause, in words."""
     alone: int = 0
     """Experts that no other node serves."""
     alone_uids: tuple[str, ...] = ()

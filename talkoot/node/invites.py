@@ -34,7 +34,7 @@ class FoundedSwarm(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     invite: str
-    """As the node prints it, without a token."""
+    """The invite as the node prints it, without a token."""
     admission: Mode
 
     def save(self, folder: Path) -> None:

@@ -54,7 +54,9 @@ class RateMeter:
 
 
 def state_in_words(status: NodeStatus) -> str:
-    """Such as `serving`, `paused: on battery` or `serving (told to go on, else paused until 22:00)`."""
+    """The state in words, such as `serving`, `paused: on battery` or `serving (told to go on, else paused until
+    22:00)`.
+    """
     if not status.pause_reason:
         return status.state.value
     return (
@@ -65,7 +67,7 @@ def state_in_words(status: NodeStatus) -> str:
 
 
 def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
-    """As wide as the terminal. It breaks no words, and is red only when something is wrong."""
+    """The panel, as wide as the terminal. It breaks no words, and is red only when something is wrong."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(ratio=1, overflow="fold")

@@ -30,7 +30,9 @@ class ApiKeys:
         return bool(self._digests)
 
     def client(self, scope: Scope) -> str:
-        """Whose request it is: a key's, or else an IP address's. Raises RequestError if the key is missing or wrong."""
+        """The client of a request: a key's, or else an IP address's. Raises RequestError if the key is missing or
+        wrong.
+        """
         if not self._digests:
             return _network(scope["client"][0] if scope.get("client") else "")
         given = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -107,7 +107,7 @@ class Request(BaseModel):
 
     @property
     def wants_usage(self) -> bool:
-        """In a stream; otherwise it is always told."""
+        """Whether a stream tells the usage; otherwise it is always told."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, most: int) -> Sampling:

@@ -206,7 +206,7 @@ def _question_job(
 
 
 def _prompt(given: str | Sequence[int], served: ServedModel) -> Sequence[int]:
-    """As tokens. Raises RequestError if it does not fit into the model's context."""
+    """The prompt as tokens. Raises RequestError if it does not fit into the model's context."""
     context, fewest = served.model.context, served.model.first_scored
     if isinstance(given, str):
         size = len(given.encode())
@@ -372,7 +372,7 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
 
 
 def _to_json(value: Json) -> bytes:
-    """In ASCII: many clients take U+2028 or U+0085 in a stream for the end of a line."""
+    """JSON in ASCII: many clients take U+2028 or U+0085 in a stream for the end of a line."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 

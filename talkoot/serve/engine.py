@@ -98,7 +98,7 @@ class Stream:
         self.job = job
         self.client = client
         self.cancelled = False
-        """Nobody wants the rest of it. Set under the engine's lock."""
+        """Whether nobody wants the rest of it. Set under the engine's lock."""
         self.decoding: Decoding | None = None
         """While it has a place."""
         self.tokens = job.prompt

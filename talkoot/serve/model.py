@@ -23,7 +23,7 @@ from trainer_client.retrieval.lookup import Find
 from trainer_client.settings import TrainerSettings
 
 _WAIT_S = 10.0
-"""So long a stream waits for an expert when none is live."""
+"""How long a stream waits for an expert when none is live."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ServedModel:
     is_usable: Callable[[], bool] = lambda: True
     """Asked after each computation whether its result counts. May wait, and raise UserError."""
     nodes: Callable[[], frozenset[str]] = frozenset
-    """Whose experts have answered since it was called last."""
+    """Nodes whose experts have answered since it was called last."""
     find: Find | None = None
     """Passages that the model reads while it writes; None: it reads none."""
     questions: QuestionAnswerer | None = None
@@ -54,7 +54,7 @@ class ServedModel:
 
     @cached_property
     def longest_token(self) -> int:
-        """In bytes."""
+        """The longest token in bytes."""
         return max(map(len, self.token_bytes))
 
 

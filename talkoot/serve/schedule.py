@@ -22,7 +22,7 @@ class FairSchedule(Generic[S]):
         self._places = places
         self._client_of: dict[S, str] = {}
         self._waiting: dict[str, deque[S]] = {}
-        """In the order in which the clients are served, if they have equally many places."""
+        """Waiting streams by client, in the order in which clients are served if they have equally many places."""
         self._served: dict[S, int] = {}
         """The rounds of each stream that has a place since it got it, in the order in which they did."""
 

@@ -44,7 +44,7 @@ _COUNTS = {
     "memory_failed_lookups": "look-ups in the memory failed",
     "memory_late_batches": "batches without the memory, which was too slow",
 }
-"""In the summary, unless they are 0, as in most runs."""
+"""Counts that the summary shows, unless they are 0, as in most runs."""
 _CONNECTING = "the first calls take longest: connections and sessions are opened"
 
 

@@ -70,13 +70,13 @@ class LocalSwarm:
         return RemoteMixtureOfExperts(layer, self.manifest, self.dispatcher, run_at_once, routing)
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
-        """They are all here."""
+        """Returns at once: all experts are here."""
 
     def note(self, progress: Progress) -> None:
-        """Nobody else wants to know."""
+        """Does nothing: nobody else wants to know."""
 
     def note_validation(self, validation: Validation) -> None:
-        """Nobody else wants to know."""
+        """Does nothing: nobody else wants to know."""
 
     def close(self) -> None:
         """There is nothing to leave."""
@@ -130,7 +130,7 @@ class LocalExperts:
         return LiveExperts(layer, self._view, NOBODY, self._tables, hosts)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
-        """As the dispatcher's, but no row is sent elsewhere when an expert's updates are not finite."""
+        """Sends like the dispatcher, but no row is sent elsewhere when an expert's updates are not finite."""
         result = LocalForward.of(rows)
         result.coordinates[:] = selection.coordinates
         with self._lock, torch.set_grad_enabled(rows.keep), torch.autocast("cpu", enabled=False):
@@ -159,7 +159,9 @@ class LocalExperts:
                     result.parts.append((part, replace(rows, graph=computed.graph)))
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        """As the dispatcher's: each expert steps once, after all its rows. Of those that fail, the gradient is zero."""
+        """Sends back like the dispatcher: each expert steps once, after all its rows. Of those that fail, the gradient
+        is zero.
+        """
         assert isinstance(forward, LocalForward), "of another swarm"
         total = np.zeros_like(forward.rows.inputs)
         with self._lock, torch.enable_grad(), torch.autocast("cpu", enabled=False):
@@ -182,7 +184,7 @@ class LocalExperts:
         return total, np.zeros_like(forward.shares)
 
     def _computed(self, works: Sequence[WorkItem]) -> list[Result | ExpertError]:
-        """In their order, narrow experts several at once as on a node."""
+        """The updates in the rows' order, narrow experts several at once as on a node."""
         results: list[Result | ExpertError] = []
         for group in groups_of(works):
             results += compute_together([self.experts[work.uid] for work in group], group)

@@ -235,7 +235,7 @@ class AnswerScreening:
         return "huge" if is_huge(gradients_RD, answer_RD, MOST_GRADIENT_GROWTH) else None
 
     def fault_of_answer(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:
-        """In a word, or None."""
+        """The fault in a word, or None."""
         if is_huge(inputs_RD, answer_RD):
             return "huge"
         if is_constant(inputs_RD, answer_RD):

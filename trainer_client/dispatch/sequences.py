@@ -34,7 +34,7 @@ from trainer_client.dispatch.policy import WaitPolicy
 
 
 def new_numbers(count: int) -> list[int]:
-    """By which a node may know sequences that it has not seen."""
+    """New numbers by which a node may know sequences that it has not seen."""
     return [secrets.randbits(64) for _ in range(count)]
 
 

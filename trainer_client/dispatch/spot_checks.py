@@ -76,11 +76,11 @@ _MOST_AT_ONCE = 4
 _DEADLINE_S = 20.0
 """The deadline for the parameters to come."""
 _TRAFFIC_SHARE = 0.1
-"""Most bytes of parameters that are asked for on average, as a part of those of forward answers: about a fortieth of
+"""The most bytes of parameters that are fetched on average, as a share of those of forward answers: about a fortieth of
 all traffic with nodes.
 """
 _KEPT_EXPERTS = 4
-"""Whose parameters are kept for more answers of the same version."""
+"""Experts whose parameters are kept for more answers of the same version."""
 _NODES = 1024
 _LATELY = 32
 """Checks of a node that say whether it can be checked at all."""

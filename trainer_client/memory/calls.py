@@ -347,7 +347,7 @@ class HostCalls:
 async def _tolerate(
     call: Callable[[PeerID, list[H]], Awaitable[Collection[H]]], host: PeerID, items: list[H]
 ) -> Collection[H]:
-    """Nothing, if the call fails."""
+    """Awaits a call, and gives nothing if it fails."""
     try:
         return await call(host, items)
     except ExpertError:
@@ -355,5 +355,5 @@ async def _tolerate(
 
 
 def loop_time() -> float:
-    """By the clock of the loop."""
+    """The time by the loop's clock."""
     return asyncio.get_running_loop().time()

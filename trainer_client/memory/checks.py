@@ -221,7 +221,7 @@ class Findings:
         self.proven |= passages
 
     def give_up(self, places: Iterable[Place]) -> None:
-        """Nobody gives the passages at these places."""
+        """Notes that nobody gives the passages at these places."""
         self._unreadable.update(places)
 
     def best(self, query: int) -> list[Claim]:

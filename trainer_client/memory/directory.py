@@ -201,7 +201,7 @@ class MemoryDirectory:
         self._hosts = BoundedDict[Cell, tuple[CellHost, ...]](_CELLS)
         self._nodes: dict[PeerID, NodeInfo] = {}
         self._empty: dict[frozenset[PeerID], Booleans] = {}
-        """By the peers that are avoided, the cells that nobody else hosts. Emptied whenever more is known."""
+        """For each set of avoided peers, the cells that nobody else hosts. Emptied whenever more is known."""
         self._reading = asyncio.Lock()
         self._reading_ahead: asyncio.Task[None] | None = None
         """Reads cells that the first search does not ask, and that may have its texts."""

@@ -248,7 +248,7 @@ def _parse_vectors(arrays: _Arrays, prefix: str, words: int) -> tuple[Vectors, F
 
 
 def _parse_vocabulary(arrays: _Arrays, count: int) -> tuple[list[str], Floats]:
-    """So many words, and how rare they are."""
+    """Reads the words, and how rare they are."""
     if not 1 <= count <= MAX_WORDS:
         raise WireError(f"an encoder of {count} words")
     _check_numbers(arrays["rarities"], count)

@@ -317,9 +317,9 @@ class _Search:
         self._is_large = len(vectors_QD) > MANY
         self._located: Located
         self._asked: dict[bytes, set[PeerID]] = defaultdict(set)
-        """By root, the hosts that were asked."""
+        """The hosts that were asked for each root."""
         self._wanted: dict[bytes, tuple[ShardInfo, list[int]]] = {}
-        """By root, the shards to be searched, and for which queries."""
+        """For each root, the shard to be searched, and for which queries."""
 
     async def run(self, scores_QC: Floats, cells: int) -> list[SearchResult]:
         retriever, ends = self._retriever, self._began + self._deadline_s

@@ -249,7 +249,7 @@ def make_rag_model(
     dimensions: int,
     settings: TrainerSettings,
 ) -> RagModel:
-    """As a trainer is set. `dimensions`: of the memory's vectors."""
+    """Makes the model for a trainer's settings. `dimensions`: of the memory's vectors."""
     reader = Reader(tokenizer, manifest.model, settings.memory_length)
     generator = make_model(manifest, make_mixture, len(tokenizer.token_bytes))
     return RagModel(generator, reader, dimensions, settings.marginal, settings.passages_read)

@@ -30,11 +30,11 @@ from trainer_client.dispatch.batches import Segments
 from trainer_client.settings import TrainerSettings
 
 NOTHING = -1
-"""In the place of a token: there is none."""
+"""The absence of a token."""
 _SMEAR = 3.0
 """The logit of how much of a key is that of the token before, at the start."""
 _SHARPNESS = 2.0
-"""By how much the first queries are longer than they usually are."""
+"""How much longer the first queries are than usual."""
 _SEED = 2**20
 """Apart from the seeds of the rest of the model, which has at most so many layers."""
 
@@ -54,7 +54,7 @@ class RetrievalSpec:
 
     @classmethod
     def of(cls, settings: TrainerSettings, model: ModelSpec) -> Self | None:
-        """As a trainer is set; None if its model reads no memory, or with its questions alone.
+        """The spec for a trainer's settings; None if its model reads no memory, or with its questions alone.
 
         Raises SettingsError if it does not fit the model.
         """

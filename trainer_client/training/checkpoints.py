@@ -64,7 +64,7 @@ class Header(CheckpointHeader):
     tokenizer: str
     """The tokenizer's name, for `load_tokenizer`."""
     data_sha256: str
-    """As in `Corpus`; empty: of a model that was imported."""
+    """The hash of the data, as in `Corpus`; empty: of a model that was imported."""
     settings: dict[str, Any]
     """What `TrainerSettings.saved` returned."""
     encoder: str | None = None

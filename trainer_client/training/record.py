@@ -41,7 +41,7 @@ class Validation:
 
     step: int
     loss: float
-    """In nats per token."""
+    """The loss in nats per token."""
     perplexity: float
     """Per token."""
     bits_per_byte: float
