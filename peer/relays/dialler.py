@@ -41,6 +41,8 @@ class RelayDialler:
         self._client = client
         self._listeners = Listeners(_PEERS, self._forward)
         self._tasks = TaskSet()
+        """The circuits."""
+        self._tries = TaskSet()
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
         """As of `Listeners`."""
@@ -54,6 +56,7 @@ class RelayDialler:
         """Ends all circuits. Closing twice is harmless."""
         self._listeners.close()
         await self._tasks.aclose()
+        await self._tries.aclose()
 
     async def _forward(self, peer_id: PeerID, addresses: Sequence[Multiaddress], accepted: Pipe) -> None:
         """Handles a connection of this process's own gRPC."""
@@ -83,12 +86,13 @@ class RelayDialler:
             async with asyncio.timeout(_DIAL_S):
                 while found is None and (waiting or tries):
                     if waiting:
-                        tries.add(asyncio.create_task(self._dial(peer_id, waiting.pop(0))))
+                        dial = self._dial(peer_id, waiting.pop(0))
+                        tries.add(self._tries.spawn(dial, "open a circuit through a relay"))
                     longest_s = _HEAD_START_S if waiting else None
                     done, _ = await asyncio.wait(
                         tries, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED
                     )
-                    worked = [task for task in done if task.exception() is None]
+                    worked = [task for task in done if not task.cancelled() and task.exception() is None]
                     found = worked[0] if worked else None
                     tries -= done - set(worked)
         except TimeoutError:

@@ -284,6 +284,37 @@ def test_a_session_that_the_relay_forgot_is_opened_again(loop: LoopThread, keys:
     play(loop, scenario)
 
 
+def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
+    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        hidden = await hide(keys[HIDDEN], [relay])
+        caller = Caller(keys[CALLER])
+        mistakes: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: mistakes.append(context["exception"])
+        )
+        async with closing(relay, hidden, caller):
+            (address,) = hidden.reservations.addresses
+            unlucky = address.at(Endpoint("127.0.0.1:1"))
+            find, mistake = caller.client.relay, ZeroDivisionError("a mistake")
+
+            async def mistaken(peer_id: PeerID, endpoint: Endpoint) -> Relay:
+                if endpoint == unlucky.endpoint:
+                    raise mistake
+                return await find(peer_id, endpoint)
+
+            monkeypatch.setattr(caller.client, "relay", mistaken)
+            call = await caller.dialler.dial(hidden.served.peer_id, [unlucky, address])
+            call.cancel()
+            with pytest.raises(UnreachableError, match="no relay opens"):
+                await caller.dialler.dial(hidden.served.peer_id, [unlucky])
+        assert mistakes == [mistake, mistake]
+
+    play(loop, scenario)
+
+
 def test_of_two_relays_the_one_that_answers_opens_the_circuit(
     loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
