@@ -1,10 +1,11 @@
 """hivemind's `DHTNode` in the simulated network, beside our own nodes; and what a node of each takes of memory.
 
-    python -m benchmarks.hivemind_nodes [--nodes 1000]
+    python -m benchmarks.hivemind_nodes [--nodes 10000]
 
 Each node knows up to 20 others of each distance, as in `benchmarks.simulated_swarm`, and stores nothing. PeerIDs are
 made anew in each table, as each process does when it reads them from answers. Ours has the others' contacts too, signed
-and with certificates; a `DHTNode` leaves those to its p2pd, which is not counted.
+and with certificates. A `DHTNode` leaves those to its p2pd, a process that every one of its peers has. How much that
+takes is measured with a real one, which real peers call that leave again.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from unittest.mock import patch
 import psutil
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
-from hivemind.p2p import P2PContext
+from hivemind.p2p import P2P, P2PContext
 from hivemind.p2p import PeerID as TheirPeerID
 
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedTransport
@@ -39,9 +40,13 @@ from peer.transport.endpoints import Endpoint
 from peer.wire import contact_pb2
 
 _NAMED = "DHTProtocol.rpc_"
-_SIDES = ("tables", "talkoot", "hivemind")
+_SIDES = ("tables", "talkoot", "hivemind", "p2pd")
 """`tables`: Talkoot's without the contacts."""
 _SIGNATURE_BYTES = 256
+_MEASURED = 300
+"""Nodes, at most. The others are only known to them."""
+_CALLERS, _TOGETHER = 200, 20
+"""Peers that call a p2pd, and how many at the same time."""
 _METRICS, _GUARD, _UPLOAD = StoreMetrics(), ParseGuard(), RateLimit(None)
 """Of this process."""
 
@@ -100,6 +105,7 @@ def memory_per_node(side: str, nodes: int) -> float:
         names = [SimulatedIdentity(n).peer_id.to_bytes() for n in range(nodes)]
         places = {node_id_of(name): name for name in names}
         order, rng, made = sorted(places), random.Random(1), []
+        names = names[:_MEASURED]
         await _make(side, network, names[0])
         gc.collect()
         before = psutil.Process().memory_info().rss
@@ -116,6 +122,22 @@ def memory_per_node(side: str, nodes: int) -> float:
         patch("peer.transport.contacts.verify", lambda *_: None),
     ):
         return asyncio.run(run())
+
+
+async def p2pd_memory() -> tuple[float, float]:
+    """Of hivemind's p2pd, in bytes: when it has started, and when it has met `_CALLERS` others."""
+    called = await P2P.create()
+    addresses = await called.get_visible_maddrs()
+    daemon = psutil.Process(called._child.pid)
+    before = daemon.memory_info().rss
+    for _ in range(_CALLERS // _TOGETHER):
+        callers = await asyncio.gather(
+            *(P2P.create(initial_peers=addresses, startup_timeout=120) for _ in range(_TOGETHER))
+        )
+        await asyncio.gather(*(caller.shutdown() for caller in callers))
+    after = daemon.memory_info().rss
+    await called.shutdown()
+    return before, after
 
 
 def _place_of(peer_id: PeerID) -> Endpoint:
@@ -158,15 +180,19 @@ async def _make(side: str, network: Network, name: bytes) -> tuple[Any, Callable
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--nodes", type=int, default=1000)
+    parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--side", choices=_SIDES, help="measure one, in this process")
     options = parser.parse_args()
-    if options.side:
+    if options.side == "p2pd":
+        before, after = (size / 1024 for size in asyncio.run(p2pd_memory()))
+        more = (after - before) / _CALLERS
+        print(f"p2pd: {before:.0f} KiB, and {more:.1f} for each of {_CALLERS} peers that it has met")
+    elif options.side:
         print(f"{options.side}: {memory_per_node(options.side, options.nodes) / 1024:.1f} KiB a node")
-        return
-    for side in _SIDES:
-        command = [sys.executable, "-W", "ignore", "-m", __spec__.name]
-        subprocess.run([*command, "--side", side, "--nodes", str(options.nodes)], check=True)
+    else:
+        for side in _SIDES:
+            command = [sys.executable, "-W", "ignore", "-m", __spec__.name]
+            subprocess.run([*command, "--side", side, "--nodes", str(options.nodes)], check=True)
 
 
 if __name__ == "__main__":
