@@ -47,6 +47,11 @@ class RelayKeeper:
         """The same of its reservations over gRPC, those that hold now."""
         return self._swarm.host.reservations.addresses
 
+    @property
+    def refusal(self) -> str:
+        """Why the relay over gRPC that was asked last does not lead here, in words; empty if that is not known."""
+        return self._swarm.host.reservations.refusal
+
     async def begin(self) -> None:
         """Takes relays."""
         self._swarm.host.reservations.keep(self._candidates)

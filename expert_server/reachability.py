@@ -70,6 +70,8 @@ class ReachabilityStatus:
     """Nodes that were asked to dial back."""
     why_unasked: str = ""
     """Why nobody is asked, in words; empty: others are."""
+    refusal: str = ""
+    """What the last relay said that refused; empty if none did."""
 
     @property
     def in_words(self) -> str:
@@ -79,7 +81,7 @@ class ReachabilityStatus:
         if self.why_unasked:
             return f"not checked: {self.why_unasked}"
         if self.looking:
-            return "looking for a relay"
+            return f"looking for a relay{self.refusal and f': {self.refusal}'}"
         if self.kind is Reachability.UNKNOWN:
             return "not known: no other node to ask yet"
         if self.kind is Reachability.RELAYED and self.relays:
@@ -277,7 +279,11 @@ class ReachabilityMonitor:
         self.tunnel_addresses = self._relays.tunnel_addresses
         relayed = [a for a in (*self.relay_addresses, *self.tunnel_addresses) if a.is_relayed]
         self.status = ReachabilityStatus(
-            self._hidden_kind(), len(relayed), not relayed and not self.tunnel_addresses, self.status.asked
+            self._hidden_kind(),
+            len(relayed),
+            not relayed and not self.tunnel_addresses,
+            self.status.asked,
+            refusal=self._relays.refusal,
         )
 
     async def _dials(self) -> Sequence[DialledBack]:

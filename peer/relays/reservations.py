@@ -73,6 +73,8 @@ class Reservations:
             "talkoot_relay_offers", "Callers whom relays named to this peer.", ["outcome"], registry=metrics
         )
         self.offers: Counter = start_at_zero(offers, "accepted", "failed", "refused")
+        self.refusal: str = ""
+        """Why the relay that was asked last does not lead here; empty if it does, or there is none to ask."""
         self._client = client
         self._changed = changed
         self._rng = rng or random.SystemRandom()
@@ -128,6 +130,7 @@ class Reservations:
             try:
                 await self._hold(contact)
             except (UnreachableError, OSError) as error:
+                self.refusal = str(error)
                 logger.debug("relay %s: %s", contact.peer_id, error)
             finally:
                 del self._busy[contact.peer_id]
@@ -161,6 +164,7 @@ class Reservations:
                 f"{multiaddress(relay.endpoint)}/p2p/{relay.peer_id}/p2p-circuit/p2p/{self._client.peer_id}"
             )
             self._held[relay.peer_id] = Multiaddress(circuit)
+            self.refusal = ""
             self._changed()
             await first_of(_say_there(call), self._read_replies(relay, call))
         finally:

@@ -59,5 +59,7 @@ def test_advice_names_the_port_to_forward(kind: Reachability, host: str, port: i
 def test_a_reach_is_told_in_words() -> None:
     assert ReachabilityStatus(Reachability.RELAYED, relays=1).in_words == "relayed by 1 relay"
     assert ReachabilityStatus(Reachability.RELAYED, looking=True).in_words == "looking for a relay"
+    refused = ReachabilityStatus(Reachability.RELAYED, looking=True, refusal="it is full")
+    assert refused.in_words == "looking for a relay: it is full"
     assert "no other node to ask" in ReachabilityStatus().in_words
     assert ReachabilityStatus(Reachability.DIRECT, asked=3).in_words == "direct"

@@ -28,6 +28,7 @@ class Reserved:
 
     asked: list[str] = field(default_factory=list)
     addresses: tuple[Multiaddress, ...] = ()
+    refusal: str = ""
 
     def keep(self, candidates: object) -> None:
         self.asked.append("keep")

@@ -250,6 +250,11 @@ def test_a_peer_that_relays_for_nobody_says_so(loop: LoopThread, keys: list[Iden
             with pytest.raises(UnreachableError, match="no relay opens"):
                 await caller.dialler.dial(keys[HIDDEN].peer_id, [at])
             assert total(relay.relaying.refused, reason="off") == 1
+            hidden = await hide(keys[HIDDEN], [relay], reservations=0)
+            async with closing(hidden):
+                await until(lambda: hidden.reservations.refusal)
+            said = f"relay {relay.peer_id} refuses: this peer relays for nobody"
+            assert hidden.reservations.refusal == said
 
     play(loop, scenario)
 
