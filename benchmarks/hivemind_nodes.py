@@ -4,8 +4,8 @@
 
 Each node knows up to 20 others of each distance, as in `benchmarks.simulated_swarm`, and stores nothing. PeerIDs are
 made anew in each table, as each process does when it reads them from answers. Ours has the others' contacts too, signed
-and with certificates. A `DHTNode` leaves those to its p2pd, a process that every one of its peers has. How much that
-takes is measured with a real one, which real peers call that leave again.
+and with certificates. A `DHTNode` leaves those to its p2pd, a process that each of its peers runs. What that takes is
+measured with a real one, which some peers call and then leave.
 """
 
 import argparse
@@ -45,7 +45,7 @@ _SIDES = ("tables", "talkoot", "hivemind", "p2pd")
 _SIGNATURE_BYTES = 256
 _MEASURED = 300
 """Nodes, at most. The others are only known to them."""
-_CALLERS, _TOGETHER = 200, 20
+_CALLERS, _TOGETHER = 60, 20
 """Peers that call a p2pd, and how many at the same time."""
 _METRICS, _GUARD, _UPLOAD = StoreMetrics(), ParseGuard(), RateLimit(None)
 """Of this process."""
@@ -185,8 +185,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.side == "p2pd":
         before, after = (size / 1024 for size in asyncio.run(p2pd_memory()))
-        more = (after - before) / _CALLERS
-        print(f"p2pd: {before:.0f} KiB, and {more:.1f} for each of {_CALLERS} peers that it has met")
+        print(f"p2pd: {before:.0f} KiB, and {after:.0f} once it has met {_CALLERS} peers")
     elif options.side:
         print(f"{options.side}: {memory_per_node(options.side, options.nodes) / 1024:.1f} KiB a node")
     else:
