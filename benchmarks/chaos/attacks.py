@@ -9,12 +9,15 @@ rules out while the file exists. This file is run as a script, so it imports not
 
 import asyncio
 import hashlib
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from unittest.mock import patch
 
@@ -61,6 +64,8 @@ RULES = ("checks", "averages", "steps")
 """What keeps liars from doing harm, and what it costs where nobody lies (`overhead.py`): spot checks, clipped averages,
 and callers' shares of the steps and sizes of gradients.
 """
+SPENT = "spent"
+"""The beginning of the names of files, one of each process: the processor seconds that each of `RULES` has cost."""
 
 
 @dataclass(frozen=True)
@@ -284,15 +289,32 @@ def flip_gradients(seed: int, start: Start) -> None:
 def leave_out(rules: Collection[str], start: Start) -> None:
     """An honest peer goes without these rules for as long as the file exists."""
     from expert_server.experts.callers import Callers
+    from expert_server.experts.expert import Expert
     from expert_server.hosting import averaging
     from expert_server.serving import compute
+    from expert_server.state import transfer
     from peer.clipping import Clipped, OwnMoves
+    from talkoot.train.recompute import BlockLoader
     from trainer_client.averaging import dense_part
-    from trainer_client.dispatch.spot_checks import SpotChecks
+    from trainer_client.dispatch.spot_checks import Sample, SpotChecks
 
-    def replaced(owner: Any, name: str, plain: Callable[..., Any]) -> None:
-        rule = getattr(owner, name)
-        patch.object(owner, name, lambda *a, **k: plain(*a, **k) if start.is_over else rule(*a, **k)).start()
+    spent_s = np.memmap(start.file.with_name(f"{SPENT}-{os.getpid()}"), np.float64, "w+", shape=len(RULES))
+    counting = Lock()
+
+    def replaced(rule: str, owner: Any, name: str, plain: Callable[..., Any] | None = None) -> None:
+        """By what there would be without the rule. None: only counts what it costs."""
+        true, index = getattr(owner, name), RULES.index(rule)
+
+        def either(*arguments: Any, **named: Any) -> Any:
+            chosen, began = plain if plain is not None and start.is_over else true, time.thread_time()
+            try:
+                return chosen(*arguments, **named)
+            finally:
+                took_s = time.thread_time() - began
+                with counting:
+                    spent_s[index] += took_s
+
+        patch.object(owner, name, either).start()
 
     def mean(current: Any, base: Any, theirs: Any, radii: Any, share: float) -> Clipped:
         return Clipped(
@@ -304,18 +326,25 @@ def leave_out(rules: Collection[str], start: Start) -> None:
         )
 
     if "checks" in rules:
-        replaced(SpotChecks, "note", lambda *_: None)
+        replaced("checks", SpotChecks, "note", lambda *_: None)
+        for owner, name in (
+            (Sample, "wrong_rows"),
+            (BlockLoader, "load"),
+            (Expert, "export_block"),
+            (transfer, "block_to_bytes"),
+        ):
+            replaced("checks", owner, name)
     if "averages" in rules:
         for name, value in (("present", {}), ("radii", {}), ("reach", float("inf")), ("start", None)):
-            replaced(OwnMoves, name, lambda *_, value=value: value)
+            replaced("averages", OwnMoves, name, lambda *_, value=value: value)
         for module in (averaging, dense_part):
-            replaced(module, "clip", mean)
-            replaced(module, "distance", lambda *_: 0.0)
-            replaced(module, "at_base", lambda *_: {})
+            replaced("averages", module, "clip", mean)
+            replaced("averages", module, "distance", lambda *_: 0.0)
+            replaced("averages", module, "at_base", lambda *_: {})
     if "steps" in rules:
-        replaced(Callers, "note_step", lambda *_: None)
-        replaced(Callers, "is_over", lambda *_: False)
-        replaced(compute, "_clipped", lambda _, work: (work, 1.0))
+        replaced("steps", Callers, "note_step", lambda *_: None)
+        replaced("steps", Callers, "is_over", lambda *_: False)
+        replaced("steps", compute, "_clipped", lambda _, work: (work, 1.0))
 
 
 def patches_of(attack: str, seed: int, start: Start) -> Callable[[], None]:

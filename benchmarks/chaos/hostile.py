@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
@@ -106,11 +107,15 @@ class HostilePlan:
     """Steps between two averagings of a dense part."""
     check_share: float = 0.1
     placement: Placement = "minority"
+    without: tuple[str, ...] = ()
+    """The rules of `attacks.RULES` that honest peers leave out once the attack has begun."""
 
     @classmethod
-    def of(cls, share: float, placement: Placement, quick: bool) -> "HostilePlan":
+    def of(
+        cls, share: float, placement: Placement, quick: bool, without: tuple[str, ...] = ()
+    ) -> "HostilePlan":
         """A random placement needs more nodes, or no expert would ever have a hostile majority."""
-        plan = cls(share, steps=24 if quick else 48, placement=placement)
+        plan = cls(share, steps=24 if quick else 48, placement=placement, without=without)
         return plan if placement == "minority" else replace(plan, nodes=10, grid=(10,))
 
     @property
@@ -179,25 +184,13 @@ class _Peer:
 class HostileSwarm:
     """The processes of one run. `stop` it when done."""
 
-    def __init__(
-        self,
-        plan: HostilePlan,
-        seed: int,
-        attack: str | None,
-        folder: Path,
-        keys: Path,
-        without: str | None = None,
-    ) -> None:
-        """`attack`: what hostile peers do; None: there are none. `keys`: has the peers' identities, by name.
-
-        `without`: the rules of `attacks.RULES` that all peers leave out while the file `begins` exists.
-        """
+    def __init__(self, plan: HostilePlan, seed: int, attack: str | None, folder: Path, keys: Path) -> None:
+        """`attack`: what hostile peers do; None: there are none. `keys`: has the peers' identities, by name."""
         self._plan = plan
         self._seed = seed
         self._attack = attack
         self._folder = folder
         self._keys = keys
-        self._without = without
         role = None if attack is None else ATTACKS[attack]
         bad = plan.hostile_nodes(seed) if role == "node" else ()
         names = [(f"node-{n}", n in bad) for n in range(plan.nodes)]
@@ -248,6 +241,13 @@ class HostileSwarm:
             if child.exit_status is not None:
                 raise child.failure()
         return [child.pid for child in children]
+
+    def spent_s(self) -> list[float]:
+        """Processor seconds of all peers in each of `attacks.RULES`, if they leave any out."""
+        spent_s = np.zeros(len(attacks.RULES))
+        for file in self._folder.glob(f"{attacks.SPENT}-*"):
+            spent_s += np.fromfile(file)
+        return list(map(float, spent_s))
 
     async def start_trainers(self) -> None:
         """The last one joins when the others have begun."""
@@ -364,7 +364,7 @@ class HostileSwarm:
         Identity.load_or_create(self._keys / peer.name)
         shutil.copy2(self._keys / peer.name, state / "identity.key")
         program: Sequence[str] = ("-m", "talkoot.cli")
-        if (patched := self._attack if peer.hostile else self._without) is not None:
+        if patched := self._attack if peer.hostile else ",".join(self._plan.without):
             program = (attacks.__file__, patched, str(self._seed), str(self.begins))
         peer.child = await self._children.start(peer.name, (*arguments, "--state", str(state)), program)
 
@@ -540,7 +540,8 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     table = Table(
         "attack (seeds)", "lies", "loss", "of calm", f"≤ {MOST_LOSS}", "steps/s of calm", "banned: hostile, honest",
         "averages, refused", "experts lost",
-        title=f"{plan['share']:.0%} hostile, placement: {plan['placement']}",
+        title=f"{plan['share']:.0%} hostile, placement: {plan['placement']}"
+        + "".join(f", without {rule}" for rule in plan["without"]),
     )  # fmt: skip
     for kind, row in rows(results["runs"]).items():
         count = row["counts"]

@@ -18,6 +18,7 @@ from benchmarks.chaos.attacks import (
     ATTACKS,
     LIES,
     RULES,
+    SPENT,
     Start,
     altered,
     altered_rows,
@@ -142,6 +143,7 @@ def test_a_rule_is_left_out_for_as_long_as_the_file_exists(
 ) -> None:
     start = Start(tmp_path / "begins")
     patches_of(rule, 0, start)()
+    (spent,) = tmp_path.glob(f"{SPENT}-*")
 
     def is_kept() -> bool:
         """Imported only here, as a peer does it: afterwards."""
@@ -164,6 +166,9 @@ def test_a_rule_is_left_out_for_as_long_as_the_file_exists(
     assert not is_kept()
     start.file.unlink()
     assert is_kept()
+    spent_s = dict(zip(RULES, np.fromfile(spent), strict=True))
+    assert spent_s.pop(rule) > 0
+    assert not any(spent_s.values()), "rules that are never left out are not counted"
 
 
 def test_part_of_a_step_counts_as_that_part() -> None:
@@ -174,18 +179,21 @@ def test_part_of_a_step_counts_as_that_part() -> None:
     assert steps_in([], 0.0, 9.0) == 0.0
 
 
-@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=8), st.floats(0.5, 1.5))
-def test_the_load_of_the_machine_cancels_out(loads: list[float], speed: float) -> None:
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=8), st.floats(0.5, 1.5), st.floats(0, 0.1))
+def test_the_load_of_the_machine_cancels_out(loads: list[float], speed: float, cost: float) -> None:
     """Each pair of windows is as slow as the machine was by then."""
     windows = []
     for number, load in enumerate(loads):
         # busy all the time, whatever is done
-        ruled = Window(True, 0.0, 10.0, 7.0), 100 * speed / load
-        plain = Window(False, 10.0, 20.0, 7.0), 100 / load
+        ruled = Window(True, 0.0, 10.0, 7.0, (0.0, 7.0 * (cost + 0.01), 0.0)), 100 * speed / load
+        plain = Window(False, 10.0, 20.0, 7.0, (0.0, 7.0 * 0.01, 0.0)), 100 / load
         windows += [ruled, plain] if number % 2 == 0 else [plain, ruled]
     found = ratios(windows)
-    assert found["speed"] == pytest.approx(speed)
-    assert found["speed_by_cpu"] == pytest.approx(speed)
+    assert found["speed"][0] == pytest.approx(speed)
+    assert found["speed_by_cpu"][0] == pytest.approx(speed)
+    assert found["cost"][0] == pytest.approx(cost)
+    assert found["costs"]["averages"] == pytest.approx(found["cost"])
+    assert found["costs"]["checks"][0] == found["costs"]["steps"][0] == 0
 
 
 def test_counts_are_of_all_pages() -> None:
