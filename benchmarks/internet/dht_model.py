@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from benchmarks.internet.world import Peer, World
 from dht.registry import Entries
-from peer.kademlia.lookups import Item, Lookups
+from peer.kademlia.lookups import Item, Lookups, pause_after_sample
 from peer.kademlia.routing import ID_BITS, REPLICAS, key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.kademlia.validation import ITEM_OVERHEAD_BYTES, Entry
@@ -31,8 +31,6 @@ _DIGEST_BYTES = 8
 _SAMPLES, _SAMPLE_FOR_S = 8, 2.0
 _SAMPLED_BY = 3
 """Holders, each of which gives a sample of its own if an answer has no room for all."""
-_SAMPLE_EVERY_S = 300.0
-"""As `Lookups` looks up random keys."""
 
 
 @dataclass(frozen=True)
@@ -360,7 +358,7 @@ class ModelLookups(Lookups):
         self._model = dht
         self._peer = peer
         self._looked_up: set[int] = set()
-        self._sampled_at = -math.inf
+        self._sample_at = 0.0
 
     @property
     def estimated_nodes(self) -> float:
@@ -428,9 +426,10 @@ class ModelLookups(Lookups):
         accounts.up["read"][peer.number] += digests
         if (other := world.random_server(model.rng, peer.half)) is not None:
             accounts.down["dht_served"][other.number] += digests
-        if world.time() >= self._sampled_at + _SAMPLE_EVERY_S:
-            self._sampled_at = world.time()
-            model.charge((), 1, model.cost("nearest", False, 1), peer, "read")
+        if world.time() >= self._sample_at:
+            cost = model.cost("nearest", False, 1)
+            self._sample_at = world.time() + pause_after_sample(cost.question_bytes + cost.answer_bytes)
+            model.charge((), 1, cost, peer, "read")
         return found
 
     async def _reach(self, key_ids: Collection[int], kind: str, purpose: str) -> Cost:

@@ -54,9 +54,11 @@ FRUGAL = SearchLimits(is_frugal=True)
 """
 _WIDE = 3
 """A record is stored at so many times the usual number of nodes, if there is a crowd beside its key."""
-_SAMPLE_EVERY_S = 300.0
-"""How often a look-up of a random key shows how far from a key its holders usually are. In a swarm of 10,000 each costs
-100 KB or more, and the distance changes with the swarm's size alone."""
+_SAMPLE_EVERY_S, _LONGEST_SAMPLE_PAUSE_S = 300.0, 900.0
+"""How often a look-up of a random key shows how far from a key its holders usually are."""
+_SAMPLE_BYTES_PER_S = 60.0
+"""What that may take on average. In a swarm of 10,000 each costs 120 KB, and the distance changes with the swarm's size
+alone."""
 _NAMES_ASKED = 0.25
 """Share of the calls for keys that were looked up before which ask who else is near."""
 _CALLS_OF_NODE = 8
@@ -175,9 +177,11 @@ class Lookups:
         """Looks up random keys, because nobody can have made peers to surround them. So it also gets to know nodes
         everywhere.
         """
+        spent = self._dht.spent_bytes
         keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
         run = _Run(self, self._dht, keys, _NEAREST, besides_self=False, room=0)
         await run.until_finished()
+        self._sample_at += pause_after_sample(self._dht.spent_bytes - spent) - _SAMPLE_EVERY_S
         for key, found in run.found.items():
             # others on the way there have answered, too, and they are not all that is near
             self.reach.note(key, found.search.nearest()[: DEFAULT_LIMITS.front])
@@ -236,6 +240,11 @@ class Lookups:
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Starts a call that may outlive its look-up. It ends at its own deadline: a late answer still counts."""
         return self._tasks.spawn(coroutine, "call a DHT peer")
+
+
+def pause_after_sample(cost: float) -> float:
+    """Seconds until the next one. `cost`: bytes that this one took."""
+    return min(max(_SAMPLE_EVERY_S, cost / _SAMPLE_BYTES_PER_S), _LONGEST_SAMPLE_PAUSE_S)
 
 
 def _parts(keys: Sequence[int], by_key: Mapping[int, Sequence[Item]]) -> Iterator[Sequence[int]]:

@@ -36,7 +36,7 @@ _MIN_TIMEOUT_S, _MAX_TIMEOUT_S = 0.3, 3.0
 _BUCKET_SHIFT = ID_BITS - 8
 _BUCKET_NODES = 16
 """Nodes remembered for each first byte of their IDs: the ones named most recently."""
-_SAMPLES, _FEWEST_SAMPLES = 32, 8
+_SAMPLES, _FEWEST_SAMPLES = 16, 8
 _EVERYWHERE: int = 2**ID_BITS
 _WIDER = 4
 _FAILURE = 2
