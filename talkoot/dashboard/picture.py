@@ -17,10 +17,13 @@ from dht.announcements import Activity, Latency, NodeInfo, Replica, ReplicaState
 from dht.directory import View
 from dht.library import WANTED_REPLICAS
 from dht.manifest import Manifest
+from dht.memory import MemoryID
+from peer.bounded import BoundedDict
 from peer.identity import PeerID
 from talkoot.credit import Credit, signed_figures
 from talkoot.memory.replication import Survey
 from talkoot.status import trainer_state
+from trainer_client.memory.audits import Audit
 
 SILENCE_FACTOR = 1.5
 """A peer has gone when it has not renewed its record for so many of its own periods."""
@@ -29,6 +32,8 @@ MAX_NODES = 20_000
 MAX_TRAINERS = 1000
 MAX_MEMORIES = 64
 """Memories that are watched at most."""
+MAX_CAUGHT = 16
+"""Hosts of one memory that are named because they left passages out or lied."""
 MAX_GONE = 1000
 """Peers that have gone and are still listed."""
 GONE_KEPT_S = 86400.0
@@ -174,10 +179,30 @@ def _together(each: list[CallRates]) -> CallRates:
     )
 
 
-FORM = 5
+FORM = 6
 """The format of a picture in a file. Other formats are not read."""
 
 Json = dict[str, Any]
+
+
+@dataclass
+class HostChecks:
+    """What the checks of one memory's hosts have found."""
+
+    checks: int = 0
+    omissions: int = 0
+    lies: int = 0
+    caught: dict[PeerID, None] = field(default_factory=lambda: BoundedDict[PeerID, None](MAX_CAUGHT))
+    """The hosts that were caught last."""
+
+    def note(self, audit: Audit) -> None:
+        self.checks += audit.compared
+        for host, fault in audit.faulty.items():
+            self.caught[host] = None
+            if fault == "omission":
+                self.omissions += 1
+            else:
+                self.lies += 1
 
 
 @dataclass(frozen=True)
@@ -250,8 +275,11 @@ def paint(
     warning: str = "",
     memories: Sequence[Survey] = (),
     credit: Mapping[PeerID, Credit] = MappingProxyType({}),
+    checks: Mapping[MemoryID, HostChecks] = MappingProxyType({}),
 ) -> Picture:
-    """The picture of the last reading. `credit`: what trainers have signed for the nodes whose receipts were read."""
+    """The picture of the last reading. `credit`: what trainers have signed for the nodes whose receipts were read.
+    `checks`: of the hosts of memories.
+    """
     live_nodes, live_trainers = nodes.live(), trainers.live()
     replicas = {
         str(uid): [_replica_row(r, nodes.seen[r.peer_id]) for r in found if r.peer_id in live_nodes]
@@ -281,7 +309,7 @@ def paint(
         ],
         [_trainer_row(seen, view.read_at) for seen in trainers.seen.values()],
         {uid: rows for uid, rows in replicas.items() if rows},
-        [_memory_row(found) for found in memories],
+        [_memory_row(found, checks.get(found.entry.memory, HostChecks())) for found in memories],
     )
 
 
@@ -478,7 +506,7 @@ def _trainer_state(seen: Seen[TrainerInfo]) -> str:
     return "gone" if seen.gone and not seen.left else trainer_state(seen.info, seen.left)
 
 
-def _memory_row(found: Survey) -> Json:
+def _memory_row(found: Survey, checked: HostChecks) -> Json:
     """Replicas are unknown if there were too many cells to look up."""
     entry, publisher = found.entry, found.entry.publisher.to_base58()
     return {
@@ -498,6 +526,10 @@ def _memory_row(found: Survey) -> Json:
         "replicas_mean": round(found.mean, 2) if found.is_whole else None,
         "replicas_wanted": WANTED_REPLICAS,
         "hosts": len(found.hosts),
+        "checks": checked.checks,
+        "omissions": checked.omissions,
+        "lies": checked.lies,
+        "caught": [host.to_base58() for host in checked.caught],
     }
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from dht.announcements import NodeInfo, TrainerInfo
 from dht.invites import Invite
 from dht.library import MemoryRegistry
+from dht.memory import MemoryID
 from dht.swarm import Swarm, join_swarm
 from peer import clock
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
@@ -31,11 +33,14 @@ from talkoot.dashboard.picture import (
     MAX_TRAINERS,
     CallRateMeter,
     Census,
+    HostChecks,
     Picture,
     paint,
 )
 from talkoot.memory.replication import Survey, survey
 from talkoot.status import SwarmReader, SwarmReading
+from trainer_client.memory.audits import Auditor
+from trainer_client.memory.calls import RetrieverMetrics
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ _CHECK_EVERY_S = 10.0
 _KEEP_EVERY_S = 60.0
 _CREDITED_AT_ONCE, _CREDIT_S = 32, 15.0
 """Nodes whose receipts are read at a time, and how long that may take."""
+_CHECKED_CHANNELS = 16
 _FAILURES_TO_SAY_SO = 2
 """The swarm counts as unreachable after so many failed readings in a row."""
 
@@ -79,6 +85,8 @@ class WatchIntervals:
     """How often it looks up who hosts the shards of memories."""
     credit_every_s: float = 15.0
     """How often it reads the receipts of some nodes."""
+    checks_every_s: float = 15.0
+    """How often it checks two hosts of a memory."""
 
 
 class Watcher:
@@ -125,6 +133,8 @@ class Watcher:
         self._surveys: tuple[Survey, ...] = ()
         self.credit: Mapping[PeerID, Credit] = {}
         """What trainers have signed for the nodes whose receipts were read."""
+        self._checks: dict[MemoryID, HostChecks] = {}
+        self._check_metrics = RetrieverMetrics(metrics)
         self._experts_at = self._kept_at = float("-inf")
 
     def state(self) -> DashboardState:
@@ -219,6 +229,10 @@ class Watcher:
         tasks.supervise("survey the memories", lambda: self._survey_memories(MemoryRegistry(swarm.registry)))
         credit = CreditReader.of(swarm)
         tasks.supervise("read receipts", lambda: self._read_receipts(credit))
+        auditor = Auditor(
+            swarm, swarm.host.channels(_CHECKED_CHANNELS), self._folder / "memories", self._check_metrics
+        )
+        tasks.supervise("check the hosts of memories", lambda: self._check_hosts(auditor))
         try:
             while tasks:
                 try:
@@ -232,6 +246,7 @@ class Watcher:
         finally:
             await tasks.aclose()
             await credit.close()
+            await auditor.close()
 
     async def _survey_memories(self, memories: MemoryRegistry) -> None:
         """Surveys memories until cancelled. If the DHT does not answer, the last surveys stay."""
@@ -241,6 +256,17 @@ class Watcher:
                 entries = [entry for listed in libraries.values() for entry in listed][:MAX_MEMORIES]
                 self._surveys = tuple([await survey(memories, entry) for entry in entries])
             await asyncio.sleep(self._intervals.memories_every_s)
+
+    async def _check_hosts(self, auditor: Auditor) -> None:
+        """For ever, of one memory at a time, so that many memories cost no more than one."""
+        while True:
+            if self._surveys:
+                entry = random.SystemRandom().choice(self._surveys).entry
+                audit = await auditor.check(entry)
+                watched = {found.entry.memory for found in self._surveys} | {entry.memory}
+                self._checks = {memory: kept for memory, kept in self._checks.items() if memory in watched}
+                self._checks.setdefault(entry.memory, HostChecks()).note(audit)
+            await asyncio.sleep(self._intervals.checks_every_s)
 
     async def _read_receipts(self, credit: CreditReader) -> None:
         """Reads receipts until cancelled, of a few nodes at a time, so that a large swarm costs no more than a small
@@ -269,6 +295,7 @@ class Watcher:
             reading.warning,
             self._surveys,
             self.credit,
+            self._checks,
         )
         self.picture = picture.with_earlier(self._earlier)
         await self._remember(self.picture, now)

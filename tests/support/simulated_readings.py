@@ -27,7 +27,7 @@ from peer.transport.endpoints import Endpoint
 from talkoot.credit import Credit
 from talkoot.dashboard.app import MAX_STREAMS, Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
-from talkoot.dashboard.picture import CallRateMeter, Census, Picture, paint
+from talkoot.dashboard.picture import CallRateMeter, Census, HostChecks, Picture, paint
 from talkoot.dashboard.watcher import Watcher, WatchIntervals
 from talkoot.memory.replication import Survey
 
@@ -108,6 +108,7 @@ def picture_of(
     warning: str = "",
     memories: Sequence[Survey] = (),
     credit: Mapping[PeerID, Credit] = MappingProxyType({}),
+    checks: Mapping[MemoryID, HostChecks] = MappingProxyType({}),
 ) -> Picture:
     """What the dashboard shows after one reading; `gone` were seen for the last time long before.
 
@@ -126,7 +127,7 @@ def picture_of(
     for one in replicas:
         by_uid[one.uid] = (*by_uid.get(one.uid, ()), one)
     view = View(swarm or manifest(), by_uid, {info.peer_id: info for info in nodes}, now)
-    return paint(view, seen, training, CallRateMeter().note(training), warning, memories, credit)
+    return paint(view, seen, training, CallRateMeter().note(training), warning, memories, credit, checks)
 
 
 def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:

@@ -206,6 +206,10 @@ class HostCalls:
         self.metrics: RetrieverMetrics = metrics or RetrieverMetrics()
         self.credit: CreditAccounts = credit or CreditAccounts()
         self.breakers: CircuitBreakers = CircuitBreakers()
+        self.checks: int = 0
+        """Queries of which a second replica was asked."""
+        self.faulty: BoundedDict[PeerID, Fault] = BoundedDict(_HOSTS)
+        """The last thing that each host did which no honest one does."""
         self._caller = caller
         self._memory = memory
         self._guard = guard or ParseGuard()
@@ -219,10 +223,16 @@ class HostCalls:
 
     def distrust(self, host: PeerID, fault: Fault, said: str) -> None:
         """The host answered what no honest one does: it is not asked for a while."""
+        self.faulty[host] = fault
         if host not in self.avoided():
             self.metrics.lies.labels(fault).inc()
             logger.warning("host %s of memory %s: %s: banned for a while", host, self._memory, said)
         self.breakers.distrust(host, loop_time())
+
+    def note_checks(self, queries: int) -> None:
+        """A second replica was asked for so many queries."""
+        self.checks += queries
+        self.metrics.checks.inc(queries)
 
     async def call(
         self,

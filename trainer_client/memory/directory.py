@@ -109,15 +109,23 @@ class PartCache:
 
 
 @dataclass(frozen=True, eq=False)
+class Index:
+    """What queries to a memory are encoded with."""
+
+    encoder: Encoder
+    codebook: Codebook
+
+
+@dataclass(frozen=True, eq=False)
 class Opened:
-    """A revision of a memory, and what its queries are encoded with."""
+    """A revision of a memory."""
 
     entry: LibraryEntry
     manifest: MemoryManifest
-    encoder: Encoder
-    codebook: Codebook
     filled_C: Booleans
     """Cells that have shards."""
+    index: Index | None
+    """None: nothing is asked in words."""
 
 
 class MemoryParts:
@@ -141,7 +149,9 @@ class MemoryParts:
         self._stage = stage
         self._nodes: list[NodeInfo] = []
 
-    async def open(self, entry: LibraryEntry, before: Opened | None = None) -> Opened:
+    async def open(
+        self, entry: LibraryEntry, before: Opened | None = None, *, with_index: bool = True
+    ) -> Opened:
         """`before`: another revision that is open. All revisions of a memory have one encoder and one codebook.
 
         Raises TransferError if nobody gives a part, UnreachableError, and WireError if a part is not what its publisher
@@ -158,14 +168,16 @@ class MemoryParts:
         if before is not None:
             if manifest.index != before.manifest.index:
                 raise WireError(f"revision {entry.revision} of {entry.memory} has another index")
-            return Opened(entry, manifest, before.encoder, before.codebook, filled_C)
+            return Opened(entry, manifest, filled_C, before.index)
+        if not with_index:
+            return Opened(entry, manifest, filled_C, None)
         parse_encoder = partial(load_encoder, manifest.encoder_kind, dimensions=manifest.dimensions)
         parse_codebook = partial(Codebook.from_bytes, grid=manifest.grid, dimensions=manifest.dimensions)
         encoder, codebook = await asyncio.gather(
             self._part(entry, "encoder", manifest.encoder, parse_encoder),
             self._part(entry, "codebook", manifest.codebook, parse_codebook),
         )
-        return Opened(entry, manifest, encoder, codebook, filled_C)
+        return Opened(entry, manifest, filled_C, Index(encoder, codebook))
 
     async def _some_nodes(self, entry: LibraryEntry) -> list[NodeInfo]:
         """Hosts, in any order: so readers don't all fetch from the same one."""
@@ -237,17 +249,17 @@ class MemoryDirectory:
         return self._nodes.values()
 
     def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
-        opened = self._opened
-        vectors_QD = opened.encoder.encode_questions(texts)
+        index = self._index
+        vectors_QD = index.encoder.encode_questions(texts)
         vectors_QD = vectors_QD if turn is None else turn(vectors_QD)
-        return vectors_QD, opened.codebook.scores(vectors_QD)
+        return vectors_QD, index.codebook.scores(vectors_QD)
 
     @property
     def word_weight(self) -> float:
-        return self._opened.encoder.word_weight
+        return self._index.encoder.word_weight
 
     def rarity(self, words: Iterable[str]) -> list[float]:
-        return self._opened.encoder.rarity(words)
+        return self._index.encoder.rarity(words)
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         self._used_at = loop_time()
@@ -358,6 +370,11 @@ class MemoryDirectory:
         self._hosts.clear()
         self._nodes = {}
         self._empty.clear()
+
+    @property
+    def _index(self) -> Index:
+        assert self._opened.index is not None, "it was opened without"
+        return self._opened.index
 
     async def _read_active(self) -> Booleans:
         grid = self._opened.manifest.grid

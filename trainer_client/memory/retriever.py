@@ -286,7 +286,6 @@ class Retriever:
         """Draws queries of a search, and asks second replicas for them in the background."""
         drawn = [query for query in range(search.count) if self._rng.random() < self._checked_share]
         if drawn and search.answers and len(self._checks) < _CHECKS_AT_ONCE:
-            self.calls.metrics.checks.inc(len(drawn))
             self._checks.spawn(self._check(search, drawn), "check what hosts of a memory answered")
 
     def _by_words(self, texts: Sequence[str], results: Sequence[SearchResult], k: int) -> list[SearchResult]:
@@ -380,6 +379,8 @@ class _Search:
             return _affordable(items, lambda item: self._wanted[item[0]][0].leaves * len(drawn))
 
         await self._retriever.calls.spread(wanted, call, ("Search", False), split, ends)
+        if second:
+            self._retriever.calls.note_checks(len(drawn))
         suspects: dict[tuple[int, Claim], set[PeerID]] = {}
         for query in drawn:
             for one in self.answers:

@@ -132,6 +132,7 @@ const MEMORY_COLUMNS = [
   { id: "shards", name: "Shards", numeric: true, drop: 3, cell: servedShards },
   { id: "replicas", name: "Replicas", numeric: true, cell: replicaCounts },
   figure("hosts", "Hosts", format.count, 2),
+  { id: "checks", name: "Checks", numeric: true, drop: 1, cell: hostChecks },
   { id: "licenses", name: "Licences", drop: 2, cell: ({ licenses }) => el("bdi", {}, licenses.join(", ")) },
   figure("revision", "Revision", format.count, 1),
 ].map((column) => ({ ...column, fixed: true }));
@@ -171,6 +172,15 @@ function replicaCounts({ replicas_min: fewest, replicas_mean: mean, replicas_wan
   const title = `${format.counted(few, "shard")} with fewer than ${wanted} replicas`;
   const level = fewest ? "warn" : "bad";
   return [el("span", { class: "badge", "data-level": level, title }, icon(level), ...numbers)];
+}
+
+/** How often two hosts were asked for the same passages; a warning where one left some out, or lied. */
+function hostChecks({ checks, omissions, lies, caught }) {
+  if (!omissions && !lies) return [shown(checks, format.count)];
+  const found = [...(omissions ? [format.counted(omissions, "omission")] : []), ...(lies ? [format.counted(lies, "lie")] : [])];
+  const title = `left out passages or lied: ${caught.map((peer) => peer.slice(-8)).join(", ")}`;
+  const numbers = [format.count(checks), el("small", {}, ` / ${found.join(", ")}`)];
+  return [el("span", { class: "badge", "data-level": "bad", title }, icon("bad"), ...numbers)];
 }
 
 function steps({ step, steps: all }) {

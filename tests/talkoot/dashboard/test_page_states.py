@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from browser import Visit, chromium, needs_chromium, served, visit
 from playwright.sync_api import Browser, Route
-from simulated_readings import NOW, Asked, manifest, memory, node, picture_of, replica, trainer
+from simulated_readings import NOW, Asked, manifest, memory, node, peer, picture_of, replica, trainer
 
 from talkoot.dashboard.history import Sample
+from talkoot.dashboard.picture import HostChecks
 
 pytestmark = [needs_chromium, pytest.mark.timeout(300)]
 
@@ -216,14 +217,23 @@ def test_memories_are_shown_where_there_are_any(browser: Browser, tmp_path: Path
         memory("alone", (2, 1), about=hostile, licenses=(hostile,)),
         memory("lost", (1,)),
     ]
-    asked = Asked(tmp_path, picture_of([node(1), node(2)], memories=memories))
+    checks = {
+        memories[0].entry.memory: HostChecks(120),
+        memories[2].entry.memory: HostChecks(1200, 2, 1, {peer(1): None, peer(2): None}),
+    }
+    asked = Asked(tmp_path, picture_of([node(1), node(2)], memories=memories, checks=checks))
     with served(asked.app) as address, visit(browser, address) as seen:
         seen.until("document.querySelectorAll('#memories-table tbody tr').length === 3")
         rows = seen.page.locator("#memories-table tbody tr")
         badges = [rows.nth(number).locator(".badge").count() for number in range(3)]
-        assert badges == [1, 1, 0]  # those with the fewest replicas come first
+        assert badges == [2, 1, 0]  # those with the fewest replicas come first
         assert "lost" in rows.nth(0).inner_text()
-        assert rows.nth(0).locator(".badge").get_attribute("data-level") == "bad"
+        assert rows.nth(0).locator(".badge").first.get_attribute("data-level") == "bad"
+        caught = rows.nth(0).locator(".badge").last
+        assert caught.inner_text().split() == ["1,200", "/", "2", "omissions,", "1", "lie"]
+        title = caught.get_attribute("title") or ""
+        assert all(peer(number).to_base58()[-8:] in title for number in (1, 2)), title
+        assert rows.nth(2).get_by_role("cell", name="120", exact=True).count() == 1
         assert "alone" in rows.nth(1).inner_text()
         assert hostile in rows.nth(1).inner_text()
         assert seen.page.locator("img").count() == 0
