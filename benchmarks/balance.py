@@ -95,7 +95,7 @@ class CountingExperts(LocalExperts):
 
 @dataclass(frozen=True)
 class Evenness:
-    """Of the rows that the experts of one layer got."""
+    """How evenly the experts of one layer got rows."""
 
     max_over_mean: float
     cv: float

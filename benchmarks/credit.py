@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def cost_of_receipts(trainer: Identity) -> None:
-    """At the trainer that signs and the node that takes, without the call that carries it."""
+    """The cost at the trainer that signs and the node that takes, without the call that carries it."""
     book = ReceiptBook(SWARM, node_of(0))
     began = time.process_time()
     receipts = [sign_receipt(trainer, SWARM, node_of(0), Work(n, n), 2 * n) for n in range(1, ROUNDS + 1)]
@@ -74,7 +74,9 @@ def cost_of_counting(trainer: Identity) -> None:
 
 
 def filled(nodes: int, colluding: int = 0, claimed: int = 10**9) -> CreditLedger:
-    """Of so many nodes, with honest trainers under a token each; the last tokens' trainers sign for the last node."""
+    """A ledger of the given number of nodes, with honest trainers under a token each; the last tokens' trainers sign
+    for the last node.
+    """
     rng = random.Random(0)
     ledger = CreditLedger(SWARM, lambda receipt: 0)
     for node in range(nodes):
@@ -88,7 +90,7 @@ def filled(nodes: int, colluding: int = 0, claimed: int = 10**9) -> CreditLedger
 
 
 def keep(ledger: CreditLedger, kept: dict[PeerID, _Counted], token: int, work: Work) -> None:
-    """As if a receipt had been verified."""
+    """Keeps a receipt as if it had been verified."""
     ledger._keep(kept, node_of(10**6 + token), _Counted(work, work.pairs, token, token.to_bytes(16, "big")))
 
 

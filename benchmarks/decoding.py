@@ -201,7 +201,7 @@ def measure_nearby(kind: Kind, times: int) -> dict[str, float]:
 
 
 def measure_far(kind: Kind, times: int) -> dict[str, float]:
-    """With a round trip of 50 ms to the node."""
+    """Measures with a round trip of 50 ms to the node."""
     target = free_ports(_HOST, 1)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

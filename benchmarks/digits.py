@@ -77,8 +77,9 @@ class Plan:
     delay_s: float = 1.0
     in_flight: int = 8
     learning_rate: float = 5e-4
-    """Of the dense part and of experts. Where gradients are old it must be small, grow slowly and fall: at a
-    constant 1e-3, 400 steps in one process without any fault end at an accuracy of 0.41, and of 0.97 one by one.
+    """The learning rate of the dense part and of experts. Where gradients are old it must be small, grow slowly and
+    fall: at a constant 1e-3, 400 steps in one process without any fault end at an accuracy of 0.41, and of 0.97 one by
+    one.
     """
     warmup: int = 50
 

@@ -46,7 +46,7 @@ _WARM_TRIES = 7
 _MANY = 256
 """Experts of a small swarm, and of a node that hosts many."""
 _PERIOD_S = 10.0
-"""In which nodes announce if that costs little."""
+"""The period in which nodes announce if that costs little."""
 _WARM_ROUNDS, _ROUNDS = 12, 6
 """The first rounds are dearer, and the period follows them slowly. Six looks read the same of a large swarm."""
 _BETWEEN_ROUNDS_S = 30.0
@@ -62,7 +62,7 @@ class Effort:
     trainers: int = 8
     upkeep_nodes: int = 30
     replaced: tuple[int, ...] = (10, 30)
-    """With how many percent dead it is measured what becomes of their rows."""
+    """Shares of dead nodes, in percent, for which it is measured what becomes of their rows."""
 
 
 BRIEF = Effort(lookups=60, trainers=3, upkeep_nodes=10, replaced=(30,))
@@ -243,7 +243,7 @@ async def measure_crawl(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[str, f
 
 
 async def measure_recall(loop: VirtualLoop, swarm: SimulatedSwarm) -> float:
-    """Of the best live experts of a batch, the part that a trainer which has just joined finds."""
+    """The share of a batch's best live experts that a trainer which has just joined finds."""
     directory, scores = await make_trainer(loop, swarm), random_scores(swarm, BATCH)
     view = await directory.search(0, scores, TOP_K)
     alive = np.zeros(swarm.manifest.experts.grid, dtype=bool)
@@ -332,5 +332,5 @@ def random_scores(swarm: SimulatedSwarm, rows: int) -> list[Floats]:
 
 
 def best_experts(scores: Sequence[Floats], alive: np.ndarray) -> Selection:
-    """By brute force: a beam over all prefixes."""
+    """The best experts by brute force: a beam over all prefixes."""
     return select_experts(scores, prefix_tables(alive), TOP_K, beam_size=alive.shape[0])

@@ -28,11 +28,11 @@ class EmulatedLinks:
     """Links that run in another process."""
 
     ports: list[list[int]]
-    """Of the proxies, as the targets were given."""
+    """The proxies' ports, in the order of the targets."""
     _process: "subprocess.Popen[str]"
 
     def change(self, link: str) -> tuple[int, int]:
-        """From now on all links are such; gives the bytes carried there and back until now."""
+        """Changes all links from now on; gives the bytes carried there and back until now."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(link + "\n")

@@ -48,7 +48,7 @@ _MEASURED = 300
 _CALLERS, _TOGETHER = 60, 20
 """Peers that call a p2pd, and how many at the same time."""
 _METRICS, _GUARD, _UPLOAD = StoreMetrics(), ParseGuard(), RateLimit(None)
-"""Of this process."""
+"""The metrics, the guard and the upload limit of this process."""
 
 
 class TheirTransport(SimulatedTransport):
@@ -98,7 +98,7 @@ async def our_node(network: Network, peer_id: PeerID) -> KademliaNode:
 
 
 def memory_per_node(side: str, nodes: int) -> float:
-    """In bytes, measured in this process."""
+    """Bytes of memory for each node, measured in this process."""
 
     async def run() -> float:
         network = Network(Link(), 1)
@@ -146,7 +146,7 @@ def _place_of(peer_id: PeerID) -> Endpoint:
 
 
 def _contact(peer_id: PeerID) -> contact_pb2.Contact:
-    """As large as a real one; nothing in it is true."""
+    """A contact as large as a real one; nothing in it is true."""
     statement = contact_pb2.ContactStatement(
         peer_id=peer_id.to_bytes(),
         sequence=1,

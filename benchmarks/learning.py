@@ -58,7 +58,7 @@ class Way:
 
     trainers: int = 1
     swarm: bool = True
-    """Of real nodes; otherwise all experts are in the trainer's process."""
+    """Whether it is a swarm of real nodes; otherwise all experts are in the trainer's process."""
     codec: CodecName = "fp32"
     of: str = "local"
     target: float | None = None

@@ -40,7 +40,7 @@ TARGETS = {
     "narrow_vs_bound": 0.70,
 }
 _LIMIT_S = 90.0
-"""Longest that a contender may take to start, and to be measured once."""
+"""The longest time that a contender may take to start, and to be measured once."""
 
 Results = dict[str, dict[str, Any] | float]
 

@@ -85,7 +85,7 @@ def measure(step: Callable[[], None], samples: int, seconds: float) -> dict[str,
 
 
 def measure_in_flight(step: Callable[[], None], samples: int, seconds: float) -> dict[str, float]:
-    """As `measure`, with threads that each make one step after another. From the time of all steps together."""
+    """Measures like `measure`, but with threads that each make step after step, and by the time of all steps."""
     ready = threading.Barrier(IN_FLIGHT + 1)
     began = 0.0
 

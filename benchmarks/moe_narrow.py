@@ -27,7 +27,7 @@ WAYS: tuple[Way, ...] = ("loop", "grouped", "padded")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one mixture layer."""
+    """The sizes of one mixture layer."""
 
     shape: tuple[int, int, int]
     """[B, T, D]"""

@@ -64,7 +64,7 @@ uuid=f1c5129f-ce8a-4f6b-81d6-8a59a23d3cfd
 allow 1024-65535 192.168.0.0/16 1024-65535
 deny 0-65535 0.0.0.0/0 0-65535
 """
-"""Of miniupnpd, which many home routers run."""
+"""Settings of miniupnpd, which many home routers run."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Internet:
 
     @contextlib.contextmanager
     def upnp(self, home: Machine) -> Iterator[None]:
-        """As long as the block lasts, this home's router forwards ports for whoever asks by UPnP."""
+        """Makes this home's router forward ports for whoever asks by UPnP, as long as the block lasts."""
         run_there = ("ip", "netns", "exec", home.router)
         _run(*run_there, "nft", "-f", "-", stdin=_UPNP_CHAINS)
         with tempfile.TemporaryDirectory() as folder:

@@ -51,13 +51,13 @@ FAILING = 0.1
 MOST_LOST = 1.03
 """The largest loss of `delayed`, of that of `calm`."""
 _POINTS = 15
-"""Of a curve, with --steps."""
+"""Points of a curve, with --steps."""
 _FINAL = 8
-"""As many times the batches of the curve are those of the final loss."""
+"""How many times as many batches the final loss takes as a point of the curve."""
 _LINE_EVERY_S = 10.0
-"""Between two lines of progress where nobody watches."""
+"""The pause between two lines of progress where nobody watches."""
 _PATIENCE = {"call_deadline_s": 60.0, "grace_s": 60.0}
-"""So that a busy machine is not taken for a fault."""
+"""Deadlines so long that a busy machine is not taken for a fault."""
 
 
 FULL_SIZE = Size(
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def dense(self) -> Configuration:
-        """As many layers as compute for each token in the mixture.
+        """The dense model, with as many layers as compute for each token in the mixture.
 
         The size of their feed-forward blocks makes the FLOPs equal.
         """

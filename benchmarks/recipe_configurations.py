@@ -33,7 +33,7 @@ class Size:
     validate_every: int = 250
     validation_batches: int = 16
     seed: int = 0
-    """Of first parameters and the order of batches."""
+    """The seed of initial parameters and the order of batches."""
 
 
 QUICK_SIZE = Size(
@@ -48,7 +48,7 @@ class Configuration:
     name: str
     layers: int
     feed_forward: float = 4.0
-    """As a multiple of hidden."""
+    """The inner size, as a multiple of hidden."""
     expert_kind: str | None = None
     top_k: int = 1
     grid: tuple[int, ...] | None = None
@@ -56,20 +56,20 @@ class Configuration:
     takes_feed_forward: bool = False
     """Each mixture takes the place of a feed-forward block: before it is an attention. Else a whole layer is."""
     width: float = 1.0
-    """Of experts, as a multiple of hidden."""
+    """The width of experts, as a multiple of hidden."""
     head_size: int | None = None
-    """Of the only head of an expert. None: heads are as large as the trainer's, as many as fit into the width."""
+    """The size of an expert's only head. None: heads are as large as the trainer's, as many as fit into the width."""
     shared: float = 0.0
     """Inner size of the shared expert of each mixture, as a multiple of hidden; 0: none."""
     activation: Activation = "gelu"
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the trainer, beside those that all have."""
+    """Settings of the trainer, besides those that all have."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """Of the experts, beside those that all have."""
+    """Settings of the experts, besides those that all have."""
     rival: str | None = None
     """What it is compared with: the dense model that computes as much for each token, or what a variant varies."""
     steps: float = 1.0
-    """As a part of the size's steps."""
+    """Steps as a share of the size's steps."""
 
     def steps_of(self, size: Size) -> int:
         return max(1, round(self.steps * size.steps))
@@ -158,12 +158,12 @@ def model_flops(manifest: Manifest, *, has_experts: bool = True) -> dict[str, fl
 
 
 def layer_flops(model: ModelSpec, attended: float) -> float:
-    """Of one Transformer layer for each token, norms and activations not counted."""
+    """FLOPs of one Transformer layer for each token, without norms and activations."""
     return attention_flops(model, attended) + feed_forward_flops(model)
 
 
 def attention_flops(model: ModelSpec, attended: float) -> float:
-    """Of one attention for each token.
+    """FLOPs of one attention for each token.
 
     Its matrices take 2 · 4 D A. Scores and their sum take 2 · 2 A for each of the (L + 1) / 2 rows that a row sees on
     average.
@@ -173,7 +173,7 @@ def attention_flops(model: ModelSpec, attended: float) -> float:
 
 
 def feed_forward_flops(model: ModelSpec) -> float:
-    """Of one feed-forward block for each token: 2 D F for each of its matrices."""
+    """FLOPs of one feed-forward block for each token: 2 D F for each of its matrices."""
     matrices = 2 if model.activation == "gelu" else 3
     return 2.0 * matrices * model.hidden * model.feed_forward
 
@@ -239,14 +239,14 @@ def _short(configuration: Configuration, rival: str | None = None, **changes: An
 
 
 def _variant(change: str, **changes: Any) -> Configuration:
-    """Of the mixture of Transformer layers."""
+    """A variant of the mixture of Transformer layers."""
     settings = _SWITCH | changes.pop("settings", {})
     changed = replace(_TRANSFORMER, name=change, settings=settings, **changes)
     return _short(changed, "short, transformer top-1")
 
 
 def _fine_variant(change: str, **changes: Any) -> Configuration:
-    """Of the mixture of small feed-forward experts."""
+    """A variant of the mixture of small feed-forward experts."""
     return _short(replace(_FINE, name=f"ffn top-4, {change}", **changes), f"short, {_FINE.name}")
 
 

@@ -56,7 +56,7 @@ def _add_curve(panel: Axes, name: str, run: Mapping[str, Any], style: str) -> No
 
 
 def _domains(results: Mapping[str, Any], rivals: Mapping[str, str]) -> Figure:
-    """In domain and out of domain: the loss against the compute of dense models and of mixtures."""
+    """Plots the loss against the compute of dense models and of mixtures, in domain and out of domain."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     inside, outside = figure.subplots(1, 2)
     runs = {name: results["runs"][name] for name in (*rivals.values(), *rivals) if name in results["runs"]}

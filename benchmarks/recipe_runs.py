@@ -113,7 +113,7 @@ class Run:
         }
 
     def results(self, data: Mixed) -> dict[str, Any]:
-        """Of a run that is done, for JSON. Losses are in nats per byte, on held-out text."""
+        """The results of a finished run, for JSON. Losses are in nats per byte, on held-out text."""
         batches = max(1, _FINAL_BATCHES * self.size.validation_batches // 16) // 4 or 1
         numbers = [sum(p.numel() for p in self.model.parameters())]
         numbers += [sum(p.numel() for p in expert.block.parameters()) for expert in self.experts.values()]
@@ -180,7 +180,9 @@ def scores_of(mixtures: nn.ModuleList) -> Iterator[list[tuple[Tensor, ...]]]:
 
 
 def shared_information(counts: list[list[int]]) -> float:
-    """Between a row's class and its expert, as a part of what there is to know of the class: 0 to 1."""
+    """The information that a row's expert gives about its class, as a share of all there is to know of the class: 0 to
+    1.
+    """
     joint = np.array(counts, dtype=np.float64)
     joint /= joint.sum()
     classes, experts = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer_client.data.corpus import Dataset
 
 MOST_BYTES = 6_000_000
-"""Of one domain."""
+"""The limit of one domain."""
 
 
 class Missing(Exception):
@@ -96,7 +96,7 @@ def _package(name: str, remedy: str) -> Path:
 
 
 def _joined(paths: Sequence[Path]) -> str:
-    """As many of them as there may be text."""
+    """As many texts as there may be, joined."""
     texts, size = [], 0
     for path in paths:
         texts.append(path.read_text(encoding="utf-8", errors="replace"))
@@ -120,7 +120,7 @@ class Mixed(Dataset):
         }
         self.held_out = {} if held_out is None else {held_out: each.pop(held_out)}
         self.domains = each
-        """Those that models are trained on."""
+        """The domains that models are trained on."""
         trained = b"".join(text for name, text in texts.items() if name in each)
         super().__init__(np.frombuffer(trained, dtype=np.uint8), context, seed)
         self.sha256 = hashlib.sha256(trained).hexdigest()
@@ -139,7 +139,7 @@ class Mixed(Dataset):
 
 
 def shares(total: int, parts: int) -> list[int]:
-    """As equal as whole numbers can be."""
+    """Shares as equal as whole numbers can be."""
     ends = [total * (part + 1) // parts for part in range(parts)]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 

@@ -27,7 +27,7 @@ from peer.wire import contact_pb2, dht_pb2
 EPOCH = 1_800_000_000.0
 """Unix time at which a simulation begins."""
 CALL_OVERHEAD_BYTES = 100
-"""Of frames, headers and acknowledgements, about, for each message."""
+"""The size of frames, headers and acknowledgements, about, for each message."""
 _PUBLIC_KEY_BYTES = 294
 _SIGNATURE_BYTES = 256
 _CERTIFICATE_BYTES = 700
@@ -97,7 +97,7 @@ class Network:
         self.traffic = Traffic()
         self.peers: dict[bytes, SimulatedTransport] = {}
         self.neighbourhoods: dict[PeerID, str] = {}
-        """Of the peers for which that matters."""
+        """Neighbourhoods of the peers for which that matters."""
 
     def kill(self, peer_ids: Collection[PeerID]) -> None:
         for peer_id in peer_ids:
@@ -129,7 +129,7 @@ class Network:
 
 
 class NoContacts:
-    """Of peers that are reached by their names alone."""
+    """Contacts of peers that are reached by their names alone."""
 
     def learn(self, message: contact_pb2.Contact, whose: Container[PeerID]) -> PeerID | None:
         return None
@@ -197,7 +197,7 @@ class SimulatedContacts:
 
 
 def contact_of(peer_id: PeerID) -> contact_pb2.Contact:
-    """One with a single address has so many bytes."""
+    """The size of one with a single address."""
     statement = peer_id.to_bytes().ljust(_CONTACT_BYTES - _SIGNATURE_BYTES, b"\0")
     return contact_pb2.Contact(statement=statement, signature=bytes(_SIGNATURE_BYTES))
 

@@ -41,9 +41,9 @@ from peer.kademlia.validation import Entry, pack
 from peer.wire import records_pb2
 
 LIFETIME_S = 600.0
-"""Of what is announced, so that nobody has to renew it while the benchmark looks."""
+"""The lifetime of what is announced, so that nobody has to renew it while the benchmark looks."""
 JOIN_REALLY = 200
-"""Up to so many peers join and announce as real ones do."""
+"""Peers that join and announce as real ones do, at most."""
 _JOIN_TOGETHER = 20
 
 
@@ -234,7 +234,7 @@ def known_to(own: int, nodes: Sequence[int], rng: random.Random) -> Iterator[int
 
 
 def grid_of(experts: int) -> tuple[int, int]:
-    """The squarest grid of exactly so many experts."""
+    """The squarest grid of exactly this many experts."""
     side = next(n for n in range(int(experts**0.5), 0, -1) if experts % n == 0)
     return side, experts // side
 

@@ -37,7 +37,7 @@ WAYS = (*SITES, "relay")
 LEAST_SHARE = 0.50
 LEAST_SHARE_OF_TUNNEL = 0.90
 PORTS = (4001, 4002)
-"""Of gRPC and of p2pd: each machine has its own."""
+"""The ports of gRPC and of p2pd: each machine has its own."""
 SEQUENCES = 8
 _WARM_STEPS = 10
 _STEP_LIMIT_S = 10.0
@@ -72,7 +72,7 @@ class Site:
 
     @classmethod
     def of(cls, net: Internet, link: Link, name: str) -> "Site":
-        """Of the swarm `direct` or `tunnel`. What goes through a relay passes the relay's link twice."""
+        """The site of the swarm `direct` or `tunnel`. What goes through a relay passes the relay's link twice."""
         if name == "direct":
             return cls(name, net.public(), (net.public(), net.public()), Link(None, link.delay_s))
         return cls(name, net.public(), (net.home(), net.home()), Link(None, link.delay_s / 2))
@@ -103,7 +103,7 @@ class Swarm:
         return [str(node.events("state")[-1]["reachability"]) for node in self._nodes]
 
     def train(self, machine: Machine, steps: int, in_flight: int, p2pd: str = "auto") -> list[float]:
-        """The time in seconds of each of so many steps, once it has warmed up."""
+        """The seconds of each step, once it has warmed up."""
         text = self._folder / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
         steps += _WARM_STEPS

@@ -107,7 +107,7 @@ class Contender:
         return validation_loss(self.model, batches)
 
     def train(self, before: int = 0) -> dict[str, float]:
-        """To the end. Returns the losses by the step, counted with those that were done `before`."""
+        """Trains to the end. Returns the losses by the step, counted with those that were done `before`."""
         curve = {str(before): self.loss()}
         self.training.run(lambda progress: None, threading.Event())
         history = self.training.history
@@ -118,7 +118,7 @@ class Contender:
         return curve | dict(zip(steps, losses, strict=True))
 
     def write(self, folder: Path) -> None:
-        """As `talkoot export` does."""
+        """Writes the folder as `talkoot export` does."""
         swarm, manifest = self.swarm, self.swarm.manifest
         routing = FolderRouting.of(swarm.routing)
         with FolderWriter(folder, manifest, routing, ByteTokenizer()) as writer:

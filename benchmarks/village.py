@@ -24,10 +24,10 @@ class RunningNode:
 
     invite: Invite
     folder: Path
-    """Of the benchmark's own files; removed when the node is stopped."""
+    """The folder of the benchmark's own files; removed when the node is stopped."""
     pid: int
     start_s: float
-    """From the command to the experts being served and announced."""
+    """Seconds from the command until the experts are served and announced."""
     leave: Callable[[], None]
     """Asks it to stop. The end of the block does so too, and waits for it."""
 
@@ -51,7 +51,7 @@ def running_node(manifest: str, experts: int, options: Sequence[str] = ()) -> It
 def running_village(
     manifest: str, nodes: int, experts_each: int, options: Sequence[str] = ()
 ) -> Iterator[RunningNode]:
-    """As `running_node`, with more nodes that join the first. Gives that one, once all serve."""
+    """Runs a node like `running_node`, with more nodes that join the first. Gives that one, once all serve."""
     with ExitStack() as stack:
         founder = stack.enter_context(running_node(manifest, experts_each, options))
         joined = []

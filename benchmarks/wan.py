@@ -52,7 +52,7 @@ def run(contender: str, case: str, options: argparse.Namespace, *flags: str) -> 
 
 
 def contenders(options: argparse.Namespace) -> dict[str, tuple[str, str, list[str]]]:
-    """By name: contender, case and flags. hivemind.moe on a full link needs most of a minute: not in a quick run."""
+    """Contender, case and flags by name. hivemind.moe on a full link needs most of a minute: not in a quick run."""
     full = ["--link", LINK, "--in-flight", str(FULL_IN_FLIGHT)]
     delay = ["--delays", ",".join(options.delays), "--failing", str(FAILING)]
     delay += ["--nodes", "2", "--samples", "8"] if options.quick else ["--nodes", "4"]

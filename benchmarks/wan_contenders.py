@@ -48,7 +48,7 @@ _HOST = "127.0.0.1"
 _NO_LINK = "0ms"
 _CALL_LIMIT_S = 120.0
 _CODECS: tuple[CodecName, ...] = ("int8", "int4")
-"""Beside fp32, on a full link."""
+"""Codecs to compare with fp32, on a full link."""
 _ALL_STARTED_S = 40.0
 AUTO_LIMIT = 32
 """The trainer's default."""

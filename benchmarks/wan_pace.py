@@ -20,7 +20,7 @@ Carried = Callable[[], tuple[int, int]]
 
 _BRIEF_S = 3.0
 _SETTLES_IN = 7
-"""Times of a lone step after which `auto` has found its number: it doubles about once in each."""
+"""How many times a lone step's duration `auto` takes to find its number: it doubles about once in each."""
 _LEAST_WARM_S = 1.0
 
 
@@ -66,7 +66,9 @@ def auto_pace_of(
     limit: int,
     carried: Carried,
 ) -> dict[str, float]:
-    """As a trainer with `--in-flight auto`: each step on a copy of the model, and so many at once as `auto` says."""
+    """The pace of a trainer with `--in-flight auto`: each step on a copy of the model, and so many at once as `auto`
+    says.
+    """
     steps: InFlight[nn.Module, None] = InFlight(make_model(), make_model, limit)
     enough = InFlightController(limit)
     least = 3 if seconds < _BRIEF_S else 10

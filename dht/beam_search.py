@@ -267,7 +267,7 @@ class PrefixIndex:
         return len(prefix) < len(self._known) and bool(self._known[len(prefix)][prefix])
 
     def knows_all_of(self, length: int) -> bool:
-        """Whether every active prefix of so many coordinates is known."""
+        """Whether every active prefix of this length is known."""
         return length > 0 and bool(self._known[length][self.alive[length - 1]].all())
 
     def note(self, prefix: Coordinate, active: Collection[int]) -> None:

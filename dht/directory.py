@@ -40,7 +40,7 @@ _MAX_READ = 4096
 _SAMPLED = 64
 """On a grid with more experts than that: prefixes and experts that a refresh reads to see whether they live."""
 _DOUBTED = 16
-"""Experts to which no prefix leads: so many, drawn at random, a refresh looks for all the same."""
+"""Experts to which no prefix leads that a refresh looks for all the same, drawn at random."""
 _MOST_STRETCHED = 20
 """How many times the wanted time between two refreshes the longest one is."""
 _SEARCH_ROUNDS = 4
@@ -254,7 +254,7 @@ class Directory:
         return self.view
 
     def _drawn(self, some: list[T], most: int) -> list[T]:
-        """All of them, or so many drawn at random: anybody can say that a coordinate is active."""
+        """All of them, or a random sample of this size: anybody can say that a coordinate is active."""
         return some if len(some) <= most else self._rng.sample(some, most)
 
     def _only_at(self, avoided: frozenset[PeerID], layer: int) -> Booleans | None:

@@ -36,7 +36,7 @@ _WRITE_FOR_S = 300.0
 """
 _JUST_READ_S = 2.0
 _EMPTY_READS = 2
-"""After so many in a row, nobody announces at a prefix."""
+"""Empty reads in a row after which nobody announces at a prefix."""
 _RENEWED_BY = 8
 """Hosts that renew an index entry in each period, on average. It lives for three."""
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256

@@ -52,7 +52,7 @@ class UpkeepPeriod:
         return _LIFETIMES * self.seconds
 
     def drawn_s(self, part: float = 1.0) -> float:
-        """About so much of the period, for a pause."""
+        """About this share of the period, for a pause."""
         return part * self.seconds * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
 
     def note_round(self) -> None:

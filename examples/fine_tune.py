@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HELD_OUT = 0.1
-"""Of the text, at its end."""
+"""The held-out share of the text, at its end."""
 
 
 def pieces(tokens_N: Tensor, context: int) -> Tensor:
-    """As many as fit into the tokens: [pieces, context + 1]. Each begins with the last token of the one before."""
+    """The pieces that fit: [pieces, context + 1]. Each begins with the last token of the previous one."""
     return tokens_N.unfold(0, context + 1, context)
 
 

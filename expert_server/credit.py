@@ -77,7 +77,7 @@ class ReceiptBook:
         token, itself.
         """
         self.forgotten: Work = Work()
-        """What the node had done when it lost its receipts: a trainer's first one may be for so much more."""
+        """What the node had done when it lost its receipts: a trainer's first one may be for that much more."""
         self._slack = Multiset(pairs=SLACK, queries=SLACK)
         """What is left of it for this run."""
         self._served = BoundedDict[PeerID, Work](_CALLERS)

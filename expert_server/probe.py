@@ -41,7 +41,7 @@ _DIAL_DEADLINE_S = 8.0
 _ROUND_TRIPS = 4
 _MESSAGE_BYTES = 128 * 1024
 _FIRST_BYTES = 128 * 1024
-"""Even a slow line carries so much in the time that a node gives a probe."""
+"""Even a slow line carries this much in the time that a node gives a probe."""
 _MORE_BYTES = 2 * 2**20
 """Sent after that if it takes a second at most; else as much as takes about a second."""
 

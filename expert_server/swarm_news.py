@@ -35,7 +35,7 @@ class TrainingNews:
     """The first that was heard of."""
 
     def after(self, trainers: int, read: Iterable[TrainerInfo]) -> "TrainingNews":
-        """The news once so many trainers are live. `read`: some of them."""
+        """The news, given the number of live trainers. `read`: some of them."""
         losses = [info.validation_loss for info in read if info.validation_loss is not None]
         loss = min(losses, default=self.loss)
         first = loss if self.loss_at_first is None else self.loss_at_first

@@ -189,7 +189,9 @@ def _read_place(name: str, entry: Any, begin: int) -> Place:
     if len(shape) > _MAX_DIMENSIONS or prod(max(1, size) for size in shape) > _MAX_NUMBERS:
         raise StateError(f"it can't be read: {name!r} has too large a shape")
     if end - start != prod(shape) * dtype.itemsize or start % dtype.itemsize:
-        raise StateError(f"it can't be read: {name!r} is not where its shape needs it")
+        raise StateError(
+            f"it can't be read: {name!r} is not as long as its shape says, or begins at an odd place"
+        )
     return Place(name, (tuple(shape), dtype), begin + start, begin + end)
 
 

@@ -51,7 +51,7 @@ _HALF_STEPS = 7.5
 _FUZZ = 1e-4
 """How far numbers decoded in float32 may be from multiples of a step, as a share of the step."""
 _SCALE_SLACK = 5
-"""How many times the slack a scale may be off: bfloat16 may round the largest number of a row by so much."""
+"""How many times the slack a scale may be off: bfloat16 may round the largest number of a row by that."""
 _MOST_SCALES = 64
 """Scales a sender may have used for a block of one's own: more are possible where the block is far smaller than the
 slack allows for.
@@ -59,7 +59,7 @@ slack allows for.
 _LARGEST_NUMBER, _LARGEST_SCALE = 2.0**100, 2.0**101
 """int4's. No sum of a block's numbers overflows, neither here nor where they are decoded."""
 _BLOCK_NUMBERS = 32_000
-"""Converted at once: they fit the processor's cache, and torch starts no threads for so few (its limit is 32768)."""
+"""Converted at once: they fit the processor's cache, and torch starts no threads for this few (its limit is 32768)."""
 
 
 def codec_of(name: CodecName) -> "expert_pb2.Codec":
@@ -74,7 +74,7 @@ def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
     """
     if codec not in _CODECS.values():
         spoken = ", ".join(map(expert_pb2.Codec.Name, _CODECS.values()))
-        raise WireError(f"codec {codec} is not spoken here; spoken: {spoken}")
+        raise WireError(f"codec {codec} is not supported here; supported: {spoken}")
     if codec == expert_pb2.CODEC_INT8:
         return rows * (_SCALE_BYTES + width)
     if codec == expert_pb2.CODEC_INT4:

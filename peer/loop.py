@@ -32,7 +32,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 """Before a task is started again. The pause doubles with each failure, until the task has run for the longest one."""
 
 _TOO_OFTEN, _LATELY_RESTARTED_S = 3, 900.0
-"""A task that fails so many times within so many seconds is unsteady."""
+"""A task that fails this often within this many seconds is unsteady."""
 
 _CLOSE_S = 30.0
 """Longest wait for a loop's thread: uvloop waits in `close` for what is open and cannot be closed."""
@@ -292,7 +292,7 @@ class TaskSet:
 
 
 async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) -> None:
-    """Runs them in their order, so many at the same time: one that waits for a slow peer does not hold the others up.
+    """Runs them in their order, a limited number at a time: one that waits for a slow peer does not hold the others up.
 
     Raises the first exception of any, and ends the others.
     """
@@ -314,7 +314,7 @@ async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) ->
 async def first_few(
     works: Iterable[Coroutine[Any, Any, T | None]], enough: int, patience_s: float
 ) -> list[T]:
-    """Runs them in their order, `enough` at the same time, until so many gave something other than None.
+    """Runs them in their order, `enough` at the same time, until enough of them gave something other than None.
 
     Once one has, the rest get `patience_s` seconds more. Raises the first exception of any, and ends the others.
     """

@@ -45,7 +45,7 @@ class MerkleTree:
 
 
 def proves(root: bytes, leaf: bytes, position: int, leaves: int, path: Sequence[bytes]) -> bool:
-    """Whether the path shows that the tree with this root and so many leaves has that leaf hash at that position."""
+    """Whether the path shows that the tree with this root and number of leaves has that leaf hash at that position."""
     if not 0 <= position < leaves:
         return False
     hashed, last, used = leaf, leaves - 1, 0

@@ -134,7 +134,7 @@ class TokenBuckets(Generic[K]):
 
 
 class FairTurns:
-    """Gives out turns, so many in a second. Those who must wait are served in a fair order. For one event loop.
+    """Gives out turns at a rate. Those who must wait are served in a fair order. For one event loop.
 
     Neighbourhoods take turns, and so do the sources in each. So whoever floods a server waits for itself.
     """
@@ -216,7 +216,7 @@ class SharedBudget(Generic[K]):
         """The virtual time to which each caller has taken; of those that are ahead."""
 
     def allows(self, key: K, now: float, bursts: float = 1.0) -> bool:
-        """Whether it may take something now, however much that is, and be ahead by so many bursts before."""
+        """Whether it may take something now, of whatever size, if it may be ahead by this many bursts."""
         self._advance(now)
         left = self._all.left(now)
         ahead = self._taken.get(key, self._virtual) - self._virtual

@@ -224,7 +224,7 @@ class CreditReader:
         return cls(swarm.keys.swarm_id, swarm.admission, swarm.host.channels(_CHANNELS), swarm.guard)
 
     async def read(self, nodes: Collection[NodeInfo], most: int, deadline_s: float) -> None:
-        """Reads the receipts of at most so many nodes, and counts again if there is something new."""
+        """Reads the receipts of at most this many nodes, and counts again if there is something new."""
         due = self._due(nodes, most)
         at_once = asyncio.Semaphore(_AT_ONCE)
         try:

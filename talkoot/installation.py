@@ -105,7 +105,7 @@ class Installation:
             raise InstallationError(f"can't run {self.uv}: {error.strerror}") from error
         if ended.returncode:
             raise InstallationError(
-                f"`{shlex.join(command)}` failed, as it says above. Mend that, and run this or the installer again"
+                f"`{shlex.join(command)}` failed: see its message above. Fix that, then run this or the installer again"
             )
 
 

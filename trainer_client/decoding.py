@@ -235,7 +235,9 @@ class TextDecoder(Decoder):
         return logits_STV[:, -1].float()
 
     def _read(self, sequences: Sequence[Decoding], lengths: Sequence[int]) -> list[Tensor]:
-        """Neighbours of the chunks of each that end after so many tokens, [U, N, L]. None at all if it reads none."""
+        """Neighbours of the chunks of each that end after these numbers of tokens, [U, N, L]. None at all if it reads
+        none.
+        """
         if self._find is None or self._model.retrieval is None:
             return []
         spec = self._model.retrieval.spec

@@ -217,7 +217,7 @@ def require_memory(
     copies: int,
     retrieval: RetrievalSpec | None = None,
 ) -> None:
-    """Raises SettingsError when so many copies of the model's parameters don't fit into the free memory.
+    """Raises SettingsError when this many copies of the model's parameters don't fit into the free memory.
 
     A manifest's author chooses the sizes of everybody's models. Allocates nothing. `tokens`: those of the tokenizer.
     """

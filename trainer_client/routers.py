@@ -374,7 +374,7 @@ class Routing:
         """
         if settings.router == "base" and settings.balance not in (None, "none"):
             raise SettingsError(
-                f"balance: base gives each expert as many rows by itself: leave {settings.balance} out"
+                f"balance: the router base balances the load itself: leave {settings.balance} out"
             )
         return cls(
             settings.router,

@@ -22,7 +22,7 @@ class Death:
     at_s: float
     node: str
     counts: Counts
-    """Of all replicas, the victim's included."""
+    """The counts of all replicas, including the victim's."""
     saved: Mapping[str, int]
     """The newest checkpoint of each expert on any disk."""
     deed: str = "kill"
@@ -71,7 +71,7 @@ def losses(
     checkpoint_every_s: float,
     rescue_s: float,
 ) -> list[Loss]:
-    """Of every death, for every expert that the victim served.
+    """The losses by every death, for every expert that the victim served.
 
     `checkpoint_every_s`: with the time that saving takes. An expert that is served without the state that was kept has
     `rescue_s` for it to come back, with a node that has it on its disk.

@@ -44,13 +44,15 @@ CLAIMED = 10_000
 """Updates that were never taken."""
 _SCALE = 1.5
 _DRIFT = 0.02
-"""Of a tensor's own size, each time that it is given: others see it move slowly, always in the same direction."""
+"""The drift at each time that a tensor is given, as a share of its size: others see it move slowly, always in the same
+direction.
+"""
 _WRONG: Mapping[str, tuple[float, float]] = {"answers-1%": (0.01, 0.01), "answers-30%": (1.0, 0.3)}
 """The share of the rows that are altered, and by how much of their norm."""
 _TINY_CALLS = 8
 """Backward calls of one row each, beside each backward call."""
 _TINY_SCALE = np.float32(100.0)
-"""Of their gradients: to an optimizer like Adam it makes no difference."""
+"""The factor for the size of their gradients: to an optimizer like Adam it makes no difference."""
 _REMEMBERED = 64
 
 ATTACKS: Mapping[str, Role] = {
@@ -59,7 +61,7 @@ ATTACKS: Mapping[str, Role] = {
     **dict.fromkeys(_WRONG, "node"),
     "gradients-flipped": "trainer",
 }
-"""By name, who does it."""
+"""The attacker of each kind of attack."""
 RULES = ("checks", "averages", "steps")
 """What keeps liars from doing harm, and what it costs where nobody lies (`overhead.py`): spot checks, clipped averages,
 and callers' shares of the steps and sizes of gradients.
@@ -144,9 +146,9 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
     find, ask = transfer.SnapshotTaker.find, transfer.StateClient.ask
     announce = Registry.announce
     lies = BoundedDict[bytes, tuple[int, bytes, bytes]](_REMEMBERED)
-    """By the checksum of a true state: what is claimed in its place, the data, and their checksum."""
+    """For the checksum of a true state: what is claimed in its place, the data, and their checksum."""
     truths = BoundedDict[bytes, bytes](_REMEMBERED)
-    """By the checksum of a lie, that of the truth."""
+    """For the checksum of a lie, that of the truth."""
     times = Counter[str]()
 
     def encode_both(checkpoint: Any, swarm_id: str, uid: Any) -> tuple[bytes, bytes]:

@@ -48,7 +48,7 @@ from talkoot.demo.processes import DemoProcess, DemoProcesses
 Placement: TypeAlias = Literal["minority", "random"]
 CALM = "calm"
 MOST_LOSS = 1.05
-"""Of honest trainers, in the end, of the calm run's."""
+"""The largest final loss of honest trainers, against the calm run's."""
 
 _MANIFEST = """
 name = "chaos"
@@ -72,7 +72,7 @@ learning_rate = 1e-2
 QUICK_KINDS = ("replicas-random", "dense-sign-flipped", "answers-30%", "gradients-flipped")
 _START_LIMIT_S = 180.0
 _RUN_LIMIT_S = 600.0
-"""Longest that the trainers of one run may train."""
+"""The longest time that the trainers of one run may train."""
 _LOOK_EVERY_S = 1.0
 _LEAVE_LIMIT_S = 15.0
 _SCRAPE_LIMIT_S = 2.0
@@ -85,7 +85,7 @@ _EAGERNESS = 4
 """How many times as often as others a hostile peer averages."""
 _VALIDATION_BATCHES = 8
 _BANNED = re.compile(r"node (\w{20,})[: ][^\"]*: banned for a while")
-"""In a trainer's log."""
+"""A ban in a trainer's log."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ class HostilePlan:
     """How large the swarm is, and how it is set."""
 
     share: float = 0.2
-    """Of the nodes. Where trainers attack, one of them does."""
+    """The share of hostile nodes. Where trainers attack, one of them does."""
     nodes: int = 5
     hosts: int = 3
     """Replicas of each expert."""
     trainers: int = 5
-    """With the last, which is hostile in some runs and whose loss never counts."""
+    """The number of trainers, with the last, which is hostile in some runs and whose loss never counts."""
     grid: tuple[int, ...] = (5,)
     steps: int = 48
-    """Of each trainer."""
+    """Steps of each trainer."""
     average_every_s: float = 1.0
     average_every: int = 4
     """Steps between two averagings of a dense part."""
@@ -124,7 +124,7 @@ class HostilePlan:
 
     @property
     def room(self) -> int:
-        """Of each node: together exactly what all replicas need."""
+        """The room of each node: together exactly what all replicas need."""
         return self.hosts * self.experts // self.nodes
 
     @property
@@ -167,7 +167,7 @@ class _Peer:
     child: DemoProcess | None = None
     peer_id: str | None = None
     experts: int = 0
-    """That a node serves."""
+    """Experts that a node serves."""
     steps: list[float] = field(default_factory=list)
     """Seconds between the ends of steps."""
     ended_at: list[float] = field(default_factory=list)
@@ -235,7 +235,7 @@ class HostileSwarm:
 
     @property
     def pids(self) -> list[int]:
-        """Of all peers that were started. Raises StartError when one has ended."""
+        """The process ids of all peers that were started. Raises StartError when one has ended."""
         children = [p.child for p in [*self.nodes, *self.trainers] if p.child is not None]
         for child in children:
             if child.exit_status is not None:
@@ -476,7 +476,7 @@ async def run_all(
     results: dict[str, Any],
     file: Path | None,
 ) -> None:
-    """Runs what `results` lacks, so many `jobs` at a time: for each seed the calm swarm, and each kind of attack.
+    """Runs what `results` lacks, `jobs` at a time: for each seed the calm swarm, and each kind of attack.
 
     Writes the file after each.
     """
@@ -505,7 +505,7 @@ async def run_all(
 
 
 def rows(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each kind of attack what all seeds have shown, beside the calm runs of the same seeds."""
+    """What all seeds have shown for each kind of attack, beside the calm runs of the same seeds."""
     found: dict[str, dict[str, Any]] = {}
     for kind in (CALM, *ATTACKS):
         pairs = [(s[kind], s[CALM]) for s in runs.values() if kind in s and CALM in s]

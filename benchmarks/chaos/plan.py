@@ -29,16 +29,16 @@ class Plan:
     layers: int = 2
     grid: tuple[int, int] = (4, 4)
     replicas: float = 1.5
-    """Of each expert, on average, that there is room for: of every second one there are two."""
+    """Replicas of each expert that there is room for, on average: every second one has two."""
     adopts: bool = True
     every_s: float = 20.0
-    """Between deaths."""
+    """Seconds between deaths."""
     announce_every_s: float = 5.0
     checkpoint_every_s: float = 15.0
     average_every_s: float = 15.0
     standby_every_s: float = 10.0
     drain_s: float = 5.0
-    """Longest that a node which leaves waits for heirs."""
+    """The longest time that a node which leaves waits for heirs."""
     call_deadline_s: float = 10.0
     validate_every: int = 50
 
@@ -48,12 +48,12 @@ class Plan:
 
     @property
     def room(self) -> int:
-        """Of each node."""
+        """The room of each node."""
         return math.ceil(self.replicas * self.experts / self.nodes)
 
     @property
     def spare(self) -> int:
-        """Of each node: experts to adopt when their hosts have gone."""
+        """The spare room of each node: experts to adopt when their hosts have gone."""
         return self.room if self.adopts else 0
 
     @property

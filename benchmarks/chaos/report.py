@@ -11,13 +11,13 @@ from rich.table import Table
 _LEAST_STEPS = 0.70
 """Part of the calm run's."""
 _MOST_STALL = 2.0
-"""In call deadlines."""
+"""The longest stall, in call deadlines."""
 _MOST_LOSS = 1.03
 """Loss of what the trainers have in the end, on other text and with all experts there, of the calm run's."""
 
 
 def verdicts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By name: what was measured, the target in words, and whether it was reached."""
+    """For each name: what was measured, the target in words, and whether it was reached."""
     calm, chaos, plan = results["calm"], results["chaos"], results["plan"]
     replicated = [loss for loss in chaos["losses"] if loss["had_survivor"]]
     alone = [loss for loss in chaos["losses"] if not loss["had_survivor"]]

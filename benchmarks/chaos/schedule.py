@@ -37,7 +37,7 @@ DEATHS = (Deed.KILL, Deed.STOP)
 
 @dataclass(frozen=True)
 class Event:
-    """At `at_s` seconds after the beginning."""
+    """What happens `at_s` seconds after the beginning."""
 
     at_s: float
     deed: Deed

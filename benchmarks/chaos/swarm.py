@@ -35,7 +35,7 @@ _EVALUATES = "evaluates-"
 _HELD_OUT = 16384
 """Characters of the text that no trainer sees."""
 _GONE_WITHIN_S = 5.0
-"""Longest that a dead node's children live on."""
+"""The longest time that a dead node's children live on."""
 
 
 @dataclass
@@ -68,12 +68,12 @@ class Steps:
 
     ended_at: list[float] = field(default_factory=list)
     intervals_s: list[float] = field(default_factory=list)
-    """Between the ends of steps, validation left out."""
+    """Seconds between the ends of steps, without validation."""
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
-    """Of its calls, by cause."""
+    """Failures of its calls by cause."""
     experts_live: int = 0
-    """As the trainer sees it."""
+    """Live experts as the trainer sees them."""
     summary: Mapping[str, Any] | None = None
 
     def hear(self, event: Mapping[str, Any], now: float) -> None:
@@ -107,13 +107,13 @@ class ChaosSwarm:
         self.invite: Invite | None = None
         self._folder = folder
         self.final_losses: dict[str, float] = {}
-        """Of each trainer's model, on text that it was not trained on."""
+        """The loss of each trainer's model, on text that it was not trained on."""
         self._children = DemoProcesses(folder, self._hear)
         self._trainers: list[DemoProcess] = []
         self._all: list[DemoProcess] = []
         self._killed: set[DemoProcess] = set()
         self._pids: dict[int, float] = {}
-        """Of all processes ever, with the times of their start."""
+        """All processes ever, with the times of their start."""
         self._sockets: set[Path] = set()
         self._restarting = TaskSet()
 
@@ -241,7 +241,7 @@ class ChaosSwarm:
         return counts
 
     def _end(self, node: Node, *, politely: bool) -> None:
-        """Nothing, when it is down already."""
+        """Ends a node, if it is not down already."""
         child = node.child
         if child is None or child.exit_status is not None:
             return
@@ -319,7 +319,7 @@ class ChaosSwarm:
                 self._sockets |= set(_sockets(each.cmdline()))
 
     def _living(self) -> list[int]:
-        """Those of our processes that have not ended. A number that another process has now is none of them."""
+        """Our processes that have not ended. A number that another process has now is none of them."""
         found = []
         for pid, began in self._pids.items():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -351,7 +351,7 @@ def _signal_all(node: Node, number: signal.Signals) -> None:
 
 
 def _sockets(command: Sequence[str]) -> Iterator[Path]:
-    """Those that p2pd listens on, by its arguments."""
+    """The sockets that p2pd listens on, by its arguments."""
     for argument in command:
         if argument.startswith("-listen=/unix/"):
             yield Path(argument.removeprefix("-listen=/unix"))

@@ -28,8 +28,8 @@ from trainer_client.dispatch.grpc_caller import GrpcCaller
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.75
-"""Of the difference between two answers, against the larger of them. Honest replicas that had taken 25, 100 and 200
-updates apart and never averaged differed by up to 0.45, 0.58 and 0.56.
+"""The largest difference between two answers, against the larger of them. Honest replicas that had taken 25, 100 and
+200 updates apart and never averaged differed by up to 0.45, 0.58 and 0.56.
 """
 _ROWS = 4
 _CALL_S = 2.0

@@ -30,18 +30,20 @@ MOST_QUEUED = 65536
 """Rows that may wait at a node: the default of its setting `max_queued_rows`."""
 _QUEUES_EVERY_S = 0.1
 _FORWARD, _BACKWARD = 1 / 3, 2 / 3
-"""Of the computing for a row, forward and backward."""
+"""Shares of the computing for a row, forward and backward."""
 _HEADER_BYTES, _BYTES_OF_EXPERT = 180, 12
 _BYTES_OF_ROW, _BYTES_OF_SLOT, _BYTES_OF_PRODUCT = 2, 6, 4
 """Of messages as `expert.proto` has them: positions; rows and weights of each expert; products."""
 _LONGEST_RETRY_S, _LEAST_RETRY_S = 30.0, 0.05
 _UPDATE = np.float32(0.1)
-"""Experts answer so much of their inputs."""
+"""The share of their inputs that experts answer."""
 _FIRST_ROOM = 1024
 _WAYS = 3
 """There, the processor, and back: the stages of a call."""
 _SILENT_AFTER_S = 25.0
-"""As `peer.rpc.channels` asks after 20 s whether a peer lives, and waits 10 s for an answer."""
+"""The time after which a peer counts as silent: `peer.rpc.channels` asks after 20 s whether a peer lives, and waits 10
+s for an answer.
+"""
 
 
 class Machine(Link, Protocol):
@@ -49,7 +51,7 @@ class Machine(Link, Protocol):
 
     @property
     def rows_per_s(self) -> float:
-        """Of one expert, forward and backward."""
+        """Rows per second of one expert, forward and backward."""
         ...
 
     @property
@@ -61,11 +63,13 @@ class Costs:
     """What is assumed of calls, beside machines."""
 
     call_s: float = 0.0005
-    """Of a node's processor for each call, whatever its rows."""
+    """Seconds of a node's processor for each call, whatever its rows."""
     jitter: float = 0.1
-    """Of the logarithms of delays and of computing times."""
+    """The standard deviation of the logarithms of delays and of computing times."""
     punched: float = 0.8
-    """Of the nodes behind routers: a hole can be punched to them (Ford, Srisuresh and Kegel 2005: 82% for UDP)."""
+    """The share of the nodes behind routers to which a hole can be punched (Ford, Srisuresh and Kegel 2005: 82% for
+    UDP).
+    """
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Sent:
     experts: Integers  # [C]
 
     def bytes(self, forward: bool, row_bytes: int) -> tuple[Numbers, Numbers]:
-        """Of the requests and of the answers."""
+        """Bytes of the requests and of the answers."""
         base = _HEADER_BYTES + CALL_OVERHEAD_BYTES
         experts = self.experts * _BYTES_OF_EXPERT
         tensor = self.rows * row_bytes
@@ -146,7 +150,7 @@ class Calls:
         return self._fluids.now
 
     def queued_rows(self) -> Numbers:
-        """At each node, as of a moment ago."""
+        """Rows queued at each node, as of a moment ago."""
         return self._queued
 
     def kill(self, peer: int, long_ago: bool = False) -> None:
@@ -188,7 +192,7 @@ class Calls:
         return tags
 
     def compute(self, peer: int, work: float, at: float, owner: int) -> int:
-        """At a trainer's own processor. Gives the tag."""
+        """Computes at a trainer's own processor. Gives the tag."""
         tags = self._take_tags(1)
         self._columns["ends"][tags] = math.inf
         for name, number in (("stage", 3), ("caller", peer), ("node", peer), ("owner", owner), ("place", -1)):
@@ -324,7 +328,7 @@ class Calls:
         np.add.at(self.received_bytes, receivers, size)
 
     def _draw_relays(self, machines: Sequence[Machine]) -> Integers:
-        """Of each node the one that its calls go through; -1: none."""
+        """The relay that each node's calls go through; -1: none."""
         relays = np.full(len(machines), -1)
         public = [number for number, machine in enumerate(machines) if not machine.nat]
         hidden = [number for number, machine in enumerate(machines) if machine.nat]

@@ -10,7 +10,7 @@ from benchmarks.internet.scenario import START_S, UpkeepMeter, VolunteerSwarm, p
 from benchmarks.internet.stand_ins import simulated
 
 WARM_UP_S = START_S + 1080.0
-"""Until those who were there at the start host what they can."""
+"""The end of the warm-up, when those who were there at the start host what they can."""
 METER_S = 1800.0
 """Over which upkeep is measured, again and again."""
 SERIES = 500
@@ -18,7 +18,7 @@ SERIES = 500
 
 
 def play(nodes: int, hours: float, seed: int) -> dict[str, Any]:
-    """So many volunteers, of whom four fifths are there at a time, for so many hours.
+    """Plays a number of volunteers, of whom four fifths are online at a time, for some hours.
 
     Only `machine` depends on where it runs.
     """

@@ -19,7 +19,7 @@ from trainer_client.dispatch.policy import _TIMES_HOLD_S, _WEIGHT, CallTimes
 from trainer_client.dispatch.replicas import _BUSIER_ROWS, _QUICK, _SLOWER, _TRIED
 
 _LEAST_TIME_S = 1e-3
-"""That a call takes."""
+"""The shortest time of a call."""
 _USUAL_EVERY_S = 0.5
 """How often a drawn trainer computes what nodes took lately."""
 _MOST_QUEUED = np.iinfo(np.int64).max // 2
@@ -89,9 +89,9 @@ class _Pass:
         self.step = step
         self.recorded = recorded
         self.sent_to = nodes.copy()
-        """Of each group the node that answered it, or was asked last."""
+        """The node that answered each group, or was asked last."""
         self.nodes = np.concatenate([nodes, np.full(len(nodes), -1)])
-        """Of all calls."""
+        """The nodes of all calls."""
         self.called_at = np.full(2 * len(nodes), began)
         """When each call was made."""
         self.forward = forward

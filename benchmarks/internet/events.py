@@ -43,9 +43,9 @@ class Timing:
     """Seconds."""
 
     settle_s: float = 600.0
-    """Until a swarm that began is at rest."""
+    """Seconds until a new swarm is at rest."""
     aftermath_periods: float = 15.0
-    """Of announcements: how long it is watched what becomes of the swarm."""
+    """Periods of announcements in which it is watched what becomes of the swarm."""
     parted_s: float = 3600.0
     trained_s: float = 20.0
 
@@ -63,7 +63,7 @@ class Stage:
     newcomers: int
     """Volunteers who have not joined yet: the last ones."""
     period_s: float
-    """Of announcements: the mean at the beginning."""
+    """The mean period of announcements at the beginning."""
 
     @property
     def world(self) -> World:
@@ -122,7 +122,7 @@ def tenth_dies(world: World, nodes: int, timing: Timing) -> Figures:
 
 
 def flash_crowd(world: World, nodes: int, timing: Timing) -> Figures:
-    """As many as are there, up to 10,000, join within ten minutes."""
+    """Lets as many nodes as are there, up to 10,000, join within ten minutes."""
     stage = set_stage(world, nodes, timing, newcomers=min(nodes, CROWD))
     volunteers = stage.volunteers
     before, ends_s = stage.takings(), CROWD_WITHIN_S + USEFUL_WITHIN_S
@@ -266,5 +266,5 @@ def _served_in(volunteers: VolunteerSwarm, half: int) -> float:
 
 
 def _after_half(looks: Sequence[Look]) -> float:
-    """By how many replicas an expert gained in the second half of the time: nothing, if placement came to rest."""
+    """How many replicas an expert gained in the second half of the time: none, if placement came to rest."""
     return looks[-1].replicas - looks[len(looks) // 2].replicas

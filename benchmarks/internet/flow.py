@@ -1,8 +1,8 @@
 """The ideal: how many tokens a second a swarm could train if every row went where it costs least.
 
-Each token sends rows to experts by their popularity, and a replica's node computes so many rows a second, or carries
-them over its link. The largest throughput at which some split of each expert's rows over its replicas overloads nobody
-is a concurrent flow. By Hall's theorem it is the least ratio of capacity to demand over all sets of experts, which the
+Each token sends rows to experts by their popularity, and a replica's node computes its rows a second, or carries them
+over its link. The largest throughput at which some split of each expert's rows over its replicas overloads nobody is a
+concurrent flow. By Hall's theorem it is the least ratio of capacity to demand over all sets of experts, which the
 minimum cut names (Dinkelbach 1967; Cunningham 1985): a few maximum flows find it exactly.
 """
 
@@ -24,10 +24,10 @@ _MOST_ROUNDS = 64
 
 @dataclass(frozen=True)
 class Ideal:
-    """In tokens a second."""
+    """Bounds in tokens a second."""
 
     as_placed: float
-    """Of the replicas as they are."""
+    """The bound with the replicas as they are."""
     free: float
     """If every node computed rows of whatever expert needs it: no placement is better."""
 
@@ -44,7 +44,9 @@ def ideal_throughput(
 
 
 def _as_placed(demand: Numbers, hosts: Sequence[Sequence[int]], capacity: Numbers, most: float) -> float:
-    """At most `most`. Newton's steps: each cut gives a lower throughput, until one carries all."""
+    """The flow over the replicas as placed, at most `most`. Newton's steps: each cut gives a lower throughput, until
+    one carries all.
+    """
     throughput = most
     for _ in range(_MOST_ROUNDS):
         cut = _tightest(demand * throughput, hosts, capacity)

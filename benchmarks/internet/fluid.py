@@ -23,9 +23,9 @@ WAY = 4
 _ROUNDS = 2
 _PLENTY = 1e30
 _LEAST = 1e-9
-"""Of a slot's capacity, or of a job: no more is nothing."""
+"""The share of a slot's capacity, or of a job, below which it counts as nothing."""
 _MOST_OVER = 0.3
-"""Of all jobs: when more have ended, the others are put together anew."""
+"""The share of ended jobs above which the others are put together anew."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Fluids:
         self._capacity = np.append(capacity, _PLENTY) * slot_s
         self._in_group = np.zeros(groups, np.int16)
         self._later: dict[int, list[Jobs]] = {}
-        """By the slot in which they start."""
+        """Jobs by the slot in which they start."""
         # under way: what is over has nothing left, and needs nothing
         self._jobs = no_jobs()
         self._hops = [np.zeros(0, np.int32)] * WAY
         self._left = np.zeros(0)
         self._moved = np.zeros(0)
-        """By how much each job is later than the slots that it is computed in."""
+        """How much later each job is than the slots that it is computed in."""
         self._weights = np.zeros(0)
         self._over = 0
 

@@ -95,7 +95,7 @@ def updates_lost(death_rate: float, average_every_s: float) -> float:
 
 @dataclass(frozen=True)
 class AdoptionTime:
-    """From the death of an expert's only host until another serves it."""
+    """The time from the death of an expert's only host until another serves it."""
 
     mean_s: float
     longest_s: float
@@ -167,7 +167,7 @@ class Token:
 
     @property
     def bytes(self) -> float:
-        """That a trainer sends, and as many that it receives: activations, and gradients."""
+        """Bytes that a trainer sends, and as many that it receives: activations, and gradients."""
         return 2 * self.layers * self.nodes * self.row_bytes
 
 

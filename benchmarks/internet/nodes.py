@@ -53,11 +53,11 @@ class SwarmPlan:
 
     manifest: Manifest
     state_bytes: float = 7e6
-    """Of an expert with its optimizer, as it travels."""
+    """Bytes of an expert with its optimizer, as it travels."""
     updates_per_s: float = 0.2
-    """That each replica takes."""
+    """Updates that each replica takes."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of all nodes, beside how many experts they host."""
+    """Settings of all nodes, besides how many experts they host."""
 
 
 class CountedStates:
@@ -210,7 +210,7 @@ class SimulatedNode:
 
     @property
     def living_relays(self) -> list[Peer]:
-        """Those that lead to a node behind a router now."""
+        """The relays that lead to a node behind a router now."""
         return [relay for relay in self.relays if self.swarm.world.reachable(self.peer, relay)]
 
     def start(self) -> None:
@@ -243,7 +243,7 @@ class SimulatedNode:
         self.swarm.remove(self)
 
     async def _run(self) -> None:
-        """As `expert_server.node.Node` starts and runs."""
+        """Starts and runs like `expert_server.node.Node`."""
         await self._rounds.run("start", self._keep_relays, self.hosting.take_first, self._publish)
         self._note_useful()
         self.spawn(self._look_around())
@@ -291,7 +291,7 @@ class SimulatedNode:
             await self.peer.awake.wait()
 
     async def _keep_relays(self) -> None:
-        """As `RelayKeeper` and `Reservations` do, with the choice of the former."""
+        """Keeps relays like `RelayKeeper` and `Reservations`, with the choice of the former."""
         if not self.peer.link.nat or len(self.living_relays) >= WANTED:
             return
         self.relays = self.living_relays
@@ -378,7 +378,7 @@ class InternetSwarm:
         self.dht = ModelDHT(world)
         self.guard = ParseGuard()
         self.nodes: dict[PeerID, SimulatedNode] = {}
-        """Those that run; sleeping ones too."""
+        """The nodes that run, including sleeping ones."""
         self.takings_of_ended = 0
         self.faults: list[BaseException] = []
         """What the product's code raised that it should not."""
@@ -399,7 +399,7 @@ class InternetSwarm:
             self.faults.append(error)
 
     async def transfer(self, sender: SimulatedNode, receiver: SimulatedNode) -> bool:
-        """Of an expert's state, which `receiver` fetches. Whether it arrived."""
+        """Transfers an expert's state, which `receiver` fetches. Whether it arrived."""
         relays = sender.living_relays[:1] if sender.peer.link.nat else ()
         if sender.peer.link.nat and not relays:
             await asyncio.sleep(_ASK_S)
@@ -407,7 +407,7 @@ class InternetSwarm:
         return await self.world.transfer(sender.peer, receiver.peer, self.plan.state_bytes, relays=relays)
 
     def settings(self, experts: int) -> NodeSettings:
-        """Of a node that hosts so many."""
+        """The settings of a node that hosts this many."""
         if experts not in self._settings:
             self._settings[experts] = NodeSettings(**{"experts": experts, **self.plan.settings})
         return self._settings[experts]
@@ -464,6 +464,6 @@ class InternetSwarm:
         return found
 
     def share_served(self) -> float:
-        """Of all experts, the part that somebody serves."""
+        """The share of all experts that somebody serves."""
         found = self.hosts()
         return sum(map(bool, found.values())) / len(found)

@@ -28,7 +28,7 @@ from expert_server.settings import NodeSettings
 from peer.kademlia.routing import REPLICAS
 
 DIE_IN_A_DAY = 0.2
-"""Of the volunteers that are there, without a word (`benchmarks.internet.population`)."""
+"""The share of volunteers that disappear in a day (`benchmarks.internet.population`)."""
 REPAIRED_WITHIN_S = 600.0
 """Assumed: until an expert that has lost a replica has another. Somebody with room must come."""
 _LIFETIMES = 3
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def comparisons(results: Mapping[str, Any]) -> Iterator[Comparison]:
-    """Of all sizes that were played. `results`: as for `report.verdicts`."""
+    """Comparisons of all sizes that were played. `results`: as for `report.verdicts`."""
     for nodes, found in results.get("days", {}).items():
         yield from _days(int(nodes), found)
     for nodes, events in results.get("events", {}).items():

@@ -50,9 +50,11 @@ class Line:
     down_bps: float
     up_bps: float
     sigma: float
-    """Of the logarithm of both speeds, which are drawn together: fast lines are fast in both directions."""
+    """The standard deviation of the logarithm of both speeds, which are drawn together: fast lines are fast in both
+    directions.
+    """
     rtt_s: float
-    """To the network of its provider."""
+    """Seconds to the network of its provider and back."""
 
 
 LINES = {
@@ -75,7 +77,7 @@ class Region:
     share: float
     utc_offset_h: int
     rtt_s: float
-    """From its providers to the core. Those of two regions make a round trip between them."""
+    """Seconds from its providers to the core. Those of two regions make a round trip between them."""
 
 
 REGIONS = {
@@ -89,7 +91,7 @@ REGIONS = {
 CORES = {2: 0.09, 4: 0.34, 6: 0.34, 8: 0.18, 12: 0.05}
 """Steam: 4 cores a third, 6 cores 34.2%, 8 cores 18.5%, 12 cores 4.6%; the rest is taken to have two."""
 CORE_SIGMA = 0.35
-"""Of the logarithm of a core's speed. Log-normal by Heien 2012, the width is assumed."""
+"""The standard deviation of the logarithm of a core's speed. Log-normal by Heien 2012, the width is assumed."""
 ROWS_PER_CORE_S = 5_600.0
 """Rows of one expert, a Transformer layer of hidden 256, that a core takes forward and backward in a second: 21.8
 sequences of 128 tokens, four experts each, on two cores (`benchmarks.moe`)."""
@@ -123,8 +125,9 @@ SESSION_MEAN_S = 72 * HOUR_S
 BREAK_MEAN_S = 3 * HOUR_S
 """Assumed; exponential."""
 CRASHES_PER_DAY = 0.05
-"""Of a machine that takes part: power cuts, lost lines, killed processes. Assumed. With the machines that fall asleep,
-about a fifth of all nodes goes without a word each day, the most that the project's mission speaks of."""
+"""Crashes of a machine that takes part: power cuts, lost lines, killed processes. Assumed. With the machines that fall
+asleep, about a fifth of all nodes goes without a word each day, the most that the project's mission speaks of.
+"""
 CRASHED_S, CRASHED_SIGMA = 1200.0, 1.5
 """Median of the time until a crashed machine is back, log-normal. Assumed."""
 SLEEPS = 0.6
@@ -134,7 +137,7 @@ ON_AT_H = {False: 17.0, True: 10.5}
 OFF_AT_H = 23.0
 CLOCK_SIGMA_H = 1.5
 USED_SHARE = 0.85
-"""Of days on which a daily machine is used."""
+"""The share of days on which a daily machine is used."""
 RETURNS_PER_H = {False: 0.08, True: 0.4}
 """How often the owner of an idle machine comes to use it, by whether it is an hour at which people do so."""
 USED_MEAN_S = 45 * 60.0
@@ -148,12 +151,12 @@ class Volunteer:
     up_bps: float
     down_bps: float
     rtt_s: float
-    """To the core: those of two volunteers make the round trip between them."""
+    """Seconds to the core: those of two volunteers make the round trip between them."""
     nat: bool
     """Whether nobody reaches it but through a relay, or a hole punched."""
     cores: int
     rows_per_s: float
-    """Of the standard expert, forward and backward."""
+    """Rows per second of the standard expert, forward and backward."""
     memory: float
     """Bytes."""
     disk: float
@@ -170,7 +173,7 @@ class Ending(Enum):
     """How a session ends."""
 
     LEAVE = "leave"
-    """In order: what it hosts is handed over."""
+    """An orderly end: what it hosts is handed over."""
     CRASH = "crash"
     """Without a word. It comes back with what is on its disk."""
     SLEEP = "sleep"
@@ -193,7 +196,7 @@ def draw_population(
     slow_share: float = SLOW_SHARE,
     hostile_share: float = HOSTILE_SHARE,
 ) -> list[Volunteer]:
-    """Independent volunteers. Exactly so many of them as the shares say, rounded, are slow, hostile and behind NAT."""
+    """Independent volunteers. Exactly the rounded share of them is slow, hostile or behind NAT."""
     drawn = [_draw(rng) for _ in range(count)]
     for n in rng.sample(range(count), round(nat_share * count)):
         drawn[n] = replace(drawn[n], nat=True)
@@ -250,7 +253,7 @@ def _pick(rng: random.Random, shares: Mapping[T, float]) -> T:
 
 
 def is_weekend(time_s: float, utc_offset_h: int) -> bool:
-    """At the volunteer's place."""
+    """Whether it is weekend at the volunteer's place."""
     local_h = time_s / HOUR_S + utc_offset_h
     return (WEEKDAY_OF_START + int(local_h // DAY_H)) % 7 >= 5
 

@@ -63,7 +63,7 @@ class Mixture:
 
     @classmethod
     def balanced(cls, manifest: Manifest, routing: Routing, layer: int, seed: int) -> "Mixture":
-        """With the bias that it takes on when all experts are there."""
+        """The gate with the bias that it takes on when all experts are there."""
         torch.manual_seed(seed * 1000 + layer)
         gate = Gate(_HIDDEN, manifest.experts.grid, has_noise=routing.router.has_noise)
         mixture, texts = cls(gate, routing, manifest, None), Texts(seed)

@@ -16,7 +16,7 @@ JUDGED_NODES, LARGEST_NODES = 10_000, 100_000
 
 
 def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
-    """Of all sizes and parts that were played. `results`: parts, then figures by the number of nodes."""
+    """Verdicts on all sizes and parts that were played. `results`: parts, then figures by the number of nodes."""
     for nodes, figures in results.get("days", {}).items():
         yield from _days(int(nodes), figures)
     for nodes, events in results.get("events", {}).items():

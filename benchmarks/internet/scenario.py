@@ -14,14 +14,15 @@ from dht.manifest import Manifest
 from dht.uid import UID
 
 EXPERTS_PER_NODE = 0.7
-"""In the swarm, for each volunteer, so that two replicas of each fill about three quarters of the room there is."""
+"""Experts in the swarm for each volunteer, so that two replicas of each fill about three quarters of the room there is.
+"""
 MOST_TRAINED = 128
 """Experts of a layer in a swarm that is trained."""
 START_S = 120.0
 """Within which those join who are there at the start."""
 LOOK_EVERY_S = 10.0
 _ROOM = {4: 1, 8: 2, 16: 3, 32: 6}
-"""Experts that a machine with so many GiB hosts."""
+"""Experts that a machine with this much memory hosts."""
 
 
 def plan_for(nodes: int) -> SwarmPlan:
@@ -141,7 +142,7 @@ class VolunteerSwarm:
         return look
 
     def run(self, seconds: float, look_every_s: float = LOOK_EVERY_S) -> list[Look]:
-        """Lets so much time pass, and returns how things were meanwhile."""
+        """Lets time pass, and returns how things were meanwhile."""
         first, ends = len(self.looks), self.world.time() + seconds
         while self.world.time() < ends:
             self.world.run(min(look_every_s, ends - self.world.time()))

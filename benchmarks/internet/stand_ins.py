@@ -120,7 +120,7 @@ class CountingRuntime:
     def __init__(self, rate: float, clock: Any) -> None:
         self.experts: dict[UID, CountedExpert] = {}
         self.queued_rows = 0
-        """Of the training that is simulated elsewhere."""
+        """Queued rows of the training that is simulated elsewhere."""
         self.takings = 0
         self._rate = rate
         self._clock = clock
@@ -195,7 +195,7 @@ class SharedRegistry(Registry):
     async def get(
         self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int | None = None
     ) -> dict[str, Entries]:
-        """As `Registry.get`, and what it gives of a key is one dictionary for all readers."""
+        """Gets like `Registry.get`, and what it gives of a key is one dictionary for all readers."""
         if not keys:
             return {}
         ids = {key: _key_id_of(key) for key in keys}

@@ -43,36 +43,36 @@ class TrainingFigures:
     layers: int
     row_bytes: float
     rows_per_s: float
-    """That all living nodes together compute."""
+    """Rows per second that all living nodes compute together."""
     bit_per_s: float
     """What the lines of all living nodes carry, in the slower direction."""
     step_s: dict[str, float]
     call_s: dict[str, float]
-    """Of drawn trainers."""
+    """Seconds of drawn trainers' calls."""
     forward_s: dict[str, float]
-    """Of all trainers' forward passes through one layer."""
+    """Seconds of all trainers' forward passes through one layer."""
     backward_s: dict[str, float]
-    """Of all trainers' backward passes through one layer."""
+    """Seconds of all trainers' backward passes through one layer."""
     answered_rows: float
-    """Of the rows of real trainers, those that any expert answered."""
+    """The share of real trainers' rows that any expert answered."""
     answered_slots: float
     """The same of the answers: those that came, of all experts that rows were sent to."""
     experts_per_token: float
-    """That a row of a real trainer was sent to, in one layer."""
+    """Experts that a row of a real trainer was sent to, in one layer."""
     rows_per_token: float
     """Sent in one layer forward, with `nodes_per_token` in mind."""
     hedged: float
     failed: float
     reselected: float
     load_cv: float
-    """Of the shares of time that the serving nodes computed."""
+    """The variation of the shares of time that the serving nodes computed."""
     busiest: float
     """The share of time that the busiest node computed."""
     busiest_expert: float
     """Rows against the mean."""
     in_flight: float
     others_tokens_per_s: float
-    """Of a trainer but the last, the mean."""
+    """The mean of all trainers but the last."""
 
 
 def play(
@@ -175,7 +175,7 @@ class _Play(SharedWindow):
         return self.counts.sent_rows / max(1, self.counts.rows)
 
     def _bytes_per_token(self) -> float:
-        """That a trainer sends, and receives."""
+        """Bytes that a trainer sends, and receives."""
         layers = self.swarm.manifest.model.layers
         return 2 * layers * self._rows_per_token() * self.calls.row_bytes
 
@@ -184,7 +184,7 @@ class _Play(SharedWindow):
         return sum(self.limit(machine, carried) for machine in self.machines[self.nodes :])
 
     def _ideal(self) -> Ideal:
-        """By what experts answered to real trainers, and what that took of links.
+        """The bound by what experts answered to real trainers, and what that took of links.
 
         Trainers let answers go of experts whose hosts are overloaded, which a flow can't.
         """

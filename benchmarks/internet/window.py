@@ -29,7 +29,7 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.training.in_flight import MAX_IN_FLIGHT, InFlightController
 
 _PASSES = 32
-"""Of real trainers that drawn ones repeat, the last of each layer."""
+"""Passes of real trainers that drawn ones repeat, the last of each layer."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PlacedSwarm:
     manifest: Manifest
     machines: Sequence[Machine]
     hosts: Mapping[UID, Sequence[int]]
-    """Of each expert, numbers of machines."""
+    """The machines of each expert's hosts, by number."""
     dead: frozenset[int] = frozenset()
     """Machines that are still announced, and do not answer any more."""
 
@@ -84,7 +84,7 @@ class Window:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self.sequences * self.length
 
 
@@ -209,7 +209,7 @@ class Recorded:
         layers, grid = swarm.manifest.model.layers, swarm.manifest.experts.grid
         self.passes = [deque[RecordedPass](maxlen=_PASSES) for _ in range(layers)]
         self.hosts: list[Integers] = []
-        """Of each layer's experts, those that answer rightly; -1 fills the rest. [E, replicas]"""
+        """Hosts of each layer's experts that answer rightly; -1 fills the rest. [E, replicas]"""
         experts = swarm.manifest.experts.count
         for layer in range(layers):
             hosts = [
@@ -231,7 +231,7 @@ class Counts:
         self.step_s: list[float] = []
         self.call_s: list[float] = []
         self.pass_s: dict[bool, list[float]] = {True: [], False: []}
-        """Of one layer, forward and backward."""
+        """Seconds of one layer, forward and backward."""
         self.rows = self.answered_rows = self.answered_slots = 0
         self.sent_rows = self.sent_slots = 0
 
@@ -262,10 +262,10 @@ class SharedWindow:
         self.counts = Counts(len(trainers))
         self.machines, self.nodes = machines, nodes
         self.rows = np.zeros((manifest.model.layers, manifest.experts.count))
-        """Of real trainers, that each expert answered."""
+        """Rows of real trainers that each expert answered."""
 
     def in_flight(self, number: int) -> int | None:
-        """Of this trainer; None where the product's controller says so."""
+        """Steps in flight of this trainer; None where the product's controller says so."""
         window, heavy = self.window, 1.0
         if window.heavy > 1 and number == len(self.counts.tokens) - 1:
             heavy = window.heavy
@@ -291,7 +291,7 @@ class SharedWindow:
 
 @dataclass(frozen=True)
 class _Times:
-    """A machine that is so many machines."""
+    """One machine that stands for several."""
 
     machine: Machine
     times: float

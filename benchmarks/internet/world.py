@@ -30,7 +30,7 @@ class Link(Protocol):
     def down_bps(self) -> float: ...
     @property
     def rtt_s(self) -> float:
-        """To the core and back."""
+        """Seconds to the core and back."""
         ...
 
     @property
@@ -71,17 +71,17 @@ class Peer:
         self.peer_id: PeerID = identity.peer_id
         self.link = link
         self.place = id_of_bytes(self.peer_id.to_bytes()[-20:]) >> (ID_BITS - _PLACE_BITS)
-        """In the DHT: the first bits of its ID."""
+        """The place in the DHT: the first bits of its ID."""
         self.is_alive = False
         self.half = 0
-        """Of a network that is partitioned, where it is."""
+        """The half of a partitioned network that it is in."""
         self.up_free = self.down_free = 0.0
         """When what is under way on its link has passed."""
         self.awake: asyncio.Event | None = None
-        """Of a peer that sleeps."""
+        """What wakes a peer that sleeps."""
 
     def occupy(self, way: str, seconds: float, now: float) -> float:
-        """Its link carries so much more, "up" or "down", after what is under way. Returns when that has passed."""
+        """Its link carries this much more, "up" or "down", after what is in progress. Returns when that has passed."""
         if way == "up":
             self.up_free = max(now, self.up_free) + seconds
             return self.up_free
@@ -99,7 +99,7 @@ class Accounts:
         """Called before the accounts are read: some parts count in bulk."""
 
     def open(self) -> None:
-        """For one more peer."""
+        """Opens one more peer."""
         for columns in (self.up, self.down):
             for column in columns.values():
                 column.append(0.0)
@@ -110,7 +110,7 @@ class Accounts:
         return {p: sum(self.up[p]) + sum(self.down[p]) for p in PURPOSES}
 
     def upkeep(self) -> list[float]:
-        """Of each peer, the bytes of its upkeep, sent and received."""
+        """The bytes of each peer's upkeep, sent and received."""
         self._settle()
         columns = [side[p] for side in (self.up, self.down) for p in UPKEEP]
         return [sum(values) for values in zip(*columns, strict=True)]
@@ -133,11 +133,11 @@ class World:
         """The last one of each name that was alive."""
         self.living = 0
         self.changes = 0
-        """In who lives and reaches whom."""
+        """Changes in who lives and reaches whom."""
         self.deaths = 0
         self.is_parted = False
         self._places: tuple[list[int], list[int]] = ([], [])
-        """Of the living peers that serve the DHT, sorted, in each half."""
+        """The places of the living peers that serve the DHT, sorted, in each half."""
         self._at_place: dict[int, Peer] = {}
         self._rngs: dict[str, random.Random] = {}
 
@@ -150,7 +150,7 @@ class World:
         return self.loop.unix_time()
 
     def run(self, seconds: float) -> None:
-        """Lets so much time pass."""
+        """Lets time pass."""
         self.loop.run_until_complete(asyncio.sleep(seconds))
 
     def rng(self, name: str) -> random.Random:
@@ -239,7 +239,7 @@ class World:
         purpose: str = "transfer",
         relays: Sequence[Peer] = (),
     ) -> bool:
-        """Sends so many bytes over both links, one transfer after the other on each. Whether they arrived.
+        """Sends this many bytes over both links, one transfer after the other on each. Whether they arrived.
 
         `relays`: whose links carry them too, both ways.
         """

@@ -49,20 +49,20 @@ class Extent:
     """How much is measured."""
 
     characters: float
-    """Of each work, at most."""
+    """Characters of each work, at most."""
     held_out: int
     questions: int
     large: int
     served: int
     seconds: float
-    """Of one measurement of throughput."""
+    """Seconds of one measurement of throughput."""
     searches: int
-    """With each kind of liar."""
+    """Searches with each kind of liar."""
     liars: Sequence[str]
     killed: int
     """Passages of the memory whose host is killed; 0: none is."""
     nodes: Sequence[int]
-    """Of simulated swarms."""
+    """Sizes of simulated swarms."""
 
 
 FULL = Extent(

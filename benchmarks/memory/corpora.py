@@ -19,7 +19,7 @@ _DICTIONARIES = Path("/usr/share/dictd")
 _WORDNET = Path("/usr/share/wordnet")
 _DOCUMENTATION = Path("/usr/share/doc")
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-"""Of the numbers in an index of dictd."""
+"""The digits of the numbers in an index of dictd."""
 _MOST_DEFINITION_WORDS = 10
 _FEWEST_DEFINITION_WORDS = 5
 

@@ -22,7 +22,7 @@ NOTICED_WITHIN = 1000
 
 
 def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
-    """Of all parts that were measured."""
+    """Verdicts on all parts that were measured."""
     for part, judge in _JUDGES.items():
         if results.get(part):
             yield from judge(results[part])

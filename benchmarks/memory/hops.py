@@ -37,7 +37,7 @@ _SEED = 1
 def measure(
     memory: BuiltMemory, folder: Path, texts: Sequence[str], sizes: Sequence[int], searchers: int
 ) -> dict[str, Any]:
-    """By the number of nodes. `folder`: where the memory is. Each searcher has its share of the texts."""
+    """Measures for each number of nodes. `folder`: where the memory is. Each searcher has its share of the texts."""
     manifest = MemoryManifest.parse((folder / "manifest").read_bytes())
     shards = {info.root: shard for info, shard in open_shards(folder, manifest)}
     vectors_QD = memory.encoder.encode(texts)

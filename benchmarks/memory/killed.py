@@ -30,9 +30,9 @@ from trainer_client.memory.memories import Memory
 from trainer_client.settings import TrainerSettings
 
 PERIOD_S = 4.0
-"""Between two announcements of a node."""
+"""Seconds between two announcements of a node."""
 PERIODS = 5
-"""Within so many, all shards are to have two replicas again."""
+"""Periods within which all shards should have two replicas again."""
 ASKED = 8
 _HOST = "127.0.0.1"
 _MANIFEST = """
@@ -85,7 +85,7 @@ def _search_on(
     watcher: "_Watcher",
     killed: PeerID,
 ) -> dict[str, Any]:
-    """Until every shard has two live replicas again, or it takes too long."""
+    """Searches until every shard has two live replicas again, or it takes too long."""
     began = looked_at = time.monotonic()
     failed, recalls, slowest_s = 0, list[float](), 0.0
     hosted_again_s: float | None = None
@@ -125,7 +125,7 @@ def _opened(client: SwarmClient) -> Memory:
 
 
 def _leaves(memory: Memory, text: str) -> frozenset[bytes]:
-    """Of the passages found; none if the search failed or left out a cell."""
+    """The leaves of the passages found; none if the search failed or left out a cell."""
     try:
         result = memory.search(text, k=K, cells=ASKED)
     except TalkootError:

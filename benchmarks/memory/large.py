@@ -29,13 +29,13 @@ from trainer_client.memory.encoder import to_vectors
 
 ASKED = 8
 _NOISE = 0.5
-"""Of the length of a vector."""
+"""Noise, as a share of a vector's length."""
 _ROWS_AT_ONCE = 65_536
 _HOST_LIMIT_S = 600.0
 
 
 def measure(memory: BuiltMemory, passages: int, queries: int, folder: Path) -> dict[str, Any]:
-    """`folder`: for so many passages; it must not exist yet."""
+    """`folder`: for the memory of passages; it must not exist yet."""
     rng = np.random.default_rng(0)
     began = time.monotonic()
     sources_NH = rng.integers(len(memory.passages), size=(passages, 2))

@@ -39,7 +39,7 @@ LIARS = 2
 RTT_S = 0.1
 ASKED = 8
 _PAUSE_S = 1.0
-"""From one query to the next."""
+"""The pause from one query to the next."""
 SWARM = "benchmark"
 
 
@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
 
     score: int
     number: int
-    """Of its shard in the request."""
+    """The number of its shard in the request."""
     position: int
     text: Place
 
@@ -271,7 +271,7 @@ class SlowCaller:
 
 
 def measure(memory: BuiltMemory, folder: Path, texts: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
-    """Of each kind of liar, after one query for each text. `folder`: where the memory is."""
+    """Measures each kind of liar, after one query for each text. `folder`: where the memory is."""
     manifest = MemoryManifest.parse((folder / "manifest").read_bytes())
     shards = {info.root: shard for info, shard in open_shards(folder, manifest)}
     vectors_QD = memory.encoder.encode(texts)
@@ -363,7 +363,7 @@ class _Trial:
 
 
 def _wanted_scores(memory: BuiltMemory, vectors_QD: Vectors, scores_QC: Floats) -> list[float]:
-    """For each query, the score of the tenth best passage in the cells that are asked."""
+    """The score of the tenth best passage in the cells that are asked, for each query."""
     nearest_QC = ranks_of_cells(scores_QC) < ASKED
     wanted = []
     for row, scores_N in enumerate(exact_scores(vectors_QD, memory.vectors_ND)):

@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 128
 
 
 def measure_recall(memory: BuiltMemory, queries: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """For each kind of query, the part of the ten best that lie in the cells that are asked, by their number."""
+    """The share of the ten best that lie in the cells that are asked, for each kind of query and number of cells."""
     loads_C = memory.cell_sizes
     found: dict[str, Any] = {
         "passages": len(memory.passages),
@@ -100,7 +100,7 @@ def wire_bytes(memory: BuiltMemory, asked: int) -> float:
 
 
 def span(text: str, rng: random.Random, words: int = QUESTION_WORDS) -> str:
-    """So many words in a row of a text."""
+    """A number of consecutive words of a text."""
     all_words = text.split()
     begin = rng.randrange(max(1, len(all_words) - words + 1))
     return " ".join(all_words[begin : begin + words])

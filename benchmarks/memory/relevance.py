@@ -24,7 +24,7 @@ from trainer_client.memory.retriever import Hit, ranked_by_words
 _ANSWERS = "gcide.jsonl:"
 """How the sources of the entries begin."""
 _CANDIDATES = 3 * K
-"""That searches rank by their words, too."""
+"""Passages that searches also rank by their words."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def measure(memory: BuiltMemory, questions: Sequence[Question]) -> dict[str, Any
 
 
 Ranking = Sequence[NDArray[np.int64]]
-"""For each text, positions of passages, best first."""
+"""Positions of passages for each text, best first."""
 
 
 def inner_product(memory: BuiltMemory, texts: Sequence[str], count: int) -> Ranking:
@@ -72,7 +72,7 @@ def inner_product(memory: BuiltMemory, texts: Sequence[str], count: int) -> Rank
 
 
 def fusion(memory: BuiltMemory, texts: Sequence[str], by_vectors: Ranking) -> Ranking:
-    """As searches do it: the nearest passages, ranked by the words that they share with the question, too."""
+    """Ranks as searches do: the nearest passages, also by the words that they share with the question."""
     host = SimulatedIdentity(0).peer_id
     name = MemoryID.of("works", host)
     queries_QD = memory.encoder.encode(texts).astype(np.float32)
@@ -97,7 +97,7 @@ def fusion(memory: BuiltMemory, texts: Sequence[str], by_vectors: Ranking) -> Ra
 
 
 def bm25(memory: BuiltMemory, texts: Sequence[str]) -> Ranking:
-    """As the package `bm25s` computes it, without English stop words."""
+    """Ranks like the package `bm25s`, without English stop words."""
     import bm25s
 
     def words(some: Sequence[str]) -> Any:

@@ -63,7 +63,7 @@ WAYS: tuple[Way, ...] = (("one", 1, True), ("batch", BATCH, True), ("one_of_8_ce
 def measure(
     memory: BuiltMemory, passages: int, texts: Sequence[str], seconds: float, folder: Path
 ) -> dict[str, Any]:
-    """Medians of rounds of so many seconds. `folder`: for a memory of so many passages, each in one cell."""
+    """Medians of rounds of the given length. `folder`: for a memory of this many passages, each in one cell."""
     rows = np.random.default_rng(0).permutation(len(memory.passages))[:passages]
     vectors_ND = memory.vectors_ND[rows]
     cells_NT = memory.codebook.assign(vectors_ND, 1)

@@ -32,7 +32,7 @@ from talkoot.memory.dual_training import K
 
 PARTS = ("recall", "answers")
 _FULL, _QUICK = (1, 1500), (64, 300)
-"""One title or page of so many, and questions of each kind."""
+"""One title or page in this many, and questions of each kind."""
 _WAYS = {
     "closed_book": "closed-book",
     "dpr_reader": "DPR and a reader of the first passage",
@@ -42,7 +42,7 @@ _WAYS = {
 }
 _EXACT, _OF_GOLD, _CLOSED_BOOK, _FOLLOW = 0.5, 0.8, 0.05, 0.9
 _WITHIN = 0.01
-"""Of the best ranking, where fusing does no harm."""
+"""How near to the best ranking fusing must stay where it does no harm."""
 _NAMES = {
     "dpr": "DPR",
     "bm25": "BM25",

@@ -74,9 +74,9 @@ class Size:
     asked: int = 100
     """Questions, and as many things."""
     steps: int = 2000
-    """Of reading the right passage."""
+    """Steps of reading the right passage."""
     rag_steps: int = 100
-    """Of RAG, from there on."""
+    """Steps of RAG after that."""
     batch: int = 32
     vocabulary: int = 1536
     hidden: int = 64
@@ -148,7 +148,7 @@ class World:
 
 
 class WithoutExperts(nn.Module):
-    """In place of a mixture. An encoder-decoder also says where sequences end."""
+    """What takes the place of a mixture. An encoder-decoder also says where sequences end."""
 
     def forward(self, x: Tensor, segments: object = None) -> Tensor:
         return x

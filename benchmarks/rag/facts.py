@@ -65,7 +65,7 @@ class Thing:
     name: str
     facts: Mapping[str, str]
     passages: Mapping[str, Passage]
-    """By what they say of it."""
+    """Passages by what they say of it."""
 
     @classmethod
     def drawn(cls, rng: random.Random, *, tested: bool) -> "Thing":

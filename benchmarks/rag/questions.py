@@ -15,11 +15,11 @@ from talkoot.memory.passages import split
 from trainer_client.memory.encoder import words_of
 
 _TEST = 10
-"""One headword of so many is for the test."""
+"""One headword in this many is for the test."""
 _SAME_HEADINGS = 1
 """A heading that more sections have asks for none of them."""
 _FEWEST_WORDS = 2
-"""Of a heading."""
+"""The fewest words of a heading."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Asked:
     tested: Sequence[Question]
 
     def pairs(self) -> list[Pair]:
-        """Those to learn from. Of several passages that answer, the one that shares most words with the question.
+        """The pairs to learn from. Of several passages that answer, the one that shares most words with the question.
 
         So did DPR, for questions of which only the answer is known (section 4.2).
         """
@@ -58,7 +58,7 @@ class Asked:
 
 
 def ask(rng: random.Random, share: int, tested: int) -> Asked:
-    """Of the works that are installed, one title or page of `share`. `tested`: questions of each kind."""
+    """Questions from the installed works, one title or page of `share`. `tested`: questions of each kind."""
     passages: dict[str, Passage] = {}
     drawn = partial(_drawn, share=share)
     dictionaries = [work for work in corpora.installed() if work.name in ("gcide", "foldoc")]

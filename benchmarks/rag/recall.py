@@ -25,12 +25,12 @@ CUTS = (1, 5, K)
 _UNITED = 200
 """Passages of each ranking that are fused."""
 _WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Of the cosine of vectors, in standard deviations of the scores, against BM25."""
+"""Weights of the cosine of vectors, in standard deviations of the scores, against BM25."""
 _TUNED_WITH = 1000
 _AT_ONCE = 256
 
 Ranking = Sequence[NDArray[np.int64]]
-"""For each question, positions of passages, best first."""
+"""Positions of passages for each question, best first."""
 
 
 def measure(asked: Asked) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def measure(asked: Asked) -> dict[str, Any]:
 
 
 Scored = list[tuple[NDArray[np.int64], NDArray[np.float32]]]
-"""For each question, positions of the best passages and their scores."""
+"""Positions of the best passages and their scores, for each question."""
 
 
 def nearest(encoder: Encoder, texts: Sequence[str], questions: Sequence[Question]) -> Scored:
@@ -99,7 +99,7 @@ def nearest(encoder: Encoder, texts: Sequence[str], questions: Sequence[Question
 
 
 def bm25(texts: Sequence[str], questions: Sequence[Question]) -> Scored:
-    """As the package `bm25s` computes it, without English stop words."""
+    """Ranks like the package `bm25s`, without English stop words."""
     import bm25s
 
     def words(some: Sequence[str]) -> Any:
@@ -138,7 +138,7 @@ def _aligned(
 def as_searched(
     encoder: Encoder, texts: Sequence[str], questions: Sequence[Question], dense: Scored
 ) -> Ranking:
-    """As a swarm ranks what it found: three times as many of the nearest, by their words, too."""
+    """Ranks as a swarm does: three times as many of the nearest, also by their words."""
     rankings = []
     queries_QD = encoder.encode_questions([question.text for question in questions]).astype(np.float32)
     for question, query_D, (found, scores) in zip(questions, queries_QD, dense, strict=True):

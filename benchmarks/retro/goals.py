@@ -18,11 +18,11 @@ ERRORS = 2.0
 
 LEAST_PACE = 0.9
 MOST_LOSS = 1.01
-"""Of training while hosts fail, against that of honest ones."""
+"""The largest loss of training while hosts fail, against that with honest ones."""
 
 
 def verdicts(results: Mapping[str, Any], *, is_quick: bool = False) -> Iterator[Verdict]:
-    """Of all parts that were measured. Nothing is wanted of a quick run: it is too short."""
+    """Verdicts on all parts that were measured. Nothing is wanted of a quick run: it is too short."""
     for part, judge in _JUDGES.items():
         for verdict in judge(results[part]) if results.get(part) else ():
             yield replace(verdict, goal="", is_reached=None) if is_quick else verdict
@@ -41,7 +41,7 @@ class Compared:
         self.names = [name for name in (self.pairs[0][0] if self.pairs else ()) if name != ADDED]
 
     def of(self, variant: str, names: Sequence[str] | None = None) -> list[float]:
-        """Of models that read, one figure for each seed, in the mean over texts."""
+        """The figures of models that read, one for each seed, in the mean over texts."""
         wanted = self.names if names is None else names
         return [
             statistics.fmean(statistics.fmean(reads[name][variant]) for name in wanted)

@@ -49,12 +49,12 @@ from trainer_client.training.record import Progress
 Say: TypeAlias = Callable[[str], None]
 """Told what has been measured."""
 FAULTS = ("honest", "half of them die", "forged text", "omits the best", "malformed answers")
-"""Of a fourth of the hosts, but where they die."""
+"""Faults of a quarter of the hosts, except where half of them die."""
 _DYING = "half of them die"
 _DIE_AFTER = 10
 """Calls of all hosts together."""
 _SPEC = RetrievalSpec(layers=(1,))
-"""As trainers read unless they are told otherwise."""
+"""How trainers read unless they are told otherwise."""
 _BATCH, _CONTEXT, _HIDDEN = 4, 256, 128
 _HELD_OUT = 50
 _LIMIT_S = 60.0
@@ -91,7 +91,7 @@ class LocalCaller:
 
 
 class Waiting(nn.Module):
-    """In place of experts: nothing but the round trips of a forward and of a backward call."""
+    """What takes the place of experts: nothing but the round trips of a forward and of a backward call."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         result: Tensor = _Wait.apply(x_BTD)  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -205,7 +205,7 @@ class _Pace:
             )
 
     def figures(self) -> dict[str, float]:
-        """Between the two steps."""
+        """The figures between the two steps."""
         before, after = self._marks
         return {"steps": self.last - self.first} | {name: after[name] - before[name] for name in after}
 
@@ -274,7 +274,7 @@ def tokens_per_s(figures: Mapping[str, float]) -> float:
 
 
 def ms_per_1000_tokens(figures: Mapping[str, float], name: str = "cpu_s") -> float:
-    """Of CPU time."""
+    """Milliseconds of CPU time."""
     return 1e6 * figures[name] / (figures["steps"] * _BATCH * _CONTEXT)
 
 
@@ -283,7 +283,7 @@ def lookup_in(memory: Memory) -> NeighbourLookup:
 
 
 def faults(hosted: HostedMemory, steps: int, say: Say) -> dict[str, Any]:
-    """By the fault, how a run ended, and for how many chunks of other text it finds what it would of honest hosts."""
+    """For each fault, how a run ended, and for how many chunks of other text it finds what it would of honest hosts."""
     found: dict[str, Any] = {}
     tokens_BT = torch.from_numpy(hosted.tokens[: 32 * (_CONTEXT + 1)].astype(np.int64)).view(32, -1)
     honest: Tensor | None = None

@@ -33,9 +33,9 @@ from trainer_client.training.record import Progress
 OVERLAPS = {"none": 0.0, "12.5%": 0.125, "50%": 0.5, "all": 1.0}
 """The largest share of the target's runs of eight words that a neighbour may have."""
 SHARES = (0.25, 0.5, 1.0)
-"""Of the store."""
+"""Shares of the store."""
 LEARNED_OVERLAP = 0.5
-"""Of neighbours, while models learn: the default of trainers."""
+"""The largest overlap of neighbours while models learn: the default of trainers."""
 WAYS = ("reads", "deeper")
 _VALIDATED = "real 50%"
 """What models that read are given while they are validated."""
@@ -57,7 +57,7 @@ class Size:
     held_out: int = 120
     """Sequences of each domain."""
     characters: float = math.inf
-    """Of each domain."""
+    """Characters of each domain."""
     learning_rate: float = 3e-3
     spec: RetrievalSpec = field(default_factory=lambda: RetrievalSpec(64, 1, 160, (0,)))
 
@@ -70,7 +70,7 @@ class Size:
         return Manifest.model_validate({"name": "retro", "preset": "none", "model": model})
 
     def flops(self, layers: int, *, reads: bool) -> int:
-        """Of a forward pass, for each token: two for each number that is multiplied with a weight or a score."""
+        """FLOPs of a forward pass for each token: two for each number that is multiplied with a weight or a score."""
         D, spec = self.hidden, self.spec
         plain = layers * (24 * D * D + 2 * self.context * D) + 2 * D * self.vocabulary
         if not reads:
@@ -83,7 +83,7 @@ class Size:
 
     @property
     def deeper(self) -> int:
-        """As many layers as take about as many operations as reading does, and rather more."""
+        """A model with as many layers as take about as many operations as reading does, and rather more."""
         wanted = 0.99 * self.flops(self.layers, reads=True)
         return next(n for n in itertools.count(self.layers) if self.flops(n, reads=False) >= wanted)
 
@@ -97,7 +97,7 @@ class HeldOut:
 
     tokens_ST: Tensor
     given: Mapping[str, Tensor]
-    """By the variant: [S, U, N, L]."""
+    """Neighbours by the variant: [S, U, N, L]."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ class World:
 
     size: Size
     tokens_ST: Tensor
-    """To learn from."""
+    """Tokens to learn from."""
     given: Tensor
     """What the models that read are given with it."""
     tested: Mapping[str, HeldOut]
     bytes_V: NDArray[np.int64]
-    """Of each token."""
+    """Bytes of each token."""
     about: Mapping[str, Any]
 
     @classmethod
@@ -257,7 +257,7 @@ def test(world: World, model: LanguageModel) -> dict[str, dict[str, list[float]]
 
 @torch.no_grad()
 def _nats(model: LanguageModel, tokens_ST: Tensor, neighbours: Tensor | None) -> list[float]:
-    """Of each sequence, all that is predicted of it."""
+    """The nats of all that is predicted of each sequence."""
     model.eval()
     nats: list[float] = []
     for at in range(0, len(tokens_ST), _TESTED_AT_ONCE):

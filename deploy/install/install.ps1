@@ -139,7 +139,7 @@ $uv = Find-Uv (Join-Path $env:LOCALAPPDATA 'Programs\talkoot')
 # also mends and updates an installation that is there
 Invoke-Program -Program $uv -Arguments @(
     'tool', 'install', '--torch-backend', 'auto', '--python', $Python, '--reinstall-package', 'talkoot', $source
-) -WhenItFails 'uv could not install Talkoot, as it says above: behind a proxy, set HTTPS_PROXY; stop a node that runs; then run this again, which goes on from here'
+) -WhenItFails 'uv could not install Talkoot: see its message above. Behind a proxy, set HTTPS_PROXY. Stop a running node. Then run this again: it continues from here'
 $talkoot = 'talkoot'
 if (-not $DryRun) {
     $talkoot = Join-Path (& $uv tool dir --bin) 'talkoot.exe'

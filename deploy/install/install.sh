@@ -167,7 +167,7 @@ download_uv() {
 install_talkoot() {
     # also mends and updates an installation that is there
     run "$uv" tool install --torch-backend auto --python "$python" --reinstall-package talkoot "$from" ||
-        fail "uv could not install Talkoot, as it says above: mend that (behind a proxy, set HTTPS_PROXY), and run this again, which goes on from here"
+        fail "uv could not install Talkoot: see its message above. Behind a proxy, set HTTPS_PROXY. Then run this again: it continues from here"
     [ "$dry_run" ] && return
     bin=$("$uv" tool dir --bin)
     "$bin/talkoot" --version || fail "$bin/talkoot does not run: please report what it says"

@@ -136,7 +136,7 @@ class Callers:
         return self._caused.get(caller, 0.0) > most * steps or of_group > most_of_group * steps + _NOTHING
 
     def note_step(self, rows: Mapping[str, int]) -> None:
-        """Notes a step with the gradients of so many rows of each caller."""
+        """Notes a step with the gradients of each caller's number of rows."""
         total = sum(rows.values())
         parts = {caller: own / total for caller, own in rows.items() if own}
         group_parts: dict[str, float] = {}

@@ -66,7 +66,7 @@ from peer.optimizer import Optimizer
 _ROWS_WORTH_A_COPY = 64
 """Rows whose updates take longer to compute again than the parameters take to copy."""
 _LONGEST_WITHHELD_STEPS = 64
-"""After so many steps without them, withheld gradients are of parameters too old to be of use."""
+"""Steps without them after which withheld gradients are of parameters too old to be of use."""
 _UNKNOWN: Mapping[str, int] = MappingProxyType({})
 
 

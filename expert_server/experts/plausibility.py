@@ -63,7 +63,7 @@ class Scale:
 def require_plausible(
     uid: UID, state: Mapping[str, Tensor], update_count: int, known: Collection[Scale], spec: OptimizerSpec
 ) -> None:
-    """Raises StateError when no training can have led to the state after so many updates.
+    """Raises StateError when no training with this number of updates can have led to the state.
 
     `state`: with the names, shapes and dtypes of this expert's, and finite. `known`: of other states of an expert of
     this kind, at least of its first parameters.
@@ -92,7 +92,7 @@ def require_plausible(
 
 
 def _step(spec: OptimizerSpec, numbers: int) -> float:
-    """How far an optimizer step moves each of so many numbers, about."""
+    """How far an optimizer step moves each of this many numbers, about."""
     if spec.name != "sgd":
         return spec.learning_rate
     return spec.learning_rate * spec.clip_norm / (1 - spec.sgd_momentum) / sqrt(max(1, numbers))

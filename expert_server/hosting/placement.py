@@ -30,7 +30,7 @@ from peer.identity import PeerID
 _OUTLIER = 10
 """How many times the updates of a middling node's experts the most popular one can have taken."""
 BUSY_ROWS = 512
-"""An expert is overloaded when at least so many rows wait at each of its hosts."""
+"""An expert is overloaded when at least this many rows wait at each of its hosts."""
 BUSIER = 4
 """How many times as many rows must wait at its hosts as at those of the expert that is given up for it."""
 MOST_REPLICAS = 64
@@ -44,11 +44,11 @@ MOST_VACANT = 1024
 SAMPLED = 1024
 """How many active ones are read, to see which have few replicas. Other nodes read others."""
 FEW = 4
-"""Experts whose layers have split, of which a look reads at most so many: vacant ones, and others."""
+"""Experts in layers that have split, of which one look reads at most this many: vacant ones, and others."""
 MOST_REGIONS = 32
 """Regions that a look reads, at most, to see what is active. A layer that has just split has many."""
 CROWDED = 2
-"""An expert is crowded if it has more than so many times the replicas of another, which then gets one more."""
+"""An expert is crowded if it has more than this many times the replicas of another, which then gets one more."""
 _NONE_UNREAD: Mapping[UID, int] = MappingProxyType({})
 _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 

@@ -258,7 +258,9 @@ class LocalReplicas:
         def check(checkpoint: Checkpoint) -> None:
             expert.require_good(checkpoint.state, checkpoint.update_count)
             if is_behind(checkpoint.update_count, expert.update_count):
-                raise StateError(f"it has {checkpoint.update_count} updates of {expert.update_count}")
+                raise StateError(
+                    f"it has only {checkpoint.update_count} updates, and the one here {expert.update_count}"
+                )
 
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in others})
         able = [nodes[replica.peer_id] for replica in others if replica.peer_id in nodes]

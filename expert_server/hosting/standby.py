@@ -26,9 +26,9 @@ MAX_STANDBYS = 32
 _FETCHES = 3
 """Copies that are fetched at the same time, so that one that comes slowly does not hold up the others."""
 _MOVED = 1.01
-"""A copy is renewed when its host has taken so many times its updates."""
+"""A copy is renewed when its host's updates have grown by this factor."""
 _OLD_ROUNDS = 6
-"""A copy is also renewed when it is so many rounds old."""
+"""A copy is also renewed after this many rounds."""
 
 
 class StandbyCopies:

@@ -35,7 +35,7 @@ from peer.medoid import COMPARED, elementwise_median, medoid
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
-"""Once a host gave its state, the others get so much longer. A slow uplink sends a state of 7 MB in a minute."""
+"""How much longer the other hosts get once one has given its state. A slow uplink sends a state of 7 MB in a minute."""
 _AT_ONCE = 2
 """Experts whose states are compared at the same time, each with up to three states in memory."""
 

@@ -165,7 +165,7 @@ class PublisherFollower:
                 return
 
     async def drop_unlisted(self, size: int) -> None:
-        """Removes memories that no publisher lists any more, until there is room for so many bytes."""
+        """Removes memories that no publisher lists any more, until there is room for the given bytes."""
         for memory, since in list(self._unlisted.items()):
             if size <= self._hosted.room:
                 return

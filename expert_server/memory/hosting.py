@@ -242,7 +242,7 @@ class MemoryHosting:
         await self._shrink(smallest - self.hosted.room, seen)
 
     async def _shrink(self, size: int, seen: Mapping[ShardKey, SeenShard]) -> None:
-        """Drops shards of so many bytes, if enough others prove that they have them."""
+        """Drops shards of at least this size, if enough others prove that they have them."""
         for key in self._placement.to_drop(size) if size > 0 else ():
             store = self.hosted.stores.get(key.memory)
             if store is None or key.root not in store.shards:

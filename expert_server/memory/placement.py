@@ -56,7 +56,7 @@ def preference(key: ShardKey, peer_id: PeerID) -> int:
 
 
 def is_called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
-    """Whether the peer is among those whose turn it is to take a shard that lacks so many replicas.
+    """Whether it is this peer's turn to take a shard that lacks this many replicas.
 
     `looks`: in a row that found it lacking, from 1. `nodes`: in the swarm, about.
     """
@@ -115,7 +115,7 @@ class Placement:
         return [key for turn in turns for key in turn if key is not None]
 
     def to_drop(self, size: int) -> list[ShardKey]:
-        """This node's shards that can go to free so many bytes, those with the most replicas first.
+        """This node's shards that can go to free this much space, those with the most replicas first.
 
         None if they would not free as much.
         """

@@ -534,5 +534,5 @@ def _parsed(data: bytes) -> Passage:
         raise WireError("a shard with a passage that can't be parsed") from error
     passage = Passage.parse(message)
     if not data or passage.message().SerializeToString(deterministic=True) != data:
-        raise WireError("a shard with a passage in another form than it is written in")
+        raise WireError("a shard with a passage that is not in its one form")
     return passage

@@ -24,7 +24,7 @@ _LARGEST = torch.finfo(torch.float32).max
 _BLOCK_NUMBERS = 2**16
 """Multiplied at once: copies of all the rows of large calls would take as much memory as the calls."""
 _RADIX_ROWS = 2**16
-"""numpy sorts so many different numbers by their digits, which takes a fraction of the time."""
+"""numpy sorts numbers up to this limit by their digits, which takes a fraction of the time."""
 
 
 @dataclass(frozen=True, eq=False)

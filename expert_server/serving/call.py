@@ -52,9 +52,9 @@ _FLUSH_AFTER = 0.8
 _LEAST_BYTES_PER_S = 16_384
 """The slowest payload that is waited for: an upload of 1 Mbit/s that eight calls share."""
 _LOOP_NUMBERS = 2**18
-"""Tensors of so many numbers are converted on the loop: int4 takes 4 ms for them. Larger ones are on another thread."""
+"""Tensors of up to this size are converted on the loop: int4 takes 4 ms for them. Larger ones are on another thread."""
 _EXPERT_NUMBERS = 2**10
-"""An expert takes as long as so many numbers, however few rows it has."""
+"""The fixed cost of an expert, as a number of numbers, however few rows it has."""
 _AT_ONCE = 256
 """Experts whose work enters the queue in one turn of the loop."""
 _MOST_DESCRIBED = 2**20
@@ -264,7 +264,7 @@ class Call:
     ) -> None:
         """Reads the payload, has it computed, and writes the replies.
 
-        Raises ExpertError (FAILED_PRECONDITION) when the forward call is kept no more, WireError when the payload is
+        Raises ExpertError (FAILED_PRECONDITION) when the forward call is no longer kept, WireError when the payload is
         too short or too long or a number in it is not finite, and TimeoutError when it stalls.
         """
         tensors = await self._receive()
@@ -297,7 +297,7 @@ class Call:
             await self._requests.skip(size)
             await self._requests.expect_end()
             raise ExpertError(
-                StatusCode.FAILED_PRECONDITION, "the forward call is kept no more: send its inputs"
+                StatusCode.FAILED_PRECONDITION, "the forward call is no longer kept: send its inputs"
             )
         if cached is not None:
             inputs = cached.inputs

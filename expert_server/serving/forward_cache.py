@@ -165,7 +165,7 @@ class ForwardCache:
         self._make_room()
 
     def _evict(self, excess: int) -> None:
-        """Frees so many bytes, or fewer if versions have grown meanwhile.
+        """Frees this much memory, or less if versions have grown meanwhile.
 
         To add up what is kept takes a while. So that is done once, and not for each call that goes.
         """
@@ -219,7 +219,7 @@ class SeenRequests:
         self._count = 0
         self._by_caller: dict[str, OrderedDict[bytes, None]] = {}
         self._with: dict[int, dict[str, None]] = {}
-        """The callers with so many ids; none is empty. So those with the most are found at once."""
+        """The callers with this number of ids; none is empty. So those with the most are found at once."""
         self._most = 0
 
     def is_new(self, caller: str, request_id: bytes) -> bool:

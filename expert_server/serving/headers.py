@@ -69,7 +69,7 @@ class ParsedHeader:
 
     rows: int
     assignment: Assignment | None
-    """None if the call is for a forward call that is kept no more."""
+    """None if the call is for a forward call that is no longer kept."""
     cached: CachedForward | None = None
     """In backward: the forward call that was kept here."""
     held: Sequence[HeldSegments] = ()
@@ -230,9 +230,7 @@ def parse_held(
                 f"{len(counts)} counts of held rows for the {len(first_rows)} segments of expert {expert.uid}"
             )
         if (counts > assignment.positions[first_rows]).any():
-            raise WireError(
-                f"expert {expert.uid} can't hold more rows of a sequence than come before the next"
-            )
+            raise WireError(f"expert {expert.uid} can't hold more earlier rows of a sequence than there are")
         its_numbers = [numbers[segment] for segment in assignment.segment_of_row[first_rows].tolist()]
         held.append(HeldSegments(its_numbers, counts.tolist()))
     return held

@@ -55,7 +55,7 @@ class SequenceCache:
     def take(
         self, caller: str, uid: UID, numbers: Sequence[int], counts: Sequence[int]
     ) -> list[KeyValueCache]:
-        """Removes and returns the rows of one expert in these sequences, which must be so many; none where that is 0.
+        """Removes and returns the rows of one expert in these sequences, whose number must match; none where that is 0.
 
         Raises ExpertError (FAILED_PRECONDITION), and removes nothing.
         """

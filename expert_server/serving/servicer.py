@@ -79,7 +79,7 @@ class Budgets:
         self._bounded = limits != BudgetLimits()
 
     def take(self, caller: str, direction: Direction, rows: int, uids: Collection[UID], now: float) -> None:
-        """Counts a call with so many rows for all of its experts together.
+        """Counts a call by its rows for all of its experts together.
 
         Each expert in a backward call counts as one step, even if its rows are merged with others into one step. Raises
         ExpertError (RESOURCE_EXHAUSTED), and counts nothing.

@@ -53,11 +53,11 @@ _WORK = (2000.0, 1000.0)
 0.1 ms or less.
 """
 _BYTES_OF_WORK = 2048
-"""An entry is stored together with all others of its key, which are unpacked for that; the unit of work for so many
-packed bytes.
+"""An entry is stored together with all others of its key, which are unpacked for that; packed bytes that count as one
+unit of work.
 """
 _NEAREST_BURSTS = 1.5
-"""A peer that has had its share of values hears of nearest nodes until it is ahead by so much, and then of nothing."""
+"""A peer that has used up its share of values gets only nearest nodes until it is ahead by this, and then nothing."""
 _RESULT_OVERHEAD_BYTES = 8
 _WORK_OF_CONTACT = 2
 _DIALS_BACK = (8.0, 32.0)
@@ -276,7 +276,7 @@ class DHTServer:
         return pack_entries(new if room is None else some_of(new, room, self._rng))
 
     def _spend(self, sender: PeerID, size: int, now: float) -> None:
-        """Counts an answer of so many bytes."""
+        """Counts an answer of this size."""
         self._answers.take(sender, size, now)
         self._node.upload.spend(size)
 

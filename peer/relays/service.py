@@ -41,7 +41,7 @@ _REQUESTS_PER_S, _REQUESTS_AT_ONCE = 0.5, 8
 _OFFERS = 64
 """Callers of which a peer has not been told yet."""
 _LEAST_BYTES = 512
-"""A piece counts as so many at least: each takes time, however small it is."""
+"""The least size that a piece counts as: each takes time, however small it is."""
 _ADMITS_EVERY_S = 10.0
 """How often a call that lasts is asked whether its caller was denied or revoked since."""
 _CROWDED = "this relay has no room for more: try another"

@@ -193,7 +193,7 @@ class ChannelPool:
             raise UnreachableError("this peer stops, and calls nobody any more")
         ways = self._ways(peer)
         if not ways:
-            raise UnreachableError(f"node {peer.peer_id} gives no address that is called from here")
+            raise UnreachableError(f"node {peer.peer_id} has no address that can be called from here")
         is_detour = len(ways) == 1 and ways[0] in self._detours
         worked = ways[0] if is_detour else self._worked.get(peer.peer_id)
         if worked in ways:

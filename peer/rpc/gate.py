@@ -96,9 +96,7 @@ class Slots:
         if len(self._taken) >= self._most:
             loser = self._loser(slot, now)
             if loser is None:
-                raise ExpertError(
-                    StatusCode.RESOURCE_EXHAUSTED, "as many calls as are possible are under way", _RETRY_S
-                )
+                raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "too many calls are in progress", _RETRY_S)
             self._taken.remove(loser)
             loser.lost = True
         self._taken.add(slot)

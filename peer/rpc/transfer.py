@@ -267,7 +267,7 @@ class TransferPace(Pace):
 
 
 class TransferSlots:
-    """Lets so many transfers go on at the same time, and peers share them fairly. For one event loop.
+    """Limits the transfers in progress, and peers share them fairly. For one event loop.
 
     If all are taken, a newcomer gets that of the peer with the most, or if none has more than it would have, the slot
     that was taken first, once its transfer has had time enough at a fair rate. Who is cut off may go on later.

@@ -35,7 +35,7 @@ _FORM = 1
 _MAX_PICTURE_BYTES = 64 * 2**20
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _GAP_STEPS = 3
-"""A line is broken after so many steps without a figure."""
+"""Steps without a figure after which a line is broken."""
 _PICTURE = "picture"
 _SAY_EVERY_S = 600.0
 """How often a failure is logged: on a full disk every write fails."""
@@ -340,7 +340,7 @@ class _Span:
     end: int
     step_s: int
     shown_s: int
-    """Means over so many seconds, a multiple of the tier's step."""
+    """Means over intervals of this many seconds, a multiple of the tier's step."""
 
 
 def _spans(tiers: Sequence[Tier], since: float, now: float, most_points: int) -> list[_Span]:

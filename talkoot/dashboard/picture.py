@@ -26,7 +26,7 @@ from talkoot.status import trainer_state
 from trainer_client.memory.audits import Audit
 
 SILENCE_FACTOR = 1.5
-"""A peer has gone when it has not renewed its record for so many of its own periods."""
+"""A peer has gone when it has not renewed its record for this many of its own periods."""
 MAX_NODES = 20_000
 """Nodes that are shown at most, drawn at random if there are more."""
 MAX_TRAINERS = 1000

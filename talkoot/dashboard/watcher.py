@@ -51,7 +51,7 @@ _CREDITED_AT_ONCE, _CREDIT_S = 32, 15.0
 """Nodes whose receipts are read at a time, and how long that may take."""
 _CHECKED_CHANNELS = 16
 _FAILURES_TO_SAY_SO = 2
-"""The swarm counts as unreachable after so many failed readings in a row."""
+"""Failed readings in a row after which the swarm counts as unreachable."""
 
 _FIGURES = (
     ("nodes", "Live nodes.", "nodes", "live"),

@@ -40,7 +40,7 @@ def trainer_traffic(
     nodes: int = TYPICAL_NODES,
     nodes_per_token: int | None = None,
 ) -> Traffic:
-    """What a trainer moves to and from so many nodes for so many tokens a second, all mixtures together.
+    """What a trainer moves to and from its nodes at this speed, all mixtures together.
 
     Each token is for the manifest's top_k experts, which are anywhere, at `nodes_per_token` nodes at most.
 
@@ -52,7 +52,7 @@ def trainer_traffic(
 
 
 def nodes_of_token(experts: int, nodes: int, most: int | None = None) -> float:
-    """The mean number of nodes that host so many experts, each being at any node, where a token may go to `most`."""
+    """The mean number of nodes that host a token's experts, each being at any node, where a token may go to `most`."""
     chances = [1.0]  # of being at 0, 1, ... nodes
     for _ in range(experts):
         met = [chance * at / nodes for at, chance in enumerate(chances)]
@@ -62,7 +62,7 @@ def nodes_of_token(experts: int, nodes: int, most: int | None = None) -> float:
 
 
 def row_traffic(manifest: Manifest, rows_per_s: float, experts: float = 1.0) -> Traffic:
-    """What a trainer moves for so many rows a second, forward and backward, each for so many experts of a node."""
+    """What a trainer moves for this many rows a second, forward and backward, each for this many experts of a node."""
     # inputs and gradients of answers one way, answers and gradients of inputs the other
     tensors = 2 * encoded_bytes(1, manifest.width, codec_of(manifest.wire.codec))
     with_each = _NUMBER + (_WEIGHT if experts > 1 else 0.0)

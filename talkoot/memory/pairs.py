@@ -20,7 +20,7 @@ _CANDIDATES = 10
 """Passages that BM25 finds for a question, of which the first that does not answer it is a negative."""
 _AT_ONCE = 1024
 _VALIDATED = 20
-"""One title of so many is kept for validation."""
+"""One title in this many is kept for validation."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from trainer_client.memory.encoder import MAX_WORD_CHARACTERS, StaticEncoder, wo
 DIMENSIONS = 256
 _VOCABULARY = 65_536
 _MOST_WORDS = 2**22
-"""Distinct words that are counted. Words that come up first after so many others are rare."""
+"""Distinct words that are counted. Words that first come up after this many others are rare."""
 _PASSAGES_AT_ONCE = 2**14
 """Passages whose words are counted at once."""
 _BATCH = 1024

@@ -250,7 +250,7 @@ class _Export:
                 if not self._terminal.live:
                     fetched = bytes_in_words(self._experts.received_bytes)
                     logger.info(
-                        "layer %d is whole: %s, %s so far", layer, counted(len(sources), "expert"), fetched
+                        "layer %d is complete: %s, %s so far", layer, counted(len(sources), "expert"), fetched
                     )
 
     def _arriving(

@@ -50,7 +50,7 @@ def only(live: LiveExperts, kept: Collection[UID]) -> LiveExperts:
 
 
 def most_used(rows: Counter[UID], live: Collection[UID], share: float, least: int) -> frozenset[UID]:
-    """The most used experts: that share of each layer's live experts, and at least so many of each. Pure."""
+    """The most used experts: that share of each layer's live experts, and at least the given number of each. Pure."""
     by_layer: dict[int, list[UID]] = {}
     for uid in sorted(live):
         by_layer.setdefault(uid.layer, []).append(uid)

@@ -220,7 +220,7 @@ def test_a_codec_that_is_not_spoken_is_named(number: int) -> None:
         lambda: decode(bytearray(4), 1, codec),  # type: ignore[arg-type]  # as above
     ):
         with pytest.raises(
-            WireError, match=f"codec {number} is not spoken here; spoken: CODEC_FP32, CODEC_BF16"
+            WireError, match=f"codec {number} is not supported here; supported: CODEC_FP32, CODEC_BF16"
         ):
             use()
 

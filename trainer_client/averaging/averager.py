@@ -60,11 +60,11 @@ _FIRST_PAUSE_S = 1.0
 _TAKE_ATTEMPTS = 6
 """Trainers that a new one asks for their dense part, at most."""
 _PATIENCE_S = 60.0
-"""Once one has given it, the others get so much longer."""
+"""How much longer the others get once one has given it."""
 _REST = 3.0
 """After an exchange, its duration times this is left to the calls to experts."""
 _CALLS_IN_TURN = 4
-"""While this trainer begins one exchange, each other may begin so many with it: one that is faster calls more often."""
+"""How many exchanges each other trainer may begin with this one while it begins one: a faster one calls more often."""
 _OPEN_S = 10.0
 """The longest time that opening a session may take."""
 MAX_CALLS = 8

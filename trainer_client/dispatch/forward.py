@@ -45,7 +45,7 @@ from trainer_client.dispatch.spot_checks import SpotChecks
 _MAX_ROUNDS = 8
 """How many times a row's experts are chosen in one pass."""
 _FREE_ROUNDS = 2
-"""After so many choices a row prefers experts of peers that answered lately: its others were dead twice."""
+"""The choices after which a row prefers experts of peers that answered lately: its others were dead twice."""
 
 
 class ForwardRun:

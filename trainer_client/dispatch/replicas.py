@@ -23,7 +23,7 @@ _SLOWER = 2.0
 called lately, beyond which it is passed over.
 """
 _QUICK, _TRIED = 2, 1 / 16
-"""Where so many quick replicas of an expert are known, others that were not called lately get so few of its calls."""
+"""Quick replicas of an expert from which on others that were not called lately get only this share of its calls."""
 _MANY, _COMPARED_OF_MANY = 16, 8
 """If an expert has more than 16 replicas, 8 random ones are compared, with those that were called lately, unless none
 of these can be called.

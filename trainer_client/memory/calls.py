@@ -45,9 +45,9 @@ _LEAST_DEADLINE_S = 1.0
 MANY = 16
 """Queries, or passages, from which on answers are parsed and merged on a thread."""
 _SLOWER, _SLOWER_BY_S = 3.0, 0.05
-"""A host that takes so many times as long as the quickest replica, and so much longer, is passed over."""
+"""A host is skipped if it takes this many times as long as the quickest replica, and this much longer."""
 _HANGING = 4.0
-"""A call that was given up counts as so many times longer."""
+"""How many times longer a call that was given up counts."""
 _SLOW_FOR_S = 60.0
 """How long it is remembered how slow a host was."""
 _HOSTS = 4096

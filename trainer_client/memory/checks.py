@@ -75,7 +75,9 @@ class Ask:
         """Raises WireError if no honest host answers so."""
         missing = set(reply.missing[: len(self.shards)])
         if len(missing) != len(reply.missing) or not missing <= set(range(len(self.shards))):
-            raise WireError("a search whose missing shards are not those that were asked for")
+            raise WireError(
+                "an answer that names shards as missing that the search did not ask for, or names one twice"
+            )
         if len(reply.found) != len(self.sent):
             raise WireError(f"a search of {len(self.sent)} queries with {len(reply.found)} answers")
         if any(len(root) != HASH_BYTES for root in reply.text_roots):

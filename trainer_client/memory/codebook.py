@@ -31,7 +31,7 @@ class Codebook:
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, grid: Sequence[int], dimensions: int) -> Self:
-        """Raises WireError unless it has a centroid of so many finite numbers for each cell of the grid."""
+        """Raises WireError unless it has a centroid of the right number of finite numbers for each cell of the grid."""
         arrays = decode_arrays(data)
         centroids_CD = arrays.get("centroids")
         if centroids_CD is None or len(arrays) != 1 or centroids_CD.dtype != np.float16:

@@ -238,7 +238,7 @@ def _decode(data: bytes | memoryview, expected: _Forms) -> _Arrays:
 
 
 def _parse_vectors(arrays: _Arrays, prefix: str, words: int) -> tuple[Vectors, Floats]:
-    """The vectors of so many words, and their scales."""
+    """The vectors of all words, and their scales."""
     vectors_VD, scales_V = arrays[f"{prefix}vectors"], arrays[f"{prefix}scales"]
     count, dimensions = vectors_VD.shape
     if count != words or not 1 <= dimensions <= MAX_DIMENSIONS:

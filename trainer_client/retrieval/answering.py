@@ -110,7 +110,7 @@ class QueryEncoder(nn.Module):
         return to_vectors(self(_units(torch.from_numpy(vectors_BD))).numpy())
 
     def log_probabilities(self, found: Found, passages: int) -> Tensor:
-        """log p(z|x) of so many passages for each question, [B, K]; -inf where fewer were found."""
+        """log p(z|x) of the first passages for each question, [B, K]; -inf where fewer were found."""
         size = len(found.hits), passages
         vectors_BKD = np.zeros((*size, found.vectors_BD.shape[-1]), np.float32)
         words_BK, found_BK = torch.zeros(size), torch.zeros(size, dtype=torch.bool)

@@ -36,7 +36,7 @@ _SMEAR = 3.0
 _SHARPNESS = 2.0
 """How much longer the first queries are than usual."""
 _SEED = 2**20
-"""Apart from the seeds of the rest of the model, which has at most so many layers."""
+"""An offset that keeps its seeds apart from those of the rest of the model, which has fewer layers."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RetrievalSpec:
         return f"reads a memory by chunks of {self.chunk}"
 
     def chunks(self, tokens: int) -> int:
-        """How many chunks of so many tokens are whole."""
+        """How many chunks are complete after this many tokens."""
         return tokens // self.chunk
 
     def nothing(self, *shape: int) -> Tensor:

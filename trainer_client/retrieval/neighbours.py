@@ -19,7 +19,7 @@ Words: TypeAlias = Callable[[str], Sequence[str]]
 _RUN = 8
 """Words."""
 _OWN = 0.5
-"""A passage that has so much of a chunk is of the chunk's own document, or a copy of it."""
+"""A passage that has this share of a chunk is of the chunk's own document, or a copy of it."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class InFlightController:
         self._done_in_window = 0
 
     def note(self, seconds: float, ended_at: float, alone: bool) -> None:
-        """Records a step that took so many seconds; `alone`: no other step was in flight meanwhile."""
+        """Records a step and its duration; `alone`: no other step was in flight meanwhile."""
         if self.count == 1:
             if alone:
                 self._note_alone(seconds, ended_at)

@@ -29,7 +29,7 @@ from peer.platform.loop import new_event_loop
 from talkoot.signals import Stopped, run_until_stopped
 
 MOST_BUSY = 0.7
-"""Of the processor, in training. Beyond it waiting for the processor counts as waiting for experts."""
+"""The largest share of the processor in training. Beyond it waiting for the processor counts as waiting for experts."""
 
 
 async def run_processes(scenario: Scenario, console: Console) -> Measured:

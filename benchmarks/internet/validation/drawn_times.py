@@ -70,7 +70,7 @@ class _Delayed(torch.autograd.Function):
 
 
 def environment_of(package: Path, rows_per_s: float, jitter: float, seed: str) -> dict[str, str]:
-    """Of a node's process. `package`: as `make_package` gave it."""
+    """The environment of a node's process. `package`: as `make_package` gave it."""
     path = os.pathsep.join([str(package), os.getcwd(), os.environ.get("PYTHONPATH", "")])
     return {"PYTHONPATH": path, _ROWS_PER_S: str(rows_per_s), _JITTER: str(jitter), _SEED: seed}
 

@@ -31,9 +31,9 @@ class Stretch:
     peers: int
     """Nodes that live."""
     carried_bytes: float
-    """In all, each counted once."""
+    """Carried bytes in all, each counted once."""
     steps: Sequence[Step]
-    """Those that ended."""
+    """Steps that ended."""
     processor: float = 0.0
     """Share of the machine that the run's own processes used,"""
     machine: float = 0.0
@@ -45,7 +45,7 @@ class Stretch:
 
     @property
     def kbit_per_s(self) -> float:
-        """Of each node, there and back: what one sends, another receives."""
+        """The traffic of each node, there and back: what one sends, another receives."""
         return 2 * self.carried_bytes * 8e-3 / self.seconds / self.peers
 
     @property
@@ -72,7 +72,7 @@ class Adoption:
     taken: int
     """Replicas that others took in their place."""
     times_s: Sequence[float]
-    """From the deaths until each vacant expert was served, rising."""
+    """Seconds from the deaths until each vacant expert was served, rising."""
 
     @property
     def all_served_s(self) -> float:
@@ -89,13 +89,13 @@ class Measured:
 
     quiet: Stretch
     reading: Stretch
-    """With trainers that do not train."""
+    """The stretch with trainers that do not train."""
     training: Stretch
     adoption: Adoption
     after: Stretch
 
     def figures(self) -> dict[str, float]:
-        """Those that are compared."""
+        """The figures that are compared."""
         upkeep = self.quiet.carried_bytes / self.quiet.seconds
         all_upkeep = self.reading.carried_bytes / self.reading.seconds
         calls = self.training.carried_bytes - all_upkeep * self.training.seconds
@@ -117,5 +117,5 @@ class Measured:
 
 
 def ratio(figure: str, processes: Figures, simulated: Sequence[Figures]) -> float:
-    """Of the simulation against the processes."""
+    """The ratio of the simulation to the processes."""
     return fmean(run[figure] for run in simulated) / processes[figure]

@@ -87,7 +87,7 @@ class RealSwarm:
             await proxy.close()
 
     def _some_invite(self) -> str:
-        """Of any node that serves: the founder alone would have too much to do on a busy machine."""
+        """The invite of any node that serves: the founder alone would have too much to do on a busy machine."""
         invite: str = self._rng.choice(list(self._invites.values()))["invite"]
         return invite
 
@@ -124,14 +124,14 @@ class RealSwarm:
                 )
 
     async def _until_hosted(self) -> None:
-        """Until there is no room left, or nothing to be hosted more often."""
+        """Waits until there is no room left, or nothing to be hosted more often."""
         wanted = self._scenario.wanted_replicas
         await self._processes.until(
             lambda: sum(self._experts.values()) >= wanted, _START_LIMIT_S, "experts to be hosted"
         )
 
     async def _hosting(self) -> Hosting:
-        """As a peer reads it that joins."""
+        """What is hosted, as a peer that joins reads it."""
         invite, folder = Invite.parse(self._some_invite()), self._folder / "reader"
         folder.mkdir()
         identity = Identity.load_or_create(folder / "identity.key")
@@ -198,7 +198,7 @@ class RealSwarm:
         return sum(wire.there.bytes_carried + wire.back.bytes_carried for wire in self._wires)
 
     def _cpu_s(self) -> float:
-        """Of all processes of this run."""
+        """CPU seconds of all processes of this run."""
         total = 0.0
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             with suppress(psutil.NoSuchProcess):

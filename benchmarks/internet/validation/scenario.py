@@ -18,9 +18,9 @@ from peer.codec import Floats
 from talkoot.demo.links import Link
 
 _SLOWEST, _FASTEST = 1 / 3, 3.0
-"""Of a node against the middling one, at most."""
+"""The slowest and the fastest node against the middling one."""
 _FORWARD, _BACKWARD = 1 / 3, 2 / 3
-"""Of the computing for a row."""
+"""Shares of the computing for a row."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ class Scenario:
     spare: int = 1
     """and those that it adopts beyond."""
     replicas: int = 2
-    """Of each expert, as long as there is room."""
+    """Replicas of each expert, as long as there is room."""
     width: int = 128
     sequence: int = 64
     """Rows in a step. All of them go to the same experts."""
     top_k: int = 2
     rows_per_s: float = 70.0
-    """Of the middling node, forward and backward."""
+    """Rows per second of the middling node, forward and backward."""
     spread: float = 0.4
-    """Of the logarithm of the nodes' speeds."""
+    """The standard deviation of the logarithm of the nodes' speeds."""
     jitter: float = 0.2
-    """Of the logarithm of how long one batch takes at one node."""
+    """The standard deviation of the logarithm of how long one batch takes at one node."""
     link: str = "20mbit,60ms"
-    """Of each node."""
+    """The link of each node."""
     announce_every_s: float = 5.0
     quiet_s: float = 40.0
     """How long nothing but the nodes' upkeep is measured,"""
@@ -67,7 +67,7 @@ class Scenario:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
-        """From what `values` gave, read as JSON."""
+        """The scenario from what `values` gave, read as JSON."""
         return cls(**{f.name: values[f.name] for f in fields(cls)} | {"grid": tuple(values["grid"])})
 
     def values(self) -> dict[str, Any]:
@@ -101,12 +101,12 @@ top_k = {self.top_k}
 
     @property
     def wanted_replicas(self) -> int:
-        """In all, when no room is left or nothing wants more replicas."""
+        """Replicas in all, when no room is left or nothing wants more."""
         return min(self.nodes * self.room, self.replicas * self.manifest.experts_total)
 
     @property
     def node_settings(self) -> dict[str, Any]:
-        """Of every node, beside where it listens."""
+        """Settings of every node, besides where it listens."""
         return {
             "spare": self.spare,
             "replicas": self.replicas,
@@ -149,7 +149,7 @@ class Hosting:
         return sum(set(hosts) <= set(dead) for hosts in self.experts.values())
 
     def replicas(self, nodes: Collection[int]) -> int:
-        """That these nodes host."""
+        """Replicas that these nodes host."""
         return sum(len(set(hosts) & set(nodes)) for hosts in self.experts.values())
 
 

@@ -129,7 +129,7 @@ class SimulatedRun:
                 node.runtime.queued_rows = int(rows)
 
     async def _train(self, trainer: int) -> None:
-        """As `SwarmClient` puts a trainer together."""
+        """Trains with a trainer that is put together like that of `SwarmClient`."""
         scenario, world, timing = self._scenario, self._world, TrainerTiming()
         settings = settings_of(scenario)
         peer = world.add(EmulatedMachine(), SimulatedIdentity(10**6 + trainer))
@@ -165,7 +165,7 @@ class SimulatedRun:
             group.create_task(train(dispatcher, scenario, trainer, world.time, self._steps.append))
 
     def _silence(self) -> Adoption:
-        """As on the real side."""
+        """Silences nodes, as on the real side."""
         scenario, world = self._scenario, self._world
         hosting = Hosting(
             {

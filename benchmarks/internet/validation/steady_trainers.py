@@ -39,7 +39,7 @@ class Step:
 
     trainer: int
     began: float
-    """By the clock that `train` was given."""
+    """The start by the clock that `train` was given."""
     forward_s: float
     backward_s: float
     rows: int

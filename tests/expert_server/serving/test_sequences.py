@@ -174,11 +174,11 @@ WRONG: dict[str, tuple[Callable[[Call], object], str]] = {
     "too many counts": (holding(1, 2, held=[[0, 0, 0]]), "3 counts of held rows for the 2 segments"),
     "more than there can be": (
         holding(1, 2, held=[[0, 2]]),
-        "can't hold more rows of a sequence than come before",
+        "can't hold more earlier rows of a sequence than there are",
     ),
     "a huge count": (
         holding(1, 2, held=[[0, 2**32 - 1]]),
-        "can't hold more rows of a sequence than come before",
+        "can't hold more earlier rows of a sequence than there are",
     ),
     "kept": (lambda call: call.holding(1, 2).keeping(), "sequences are kept of forward calls alone"),
 }

@@ -143,8 +143,8 @@ WRONG_HEADERS: dict[str, tuple[Callable[[Call], None], tuple[str, ...]]] = {
     "no request id": (clear("request_id"), ("a request id of 0 bytes; expected 16",)),
     "a short request id": (set_header(request_id=b"x" * 15), ("a request id of 15 bytes; expected 16",)),
     "a long request id": (set_header(request_id=b"x" * 17), ("a request id of 17 bytes; expected 16",)),
-    "no codec": (clear("codec"), ("codec 0 is not spoken here; spoken: CODEC_FP32, CODEC_BF16",)),
-    "an unknown codec": (set_header(codec=77), ("codec 77 is not spoken here; spoken: CODEC_FP32, ",)),
+    "no codec": (clear("codec"), ("codec 0 is not supported here; supported: CODEC_FP32, CODEC_BF16",)),
+    "an unknown codec": (set_header(codec=77), ("codec 77 is not supported here; supported: CODEC_FP32, ",)),
 }
 
 

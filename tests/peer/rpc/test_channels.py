@@ -107,7 +107,7 @@ def test_what_is_nearer_than_the_swarm_is_not_dialled(pem: bytes) -> None:
     async def scenario() -> None:
         pool = ChannelPool(dialling=Dialling(AddressScope.GLOBAL))
         async with victim() as here:
-            with pytest.raises(UnreachableError, match="no address that is called from here"):
+            with pytest.raises(UnreachableError, match="no address that can be called from here"):
                 await pool.reach(Named(peer(0), (here.endpoint, Endpoint.of("localhost", 1)), pem))
             assert not here.dials
         await pool.close()

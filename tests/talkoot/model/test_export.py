@@ -96,7 +96,7 @@ def test_a_folder_has_the_experts_of_the_nodes_and_the_dense_part_of_a_run(
         *export(founder, out, "--resume", "--state", state, "--data-note", "sauna talk", "--json")
     )
     assert ended.status == 0, ended.err
-    assert "layer 1 is whole: 4 experts" in caplog.text
+    assert "layer 1 is complete: 4 experts" in caplog.text
     values = json.loads(ended.out.splitlines()[-1])
     assert (values["folder"], values["experts"], values["experts_total"]) == (str(out), 8, 8)
     assert_has_the_experts_of(founder, ModelFolder.open(out), frozenset(MANIFEST.uids()))
