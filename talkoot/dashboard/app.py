@@ -61,7 +61,7 @@ def make_app(
         Route("/healthz", endpoints.healthz),
         Route("/metrics", endpoints.metrics),
         Route("/sd", endpoints.discovery),
-        Route("/events", EventStream(watcher, streams)),
+        Route("/events", EventStream(watcher, streams), methods=["GET"]),
         Route("/api/v1/openapi.json", endpoints.openapi),
         Route("/api/v1/swarm", endpoints.swarm),
         Route("/api/v1/nodes", endpoints.nodes),

@@ -186,9 +186,10 @@ def test_elsewhere_any_name_is_answered(tmp_path: Path) -> None:
     assert not is_loopback("192.0.2.7")
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
-def test_it_only_reads(asked: Asked, method: str) -> None:
-    answer = asked.get("/api/v1/swarm", method=method)
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "TRACE"])
+@pytest.mark.parametrize("path", ["/api/v1/swarm", "/events"])
+def test_it_only_reads(asked: Asked, path: str, method: str) -> None:
+    answer = asked.get(path, method=method)
     assert (answer.status, list(answer.json())) == (405, ["error"])
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
