@@ -65,7 +65,7 @@ def run_apart(module: str, arguments: Sequence[str], limit_s: float) -> dict[str
 class Standby:
     """A module that says with a line of JSON that it has started, and answers each line it is sent with another.
 
-    Starting another while this one starts is the point of it. One that hangs is started anew.
+    Starting another while this one starts is the point of it. One that hangs is started again.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], limit_s: float) -> None:
@@ -114,7 +114,7 @@ class Standby:
         self._has_started = False
 
     def wait_until_started(self) -> None:
-        """Raises TimeoutError when it takes too long; `ask` then starts it anew."""
+        """Raises TimeoutError when it takes too long; `ask` then starts it again."""
         if not self._has_started:
             self._answer()
             self._has_started = True

@@ -2,8 +2,8 @@
 
 A token needs one call for each mixture, one after another. So one stream is held against what cannot be avoided: the
 same model's computing in one process, and as many calls of one row; and on a slow link, the round trips. Then 16
-streams that are decoded together, against the same in one process. Beside them what it costs to compute the whole text
-anew for each token. All in one run, in turns.
+streams that are decoded together, against the same in one process. For comparison, what it costs to compute the whole
+text again for each token. All in one run, in turns.
 
     python -m benchmarks.decoding [--quick] [--json FILE]
 """

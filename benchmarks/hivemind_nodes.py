@@ -3,9 +3,9 @@
     python -m benchmarks.hivemind_nodes [--nodes 10000]
 
 Each node knows up to 20 others of each distance, as in `benchmarks.simulated_swarm`, and stores nothing. PeerIDs are
-made anew in each table, as each process does when it reads them from answers. Ours has the others' contacts too, signed
-and with certificates. A `DHTNode` leaves those to its p2pd, a process that each of its peers runs. What that takes is
-measured with a real one, which some peers call and then leave.
+made again in each table, as each process does when it reads them from answers. Ours has the others' contacts too,
+signed and with certificates. A `DHTNode` leaves those to its p2pd, a process that each of its peers runs. What that
+takes is measured with a real one, which some peers call and then leave.
 """
 
 import argparse

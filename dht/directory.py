@@ -157,7 +157,7 @@ class Directory:
         return self.view.manifest.experts_total <= _MAX_READ
 
     async def refresh(self) -> View:
-        """Reads the swarm anew: the regions level by level, then the nodes that host replicas there.
+        """Reads the swarm again: the regions level by level, then the nodes that host replicas there.
 
         What lived is read again even if no prefix leads there: whoever hides a prefix hides no known expert. And some
         others, as hosts renew the prefixes seldom where a crowd seems to do it.
@@ -182,7 +182,7 @@ class Directory:
         return self.view
 
     def forget(self, peer_id: PeerID) -> None:
-        """The peer was found dead: its replicas don't count until it publishes its node record anew."""
+        """Notes that the peer was found dead: its replicas don't count until it publishes a new node record."""
         node = self.view.nodes.get(peer_id)
         if node is not None:
             self._gone[peer_id] = node.expires_at

@@ -1,6 +1,6 @@
 """The founder's two signed records: the manifest, and the list of revoked tokens.
 
-Every peer stores them again and again, so that they outlive the peers that held them. The founder signs each anew when
+Every peer stores them again and again, so that they outlive the peers that held them. The founder signs each again when
 half of its lifetime has passed. A peer with a state folder keeps both there too. So it can start again when nobody
 gives it the manifest, and knows from the start who is revoked.
 """

@@ -182,7 +182,8 @@ class RegionMap:
 
     def renews_index(self, home: Prefix, depth: int) -> bool:
         """Whether a node that announces in a region renews now the index entry that leads there from the first `depth`
-        coordinates. Of many hosts below an entry a few do, drawn anew each time: else all would write to few keys.
+        coordinates. Of many hosts below an entry a few do, a new random choice each time: otherwise all would write to
+        few keys.
         """
         hosts = 1
         for below in range(len(home[1]), depth, -1):

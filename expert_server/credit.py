@@ -186,7 +186,7 @@ class ReceiptFile:
         self._book = book
 
     async def open(self, done: Work = _NOTHING) -> None:
-        """Reads the file. One that is missing or broken counts as no receipts: trainers that still train sign anew.
+        """Reads the file. A missing or broken file counts as no receipts: trainers that still train sign again.
 
         `done`: by the node's own count.
         """

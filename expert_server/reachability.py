@@ -202,7 +202,7 @@ class ReachabilityMonitor:
             self.tunnel_addresses = tuple(await self._swarm.host.tunnel_addresses())
 
     def _note_router(self) -> None:
-        """Others are asked anew once the router forwards the port, another one, or none any more."""
+        """Others are asked again once the router forwards the port, another one, or none any more."""
         mapping = self._swarm.host.port_mapping
         forwarded = None if mapping is None else mapping.external
         if forwarded != self._forwarded:

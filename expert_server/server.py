@@ -93,7 +93,7 @@ class AccessControl:
         self._now = now
         self._own_problem = ""
         self._own_revoked = asyncio.Event()
-        """Set once this node's own token is."""
+        """Set once this node's own token is revoked."""
         # before anybody is served: what was revoked while this node was away is not in the DHT yet
         swarm.admission.revoke(self._revoked())
 

@@ -16,7 +16,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MOST_ASKED = 16
 """Missing nodes that are looked up at once."""
 _MOST_READ = 8
-"""Trainers whose records are read; of more, some are drawn. They average, so their losses are alike."""
+"""Trainers whose records are read; if there are more, a random sample. They average, so their losses are alike."""
 TRAINERS_EVERY_S = 300.0
 """The pause between two looks at the trainers. Where nobody trains, or few, one takes 0.1 MB: more than seven rounds
 may cost.

@@ -45,7 +45,7 @@ class Reservation:
 
 
 class FairBudget:
-    """What is reserved, and for whom. Pure: it knows no clock, and `revoke` is called for what others need."""
+    """How much is reserved for each owner. Pure: it knows no clock, and `revoke` is called for what others need."""
 
     def __init__(self, limit: int) -> None:
         """`limit`: in bytes, or in any other unit."""

@@ -387,7 +387,7 @@ class Host:
         return await bootstrap(self.dht, addresses, deadline_s)
 
     def _own_endpoint(self) -> Endpoint | None:
-        """The address of this peer's own server: it may be the relay of whom it calls."""
+        """The address of this peer's own server, which may be a relay for the peer it calls."""
         return Endpoint.of(self.config.listen, self._port) if self._port else None
 
     async def _accepting(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:

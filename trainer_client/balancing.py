@@ -248,7 +248,7 @@ def _capacities(scores_RE: Floats) -> Integers:
 
 
 def _slots(capacity_E: Integers) -> Integers:
-    """Each expert as many times as it may have rows."""
+    """Each expert, repeated as often as it may have rows."""
     return np.repeat(np.arange(len(capacity_E)), capacity_E)
 
 

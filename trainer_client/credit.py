@@ -118,7 +118,7 @@ class CreditAccounts:
         return sorted(found, key=lambda each: each[1].tried_at)
 
     async def open(self) -> None:
-        """Reads the file. If it is missing or broken, all is counted anew."""
+        """Reads the file. If it is missing or broken, counting starts over."""
         if self._path is None:
             return
         try:

@@ -1,8 +1,8 @@
 """A decentralized mixture of experts as a torch layer.
 
 Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. An expert
-answers its update f_k(x) - x, so that the sum over those that answered is right whatever its weights add up to, and
-nothing for a row that nobody answered. Where a row has several experts at one node, the node answers the mean of their
+answers its update f_k(x) - x, so the sum over those that answered is right whatever its weights add up to, and a row
+that nobody answered gets nothing. Where a row has several experts at one node, the node answers the mean of their
 updates by the weights that they have among each other, and that mean weighs as much as all of them together. The router
 says which experts a row is sent to, and what their answers weigh.
 

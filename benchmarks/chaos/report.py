@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 _LEAST_STEPS = 0.70
-"""Part of the calm run's."""
+"""The smallest share of the calm run's steps."""
 _MOST_STALL = 2.0
 """The longest stall, in call deadlines."""
 _MOST_LOSS = 1.03

@@ -215,7 +215,7 @@ class ChaosSwarm:
         await self.links.close()
 
     def faults(self) -> list[str]:
-        """After `stop`: who ended otherwise than told, and what was an error to them."""
+        """After `stop`: the programs that ended unexpectedly, and what they logged as errors."""
         found = [
             str(child.failure())
             for child in self._all

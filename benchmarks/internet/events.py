@@ -31,7 +31,7 @@ PARTED_SHARE = 0.4
 RESTARTED_SHARE, RESTARTED_WITHIN_S, RESTART_TAKES_S = 0.2, 300.0, 20.0
 DAY_S = 86_400.0
 TRAINED_BY, HEAVY = 10, 100.0
-"""Nodes for each trainer, and how many times as much as others the one trains that is a burden."""
+"""Nodes for each trainer, and how many times as much as others a trainer trains that is a burden."""
 BOOTSTRAPS = 3
 """The founder's own node, and the others that invites name."""
 

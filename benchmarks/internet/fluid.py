@@ -25,7 +25,7 @@ _PLENTY = 1e30
 _LEAST = 1e-9
 """The share of a slot's capacity, or of a job, below which it counts as nothing."""
 _MOST_OVER = 0.3
-"""The share of ended jobs above which the others are put together anew."""
+"""The share of ended jobs above which the others are put together again."""
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ def most_loaded(nodes: int, keys: float, holders: int) -> float:
 
     A peer is among the `holders` nearest of every key within a stretch of the key space that reaches to its fifth
     neighbour or so on each side: the sum of 2 · `holders` gaps between neighbours, each of which is exponentially
-    distributed, so that the stretch has a gamma distribution. It holds a Poisson-distributed number of keys. What is
-    returned is what one of all `nodes` exceeds on average.
+    distributed, so that the stretch has a gamma distribution. It holds a Poisson-distributed number of keys. The result
+    is the load that, on average, one of all `nodes` exceeds.
     """
     mean = keys * holders / nodes
     shape = 2 * holders

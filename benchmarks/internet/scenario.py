@@ -19,7 +19,7 @@ EXPERTS_PER_NODE = 0.7
 MOST_TRAINED = 128
 """Experts of a layer in a swarm that is trained."""
 START_S = 120.0
-"""Within which those join who are there at the start."""
+"""The time within which the first volunteers join."""
 LOOK_EVERY_S = 10.0
 _ROOM = {4: 1, 8: 2, 16: 3, 32: 6}
 """Experts that a machine with this much memory hosts."""

@@ -27,7 +27,8 @@ _MOST_ENTRIES = 4096
 _NOTHING = 1e-9
 """The share of a step or a group below which only rounding is left."""
 _SIZES_IN_A_SORT = 16
-"""The part of all callers' sizes that may change before the median is taken anew. With fewer callers, each time."""
+"""The share of all callers' sizes that may change before the median is computed again. With fewer callers, each time.
+"""
 
 
 class _Step(NamedTuple):

@@ -455,8 +455,8 @@ class HostingSurvey:
         return [(int(layer), tuple(map(int, row))) for layer, *row in rows if int(layer) not in split]
 
     def _rows_of_split(self, split: Collection[int], own: Collection[UID]) -> list[Prefix]:
-        """Where experts were vacant, a row of this node's, and another one: each in its turn. Of a huge grid, it is one
-        drawn at random, or of those that had hosts.
+        """In layers that have split: rows where experts were vacant, a row of this node's, and another one, by turns.
+        Of a huge grid, it is one drawn at random, or of those that had hosts.
         """
         rows = self._rng.sample(self._again, min(FEW, len(self._again)))
         if not split:

@@ -66,7 +66,7 @@ class RecentRows:
         """When each expert was noted last, its rows by then, and what they count."""
 
     def note(self, uid: UID, rows: int, now: float) -> int:
-        """`rows`: all that the expert has computed. They begin anew when it is taken again."""
+        """`rows`: all that the expert has computed. They start over when it is taken again."""
         then, before, recent = self._noted.get(uid, (now, 0, 0.0))
         recent *= math.exp2(-max(0.0, now - then) / _HALF_LIFE_S)
         recent += rows - before if rows >= before else rows

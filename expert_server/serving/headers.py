@@ -44,7 +44,7 @@ class CallSize:
     def bytes(self) -> int:
         """Memory that it needs beside what every call does.
 
-        Of each row as float32 the inputs, the answer, and in backward the gradient; of each pair what its expert is
+        For each row, as float32: the inputs, the answer, and in backward the gradient; of each pair what its expert is
         given and answers, and in backward the input and the update, too.
         """
         per_row, per_pair = (2, 2) if self.direction == "forward" else (3, 4)
@@ -60,7 +60,7 @@ class HeldSegments:
     numbers: Sequence[int]
     """Under which it is kept."""
     counts: Sequence[int]
-    """Rows before these; 0 where it starts anew."""
+    """Rows before these; 0 where it starts over."""
 
 
 @dataclass(frozen=True, slots=True)

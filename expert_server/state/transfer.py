@@ -51,8 +51,8 @@ MAX_SNAPSHOTS = 8
 SNAPSHOT_S = 300.0
 """How long they are kept."""
 _MAX_EXPORTED = 4
-"""Parameters kept in memory for those who export the model, unless memory is short: then an export that is cut off
-begins that expert anew.
+"""Parameters kept in memory for those who export the model, unless memory is short: then an interrupted export starts
+that expert over.
 """
 _PEER_SHARE, _PEER_BURST_S = 0.02, 2.0
 _ALL_SHARE, _ALL_BURST_S = 0.1, 10.0

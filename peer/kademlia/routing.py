@@ -243,7 +243,7 @@ class Backoff:
 
     def __init__(self) -> None:
         self._failures = BoundedDict[PeerID, tuple[int, float]](_REMEMBERED_SILENT)
-        """How often in a row, and until when it is not asked."""
+        """Failures in a row, and the time until which the peer is not asked."""
 
     def failed(self, peer_id: PeerID, now: float) -> None:
         """Calls that fail while it is not to be asked anyway count once."""

@@ -36,7 +36,7 @@ from peer.wire import contact_pb2, dht_pb2, session_pb2
 _CHANNELS = 512
 """Connections to others, of which those that have not been used for a while are closed."""
 _CALLS, _CALLS_OF_PEER = 1024, 64
-"""Under way, to all peers and to each. Further ones to a peer wait: it would refuse them."""
+"""Calls in progress, to all peers and to each. Further ones to a peer wait: it would refuse them."""
 _TRY_S = 5.0
 """The addresses of a peer are tried for so long. A stranger's dials must not take the channels of others."""
 _SILENT_S = 5.0

@@ -2,8 +2,8 @@
 
 A grid dimension grows by whole blocks of its coordinates. A block's experts are copies of the old ones, with noise, and
 so are its rows of the gate, to which a direction of its own is added: a token scores all experts of one block higher by
-as much. So its best experts are those that it had, in one of the blocks, and by the softmax among them they weigh what
-they did. Experts that look back at earlier rows see fewer of them, as a sequence is spread over blocks. Where a bias
+as much. So its best experts are the same as before, within one of the blocks, and the softmax among them gives the same
+weights. Experts that look back at earlier rows see fewer of them, as a sequence is spread over blocks. Where a bias
 evens out the load, the new blocks are held back by it, so that the model starts exactly as it was, and tokens move as
 the bias is corrected.
 

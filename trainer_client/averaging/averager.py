@@ -54,7 +54,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _DEADLINE_S = 120.0
 """The longest time that two trainers may take to exchange their dense parts."""
 _MAX_RECORDS = 256
-"""Trainers whose records are read in one search, at most; of more, a random sample."""
+"""Trainers whose records are read in one search, at most; if there are more, a random sample."""
 _FIRST_PAUSE_S = 1.0
 """The pause between the first two searches; it doubles up to the usual pause."""
 _TAKE_ATTEMPTS = 6

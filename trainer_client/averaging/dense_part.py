@@ -31,8 +31,8 @@ MAX_AGE = 10**12
 _MOST_SCALE = 4.0
 """How many times as large as one's own numbers another trainer's may be, in the whole or in one tensor."""
 _LEAST_LIKENESS = 0.25
-"""Smallest cosine between another trainer's dense part and one's own. Both start equal: moving away from the start by
-three times its own norm leaves 0.3, while noise or a flipped sign gives 0 or less.
+"""Smallest cosine between another trainer's dense part and this trainer's. Both start equal: moving away from the start
+by three times its own norm leaves 0.3, while noise or a flipped sign gives 0 or less.
 """
 _MERGES_REMEMBERED = 64
 """Averagings that `take_merges` can still return, at most."""

@@ -69,7 +69,7 @@ MOST_WANTED = MAX_K // 2
 CHECKED_SHARE = 1 / 50
 """Queries that a second replica is asked for, too."""
 _SPARE = 4
-"""Passages more that a host is asked for where some of the memory were revoked."""
+"""How many extra passages a host is asked for if some of the memory were revoked."""
 _CANDIDATES = 3
 """Passages read for each one wanted, where words count too."""
 _SATURATION, _LENGTH = 1.2, 0.75
