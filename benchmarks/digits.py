@@ -90,7 +90,7 @@ class Plan:
 
 
 QUICK = Plan(steps=150, nodes=1, delay_s=0.03, in_flight=3, learning_rate=1e-3, warmup=40)
-"""So long that it converges: after 100 steps at a hidden size of 32, 4 in flight alone cost 1 to 3 points."""
+"""Long enough to converge: after 100 steps at a hidden size of 32, 4 in flight alone cost 1 to 3 points."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -314,7 +314,9 @@ class Directory:
             await self._read_hidden()
 
     async def _read_hidden(self, avoided: frozenset[PeerID] = NOBODY) -> None:
-        """Others may announce an expert further down than who was found first, and can't be called or is avoided."""
+        """Notes that others may announce an expert further down than the host that was found first, which can't be
+        called or is avoided.
+        """
         hosted = [uid for uid in self._hurried if self.view.replicas.get(uid)]
         hidden = [uid for uid in hosted if not self.view.hosts(uid, avoided)]
         if hidden:

@@ -117,7 +117,7 @@ class Invite:
 
 
 def _unwrapped(text: str) -> bytes:
-    """What the first words of this text are in Base58, as many as the checksum wants. Raises ValueError."""
+    """The Base58 text in the first words, as many of them as the checksum needs. Raises ValueError."""
     line = ""
     for word in islice(_WORD.finditer(text), _MOST_LINES):
         line += word[0]

@@ -69,7 +69,7 @@ class LibraryEntry:
     manifest: Part
     revision: int
     passages: int
-    """Each once, though it lies in two cells."""
+    """Passages, each counted once although it lies in two cells."""
     total_bytes: int
     """The size of all shards."""
     licenses: tuple[str, ...]

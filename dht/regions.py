@@ -141,7 +141,7 @@ class RegionMap:
         return any(seen is not None and seen.split_until > self._now() for seen in pieces)
 
     def depths(self, below: Prefix) -> list[int]:
-        """How many coordinates the prefixes have at which hosts of an expert, or below a prefix, may announce: those
+        """The depths, in coordinates, at which hosts of an expert, or of experts below a prefix, may announce: those
         down to the first that has not split, as far as is known, without those where nobody announces.
         """
         found = []

@@ -56,8 +56,8 @@ class UpkeepPeriod:
         return part * self.seconds * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
 
     def note_round(self) -> None:
-        """A period is over: what it cost counts for the next ones, but a single one never for much: others may have
-        made it dear.
+        """Notes the end of a period: its cost affects the next ones, but a single one never much, as others may have
+        made it expensive.
         """
         spent = self._spent()
         cost = min(spent - self._before, self._most * ROUND_BYTES)

@@ -73,8 +73,8 @@ class ReceiptBook:
         self._most = most
         self._receipts: dict[PeerID, Receipt] = {}
         self._crowds: dict[PeerID, Hashable] = {}
-        """The token or the neighbourhood of each of their trainers; of those from before the start, where nobody has a
-        token, itself.
+        """The token or the neighbourhood of each of their trainers; of trainers from before the start, while nobody has
+        a token, the trainer itself.
         """
         self.forgotten: Work = Work()
         """What the node had done when it lost its receipts: a trainer's first one may be for that much more."""
@@ -100,7 +100,7 @@ class ReceiptBook:
         return self.signed.work.pairs / most if most else None
 
     def note_served(self, caller: PeerID, work: Work) -> None:
-        """It may sign for that from now on."""
+        """Notes what was served to a caller, which may sign for it from now on."""
         self._served[caller] = self._served.get(caller, Work()) + work
 
     def take(self, receipt: Receipt, near: str = "") -> bool:

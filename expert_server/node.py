@@ -77,7 +77,7 @@ _ACCOUNT_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class NodeTiming:
-    """How many times no owner has a reason to change, in seconds. Tests of a whole node shorten them."""
+    """Times, in seconds, that no owner has a reason to change. Tests of a whole node shorten them."""
 
     claim_wait_s: float = CLAIM_WAIT_S
     look_every_s: float = LOOK_EVERY_S

@@ -18,8 +18,8 @@ _MOST_ASKED = 16
 _MOST_READ = 8
 """Trainers whose records are read; if there are more, a random sample. They average, so their losses are alike."""
 TRAINERS_EVERY_S = 300.0
-"""The pause between two looks at the trainers. Where nobody trains, or few, one takes 0.1 MB: more than seven rounds
-may cost.
+"""The pause between two looks at the trainers. Where few or none train, one takes 0.1 MB, which is more than seven
+rounds may cost.
 """
 
 

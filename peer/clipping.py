@@ -75,7 +75,7 @@ class OwnMoves:
         return {name: move for name, move in moves.items() if move > 0}
 
     def radii(self, present: Distances) -> dict[str, float]:
-        """τ of each tensor that has moved, at a meeting before which own updates led `present` far.
+        """τ of each tensor that has moved, at a meeting. `present`: how far own updates have led since the last one.
 
         From one meeting to the next without own updates it shrinks to 1/2, 1/3, 1/4 …: n partners that meet an idle
         copy move it by about ln n radii, not by n.
@@ -94,7 +94,7 @@ class OwnMoves:
         return _REACH * _RADIUS * max(usual, now)
 
     def note(self, present: Distances) -> None:
-        """The meeting before which own updates led so far went well."""
+        """Notes that a meeting went well, before which own updates led this far."""
         self._idle_meetings = 0 if present else self._idle_meetings + 1
         for name, move in present.items():
             self._moves.setdefault(name, deque(maxlen=MEETINGS)).append(move)
@@ -144,7 +144,7 @@ def at_base(merged: Tensors, current: Tensors, base: Tensors) -> dict[str, Tenso
 
 
 def distance(base: Tensors, theirs: Tensors) -> float:
-    """Between the two, in all tensors of `base` together."""
+    """The distance between the two, in all tensors of `base` together."""
     return hypot(
         *(
             float(torch.linalg.vector_norm(theirs[name].to(torch.float64, copy=True).sub_(tensor)))

@@ -3,7 +3,7 @@
 All peers of a swarm compare expiry times with their own clocks. A clock that is set by an hour, even for a moment,
 would end whatever was stored, or keep it for an hour. So a process goes on with the time that it had. It adopts a new
 setting when most peers that it asked agree with that one, or when nobody could be asked for a while. Peers can only
-choose between what this machine's clock said before and says now, so liars gain nothing by the time that they tell.
+choose between what this machine's clock said before and what it says now, so liars gain nothing by naming another time.
 """
 
 import logging

@@ -83,7 +83,7 @@ def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
 
 
 def rounding_error(width: int, codec: "expert_pb2.Codec") -> tuple[float, float]:
-    """How far a row may be from what was encoded, at most: as a part of its norm, and beside that.
+    """How far a row may be from what was encoded, at most: as a share of its norm, and an absolute distance besides.
 
     Of rows within the codec's range.
     """

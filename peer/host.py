@@ -262,7 +262,7 @@ class Host:
         return [Multiaddress.of(e, peer_id) for e in endpoints if self.dialling.is_known(e, peer_id)]
 
     async def announce_at(self, endpoints: Iterable[Endpoint]) -> None:
-        """Others hear that the server is reached there, the best first. Names are looked up."""
+        """Announces that the server can be reached there, the best address first. Names are looked up."""
         self._announced = tuple(endpoints)
         self._own.set(addresses=tuple(await resolved(self._announced))[:8])
 

@@ -387,7 +387,7 @@ async def keep_running(
 
 @contextmanager
 def tolerating(name: str, restarts: Restarts | None = None) -> Iterator[None]:
-    """For one of several things, after which the others are done all the same. TalkootErrors pass, and nothing else."""
+    """Guards one of several things, so that the others are done all the same. TalkootErrors pass, and nothing else."""
     try:
         yield
     except TalkootError:

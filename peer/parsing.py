@@ -39,7 +39,7 @@ Message = Literal[
 `memory`: a record or a part of a memory.
 """
 _PEERS = 1024
-"""Peers of whom it is known that a line was logged."""
+"""Peers for which a line was logged."""
 
 
 class ParseGuard:

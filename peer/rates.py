@@ -1,4 +1,6 @@
-"""Rates: token buckets, budgets and turns that callers share, the bandwidth of all calls, the least of a sender."""
+"""Rates: token buckets, budgets and turns that callers share, the bandwidth of all calls, and the least rate of a
+sender.
+"""
 
 import asyncio
 import time
@@ -82,7 +84,7 @@ class Pace:
     """Waits for the messages of one sender or receiver, as long as it keeps to a least rate."""
 
     def __init__(self, rate: float, grace_s: float, what: str = "it") -> None:
-        """As in `LeastRate`. `what`: is waited for, in words."""
+        """As in `LeastRate`. `what`: what is waited for, in words."""
         self.late: str = f"{what} stalled, or came slower than {rate:.0f} bytes a second"
         """What a TimeoutError says."""
         self._least = LeastRate(rate, grace_s)
@@ -207,7 +209,7 @@ class SharedBudget(Generic[K]):
     """
 
     def __init__(self, rate: float, rate_of_each: float, burst_s: float = 16.0) -> None:
-        """Rates per second. `burst_s`: for so long's worth may be taken at once after a pause, by each and by all."""
+        """Rates per second. `burst_s`: the seconds' worth that each and all may take at once after a pause."""
         self._rate, self._rate_of_each = rate, rate_of_each
         self._burst_of_each = burst_s * rate_of_each
         self._all = TokenBucket(rate, burst_s * rate, 0.0)

@@ -87,7 +87,7 @@ _IN_WORDS = {
     "tuple_type": "must be a list",
     "finite_number": "must be finite",
 }
-"""What pydantic's kinds of errors are called here; of others its own message is told."""
+"""What pydantic's kinds of errors are called here; for others, pydantic's own message is shown."""
 _LONGEST_SHOWN = 40
 """Characters of a wrong value in a message."""
 

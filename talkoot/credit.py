@@ -142,7 +142,9 @@ class CreditLedger:
         kept[trainer] = counted
 
     def _trim(self, kept: dict[PeerID, _Counted], listed: Collection[PeerID]) -> None:
-        """`listed`: the trainers that the node named now. It puts those first that share no neighbourhood with many."""
+        """`listed`: the trainers that the node named now. It puts first the trainers that share no neighbourhood with
+        many others.
+        """
         while len(kept) > MAX_OF_NODE:
             crowded = largest_crowd({each: counted.signer for each, counted in kept.items()})
             del kept[min(crowded, key=lambda each: (each in listed, kept[each].work, each.to_bytes()))]

@@ -17,7 +17,7 @@ SEND_DEADLINE_S = 15.0
 """A stream is closed when its reader takes nothing for this long."""
 _MAX_CONNECTIONS = 1000
 _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
-"""For so long a connection may go on without a whole request, or with an answer that is not taken."""
+"""How long a connection may go on without a whole request, or with an answer that is not taken."""
 _LEAST_TAKEN = 2**16
 """Bytes of an answer that a client must take meanwhile."""
 _CLOSE_S = 2.0

@@ -35,7 +35,7 @@ class TrainingMetrics:
         self.step: int = 0
         """Steps done."""
         self.loss: float | None = None
-        """The loss of the last step. It may not be finite, as may not the next two."""
+        """The loss of the last step. It may be infinite or NaN, like the next two."""
         self.tokens_per_s: float | None = None
         self.validation: tuple[float, float | None] | None = None
         """The last one: in nats per token, and in bits per byte if that is known."""

@@ -65,7 +65,7 @@ class _Account:
     """The node as it was called last in this run."""
     tried_at: float = float("-inf")
     takes_none: bool = False
-    """It is of a release that knows no receipts."""
+    """Whether the node is of a release without receipts."""
 
 
 class CreditAccounts:

@@ -167,7 +167,7 @@ def of_best_nodes(found: Selection, limit: NodeLimit, k: int) -> Selection:
     """Each row's best k of the experts `found` [R, C], best first, that are at its best nodes.
 
     A node is as good as the logsumexp of its best k scores. Where those nodes have fewer than k experts, the row's best
-    elsewhere come after them: how many experts a row has must not hang on who hosts them.
+    elsewhere come after them: how many experts a row has must not depend on who hosts them.
     """
     rows, count = found.valid.shape
     node_RC = np.where(found.valid, limit.nodes[tuple(np.moveaxis(found.coordinates, -1, 0))], -1)

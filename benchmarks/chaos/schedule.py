@@ -10,7 +10,7 @@ _LEAST_WELL = 0.5
 _LEAST_ALIVE = 0.25
 """Part of them that stay up when one dies, but for the founder's death."""
 _POLITE = 3
-"""Every so manieth death is a stop, and no kill."""
+"""One death in this many is a stop, not a kill."""
 _STAYS_AWAY = 1 / 3
 """Part of the dead that come back only when they were missed."""
 _SOON, _LATE = (0.3, 0.8), (1.5, 2.5)
@@ -58,7 +58,7 @@ def make_schedule(seed: int, seconds: float, nodes: int = 8, every_s: float = 20
     busy_until[FOUNDER] = founder_dies * every_s  # nothing ails it before
 
     def draw(at_s: float, least: float, count: int = 1) -> tuple[int, ...]:
-        """Some nodes that nothing ails, as long as enough others are well too."""
+        """Some healthy nodes, as long as enough others are healthy too."""
         well = [n for n in range(nodes) if busy_until[n] <= at_s]
         most = min(count, len(well) - round(least * nodes))
         return tuple(sorted(rng.sample(well, max(0, most))))

@@ -26,7 +26,7 @@ from talkoot.demo.processes import DemoProcess, DemoProcesses
 HOST = "127.0.0.1"
 _START_LIMIT_S = 300.0
 _START_AT_ONCE = 3
-"""Nodes: of more on two cores the bootstrap answers the last too late."""
+"""The number of nodes: with more on two cores, the bootstrap answers the last one too late."""
 _LEAVE_LIMIT_S = 40.0
 _STOPPED_AT_START = 128 + signal.SIGTERM
 """Exit status of a node that was told to stop before it served."""

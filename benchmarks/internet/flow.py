@@ -29,7 +29,7 @@ class Ideal:
     as_placed: float
     """The bound with the replicas as they are."""
     free: float
-    """If every node computed rows of whatever expert needs it: no placement is better."""
+    """The bound if every node could compute rows of any expert: no placement is better."""
 
 
 def ideal_throughput(

@@ -60,7 +60,7 @@ class Fluids:
         self.now = 0.0
         self.slot_s = slot_s
         self.nothing = len(capacity)
-        """The number of a resource that never lacks."""
+        """The number of a resource that is never short."""
         self._capacity = np.append(capacity, _PLENTY) * slot_s
         self._in_group = np.zeros(groups, np.int16)
         self._later: dict[int, list[Jobs]] = {}

@@ -172,7 +172,7 @@ class Token:
 
 
 def most_tokens_per_s(token: Token, rows_per_s: float, bit_per_s: float) -> float:
-    """What nodes can do that compute so many rows together, forward and backward, and whose lines carry so much, in the
-    slower direction. No placement of experts is better.
+    """The throughput of nodes that compute this many rows a second, forward and backward, over lines that carry this
+    much in the slower direction. No placement of experts is better.
     """
     return min(rows_per_s / token.rows, bit_per_s / 8 / token.bytes)

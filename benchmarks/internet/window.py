@@ -79,7 +79,7 @@ class Window:
 
     @property
     def start_s(self) -> float:
-        """Within which trainers begin, not all at once."""
+        """The time within which trainers begin, not all at once."""
         return self.warm_up_s / 2
 
     @property

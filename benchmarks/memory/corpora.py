@@ -179,7 +179,7 @@ def write(corpora: Collection[Corpus], folder: Path, most: float = math.inf) -> 
 
 
 def definitions() -> Iterator[Definition]:
-    """WordNet's, of the first word of each sense; none if it is not installed."""
+    """WordNet's definitions of the first word of each sense; none if it is not installed."""
     for kind in ("noun", "verb", "adj", "adv"):
         path = _WORDNET / f"data.{kind}"
         if not path.exists():

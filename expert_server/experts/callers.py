@@ -185,7 +185,7 @@ class Callers:
 
 
 def _add(steps: dict[str, float], name: str, part: float) -> None:
-    """Keeps no name of which nothing is left."""
+    """Names of which nothing is left are dropped."""
     left = steps.pop(name, 0.0) + part
     if left > _NOTHING:
         steps[name] = left

@@ -47,7 +47,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _TAKES_INITIATIVE = 0.5
 """Share of its replicated experts that a node averages by its own initiative: others' make it about one each."""
 _PAUSE = 4
-"""How many times as long as a round took the pause after it is at least: slow uplinks have more to send than states."""
+"""The shortest pause after a round, as a multiple of how long it took: slow uplinks have more to send than states."""
 _LAST_AVERAGING_S = 5.0
 """The longest time that a node which gives its experts up averages them a last time."""
 _MAX_HINTS = 256
@@ -57,7 +57,7 @@ _AT_ONCE = 4
 _REFUSED = 4096
 """Replicas of others that are remembered as out of reach."""
 _LONGEST_REFUSED = 32
-"""How many times `average_every_s` it is left alone at most; at first once, and each further time twice as long."""
+"""The longest time, in `average_every_s`, for which such a replica is avoided; it starts with one and doubles."""
 _MOST_SCALE = 4.0
 """How many times as large another's second moments may be."""
 _MOST_SHRINKING = 1.5
@@ -198,7 +198,7 @@ class ReplicaAveraging:
 
         Returns an event that is set when the other node has fetched what it needs for that, or None if it won't. Raises
         TransferError, StateError or ExpertError if the replica could not be averaged; it is then as it was. If only the
-        other is out of this one's reach, it is asked nevertheless: this one may be in its own.
+        other is out of this one's reach, it is asked all the same: this one may be within the other's reach.
         """
         async with self._lock_of(uid):
             base = await self._snapshots.take(uid)

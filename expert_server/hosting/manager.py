@@ -53,7 +53,7 @@ _FIRM_LOOKS = 4
 _EXCHANGE_EVERY_S = 600.0
 """Shortest time between two exchanges."""
 _MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4
-"""Experts that one look can give up, and of how many the states are fetched at the same time."""
+"""Experts that one look can give up, and states that are fetched at the same time."""
 _PROOFS_S = 20.0
 """The longest time that all of that may take in one look."""
 _CLAIM_WITHIN_S = 10.0

@@ -28,7 +28,7 @@ from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_pl
 from peer.identity import PeerID
 
 _OUTLIER = 10
-"""How many times the updates of a middling node's experts the most popular one can have taken."""
+"""How many times as many updates as a median node's experts the most popular expert can have taken."""
 BUSY_ROWS = 512
 """An expert is overloaded when at least this many rows wait at each of its hosts."""
 BUSIER = 4
@@ -38,7 +38,7 @@ MOST_REPLICAS = 64
 MOST_PREFIXES = 1024
 """How many rows are read at a time, of layers that have not split into regions."""
 _ROWS_FOR = 6
-"""Looks at the same of them."""
+"""How many looks in a row read the same of them."""
 MOST_VACANT = 1024
 """How many vacant experts are read of them."""
 SAMPLED = 1024
@@ -126,7 +126,8 @@ def further_replica(
     unread: Mapping[UID, int] = _NONE_UNREAD,
     most: int = MOST_REPLICAS,
 ) -> UID | None:
-    """An expert with enough replicas of which a peer with room hosts another; None if there is nothing to gain.
+    """An expert that has enough replicas, and of which a peer with room hosts one more; None if there is nothing to
+    gain.
 
     It is one whose hosts are all overloaded; or one with the fewest replicas, for a peer that hosts nothing or only
     crowded experts: no volunteer stands by without need. None gets more than `most`, or more claims than hosts that
@@ -477,8 +478,8 @@ class HostingSurvey:
         return list(dict.fromkeys([*rows, *mine[:1], (layer, drawn)]))
 
     def _turn(self) -> random.Random:
-        """Draws the same for several looks, and otherwise for other nodes: what is read again costs less, and an expert
-        must be vacant twice in a row before it is adopted.
+        """Draws the same for several looks, but differently on other nodes: what is read again costs less, and an
+        expert must be vacant twice in a row before it is adopted.
         """
         return random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
 

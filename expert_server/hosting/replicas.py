@@ -341,7 +341,7 @@ class LocalReplicas:
         return taken
 
     async def _build_for(self, seconds: float, wanted: Iterable[UID]) -> None:
-        """Waits for so long, and meanwhile builds as many of the experts as it can."""
+        """Waits for this long, and meanwhile builds as many of the experts as it can."""
         clock = asyncio.get_running_loop().time
         ends = clock() + seconds
         for uid in wanted:

@@ -109,7 +109,7 @@ class WholeParameters:
     async def fetch(
         self, uid: UID, nodes: Sequence[NodeInfo], cap: Callable[[int], int], unreachable: set[PeerID]
     ) -> tuple[PeerID, Checkpoint] | None:
-        """Parameters that one of the first three `nodes` gave which give good ones, and whose they are.
+        """Parameters from one of the first three `nodes` that give good ones, and whose they are.
 
         `cap` and `unreachable`: as in `WholeStates.take`. Returns None if nobody gave any.
         """
@@ -144,7 +144,7 @@ async def _given(
     fetch: Callable[[NodeInfo], Awaitable[Checkpoint]],
     unreachable: set[PeerID],
 ) -> list[tuple[PeerID, Checkpoint]]:
-    """What the first three of the nodes give which give a good state.
+    """The states of the first three nodes that give good ones.
 
     `fetch`: raises TransferError or StateError. Nodes that are `unreachable` are left out, and those that do not
     answer, or stall, are added.

@@ -63,7 +63,7 @@ class ReplicaProofs:
         """How long hosts were doubted last because their node record was not found."""
 
     def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
-        """What was seen, without what doubted hosts say that they serve."""
+        """What was seen, without the claims of doubted hosts."""
         now = self._clock()
         doubted = {peer_id for peer_id, until in self._doubted_until.items() if until > now}
         return {key: replace(shard, serving=shard.serving - doubted) for key, shard in seen.items()}

@@ -34,7 +34,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 MAX_SOURCES = 4
 """Other peers whose states of one expert are kept."""
 _OLD_S = 7 * 86400.0
-"""After which a state of another peer gives way to that of a fifth."""
+"""Seconds after which a state of another peer gives way to that of a fifth."""
 _SOURCE = re.compile(rf"{AVERAGED}|[1-9A-HJ-NP-Za-km-z]{{2,64}}")
 """A PeerID, or what stands for it."""
 _REFUTED = 1024

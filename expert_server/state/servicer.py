@@ -78,7 +78,9 @@ class HintQueue:
     """
 
     def __init__(self, limit: int, average_every_s: float) -> None:
-        """`limit`: experts, of all hints together. `average_every_s`: between two hints of a peer for one of them."""
+        """`limit`: experts, of all hints together. `average_every_s`: the time between two hints of a peer for the same
+        expert.
+        """
         self._room = FairBudget(limit)
         self._average_every_s = average_every_s
         self._waiting: OrderedDict[PeerID, dict[tuple[UID, bool], tuple[FetchHint, Reservation]]] = (
@@ -254,7 +256,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
 
 
 def _right_for(request: state_pb2.FetchRequest) -> Right:
-    """Who may ask what an expert answers may ask for what it answers with, and for no more."""
+    """Whoever may call an expert may fetch its parameters, and nothing more."""
     if request.version:
         return session_pb2.RIGHT_FORWARD
     return session_pb2.RIGHT_EXPORT if request.parameters else session_pb2.RIGHT_FETCH

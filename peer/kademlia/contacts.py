@@ -1,9 +1,9 @@
 """Where this peer reaches the nodes of the DHT: the newest contact of each that it has heard of, within bounds.
 
 Keys are cheap, and so are contacts of peers that do not exist. So contacts of peers that were really reached are kept
-apart from those that were only heard of. If there are too many of those, one of the neighbourhood with the most goes,
-which is that of whoever runs many peers on few machines. A neighbourhood is where a peer was reached or called from,
-whatever else its contact names.
+apart from those that were only heard of. If there are too many of those, the neighbourhood with the most loses one:
+that of whoever runs many peers on few machines. A neighbourhood is where a peer was reached or called from, whatever
+else its contact names.
 """
 
 from array import array
@@ -206,7 +206,7 @@ class ContactBook:
         return known
 
     def _file(self, known: _Known, endpoint: Endpoint) -> None:
-        """Among the reached ones, as the one reached last."""
+        """Adds a contact among the reached ones, as the one reached last."""
         known.at, known.near = endpoint, _near(endpoint)
         self._reached.pop(known.peer_id, None)
         self._reached[known.peer_id] = known

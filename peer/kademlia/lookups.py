@@ -62,7 +62,7 @@ alone."""
 _NAMES_ASKED = 0.25
 """Share of the calls for keys that were looked up before which ask who else is near."""
 _CALLS_OF_NODE = 8
-"""Under way in one look-up."""
+"""Calls in progress in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
 """Bytes in one request to store items."""
 _PATIENCE_S = 1.0
@@ -156,8 +156,8 @@ class Lookups:
     ) -> dict[int, Found]:
         """Looks up all keys, and stores what is found. `besides_self`: leaves out what this peer itself stores.
 
-        `patience_s`: so long the search for a key to which few have answered waits for late answers, if any peer has.
-        `room`: bytes of entries that each peer gives for a key, beside index entries, drawn at random; None: all.
+        `patience_s`: how long the search for a key with few answers waits for late ones, if it has any. `room`: bytes
+        of entries that each peer gives for a key, beside index entries, drawn at random; None: all.
         """
         now = asyncio.get_running_loop().time()
         if limits.witnesses and now >= self._sample_at:

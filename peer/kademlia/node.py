@@ -224,7 +224,7 @@ class KademliaNode:
     ) -> dht_pb2.PingResponse | None:
         """The answer of a peer that serves keys. It enters the routing table, and leaves it if it does not answer.
 
-        `dials_back`: it is asked to.
+        `dials_back`: whether it is asked to dial back.
         """
         answer = await self._ping(peer_id, deadline_s, dials_back)
         return answer if answer is not None and serves_keys(answer.peer) else None
@@ -256,9 +256,9 @@ class KademliaNode:
     ) -> dict[int, FindResult] | None:
         """The answers for the first keys, or for all: a message has an end.
 
-        None if the peer gives no proper answer. `checker`: takes turns with other answers. `have`: of each key, what
-        this peer has, and need not be told. `room`: bytes of entries wanted for each key; None for all.
-        `contacts`: how many contacts are wanted for each key; None for as many as there is room for.
+        None if the peer gives no proper answer. `checker`: takes turns with other answers. `have`: what this peer
+        already has under each key. `room`: bytes of entries wanted for each key; None for all. `contacts`: how many
+        contacts are wanted for each key; None for as many as there is room for.
         """
         known = {} if contacts == 0 else self.transport.contacts.known(keys)
         places = [peer.to_bytes() for peer in known.values()]

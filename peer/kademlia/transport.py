@@ -38,7 +38,7 @@ _CHANNELS = 512
 _CALLS, _CALLS_OF_PEER = 1024, 64
 """Calls in progress, to all peers and to each. Further ones to a peer wait: it would refuse them."""
 _TRY_S = 5.0
-"""The addresses of a peer are tried for so long. A stranger's dials must not take the channels of others."""
+"""How long the addresses of a peer are tried. A stranger's dials must not take the channels of others."""
 _SILENT_S = 5.0
 """How long a peer is left alone after nobody answered at its addresses."""
 _REFUSED = (StatusCode.FAILED_PRECONDITION, StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED)

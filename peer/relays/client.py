@@ -32,14 +32,14 @@ Message: TypeAlias = "relay_pb2.ReserveRequest | relay_pb2.CircuitPiece"
 Call: TypeAlias = Any
 """grpc's StreamStreamCall, whose messages have no type."""
 _OWN_CHANNELS, _DIAL_CHANNELS = 16, 256
-"""Limits for channels to relays where this peer has reservations, and to those of others. Apart, for strangers name the
-latter.
+"""Limits for channels to relays where this peer has reservations, and to those of others. They are separate because
+strangers name the latter.
 """
 _FETCH_S = 5.0
 _OPEN_S = ACCEPT_S + 2.0
 """Time for a session and the relay's first reply; it waits for the other end in between."""
 _IDLE_S = 600.0
-"""A circuit that carries nothing for so long ends. gRPC opens another when it needs one."""
+"""A circuit that carries nothing for this long ends. gRPC opens another when it needs one."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class RelayClient:
 
         `certificate_of`: a relay's certificate, PEM, if it is known. If not, it is fetched.
 
-        `own_endpoint`: where this peer's own server listens on this machine; None: it has none. There it reaches peers
-        that have their reservations at this very peer.
+        `own_endpoint`: where this peer's own server listens on this machine; None: it has none. Through it, this peer
+        reaches peers whose reservations are at itself.
 
         `admission`: has this peer's badge.
         """

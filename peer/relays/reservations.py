@@ -50,7 +50,7 @@ while.
 _CIRCUITS_OF_RELAY = 32
 _REPLIES_PER_S, _REPLIES_AT_ONCE = 10.0, 64
 _ABUSE_S = 8.0
-"""A relay that is so far beyond its rate is given up."""
+"""How far beyond its rate a relay may go before it is given up."""
 
 
 class Reservations:

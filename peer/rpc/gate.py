@@ -38,8 +38,9 @@ _CALLS_WITHOUT_SESSION = 32
 know.
 """
 _OWN_PLACES = {"talkoot.v1.DhtService": 512, "talkoot.v1.RelayService": 512}
-"""Places for the calls of these services, in sessions. They neither take those of other calls nor lose theirs to them:
-many of the first must not hold up experts, and one of the second lasts for hours."""
+"""Places for the calls of these services, in sessions. They don't compete with other calls for places: the first kind
+is frequent and must not hold up experts, and the second lasts for hours.
+"""
 _LASTING = "talkoot.v1.RelayService"
 """A service whose calls wait for their callers most of the time, and keep their places all the same."""
 _FIRST_MESSAGE_S, _NEXT_MESSAGE_S = 10.0, 20.0
@@ -49,7 +50,7 @@ _UNREAD_S = 20.0
 _END_S = 5.0
 """The longest time that the end of a call waits to be taken, with the reply before it."""
 _PATIENCE_S = 1.0
-"""For so long a call may wait for its caller before its place goes to another if there is none left."""
+"""How long a call may wait for its caller before it may lose its place to another."""
 _MOST_BYTES = {"talkoot.v1.MemoryService": 512 * 2**10}
 """The limit of a message to these services; the largest search fits in. A larger one counts as empty: a few MB of tiny
 fields would take the loop a tenth of a second to parse, and thirty times their size.
@@ -59,7 +60,7 @@ _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
 _STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE = 5.0, 40.0
 """On one connection without a session."""
 _ABUSE_S = 1.0
-"""Whoever is so far beyond its rate loses its connection: even refusing calls would cost too much."""
+"""How far a caller may exceed its rate before it loses its connection: even refusing calls would cost too much."""
 _RETRY_S = 0.5
 _LOG_EVERY_S = 600.0
 """The pause between two tracebacks of the same fault."""
@@ -260,7 +261,7 @@ class CallGate(grpc.aio.ServerInterceptor):
     async def _end(self, call: "_Context", end: "_EndedError") -> None:
         """Ends a call whose place is free already. A caller that does not take that loses its connection.
 
-        For gRPC takes no status before the last reply has gone, and keeps both as long as the connection stands.
+        gRPC accepts no status before the last reply has gone, and keeps both as long as the connection lasts.
         """
         watch = asyncio.get_running_loop().call_later(
             _END_S, self._connections.punish, call.connection, "unread"

@@ -34,7 +34,7 @@ GRACE_S = 10.0
 """How long a transfer may stall."""
 _FAIR_BYTES_PER_S = 125_000
 _FAIR_S = 10.0
-"""While others wait, a transfer may take so long, and as long as its bytes take at this rate."""
+"""While others wait, a transfer may take this long, plus the time of its bytes at this rate."""
 _CUT_OFF = "others wait, and your transfer was slow or not your only one: go on with it soon"
 _BUSY_S = 1.0
 _ATTEMPTS = 5
@@ -277,7 +277,7 @@ class TransferSlots:
         self._most = most
         self._clock = clock
         self._taken: dict[object, tuple[PeerID, float, Callable[[], None]]] = {}
-        """Peer, when it has had enough, and what cuts it off; the first first."""
+        """The peer, the time after which it has had its share, and what cuts it off; the first first."""
 
     def __len__(self) -> int:
         return len(self._taken)

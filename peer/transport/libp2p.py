@@ -41,7 +41,7 @@ _MOST_ADDRESSES = 8
 _RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Before p2pd is started again. The last one holds for all later tries."""
 _STEADY_S = 60.0
-"""A p2pd that ran for so long died of something new, and the pauses start from the first."""
+"""A p2pd that ran this long died of something new, and the pauses start from the first."""
 _MOST_DAEMON_BYTES = 256 * 2**20
 """A p2pd that takes more memory is started again. Usually it takes about 60 MiB."""
 _WATCH_EVERY_S = 1.0

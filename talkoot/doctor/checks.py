@@ -284,7 +284,7 @@ async def ask_peers(
 def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
     """Judges by the median of the peers' answers, so that a single lie has no effect.
 
-    Without any, what DHT peers said when this one joined must do: a wrong clock finds no nodes to ask.
+    Without any, it judges by what DHT peers said when this one joined: with a wrong clock, it finds no nodes to ask.
     """
     if not links and CLOCK.warning:
         return Finding(name="clock", verdict=Verdict.PROBLEM, says="it is wrong", fix=CLOCK.warning)

@@ -45,7 +45,7 @@ _LOOKING = 0.2
 """Part of the time that looks may take: of a memory with many cells, one is many look-ups."""
 _SHOW_EVERY_S = 10.0
 _PATIENCE_S = 60.0
-"""Without progress, after which the publisher is told what may be the reason."""
+"""Seconds without progress after which the publisher is told what may be the reason."""
 _FAREWELL_S = 2.0
 _KEEP_EVERY_S = 3600.0
 _CHANNELS = 16

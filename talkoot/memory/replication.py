@@ -23,7 +23,7 @@ class Replication:
     """Who serves the shards of a memory, for those who have its manifest."""
 
     by_root: Mapping[bytes, frozenset[PeerID]]
-    """Who serves each shard, those of the manifest alone."""
+    """Who serves each shard of the manifest, and of no other."""
 
     @classmethod
     def of(

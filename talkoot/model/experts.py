@@ -56,7 +56,7 @@ class SwarmExperts:
     """All experts of a swarm. `survey` first. For the loop's thread, but for `each`. Close it when done."""
 
     def __init__(self, swarm: Swarm, download_mbit: float | None, wait_s: float) -> None:
-        """`wait_s`: how long experts whose hosts are gone are waited for, since the last expert that came."""
+        """`wait_s`: how long to wait for experts whose hosts are gone, counted from the last expert that came."""
         self.hosts: Mapping[UID, Sequence[Replica]] = {}
         """The replicas of each expert that some node serves."""
         self.nodes: dict[PeerID, NodeInfo] = {}
@@ -82,7 +82,7 @@ class SwarmExperts:
         return int(total(self._states.metrics.bytes, direction="received"))
 
     async def survey(self) -> list[UID]:
-        """Reads who hosts what. Returns the experts that nobody does. Raises UnreachableError."""
+        """Reads who hosts what. Returns the experts that no node serves. Raises UnreachableError."""
         replicas: dict[UID, tuple[Replica, ...]] = {}
         uids = await self._listed_uids()
         for start in range(0, len(uids), _READ_AT_ONCE):

@@ -38,7 +38,7 @@ def run_serve(
 ) -> None:
     """Serves until a signal arrives, which is not an error. Raises UserError when it can't start.
 
-    `folder`: of a model; None: a run's model, with the experts of the swarm that `join` is the invite of.
+    `folder`: of a model; None: a run's model, with the experts of the swarm to which `join` is an invite.
     """
     if (join is None) == (folder is None):
         raise SettingsError(

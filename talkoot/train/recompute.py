@@ -52,14 +52,14 @@ class RecomputedExpert:
     """Computes on the CPU, on the thread that calls."""
 
     def __init__(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors`: what it has in place of the block's own."""
+        """`tensors`: what replaces the block's own."""
         self._block = block
         self._tensors = dict(tensors)
 
     def updates(self, inputs: Floats, lengths: Integers, positions: Integers, precision: Precision) -> Floats:
         """The updates of rows [R, W] in segments [S] at positions [R], as `Expert.forward` gives them.
 
-        tf32 is not to be had on a CPU: its updates are those of fp32.
+        A CPU has no tf32: its updates are those of fp32.
         """
         device = ComputeDevice("cpu", "bf16" if precision == "bf16" else "fp32")
         x_RD = torch.from_numpy(inputs)

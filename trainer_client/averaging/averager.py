@@ -305,7 +305,9 @@ class Averaging:
             pause_s = min(2 * pause_s, self._schedule.search_every_s)
 
     async def _keep_averaging(self) -> None:
-        """Others that call put it off, by `every` steps at most: or one of them could keep it to itself."""
+        """Calls from others postpone it, by `every` steps at most: otherwise one of them could keep this trainer to
+        itself.
+        """
         exchange, after, ended_at_step = self.exchange, self._steps_to_next(), 0
         while True:
             self._stepped.clear()

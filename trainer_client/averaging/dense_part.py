@@ -256,8 +256,8 @@ class SharedParameters:
     def require_in_reach(self, base: DensePart, theirs: Tensors, moves: Distances) -> None:
         """Raises OutOfReachError when `theirs` is further from `base` than trainers of like speed are from each other.
 
-        `moves`: those to `base`. A trainer that has not moved has no measure, and refuses nobody: nor does it believe
-        anybody (`merge`). May be called as `moves_to` may.
+        `moves`: those to `base`. A trainer that has not moved has no measure: it refuses nobody, and believes nobody
+        (`merge`). May be called as `moves_to` may.
         """
         names = self._tensors.keys() - self._buffers
         reach = self._own_moves.reach(moves, names)

@@ -124,7 +124,7 @@ class DenseExchange:
         self.part = part
         self.metrics: AveragingMetrics = metrics or AveragingMetrics()
         self.breakers: CircuitBreakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
-        """Trainers that calls came to nothing with: they are not called, and may call."""
+        """Trainers with which calls failed: they are not called, but may call."""
         self.refused: CircuitBreakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
         """Trainers whose dense parts could not be used, or that kept this one waiting: they may not call either."""
         self.clock = clock
@@ -148,8 +148,8 @@ class DenseExchange:
         self.ended_at_step = self.part.steps
 
     def break_off(self) -> None:
-        """Ends one that another began and that came to nothing. This trainer's own next one is due as before: or
-        strangers who begin one after another, each with a new key, would keep it from all.
+        """Ends an exchange that another trainer began and that came to nothing. This trainer's own next one is due as
+        before: otherwise strangers who begin one after another, each with a new key, would keep it from all.
         """
         self.is_running = False
 

@@ -345,8 +345,8 @@ class ExpertCaller(Protocol):
         """Yields one reply of each expert and at most one answer to each row; that of an expert comes before the rows
         that it is in. Raises ExpertError when the call failed as a whole.
 
-        The replies to a backward call that was made in full in the end name the batch of `NodeCall.in_full`. They
-        answer only slots that count.
+        Replies to a backward call that was sent in full after all name the batch of `NodeCall.in_full`. They answer
+        only slots that count.
         """
         ...
 
@@ -475,7 +475,7 @@ def is_live(coordinates: Integers, tables: PrefixTables) -> Booleans:
 
 
 def prefer_proven(sure: Selection, others: Selection, wary: Booleans) -> Selection:
-    """For the `wary` rows [n] the `sure` experts come before the `others`; each expert once."""
+    """Puts the `sure` experts before the `others` for the `wary` rows [n]; each expert once."""
     # (n, others, sure)
     same = (others.coordinates[:, :, None, :] == sure.coordinates[:, None, :, :]).all(axis=-1)
     preferred = sure.valid & wary[:, None]

@@ -142,8 +142,8 @@ class CallTracker:
         metrics: DispatchMetrics | None = None,
         credit: CreditAccounts | None = None,
     ) -> None:
-        """`is_silent`: whether a connection to the node was tried and does not stand. `gone` is told of peers whose
-        call failed so. `credit`: where it is noted what nodes have done.
+        """`is_silent`: whether a connection to the node was tried and is not up. `gone` is told of peers whose call
+        failed so. `credit`: where it is noted what nodes have done.
         """
         self.metrics: DispatchMetrics = metrics or DispatchMetrics()
         self.credit: CreditAccounts = credit or CreditAccounts()

@@ -61,8 +61,8 @@ class Dispatcher:
         credit: CreditAccounts | None = None,
     ) -> None:
         """`checking`: what spot checks need; None for none. All that is left to chance follows from `seed`.
-        `is_silent`: whether a connection to the node was tried and does not stand. `credit`: where it is noted what
-        nodes have done.
+        `is_silent`: whether a connection to the node was tried and is not up. `credit`: where it is noted what nodes
+        have done.
         """
         self._directory = directory
         self._policy = policy
@@ -112,8 +112,8 @@ class Dispatcher:
     ) -> LiveExperts:
         """A layer's experts that can be called now, and which replica of each is to be called.
 
-        On a grid too large to know whole, those among them that a search for each row's best k by `scores`, one
-        [R, G_d] per grid dimension, and the experts' `bias` brings in.
+        On a grid too large to know whole, they include those that a search brings in for each row's best k by `scores`,
+        one [R, G_d] per grid dimension, and the experts' `bias`.
         """
         if not self._directory.knows_all:
             with contextlib.suppress(UnreachableError):  # what is known must do

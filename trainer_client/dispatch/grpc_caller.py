@@ -211,7 +211,7 @@ _BROKE_OFF = "the call broke off"
 _REPEAT_AFTER_S = 0.2
 """Before a backward call is made once more."""
 _BUSY_S = 1.0
-"""How long a node is left alone that refused a whole call as too much and gave no time."""
+"""How long a node is avoided that refused a whole call as too much, without saying for how long."""
 
 
 class GrpcCaller:

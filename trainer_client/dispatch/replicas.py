@@ -19,11 +19,13 @@ _MOST_PREFERRED = 2.0
 once whatever it likes, gets no more.
 """
 _SLOWER = 2.0
-"""How many times a peer takes as long as the quickest one of its expert, and as the middling one of all that were
-called lately, beyond which it is passed over.
+"""How many times as long as the quickest peer of its expert, and as the median of all peers called lately, a peer may
+take before it is skipped.
 """
 _QUICK, _TRIED = 2, 1 / 16
-"""Quick replicas of an expert from which on others that were not called lately get only this share of its calls."""
+"""How many quick replicas of an expert must be known before others, not called lately, get only this share of its
+calls.
+"""
 _MANY, _COMPARED_OF_MANY = 16, 8
 """If an expert has more than 16 replicas, 8 random ones are compared, with those that were called lately, unless none
 of these can be called.

@@ -55,7 +55,9 @@ Measured on CPUs: fp32 on other threads, in another order, and float64, up to 1e
 up to 8e-3, and 3e-5 on average. tf32 rounds an eighth as much as bf16, which differs from fp32 by 5e-3 on average.
 """
 SPARED: Mapping[Precision, float] = {"fp32": 0.0, "tf32": 0.0, "bf16": 1 / 16}
-"""The share of a row's numbers that may be further away: in bf16, one that is rounded otherwise changes others."""
+"""The share of a row's numbers that may be further away: in bf16, one number that is rounded differently changes
+others.
+"""
 TOLERATED: Mapping[Precision, float] = {"fp32": 0.0, "tf32": 0.0, "bf16": 1e-3}
 """The share of a node's rows that may be wrong: in bf16, sharp attention may turn on one rounding. Measured on CPUs,
 with oneDNN's kernels and without: up to 3e-4 of the rows.

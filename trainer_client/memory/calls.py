@@ -230,7 +230,7 @@ class HostCalls:
         self.breakers.distrust(host, loop_time())
 
     def note_checks(self, queries: int) -> None:
-        """A second replica was asked for so many queries."""
+        """Counts queries of which a second replica was asked."""
         self.checks += queries
         self.metrics.checks.inc(queries)
 

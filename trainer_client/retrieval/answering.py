@@ -88,8 +88,8 @@ def _units(vectors: Tensor) -> Tensor:
 
 
 class QueryEncoder(nn.Module):
-    """Turns the vectors that a memory's encoder gives to questions, and scores passages by them. It begins as a search
-    ranks: by the cosine, and by the words that both share.
+    """Turns the vectors that a memory's encoder gives to questions, and scores passages by them. It begins like a
+    search: by the cosine, and by the words that both share.
     """
 
     def __init__(self, dimensions: int) -> None:

@@ -45,7 +45,7 @@ from trainer_client.training.loop import Training
 logger: logging.Logger = logging.getLogger(__name__)
 
 _EXPECTED = ("steps", "validate_every")
-"""Settings whose change when a run is resumed needs no warning: it is how one goes on."""
+"""Settings that may change at a resume without a warning: changing them is how a run continues."""
 _FIXED = ("tokenizer", "vocabulary", "memory_chunk", "memory_layers", "objective")
 """Settings that can't change when a run is resumed: the model would be another one."""
 

@@ -76,7 +76,9 @@ def environment_of(package: Path, rows_per_s: float, jitter: float, seed: str) -
 
 
 def make_package(folder: Path) -> Path:
-    """Writes into the folder what offers the kind to processes that have it on their path. Returns the folder."""
+    """Writes a package into the folder, which offers the kind to processes that have the folder on their path. Returns
+    the folder.
+    """
     package = folder / "talkoot_drawn_times-1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: talkoot-drawn-times\nVersion: 1\n")

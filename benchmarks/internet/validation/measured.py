@@ -9,7 +9,7 @@ from benchmarks.internet.validation.steady_trainers import Step
 Figures = Mapping[str, float]
 
 MOST_APART = 0.2
-"""What the ratio of both sides may differ from 1."""
+"""How far the ratio of both sides may differ from 1."""
 COMPARED = frozenset(
     {
         "rows_per_s",
