@@ -187,6 +187,10 @@ class NodeBatch:
         ranks: Integers = before.sum(axis=2)
         return ranks
 
+    @cached_property
+    def _segments_of_rows(self) -> Integers:
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
     def parts(self) -> Iterator[ExpertPart]:
         """Expert by expert, in the order of `uids`."""
         places, slots = np.nonzero(self.asked)
@@ -198,8 +202,7 @@ class NodeBatch:
 
     def segments(self, places: Integers) -> tuple[Integers, Integers]:
         """Rows of each segment, and positions, of these rows alone."""
-        segments = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        lengths = np.bincount(segments[places], minlength=len(self.lengths))
+        lengths = np.bincount(self._segments_of_rows[places], minlength=len(self.lengths))
         return lengths[lengths > 0], self.positions[places]
 
     def only(self, slots: Booleans) -> tuple["NodeBatch", Integers]:
