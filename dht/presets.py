@@ -26,9 +26,9 @@ class Preset:
     tables: Mapping[str, Values]
     """Tables that do not depend on the model's sizes."""
     feed_forward: float
-    """Inner size of feed-forward blocks, as a multiple of hidden."""
-    width: float = 1.0
-    """The width of experts, as a share of hidden."""
+    """Inner size of feed-forward blocks, as a multiple of hidden. Of narrow experts, that of those half as wide."""
+    is_narrow: bool = False
+    """Whether experts are narrower than hidden."""
     head_size: float | None = None
     """The size of an expert's only head, as a share of hidden. None: experts have heads like the model's."""
     codec: "CodecName | None" = None
@@ -36,15 +36,19 @@ class Preset:
 
     def sizes(self, hidden: int, width: int | None) -> dict[str, dict[str, Any]]:
         """The keys that depend on the model's hidden size. `width`: of experts, where the file says it."""
-        if width is None:
-            width = min(hidden, max(8, 2 * round(self.width * hidden / 2)))
+        feed_forward = self.feed_forward
+        if width is None and self.is_narrow:
+            width = _narrow(hidden)
+            # all widths compute as much, projections included
+            feed_forward += hidden / width - 2
+        width = width or hidden
         experts = {}
         if width < hidden:
             experts["width"] = width
         if self.head_size is not None:
             experts |= {"heads": 1, "head_size": min(_LARGEST_HEAD, _near(self.head_size * hidden))}
         return {
-            "model": {"feed_forward": _near(self.feed_forward * hidden)},
+            "model": {"feed_forward": _near(feed_forward * hidden)},
             "experts": experts,
             "wire": {"codec": self.codec or _narrowest_codec(width)},
         }
@@ -61,7 +65,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             "optimizer": _OPTIMIZER,
         },
         feed_forward=19 / 12,
-        width=1 / 2,
+        is_narrow=True,
         head_size=1 / 12,
     ),
     "ffn": Preset(
@@ -107,6 +111,12 @@ def completed(values: Values, more: Values) -> dict[str, Any]:
 def _near(size: float) -> int:
     """A multiple of 8, which processors compute fast."""
     return max(8, 8 * round(size / 8))
+
+
+def _narrow(hidden: int) -> int:
+    """The width nearest to 7/16 of hidden that has whole blocks of int4."""
+    block = 16 if hidden < 256 else 64
+    return min(hidden, max(block, block * round(7 * hidden / 16 / block)))
 
 
 def _narrowest_codec(width: int) -> "CodecName":

@@ -45,8 +45,9 @@ _PRESETS_HEAD = """\
 ### Presets
 
 The values that a preset gives to the keys that a file leaves out. If the file sets another `hidden`, the experts'
-`width` and `head_size` and the `feed_forward` grow in proportion. The codec is `int4` where 16 divides the width, or
-else `int8`; `paper` keeps `fp32`.
+`head_size` and the `feed_forward` grow in proportion. The `width` with `transformer` is the multiple of 64 nearest to
+7/16 of hidden (of 16 below 256), and the narrower that is, the larger is `feed_forward`. The codec is `int4` where 16
+divides the width, or else `int8`; `paper` keeps `fp32`.
 """
 _TRAINER_PRESETS_HEAD = """\
 A trainer that sets no `preset` takes these settings with that of its swarm:

@@ -141,7 +141,7 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
 def test_toml_without_a_preset_is_completed_by_that_of_its_experts(tmp_path: Path) -> None:
     manifest = Manifest.from_toml(write(tmp_path, 'name = "sauna"\n[model]\nhidden = 1024\nheads = 16\n'))
     assert (manifest.preset, manifest.experts.grid, manifest.routing.top_k) == ("transformer", (8, 8), 4)
-    assert (manifest.width, manifest.experts.heads, manifest.wire.codec) == (512, 1, "int4")
+    assert (manifest.width, manifest.experts.heads, manifest.wire.codec) == (448, 1, "int4")
     kind = Manifest.from_toml(write(tmp_path, 'name = "sauna"\n[experts]\nkind = "ffn"\n'))
     assert (kind.preset, kind.width, kind.model.feed_forward) == ("ffn", 128, 128)
     assert Manifest.from_json(kind.to_json()) == kind

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.paper import Plan
-from benchmarks.recipe_configurations import CONFIGURATIONS, Size
+from benchmarks.recipe_configurations import CONFIGURATIONS, Size, model_flops
 from dht.manifest import Manifest
 from dht.presets import PRESETS as MODELS
 from dht.presets import PresetName
@@ -91,11 +91,14 @@ def test_sizes_follow_hidden_and_are_valid(
         return
     experts = {} if width is None else {"width": width}
     manifest = founded(preset=name, model={"hidden": hidden, "heads": heads}, experts=experts)
-    if width is None:
-        assert abs(manifest.width - max(8, MODELS[name].width * hidden)) <= 1
-    else:
+    if width is not None:
         assert manifest.width == width
-    assert manifest.model.feed_forward == pytest.approx(MODELS[name].feed_forward * hidden, abs=8)
+        assert manifest.model.feed_forward == pytest.approx(MODELS[name].feed_forward * hidden, abs=8)
+    elif MODELS[name].is_narrow:
+        assert manifest.width in (hidden, *range(16, hidden, 16))
+        assert manifest.width == pytest.approx(7 / 16 * hidden, abs=8 if 32 <= hidden < 256 else 32)
+    else:
+        assert manifest.width == hidden
     if name == "transformer":
         head_size = manifest.experts.head_size
         assert head_size == pytest.approx(hidden / 12, abs=8)
@@ -104,6 +107,14 @@ def test_sizes_follow_hidden_and_are_valid(
         assert manifest.wire.codec == ("int8" if manifest.width % 16 else "int4")
     assert encoded_bytes(1, manifest.width, codec_of(manifest.wire.codec))
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize("hidden", [64, 96, 128, 192, 256, 768, 1024, 4096])
+def test_experts_of_any_width_compute_as_much_as_half_as_wide_ones(hidden: int) -> None:
+    model = {"hidden": hidden, "heads": 4}
+    half = founded(model=model | {"feed_forward": round(19 / 12 * hidden)}, experts={"width": hidden // 2})
+    most = sum(model_flops(half).values())
+    assert sum(model_flops(founded(model=model)).values()) == pytest.approx(most, rel=0.02)
 
 
 @pytest.mark.parametrize("name", NAMES)

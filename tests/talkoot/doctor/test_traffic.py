@@ -21,6 +21,7 @@ from talkoot.demo.links import Link, Proxy, Wire
 from talkoot.doctor.traffic import nodes_of_token, row_traffic, trainer_traffic
 from trainer_client.dispatch.batches import NodeBatch, NodeCall, relative_weights
 from trainer_client.dispatch.grpc_caller import GrpcCaller
+from trainer_client.settings import PRESETS
 
 CONTEXT = 256
 SEQUENCES, OF_EACH = 32, 8
@@ -141,6 +142,7 @@ def test_the_nodes_of_a_token_are_those_of_experts_that_are_anywhere(k: int, nod
     ("hidden", "width", "codec", "nodes", "most", "mbit"),
     [
         (1024, 1024, "fp32", 10, None, 480),
+        (1024, 448, "int4", 10, 2, 16.6),
         (1024, 256, "int4", 10, None, 16.4),
         (1024, 256, "int4", 10, 2, 9.7),
         (1024, 128, "int4", 10, 2, 5.1),
@@ -154,3 +156,13 @@ def test_the_uploads_in_the_documentation(
     manifest = make_manifest(width, codec, hidden=hidden)
     upload = trainer_traffic(manifest, nodes=nodes, nodes_per_token=most).upload_mbit
     assert upload == pytest.approx(mbit, rel=0.01)
+
+
+def test_the_default_moves_a_32nd_of_whole_rows_to_each_expert() -> None:
+    """Payload, framing and headers of packets, forward and backward, against the numbers of such rows in float32."""
+    manifest = Manifest.founded({"name": "kept", "model": {"hidden": 1024}})
+    most = PRESETS["transformer"]["nodes_per_token"]
+    traffic = trainer_traffic(manifest, 1000.0, 10, most)
+    mbit = (traffic.upload_mbit + traffic.download_mbit) / manifest.model.layers
+    whole = 8e-3 * 2 * 2 * 4 * manifest.routing.top_k * manifest.model.hidden
+    assert whole / mbit == pytest.approx(32, abs=0.5)
