@@ -389,11 +389,11 @@ class MemoryDirectory:
         peers = {host.peer_id for hosts in found.values() for host in hosts}
         wanted = list(peers if again else peers - self._nodes.keys())
         for at in range(0, len(wanted), _READ_AT_ONCE):
-            part = wanted[at : at + _READ_AT_ONCE]
-            nodes = await self._registry.nodes(part, limits=FRUGAL if again else DEFAULT_LIMITS)
-            for peer_id in part:  # records expire
-                self._nodes.pop(peer_id, None)
-            self._nodes |= nodes
+            asked = set(wanted[at : at + _READ_AT_ONCE])
+            nodes = await self._registry.nodes(asked, limits=FRUGAL if again else DEFAULT_LIMITS)
+            # records expire; a search that is under way keeps the nodes it has
+            kept = {peer_id: node for peer_id, node in self._nodes.items() if peer_id not in asked}
+            self._nodes = kept | nodes
         for cell, hosts in found.items():
             self._hosts[cell] = self._having(cell, hosts)
         self._empty.clear()

@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import hashlib
 import random
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,23 @@ def test_half_of_the_hosts_die_and_no_query_fails(play: Play) -> None:
         await swarm.hosts[3].stop()
         for number in range(40, 80):
             await check(number)
+
+    play(scenario)
+
+
+def test_a_host_that_leaves_while_it_is_searched_is_still_known_to_that_search(play: Play) -> None:
+    async def scenario(swarm: MemorySwarm) -> None:
+        host = await swarm.host()
+        directory = (await (await swarm.searcher()).open()).directory
+        scores_1C = np.ones((1, prod(WORDS.manifest.grid)), np.float32)
+        located = await directory.locate(scores_1C, 100, frozenset())
+        await host.swarm.registry.leave(400.0)
+        ends = time.monotonic() + LIMIT_S / 2
+        while directory.nodes and time.monotonic() < ends:
+            with contextlib.suppress(UnreachableError):
+                await directory.refresh()
+        assert not directory.nodes
+        assert {peer for hosts in located.hosts.values() for peer in hosts} == located.nodes.keys() != set()
 
     play(scenario)
 
