@@ -68,6 +68,8 @@ def install(what: str) -> None:
             match = _DOWNLOAD.match(line.rstrip())
             if match and ".metadata" not in line:
                 print(f"  {match[2]:>9}  {match[1].rpartition('/')[2]}", flush=True)
+            elif line.startswith("Installing collected packages"):
+                print("unpacking all of them, which takes another minute or more", flush=True)
     if pip.returncode:
         raise SystemExit("".join(last))
 
