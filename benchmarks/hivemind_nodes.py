@@ -1,4 +1,5 @@
-"""hivemind's `DHTNode` in the simulated network, beside our own nodes; and what a node of each takes of memory.
+"""hivemind's `DHTNode` in the simulated network beside our own nodes: what a node takes of memory, and how soon it has
+joined.
 
     python -m benchmarks.hivemind_nodes [--nodes 10000]
 
@@ -6,12 +7,16 @@ Each node knows up to 20 others of each distance, as in `benchmarks.simulated_sw
 made again in each table, as each process does when it reads them from answers. Ours has the others' contacts too,
 signed and with certificates. A `DHTNode` leaves those to its p2pd, a process that each of its peers runs. What that
 takes is measured with a real one, which some peers call and then leave.
+
+A newcomer has joined when it has greeted one node and has looked up its own neighbours. Calls take 100 ms, and
+everybody knows all addresses.
 """
 
 import argparse
 import asyncio
 import gc
 import random
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,10 +29,11 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, P2PContext
 from hivemind.p2p import PeerID as TheirPeerID
 
-from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedTransport
+from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedTransport, simulated_world
 from benchmarks.simulated_swarm import known_to
 from peer import clock
 from peer.identity import PeerID
+from peer.kademlia.bootstrap import meet_neighbours
 from peer.kademlia.contacts import ContactBook
 from peer.kademlia.node import KademliaNode
 from peer.kademlia.routing import node_id_of
@@ -43,6 +49,7 @@ _NAMED = "DHTProtocol.rpc_"
 _SIDES = ("tables", "talkoot", "hivemind", "p2pd")
 """`tables`: Talkoot's without the contacts."""
 _SIGNATURE_BYTES = 256
+_JOINS = 20
 _MEASURED = 300
 """Nodes, at most. The others are only known to them."""
 _CALLERS, _TOGETHER = 60, 20
@@ -102,7 +109,7 @@ def memory_per_node(side: str, nodes: int) -> float:
 
     async def run() -> float:
         network = Network(Link(), 1)
-        names = [SimulatedIdentity(n).peer_id.to_bytes() for n in range(nodes)]
+        names = [*map(_name, range(nodes))]
         places = {node_id_of(name): name for name in names}
         order, rng, made = sorted(places), random.Random(1), []
         names = names[:_MEASURED]
@@ -138,6 +145,50 @@ async def p2pd_memory() -> tuple[float, float]:
     after = daemon.memory_info().rss
     await called.shutdown()
     return before, after
+
+
+class _WholeNetwork(Network):
+    """All of one side's nodes. One that is called is made then."""
+
+    def __init__(self, side: str, nodes: int) -> None:
+        super().__init__(Link(), 1)
+        self._side = side
+        self._names = {node_id_of(name): name for name in map(_name, range(nodes))}
+        self._order = sorted(self._names)
+
+    async def call(self, sender: PeerID, receiver: PeerID, method: str, request: bytes) -> bytes:
+        name = receiver.to_bytes()
+        if name not in self.peers:
+            _, add = await _make(self._side, self, name)
+            for place in known_to(node_id_of(name), self._order, self.rng):
+                add(self._names[place])
+        return await super().call(sender, receiver, method, request)
+
+
+def join_ms(side: str, nodes: int) -> list[float]:
+    """Of newcomers, one after another. `side`: `tables` or `hivemind`."""
+    with simulated_world() as loop:
+
+        async def join(network: Network, number: int) -> float:
+            newcomer, known = (PeerID(_name(n)) for n in (nodes + number, number))
+            began = loop.time()
+            if side == "hivemind":
+                await their_node(network, newcomer, initial_peers=[f"/p2p/{known}"])
+            else:
+                node = await our_node(network, newcomer)
+                assert await node.ping(known, dials_back=True)
+                await meet_neighbours(node)
+            return 1000 * (loop.time() - began)
+
+        async def run() -> list[float]:
+            network = _WholeNetwork(side, nodes)
+            return [await join(network, number) for number in range(_JOINS)]
+
+        return loop.run_until_complete(run())
+
+
+def _name(number: int) -> bytes:
+    return SimulatedIdentity(number).peer_id.to_bytes()
 
 
 def _place_of(peer_id: PeerID) -> Endpoint:
@@ -188,6 +239,10 @@ def main() -> None:
         print(f"p2pd: {before:.0f} KiB, and {after:.0f} once it has met {_CALLERS} peers")
     elif options.side:
         print(f"{options.side}: {memory_per_node(options.side, options.nodes) / 1024:.1f} KiB a node")
+        if options.side != "talkoot":
+            print(
+                f"{options.side}: {statistics.median(join_ms(options.side, options.nodes)):.0f} ms to join (median)"
+            )
     else:
         for side in _SIDES:
             command = [sys.executable, "-W", "ignore", "-m", __spec__.name]
