@@ -314,9 +314,9 @@ class Host:
         accepting = await self._accepting((*bootstrap, *remembered))
         if bootstrap and not accepting:
             raise UnreachableError(
-                f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine have a network connection, "
-                "and does its firewall let it connect to these ports? If so, they may be gone for good: ask for a new "
-                "invite, which any node of the swarm writes with --invite-file"
+                f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine have a network "
+                "connection, and does its firewall let it connect to these ports? If so, they may be gone for good: "
+                "ask for a new invite, which any node of the swarm writes with --invite-file"
             )
         if self.server is not None:
             await self._listen(self.server)
