@@ -42,7 +42,7 @@ def running_node(manifest: str, experts: int, options: Sequence[str] = ()) -> It
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         node = stack.enter_context(_process(folder / "node", experts, flags))
-        _wait_for(folder / "invite", node, folder / "node.log")
+        wait_for(folder / "invite", node, folder / "node.log")
         invite = Invite.parse((folder / "invite").read_text())
         yield RunningNode(invite, folder, node.pid, time.monotonic() - began, node.terminate)
 
@@ -60,7 +60,7 @@ def running_village(
             joining = joining_node(founder, number, experts_each, [*options, "--invite-file", str(file)])
             joined.append((stack.enter_context(joining), file))
         for node, file in joined:
-            _wait_for(file, node, file.with_name(file.name.replace("invite", "node") + ".log"))
+            wait_for(file, node, file.with_name(file.name.replace("invite", "node") + ".log"))
         for leave in (founder.leave, *(node.terminate for node, _ in joined)):
             stack.callback(leave)  # all at once
         yield founder
@@ -98,7 +98,7 @@ def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subpr
         shutil.rmtree(package)
 
 
-def _wait_for(invite: Path, node: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_for(invite: Path, node: "subprocess.Popen[bytes]", log: Path) -> None:
     began = time.monotonic()
     while not invite.exists():
         if node.poll() is not None or time.monotonic() - began > START_LIMIT_S:

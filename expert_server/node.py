@@ -387,9 +387,11 @@ class Node:
         """Verifies and serves what is on disk, then takes what needs a host."""
         await self.memories.hosted.verify()
         await self._rounds.run("announce memories", self.memories.hosted.announce_all)
+        memories, look = self.memories, self.memories.look
         while True:
-            await self._rounds.run("look for shards of memories", self.memories.look)
-            await asyncio.sleep(self.period.drawn_s())
+            await self._rounds.run("look for shards of memories", look)
+            look = memories.look_again if look != memories.look_again else memories.look
+            await asyncio.sleep(self.period.drawn_s(0.5))
 
     async def _follow_memories(self) -> None:
         while True:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory.recall import K
-from benchmarks.village import START_LIMIT_S, RunningNode, joining_node, running_node
+from benchmarks.village import START_LIMIT_S, RunningNode, joining_node, running_node, wait_for
 from dht.announcements import ReplicaState
 from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry
 from dht.swarm import Swarm, join_swarm
@@ -62,8 +62,15 @@ def measure(folder: Path, texts: Sequence[str]) -> dict[str, Any]:
         began = time.monotonic()
         _publish(folder, founder, timing)
         published_s = time.monotonic() - began
-        for number in (3, 4):
-            stack.enter_context(joining_node(founder, number, 0, disk))
+        invites = {number: founder.folder / f"invite-{number}" for number in (3, 4)}
+        joined = {
+            number: stack.enter_context(
+                joining_node(founder, number, 0, [*disk, "--invite-file", str(invite)])
+            )
+            for number, invite in invites.items()
+        }
+        for number, invite in invites.items():  # a node writes it once it serves
+            wait_for(invite, joined[number], founder.folder / f"node-{number}.log")
         client = stack.enter_context(
             SwarmClient(founder.invite, TrainerSettings(), founder.folder / "searcher")
         )

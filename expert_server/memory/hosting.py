@@ -17,7 +17,7 @@ from weakref import WeakSet
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.library import WANTED_REPLICAS, MemoryRegistry
-from dht.memory import Cell, MemoryID
+from dht.memory import Cell, MemoryID, MemoryManifest
 from dht.swarm import Swarm
 from dht.upkeep import UpkeepPeriod
 from expert_server.memory.fetching import PartFetcher
@@ -115,16 +115,40 @@ class MemoryHosting:
 
     async def look(self) -> None:
         """Takes shards that have too few replicas, as far as there is room. Raises UnreachableError."""
-        hosted = self.hosted
-        if hosted.leaving or not self._rules.disk_bytes or hosted.unverified or hosted.is_full:
+        if not self._takes:
             return
         await self.publishers.meet()
-        manifests = {memory: store.manifest for memory, store in hosted.stores.items()}
-        seen = await self._survey.read(manifests, hosted.mine())
+        seen = await self._survey.read(self._manifests(), self.hosted.mine())
         await self._proofs.check_some(seen)
-        seen = await asyncio.to_thread(self._proofs.counted, seen)
-        await asyncio.to_thread(self._placement.note, seen, hosted.mine())
-        await self._shrink(-hosted.room, seen)
+        seen = await self._note(seen)
+        await self._shrink(-self.hosted.room, seen)
+        await self._take_some(seen)
+
+    async def look_again(self) -> None:
+        """Between two looks: the same for the shards that had too few replicas. Raises UnreachableError."""
+        if not self._takes:
+            return
+        lacking = await asyncio.to_thread(self._placement.lacking)
+        if lacking:
+            seen = await self._survey.read_again(self._manifests(), lacking)
+            await self._take_some(await self._note(seen))
+
+    @property
+    def _takes(self) -> bool:
+        """Whether this node may host more."""
+        hosted = self.hosted
+        return bool(self._rules.disk_bytes) and not (hosted.leaving or hosted.unverified or hosted.is_full)
+
+    def _manifests(self) -> dict[MemoryID, MemoryManifest]:
+        return {memory: store.manifest for memory, store in self.hosted.stores.items()}
+
+    async def _note(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
+        """Takes up what was seen, without what doubted hosts say."""
+        believed = await asyncio.to_thread(self._proofs.counted, seen)
+        await asyncio.to_thread(self._placement.note, believed, self.hosted.mine())
+        return believed
+
+    async def _take_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
         nodes = len(self._swarm.host.peers()) + 1
         able = {memory for memory in self.publishers.listed if not self._fetcher.is_put_off(memory)}
         wanted = [
@@ -273,7 +297,7 @@ class MemoryHosting:
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
         alone, cells = set[ShardKey](), dict[MemoryID, set[Cell]]()
         # as they are now: publishers may change or unlist them meanwhile
-        manifests = {memory: store.manifest for memory, store in self.hosted.stores.items()}
+        manifests = self._manifests()
         for key in set(keys) & self.hosted.mine():
             if (info := manifests[key.memory].by_root.get(key.root)) is not None:
                 alone.add(key)

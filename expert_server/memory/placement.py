@@ -90,6 +90,14 @@ class Placement:
             self._count(self._lacking, key, lacks and key not in mine)
             self._count(self._spare, key, key in mine and len(self._keener(key)) >= self._enough)
 
+    def lacking(self) -> list[ShardKey]:
+        """The shards that had too few replicas at the last look that saw them, and that somebody can give."""
+        return [
+            key
+            for key in self._lacking
+            if (shard := self._seen.get(key)) is not None and shard.serving | shard.leaving
+        ]
+
     def forget(self, memory: MemoryID) -> None:
         """Its shards are others now, or none. Its counts start over with the next look. From any thread."""
         self._forgotten.add(memory)
@@ -164,11 +172,29 @@ class MemorySurvey:
         vacant: list[tuple[MemoryID, Cell]] = []
         if sum(map(len, wanted.values())) > READ_WHOLE:
             wanted, vacant = await self._chosen(manifests, mine)
-        hosts: dict[tuple[MemoryID, Cell], Collection[CellHost]] = dict.fromkeys(vacant, ())
-        for memory, cells in wanted.items():
-            found = await self._memories.cell_hosts(memory, cells)
-            hosts |= {(memory, cell): some for cell, some in found.items()}
-        return await asyncio.to_thread(_seen_in, manifests, hosts)
+        hosts = await self._hosts(wanted)
+        return await asyncio.to_thread(_seen_in, manifests, hosts | dict.fromkeys(vacant, ()))
+
+    async def read_again(
+        self, manifests: Mapping[MemoryID, MemoryManifest], keys: Collection[ShardKey]
+    ) -> dict[ShardKey, SeenShard]:
+        """The same of these shards alone, or some of very many. Raises UnreachableError."""
+        drawn = self._rng.sample(list(keys), min(SAMPLED, len(keys)))
+        wanted: dict[MemoryID, set[Cell]] = {}
+        for key in drawn:
+            if key.memory in manifests and (info := manifests[key.memory].by_root.get(key.root)) is not None:
+                wanted.setdefault(key.memory, set()).add(info.cell)
+        seen = await asyncio.to_thread(_seen_in, manifests, await self._hosts(wanted))
+        return {key: seen[key] for key in drawn if key in seen}
+
+    async def _hosts(
+        self, cells: Mapping[MemoryID, Collection[Cell]]
+    ) -> dict[tuple[MemoryID, Cell], Collection[CellHost]]:
+        found: dict[tuple[MemoryID, Cell], Collection[CellHost]] = {}
+        for memory, some in cells.items():
+            hosts = await self._memories.cell_hosts(memory, some)
+            found |= {(memory, cell): hosts[cell] for cell in some}
+        return found
 
     async def _chosen(
         self, manifests: Mapping[MemoryID, MemoryManifest], mine: Collection[ShardKey]

@@ -301,6 +301,45 @@ def test_a_licence_that_only_the_manifest_names_is_refused_once(
     play(scenario)
 
 
+def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = list[int]()
+    cell_hosts = MemoryRegistry.cell_hosts
+
+    async def counting(registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell]) -> Any:
+        reads.append(len(cells))
+        return await cell_hosts(registry, memory, cells)
+
+    def second_look(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
+        return looks >= 2
+
+    monkeypatch.setattr("expert_server.memory.placement.is_called", second_look)
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        await village.run(founder)
+        await until_hosted(founder.swarm, memory_id(village, MEMORY), 1, MEMORY)
+        node = await village.join(1, await founder.swarm.invite(), **HOST)
+        node.memories.resume()
+        await node.memories.publishers.follow()
+        monkeypatch.setattr(MemoryRegistry, "cell_hosts", counting)
+        await node.memories.look_again()
+        assert reads == [], "nothing was seen to lack anything"
+        await node.memories.look()
+        assert node.memories.hosted.shards == 0
+        await node.memories.look_again()
+        assert node.memories.hosted.shards == len(MEMORY.roots)
+        reads.clear()
+        await node.memories.look()
+        whole = reads[0]
+        reads.clear()
+        await node.memories.look_again()
+        assert (whole, reads) == (4, []), "enough serve them now"
+
+    play(scenario)
+
+
 def test_folders_that_are_no_memory_are_left_alone(play: Play, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(village: Village) -> None:
         MEMORY.write(folder(village, 0, MEMORY))

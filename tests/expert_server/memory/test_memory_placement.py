@@ -169,3 +169,19 @@ def test_a_memory_of_many_lacking_shards_takes_no_turns_of_others() -> None:
     seen |= {key: SeenShard(shard(n), frozenset({own}), frozenset()) for n, key in enumerate(wanted)}
     placement.note(seen, set())
     assert set(placement.to_take(1)[:20]) >= set(wanted)
+
+
+def test_a_look_between_two_at_what_is_lacking_calls_more_and_spares_nothing_sooner() -> None:
+    me, others = peer(0), frozenset(map(peer, range(1, 40)))
+    infos = {name: shard(number) for number, name in enumerate(("lacking", "lost", "enough", "mine"))}
+    keys = {name: ShardKey(MEMORY, info.root) for name, info in infos.items()}
+    serving = {"lacking": frozenset([peer(1)]), "lost": frozenset[PeerID](), "enough": others, "mine": others}
+    seen = {keys[name]: SeenShard(info, serving[name], frozenset()) for name, info in infos.items()}
+    placement = Placement(me, ENOUGH)
+    placement.note(seen, {keys["mine"]})
+    assert placement.lacking() == [keys["lacking"]], "nobody can give what is lost"
+    for _ in range(20):
+        placement.note({keys["lacking"]: seen[keys["lacking"]]}, {keys["mine"]})
+    assert placement.lacking() == placement.to_take(1000) == [keys["lacking"]]
+    placement.note(seen, {keys["mine"]})
+    assert placement.to_drop(100) == [], "four whole looks have to see a replica to spare"
