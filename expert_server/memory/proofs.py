@@ -71,7 +71,13 @@ class ReplicaProofs:
     async def check_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
         """Checks a few claims of others, drawn at random. Raises UnreachableError."""
         me = self._swarm.host.peer_id
-        claims = [(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving if peer_id != me]
+        # a dead host may take as long as a proof may, and is announced for some periods
+        claims = [
+            (peer_id, key)
+            for key, shard in self.counted(seen).items()
+            for peer_id in shard.serving
+            if peer_id != me
+        ]
         drawn = self._rng.sample(claims, min(_CHECKED, len(claims)))
         await self.proven(drawn, seen)
 

@@ -142,3 +142,27 @@ def test_a_host_whose_record_is_late_is_doubted_for_a_short_time_and_one_that_ha
             now += 5
         pauses_s.append(now - began)
     assert pauses_s == [15, 30, 60, 120, 240, 300]
+
+
+def test_a_host_that_is_doubted_is_not_asked_for_more_proofs_meanwhile(identities: list[Identity]) -> None:
+    """One that has died is announced for some periods, and each proof may take as long as ten seconds."""
+    now, me, host, asked = 1000.0, identities[0].peer_id, identities[1].peer_id, list[set[PeerID]]()
+
+    async def nodes(peers: set[PeerID]) -> dict[PeerID, NodeInfo]:
+        asked.append(peers)
+        return {}
+
+    swarm: Any = SimpleNamespace(registry=SimpleNamespace(nodes=nodes), host=SimpleNamespace(peer_id=me))
+    proofs = ReplicaProofs(swarm, cast(PartClient, None), lambda memory: (), clock=lambda: now)
+    info = MEMORY.manifest.shards[0]
+    seen = {
+        ShardKey(MemoryID("some", "publisher"), info.root): SeenShard(
+            info, frozenset({me, host}), frozenset()
+        )
+    }
+    for _ in range(3):
+        asyncio.run(proofs.check_some(seen))
+    assert asked == [{host}, set(), set()]
+    now += 15
+    asyncio.run(proofs.check_some(seen))
+    assert asked[-1] == {host}
