@@ -1,19 +1,21 @@
 """Shards of a memory as files: vectors to search, texts to read, and the hashes that prove both.
 
-They are safetensors files. A primary shard has `vectors` (N, D), `leaves` (N, 32), `revoked` (N,), and `blocks`, the
-texts of 128 passages each in zlib's format, with their `offsets`. Reading a passage inflates one block.
+They are safetensors files. A primary shard has `vectors` (N, D), `revoked` (N,), and `blocks`, the texts of 256
+passages each in zlib's format, with their `offsets`. Reading a passage inflates one block. The leaves of the Merkle
+tree follow from these. They are computed when the file is opened, and those near a passage again when it is proven.
 
 A secondary shard has `vectors` and `revoked`, too, and where the texts lie: `roots` (T, 32) of primary shards, and in
 `references` (N, 4) for each vector two numbers of two bytes, little-endian: which of these roots, and the position
-there. Its leaves follow from these. `hashes` (R, 32) are the SHA-256 of vectors that were revoked.
+there. Its leaves follow from these.
 
-A revoked passage keeps its place and its leaf hash, so that the root stays; its text and vector are gone.
+A revoked passage keeps its place, so that the root stays; its text and vector are gone. `hashes` (R, 32) has what
+stands for each: in a primary shard its leaf, in a secondary one the SHA-256 of its vector.
 """
 
 import hashlib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Self, TypeAlias
@@ -43,8 +45,10 @@ Revoked: TypeAlias = Mapping[bytes, Collection[int]]
 """Positions in primary shards, by the shards' roots."""
 Arrays: TypeAlias = Mapping[str, Rows]
 
-BLOCK = 128
-"""Passages whose texts are compressed together, and leaves whose part of the tree is computed when one is proven."""
+BLOCK = 256
+"""Passages whose texts are compressed together."""
+_PART = 16
+"""Leaves whose part of the tree is computed when one of them is proven: a power of two that divides `BLOCK`."""
 _LENGTH_BYTES = 4
 """Before each passage in an inflated block."""
 _MOST_PASSAGE_BYTES = 4 * (MAX_TEXT_CHARACTERS + 2 * MAX_LABEL_CHARACTERS + MAX_LICENSE_CHARACTERS) + 64
@@ -87,13 +91,17 @@ class Shard(ABC):
     If it is on disk, they raise OSError when it can't be read.
     """
 
-    def __init__(self, vectors: Rows, revoked: NDArray[np.bool_]) -> None:
-        """See `parse`."""
-        self._vectors, self._revoked = vectors, revoked
+    def __init__(self, vectors: Rows, revoked: NDArray[np.bool_], hashes: NDArray[np.uint8]) -> None:
+        """See `parse`. Raises WireError if a text can't be read."""
+        self._vectors, self._revoked, self._hashes = vectors, revoked, hashes
+        self._ends = np.cumsum(revoked, dtype=np.int32) if len(hashes) else None
+        """For each passage, how many up to it were revoked."""
         self.live: int = len(revoked) - int(revoked.sum())
         """Passages that were not revoked."""
         # the roots of whole, aligned parts of a tree are a level of that tree
-        self._top = MerkleTree([self._tree(block).root for block in range(-(-len(revoked) // BLOCK))])
+        leaves = list(self.leaves())
+        parts = (leaves[begin : begin + _PART] for begin in range(0, len(leaves), _PART))
+        self._top = MerkleTree([MerkleTree(part).root for part in parts])
 
     @staticmethod
     def parse(data: bytes | memoryview, info: ShardInfo, dimensions: int) -> "Shard":
@@ -160,11 +168,11 @@ class Shard(ABC):
     def _file(self, vectors: Vectors, revoked: NDArray[np.bool_]) -> bytes: ...
 
     @abstractmethod
-    def _leaves_in(self, block: int) -> list[bytes]: ...
+    def _texts(self, block: int) -> list[bytes]:
+        """The passages there, serialized; nothing where one was revoked, or its text lies elsewhere."""
 
     @abstractmethod
-    def _contents(self, block: int, inside: Sequence[int]) -> list[tuple[Passage | None, bytes]]:
-        """The passages there, and if they were revoked what stands for them."""
+    def _leaf(self, position: int, text: bytes, vector: Vectors) -> bytes: ...
 
     def vectors(self) -> Vectors:
         """All, (N, D); zeros where a passage was revoked."""
@@ -176,7 +184,15 @@ class Shard(ABC):
 
     def leaf(self, position: int) -> bytes:
         """The hash that stands for a passage in the tree."""
-        return self._leaves_in(position // BLOCK)[position % BLOCK]
+        block = position // BLOCK
+        (leaf,) = self._leaves_of([position], self._texts(block), self._vectors_in(block))
+        return leaf
+
+    def leaves(self) -> Iterator[bytes]:
+        """All, in order. Raises WireError if a text can't be read."""
+        for begin in range(0, len(self), BLOCK):
+            block, positions = begin // BLOCK, range(begin, min(begin + BLOCK, len(self)))
+            yield from self._leaves_of(positions, self._texts(block), self._vectors_in(block))
 
     def read(self, positions: Sequence[int]) -> list[ProvenEntry]:
         """What lies there, in that order. Raises WireError if a text can't be read."""
@@ -185,27 +201,43 @@ class Shard(ABC):
         for position in positions:
             by_block.setdefault(position // BLOCK, []).append(position)
         for block, inside in by_block.items():
-            tree, above, vectors = self._tree(block), self._top.path(block), self._vectors[_block_rows(block)]
-            contents = self._contents(block, inside)
-            for position, (passage, hashed) in zip(inside, contents, strict=True):
+            texts, vectors, trees = self._texts(block), self._vectors_in(block), dict[int, MerkleTree]()
+            for position in inside:
+                part, text, is_gone = (
+                    position // _PART,
+                    texts[position % BLOCK],
+                    bool(self._revoked[position]),
+                )
+                if part not in trees:
+                    near = range(part * _PART, min((part + 1) * _PART, len(self)))
+                    trees[part] = MerkleTree(self._leaves_of(near, texts, vectors))
                 found[position] = ProvenEntry(
                     Place(self.root, position),
                     self.text_at(position),
-                    passage,
-                    b"" if self._revoked[position] else vectors[position % BLOCK].tobytes(),
-                    tree.path(position % BLOCK) + above,
-                    hashed,
+                    _parsed(text) if text else None,
+                    b"" if is_gone else vectors[position % BLOCK].tobytes(),
+                    trees[part].path(position % _PART) + self._top.path(part),
+                    self._revoked_hash(position) if is_gone else b"",
                 )
         return [found[position] for position in positions]
 
-    def _tree(self, block: int) -> MerkleTree:
-        """Over the leaves of one block."""
-        return MerkleTree(self._leaves_in(block))
+    def _leaves_of(self, positions: Iterable[int], texts: Sequence[bytes], vectors: Vectors) -> list[bytes]:
+        """Of passages in one block, by its texts and vectors."""
+        return [self._leaf(at, texts[at % BLOCK], vectors[at % BLOCK]) for at in positions]
+
+    def _vectors_in(self, block: int) -> Vectors:
+        return self._vectors[_block_rows(block)]
+
+    def _revoked_hash(self, position: int) -> bytes:
+        assert self._ends is not None, "none was revoked"
+        hashed: bytes = self._hashes[int(self._ends[position]) - 1].tobytes()
+        return hashed
 
     def _on_disk(self, arrays: Arrays) -> Self:
         here = copy(self)
-        # a view would keep the whole file
-        here._vectors, here._revoked = arrays["vectors"], self._revoked.copy()
+        here._vectors = arrays["vectors"]
+        # views would keep the whole file
+        here._revoked, here._hashes = self._revoked.copy(), self._hashes.copy()
         return here
 
 
@@ -215,23 +247,22 @@ class PrimaryShard(Shard):
     def __init__(
         self,
         vectors: Rows,
-        leaves: Rows,
         revoked: NDArray[np.bool_],
+        hashes: NDArray[np.uint8],
         offsets: NDArray[np.int64],
         blocks: Rows,
     ) -> None:
         """See `parse`."""
-        self._leaves, self._offsets, self._blocks = leaves, offsets, blocks
-        super().__init__(vectors, revoked)
+        self._offsets, self._blocks = offsets, blocks
+        super().__init__(vectors, revoked, hashes)
 
     @classmethod
     def build(cls, passages: Sequence[Passage], vectors: Vectors) -> bytes:
         """The file of a shard with these passages, in their order; `vectors[i]` is that of `passages[i]`."""
         assert 1 <= len(passages) == len(vectors) <= MAX_LEAVES, f"a shard of {len(passages)} passages"
         texts = [serialized(passage) for passage in passages]
-        leaves = [passage.leaf(vector.tobytes()) for passage, vector in zip(passages, vectors, strict=True)]
         blocks = [_deflated(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
-        return _primary_file(vectors, leaves, np.zeros(len(leaves), np.bool_), blocks)
+        return _primary_file(vectors, np.zeros(len(texts), np.bool_), [], blocks)
 
     @classmethod
     def _of_arrays(cls, arrays: Mapping[str, NDArray[np.generic]], leaves: int, dimensions: int) -> Self:
@@ -240,8 +271,8 @@ class PrimaryShard(Shard):
             arrays,
             {
                 "vectors": ((leaves, dimensions), np.int8),
-                "leaves": ((leaves, HASH_BYTES), np.uint8),
                 "revoked": ((leaves,), np.uint8),
+                "hashes": ((_count(arrays, "hashes"), HASH_BYTES), np.uint8),
                 "offsets": ((blocks + 1,), np.int64),
                 "blocks": ((_count(arrays, "blocks"),), np.uint8),
             },
@@ -253,27 +284,25 @@ class PrimaryShard(Shard):
             or offsets[-1] != arrays["blocks"].size
             or (offsets[1:] <= offsets[:-1]).any()
             or (revoked > 1).any()
+            or revoked.sum() != len(arrays["hashes"])
         ):
             raise WireError("a shard whose blocks are not where they should be")
-        return cls(arrays["vectors"], arrays["leaves"], revoked.view(np.bool_), offsets, arrays["blocks"])
+        hashes = arrays["hashes"].view(np.uint8)
+        return cls(arrays["vectors"], revoked.view(np.bool_), hashes, offsets, arrays["blocks"])
 
     def on_disk(self, file: PlainFile, data: bytes) -> Self:
         arrays = arrays_in(file, data)
         here = self._on_disk(arrays)
-        here._leaves, here._blocks, here._offsets = arrays["leaves"], arrays["blocks"], self._offsets.copy()
+        here._blocks, here._offsets = arrays["blocks"], self._offsets.copy()
         return here
 
     def check(self, revoked: Revoked) -> None:
         gone = revoked.get(self.root, ())
-        for block in range(len(self._offsets) - 1):
-            vectors, leaves = self._vectors[_block_rows(block)], self._leaves_in(block)
-            for number, (data, leaf) in enumerate(zip(self._inflated(block), leaves, strict=True)):
-                position, vector = block * BLOCK + number, vectors[number].tobytes()
-                if self._revoked[position]:
-                    if data or any(vector) or position not in gone:
-                        raise WireError("a shard without a passage that was not revoked")
-                elif _parsed(data).leaf(vector) != leaf:
-                    raise WireError("a shard with another passage than its leaf says")
+        for block in np.unique(np.flatnonzero(self._revoked) // BLOCK).tolist():
+            texts, vectors = self._texts(block), self._vectors_in(block)
+            for number in np.flatnonzero(self._revoked[_block_rows(block)]).tolist():
+                if texts[number] or vectors[number].any() or block * BLOCK + number not in gone:
+                    raise WireError("a shard without a passage that was not revoked")
 
     def text_at(self, position: int) -> Place:
         return Place(self.root, position)
@@ -281,9 +310,8 @@ class PrimaryShard(Shard):
     def passages(self) -> Iterator[Passage | None]:
         """All, in order; None for those that were revoked. Raises WireError if a text can't be read."""
         for block in range(len(self._offsets) - 1):
-            rows = _block_rows(block)
-            for passage, _ in self._contents(block, range(rows.start, min(rows.stop, len(self)))):
-                yield passage
+            for text in self._texts(block):
+                yield _parsed(text) if text else None
 
     def _named(self, revoked: Revoked) -> NDArray[np.bool_]:
         named = np.zeros(len(self), np.bool_)
@@ -291,38 +319,30 @@ class PrimaryShard(Shard):
         return named
 
     def _file(self, vectors: Vectors, revoked: NDArray[np.bool_]) -> bytes:
-        blocks = []
+        blocks, hashes = [], list[bytes]()
         for block in range(len(self._offsets) - 1):
-            inside = revoked[_block_rows(block)]
-            if inside.any():
-                texts = [
-                    b"" if is_gone else data
-                    for data, is_gone in zip(self._inflated(block), inside, strict=True)
-                ]
+            inside = np.flatnonzero(revoked[_block_rows(block)]).tolist()
+            if inside:
+                texts = self._texts(block)
+                gone = (block * BLOCK + number for number in inside)
+                hashes += self._leaves_of(gone, texts, self._vectors_in(block))
+                for number in inside:
+                    texts[number] = b""
                 blocks.append(_deflated(texts))
             else:
                 blocks.append(self._block(block))
-        leaves = [leaf.tobytes() for leaf in self._leaves[:]]
-        return _primary_file(vectors, leaves, revoked, blocks)
+        return _primary_file(vectors, revoked, hashes, blocks)
 
-    def _leaves_in(self, block: int) -> list[bytes]:
-        return [leaf.tobytes() for leaf in self._leaves[_block_rows(block)]]
-
-    def _contents(self, block: int, inside: Sequence[int]) -> list[tuple[Passage | None, bytes]]:
-        texts = self._inflated(block)
-        return [
-            (None, self.leaf(position))
-            if self._revoked[position]
-            else (_parsed(texts[position % BLOCK]), b"")
-            for position in inside
-        ]
+    def _leaf(self, position: int, text: bytes, vector: Vectors) -> bytes:
+        return (
+            self._revoked_hash(position) if self._revoked[position] else _parsed(text).leaf(vector.tobytes())
+        )
 
     def _block(self, block: int) -> bytes:
         data: bytes = self._blocks[int(self._offsets[block]) : int(self._offsets[block + 1])].tobytes()
         return data
 
-    def _inflated(self, block: int) -> list[bytes]:
-        """The serialized passages of a block. Raises WireError."""
+    def _texts(self, block: int) -> list[bytes]:
         count = min(BLOCK, len(self) - block * BLOCK)
         inflating = zlib.decompressobj()
         try:
@@ -353,11 +373,9 @@ class SecondaryShard(Shard):
         references: NDArray[np.uint16],
     ) -> None:
         """See `parse`."""
-        self._hashes, self._references = hashes, references
+        self._references = references
         self._roots = [root.tobytes() for root in roots]
-        self._ends = np.cumsum(revoked, dtype=np.int32) if len(hashes) else None
-        """For each vector, how many up to it were revoked."""
-        super().__init__(vectors, revoked)
+        super().__init__(vectors, revoked, hashes)
 
     @classmethod
     def build(cls, texts: Sequence[Place], vectors: Vectors) -> bytes:
@@ -398,9 +416,7 @@ class SecondaryShard(Shard):
         return cls(arrays["vectors"], revoked.view(np.bool_), hashes, roots, references)
 
     def on_disk(self, file: PlainFile, data: bytes) -> Self:
-        here = self._on_disk(arrays_in(file, data))
-        here._hashes = self._hashes.copy()
-        return here
+        return self._on_disk(arrays_in(file, data))
 
     def check(self, revoked: Revoked) -> None:
         vectors = self._vectors[:]
@@ -428,20 +444,11 @@ class SecondaryShard(Shard):
         ]
         return _secondary_file(vectors, revoked, hashes, self._roots, self._references)
 
-    def _leaves_in(self, block: int) -> list[bytes]:
-        rows = _block_rows(block)
-        references = self._references[rows].tolist()
-        return [
-            reference_leaf(Place(self._roots[number], there), self._vector_hash(position, vector))
-            for position, ((number, there), vector) in enumerate(
-                zip(references, self._vectors[rows], strict=True), rows.start
-            )
-        ]
+    def _texts(self, block: int) -> list[bytes]:
+        return [b""] * min(BLOCK, len(self) - block * BLOCK)
 
-    def _contents(self, block: int, inside: Sequence[int]) -> list[tuple[Passage | None, bytes]]:
-        return [
-            (None, self._revoked_hash(position) if self._revoked[position] else b"") for position in inside
-        ]
+    def _leaf(self, position: int, text: bytes, vector: Vectors) -> bytes:
+        return reference_leaf(self.text_at(position), self._vector_hash(position, vector))
 
     def _vector_hash(self, position: int, vector: Vectors) -> bytes:
         return (
@@ -450,15 +457,10 @@ class SecondaryShard(Shard):
             else hashlib.sha256(vector.tobytes()).digest()
         )
 
-    def _revoked_hash(self, position: int) -> bytes:
-        assert self._ends is not None, "none was revoked"
-        hashed: bytes = self._hashes[int(self._ends[position]) - 1].tobytes()
-        return hashed
-
 
 def most_bytes(info: ShardInfo) -> int:
-    """The limit of a shard's file after a revocation: texts may compress a little less well, or hashes stay."""
-    return info.size + (HASH_BYTES * info.leaves + 64 if info.is_secondary else info.size // 8)
+    """Of a shard's file after some was revoked: hashes are kept, and texts may be compressed a little less well."""
+    return info.size + HASH_BYTES * info.leaves + 64 + (0 if info.is_secondary else info.size // 8)
 
 
 def _block_rows(block: int) -> slice:
@@ -475,17 +477,17 @@ def _require_forms(
     arrays: Mapping[str, NDArray[np.generic]], forms: Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
 ) -> None:
     if {name: (array.shape, array.dtype.type) for name, array in arrays.items()} != forms:
-        raise WireError("not the file of such a shard")
+        raise WireError("not the file of such a shard: if an older version built the memory, build it again")
 
 
 def _primary_file(
-    vectors: Vectors, leaves: Sequence[bytes], revoked: NDArray[np.bool_], blocks: Sequence[bytes]
+    vectors: Vectors, revoked: NDArray[np.bool_], hashes: Sequence[bytes], blocks: Sequence[bytes]
 ) -> bytes:
     return encode_arrays(
         {
             "vectors": vectors,
-            "leaves": _joined(leaves),
             "revoked": revoked.view(np.uint8),
+            "hashes": _joined(hashes),
             "offsets": np.cumsum([0, *map(len, blocks)], dtype=np.int64),
             "blocks": np.frombuffer(b"".join(blocks), np.uint8),
         }

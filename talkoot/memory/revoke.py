@@ -80,8 +80,10 @@ class Selection:
         """Raises LibraryError if there are none, or too many."""
         found: dict[Place, Selected] = {}
         for shard in store.shards.values():
-            for position, passage in enumerate(shard.passages()) if isinstance(shard, PrimaryShard) else ():
-                if passage is not None and self._has(leaf := shard.leaf(position), passage):
+            if not isinstance(shard, PrimaryShard):
+                continue
+            for position, (passage, leaf) in enumerate(zip(shard.passages(), shard.leaves(), strict=True)):
+                if passage is not None and self._has(leaf, passage):
                     found[Place(shard.root, position)] = Selected(passage, leaf)
         hashes = [selected.leaf.hex() for selected in found.values()]
         for wanted in sorted(self.leaves):

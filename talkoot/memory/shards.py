@@ -18,7 +18,7 @@ from peer.files import write_atomically
 from peer.merkle import HASH_BYTES
 
 _MOST_BYTES = MAX_SHARD_BYTES - 2**16
-_PRIMARY_BYTES, _SECONDARY_BYTES = HASH_BYTES + 8, 5
+_PRIMARY_BYTES, _SECONDARY_BYTES = 8, 5
 """Bytes of a passage in a shard, besides its text and vector."""
 
 

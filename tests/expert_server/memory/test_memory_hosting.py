@@ -650,7 +650,7 @@ def test_a_memory_that_nobody_lists_any_more_makes_room_for_others(
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY, SECOND)
         await village.run(founder)
-        node = await village.join(1, await founder.swarm.invite(), **HOST | {"memory_disk": SIZE + 3000})
+        node = await village.join(1, await founder.swarm.invite(), **HOST | {"memory_disk": SIZE + 5000})
         libraries, listed = node.memories._memories.libraries, [memory_id(village, MEMORY)]
 
         async def by_another() -> dict[PeerID, tuple[LibraryEntry, ...]]:
