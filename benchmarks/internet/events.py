@@ -243,6 +243,9 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
         placed = PlacedSwarm(volunteers.swarm.plan.manifest, volunteers.volunteers, hosts)
         trainers = draw_population(world.rng("trainers"), max(3, nodes // TRAINED_BY))
     window = Window(timing.trained_s, timing.trained_s / 2)
+    alone = training.play(placed, trainers[: window.real], replace(window, in_flight=1), seed)
+    # or in 20 s, trainers find half of the steps that they should have in flight
+    window = replace(window, alone_s=alone.step_s.get("p50"))
     figures = training.play(placed, trainers, window, seed)
     heavy = training.play(placed, trainers, replace(window, heavy=HEAVY), seed)
     return asdict(figures) | {
