@@ -388,19 +388,21 @@ class HostingSurvey:
         self._looks = 0
         self._own: deque[UID] = deque()
         """This node's experts, those that were not read for longest first."""
+        self._split: set[int] = set()
+        """Layers that had split into regions when they were read last. That they still have shows in any row, and all
+        rows need not be read for it."""
         self._again: list[Prefix] = []
         """Rows of split layers in which experts were vacant at the last look."""
         self._seen: dict[UID, tuple[Replica, ...]] = {}
 
     async def read(self, mine: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
         """The replicas of experts that may need this node, and of others. Raises UnreachableError."""
-        layers = range(self._manifest.model.layers)
-        first, *_ = self._manifest.experts.grid
-        split = {layer for layer in layers if self._registry.regions.has_split(layer, first)}
+        split = self._split | self._known_split()
         own = self._in_turn(mine, split)
         rows = [*self._rows(split), *self._rows_of_split(split, own)]
         active = await self._registry.prefixes(rows, self._manifest.experts.grid[-1], most=MOST_REGIONS)
-        split |= {layer for layer in layers if self._registry.regions.has_split(layer, first)}
+        self._split = self._known_split() | (split - {layer for layer, _ in active})
+        split |= self._split
         wanted = set(own)
         for is_split, most_vacant, most_others in ((False, MOST_VACANT, SAMPLED), (True, FEW, FEW // 2)):
             some = {prefix: known for prefix, known in active.items() if (prefix[0] in split) is is_split}
@@ -410,6 +412,11 @@ class HostingSurvey:
             wanted.update(vacant, self._others(some, most_others))
         self._looks += 1
         return self._merged(await self._registry.replicas(wanted, just_read=True))
+
+    def _known_split(self) -> set[int]:
+        first, *_ = self._manifest.experts.grid
+        layers = range(self._manifest.model.layers)
+        return {layer for layer in layers if self._registry.regions.has_split(layer, first)}
 
     def had_host(self, uid: UID) -> bool:
         """Whether anybody was ever seen to host or claim the expert."""

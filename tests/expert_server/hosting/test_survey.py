@@ -102,6 +102,20 @@ def test_of_layers_that_have_split_each_look_reads_a_few_experts_and_vacant_ones
     asyncio.run(scenario())
 
 
+def test_that_a_layer_has_split_is_not_learnt_again_by_reading_all_its_rows() -> None:
+    registry = FakeRegistry(all_uids((16, 16)))
+    registry.split(0, 1)
+    survey = make_survey((16, 16), registry)
+    asyncio.run(survey.read([]))
+    registry.time += 2000.0
+    registry.prefixes_read = 0
+    asyncio.run(survey.read([]))
+    assert registry.prefixes_read <= 2 * FEW
+    for _ in range(20):  # the layers have joined again, as its rows in its turn show
+        asyncio.run(survey.read([]))
+    assert set(asyncio.run(survey.read([]))) == set(all_uids((16, 16)))
+
+
 def test_what_was_seen_counts_until_it_expires() -> None:
     uids = all_uids((16, 16))
     registry = FakeRegistry(uids)
