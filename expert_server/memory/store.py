@@ -130,7 +130,7 @@ class MemoryStore:
             self.load(root)
         except WireError as error:  # what was written is not what is read
             self.drop(root)
-            raise OSError(f"the disk changed {path}: {error}") from error
+            raise OSError(f"{path} does not hold what was written to it: {error}") from error
 
     def stop_serving(self, root: bytes) -> None:
         """Stops serving the shard."""

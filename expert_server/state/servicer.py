@@ -190,7 +190,9 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
         if request.offset and not request.sha256:
             raise WireError("an offset belongs to a snapshot: give its checksum")
         if request.version and (request.sha256 or request.parameters):
-            raise WireError("a version is no snapshot's: leave the checksum and `parameters` out")
+            raise WireError(
+                "a version can't be asked for together with a checksum or `parameters`: leave those out"
+            )
         with self._slots.taken(caller, self._state_bytes):
             if request.version:
                 block = await self._snapshots.block_for(caller, uid, request.version)
