@@ -7,7 +7,7 @@ and kills the founder.
     python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
         [--strangers]
     python -m benchmarks.chaos --hostile 0.2 [--seeds N] [--jobs N] [--only KIND...] [--placement random]
-        [--without RULE...] [--json FILE] [--quick]
+        [--without RULE...] [--steps N] [--json FILE] [--quick]
     python -m benchmarks.chaos --overhead [--only RULE...] [--check-share S] [--json FILE] [--quick]
 
 With `--strangers`, strangers of several kinds attack the chaos part meanwhile (tests/hostile/siege.py).
@@ -28,7 +28,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -214,6 +214,7 @@ def main() -> None:
         metavar="RULE",
         help="with --hostile: rules that honest peers leave out",
     )
+    parser.add_argument("--steps", type=int, help="with --hostile: of each trainer, in place of 48")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="write a PNG with the steps over time there"
@@ -265,6 +266,8 @@ def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
     if unknown := [rule for rule in options.without if rule not in RULES]:
         parser.error(f"--without: {unknown[0]} is none of {', '.join(RULES)}")
     plan = HostilePlan.of(options.hostile, options.placement, options.quick, tuple(options.without))
+    if options.steps:
+        plan = replace(plan, steps=options.steps)
     results: dict[str, Any] = {"plan": json.loads(json.dumps(asdict(plan))), "runs": {}}
     if options.json and options.json.exists():
         saved = json.loads(options.json.read_text())

@@ -65,8 +65,6 @@ from peer.optimizer import Optimizer
 
 _ROWS_WORTH_A_COPY = 64
 """Rows whose updates take longer to compute again than the parameters take to copy."""
-_LONGEST_WITHHELD_STEPS = 64
-"""Steps without them after which withheld gradients are of parameters too old to be of use."""
 _UNKNOWN: Mapping[str, int] = MappingProxyType({})
 
 
@@ -110,10 +108,6 @@ class Expert:
         self._step_is_due = False
         self._accumulated: AccumulatedGradients | None = None
         self.callers: Callers = Callers()
-        self._withheld: AccumulatedGradients | None = None
-        """Gradients of callers that had caused more than their share of the steps. No part of the state."""
-        self._withheld_steps = 0
-        """Taken since there are any."""
         self._version: WeightVersion | None = None
         """The present parameters, once a graph was made with them."""
         self._kept_versions = WeakValueDictionary[int, WeightVersion]()
@@ -284,8 +278,8 @@ class Expert:
         ExpertError (INTERNAL), and takes no step, when the gradient of an input is not finite.
 
         `may_defer`: whoever calls this ensures that `settle` takes the step soon; it already counts as taken.
-        `callers`: how many of the rows each of them sent. `withhold`: the gradients lead to no step; they join the next
-        that takes place without them, if they are of its size and none of their callers is over its share by then.
+        `callers`: how many of the rows each of them sent. `withhold`: the gradients lead to no step, and are
+        dropped.
         """
         self.settle()
 
@@ -307,7 +301,7 @@ class Expert:
         assert not self._step_is_due, "the gradients are of parameters that are about to change"
 
         def take_gradients() -> list[Tensor]:
-            accumulates = withhold or self._settings.rows_per_update > 1
+            accumulates = self._settings.rows_per_update > 1
             for parameter, gradient in zip(self._parameters, of_parameters.tensors, strict=True):
                 # one that stays must not keep those of all the others in memory
                 parameter.grad = gradient.clone() if accumulates else gradient
@@ -346,17 +340,13 @@ class Expert:
     ) -> StepOutcome:
         """Called with the gradients of these parts in the parameters."""
         enough = self._settings.rows_per_update
-        is_whole = not withhold and self._accumulated is None and sum(map(len, parts)) >= enough
-        if is_whole and not self._can_join_withheld():
+        if withhold:
+            return StepOutcome.WITHHELD
+        if self._accumulated is None and sum(map(len, parts)) >= enough:
             return self._prepare_step(callers, norm)
         batch = AccumulatedGradients.take_from(self._parameters, parts, callers)
         if not batch.are_finite:
             return self._skip_step()
-        if withhold:
-            return self._withhold(batch)
-        if self._withheld is not None and self._can_join_withheld() and self._withheld.are_like(batch):
-            batch.add(self._withheld)
-            self._withheld = None
         outcome = StepOutcome.NONE
         if self._accumulated is not None and not self._accumulated.are_like(batch):
             # if that step is skipped, it is not this batch's
@@ -368,17 +358,6 @@ class Expert:
         else:
             self._accumulated.add(batch)
         return outcome | self.end_accumulation() if self._accumulated.rows >= enough else outcome
-
-    def _withhold(self, batch: AccumulatedGradients) -> StepOutcome:
-        """Keeps gradients for a later step, and drops those of another size than the ones already kept."""
-        if self._withheld is None:
-            self._withheld, self._withheld_steps = batch, 0
-        elif self._withheld.are_like(batch):
-            self._withheld.add(batch)
-        return StepOutcome.WITHHELD
-
-    def _can_join_withheld(self) -> bool:
-        return self._withheld is not None and not any(map(self.callers.is_over, self._withheld.callers))
 
     def _gradient_of_inputs(self, part: Rows) -> Tensor:
         """Adds to the gradients of the parameters. A graph can be used only once."""
@@ -421,12 +400,12 @@ class Expert:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, optimizer state, and accumulated and withheld gradients, without the guard's copy.
+        """Bytes of weights, optimizer state, and accumulated gradients, without the guard's copy.
 
         Moments come with the first step.
         """
         moments = (value for state in self.optimizer.state.values() for value in state.values())
-        waiting = sum(each.bytes for each in (self._accumulated, self._withheld) if each is not None)
+        waiting = self._accumulated.bytes if self._accumulated is not None else 0
         return sum(tensor.nbytes for tensor in chain(self._parameters, moments)) + waiting
 
     def export_state(self) -> State:
@@ -519,7 +498,6 @@ class Expert:
                 for m in self.optimizer.moments
             }
         self._accumulated = self._accumulated_in(state)
-        self._withheld = None
         self.update_count = update_count
         if source != AVERAGED:  # what an average moved since its base is known to whoever made it
             self.own_moves.start(moving_tensors(state))
@@ -555,12 +533,12 @@ class Expert:
     def _is_sound(self, check: Callable[[], bool]) -> bool:
         """What the guard's `check` returns. After a rollback on probation, goes back to the update count too.
 
-        A rollback drops what is accumulated or withheld: the gradients are those of parameters that were bad.
+        A rollback drops what is accumulated: the gradients are those of parameters that were bad.
         """
         source = self.source
         if check():
             return True
-        self._accumulated = self._withheld = None
+        self._accumulated = None
         self.own_moves.lose_start()
         if source:
             self.update_count, self.refuted = self._own_count, source
@@ -579,9 +557,6 @@ class Expert:
         if size > self._settings.clip_norm:
             clip_grads_with_norm_(self._parameters, self._settings.clip_norm, norm)
         self.callers.note_step(callers)
-        self._withheld_steps += 1
-        if self._withheld_steps > _LONGEST_WITHHELD_STEPS:
-            self._withheld = None
         self.optimizer.learning_rate = self._learning_rate()
         self.update_count = min(self.update_count + 1, MAX_UPDATE_COUNT)
         self.updated_at = clock.now()
@@ -611,13 +586,13 @@ class Expert:
 def expert_bytes(manifest: Manifest) -> int:
     """Estimates the memory of one expert: weights, gradients, moments, the guard's half and the sketches of its moves.
 
-    Gradients are those of a batch, those that are withheld, and those that accumulate. Allocates nothing. It holds for
+    Gradients are those of a batch, and those that accumulate. Allocates nothing. It holds for
     every precision: parameters are always float32, and bfloat16 matrices live for one batch.
     """
     block = weightless_block(manifest)
     weights = sum(parameter.nbytes for parameter in block.parameters())
     copies = 1 + manifest.optimizer.moments
     state = copies * weights
-    gradients = (2 if manifest.optimizer.rows_per_update == 1 else 3) * weights
+    gradients = (1 if manifest.optimizer.rows_per_update == 1 else 2) * weights
     sketches = copies * sum(map(sketch_bytes, block.parameters()))
     return state + gradients + state // 2 + sketches + sum(buffer.nbytes for buffer in block.buffers())

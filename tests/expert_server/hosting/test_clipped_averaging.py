@@ -1,12 +1,14 @@
 """Replicas of an expert that train and meet: what hostile ones do to an honest one, and what clipping costs."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
 from checkpoint_samples import AN_UID, MANIFEST, SWARM
 from torch import Tensor
 
+from benchmarks.chaos.attacks import LIES, altered
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import BLOCK, Checkpoint, State, moving_tensors, to_bytes
 from expert_server.experts.graphs import Rows
@@ -87,6 +89,35 @@ def loss_of_replicas(seed: int, replicas: int, meet: Callable[[Expert, Checkpoin
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_without_hostile_replicas_clipping_costs_nothing(replicas: int) -> None:
     assert loss_of_replicas(0, replicas, clipped) <= 1.005 * loss_of_replicas(0, replicas, plain)
+
+
+def loss_beside_a_liar(lie: str | None, meet: Callable[[Expert, Checkpoint], None]) -> float:
+    """Mean loss of two honest replicas in the end, which meet each other and a third one. None: it is honest too."""
+    task, (*honest, liar) = Task(3), [Expert(AN_UID, FAST) for _ in range(3)]
+    for meeting in range(24):
+        for expert in (*honest, liar):
+            task.train(expert)
+        one, other = honest[meeting % 2], [liar, honest[1 - meeting % 2]][meeting // 2 % 2]
+        mine, theirs = one.checkpoint(), other.checkpoint()
+        if lie is not None and other is liar:
+            told = {
+                name: altered(lie, tensor, name, 0, meeting) if name.startswith(BLOCK) else tensor
+                for name, tensor in theirs.state.items()
+            }
+            theirs = Checkpoint(told, theirs.update_count + 10_000)
+        with suppress(StateError):
+            one.require_good(theirs.state, theirs.update_count)
+            meet(one, theirs)
+        meet(other, mine)
+    return sum(map(task.loss, honest)) / len(honest)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_one_liar_of_three_costs_two_honest_replicas_next_to_nothing(lie: str) -> None:
+    calm = loss_beside_a_liar(None, clipped)
+    assert loss_beside_a_liar(lie, clipped) <= 1.05 * calm
+    if lie not in ("1e30", "nan"):  # which no parser lets through
+        assert loss_beside_a_liar(lie, plain) >= 1.1 * calm, "the rule would be worth nothing"
 
 
 def random_like(state: State) -> State:

@@ -166,44 +166,22 @@ def test_others_take_their_step_beside_one_that_is_over() -> None:
     assert torch.equal(state_of(expert), state_of(plain))
 
 
-def test_what_was_withheld_is_part_of_a_step_once_its_caller_is_within_its_share() -> None:
-    expert, plain = expert_with_one_over(), Expert(FIRST, MANIFEST)
-    compute(expert, [work("tiny", 4, seed=1)])
+@pytest.mark.parametrize("rows_per_update", [1, 6])
+def test_what_was_withheld_is_in_no_later_step(rows_per_update: int) -> None:
+    """One who floods an expert would turn round the steps of others with all that was withheld from it."""
+    expert = expert_with_one_over(rows_per_update=rows_per_update)
+    plain = Expert(FIRST, make_manifest(rows_per_update=rows_per_update))
+    size = expert.state_bytes
+    for seed in range(3):
+        compute(expert, [work("tiny", 4, seed=seed)])
+    assert expert.state_bytes == size
     for _ in range(10):
         expert.callers.note_rows("b", 10, 1.0)
         expert.callers.note_step({"b": 10})
     assert not expert.callers.is_over("tiny")
-    caused = expert.callers._caused["tiny"]
-    assert result_of(compute(expert, [work("a", 4, seed=2)])[0]).step is StepOutcome.TAKEN
-    assert expert.callers._caused["tiny"] == caused + 0.5
-    compute(plain, [work("both", 4, seed=1), work("both", 4, seed=2)])
-    torch.testing.assert_close(state_of(expert), state_of(plain))
-
-
-@pytest.mark.parametrize("ends", ["state", "age"])
-def test_what_was_withheld_ends_with_the_state_or_with_its_age(ends: str) -> None:
-    expert = expert_with_one_over()
-    compute(expert, [work("tiny", 4, 1.0)])
-    size = expert.state_bytes
-    if ends == "state":
-        expert.import_state(expert.export_state(), 0)
-    else:
-        for seed in range(65):  # of another size, with which it does not join
-            compute(expert, [work("a", 4, 1e-3, seed)])
-        size += 2 * sum(each.nbytes for each in expert.parameters)
-    assert expert.state_bytes == pytest.approx(
-        size - sum(each.nbytes for each in expert.parameters), rel=0.01
-    )
-
-
-def test_what_is_withheld_of_another_size_drowns_nothing() -> None:
-    expert, like = expert_with_one_over(), expert_with_one_over()
-    compute(expert, [work("tiny", 4, 1.0)])
-    compute(expert, [work("tiny", 4, 1e-3)])
-    compute(like, [work("tiny", 4, 1.0)])
-    assert expert._withheld is not None
-    assert like._withheld is not None
-    assert expert._withheld.sizes == like._withheld.sizes
+    for each in (expert, plain):
+        assert result_of(compute(each, [work("a", 8, seed=2)])[0]).step is StepOutcome.TAKEN
+    assert torch.equal(state_of(expert), state_of(plain))
 
 
 def test_a_caller_does_not_end_what_others_accumulate_more_often_than_its_share() -> None:
