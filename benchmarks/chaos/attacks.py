@@ -72,13 +72,21 @@ SPENT = "spent"
 
 @dataclass(frozen=True)
 class Start:
-    """When an attack begins."""
+    """When an attack begins and ends."""
 
     file: Path
 
     @property
-    def is_over(self) -> bool:
-        return self.file.exists()
+    def is_on(self) -> bool:
+        """Whether it has begun, and not ended."""
+        return self.file.exists() and not self._end.exists()
+
+    @property
+    def _end(self) -> Path:
+        return self.file.with_suffix(".end")
+
+    def end(self) -> None:
+        self._end.touch()
 
     def note_deed(self) -> None:
         """The file has a byte for each lie that was told."""
@@ -153,7 +161,7 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
 
     def encode_both(checkpoint: Any, swarm_id: str, uid: Any) -> tuple[bytes, bytes]:
         data, sha256 = encode(checkpoint, swarm_id, uid)
-        if start.is_over and checkpoint.update_count:  # a state without moments can claim no updates
+        if start.is_on and checkpoint.update_count:  # a state without moments can claim no updates
             times[str(uid)] += 1
             state = {
                 name: altered(lie, tensor, f"{uid} {name}", seed, times[str(uid)])
@@ -189,7 +197,7 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
     def announce_more(
         self: "Registry", replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0
     ) -> Any:
-        if start.is_over:
+        if start.is_on:
             replicas = [replace(r, update_count=r.update_count + CLAIMED) for r in replicas]
         return announce(self, replicas, lifetime_s, queued_rows)
 
@@ -209,7 +217,7 @@ def lie_in_dense_parts(lie: str, seed: int, start: Start) -> None:
     times = Counter[str]()
 
     def encode_lie(self: "DenseForm", tensors: "Mapping[str, Tensor]", age: int) -> bytes:
-        if start.is_over:
+        if start.is_on:
             start.note_deed()
             times.update(tensors)
             tensors = {
@@ -218,7 +226,7 @@ def lie_in_dense_parts(lie: str, seed: int, start: Start) -> None:
         return to_bytes(self, tensors, age)
 
     def pack_older(self: "DenseExchange") -> "tuple[DensePart, bytes, bytes]":
-        if start.is_over and self.part._age < CLAIMED:
+        if start.is_on and self.part._age < CLAIMED:
             self.part._age += CLAIMED
         return pack(self)
 
@@ -235,7 +243,7 @@ def answer_wrong(attack: str, seed: int, start: Start) -> None:
     take, rng, (share, size) = AnswerAssembler.take, np.random.default_rng(seed), _WRONG[attack]
 
     def take_wrong(self: "AnswerAssembler", outcomes: "Sequence[tuple[int, Tensor | None]]") -> Any:
-        if start.is_over:
+        if start.is_on:
             start.note_deed()
             outcomes = [
                 (
@@ -267,7 +275,7 @@ def flip_gradients(seed: int, start: Start) -> None:
 
     async def call_flipped(self: "GrpcCaller", call: "NodeCall") -> "AsyncGenerator[CallReply, None]":
         tiny: list[asyncio.Task[None]] = []
-        if start.is_over and call.gradients is not None:
+        if start.is_on and call.gradients is not None:
             start.note_deed()
             tiny = [
                 asyncio.create_task(send(self, each)) for each in tiny_calls(call.in_full(), _TINY_CALLS, rng)
@@ -308,7 +316,7 @@ def leave_out(rules: Collection[str], start: Start) -> None:
         true, index = getattr(owner, name), RULES.index(rule)
 
         def either(*arguments: Any, **named: Any) -> Any:
-            chosen, began = plain if plain is not None and start.is_over else true, time.thread_time()
+            chosen, began = plain if plain is not None and start.is_on else true, time.thread_time()
             try:
                 return chosen(*arguments, **named)
             finally:

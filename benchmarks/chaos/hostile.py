@@ -268,6 +268,9 @@ class HostileSwarm:
             if not self.began_at and (done := min(len(t.steps) for t in self.judged)) >= _BEGINS_AFTER:
                 self.began_at = done
                 self.begins.touch()
+            if any(len(t.steps) >= self._plan.steps for t in self.judged):
+                # beside the last of them it would no longer be a minority
+                attacks.Start(self.begins).end()
             await asyncio.to_thread(self._scrape)
 
     def result(self, hosts: Mapping[UID, frozenset[PeerID]]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def test_a_rule_is_left_out_for_as_long_as_the_file_exists(
         from trainer_client.dispatch.spot_checks import SpotChecks
 
         if rule == "checks":
-            with pytest.raises(AttributeError) if not start.is_over else nullcontext() as raised:
+            with pytest.raises(AttributeError) if not start.is_on else nullcontext() as raised:
                 SpotChecks.note(None, None, None, None)  # type: ignore[arg-type]  # it looks at none of them
             return raised is not None
         if rule == "averages":
@@ -164,7 +164,7 @@ def test_a_rule_is_left_out_for_as_long_as_the_file_exists(
     assert is_kept()
     start.file.touch()
     assert not is_kept()
-    start.file.unlink()
+    start.end()
     assert is_kept()
     spent_s = dict(zip(RULES, np.fromfile(spent), strict=True))
     assert spent_s.pop(rule) > 0
