@@ -208,7 +208,9 @@ def breaking() -> Iterator[None]:
     try:
         with while_open():
             yield
-    except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, ExpertError) as error:
+    except grpc.aio.AioRpcError as error:
+        raise ConnectionError(printable(error.details() or error.code().name)) from error
+    except (grpc.aio.BaseError, asyncio.InvalidStateError, ExpertError) as error:
         raise ConnectionError(f"the call ended: {error}") from error
 
 

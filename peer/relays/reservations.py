@@ -74,7 +74,7 @@ class Reservations:
         )
         self.offers: Counter = start_at_zero(offers, "accepted", "failed", "refused")
         self.refusal: str = ""
-        """Why the relay that was asked last does not lead here; empty if it does, or there is none to ask."""
+        """Why the relay that was asked last does not lead here; empty if it does, or none was asked."""
         self._client = client
         self._changed = changed
         self._rng = rng or random.SystemRandom()
@@ -129,9 +129,12 @@ class Reservations:
             self._busy[contact.peer_id] = contact
             try:
                 await self._hold(contact)
-            except (UnreachableError, OSError) as error:
+            except UnreachableError as error:
                 self.refusal = str(error)
-                logger.debug("relay %s: %s", contact.peer_id, error)
+                logger.debug("no reservation: %s", error)
+            except OSError as error:
+                self.refusal = f"relay {contact.peer_id} has gone: {error or 'it is silent'}"
+                logger.debug("a reservation ended: %s", self.refusal)
             finally:
                 del self._busy[contact.peer_id]
             self._pause(contact.peer_id, self._clock() - began)

@@ -515,3 +515,24 @@ def test_a_relay_that_answers_nonsense_is_left_alone(loop: LoopThread, keys: lis
             assert not hidden.reservations.addresses
 
     play(loop, scenario)
+
+
+def test_what_a_relay_says_when_it_ends_a_reservation_is_told_in_one_printable_line(
+    loop: LoopThread, keys: list[Identity]
+) -> None:
+    class Shouting(RelayServicer):
+        async def Reserve(self, requests: Any, context: Any) -> None:
+            await context.write(relay_pb2.ReserveReply())
+            await context.abort(StatusCode.UNAVAILABLE, "\x1b[2Jyou have won\n" + 1_000 * "!")
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT, Shouting)
+        hidden = await hide(keys[HIDDEN], [relay], reservations=0)
+        async with closing(relay, hidden):
+            await until(lambda: hidden.reservations.refusal)
+            said = hidden.reservations.refusal
+            assert said.startswith(f"relay {relay.peer_id} has gone: [2Jyou have won !!!")
+            assert said.isprintable()
+            assert len(said) < 400
+
+    play(loop, scenario)
