@@ -220,6 +220,8 @@ class MemoryManifest:
             len(text) > MAX_LICENSE_CHARACTERS for text in message.licenses
         ):
             raise WireError("a memory of more licences than there can be")
+        if not message.shards:
+            raise WireError("a memory without shards")
         revoked = sum(len(some.positions) for some in message.revoked)
         if len(message.shards) > MAX_SHARDS or max(revoked, len(message.revoked)) > MAX_REVOKED:
             raise WireError("a memory of more shards or revoked passages than there can be")

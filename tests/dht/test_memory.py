@@ -122,6 +122,7 @@ def _changed(**fields: object) -> bytes:
         {"revoked": [memory_pb2.RevokedPassages(shard=1, positions=[0])]},
         {"revoked": [memory_pb2.RevokedPassages(shard=2, positions=[0])]},
         {"revoked": [memory_pb2.RevokedPassages(shard=0, positions=[1] * 65_537)]},
+        {"shards": [], "revoked": []},
         {"shards": [memory_pb2.ShardEntry(cell=256, root=b"r" * 32, leaves=1, size=1)]},
         {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r", leaves=1, size=1)]},
         {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r" * 32, leaves=0, size=1)]},
