@@ -197,7 +197,7 @@ class SimulatedContacts:
 
 
 def contact_of(peer_id: PeerID) -> contact_pb2.Contact:
-    """The size of one with a single address."""
+    """A contact as large as a real one with a single address."""
     statement = peer_id.to_bytes().ljust(_CONTACT_BYTES - _SIGNATURE_BYTES, b"\0")
     return contact_pb2.Contact(statement=statement, signature=bytes(_SIGNATURE_BYTES))
 

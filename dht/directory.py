@@ -314,9 +314,7 @@ class Directory:
             await self._read_hidden()
 
     async def _read_hidden(self, avoided: frozenset[PeerID] = NOBODY) -> None:
-        """Notes that others may announce an expert further down than the host that was found first, which can't be
-        called or is avoided.
-        """
+        """Reads further down, where others may announce an expert whose hosts so far can't be called or are avoided."""
         hosted = [uid for uid in self._hurried if self.view.replicas.get(uid)]
         hidden = [uid for uid in hosted if not self.view.hosts(uid, avoided)]
         if hidden:

@@ -39,7 +39,9 @@ from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRAINERS = 512
-"""Trainers whose receipts a node keeps. Beyond that, the token or neighbourhood with the most loses its smallest."""
+"""Trainers whose receipts a node keeps. Beyond that, the token or neighbourhood with the most trainers
+loses the one for the least work.
+"""
 SLACK = 65_536
 """Pairs, or queries, by which all trainers together may exceed twice what this node remembers to have answered to them:
 it may have been killed since it saved their receipts.

@@ -30,7 +30,7 @@ _REACH = 8.0
 _BUCKETS = 1021
 """Numbers in a sketch. A prime, so that a column of a matrix does not share one bucket."""
 _SKETCHED_AT_ONCE = 64 * _BUCKETS
-"""Tensors' numbers that are sketched at once."""
+"""Numbers that are sketched at once: they and their copies stay in the processor's cache."""
 _SIGNS = 16 * _SKETCHED_AT_ONCE
 _SHIFT = 65_537
 """How much further the signs of each further `_SIGNS` numbers begin. None comes twice in a bucket below 10⁹ numbers."""

@@ -34,9 +34,7 @@ class SwarmClock:
         self._wall = wall
         self._steady = steady
         self._offset = wall() - steady()
-        """Seconds from the steady clock to the time in use; the other offsets are also against the steady clock. So are
-        the others.
-        """
+        """Seconds from the steady clock to the time in use. The offsets of others are against the steady clock, too."""
         self._others = BoundedDict[str, float](_REMEMBERED)
         self._set_at: float | None = None
         """The steady clock's time when the clock was set to a time that is not used."""

@@ -158,8 +158,9 @@ def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") 
 
 
 def unexplained(received_RD: Floats, own_RD: Floats, slack_R: Floats, codec: "expert_pb2.Codec") -> Booleans:
-    """Which decoded numbers were not rounded by the codec from any that are within `slack` of one's own. So a codec's
-    coarseness hides little: of two numbers that it may round to, only one is right, unless this trainer's own number is
+    """Which decoded numbers were not rounded by the codec from any that are within `slack` of one's own. [R, D]
+
+    So a codec's coarseness hides little: of two numbers that it may round to, only one is right, unless one's own is
     within the slack of the middle between them. With int4, they are the numbers after its rotation. The number that a
     scale follows from may be several times the slack away: one that is must not condemn all others.
     """

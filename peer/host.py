@@ -267,7 +267,7 @@ class Host:
         self._own.set(addresses=tuple(await resolved(self._announced))[:8])
 
     def serve_dht(self, serves: bool) -> None:
-        """Serves the DHT as a client, when nobody reaches the server, or as a node."""
+        """Makes this peer a node of the DHT, or only a client, as while nobody reaches its server."""
         self.dht.serves_dht = serves and self.server is not None
 
     def bootstrap_addresses(self) -> list[Multiaddress]:

@@ -26,9 +26,7 @@ class Stopped(BaseException):
 
 
 def exit_at_once_on_signals() -> None:
-    """Makes signals end the process from now on, for a time in which there is nothing to clean up. For a time in which
-    there is nothing to clean up.
-    """
+    """Makes signals end the process from now on, for a time in which there is nothing to clean up."""
     for number in stop_signals():
         signal.signal(number, _exit_at_once)
 

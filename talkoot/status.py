@@ -54,7 +54,7 @@ class SwarmReading:
     """What trainers have signed for the nodes whose receipts were read."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Like `talkoot status --json` prints it. Ages and times are in seconds."""
+        """The values as `talkoot status --json` prints them. Ages and times are in seconds."""
         manifest = self.view.manifest
         uids = manifest.uids() if _can_list(manifest) else sorted(self.view.replicas)
         return {

@@ -298,5 +298,5 @@ def _record(message: str, error: Exception | None = None) -> logging.LogRecord:
 
 
 def _level(record: logging.LogRecord) -> str:
-    """A level by number, because hivemind renames WARNING."""
+    """The level, by its number, because hivemind renames WARNING."""
     return {logging.WARNING: "warning", logging.ERROR: "error"}.get(record.levelno, record.levelname.lower())

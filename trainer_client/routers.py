@@ -53,7 +53,7 @@ class NodeLimit:
 
     @classmethod
     def of(cls, live: LiveExperts, most: int) -> Self:
-        """Batches by the replicas that are to be called."""
+        """With the replicas that are to be called."""
         numbers: dict[PeerID, int] = {}
         nodes = np.full(live.tables[-1].shape, -1)
         for uid, peer_id in live.hosts.items():

@@ -1,9 +1,9 @@
 """The ideal: how many tokens a second a swarm could train if every row went where it costs least.
 
-Each token sends rows to experts by their popularity, and a replica's node computes its rows a second, or carries them
-over its link. The largest throughput at which some split of each expert's rows over its replicas overloads nobody is a
-concurrent flow. By Hall's theorem it is the least ratio of capacity to demand over all sets of experts, which the
-minimum cut names (Dinkelbach 1967; Cunningham 1985): a few maximum flows find it exactly.
+Each token sends rows to experts by their popularity, and a replica's node computes only so many rows a second, or
+carries them over its link. The largest throughput at which some split of each expert's rows over its replicas overloads
+nobody is a concurrent flow. By Hall's theorem it is the least ratio of capacity to demand over all sets of experts,
+which the minimum cut names (Dinkelbach 1967; Cunningham 1985): a few maximum flows find it exactly.
 """
 
 from collections.abc import Sequence

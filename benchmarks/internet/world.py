@@ -99,7 +99,7 @@ class Accounts:
         """Called before the accounts are read: some parts count in bulk."""
 
     def open(self) -> None:
-        """Opens one more peer."""
+        """Adds a peer."""
         for columns in (self.up, self.down):
             for column in columns.values():
                 column.append(0.0)

@@ -35,7 +35,7 @@ _HOST_LIMIT_S = 600.0
 
 
 def measure(memory: BuiltMemory, passages: int, queries: int, folder: Path) -> dict[str, Any]:
-    """`folder`: for the memory of passages; it must not exist yet."""
+    """`folder`: for a memory of this many passages; it must not exist yet."""
     rng = np.random.default_rng(0)
     began = time.monotonic()
     sources_NH = rng.integers(len(memory.passages), size=(passages, 2))

@@ -27,8 +27,7 @@ _MOST_ENTRIES = 4096
 _NOTHING = 1e-9
 """The share of a step or a group below which only rounding is left."""
 _SIZES_IN_A_SORT = 16
-"""The share of all callers' sizes that may change before the median is computed again. With fewer callers, each time.
-"""
+"""One in this many of all callers' sizes may change before the median is computed again; with fewer callers, none."""
 
 
 class _Step(NamedTuple):

@@ -133,7 +133,7 @@ class MemoryStore:
             raise OSError(f"{path} does not hold what was written to it: {error}") from error
 
     def stop_serving(self, root: bytes) -> None:
-        """Stops serving the shard."""
+        """Its file stays, and no longer counts as served."""
         for kept in (self._shards, self._sizes, self._hashes):
             kept.pop(root, None)
 

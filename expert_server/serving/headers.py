@@ -58,7 +58,7 @@ class HeldSegments:
     """What one expert is to keep of its segments' rows, and what it should have of those before them."""
 
     numbers: Sequence[int]
-    """The number under which it is kept."""
+    """The numbers under which they are kept."""
     counts: Sequence[int]
     """Rows before these; 0 where it starts over."""
 

@@ -26,7 +26,7 @@ REPLICAS = 5
 _DEPTH_STEP = 5
 """Buckets far from this peer's own ID split as well, down to the next multiple of this depth (b in section 4.2)."""
 _PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
-"""What precedes the 32 bytes of a key's SHA-256 hash, or of an Ed25519 key as it is. 32 bytes follow."""
+"""What precedes the 32 bytes of a key's SHA-256 hash, or of an Ed25519 key as it is."""
 _REMEMBERED_SILENT = 4096
 _FIRST_PAUSE_S, _MOST_DOUBLINGS = 5.0, 7
 

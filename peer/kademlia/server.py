@@ -53,9 +53,7 @@ _WORK = (2000.0, 1000.0)
 0.1 ms or less.
 """
 _BYTES_OF_WORK = 2048
-"""An entry is stored together with all others of its key, which are unpacked for that; packed bytes that count as one
-unit of work.
-"""
+"""Packed bytes that count as one unit of work: to store an entry, all others of its key are unpacked."""
 _NEAREST_BURSTS = 1.5
 """A peer that has used up its share of values gets only nearest nodes until it is ahead by this, and then nothing."""
 _RESULT_OVERHEAD_BYTES = 8

@@ -36,7 +36,7 @@ MAX_ITEMS = 256
 MAX_DIGESTS = 2048
 """Digests in one look-up request: 16 KiB, of entries that the caller has."""
 SMALL_ENTRY_BYTES = 160
-"""An index entry, packed, is no larger. Answers include such entries as long as there is room."""
+"""An index entry, packed, is no larger. Answers include such entries even if a caller wants no others."""
 ITEM_OVERHEAD_BYTES = 64
 """What an item takes in such a request beside its value."""
 MAX_SUBKEY_BYTES = 64

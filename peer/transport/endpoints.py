@@ -94,7 +94,7 @@ class Endpoint(str):
 
     @classmethod
     def of(cls, host: str, port: int) -> Self:
-        """The scope of a host without brackets. Raises AddressError."""
+        """The endpoint at a host without brackets. Raises AddressError."""
         return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
     def at(self, other: "Endpoint") -> "Endpoint":

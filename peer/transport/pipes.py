@@ -132,7 +132,7 @@ class Listeners:
         return listener
 
     def _keep(self, peer_id: PeerID, listener: "_Listener") -> None:
-        """Keeps the contact as the one used last."""
+        """Keeps the listener as the one used last."""
         for oldest in self._listeners.put(peer_id, listener):
             oldest.close()
 

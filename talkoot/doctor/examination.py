@@ -99,7 +99,7 @@ class Report(BaseModel):
         return report
 
     def to_dict(self, now: float) -> dict[str, Any]:
-        """Like `talkoot doctor --json` prints it. Ages are in seconds."""
+        """The values as `talkoot doctor --json` prints them. Ages are in seconds."""
         return {
             "can_serve": self.can_serve,
             "checked_at": self.checked_at,

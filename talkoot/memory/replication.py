@@ -124,7 +124,7 @@ async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
 
 
 def entry_values(entry: LibraryEntry) -> dict[str, object]:
-    """Like `--json` prints it."""
+    """The values as `--json` prints them."""
     return {
         "memory": str(entry.memory),
         "name": entry.memory.name,

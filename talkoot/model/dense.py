@@ -138,7 +138,7 @@ def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manif
 
 
 def _anywhere(routing: Routing) -> Routing:
-    """The place of an expert: in a folder all are at one place."""
+    """The same without a limit of nodes: in a folder all experts are at one place."""
     return replace(routing, nodes_per_token=None)
 
 

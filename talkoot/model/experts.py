@@ -27,7 +27,7 @@ from trainer_client.client import SwarmClient
 _READ_AT_ONCE = 512
 """Experts, or prefixes of the grid, that are looked up together."""
 _LISTED = 4096
-"""Experts above which only those of a layer are read that a prefix in the DHT leads to."""
+"""If a layer has more experts than this, only those to which a prefix in the DHT leads are read."""
 _MOST_AT_ONCE, _AT_ONCE_AT_A_NODE = 16, 2
 """Experts that are fetched at the same time, of all nodes, and of each on average."""
 _LAYER_SHARE = 4

@@ -94,7 +94,7 @@ def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @dataclass
 class LocalForward(ForwardPass):
-    """What the experts need for their backward pass."""
+    """Also has what the experts need for their backward pass."""
 
     parts: list[tuple[ExpertPart, Rows]] = field(default_factory=list)
     """The gradients in them are not there yet."""
@@ -184,7 +184,7 @@ class LocalExperts:
         return total, np.zeros_like(forward.shares)
 
     def _computed(self, works: Sequence[WorkItem]) -> list[Result | ExpertError]:
-        """The updates in the rows' order, narrow experts several at once as on a node."""
+        """The results in the order of `works`; narrow experts are computed several at once, as on a node."""
         results: list[Result | ExpertError] = []
         for group in groups_of(works):
             results += compute_together([self.experts[work.uid] for work in group], group)

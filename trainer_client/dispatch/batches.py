@@ -44,7 +44,7 @@ class Segments:
 
     @classmethod
     def whole(cls, sequences: int, length: int) -> Self:
-        """The held sequences of segments that are there from their first row on."""
+        """Segments of sequences that are there from their first row on."""
         return cls(np.full(sequences, length), np.tile(np.arange(length), sequences))
 
     @classmethod

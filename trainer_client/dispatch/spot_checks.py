@@ -247,7 +247,7 @@ class _Record:
     right_rows: int = 0
     """Checked since the last failure."""
     owed: int = 0
-    """Answers that still have to prove right before only chance decides again."""
+    """Answers that are still checked whatever chance says, until as many have proven right."""
     decided: deque[bool] = field(default_factory=lambda: deque(maxlen=_LATELY))
     """Whether each of the last checks came to a verdict."""
 

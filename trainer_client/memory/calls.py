@@ -43,7 +43,7 @@ Fault = Literal["malformed", "false", "omission"]
 _CALL_DEADLINE_S = 5.0
 _LEAST_DEADLINE_S = 1.0
 MANY = 16
-"""The number of queries, or passages, from which on a thread parses and merges answers."""
+"""Answers with at least this many queries, or passages, are parsed and merged on a thread."""
 _SLOWER, _SLOWER_BY_S = 3.0, 0.05
 """A host is skipped if it takes this many times as long as the quickest replica, and this much longer."""
 _HANGING = 4.0

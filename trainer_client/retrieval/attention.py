@@ -100,7 +100,7 @@ class KeysValues:
     """True where there is a token, or nothing to be chosen."""
 
     def __getitem__(self, chunk: int) -> "KeysValues":
-        """The neighbours of one chunk."""
+        """Those of one chunk."""
         one = slice(chunk, chunk + 1)
         return KeysValues(self.keys_PHKC[one], self.values_PHKC[one], self.mask_P11K[one])
 

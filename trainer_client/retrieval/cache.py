@@ -17,7 +17,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 CACHE_BYTES = 2**30
 _PAGE_BYTES = 4096
 _DROPPED = 16
-"""A full cache drops this share of its entries, the oldest first."""
+"""A full cache drops one in this many of its entries, the oldest first."""
 _LARGEST_ENTRY = 2**20
 """Bytes when it is decompressed."""
 _TABLE = (
