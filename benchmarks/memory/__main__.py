@@ -68,7 +68,7 @@ class Extent:
 FULL = Extent(
     math.inf, 1000, 2000, 1_000_000, 100_000, 4.0, 1000, tuple(lying.KINDS), 4_000, (100, 1000, 10_000)
 )
-QUICK = Extent(1.5e6, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,))
+QUICK = Extent(8e5, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,))
 
 
 class Parts:
