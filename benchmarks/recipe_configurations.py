@@ -132,7 +132,7 @@ class Configuration:
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def flops(self, size: Size) -> dict[str, float]:
-        """Forward, for each token, by part; a backward pass takes twice as many."""
+        """FLOPs of the forward pass for each token, by part; a backward pass takes twice as many."""
         return model_flops(self.manifest(size), has_experts=self.expert_kind is not None)
 
 

@@ -24,7 +24,7 @@ Distances: TypeAlias = Mapping[str, float]
 MEETINGS = 16
 """Own moves that are remembered for each tensor."""
 _RADIUS = 2.0
-"""τ in own moves. The other moved as far, if it is as fast: 2 holds both moves even if they lead opposite ways."""
+"""τ in own moves. An equally fast replica moved as far, so 2 covers both moves even in opposite directions."""
 _REACH = 8.0
 """The reach, in radii. Whoever is further away is refused."""
 _BUCKETS = 1021

@@ -39,7 +39,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 MAX_RECEIPTS = 131_072
 """Receipts of all nodes that are kept, about 0.4 KB each. Those that were read longest ago are dropped first."""
 MAX_OF_NODE = 64
-"""Receipts of one node that are kept. Of more, the token with the most trainers loses the one for the least work."""
+"""Receipts of one node that are kept. If there are more, the token with the most trainers loses its smallest."""
 MAX_SIGNERS = 16
 """Signers of one node that are named."""
 _NODES = 20_000

@@ -136,7 +136,7 @@ class SharedGraph:
 
     @property
     def bytes(self) -> int:
-        """None beside those of the pass."""
+        """None of its own: the shared pass holds them."""
         return 0
 
 

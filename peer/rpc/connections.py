@@ -466,7 +466,7 @@ def _most_descriptors() -> int:
 
 
 def origin_of(peer: str) -> str:
-    """The neighbourhood of a caller that gRPC or `open_for` names so."""
+    """The neighbourhood of a caller, from its name by gRPC or `open_for`."""
     if peer.startswith("tunnel of "):
         return peer
     if peer.startswith("relay "):

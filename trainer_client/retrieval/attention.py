@@ -32,7 +32,7 @@ from trainer_client.settings import TrainerSettings
 NOTHING = -1
 """The absence of a token."""
 _SMEAR = 3.0
-"""The logit of how much of a key is that of the token before, at the start."""
+"""The initial logit of how much of a key comes from the token before."""
 _SHARPNESS = 2.0
 """How much longer the first queries are than usual."""
 _SEED = 2**20
