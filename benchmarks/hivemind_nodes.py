@@ -132,7 +132,7 @@ def memory_per_node(side: str, nodes: int) -> float:
 
 
 async def p2pd_memory() -> tuple[float, float]:
-    """Of hivemind's p2pd, in bytes: when it has started, and when it has met `_CALLERS` others."""
+    """Bytes of hivemind's p2pd when it has started, and when it has met `_CALLERS` others."""
     called = await P2P.create()
     addresses = await called.get_visible_maddrs()
     daemon = psutil.Process(called._child.pid)
@@ -166,7 +166,7 @@ class _WholeNetwork(Network):
 
 
 def join_ms(side: str, nodes: int) -> list[float]:
-    """Of newcomers, one after another. `side`: `tables` or `hivemind`."""
+    """How long newcomers take to join, one after another. `side`: `tables` or `hivemind`."""
     with simulated_world() as loop:
 
         async def join(network: Network, number: int) -> float:

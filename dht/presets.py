@@ -26,7 +26,7 @@ class Preset:
     tables: Mapping[str, Values]
     """Tables that do not depend on the model's sizes."""
     feed_forward: float
-    """Inner size of feed-forward blocks, as a multiple of hidden. Of narrow experts, that of those half as wide."""
+    """Inner size of feed-forward blocks, as a multiple of hidden; of narrow experts, if they are half as wide."""
     is_narrow: bool = False
     """Whether experts are narrower than hidden."""
     head_size: float | None = None

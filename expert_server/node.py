@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -376,21 +377,18 @@ class Node:
 
     async def _look_around(self) -> None:
         """Looks for experts that need a host. Apart from the announcements, which must not wait while states come."""
-        look = self.hosting.replicate
-        while True:
+        hosting = self.hosting
+        for look in chain((hosting.replicate,), cycle((hosting.look_again, hosting.look))):
             if self._pauses.hosts and not self._pauses.why:
                 await self._rounds.run("look", look)
-            look = self.hosting.look_again if look != self.hosting.look_again else self.hosting.look
             await asyncio.sleep(self.period.drawn_s(0.5))
 
     async def _host_memories(self) -> None:
         """Verifies and serves what is on disk, then takes what needs a host."""
         await self.memories.hosted.verify()
         await self._rounds.run("announce memories", self.memories.hosted.announce_all)
-        memories, look = self.memories, self.memories.look
-        while True:
+        for look in cycle((self.memories.look, self.memories.look_again)):
             await self._rounds.run("look for shards of memories", look)
-            look = memories.look_again if look != memories.look_again else memories.look
             await asyncio.sleep(self.period.drawn_s(0.5))
 
     async def _follow_memories(self) -> None:

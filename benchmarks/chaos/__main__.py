@@ -214,7 +214,7 @@ def main() -> None:
         metavar="RULE",
         help="with --hostile: rules that honest peers leave out",
     )
-    parser.add_argument("--steps", type=int, help="with --hostile: of each trainer, in place of 48")
+    parser.add_argument("--steps", type=int, help="with --hostile: steps of each trainer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="write a PNG with the steps over time there"

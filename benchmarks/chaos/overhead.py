@@ -23,7 +23,7 @@ from benchmarks.chaos.hostile import HostilePlan, HostileSwarm
 from peer.codec import Floats
 
 MOST_COST = 0.02
-"""Of all processor time: the rest is the speed of a swarm that has nothing else to wait for."""
+"""The largest share of all processor time. A swarm that waits for nothing else is slower by that share."""
 _UNLIMITED_STEPS = 1_000_000
 _SETTLES_S = 0.5
 """After each change, so that the calls which began before have ended."""
@@ -40,7 +40,7 @@ class Window:
     began: float
     ended: float
     cpu_s: float
-    """Of all peers."""
+    """Processor time of all peers."""
     spent_s: tuple[float, ...]
     """The part of it in each of `RULES`, and in what is in their place without them."""
 

@@ -278,8 +278,7 @@ class Expert:
         ExpertError (INTERNAL), and takes no step, when the gradient of an input is not finite.
 
         `may_defer`: whoever calls this ensures that `settle` takes the step soon; it already counts as taken.
-        `callers`: how many of the rows each of them sent. `withhold`: the gradients lead to no step, and are
-        dropped.
+        `callers`: how many of the rows each of them sent. `withhold`: the gradients are dropped.
         """
         self.settle()
 
@@ -586,8 +585,8 @@ class Expert:
 def expert_bytes(manifest: Manifest) -> int:
     """Estimates the memory of one expert: weights, gradients, moments, the guard's half and the sketches of its moves.
 
-    Gradients are those of a batch, and those that accumulate. Allocates nothing. It holds for
-    every precision: parameters are always float32, and bfloat16 matrices live for one batch.
+    Gradients are those of a batch, and those that accumulate. Allocates nothing. It holds for every precision:
+    parameters are always float32, and bfloat16 matrices live for one batch.
     """
     block = weightless_block(manifest)
     weights = sum(parameter.nbytes for parameter in block.parameters())

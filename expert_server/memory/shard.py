@@ -222,7 +222,7 @@ class Shard(ABC):
         return [found[position] for position in positions]
 
     def _leaves_of(self, positions: Iterable[int], texts: Sequence[bytes], vectors: Vectors) -> list[bytes]:
-        """Of passages in one block, by its texts and vectors."""
+        """The leaves of passages in one block, by its texts and vectors."""
         return [self._leaf(at, texts[at % BLOCK], vectors[at % BLOCK]) for at in positions]
 
     def _vectors_in(self, block: int) -> Vectors:
@@ -459,7 +459,7 @@ class SecondaryShard(Shard):
 
 
 def most_bytes(info: ShardInfo) -> int:
-    """Of a shard's file after some was revoked: hashes are kept, and texts may be compressed a little less well."""
+    """The limit of a shard's file after a revocation: hashes stay, and texts may compress a little less well."""
     return info.size + HASH_BYTES * info.leaves + 64 + (0 if info.is_secondary else info.size // 8)
 
 

@@ -58,7 +58,8 @@ _SAMPLE_EVERY_S, _LONGEST_SAMPLE_PAUSE_S = 300.0, 900.0
 """How often a look-up of a random key shows how far from a key its holders usually are."""
 _SAMPLE_BYTES_PER_S = 60.0
 """What that may take on average. In a swarm of 10,000 each costs 120 KB, and the distance changes with the swarm's size
-alone."""
+alone.
+"""
 _NAMES_ASKED = 0.25
 """Share of the calls for keys that were looked up before which ask who else is near."""
 _CALLS_OF_NODE = 8
@@ -181,7 +182,9 @@ class Lookups:
         keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
         run = _Run(self, self._dht, keys, _NEAREST, besides_self=False, room=0)
         await run.until_finished()
-        self._sample_at += pause_after_sample(self._dht.spent_bytes - spent) - _SAMPLE_EVERY_S
+        self._sample_at = asyncio.get_running_loop().time() + pause_after_sample(
+            self._dht.spent_bytes - spent
+        )
         for key, found in run.found.items():
             # others on the way there have answered, too, and they are not all that is near
             self.reach.note(key, found.search.nearest()[: DEFAULT_LIMITS.front])
@@ -243,7 +246,7 @@ class Lookups:
 
 
 def pause_after_sample(cost: float) -> float:
-    """Seconds until the next one. `cost`: bytes that this one took."""
+    """Seconds until the next one. `cost`: bytes that calls took meanwhile."""
     return min(max(_SAMPLE_EVERY_S, cost / _SAMPLE_BYTES_PER_S), _LONGEST_SAMPLE_PAUSE_S)
 
 

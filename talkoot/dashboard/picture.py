@@ -278,7 +278,7 @@ def paint(
     checks: Mapping[MemoryID, HostChecks] = MappingProxyType({}),
 ) -> Picture:
     """The picture of the last reading. `credit`: what trainers have signed for the nodes whose receipts were read.
-    `checks`: of the hosts of memories.
+    `checks`: those of the hosts of memories.
     """
     live_nodes, live_trainers = nodes.live(), trainers.live()
     replicas = {

@@ -258,7 +258,7 @@ class Watcher:
             await asyncio.sleep(self._intervals.memories_every_s)
 
     async def _check_hosts(self, auditor: Auditor) -> None:
-        """For ever, of one memory at a time, so that many memories cost no more than one."""
+        """Checks hosts until cancelled, of one memory at a time, so that many memories cost no more than one."""
         while True:
             if self._surveys:
                 entry = random.SystemRandom().choice(self._surveys).entry

@@ -34,12 +34,12 @@ from trainer_client.memory.retriever import Located, Retriever
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PASSAGES = 10
-"""That each host is asked for, and twice as many: see `Retriever`."""
+"""Passages that are wanted of each host, which is asked for twice as many: see `MOST_WANTED`."""
 _LIMIT_S = 60.0
-"""Longest that one check may take, with the list of shards."""
+"""The longest time that one check may take, with the list of shards."""
 _READ_S = 10.0
 _NOISE = 0.5
-"""Of a vector's length."""
+"""Noise, as a share of a vector's length."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Audit:
     """What one check has found."""
 
     compared: int
-    """Queries of which two hosts were asked: 0 or 1."""
+    """Queries that two hosts answered: 0 or 1."""
     faulty: Mapping[PeerID, Fault]
     """Hosts that left out a passage, or lied."""
 
@@ -110,7 +110,7 @@ class Auditor:
             await retriever.close()
 
     def _near(self, vector_D: Vectors) -> Vectors:
-        """A vector as a query has it, which is no passage's: hosts can't tell checks by that. [1, D]"""
+        """A vector like a query's, which is no passage's: by it alone hosts can't tell a check. [1, D]"""
         length = float(np.linalg.norm(vector_D.astype(np.float32)))
         rng = np.random.default_rng(self._rng.getrandbits(64))
         noise_D = rng.standard_normal(len(vector_D), np.float32) * (_NOISE * length / len(vector_D) ** 0.5)
@@ -119,7 +119,7 @@ class Auditor:
     async def _a_vector_in(
         self, shard: ShardInfo, manifest: MemoryManifest, located: Located, retriever: Retriever
     ) -> Vectors | None:
-        """Of a passage drawn there; None if it was revoked, or nobody gives it."""
+        """The vector of a passage drawn there; None if it was revoked, or nobody gives it."""
         place = Place(shard.root, self._rng.randrange(shard.leaves))
         hosts = list(located.hosts.get(shard.root, ()))
         for host in self._rng.sample(hosts, min(2, len(hosts))):

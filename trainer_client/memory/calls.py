@@ -207,7 +207,7 @@ class HostCalls:
         self.credit: CreditAccounts = credit or CreditAccounts()
         self.breakers: CircuitBreakers = CircuitBreakers()
         self.checks: int = 0
-        """Queries of which a second replica was asked."""
+        """Queries that a second replica answered, too."""
         self.faulty: BoundedDict[PeerID, Fault] = BoundedDict(_HOSTS)
         """The last thing that each host did which no honest one does."""
         self._caller = caller
@@ -230,7 +230,7 @@ class HostCalls:
         self.breakers.distrust(host, loop_time())
 
     def note_checks(self, queries: int) -> None:
-        """Counts queries of which a second replica was asked."""
+        """Counts queries that a second replica answered, too."""
         self.checks += queries
         self.metrics.checks.inc(queries)
 

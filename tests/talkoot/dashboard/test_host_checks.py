@@ -93,7 +93,9 @@ def test_a_memory_with_one_host_has_nothing_to_compare(loop: LoopThread, tmp_pat
             host = await swarm.host()
             found.append(await auditor.check(entry))
             await swarm.host()
-            found.append(await auditor.check(entry))
+            while not (audit := await auditor.check(entry)).compared:
+                pass  # one was late
+            found.append(audit)
             assert [len(list((tmp_path / "lists").iterdir()))] == [1], "its encoder is not fetched"
             await host.stop()
             found.append(await auditor.check(entry))

@@ -18,6 +18,8 @@ from talkoot.train.ask import Answered
 from trainer_client.memory.retriever import Hit, SearchResult
 from trainer_client.retrieval.answering import Answer, RagModel, Source
 
+LIMIT_S = 300.0
+
 
 @pytest.fixture(scope="module")
 def model() -> RagModel:
@@ -28,7 +30,7 @@ def model() -> RagModel:
 def client(loop: LoopThread, model: RagModel) -> Iterator[OpenAI]:
     with (
         served(loop, answering(model, SHELF)) as address,
-        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=90) as client,
+        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client,
     ):
         yield client
 
@@ -76,7 +78,7 @@ class HeldUp(Shelf):
     def search(self, texts: Sequence[str], *arguments: Any, **more: Any) -> list[SearchResult]:
         if texts == [self.question]:
             self.asked.release()
-            self.let_go.wait(90)
+            self.let_go.wait(LIMIT_S)
         return super().search(texts, *arguments, **more)
 
 
@@ -85,13 +87,13 @@ def test_a_question_whose_hosts_are_slow_holds_no_other_up(loop: LoopThread, mod
     shelf = HeldUp(slow.text)
     with (
         served(loop, answering(model, shelf)) as address,
-        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=90) as client,
+        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client,
         ThreadPoolExecutor(Answering.AT_ONCE - 1) as threads,
     ):
         held_up = [threads.submit(chat, client, ("user", slow.text)) for _ in range(Answering.AT_ONCE - 1)]
         try:
             for _ in held_up:
-                assert shelf.asked.acquire(timeout=90)
+                assert shelf.asked.acquire(timeout=LIMIT_S)
             for question in others:
                 answer = chat(client, ("user", question.text))
                 assert answer.choices[0].message.content == question.answer
@@ -155,7 +157,7 @@ def test_a_memory_whose_hosts_are_away_is_an_error_until_they_are_back(
     shelf = Shelf([passage("kiuas", "red"), passage("vihta", "green")])
     with (
         served(loop, answering(model, shelf)) as address,
-        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=90) as client,
+        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client,
     ):
         shelf.is_there = False
         with pytest.raises(openai.InternalServerError, match="nobody is there") as failed:
