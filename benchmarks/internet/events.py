@@ -242,7 +242,8 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
         hosts = {uid: [numbers[id(node)] for node in some] for uid, some in volunteers.swarm.hosts().items()}
         placed = PlacedSwarm(volunteers.swarm.plan.manifest, volunteers.volunteers, hosts)
         trainers = draw_population(world.rng("trainers"), max(3, nodes // TRAINED_BY))
-    window = Window(timing.trained_s, timing.trained_s / 2)
+    # all begin at about the same time: it takes three steps until they are apart
+    window = Window(timing.trained_s, 1.5 * timing.trained_s)
     alone = training.play(placed, trainers[: window.real], replace(window, in_flight=1), seed)
     # or in 20 s, trainers find half of the steps that they should have in flight
     window = replace(window, alone_s=alone.step_s.get("p50"))
