@@ -175,37 +175,40 @@ async def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=10.0, help="measured, of each part")
-    parser.add_argument("--seed", type=int, default=0, help="of the schedule")
-    parser.add_argument("--quick", action="store_true", help="4 nodes, seconds, both parts at once")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long each part is measured")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the schedule")
+    parser.add_argument("--quick", action="store_true", help="4 nodes, for seconds, both parts at once")
     parser.add_argument(
         "--at-once",
         action="store_true",
-        help="both parts at the same time: on a machine that does other work too",
+        help="run both parts at the same time, for a machine that does other work too",
     )
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="PART",
-        help="one part, calm or chaos; with --hostile, kinds of attacks; with --overhead, rules",
+        help="run only this part, calm or chaos; with --hostile, these attacks; with --overhead, these rules",
     )
     parser.add_argument("--strangers", action="store_true", help="strangers attack the chaos part")
     parser.add_argument(
-        "--hostile", type=float, metavar="SHARE", help="lying peers in place of deaths; of the nodes"
+        "--hostile", type=float, metavar="SHARE", help="let this share of the nodes lie, and none die"
     )
     parser.add_argument(
-        "--overhead", action="store_true", help="what the rules against liars cost where nobody lies"
+        "--overhead", action="store_true", help="measure what the rules against liars cost if nobody lies"
     )
     parser.add_argument(
-        "--check-share", type=float, default=0.01, help="with --overhead: of the answers that trainers check"
+        "--check-share",
+        type=float,
+        default=0.01,
+        help="with --overhead: the share of answers that trainers check",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="with --hostile: how often, each time otherwise")
-    parser.add_argument("--jobs", type=int, default=2, help="with --hostile: runs at a time")
+    parser.add_argument("--seeds", type=int, default=1, help="with --hostile: how many seeds to run")
+    parser.add_argument("--jobs", type=int, default=2, help="with --hostile: runs at the same time")
     parser.add_argument(
         "--placement",
         choices=get_args(Placement),
         default="minority",
-        help="with --hostile: fewer than half of each expert's hosts are hostile, or as it happens in a larger swarm",
+        help="with --hostile: liars are a minority of each expert's hosts, or placed at random in a larger swarm",
     )
     parser.add_argument(
         "--without",

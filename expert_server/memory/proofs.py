@@ -64,20 +64,14 @@ class ReplicaProofs:
 
     def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
         """What was seen, without the claims of doubted hosts."""
-        now = self._clock()
-        doubted = {peer_id for peer_id, until in self._doubted_until.items() if until > now}
+        doubted = self._doubted()
         return {key: replace(shard, serving=shard.serving - doubted) for key, shard in seen.items()}
 
     async def check_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
         """Checks a few claims of others, drawn at random. Raises UnreachableError."""
-        me = self._swarm.host.peer_id
         # a dead host may take as long as a proof may, and is announced for some periods
-        claims = [
-            (peer_id, key)
-            for key, shard in self.counted(seen).items()
-            for peer_id in shard.serving
-            if peer_id != me
-        ]
+        spared = self._doubted() | {self._swarm.host.peer_id}
+        claims = [(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving - spared]
         drawn = self._rng.sample(claims, min(_CHECKED, len(claims)))
         await self.proven(drawn, seen)
 
@@ -101,6 +95,10 @@ class ReplicaProofs:
 
         await side_by_side((check(*claim) for claim in claims if claim[0] in nodes), _AT_ONCE)
         return found
+
+    def _doubted(self) -> set[PeerID]:
+        now = self._clock()
+        return {peer_id for peer_id, until in self._doubted_until.items() if until > now}
 
     def _doubt(self, peer_id: PeerID, seconds: float) -> None:
         self._doubted_until[peer_id] = max(self._doubted_until.get(peer_id, 0.0), self._clock() + seconds)
