@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def test_without_hostile_replicas_clipping_costs_nothing(replicas: int) -> None:
     assert loss_of_replicas(0, replicas, clipped) <= 1.005 * loss_of_replicas(0, replicas, plain)
 
 
+@cache
 def loss_beside_a_liar(lie: str | None, meet: Callable[[Expert, Checkpoint], None]) -> float:
     """Mean loss of two honest replicas in the end, which meet each other and a third one. None: it is honest too."""
     task, (*honest, liar) = Task(3), [Expert(AN_UID, FAST) for _ in range(3)]
