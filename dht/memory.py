@@ -231,6 +231,10 @@ class MemoryManifest:
         if not math.isfinite(message.created_at) or message.revision < 1:
             raise WireError("a memory's manifest without a revision or a time")
         shards = tuple(_shard(entry, grid) for entry in message.shards)
+        kinds = {(shard.root, shard.leaves, shard.size, shard.is_secondary) for shard in shards}
+        # or a reader would take the positions of an honest host for wrong ones
+        if len(kinds) > len({shard.root for shard in shards}):
+            raise WireError("a memory in which a shard is listed with two sizes or kinds")
         return cls(
             check_name(message.name),
             message.revision,

@@ -163,3 +163,13 @@ def test_a_cell_has_no_more_shards_than_a_host_can_announce() -> None:
     assert MemoryManifest.parse(replace(MANIFEST, shards=shards).serialize()).shards == shards
     with pytest.raises(WireError, match="in one cell"):
         MemoryManifest.parse(replace(MANIFEST, shards=(*shards, MANIFEST.shards[0])).serialize())
+
+
+def test_a_manifest_whose_shards_contradict_each_other_is_refused() -> None:
+    shard = ShardInfo((0, 0), b"r" * 32, 10, 90)
+    elsewhere = replace(shard, cell=(0, 1))
+    for other in (replace(elsewhere, leaves=5), replace(elsewhere, is_secondary=True)):
+        with pytest.raises(WireError, match="two sizes or kinds"):
+            MemoryManifest.parse(replace(MANIFEST, shards=(shard, other), revoked=frozenset()).serialize())
+    same = replace(MANIFEST, shards=(shard, elsewhere), revoked=frozenset())
+    assert MemoryManifest.parse(same.serialize()) == same
