@@ -244,7 +244,7 @@ class Answering:
         self._questions, self._tokenizer = questions, tokenizer
         self._threads = ThreadPoolExecutor(self.AT_ONCE, "talkoot-answer")
         self._answers: dict[Stream, Future[Answered]] = {}
-        """Answers being computed; those that nobody waits for any more take one of the threads until they end."""
+        """Answers being computed. One that nobody waits for any more takes its thread until its next token."""
 
     def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
         self._begin(streams)
@@ -263,7 +263,14 @@ class Answering:
             del self._answers[stream]
         new = [stream for stream in streams if stream not in self._answers]
         for stream in new[: self.AT_ONCE - len(self._unready())]:
-            self._answers[stream] = self._threads.submit(self._questions.answer, stream.job.question)
+            self._answers[stream] = self._threads.submit(self._answer, stream)
+
+    def _answer(self, stream: Stream) -> Answered:
+        def require_client() -> None:
+            if stream.cancelled:
+                raise UserError("nobody waits for this answer any more")
+
+        return self._questions.answer(stream.job.question, between=require_client)
 
     def _is_ready(self, stream: Stream) -> bool:
         return stream in self._answers and self._answers[stream].done()

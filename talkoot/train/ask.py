@@ -86,15 +86,22 @@ class QuestionAnswerer:
         _check(question)
         self.model.reader.source(question, None)
 
-    def answer(self, question: str, stage: Callable[[str], None] = lambda text: None) -> Answered:
-        """Raises UserError."""
+    def answer(
+        self,
+        question: str,
+        stage: Callable[[str], None] = lambda text: None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Answered:
+        """Raises UserError. `between`: is called after each step, and may raise."""
         self.check(question)
         found, (result,) = self._lookup.search([question])
         check_hosts(self._memory.id, result)
         if not result.hits:
             return Answered(self._memory.id, result, ())
         stage("answering")
-        return Answered(self._memory.id, result, self._answerer.answers(question, found, self._marginal))
+        between()
+        answers = self._answerer.answers(question, found, self._marginal, between=between)
+        return Answered(self._memory.id, result, answers)
 
 
 def _check(question: str) -> None:

@@ -357,8 +357,17 @@ class Answerer:
         found: Found,
         marginal: Marginal,
         beam: int = BEAM,
+        between: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
-        """The best answers to the question of `found`, which has passages; the best first. Raises UserError."""
+        """The best answers to the question of `found`, which has passages; the best first. Raises UserError.
+
+        `between`: is called after each computation, and may raise.
+        """
+
+        def is_usable() -> bool:
+            between()
+            return self._is_usable()
+
         (hits,) = found.hits
         end, longest = self._reader.end, self._reader.longest
         passages_K = require_finite(self._model.questions.log_probabilities(found, len(hits))[0])
@@ -372,10 +381,10 @@ class Answerer:
                     [source for _ in answers for source in sources],
                     [answer for answer in answers for _ in sources],
                 )
-                if self._is_usable():
+                if is_usable():
                     return require_finite(log_NL.sum(-1)).view(len(answers), len(sources))
 
-        following = Continuations(make_decoder(self._model.generator, self._is_usable), sources)
+        following = Continuations(make_decoder(self._model.generator, is_usable), sources)
 
         def with_passage(place: int) -> NextTokens:
             return lambda prefixes: following(prefixes, [place])[:, 0]

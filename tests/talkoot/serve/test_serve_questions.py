@@ -9,14 +9,15 @@ import openai
 import pytest
 from openai import OpenAI
 from served_model import answering, served
-from shelf import COLOURS, HOST, QUESTIONS, SHELF, Shelf, learned, passage
+from shelf import COLOURS, HOST, QUESTIONS, SHELF, TOKENIZER, Shelf, learned, passage
 
 from dht.memory import MemoryID
 from peer.loop import LoopThread
-from talkoot.serve.engine import Answering
-from talkoot.train.ask import Answered
+from talkoot.serve.engine import Answering, Job, Stream
+from talkoot.train.ask import Answered, QuestionAnswerer
 from trainer_client.memory.retriever import Hit, SearchResult
 from trainer_client.retrieval.answering import Answer, RagModel, Source
+from trainer_client.settings import Sampling
 
 LIMIT_S = 300.0
 
@@ -101,6 +102,21 @@ def test_a_question_whose_hosts_are_slow_holds_no_other_up(loop: LoopThread, mod
         finally:
             shelf.let_go.set()
         assert [each.result().choices[0].message.content for each in held_up] == ["red"] * len(held_up)
+
+
+def test_a_question_whose_client_hung_up_takes_its_thread_for_one_more_token_at_most(model: RagModel) -> None:
+    question, computed = QUESTIONS[0].text, list[str]()
+    stream = Stream(Job((), Sampling(), question=question), "somebody", TOKENIZER.token_bytes)
+
+    def hang_up() -> bool:
+        computed.append(question)
+        stream.cancelled = True
+        return True
+
+    answers = Answering(QuestionAnswerer(model, SHELF, "sequence", hang_up), TOKENIZER)
+    answers.compute([stream])
+    answers._threads.shutdown(wait=True)
+    assert len(computed) == 1
 
 
 def test_nothing_found_is_said_as_such_and_has_no_sources(client: OpenAI) -> None:
