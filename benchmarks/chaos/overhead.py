@@ -92,7 +92,7 @@ async def _watch(swarm: HostileSwarm, with_rules: bool) -> Window:
 
 
 def steps_in(ended_at: Sequence[float], begin: float, end: float) -> float:
-    """Of one trainer. A step that lies only partly in between counts as that part."""
+    """The steps of one trainer. One that lies only partly in between counts as that part."""
     if not ended_at:
         return 0.0
     at = np.interp([begin, end], ended_at, np.arange(len(ended_at)))

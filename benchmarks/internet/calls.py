@@ -33,7 +33,7 @@ _FORWARD, _BACKWARD = 1 / 3, 2 / 3
 """Shares of the computing for a row, forward and backward."""
 _HEADER_BYTES, _BYTES_OF_EXPERT = 180, 12
 _BYTES_OF_ROW, _BYTES_OF_SLOT, _BYTES_OF_PRODUCT = 2, 6, 4
-"""Of messages as `expert.proto` has them: positions; rows and weights of each expert; products."""
+"""Sizes in messages as `expert.proto` has them: positions; rows and weights of each expert; products."""
 _LONGEST_RETRY_S, _LEAST_RETRY_S = 30.0, 0.05
 _UPDATE = np.float32(0.1)
 """The share of their inputs that experts answer."""

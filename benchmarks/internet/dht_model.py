@@ -46,7 +46,7 @@ class Cost:
     """How often each value comes."""
     calls: float
     near_share: float
-    """Of the calls, those to the nodes nearest to the key."""
+    """The share of the calls that go to the nodes nearest to the key."""
 
 
 class HopTable:
@@ -71,12 +71,12 @@ class HopTable:
             )
 
     def cost(self, kind: str, is_warm: bool, nodes: int, keys: int) -> Cost:
-        """Of the measured sizes that are at least as large, or of the largest."""
+        """The cost at the measured sizes that are at least as large, or at the largest."""
         by_keys = _at(self._costs[kind, is_warm], nodes)
         return _at(by_keys, keys)
 
     def store_bytes(self, nodes: int) -> float:
-        """Of one call that brings items, without them."""
+        """Bytes of one call that brings items, without them."""
         return _at(self._store_bytes, nodes)
 
 
@@ -208,7 +208,7 @@ class ModelDHT:
         return len(self._keys)
 
     def cost(self, kind: str, is_warm: bool, keys: int) -> Cost:
-        """Of one key in a look-up of so many now."""
+        """The cost of one key in a look-up of this many now."""
         size = self.world.servers().bit_length(), keys.bit_length()
         cost = self._costs.get((kind, is_warm, *size))
         if cost is None:
@@ -366,7 +366,7 @@ class ModelLookups(Lookups):
 
     @property
     def spent_bytes(self) -> int:
-        """Of this peer's own look-ups and stores."""
+        """Bytes of this peer's own look-ups and stores."""
         accounts, number = self._model.world.accounts, self._peer.number
         sides = accounts.up, accounts.down
         return int(sum(side[purpose][number] for side in sides for purpose in ("announce", "read")))

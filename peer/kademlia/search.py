@@ -66,8 +66,9 @@ class SearchLimits:
     most: int = 128
     """Nodes asked in total: a liar could name nearer ones forever."""
     spared: int = 32
-    """Of those, only asked as nodes of the front. A peer that has just joined overrates the reach, and would ask no
-    others than nodes on the way."""
+    """How many of those are only asked as nodes of the front. A peer that has just joined overrates the reach, and
+    would ask no others than nodes on the way.
+    """
     tries: int = 3
     """How often a node is asked while nobody has answered: if few nodes are known, all requests may be lost."""
     contacts: int | None = 8

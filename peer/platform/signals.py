@@ -13,7 +13,9 @@ if sys.platform == "win32":
     _CLOSED, _ALARM = signal.SIGBREAK, signal.SIGABRT
 else:
     _CLOSED, _ALARM = signal.SIGHUP, signal.SIGALRM
-"""Of a terminal. The alarm is one on Windows that nobody sends, and that ends a process which aborts all the same."""
+"""The signals of a closed terminal, and of an alarm. On Windows, nobody sends that one, and a process that aborts ends
+all the same.
+"""
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -59,7 +59,7 @@ class PartClient:
         await self._channels.close()
 
     def service(self, max_bytes: int) -> SnapshotClient:
-        """Of other peers. `max_bytes`: of what they give."""
+        """A client for the parts of other peers. `max_bytes`: the limit of what they give."""
         return SnapshotClient(
             memory_pb2_grpc.MemoryServiceStub,
             self._channels,
