@@ -37,7 +37,7 @@ from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.clock import CLOCK
 from peer.errors import PortError, SettingsError, UnreachableError, UserError
-from peer.formatting import bytes_in_words, counted
+from peer.formatting import bytes_in_words, counted, is_loopback
 from peer.identity import PeerID
 from peer.platform import machine
 from peer.platform.processes import usable_cores
@@ -375,6 +375,9 @@ def judge_reachability(
     """
     if not dials:
         return _skipped("reachability", nobody)
+    dials = [dial for dial in dials if is_loopback(host) or not is_loopback(dial.address)]
+    if not dials:
+        return _skipped("reachability", "the nodes that answered are on this machine")
     best = min(dials, key=lambda dial: (not dial.connected, dial.address != host))
     values: dict[str, str | int] = {
         "announced": host,

@@ -140,6 +140,15 @@ def test_machine_behind_a_router_is_told() -> None:
     assert "on your router to 192.168.1.5" in found.fix
 
 
+def test_nodes_on_this_machine_can_not_tell_whether_others_reach_it() -> None:
+    here = DialledBack(False, LOCAL, "Connection refused")
+    found = judge_reachability([here], "192.168.1.5", 4711, "")
+    assert (found.verdict, found.fix) == (Verdict.SKIPPED, "")
+    assert judge_reachability([here], LOCAL, 4711, "").verdict is Verdict.WEAK
+    elsewhere = DialledBack(False, "198.51.100.1", "no answer")
+    assert "198.51.100.1" in judge_reachability([here, elsewhere], "192.168.1.5", 4711, "").says
+
+
 def test_machine_whose_router_forwards_the_port_is_reachable() -> None:
     found = judge_reachability([DialledBack(True, "198.51.100.1", "")], "192.168.1.5", 4711, "")
     assert found.verdict is Verdict.OK
