@@ -187,7 +187,7 @@ class EngineMetrics:
         )
         self.step: Histogram = Histogram(
             "talkoot_serve_step_seconds",
-            "For one more token of all answers that are computed.",
+            "For one more token of all texts that are computed, or a look whether questions have been answered.",
             buckets=SECONDS,
             registry=metrics,
         )
