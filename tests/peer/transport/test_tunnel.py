@@ -188,7 +188,7 @@ def test_the_tunnel_is_used_when_no_address_answers(loop: LoopThread, both: Vill
 
 def test_without_an_address_nothing_is_tried(loop: LoopThread, both: Village) -> None:
     async def test(pool: ChannelPool) -> None:
-        with pytest.raises(UnreachableError, match="gives no address"):
+        with pytest.raises(UnreachableError, match="has no address that can be called from here"):
             await pool.reach(Known(both.server.peer_id, both.contact.certificate_pem))
 
     run(loop, test, both.caller.tunnels)
