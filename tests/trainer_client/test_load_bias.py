@@ -214,7 +214,9 @@ def test_what_balances_follows_from_the_router_and_the_settings(
 @pytest.mark.parametrize("balance", ["bias", "loss", "both"])
 def test_base_refuses_another_balance_beside_its_own(balance: str) -> None:
     given = TrainerSettings.load(router="base", balance=balance)
-    with pytest.raises(SettingsError, match=f"balance: the router base balances the load itself: leave {balance} out"):
+    with pytest.raises(
+        SettingsError, match=f"balance: the router base balances the load itself: leave {balance} out"
+    ):
         Routing.of(given, make_manifest((2, 3)), 0)
 
 
