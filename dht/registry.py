@@ -178,6 +178,8 @@ class Registry:
         """About how many hosts of an expert `replicas` left out when it was read last, as there are too many."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
         """The time when this peer's last record under each key expires."""
+        self._earlier_until = 0.0
+        """The time when all have expired that it wrote before it was started again, about."""
         self._own_shards: dict[int, tuple[str, float]] = {}
         """Where this peer is listed, and until when it goes by that; by the fewest digits, as a node or a trainer."""
 
@@ -310,6 +312,7 @@ class Registry:
     def later(self, key: str, expires_at: float) -> float:
         """When this peer's next record under the key expires: after the last one, or holders would keep that."""
         last = self._written.get(key, 0.0)
+        expires_at = max(expires_at, min(self._earlier_until, self.now() + MAX_LIFETIME_S))
         if last <= self.now() + MAX_LIFETIME_S + 1.0:  # else it was refused
             expires_at = max(expires_at, last + _LATER_S)
         self._written[key] = expires_at
@@ -683,6 +686,29 @@ class Registry:
         return listed
 
     async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
+        try:
+            await self._store_self(payload, shard, lifetime_s)
+        except UnreachableError:
+            if not await self._has_earlier(payload.key):
+                raise
+            await self._store_self(payload, shard, lifetime_s)
+
+    async def _has_earlier(self, key: str) -> bool:
+        """Whether holders have a record that this peer wrote before it was started again.
+
+        Its periods were longer then, and begin short again: what it writes from now on must live as long.
+        """
+        value, _ = (await self.get([key]))[key].get(self.peer_id.to_bytes(), (None, 0.0))
+        read = partial(self.unseal, value, key, self.peer_id)
+        payload = None if value is None else self.guard.read("dht", self.peer_id, read)
+        if payload is None or payload.expires_at <= self._earlier_until:
+            return False
+        own = payload.node if payload.HasField("node") else payload.trainer
+        # other records of one period were written after this one
+        self._earlier_until = payload.expires_at + max(0.0, min(own.renew_every_s, MAX_LIFETIME_S))
+        return True
+
+    async def _store_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
         expires_at = payload.expires_at = self.later(payload.key, self.now() + lifetime_s)
         record = self.seal(payload)
         subkey = self._identity.peer_id.to_bytes()

@@ -141,6 +141,24 @@ def test_a_node_record_is_seen_in_full(swarm: Swarm) -> None:
     swarm.run(scenario())
 
 
+def test_a_node_that_is_started_again_goes_on_after_what_it_said_before(swarm: Swarm) -> None:
+    """Its periods begin short again. What it says must not expire before what holders have: they would keep that."""
+
+    async def scenario() -> None:
+        host, earlier = swarm.hosts[1], swarm.registry(1)
+        await earlier.publish_node(node_record(host, renew_every_s=150.0), 450.0)
+        await earlier.announce([ReplicaAnnouncement(FIRST, SERVING)], 450.0)
+        again = swarm.registry(1, time.time)
+        await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
+        await again.announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S)
+        reader = swarm.registry(2)
+        assert (await reader.nodes([host.peer_id]))[host.peer_id].expert_count == 4
+        found = await reader.replicas([FIRST, SECOND])
+        assert [len(found[uid]) for uid in (FIRST, SECOND)] == [0, 1]
+
+    swarm.run(scenario())
+
+
 def test_a_node_that_left_is_gone_at_once(swarm: Swarm) -> None:
     async def scenario() -> None:
         host = swarm.hosts[1]
