@@ -278,16 +278,29 @@ class Registry:
         for uid, home in homes.items():
             if home in written:
                 written[home].append(self._announced[uid][0])
-        items: dict[tuple[str, int | bytes], Item] = {}
-        for home, some in written.items():
-            items |= self._region_items(home, some, expires_at, queued_rows)
-            await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
-        await self.store(list(items.values()))
+        try:
+            await self._store_regions(written, expires_at, queued_rows)
+        except UnreachableError:
+            if not any([await self._has_earlier(self.keys.prefix(*home)) for home in written]):
+                raise
+            await self._store_regions(written, expires_at, queued_rows)
         for replica in replicas:
             if replica.state is ReplicaState.WITHDRAWN:
                 self._announced.pop(replica.uid, None)
         self.home_of |= {uid: homes[uid] for uid in changed}
         self.home_of = {uid: home for uid, home in self.home_of.items() if uid in self._announced}
+
+    async def _store_regions(
+        self,
+        written: Mapping[Prefix, Collection[ReplicaAnnouncement]],
+        expires_at: float,
+        queued_rows: int,
+    ) -> None:
+        items: dict[tuple[str, int | bytes], Item] = {}
+        for home, some in written.items():
+            items |= self._region_items(home, some, expires_at, queued_rows)
+            await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
+        await self.store(list(items.values()))
 
     def _region_items(
         self, home: Prefix, replicas: Collection[ReplicaAnnouncement], expires_at: float, queued_rows: int
@@ -705,7 +718,7 @@ class Registry:
             return False
         own = payload.node if payload.HasField("node") else payload.trainer
         # other records of one period were written after this one
-        self._earlier_until = payload.expires_at + max(0.0, min(own.renew_every_s, MAX_LIFETIME_S))
+        self._earlier_until = payload.expires_at + max(_LATER_S, min(own.renew_every_s, MAX_LIFETIME_S))
         return True
 
     async def _store_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
