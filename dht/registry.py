@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -178,8 +179,8 @@ class Registry:
         """About how many hosts of an expert `replicas` left out when it was read last, as there are too many."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
         """The time when this peer's last record under each key expires."""
-        self._earlier_until = 0.0
-        """The time when all have expired that it wrote before it was started again, about."""
+        self._earlier_until: float | None = None
+        """The time when all has expired that it wrote before it was started again, about; None: not read yet."""
         self._own_shards: dict[int, tuple[str, float]] = {}
         """Where this peer is listed, and until when it goes by that; by the fewest digits, as a node or a trainer."""
 
@@ -278,29 +279,16 @@ class Registry:
         for uid, home in homes.items():
             if home in written:
                 written[home].append(self._announced[uid][0])
-        try:
-            await self._store_regions(written, expires_at, queued_rows)
-        except UnreachableError:
-            if not any([await self._has_earlier(self.keys.prefix(*home)) for home in written]):
-                raise
-            await self._store_regions(written, expires_at, queued_rows)
-        for replica in replicas:
-            if replica.state is ReplicaState.WITHDRAWN:
-                self._announced.pop(replica.uid, None)
-        self.home_of |= {uid: homes[uid] for uid in changed}
-        self.home_of = {uid: home for uid, home in self.home_of.items() if uid in self._announced}
-
-    async def _store_regions(
-        self,
-        written: Mapping[Prefix, Collection[ReplicaAnnouncement]],
-        expires_at: float,
-        queued_rows: int,
-    ) -> None:
         items: dict[tuple[str, int | bytes], Item] = {}
         for home, some in written.items():
             items |= self._region_items(home, some, expires_at, queued_rows)
             await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
         await self.store(list(items.values()))
+        for replica in replicas:
+            if replica.state is ReplicaState.WITHDRAWN:
+                self._announced.pop(replica.uid, None)
+        self.home_of |= {uid: homes[uid] for uid in changed}
+        self.home_of = {uid: home for uid, home in self.home_of.items() if uid in self._announced}
 
     def _region_items(
         self, home: Prefix, replicas: Collection[ReplicaAnnouncement], expires_at: float, queued_rows: int
@@ -324,8 +312,8 @@ class Registry:
 
     def later(self, key: str, expires_at: float) -> float:
         """When this peer's next record under the key expires: after the last one, or holders would keep that."""
+        expires_at = max(expires_at, min(self._earlier_until or 0.0, self.now() + MAX_LIFETIME_S))
         last = self._written.get(key, 0.0)
-        expires_at = max(expires_at, min(self._earlier_until, self.now() + MAX_LIFETIME_S))
         if last <= self.now() + MAX_LIFETIME_S + 1.0:  # else it was refused
             expires_at = max(expires_at, last + _LATER_S)
         self._written[key] = expires_at
@@ -341,6 +329,7 @@ class Registry:
 
     async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
         """Stores this peer's node record, and lists the peer in its shard."""
+        await self.go_on_as_node()
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
         shard = await self._own_shard(self.keys.node_shard, FEWEST_DIGITS)
@@ -348,6 +337,7 @@ class Registry:
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
         """Stores this peer's trainer record, and lists the peer in its shard."""
+        await self._go_on_after(partial(self.trainers, with_left=True))
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.trainer(peer_id), trainer=trainer)
         shard = await self._own_shard(self.keys.trainer_shard, FEWEST_TRAINER_DIGITS)
@@ -698,30 +688,27 @@ class Registry:
                     listed[digits].add(peer_id)
         return listed
 
-    async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
-        try:
-            await self._store_self(payload, shard, lifetime_s)
-        except UnreachableError:
-            if not await self._has_earlier(payload.key):
-                raise
-            await self._store_self(payload, shard, lifetime_s)
+    async def go_on_as_node(self) -> None:
+        """Reads until when what this peer announced as a node in an earlier run may live, unless that is known.
 
-    async def _has_earlier(self, key: str) -> bool:
-        """Whether holders have a record that this peer wrote before it was started again.
-
-        Its periods were longer then, and begin short again: what it writes from now on must live as long.
+        Its periods were longer then, and begin short again. Holders would keep what expires last, so what it says from
+        now on will live as long. Announce no experts before.
         """
-        value, _ = (await self.get([key]))[key].get(self.peer_id.to_bytes(), (None, 0.0))
-        read = partial(self.unseal, value, key, self.peer_id)
-        payload = None if value is None else self.guard.read("dht", self.peer_id, read)
-        if payload is None or payload.expires_at <= self._earlier_until:
-            return False
-        own = payload.node if payload.HasField("node") else payload.trainer
-        # other records of one period were written after this one
-        self._earlier_until = payload.expires_at + max(_LATER_S, min(own.renew_every_s, MAX_LIFETIME_S))
-        return True
+        await self._go_on_after(partial(self.nodes, with_left=True))
 
-    async def _store_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
+    async def _go_on_after(
+        self, read: Callable[[Collection[PeerID]], Awaitable[Mapping[PeerID, NodeInfo | TrainerInfo]]]
+    ) -> None:
+        if self._earlier_until is not None:
+            return
+        until = 0.0
+        with suppress(UnreachableError):
+            if (own := (await read([self.peer_id])).get(self.peer_id)) is not None:
+                # what it said of experts in its last period may live longer by that
+                until = own.expires_at + max(_LATER_S, own.renew_every_s)
+        self._earlier_until = until
+
+    async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
         expires_at = payload.expires_at = self.later(payload.key, self.now() + lifetime_s)
         record = self.seal(payload)
         subkey = self._identity.peer_id.to_bytes()

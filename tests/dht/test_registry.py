@@ -33,6 +33,7 @@ from peer.host import Host
 from peer.kademlia.validation import unpack
 from peer.loop import LoopThread
 from peer.metrics import new_registry
+from peer.wire import records_pb2
 
 
 @pytest.fixture(scope="module")
@@ -141,25 +142,35 @@ def test_a_node_record_is_seen_in_full(swarm: Swarm) -> None:
     swarm.run(scenario())
 
 
-@pytest.mark.parametrize("is_node_first", [True, False])
-def test_a_node_that_is_started_again_goes_on_after_what_it_said_before(
-    swarm: Swarm, is_node_first: bool
-) -> None:
+@pytest.mark.parametrize("has_left", [False, True])
+def test_a_node_that_is_started_again_goes_on_after_what_it_said_before(swarm: Swarm, has_left: bool) -> None:
     """Its periods begin short again. What it says must not expire before what holders have: they would keep that."""
 
     async def scenario() -> None:
         host, earlier = swarm.hosts[1], swarm.registry(1)
         await earlier.publish_node(node_record(host, renew_every_s=150.0), 450.0)
         await earlier.announce([ReplicaAnnouncement(FIRST, SERVING)], 450.0)
+        if has_left:
+            await earlier.leave(450.0)
         again = swarm.registry(1, time.time)
-        if is_node_first:
-            await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
+        await again.go_on_as_node()
         await again.announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S)
         await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
         reader = swarm.registry(2)
         assert (await reader.nodes([host.peer_id]))[host.peer_id].expert_count == 4
         found = await reader.replicas([FIRST, SECOND])
         assert [len(found[uid]) for uid in (FIRST, SECOND)] == [0, 1]
+
+    swarm.run(scenario())
+
+
+def test_a_trainer_that_is_started_again_is_heard_at_once(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        peer_id = swarm.hosts[1].peer_id
+        await swarm.registry(1).publish_trainer(records_pb2.TrainerRecord(step=9, renew_every_s=150.0), 450.0)
+        again = swarm.registry(1, time.time)
+        await again.publish_trainer(records_pb2.TrainerRecord(step=12), LIFETIME_S)
+        assert (await swarm.registry(2).trainers([peer_id]))[peer_id].step == 12
 
     swarm.run(scenario())
 
