@@ -184,9 +184,9 @@ class Shard(ABC):
 
     def leaf(self, position: int) -> bytes:
         """The hash that stands for a passage in the tree."""
-        block = position // BLOCK
-        (leaf,) = self._leaves_of([position], self._texts(block), self._vectors_in(block))
-        return leaf
+        block, inside = divmod(position, BLOCK)
+        text = b"" if self._revoked[position] else self._texts(block)[inside]
+        return self._leaf(position, text, self._vectors_in(block)[inside])
 
     def leaves(self) -> Iterator[bytes]:
         """All, in order. Raises WireError if a text can't be read."""
