@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import MemoryManifest, Place, ShardInfo, Vectors, number_of
+from dht.memory import MemoryID, MemoryManifest, Place, ShardInfo, Vectors, number_of
 from dht.swarm import Swarm
+from peer.bounded import BoundedDict
 from peer.errors import ExpertError, TransferError, UnreachableError, WireError
 from peer.identity import PeerID
 from peer.rates import RateLimit
@@ -27,7 +28,7 @@ from peer.rpc.parts import PartClient
 from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from trainer_client.memory.calls import Fault, GrpcMemoryCaller, HostCalls, RetrieverMetrics, loop_time
-from trainer_client.memory.directory import MemoryDirectory, MemoryParts, PartCache
+from trainer_client.memory.directory import MemoryDirectory, MemoryParts, Opened, PartCache
 from trainer_client.memory.encoder import to_vectors
 from trainer_client.memory.retriever import Located, Retriever
 
@@ -38,6 +39,8 @@ _PASSAGES = 10
 _LIMIT_S = 60.0
 """The longest time that one check may take, with the list of shards."""
 _READ_S = 10.0
+_OPEN = 4
+"""Memories whose lists of shards stay parsed. One of 100,000 shards takes some 30 MB."""
 _NOISE = 0.5
 """Noise, as a share of a vector's length."""
 
@@ -74,6 +77,7 @@ class Auditor:
         self._parts = PartClient(swarm.keys.swarm_id, self._sessions, channels, RateLimit(None))
         self._caller = GrpcMemoryCaller(channels, self._sessions)
         self._cache = PartCache(folder)
+        self._opened = BoundedDict[MemoryID, Opened](_OPEN)
 
     async def close(self) -> None:
         await self._sessions.close()
@@ -94,7 +98,9 @@ class Auditor:
     async def _check(self, entry: LibraryEntry, calls: HostCalls) -> None:
         registry = self._swarm.registry
         parts = MemoryParts(entry.memory, self._registry, registry, self._parts, self._cache)
-        opened = await parts.open(entry, with_index=False)
+        opened = self._opened.get(entry.memory)
+        if opened is None or opened.entry != entry:
+            opened = self._opened[entry.memory] = await parts.open(entry, with_index=False)
         directory = MemoryDirectory(self._registry, registry, parts, opened)
         retriever = Retriever(directory, calls, self._swarm.keys.swarm_id, rng=self._rng, checked_share=1.0)
         shard, grid = self._rng.choice(opened.manifest.shards), opened.manifest.grid
