@@ -7,12 +7,14 @@ from types import ModuleType
 from typing import Any, Final
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
-"""Otherwise gRPC stops and restarts its threads around every fork, and crashes if one is busy. On a loaded machine that
-hit one in ten nodes that started p2pd while they were called. No process of ours uses gRPC after a fork."""
+"""Otherwise gRPC stops and restarts its threads around every fork, and crashes if one of them is busy. On a loaded
+machine, one in ten nodes crashed because calls reached it while it started p2pd. No process of ours uses gRPC after a
+fork.
+"""
 
 SOFTWARE_VERSION: Final = "0.2.0.dev0"
 PROTOCOL_VERSION: Final = 4
-"""Peers of another protocol version are refused, with both versions named."""
+"""Peers of another protocol version are refused. The error names both versions."""
 
 
 class _LazyPackage(ModuleType):

@@ -1,4 +1,6 @@
-"""Arrays of numbers in a safetensors file, written in one way only and parsed strictly: a file may be a stranger's."""
+"""Arrays of numbers in a safetensors file. Encoding is deterministic, and decoding is strict, because a stranger may
+have written the file.
+"""
 
 from collections.abc import Mapping
 from math import prod
@@ -26,21 +28,21 @@ _TYPES = {
 
 
 def encode_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """The file of these arrays: always the same bytes for the same arrays."""
+    """Encodes the arrays as a file. The same arrays always give the same bytes."""
     data: bytes = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     return data
 
 
 def decode_arrays(data: bytes | memoryview) -> dict[str, npt.NDArray[Any]]:
-    """Views of the data, by name. Nothing is copied. Floats may be NaN. Raises WireError if it is malformed.
+    """Views of the data, by name. Nothing is copied. Floats may be NaN. Raises WireError if the data is malformed.
 
-    Hand in a memory-mapped file as a memoryview.
+    Pass a memory-mapped file as a memoryview.
     """
     return {name: array for name, (array, _) in _decoded(data).items()}
 
 
 class Rows(Protocol):
-    """An array whose rows are read some at a time."""
+    """An array whose rows can be read a few at a time."""
 
     def __len__(self) -> int: ...
 
@@ -48,13 +50,13 @@ class Rows(Protocol):
 
 
 class FileArray:
-    """An array in a file, of which a part is read when it is needed. For any thread.
+    """An array in a file. Only the rows that are asked for are read. For any thread.
 
-    Of a file that was mapped into memory, a disk that fails would end the process; here it raises OSError.
+    Raises OSError if the disk fails. With a memory-mapped file, that would end the process.
     """
 
     def __init__(self, file: PlainFile, like: npt.NDArray[Any], start: int) -> None:
-        """`like`: of the same shape and type. `start`: in the file."""
+        """`like`: an array of the same shape and dtype. `start`: the array's offset in the file, in bytes."""
         self._file = file
         self._count, self._shape, self._dtype = len(like), like.shape[1:], like.dtype
         self._row_bytes = prod(self._shape) * like.dtype.itemsize
@@ -64,7 +66,7 @@ class FileArray:
         return self._count
 
     def __getitem__(self, rows: slice, /) -> npt.NDArray[Any]:
-        """Raises OSError, also if the file is another one by now."""
+        """Raises OSError, also if another file has taken this one's place."""
         begin, end, step = rows.indices(self._count)
         assert step == 1, "only what lies together is read"
         count = max(0, end - begin)
@@ -74,12 +76,12 @@ class FileArray:
 
 
 def arrays_in(file: PlainFile, data: bytes) -> dict[str, FileArray]:
-    """The arrays of a file with this content. Raises WireError if it is malformed."""
+    """The arrays of a file with this content. Raises WireError if the content is malformed."""
     return {name: FileArray(file, array, start) for name, (array, start) in _decoded(data).items()}
 
 
 def _decoded(data: bytes | memoryview) -> dict[str, tuple[npt.NDArray[Any], int]]:
-    """The arrays and where they start. Raises WireError."""
+    """The arrays and their offsets in the data, in bytes. Raises WireError."""
     try:
         metadata, places = read_outline(data, MAX_OUTLINE_BYTES)
     except StateError as error:

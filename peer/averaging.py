@@ -1,7 +1,8 @@
-"""Pairwise averaging of two copies that train separately: the weights, and a history of who met whom. Pure.
+"""Pairwise averaging of two copies that train separately: the weights, and a history of the meetings. Pure.
 
-Each side averages by itself. The weights follow from the steps that each took since the two last met, and nobody waits
-for a third (NoLoCo, arXiv 2506.10911). Another peer only claims how many steps it took, so claims count within bounds.
+Each side computes its own average. The weights follow from the steps that each side took since the two last met, and
+nobody waits for a third peer (NoLoCo, arXiv 2506.10911). Nothing proves how many steps another peer took, so its claim
+counts within bounds only.
 """
 
 import random
@@ -24,27 +25,28 @@ _PEERS_REMEMBERED = 32
 """Partners remembered for each copy. With more partners, each meets too seldom to be worth remembering."""
 _LARGEST_SHARE = 0.5
 _BEHIND = 0.9
-"""Copies that average differ less in their updates: with fewer than this part of another's, one was restarted."""
+"""A copy with less than this share of another's updates has been restarted: copies that average differ by less."""
 _FASTEST_PER_S = 100
-"""Steps. No expert or dense part takes as many."""
+"""No expert or dense part takes this many steps per second."""
 _LEAST_S = 10.0
-"""Others may have trained for at least this long, even if the last meeting was a moment ago."""
+"""A claim may cover at least this much training, even if the last meeting was a moment ago."""
 _ANNOUNCED_S = 300.0
-"""The longest that an announcement lags behind the copy it announces."""
+"""An announcement lags behind the copy it announces by at most this long."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """The update counts with which two copies went on after they met."""
+    """The update counts of two copies right after they met."""
 
     mine: int
     theirs: int
 
 
 def last_meeting(remembered: Meeting | None, reported: int) -> Meeting:
-    """`reported`: what the other says its copy went on with, after it last met this one; 0 if it remembers none.
+    """The last meeting, from what this peer remembers of it and what the other peer reports.
 
-    It may have gone on with more than it had when this peer fetched it.
+    `reported`: the update count that the other reports for its copy after their last meeting; 0 if it remembers none.
+    It may be higher than the count that this peer saw when it fetched the copy.
     """
     if remembered is None:
         return Meeting(reported, reported)
@@ -52,7 +54,7 @@ def last_meeting(remembered: Meeting | None, reported: int) -> Meeting:
 
 
 class AveragingHistory(Generic[K]):
-    """When each copy of this peer's last met each other peer's."""
+    """For each copy of this peer, its last meeting with each other peer's copy."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._met: dict[K, BoundedDict[PeerID, Meeting]] = {}
@@ -61,12 +63,12 @@ class AveragingHistory(Generic[K]):
         self._noted_at: dict[K, float] = {}
 
     def record(self, thing: K, peer_id: PeerID, mine: int, theirs: int) -> None:
-        """The update counts are those after the meeting, as far as this peer knows."""
+        """The update counts are those after the meeting, as far as this peer knows them."""
         self._noted_at[thing] = self._clock()
         self._met.setdefault(thing, BoundedDict(_PEERS_REMEMBERED))[peer_id] = Meeting(mine, theirs)
 
     def of(self, thing: K) -> dict[PeerID, Meeting]:
-        """A copy, by peer."""
+        """The last meetings of a copy, by peer."""
         return dict(self._met.get(thing, {}))
 
     def forget(self, thing: K) -> None:
@@ -83,8 +85,10 @@ class AveragingHistory(Generic[K]):
 
 
 def partner_weight(update_count: int, their_update_count: int, met: Meeting) -> float:
-    """The other's weight in the average: its share of the updates since the meeting, and at most a half, whatever it
-    claims. A half if neither took an update. One that went back to an older state has taken none.
+    """The other's weight in the average: its share of the updates since the meeting, but at most a half, whatever it
+    claims.
+
+    It is a half if neither took an update. A copy that went back to an older state counts as having taken none.
     """
     mine, theirs = max(0, update_count - met.mine), max(0, their_update_count - met.theirs)
     return min(theirs / (mine + theirs), _LARGEST_SHARE) if mine + theirs else 0.5
@@ -96,7 +100,7 @@ def is_behind(update_count: int, other: int) -> bool:
 
 
 def drawn_stale_last(claims: Collection[T], count: Callable[[T], int], rng: random.Random) -> list[T]:
-    """The copies in random order, but those far behind the middle one by their update count come last."""
+    """The copies in random order, except that those far behind the median update count come last."""
     if not claims:
         return []
     median = median_high(map(count, claims))

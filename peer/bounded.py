@@ -1,4 +1,4 @@
-"""A dictionary with a bound: what strangers can make a peer remember must not grow for ever."""
+"""A dictionary with a bound: strangers must not be able to make a peer remember more and more."""
 
 from collections import OrderedDict
 from typing import TypeVar
@@ -8,7 +8,9 @@ V = TypeVar("V")
 
 
 class BoundedDict(OrderedDict[K, V]):
-    """Holds at most `most` entries and evicts those that were set longest ago. `move_to_end` makes one the newest."""
+    """Holds at most `most` entries and evicts those that were set longest ago. `move_to_end` makes an entry the
+    newest.
+    """
 
     def __init__(self, most: int) -> None:
         assert most > 0, "nothing could be remembered"
@@ -19,7 +21,7 @@ class BoundedDict(OrderedDict[K, V]):
         self.put(key, value)
 
     def put(self, key: K, value: V) -> list[V]:
-        """Sets the entry, as the newest one. Returns the values that were evicted, for owners that must close them."""
+        """Sets the entry as the newest. Returns the evicted values, for owners that must close them."""
         super().__setitem__(key, value)
         self.move_to_end(key)
         return [self.popitem(last=False)[1] for _ in range(len(self) - self.most)]

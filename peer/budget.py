@@ -1,8 +1,8 @@
-"""Memory for what strangers send: one budget for all of them, shared fairly. Reserved before anything is read.
+"""One budget for the memory that strangers' messages take, shared fairly. Memory is reserved before anything is read.
 
-Longest queue drop (Wei, Coyle & Hsiao 1991), with bytes for packets: an owner may hold whatever is free. If nothing is,
-the owner who holds the most gives up what it reserved last, unless that is the one who asks. So whoever holds no more
-than its share, the limit divided by the number of owners, is never refused and never loses anything.
+Longest queue drop (Wei, Coyle & Hsiao 1991), with bytes for packets: an owner may hold whatever is free. If nothing is
+free, the owner that holds the most gives up its latest reservation, unless that owner is the one who asks. So an owner
+that holds no more than its share (the limit divided by the number of owners) is never refused and never loses anything.
 """
 
 import asyncio
@@ -39,13 +39,13 @@ class Reservation:
         self._budget._remove(self)
 
     def revoke(self) -> None:
-        """Takes it back from its owner."""
+        """Takes the reservation back from its owner."""
         self.release()
         self._revoke()
 
 
 class FairBudget:
-    """How much is reserved for each owner. Pure: it knows no clock, and `revoke` is called for what others need."""
+    """How much is reserved for each owner. Pure: it reads no clock, and calls `revoke` to take a reservation back."""
 
     def __init__(self, limit: int) -> None:
         """`limit`: in bytes, or in any other unit."""
@@ -54,13 +54,13 @@ class FairBudget:
         self.revoked: int = 0
         """How often a reservation was taken back."""
         self._held: dict[Hashable, dict[Reservation, None]] = {}
-        """Reservations by owner, the latest last. No owner is without any."""
+        """Reservations by owner, the latest last. An owner without reservations has no entry."""
         self._sums: dict[Hashable, int] = {}
 
     def reserve(self, owner: Hashable, size: int, revoke: Callable[[], None]) -> Reservation:
         """Raises ExpertError (RESOURCE_EXHAUSTED) if there is no room for it.
 
-        `revoke`: is called if the reservation is taken back, and must give up what it was for. It must not raise.
+        `revoke` is called if the reservation is taken back. It must free what was reserved, and must not raise.
         """
         reservation = Reservation(self, owner, revoke)
         self._add(reservation, size)
@@ -90,7 +90,7 @@ class FairBudget:
         self.used += size
 
     def _to_revoke(self, owner: Hashable, wanted: int, missing: int) -> list[Reservation]:
-        """What must be taken back from others to free `missing` bytes. Raises ExpertError if that would be unfair."""
+        """The reservations to take from others to free `missing` bytes. Raises ExpertError if that would be unfair."""
         found: list[Reservation] = []
         if missing <= 0:
             return found
@@ -121,7 +121,7 @@ class FairBudget:
 
 
 class MemoryBudget(FairBudget):
-    """The memory that one process has for calls under way. For one event loop."""
+    """The memory that one process may use for calls in progress. For one event loop."""
 
     def __init__(self, limit: int, metrics: CollectorRegistry | None = None) -> None:
         super().__init__(limit)
@@ -139,7 +139,7 @@ class MemoryBudget(FairBudget):
     def holding(self, owner: Hashable, size: int) -> Iterator[Reservation]:
         """Reserves memory for what the current task does inside.
 
-        Raises ExpertError (RESOURCE_EXHAUSTED) if there is none, or if others need it meanwhile.
+        Raises ExpertError (RESOURCE_EXHAUSTED) if no memory is free, or if others need this memory before the end.
         """
         with interruptible(_REVOKED) as interrupt:
 
@@ -163,9 +163,9 @@ class MemoryBudget(FairBudget):
 
 @contextmanager
 def interruptible(message: str) -> Iterator[Callable[[], None]]:
-    """Gives a function that other tasks call to end what the current task does inside.
+    """Yields a function that other tasks call to interrupt what the current task does inside.
 
-    It then ends with an ExpertError (RESOURCE_EXHAUSTED).
+    The current task then raises ExpertError (RESOURCE_EXHAUSTED).
     """
     task = asyncio.current_task()
     assert task is not None, "what is inside runs on the loop"

@@ -1,9 +1,8 @@
 """Checkpoints: their format, and a folder that keeps the newest few.
 
 A checkpoint is a safetensors file with a header, and with a checksum over the header and the tensors. The same bytes
-are stored on disk and sent to other peers, so whoever reads them reads what a stranger may have made up. They are
-parsed here and nowhere else: a file is what the grammar allows, and what its reader expects, or it is refused before
-anything is made of it.
+are stored on disk and sent to other peers, so a stranger may have made up any of them. They are parsed only here: a
+file that does not match the grammar, or what its reader expects, is refused before any tensor is made.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ from peer.platform.files import sync_folder
 
 FORMAT_VERSION = 1
 MAX_OUTLINE_BYTES = 2**24
-"""The limit for the JSON before the tensors, which has their names and the header."""
+"""The limit for the JSON before the tensors, which contains their names and the header."""
 _HEADER_KEY = "talkoot"
 """Key of the safetensors metadata that holds the header as JSON."""
 _TYPES = {
@@ -53,14 +52,14 @@ _TEMPORARY = ".*.new"
 Form: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 Outline: TypeAlias = Mapping[str, Form]
-"""What a file says that it holds, by name."""
+"""The tensors that a file says it holds, by name."""
 
 
 class CheckpointHeader(BaseModel):
-    """Describes the tensors of a file. Subclasses add what kind of state it is.
+    """Describes the tensors of a file. Subclasses add the fields of one kind of state.
 
-    A later release may add keys with defaults at the end of a subclass; this software ignores them. A change that it
-    could not ignore needs another `FORMAT_VERSION`.
+    A later release may add keys with defaults at the end of a subclass; this release ignores them. A change that this
+    release could not ignore needs another `FORMAT_VERSION`.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -74,7 +73,7 @@ H = TypeVar("H", bound=CheckpointHeader)
 
 
 def encode_checkpoint(header: H, tensors: dict[str, Tensor]) -> bytes:
-    """Packs contiguous tensors on the CPU, and the header with their checksum."""
+    """Packs contiguous tensors on the CPU with the header, and adds their checksum to it."""
     parts = ((name, form_of(tensor), _bytes_of(tensor)) for name, tensor in tensors.items())
     digest = _digest(header.model_dump_json(exclude={"sha256"}), parts)
     header = header.model_copy(update={"sha256": digest})
@@ -90,7 +89,7 @@ def decode_checkpoint(
     """Unpacks and verifies a checkpoint. Raises StateError if it is malformed or was changed.
 
     `check` raises StateError if the header or the outline is not the expected one. It is called before the checksum is
-    computed and any tensor is made. `max_outline_bytes`: what is parsed to get there.
+    computed and any tensor is made. `max_outline_bytes`: the limit for the JSON that is parsed before that.
     """
     metadata, places = read_outline(data, max_outline_bytes)
     header = _read_header(metadata, kind)
@@ -128,10 +127,10 @@ class Place:
 
 
 def read_outline(data: bytes | memoryview, most: int) -> tuple[Any, list[Place]]:
-    """A safetensors file's metadata, None without any, and the places of the tensors, which fill the file.
+    """A safetensors file's metadata, None if it has none, and the places of the tensors, which fill the file.
 
-    Such a file starts with the 8 bytes of a length, and then JSON of that length. Raises StateError if it has more than
-    `most` bytes, or is malformed.
+    The file starts with the length of the JSON, in 8 bytes, and then the JSON. Raises StateError if the JSON has more
+    than `most` bytes, or if anything is malformed.
     """
     begin = 8 + int.from_bytes(data[:8], "little")
     if not 8 < begin <= len(data) or begin % _ALIGNMENT:
@@ -172,7 +171,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _read_place(name: str, entry: Any, begin: int) -> Place:
-    """`begin`: where the tensors begin. Raises StateError."""
+    """`begin`: the offset at which the tensors begin. Raises StateError."""
     if len(name) > _MAX_NAME or not name.isprintable():
         raise StateError(f"it can't be read: the name {printable(name)!r}")
     match entry:
@@ -185,7 +184,7 @@ def _read_place(name: str, entry: Any, begin: int) -> Place:
     dtype = _TYPES.get(type_name)
     if dtype is None:
         raise StateError(f"it has tensors of type {printable(type_name, 40)}")
-    # of no numbers at all too: torch computes with the sizes of the other dimensions
+    # also limits tensors with a dimension of 0: torch computes with the sizes of the other dimensions
     if len(shape) > _MAX_DIMENSIONS or prod(max(1, size) for size in shape) > _MAX_NUMBERS:
         raise StateError(f"it can't be read: {name!r} has too large a shape")
     if end - start != prod(shape) * dtype.itemsize or start % dtype.itemsize:
@@ -220,7 +219,7 @@ def _read_header(metadata: Any, kind: type[H]) -> H:
 
 
 def _tensors(data: bytes, places: Iterable[Place]) -> dict[str, Tensor]:
-    """Views of one copy of the data, which can be changed. Raises StateError."""
+    """The tensors as views of one writable copy of the data. Raises StateError."""
     buffer, tensors = bytearray(data), {}
     for place in places:
         shape, dtype = place.form
@@ -252,7 +251,7 @@ def _digest(header: str, parts: Iterable[tuple[str, Form, memoryview]]) -> str:
 
 
 class RotatingFiles:
-    """A folder with the newest few `<number>.safetensors`, each complete. It leaves other files alone."""
+    """A folder with the newest few `<number>.safetensors`, all complete. It leaves other files alone."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         """`keep`: how many files to keep."""
@@ -261,7 +260,7 @@ class RotatingFiles:
         self._keep = keep
 
     def numbers(self) -> list[int]:
-        """Newest first, by the file names alone."""
+        """The numbers in the file names, newest first."""
         try:
             names = os.listdir(self.folder)
         except OSError:
@@ -274,7 +273,7 @@ class RotatingFiles:
         return self.folder / f"{number}.safetensors"
 
     def write(self, number: int, data: bytes) -> None:
-        """Returns when the file is safely on disk. Raises OSError, and then leaves the older files."""
+        """Returns when the file is safely on disk. If it raises OSError, the older files are still there."""
         self._make_folder()
         write_atomically(self.path(number), data)
         self._prune(number)
@@ -300,6 +299,6 @@ class RotatingFiles:
     def _prune(self, written: int) -> None:
         """Keeps the newest files up to the one just written.
 
-        A file with a higher number was rejected when the newest was loaded, and must not displace good ones.
+        A file with a higher number was rejected at start-up, and must not displace good ones.
         """
         self.remove([number for number in self.numbers() if number <= written][self._keep :])

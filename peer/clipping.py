@@ -19,53 +19,56 @@ from torch import Tensor
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 Distances: TypeAlias = Mapping[str, float]
-"""Euclidean norms, by the tensor's name."""
+"""Euclidean norms, by tensor name."""
 
 MEETINGS = 16
-"""Own moves that are remembered for each tensor."""
+"""How many of its own moves are remembered for each tensor."""
 _RADIUS = 2.0
-"""τ in own moves. An equally fast replica moved as far, so 2 covers both moves even in opposite directions."""
+"""τ, in units of this peer's own moves. An equally fast replica moves as far, so 2 covers both moves even in opposite
+directions.
+"""
 _REACH = 8.0
-"""The reach, in radii. Whoever is further away is refused."""
+"""The reach, in radii. A copy that is further away is refused."""
 _BUCKETS = 1021
-"""Numbers in a sketch. A prime, so that a column of a matrix does not share one bucket."""
+"""Numbers in a sketch. A prime, so that the numbers in a column of a matrix do not share one bucket."""
 _SKETCHED_AT_ONCE = 64 * _BUCKETS
 """Numbers that are sketched at once: they and their copies stay in the processor's cache."""
 _SIGNS = 16 * _SKETCHED_AT_ONCE
 _SHIFT = 65_537
-"""How much further the signs of each further `_SIGNS` numbers begin. None comes twice in a bucket below 10⁹ numbers."""
+"""How far the signs are shifted for each further `_SIGNS` numbers. Below 10⁹ numbers, no sign comes twice in a bucket.
+"""
 
 
 class OwnMoves:
-    """How far this peer's own updates moved each tensor of one copy, from one meeting to the next.
+    """How far this peer's own updates moved each tensor of one copy between meetings.
 
-    It keeps a sketch of the copy as it was after the last meeting, and the distances of the last `MEETINGS`.
+    It keeps a sketch of the copy as it was after the last meeting, and the last `MEETINGS` distances.
     """
 
     def __init__(self, start: Tensors | None = None) -> None:
-        """`start`: the copy as it is now, if it may be known."""
+        """`start`: the copy as it is now, if it is known."""
         self._start: dict[str, Tensor] = {}
         self._moves: dict[str, deque[float]] = {}
         self._idle_meetings = 0
-        """Since the last before which own updates had moved anything."""
+        """Meetings since the last one with own updates before it."""
         self.start(start or {})
 
     def are_none(self, present: Distances) -> bool:
-        """Whether the copy is known to have taken no own update yet that moved it."""
+        """Whether the copy is known not to have moved by own updates yet."""
         return bool(self._start) and not self._moves and not present
 
     def start(self, tensors: Tensors) -> None:
-        """The copy became these tensors by something else than own updates. Moves are measured from here."""
+        """Measures moves from these tensors, which the copy has become by something other than own updates."""
         self._start = {name: _sketch(tensor) for name, tensor in tensors.items()}
 
     def lose_start(self) -> None:
-        """The copy has changed by something else than own updates, and nobody has looked what it is now."""
+        """The copy has changed by something other than own updates, and its tensors are not known."""
         self._start = {}
 
     def present(self, base: Tensors) -> dict[str, float]:
-        """How far own updates have led from the start to `base`. Tensors that did not move are left out.
+        """How far own updates have moved each tensor from the start to `base`. Tensors that did not move are left out.
 
-        Exact up to 1,021 numbers, and about 2% off for larger tensors.
+        Exact for tensors of up to 1,021 numbers, and about 2% off for larger ones.
         """
         moves = {
             name: float(torch.linalg.vector_norm(_sketch(base[name]) - start))
@@ -75,26 +78,26 @@ class OwnMoves:
         return {name: move for name, move in moves.items() if move > 0}
 
     def radii(self, present: Distances) -> dict[str, float]:
-        """τ of each tensor that has moved, at a meeting. `present`: how far own updates have led since the last one.
+        """τ of each tensor that has ever moved. `present`: how far own updates have moved them since the last meeting.
 
-        From one meeting to the next without own updates it shrinks to 1/2, 1/3, 1/4 …: n partners that meet an idle
-        copy move it by about ln n radii, not by n.
+        At each further meeting without own updates, τ shrinks to 1/2, 1/3, 1/4 … of its value: n partners that meet an
+        idle copy move it by about ln n radii, not by n.
         """
         names = self._moves.keys() | present.keys()
         factor = _RADIUS if present else _RADIUS / (1 + self._idle_meetings)
         return {name: factor * self._median(name, present) for name in names}
 
     def reach(self, present: Distances, names: Collection[str]) -> float:
-        """How far another's copy may be from this one, in these tensors together.
+        """How far another peer's copy may be from this one, over these tensors together.
 
-        It is never less than what the present move explains: a peer that met nobody for long is not refused for ever.
+        The present move counts too, so a peer that met nobody for a long time is not refused for ever.
         """
         usual = hypot(*(self._median(name, present) for name in names))
         now = hypot(*(present.get(name, 0.0) for name in names))
         return _REACH * _RADIUS * max(usual, now)
 
     def note(self, present: Distances) -> None:
-        """Notes that a meeting went well, before which own updates led this far."""
+        """Records a successful meeting. `present`: how far own updates had moved the tensors before it."""
         self._idle_meetings = 0 if present else self._idle_meetings + 1
         for name, move in present.items():
             self._moves.setdefault(name, deque(maxlen=MEETINGS)).append(move)
@@ -108,18 +111,18 @@ class OwnMoves:
 
 @dataclass(frozen=True, eq=False)
 class Clipped:
-    """What a copy becomes when it meets another."""
+    """A copy after it has met another."""
 
     tensors: dict[str, Tensor]
     belief: float
-    """How much of the distance to the other was believed, 0 to 1. Of no distance, nothing."""
+    """The share of the distance to the other copy that was accepted, 0 to 1; 0 if there was no distance."""
 
 
 def clip(current: Tensors, base: Tensors, theirs: Tensors, radii: Distances, share: float) -> Clipped:
     """Moves `current` by `share` of the way from `base` to `theirs`, no tensor further than `share` times its radius.
 
-    What changed between `base` and `current` is kept. A tensor without a radius stays. All have the tensors of
-    `current`, in the same shapes, and finite numbers. In float64, so that equal copies stay equal.
+    Changes between `base` and `current` are kept. A tensor without a radius stays as it is. All arguments have the
+    tensors of `current`, in the same shapes, with finite numbers. Computed in float64, so that equal copies stay equal.
     """
     tensors, away, believed = {}, 0.0, 0.0
     for name, tensor in current.items():
@@ -132,9 +135,9 @@ def clip(current: Tensors, base: Tensors, theirs: Tensors, radii: Distances, sha
 
 
 def at_base(merged: Tensors, current: Tensors, base: Tensors) -> dict[str, Tensor]:
-    """`merged` without what own updates changed from `base` to `current`, which belongs to the next move.
+    """`merged` without own updates from `base` to `current`, which count towards the next move.
 
-    What they did not change, or `base` lacks, is as in `merged`, to the bit.
+    Tensors that they did not change, or that `base` lacks, are the same as in `merged`, bit by bit.
     """
     tensors = dict(merged)
     for name in merged.keys() & base.keys():
@@ -144,7 +147,7 @@ def at_base(merged: Tensors, current: Tensors, base: Tensors) -> dict[str, Tenso
 
 
 def distance(base: Tensors, theirs: Tensors) -> float:
-    """The distance between the two, in all tensors of `base` together."""
+    """The distance between the two copies, over all tensors of `base` together."""
     return hypot(
         *(
             float(torch.linalg.vector_norm(theirs[name].to(torch.float64, copy=True).sub_(tensor)))
@@ -154,20 +157,20 @@ def distance(base: Tensors, theirs: Tensors) -> float:
 
 
 def believed_updates(mine: int, claimed: int, share: float, belief: float) -> int:
-    """The update count after a meeting, of a copy that had `mine` updates."""
+    """The update count after a meeting of a copy that had `mine` updates."""
     return mine + int(share * belief * max(0, claimed - mine))
 
 
 def sketch_bytes(tensor: Tensor) -> int:
-    """What `OwnMoves` keeps of one such tensor."""
+    """The size of the sketch that `OwnMoves` keeps of this tensor."""
     return torch.float64.itemsize * min(tensor.numel(), _BUCKETS)
 
 
 def _sketch(tensor: Tensor) -> Tensor:
-    """A linear map to few numbers which keeps distances: numbers with random signs, summed in buckets.
+    """A linear map to a few numbers that preserves distances: the numbers with random signs, summed in buckets.
 
-    The estimate of a square has a relative standard deviation of √(2 / buckets) where the numbers are spread evenly
-    (Charikar, Chen & Farach-Colton, Finding frequent items in data streams, 2002).
+    The estimate of a squared distance has a relative standard deviation of √(2 / buckets) if the numbers are spread
+    evenly (Charikar, Chen & Farach-Colton, Finding frequent items in data streams, 2002).
     """
     numbers = tensor.detach().cpu().flatten()
     count = len(numbers)
@@ -186,7 +189,9 @@ def _sketch(tensor: Tensor) -> Tensor:
 
 @cache
 def _signs() -> Tensor:
-    """`_SIGNS` and the first `_SKETCHED_AT_ONCE` again. Drawn once, since that takes longer than to sum."""
+    """`_SIGNS` signs, and the first `_SKETCHED_AT_ONCE` of them again. Drawn once, because drawing takes longer than
+    summing.
+    """
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (_SIGNS,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
     return torch.cat([signs, signs[:_SKETCHED_AT_ONCE]])

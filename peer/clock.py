@@ -1,8 +1,8 @@
 """The time by which records expire. It does not jump when somebody sets this machine's clock.
 
-All peers of a swarm compare expiry times with their own clocks. A clock that is set by an hour, even for a moment,
-would end whatever was stored, or keep it for an hour. So a process goes on with the time that it had. It adopts a new
-setting when most peers that it asked agree with that one, or when nobody could be asked for a while. Peers can only
+All peers of a swarm compare expiry times with their own clocks. If a clock were set wrong by an hour, even for a
+moment, everything stored would expire, or last an hour longer. So a process keeps its old time at first. It adopts the
+new setting when most of the peers it asked agree with it, or after a while if it could ask nobody. Peers can only
 choose between what this machine's clock said before and what it says now, so liars gain nothing by naming another time.
 """
 
@@ -18,26 +18,29 @@ from peer.platform.machine import seconds_since_boot
 logger: logging.Logger = logging.getLogger(__name__)
 
 CLOCK_TOLERANCE_S = 3.0
-"""By how much the clocks of two peers may differ: otherwise records are refused, or expire too early for some."""
+"""How far the clocks of two peers may differ. Beyond that, records are refused, or expire too early for some peers."""
 _STEP_S = 1.0
-"""A clock that moves by more at once was set, and not only corrected."""
+"""A clock that jumps by more than this was set by somebody, not just corrected."""
 _ALONE_S = 600.0
-"""How long a peer that could ask nobody goes on with the time it had."""
+"""How long a peer that can ask nobody keeps its old time."""
 _REMEMBERED = 64
 
 
 class SwarmClock:
-    """One machine's clock, and what other peers' clocks said. The clocks that it reads are passed in."""
+    """One machine's clock, and what other peers' clocks said. The clocks it reads are arguments."""
 
     def __init__(self, wall: Callable[[], float], steady: Callable[[], float]) -> None:
-        """`wall`: Unix time, which may be set at any moment. `steady`: seconds since any moment, which can't be set."""
+        """`wall`: Unix time, which may be set at any moment. `steady`: a clock in seconds that nobody can set, with any
+        origin.
+        """
         self._wall = wall
         self._steady = steady
         self._offset = wall() - steady()
-        """Seconds from the steady clock to the time in use. The offsets of others are against the steady clock, too."""
+        """Seconds from the steady clock to the time in use. Other peers' offsets are relative to the steady clock, too.
+        """
         self._others = BoundedDict[str, float](_REMEMBERED)
         self._set_at: float | None = None
-        """The steady clock's time when the clock was set to a time that is not used."""
+        """When the clock was set to a time that has not been adopted, by the steady clock."""
 
     def now(self) -> float:
         """Unix time in seconds."""
@@ -75,7 +78,7 @@ class SwarmClock:
         )
 
     def _judge(self, offset: float, steady: float) -> None:
-        """Adopts what the clock was set to if most peers side with it, or after a while if there are none."""
+        """Adopts the clock's new setting if most peers agree with it, or after a while if there are no peers."""
         if self._set_at is None:
             self._set_at = steady
             logger.warning("this machine's clock was set by %+.0f s", offset - self._offset)

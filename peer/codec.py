@@ -23,8 +23,8 @@ CodecName: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 """The names of codecs in a manifest."""
 
 CHUNK_BYTES = 128 * 1024
-"""Eight calls that share an upload of 1 Mbit/s send one each in 9 s. Larger messages stall the loop, too, and smaller
-ones have too much overhead.
+"""Eight calls that share an upload of 1 Mbit/s each send one chunk in 9 s. Larger messages also stall the loop, and
+smaller ones have too much overhead.
 """
 MAX_CHUNK_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
@@ -41,25 +41,30 @@ _BYTES_PER_NUMBER = {expert_pb2.CODEC_FP32: 4, expert_pb2.CODEC_BF16: 2, expert_
 _HALVES = {expert_pb2.CODEC_BF16: torch.bfloat16, expert_pb2.CODEC_FP16: torch.float16}
 _SCALE_BYTES = 4
 _STEP = (1 - 2**-20) / 127
-"""int8's step, as a part of the row's largest magnitude. Just below 1/127, so that no row overflows when decoded."""
+"""int8's step, as a share of the row's largest magnitude. Just below 1/127, so that no decoded row overflows."""
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 """Rows with a smaller scale are sent as zeros, because dividing by it would lose precision."""
 _LEAST_BLOCK, _LARGEST_BLOCK = 16, 64
-"""int4's. Smaller ones would spend more than a bit a number on scales; larger ones cost more time than they save."""
+"""The sizes of int4's blocks. Smaller blocks would spend more than one bit per number on scales; larger ones cost more
+time than they save.
+"""
 _HALF_STEPS = 7.5
 """int4's numbers are the 16 odd multiples of half a step from -7.5 to 7.5 steps."""
 _FUZZ = 1e-4
 """How far numbers decoded in float32 may be from multiples of a step, as a share of the step."""
 _SCALE_SLACK = 5
-"""How many times the slack a scale may be off: bfloat16 may round the largest number of a row by that."""
+"""How far off a scale may be, in multiples of the slack: bfloat16 may round the largest number of a row by that much.
+"""
 _MOST_SCALES = 64
-"""Scales a sender may have used for a block of one's own: more are possible where the block is far smaller than the
-slack allows for.
+"""How many scales the sender may have used for one of our own blocks. More are possible if the block is far smaller
+than the slack.
 """
 _LARGEST_NUMBER, _LARGEST_SCALE = 2.0**100, 2.0**101
-"""int4's. No sum of a block's numbers overflows, neither here nor where they are decoded."""
+"""The limits of int4. No sum of a block's numbers overflows, neither when it is encoded nor when it is decoded."""
 _BLOCK_NUMBERS = 32_000
-"""Converted at once: they fit the processor's cache, and torch starts no threads for this few (its limit is 32768)."""
+"""Numbers converted at once: they fit the processor's cache, and torch starts no threads for so few (its limit is
+32768).
+"""
 
 
 def codec_of(name: CodecName) -> "expert_pb2.Codec":
@@ -70,7 +75,7 @@ def codec_of(name: CodecName) -> "expert_pb2.Codec":
 def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
     """Size of an encoded [rows, width] tensor.
 
-    Raises WireError for an unknown codec, and for a width that it cannot encode.
+    Raises WireError for an unknown codec, and for a width that the codec cannot encode.
     """
     if codec not in _CODECS.values():
         spoken = ", ".join(map(expert_pb2.Codec.Name, _CODECS.values()))
@@ -83,9 +88,9 @@ def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
 
 
 def rounding_error(width: int, codec: "expert_pb2.Codec") -> tuple[float, float]:
-    """How far a row may be from what was encoded, at most: as a share of its norm, and an absolute distance besides.
+    """The largest rounding error of a row: as a share of its norm, and an absolute distance in addition.
 
-    Of rows within the codec's range.
+    For rows within the codec's range.
     """
     if codec == expert_pb2.CODEC_INT8:  # half a step of max / 127 in each number
         return width**0.5 / 254, width**0.5 * _SMALLEST_SCALE
@@ -107,8 +112,8 @@ def block_of_int4(width: int) -> int:
 def encode(tensor_RD: Floats, codec: "expert_pb2.Codec", seed: bytes | None = None) -> memoryview:
     """The tensor's bytes. With CODEC_FP32, a contiguous float32 tensor is not copied.
 
-    With a `seed`, which gradients have, CODEC_INT4 rounds up or down at random, so that errors cancel out over many
-    calls. All else is rounded to the nearest.
+    With a `seed`, as for gradients, CODEC_INT4 rounds up or down at random, so that errors cancel out over many calls.
+    Everything else is rounded to nearest.
 
     Finite numbers beyond a codec's range are clipped to it (fp16: ±65504), so that one outlier doesn't fail a call.
     Numbers that are not finite stay so in every codec, and the receiver rejects them.
@@ -135,7 +140,8 @@ def encode(tensor_RD: Floats, codec: "expert_pb2.Codec", seed: bytes | None = No
 def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") -> Floats:
     """The [rows, width] tensor in `data`. With CODEC_FP32, it shares the memory of `data`.
 
-    Raises WireError if `data` is not of whole rows, if a number is not finite, or if an int4 scale is out of bounds.
+    Raises WireError if `data` does not consist of whole rows, if a number is not finite, or if an int4 scale is out of
+    bounds.
     """
     row_bytes = encoded_bytes(1, width, codec)
     rows, rest = divmod(len(data), row_bytes)
@@ -158,11 +164,11 @@ def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") 
 
 
 def unexplained(received_RD: Floats, own_RD: Floats, slack_R: Floats, codec: "expert_pb2.Codec") -> Booleans:
-    """Which decoded numbers were not rounded by the codec from any that are within `slack` of one's own. [R, D]
+    """Which decoded numbers the codec can't have rounded from numbers within `slack` of our own: [R, D].
 
-    So a codec's coarseness hides little: of two numbers that it may round to, only one is right, unless one's own is
-    within the slack of the middle between them. With int4, they are the numbers after its rotation. The number that a
-    scale follows from may be several times the slack away: one that is must not condemn all others.
+    So a coarse codec hides little: of the two numbers that it may round to, only one is right, unless our own number is
+    within the slack of the middle between them. With int4, the numbers after its rotation are compared. The number from
+    which a block's scale follows may be several times the slack away: one such number must not condemn all others.
     """
     slack_R1 = slack_R.astype(np.float32)[:, None]
     of_scale_R1 = _SCALE_SLACK * slack_R1
@@ -175,7 +181,7 @@ def unexplained(received_RD: Floats, own_RD: Floats, slack_R: Floats, codec: "ex
         return _outside(received_RD, least_RD, most_RD)
     if codec == expert_pb2.CODEC_INT8:
         largest_R1, received_R1 = (np.abs(each).max(axis=1, keepdims=True) for each in (own_RD, received_RD))
-        # the largest number is 127 steps
+        # the largest number is 127 steps in magnitude
         scales_R1 = np.clip(
             received_R1 / 127, (largest_R1 - of_scale_R1).clip(0) * _STEP, (largest_R1 + of_scale_R1) * _STEP
         )
@@ -199,7 +205,9 @@ def unexplained(received_RD: Floats, own_RD: Floats, slack_R: Floats, codec: "ex
 
 
 def _off_grid(received: Floats, own: Floats, scales: Floats, slack: Floats, offset: float = 0.0) -> Booleans:
-    """Whether they are not the multiples of the scales, plus `offset`, that are nearest to numbers within the slack."""
+    """Whether the received numbers are not those multiples of the scales, plus `offset`, that are nearest to some
+    number within the slack.
+    """
     steps = np.where(scales < _SMALLEST_SCALE, np.inf, scales)
     scales = np.where(scales < _SMALLEST_SCALE, 0, scales)
     fuzz = _FUZZ * scales + _SMALLEST_SCALE
@@ -249,7 +257,7 @@ def _encode_int8(numbers_RD: Tensor, rows_RC: Tensor) -> None:
         scales_R1.masked_fill_(scales_R1 < _SMALLEST_SCALE, 0.0)
         steps = block / scales_R1.masked_fill(scales_R1 == 0, torch.inf)
         rows[:, :_SCALE_BYTES] = scales_R1.view(torch.uint8)
-        # if a row is not finite, its scale is not either, whatever its steps are
+        # if a row is not finite, neither is its scale, whatever its steps are
         rows[:, _SCALE_BYTES:].view(torch.int8).copy_(steps.round_())
 
 
@@ -317,16 +325,16 @@ def _decode_int4(rows_RC: Tensor, numbers_RD: Tensor) -> None:
 
 
 def _rotated(numbers_RD: Tensor, size: int) -> Tensor:
-    """Each block of each row times the Hadamard matrix, which is its own inverse: [R, G, B].
+    """Multiplies each block of each row by the Hadamard matrix, which is its own inverse: [R, G, B].
 
-    It spreads an outlier over its block, so that the others keep their precision (QuaRot, arXiv 2404.00456). numpy
-    multiplies eight blocks at a time: so the result for a block does not depend on the others, and the loop's thread
-    starts no threads of its own, as torch.mm would.
+    This spreads an outlier over its block, so that the other numbers keep their precision (QuaRot, arXiv 2404.00456).
+    numpy multiplies eight blocks at a time: the result for a block does not depend on the others, and no threads are
+    started from the loop's thread, as torch.mm would.
     """
     blocks = numbers_RD.numpy().reshape(-1, size)
     eights = np.zeros((-(-len(blocks) // 8), 8, size), np.float32)
     eights.reshape(-1, size)[: len(blocks)] = blocks
-    with np.errstate(over="ignore", invalid="ignore"):  # encoders see by the result what does not fit
+    with np.errstate(over="ignore", invalid="ignore"):  # the result shows the encoder what does not fit
         rotated = np.matmul(eights, _hadamard(size)).reshape(-1, size)
     return torch.from_numpy(rotated[: len(blocks)]).view(len(numbers_RD), -1, size)
 
@@ -341,11 +349,11 @@ def _hadamard(size: int) -> Floats:
 
 
 def _blocks(tensor: Tensor, width: int) -> Iterator[Tensor]:
-    """The tensor in blocks of rows of `width` numbers."""
+    """The tensor in blocks of whole rows of `width` numbers."""
     step = max(1, _BLOCK_NUMBERS // width)
     return (tensor[at : at + step] for at in range(0, len(tensor), step))
 
 
 def _writable(data: bytearray | memoryview) -> Tensor:
-    """The array as a torch tensor, which can only share writable memory."""
+    """The array as a torch tensor. torch can share only writable memory."""
     return torch.from_numpy(np.require(np.frombuffer(data, np.uint8), requirements="W"))

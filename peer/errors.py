@@ -25,7 +25,7 @@ TalkootError
 └── ExpertError                 an expert did not do what was asked; has a gRPC status
 """
 
-from __future__ import annotations  # ExpertError's annotations name grpc lazily
+from __future__ import annotations  # the annotations of ExpertError name grpc without importing it
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -148,15 +148,15 @@ class OutOfReachError(StateError):
     """Another peer's copy is too far away from one's own to be averaged with."""
 
     def __init__(self, message: str, *, is_untrained: bool = False) -> None:
-        """`is_untrained`: one's own copy has taken no update since it came from elsewhere, so it reaches nothing."""
+        """`is_untrained`: our own copy has taken no update since it came from elsewhere, so its reach is zero."""
         super().__init__(message)
         self.is_untrained = is_untrained
 
 
 class TransferError(TalkootError):
-    """An expert's state that did not come from another node.
+    """An expert's state could not be fetched from another node.
 
-    `answered` tells a node that refused from one that did not answer.
+    `answered`: whether the node answered, for example with a refusal.
     """
 
     def __init__(self, message: str, answered: bool = False) -> None:
@@ -165,7 +165,7 @@ class TransferError(TalkootError):
 
 
 class VersionGoneError(TransferError):
-    """The replica says that its parameters are not those of that version any more."""
+    """The replica no longer has the parameters of the requested version."""
 
 
 class ExpertError(TalkootError):

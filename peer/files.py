@@ -1,4 +1,4 @@
-"""Atomic file writes, and a state folder that one process locks and that no other user can write to."""
+"""Atomic file writes, and a state folder that one process locks and no other user can write to."""
 
 import errno
 import os
@@ -40,13 +40,13 @@ class StateFolder:
 
 
 class PlainFile:
-    """A file that is read part by part, and keeps no descriptor meanwhile. For any thread."""
+    """A file that is read part by part, and kept closed in between. For any thread."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if it can't be opened, or is a link or a pipe."""
         self.path = path
         descriptor, self.identity = self._open()
-        """`identity`: another file of the same name has another one."""
+        """`identity` differs for another file of the same name."""
         os.close(descriptor)
         self.size: int = self.identity[2]
 
@@ -62,7 +62,7 @@ class PlainFile:
         return bytes(data)
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fills the buffer, of which each item has a byte. Raises OSError, also if another file has its name by now."""
+        """Fills the buffer, whose items are bytes. Raises OSError, also if another file now has this name."""
         try:
             descriptor, identity = self._open()
             with os.fdopen(descriptor, "rb", buffering=0) as file:
@@ -88,7 +88,9 @@ class PlainFile:
 
 
 def _protect(folder: Path) -> None:
-    """Lets nobody else write to a folder of this user. Raises StateFolderError if that is not enough, and OSError."""
+    """Makes this user's folder writable for nobody else. Raises StateFolderError if others can still write to it, and
+    OSError.
+    """
     about, me = folder.stat(), user_id()
     if me is None:
         return
@@ -99,11 +101,11 @@ def _protect(folder: Path) -> None:
         return
     if about.st_uid == me:
         folder.chmod(stat.S_IMODE(about.st_mode) & ~0o022)
-    elif others & stat.S_IWOTH:  # a group that root gave the folder may be this user's alone
+    elif others & stat.S_IWOTH:  # a group that root gave the folder may contain this user alone
         raise StateFolderError(
             f"every user can write to the state folder {folder}: pass a folder in it as --state, which will be yours"
         )
-    # whoever could write there may have planted something before
+    # anybody who could write here may have planted something before
     for path in folder.iterdir():
         if path.is_symlink() or path.lstat().st_uid not in {me, 0}:
             raise StateFolderError(
@@ -115,7 +117,7 @@ def _protect(folder: Path) -> None:
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Writes to a temporary file (`.NAME.new`), syncs it and renames it, so that no reader sees a partial file.
 
-    `mode`: the file's permissions before the umask. Raises OSError, and then leaves the old file.
+    `mode`: the file's permissions before the umask. If it raises OSError, the old file is still there.
     """
     temporary = path.with_name(f".{path.name}.new")
     try:
@@ -136,5 +138,5 @@ def _open_new(path: Path, mode: int) -> int:
     try:
         return os.open(path, flags, mode)
     except FileExistsError:
-        path.unlink()  # left by a killed writer, and perhaps with wider permissions
+        path.unlink()  # left by a killed writer, perhaps with wider permissions
         return os.open(path, flags, mode)

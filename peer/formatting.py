@@ -1,4 +1,4 @@
-"""Sizes, ages, counts and hosts: as text, and parsed from it. And what other peers wrote, fit to be shown."""
+"""Formats and parses sizes, ages, counts and hosts, and makes text from other peers safe to show."""
 
 import ipaddress
 import re
@@ -8,7 +8,9 @@ _HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
 
 
 def parse_bytes(value: object) -> object:
-    """Parses sizes such as `2GB`, `512MiB` or `1.5g` into bytes; returns non-text as it is. Raises ValueError."""
+    """Parses sizes such as `2GB`, `512MiB` or `1.5g` into bytes. Returns values that are not text unchanged. Raises
+    ValueError.
+    """
     if not isinstance(value, str):
         return value
     match = _SIZE.fullmatch(value.strip())
@@ -42,27 +44,27 @@ def counted(number: int, noun: str, form: str = "") -> str:
 
 
 def endpoint(host: str, port: int) -> str:
-    """`host:port`, an IPv6 address in brackets."""
+    """`host:port`, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def printable(text: str, most: int = 200) -> str:
-    """What another peer wrote, fit for a log, an error or a terminal: one line of at most `most` printable characters.
+    """Another peer's text, safe for a log, an error or a terminal: one line of at most `most` printable characters.
 
-    Anything else, such as an escape sequence's first character, a line break or a change of direction, becomes a blank.
+    Other characters, such as an escape, a line break or a change of direction, become blanks.
     """
     shown = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
     return " ".join(shown.split())[:most].rstrip()
 
 
 def host_in(header: str) -> str:
-    """The host that an HTTP request's Host header names, without its port; empty if it has not the form of RFC 9110."""
+    """The host in an HTTP Host header, without its port; empty if the header is not valid by RFC 9110."""
     match = _HOST.fullmatch(header)
     return "" if match is None else match[1] or match[2]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this name or address always means the machine itself."""
+    """Whether this name or address always means this machine."""
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""One peer of the network: its gRPC server, its node of the DHT, and the ways by which others reach it."""
+"""One peer of the network: its gRPC server, its DHT node, and the ways by which others reach it."""
 
 import asyncio
 import contextlib
@@ -48,15 +48,15 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
 _PATIENCE_S = (5.0, 10.0)
-"""Deadlines for peers that accept connections but have not answered: their machines may be busy. They are asked twice
-more, because the first of these calls may share the dial of the one before, and fail with it.
+"""Deadlines for peers that accept connections but have not answered: their machines may be busy. There are two more
+attempts, because the first of these calls may share the previous call's dial, and fail with it.
 """
 _P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
 """Pauses between attempts to start p2pd for the first time. The last one holds for all later ones."""
 
 
 class Exit(Protocol):
-    """Connects a peer whose tunnel ends here, or that a relay brings, with a gRPC server. Raises OSError."""
+    """Connects a peer that comes through this peer's tunnel or a relay to a gRPC server. Raises OSError."""
 
     def __call__(self, caller: PeerID, relay: PeerID | None = None) -> Awaitable[Pipe]: ...
 
@@ -70,13 +70,14 @@ class NetworkConfig:
     port: int = 0
     """The TCP port of its gRPC server; 0: any free one."""
     announce: Endpoint | None = None
-    """Where others reach the server, when it is not where it listens."""
+    """Where others reach the server, if that is not where it listens."""
     serves_dht: bool = True
-    """Others connect to it, and it hosts DHT keys for others; without, it is a client and has no server here."""
+    """Whether others connect to it and it stores DHT keys for them. If not, it is only a client and has no server here.
+    """
     most_calls: int = 64
-    """Calls to its services at the same time, beside those of the DHT and of relays."""
+    """Calls to its services at the same time, not counting those of the DHT and of relays."""
     relay_mbit: float = 0.0
-    """Mbit/s that it carries for peers behind routers; 0: it relays for nobody."""
+    """Mbit/s that it relays for peers behind routers; 0: it does not relay."""
     p2pd: bool = False
     """Starts p2pd where this machine can, for streams to and from peers behind routers."""
     p2pd_port: int = 0
@@ -86,7 +87,7 @@ class NetworkConfig:
 
     @property
     def libp2p(self) -> Libp2pConfig:
-        """What p2pd has of it. Its port is announced at the same host as the server's, if it is a given one."""
+        """p2pd's settings. Its port, if it is fixed, is announced at the same host as the server's."""
         announce = None
         if self.announce is not None and self.p2pd_port:
             announce = Endpoint.of(self.announce.host, self.p2pd_port)
@@ -119,16 +120,16 @@ class Host:
         self.identity = identity
         self.config = config
         self.dialling: Dialling = dialling or Dialling(AddressScope.LOOPBACK)
-        """Which of the addresses that others write are dialled; for all that this process dials."""
+        """Which of the addresses that other peers write may be dialled. For everything that this process dials."""
         self.restarts: Restarts = Restarts(metrics)
         """Restarts failed tasks of this process."""
         self.certificate: bytes = identity.make_certificate()
         bounds = store_bounds or StoreBounds()
         served = metrics if config.serves_dht else None
         self.upload: RateLimit = upload_limit(bounds.upload_mbit, served)
-        """Limits all that this peer sends, in the DHT and elsewhere."""
+        """Limits everything that this peer sends, in the DHT and elsewhere."""
         self.bootstrapped_from: tuple[Multiaddress, ...] = ()
-        """Addresses of the peers that answered at the start."""
+        """The addresses that answered when this peer joined."""
         self._guard = guard or ParseGuard()
         self.contacts: ContactBook = ContactBook(metrics=metrics, guard=self._guard)
         self._own = OwnContact(identity, self.certificate)
@@ -143,7 +144,7 @@ class Host:
         )
         self.sessions: Sessions = Sessions(swarm_id, identity.peer_id, admission, metrics=served)
         self.server: RpcServer | None = None
-        """Its services are added by whoever has some. None: this peer is a client, and serves nothing here."""
+        """Roles add their services to it. None: this peer is a client, and serves nothing here."""
         if config.serves_dht:
             self.server = RpcServer(self.sessions, config.most_calls, metrics, self.restarts)
             self._transport.add_to(self.server.services, self.sessions)
@@ -165,10 +166,10 @@ class Host:
         self.reservations: Reservations = Reservations(self._relay_client, metrics, self.restarts)
         """Relays by which others reach this peer."""
         self.port_mapping: PortMapping | None = None
-        """What the router forwards; None: it is not asked."""
+        """The router's port mapping; None: the router is not asked for one."""
         self._port = 0
         self._starting: asyncio.Task[None] | None = None
-        """What starts p2pd, or has; None: there is none."""
+        """The task that starts p2pd, finished or not; None: there is no p2pd."""
         self._announced: tuple[Endpoint, ...] = ()
         self._tasks = TaskSet(self.restarts)
 
@@ -189,9 +190,9 @@ class Host:
     ) -> Self:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
-        If there is no `bootstrap`, it may be that none of the remembered peers answers. `admission`: who may call this
-        peer's services; None: everybody. Raises StartError when this machine can't start it, and UnreachableError when
-        no bootstrap address answers.
+        Without `bootstrap`, none of the remembered peers needs to answer. `admission`: who may call this peer's
+        services; None: everybody. Raises StartError if this machine can't start it, and UnreachableError if no
+        bootstrap address answers.
         """
         given = await resolved(bootstrap)
         own = (
@@ -219,7 +220,7 @@ class Host:
         return host
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Leaves the DHT and ends everything. `grace_s`: for calls that are under way. Stopping twice is harmless."""
+        """Leaves the DHT and ends everything. `grace_s`: for calls in progress. Stopping twice is harmless."""
         await self._tasks.aclose()
         if self.port_mapping is not None:
             await self.port_mapping.end()
@@ -234,7 +235,7 @@ class Host:
         await self._libp2p.stop()
 
     def channels(self, limit: int) -> ChannelPool:
-        """Channels to other peers, by all the ways that this one has. Close them when done."""
+        """Channels to other peers, by all the ways that this peer has. Close them when done."""
         return ChannelPool(limit, self.tunnels if self.config.p2pd else None, self.dialling, self.relays)
 
     @property
@@ -256,18 +257,18 @@ class Host:
         return list(_addresses(await self._bootstrap(accepting, DIAL_DEADLINE_S)))
 
     def reached_at(self, peer_id: PeerID) -> list[Multiaddress]:
-        """Where this peer has found another; empty if it has not."""
+        """Where this peer has reached another; empty if it has not."""
         contact = self.contacts.get(peer_id)
         endpoints = () if contact is None else contact.addresses
         return [Multiaddress.of(e, peer_id) for e in endpoints if self.dialling.is_known(e, peer_id)]
 
     async def announce_at(self, endpoints: Iterable[Endpoint]) -> None:
-        """Announces that the server can be reached there, the best address first. Names are looked up."""
+        """Announces that others reach the server there, the best address first. Host names are looked up."""
         self._announced = tuple(endpoints)
         self._own.set(addresses=tuple(await resolved(self._announced))[:8])
 
     def serve_dht(self, serves: bool) -> None:
-        """Makes this peer a node of the DHT, or only a client, as while nobody reaches its server."""
+        """Makes this peer a node of the DHT, or only a client, for example while nobody can reach its server."""
         self.dht.serves_dht = serves and self.server is not None
 
     def bootstrap_addresses(self) -> list[Multiaddress]:
@@ -278,13 +279,13 @@ class Host:
         return [Multiaddress.of(each, self.peer_id) for each in further or self._announced][:8]
 
     async def serve_tunnel(self, open_exit: Exit, most_streams: int = 256) -> None:
-        """Forwards other peers' gRPC that comes through libp2p or relays to a server of this peer."""
+        """Forwards other peers' gRPC that arrives through libp2p or relays to a server of this peer."""
         self.tunnels.set_exit(open_exit, most_streams)
         self.reservations.set_exit(open_exit)
         await self.tunnels.serve_on(self._libp2p)
 
     async def tunnel_addresses(self) -> list[Multiaddress]:
-        """Multiaddresses by which other peers open libp2p streams to this one; none while there is no p2pd."""
+        """Multiaddresses by which other peers open libp2p streams to this one; empty while there is no p2pd."""
         if not self._libp2p.alive:
             return []
         with contextlib.suppress(UnreachableError):
@@ -293,13 +294,13 @@ class Host:
 
     @property
     def runs_p2pd(self) -> bool:
-        """Whether p2pd is started here and again whenever it ends. It may be down now."""
+        """Whether this peer starts p2pd, and restarts it whenever it ends. It may be down now."""
         return self._starting is not None
 
     async def tunnel_through(self, relays: Sequence[Multiaddress]) -> None:
-        """Lets p2pd start again, if it runs: with these relays, or without any as a relay of others itself.
+        """Restarts p2pd, if it runs: with these relays, or, if there are none, as a peer that relays for others.
 
-        Raises DaemonError when it does not start; it is tried again.
+        Raises DaemonError if it does not start. Further attempts follow.
         """
         public, now = self.dht.serves_dht and not relays, self._libp2p.config
         if self._starting is None or (public, tuple(relays)) == (now.public, now.relays):
@@ -321,7 +322,7 @@ class Host:
         if self.server is not None:
             await self._listen(self.server)
         if self.config.p2pd:
-            # not waited for: the swarm is joined without it
+            # not awaited: the swarm is joined without it
             self._starting = self._tasks.spawn(self._start_libp2p(), "start the libp2p daemon")
         replies: list[BootstrapReply] = []
         for deadline_s in (DIAL_DEADLINE_S, *_PATIENCE_S):
@@ -351,7 +352,7 @@ class Host:
         await self.announce_at([config.announce or Endpoint.of(config.listen, self._port)])
         if config.maps_port and PortMapping.helps(config.listen):
             self.port_mapping = PortMapping(config.listen, self._port)
-            # not waited for: others reach this peer by its relays meanwhile
+            # not awaited: until then, others reach this peer by its relays
             self._tasks.supervise("ask the router to forward the port", self.port_mapping.keep)
 
     async def _start_libp2p(self) -> None:
@@ -374,7 +375,7 @@ class Host:
         self._starting = None
 
     def _doubts(self, replies: Sequence[BootstrapReply]) -> Iterator[str]:
-        """What others say against this peer. They may be wrong or lie, so none of it keeps a peer from starting."""
+        """Problems that others report about this peer. They may be wrong or lie, so none of these prevents a start."""
         if CLOCK.warning:
             yield CLOCK.warning
         if self.server is not None and replies and not any(reply.reaches_us for reply in replies):
@@ -387,13 +388,13 @@ class Host:
         return await bootstrap(self.dht, addresses, deadline_s)
 
     def _own_endpoint(self) -> Endpoint | None:
-        """The address of this peer's own server, which may be a relay for the peer it calls."""
+        """The address of this peer's own server, which may be the relay of a peer that it calls."""
         return Endpoint.of(self.config.listen, self._port) if self._port else None
 
     async def _accepting(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
-        """Those of the addresses that may be dialled and at which something accepts a connection, in the same order.
+        """The addresses that may be dialled and accept a connection, in the same order.
 
-        Names are looked up: only the owner and the invite give any.
+        Host names are looked up: only the owner and the invite give any.
         """
 
         async def accepts(address: Multiaddress) -> bool:

@@ -1,4 +1,4 @@
-"""A peer's single RSA key, which is its libp2p identity, signs its records, and is its TLS key.
+"""A peer's single RSA key: it is the libp2p identity and the TLS key, and it signs records.
 
 The PeerID is the hash of the public key (libp2p's peer-id rules for RSA). With a PeerID, anyone can check a key, a
 signature and a certificate; no authority is needed.
@@ -25,14 +25,14 @@ TLS_NAME = "talkoot.peer"
 """The name in every certificate. It identifies nobody, because whole certificates are pinned."""
 
 _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
-"""What cryptography raises for bytes that are no key or another kind of key; TypeError if it needs a password."""
+"""What cryptography raises for bytes that are no key, or a key of another kind; TypeError if it needs a password."""
 _RSA_MESSAGE = b"\x08\x00\x12"
 """How libp2p's message of an RSA key begins: field 1, the type, is 0; field 2, the key, follows with its length."""
 _KEY_BITS = 2048
 _SERIAL_BYTES = 16
 _VALID_FROM = datetime(2025, 1, 1, tzinfo=UTC)
 _VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
-"""No end of validity, in the notation of RFC 5280 (4.1.2.5). A certificate is valid as long as its key."""
+"""RFC 5280's notation (4.1.2.5) for a certificate that never expires. It is valid as long as its key."""
 _SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
 RECORD_DOMAIN = b"talkoot record v1\0"
 SESSION_DOMAIN = b"talkoot session v1\0"
@@ -41,13 +41,15 @@ CONTACT_DOMAIN = b"talkoot contact v1\0"
 RECEIPT_DOMAIN = b"talkoot receipt v1\0"
 """Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
 _MAX_PUBLIC_KEY_BYTES = 600
-"""The limit in DER. A key of 4096 bits takes 550."""
+"""The limit in DER. A key of 4096 bits takes 550 bytes."""
 _EXPONENT = 65537
-"""Used by all of libp2p's RSA keys. With a large exponent, verifying a signature would be as slow as signing."""
+"""The exponent of all of libp2p's RSA keys. With a large one, verifying a signature would be as slow as signing."""
 
 
 class PeerID:
-    """A peer's name: the multihash of its public key. It may be any bytes: who reads it from others checks it."""
+    """A peer's name: the multihash of its public key. It may be any bytes, so whoever receives one from others checks
+    it.
+    """
 
     __slots__ = ("_data", "_text")
 
@@ -64,7 +66,7 @@ class PeerID:
         return self._data
 
     def to_base58(self) -> str:
-        """Encoded when it is first asked for, which takes 20 µs."""
+        """The text is made at the first call, which takes 20 µs."""
         if not self._text:
             self._text = base58.b58encode(self._data).decode()
         return self._text
@@ -79,7 +81,7 @@ class PeerID:
         return isinstance(other, PeerID) and self._data == other._data
 
     def __lt__(self, other: "PeerID") -> bool:
-        """In the order of the texts."""
+        """Sorts by base58 text."""
         return self.to_base58() < other.to_base58()
 
     def __hash__(self) -> int:
@@ -115,7 +117,7 @@ class Identity:
         return cls(key, path, peer_id_of(public_key), public_key)
 
     def sign(self, data: bytes, domain: bytes = RECORD_DOMAIN) -> bytes:
-        """RSA-PSS with SHA-256 over the domain and the data."""
+        """Signs the domain and the data with RSA-PSS and SHA-256."""
         return self.key.sign(domain + data, _SIGNATURE_PADDING, hashes.SHA256())
 
     def private_key_pem(self) -> bytes:
@@ -147,12 +149,12 @@ def peer_id_of(public_key: bytes) -> PeerID:
 
 
 def key_message(key: bytes) -> bytes:
-    """libp2p's protobuf message (crypto.proto) of an RSA key in DER, public or private. Of 128 to 16,383 bytes."""
+    """libp2p's protobuf message (crypto.proto) of an RSA key in DER, public or private, of 128 to 16,383 bytes."""
     return _RSA_MESSAGE + bytes((len(key) % 128 | 128, len(key) // 128)) + key
 
 
 def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = RECORD_DOMAIN) -> None:
-    """Raises RecordError unless `signature` is the key's over `data`, in this domain."""
+    """Raises RecordError unless `signature` is this key's signature of `data` in this domain."""
     if len(public_key) > _MAX_PUBLIC_KEY_BYTES:
         raise RecordError("the record's key is too long")
     try:
@@ -194,7 +196,7 @@ def _public_bytes(key: rsa.RSAPublicKey) -> bytes:
 
 
 def _key_in(message: bytes) -> bytes:
-    """The key of such a message. Raises ValueError."""
+    """The key in a libp2p key message. Raises ValueError."""
     key = message[len(_RSA_MESSAGE) + 2 :]
     if not 128 <= len(key) < 2**14 or message != key_message(key):
         raise ValueError("not libp2p's message of an RSA key")

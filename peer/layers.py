@@ -2,8 +2,8 @@
 
 The manifest chooses norm and activation; GLaM (Du et al., arXiv 2112.06905) uses RMSNorm and GEGLU.
 
-Shape suffixes: R = rows, S = segments, D = hidden, H = heads, C = columns of one head, L = longest segment, P = rows
-of a segment with those before it.
+Shape suffixes: R = rows, S = segments, D = hidden, H = heads, C = columns of one head, L = longest segment, P = rows of
+a segment and those before it.
 """
 
 import math
@@ -23,9 +23,9 @@ _NORM_EPSILON = 1e-5
 """torch's default for LayerNorm. Its default for RMSNorm lets gradients of rows near zero grow 3000-fold."""
 _ROTARY_BASE = 10_000.0
 _LARGEST_PADDING = 1.5
-"""Rows with padding over rows without, in one group of segments."""
+"""The largest ratio of rows with padding to rows without, in one group of segments."""
 CACHE_GROWTH = 1.25
-"""The room of a cache that has grown, against its rows. When it is made it has no more than it needs."""
+"""When a cache grows, it gets room for this many times its rows. At first it has no room to spare."""
 _FINAL_SHARE = 0.1
 """The learning rate at the end of the cosine, as a share of its peak."""
 
@@ -33,7 +33,7 @@ _FINAL_SHARE = 0.1
 def seeded(seed: int, build: Callable[[], M]) -> M:
     """Builds a module whose parameters depend on the seed alone, and restores the global generator.
 
-    It draws on the CPU. Don't call it while another thread draws from torch's global generator.
+    The parameters are drawn on the CPU. Don't call it while another thread draws from torch's global generator.
     """
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the accelerators too
@@ -42,7 +42,7 @@ def seeded(seed: int, build: Callable[[], M]) -> M:
 
 
 def make_norm(norm: Norm, hidden: int) -> nn.Module:
-    """LayerNorm, or RMSNorm (Zhang and Sennrich, arXiv 1910.07467), with parameters that start at one and zero."""
+    """LayerNorm, or RMSNorm (Zhang and Sennrich, arXiv 1910.07467). Weights start at one and biases at zero."""
     return (nn.LayerNorm if norm == "layer" else nn.RMSNorm)(hidden, eps=_NORM_EPSILON)
 
 
@@ -72,7 +72,7 @@ class Gate(nn.Module):
 
 
 def check_heads(hidden: int, heads: int, head_size: int | None = None, name: str = "hidden") -> None:
-    """Raises ValueError unless heads have an even number of columns: rotary positions turn pairs of them."""
+    """Raises ValueError if a head has an odd number of columns: rotary positions turn pairs of them."""
     if head_size is None and hidden % (2 * heads):
         raise ValueError(
             f"{name} ({hidden}) must be an even multiple of heads ({heads}), unless head_size is set"
@@ -82,13 +82,17 @@ def check_heads(hidden: int, heads: int, head_size: int | None = None, name: str
 
 
 class KeyValueCache:
-    """Keys and values of the rows of one sequence that an attention has computed, so that it can go on with it."""
+    """Keys and values that an attention has computed for the rows of one sequence, so that it can continue the
+    sequence.
+    """
 
     def __init__(self) -> None:
         self.length: int = 0
         """Rows."""
         self.version = 0
-        """The version of the parameters that computed them, for whoever changes these; 0 while there are none."""
+        """The version of the parameters that computed them, for owners that change the parameters; 0 if there are no
+        versions.
+        """
         self._kv_P2HC: Tensor | None = None
 
     @property
@@ -113,10 +117,11 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Attention with rotary positions (Su et al., arXiv 2104.09864). Normalises its input and adds to it.
+    """Attention with rotary positions (Su et al., arXiv 2104.09864). It normalises its input, and adds its output to
+    it.
 
     Rows are packed, segment after segment, so that no linear layer computes padding. A row attends to itself and to the
-    earlier rows of its own segment, and if the attention is not causal to the later ones too.
+    earlier rows of its own segment, and to the later ones too if the attention is not causal.
     """
 
     frequencies_C: Tensor
@@ -150,8 +155,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Returns [R, D]. `lengths_S`: int64, on the CPU, each at least 1, with sum R. `positions_R`: int64.
 
-        `caches`: none, or one for each segment, or None in its place: its rows come after those in the cache, which
-        takes them, too. Only without gradients, and only in causal attention.
+        `caches`: empty, or for each segment a cache or None. A segment's rows follow those in its cache, and are added
+        to it. Only without gradients, and only in causal attention.
         """
         output_RD: Tensor = x_RD + self.attention_output(
             self._attention(self.attention_norm(x_RD), lengths_S.tolist(), positions_R, caches)
@@ -165,7 +170,7 @@ class Attention(nn.Module):
         positions_R: Tensor,
         caches: Sequence[KeyValueCache | None],
     ) -> Tensor:
-        """What each row's heads see: [R, H * C]."""
+        """The attention's output for each row, all heads side by side: [R, H * C]."""
         rows = len(x_RD)
         assert sum(lengths) == rows, f"the segments have {sum(lengths)} rows, but there are {rows}"
         qkv_R3HC = self.attention_input(x_RD).view(rows, 3, self.heads, -1)
@@ -179,7 +184,7 @@ class Attention(nn.Module):
 
 
 class TransformerLayer(Attention):
-    """Attention, then a feed-forward block, which normalises its input and adds to it too."""
+    """Attention, then a feed-forward block, which also normalises its input and adds its output to it."""
 
     def __init__(
         self,
@@ -255,7 +260,7 @@ def _attend(qkv_R3HC: Tensor, segments: int, causal: bool, present_SL: Tensor | 
 
 
 def _attend_cached(qkv_R3HC: Tensor, lengths: list[int], caches: Sequence[KeyValueCache | None]) -> Tensor:
-    """Like `_attend_segments`, for segments that go on with what is in their caches."""
+    """Like `_attend_segments`, for segments that continue what is in their caches."""
     outputs = []
     for qkv_L3HC, cache in zip(torch.split(qkv_R3HC, lengths), caches, strict=True):
         if cache is None or (not cache.length and len(qkv_L3HC) > 1):
@@ -277,7 +282,7 @@ def _attend_cached(qkv_R3HC: Tensor, lengths: list[int], caches: Sequence[KeyVal
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of segments, longest first, in groups that grow by half at most when padded to their longest."""
+    """Indices of segments, longest first, in groups that grow by at most half when padded to their longest segment."""
     groups: list[list[int]] = []
     rows = longest = 0
     for segment in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):

@@ -1,9 +1,9 @@
 """The asyncio loop of a process, the tasks on it, and what happens when they fail.
 
-A node runs its loop on the main thread, a trainer on a thread beside torch. What peers and the DHT do wrong is
-expected: each task handles it, and rounds are tried again (`RetryingRounds`). Any other exception is a mistake in the
-program, and a stranger may know what provokes it. It never ends the process: it is logged and counted (`Restarts`), and
-the task starts again (`keep_running`) or goes on with what comes next (`tolerating`).
+A node runs its loop on the main thread, a trainer on a thread beside torch. Errors of peers and of the DHT are
+expected: each task handles them, and rounds are tried again (`RetryingRounds`). Any other exception is a bug, and a
+stranger may know how to trigger it. It never ends the process: it is logged and counted (`Restarts`), and the task is
+restarted (`keep_running`) or continues with what comes next (`tolerating`).
 """
 
 import asyncio
@@ -29,37 +29,37 @@ T = TypeVar("T")
 Step: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-"""Before a task is started again. The pause doubles with each failure, until the task has run for the longest one."""
+"""Pauses before a task is started again. They double with each failure, until the task has run for the longest one."""
 
 _TOO_OFTEN, _LATELY_RESTARTED_S = 3, 900.0
 """A task that fails this often within this many seconds is unsteady."""
 
 _CLOSE_S = 30.0
-"""Longest wait for a loop's thread: uvloop waits in `close` for what is open and cannot be closed."""
+"""The longest wait for a loop's thread: `close` of uvloop waits for handles that are open and can't be closed."""
 _CLEAN_UP_S = 20.0
-"""Longest wait for tasks that were cancelled before their loop is closed."""
+"""The longest wait for cancelled tasks before their loop is closed."""
 _SLICE_S = 0.002
 """A slice lasts as long as 20 signatures take to check."""
 _TICK_S = 0.025
 _LATELY_S = 60.0
 _MOST_MISSED = 4000
-"""Ticks counted for one late one: enough for a stall of 100 s, and soon done."""
+"""The most ticks counted for a late one: enough for a stall of 100 s, and counted quickly."""
 
 
 def is_cancelled() -> bool:
-    """Whether this task is cancelled, and not only the call that it waits for.
+    """Whether this task was cancelled, and not just the call that it awaits.
 
-    gRPC cancels the calls of a channel that is closed, as a pool closes one to make room for others.
+    gRPC cancels the calls of a channel that is closed, for example when a pool makes room.
     """
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """A loop that does not log what is no fault.
+    """A loop that does not log two things that are not errors.
 
-    That is a stream's handler that was cancelled, which Python 3.11 takes for an error, and a call that ended after its
-    loop was closed: all loops of a process share gRPC's queue, and another one hears of it.
+    One is a stream's handler that was cancelled, which Python 3.11 takes for an error. The other is a gRPC call that
+    ended after its loop was closed: all loops of a process share gRPC's queue, so another loop hears of it.
     """
     loop = new_event_loop()
     loop.set_exception_handler(_report)
@@ -84,7 +84,7 @@ class LoopThread:
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Runs the coroutine on the loop and waits for its result. Never call it on the loop's own thread.
 
-        A KeyboardInterrupt while waiting cancels the coroutine; so does TimeoutError.
+        A KeyboardInterrupt or a TimeoutError while it waits cancels the coroutine.
         """
         assert threading.current_thread() is not self._thread, "run() would wait for itself"
         future = self.submit(coroutine)
@@ -110,7 +110,7 @@ class LoopThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
-        # what was cancelled before cleans up by now: another cancel would cut that short
+        # tasks that were cancelled before this clean up first: another cancel would cut that short
         if ending := [task for task in asyncio.all_tasks(self.loop) if task.cancelling()]:
             self.loop.run_until_complete(asyncio.wait(ending, timeout=_CLEAN_UP_S))
         left = asyncio.all_tasks(self.loop)
@@ -123,11 +123,11 @@ class LoopThread:
 
 
 class LoopLag:
-    """Measures how late the loop is, by a timer of its own. Its methods belong to the loop's thread.
+    """Measures how late the loop is, by a timer of its own. Call its methods on the loop's thread.
 
-    Nothing else happens while a callback holds the loop, the timer included. One late tick therefore stands for all
-    those that it kept from coming: each is counted as late as it would have been. So the histogram's quantiles are
-    weighted by time, and say how long something that happens at any moment has to wait.
+    While a callback holds the loop, nothing else happens, and the timer can't fire either. So a late tick stands for
+    all ticks that were missed: each is counted as late as it would have been. The histogram's quantiles are therefore
+    weighted by time: they say how long an event at a random moment has to wait.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class LoopLag:
         return max(self._lately, self._before)
 
     def start(self) -> None:
-        """Forgets the longest lag of an earlier time."""
+        """Starts the timer, and forgets the longest lag so far."""
         now = self._clock()
         self._due, self._lately_until = now + _TICK_S, now + _LATELY_S
         self._lately = self._before = 0.0
@@ -169,7 +169,7 @@ class LoopLag:
             self._timer = None
 
     def tick(self) -> None:
-        """Notes how late it is now."""
+        """Records how late the timer is now."""
         now = self._clock()
         if now > self._lately_until:
             self._lately, self._before, self._lately_until = 0.0, self._lately, now + _LATELY_S
@@ -189,7 +189,7 @@ class LoopLag:
 
 
 class Restarts:
-    """What failed unexpectedly in this process, and went on or started again. One for each process."""
+    """Counts what failed unexpectedly in this process and then continued or was restarted. One for each process."""
 
     def __init__(
         self, metrics: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
@@ -203,7 +203,7 @@ class Restarts:
         self._lately: dict[str, deque[float]] = {}
 
     def note(self, name: str) -> None:
-        """`name`: what the task does, such as `announce`. One of a few: no peer may choose it."""
+        """`name`: what the task does, such as `announce`. It is one of a few names; no peer may choose it."""
         self._count.inc()
         self._lately.setdefault(name, deque(maxlen=_TOO_OFTEN)).append(self._clock())
 
@@ -213,33 +213,33 @@ class Restarts:
 
     @property
     def unsteady(self) -> tuple[str, ...]:
-        """The tasks that failed too often lately."""
+        """The tasks that have failed too often lately."""
         since = self._clock() - _LATELY_RESTARTED_S
         return tuple(name for name, at in self._lately.items() if len(at) == _TOO_OFTEN and at[0] >= since)
 
 
 class TimeSlices:
-    """For work that many small steps make up: between them, other tasks get a turn whenever a slice is over."""
+    """For work of many small steps: whenever a time slice is over, other tasks get a turn."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
 
     async def pause(self) -> None:
-        """Returns at once while the slice lasts."""
+        """Returns at once until the slice is over."""
         if time.perf_counter() - self._began > _SLICE_S:
             await asyncio.sleep(0)
             self._began = time.perf_counter()
 
 
 class TaskSet:
-    """Tasks that their owner ends. Each is held until it is done.
+    """Tasks that their owner ends. The set holds a reference to each until it is done.
 
-    TalkootErrors are left to those who await the task. Any other exception is a mistake in the program, and the loop's
-    exception handler logs it at once, not when the task is collected.
+    TalkootErrors are left to those who await the task. Any other exception is a bug: the loop's exception handler logs
+    it at once, not only when the task is collected.
     """
 
     def __init__(self, restarts: Restarts | None = None, first_pause_s: float = _FIRST_PAUSE_S) -> None:
-        """`restarts`, `first_pause_s`: of supervised tasks, as in `keep_running`."""
+        """`restarts`, `first_pause_s`: for supervised tasks, as in `keep_running`."""
         self._restarts = restarts
         self._first_pause_s = first_pause_s
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -259,12 +259,12 @@ class TaskSet:
         self.spawn(keep_running(name, run, self._restarts, first_pause_s=self._first_pause_s), name)
 
     async def join(self) -> None:
-        """Waits for the tasks that run now, whatever becomes of them. Not for supervised ones, which never end."""
+        """Waits until the current tasks have ended, successfully or not. Not for supervised ones, which never end."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @contextmanager
     def including_current(self) -> Iterator[None]:
-        """Holds the task that runs now, for callbacks that are tasks of somebody else."""
+        """Adds the current task to the set, for callbacks that run in tasks of somebody else."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -274,9 +274,9 @@ class TaskSet:
             self._tasks.discard(task)
 
     async def aclose(self) -> None:
-        """Cancels what still runs and waits for it, except for the task that closes. Closing twice is harmless."""
+        """Cancels all tasks but the current one, and waits for them. Closing twice is harmless."""
         current = asyncio.current_task()
-        while tasks := self._tasks - {current}:  # those that end may have started others
+        while tasks := self._tasks - {current}:  # tasks that end may have started others
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -292,9 +292,10 @@ class TaskSet:
 
 
 async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) -> None:
-    """Runs them in their order, a limited number at a time: one that waits for a slow peer does not hold the others up.
+    """Runs the works in order, at most `most` at a time, so that one that waits for a slow peer does not hold up the
+    others.
 
-    Raises the first exception of any, and ends the others.
+    Raises the first exception, and ends the others.
     """
     queue = iter(works)
 
@@ -314,9 +315,9 @@ async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) ->
 async def first_few(
     works: Iterable[Coroutine[Any, Any, T | None]], enough: int, patience_s: float
 ) -> list[T]:
-    """Runs them in their order, `enough` at the same time, until enough of them gave something other than None.
+    """Runs the works in order, `enough` at a time, until `enough` of them have returned something other than None.
 
-    Once one has, the rest get `patience_s` seconds more. Raises the first exception of any, and ends the others.
+    Once one has, the others get `patience_s` more seconds. Raises the first exception, and ends the others.
     """
     queue, found = iter(works), list[T]()
 
@@ -343,7 +344,7 @@ async def first_few(
 
 
 async def first_of(*works: Coroutine[Any, Any, T]) -> T:
-    """Runs them side by side until one ends, and cancels the others. Returns or raises what that one does."""
+    """Runs the works side by side until one ends, and cancels the others. Returns or raises what that one does."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -362,9 +363,10 @@ async def keep_running(
     fatal: type[Exception] | tuple[type[Exception], ...] = (),
     first_pause_s: float = _FIRST_PAUSE_S,
 ) -> None:
-    """Runs it until it returns or raises a `fatal` exception. After any other it is logged, counted and run again.
+    """Runs `run` until it returns or raises a `fatal` exception. After any other, logs and counts it, and runs it
+    again.
 
-    That includes a CancelledError that something it awaits has raised, unless this task is cancelled itself.
+    The others include a CancelledError from something it awaits, unless this task is cancelled itself.
     """
     pause_s, now = first_pause_s, asyncio.get_running_loop().time
     while True:
@@ -387,7 +389,7 @@ async def keep_running(
 
 @contextmanager
 def tolerating(name: str, restarts: Restarts | None = None) -> Iterator[None]:
-    """Guards one of several things, so that the others are done all the same. TalkootErrors pass, and nothing else."""
+    """Guards one of several works, so that the others are done even if it fails. Only TalkootErrors pass."""
     try:
         yield
     except TalkootError:
@@ -399,12 +401,12 @@ def tolerating(name: str, restarts: Restarts | None = None) -> Iterator[None]:
 
 
 class RetryingRounds:
-    """Runs the steps of a round, and remembers by the round's name whether the DHT failed in it the last time."""
+    """Runs the steps of a round, and remembers for each round whether the DHT failed in it the last time."""
 
     def __init__(
         self, again_s: float, metrics: CollectorRegistry | None = None, restarts: Restarts | None = None
     ) -> None:
-        """`again_s`: until the next round, in seconds, for the log. `restarts`: counts steps that fail otherwise."""
+        """`again_s`: seconds until the next round, for the log. `restarts`: counts other failures of steps."""
         self.failures: Counter = Counter(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", registry=metrics
         )
@@ -414,11 +416,11 @@ class RetryingRounds:
 
     @property
     def are_failing(self) -> bool:
-        """Whether one of them failed the last time."""
+        """Whether the DHT failed in any round the last time."""
         return bool(self._failing)
 
     async def run(self, name: str, *steps: Step) -> None:
-        """Runs all steps, also when the DHT does not answer in one of them, or one fails unexpectedly."""
+        """Runs all steps, even if the DHT does not answer in one of them, or one fails unexpectedly."""
         failures = []
         for step in steps:
             try:

@@ -1,8 +1,8 @@
-"""Which of several states to take whole: the medoid, the one nearest to the others. Pure.
+"""Chooses one of several states: the medoid, which is the one nearest to the others. Pure.
 
-A peer that takes a state over whole (a node adopts an expert, a trainer joins) asks up to `COMPARED` peers that have it
-and takes none for what it claims. The medoid is the state with the least sum of distances to the others. It is a state
-that somebody has trained, not a mixture.
+A peer that takes over a whole state (a node adopts an expert, a trainer joins) asks up to `COMPARED` peers that have
+it, and prefers none for what it claims. The medoid is the state with the least sum of distances to the others. Unlike a
+mean, it is a state that somebody has trained.
 """
 
 import random
@@ -16,17 +16,18 @@ from torch import Tensor
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 COMPARED = 3
-"""States that are asked for: the fewest of which a majority can be honest when one is not."""
+"""How many states are asked for: the smallest number with an honest majority when one is not honest."""
 
 
 def medoid(states: Sequence[Tensors], known: Tensors, rng: random.Random) -> int:
-    """The index of the state to take. Ties are drawn.
+    """The index of the state to take. Ties are broken at random.
 
-    `states`: one to three, of the same names, shapes and float dtypes, and finite. `known`: the one that this peer has
-    already, a checkpoint or the first parameters. Of two states it decides: the nearer to it is taken.
+    `states`: one to three, with the same names, shapes and float dtypes, and finite numbers. `known`: a state that this
+    peer already has, a checkpoint or the initial parameters. It decides between two states: the nearer one is taken.
 
-    Of three, if two are at most d apart, the one taken is at most d from both: the third is taken only if it is no
-    further from either than they are from each other. Of two, the one taken is no further from `known` than the other.
+    If two of three states are at most d apart, the one taken is at most d from both: the third is only taken if it is
+    no further from either than they are from each other. Of two, the one taken is no further from `known` than the
+    other.
     """
     if len(states) == 1:
         return 0
@@ -35,17 +36,17 @@ def medoid(states: Sequence[Tensors], known: Tensors, rng: random.Random) -> int
         merits = [-squares[0][2], -squares[1][2]]
     else:
         squares = _squared_distances(states)
-        # its own distances have the least sum if that of the other two is the largest
+        # if the distance between the other two is the largest, this state's own distances have the least sum
         merits = [squares[1][2], squares[2][0], squares[0][1]]
     most = max(merits)
     return rng.choice([index for index, merit in enumerate(merits) if merit == most])
 
 
 def elementwise_median(states: Sequence[Tensors], names: Collection[str]) -> dict[str, Tensor]:
-    """The middle of three numbers, for each number of each tensor. What a state lacks counts as zeros.
+    """The elementwise median of three states. Tensors that a state lacks count as zeros.
 
-    For what varies too much from state to state to compare, such as moments. If one of three states is hostile, each
-    number lies between those of the other two. Raises ValueError unless there are three states.
+    For values that vary too much from state to state to be compared, such as moments. If one of the three states is
+    hostile, each number lies between those of the other two. Raises ValueError unless there are three states.
     """
     if len(states) != 3:
         raise ValueError(f"the middle one of {len(states)} states was asked for, not of three")
@@ -58,11 +59,11 @@ def elementwise_median(states: Sequence[Tensors], names: Collection[str]) -> dic
 
 
 def _squared_distances(states: Sequence[Tensors]) -> list[list[float]]:
-    """The distances between each two states, as a matrix.
+    """The squared distances between all pairs of states, as a matrix.
 
-    Each tensor counts by its mean square, relative to the middle of the states' own. So a large tensor counts no more
-    than a small one, and one hostile state of three sets no scale. A tensor that began as zeros is measured by the
-    whole, as it may still be small.
+    Each tensor counts by its mean square, relative to the median of the states' own mean squares. So a large tensor
+    counts no more than a small one, and one hostile state of three can't set the scale. A tensor that started as zeros
+    may still be small, so it is measured relative to the whole state.
     """
     sizes = {name: [_mean_square(state[name]) for state in states] for name in states[0]}
     whole = median(_whole(states[0], sizes, i) for i in range(len(states)))

@@ -1,6 +1,7 @@
 """Merkle trees over the leaves of a memory's shard, as in RFC 9162, section 2.1: roots, and proofs of single leaves.
 
-A leaf's hash begins with a byte of 0 and an inner node's with a byte of 1, so that neither passes for the other.
+A leaf is hashed with a prefix byte of 0 and an inner node with a prefix byte of 1, so that neither passes for the
+other.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ HASH_BYTES = 32
 
 
 def leaf_hash(*data: bytes) -> bytes:
-    """The hash of a leaf whose data are these bytes, joined."""
+    """The hash of a leaf with this data. The parts are joined."""
     hashed = hashlib.sha256(b"\0")
     for part in data:
         hashed.update(part)
@@ -21,12 +22,13 @@ class MerkleTree:
     """All levels of the tree over some leaf hashes."""
 
     def __init__(self, leaves: Sequence[bytes]) -> None:
-        """`leaves`: their hashes, at least one."""
+        """`leaves`: the hashes of at least one leaf."""
         assert leaves, "an empty tree proves nothing"
         self._levels = [list(leaves)]
         while len(level := self._levels[-1]) > 1:
             above = [_inner(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
-            # a node without a sibling goes up unchanged: the larger left part is a whole tree, as in the RFC
+            # a node without a sibling moves up unchanged, which gives the tree of the RFC: its left part is always
+            # complete
             self._levels.append(above + level[len(level) & ~1 :])
 
     @property
@@ -34,7 +36,7 @@ class MerkleTree:
         return self._levels[-1][0]
 
     def path(self, position: int) -> list[bytes]:
-        """The hashes beside the way from that leaf to the root."""
+        """The proof for a leaf: the sibling hashes on the way from that leaf to the root."""
         assert 0 <= position < len(self._levels[0]), f"no leaf {position}"
         path = []
         for level in self._levels[:-1]:
@@ -45,7 +47,7 @@ class MerkleTree:
 
 
 def proves(root: bytes, leaf: bytes, position: int, leaves: int, path: Sequence[bytes]) -> bool:
-    """Whether the path shows that the tree with this root and number of leaves has that leaf hash at that position."""
+    """Whether the path proves that the tree with this root and number of leaves has that leaf hash at that position."""
     if not 0 <= position < leaves:
         return False
     hashed, last, used = leaf, leaves - 1, 0

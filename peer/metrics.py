@@ -48,20 +48,20 @@ _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 def new_registry() -> CollectorRegistry:
-    """An empty registry, for one peer in one swarm. Metrics tell no time at which they were made."""
+    """An empty registry, for one peer in one swarm. Metrics do not show when they were created."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # as its documentation shows
     return CollectorRegistry()
 
 
 def start_at_zero(metric: M, *values: str) -> M:
-    """Makes the series of each value of the metric's only label, so that a rate can be told of the first event."""
+    """Creates the series for each value of the metric's only label, so that a rate includes the first event."""
     for value in values:
         metric.labels(value)
     return metric
 
 
 def total(metric: Counter | Gauge | Histogram, **labels: str) -> float:
-    """What was counted or set, summed over all series that have these labels; of a histogram: how many values."""
+    """What was counted or set, summed over all series that have these labels. For a histogram, the number of values."""
     (family,) = metric.collect()
     wanted = {Counter: "_total", Gauge: "", Histogram: "_count"}[type(metric)]
     return sum(
@@ -72,7 +72,7 @@ def total(metric: Counter | Gauge | Histogram, **labels: str) -> float:
 
 
 def totals(metric: Counter, label: str) -> dict[str, float]:
-    """What was counted, by the values of one label."""
+    """What was counted, by the value of one label."""
     (family,) = metric.collect()
     found: dict[str, float] = {}
     for sample in family.samples:
@@ -107,7 +107,7 @@ class MetricsServer:
         self._thread.start()
 
     def offered(self, reached_at: str | None) -> str:
-        """Where others can scrape, as `IP address:port`; empty if nobody else can.
+        """Where others can scrape this server, as `IP address:port`; empty if nobody else can.
 
         `reached_at`: the IP address by which others reach this peer, if it is known. Loopback is offered in a swarm
         that is entirely on loopback.
@@ -127,7 +127,7 @@ class MetricsServer:
 
 class _Handler(WSGIRequestHandler):
     timeout = 10.0
-    """Seconds, for each part of a request that is waited for."""
+    """Seconds to wait for each part of a request."""
 
     def log_message(self, format: str, *args: object) -> None: ...  # it would print every request
 

@@ -1,6 +1,6 @@
 """An optimizer that calls torch's fused kernels without torch's optimizer classes.
 
-Making the first of those imports torch's compiler, which takes a second of computing on a peer that compiles nothing.
+Creating the first of those imports torch's compiler, which takes a second of CPU time and compiles nothing here.
 """
 
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 def moments_of(name: OptimizerName, momentum: float) -> tuple[str, ...]:
-    """The names of the tensors that the optimizer keeps for each parameter. `momentum`: of sgd."""
+    """The names of the tensors that the optimizer keeps for each parameter. `momentum`: for sgd."""
     return () if name == "sgd" and not momentum else _MOMENTS[name]
 
 
 class Optimizer:
-    """Steps parameters as torch's AdamW, Adam and SGD do, number for number. Vectors, as biases are, do not decay."""
+    """Steps parameters exactly as torch's AdamW, Adam and SGD do. Vectors, such as biases, have no weight decay."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Optimizer:
         weight_decay: float,
         momentum: float = 0.9,
     ) -> None:
-        """`momentum`: of sgd."""
+        """`momentum`: for sgd."""
         self.learning_rate: float = learning_rate
         """The learning rate of the next step."""
         self.moments: tuple[str, ...] = moments_of(name, momentum)
@@ -50,9 +50,9 @@ class Optimizer:
             groups.setdefault((parameter.dim() > 1, parameter.dtype), []).append(parameter)
         self._groups = [(weight_decay if decays else 0.0, ps) for (decays, _), ps in groups.items()]
         self._counts: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        """By the number of a group: how many steps each of its parameters has taken, in one tensor, and its numbers.
+        """By group number: one tensor with the number of steps of each parameter, and the elements of that tensor.
 
-        Adding to each by itself takes as long as the step of a narrow expert.
+        Incrementing each of them alone would take as long as the step of a narrow expert.
         """
 
     def zero_grad(self) -> None:
@@ -83,7 +83,7 @@ class Optimizer:
         counts = [self.state[parameter]["step"] for parameter in moved]
         together, numbers = self._counts.get(group, (None, []))
         if together is None or len(counts) != len(numbers) or not all(map(is_, counts, numbers)):
-            # others have gradients than last time, or the state was replaced
+            # other parameters have gradients than last time, or the state was replaced
             together = torch.stack(counts)
             self._counts[group] = together, list(together.unbind())
             for parameter, number in zip(moved, self._counts[group][1], strict=True):
@@ -91,7 +91,7 @@ class Optimizer:
         together += 1
 
     def no_moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The moments of a parameter that has had no gradient."""
+        """The moments of a parameter that has not had a gradient."""
         return {
             name: torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
             for name in self.moments

@@ -1,7 +1,7 @@
-"""What happens when the message of a stranger can't be parsed: it counts as not said.
+"""What happens if a stranger's message can't be parsed: it is ignored.
 
-A parser raises its own error (a TalkootError) for what it refuses. Anything else that it raises is a fault of the
-parser, which a stranger found. It must not reach whoever asked for the value: a task that ends so ends the process.
+A parser raises its own error (a TalkootError) for what it refuses. Any other exception is a bug in the parser that a
+stranger has found. It must not reach the caller, because a task that ends with it would end the process.
 """
 
 import logging
@@ -39,7 +39,7 @@ Message = Literal[
 `memory`: a record or a part of a memory.
 """
 _PEERS = 1024
-"""Peers for which a line was logged."""
+"""Peers for which a failure has been logged."""
 
 
 class ParseGuard:
@@ -56,7 +56,7 @@ class ParseGuard:
         self._logged = BoundedDict[str, None](_PEERS)
 
     def read(self, message: Message, writer: object, parse: Callable[[], T]) -> T | None:
-        """What the parser returns; None if it raises. `writer`: the peer, as it shows in the log."""
+        """The parser's result; None if it raises. `writer`: the peer, for the log."""
         try:
             with self.guarding(message, writer, TalkootError):
                 return parse()
@@ -66,7 +66,7 @@ class ParseGuard:
 
     @contextmanager
     def guarding(self, message: Message, writer: object, refusal: type[TalkootError]) -> Iterator[None]:
-        """For a parser whose caller handles `refusal`: raises that instead of errors that are not Talkoot's."""
+        """For a parser whose caller handles `refusal`: raises `refusal` instead of errors that are not Talkoot's."""
         try:
             yield
         except TalkootError:

@@ -1,6 +1,4 @@
-"""Rates: token buckets, budgets and turns that callers share, the bandwidth of all calls, and the least rate of a
-sender.
-"""
+"""Rates: token buckets, fair budgets and turns for many callers, bandwidth limits, and the least rate of a sender."""
 
 import asyncio
 import time
@@ -20,15 +18,15 @@ T = TypeVar("T")
 BURST_S = 0.2
 """The burst of a bandwidth limit, in seconds of its rate."""
 _PIECE_S = 0.05
-"""Callers take turns after this much of the rate, so that a short message need not wait for long ones to end."""
+"""Callers take turns after this much of the rate, so that a short message need not wait for long ones."""
 _LEAST_BURST = 1 / 64
-"""What each may take at once when nothing is left for all, as a part of its usual burst."""
+"""What each caller may take at once when nothing is left for all, as a share of its usual burst."""
 
 
 class TokenBucket:
-    """Lets at most rate × t + burst bytes pass in any t seconds, plus what a single take exceeds the burst by.
+    """Lets at most rate × t + burst bytes pass in any t seconds, plus the excess of a single take over the burst.
 
-    Pure: `now` is passed in, and never goes back.
+    Pure: `now` is an argument, and never decreases.
     """
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
@@ -42,24 +40,24 @@ class TokenBucket:
     def take(self, size: float, now: float) -> float:
         """Takes `size` bytes and returns how many seconds to wait until they may pass.
 
-        With size 0, returns the wait for the bytes that were taken before.
+        With size 0, returns the wait for the bytes already taken.
         """
         self._level = min(self._burst, self._level + (now - self._at) * self._rate) - size
         self._at = now
         return max(0.0, -self._level / self._rate)
 
     def give_back(self, size: float) -> None:
-        """Undoes the last take, of bytes that did not pass."""
+        """Undoes the last take, for bytes that did not pass."""
         self._level += size
 
     def left(self, now: float) -> float:
-        """The part of the burst that is left: 1 when it is full, below 0 while takers wait."""
+        """The share of the burst that is left: 1 when the bucket is full, below 0 while takers wait."""
         self.take(0.0, now)
         return self._level / self._burst
 
 
 class LeastRate:
-    """How long to wait for a sender that may be slow, but not stall or trickle. Pure.
+    """How long to wait for a sender that may be slow, but must not stall or trickle. Pure.
 
     A sender falls behind while its bytes come slower than `rate`, and catches up while they come faster. It is given up
     once it is `grace_s` behind. So whatever it does, `size` bytes take at most `grace_s` + size / `rate` seconds.
@@ -76,21 +74,21 @@ class LeastRate:
         return self._left_s + size / self._rate
 
     def note(self, size: int, took_s: float) -> None:
-        """Counts a message that has come."""
+        """Records a message that has arrived."""
         self._left_s = min(self._grace_s, self.limit_s(size) - took_s)
 
 
 class Pace:
-    """Waits for the messages of one sender or receiver, as long as it keeps to a least rate."""
+    """Waits for the messages of one sender or receiver, as long as it keeps up a least rate."""
 
     def __init__(self, rate: float, grace_s: float, what: str = "it") -> None:
-        """As in `LeastRate`. `what`: what is waited for, in words."""
+        """As in `LeastRate`. `what`: what is waited for, for the error."""
         self.late: str = f"{what} stalled, or came slower than {rate:.0f} bytes a second"
-        """What a TimeoutError says."""
+        """The text of the TimeoutError."""
         self._least = LeastRate(rate, grace_s)
 
     async def wait(self, message: Awaitable[T], expected: int, size_of: Callable[[T], int]) -> T:
-        """Waits until a message of about `expected` bytes has come or gone. Raises TimeoutError."""
+        """Waits until a message of about `expected` bytes was received or sent. Raises TimeoutError."""
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._least.limit_s(expected)):
@@ -102,13 +100,14 @@ class Pace:
 
 
 class TokenBuckets(Generic[K]):
-    """A token bucket for each key. Of too many keys, the one used longest ago is forgotten, and starts full again.
+    """A token bucket for each key. If there are too many keys, the one used longest ago is forgotten, and starts full
+    again.
 
-    Pure: `now` is passed in, and never goes back.
+    Pure: `now` is an argument, and never decreases.
     """
 
     def __init__(self, rate: float | None, burst: float, most: int = 65_536) -> None:
-        """`rate`: per second, of each key; None: as much as they like. `most`: keys remembered."""
+        """`rate`: per second and key; None: no limit. `most`: keys remembered."""
         self._rate = rate
         self._burst = burst
         self._buckets = BoundedDict[K, TokenBucket](most)
@@ -117,12 +116,12 @@ class TokenBuckets(Generic[K]):
         return len(self._buckets)
 
     def wait_s(self, key: K, now: float) -> float:
-        """How many seconds to wait until what was taken before has passed."""
+        """How many seconds to wait for what was already taken."""
         bucket = self._buckets.get(key)
         return 0.0 if bucket is None else bucket.take(0.0, now)
 
     def take(self, key: K, amount: float, now: float) -> None:
-        """Takes it, however much it is; whoever comes next waits."""
+        """Takes `amount`, however large. The next taker waits."""
         if self._rate is None:
             return
         bucket = self._buckets.get(key) or TokenBucket(self._rate, self._burst, now)
@@ -136,9 +135,9 @@ class TokenBuckets(Generic[K]):
 
 
 class FairTurns:
-    """Gives out turns at a rate. Those who must wait are served in a fair order. For one event loop.
+    """Gives out turns at a rate. Callers that must wait are served in a fair order. For one event loop.
 
-    Neighbourhoods take turns, and so do the sources in each. So whoever floods a server waits for itself.
+    Neighbourhoods take turns, and so do the sources in each. So a source that floods a server only delays itself.
     """
 
     def __init__(
@@ -146,14 +145,14 @@ class FairTurns:
     ) -> None:
         """`rate`: turns per second. `burst`: turns given at once after a pause.
 
-        `most`, `near`, `same`: how many may wait, in all, in one neighbourhood and of one source.
+        `most`, `near`, `same`: how many may wait, in all, in one neighbourhood and from one source.
         """
         self._bucket = TokenBucket(rate, burst, time.monotonic())
         self._most, self._most_near, self._most_same = most, near, same
         self._waiting = OrderedDict[str, OrderedDict[str, deque[asyncio.Future[None]]]]()
-        """By neighbourhood and source. The first ones are served next."""
+        """Waiting turns by neighbourhood and source. The first ones are served next."""
         self._count = Multiset[str]()
-        """How many there are of each neighbourhood."""
+        """How many wait in each neighbourhood."""
         self._timer: asyncio.TimerHandle | None = None
 
     async def turn(self, near: str, source: str) -> bool:
@@ -180,7 +179,7 @@ class FairTurns:
     def _serve(self) -> None:
         self._timer = None
         while self._waiting:
-            if not (future := self._next()).done():  # its caller may have gone
+            if not (future := self._next()).done():  # its caller may have been cancelled
                 future.set_result(None)
                 wait_s = self._bucket.take(1, time.monotonic())
                 if wait_s:
@@ -204,21 +203,24 @@ class FairTurns:
 class SharedBudget(Generic[K]):
     """What callers may take, each and all together. When all take too much, they have equal shares.
 
-    Virtual time, as in fair queueing (Demers, Keshav & Shenker 1989), is what a caller has been given that always took
-    its share. So a caller that takes little passes, whatever others do. Pure: `now` is passed in, and never goes back.
+    Virtual time, as in fair queueing (Demers, Keshav & Shenker 1989), is the total that a caller would have got if it
+    had always taken its share. So a caller that takes little is always allowed, whatever others do. Pure: `now` is an
+    argument, and never decreases.
     """
 
     def __init__(self, rate: float, rate_of_each: float, burst_s: float = 16.0) -> None:
-        """Rates per second. `burst_s`: the seconds' worth that each and all may take at once after a pause."""
+        """Rates per second. `burst_s`: how many seconds' worth each caller and all together may take at once after a
+        pause.
+        """
         self._rate, self._rate_of_each = rate, rate_of_each
         self._burst_of_each = burst_s * rate_of_each
         self._all = TokenBucket(rate, burst_s * rate, 0.0)
         self._virtual = self._at = self._counted_at = 0.0
         self._taken: dict[K, float] = {}
-        """The virtual time to which each caller has taken; of those that are ahead."""
+        """For callers that are ahead: the virtual time up to which they have taken."""
 
     def allows(self, key: K, now: float, bursts: float = 1.0) -> bool:
-        """Whether it may take something now, of whatever size, if it may be ahead by this many bursts."""
+        """Whether a caller may take something now, of any size. `bursts`: how many bursts it may be ahead."""
         self._advance(now)
         left = self._all.left(now)
         ahead = self._taken.get(key, self._virtual) - self._virtual
@@ -239,7 +241,7 @@ class SharedBudget(Generic[K]):
 
 
 class RateLimit:
-    """Limits and counts bytes, whoever sends them: first come, first served, in small pieces. For one event loop."""
+    """Limits and counts bytes from all senders: first come, first served, in small pieces. For one event loop."""
 
     def __init__(
         self,
@@ -247,7 +249,7 @@ class RateLimit:
         clock: Callable[[], float] = time.monotonic,
         counter: Counter | None = None,
     ) -> None:
-        """`limit`: bytes per second; None: no limit. `counter`: of the bytes that have passed."""
+        """`limit`: bytes per second; None: no limit. `counter`: counts the bytes that have passed."""
         self.limit = limit
         self._passed = counter or Counter("passed_bytes", "Bytes that have passed.", registry=None)
         self._clock = clock
@@ -274,7 +276,7 @@ class RateLimit:
             left -= piece
 
     def spend(self, size: int) -> None:
-        """Lets `size` bytes pass at once. Those that wait go later instead."""
+        """Lets `size` bytes pass at once. Those that wait are delayed instead."""
         if self._bucket is not None:
             self._bucket.take(size, self._clock())
         self._passed.inc(size)

@@ -1,4 +1,6 @@
-"""Settings: one pydantic model per role, read from a TOML file, the environment and flags; flags are strongest."""
+"""Settings: one pydantic model per role, read from a TOML file, the environment and flags; later ones take
+precedence.
+"""
 
 import logging
 import os
@@ -47,7 +49,7 @@ P2pd = Annotated[
 
 
 def several(value: object) -> object:
-    """From the environment they come as one text."""
+    """Splits a value from the environment, where several values are one text."""
     return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
 
@@ -64,7 +66,7 @@ DenylistPath = Annotated[
     ),
 ]
 DENYLIST = "denylist"
-"""Its name in a state folder."""
+"""The file's name in a state folder."""
 
 
 _IN_WORDS = {
@@ -76,7 +78,7 @@ _IN_WORDS = {
     "literal_error": "must be {expected}",
     "string_too_short": "must not be empty",
     "string_too_long": "must have at most {max_length} characters",
-    # all patterns are of names
+    # all patterns describe names
     "string_pattern_mismatch": "small letters, digits and '-' between them make a name, such as 'our-swarm-2'",
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
@@ -87,27 +89,29 @@ _IN_WORDS = {
     "tuple_type": "must be a list",
     "finite_number": "must be finite",
 }
-"""What pydantic's kinds of errors are called here; for others, pydantic's own message is shown."""
+"""Our messages for pydantic's kinds of errors. For other kinds, pydantic's own message is shown."""
 _LONGEST_SHOWN = 40
-"""Characters of a wrong value in a message."""
+"""The most characters of a wrong value that a message shows."""
 
 
 class RoleSettings(BaseModel):
-    """Base of a role's settings. A subclass sets `env_prefix`, and gives each field a unit, bounds, a description."""
+    """Base of a role's settings. A subclass sets `env_prefix`, and gives each field a unit, bounds and a
+    description.
+    """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     env_prefix: ClassVar[str]
     removed: ClassVar[Mapping[str, str]] = {}
-    """Settings of the previous release that no longer exist, and what takes their place, if anything does. For one
-    release they are ignored with a warning, so that files, variables and command lines keep working.
+    """Settings of the previous release that no longer exist, and what replaces each, if anything. For one release they
+    are ignored with a warning, so that files, variables and command lines keep working.
     """
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> Self:
-        """Reads the file `config` (if any) and the environment; flags that are None were not given.
+        """Reads the file `config` (if any) and the environment. Flags that are None were not given.
 
-        Raises SettingsError with one line that names the setting that is wrong.
+        Raises SettingsError with one line that names the wrong setting.
         """
         flags = {name: value for name, value in flags.items() if value is not None}
         from_file = {} if config is None else read_toml(config)
@@ -137,7 +141,7 @@ class RoleSettings(BaseModel):
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Raises SettingsError that names the file."""
+    """Raises SettingsError, which names the file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -151,7 +155,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line that names each key of the model that is wrong."""
+    """One line that names each wrong key of the model."""
     parts: list[str] = []
     said: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():
@@ -159,7 +163,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
             key = ".".join(map(str, problem["loc"]))
             parts.append(f"unknown setting {key!r}{_nearest(key, _keys(model))}")
         else:
-            # what is no identifier names one kind of several that a value may be
+            # an entry that is not an identifier names one of several types that a value may have
             places = [
                 str(part) for part in problem["loc"] if str(part).isidentifier() or isinstance(part, int)
             ]
@@ -205,6 +209,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def require_extra(module: str, extra: str, purpose: str) -> None:
-    """Raises SettingsError that says how to install it."""
+    """Raises SettingsError, which says how to install the extra."""
     if find_spec(module) is None:
         raise SettingsError(f"{purpose} needs the package {module}: pip install 'talkoot[{extra}]'")

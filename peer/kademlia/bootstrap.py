@@ -14,11 +14,11 @@ from peer.transport.addresses import Multiaddress
 
 @dataclass(frozen=True)
 class BootstrapReply:
-    """What a peer answered when this peer joined by it."""
+    """The answer of a peer at a bootstrap address."""
 
     addresses: tuple[Multiaddress, ...]
     reaches_us: bool
-    """Whether it could dial back."""
+    """Whether that peer could dial this one back."""
 
 
 async def bootstrap(
@@ -38,14 +38,14 @@ async def bootstrap(
     )
     replies = [answer for answer in answers if answer is not None]
     if replies:
-        # not cancelled at the deadline: what it finds later still fills the routing table
+        # not cancelled at the deadline: nodes that it finds later still enter the routing table
         look = dht.spawn(meet_neighbours(dht), "meet DHT neighbours")
         await asyncio.wait([look], timeout=deadline_s)
     return replies
 
 
 async def meet_neighbours(dht: KademliaNode) -> None:
-    """Looks this peer's own ID up: whoever answers on the way enters its routing table."""
+    """Looks up this peer's own ID. Every peer that answers on the way enters the routing table."""
     await Lookups(dht).find([dht.node_id], NEIGHBOURS)
 
 
@@ -55,7 +55,7 @@ async def _greet(
     answer = await dht.ping(peer_id, deadline_s, dials_back=True)
     if answer is None:
         return None
-    # the peer looked at its clock last: the connection, the session and its own dial took longer than the answer's way
+    # the peer read its clock last: the connection, the session and its dial back took longer than its answer's way here
     CLOCK.note(peer_id.to_base58(), answer.dht_time)
-    dht.backoff.answered(peer_id)  # it may be held back from before it restarted
+    dht.backoff.answered(peer_id)  # calls to it may still be held back from before its restart
     return BootstrapReply(tuple(addresses), answer.available)

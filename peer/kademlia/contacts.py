@@ -1,9 +1,9 @@
-"""Where this peer reaches the nodes of the DHT: the newest contact of each that it has heard of, within bounds.
+"""Where the nodes of the DHT are reached: the newest contact of each that this peer has heard of, within bounds.
 
-Keys are cheap, and so are contacts of peers that do not exist. So contacts of peers that were really reached are kept
-apart from those that were only heard of. If there are too many of those, the neighbourhood with the most loses one:
-that of whoever runs many peers on few machines. A neighbourhood is where a peer was reached or called from, whatever
-else its contact names.
+Keys cost nothing, so anybody can make contacts of peers that do not exist. Contacts of peers that this one has really
+reached are therefore kept apart from those it only heard of. If there are too many of the latter, the neighbourhood
+with the most loses one: probably somebody who runs many peers on few machines. A peer's neighbourhood is where it was
+reached or called from, whatever else its contact names.
 """
 
 from array import array
@@ -28,26 +28,26 @@ from peer.transport.endpoints import AddressScope, Endpoint, neighbourhood, scop
 from peer.wire import contact_pb2
 
 MOST_KNOWN = 256
-"""Peers that a request names as known."""
+"""The most peers that a request may name as known."""
 _MOST_GIVEN = 256
 KNOWN_OF_KEY = 32
-"""The nearest to each key: somewhat more than another peer names."""
+"""The most peers named as known near each key, the nearest ones: somewhat more than an answer names."""
 _OLD_S = LIFETIME_S / 4
-"""A contact that ends so soon is asked for again. Its peer has had a newer one for a while."""
+"""A contact that expires sooner than this is asked for again. Its peer has published a newer one for a while."""
 
 
 @dataclass(slots=True)
 class _Known:
-    """A contact that was checked. A parsed one takes 800 bytes more, and there may be thousands."""
+    """A contact that has been checked. Keeping it parsed would take 800 bytes more, and there may be thousands."""
 
     peer_id: PeerID
     serialized: bytes
     sequence: int
     expires_at: float
     near: str | None
-    """The neighbourhood of the first address that it names, or where its peer was reached; None if it names none."""
+    """The neighbourhood where the peer was reached, or else that of its first address; None if it names none."""
     at: Endpoint | None = None
-    """Where its peer was reached."""
+    """Where the peer was reached."""
 
     @classmethod
     def of(cls, contact: Contact) -> "_Known":
@@ -56,7 +56,9 @@ class _Known:
 
 
 class ContactBook:
-    """The contacts that one process knows. It reads a stranger's contact once, and checks no signature in vain."""
+    """The contacts that one process knows. It reads each stranger's contact once, and checks no signature
+    needlessly.
+    """
 
     def __init__(
         self,
@@ -65,9 +67,9 @@ class ContactBook:
         limit: int = 2048,
         guard: ParseGuard | None = None,
     ) -> None:
-        """`now`: Unix time in seconds. `limit`: contacts, half of them of peers that were reached.
+        """`now`: Unix time in seconds. `limit`: the most contacts; half of them are for peers that were reached.
 
-        `guard`: of this process.
+        `guard`: the process's.
         """
         self._guard = guard or ParseGuard()
         refused = Counter(
@@ -81,9 +83,9 @@ class ContactBook:
         self._most_reached = limit // 2
         self._heard = BoundedDict[PeerID, _Known](limit - limit // 2)
         self._reached: dict[PeerID, _Known] = {}
-        """The one reached longest ago first."""
+        """The contact reached longest ago comes first."""
         self._origins = BoundedDict[PeerID, str](limit)
-        """The neighbourhoods that peers called from last."""
+        """The neighbourhood from which each peer called last."""
         self._given = BoundedDict[PeerID, tuple[Endpoint, ...]](_MOST_GIVEN)
         self._places = PlaceIndex()
 
@@ -91,10 +93,10 @@ class ContactBook:
         return len(self._reached) + len(self._heard)
 
     def learn(self, message: contact_pb2.Contact, whose: Container[PeerID]) -> PeerID | None:
-        """Learns a contact and returns whose it is; None if it is refused, or older than the one known. The signature
-        is checked last.
+        """Learns a contact and returns its peer; None if it is refused, or older than the known one. Checks the
+        signature last.
 
-        `whose`: contacts of any others are refused.
+        `whose`: the only peers whose contacts are accepted.
         """
         try:
             said = UncheckedContact.read(message)
@@ -113,7 +115,7 @@ class ContactBook:
             return None
         if known is not None and known.at in contact.addresses:
             self._file(_Known.of(contact), known.at)
-        else:  # it is not passed on before it was reached there, too
+        else:  # not passed on until the peer was reached there, too
             if known is not None:
                 self._forget(contact.peer_id)
             self._places.add(contact.peer_id)
@@ -122,16 +124,16 @@ class ContactBook:
         return contact.peer_id
 
     def note(self, address: Multiaddress) -> None:
-        """Adds an address that the owner gave, in an invite or from disk. It needs no signature, and does not expire.
+        """Adds an address that the owner gave, in an invite or from disk. It needs no signature and does not expire.
 
-        Relayed ones are passed over: the DHT's nodes are reached directly.
+        Relayed addresses are skipped: nodes of the DHT are reached directly.
         """
         if not address.is_relayed:
             given = (address.endpoint, *self._given.get(address.peer_id, ()))
             self._given[address.peer_id] = tuple(dict.fromkeys(given))[:8]
 
     def given(self, peer_id: PeerID) -> tuple[Endpoint, ...]:
-        """Where the owner said that this peer is."""
+        """The addresses that the owner gave for this peer."""
         return self._given.get(peer_id, ())
 
     def get(self, peer_id: PeerID) -> Contact | None:
@@ -147,7 +149,7 @@ class ContactBook:
         return None if contact is None else contact.certificate_pem
 
     def message(self, peer_id: PeerID) -> contact_pb2.Contact | None:
-        """The contact to pass on. Only of a peer that was reached: nobody else's may be worth anything."""
+        """The contact, to be passed on. None if the peer was never reached: its contact may be worthless."""
         known = self._find(peer_id)
         return None if known is None or known.at is None else contact_pb2.Contact.FromString(known.serialized)
 
@@ -161,18 +163,19 @@ class ContactBook:
         self._origins[peer_id] = near
 
     def neighbourhood_of(self, peer_id: PeerID) -> str:
-        """The neighbourhood where the peer was reached, or else the first that its contact names; empty if it is on
-        this machine or unknown.
+        """The neighbourhood where the peer was reached, or else that of its contact's first address.
+
+        Empty if the peer is on this machine or unknown.
         """
         known = self._reached.get(peer_id) or self._heard.get(peer_id)
         return (known and known.near) or ""
 
     def origin_of(self, peer_id: PeerID) -> str:
-        """The neighbourhood that it called from; empty if it has not called lately."""
+        """The neighbourhood that the peer called from; empty if it has not called lately."""
         return self._origins.get(peer_id, "")
 
     def reached(self, peer_id: PeerID, endpoint: Endpoint) -> None:
-        """The peer has answered there."""
+        """The peer has answered at this endpoint."""
         known, contact = self._find(peer_id), None
         if known is not None and known.at != endpoint:
             contact = self.get(peer_id)
@@ -185,7 +188,7 @@ class ContactBook:
             self._forget(next(peer for peer, known in self._reached.items() if known.near == most))
 
     def known(self, keys: Iterable[int], most: int = MOST_KNOWN) -> dict[int, PeerID]:
-        """Peers near these keys whose contacts hold for a while, by the first bits of their NodeIDs."""
+        """Peers near these keys whose contacts will be valid for a while, by the first bits of their NodeIDs."""
         found: dict[int, PeerID] = {}
         until = self._now() + _OLD_S
         for key in keys:
@@ -198,7 +201,7 @@ class ContactBook:
         return found
 
     def _find(self, peer_id: PeerID) -> _Known | None:
-        """Forgets it if it has expired."""
+        """The peer's contact. Forgets it if it has expired."""
         known = self._reached.get(peer_id) or self._heard.get(peer_id)
         if known is not None and known.expires_at <= self._now():
             self._forget(peer_id)
@@ -206,7 +209,7 @@ class ContactBook:
         return known
 
     def _file(self, known: _Known, endpoint: Endpoint) -> None:
-        """Adds a contact among the reached ones, as the one reached last."""
+        """Adds a contact as the one reached most recently."""
         known.at, known.near = endpoint, _near(endpoint)
         self._reached.pop(known.peer_id, None)
         self._reached[known.peer_id] = known
@@ -222,28 +225,28 @@ class PlaceIndex:
 
     def __init__(self) -> None:
         self._places = array("Q")
-        """Sorted."""
+        """In ascending order."""
         self._peers: list[PeerID] = []
 
     def __iter__(self) -> Iterator[tuple[int, PeerID]]:
         return zip(self._places, self._peers, strict=True)
 
     def add(self, peer_id: PeerID) -> None:
-        """One that is not in it."""
+        """The PeerID must not be in the index yet."""
         place = _place(peer_id)
         number = bisect_left(self._places, place)
         self._places.insert(number, place)
         self._peers.insert(number, peer_id)
 
     def remove(self, peer_id: PeerID) -> None:
-        """One that is in it."""
+        """The PeerID must be in the index."""
         number = self._peers.index(peer_id, bisect_left(self._places, _place(peer_id)))
         del self._places[number], self._peers[number]
 
     def nearest(self, key: int, count: int) -> Iterator[tuple[int, PeerID]]:
-        """The nearest to a key by XOR, in any order.
+        """The PeerIDs nearest to a key by XOR, in any order.
 
-        The nearest of a range of IDs are in that half of it in which the key would be, and then in the other.
+        In a range of IDs, the half that contains the key is nearer than the other half.
         """
         bits = first_bits(key)
         ranges = [(0, len(self._places), 1 << PLACE_BITS - 1)]
@@ -264,6 +267,6 @@ def _place(peer_id: PeerID) -> int:
 
 
 def _near(endpoint: Endpoint) -> str:
-    """Empty for this machine and for host names."""
+    """The neighbourhood of an endpoint; empty for this machine and for host names."""
     ip = endpoint.ip
     return "" if ip is None or scope_of(ip) is AddressScope.LOOPBACK else neighbourhood(ip)

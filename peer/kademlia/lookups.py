@@ -1,11 +1,11 @@
 """Looks up and stores many keys at once.
 
-Every key asks its nearest nodes at once, the keys for one peer travel in one call, and a peer that is slower than
-others usually are is passed over until it answers.
+For every key, its nearest nodes are asked at once. The keys for one peer travel in one call. A peer that is slower than
+usual is passed over until it answers.
 
-Signed records can't be forged, only withheld, so more answers never do harm. Enough peers beside a key could still hide
-what is stored there. So each look-up also asks a few witnesses elsewhere, and every peer stores what it finds: what one
-peer has seen, others hear of.
+Signed records can't be forged, only withheld, so more answers never do harm. Enough hostile peers beside a key could
+still hide what is stored there. So each look-up also asks a few witnesses elsewhere, and every peer stores what it
+finds: a record that one peer has seen reaches others.
 """
 
 import asyncio
@@ -48,30 +48,31 @@ from peer.parsing import ParseGuard
 T = TypeVar("T")
 
 _NEAREST = SearchLimits(doubt=0, witnesses=0, quorum=2**31)
-"""The limits for writers, which need all of the nearest nodes whatever values those have."""
+"""The limits for writers, which need all of the nearest nodes, whatever values these have."""
 FRUGAL = SearchLimits(is_frugal=True)
-"""The limits for what is read repeatedly in the background: a look-up may take a round trip longer, and costs a third.
+"""The limits for what is read repeatedly in the background. A look-up may take one round trip longer, and costs a
+third.
 """
 _WIDE = 3
-"""A record is stored at so many times the usual number of nodes, if there is a crowd beside its key."""
+"""If there is a crowd beside a record's key, the record is stored at this many times the usual number of nodes."""
 _SAMPLE_EVERY_S, _LONGEST_SAMPLE_PAUSE_S = 300.0, 900.0
 """How often a look-up of a random key shows how far from a key its holders usually are."""
 _SAMPLE_BYTES_PER_S = 60.0
-"""What that may take on average. In a swarm of 10,000 each costs 120 KB, and the distance changes with the swarm's size
-alone.
+"""The average traffic of these look-ups. In a swarm of 10,000 each costs 120 KB, and the distance to holders changes
+only with the size of the swarm.
 """
 _NAMES_ASKED = 0.25
-"""Share of the calls for keys that were looked up before which ask who else is near."""
+"""The share of calls, among those for keys that were looked up before, that ask for the names of other nodes nearby."""
 _CALLS_OF_NODE = 8
-"""Calls in progress in one look-up."""
+"""Calls in progress to one node in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
 """Bytes in one request to store items."""
 _PATIENCE_S = 1.0
-"""A writer waits for no peer longer than this, if others answer."""
+"""How long a writer waits for a peer if others answer."""
 _FRUGAL_S = 1.0
-"""After this time, a frugal search asks no longer one node after the other. Each may be a liar that takes its time."""
+"""After this time, a frugal search stops asking nodes one by one, because each may be a liar that takes its time."""
 _STORE_S = 3.0
-"""After this time, no more nodes take the places of those that are late or fail."""
+"""After this time, nodes that are late or fail are no longer replaced."""
 _REMEMBERED_KEYS = 4096
 
 
@@ -94,7 +95,7 @@ class Found:
     entries: Entries = field(default_factory=dict)
     """Entries by subkey, from the answer that expires last. Some may have expired."""
     counts: dict[int, int] = field(default_factory=dict)
-    """How many entries each node says that it has, of those that gave only some."""
+    """How many entries each node says it has, for nodes that returned only some."""
 
     def take(self, entries: Entries) -> bool:
         """Merges an answer; False if it is empty."""
@@ -106,8 +107,9 @@ class Found:
 
     @property
     def unread(self) -> int:
-        """About how many further entries there are, not counting index entries: by the median of what holders say. At
-        least a quorum of them must have said it, so that nobody can make up records and their number alone.
+        """About how many entries were not returned, not counting index entries: by the median of what holders say.
+
+        At least a quorum of holders must have said so. Otherwise somebody could make up records and their number alone.
         """
         told = [self.counts[node] for node in self.search.nearest()[:REPLICAS] if node in self.counts]
         if len(told) < DEFAULT_LIMITS.quorum:
@@ -130,9 +132,9 @@ class Lookups:
         rng: random.Random | None = None,
         guard: ParseGuard | None = None,
     ) -> None:
-        """`parallel_calls`: the limit in one look-up, without late calls.
+        """`parallel_calls`: the limit for one look-up, not counting late calls.
 
-        `guard`: of this process.
+        `guard`: the process's.
         """
         self._dht = dht
         self.parallel_calls = parallel_calls
@@ -157,8 +159,8 @@ class Lookups:
     ) -> dict[int, Found]:
         """Looks up all keys, and stores what is found. `besides_self`: leaves out what this peer itself stores.
 
-        `patience_s`: how long the search for a key with few answers waits for late ones, if it has any. `room`: bytes
-        of entries that each peer gives for a key, beside index entries, drawn at random; None: all.
+        `patience_s`: how long a search with few answers waits for late ones, once it has any. `room`: bytes of entries
+        that each peer returns for a key, drawn at random, besides index entries; None: all.
         """
         now = asyncio.get_running_loop().time()
         if limits.witnesses and now >= self._sample_at:
@@ -175,8 +177,8 @@ class Lookups:
         return run.found
 
     async def sample(self) -> None:
-        """Looks up random keys, because nobody can have made peers to surround them. So it also gets to know nodes
-        everywhere.
+        """Looks up random keys, to learn the usual reach: nobody can have made peers that surround them. This also
+        finds nodes everywhere.
         """
         spent = self._dht.spent_bytes
         keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
@@ -186,7 +188,7 @@ class Lookups:
             self._dht.spent_bytes - spent
         )
         for key, found in run.found.items():
-            # others on the way there have answered, too, and they are not all that is near
+            # other nodes have answered too, on the way there, and they are not all of the nearest
             self.reach.note(key, found.search.nearest()[: DEFAULT_LIMITS.front])
 
     def usual_reach(self) -> int:
@@ -197,23 +199,23 @@ class Lookups:
 
     @property
     def estimated_nodes(self) -> float:
-        """How many nodes the DHT has, about; at least as many as hold a key."""
+        """The estimated number of nodes in the DHT; at least as many as hold a key."""
         return REPLICAS * float(2**ID_BITS) / max(1, self.usual_reach())
 
     def witnesses(self, number: int) -> dict[int, PeerID]:
-        """Known nodes nearest to random places. Those that crowd at one place are rarely drawn."""
+        """The known nodes nearest to random places. Nodes that crowd in one place are rarely drawn."""
         return dict(node for _ in range(number) for node in self._dht.table.nearest(self._random_key(), 1))
 
     def _random_key(self) -> int:
         return self.rng.getrandbits(ID_BITS)
 
     def near(self, key: int) -> Mapping[int, PeerID]:
-        """Nodes near the key from the last look-up. The next one starts there, and mostly needs one round."""
+        """Nodes near the key from the last look-up. The next look-up starts there, and usually needs one round."""
         return self._near.get(key, {})
 
     @property
     def store_timeout_s(self) -> float:
-        """A peer that takes longer to store something is late. Whoever is slow can't raise it far."""
+        """A peer that takes longer to store something is late. Slow peers can't raise this far."""
         return min(self._store_trips.timeout_s, _PATIENCE_S)
 
     def note_store(self, took_s: float) -> None:
@@ -224,11 +226,12 @@ class Lookups:
         self._near[key] = {node: found.peers[node] for node in nearest}
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
-        """Stores each item at the live nodes nearest to its key; returns key and subkey of those that any accepted.
+        """Stores each item at the live nodes nearest to its key. Returns key and subkey of the items that any node
+        accepted.
 
-        This peer stores it first, as a witness. If more nodes are within reach than should be, some of them get it as
-        well, drawn at random: those that crowd beside the key may be liars. A node that is late is passed over: the
-        next one gets the item too.
+        This peer stores them first, as a witness. If more nodes are within reach than should be, some of them get the
+        items as well, drawn at random, because those that crowd beside the key may be liars. If a node is late, the
+        next one gets its items too.
         """
         dht = self._dht
         by_key: dict[int, list[Item]] = {}
@@ -246,7 +249,7 @@ class Lookups:
 
 
 def pause_after_sample(cost: float) -> float:
-    """Seconds until the next one. `cost`: bytes that calls took meanwhile."""
+    """Seconds until the next sample. `cost`: bytes of the calls for this one."""
     return min(max(_SAMPLE_EVERY_S, cost / _SAMPLE_BYTES_PER_S), _LONGEST_SAMPLE_PAUSE_S)
 
 
@@ -272,7 +275,7 @@ def _row(key: int, item: Item) -> Row:
 async def _store_here(
     dht: KademliaNode, by_key: Mapping[int, Sequence[Item]]
 ) -> set[tuple[str, int | bytes]]:
-    """Returns key and subkey of those that this peer accepts."""
+    """Returns key and subkey of the items that this peer accepts."""
     kept, slices = set(), TimeSlices()
     rows = ((item, _row(key, item)) for key, some in by_key.items() for item in some)
     for item, row in rows:
@@ -295,7 +298,7 @@ class _Writing:
         found: Mapping[int, "Found"],
         kept: Collection[tuple[str, int | bytes]],
     ) -> None:
-        """`kept`: what this peer itself has stored."""
+        """`kept`: the items that this peer has stored itself."""
         self.accepted: set[tuple[str, int | bytes]] = set()
         self._lookups = lookups
         self._dht = dht
@@ -306,10 +309,10 @@ class _Writing:
         self._ends_at = self._clock() + _STORE_S
         self._candidates: dict[int, deque[int]] = {}
         self._missing: dict[int, int] = {}
-        """For each key, nodes that don't have it and are not being sent it."""
+        """For each key, how many nodes neither have it nor are being sent it."""
         self._answered: set[int] = set()
         self._in_time: dict[asyncio.Task[bool], tuple[float, Sequence[int]]] = {}
-        """Calls, when each is late, and what it brings."""
+        """Calls, each with the time when it is late and its keys."""
         self._late: dict[asyncio.Task[bool], Sequence[int]] = {}
         for key in by_key:
             holders, others = found[key].search.places(REPLICAS, _WIDE * REPLICAS, lookups.rng)
@@ -317,7 +320,7 @@ class _Writing:
             self._missing[key] = max(len(holders), REPLICAS)
 
     async def until_finished(self) -> None:
-        """Late calls go on. They are waited for only if nobody else takes a key."""
+        """Late calls continue in the background. They are awaited only if no other node takes a key."""
         self._send()
         while self._in_time or self._needs_late():
             late_at = min((at for at, _ in self._in_time.values()), default=None)
@@ -368,7 +371,7 @@ class _Writing:
                 self._in_time[call] = late_at, part
 
     async def _store_at(self, peer: PeerID, keys: Sequence[int]) -> bool:
-        """Whether the peer answered, whether it accepted them or not."""
+        """Whether the peer answered, even if it accepted nothing."""
         items = [(key, item) for key in keys for item in self._by_key[key]]
         if peer == self._dht.peer_id:
             self.accepted.update(_name(item) for _, item in items if _name(item) in self._kept)
@@ -378,7 +381,7 @@ class _Writing:
         if not stored:
             return False
         self._lookups.note_store(self._clock() - began)
-        # a peer may answer with too few
+        # the peer's answer may be too short
         self.accepted.update(_name(item) for (_, item), ok in zip(items, stored, strict=False) if ok)
         return True
 
@@ -420,12 +423,12 @@ class _Run:
         self._queue: dict[int, list[int]] = {}
         """The keys that each node will be asked for."""
         self._waiting: deque[_Call] = deque()
-        """Calls, oldest first. Answered ones are removed when they come to the front."""
+        """Calls, oldest first. An answered call is removed when it reaches the front."""
         self._active = 0
         self._calls: Counter[int] = Counter()
-        """Calls under way to each node, without late ones."""
+        """Calls in progress to each node, not counting late ones."""
         self._overdue: Counter[int] = Counter()
-        """Late calls for each key. A search with too few answers waits for them after all."""
+        """Late calls for each key. A search with too few answers waits for them."""
         self._answers: asyncio.Queue[tuple[_Call, Mapping[int, FindResult] | None]] = asyncio.Queue()
         self._answering: set[int] = set()
         """Nodes that have answered for any key."""
@@ -437,7 +440,7 @@ class _Run:
         self._drawn = frozenset(witnesses)
         """All witnesses."""
         self._witnesses = dict.fromkeys(keys, witnesses) if witnesses else {}
-        """For each key, the witnesses that were not asked yet."""
+        """For each key, the witnesses that have not been asked yet."""
         for key in keys:
             known = self._nearest_known(key, BUCKET_SIZE)
             search = IterativeSearch(key, known, limits, reach, self._neighbourhood_of)
@@ -529,7 +532,7 @@ class _Run:
         return self._active < self._lookups.parallel_calls and self._calls[node] < _CALLS_OF_NODE
 
     async def _ask(self, call: _Call) -> None:
-        """Always puts an answer, because the look-up waits for it."""
+        """Always puts an answer into the queue, because the look-up waits for it."""
         answers = None
         try:
             answers = await self._answers_of(call)
@@ -537,9 +540,10 @@ class _Run:
             self._answers.put_nowait((call, answers))
 
     def _wants_contacts(self, call: _Call) -> bool:
-        """Names and contacts, with a list of those known, are most of a call. Of keys that were looked up before, some
-        calls ask for them, so that nodes which came since are found. Nodes that a witness far from all keys names are
-        far, too, and of no use.
+        """Whether the call asks for contacts. They, and the list of known ones, are most of a call's bytes.
+
+        For keys that were looked up before, a share of the calls ask, to find nodes that have joined since. Witnesses
+        far from all keys are not asked: they would name nodes that are far, too.
         """
         if call.node in self._drawn and all(call.node ^ key > self._reach for key in call.keys):
             return False
@@ -559,7 +563,7 @@ class _Run:
         return answers
 
     async def _next_answers(self) -> list[tuple[_Call, Mapping[int, FindResult] | None]]:
-        """The answers since the last time: at least one, unless calls become late first."""
+        """The answers since the last call: at least one, unless calls become late first."""
         came: list[tuple[_Call, Mapping[int, FindResult] | None]] = []
         while not came and not (self._give_up_late() or self._lose_patience() or self._hurry()):
             late_at = self._waiting[0].late_at if self._waiting else math.inf
@@ -579,7 +583,7 @@ class _Run:
             if not call.is_answered:
                 call.is_late = gave_up = True
                 is_silent = call.node not in self._answering and self._calls[call.node] == _CALLS_OF_NODE
-                # the keys that waited for a node from which nothing comes need not wait once more
+                # keys that waited for a silent node need not wait again
                 held_back = self._queue.pop(call.node, []) if is_silent else []
                 self._ended(call)
                 self._overdue.update(call.keys)
@@ -637,4 +641,4 @@ class _Run:
         if not call.is_late and len(answers) < len(call.keys):
             self._queue.setdefault(call.node, []).extend(call.keys[len(answers) :])
         self._lookups.unverified.note(named)
-        self._advance(call.keys)  # also those that found no room in the answer: they may have waited for it
+        self._advance(call.keys)  # also those for which the answer had no room: they may have waited for it

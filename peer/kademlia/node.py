@@ -1,8 +1,8 @@
 """A node of the DHT: what it knows, and the calls that it makes.
 
-A peer's place is the hash of its PeerID, whatever ID it claims. Only peers that answered a call of this one enter the
-routing table: one that calls and says that it serves keys is called back first. A newcomer is handed the keys that it
-should store. Records signed by their writers are renewed by those; nodes never renew them.
+A peer's place is the hash of its PeerID, whatever ID it claims. Only peers that answered a call of this node enter the
+routing table: a peer that calls and says that it serves keys is called back first. A newcomer is handed the keys that
+it should store. Signed records are renewed only by their writers, never by nodes.
 """
 
 import asyncio
@@ -53,24 +53,26 @@ Handler = Callable[[PeerID, bytes], Awaitable[bytes]]
 """Answers a peer's message."""
 
 _CALL_OVERHEAD_BYTES = 200
-"""The size of frames, headers and acknowledgements, about, for a request and its answer."""
+"""The approximate size of frames, headers and acknowledgements for a request and its answer."""
 CALL_DEADLINE_S = 3.0
 """The deadline of one call to another node."""
 _CALLED_BACK, _CALLED_BACK_NEAR = 16, 4
-"""Callers that are called back at the same time, of all and of one neighbourhood."""
+"""Callers that are called back at the same time, in all and in one neighbourhood."""
 _MOST_TOLD, _TOLD_S = 1024, 300.0
-"""Peers that were told this one's contact. One that restarts forgets it, and is told again within these seconds."""
+"""How many peers this one remembers as having its contact, and for how long. A peer that restarts forgets the contact,
+and is told again within that time.
+"""
 _CONTACTS = 256
-"""Read in one answer. As many as a message has room for are of honest peers."""
+"""Contacts read in one answer: as many honest peers' contacts as fit into a message."""
 _HANDOVER_BURST_S = 16.0
-"""How much of its rate the handover may use at once after a pause."""
+"""How many seconds' worth of its rate the handover may use at once after a pause."""
 
 
 class Contacts(Protocol):
     """Where other peers are reached. `peer.kademlia.contacts` has them for gRPC."""
 
     def learn(self, message: contact_pb2.Contact, whose: Container[PeerID]) -> PeerID | None:
-        """Takes a contact that another peer brings, if it is valid and of one of these."""
+        """Takes a contact from another peer, if it is valid and belongs to one of these peers."""
         ...
 
     def note(self, address: Multiaddress) -> None:
@@ -78,7 +80,7 @@ class Contacts(Protocol):
         ...
 
     def message(self, peer_id: PeerID) -> contact_pb2.Contact | None:
-        """The contact of a peer that was reached, to pass on."""
+        """The contact of a peer that was reached, to be passed on."""
         ...
 
     def reaches(self, peer_id: PeerID) -> bool:
@@ -86,8 +88,8 @@ class Contacts(Protocol):
         ...
 
     def neighbourhood_of(self, peer_id: PeerID) -> str:
-        """The neighbourhood where the peer was reached, or else where it says that it is; empty if that does not
-        matter.
+        """The neighbourhood where the peer was reached, or else where it says it is; empty if the neighbourhood does
+        not matter.
         """
         ...
 
@@ -96,7 +98,7 @@ class Contacts(Protocol):
         ...
 
     def known(self, keys: Iterable[int]) -> dict[int, PeerID]:
-        """Peers near these keys whose contacts need not be told, by the first bits of their NodeIDs."""
+        """Peers near these keys whose contacts this peer need not be told, by the first bits of their NodeIDs."""
         ...
 
 
@@ -135,12 +137,12 @@ class Row(NamedTuple):
 
 
 class _CallBack(NamedTuple):
-    """A call of a peer that has called."""
+    """A call back to a peer that has called."""
 
     near: str
     """The neighbourhood that the peer called from."""
     keys: Sequence[int]
-    """What was stored here before it called."""
+    """The keys that were stored here before it called."""
 
 
 @dataclass(frozen=True)
@@ -148,17 +150,17 @@ class FindResult:
     """A peer's answer for one key."""
 
     entries: Entries
-    """The entries that the validator accepts, and that this peer did not say it has."""
+    """The entries that the validator accepts, and that this peer did not say it already has."""
     nearer: dict[int, PeerID]
-    """The nodes it knows nearest to the key, by their IDs."""
+    """The nodes nearest to the key that the peer knows, by ID."""
     has_value: bool = False
-    """Whether it has any entries, be they the same."""
+    """Whether the peer has any entries, even if this peer has them all."""
     count: int = 0
-    """How many entries it says that it has, if it was asked for only some; index entries not counted."""
+    """How many entries the peer says it has, if it was asked for only some; index entries not counted."""
 
 
 class KademliaNode:
-    """One node. It knows no peers yet. It serves others only with `peer.kademlia.server`."""
+    """One node. It knows no peers at first. It serves others only through `peer.kademlia.server`."""
 
     def __init__(
         self,
@@ -172,10 +174,10 @@ class KademliaNode:
         now: Callable[[], float] = clock.now,
         rng: random.Random | None = None,
     ) -> None:
-        """`validator`: None to accept whatever fits. `bounds`, `metrics`: of what others store here.
+        """`validator`: None to accept anything that fits. `bounds`, `metrics`: for what others store here.
 
-        `serves_dht`: others may ask it and store at it. It may change at any time. `upload`: in which what it hands
-        over is counted. `now`: Unix time in seconds.
+        `serves_dht`: whether others may look up and store keys here. It may change at any time. `upload`: counts the
+        bytes that are handed over. `now`: Unix time in seconds.
         """
         self.transport = transport
         self.peer_id: PeerID = transport.peer_id
@@ -190,9 +192,10 @@ class KademliaNode:
         self.storage: BoundedStorage = BoundedStorage(self.bounds, self.metrics, now, rng)
         self.backoff: Backoff = Backoff()
         self.spent_bytes: int = 0
-        """Bytes of this peer's calls to others: requests, answers, and roughly what carries them."""
+        """Bytes of this peer's calls to others: requests, answers, and a rough overhead for each."""
         self._told = BoundedDict[PeerID, tuple[bytes, float]](_MOST_TOLD)
-        """Who was told this peer's contact with which signature, and until when it is not told again."""
+        """For each peer that was told this one's contact: the contact's signature, and until when it is not told again.
+        """
         self._tasks = TaskSet()
         self._called_back: dict[PeerID, _CallBack] = {}
         """Peers that are being called back."""
@@ -200,20 +203,20 @@ class KademliaNode:
         """A budget in seconds at the rate `handed_bytes_per_s`."""
 
     async def close(self) -> None:
-        """Ends what goes on in the background. Closing twice is harmless."""
+        """Ends all background tasks. Closing twice is harmless."""
         await self._tasks.aclose()
 
     def spawn(self, coroutine: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
-        """Starts what goes on in the background, until the node is closed. `name`: what it does."""
+        """Starts a background task, which ends when the node is closed. `name`: what it does."""
         return self._tasks.spawn(coroutine, name)
 
     @property
     def info(self) -> dht_pb2.NodeInfo:
-        """What this peer says of itself."""
+        """What this peer says about itself."""
         return dht_pb2.NodeInfo(node_id=id_bytes(self.node_id) if self.serves_dht else b"")
 
     def introduction(self, with_contact: bool = True) -> dht_pb2.NodeInfo:
-        """The same, and where it is reached, if anybody has asked for that or it serves keys."""
+        """The same, with this peer's contact if others can reach this peer."""
         info, contact = self.info, self.transport.own_contact() if with_contact else None
         if contact is not None:
             info.contact.CopyFrom(contact)
@@ -222,15 +225,15 @@ class KademliaNode:
     async def ping(
         self, peer_id: PeerID, deadline_s: float = CALL_DEADLINE_S, *, dials_back: bool = False
     ) -> dht_pb2.PingResponse | None:
-        """The answer of a peer that serves keys. It enters the routing table, and leaves it if it does not answer.
+        """Calls a peer that serves keys. If it answers, it enters the routing table; otherwise it leaves it.
 
-        `dials_back`: whether it is asked to dial back.
+        `dials_back`: asks the peer to dial back.
         """
         answer = await self._ping(peer_id, deadline_s, dials_back)
         return answer if answer is not None and serves_keys(answer.peer) else None
 
     async def reaches(self, peer_id: PeerID) -> bool:
-        """Whether the peer answers, be it a node of the DHT or a client."""
+        """Whether the peer answers, whether it is a node of the DHT or a client."""
         return await self._ping(peer_id) is not None
 
     async def _ping(
@@ -254,7 +257,7 @@ class KademliaNode:
         room: int | None = None,
         contacts: int | None = None,
     ) -> dict[int, FindResult] | None:
-        """The answers for the first keys, or for all: a message has an end.
+        """The answers for all keys, or for the first ones if the message is full.
 
         None if the peer gives no proper answer. `checker`: takes turns with other answers. `have`: what this peer
         already has under each key. `room`: bytes of entries wanted for each key; None for all. `contacts`: how many
@@ -289,7 +292,7 @@ class KademliaNode:
         return answers
 
     async def store(self, peer_id: PeerID, rows: Sequence[Row]) -> Sequence[bool] | None:
-        """Tells for each row whether the peer stored it; None if it does not answer."""
+        """For each row, whether the peer stored it; None if it does not answer."""
         request = dht_pb2.StoreRequest(
             keys=[id_bytes(row.key) for row in rows],
             subkeys=[row.subkey for row in rows],
@@ -306,9 +309,9 @@ class KademliaNode:
         return response.store_ok[: len(rows)]
 
     def consider(self, peer_id: PeerID) -> None:
-        """A peer called, and says that it serves keys. It is called back, a few at a time, and if there is room for it.
+        """Calls back a peer that has called and says that it serves keys, if there is room for it.
 
-        One that is known already was reached before.
+        A few peers are called back at a time. A known peer is not called again.
         """
         node = node_id_of(peer_id.to_bytes())
         if node in self.table:
@@ -338,13 +341,13 @@ class KademliaNode:
             del self._called_back[peer_id]
 
     def meet(self, peer_id: PeerID) -> None:
-        """Enters a peer that was reached, and hands a new one what it should store."""
+        """Enters a peer that was reached into the routing table, and hands a new one the keys that it should store."""
         name = peer_id.to_bytes()
         node = node_id_of(name)
         if node == self.node_id or not is_peer_id(name):
             return
         if node not in self.table and self._may_hand_over():
-            # those of the time when it came: it need not hear what it brings itself
+            # the keys from before its call: it need not be told what it has just stored here
             called = self._called_back.get(peer_id)
             keys = self.storage.keys() if called is None else called.keys
             self.spawn(self._hand_over(node, peer_id, keys), "hand records to a new DHT peer")
@@ -357,7 +360,7 @@ class KademliaNode:
         self.table.remove(node_id_of(peer_id.to_bytes()))
 
     def _introduction_to(self, peer_id: PeerID) -> dht_pb2.NodeInfo:
-        """What introduces this peer, with its contact if the other was not told of it lately."""
+        """Introduces this peer, with its contact if the other was not told of it lately."""
         contact = self.transport.own_contact() if self.serves_dht else None
         if contact is None:
             return self.info
@@ -377,9 +380,9 @@ class KademliaNode:
     async def _learn_named(
         self, response: dht_pb2.FindResponse, known: Sequence[bytes]
     ) -> dict[bytes, tuple[int, PeerID]]:
-        """The nodes that the answer names and that can be called. Takes their contacts, and those of no others.
+        """The nodes that the answer names and that can be called. Learns their contacts, and no others.
 
-        An answer names the same few nodes for most of its keys, so they are looked at once.
+        An answer names the same few nodes for most of its keys, so each is looked at once.
         """
         contacts = self.transport.contacts
         named = {name for result in response.results for name in _named(result, known)}
@@ -398,7 +401,7 @@ class KademliaNode:
         reply: type[Reply],
         deadline_s: float = CALL_DEADLINE_S,
     ) -> Reply | None:
-        """None if no reply comes in time, or one that is none."""
+        """None if no valid reply comes in time."""
         question = request.SerializeToString()
         data = await self.transport.call(peer_id, method, question, deadline_s)
         self.spent_bytes += len(question) + len(data or b"") + _CALL_OVERHEAD_BYTES
@@ -408,7 +411,9 @@ class KademliaNode:
             return None
 
     def _may_hand_over(self) -> bool:
-        """Takes from the allowance, if there is any. A newcomer that gets nothing hears the next announcements."""
+        """Spends from the handover's allowance, if any is left. A newcomer that gets nothing hears the next
+        announcements.
+        """
         now = asyncio.get_running_loop().time()
         if self._handover.take(0.0, now):
             self.metrics.not_handed_over.inc()
@@ -439,12 +444,14 @@ class KademliaNode:
 
 
 def _named(result: dht_pb2.FindResult, known: Sequence[bytes]) -> list[bytes]:
-    """The PeerIDs that an answer names for a key. `known`: those that it names by their places."""
+    """The PeerIDs that an answer names for a key. `known`: the peers that it names by the first bits of their
+    NodeIDs.
+    """
     places = result.nearest_known[:BUCKET_SIZE]
     names = [*result.nearest_peer_ids[:BUCKET_SIZE], *(known[n] for n in places if n < len(known))]
     return names[:BUCKET_SIZE]
 
 
 def serves_keys(peer: dht_pb2.NodeInfo) -> bool:
-    """Whether a peer says that it is a node of the DHT and no mere client."""
+    """Whether a peer says that it is a node of the DHT, not just a client."""
     return len(peer.node_id) == ID_BYTES

@@ -1,9 +1,9 @@
 """Who is where: IDs, the routing table, and which keys a new peer should be handed. No I/O and no clock.
 
 Kademlia (Maymounkov & Mazières 2002): peers and keys have IDs of 160 bits, and a key is stored at the peers whose IDs
-are nearest to its own by XOR. A peer knows up to 20 others in each bucket, and more buckets the nearer it gets to its
-own ID. Whoever has been known for longest stays, since who has lived for long is likely to live on. In a full bucket,
-neighbourhoods have equal shares: whoever runs many peers on few machines makes room for others.
+are nearest to its own by XOR. A peer knows up to 20 others in each bucket, and has more buckets the nearer they are to
+its own ID. The peers known for longest stay, because they are the likeliest to live on. In a full bucket,
+neighbourhoods have equal shares: somebody who runs many peers on few machines makes room for others.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ PLACE_BITS = 64
 BUCKET_SIZE = 20
 """Nodes in a bucket, and nearest nodes in an answer (k in the paper)."""
 REPLICAS = 5
-"""Nearest nodes at which a key is stored."""
+"""A key is stored at this many of its nearest nodes."""
 _DEPTH_STEP = 5
 """Buckets far from this peer's own ID split as well, down to the next multiple of this depth (b in section 4.2)."""
 _PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
@@ -42,7 +42,7 @@ def key_id_of(key: str) -> int:
 
 
 def first_bits(node: int) -> int:
-    """The first bits of a NodeID, by which a request names a node that is known."""
+    """The first bits of a NodeID. A request names known nodes by these."""
     return node >> (ID_BITS - PLACE_BITS)
 
 
@@ -51,17 +51,20 @@ def id_of_bytes(data: bytes) -> int:
 
 
 def id_bytes(number: int) -> bytes:
-    """An ID as it travels: `ID_BYTES` bytes."""
+    """An ID on the wire: `ID_BYTES` bytes."""
     return number.to_bytes(ID_BYTES, "big")
 
 
 def is_peer_id(name: bytes) -> bool:
-    """Whether it is the PeerID of an RSA key, as Talkoot's peers have, or of an Ed25519 key, as other programs have."""
+    """Whether it is the PeerID of an RSA key, as all Talkoot peers have, or of an Ed25519 key, as other
+    programs have.
+    """
     return any(len(name) == len(prefix) + 32 and name.startswith(prefix) for prefix in _PEER_ID_PREFIXES)
 
 
 def should_hand_over(key: int, newcomer: int, own: int, others: Sequence[int]) -> bool:
-    """Whether this peer hands a key to a newcomer: it is the nearest holder, and the newcomer becomes one.
+    """Whether this peer hands a key to a newcomer: if this peer is the nearest holder, and the newcomer becomes a
+    holder.
 
     `others`: up to `REPLICAS` known nodes nearest to the key, nearest first, without these two.
     """
@@ -70,7 +73,7 @@ def should_hand_over(key: int, newcomer: int, own: int, others: Sequence[int]) -
 
 
 class _Bucket:
-    """The nodes whose IDs share their first `depth` bits: `low` is the first of those IDs."""
+    """The nodes whose IDs share their first `depth` bits. `low` is the lowest such ID."""
 
     __slots__ = ("depth", "low", "nodes", "spare")
 
@@ -78,9 +81,9 @@ class _Bucket:
         self.low = low
         self.depth = depth
         self.nodes: dict[int, bytes] = {}
-        """Their PeerIDs, which take less memory as bytes. The one heard from longest ago comes first."""
+        """Their PeerIDs, as bytes to save memory. The node heard from longest ago comes first."""
         self.spare: dict[int, bytes] = {}
-        """Nodes that take the places of those that leave, the newest last (section 4.1)."""
+        """Nodes that replace those that leave, the newest last (section 4.1)."""
 
     def has(self, node: int) -> bool:
         return (node ^ self.low) >> (ID_BITS - self.depth) == 0
@@ -92,20 +95,20 @@ class _Bucket:
 
 
 class RoutingTable:
-    """The nodes that this peer knows. It holds `BUCKET_SIZE` nodes and as many spare ones in a bucket, at most."""
+    """The nodes that this peer knows. A bucket holds at most `BUCKET_SIZE` nodes and as many spare ones."""
 
     def __init__(self, own: int) -> None:
         """`own`: this peer's ID, which is never among the others."""
         self._own = own
         self._buckets = [_Bucket(0, 0)]
-        """Buckets in the order of their IDs, which cover all of them."""
+        """The buckets in the order of their IDs. Together they cover all IDs."""
         self._asked: set[int] = set()
         """Nodes of full buckets that are being pinged."""
         self._near: dict[int, str] = {}
-        """The neighbourhoods of nodes, if they matter."""
+        """The neighbourhoods of nodes, where they matter."""
 
     def __contains__(self, node: int) -> bool:
-        """Spare nodes are included, here and below."""
+        """Includes spare nodes, as the methods below do."""
         bucket = self._bucket(node)
         return node in bucket.nodes or node in bucket.spare
 
@@ -124,8 +127,9 @@ class RoutingTable:
     def add(self, node: int, peer_id: PeerID, near: str = "") -> PeerID | None:
         """Adds a node that has just been heard from. `near`: its neighbourhood, empty if that does not matter.
 
-        If its bucket is full, it becomes a spare one. Returns the node of the bucket that was heard from longest ago,
-        which should be pinged, and either added again or removed (section 2.2). None if there is none to ping.
+        If the node's bucket is full, it becomes a spare one. Then the bucket's node that was heard from longest ago is
+        returned: it should be pinged, and either added again or removed (section 2.2). None if there is nothing to
+        ping.
         """
         if node == self._own:
             return None
@@ -154,7 +158,7 @@ class RoutingTable:
         return PeerID(bucket.nodes[oldest])
 
     def has_room(self, node: int, near: str = "") -> bool:
-        """Whether the node would enter a bucket, or be a spare one in whose place no other goes.
+        """Whether the node would enter a bucket, or become a spare one without displacing another.
 
         `near`: its neighbourhood.
         """
@@ -167,7 +171,7 @@ class RoutingTable:
         )
 
     def remove(self, node: int) -> None:
-        """A node did not answer. The newest spare one takes its place. Unknown nodes are ignored."""
+        """Removes a node that did not answer. The newest spare one takes its place. Unknown nodes are ignored."""
         bucket = self._bucket(node)
         self._asked.discard(node)
         bucket.spare.pop(node, None)
@@ -179,7 +183,7 @@ class RoutingTable:
     def nearest(self, key: int, count: int, exclude: int | None = None) -> list[tuple[int, PeerID]]:
         """The nodes nearest to the key, nearest first, without `exclude` and spare nodes.
 
-        The nearest one of each neighbourhood, and the others only if there are too few.
+        Only the nearest node of each neighbourhood counts, unless there are too few.
         """
         found: list[tuple[int, bytes]] = []
         further: list[tuple[int, bytes]] = []
@@ -206,7 +210,7 @@ class RoutingTable:
         return bucket.depth < ID_BITS and (bucket.has(self._own) or bucket.depth % _DEPTH_STEP != 0)
 
     def _crowding(self, bucket: _Bucket, near: str) -> int | None:
-        """The newest node of the neighbourhood with the most, if it has two more than this neighbourhood."""
+        """The newest node of the largest neighbourhood, if that has at least two nodes more than this one."""
         if not near:
             return None
         count = Counter(self._near[node] for node in bucket.nodes if node in self._near)
@@ -224,7 +228,7 @@ class RoutingTable:
             self._near.pop(gone, None)
 
     def _split(self, bucket: _Bucket, node: int) -> _Bucket:
-        """Splits it into halves. Returns the one in which the node belongs."""
+        """Splits the bucket into halves. Returns the half to which the node belongs."""
         halves = [
             _Bucket(bucket.low, bucket.depth + 1),
             _Bucket(bucket.low + (1 << (ID_BITS - bucket.depth - 1)), bucket.depth + 1),
@@ -246,7 +250,7 @@ class Backoff:
         """Failures in a row, and the time until which the peer is not asked."""
 
     def failed(self, peer_id: PeerID, now: float) -> None:
-        """Calls that fail while it is not to be asked anyway count once."""
+        """Calls that fail while the peer should not be asked anyway count once."""
         times, until = self._failures.get(peer_id, (0, -1.0))
         if now >= until:
             pause_s = _FIRST_PAUSE_S * 2 ** min(times, _MOST_DOUBLINGS)

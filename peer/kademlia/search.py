@@ -40,7 +40,7 @@ _SAMPLES, _FEWEST_SAMPLES = 16, 8
 _EVERYWHERE: int = 2**ID_BITS
 _WIDER = 4
 _FAILURE = 2
-"""What a failure takes of a path's width; a question takes 1 while it is under way."""
+"""What a failure takes of a path's width. A question takes 1 while it is in progress."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class SearchLimits:
     doubt: int = 7
     """Further nodes that must answer before that, if those of the front have no value."""
     crowd: int = 64
-    """Nodes within reach that are asked, at most."""
+    """The most nodes within reach that are asked."""
     first: int = 4
     """Nodes asked before the first answer, when the known ones may be far from the key."""
     holders: int = REPLICAS
-    """Nearest nodes, at which writers store. Values elsewhere may be old: nodes hand them to new peers."""
+    """How many of the nearest nodes writers store at. Values elsewhere may be old: nodes hand them to new peers."""
     quorum: int = 3
-    """Holders whose values are enough: a majority."""
+    """How many holders must give their values: a majority."""
     witnesses: int = 2
     """Nodes elsewhere that are asked as well."""
     path: int = 6
@@ -66,28 +66,28 @@ class SearchLimits:
     most: int = 128
     """Nodes asked in total: a liar could name nearer ones forever."""
     spared: int = 32
-    """How many of those are only asked as nodes of the front. A peer that has just joined overrates the reach, and
-    would ask no others than nodes on the way.
+    """How many of those are reserved for nodes of the front. A peer that has just joined overestimates the reach, and
+    would otherwise ask only nodes on the way.
     """
     tries: int = 3
-    """How often a node is asked while nobody has answered: if few nodes are known, all requests may be lost."""
+    """How often a node is asked while nobody has answered. If few nodes are known, all requests may get lost."""
     contacts: int | None = 8
-    """Contacts that an answer brings for a key, of the nearest nodes; None: of all that it names. They weigh more than
-    all else in an answer.
+    """How many contacts an answer brings for a key, those of the nearest nodes; None: of all nodes it names. They take
+    more bytes than the rest of an answer.
     """
     is_frugal: bool = False
-    """Asks one node after the other until one gives its values, so that the others need only add to them. Goes on as
-    usual when one fails, when a few have answered and none had any, or after a second.
+    """Asks one node after the other until one gives its values, so that the others only add to them. Continues as usual
+    when one fails, when a few have answered and none had any, or after a second.
     """
 
 
 DEFAULT_LIMITS = SearchLimits()
 NEIGHBOURS = SearchLimits(front=BUCKET_SIZE, doubt=0, witnesses=0, quorum=2**31, contacts=None)
-"""The limits for a peer that joins and looks itself up: as many as fill a bucket of its routing table."""
+"""The limits for a peer that joins and looks itself up. It needs enough nodes to fill a bucket of its routing table."""
 
 
 class _Path:
-    """The nodes that one answer named. It takes at most `width` questions at the same time."""
+    """The nodes that one answer named. At most `width` of them are asked at the same time."""
 
     __slots__ = ("used", "width")
 
@@ -111,9 +111,9 @@ class IterativeSearch:
         reach: int = 0,
         near_of: Callable[[int], str] = lambda node: "",
     ) -> None:
-        """`known`: nodes that answered this peer before. `reach`: distance within which all nodes are asked.
+        """`known`: nodes that answered this peer before. `reach`: the distance within which all nodes are asked.
 
-        `near_of`: the neighbourhood that a node is in, empty if that does not matter.
+        `near_of`: returns a node's neighbourhood, empty if that does not matter.
         """
         self.key = key
         self.found_after: int | None = None
@@ -126,11 +126,11 @@ class IterativeSearch:
         self._usual_reach = reach
         self._near_of = near_of
         self._near: dict[int, str] = {}
-        """The neighbourhoods of nodes: what their contacts say, until they have answered from there."""
+        """The neighbourhoods of nodes: what their contacts say, until they have answered."""
         self._nearest: list[tuple[int, int]] = []
         """(distance, node) of the known nodes that have not failed, nearest first."""
         self._depth: dict[int, int] = {}
-        """The round that asks each node, 1 for those known at the start. Failed ones are included."""
+        """The round in which each node is asked, 1 for those known at the start. Includes failed nodes."""
         self._paths: dict[int, tuple[_Path, ...]] = {}
         """The paths on which each node may be asked."""
         self._charges: dict[int, tuple[_Path, int]] = {}
@@ -138,7 +138,7 @@ class IterativeSearch:
         self._asked: set[int] = set()
         self._answered: set[int] = set()
         self._awaited: set[int] = set()
-        """Witnesses that may answer, while none has."""
+        """Witnesses that may still answer, while none has."""
         self._failed: set[int] = set()
         """Nodes that failed in the current try."""
         self._tries = 1
@@ -150,7 +150,7 @@ class IterativeSearch:
 
     @property
     def satisfied(self) -> bool:
-        """Whether enough holders have given their values, and everybody within reach has answered."""
+        """Whether enough holders have given their values, and all nodes within reach have answered."""
         holders = sum(node in self._holding for node in self._holders())
         return holders >= self._limits.quorum and self._all_answered(self._within_reach())
 
@@ -161,12 +161,12 @@ class IterativeSearch:
 
     @property
     def finished(self) -> bool:
-        """Whether it is satisfied, or all of the nearest nodes have answered, and a witness has answered too."""
+        """Whether it is satisfied, or all of the nearest nodes and a witness have answered."""
         return not self._awaited and self._asks_no_more
 
     @property
     def waits_for_first(self) -> bool:
-        """Whether it asks one node only, and that one has not answered."""
+        """Whether it asks only one node, and that one has not answered."""
         return self._is_leading and any(map(self._is_pending, self._asked))
 
     @property
@@ -184,7 +184,7 @@ class IterativeSearch:
 
     @property
     def _is_doubtful(self) -> bool:
-        """Whether nodes that did not answer should be asked once more, since the others have no value."""
+        """Whether to ask silent nodes once more, because the others have no value."""
         if self._holding or self._tries > 1 or not self._failed or not self._limits.doubt:
             return False
         return self._all_answered(self._front())
@@ -194,7 +194,7 @@ class IterativeSearch:
 
     @property
     def asks_again(self) -> bool:
-        """Whether it is asking nodes again that did not answer."""
+        """Whether it is asking silent nodes again."""
         return self._tries > 1
 
     def ask(self) -> list[int]:
@@ -216,9 +216,10 @@ class IterativeSearch:
         return [node for node in wanted if self._send_to(node)]
 
     def _wanting(self) -> int:
-        """How many more nodes to ask: one more holder than the quorum needs.
+        """How many more nodes to ask: one holder more than the quorum needs.
 
-        If all holders have answered and too few had the value, the whole front: it may be stored beside its place.
+        If all holders have answered and too few had the value, the whole front is asked: the value may be stored a
+        little off.
         """
         holders = list(self._holders())
         if self._all_answered(holders):
@@ -230,7 +231,9 @@ class IterativeSearch:
         return node in self._asked and node not in self._answered
 
     def ask_witness(self, node: int) -> bool:
-        """Adds a node that is asked wherever it is; the search waits for one such. False if it is asked already."""
+        """Adds a witness, which is asked wherever it is. The search waits for one of them. False if it is asked
+        already.
+        """
         self._learn([node], 1, self._known)
         if node in self._asked or not self._send_to(node):
             return False
@@ -238,7 +241,7 @@ class IterativeSearch:
         return True
 
     def know(self, nodes: Iterable[int]) -> None:
-        """Adds nodes that have answered this peer; the next round may ask them."""
+        """Adds nodes that have answered this peer. The next round may ask them."""
         self._learn(nodes, self.rounds + 1, self._known)
 
     def hear(self, nodes: Iterable[int]) -> None:
@@ -246,14 +249,14 @@ class IterativeSearch:
         self._learn(nodes, self.rounds + 1, self._hearsay)
 
     def holds(self, node: int, has_value: bool) -> None:
-        """Adds this peer's own node, which needs no request."""
+        """Adds this peer itself, which needs no request."""
         self._own = node
         self._learn([node], 0, self._known)
         self._asked.add(node)
         self.answered(node, [], has_value)
 
     def answered(self, node: int, nearer: Iterable[int], has_value: bool) -> None:
-        """A node answered, perhaps late, and named these others."""
+        """The node answered, perhaps late, and named the `nearer` nodes."""
         depth = self._depth[node]
         self._restore(node)
         self._charge(node, 0)
@@ -271,7 +274,7 @@ class IterativeSearch:
         self._learn(nearer, depth + 1, _Path(self._limits.path))
 
     def hurry(self) -> None:
-        """A frugal search has taken long enough: it goes on as others do."""
+        """A frugal search has taken long enough: it continues as others do."""
         self._is_leading = False
 
     def failed(self, node: int) -> None:
@@ -281,7 +284,7 @@ class IterativeSearch:
             self._charge(node, _FAILURE)
 
     def pass_over(self, node: int) -> None:
-        """The node has failed elsewhere, so it is not asked, which costs its path nothing."""
+        """The node has failed elsewhere, so it is not asked. This costs its path nothing."""
         self._is_leading = False
         if self._remove(node):
             self._charge(node, 0)
@@ -291,9 +294,10 @@ class IterativeSearch:
         return [node for node, _ in self._spread(self._answered)]
 
     def places(self, usual: int, most: int, rng: random.Random) -> tuple[list[int], list[int]]:
-        """The nodes at which to store, and the other live nodes, which replace those that fail.
+        """The nodes to store at, and the other live nodes, which replace those that fail.
 
-        The usual number of the nearest nodes, and up to `most` in all within reach: who crowds there may be liars.
+        If more nodes than usual are within reach, up to `most` in all are drawn: those that crowd near the key may be
+        liars.
         """
         spread = list(self._spread(self._answered))
         nearest = [node for node, _ in spread]
@@ -323,7 +327,7 @@ class IterativeSearch:
             self._restore(node)
 
     def _usable(self) -> Iterator[tuple[int, bool]]:
-        """The nodes that were asked or may be asked, as `_spread` has them."""
+        """The nodes that were asked or may be asked, in the order of `_spread`."""
         return self._spread(self._paths, self._may_ask)
 
     def _may_ask(self, node: int) -> bool:
@@ -334,7 +338,7 @@ class IterativeSearch:
     ) -> Iterator[tuple[int, bool]]:
         """The wanted ones of these nodes, and whether each is the first of its neighbourhood.
 
-        The first ones come first, nearest first, and then all others.
+        The first ones of all neighbourhoods come first, nearest first, and then the others.
         """
         places: set[str] = set()
         further: list[tuple[int, bool]] = []
@@ -356,13 +360,15 @@ class IterativeSearch:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether more than twice as many nodes as should be are within the usual reach."""
+        """Whether more than twice as many nodes as expected are within the usual reach."""
         crowd = 2 * self._limits.holders
         return len(self._nearest) > crowd and self._nearest[crowd][0] <= self._usual_reach
 
     @property
     def _reach(self) -> int:
-        """Wider in a crowd, since few within the usual one may be honest."""
+        """The distance within which all nodes are asked. It is wider in a crowd, because few of the nearest may be
+        honest.
+        """
         return self._usual_reach * (_WIDER if self.is_crowded else 1)
 
     def _front(self) -> list[int]:
@@ -404,7 +410,7 @@ class IterativeSearch:
                 self._paths[node] = (*paths, path)
 
     def _send_to(self, node: int) -> bool:
-        """Whether one of its paths has room for the question."""
+        """Asks the node on one of its paths. False if none has room."""
         path = next((path for path in self._paths[node] if path.is_open), None)
         if path is None:
             return False
@@ -429,7 +435,7 @@ class IterativeSearch:
 
 
 class UsualReach:
-    """How far from a key its holders usually are: the median over keys that nobody could know beforehand."""
+    """How far from a key its holders usually are: the median over keys that nobody could know in advance."""
 
     def __init__(self, holders: int = DEFAULT_LIMITS.holders) -> None:
         self._holders = holders
@@ -437,25 +443,25 @@ class UsualReach:
 
     @property
     def missing(self) -> int:
-        """Samples that are needed to be certain."""
+        """How many samples are still needed for a reliable median."""
         return max(0, _FEWEST_SAMPLES - len(self._samples))
 
     def note(self, key: int, nearest: Sequence[int]) -> None:
-        """The live nodes nearest to a random key, as a search found them, nearest first."""
+        """Adds a sample: the live nodes nearest to a random key, as a search found them, nearest first."""
         if nearest:
             self._samples.append(self._estimate(key, nearest))
 
     def distance(self, own: int, neighbours: Sequence[int]) -> int:
-        """While there are too few samples, this peer's own neighbours are the only one."""
+        """While there are too few samples, this peer's own neighbours are the only sample."""
         if not self.missing:
             return statistics.median_low(self._samples)
         return self._estimate(own, neighbours)
 
     def _estimate(self, place: int, nearest: Sequence[int]) -> int:
-        """The distance from the place within which as many nodes are as a key has holders, on average.
+        """The distance from the place within which there are, on average, as many nodes as hold a key.
 
-        The nodes are counted by the cells that they occupy (linear counting, Whang et al. 1990). So a crowd, which is
-        in few cells, counts little.
+        Nodes are counted by the cells that they occupy (linear counting, Whang et al. 1990). So a crowd, which is in
+        few cells, counts little.
         """
         count = len(nearest)
         if count < self._holders:

@@ -1,8 +1,8 @@
 """How a node of the DHT serves other peers, within bounds.
 
-Bounded are what one message asks for or brings, how many calls are under way, how much work and how many bytes of
-answers each peer and all of them cause. One call at a time looks something up or stores it, in short slices, so that
-the loop is never held.
+Bounds apply to what one message may ask for or bring, to the calls in progress, and to the work and the bytes of
+answers that each peer and all peers together may cause. Look-ups and stores take turns, in short slices, so that they
+never hold the loop.
 """
 
 import asyncio
@@ -46,34 +46,34 @@ from peer.wire import dht_pb2
 Request = TypeVar("Request", bound=Message)
 
 _CALLS = 512
-"""Calls of others under way. From half of them on, a peer may have one."""
+"""Calls of others in progress. Once half of them are, each peer may have only one."""
 _CALLS_OF_PEER = 64
 _WORK = (2000.0, 1000.0)
-"""What others may make this peer do in a second, all and each. The unit is a key looked up or an entry checked, of
-0.1 ms or less.
+"""Units of work per second that others may cause, all together and each. A unit is a key looked up or an entry checked,
+and takes 0.1 ms or less.
 """
 _BYTES_OF_WORK = 2048
 """Packed bytes that count as one unit of work: to store an entry, all others of its key are unpacked."""
 _NEAREST_BURSTS = 1.5
-"""A peer that has used up its share of values gets only nearest nodes until it is ahead by this, and then nothing."""
+"""A peer that has used up its share of values gets only nearest nodes until it is this many bursts ahead, and then
+nothing.
+"""
 _RESULT_OVERHEAD_BYTES = 8
 _WORK_OF_CONTACT = 2
 _DIALS_BACK = (8.0, 32.0)
-"""Peers that are dialled back because they ask for it, in a second and at once. Neighbourhoods take turns."""
+"""Peers that are dialled back at their request, per second and at once. Neighbourhoods take turns."""
 _DIAL_BACK_S = CALL_DEADLINE_S - 1.0
-"""The longest time that a peer is dialled back, so that it still waits for the answer where a firewall drops
-everything.
-"""
+"""The longest time for a dial back. If a firewall drops it, the peer still gets its answer in time."""
 _DIALS_WAITING, _DIALS_WAITING_NEAR = 128, 32
 _NAMED_FIRST = 8
-"""Nearest nodes whose contacts come with a result. Those of the others come if the message has room for them."""
+"""How many of the nearest nodes come with their contacts. Other contacts are added if the message has room."""
 
 
 class DHTServer:
     """Answers other peers' calls. A bad request gets an empty answer, and so does one beyond a bound."""
 
     def __init__(self, node: KademliaNode, guard: ParseGuard | None = None) -> None:
-        """`guard`: of this process."""
+        """`guard`: the process's."""
         self.guard: ParseGuard = guard or ParseGuard()
         self._node = node
         self._metrics = node.metrics
@@ -112,7 +112,7 @@ class DHTServer:
             return b""
 
     async def ping(self, sender: PeerID, request: dht_pb2.PingRequest) -> dht_pb2.PingResponse:
-        """Tells the time and, if asked, whether this peer can dial back."""
+        """Tells the time and, if asked, whether this peer can dial the sender."""
         node = self._node
         with self._admit(sender, 1) as is_admitted:
             if not is_admitted:
@@ -124,13 +124,13 @@ class DHTServer:
             if request.validate:
                 self._learn(sender, request.peer)
                 response.available = await self._dials_back(sender)
-                response.dht_time = node.now()  # which has taken its time
+                response.dht_time = node.now()  # read again, because dialling back takes time
             else:
                 self._meet(sender, request.peer)
             return response
 
     async def _dials_back(self, sender: PeerID) -> bool:
-        """Whether the sender is reached in time. Not tried if too many ask for that."""
+        """Whether the sender can be dialled in time. Not tried if too many peers ask for it."""
         near = self._node.transport.contacts.origin_of(sender)
         try:
             async with asyncio.timeout(_DIAL_BACK_S):
@@ -142,7 +142,7 @@ class DHTServer:
             return False
 
     async def store(self, sender: PeerID, request: dht_pb2.StoreRequest) -> dht_pb2.StoreResponse:
-        """Tells for each entry whether it was stored."""
+        """Answers for each entry whether it was stored."""
         count = len(request.keys)
         columns = (request.subkeys, request.values, request.expiration_time)
         if any(len(column) != count for column in columns) or count > MAX_ITEMS:
@@ -158,8 +158,8 @@ class DHTServer:
     async def find(self, sender: PeerID, request: dht_pb2.FindRequest) -> dht_pb2.FindResponse:
         """For each key, what is stored here and the nearest nodes that this peer knows.
 
-        When a message is full, the rest of the keys have no result, and are asked again. A peer that has had more
-        than its share hears of the nearest nodes only, and then of nothing.
+        When a message is full, the remaining keys get no result, and the sender asks again. A peer that has had more
+        than its share gets only nearest nodes, and then nothing.
         """
         node, keys = self._node, request.keys
         response = dht_pb2.FindResponse(peer=node.info)
@@ -190,7 +190,9 @@ class DHTServer:
 
     @contextlib.contextmanager
     def _admit(self, sender: PeerID, work: int) -> Iterator[bool]:
-        """Whether this call is handled now. Otherwise the sender has too much under way, or had too much done."""
+        """Whether this call is handled now. If not, the sender has too many calls in progress, or has caused too much
+        work.
+        """
         now, busy = asyncio.get_running_loop().time(), self._under_way.total()
         most = _CALLS_OF_PEER if busy < _CALLS / 2 else 1
         if busy >= _CALLS or self._under_way[sender] >= most or not self._work.allows(sender, now):
@@ -262,12 +264,12 @@ class DHTServer:
         self._spend(sender, response.ByteSize(), now)
 
     def _unpacked(self, packed: bytes, sender: PeerID, now: float) -> Entries:
-        """At the sender's expense."""
+        """Counts as the sender's work."""
         self._work.take(sender, len(packed) / _BYTES_OF_WORK, now)
         return unpack_entries(packed)
 
     def _wanted_of(self, key: int, entries: Entries, have: Container[int], room: int | None) -> bytes:
-        """What is stored under a key without what the sender has, or some of it."""
+        """What is stored under a key, without what the sender has, or a part of it."""
         new = {
             subkey: entry for subkey, entry in entries.items() if digest_of(key, subkey, entry) not in have
         }
@@ -281,7 +283,7 @@ class DHTServer:
     async def _store_all(
         self, request: dht_pb2.StoreRequest, response: dht_pb2.StoreResponse, sender: PeerID
     ) -> None:
-        """The entries of one key are stored together."""
+        """Stores the entries of each key together."""
         node, loop = self._node, asyncio.get_running_loop()
         cached = list(request.in_cache) or [False] * len(request.keys)
         brought: dict[int, Entries] = {}
@@ -293,7 +295,7 @@ class DHTServer:
         for number, (name, subkey, value, expires_at, is_cached) in enumerate(rows):
             await slices.pause()
             if len(name) != ID_BYTES or is_cached:
-                continue  # Talkoot peers never store in caches, which would only be more to keep
+                continue  # Talkoot peers never store in caches; keeping cached entries would only cost memory
             try:
                 entries = self._entries(sender, subkey, value, expires_at)
             except WireError:
@@ -325,12 +327,12 @@ class _NamedContacts:
     """The contacts that go into one answer, each once, as long as there is room."""
 
     def __init__(self, node: KademliaNode, known: Iterable[int]) -> None:
-        """`known`: to whoever asks; the first bits of NodeIDs."""
+        """`known`: the first bits of the NodeIDs that the caller knows."""
         self._contacts = node.transport.contacts
         self._told = set(known)
 
     def is_new(self, node: int) -> bool:
-        """Whether whoever asks has not been told yet."""
+        """Whether the caller has not been told of this node yet."""
         return first_bits(node) not in self._told
 
     def add(self, nodes: Iterable[tuple[int, PeerID]], response: dht_pb2.FindResponse, room: int) -> int:

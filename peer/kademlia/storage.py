@@ -24,11 +24,11 @@ from peer.kademlia.validation import (
 )
 
 _KEY_BYTES = 256
-"""Memory of a key beside its packed entries: the objects, and its places in a dictionary and a list. Measured."""
+"""Measured memory of a key besides its packed entries: the objects, and its places in a dictionary and a list."""
 _FRAGMENTATION = 1.3
-"""Memory for each byte that is packed: pieces of different sizes, evicted at random, leave gaps. Measured."""
+"""Measured memory per packed byte: pieces of different sizes, evicted at random, leave gaps."""
 _LOOKED_AT = 8
-"""Keys drawn whenever something is stored; those that have expired go. So about an eighth are expired ones."""
+"""Keys drawn whenever something is stored; the expired ones are dropped. So about an eighth of all keys are expired."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class StoreBounds:
     answer_bytes_per_s: float = 2 * 2**20
     """Rate of all answers."""
     answer_bytes_per_s_of_peer: float = 512 * 2**10
-    """Rate of answers to one peer, which may ask for a while's worth at once when it gets to know the swarm."""
+    """Rate of answers to one peer. It may get several seconds' worth at once when it gets to know the swarm."""
     handed_bytes_per_s: float = 256 * 2**10
-    """Rate of handing entries to new peers. Each one counts for the whole store, which is searched for it."""
+    """Rate of handing entries to new peers. Each new peer is charged for the whole store, because all of it is
+    searched.
+    """
 
     def answer_rates(self, upload_limit: float | None) -> tuple[float, float]:
-        """The rates of answers to all peers and to each: at most a quarter of what this peer uploads."""
+        """The rates of answers to all peers and to each: together at most a quarter of the upload limit."""
         most = math.inf if upload_limit is None else upload_limit / 4
         return min(self.answer_bytes_per_s, most), min(self.answer_bytes_per_s_of_peer, most)
 
@@ -92,7 +94,7 @@ class _Stored(NamedTuple):
 
 
 class BoundedStorage:
-    """When it is full, it evicts keys at random, so that no writer can choose which."""
+    """The entries of all keys. When it is full, it evicts keys at random, so that no writer can choose which."""
 
     def __init__(
         self,
@@ -103,18 +105,18 @@ class BoundedStorage:
     ) -> None:
         """`now`: Unix time in seconds."""
         self.bytes: int = 0
-        """The memory of all entries."""
+        """The memory of all entries, in bytes."""
         self._bounds = bounds
         self._metrics = metrics
         self._now = now
         self._rng = rng or random.SystemRandom()
         self._stored: dict[int, _Stored] = {}
         self._order: list[int] = []
-        """The same keys, to draw from."""
+        """The same keys, as a list to draw from."""
         self._report()
 
     def put(self, key: int, entries: Entries) -> set[Subkey]:
-        """Stores those that are newer than what is stored. Returns their subkeys."""
+        """Stores the entries that are newer than the stored ones. Returns their subkeys."""
         if not entries:
             return set()
         now, held = self._now(), self.get(key)
@@ -143,7 +145,7 @@ class BoundedStorage:
         return {subkey: entry for subkey, entry in entries.items() if entry.expires_at > now}
 
     def packed(self, key: int) -> bytes:
-        """The same, as `pack_entries` packs them. Empty if there are none."""
+        """The same, packed by `pack_entries`. Empty if there are none."""
         now, stored = self._now(), self._stored.get(key)
         if stored is None or stored.last_expiry <= now:
             return b""
@@ -163,7 +165,7 @@ class BoundedStorage:
         return 0 if stored is None else len(stored.packed)
 
     def keys(self) -> list[int]:
-        """The keys now in the store. Some may have expired."""
+        """The keys in the store. Some may have expired."""
         return list(self._order)
 
     def clear(self) -> None:
@@ -184,9 +186,9 @@ class BoundedStorage:
         )
 
     def _fitting(self, entries: Entries, newest: Subkey) -> Entries:
-        """The entries that fit under one key. Evicts others than `newest` at random, large ones the likelier.
+        """The entries that fit under one key. Evicts entries other than `newest` at random, large ones more often.
 
-        So a few writers of large entries displace each other rather than those of many small ones.
+        So a few writers of large entries displace each other, not the many writers of small ones.
         """
         size = packed_bytes(entries)
         others = {subkey: entry_bytes(subkey, entry) for subkey, entry in entries.items() if subkey != newest}

@@ -1,8 +1,7 @@
-"""The DHT's calls over gRPC: pinned to the certificates in contacts, in sessions, on the server that the peer has.
+"""The DHT's calls over gRPC: pinned to the certificates in contacts, in sessions, on the peer's own server.
 
-The answer has a deadline, and the dial and the session before it have another: a busy peer may take most of one for
-TLS. Whoever is not there costs its dial, and is then left alone for a while, unless it says in a newer contact that it
-is elsewhere.
+An answer has a deadline of its own, and so have the dial and the session before it: a busy peer may take most of one
+for TLS. A peer that can't be dialled is then left alone for a while, unless a newer contact says that it is elsewhere.
 """
 
 import asyncio
@@ -34,15 +33,15 @@ from peer.transport.endpoints import AddressScope, Endpoint, address_of
 from peer.wire import contact_pb2, dht_pb2, session_pb2
 
 _CHANNELS = 512
-"""Connections to others, of which those that have not been used for a while are closed."""
+"""The most connections to others. Those unused for a while are closed."""
 _CALLS, _CALLS_OF_PEER = 1024, 64
-"""Calls in progress, to all peers and to each. Further ones to a peer wait: it would refuse them."""
+"""Calls in progress, to all peers and to each. Further calls to a peer wait, because it would refuse them."""
 _TRY_S = 5.0
 """How long the addresses of a peer are tried. A stranger's dials must not take the channels of others."""
 _SILENT_S = 5.0
 """How long a peer is left alone after nobody answered at its addresses."""
 _REFUSED = (StatusCode.FAILED_PRECONDITION, StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED)
-"""How a server says that it opens no session with this peer: not only now, but as it is."""
+"""The statuses by which a server says that it will not open a session with this peer, now or later."""
 _IDLE_MS = 60_000
 _OPTIONS: Options = [
     *(
@@ -54,13 +53,13 @@ _OPTIONS: Options = [
     ("grpc.http2.lookahead_bytes", 2 * MAX_MESSAGE_BYTES),
     ("grpc.client_idle_timeout_ms", _IDLE_MS),
 ]
-"""What a peer that is asked can send unasked is bounded by the messages of the DHT."""
+"""Bounds what a called peer can send by the DHT's largest message."""
 _SERVICE = dht_pb2.DESCRIPTOR.services_by_name["DhtService"]
 
 
 @dataclass(frozen=True)
 class _Given:
-    """A peer at an address that the owner gave. Its certificate came from there."""
+    """A peer at an address that the owner gave. Its certificate was fetched from there."""
 
     peer_id: PeerID
     addresses: tuple[Endpoint, ...]
@@ -70,7 +69,7 @@ class _Given:
 
 
 class _Turns:
-    """The calls of one peer."""
+    """The calls to one peer."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -78,7 +77,7 @@ class _Turns:
 
 
 class GrpcTransport:
-    """One peer's calls of others' DHT nodes, and theirs of its own. Close it when done."""
+    """One peer's calls to the DHT nodes of others, and their calls to its own. Close it when done."""
 
     def __init__(
         self,
@@ -88,7 +87,9 @@ class GrpcTransport:
         own: OwnContact,
         dialling: Dialling | None = None,
     ) -> None:
-        """`contacts`: of this process. `dialling`: its rules; None: all of this machine may be dialled."""
+        """`contacts`: the process's. `dialling`: the process's rules; None: any address on this machine may be
+        dialled.
+        """
         self.peer_id: PeerID = identity.peer_id
         self.contacts = contacts
         self._own = own
@@ -98,7 +99,7 @@ class GrpcTransport:
         self._handlers: dict[str, Handler] = {}
         self._given = BoundedDict[PeerID, _Given](_CHANNELS)
         self._silent = BoundedDict[PeerID, tuple[float, object]](_CALLS)
-        """Until when a peer is left alone, and what was known of it then."""
+        """Until when each silent peer is left alone, and what was known of it when it was silent."""
         self._refusals = BoundedDict[PeerID, str](_CHANNELS)
         self._turns: dict[PeerID, _Turns] = {}
         """The turns of peers that are being called."""
@@ -108,9 +109,9 @@ class GrpcTransport:
         return self._own.message()
 
     async def call(self, peer_id: PeerID, method: str, request: bytes, deadline_s: float) -> bytes | None:
-        """The peer's reply; None if there is none in time, or if nobody knows where it is.
+        """The peer's reply; None if none comes in time, or if nobody knows where the peer is.
 
-        `deadline_s`: until there is a session, and then until the reply.
+        `deadline_s`: for opening a session, and again for the reply.
         """
         if sum(turns.calls for turns in self._turns.values()) >= _CALLS or not self._may_be_there(peer_id):
             return None
@@ -135,15 +136,15 @@ class GrpcTransport:
         return reply
 
     def refusal_of(self, peer_id: PeerID) -> str | None:
-        """Why the peer opens no session with this one, in its words; None if it has not said that it does not."""
+        """Why the peer opens no session with this one, in its words; None if it has not refused."""
         return self._refusals.get(peer_id)
 
     async def serve(self, method: str, handler: Handler) -> None:
-        """Answers other peers' calls from now on, on the servers to which it was added."""
+        """Answers other peers' calls from now on, on the servers that `add_to` was called with."""
         self._handlers[method] = handler
 
     def add_to(self, server: grpc.aio.Server, sessions: Sessions) -> None:
-        """Serves the DHT there, to callers in sessions. Call it before the server starts."""
+        """Serves the DHT on a server, to callers in sessions. Call it before the server starts."""
         methods: dict[str, Any] = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 partial(self._answer, sessions, method.name.lower())
@@ -166,7 +167,7 @@ class GrpcTransport:
 
     @contextlib.asynccontextmanager
     async def _turn(self, peer_id: PeerID, until: float) -> AsyncIterator[None]:
-        """Raises TimeoutError."""
+        """Waits for a place among the calls to a peer. Raises TimeoutError."""
         turns = self._turns.setdefault(peer_id, _Turns())
         turns.calls += 1
         try:
@@ -184,10 +185,10 @@ class GrpcTransport:
     async def _call(
         self, peer_id: PeerID, method: str, request: bytes, deadline_s: float, until: float
     ) -> bytes:
-        """Once again if the session has ended, or the channel was closed to make room for others.
+        """Calls the peer, and again if the session has ended, or the channel was closed to make room for others.
 
-        `deadline_s`: for the session, and for the reply; `until`: for all of it. Raises UnreachableError, TimeoutError,
-        ExpertError and AioRpcError.
+        `deadline_s`: for the session, and again for the reply. `until`: for everything. Raises UnreachableError,
+        TimeoutError, ExpertError and AioRpcError.
         """
         clock = asyncio.get_running_loop().time
         path = f"/{_SERVICE.full_name}/{method.capitalize()}"
@@ -199,7 +200,7 @@ class GrpcTransport:
                 metadata = await self._sessions.metadata(peer_id, channel, open_until - clock())
             call: Any = channel.unary_unary(path)
             try:
-                # gRPC keeps to the deadline itself: it leaks calls that are cancelled (issue 43360)
+                # gRPC enforces the deadline itself: it leaks calls that are cancelled (issue 43360)
                 left_s = max(0.0, min(deadline_s, until - clock()))
                 reply: bytes = await call(request, timeout=left_s, metadata=metadata)
                 return reply
@@ -213,7 +214,7 @@ class GrpcTransport:
         raise UnreachableError(f"the channel to {peer_id} was closed meanwhile")
 
     async def _find(self, peer_id: PeerID, deadline_s: float) -> Contact:
-        """What the peer says, or else where the owner says that it is. Raises UnreachableError."""
+        """Where the peer is: what its own contact says, or else the owner. Raises UnreachableError."""
         contact = self.contacts.get(peer_id)
         if contact is not None:
             return contact

@@ -1,8 +1,8 @@
-"""What this peer accepts of the values that other peers pack, answer and hand over.
+"""What this peer accepts of the values that other peers store, answer and hand over.
 
-A value is refused by its size before it is unpacked, contains no types of its sender's choice, and nests nothing: an
-unpacker that followed nested tuples as deep as they go would end the process with a stack overflow. A dictionary is one
-level of entries. Those that the validator rejects are left out, and the others are used.
+A value is refused by its size before it is unpacked, can't choose types, and can't be nested: with nested tuples of any
+depth, an unpacker would end the process by a stack overflow. A dictionary is one level of entries. Entries that the
+validator rejects are left out, and the others are used.
 """
 
 import asyncio
@@ -22,35 +22,35 @@ from peer.loop import TimeSlices
 from peer.parsing import ParseGuard
 
 MAX_MESSAGE_BYTES = 128 * 2**10
-"""The limit of a message, in either direction."""
+"""The limit for a message, in either direction."""
 MAX_ENTRIES = 512
-"""Under one key. A shard of nodes is full at 192."""
+"""The most entries under one key. A shard of nodes is full at 192."""
 MAX_KEY_BYTES = 96 * 2**10
 """All entries of one key, packed. With the nearest nodes, they fit into one message."""
 MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 8 * 2**10
-"""The limit for what an answer or a request carries besides its sender's identity."""
+"""The limit for an answer or a request, without its sender's identity."""
 MAX_FIND_KEYS = 16
 """Keys in one look-up request. Their nearest nodes take 19 KiB of the answer, and three records for each 48 KiB."""
 MAX_ITEMS = 256
 """Items in one request to store entries."""
 MAX_DIGESTS = 2048
-"""Digests in one look-up request: 16 KiB, of entries that the caller has."""
+"""Digests in one look-up request, of entries that the caller has: 16 KiB."""
 SMALL_ENTRY_BYTES = 160
-"""An index entry, packed, is no larger. Answers include such entries even if a caller wants no others."""
+"""A packed index entry is no larger. Answers include such entries even if the caller wants no others."""
 ITEM_OVERHEAD_BYTES = 64
-"""What an item takes in such a request beside its value."""
+"""What an item takes in a store request besides its value."""
 MAX_SUBKEY_BYTES = 64
 DICTIONARY = b""
-"""What stands in place of a subkey when the value is a dictionary of entries."""
+"""Stands in place of a subkey if the value is a dictionary of entries."""
 _MAX_NUMBER = 2**31
 _ENTRY_BYTES = 24
-"""The most that msgpack needs for an entry beside its subkey and value."""
+"""The most bytes that msgpack needs for an entry besides its subkey and value."""
 _HEADER_BYTES = 32
-"""The same, for a dictionary beside its entries."""
+"""The most bytes that msgpack needs for a dictionary besides its entries."""
 _DICTIONARY_TYPE = 0x50
 """The msgpack extension type of a dictionary."""
 _NO_BOUND = math.inf
-"""A dictionary begins with the most entries that it may have."""
+"""Stands at the beginning of a dictionary, as the largest number of entries it may have."""
 
 Subkey: TypeAlias = int | bytes
 """A coordinate or a PeerID."""
@@ -85,24 +85,24 @@ class Validator(Protocol):
 
 
 class EntryChecker:
-    """Reads the entries that other peers bring. Whatever fails at one counts as not said.
+    """Reads the entries that other peers bring. Entries that can't be read are ignored.
 
-    Validators judge one message after the other, in slices that don't hold the loop.
+    Validators judge one message after another, in slices that don't hold the loop.
     """
 
     def __init__(self, guard: ParseGuard | None = None) -> None:
-        """`guard`: of this process."""
+        """`guard`: the process's."""
         self._guard = guard or ParseGuard()
         self._turn = asyncio.Lock()
 
     def unpack(self, sender: PeerID, data: bytes) -> Entries:
-        """The entries of a dictionary; empty if it is none."""
+        """The entries of a dictionary; empty if the data is not one."""
         return self._guard.read("dht", sender, partial(unpack_entries, data)) or {}
 
     async def accepted(
         self, validator: Validator | None, sender: PeerID, key: int, entries: Entries
     ) -> Entries:
-        """The entries that the validator accepts; all, if there is none."""
+        """The entries that the validator accepts; all of them if there is no validator."""
         if validator is None:
             return entries
         kept, packed = {}, id_bytes(key)
@@ -117,13 +117,13 @@ class EntryChecker:
 
 
 def pack(value: object) -> bytes:
-    """A value, or a subkey."""
+    """Packs a value or a subkey."""
     packed: bytes = msgpack.packb(value)
     return packed
 
 
 def unpack(data: bytes) -> str | bytes | int:
-    """A value, or a subkey. Raises WireError."""
+    """Unpacks a value or a subkey. Raises WireError."""
     value = _unpack(data, _refuse_type, max_array_len=0, max_map_len=0, max_ext_len=0)
     if type(value) not in (str, bytes, int):
         raise WireError("a value of the DHT is text, bytes or a number")
@@ -139,9 +139,9 @@ def unpack_subkey(data: bytes) -> Subkey:
 
 
 def unpack_entries(data: bytes) -> Entries:
-    """The entries of a dictionary that another peer packed, without those that are malformed. Raises WireError.
+    """The entries of a dictionary that another peer packed, without malformed ones. Raises WireError.
 
-    If there are too many, a sample is taken, so that nobody can choose which are lost.
+    If there are too many, a random sample is kept, so that nobody can choose which are lost.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"a dictionary of {len(data)} bytes")
@@ -156,14 +156,14 @@ def unpack_entries(data: bytes) -> Entries:
 
 
 def pack_entries(entries: Mapping[Subkey, Entry]) -> bytes:
-    """A dictionary, as it travels."""
+    """Packs a dictionary for the wire."""
     latest = max((entry.expires_at for entry in entries.values()), default=-math.inf)
     rows = [[subkey, *entry] for subkey, entry in entries.items()]
     return pack(msgpack.ExtType(_DICTIONARY_TYPE, pack([_NO_BOUND, latest, rows])))
 
 
 def packed_bytes(entries: Mapping[Subkey, Entry]) -> int:
-    """An upper bound of what `pack_entries` makes."""
+    """An upper bound for the size that `pack_entries` returns."""
     return _HEADER_BYTES + sum(entry_bytes(subkey, entry) for subkey, entry in entries.items())
 
 
@@ -173,18 +173,18 @@ def entry_bytes(subkey: Subkey, entry: Entry) -> int:
 
 
 def digest_of(key: int, subkey: Subkey, entry: Entry) -> int:
-    """Names an entry to a peer that may have the same. Who renews an entry gives it a later expiry."""
+    """Names an entry to a peer that may have the same. A renewed entry has a later expiry, and so another digest."""
     name = id_bytes(key) + pack([subkey, entry.expires_at])
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
 def large_entries(entries: Entries) -> int:
-    """How many are not index entries."""
+    """How many of the entries are not index entries."""
     return sum(entry_bytes(subkey, entry) > SMALL_ENTRY_BYTES for subkey, entry in entries.items())
 
 
 def some_of(entries: Entries, room: int, rng: random.Random) -> Entries:
-    """The small entries, and of the others as many as fit into `room` bytes, drawn at random."""
+    """The small entries, and as many of the others as fit into `room` bytes, drawn at random."""
     kept = {}
     for subkey in rng.sample(list(entries), len(entries)):
         size = entry_bytes(subkey, entries[subkey])
@@ -199,7 +199,7 @@ def some_of(entries: Entries, room: int, rng: random.Random) -> Entries:
 def _unpack(data: bytes, hook: Any, **bounds: int) -> Any:
     try:
         return msgpack.unpackb(data, ext_hook=hook, raw=False, **bounds)
-    except (ValueError, TypeError, RecursionError) as error:  # ValueError: all of msgpack's own
+    except (ValueError, TypeError, RecursionError) as error:  # ValueError: includes all of msgpack's own
         raise WireError("not packed as values of the DHT are") from error
 
 
@@ -210,7 +210,7 @@ def _mark_dictionary(code: int, data: bytes) -> msgpack.ExtType:
 
 
 def _drop_type(code: int, data: bytes) -> None:
-    """An entry with such a value is malformed."""
+    """Makes an entry with such a value malformed."""
 
 
 def _refuse_type(code: int, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Which of the three starts programs for their user here."""
+"""Chooses the service manager that starts programs for their user on this system."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""How a user's commands reach their running process: a unix socket in its folder, or loopback and a secret.
+"""How a user's commands reach their running process: by a unix socket in its folder, or by loopback and a secret.
 
-Where Python has no unix sockets, or the folder's path is too long for one, the process listens on loopback. It writes
-its port and a random token into a file that only its user can read, and each client sends the token first.
+If Python has no unix sockets, or the folder's path is too long for one, the process listens on loopback. It writes its
+port and a random token into a file that only its user can read, and each client sends the token first.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _LOOPBACK = "127.0.0.1"
 _TOKEN_BYTES = 32
 _LONGEST_FILE = 1024
 _LONGEST_PATH = 100
-"""Bytes of a unix socket's path, where no short path leads to a long one."""
+"""The longest path of a unix socket, in bytes, on systems without a short path to every open folder."""
 _UCRED = struct.Struct("3i")
 """Linux's `struct ucred`: pid, uid, gid."""
 _LOCAL_PEERCRED, _LOCAL_PEERPID = 1, 2
@@ -39,7 +39,7 @@ Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class _Door(BaseModel):
-    """The file that leads to a process on loopback."""
+    """The file that tells clients how to reach a process on loopback."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,7 +49,7 @@ class _Door(BaseModel):
 
 
 class ControlListener:
-    """The process's end. Its folder belongs to the user, and is locked by this process."""
+    """The process's end. Its folder belongs to the user and is locked by this process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -57,7 +57,7 @@ class ControlListener:
 
     async def listen(self, accept: Accept, limit: int, backlog: int) -> asyncio.Server:
         """Raises OSError."""
-        self.remove()  # a killed process leaves its own behind
+        self.remove()  # a killed process leaves its socket behind
         if sys.platform != "win32" and _has_room(self._folder):
             return await self._listen_on_unix(accept, limit, backlog)
         server = await asyncio.start_server(accept, _LOOPBACK, 0, limit=limit, backlog=backlog)
@@ -71,7 +71,7 @@ class ControlListener:
         return server
 
     async def admits(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Whether the client is of this user, or root. Reads the token, if there is one."""
+        """Whether the client belongs to this user or to root. Reads the token, if there is one."""
         if self._token:
             given = await reader.readuntil(b"\n")
             return hmac.compare_digest(given.rstrip(b"\n"), self._token.encode())
@@ -89,7 +89,7 @@ class ControlListener:
             try:
                 with _short(self._folder) as path:
                     listener.bind(path)
-                    os.chmod(path, 0o600)  # before it listens, so that nobody else can connect
+                    os.chmod(path, 0o600)  # done before listening, so that nobody else can connect
             except OSError:
                 listener.close()
                 raise
@@ -97,10 +97,10 @@ class ControlListener:
 
 
 def connect(folder: Path, deadline_s: float) -> tuple[socket.socket, int]:
-    """A connection to the process of this folder, and its id. Raises OSError.
+    """A connection to the process of this folder, and its process id. Raises OSError.
 
-    That is FileNotFoundError or ConnectionRefusedError if none listens. The port of a killed process may be another
-    user's by now.
+    If none listens, that is FileNotFoundError or ConnectionRefusedError. The port of a killed process may belong to
+    another user by now.
     """
     door = _read_door(folder)
     if door is not None:
@@ -121,7 +121,7 @@ def connect(folder: Path, deadline_s: float) -> tuple[socket.socket, int]:
 
 
 def _read_door(folder: Path) -> _Door | None:
-    """None if there is no such file. Raises OSError, also for one that is not ours."""
+    """None if there is no such file. Raises OSError, also if the file is not this user's."""
     try:
         with os.fdopen(open_plainly(folder / TOKEN_FILE, os.O_RDONLY), "rb") as file:
             return _Door.model_validate_json(file.read(_LONGEST_FILE))
@@ -141,7 +141,7 @@ def _closing_on_error(made: socket.socket) -> Iterator[None]:
 
 
 def _has_room(folder: Path) -> bool:
-    """Whether a unix socket in the folder can be reached. Linux has a short path to every folder that is open."""
+    """Whether the path of a unix socket in the folder is short enough. Linux has a short path to every open folder."""
     return sys.platform == "linux" or len(os.fsencode(folder / SOCKET)) <= _LONGEST_PATH
 
 

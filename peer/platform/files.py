@@ -27,7 +27,7 @@ def lock(descriptor: int) -> None:
 
 
 def wait_for_lock(descriptor: int, deadline_s: float) -> None:
-    """Locks a file as soon as no other process has it. Raises BlockingIOError when that takes too long."""
+    """Locks a file as soon as no other process has it locked. Raises BlockingIOError at the deadline."""
     deadline = time.monotonic() + deadline_s
     while True:
         try:
@@ -39,14 +39,16 @@ def wait_for_lock(descriptor: int, deadline_s: float) -> None:
 
 
 def user_id() -> int | None:
-    """This process's user, as `stat` names owners. None on Windows: there access lists keep others out."""
+    """This process's user id, as `stat` gives the owners of files. None on Windows, where access lists keep
+    others out.
+    """
     if sys.platform == "win32":
         return None
     return os.geteuid()
 
 
 def open_plainly(path: Path, flags: int, mode: int = 0o600) -> int:
-    """A descriptor of what is no link, for names that others may have led elsewhere. A pipe never blocks.
+    """Opens a file that is not a link, for names that others may have redirected. Opening a pipe never blocks.
 
     Raises OSError.
     """

@@ -76,7 +76,7 @@ def stop() -> None:
 
 
 def forget() -> None:
-    """launchd reads no folder before the next login."""
+    """launchd does not read the folder again before the next login."""
 
 
 def describe() -> tuple[bool | None, str]:

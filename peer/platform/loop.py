@@ -1,4 +1,4 @@
-"""The event loop: uvloop's where there is one."""
+"""The event loop: uvloop's where uvloop is available."""
 
 import asyncio
 import sys
@@ -12,7 +12,9 @@ _SLICE_S = 0.2
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Else asyncio's own, which on Windows is the one that has child processes and any number of connections."""
+    """A new loop. asyncio's own loop on Windows is the one that supports child processes and any number of
+    connections.
+    """
     try:
         import uvloop
     except ImportError:
@@ -21,9 +23,10 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def result_of(future: "Future[T]", timeout_s: float | None) -> T:
-    """Waits for it on the main thread, so that signals are heard meanwhile. Raises TimeoutError, and what it raised.
+    """Waits for a future on the main thread, so that signals are still handled. Raises TimeoutError, or the future's
+    error.
 
-    On Windows no signal ends a wait, so there it is many short ones.
+    On Windows, a signal does not interrupt a wait, so there the wait is split into many short ones.
     """
     if sys.platform != "win32":
         return future.result(timeout_s)
@@ -33,7 +36,7 @@ def result_of(future: "Future[T]", timeout_s: float | None) -> T:
         try:
             return future.result(left)
         except TimeoutError:
-            if future.done():  # with this error, or at this moment
+            if future.done():  # the future itself raised this error, or has ended just now
                 return future.result()
             if deadline is not None and time.monotonic() >= deadline:
                 raise

@@ -1,4 +1,4 @@
-"""What the machine says of itself: its name, clocks, battery and load."""
+"""What the machine says about itself: its name, clocks, battery and load."""
 
 import ctypes
 import platform
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 
 _TIMEX_BYTES = 256
-"""Larger than `struct timex` on any architecture."""
+"""More than the size of `struct timex` on any architecture."""
 _TIME_ERROR = 5
 _TESTED = ("Linux", "x86_64")
 _TO_SET_THE_CLOCK = {
@@ -21,7 +21,7 @@ _TO_SET_THE_CLOCK = {
 
 @dataclass(frozen=True, slots=True)
 class ProcessorTimes:
-    """Seconds since the machine started, of all cores together."""
+    """Seconds since the machine started, summed over all cores."""
 
     total: float
     busy: float
@@ -33,7 +33,7 @@ def system() -> str:
 
 
 def why_experimental() -> str:
-    """What to know of Talkoot on this machine's system; empty where it is tested."""
+    """What a user should know about Talkoot on this operating system; empty where it is tested."""
     name, machine = platform.system(), platform.machine()
     if (name, machine) == _TESTED:
         return ""
@@ -46,7 +46,7 @@ def why_experimental() -> str:
 
 
 def seconds_since_boot() -> float:
-    """A steady clock that goes on while the machine sleeps."""
+    """A steady clock that also counts while the machine sleeps."""
     if sys.platform == "linux":
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     if sys.platform == "darwin":
@@ -55,7 +55,7 @@ def seconds_since_boot() -> float:
 
 
 def clock_is_synchronised() -> bool | None:
-    """Whether the clock is, as Linux's kernel says (adjtimex(2)); None: nothing is known."""
+    """Whether the clock is synchronised, according to Linux's kernel (adjtimex(2)); None if that is not known."""
     if sys.platform != "linux":
         return None
     kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
@@ -69,22 +69,24 @@ def how_to_set_the_clock() -> str:
 def processor_times() -> ProcessorTimes:
     times = psutil.cpu_times()
     if sys.platform == "linux":
-        total = sum(times) - times.guest - times.guest_nice  # which are within user and nice, too
+        total = sum(times) - times.guest - times.guest_nice  # these two are also counted in user and nice
         return ProcessorTimes(total, total - times.idle - times.iowait)
     if sys.platform == "win32":
-        total = times.user + times.system + times.idle  # interrupts are within system, too
+        total = times.user + times.system + times.idle  # interrupts are also counted in system
     else:
         total = sum(times)
     return ProcessorTimes(total, total - times.idle)
 
 
 def load() -> float:
-    """Cores that were busy in the last minute. On Windows it is 0 at first: psutil counts from now on."""
+    """The number of busy cores, averaged over the last minute. On Windows it is 0 at first: psutil counts from the
+    first call.
+    """
     return psutil.getloadavg()[0]
 
 
 def on_battery() -> bool:
-    """A machine that does not say counts as plugged in."""
+    """A machine that does not report a battery counts as plugged in."""
     try:
         battery = psutil.sensors_battery()
     except OSError:

@@ -1,4 +1,6 @@
-"""Whether this machine can run p2pd, libp2p's daemon, which hivemind brings. Nothing of hivemind is imported here."""
+"""Whether this machine can run p2pd, the libp2p daemon that comes with hivemind. Nothing of hivemind is
+imported here.
+"""
 
 import platform
 from importlib.util import find_spec
@@ -7,7 +9,7 @@ from pathlib import Path
 REINSTALL = "reinstall it: `python -m pip install --force-reinstall --no-deps hivemind==1.1.12`"
 _INSTALL = "python -m pip install hivemind==1.1.12"
 _OFFERED = {("Linux", "x86_64"), ("Darwin", "x86_64"), ("Darwin", "arm64")}
-"""Systems and machines for which hivemind has wheels with a p2pd of their own."""
+"""Systems and machines for which hivemind has wheels that contain p2pd."""
 _ELF, _MACH_O = b"\x7fELF", b"\xcf\xfa\xed\xfe"
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 """e_machine → what platform.machine() says."""
@@ -21,7 +23,7 @@ def why_unavailable() -> str:
 
 
 def is_offered() -> bool:
-    """Whether hivemind brings a p2pd for this platform, so that one that is missing can be installed."""
+    """Whether hivemind has a p2pd for this platform, so that a missing one can be installed."""
     return (platform.system(), platform.machine()) in _OFFERED
 
 
@@ -50,7 +52,9 @@ def _why_unavailable(system: str, machine: str, path: Path | None) -> str:
 
 
 def _built_for(header: bytes) -> tuple[str, str] | None:
-    """The system and the machine of a program, by its first 20 bytes: Linux programs in ELF, and those of macOS."""
+    """The system and the machine that a program was built for, from its first 20 bytes: ELF on Linux, Mach-O on
+    macOS.
+    """
     if len(header) == 20 and header.startswith(_ELF):
         number = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
         return "Linux", _ELF_MACHINES.get(number, f"machine {number}")

@@ -17,17 +17,19 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8
 """Parameters of mallopt, as malloc.h numbers them."""
 _KEPT_BYTES = 256 * 2**20
 _LARGE_BYTES = 32 * 2**20
-"""The most that glibc takes for this parameter. What is larger goes back to the system as soon as it is freed."""
+"""The highest value that glibc accepts for this parameter. Larger blocks return to the system as soon as they are
+freed.
+"""
 _WINDOWS_DESCRIPTORS = 2**16
-"""Windows has no limit for the handles of a process that it would reach."""
+"""Windows limits the handles of a process, but at more than a process here would need."""
 _NICE_BELOW_NORMAL = 1
-"""From here on a process runs below the normal priority on Windows, and from here on when nothing else does:"""
+"""From this niceness on, a process runs below normal priority on Windows."""
 _NICE_IDLE = 15
 
-# Each runs in a fresh interpreter, which then becomes the child. Linux is asked for SIGKILL when the parent ends
-# (PR_SET_PDEATHSIG = 1); elsewhere a second process waits for the end of either. Both check that the parent has not
-# ended already. A separate process group keeps Ctrl-C from the child: only the parent gets it, which still needs the
-# child in order to leave properly.
+# Each of these programs runs in a fresh interpreter, which then becomes the child. On Linux the kernel sends SIGKILL
+# when the parent ends (PR_SET_PDEATHSIG = 1); elsewhere a second process waits for the end of either. Both check that
+# the parent has not ended already. A separate process group keeps Ctrl-C from the child: only the parent gets it, and
+# it still needs the child to leave properly.
 _KILL_WITH_PARENT = "import ctypes;ctypes.CDLL(None).prctl(1,9) and sys.exit('prctl failed')\n"
 _WATCH_PARENT = """\
 import select
@@ -59,7 +61,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 CHILD_FLAGS = 0
-"""For `creationflags`: they keep Ctrl-C from the child, which elsewhere does so by itself."""
+"""For `creationflags`: on Windows they keep Ctrl-C from the child. Elsewhere the child sees to that itself."""
 if sys.platform == "win32":
     CHILD_FLAGS = subprocess.CREATE_NEW_PROCESS_GROUP
 
@@ -67,7 +69,7 @@ if sys.platform == "win32":
 def die_with_parent(arguments: Sequence[str], most_bytes: int = 0) -> list[str]:
     """The command line that runs `arguments` as a child that is killed when this process ends in any way.
 
-    `most_bytes`: of address space; 0: any number. Windows and macOS do not hold a child to it.
+    `most_bytes`: the limit of its address space; 0: no limit. Windows and macOS do not enforce it.
     """
     if sys.platform == "win32":
         _end_children_with_this_process()
@@ -78,7 +80,7 @@ def die_with_parent(arguments: Sequence[str], most_bytes: int = 0) -> list[str]:
 
 
 def ask_to_end(pid: int) -> None:
-    """Asks a child that was started with CHILD_FLAGS to leave in good order. Raises ProcessLookupError."""
+    """Asks a child that was started with CHILD_FLAGS to end in an orderly way. Raises ProcessLookupError."""
     if sys.platform == "win32":
         os.kill(pid, signal.CTRL_BREAK_EVENT)
     else:
@@ -98,7 +100,7 @@ def usable_cores() -> int:
 
 
 def lower_priority(niceness: int) -> None:
-    """Lets other programs go first. Call it before any thread starts: a thread inherits its starter's priority."""
+    """Lets other programs run first. Call it before any thread starts: a thread inherits its starter's priority."""
     if sys.platform != "win32":
         os.nice(max(0, niceness - os.nice(0)))
     elif niceness >= _NICE_IDLE:
@@ -116,31 +118,33 @@ def most_descriptors() -> int:
 
 
 def open_descriptors() -> int:
-    """How many it has."""
+    """How many files and connections this process has open."""
     if sys.platform == "win32":
         return psutil.Process().num_handles()
     return len(os.listdir("/dev/fd"))
 
 
 def raise_descriptor_limit() -> None:
-    """Lets this process and its children have as many open files and connections as the system allows."""
+    """Raises the limit of open files and connections, for this process and its children, as far as the system
+    allows.
+    """
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
-            with contextlib.suppress(ValueError, OSError):  # macOS names no number
+            with contextlib.suppress(ValueError, OSError):  # macOS gives no number
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def keep_freed_memory() -> None:
-    """Lets the process keep up to 256 MiB that it freed. Call it before threads start: they have their own arenas.
+    """Lets the process keep up to 256 MiB of freed memory. Call it before threads start: they have their own arenas.
 
-    Each batch frees its gradients and activations, and the next one needs as much again. Returning the memory to the
-    system and having it zeroed again took a tenth of a node's processor time. Only glibc has these settings.
+    Each batch frees its gradients and activations, and the next one needs as much again. Returning that memory to the
+    system, which then zeroes it again, took a tenth of a node's CPU time. Only glibc has these settings.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(_MOST_ARENAS, 1)  # what one thread freed is good for the others
+            libc.mallopt(_MOST_ARENAS, 1)  # memory that one thread freed can be used by the others
             libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
             libc.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
 
@@ -181,7 +185,8 @@ if sys.platform == "win32":
         )
 
     def _end_children_with_this_process() -> None:
-        """Puts this process, and so its children, into a job that ends with its only handle, which is ours.
+        """Puts this process, and so its children, into a job. The job ends with its only handle, which this process
+        holds.
 
         Raises OSError.
         """

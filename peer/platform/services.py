@@ -1,4 +1,4 @@
-"""Programs that the system starts for their user, and how its own tools are called."""
+"""What service managers have in common: programs that the system starts for their user, and running its own tools."""
 
 import subprocess
 from collections.abc import Sequence
@@ -13,20 +13,22 @@ _DEADLINE_S = 30.0
 
 @dataclass(frozen=True)
 class Program:
-    """What is started, when its user logs in or the machine does."""
+    """A program that is started when its user logs in or the machine starts."""
 
     command: tuple[str, ...]
     folder: Path
-    """Where it runs, and the only place that it writes to."""
+    """The folder that it runs in, and the only one that it writes to."""
 
 
 class ServiceManager(Protocol):
-    """What starts it: the modules `systemd`, `launchd` and `task_scheduler`. All functions raise StartError."""
+    """What starts the program: the modules `systemd`, `launchd` and `task_scheduler`. All functions raise
+    StartError.
+    """
 
     NAME: str
     """The name of the service in the system's tools."""
     WAITS_FOR_THE_END: bool
-    """Whether `stop`, and `start` of one that runs, ask the program to leave and wait until it has."""
+    """Whether `stop`, and `start` if the program runs already, ask the program to end and wait until it has."""
     ENCODING: str
     """The encoding of the definition's file."""
 
@@ -34,37 +36,37 @@ class ServiceManager(Protocol):
         """The path of the file that defines the service."""
 
     def definition(self, program: Program, *, sandboxed: bool) -> str:
-        """What is in that file."""
+        """The content of that file."""
 
     def folder_in(self, definition: str) -> Path:
-        """The program's folder. Raises ValueError if the file is of another maker."""
+        """The program's folder. Raises ValueError if the file was written by something else."""
 
     def require(self) -> None:
-        """Raises StartError, with an alternative, when the system can't do it for this user."""
+        """Raises StartError, which names an alternative, if the system can't do it for this user."""
 
     def can_sandbox(self) -> bool: ...
 
     def start(self, *, again: bool) -> None:
-        """Has the service started from now on, and starts it. `again`: it was installed, and its file may be new."""
+        """Starts the service now and from now on. `again`: it was installed before, and its file may be new."""
 
     def stop(self) -> None:
-        """Has it no longer started, and stops it. Its file is removed afterwards."""
+        """Stops the service now and for good. Its file is removed afterwards."""
 
     def forget(self) -> None:
-        """After the file was removed or put back."""
+        """Called after the file was removed or restored."""
 
     def describe(self) -> tuple[bool | None, str]:
-        """Whether it runs, None if the system does not say, and what the system says in words."""
+        """Whether the service runs, None if the system does not say, and what the system says in words."""
 
     def advice(self) -> str:
-        """What else its user has to do; empty if nothing."""
+        """What else the user has to do; empty if nothing."""
 
 
 INSTEAD = "start `talkoot node --join INVITE` from your own start-up scripts instead"
 
 
 def run(*command: str) -> str:
-    """Returns what a tool printed. Raises StartError with what it said when it fails."""
+    """Returns the output of a tool. If the tool fails, raises StartError with that output."""
     ended = attempt(*command)
     if ended.returncode:
         raise StartError(f"`{' '.join(command)}` failed: {reason(ended)}")

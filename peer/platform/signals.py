@@ -13,8 +13,8 @@ if sys.platform == "win32":
     _CLOSED, _ALARM = signal.SIGBREAK, signal.SIGABRT
 else:
     _CLOSED, _ALARM = signal.SIGHUP, signal.SIGALRM
-"""The signals of a closed terminal, and of an alarm. On Windows, nobody sends that one, and a process that aborts ends
-all the same.
+"""The signals of a closed terminal and of an alarm. On Windows, nobody sends the former, and a process that aborts ends
+in any case.
 """
 
 
@@ -28,7 +28,7 @@ def stop_signals() -> list[signal.Signals]:
 def on_loop(
     loop: asyncio.AbstractEventLoop, numbers: Iterable[signal.Signals], handle: Callable[[int], None]
 ) -> Iterator[None]:
-    """Inside, signals are handled on the main thread's loop. Afterwards they are ignored."""
+    """Handles these signals on the main thread's loop while inside. Afterwards they are ignored."""
     numbers = list(numbers)
     for number in numbers:
         if sys.platform == "win32":
@@ -49,7 +49,9 @@ def on_loop(
 
 
 class Alarm:
-    """Calls back on the main thread after a while, between two steps of whatever runs there. One for each process."""
+    """Calls back on the main thread after a while, between two bytecodes of whatever runs there. One for each
+    process.
+    """
 
     def __init__(self, ring: Callable[[], None]) -> None:
         self._ring = ring

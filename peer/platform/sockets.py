@@ -1,7 +1,8 @@
-"""Sockets between the parts of one process: unix sockets, and where Python has none, connections on loopback.
+"""Sockets between the parts of one process: unix sockets, or connections on loopback where Python has none.
 
-gRPC in this process listens on one and dials others. Only this user can enter the folder of unix sockets. On loopback
-any program of this machine can connect, so whoever accepts checks that it was this process.
+gRPC in this process listens on some of them and dials others. Only this user can enter the folder of unix sockets. On
+loopback any program on this machine can connect, so the accepting side checks that the connection comes from this
+process.
 """
 
 import asyncio
@@ -22,16 +23,18 @@ from peer.platform.files import user_id
 
 _LOOPBACK = "127.0.0.1"
 _PREFIX = "talkoot-sockets-"
-"""How a folder's name begins. The process id and a random word follow."""
+"""The prefix of a folder's name. The process id and a random word follow."""
 _PROCESS_ID = re.compile(r"[0-9]{1,9}")
 _LONGEST_PARENT = 40
-"""Bytes. A unix socket's path has at most 107, and its own folder and name need the rest."""
+"""The longest parent folder, in bytes. A unix socket's path has at most 107, and the folder and the socket need the
+rest.
+"""
 
 Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class ServerSocket:
-    """Where this process's gRPC server listens. Each connection to it has a name of its own."""
+    """Where this process's gRPC server listens. gRPC sees each connection to it under a name of its own."""
 
     def __init__(self) -> None:
         self._folder = SocketFolder()
@@ -40,7 +43,7 @@ class ServerSocket:
 
     @property
     def to_bind(self) -> str:
-        """The address for `add_secure_port`, which says the port to `bound`."""
+        """The address for `add_secure_port`. Pass the port that it returns to `bound`."""
         return f"{_LOOPBACK}:0" if sys.platform == "win32" else f"unix:{self._folder.path('server')}"
 
     def bound(self, port: int) -> None:
@@ -79,7 +82,7 @@ class ServerSocket:
 
 
 class SocketFolder:
-    """A folder for unix sockets, made when it is needed."""
+    """A folder for unix sockets, created when it is first needed."""
 
     def __init__(self) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -90,16 +93,16 @@ class SocketFolder:
         return Path(self._folder.name) / name
 
     def close(self) -> None:
-        """Removes it. Closing twice is harmless."""
+        """Removes the folder. Closing twice is harmless."""
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
 
 def bind_within(folder: SocketFolder, name: str) -> tuple[socket.socket, str]:
-    """A socket on which to `serve_within`, and the address at which gRPC in this process reaches it. Raises OSError.
+    """A socket for `serve_within`, and the address at which gRPC in this process reaches it. Raises OSError.
 
-    `name`: of at most 16 characters.
+    `name`: at most 16 characters.
     """
     if sys.platform == "win32":
         made = socket.create_server((_LOOPBACK, 0))
@@ -116,7 +119,7 @@ def bind_within(folder: SocketFolder, name: str) -> tuple[socket.socket, str]:
 
 
 async def serve_within(accept: Accept, bound: socket.socket, limit: int) -> asyncio.Server:
-    """Accepts this process's own connections. Raises OSError. `limit`: bytes that a stream buffers."""
+    """Accepts connections from this process only. Raises OSError. `limit`: bytes that a stream buffers."""
     if sys.platform != "win32":
         return await asyncio.start_unix_server(accept, sock=bound, limit=limit)
 
@@ -131,7 +134,7 @@ async def serve_within(accept: Accept, bound: socket.socket, limit: int) -> asyn
 
 
 def remove_socket(address: str) -> None:
-    """Removes what `bind_within` left on disk. Connections that are open stay open."""
+    """Removes what `bind_within` left on disk. Open connections stay open."""
     if address.startswith("unix:"):
         Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
@@ -144,7 +147,7 @@ async def streams_of(made: socket.socket) -> tuple[asyncio.StreamReader, asyncio
 
 
 async def attach(protocol: asyncio.Protocol, made: socket.socket) -> None:
-    """Makes the protocol that of a socket of `ServerSocket.dial`. Raises OSError."""
+    """Connects a protocol to a socket from `ServerSocket.dial`. Raises OSError."""
     loop = asyncio.get_running_loop()
     if sys.platform == "win32":
         await loop.create_connection(lambda: protocol, sock=made)
@@ -153,7 +156,7 @@ async def attach(protocol: asyncio.Protocol, made: socket.socket) -> None:
 
 
 def private_socket_folder() -> "tempfile.TemporaryDirectory[str]":
-    """A new folder for unix sockets that only this user can enter, whatever the umask. Its owner removes it."""
+    """A new folder for unix sockets that only this user can enter, whatever the umask. The caller removes it."""
     parent = Path(tempfile.gettempdir())
     if len(os.fsencode(parent)) > _LONGEST_PARENT and sys.platform != "win32":
         parent = Path("/tmp")  # noqa: S108  # the folder itself has an unpredictable name
@@ -171,14 +174,14 @@ def sweep_socket_folders() -> None:
 
 
 def _is_own(port: int) -> bool:
-    """Whether a connection from this port is of this process."""
+    """Whether a connection from this port comes from this process."""
     connections = psutil.Process().net_connections("tcp4")
     return any(each.laddr and each.laddr.port == port for each in connections)
 
 
 def _remove_dead(folder: Path) -> None:
-    """Removes a folder, but only one of this user with nothing but dead sockets in it. Others live in another process
-    namespace.
+    """Removes a folder if it belongs to this user and contains only dead sockets. A live one may belong to a process in
+    another namespace.
     """
     about = folder.lstat()
     if stat.S_ISDIR(about.st_mode) and about.st_uid == user_id():
@@ -188,7 +191,8 @@ def _remove_dead(folder: Path) -> None:
 
 
 def _is_unbound(path: Path) -> bool:
-    """Whether no process holds a unix stream socket, even in another network namespace, which /proc would not show.
+    """Whether no process holds this unix stream socket, not even one in another network namespace, which /proc would
+    not show.
 
     The probe is a datagram socket. It can't connect to a stream socket, so it does not disturb a listener.
     """

@@ -1,4 +1,4 @@
-"""Linux: a service of the user's own systemd."""
+"""Linux: a service of the user's own systemd instance."""
 
 import configparser
 import getpass
@@ -16,7 +16,7 @@ WAITS_FOR_THE_END = True
 ENCODING = "utf-8"
 _INSTEAD = "start `talkoot node --join INVITE` from your own start-up scripts, tmux or cron's @reboot instead"
 _SANDBOX = ("PrivateUsers=yes", "ProtectSystem=full", "ProtectHome=read-only")
-"""Needs user namespaces, which some distributions deny to a user's services."""
+"""They need user namespaces, which some distributions deny to user services."""
 _TEMPLATE = """\
 [Unit]
 Description=Talkoot node: hosts experts of a swarm
@@ -50,7 +50,9 @@ WantedBy=default.target
 [X-Talkoot]
 State={state}
 """
-"""KillMode: only the node gets SIGTERM. It ends p2pd once it has left: callers may come through it until then."""
+"""KillMode: only the node gets SIGTERM. The node stops p2pd after it has left, because callers may come through p2pd
+until then.
+"""
 
 
 def path() -> Path:
@@ -70,7 +72,7 @@ def definition(program: Program, *, sandboxed: bool) -> str:
 
 
 def folder_in(definition: str) -> Path:
-    # a unit may repeat a key, and has no interpolation
+    # a unit may contain a key twice, and has no interpolation
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     try:
         unit.read_string(definition)
@@ -91,7 +93,7 @@ def require() -> None:
 
 
 def can_sandbox() -> bool:
-    """Tries it with `true`."""
+    """Tries to run `true` in the sandbox."""
     properties = (f"--property={line}" for line in _SANDBOX)
     return (
         attempt("systemd-run", "--user", "--wait", "--collect", "--quiet", *properties, "true").returncode
@@ -144,7 +146,7 @@ def _run(*arguments: str) -> str:
 
 
 def _quoted(argument: str) -> str:
-    """An argument quoted for a unit's command line (systemd.service(5), "Command lines")."""
+    """Quotes an argument for a unit's command line (systemd.service(5), "Command lines")."""
     escaped = argument.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{_without_specifiers(escaped).replace("$", "$$")}"'
 

@@ -15,7 +15,7 @@ from peer.platform.services import INSTEAD, Program, run
 NAME = "Talkoot node"
 WAITS_FOR_THE_END = False
 ENCODING = "utf-16"
-"""As schtasks wants it."""
+"""The encoding that schtasks expects."""
 _SCHEMA = "http://schemas.microsoft.com/windows/2004/02/mit/task"
 _WITHOUT_WINDOW = "pythonw.exe"
 _TASK = {
@@ -89,7 +89,7 @@ def stop() -> None:
 
 
 def forget() -> None:
-    """The scheduler keeps a copy of its own."""
+    """The scheduler keeps its own copy of the file."""
 
 
 def describe() -> tuple[bool | None, str]:

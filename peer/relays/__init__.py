@@ -1,1 +1,1 @@
-"""Relays over gRPC, for peers whose router lets nobody in."""
+"""Relays over gRPC, for peers whose router accepts no incoming connections."""

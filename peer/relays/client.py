@@ -30,21 +30,21 @@ from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 Method: TypeAlias = Literal["Reserve", "Dial", "Accept"]
 Message: TypeAlias = "relay_pb2.ReserveRequest | relay_pb2.CircuitPiece"
 Call: TypeAlias = Any
-"""grpc's StreamStreamCall, whose messages have no type."""
+"""grpc's StreamStreamCall, whose messages are untyped."""
 _OWN_CHANNELS, _DIAL_CHANNELS = 16, 256
-"""Limits for channels to relays where this peer has reservations, and to those of others. They are separate because
-strangers name the latter.
+"""Limits for channels to relays where this peer has reservations, and to the relays of others. They are separate
+because strangers name the latter.
 """
 _FETCH_S = 5.0
 _OPEN_S = ACCEPT_S + 2.0
-"""Time for a session and the relay's first reply; it waits for the other end in between."""
+"""Time for a session and the relay's first reply, for which the relay waits until the other end accepts."""
 _IDLE_S = 600.0
-"""A circuit that carries nothing for this long ends. gRPC opens another when it needs one."""
+"""A circuit that carries nothing for this long is closed. gRPC opens another when it needs one."""
 
 
 @dataclass(frozen=True)
 class Relay:
-    """Where a relay is called; what `ChannelPool` needs to know of it."""
+    """Where a relay is called; as much as `ChannelPool` needs to know about it."""
 
     peer_id: PeerID
     endpoint: Endpoint
@@ -70,18 +70,18 @@ class RelayClient:
         own_endpoint: Callable[[], Endpoint | None] = lambda: None,
         admission: Admission | None = None,
     ) -> None:
-        """`dialling`: the rules for addresses that others wrote; None: all of this machine may be dialled.
+        """`dialling`: the rules for addresses that others wrote; None: any address on this machine may be dialled.
 
-        `certificate_of`: a relay's certificate, PEM, if it is known. If not, it is fetched.
+        `certificate_of`: returns a relay's certificate, PEM, if it is known. Otherwise it is fetched.
 
         `own_endpoint`: where this peer's own server listens on this machine; None: it has none. Through it, this peer
-        reaches peers whose reservations are at itself.
+        reaches peers that have their reservation here.
 
-        `admission`: has this peer's badge.
+        `admission`: provides this peer's badge.
         """
         self.peer_id: PeerID = identity.peer_id
         self.circuits: int = 0
-        """Open now, those to others and those that others opened."""
+        """The number of open circuits, to others and from others."""
         self.bytes: Counter = Counter(
             "talkoot_circuit_bytes", "Carried in this peer's circuits, both ways.", registry=metrics
         )
@@ -100,7 +100,7 @@ class RelayClient:
         self._fetched = BoundedDict[PeerID, bytes](_DIAL_CHANNELS)
 
     async def relay(self, peer_id: PeerID, endpoint: Endpoint) -> Relay:
-        """A relay of which nothing else is known. Raises UnreachableError."""
+        """A relay of which only its PeerID and endpoint are known. Raises UnreachableError."""
         if peer_id == self.peer_id:
             own = self._own_endpoint()
             if own is None:
@@ -115,7 +115,8 @@ class RelayClient:
         return Relay(peer_id, endpoint, pem)
 
     async def open(self, method: Method, relay: Relay, first: Message) -> Call:
-        """Begins a call that lasts, once the relay's first reply has come, which must be empty. Cancel it when done.
+        """Begins a long-lived call. Returns after the relay's first reply, which must be empty. Cancel the call when
+        done.
 
         Raises UnreachableError.
         """
@@ -188,13 +189,13 @@ class CircuitStream:
                 await self._call.write(relay_pb2.CircuitPiece(data=data))
 
     async def end(self) -> None:
-        """Waits until the relay has ended it, too: so it has taken all."""
+        """Waits until the relay has ended the call, too, and so has taken everything."""
         with breaking():
             await self._call.done_writing()
             await self._call.code()
 
     async def keep_alive(self) -> None:
-        """Sends an empty piece when nothing else was sent for a while. For ever. Raises OSError."""
+        """Sends an empty piece whenever nothing else was sent for a while. Never returns. Raises OSError."""
         while True:
             await asyncio.sleep(BEAT_S)
             if not self._wrote:
@@ -204,7 +205,7 @@ class CircuitStream:
 
 @contextmanager
 def breaking() -> Iterator[None]:
-    """Raises ConnectionError if a call ends inside, in whatever way."""
+    """Raises ConnectionError if a call inside ends, in any way."""
     try:
         with while_open():
             yield
@@ -215,10 +216,12 @@ def breaking() -> Iterator[None]:
 
 
 async def _begun(call: Call, first: Message) -> Call:
-    """The call, once its first message has gone and an empty one has come. Raises ExpertError or ConnectionError."""
+    """Sends a call's first message and reads an empty reply, then returns the call. Raises ExpertError or
+    ConnectionError.
+    """
     try:
         with breaking():
-            with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # its status says why
+            with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the status below says why
                 await call.write(first)
                 reply = await call.read()
                 if reply is not grpc.aio.EOF:

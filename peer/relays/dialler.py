@@ -19,11 +19,11 @@ from peer.wire import relay_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PEERS = 256
-"""Peers that can be dialled without opening a socket again."""
+"""Peers that can be dialled without opening another socket."""
 _CIRCUITS = 256
-"""Circuits at the same time."""
+"""The most open circuits."""
 _TRIED = 4
-"""Relays of one peer."""
+"""How many relays of one peer are tried."""
 _HEAD_START_S = 1.0
 """How long one relay is tried alone before the next is tried beside it."""
 _DIAL_S = 15.0
@@ -41,11 +41,11 @@ class RelayDialler:
         self._client = client
         self._listeners = Listeners(_PEERS, self._forward)
         self._tasks = TaskSet()
-        """The circuits."""
+        """One task for each circuit."""
         self._tries = TaskSet()
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
-        """As of `Listeners`."""
+        """See `Listeners.open_to`."""
         return await self._listeners.open_to(peer_id, addresses)
 
     def address_of(self, peer_id: PeerID) -> str:
@@ -59,7 +59,7 @@ class RelayDialler:
         await self._tries.aclose()
 
     async def _forward(self, peer_id: PeerID, addresses: Sequence[Multiaddress], accepted: Pipe) -> None:
-        """Handles a connection of this process's own gRPC."""
+        """Handles a connection from this process's own gRPC."""
         with contextlib.closing(accepted[1]):
             if len(self._tasks) >= _CIRCUITS:
                 return
@@ -77,7 +77,7 @@ class RelayDialler:
                     logger.debug("a circuit ended: %s", error)
 
     async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> Call:
-        """A circuit by the first relay that opens one. Cancel the call when done. Raises UnreachableError."""
+        """A circuit through the first relay that opens one. Cancel the call when done. Raises UnreachableError."""
         waiting = [a for a in addresses if a.is_relayed and a.peer_id == peer_id and a.dialled != peer_id]
         del waiting[_TRIED:]
         tries: set[asyncio.Task[Call]] = set()
@@ -109,7 +109,7 @@ class RelayDialler:
 
 
 async def _drop(tries: "set[asyncio.Task[Call]]") -> None:
-    """Ends tries that are no longer needed, and what they have opened."""
+    """Ends attempts that are no longer needed, and the calls that they have opened."""
     for task in tries:
         task.cancel()
     for result in await asyncio.gather(*tries, return_exceptions=True):

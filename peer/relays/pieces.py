@@ -10,21 +10,21 @@ from peer.wire import relay_pb2
 
 Piece: TypeAlias = "relay_pb2.CircuitPiece"
 PIECE_BYTES = 64 * 2**10
-"""The most in one piece."""
+"""The largest piece."""
 SENT_BYTES = 32 * 2**10
-"""The most that an end puts into one. A relay passes a piece on once it has all of it, so large ones come late; small
-ones cost the relay's processor more.
+"""The largest piece that an end sends. A relay forwards a piece only when it has all of it, so large pieces arrive
+late; small ones cost the relay more CPU time.
 """
 CIRCUIT_BYTES = 16
 """The size of a circuit's name, which is random and known only to its two ends."""
 BEAT_S = 6.0
-"""An end that has sent nothing for so long sends something empty. The gate ends calls that say nothing for 20 s."""
+"""An end that has sent nothing for this long sends an empty piece. The gate ends calls that are silent for 20 s."""
 ACCEPT_S = 10.0
 """How long a circuit waits to be accepted."""
 
 
 def read_piece(piece: Piece) -> bytes:
-    """The data of a piece that is not the first. Raises ExpertError (INVALID_ARGUMENT)."""
+    """The data of any piece but the first. Raises ExpertError (INVALID_ARGUMENT)."""
     data = piece.data
     if len(data) > PIECE_BYTES:
         raise ExpertError(StatusCode.INVALID_ARGUMENT, f"a piece has at most {PIECE_BYTES} bytes")
@@ -48,7 +48,7 @@ def read_target(piece: Piece) -> PeerID:
 
 
 def read_circuit(piece: Piece) -> bytes:
-    """Which circuit the first piece of Accept names. Raises ExpertError (INVALID_ARGUMENT)."""
+    """The circuit that the first piece of Accept names. Raises ExpertError (INVALID_ARGUMENT)."""
     if piece.data or piece.peer_id or len(piece.circuit) != CIRCUIT_BYTES:
         raise ExpertError(StatusCode.INVALID_ARGUMENT, "the first piece names a circuit, and nothing else")
     return piece.circuit

@@ -1,7 +1,8 @@
-"""The side of a peer that nobody can reach directly: it keeps reservations at relays, and accepts who calls there.
+"""The side of a peer that nobody can reach directly: it keeps reservations at relays, and accepts calls that come
+there.
 
-A relay may lie about who calls, and call without end. So what comes through one relay is bounded, and counts as one
-neighbourhood. TLS of the two ends runs inside: a relay can end a circuit, and nothing else.
+A relay may lie about who calls, and may call again and again. So what comes through one relay is limited, and counts as
+one neighbourhood. TLS between the two ends runs inside the circuit: a relay can end a circuit, and nothing else.
 """
 
 import asyncio
@@ -31,26 +32,24 @@ from peer.wire import relay_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 RelayExit: TypeAlias = Callable[[PeerID, PeerID], Awaitable[Pipe]]
-"""Takes a caller and the relay that names it. Connects it with this peer's gRPC server. Raises OSError."""
+"""Connects a caller, which this relay names, to this peer's gRPC server. Raises OSError."""
 Candidates: TypeAlias = Callable[[], Awaitable[Sequence[Contact]]]
-"""Peers that may relay, the best first. May raise UnreachableError."""
+"""Peers that may act as relays, the best first. May raise UnreachableError."""
 WANTED = 2
-"""Relays: one dies, and the other still leads here."""
+"""The number of relays to keep: if one dies, the other still leads here."""
 _ENDPOINTS_TRIED = 3
-"""Endpoints that are tried of one relay."""
+"""How many endpoints of one relay are tried."""
 _LOOK_S = 5.0
-"""The pause between two searches for a relay when there is none."""
+"""The pause between two searches when no relay was found."""
 _SILENT_S = 3 * BEAT_S
-"""A relay answers each request. One that says nothing for so long has gone."""
+"""A relay answers each request. One that is silent for this long has gone."""
 _STEADY_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
-"""Pauses until a relay that failed is tried again. The pause doubles until the relay has kept a reservation for a
-while.
-"""
+"""Pauses before a failed relay is tried again. They double until the relay has kept a reservation for a while."""
 _CIRCUITS_OF_RELAY = 32
 _REPLIES_PER_S, _REPLIES_AT_ONCE = 10.0, 64
 _ABUSE_S = 8.0
-"""How far beyond its rate a relay may go before it is given up."""
+"""How many seconds' worth a relay may exceed its rate before it is given up."""
 
 
 class Reservations:
@@ -65,7 +64,7 @@ class Reservations:
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`changed`: is called whenever `addresses` have changed."""
+        """`changed` is called whenever `addresses` changes."""
         Gauge(
             "talkoot_relays", "Relays through which others reach this peer now.", registry=metrics
         ).set_function(lambda: len(self._held))
@@ -74,20 +73,20 @@ class Reservations:
         )
         self.offers: Counter = start_at_zero(offers, "accepted", "failed", "refused")
         self.refusal: str = ""
-        """Why the relay that was asked last does not lead here; empty if it does, or none was asked."""
+        """Why the last relay asked does not lead here; empty if it does, or if none was asked."""
         self._client = client
         self._changed = changed
         self._rng = rng or random.SystemRandom()
         self._clock = clock
         self._exit: RelayExit | None = None
         self._held: dict[PeerID, Multiaddress] = {}
-        """Reservations by relay."""
+        """The addresses of reservations, by relay."""
         self._busy: dict[PeerID, Contact] = {}
-        """Relays that are tried or hold a reservation."""
+        """Relays that are being tried or hold a reservation."""
         self._pauses = BoundedDict[PeerID, tuple[float, float]](1024)
-        """Until when a relay that failed is avoided, and for how long that was."""
+        """For each failed relay, until when it is avoided, and how long that pause is."""
         self._circuits: Multiset[PeerID] = Multiset()
-        """Open, by relay."""
+        """Open circuits by relay."""
         self._keeping = TaskSet(restarts)
         self._accepting = TaskSet(restarts)
 
@@ -97,17 +96,17 @@ class Reservations:
         return tuple(self._held.values())
 
     def set_exit(self, open_exit: RelayExit) -> None:
-        """Leads callers there from now on. Before, none is accepted."""
+        """Connects callers there from now on. Until then, none is accepted."""
         self._exit = open_exit
 
     def keep(self, candidates: Candidates) -> None:
-        """Keeps reservations from now on, unless it does already."""
+        """Keeps reservations from now on, if it does not already."""
         if not self._keeping:
             for number in range(WANTED):
                 self._keeping.supervise(f"keep reservation {number + 1}", lambda: self._keep(candidates))
 
     async def drop(self) -> None:
-        """Gives the reservations up. Circuits that are open stay open."""
+        """Gives up the reservations. Open circuits stay open."""
         await self._keeping.aclose()
 
     async def close(self) -> None:
@@ -140,7 +139,7 @@ class Reservations:
             self._pause(contact.peer_id, self._clock() - began)
 
     def _choose(self, contacts: Sequence[Contact]) -> Contact | None:
-        """The best one, on a machine on which there is no other if possible."""
+        """The best contact, if possible on a machine where this peer has no other relay."""
         now = self._clock()
         machines = {address.ip for contact in self._busy.values() for address in contact.addresses}
         free = [
@@ -176,7 +175,7 @@ class Reservations:
                 self._changed()
 
     async def _reserve(self, contact: Contact) -> tuple[Relay, Call]:
-        """Reserves at the first of the relay's endpoints that answers. Raises UnreachableError."""
+        """Makes a reservation at the first of the relay's endpoints that answers. Raises UnreachableError."""
         failure = UnreachableError("it has no address")
         for endpoint in contact.addresses[:_ENDPOINTS_TRIED]:
             relay = Relay(contact.peer_id, endpoint, contact.certificate_pem)
@@ -187,7 +186,7 @@ class Reservations:
         raise failure
 
     async def _read_replies(self, relay: Relay, call: Call) -> None:
-        """Reads the relay's replies until they end. Raises OSError if it is silent, or calls too often."""
+        """Reads the relay's replies until they end. Raises OSError if the relay is silent, or brings too many calls."""
         bucket = TokenBucket(_REPLIES_PER_S, _REPLIES_AT_ONCE, self._clock())
         while True:
             async with asyncio.timeout(_SILENT_S):

@@ -1,7 +1,7 @@
-"""The relay's side: lets callers through to peers that hold a reservation here, within what its owner gives.
+"""The relay's side: connects callers to peers that hold a reservation here, within the limits that its owner sets.
 
-It sends no more than it receives, except for one small message to the peer that is dialled. It holds one piece of a
-circuit in each direction; what else has come waits in gRPC's windows, so that a slow end slows the other one down.
+It sends no more than it receives, except for one small message to the dialled peer. It holds one piece of a circuit in
+each direction. Everything else waits in gRPC's windows, so that a slow end slows down the other one.
 """
 
 import asyncio
@@ -31,19 +31,21 @@ from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 _RESERVATIONS, _RESERVATIONS_NEAR = 128, 16
 """Reservations in all, and in one neighbourhood."""
 _CIRCUITS, _CIRCUITS_OF_CALLER, _CIRCUITS_TO_TARGET = 128, 32, 32
-"""A swarm may have one relay, through which a trainer calls all its nodes. gRPC holds up to 1 MiB of each, each way."""
+"""A swarm may have only one relay, through which a trainer calls all its nodes. For each circuit, gRPC holds up to 1
+MiB in each direction.
+"""
 _DIALS_PER_S, _DIALS_AT_ONCE = 4.0, 64
 """Dials by one caller."""
 _TURNS_PER_S, _TURNS_AT_ONCE = 8.0, 32
-"""Turns of those that dial one peer."""
+"""Turns given to the callers of one peer."""
 _REQUESTS_PER_S, _REQUESTS_AT_ONCE = 0.5, 8
-"""Requests by which a peer with a reservation says that it is there."""
+"""Requests by which a peer with a reservation shows that it is still there."""
 _OFFERS = 64
-"""Callers of which a peer has not been told yet."""
+"""Callers that a peer has not been told of yet."""
 _LEAST_BYTES = 512
-"""The least size that a piece counts as: each takes time, however small it is."""
+"""A smaller piece counts as this many bytes, because even a small one costs time."""
 _ADMITS_EVERY_S = 10.0
-"""How often a call that lasts is asked whether its caller was denied or revoked since."""
+"""How often a long call is checked, in case its caller has been denied or revoked."""
 _CROWDED = "this relay has no room for more: try another"
 _DISPLACED = "others need this relay, too, and this has more than its share"
 _RETRY_S = 10.0
@@ -57,13 +59,13 @@ class _Reservation:
     """A peer that can be dialled here."""
 
     end: Callable[[], None]
-    """Gives up its place at once, and ends its call."""
+    """Gives up the reservation's place at once, and ends its call."""
     replies: "asyncio.Queue[relay_pb2.ReserveReply]" = field(default_factory=lambda: asyncio.Queue(_OFFERS))
     circuits: FairBudget = field(default_factory=lambda: FairBudget(_CIRCUITS_TO_TARGET))
     turns: FairTurns = field(
         default_factory=lambda: FairTurns(_TURNS_PER_S, _TURNS_AT_ONCE, most=_CIRCUITS, near=8)
     )
-    """Turns of those that dial the peer."""
+    """Turns of the callers of this peer."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         metrics: CollectorRegistry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`relay_mbit`: of all circuits together, in Mbit/s; 0: relays for nobody. `upload`: of the whole peer."""
+        """`relay_mbit`: for all circuits together, in Mbit/s; 0: it does not relay. `upload`: of the whole peer."""
         Gauge(
             "talkoot_relay_reservations", "Peers that others reach through this one.", registry=metrics
         ).set_function(lambda: len(self._reservations))
@@ -116,15 +118,15 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         self._sessions = sessions
         self._upload = upload or RateLimit(None)
         self._rate = RateLimit(relay_mbit * 1e6 / 8, clock) if relay_mbit > 0 else None
-        self._turn = asyncio.Lock()  # towards the other uploads, all circuits are one
+        self._turn = asyncio.Lock()  # all circuits together compete with other uploads as one
         self._clock = clock
         self._reservations: dict[PeerID, _Reservation] = {}
         self._places = FairBudget(_RESERVATIONS)
         self._circuits = FairBudget(_CIRCUITS)
         self._of_callers: Multiset[PeerID] = Multiset()
-        """How many of them each caller has."""
+        """The number of circuits of each caller."""
         self._offered: dict[bytes, _Circuit] = {}
-        """Circuits that are not accepted yet."""
+        """Circuits that have not been accepted yet."""
         self._dials = TokenBuckets[PeerID](_DIALS_PER_S, _DIALS_AT_ONCE)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -145,7 +147,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         with self._counting_malformed():
             target = read_target(first or relay_pb2.CircuitPiece())
         reservation = self._reservations.get(target)
-        if reservation is None:  # whoever is led here by false records still may dial others
+        if reservation is None:  # a caller that false records led here may still dial others
             self._refuse("absent", StatusCode.NOT_FOUND, "this peer has no reservation here")
         now = self._clock()
         wait_s = self._dials.wait_s(session.caller, now)
@@ -172,14 +174,16 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         del self._offered[name]
         try:
             await context.write(relay_pb2.CircuitPiece())
-            if not circuit.accepted.done():  # the caller may have gone
+            if not circuit.accepted.done():  # the caller may have left
                 circuit.accepted.set_result(_End(pieces, context, session))
-            await circuit.ended.wait()  # the call that dialled carries both ways
+            await circuit.ended.wait()  # the dialling call carries both directions
         finally:
             circuit.ended.set()
 
     def _require(self, context: Context) -> Session:
-        """After the first message was read: gRPC tells a caller that still writes nothing of why its call has ended."""
+        """Call it after the first message was read: while a caller is still silent, gRPC does not tell it why its call
+        ended.
+        """
         session = self._sessions.require(context, session_pb2.RIGHT_RELAY)
         if self._rate is None:
             self._refuse("off", StatusCode.PERMISSION_DENIED, "this peer relays for nobody")
@@ -187,7 +191,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
 
     @contextmanager
     def _reserving(self, session: Session, interrupt: Callable[[], None]) -> Iterator[_Reservation]:
-        """A peer's new reservation ends the one before, which may be that of a connection that has broken."""
+        """A new reservation ends the peer's previous one, whose connection may have broken."""
         if (earlier := self._reservations.pop(session.caller, None)) is not None:
             earlier.end()
         if self._places.held(session.near) >= _RESERVATIONS_NEAR:
@@ -220,7 +224,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
     def _holding(
         self, budgets: Sequence[FairBudget], near: str, interrupt: Callable[[], None]
     ) -> Iterator[Callable[[], None]]:
-        """Holds one place of each budget. If others need one of them, all are given up at once.
+        """Holds one place in each budget. If others need one of them, all are given up at once.
 
         Yields a function that gives them up, and ends the call.
         """
@@ -241,7 +245,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         try:
             try:
                 for budget in budgets:
-                    places.append(budget.reserve(near, 1, revoke))  # if one fails, the others go
+                    places.append(budget.reserve(near, 1, revoke))  # if one fails, the others are given up
             except ExpertError:
                 self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
             yield end
@@ -254,7 +258,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         session: Session,
         reservation: _Reservation,
     ) -> None:
-        """Answers each, so that the peer knows that its relay is there."""
+        """Answers each request, so that the peer knows that its relay is still there."""
         bucket = TokenBucket(_REQUESTS_PER_S, _REQUESTS_AT_ONCE, self._clock())
         async for _ in requests:
             if bucket.take(1, self._clock()) or reservation.replies.full():
@@ -280,7 +284,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
             self._offered.pop(name, None)
 
     async def _carry(self, here: _End, there: _End) -> None:
-        """Hands pieces on until they end."""
+        """Forwards pieces until they end."""
         assert self._rate is not None
         checks_at = self._clock() + _ADMITS_EVERY_S
         async for piece in here.pieces:

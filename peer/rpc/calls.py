@@ -1,8 +1,8 @@
-"""What all gRPC services and callers share: how a call is refused, how its messages are parsed.
+"""What all gRPC services and callers share: how a call is refused, and how its messages are parsed.
 
-A message that can't be parsed counts as an empty one, which whoever reads it refuses. gRPC by itself would log a
-traceback for each, and give a caller None in place of a reply. So does one of very many parts: 3 MB of empty messages
-or strings would hold the loop for a quarter of a second, and take 100 MB of memory.
+A message that can't be parsed counts as an empty one, which its reader then refuses. gRPC by itself would log a
+traceback for each, and return None to a caller in place of a reply. A message of very many parts counts as empty, too:
+3 MB of empty messages or strings would hold the loop for a quarter of a second, and take 100 MB of memory.
 """
 
 import asyncio
@@ -26,19 +26,19 @@ logger: logging.Logger = logging.getLogger(__name__)
 M = TypeVar("M")
 Parse = Callable[[bytes], M]
 Descriptor: TypeAlias = Any
-"""The descriptor of a kind of message. Which class that has depends on what protobuf is made of."""
+"""The descriptor of a message type. Its class depends on protobuf's implementation."""
 _RETRY_KEY = "talkoot-retry-after-s"
 _LONGEST_RETRY_S = 3600.0
 _COUNTED_BYTES = 64 * 2**10
-"""The parts of larger messages are counted."""
+"""Only messages larger than this have their parts counted."""
 _MOST_PARTS = 10_000
-"""Parts that a message may have: its fields, and those of messages in it that contain messages. A call names 4,096
-experts, and its answer as many blocks of rows.
+"""The most parts of a message: its fields, and those of nested messages that contain messages. A call names up to 4,096
+experts, and its answer has as many blocks of rows.
 """
 
 
 def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) -> None:
-    """Raises ExpertError (FAILED_PRECONDITION) if the caller speaks another version or means another swarm."""
+    """Raises ExpertError (FAILED_PRECONDITION) if the caller uses another protocol version or is in another swarm."""
     if protocol_version != PROTOCOL_VERSION:
         raise ExpertError(
             StatusCode.FAILED_PRECONDITION,
@@ -55,9 +55,9 @@ def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) 
 async def abort_on_error(
     context: grpc.aio.ServicerContext[Any, Any], longest_s: float | None = None, late: str = ""
 ) -> AsyncIterator[None]:
-    """Ends the call with the status of an error that is raised inside.
+    """Ends the call with the status of any error raised inside.
 
-    `late`: the message if it takes longer than `longest_s`, or if a TimeoutError says nothing.
+    `late`: the message if it takes longer than `longest_s`, or if a TimeoutError has no message.
     """
     try:
         async with asyncio.timeout(longest_s):
@@ -73,12 +73,12 @@ async def abort_on_error(
 
 
 def retry_metadata(retry_after_s: float) -> tuple[tuple[str, str], ...]:
-    """The trailing metadata of a refused call that says when it is worth a retry; empty if that is not known."""
+    """The trailing metadata that tells a refused caller when to retry; empty if that is not known."""
     return ((_RETRY_KEY, f"{retry_after_s:.3f}"),) if retry_after_s else ()
 
 
 def retry_after_s(metadata: Iterable[tuple[str, str | bytes]] | None, otherwise: float) -> float:
-    """When the other side says a retry is worth it, within bounds; `otherwise` if it says nothing sensible."""
+    """When the other side suggests a retry, within bounds; `otherwise` if it suggests nothing sensible."""
     for key, value in metadata or ():
         if key == _RETRY_KEY:
             try:
@@ -95,18 +95,20 @@ def make_stub(
     sends_one: bool = False,
     most_bytes: int | None = None,
 ) -> Any:
-    """A generated stub that parses replies tolerantly: those that can't be parsed, or have more bytes, are empty.
+    """A generated stub that parses replies tolerantly: replies that can't be parsed, or are too large, are empty.
 
-    `sends_one`: its methods that take a stream are given one request instead. That is the same to the server.
+    `sends_one`: methods that take a stream of requests are called with a single request. To the server that is the
+    same.
     """
     return stub(_Calls(channel, sends_one, most_bytes))
 
 
 @contextmanager
 def while_open() -> Iterator[None]:
-    """Raises ExpertError (UNAVAILABLE) if the channel of a call inside is closed, as a pool does to make room.
+    """Raises ExpertError (UNAVAILABLE) if the channel of a call inside is closed, as when a pool makes room.
 
-    gRPC raises CancelledError where the call is awaited, which would end the task as if somebody had cancelled it.
+    By itself, gRPC raises CancelledError where the call is awaited, which would end the task as if somebody had
+    cancelled it.
     """
     try:
         yield
@@ -117,13 +119,13 @@ def while_open() -> Iterator[None]:
 
 
 def note_failure(transfer: "asyncio.Future[Any]") -> None:
-    """For transfers that nobody may be waiting for any more."""
+    """Logs the error of a transfer that nobody may be waiting for any more."""
     if not transfer.cancelled() and (error := transfer.exception()) is not None:
         logger.debug("a message was not read or written: %s", error)
 
 
 class _Calls:
-    """What a generated stub needs of a channel."""
+    """The part of a channel that a generated stub needs."""
 
     def __init__(self, channel: grpc.aio.Channel, sends_one: bool, most_bytes: int | None) -> None:
         self._channel = channel
@@ -131,7 +133,7 @@ class _Calls:
         self._most_bytes = most_bytes
 
     def __getattr__(self, kind: str) -> Callable[..., Any]:
-        """`kind`: such as `unary_unary`."""
+        """`kind`: a method of the channel, such as `unary_unary`."""
         make_call = getattr(self._channel, kind.replace("stream_", "unary_") if self._sends_one else kind)
 
         def make(method: str, *, response_deserializer: Parse[Any], **more: Any) -> Any:
@@ -142,10 +144,10 @@ class _Calls:
 
 
 def or_empty(parse: Parse[M], most_bytes: int | None = None) -> Parse[M]:
-    """Parses what can be parsed, and gives an empty message for the rest, and for what has more than `most_bytes`, or
-    very many parts where that is not given.
+    """A parser that returns an empty message for data that can't be parsed or is larger than `most_bytes`. Without
+    `most_bytes`, it does so for data with very many parts.
     """
-    # that of a generated class is bound to it
+    # the parser of a generated class is bound to that class
     kind: Descriptor | None = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
 
     def is_small(data: bytes) -> bool:
@@ -163,7 +165,7 @@ def or_empty(parse: Parse[M], most_bytes: int | None = None) -> Parse[M]:
 
 
 def has_few_parts(data: bytes, kind: Descriptor) -> bool:
-    """Whether an encoded message of this kind has at most 10,000 parts. Takes some ms at most, whatever is in it."""
+    """Whether an encoded message of this type has at most 10,000 parts. Takes a few ms at most, whatever the data."""
     left, unread = _MOST_PARTS, [(kind, 0, len(data))]
     try:
         while unread:
@@ -172,7 +174,7 @@ def has_few_parts(data: bytes, kind: Descriptor) -> bool:
             while at < end:
                 left -= 1
                 tag, at = _read_varint(data, at)
-                match tag & 7:  # how the field is encoded
+                match tag & 7:  # the wire type of the field
                     case 0:
                         _, at = _read_varint(data, at)
                     case 1:
@@ -195,13 +197,13 @@ def has_few_parts(data: bytes, kind: Descriptor) -> bool:
 
 @cache
 def _with_messages(kind: Descriptor) -> Mapping[int, Descriptor]:
-    """The kinds of messages in this one that have messages in them, by their field numbers."""
+    """The fields of this type whose messages contain messages themselves: their types, by field number."""
     kinds = {field.number: field.message_type for field in kind.fields if field.message_type is not None}
     return {n: each for n, each in kinds.items() if any(f.message_type is not None for f in each.fields)}
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number, and where it ends. Raises IndexError if it has no end within 64 bits."""
+    """The number, and where it ends. Raises IndexError if it does not end within 64 bits."""
     if (number := data[at]) < 128:
         return number, at + 1
     number &= 127

@@ -1,4 +1,4 @@
-"""The TLS certificate of a peer of which only the PeerID and an endpoint are known."""
+"""Fetches the TLS certificate of a peer of which only the PeerID and an endpoint are known."""
 
 import asyncio
 import ssl
@@ -9,16 +9,17 @@ from peer.identity import TLS_NAME, PeerID, certificate_pem
 from peer.transport.endpoints import Endpoint
 
 MAX_CERTIFICATE_BYTES = 4096
-"""The limit for a certificate, DER. One for a key of 4096 bits takes 1,400."""
+"""The limit for a certificate, DER. One for a key of 4096 bits takes 1,400 bytes."""
 
 
 async def fetch_certificate(endpoint: Endpoint, peer_id: PeerID, deadline_s: float) -> bytes:
-    """Makes one TLS connection and returns the certificate of who answers, PEM, if its key is the peer's.
+    """Makes one TLS connection and returns the other side's certificate, PEM, if its key is the peer's.
 
-    TLS proves that it has the key. Ask `Dialling` before, if a stranger wrote the endpoint. Raises UnreachableError.
+    TLS proves that the other side has the key. If a stranger wrote the endpoint, ask `Dialling` first. Raises
+    UnreachableError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the PeerID says which key it must be
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the PeerID says which key to expect
     context.set_alpn_protocols(["h2"])
     connection = _Connection()
     try:
@@ -27,7 +28,7 @@ async def fetch_certificate(endpoint: Endpoint, peer_id: PeerID, deadline_s: flo
                 lambda: connection, endpoint.host, endpoint.port, ssl=context, server_hostname=TLS_NAME
             )
         shown = connection.certificate
-    except OSError as error:  # also TimeoutError and ssl.SSLError
+    except OSError as error:  # includes TimeoutError and ssl.SSLError
         raise UnreachableError(
             f"no TLS server answers at {endpoint}: {str(error) or 'it took too long'}"
         ) from error
@@ -42,16 +43,16 @@ async def fetch_certificate(endpoint: Endpoint, peer_id: PeerID, deadline_s: flo
 
 
 class _Connection(asyncio.Protocol):
-    """Has the transport as soon as TLS stands, also where whoever waited for it was cancelled at that moment.
+    """Keeps the transport once TLS is established, even if the waiting task was cancelled at that moment.
 
-    Else it would be closed in order, and a silent peer never ends TLS.
+    Otherwise the connection would be closed in order, which waits for ever if the peer never ends TLS.
     """
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are of another class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are of another class
 
     @property
     def certificate(self) -> bytes | None:

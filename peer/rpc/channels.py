@@ -19,24 +19,25 @@ from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
 
 WINDOW_BYTES = 16 * 2**20
-"""Bytes in flight to a client: enough for 100 Mbit/s at a round trip of over a second."""
+"""Bytes in flight to a client: enough for 100 Mbit/s at a round-trip time of over a second."""
 SERVER_WINDOW_BYTES = 2**20
-"""Bytes of each call that a server receives before anybody reads them. It holds as many for every stranger's call."""
+"""Bytes of each call that a server receives before anybody reads them. It may hold as many for every stranger's call.
+"""
 Options: TypeAlias = Sequence[tuple[str, int | str]]
 _COMMON_OPTIONS: Options = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.bdp_probe", 0),  # its guesses fall far behind on busy machines with a second of delay
+    ("grpc.http2.bdp_probe", 0),  # its estimates are far too low on busy machines with a second of delay
 ]
 SERVER_OPTIONS: Options = [
     *_COMMON_OPTIONS,
     ("grpc.http2.lookahead_bytes", SERVER_WINDOW_BYTES),
-    ("grpc.so_reuseport", 0),  # or a second server would silently share the port
+    ("grpc.so_reuseport", 0),  # otherwise a second server would silently share the port
     (
         "grpc.max_concurrent_streams",
         128,
-    ),  # more than that, and gRPC refuses streams before they cost anything
+    ),  # beyond this, gRPC refuses streams before they cost anything
     ("grpc.max_metadata_size", 8192),
     ("grpc.absolute_max_metadata_size", 16384),
     ("grpc.server_handshake_timeout_ms", 10_000),
@@ -56,14 +57,14 @@ CLIENT_OPTIONS: Options = [
 ]
 _TUNNEL: Literal["tunnel"] = "tunnel"
 _RELAY: Literal["relay"] = "relay"
-"""Stand for the tunnel and the relays among a peer's addresses, none of which looks so."""
+"""These stand for the tunnel and the relays among a peer's addresses. No real address looks like them."""
 _HEAD_START_S = 1.0
-"""How long one way is tried alone before the next is tried beside it."""
+"""How long one way is tried alone before the next is tried in parallel."""
 _TRY_S = 20.0
 _SILENT_S = 5.0
-"""How long a peer counts as silent after a connection failed."""
+"""How long a peer counts as silent after a failed connection."""
 _STEADY_S = 60.0
-"""A detour whose connection ends sooner is tried after all other ways: a libp2p relay may have limits that end each."""
+"""A detour whose connection ends sooner is tried after all other ways: a libp2p relay may limit each connection."""
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
 
@@ -73,7 +74,7 @@ WAYS: tuple[Way, ...] = get_args(Way)
 
 
 class Detour(Protocol):
-    """Leads to peers other than by dialling their addresses. Its streams begin at unix sockets of this process."""
+    """A way to peers other than dialling their addresses. gRPC dials a socket within this process for it."""
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
         """The address at which gRPC reaches that peer; nothing is dialled yet. Raises UnreachableError."""
@@ -90,26 +91,25 @@ class Contact(Protocol):
 
     @property
     def addresses(self) -> Sequence[Endpoint]:
-        """The best first."""
+        """The endpoints to dial, the best first."""
 
     @property
     def tunnel_addresses(self) -> Sequence[Multiaddress]:
-        """The addresses by which its tunnel is reached; empty if it has none."""
+        """The addresses of the peer's tunnel; empty if it has none."""
 
     @property
     def relay_addresses(self) -> Sequence[Multiaddress]:
-        """The addresses of its server through relays over gRPC."""
+        """The addresses of the peer's server through gRPC relays."""
 
     @property
     def certificate_pem(self) -> bytes: ...
 
 
 class ChannelPool:
-    """Open channels, one per address and pinned certificate. Of too many, the least recently used is closed.
+    """Open channels, one per address and pinned certificate. If there are too many, the least recently used is closed.
 
-    A peer with several addresses is called by the one that worked last. If that fails, all are tried again, its tunnel
-    and its relays last. gRPC dials again and again for a channel that is broken, so only those that connected once are
-    kept.
+    A peer with several addresses is called at the one that worked last. If that fails, all are tried again, its tunnel
+    and its relays last. gRPC redials a broken channel again and again, so only channels that once connected are kept.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ChannelPool:
         options: Options = CLIENT_OPTIONS,
         try_s: float = _TRY_S,
     ) -> None:
-        """`dialling`: the rules for addresses that others wrote; None: all of this machine may be dialled.
+        """`dialling`: the rules for addresses that others wrote; None: any address on this machine may be dialled.
 
         `try_s`: how long all addresses of a peer are tried, at most.
         """
@@ -137,28 +137,28 @@ class ChannelPool:
         self._channels = BoundedDict[tuple[str, bytes], grpc.aio.Channel](limit)
         self._worked = BoundedDict[PeerID, str](limit)
         self._called = BoundedDict[PeerID, Way](limit)
-        """The way of the channel that was last given out for each peer."""
+        """For each peer, the way of the channel that was given out last."""
         self._tries: dict[tuple[PeerID, tuple[str, ...]], asyncio.Task[grpc.aio.Channel | None]] = {}
         self._failed = BoundedDict[PeerID, float](limit)
-        """When a connection to the peer failed last."""
+        """When a connection to each peer failed last."""
         self._found_at = BoundedDict[PeerID, float](limit)
         self._unsteady = BoundedDict[PeerID, str](limit)
-        """The detour to the peer that broke soon after it was found."""
+        """The detour to each peer that broke soon after it was found."""
         self._is_closed = False
 
     def called_by(self, way: Way) -> int:
-        """How many peers were called by this way last, of those that were called not too long ago. For any thread."""
+        """How many peers were last called by this way, of those called recently. For any thread."""
         return list(self._called.values()).count(way)
 
     def endpoint_of(self, peer_id: PeerID) -> Endpoint | None:
-        """The endpoint at which the peer was reached last; None if it was by a detour, or too long ago."""
+        """The endpoint where the peer was reached last; None if that was by a detour, or too long ago."""
         way = self._worked.get(peer_id)
         return None if way is None or way in self._detours else Endpoint(way)
 
     async def get(self, address: str, certificate_pem: bytes) -> grpc.aio.Channel:
         """A channel to `host:port` that accepts exactly this certificate. Opening it does no I/O yet.
 
-        For an address that no stranger wrote: nothing asks whether it may be dialled.
+        Only for addresses that no stranger wrote: it is not checked whether they may be dialled.
         """
         key = (address, certificate_pem)
         channel = self._channels.get(key)
@@ -184,12 +184,12 @@ class ChannelPool:
         return channel.get_state() in _SILENT
 
     async def reach(self, peer: Contact) -> grpc.aio.Channel:
-        """A channel to a peer. Waits for a connection if the peer was never connected to, or has several addresses.
+        """A channel to a peer. Waits for a connection if there was none before, or if the peer has several addresses.
 
-        A channel that was connected before may be broken, and a tunnel or a relay may lead nowhere; then a call says
-        why. Raises UnreachableError if the peer has no address that can be called from here, or none that answers.
+        The channel may still fail: an old connection may be broken, or a tunnel or a relay may lead nowhere. A call
+        then says why. Raises UnreachableError if no address of the peer can be called from here, or none answers.
         """
-        if self._is_closed:  # calls that are late would open channels that nobody closes
+        if self._is_closed:  # late calls would open channels that nobody closes
             raise UnreachableError("this peer stops, and calls nobody any more")
         ways = self._ways(peer)
         if not ways:
@@ -212,7 +212,7 @@ class ChannelPool:
         return channel_or_none
 
     async def close(self) -> None:
-        """Ends calls that are under way. Nobody can be called any more."""
+        """Ends calls in progress. No peer can be called any more."""
         self._is_closed = True
         tries = list(self._tries.values())
         for trying in tries:
@@ -233,7 +233,7 @@ class ChannelPool:
         return await self.get(way, peer.certificate_pem)
 
     async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel | None:
-        """Tries one way after another. One that takes long goes on beside the next. None if none connects."""
+        """Tries one way after another. A slow one continues beside the next. None if none connects."""
         connecting: dict[asyncio.Task[bool], tuple[str, grpc.aio.Channel]] = {}
         opened: list[str] = []
         found = None
@@ -248,7 +248,7 @@ class ChannelPool:
                         connecting[asyncio.create_task(_connects(channel))] = way, channel
                     if found := await self._first(connecting, None if way is None else _HEAD_START_S):
                         break
-        except (TimeoutError, UnreachableError):  # the latter: there are no sockets left for a detour
+        except (TimeoutError, UnreachableError):  # UnreachableError: no sockets are left for a detour
             pass
         finally:
             for task in connecting:
@@ -267,7 +267,7 @@ class ChannelPool:
         return None if found is None else found[1]
 
     def _has_broken(self, peer_id: PeerID, way: str, state: grpc.ChannelConnectivity) -> bool:
-        """Whether other ways should be tried. Notes a detour whose connection has ended soon, for whatever reason."""
+        """Whether other ways should be tried. Records a detour whose connection ended soon, for whatever reason."""
         age_s = time.monotonic() - self._found_at.get(peer_id, -math.inf)
         if way in self._detours and state is not grpc.ChannelConnectivity.READY and age_s < _STEADY_S:
             self._unsteady[peer_id] = way
@@ -278,7 +278,7 @@ class ChannelPool:
         return way in self._detours or self._dialling.begin(Endpoint(way), peer.peer_id)
 
     async def _close_unknown(self, peer: Contact, ways: Sequence[str]) -> None:
-        """Closes the channels to endpoints at which the peer was never found."""
+        """Closes the channels to endpoints where the peer was never found."""
         for way in ways:
             if way not in self._detours and not self._dialling.is_known(Endpoint(way), peer.peer_id):
                 channel = self._channels.pop((way, peer.certificate_pem), None)
@@ -288,7 +288,7 @@ class ChannelPool:
     async def _first(
         self, connecting: dict["asyncio.Task[bool]", tuple[str, grpc.aio.Channel]], longest_s: float | None
     ) -> tuple[str, grpc.aio.Channel] | None:
-        """The first that connects; None when time is up or all have failed. Drops those that failed."""
+        """The first channel that connects; None if time is up or all have failed. Removes those that failed."""
         ends = None if longest_s is None else asyncio.get_running_loop().time() + longest_s
         while connecting:
             left = None if ends is None else ends - asyncio.get_running_loop().time()

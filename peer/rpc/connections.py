@@ -1,11 +1,11 @@
-"""The connections of a server: who may have how many, and which one goes when there are too many.
+"""The connections of a server: who may have how many, and which one is closed when there are too many.
 
-gRPC counts connections and streams, but does not tell whose they are, and closes none of them. So it listens on a
-socket within this machine, and `Connections` listens on the network in its place. Bytes are copied, TLS and all. Each
-connection comes to gRPC from a socket with a name of its own, by which a call finds its connection.
+gRPC counts connections and streams, but does not tell whose they are, and closes none of them. So gRPC listens on a
+socket within this machine, and `Connections` listens on the network in its place. Bytes are copied as they are,
+including TLS. Each connection reaches gRPC from a socket with a name of its own, by which a call finds its connection.
 
-A connection is proven as soon as a call on it is in a session. Before that it is worth little: there are few of them,
-and neighbourhoods take turns with TLS. The neighbourhood with the most makes room, first by what says nothing.
+A connection is proven as soon as a call on it is in a session. Before that it is worth little: few are allowed, and
+neighbourhoods take turns with TLS. The neighbourhood with the most connections makes room, with silent ones first.
 """
 
 import asyncio
@@ -34,48 +34,48 @@ from peer.transport.pipes import Pipe
 _MOST_CONNECTIONS = 2048
 _DESCRIPTORS_EACH = 3
 _LEAST_LEFT, _MOST_LEFT = 24, 256
-"""Descriptors for everything else, such as checkpoints, calls of this peer and its p2pd; else a sixteenth of all."""
+"""Descriptors left for everything else, such as checkpoints, this peer's own calls and its p2pd: a sixteenth of all,
+within these bounds.
+"""
 _UNPROVEN_SHARE = 1 / 4
 _CONNECTIONS_OF_CALLER = 32
 _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
-"""The longest time that a connection stays without a byte, and without a call that is in a session or still in
-progress.
-"""
+"""How long a connection may stay without a byte, and without a call that is in a session or still in progress."""
 _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
-"""TLS handshakes, of all callers together. Each takes about a millisecond."""
+"""TLS handshakes of all callers together. Each takes about a millisecond."""
 _SWEEP_S = 1.0
 _RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20
 _MOST_UNSENT_BYTES = 64 * 2**20
-"""What waits here for callers to read it, of all connections together. It is beside the memory for calls."""
+"""Bytes that wait here for callers to read them, over all connections. This is in addition to the memory for calls."""
 _FLUSH_S = 5.0
 _BACKLOG = 1024
 
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """One connection of a caller."""
+    """A caller's connection."""
 
     peer: str
-    """The caller's address as gRPC names it, or its PeerID if it comes through a tunnel, where libp2p has proved it.
+    """The caller's address as gRPC names it, or, through a tunnel, its PeerID, which libp2p has proved.
 
-    After `relay …/` if it comes through a relay, which says who it is.
+    Through a relay it is the PeerID that the relay claims, after `relay …/`.
     """
     origin: str
-    """The neighbourhood of the caller's address, its PeerID if it comes through a tunnel, or its relay."""
+    """The neighbourhood of the caller's address; through a tunnel, its PeerID; through a relay, the relay."""
     close: Callable[[], None]
     began_at: float
     has_spoken: bool = False
     caller: PeerID | None = None
-    """Who has proved to be at the other end."""
+    """The peer that has proved to be at the other end."""
     calls: int = 0
-    """Under way."""
+    """Calls in progress."""
     unsent: Callable[[], int] = lambda: 0
-    """Bytes that wait until the caller reads."""
+    """Bytes that wait for the caller to read them."""
 
 
 class ConnectionTable:
-    """The open connections, bounded. Pure: `now` is passed in, and closing is left to the caller."""
+    """The open connections, bounded. Pure: `now` is an argument, and callers close the connections."""
 
     def __init__(self, most: int) -> None:
         self._most_unproven = max(1, int(most * _UNPROVEN_SHARE))
@@ -85,19 +85,19 @@ class ConnectionTable:
         self._proven: dict[str, dict[Connection, None]] = {}
         """Proven connections by origin, the one used longest ago first."""
         self._counts: Multiset[bool] = Multiset()
-        """Numbers of connections, by whether they are proven."""
+        """The number of connections, by whether they are proven."""
         self._of_caller: Multiset[PeerID] = Multiset()
 
     def __len__(self) -> int:
         return self._counts.total()
 
     def add(self, connection: Connection) -> Connection | None:
-        """Returns one that must be closed, and is no longer in the table."""
+        """Adds a connection. Returns one that must be closed for it, which is no longer in the table."""
         self._put(self._unproven, connection)
         return self.shed() if self._counts[False] > self._most_unproven else None
 
     def shed(self) -> Connection | None:
-        """Returns the unproven one that is worth least, which must be closed, and is no longer in the table."""
+        """Returns the unproven connection that is worth least. It must be closed, and is no longer in the table."""
         if not self._unproven:
             return None
         group = _largest(self._unproven)
@@ -105,7 +105,7 @@ class ConnectionTable:
         return self._drop(next(silent, next(iter(group))))
 
     def prove(self, connection: Connection, caller: PeerID) -> Connection | None:
-        """Notes a call of the caller on a connection. Returns one that must be closed."""
+        """Records a call of the caller on a connection. Returns a connection that must be closed."""
         if connection not in self:
             return None
         self.remove(connection)
@@ -119,7 +119,7 @@ class ConnectionTable:
             group = _largest(self._proven)
         else:
             return None
-        # of the idle ones the one used longest ago
+        # the idle connection that was used longest ago
         return self._drop(min(group, key=lambda other: other.calls))
 
     def remove(self, connection: Connection) -> None:
@@ -138,7 +138,7 @@ class ConnectionTable:
                 del self._of_caller[connection.caller]
 
     def overdue(self, now: float) -> list[Connection]:
-        """Connections that had time enough to prove themselves, and did not."""
+        """Connections that have had enough time to prove themselves, and have not."""
         return [
             connection
             for group in self._unproven.values()
@@ -148,7 +148,7 @@ class ConnectionTable:
         ]
 
     def unread(self, most: int) -> list[Connection]:
-        """Connections that must be closed so that at most so many bytes wait to be read.
+        """Connections to close so that at most `most` bytes wait to be read.
 
         The neighbourhood for which the most bytes wait makes room, its fullest connection first.
         """
@@ -191,7 +191,7 @@ def _largest(groups: dict[str, dict[Connection, None]]) -> dict[Connection, None
 
 
 class Connections:
-    """Listens for a server, and connects callers with it. For one event loop; `close` it when done."""
+    """Listens for a server, and connects callers to it. For one event loop; `close` it when done."""
 
     def __init__(
         self, metrics: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
@@ -219,7 +219,7 @@ class Connections:
         self._tasks = TaskSet()
 
     async def listen(self, host: str, port: int) -> int:
-        """Accepts callers for the server, which must listen by now. Returns the port. Raises PortError."""
+        """Accepts callers for the server, which must already be listening. Returns the port. Raises PortError."""
         loop = asyncio.get_running_loop()
         try:
             listening = _listening_socket(host, port)
@@ -233,7 +233,7 @@ class Connections:
     async def open_for(self, caller: PeerID, relay: PeerID | None = None) -> Pipe:
         """A connection to the server for a peer whose tunnel ends here. Raises OSError.
 
-        `relay`: that says who the caller is, and may lie. All that it brings count as one neighbourhood.
+        `relay`: the relay that says who the caller is, and may lie. All its callers count as one neighbourhood.
         """
         made, name = await self.server.dial()
         reader, writer = await streams_of(made)
@@ -246,11 +246,11 @@ class Connections:
         return reader, writer
 
     def find(self, peer: str) -> Connection | None:
-        """`peer`: as gRPC names the caller. None if it did not come through here."""
+        """`peer`: the caller's name in gRPC. None if the caller did not come through here."""
         return self._by_name.get(peer)
 
     def prove(self, connection: Connection, caller: PeerID) -> None:
-        """Notes that a call of the caller came on the connection."""
+        """Records that a call of this caller came on the connection."""
         self._close(self._table.prove(connection, caller), "crowded")
 
     def punish(self, connection: Connection, reason: str = "abused") -> None:
@@ -260,7 +260,7 @@ class Connections:
             self._close(connection, reason)
 
     def stop_listening(self) -> None:
-        """Accepts no more connections. Existing ones stay."""
+        """Accepts no more connections. Existing ones stay open."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -274,15 +274,17 @@ class Connections:
             connection.close()
         await self._tasks.aclose()
         while self.ends:
-            for end in list(self.ends):  # one may have been accepted since the last turn
+            for end in list(self.ends):  # one may have been accepted since the last turn of the loop
                 end.abort()
-            await asyncio.sleep(0)  # the loop tells them in its next turn that they are closed
+            await asyncio.sleep(0)  # in its next turn, the loop tells them that they are closed
         self.server.close()
 
     def add(self, connection: Connection, descriptor: int = 0) -> None:
-        """`descriptor`: of its socket. The lowest that is free is given out, so a high one says that few are left."""
+        """`descriptor`: of the connection's socket. The lowest free descriptor is given out, so a high one means that
+        few are left.
+        """
         self._close(self._table.add(connection), "crowded")
-        if self._are_few_left(descriptor):  # then no connection comes unless another goes
+        if self._are_few_left(descriptor):  # in that case, a new connection must replace another
             self._close(self._table.shed(), "crowded")
 
     def forget(self, connection: Connection, name: str = "") -> None:
@@ -290,7 +292,7 @@ class Connections:
         self._by_name.pop(name, None)
 
     def begin(self, outside: "_Outside") -> None:
-        """Connects a caller with the server when it is its turn."""
+        """Connects a caller to the server when it is its turn."""
         self._tasks.spawn(self._connect(outside), "connect a caller with the server")
 
     def now(self) -> float:
@@ -325,7 +327,7 @@ class Connections:
         self.forget(connection, name)
 
     def _are_few_left(self, descriptor: int) -> bool:
-        """Counts the descriptors that are open, if a high one was given out lately, and not each time."""
+        """Whether few descriptors are left. Counts the open ones only if a high one was given out lately."""
         now = self._clock()
         if now >= self._short_until and (self._short_until or descriptor >= _most_descriptors()):
             are_few = open_descriptors() >= _most_descriptors()
@@ -347,10 +349,10 @@ class Connections:
 
 
 class _End(asyncio.Protocol):
-    """One end of a connection. What comes in there goes out at the other end."""
+    """One end of a connection. What it receives is sent by the other end."""
 
     def __init__(self, lost: Callable[[], None], ends: "set[_End]") -> None:
-        """`ends`: all that are open; it is one of them until it is closed."""
+        """`ends`: all open ends, to which this one belongs until it is closed."""
         self._lost = lost
         self._ends = ends
         self._early: list[bytes] = []
@@ -362,11 +364,11 @@ class _End(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def unsent(self) -> int:
-        """Bytes that wait to be read at the other side."""
+        """Bytes that wait for the other side to read them."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def join(self, other: "_End") -> None:
-        """From now on the two ends belong together."""
+        """Joins this end and the other."""
         self._other, other._other = other, self
         if not (self.is_open and other.is_open):
             self.end()
@@ -378,7 +380,7 @@ class _End(asyncio.Protocol):
         self.read(True)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class is not a subclass
         self._ends.add(self)
         self._transport.set_write_buffer_limits(_BUFFER_BYTES)
 
@@ -411,7 +413,7 @@ class _End(asyncio.Protocol):
                 self._transport.pause_reading()
 
     def end(self) -> None:
-        """Closes it once it has sent what it still has, if that does not take long."""
+        """Closes this end once it has sent its remaining bytes, if that does not take long."""
         if self.is_open:
             assert self._transport is not None
             self._transport.close()
@@ -431,7 +433,7 @@ class _End(asyncio.Protocol):
 
 
 class _Outside(_End):
-    """The end that is towards the caller."""
+    """The end towards the caller."""
 
     connection: Connection
 
@@ -454,19 +456,19 @@ class _Outside(_End):
 
 
 def most_connections() -> int:
-    """How many connections the descriptors of this process allow, beside everything else that it needs them for."""
+    """How many connections this process's descriptors allow, besides everything else that needs some."""
     free = _most_descriptors() - open_descriptors()
     return max(4, min(_MOST_CONNECTIONS, free // _DESCRIPTORS_EACH))
 
 
 def _most_descriptors() -> int:
-    """How many this process may use before connections must leave the rest to others."""
+    """How many descriptors may be in use before connections must leave the rest to others."""
     limit = most_descriptors()
     return limit - min(max(limit // 16, _LEAST_LEFT), _MOST_LEFT)
 
 
 def origin_of(peer: str) -> str:
-    """The neighbourhood of a caller, from its name by gRPC or `open_for`."""
+    """The neighbourhood of a caller, from its name in gRPC or from `open_for`."""
     if peer.startswith("tunnel of "):
         return peer
     if peer.startswith("relay "):
@@ -476,17 +478,17 @@ def origin_of(peer: str) -> str:
 
 
 def _peer_name(transport: asyncio.BaseTransport) -> str:
-    """The caller's address as gRPC would name it."""
+    """The caller's address as gRPC would write it."""
     host, port = (transport.get_extra_info("peername") or ("", 0))[:2]
     try:
         address = ip_address(host.partition("%")[0])
-    except ValueError:  # it has gone already
+    except ValueError:  # the caller has already left
         return "nobody"
     return f"ipv4:{address}:{port}" if isinstance(address, IPv4Address) else f"ipv6:[{address}]:{port}"
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:
-    """Where gRPC would listen: all addresses of both kinds if the host is one of the two that stand for all."""
+    """Listens as gRPC would: on all IPv4 and IPv6 addresses if the host is one of the two wildcards."""
     if host in {"0.0.0.0", "::"} and socket.has_dualstack_ipv6():  # noqa: S104  # the owner chooses it
         made = socket.create_server(
             ("::", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
@@ -494,6 +496,7 @@ def _listening_socket(host: str, port: int) -> socket.socket:
     else:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         made = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    # connections inherit it. asyncio sets it only for sockets that name the protocol, and then an answer may wait 40 ms
+    # connections inherit it. asyncio sets it only on sockets that name the protocol, and without it an answer may wait
+    # 40 ms
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return made

@@ -1,9 +1,9 @@
-"""What every call to a server passes: who may have how many under way, how often, and how long it may keep the server
-waiting.
+"""The gate that every call to a server passes: how many calls each caller may have in progress, how often it may call,
+and how long it may keep the server waiting.
 
-gRPC's own bound counts all calls alike, so a stranger's silent streams would take the places of everybody's calls. Here
-a caller is a peer with a session, or a connection without one. When all places are taken, a call gets the place of one
-whose caller has more of them, or which does nothing but wait for its caller.
+gRPC's own limit counts all calls alike, so a stranger's silent streams would take everybody's places. Here a caller is
+a peer with a session, or a connection without one. When all places are taken, a new call takes the place of a call
+whose caller has more of them, or which only waits for its caller.
 """
 
 import asyncio
@@ -34,54 +34,52 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 _CALLS_WITHOUT_SESSION = 32
-"""Calls in progress from callers that have no session yet. These calls open sessions, and ask for what anybody may
-know.
-"""
+"""Calls in progress from callers without a session. These calls open sessions, or ask for what anybody may know."""
 _OWN_PLACES = {"talkoot.v1.DhtService": 512, "talkoot.v1.RelayService": 512}
-"""Places for the calls of these services, in sessions. They don't compete with other calls for places: the first kind
-is frequent and must not hold up experts, and the second lasts for hours.
+"""Places for the calls of these services, in sessions. They don't compete with other calls for places: DHT calls are
+frequent and must not hold up experts, and relay calls last for hours.
 """
 _LASTING = "talkoot.v1.RelayService"
-"""A service whose calls wait for their callers most of the time, and keep their places all the same."""
+"""A service whose calls mostly wait for their callers, and keep their places anyway."""
 _FIRST_MESSAGE_S, _NEXT_MESSAGE_S = 10.0, 20.0
-"""The longest time that a call waits for its caller's messages. A slow line takes less for a chunk."""
+"""How long a call waits for its caller's messages. Even a slow line needs less for a chunk."""
 _UNREAD_S = 20.0
-"""The longest time that a reply waits to be taken."""
+"""How long a reply may wait until the caller takes it."""
 _END_S = 5.0
-"""The longest time that the end of a call waits to be taken, with the reply before it."""
+"""How long the end of a call may wait until the caller takes it, with the reply before it."""
 _PATIENCE_S = 1.0
-"""How long a call may wait for its caller before it may lose its place to another."""
+"""A call that waits for its caller for longer may lose its place to another."""
 _MOST_BYTES = {"talkoot.v1.MemoryService": 512 * 2**10}
-"""The limit of a message to these services; the largest search fits in. A larger one counts as empty: a few MB of tiny
-fields would take the loop a tenth of a second to parse, and thirty times their size.
+"""The limit for a message to these services; the largest search fits. A larger message counts as empty: parsing a few
+MB of tiny fields would take the loop a tenth of a second, and thirty times as much memory.
 """
 _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
-"""The rate of calls of one caller."""
+"""The rate of calls of one caller in a session."""
 _STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE = 5.0, 40.0
-"""On one connection without a session."""
+"""The rate of calls on one connection without a session."""
 _ABUSE_S = 1.0
-"""How far a caller may exceed its rate before it loses its connection: even refusing calls would cost too much."""
+"""How far a caller may exceed its rate before it loses its connection: even refusing its calls would cost too much."""
 _RETRY_S = 0.5
 _LOG_EVERY_S = 600.0
-"""The pause between two tracebacks of the same fault."""
+"""How long the same fault is not logged again."""
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """The place of one call that is under way."""
+    """The place of one call in progress."""
 
     origin: str
     """The neighbourhood of its caller."""
     caller: Hashable
     task: "asyncio.Task[Any]"
     waits_since: float | None = None
-    """Since when it waits for its caller, if it does."""
+    """Since when the call has waited for its caller; None if it does not."""
     lost: bool = False
-    """Another call has its place."""
+    """Another call has taken its place."""
 
 
 class Slots:
-    """Places for calls, in fair shares: by neighbourhood, and then by caller. Pure: `now` is passed in."""
+    """Places for calls, in fair shares: by neighbourhood, and then by caller. Pure: `now` is an argument."""
 
     def __init__(self, most: int, patience_s: float = _PATIENCE_S) -> None:
         self._most = most
@@ -92,7 +90,9 @@ class Slots:
         return len(self._taken)
 
     def take(self, slot: Slot, now: float) -> Slot | None:
-        """Returns the one that loses its place, if none was left. Raises ExpertError (RESOURCE_EXHAUSTED)."""
+        """Takes a place. Returns the call that loses its place for this one. Raises ExpertError
+        (RESOURCE_EXHAUSTED).
+        """
         loser = None
         if len(self._taken) >= self._most:
             loser = self._loser(slot, now)
@@ -137,10 +137,10 @@ def _waited_s(slot: Slot, now: float) -> float:
 
 
 class CallGate(grpc.aio.ServerInterceptor):
-    """Lets the calls of a server pass.
+    """Admits the calls of a server.
 
     Every method becomes one that reads and writes streams, which is the same on the wire. So nothing is read before the
-    gate has looked, and all waiting is in one place.
+    gate admits a call, and all waiting happens in one place.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         restarts: Restarts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`most_calls`: in sessions, at the same time, but for those of the DHT and of relays.
+        """`most_calls`: in sessions, at the same time, without those of the DHT and of relays.
 
         `restarts`: counts handlers that fail unexpectedly.
         """
@@ -235,12 +235,12 @@ class CallGate(grpc.aio.ServerInterceptor):
     async def _answer(
         self, method: str, answer: "_Answer", requests: AsyncIterator[Any], call: "_Context", slot: Slot
     ) -> "_EndedError | None":
-        """Returns how the call ends; None: well."""
+        """Returns how the call ends; None if it succeeded."""
         try:
             await answer(Requests(requests, slot, self._clock), call)
         except _EndedError as end:
             return end
-        except grpc.aio.BaseError:  # the caller has gone
+        except grpc.aio.BaseError:  # the caller has left
             raise
         except ExpertError as error:
             if error.status is StatusCode.DEADLINE_EXCEEDED:
@@ -259,9 +259,9 @@ class CallGate(grpc.aio.ServerInterceptor):
         return None
 
     async def _end(self, call: "_Context", end: "_EndedError") -> None:
-        """Ends a call whose place is free already. A caller that does not take that loses its connection.
+        """Ends a call whose place is already free. A caller that does not take the status loses its connection.
 
-        gRPC accepts no status before the last reply has gone, and keeps both as long as the connection lasts.
+        gRPC accepts no status before the last reply is sent, and keeps both as long as the connection lasts.
         """
         watch = asyncio.get_running_loop().call_later(
             _END_S, self._connections.punish, call.connection, "unread"
@@ -295,7 +295,7 @@ class CallGate(grpc.aio.ServerInterceptor):
             loser.task.cancel()
 
     def _note_fault(self, method: str, error: Exception) -> None:
-        """Logs each kind of fault once in a while: whoever finds one must not fill the log with it."""
+        """Logs each kind of fault once in a while: a stranger who triggers one must not fill the log."""
         self.refused.labels("failed").inc()
         if self._restarts is not None:
             self._restarts.note("answer a call")
@@ -327,8 +327,8 @@ _END = object()
 
 
 class Requests:
-    """The messages of one call. A read that has begun ends with the call and is never cancelled: gRPC does not free the
-    message of a read that nobody waits for (grpc issue 43360).
+    """The messages of one call. A read always ends with the call and is never cancelled: gRPC does not free the message
+    of a read that nobody awaits (grpc issue 43360).
     """
 
     def __init__(self, stream: AsyncIterator[Any], slot: Slot, clock: Callable[[], float]) -> None:
@@ -353,7 +353,7 @@ _UNREAD = "the call's replies were not read in time"
 
 
 class _Context:
-    """The context of one call, with the caller's own address, with writes that end, and ended by the gate."""
+    """The context of one call. It knows the caller's own address, its writes have a deadline, and the gate ends it."""
 
     def __init__(
         self,
@@ -362,7 +362,7 @@ class _Context:
         slot: Slot | None,
         clock: Callable[[], float],
     ) -> None:
-        """`slot`: None if the call got none and does nothing but end."""
+        """`slot`: None for a call that got no place and only ends."""
         self.connection = connection
         self._context = context
         self._slot = slot
@@ -371,7 +371,7 @@ class _Context:
 
     @property
     def is_writing(self) -> bool:
-        """Whether gRPC still has a reply that the caller has not taken."""
+        """Whether gRPC still holds a reply that the caller has not taken."""
         return self._writing is not None and not self._writing.done()
 
     def peer(self) -> str:
@@ -404,7 +404,9 @@ async def _next(stream: AsyncIterator[Any]) -> Any:
 async def _in_time(
     transfer: Awaitable[M], slot: Slot, clock: Callable[[], float], limit_s: float, late: str
 ) -> M:
-    """Waits for a message to come or go, without ever cancelling it. Raises ExpertError (DEADLINE_EXCEEDED)."""
+    """Waits until a message is read or written, without ever cancelling that. Raises ExpertError
+    (DEADLINE_EXCEEDED).
+    """
     moving = asyncio.ensure_future(transfer)
     moving.add_done_callback(note_failure)
     slot.waits_since = clock()
@@ -418,7 +420,7 @@ async def _in_time(
 
 
 def _streaming(handler: Any) -> _Answer:
-    """What a method does, as one that reads and writes streams."""
+    """Turns a method's handler into one that reads and writes streams."""
     behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
     async def answer(requests: Requests, context: _Context) -> None:

@@ -1,4 +1,6 @@
-"""Fetches the parts of memories from the peers that have them. A hash names each part, so any peer's copy will do."""
+"""Fetches the parts of memories from the peers that have them. Each part is named by its hash, so any peer's copy will
+do.
+"""
 
 import asyncio
 import hashlib
@@ -25,9 +27,9 @@ _OPEN_S = 5.0
 _LIMIT_S = 600.0
 """The longest time that one part may take from one peer."""
 _FAIR_BYTES_PER_S, _FAIR_S = 125_000, 10.0
-"""A peer that takes longer than a part takes at this rate, and this delay, goes on beside the next one."""
+"""If a peer needs longer than a part takes at this rate, plus this delay, the next peer is asked in parallel."""
 _AT_ONCE = 2
-"""Peers that give one part at the same time. The slower one makes way for a third."""
+"""Peers that are downloaded from in parallel for one part. The slower one is cancelled for a third."""
 _MOST_PEERS = 8
 """Peers that are asked for one part."""
 _REMEMBERED = 1024
@@ -45,21 +47,23 @@ class PartClient:
         *,
         count: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """`sessions`: show others who fetches. `down`: how fast parts may come. `count`: is told of bytes received."""
+        """`sessions`: show others who fetches. `down`: the limit of download. `count`: called with the number of bytes
+        received.
+        """
         self._swarm_id = swarm_id
         self._sessions = sessions
         self._channels = channels
         self._down = down
         self._count = count
         self._failed = BoundedDict[PeerID, None](_REMEMBERED)
-        """Peers that were slow, or did not give what they were asked for last."""
+        """Peers that were slow, or failed to give a part, when they were asked last."""
 
     async def close(self) -> None:
         await self._sessions.close()
         await self._channels.close()
 
     def service(self, max_bytes: int) -> SnapshotClient:
-        """A client for the parts of other peers. `max_bytes`: the limit of what they give."""
+        """A client for the parts of other peers. `max_bytes`: the limit for one part."""
         return SnapshotClient(
             memory_pb2_grpc.MemoryServiceStub,
             self._channels,
@@ -70,8 +74,8 @@ class PartClient:
         )
 
     async def fetch(self, peer: Contact, memory: str, name: bytes, max_bytes: int) -> bytes:
-        """The file that the peer says is that part. Raises TransferError if it did not come, and StateError if what
-        came was not a file of that size.
+        """The file that the peer claims is that part. Raises TransferError if it did not arrive, and StateError if it
+        is not a file of that size.
         """
         request = memory_pb2.FetchPartRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, memory=memory, name=name
@@ -90,11 +94,12 @@ class PartClient:
         check: Callable[[bytes], T],
         wrong: Callable[[PeerID], None] = lambda peer_id: None,
     ) -> T:
-        """What `check` makes of the part, from the first of the peers whose copy it accepts.
+        """The result of `check` for the part, from the first peer whose copy it accepts.
 
-        Eight of them are asked at most, one after another, those last that failed before. One that is slow goes on
-        beside the next, so that nobody holds up the others. `check`: raises WireError if it is not that part. It does
-        not run on the loop. `wrong`: is told who gave another file. Raises TransferError if no peer gives it.
+        At most eight peers are asked, one after another, those that failed before last. A slow one continues in
+        parallel to the next, so that none holds up the others. `check` raises WireError if a file is not that part. It
+        does not run on the loop. `wrong` is called with each peer that gave another file. Raises TransferError if no
+        peer gives the part.
         """
         reason = "nobody is known to have it"
         patience_s = _FAIR_S + max_bytes / _FAIR_BYTES_PER_S
@@ -146,7 +151,7 @@ async def _cancel(tasks: Collection["asyncio.Task[Any]"]) -> None:
 
 
 def has_sha256(name: bytes, data: bytes) -> bytes:
-    """The data. Raises WireError if that is not their SHA-256."""
+    """Returns the data. Raises WireError if the name is not its SHA-256."""
     if hashlib.sha256(data).digest() != name:
         raise WireError("its SHA-256 is another")
     return data

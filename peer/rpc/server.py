@@ -1,4 +1,6 @@
-"""A gRPC server: it listens on a port and at the end of this peer's tunnel, opens sessions and has a gate for calls."""
+"""A gRPC server: it listens on a port and at the end of this peer's tunnel, opens sessions, and sends calls through a
+gate.
+"""
 
 import logging
 from typing import Any
@@ -22,12 +24,12 @@ from peer.wire import session_pb2_grpc
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_STREAMS = 4096
-"""Calls that gRPC lets begin at the same time. The gate ends those that are too many."""
+"""Calls that gRPC lets begin at the same time. The gate ends surplus ones."""
 _GRPC = logging.getLogger("grpc._cython.cygrpc")
 
 
 class RpcServer:
-    """Serves the services that are added to `services`, also after it has started. Stop it when done."""
+    """Serves the services that are added to `services`, even after it has started. Stop it when done."""
 
     def __init__(
         self,
@@ -36,7 +38,7 @@ class RpcServer:
         metrics: CollectorRegistry | None = None,
         restarts: Restarts | None = None,
     ) -> None:
-        """`most_calls`: of callers in sessions, at the same time, of all services.
+        """`most_calls`: of callers in sessions, at the same time, over all services.
 
         `restarts`: counts handlers that fail unexpectedly.
         """
@@ -64,7 +66,7 @@ class RpcServer:
         return await self.connections.open_for(caller, relay)
 
     async def stop(self, grace_s: float | None) -> None:
-        """Ends calls that are not done after the grace period. Stopping twice is harmless."""
+        """Ends calls that are still in progress after the grace period. Stopping twice is harmless."""
         self.connections.stop_listening()
         await self.services.stop(grace_s)
         await self.connections.close()
@@ -77,10 +79,10 @@ def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCre
 
 
 def _is_of_ours(record: logging.LogRecord) -> bool:
-    """Drops gRPC's complaints that a caller, who has gone or does not read, took no message or status.
+    """Drops gRPC's complaints that a caller that has left, or does not read, took no message or status.
 
-    gRPC itself passes over them once it knows that the call has ended. On a busy machine it may learn that later, and
-    then it logs a traceback. It also complains of services that are added after the start, and yet serves them.
+    gRPC ignores these itself once it knows that the call has ended. On a busy machine it may learn that later, and then
+    it logs a traceback. It also complains about services that are added after the start, although it serves them.
     """
     if str(record.msg).startswith("Cannot register method handlers"):
         return False

@@ -1,9 +1,9 @@
-"""Sessions, both sides: a caller proves once who it is, and its calls then only name the session.
+"""Sessions, both sides: a caller proves its identity once, and its calls then only name the session.
 
 The proof is a signed statement that names the server, so that no server can replay it to another, and a challenge that
-the server has just given. So it is of use once, whatever the two clocks say, and strangers can't fill a memory of
-statements, because what a server remembers is bounded by how many it checks. TLS is pinned to the server's certificate,
-so only the two of them know the session's name.
+the server has just given. So a proof works only once, whatever the two clocks say. The server remembers only challenges
+that were used, and it checks a limited number, so strangers can't fill its memory. TLS is pinned to the server's
+certificate, so nobody else learns the session's name.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 Right: TypeAlias = "session_pb2.Right"
 Metadata: TypeAlias = tuple[tuple[str, bytes], ...]
 SESSION_KEY = "talkoot-session-bin"
-"""The key of the gRPC metadata in which a call names its session."""
+"""The key of the gRPC metadata with which a call names its session."""
 _CHALLENGE_S = 30.0
 """How long a challenge can be used."""
 _RANDOM_BYTES = 16
@@ -45,7 +45,7 @@ _SESSION_BYTES = 16
 _MAX_REQUEST_BYTES = 4096
 _MAX_RIGHTS = 16
 _CHECKS_PER_S = 200.0
-"""Signatures checked for callers that open sessions. Each takes about 0.2 ms of the loop."""
+"""The rate of signatures checked for callers that open sessions. Each takes about 0.2 ms of the loop."""
 _CHECKS_AT_ONCE = 32
 _TUNNELS = "tunnels"
 """The neighbourhood of all callers that come through tunnels."""
@@ -69,15 +69,15 @@ class Admission(Protocol):
 
     @property
     def badge(self) -> admission_pb2.Badge | None:
-        """What admits this peer itself elsewhere, if it needs that and has it by now."""
+        """The badge that admits this peer elsewhere; None if it needs none, or does not have it yet."""
         ...
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
-        """Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
+        """Raises ExpertError (PERMISSION_DENIED), which says what is missing."""
         ...
 
     def still_admits(self, caller: PeerID, serial: int) -> bool:
-        """Whether a caller that was admitted has not been denied or revoked since."""
+        """Whether an admitted caller has not been denied or revoked since."""
         ...
 
 
@@ -95,7 +95,7 @@ class AllowAll:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A caller that has proved who it is."""
+    """A caller that has proved its identity."""
 
     caller: PeerID
     name: str
@@ -103,18 +103,20 @@ class Session:
     rights: frozenset[Right]
     serial: int
     ends_at: float
-    """By the server's monotonic clock."""
+    """On the server's monotonic clock."""
     near: str = ""
     """The neighbourhood that it was opened from."""
 
     @property
     def group(self) -> str:
-        """In which callers may be one person under several keys: those of a token, or those of a neighbourhood."""
+        """Callers in one group may be one person under several keys: those with the same token, or in one
+        neighbourhood.
+        """
         return f"token {self.serial}" if self.serial else self.near
 
 
 class Challenges:
-    """Makes challenges without remembering them, and accepts each once. It remembers those that were used lately."""
+    """Makes challenges without remembering them, and accepts each once. It remembers those that were used recently."""
 
     def __init__(self, lifetime_s: float = _CHALLENGE_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._lifetime_s = lifetime_s
@@ -122,7 +124,7 @@ class Challenges:
         self._began = clock()
         self._secret = secrets.token_bytes(32)
         self._used: OrderedDict[bytes, float] = OrderedDict()
-        """When each was used, the earliest first."""
+        """When each challenge was used, the earliest first."""
 
     def __len__(self) -> int:
         return len(self._used)
@@ -143,7 +145,7 @@ class Challenges:
             raise ExpertError(StatusCode.UNAUTHENTICATED, "the challenge was used before: ask for a new one")
 
     def use(self, challenge: bytes) -> None:
-        """Like `check`, and then it can't be used again."""
+        """Like `check`, and the challenge can't be used again."""
         self.check(challenge)
         now = self._clock()
         while self._used and next(iter(self._used.values())) < now - self._lifetime_s:
@@ -155,10 +157,11 @@ class Challenges:
 
 
 class Sessions:
-    """The sessions of one server: of each caller one for the same rights, such as one for the DHT and one for experts.
+    """The sessions of one server. A caller has one session for each set of rights, such as one for the DHT and one for
+    experts.
 
-    When there are too many, one of the neighbourhood with the most sessions ends, the one used longest ago. So a
-    stranger with many keys pushes out its own.
+    If there are too many, the neighbourhood with the most sessions loses the one used longest ago. So a stranger with
+    many keys displaces its own sessions.
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class Sessions:
         clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`admission`: who may do what; by default everybody may do everything. `now` dates admissions."""
+        """`admission`: who may do what; by default everybody may do everything. `now`: the clock for admissions."""
         events = Counter(
             "talkoot_session_events",
             "Sessions opened, refused and ended early to make room; calls in none that is open.",
@@ -193,7 +196,7 @@ class Sessions:
         self._sessions: dict[bytes, Session] = {}
         self._by_purpose: dict[tuple[PeerID, frozenset[Right]], bytes] = {}
         self._near: dict[str, OrderedDict[bytes, None]] = {}
-        """The sessions of each neighbourhood, used longest ago first."""
+        """The sessions of each neighbourhood, the one used longest ago first."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -223,7 +226,7 @@ class Sessions:
         return session_pb2.OpenReply(session=key, lifetime_s=lifetime_s)
 
     def require(self, context: "grpc.aio.ServicerContext[Any, Any]", *rights: Right) -> Session:
-        """The session of a caller that has one of the rights.
+        """The session of a call whose caller has one of the rights.
 
         Raises ExpertError: UNAUTHENTICATED or PERMISSION_DENIED.
         """
@@ -244,12 +247,12 @@ class Sessions:
         return session
 
     def of_call(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Session | None:
-        """The session that a call is in, if it is open. Whether it may be used for that is for `require` to say."""
+        """The session that a call names, if it is open. `require` decides whether it may be used for that call."""
         session = self._sessions.get(session_named(context))
         return None if session is None or session.ends_at <= self._clock() else session
 
     def recheck(self) -> None:
-        """Ends the sessions of callers that have been denied or revoked, and those that have expired."""
+        """Ends sessions that have expired, and those of callers that have been denied or revoked."""
         now = self._clock()
         for key, session in list(self._sessions.items()):
             gone = session.ends_at <= now
@@ -257,7 +260,8 @@ class Sessions:
                 self._end(key)
 
     def check(self, request: session_pb2.OpenRequest) -> session_pb2.OpenStatement:
-        """The statement, after all checks that need no signature: none is made for a request that is refused anyway.
+        """The statement, after all checks that need no signature: no signature is checked for a request that is refused
+        anyway.
 
         Raises ExpertError.
         """
@@ -310,7 +314,7 @@ class Sessions:
             del self._near[session.near]
 
     def still_admits(self, session: Session) -> bool:
-        """Whether the caller has not been denied or revoked since, for calls that last."""
+        """Whether the caller has not been denied or revoked since, for long calls."""
         return self._admission.still_admits(session.caller, session.serial)
 
     def _evict(self) -> None:
@@ -320,7 +324,7 @@ class Sessions:
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
-    """Opens sessions for callers that prove who they are."""
+    """Opens sessions for callers that prove their identity."""
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
@@ -352,7 +356,7 @@ class SessionClient:
     """Opens sessions with servers when they are needed, and remembers them. For one event loop.
 
     Call `ended` when a server no longer knows a session. The call can then be repeated, because a server checks the
-    session before it does anything.
+    session before it does anything else.
     """
 
     def __init__(
@@ -365,7 +369,7 @@ class SessionClient:
         limit: int = 1024,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`admission`: has this peer's badge. `limit`: sessions remembered, the newest ones."""
+        """`admission`: provides this peer's badge. `limit`: sessions remembered, the newest ones."""
         self.opened: int = 0
         self._identity = identity
         self._swarm_id = swarm_id
@@ -373,7 +377,7 @@ class SessionClient:
         self._admission = admission or AllowAll()
         self._clock = clock
         self._known = BoundedDict[PeerID, tuple[Metadata, float]](limit)
-        """The metadata of calls to each server, and until when it is good."""
+        """The metadata of calls to each server, and until when it is valid."""
         self._opening: dict[PeerID, asyncio.Task[Metadata]] = {}
 
     def known(self, server: PeerID) -> Metadata | None:
@@ -382,9 +386,9 @@ class SessionClient:
         return found[0] if found is not None and self._clock() < found[1] else None
 
     async def metadata(self, server: PeerID, channel: grpc.aio.Channel, deadline_s: float) -> Metadata:
-        """The metadata for calls to this server. Opens a session if there is none; all callers wait for the same one.
+        """The metadata for calls to this server. Opens a session if there is none; callers share one attempt.
 
-        Raises ExpertError with the server's status if it opens none.
+        Raises ExpertError with the server's status if the server opens none.
         """
         until = self._clock() + deadline_s
         while (known := self.known(server)) is None:
@@ -396,7 +400,7 @@ class SessionClient:
             try:
                 return await asyncio.shield(opening)
             except ExpertError as error:
-                # whoever began it may have had less time than this caller
+                # the caller that began the attempt may have had less time than this one
                 if is_own or error.status is not StatusCode.DEADLINE_EXCEEDED or self._clock() >= until:
                     raise
         return known
@@ -437,7 +441,7 @@ class SessionClient:
         return metadata
 
     def statement(self, server: PeerID, challenge: bytes) -> session_pb2.OpenRequest:
-        """Proves to the server that gave the challenge who calls."""
+        """Proves this peer's identity to the server that gave the challenge."""
         statement = session_pb2.OpenStatement(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
@@ -456,11 +460,11 @@ class SessionClient:
     def _note_opened(self, server: PeerID, task: "asyncio.Task[Metadata]") -> None:
         del self._opening[server]
         if not task.cancelled():
-            task.exception()  # told to whoever waits; nobody may any more
+            task.exception()  # those who wait get the error; perhaps nobody waits any more
 
 
 def near_of(peer: str) -> str:
-    """The neighbourhood in which a caller opens sessions. Each relay is one, and so are all tunnels together."""
+    """The neighbourhood of a caller that opens a session. Each relay is one, and so are all tunnels together."""
     if peer.startswith("relay "):
         return peer.partition("/")[0]
     address = address_of(peer)

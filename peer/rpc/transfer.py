@@ -1,6 +1,6 @@
-"""Snapshots of trained state sent between peers, in chunks and with a checksum.
+"""Snapshots of trained state, sent between peers in chunks and with a checksum.
 
-A download that was cut off resumes where it was, as long as the other peer still caches the snapshot.
+An interrupted download resumes where it stopped, as long as the other peer still caches the snapshot.
 """
 
 import asyncio
@@ -29,20 +29,20 @@ from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import state_pb2
 
 LEAST_BYTES_PER_S = 32_768
-"""The slowest transfer that is waited for: an upload of 1 Mbit/s that four transfers share."""
+"""The slowest transfer that is waited for: a quarter of an upload of 1 Mbit/s."""
 GRACE_S = 10.0
 """How long a transfer may stall."""
 _FAIR_BYTES_PER_S = 125_000
 _FAIR_S = 10.0
-"""While others wait, a transfer may take this long, plus the time of its bytes at this rate."""
+"""While others wait, a transfer may take this long, plus the time that its bytes take at the rate above."""
 _CUT_OFF = "others wait, and your transfer was slow or not your only one: go on with it soon"
 _BUSY_S = 1.0
 _ATTEMPTS = 5
 """How many times a download is started or resumed."""
 _BUSY_ATTEMPTS = 20
-"""The same, at a peer that others keep busy."""
+"""How many times it is started or resumed if other transfers keep the peer busy."""
 _BACKOFF_S = 0.2
-"""Pause before the second attempt. It doubles up to eight times that."""
+"""The pause before the second attempt. It doubles up to eight times that."""
 _PASSING = {
     StatusCode.UNAUTHENTICATED,  # the session had ended; the next attempt opens another
     StatusCode.UNAVAILABLE,
@@ -52,12 +52,12 @@ _PASSING = {
     StatusCode.INTERNAL,
     StatusCode.UNKNOWN,
 }
-"""Statuses of a download that is worth another attempt."""
+"""If a download ends with one of these statuses, another attempt is worthwhile."""
 M = TypeVar("M")
 
 
 class Bytes(Protocol):
-    """What is sent in parts. A file may raise OSError."""
+    """Data that is sent in parts. Reading a file may raise OSError."""
 
     def __len__(self) -> int: ...
 
@@ -81,7 +81,7 @@ S = TypeVar("S", bound=CachedSnapshot)
 
 
 class SnapshotCache(Generic[S]):
-    """The newest snapshots, for as long as they last. Pure: `now` is passed in."""
+    """The newest snapshots, until they expire. Pure: `now` is an argument."""
 
     def __init__(self, limit: int, lifetime_s: float) -> None:
         self.lifetime_s = lifetime_s
@@ -101,7 +101,7 @@ class SnapshotCache(Generic[S]):
 
     @property
     def in_memory(self) -> list[S]:
-        """All snapshots, even those that have expired and were not dropped yet. Thread-safe."""
+        """All snapshots, including expired ones that have not been dropped yet. Thread-safe."""
         return list(self._kept.values())
 
     def __len__(self) -> int:
@@ -113,10 +113,10 @@ class SnapshotCache(Generic[S]):
 
 
 class SnapshotReceiver:
-    """Assembles a snapshot. Does no I/O, and accepts nothing beyond what the header announced."""
+    """Assembles a snapshot. Does no I/O, and accepts nothing that the header did not announce."""
 
     def __init__(self, max_bytes: int, count: Callable[[int], None]) -> None:
-        """`max_bytes`: of the whole snapshot. `count` is called with the size of each chunk."""
+        """`max_bytes`: the limit for the whole snapshot. `count` is called with the size of each chunk."""
         self.header: state_pb2.StateHeader | None = None
         self._max_bytes = max_bytes
         self._count = count
@@ -132,7 +132,7 @@ class SnapshotReceiver:
         return self.header is not None and len(self._data) == self.header.total_bytes
 
     def begin(self, header: state_pb2.StateHeader, sha256: bytes = b"") -> None:
-        """Takes the header of the next chunks. `sha256`: of the snapshot that was asked for. Raises StateError."""
+        """Takes the header of the chunks that follow. `sha256`: the snapshot that was asked for. Raises StateError."""
         if len(header.sha256) != 32:
             raise StateError("a state must begin with its header")
         if header.total_bytes > self._max_bytes:
@@ -156,7 +156,9 @@ class SnapshotReceiver:
         self._count(len(chunk))
 
     def whole(self) -> tuple[state_pb2.StateHeader, bytes]:
-        """The header and the data. Slow, so not for the loop's thread. Raises StateError if they don't match."""
+        """The header and the data. Slow, so don't call it on the loop's thread. Raises StateError if they don't
+        match.
+        """
         if self.header is None or not self.is_whole:
             raise StateError("the state is incomplete")
         if hashlib.sha256(self._data).digest() != self.header.sha256:
@@ -166,7 +168,7 @@ class SnapshotReceiver:
 
 @dataclass(frozen=True)
 class SnapshotClient:
-    """Downloads snapshots from one gRPC service of other peers. Close it when done."""
+    """Downloads snapshots from a gRPC service of other peers. Close it when done."""
 
     stub_class: Callable[[Any], Any]
     """The generated stub."""
@@ -199,11 +201,11 @@ class SnapshotClient:
     async def download(
         self, peer: Contact, method: str, request: Any, what: str, down: RateLimit
     ) -> SnapshotReceiver:
-        """Downloads a snapshot by calls of the method, each from where the last one was cut off.
+        """Downloads a snapshot with calls of the method. Each call continues where the last one stopped.
 
-        `request`: its `sha256` names the snapshot that is wanted, or is empty for the current state; its `offset` is
-        set for each call. `what`: for errors, such as "expert 0.1.2 of node Qm…". `down`: the limit of bandwidth.
-        Raises TransferError, and StateError if what arrives can't be right.
+        `request`: its `sha256` names the snapshot, or is empty for the current state; its `offset` is set for each
+        call. `what`: for errors, such as "expert 0.1.2 of node Qm…". `down`: the limit of bandwidth. Raises
+        TransferError, and StateError if what arrives can't be right.
         """
         try:
             async with asyncio.timeout(self.limit_s):
@@ -252,13 +254,13 @@ class SnapshotClient:
 
 
 class TransferPace(Pace):
-    """How fast a transfer must be at least, whoever sends."""
+    """How fast a transfer must be at least, in either direction."""
 
     def __init__(self) -> None:
         super().__init__(LEAST_BYTES_PER_S, GRACE_S)
 
     async def read(self, message: Awaitable[M], size_of: Callable[[M], int]) -> M:
-        """Waits for the next message. Raises TimeoutError if it stalls, or if all come too slowly."""
+        """Waits for the next message. Raises TimeoutError if the transfer stalls or is too slow."""
         return await self.wait(message, CHUNK_BYTES, size_of)
 
     async def write(self, message: Awaitable[M], size: int) -> M:
@@ -267,17 +269,20 @@ class TransferPace(Pace):
 
 
 class TransferSlots:
-    """Limits the transfers in progress, and peers share them fairly. For one event loop.
+    """Limits the transfers in progress, and shares them fairly between peers. For one event loop.
 
-    If all are taken, a newcomer gets that of the peer with the most, or if none has more than it would have, the slot
-    that was taken first, once its transfer has had time enough at a fair rate. Who is cut off may go on later.
+    If all slots are taken, a newcomer gets one from the peer with the most. If no peer has more than the newcomer
+    would, it gets the oldest slot, once that transfer has had enough time at a fair rate. A transfer that is cut off
+    may resume later.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._clock = clock
         self._taken: dict[object, tuple[PeerID, float, Callable[[], None]]] = {}
-        """The peer, the time after which it has had its share, and what cuts it off; the first first."""
+        """For each slot, the peer, the time after which it has had its share, and what cuts it off; the oldest slot
+        first.
+        """
 
     def __len__(self) -> int:
         return len(self._taken)
@@ -341,7 +346,9 @@ async def receive(
 async def outgoing(
     header: state_pb2.StateHeader, data: Bytes, offset: int, up: RateLimit
 ) -> AsyncIterator[state_pb2.FetchReply]:
-    """The replies that send a snapshot from an offset on, no faster than `up`. Raises WireError beyond its end."""
+    """The replies that send a snapshot from an offset, no faster than `up`. Raises WireError if the offset is past its
+    end.
+    """
     if offset > len(data):
         raise WireError(f"offset {offset} of {len(data)} bytes")
     yield state_pb2.FetchReply(header=header)

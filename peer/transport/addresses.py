@@ -1,8 +1,8 @@
-"""Where a peer listens and how others reach it: multiaddresses, as libp2p writes them.
+"""Where a peer listens and how others reach it: multiaddresses, in libp2p's notation.
 
-A multiaddress such as /ip4/192.0.2.7/tcp/31337/p2p/Qm… names a peer and its endpoint; one that goes on with
-/p2p-circuit/p2p/Qm… names the peer that the first one relays to. Strangers write them, so they have one strict grammar
-and one spelling. Whatever is not in it is not stored, dialled or put on a command line.
+A multiaddress such as /ip4/192.0.2.7/tcp/31337/p2p/Qm… names a peer and its endpoint. One that continues with
+/p2p-circuit/p2p/Qm… names the peer that the first one relays to. Strangers write multiaddresses, so there is one strict
+grammar and one spelling. Anything else is not stored, dialled or put on a command line.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ from peer.transport.endpoints import (
 
 _PEER_ID = re.compile(r"(?:Qm|12D3KooW)[1-9A-HJ-NP-Za-km-z]{44}")
 _PEER_ID_FORMS = {34: b"\x12\x20", 38: b"\x00\x24\x08\x01\x12\x20"}
-"""Size in bytes → how such a PeerID begins: the SHA-256 of an RSA key, or an Ed25519 key, which no peer of ours has."""
+"""Size in bytes → how such a PeerID begins: the SHA-256 of an RSA key, or an Ed25519 key, which no Talkoot peer has."""
 
 
 class Multiaddress(str):
-    """A multiaddress of a peer, parsed: the endpoint to dial, and who is there or is relayed to from there."""
+    """A peer's multiaddress, parsed: the endpoint to dial, and the peer there or the peer that it relays to."""
 
     endpoint: Endpoint
     dialled: PeerID
-    """Who is at the endpoint: the peer itself, or a relay that leads to it."""
+    """The peer at the endpoint: the peer itself, or its relay."""
     peer_id: PeerID
-    """Whom it leads to."""
+    """The peer that the address leads to."""
     _parts: "_Parts"
 
     def __new__(cls, text: str) -> Self:
@@ -51,12 +51,12 @@ class Multiaddress(str):
 
     @classmethod
     def of(cls, endpoint: Endpoint, peer_id: PeerID) -> Self:
-        """Without a relay."""
+        """A multiaddress without a relay."""
         return cls(f"{multiaddress(endpoint)}/p2p/{peer_id.to_base58()}")
 
     @classmethod
     def decode(cls, data: bytes, peer_id: PeerID | None = None) -> Self:
-        """From p2pd's bytes, which lack the peer itself if it is given. Raises AddressError."""
+        """Decodes p2pd's bytes. With `peer_id`, the bytes lack that peer. Raises AddressError."""
         parts = _decoded(data)
         return cls._of(parts if peer_id is None else [*parts, (_P2P, peer_id.to_bytes())])
 
@@ -89,11 +89,11 @@ class Multiaddress(str):
         return self.endpoint.scope is AddressScope.GLOBAL
 
     def to_bytes(self, *, without_peer: bool = False) -> bytes:
-        """As p2pd takes it. `without_peer`: without whom it leads to."""
+        """Encodes it for p2pd. `without_peer`: leaves out the peer that it leads to."""
         return _encoded(self._parts[:-1] if without_peer else self._parts)
 
     def endpoint_bytes(self) -> bytes:
-        """The part that says what to dial, in the same form."""
+        """The part that says what to dial, encoded for p2pd."""
         return _encoded(self._parts[:2])
 
 
@@ -108,7 +108,7 @@ def default_listen_address() -> str:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises PortError if the port is taken or the address is not this machine's. Port 0 is always free."""
+    """Raises PortError if the port is taken or the address does not belong to this machine. Port 0 is always free."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -127,7 +127,9 @@ Address = TypeVar("Address", Endpoint, Multiaddress)
 
 
 def known(kind: type[Address], texts: Iterable[str], most: int) -> tuple[Address, ...]:
-    """The first `most` of these texts, without those that are no address, or one of a kind that is not known here."""
+    """Parses the first `most` of these texts, and leaves out those that are not addresses, or are of an unknown
+    kind.
+    """
     found = []
     for text in itertools.islice(texts, most):
         with contextlib.suppress(AddressError):
@@ -136,7 +138,7 @@ def known(kind: type[Address], texts: Iterable[str], most: int) -> tuple[Address
 
 
 def known_bytes(encoded: Iterable[bytes], peer_id: PeerID) -> list[Multiaddress]:
-    """The same of a peer's own addresses, from p2pd's bytes."""
+    """The same for a peer's own addresses, from p2pd's bytes."""
     found = []
     for data in encoded:
         with contextlib.suppress(AddressError):
@@ -145,13 +147,13 @@ def known_bytes(encoded: Iterable[bytes], peer_id: PeerID) -> list[Multiaddress]
 
 
 def multiaddress(endpoint: Endpoint) -> str:
-    """The multiaddress of an endpoint, whoever is there."""
+    """The multiaddress of an endpoint, without a peer."""
     kind = "dns" if endpoint.ip is None else f"ip{endpoint.ip.version}"
     return f"/{kind}/{endpoint.host}/tcp/{endpoint.port}"
 
 
 def is_circuit(data: bytes) -> bool:
-    """Whether p2pd's bytes for the other end of a connection lead through a relay. Those of an unknown kind do not."""
+    """Whether p2pd's bytes for the other end of a connection lead through a relay. False for an unknown kind."""
     try:
         return any(protocol is _CIRCUIT for protocol, _ in _decoded(data))
     except AddressError:
@@ -165,11 +167,11 @@ class _Protocol:
     name: str
     code: int
     size: int | None
-    """The size of its value, in bytes; None: the size comes first."""
+    """The size of its value, in bytes; None: the value begins with its size."""
     write: Callable[[str], bytes]
-    """From text. Raises AddressError."""
+    """Encodes text. Raises AddressError."""
     read: Callable[[bytes], str]
-    """Reads a value as the text from which `write` makes the same bytes. Raises AddressError."""
+    """Decodes a value to the text that `write` encodes to the same bytes. Raises AddressError."""
 
 
 def _peer_bytes(text: str) -> bytes:
@@ -272,7 +274,7 @@ def _decoded(data: bytes) -> _Parts:
 
 
 def _varint(number: int) -> bytes:
-    """The varint of a number below 2^14, as codes and sizes are."""
+    """The varint of a number below 2^14, such as a code or a size."""
     return bytes([number]) if number < 128 else bytes([number & 127 | 128, number >> 7])
 
 

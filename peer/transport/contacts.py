@@ -1,8 +1,8 @@
-"""Where a peer is reached, in its own signed words. Others pass them on, and nobody else can change them.
+"""A peer's contact: where it is reached, signed by itself. Others pass contacts on, and can't change them.
 
-A contact is valid for an hour at most. Of two contacts of a peer, the one with the higher number holds. It names a few
-addresses by their kinds. One of a kind or form that is not known here is passed over, and so is a host name, which
-could lead anywhere at any time.
+A contact is valid for an hour at most. Of two contacts of a peer, the one with the higher number is valid. It names a
+few addresses by their kinds. Addresses of an unknown kind or form are skipped, and so are host names, which could lead
+anywhere at any time.
 """
 
 import ssl
@@ -24,15 +24,15 @@ LIFETIME_S = 3600.0
 """The longest lifetime of a contact."""
 MAX_ADDRESSES = 8
 MAX_CONTACT_BYTES = 4096
-"""The limit for a contact, which fits the longest addresses. A usual one has 1,400."""
+"""The limit for a contact, which fits the longest addresses. A usual one has 1,400 bytes."""
 _MAX_SIGNATURE_BYTES = 512
-"""The limit for a signature, which a key of 4096 bits makes."""
+"""The limit for a signature: that of a key of 4096 bits."""
 _OVERHEAD_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """A peer's addresses and certificate. `parse` has checked it."""
+    """A peer's addresses and certificate, checked by `parse`."""
 
     peer_id: PeerID
     sequence: int
@@ -43,13 +43,13 @@ class Contact:
     relay_addresses: tuple[Multiaddress, ...]
     """Circuits to its gRPC server."""
     tunnel_addresses: tuple[Multiaddress, ...]
-    """The addresses of its libp2p daemon."""
+    """The addresses of its p2pd."""
     serialized: bytes
     """The message that the peer signed."""
 
     @property
     def message(self) -> contact_pb2.Contact:
-        """As the peer signed it, to pass on."""
+        """The message as the peer signed it, to be passed on."""
         return contact_pb2.Contact.FromString(self.serialized)
 
     @property
@@ -64,13 +64,13 @@ class Contact:
 
     @classmethod
     def restore(cls, serialized: bytes) -> "Contact":
-        """One that was checked before."""
+        """Restores a contact that was checked before."""
         return UncheckedContact.read(contact_pb2.Contact.FromString(serialized)).content()
 
 
 @dataclass(frozen=True, slots=True)
 class UncheckedContact:
-    """What a contact says. Nothing shows yet that its peer has said it."""
+    """What a contact says. It is not yet proved that its peer has said it."""
 
     peer_id: PeerID
     statement: contact_pb2.ContactStatement
@@ -78,7 +78,7 @@ class UncheckedContact:
 
     @classmethod
     def read(cls, message: contact_pb2.Contact) -> "UncheckedContact":
-        """Costs little. Raises WireError."""
+        """Cheap, because no signature is checked. Raises WireError."""
         size = len(message.statement) + len(message.signature)
         if size > MAX_CONTACT_BYTES - _OVERHEAD_BYTES or len(message.signature) > _MAX_SIGNATURE_BYTES:
             raise WireError(f"a contact has at most {MAX_CONTACT_BYTES} bytes")
@@ -88,13 +88,13 @@ class UncheckedContact:
             raise WireError("a contact's statement can't be parsed") from None
         if len(statement.addresses) > MAX_ADDRESSES:
             raise WireError(f"a contact has at most {MAX_ADDRESSES} addresses")
-        # made anew: whoever passed it on may have added fields to it
+        # built again: the peer that passed it on may have added fields
         signed = contact_pb2.Contact(statement=message.statement, signature=message.signature)
         return cls(PeerID(statement.peer_id), statement, signed)
 
     def check(self, now: float) -> Contact:
         """The contact, if its peer signed it and it is valid now. Raises RecordError."""
-        # also refuses NaN
+        # this form also refuses NaN
         if not now < self.statement.expires_at <= now + LIFETIME_S + CLOCK_TOLERANCE_S:
             raise RecordError("the contact has expired, or would hold for more than an hour")
         content = self.content()
@@ -124,7 +124,7 @@ class UncheckedContact:
 
 
 class OwnContact:
-    """This peer's own contact, signed again when its addresses change, and before it expires."""
+    """This peer's own contact. It is signed again when its addresses change, and before it expires."""
 
     def __init__(self, identity: Identity, certificate: bytes, now: Callable[[], float] = clock.now) -> None:
         """`certificate`: DER. `now`: Unix time in seconds."""
@@ -144,7 +144,7 @@ class OwnContact:
         relay_addresses: Iterable[Multiaddress] | None = None,
         tunnel_addresses: Iterable[Multiaddress] | None = None,
     ) -> None:
-        """Replaces the addresses of those kinds that are given. Of too many, direct ones are named before others."""
+        """Replaces the addresses of the kinds that are given. If there are too many, direct ones are kept first."""
         before = self._kinds
         if addresses is not None:
             self._addresses = tuple(addresses)
@@ -168,7 +168,7 @@ class OwnContact:
         return self._addresses, self._relay_addresses, self._tunnel_addresses
 
     def _sign(self, now: float) -> contact_pb2.Contact:
-        # by the time, so that it also grows when this peer starts again
+        # taken from the time, so that it also grows when this peer restarts
         self._sequence = max(self._sequence + 1, int(now * 1000))
         named = chain(
             (contact_pb2.ContactAddress(direct=address) for address in self._addresses),
@@ -188,7 +188,7 @@ class OwnContact:
 
 
 def _known(kind: type[Address], texts: Iterable[str]) -> list[Address]:
-    """The addresses that are IP endpoints, in a form that is known here."""
+    """The addresses that are IP endpoints in a known form."""
     found: list[Address] = []
     for text in texts:
         try:

@@ -1,8 +1,8 @@
-"""Whom this peer dials: which of the addresses that strangers write, and how often.
+"""Which of the addresses that strangers write this peer dials, and how often.
 
-Anybody can write any address into a record, and all peers of a swarm read it. So none dials an address that is nearer
-than its swarm (its own loopback, the network behind it), and all together can't be aimed at a machine that is no peer:
-however many records name it, each of them tries it a few times a minute.
+Anybody can write any address into a record, and all peers of a swarm read it. So no peer dials an address that is
+nearer than its swarm (its own loopback, or the network behind it). And a swarm can't be aimed at a machine that is not
+a peer: however many records name it, each peer tries it only a few times a minute.
 """
 
 import asyncio
@@ -20,19 +20,19 @@ from peer.transport.addresses import Address, known
 from peer.transport.endpoints import AddressScope, Endpoint, IpAddress, neighbourhood
 
 ENDPOINT_BURST = 4
-"""Dials of one IP address and port that did not lead to the peer that was said to be there."""
+"""How often one IP address and port may be dialled in vain, without the named peer being there."""
 ENDPOINT_EVERY_S = 15.0
 MACHINE_BURST = 16
-"""The same of an IP address, at all its ports. For IPv6, of the 2^64 addresses of a line."""
+"""How often one IP address may be dialled in vain, over all its ports. For IPv6, over the 2^64 addresses of a line."""
 MACHINE_EVERY_S = 6.0
 _REMEMBERED = 16_384
 _RESOLVE_S = 5.0
 
 
 class Dialling:
-    """Which dials are allowed. Ask `begin` before each, and tell `reached` when the peer was really there.
+    """Which dials are allowed. Call `begin` before each, and `reached` if the peer was really there.
 
-    For the whole process: the limits are of all records together.
+    One for the whole process: the limits apply to all records together.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class Dialling:
         metrics: CollectorRegistry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`nearest`: of the addresses that are dialled. `trusted`: those of the invite, which no stranger wrote."""
+        """`nearest`: the nearest scope that is dialled. `trusted`: the endpoints in the invite, which no stranger
+        wrote.
+        """
         refused = Counter(
             "talkoot_dials_refused",
             "Addresses in records that were not dialled, because they are nearer than the swarm, or tried too often.",
@@ -53,16 +55,18 @@ class Dialling:
         self._nearest = nearest
         self._trusted = frozenset(trusted)
         self._clock = clock
-        # a bucket may be overdrawn by one dial, so that its burst is one less
+        # a bucket may be overdrawn by one dial, so its burst is one less
         self._endpoints = TokenBuckets[Endpoint](1 / ENDPOINT_EVERY_S, ENDPOINT_BURST - 1, _REMEMBERED)
         self._machines = TokenBuckets[str](1 / MACHINE_EVERY_S, MACHINE_BURST - 1, _REMEMBERED)
         self._peers = BoundedDict[tuple[Endpoint, PeerID], None](_REMEMBERED)
-        """Who was found where."""
+        """Which peer was found at which endpoint."""
         self._met = BoundedDict[tuple[IpAddress, PeerID], None](_REMEMBERED)
-        """Who called from where."""
+        """Which peer called from which IP address."""
 
     def allows(self, endpoint: Endpoint) -> bool:
-        """Whether it may be dialled at all. A name may not: whoever owns it can let it lead anywhere at any time."""
+        """Whether an endpoint may be dialled at all. A host name may not: its owner can let it lead anywhere at any
+        time.
+        """
         scope = endpoint.scope
         if endpoint in self._trusted or (scope is not None and scope >= self._nearest):
             return True
@@ -70,7 +74,7 @@ class Dialling:
         return False
 
     def begin(self, endpoint: Endpoint, peer_id: PeerID) -> bool:
-        """Whether to dial it now, because a record says that this peer is there."""
+        """Whether to dial an endpoint now, where a record says that this peer is."""
         if not self.allows(endpoint):
             return False
         if self.is_known(endpoint, peer_id):
@@ -85,7 +89,7 @@ class Dialling:
         return True
 
     def reached(self, endpoint: Endpoint, peer_id: PeerID) -> None:
-        """The peer proved that it is there. It costs nothing to dial it again."""
+        """The peer proved that it is there. Dialling it again is not limited."""
         if self.is_known(endpoint, peer_id):
             return
         self._peers[endpoint, peer_id] = None
@@ -94,9 +98,9 @@ class Dialling:
             self._machines.give_back(machine, 1)
 
     def met(self, peer_id: PeerID, address: IpAddress) -> None:
-        """The peer called from this IP address, so that it may be dialled there, at whatever port.
+        """The peer called from this IP address, so it may be dialled there, at any port.
 
-        Without that, strangers who name a node's endpoint as theirs would use up the dials of the node itself.
+        Otherwise strangers who claim a node's endpoint as theirs would use up the dials to that node.
         """
         self._met[address, peer_id] = None
 
@@ -108,9 +112,9 @@ class Dialling:
 
 
 def nearest_scope(endpoints: Iterable[Endpoint]) -> AddressScope:
-    """How near the addresses are that a swarm's peers dial, by the addresses in its invite.
+    """The nearest scope that a swarm's peers dial, from the addresses in its invite.
 
-    Loopback counts only if there is nothing else: then all peers are on this machine.
+    It is loopback only if there are no other addresses: then all peers are on this machine.
     """
     scopes = {endpoint.scope for endpoint in endpoints} - {None, AddressScope.NONE}
     if scopes == {AddressScope.LOOPBACK}:
@@ -119,7 +123,9 @@ def nearest_scope(endpoints: Iterable[Endpoint]) -> AddressScope:
 
 
 async def resolved(addresses: Iterable[Address]) -> list[Address]:
-    """The same addresses with the IP addresses to which their names lead now. For those of the owner, or an invite."""
+    """The same addresses, with host names replaced by the IP addresses they lead to now. For addresses of the owner or
+    an invite.
+    """
     looks = await asyncio.gather(*map(_resolve, addresses))
     return list(dict.fromkeys(address for found in looks for address in found))
 
@@ -132,12 +138,12 @@ async def _resolve(address: Address) -> Iterable[Address]:
     try:
         async with asyncio.timeout(_RESOLVE_S):
             found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-    except OSError:  # also TimeoutError
+    except OSError:  # includes TimeoutError
         return ()
     hosts = (f"[{place[0]}]" if ":" in str(place[0]) else place[0] for *_, place in found)
     return [address.at(each) for each in known(Endpoint, (f"{host}:{endpoint.port}" for host in hosts), 16)]
 
 
 def _machine(endpoint: Endpoint) -> str | None:
-    """What may be one victim. Not loopback: who dials it is on the same machine."""
+    """The machine that dials may be aimed at. None for loopback, where the dialling peer is on the same machine."""
     return None if endpoint.ip is None or endpoint.ip.is_loopback else neighbourhood(endpoint.ip)

@@ -1,6 +1,6 @@
 """Endpoints, `host:port` as gRPC dials them, and IP addresses: their grammar, scopes and neighbourhoods.
 
-Strangers write endpoints. Whatever is not in the grammar is not stored, dialled or put on a command line.
+Strangers write endpoints. Whatever does not match the grammar is not stored, dialled or put on a command line.
 """
 
 import ipaddress
@@ -16,11 +16,11 @@ from peer.errors import AddressError
 IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _MAX_CHARACTERS = 512
-"""The limit for one address. A circuit to a host with the longest name has 420."""
+"""The limit for one address. A circuit to a host with the longest name has 420 characters."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _NAME = re.compile(rf"(?:{_LABEL}\.)*(?=[a-z]){_LABEL}")
-"""Its last label begins with a letter: resolvers take the likes of 127.1 and 0x7f000001 for IPv4 addresses."""
+"""The last label begins with a letter, because resolvers read names such as 127.1 and 0x7f000001 as IPv4 addresses."""
 _ENDPOINT = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]+)")
 
 
@@ -28,28 +28,28 @@ class AddressScope(IntEnum):
     """How far an IP address is valid."""
 
     NONE = 0
-    """It names no machine that strangers may name: link-local, multicast, reserved, a cloud's metadata."""
+    """An address that strangers may not name: link-local, multicast, reserved, or a cloud's metadata service."""
     LOOPBACK = 1
     PRIVATE = 2
-    """An address of a private network, a provider's (RFC 6598), or documentation."""
+    """An address in a private network, in a provider's (RFC 6598), or for documentation."""
     GLOBAL = 3
 
 
 _METADATA = frozenset(
     map(
         ipaddress.ip_address,
-        # of Amazon, Alibaba, Oracle and Azure, which are not link-local as the others'
+        # those of Amazon, Alibaba, Oracle and Azure; the others' are link-local
         ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"),
     )
 )
-"""Addresses at which clouds tell a machine its secrets."""
+"""Addresses at which clouds give a machine its secrets."""
 _THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def scope_of(address: IpAddress) -> AddressScope:
-    """The scope of an IP address, or of the IPv4 address in it."""
+    """The scope of an IP address, or of the IPv4 address embedded in it."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
@@ -67,7 +67,7 @@ def scope_of(address: IpAddress) -> AddressScope:
 
 
 def ip_address(text: str) -> IpAddress:
-    """Parses an IP address; an IPv4 address written as IPv6, such as ::ffff:127.0.0.1, too. Raises ValueError."""
+    """Parses an IP address, including an IPv4 address written as IPv6, such as ::ffff:127.0.0.1. Raises ValueError."""
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv4Address):
         return address
@@ -79,7 +79,7 @@ def ip_address(text: str) -> IpAddress:
 class Endpoint(str):
     """`host:port`, parsed: an IP address or a host name in its canonical form, and a port from 1 to 65535."""
 
-    __slots__ = ()  # there are thousands
+    __slots__ = ()  # there are thousands of them
 
     def __new__(cls, text: str) -> Self:
         """Raises AddressError."""
@@ -98,7 +98,7 @@ class Endpoint(str):
         return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
     def at(self, other: "Endpoint") -> "Endpoint":
-        """The other one; as `Multiaddress.at` does."""
+        """Returns the other endpoint; the counterpart of `Multiaddress.at`."""
         return other
 
     @property
@@ -152,7 +152,7 @@ def neighbourhood(address: IpAddress) -> str:
 
 
 def is_public(host: str) -> bool:
-    """Whether it is an IP address that is reachable from the whole internet."""
+    """Whether the host is an IP address that the whole internet can reach."""
     try:
         return scope_of(ip_address(host)) is AddressScope.GLOBAL
     except ValueError:
@@ -180,7 +180,7 @@ def parse_ip4(text: str) -> ipaddress.IPv4Address:
 
 
 def parse_ip6(text: str) -> ipaddress.IPv6Address:
-    """Without a zone, and no IPv4 address in disguise."""
+    """Parses an IPv6 address without a zone, and without an embedded IPv4 address."""
     try:
         address = ipaddress.IPv6Address(text)
     except ValueError as error:

@@ -1,8 +1,8 @@
 """libp2p beside gRPC: streams to peers behind routers, by hole punching or through libp2p relays.
 
-A Go process, p2pd, opens them; hivemind brings it, where it has one for the platform. A peer is complete without: what
-it has not then is the shorter way through a router, and it uses relays over gRPC. So nothing here keeps a peer from
-starting, and nothing else ends when p2pd does. hivemind is imported only when p2pd starts.
+p2pd, a Go process, opens them; hivemind brings it, on platforms that it supports. A peer works without p2pd: it then
+reaches peers behind routers by relays over gRPC, which is a longer way. So nothing here prevents a peer from starting,
+and if p2pd ends, nothing else does. hivemind is imported only when p2pd starts.
 """
 
 import asyncio
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger(__name__)
 
 CALL_DEADLINE_S = 3.0
-"""The deadline for what p2pd answers by itself, and for a dial that is only tried."""
+"""The deadline for what p2pd answers by itself, and for a dial that may fail."""
 _MOST_ADDRESSES = 8
 _RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""Before p2pd is started again. The last one holds for all later tries."""
+"""The pauses before p2pd is started again. The last one is used for all later attempts."""
 _STEADY_S = 60.0
-"""A p2pd that ran this long died of something new, and the pauses start from the first."""
+"""If p2pd ran this long before it died, the pauses begin again with the first."""
 _MOST_DAEMON_BYTES = 256 * 2**20
-"""A p2pd that takes more memory is started again. Usually it takes about 60 MiB."""
+"""If p2pd takes more memory than this, it is restarted. Usually it takes about 60 MiB."""
 _WATCH_EVERY_S = 1.0
 _DOWN = "the libp2p daemon does not run now"
 
 
 class Libp2p:
-    """This peer's p2pd, started again whenever it ends or takes too much memory.
+    """This peer's p2pd, restarted whenever it ends or takes too much memory.
 
-    `start` and `restart_as` take their turns; `stop` ends either at any moment.
+    `start` and `restart_as` run one at a time; `stop` ends either at any moment.
     """
 
     def __init__(
@@ -73,12 +73,14 @@ class Libp2p:
         self._daemon: Daemon | None = None
         self._ready = False
         self._task: asyncio.Task[None] | None = None
-        """What starts p2pd now, or supervises it."""
+        """The task that starts p2pd now, or supervises it."""
         self._problem = ""
-        """Why p2pd can't be started, as logged last."""
+        """The last logged reason why p2pd can't be started."""
 
     async def start(self) -> None:
-        """Raises DaemonError that says what to do if this machine can't run p2pd; then nothing is left of it."""
+        """Raises DaemonError, which says what to do, if this machine can't run p2pd; then nothing of it is left
+        behind.
+        """
         if problem := why_unavailable():
             raise DaemonError(problem)
         try:
@@ -89,7 +91,7 @@ class Libp2p:
         await self._begin(keep_trying=False)
 
     async def stop(self) -> None:
-        """Ends p2pd, or its start. Stopping twice is harmless."""
+        """Ends p2pd, even while it starts. Stopping twice is harmless."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -97,9 +99,10 @@ class Libp2p:
         await self._end()
 
     async def restart_as(self, *, public: bool, relays: Sequence[Multiaddress] = ()) -> None:
-        """Restarts p2pd on its port: as one to which others connect, or as one that they reach by relays.
+        """Restarts p2pd on its port: as a public peer, to which others connect, or as one that they reach through these
+        relays.
 
-        Raises DaemonError if it does not start; then it is restarted as if it had died.
+        Raises DaemonError if it does not start. It is then restarted as if it had died.
         """
         await self.stop()
         self.config = replace(self.config, public=public, relays=tuple(relays))
@@ -107,18 +110,18 @@ class Libp2p:
 
     @property
     def alive(self) -> bool:
-        """Whether p2pd runs. False while it starts or is started again."""
+        """Whether p2pd runs. False while it is being started or restarted."""
         return self._ready
 
     @property
     def restarts(self) -> int:
-        """How often p2pd died and was started again."""
+        """How often p2pd has died and been started again."""
         return int(total(self._restarts))
 
     async def addresses(self) -> list[Multiaddress]:
-        """Multiaddresses by which others open streams to this peer: its own if it is public, or those of its relays.
+        """Multiaddresses by which others open streams to this peer: its own if it is public, else those of its relays.
 
-        Loopback ones only if there are no others; at most eight. Raises UnreachableError if p2pd does not answer.
+        At most eight, and loopback ones only if there are no others. Raises UnreachableError if p2pd does not answer.
         """
         found = await self._running().own_addresses(CALL_DEADLINE_S)
         if self.config.public:
@@ -133,18 +136,18 @@ class Libp2p:
     ) -> Pipe:
         """A stream to a peer that serves this protocol, through a relay if needed. Raises UnreachableError.
 
-        `addresses`: where to dial the peer, if it is not connected. `deadline_s` holds for dialling and for opening.
+        `addresses`: where to dial the peer if it is not connected. `deadline_s`: for dialling, and again for opening.
         """
         daemon = self._running()
         try:
-            with contextlib.suppress(UnreachableError):  # they may be connected by other addresses
+            with contextlib.suppress(UnreachableError):  # the peer may be connected by other addresses
                 await daemon.connect(peer_id, addresses, deadline_s)
             return await daemon.open_stream(peer_id, protocol, deadline_s)
         except UnreachableError as error:
             raise UnreachableError(f"no stream to {peer_id}: {error}") from error
 
     async def serve_streams(self, protocol: str, handler: StreamHandler) -> None:
-        """Other peers' streams of this protocol go there from now on, whenever p2pd runs."""
+        """Passes other peers' streams of this protocol to the handler from now on, whenever p2pd runs."""
         self._handlers[protocol] = handler
         if self._ready:
             try:
@@ -159,7 +162,7 @@ class Libp2p:
         return self._daemon
 
     async def _begin(self, *, keep_trying: bool) -> None:
-        """Starts p2pd, and supervises it from then on; if `keep_trying`, also when it does not start."""
+        """Starts p2pd, and supervises it from then on. With `keep_trying`, it does so even if the start fails."""
         starting = self._task = asyncio.create_task(self._launch())
         try:
             await starting
@@ -180,10 +183,12 @@ class Libp2p:
         self._task = asyncio.create_task(keep_running("supervise the libp2p daemon", self._supervise))
 
     async def _launch(self) -> None:
-        """Starts p2pd, on the port it had before, with the handlers. Raises DaemonError; then nothing is left of it."""
+        """Starts p2pd on its previous port, with the handlers. Raises DaemonError; then nothing of it is left
+        behind.
+        """
         raise_descriptor_limit()
         sweep_socket_folders()
-        # in a thread: the first time, it takes a tenth of a second or more of work
+        # in a thread, because the first time takes a tenth of a second or more of CPU time
         p2pd = await asyncio.to_thread(_import_p2pd)
         config = self.config
         self._daemon = daemon = await p2pd.start_daemon(self._identity, config, self._dialling)
@@ -199,7 +204,7 @@ class Libp2p:
                 ) from error
             raise
         own = next((address for address in addresses if not address.is_relayed), None)
-        # what is announced need not be where it listens
+        # the announced address may not be where it listens
         if own is not None and not config.port and config.announce is None:
             self.config = replace(config, port=own.endpoint.port)
         self._ready = True
@@ -211,7 +216,7 @@ class Libp2p:
             await daemon.shutdown()
 
     async def _supervise(self) -> None:
-        """Starts p2pd again whenever it ends or takes too much memory."""
+        """Restarts p2pd whenever it ends or takes too much memory."""
         tries = 0
         while True:
             if self._daemon is not None and self._ready:

@@ -1,7 +1,7 @@
 """p2pd, the libp2p daemon: a peer's only child process, started and controlled through hivemind.
 
-This module holds everything we change in `hivemind.p2p`, and is the only one that imports it; import this one only to
-start p2pd. p2pd ends with us, even after SIGKILL. A cancelled request leaves no connection open.
+Everything we change in `hivemind.p2p` is in this module, the only one that imports it; import this module only to start
+p2pd. p2pd ends with this process, even after SIGKILL. A cancelled request leaves no connection open.
 """
 
 import asyncio
@@ -37,22 +37,24 @@ from peer.transport.pipes import Pipe
 from peer.transport.tunnel import StreamHandler
 
 _STOP_DEADLINE_S = 3.0
-"""p2pd is killed if it takes longer to stop when asked."""
+"""How long p2pd gets to stop when asked. Then it is killed."""
 
 _RELAY_BUFFER_BYTES = 256 * 2**10
 """The buffer for each direction of a relayed connection. p2pd's default is 16 MiB."""
 _RELAYED_BYTES = 2**40
 _RELAYED_FOR = "24h"
-"""A relay ends a connection after this many bytes or this long; the peers then make a new one."""
+"""A relay ends a connection after this many bytes or this long; the peers then open a new one."""
 
 _ONE_PROCESSOR = "GOMAXPROCS=1"
 """The environment of a p2pd that relays. It starts two relay services, one with the limits above and one that ends each
-connection after 128 KiB. The one that starts last counts, and with several processors it may be either.
+connection after 128 KiB. The one that starts last is used, and with several processors that may be either.
 """
 _RETURNS_MEMORY = "GOMEMLIMIT=128MiB"
-"""Above this, Go's runtime collects at once what strangers made p2pd take, and gives it back to the system."""
+"""Above this limit, Go's runtime collects at once the memory that strangers made p2pd take, and returns it to the
+system.
+"""
 _CONNECTIONS = {"connLo": 192, "connHi": 256, "connGrace": "20s"}
-"""Beyond the higher number, p2pd closes connections that are no longer new, the idle ones first."""
+"""Above the higher number, p2pd closes connections that are not new, the idle ones first."""
 
 _FAILURES = (
     P2PDaemonError,
@@ -65,7 +67,7 @@ _FAILURES = (
 
 
 class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
-    """hivemind's P2P, which leaves no task behind. Requests raise UnreachableError if p2pd or the other peer fails."""
+    """hivemind's P2P, without its leaks of tasks. Requests raise UnreachableError if p2pd or the other peer fails."""
 
     # hivemind's `_terminate` reads both, even if no p2pd was found
     _daemon_listen_maddr: Any = None
@@ -80,22 +82,22 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 
     @property
     def memory_bytes(self) -> int:
-        """What p2pd takes of the machine's memory; 0 if it has ended."""
+        """The memory that p2pd takes; 0 if it has ended."""
         try:
             return int(psutil.Process(self._child.pid).memory_info().rss)
         except psutil.Error:
             return 0
 
     async def own_addresses(self, deadline_s: float) -> list[Multiaddress]:
-        """This peer's addresses that p2pd knows, except kinds that are not known here."""
+        """The addresses of this peer that p2pd knows, without those of unknown kinds."""
         answer, _, writer = await self._request(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY), deadline_s)
         writer.close()
         return known_bytes(answer.identify.addrs, self.peer_id)
 
     async def connect(self, peer_id: PeerID, addresses: Sequence[Multiaddress], deadline_s: float) -> None:
-        """Dials a peer at those of its addresses that may be dialled now; p2pd does not if it is connected already.
+        """Dials a peer at those of its addresses that may be dialled now. Does nothing if it is connected already.
 
-        hivemind's own method leaves its connection to p2pd open when it is cancelled.
+        hivemind's own method leaks its connection to p2pd when it is cancelled.
         """
         connected = await self._connections(deadline_s)
         new = [a for a in addresses if not _is_there(a, connected)]
@@ -117,7 +119,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
                     self._dialling.reached(address.endpoint, address.dialled)
 
     async def _connections(self, deadline_s: float) -> dict[bytes, list[bytes]]:
-        """PeerID → the multiaddresses at the other ends of the connections to that peer, as p2pd encodes them."""
+        """PeerID → the multiaddresses of the other ends of the connections to that peer, in p2pd's encoding."""
         answer, _, writer = await self._request(
             p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS), deadline_s
         )
@@ -128,7 +130,9 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         return ends
 
     async def open_stream(self, peer_id: PeerID, protocol: str, deadline_s: float) -> Pipe:
-        """A stream to a peer that serves this protocol, through a relay if needed. hivemind's own leaks likewise."""
+        """A stream to a peer that serves this protocol, through a relay if needed. hivemind's own method leaks
+        as well.
+        """
         opening = p2pd_pb2.StreamOpenRequest(
             peer=peer_id.to_bytes(), proto=[protocol], timeout=math.ceil(deadline_s)
         )
@@ -137,7 +141,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         return reader, writer
 
     async def serve_streams(self, protocol: str, handler: StreamHandler) -> None:
-        """Hands over other peers' streams of this protocol from now on."""
+        """Passes other peers' streams of this protocol to the handler from now on."""
 
         async def handle(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             caller, is_relayed = PeerID(info.peer_id.to_bytes()), is_circuit(info.addr.to_bytes())
@@ -152,7 +156,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     async def _request(
         self, request: p2pd_pb2.Request, deadline_s: float
     ) -> tuple[p2pd_pb2.Response, asyncio.StreamReader, asyncio.StreamWriter]:
-        """p2pd's response, and the connection it came by, which the caller now owns."""
+        """p2pd's response, and the connection that it came by, which the caller must close."""
         answer = p2pd_pb2.Response()
         writer: asyncio.StreamWriter | None = None
         try:
@@ -174,7 +178,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         self._terminate()
         for task in tasks:
             task.cancel()
-        # retrieves the errors of those that failed when p2pd died: nobody else does
+        # retrieves the errors of tasks that failed when p2pd died, because nobody else does
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._child is not None:
             try:
@@ -182,7 +186,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
             except TimeoutError:
                 self._child.kill()
                 await self._child.wait()
-            # p2pd has ended, but its pipes are open as long as any process has their other ends
+            # p2pd has ended, but its pipes stay open while any process holds their other ends
             self._child._transport.close()
         if self._sockets is not None:
             self._sockets.cleanup()
@@ -205,9 +209,11 @@ async def start_daemon(identity: Identity, config: Libp2pConfig, dialling: Diall
     sockets = private_socket_folder()
 
     class Started(Daemon):
-        """Noted, so that it can be stopped if `create` is cancelled: hivemind would leave p2pd and its sockets."""
+        """Recorded, so that it can be stopped if `create` is cancelled: hivemind would leave p2pd and its sockets
+        behind.
+        """
 
-        # hivemind's is in /tmp, where any user can connect unless the umask forbids it
+        # hivemind's own socket is in /tmp, where any user can connect unless the umask forbids it
         _UNIX_SOCKET_PREFIX = f"/unix{sockets.name}/"
 
         def __init__(self) -> None:
@@ -219,7 +225,7 @@ async def start_daemon(identity: Identity, config: Libp2pConfig, dialling: Diall
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
             if not config.relays:
-                # nothing here needs libp2p's own DHT, but p2pd insists on one if it is to find relays
+                # nothing here needs libp2p's own DHT, but p2pd requires one for finding relays
                 options = {name: value for name, value in options.items() if not name.startswith("dht")}
             command = P2P._make_process_args(*arguments, **options, **_relay_options(config))
             environment = [_RETURNS_MEMORY, *([_ONE_PROCESSOR] if config.public else [])]
@@ -232,7 +238,7 @@ async def start_daemon(identity: Identity, config: Libp2pConfig, dialling: Diall
     try:
         created = await Started.create(
             identity_path=str(identity.path),
-            check_if_identity_free=False,  # the lock of the state folder protects it
+            check_if_identity_free=False,  # the lock of the state folder ensures that
             host_maddrs=[config.listening],
             announce_maddrs=None if config.announce is None else [multiaddress(config.announce)],
             dht_mode="client",
@@ -245,9 +251,9 @@ async def start_daemon(identity: Identity, config: Libp2pConfig, dialling: Diall
             trusted_relays=config.relays or None,
             startup_timeout=START_DEADLINE_S,
         )
-        if task.cancelling() > cancels:  # Python 3.11's wait_for, in hivemind, loses it
+        if task.cancelling() > cancels:  # wait_for of Python 3.11, used by hivemind, loses the cancellation
             raise asyncio.CancelledError
-        created.peer_id = identity.peer_id  # of our own type
+        created.peer_id = identity.peer_id  # of this package's own type
         daemon = created
     except P2PDaemonError as error:
         raise DaemonError(
@@ -263,7 +269,7 @@ async def start_daemon(identity: Identity, config: Libp2pConfig, dialling: Diall
 
 
 def _is_there(address: Multiaddress, connected: Mapping[bytes, Sequence[bytes]]) -> bool:
-    """Whether one of the connections is to the peer that is dialled at this address, and leads there."""
+    """Whether one of the connections is to the peer at this address, and leads there."""
     end = address.endpoint_bytes()
     return any(data.startswith(end) for data in connected.get(address.dialled.to_bytes(), ()))
 
@@ -275,7 +281,7 @@ def _quiet_hivemind() -> None:
 
 
 def _relay_options(config: Libp2pConfig) -> dict[str, Any]:
-    """Options of p2pd for which hivemind has no arguments."""
+    """p2pd's options that hivemind has no arguments for."""
     return {
         "relayService": config.public and config.relays_others,
         "relayBufferSize": _RELAY_BUFFER_BYTES,

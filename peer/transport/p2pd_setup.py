@@ -18,24 +18,26 @@ class Libp2pConfig:
     port: int = 0
     """The TCP port to listen on; 0: any free one, and the same after a restart."""
     public: bool = True
-    """Others connect to it, and it relays for others; without, they reach it by hole punching or its relays."""
+    """Whether others connect to it, and it relays for others. If not, they reach it by hole punching or through its
+    relays.
+    """
     relays: tuple[Multiaddress, ...] = ()
-    """Peers by which others reach this one, when they can't connect to it."""
+    """Peers through which others reach this one, if they can't connect to it."""
     announce: Endpoint | None = None
-    """Where others reach this peer, when it is not where it listens."""
+    """Where others reach this peer, if that is not where it listens."""
     maps_port: bool = False
     """Asks the router to forward the port (UPnP, NAT-PMP)."""
     relays_others: bool = True
-    """Whether a public one relays for peers behind routers. Without, p2pd still relays 128 KiB of each connection: that
-    suffices for two peers to punch a hole, and p2pd can't be kept from it.
+    """Whether a public peer relays for peers behind routers. If not, p2pd still relays 128 KiB of each connection. That
+    is enough for two peers to punch a hole, and it can't be turned off.
     """
 
     @property
     def listening(self) -> str:
-        """The multiaddress to listen on, of no peer. Raises ValueError if `listen` is no IP address."""
+        """The multiaddress to listen on, without a peer. Raises ValueError if `listen` is not an IP address."""
         return f"/ip{ipaddress.ip_address(self.listen).version}/{self.listen}/tcp/{self.port}"
 
     @property
     def listens(self) -> bool:
-        """One behind a router listens too, unless it is on loopback: others may find a way through."""
+        """A peer behind a router listens too, unless it is on loopback: others may find a way through."""
         return self.public or bool(self.relays) or not self.listen.startswith("127.")

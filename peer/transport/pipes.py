@@ -1,5 +1,6 @@
-"""Streams of bytes in both directions, whatever carries them, and the sockets at which this process's own gRPC begins
-one."""
+"""Streams of bytes in both directions, whatever carries them, and the sockets that this process's own gRPC dials for
+them.
+"""
 
 import asyncio
 import socket
@@ -16,20 +17,20 @@ from peer.transport.addresses import Multiaddress
 Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 CHUNK_BYTES = 256 * 2**10
 _FLUSH_S = 5.0
-"""Time for the last bytes of one side to reach the other."""
+"""How long the last bytes of one side may take to reach the other."""
 
 
 class ByteStream(Protocol):
-    """One side of what is copied both ways."""
+    """One side of a two-way copy."""
 
     async def read(self) -> bytes:
-        """Some bytes as soon as there are any; none once the other end has ended. Raises OSError."""
+        """Some bytes as soon as there are any; empty once the other end has ended. Raises OSError."""
 
     async def write(self, data: bytes) -> None:
-        """Returns when the stream takes more. Raises OSError."""
+        """Returns when the stream accepts more. Raises OSError."""
 
     async def end(self) -> None:
-        """Waits until what was written has gone, and ends the stream. Raises OSError."""
+        """Waits until everything written has been sent, and ends the stream. Raises OSError."""
 
 
 class SocketStream:
@@ -54,9 +55,10 @@ class SocketStream:
 async def copy_both_ways(
     here: ByteStream, there: ByteStream, idle_s: float, count: Callable[[int], object]
 ) -> None:
-    """Copies until either side ends. Reads no faster than the other side accepts. `count`: of bytes.
+    """Copies both ways until either side ends. Reads no faster than the other side accepts. `count`: called with
+    numbers of bytes.
 
-    Raises OSError if a stream breaks, or if nothing moves in either direction for `idle_s`.
+    Raises OSError if a stream breaks, or if nothing is copied in either direction for `idle_s`.
     """
     now = asyncio.get_running_loop().time
 
@@ -73,14 +75,14 @@ async def copy_both_ways(
 
 
 class Listeners:
-    """Sockets at which this process's own gRPC reaches other peers, one for each. For one event loop."""
+    """Sockets by which this process's own gRPC reaches other peers, one for each peer. For one event loop."""
 
     def __init__(
         self, most: int, accept: Callable[[PeerID, Sequence[Multiaddress], Pipe], Awaitable[None]]
     ) -> None:
-        """`most`: sockets; of too many, the least recently used is closed, and its streams stay open.
+        """`most`: sockets. If there are too many, the least recently used is closed, and its streams stay open.
 
-        `accept`: handles a connection to that peer, which has these addresses. It must not raise.
+        `accept`: handles a connection to a peer, and gets the peer's addresses. It must not raise.
         """
         self._accept = accept
         self._folder = SocketFolder()
@@ -90,7 +92,7 @@ class Listeners:
         self._listeners.most = most
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
-        """Returns the address at which gRPC reaches that peer; nothing is dialled yet.
+        """Returns the address at which gRPC reaches that peer. Nothing is dialled yet.
 
         `addresses`: the multiaddresses that the peer announces now. Raises UnreachableError if this machine has no
         sockets left.
@@ -101,7 +103,7 @@ class Listeners:
         return listener.address
 
     def address_of(self, peer_id: PeerID) -> str:
-        """The address that `open_to` returned for the peer; empty if that is closed."""
+        """The address that `open_to` returned for the peer; empty if its socket is closed."""
         listener = self._listeners.get(peer_id)
         return "" if listener is None else listener.address
 
@@ -132,7 +134,7 @@ class Listeners:
         return listener
 
     def _keep(self, peer_id: PeerID, listener: "_Listener") -> None:
-        """Keeps the listener as the one used last."""
+        """Keeps the listener as the most recently used one."""
         for oldest in self._listeners.put(peer_id, listener):
             oldest.close()
 
@@ -147,7 +149,7 @@ class _Listener:
         self._bound = bound
 
     def close(self) -> None:
-        """Streams that are open stay open."""
+        """Open streams stay open."""
         if self.server is not None:
             self.server.close()
         self._bound.close()

@@ -1,6 +1,6 @@
 """Keeps the router of a home forwarding a TCP port to this machine, by UPnP (its WANIPConnection service).
 
-What the router says is a stranger's: it is parsed strictly, and whether others come in is found out by other peers.
+The router's answer is a stranger's: it is parsed strictly, and only other peers show whether anybody can connect.
 """
 
 import asyncio
@@ -27,36 +27,36 @@ Command: TypeAlias = Literal["map", "unmap", "look"]
 _DEADLINE_S: dict[Command, float] = {"map": 20.0, "unmap": 6.0, "look": 20.0}
 """A search without an answer takes 8 s."""
 _RENEW_S = 1800.0
-"""Half of the lease."""
+"""Half of the lease, in seconds."""
 _AGAIN_S = 600.0
-"""The pause until a router that did not answer or agree is asked again."""
+"""How long to wait before asking a router again that did not answer or agree."""
 _DOUBT_S = 30.0
-"""The same, if it did before: an answer may get lost."""
+"""The same for a router that agreed before, because an answer may get lost."""
 _OTHER_PORTS = 3
 _LOWEST_PORT = 1024
-"""Other peers dial none below."""
+"""Other peers do not dial lower ports."""
 _MOST_ANSWER_BYTES = 4096
 _MOST_BYTES = 512 * 2**20
-"""The limit for the program's address space: ten times what it takes."""
+"""The limit for the program's address space: ten times what it needs."""
 _PROGRAM = Path(__file__).with_name("upnp.py")
 
 
 class RouterAnswer(BaseModel):
-    """What `upnp.py` prints."""
+    """The output of `upnp.py`."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     router: IPv4Address | None = None
-    """Its address in this network; None: no router answers."""
+    """The router's address in this network; None: no router answers."""
     address: IPv4Address | None = None
-    """The one that it has on the internet."""
+    """The router's address on the internet."""
     port: Annotated[int, Field(strict=True, ge=1, le=65535)] | None = None
     """The external port that leads here."""
     refusal: str = Field(default="", max_length=200)
 
     @property
     def external(self) -> Endpoint | None:
-        """Where the internet reaches this machine; None: nowhere."""
+        """Where the internet reaches this machine; None if it can't."""
         return Endpoint.of(str(self.address), self.port) if self.port and self._has_public_address else None
 
     @property
@@ -81,7 +81,7 @@ Ask: TypeAlias = Callable[[Command, str, int, Sequence[int]], Awaitable[RouterAn
 async def ask_router(
     command: Command, host: str, port: int, external_ports: Sequence[int] = ()
 ) -> RouterAnswer:
-    """Runs `upnp.py` for some seconds, and for 20 at most. A router that answers badly has not answered."""
+    """Runs `upnp.py`, which takes some seconds, and at most 20. An invalid answer counts as none."""
     arguments = map(str, (sys.executable, "-I", _PROGRAM, command, host, port, *external_ports))
     try:
         process = await asyncio.create_subprocess_exec(
@@ -105,7 +105,7 @@ async def ask_router(
 
 
 class PortMapping:
-    """One TCP port that the router shall forward. Run `keep`, and `end` it when done."""
+    """One TCP port for the router to forward. Run `keep`, and call `end` when done."""
 
     def __init__(self, host: str, port: int, ask: Ask = ask_router) -> None:
         """`host`: the IPv4 address at which this machine listens."""
@@ -114,15 +114,15 @@ class PortMapping:
         self._ask_router = ask
         self._answer: RouterAnswer | None = None
         self._missed = False
-        """Whether there was no answer the last time, and what it said before still holds."""
+        """Whether the last request got no answer, and the answer before still counts."""
         self._wanted = asyncio.Event()
-        # the same after a restart, so that what a killed process left is found and renewed
+        # the same after a restart, so that a mapping left by a killed process is found and renewed
         others = random.Random(port).sample(range(2**15, 2**16), _OTHER_PORTS)  # noqa: S311  # no secret
         self._candidates = [*([port] if port >= _LOWEST_PORT else []), *others]
 
     @staticmethod
     def helps(host: str) -> bool:
-        """Whether a machine that listens there may be behind a router that hides it."""
+        """Whether a machine that listens there may be hidden behind a router."""
         try:
             return scope_of(parse_ip4(host)) is AddressScope.PRIVATE
         except AddressError:
@@ -130,34 +130,36 @@ class PortMapping:
 
     @property
     def external(self) -> Endpoint | None:
-        """Where the internet reaches this machine, as the router says; None: nowhere, or not known yet."""
+        """Where the internet reaches this machine, according to the router; None if it can't, or that is not
+        known yet.
+        """
         return None if self._answer is None else self._answer.external
 
     @property
     def in_words(self) -> str:
-        """What the router does; empty until it was asked."""
+        """What the router does, in words; empty until it has been asked."""
         return "" if self._answer is None else self._answer.in_words
 
     def renew(self) -> None:
-        """Asks now rather than later, as when others can't come in: the router may have been restarted."""
+        """Asks now rather than later, for example when others can't connect: the router may have restarted."""
         self._wanted.set()
 
     async def keep(self) -> None:
-        """Asks the router, and again at half of the lease, for ever."""
+        """Asks the router now, and again each time half of the lease has passed. Never returns."""
         while True:
             await self.ask()
             self._wanted.clear()
             await self._pause(_DOUBT_S if self._missed else _RENEW_S if self.external else _AGAIN_S)
 
     async def ask(self) -> None:
-        """Asks the router once. If it forwarded the port, one answer may get lost."""
+        """Asks the router once. If it was forwarding the port, a single missing answer is ignored."""
         answer = await self._ask_router("map", self._host, self._port, self._candidates)
         self._missed = answer.router is None and self.external is not None and not self._missed
         if not self._missed:
             self._note(answer)
 
     async def end(self) -> None:
-        """Has the router forward the port no longer. Takes a second or two, if it does. Ending twice is harmless."""
+        """Stops the forwarding, which takes a second or two. Ending twice is harmless."""
         external, self._answer = self.external, None
         if external is not None:
             await self._ask_router("unmap", self._host, self._port, [external.port])
@@ -168,7 +170,7 @@ class PortMapping:
         self._answer = answer
         if answer.port in self._candidates:
             self._candidates.remove(answer.port)
-            self._candidates.insert(0, answer.port)  # it is kept, also if another one becomes free
+            self._candidates.insert(0, answer.port)  # it is kept even if another one becomes free
 
     async def _pause(self, longest_s: float) -> None:
         with contextlib.suppress(TimeoutError):

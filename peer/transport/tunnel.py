@@ -1,8 +1,8 @@
 """gRPC over libp2p streams, for peers whose router accepts no incoming connections.
 
-The caller's gRPC dials a unix socket here. Each connection becomes a stream to the other peer's p2pd, which pipes it to
-the unix socket that the peer's gRPC listens on. TLS runs from gRPC to gRPC, so neither p2pd nor a relay can read it. If
-either side ends a stream, p2pd ends both directions: there is no half-close, and gRPC needs none.
+The caller's gRPC dials a unix socket here. Each connection becomes a stream to the other peer's p2pd, which connects it
+to the unix socket that the peer's gRPC listens on. TLS runs from gRPC to gRPC, so neither p2pd nor a relay can read it.
+If either side ends a stream, p2pd ends both directions: there is no half-close, and gRPC needs none.
 """
 
 import asyncio
@@ -28,19 +28,21 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 PROTOCOL = "/talkoot/grpc/1"
 OPEN_DEADLINE_S = 15.0
-"""Time to open a stream: dialling, a relay, and agreeing on the protocol."""
+"""Time to open a stream: dialling, perhaps through a relay, and agreeing on the protocol."""
 
 OpenExit: TypeAlias = Callable[[PeerID], Awaitable[Pipe]]
-"""Connects a peer whose tunnel ends here with this peer's gRPC server. Raises OSError."""
+"""Connects a peer whose tunnel ends here to this peer's gRPC server. Raises OSError."""
 StreamHandler: TypeAlias = Callable[[PeerID, bool, Pipe], Awaitable[None]]
-"""Takes a stream that another peer opened: who did, and whether it comes through a relay."""
+"""Takes a stream that another peer opened. Its arguments: that peer, whether the stream comes through a relay, and the
+stream.
+"""
 OpenStream: TypeAlias = Callable[[PeerID, Sequence[Multiaddress], str, float], Awaitable[Pipe]]
 """Takes a peer, its addresses, the protocol and a deadline in seconds. Raises UnreachableError."""
 
 
 class StreamServer(Protocol):
     async def serve_streams(self, protocol: str, handler: StreamHandler) -> None:
-        """Hands over other peers' streams of this protocol."""
+        """Passes other peers' streams of this protocol to the handler."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class TunnelLimits:
     """How much of this machine tunnels may use."""
 
     streams: int = 256
-    """Open at the same time, counted separately for those that others opened and those that this peer opened."""
+    """Open at the same time. Streams that others opened and streams that this peer opened are counted separately."""
     streams_of_peer: int = 16
-    """Open at the same time from one other peer."""
+    """Open at the same time from any one peer."""
     opened_per_s: float = 2.0
-    """Tunnels that one other peer may open each second, once it has opened as many as it may have open."""
+    """Rate at which one peer may open further streams, once it has opened as many as it may have open."""
     idle_s: float = 600.0
-    """A stream that is idle for this long is closed; gRPC opens another one when it needs it."""
+    """A stream that is idle for this long is closed. gRPC opens another one when it needs it."""
 
 
 class Tunnels:
@@ -86,25 +88,26 @@ class Tunnels:
         self._listeners = Listeners(limits.streams, self._forward)
         self._exit: OpenExit | None = None
         self._room = FairBudget(limits.streams)
-        """Streams that others opened. When all are open, the peer with the most gives one up for another peer."""
+        """Streams that others opened. When the limit is reached, the peer with the most gives one up for another peer.
+        """
         self._opening = TokenBuckets[PeerID](limits.opened_per_s, limits.streams_of_peer)
         self._tasks = TaskSet()
         self.streams.set_function(lambda: len(self._tasks))
 
     def set_exit(self, open_exit: OpenExit, most_streams: int) -> None:
-        """Leads other peers' streams there from now on. Before, none is accepted."""
+        """Connects other peers' streams there from now on. Until then, none is accepted."""
         self._exit = open_exit
         self._limits = replace(self._limits, streams=most_streams)
         self._room = FairBudget(most_streams)
         self._listeners.limit(most_streams)
 
     async def serve_on(self, server: StreamServer) -> None:
-        """Accepts other peers' streams there, if an exit is set."""
+        """Accepts other peers' streams on a server, once an exit is set."""
         if self._exit is not None:
             await server.serve_streams(PROTOCOL, self._accept)
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
-        """As of `Listeners`."""
+        """See `Listeners.open_to`."""
         try:
             return await self._listeners.open_to(peer_id, addresses)
         except UnreachableError:
@@ -147,7 +150,7 @@ class Tunnels:
             room.release()
 
     async def _forward(self, peer_id: PeerID, addresses: Sequence[Multiaddress], accepted: Pipe) -> None:
-        """Handles a connection of this process's own gRPC."""
+        """Handles a connection from this process's own gRPC."""
         if len(self._tasks) >= 2 * self._limits.streams:
             accepted[1].close()
             return
@@ -155,7 +158,7 @@ class Tunnels:
         await self._connect_pipes(accepted, stream)
 
     async def _connect_pipes(self, here: Pipe, opening: Awaitable[Pipe]) -> None:
-        """Copies between a pipe and one that is still being opened. `close` cancels the current task."""
+        """Copies between a pipe and one that is still being opened. `close` cancels the task that runs this."""
         try:
             with self._tasks.including_current(), contextlib.closing(here[1]):
                 there = await opening

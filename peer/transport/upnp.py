@@ -25,9 +25,9 @@ except ImportError:  # it has no wheels for Python 3.14 yet
 DESCRIPTION = "talkoot"
 _LEASE_S = 3600
 _SEARCH_MS = {"map": 2000, "unmap": 1000, "look": 2000}
-"""How long to wait for answers. A router that is known need not be waited for so long."""
+"""How long to wait for answers. A router that is already known needs less time."""
 _CONFLICT, _ONLY_PERMANENT = "ConflictInMappingEntry", "OnlyPermanentLeasesSupported"
-"""What miniupnpc calls the errors 718 and 725."""
+"""miniupnpc's names for the errors 718 and 725."""
 
 
 def answer(command: str, host: str, port: int, external_ports: Sequence[int]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def answer(command: str, host: str, port: int, external_ports: Sequence[int]) ->
 
 
 def _map(igd: Any, host: str, port: int, external_ports: Sequence[int]) -> dict[str, Any]:
-    """Takes the first external port that is free, or leads here already: it is renewed then."""
+    """Maps the first external port that is free, or that already leads here: then it is renewed."""
     refusal = "all of the ports that were tried are taken"
     for external in external_ports:
         if _leads_to(igd, external) not in {None, (host, port)}:
@@ -71,7 +71,7 @@ def _map(igd: Any, host: str, port: int, external_ports: Sequence[int]) -> dict[
 
 
 def _leads_to(igd: Any, external: int) -> tuple[str, int] | None:
-    """Some routers give a port away that another machine has, so they are asked first."""
+    """Where an external port leads. Some routers give a port away that another machine has, so they are asked first."""
     try:
         found = igd.getspecificportmapping(external, "TCP")
     except Exception:  # as above  # noqa: BLE001
