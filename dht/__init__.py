@@ -1,1 +1,1 @@
-"""Who is alive, and which expert lives where."""
+"""Which peers are alive, and where each expert is hosted."""

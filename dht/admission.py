@@ -1,7 +1,8 @@
 """Who may take part in a swarm: the founder's tokens, the badges that peers make from them, and each peer's denylist.
 
-A token has a key of its own, which the founder's signed grant names. A peer signs its PeerID with that key; grant and
-signature are its badge. So a token admits whoever holds it, while a badge is of no use to anyone who sees it.
+A token has a key of its own, and the founder's signed grant names that key. A peer signs its PeerID with the key; grant
+and signature together are its badge. So anybody who holds a token can join with it, while a badge is of no use to
+anybody who sees it.
 """
 
 import logging
@@ -34,13 +35,13 @@ MAX_DENIED = 65_536
 MAX_REVOKED = 1024
 MAX_GRANT_BYTES = 512
 _LONGEST_FILE = 8 * 2**20
-"""Bytes of the denylist that are read."""
+"""At most this many bytes of the denylist are read."""
 BADGE_DOMAIN = b"talkoot badge v1\0"
 _REMEMBERED_BADGES = 4096
 
 
 class Role(Enum):
-    """How a peer takes part."""
+    """In what role a peer takes part."""
 
     NODE = admission_pb2.ROLE_NODE
     TRAINER = admission_pb2.ROLE_TRAINER
@@ -61,11 +62,11 @@ RIGHTS: Mapping[Role, frozenset[Right]] = {
     Role.LIBRARIAN: frozenset(),
 }
 OPEN_TO_ALL = frozenset({session_pb2.RIGHT_DHT})
-"""What needs no token: whoever reads the manifest is not admitted yet."""
+"""The rights that need no token: a peer must read the manifest before it can be admitted."""
 OPEN_TO_MEMBERS = OPEN_TO_ALL | {session_pb2.RIGHT_RELAY, session_pb2.RIGHT_MEMORY}
-"""What any token gives."""
+"""The rights that any token gives."""
 EXPORT = session_pb2.RIGHT_EXPORT
-"""The right to export, which the roles that the manifest names have besides `RIGHTS`."""
+"""The right to export, which the roles named in the manifest have in addition to `RIGHTS`."""
 _RECORDS: Mapping[str, frozenset[Role]] = {
     "announcement": frozenset({Role.NODE}),
     "hosting": frozenset({Role.NODE}),
@@ -74,12 +75,12 @@ _RECORDS: Mapping[str, frozenset[Role]] = {
     "library": frozenset({Role.LIBRARIAN}),
     "trainer": frozenset({Role.TRAINER, Role.READER}),
 }
-"""Which roles may write which record."""
+"""Which roles may write which kind of record."""
 
 
 @dataclass(frozen=True)
 class Grant:
-    """What the founder has signed, after it was checked."""
+    """What the founder has granted, after all checks."""
 
     swarm_id: str
     role: Role
@@ -91,11 +92,11 @@ class Grant:
 class Denylist:
     """The peers that this one neither calls nor answers: those named at the start, and those in a file.
 
-    The file has one PeerID a line; what follows a `#` is a comment. The owner can edit it at any time.
+    The file has one PeerID per line; text after a `#` is a comment. The owner can edit it at any time.
     """
 
     def __init__(self, path: Path | None = None, denied: Collection[str] = ()) -> None:
-        """`path`: of the file, which need not exist yet. Raises SettingsError if one of `denied` is not a PeerID."""
+        """`path`: the file, which need not exist yet. Raises SettingsError if one of `denied` is not a PeerID."""
         self._path = path
         self._always = frozenset(map(parse_denied, denied))
         self._from_file: frozenset[PeerID] = frozenset()
@@ -109,7 +110,9 @@ class Denylist:
         return len(self._always | self._from_file)
 
     def reread(self) -> bool:
-        """Reads the file if it has changed, and returns whether it has. A file that can't be read changes nothing."""
+        """Reads the file if it has changed, and returns whether it has. If it can't be read, the list stays as it
+        is.
+        """
         if self._path is None:
             return False
         try:
@@ -162,14 +165,15 @@ class SwarmAdmission:
         self._revoked: frozenset[int] = frozenset()
 
     def learn(self, founder_key: bytes, mode: Mode, exporters: Iterable[Role] = ()) -> None:
-        """Applies the manifest's rules from now on. Until then only the DHT is open to callers, and takes every record.
+        """Applies the manifest's rules from now on. Before that, callers may use only the DHT, and all records are
+        accepted.
 
         `founder_key`: the DER public key in the manifest's record. `exporters`: roles that may export the model.
         """
         self._founder_key, self._mode, self._exporters = founder_key, mode, frozenset(exporters)
 
     def present(self, token: admission_pb2.Token, holder: PeerID) -> None:
-        """Makes this peer's own badge from its token. Raises RecordError that says why the token is of no use."""
+        """Makes this peer's own badge from its token. Raises RecordError, which says why the token can't be used."""
         badge = make_badge(token, holder)
         self.check_own(badge, holder)
         self._badge = badge
@@ -181,12 +185,12 @@ class SwarmAdmission:
 
     @property
     def badge(self) -> admission_pb2.Badge | None:
-        """What admits this peer, if it needs that."""
+        """The badge that admits this peer, if it needs one."""
         return self._badge
 
     @property
     def revoked(self) -> frozenset[int]:
-        """The serials of tokens that are revoked, as far as this peer knows."""
+        """The serials of revoked tokens, as far as this peer knows."""
         return self._revoked
 
     def revoke(self, serials: Collection[int]) -> None:
@@ -197,7 +201,7 @@ class SwarmAdmission:
             self._revoked = now
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
-        """Admits a caller with these rights. Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
+        """Admits a caller with these rights. Raises ExpertError (PERMISSION_DENIED), which says what is missing."""
         if caller in self.denylist:
             raise ExpertError(StatusCode.PERMISSION_DENIED, "this node's owner has denied you")
         if rights <= OPEN_TO_ALL:
@@ -221,12 +225,10 @@ class SwarmAdmission:
         return Admitted(grant.serial, grant.expires_at)
 
     def signer_of(self, trainer: PeerID, badge: admission_pb2.Badge | None) -> int | None:
-        """The serial of the token by which a trainer may sign receipts, or 0 for the founder itself.
+        """The serial of the token that lets a trainer sign receipts, or 0 for the founder itself.
 
-        None in an open swarm, where anybody may.
-
-        A token that has expired still counts, as the work was done before. Raises RecordError if the trainer may not
-        sign.
+        None in an open swarm, where any trainer may sign. A token that has expired still counts, because the work was
+        done before. Raises RecordError if the trainer may not sign.
         """
         if self.mode == "open":
             return None
@@ -242,15 +244,17 @@ class SwarmAdmission:
         return grant.serial
 
     def still_admits(self, caller: PeerID, serial: int) -> bool:
-        """Whether a caller that was admitted by this grant still is."""
+        """Whether a caller that was admitted by this grant is still admitted."""
         return caller not in self.denylist and serial not in self._revoked
 
     def check_record(self, payload: records_pb2.RecordPayload, writer: PeerID) -> None:
-        """Raises RecordError if this writer may not write this in this swarm. The signature was checked before."""
+        """Raises RecordError if this writer may not write this record in this swarm. Its signature is
+        already checked.
+        """
         body = payload.WhichOneof("body") or ""
         if not payload.key.startswith(f"{self._keys.swarm_id}."):
             return
-        # a library lives for weeks: a stranger's is not taken before the rules are known, either
+        # a stranger's library, which would live for weeks, is not accepted before the rules are known either
         if self._mode is None and body != "library":
             return
         if writer in self.denylist:
@@ -266,7 +270,7 @@ class SwarmAdmission:
             raise RecordError(f"a {grant.role.word}'s token does not allow a record of kind {body!r}")
 
     def check_own(self, badge: admission_pb2.Badge, peer_id: PeerID) -> None:
-        """Raises RecordError if others don't accept this badge, or no longer do."""
+        """Raises RecordError if other peers don't accept this badge, or no longer do."""
         self._granted(badge, peer_id)
 
     def _granted(self, badge: admission_pb2.Badge | None, peer_id: PeerID) -> Grant:
@@ -296,7 +300,7 @@ def parse_denied(text: str) -> PeerID:
 def make_token(
     founder: Identity, swarm_id: str, role: Role, expires_at: float, serial: int
 ) -> admission_pb2.Token:
-    """Makes a token with a new key of its own."""
+    """Makes a token with a new key."""
     key = Ed25519PrivateKey.generate()
     grant = admission_pb2.Grant(
         swarm_id=swarm_id,
@@ -328,7 +332,7 @@ def make_badge(token: admission_pb2.Token, peer_id: PeerID) -> admission_pb2.Bad
 
 
 def read_grant(data: bytes) -> Grant:
-    """Parses a grant. Raises RecordError. Only `check_badge` checks the founder's signature."""
+    """Parses a grant. Raises RecordError. The founder's signature is checked only by `check_badge`."""
     if len(data) > MAX_GRANT_BYTES:
         raise RecordError(f"a grant of {len(data)} bytes; at most {MAX_GRANT_BYTES}")
     grant = admission_pb2.Grant()
@@ -343,7 +347,7 @@ def read_grant(data: bytes) -> Grant:
 
 
 def check_badge(badge: admission_pb2.Badge, peer_id: PeerID, swarm_id: str, founder_key: bytes) -> Grant:
-    """What the founder granted to this peer. Raises RecordError. Checks neither expiry nor revocation."""
+    """The founder's grant to this peer. Raises RecordError. Checks neither expiry nor revocation."""
     grant = _checked(badge.SerializeToString(deterministic=True), peer_id.to_bytes(), founder_key)
     if grant.swarm_id != swarm_id:
         raise RecordError(f"the badge is of swarm {grant.swarm_id[:64]!r}")

@@ -1,7 +1,7 @@
-"""What peers announce about themselves and their replicas, parsed into values of a harmless form and size.
+"""What peers announce about themselves and their replicas, parsed into safe values of bounded size.
 
-A signature proves who wrote a record, not that it is true. So texts are short and printable, and numbers are finite and
-in range. Anything else counts as not announced.
+A signature proves who wrote a record, not that it is true. So texts must be short and printable, and numbers finite and
+in range. Anything else is ignored.
 """
 
 import math
@@ -24,7 +24,7 @@ from peer.wire import records_pb2
 
 MAX_NAME_CHARACTERS = 32
 MAX_LATENCIES = 64
-"""Nodes whose mean latency one trainer's record gives, at most."""
+"""A trainer's record gives the mean latency of at most this many nodes."""
 MAX_CLAIM_S = 1800.0
 """A claim is ignored after this long. Building many large experts from checkpoints takes minutes."""
 DEFAULT_RENEW_S = 10.0
@@ -32,13 +32,13 @@ FAILURE_CAUSES = frozenset(status.name.lower() for status in StatusCode if statu
 _LONGEST_RENEW_S = 600.0
 _LONGEST_CALL_S = 3600.0
 _LATEST = 2.0**40
-"""Largest time in seconds, and largest other number that is not a count."""
+"""The largest time in seconds, and the largest of any other number that is not a count."""
 _MAX_COUNT = 2**53
-"""Beyond it, a double is not exact, and JSON has only those."""
+"""Above this, doubles, and so JSON numbers, are not exact."""
 _MAX_VERSION_CHARACTERS = 32
 _MAX_ADDRESSES = 8
 _MAX_CLAIMS = 65536
-"""Claims that are remembered, those seen last."""
+"""How many claims are remembered: those seen last."""
 
 
 class _WireEnum(Enum):
@@ -46,7 +46,7 @@ class _WireEnum(Enum):
 
     @classmethod
     def of(cls, value: int) -> Self:
-        """UNKNOWN for a value of a newer version."""
+        """UNKNOWN for a value that a newer version has added."""
         try:
             return cls(value)
         except ValueError:
@@ -54,7 +54,7 @@ class _WireEnum(Enum):
 
 
 class Reachability(_WireEnum):
-    """How others reach a node, as the node says."""
+    """How others reach a node, according to the node."""
 
     UNKNOWN = records_pb2.REACHABILITY_UNSPECIFIED
     DIRECT = records_pb2.REACHABILITY_DIRECT
@@ -63,7 +63,7 @@ class Reachability(_WireEnum):
 
 
 class Activity(_WireEnum):
-    """What a node does now, as it says."""
+    """What a node is doing, according to the node."""
 
     UNKNOWN = records_pb2.NODE_ACTIVITY_UNSPECIFIED
     SERVING = records_pb2.NODE_ACTIVITY_SERVING
@@ -77,7 +77,7 @@ class NodeInfo:
 
     peer_id: PeerID
     addresses: tuple[Endpoint, ...]
-    """IP addresses of its server. It is there that others join the DHT, too."""
+    """IP addresses of its server. Other peers can use them to join the DHT, too."""
     certificate_pem: bytes
     protocol_version: int
     software_version: str
@@ -88,39 +88,39 @@ class NodeInfo:
     started_at: float
     expires_at: float
     name: str = ""
-    """Given by its owner; empty: no name."""
+    """The name that its owner gave it; empty: none."""
     activity: Activity = Activity.UNKNOWN
     metrics_address: str = ""
-    """Where it serves metrics to others, if it does."""
+    """Where it serves metrics to others; empty: nowhere."""
     rows_per_s: float | None = None
     renew_every_s: float = DEFAULT_RENEW_S
-    """Longest time in seconds from one renewal of the record to the next, as far as the node can tell."""
+    """The longest time in seconds between two renewals of the record, as far as the node can tell."""
     contributed_rows: int = 0
-    """Over all its runs, like the next two."""
+    """Over all runs of the node, like the next two."""
     contributed_updates: int = 0
     contributed_s: float = 0.0
     reachability: Reachability = Reachability.UNKNOWN
     tunnel_addresses: tuple[Multiaddress, ...] = ()
     unsteady: bool = False
-    """Some of its tasks fail and start again too often."""
+    """Whether some of its tasks fail and restart too often."""
     relay_addresses: tuple[Multiaddress, ...] = ()
     """Addresses of its gRPC server through relays over gRPC."""
     memory_shards: int = 0
-    """Shards of memories that it hosts."""
+    """How many shards of memories it hosts."""
     memory_bytes: int = 0
-    """Bytes of these shards on its disk."""
+    """The size of these shards on its disk."""
     memory_queries: int = 0
-    """Answered since it started."""
+    """Queries answered since it started."""
     memory_queries_per_s: float = 0.0
     signed: SignedWork = field(default_factory=SignedWork)
-    """What trainers have signed for it, by its own word."""
+    """The work that trainers have signed for it, according to the node."""
     left: bool = False
-    """It has left in order. Then nothing else is known but who it was."""
+    """Whether it has left in an orderly way. If so, the record only says who it was."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Quantiles of how long calls took, in seconds."""
+    """Quantiles of call times, in seconds."""
 
     p50_s: float
     p99_s: float
@@ -128,7 +128,9 @@ class Latency:
 
 @dataclass(frozen=True)
 class TrainerInfo:
-    """A trainer's record. Losses in nats per token; None: not measured. `steps`: of the run; 0: an own loop."""
+    """A trainer's record. Losses are in nats per token; None: not measured. `steps`: the run's length; 0: an
+    own loop.
+    """
 
     peer_id: PeerID
     name: str
@@ -152,28 +154,31 @@ class TrainerInfo:
     failures: Mapping[str, int] = field(default_factory=dict)
     node_latency_s: Mapping[PeerID, float] = field(default_factory=dict)
     addresses: tuple[Endpoint, ...] = ()
-    """Where others reach it to average dense parts. With neither these nor a tunnel, only it can call others."""
+    """Where others reach it to average dense parts. Without these and without a tunnel or relays, nobody can call
+    it.
+    """
     certificate_pem: bytes = b""
     dense_fingerprint: bytes = b""
-    """The fingerprint of its dense part's form: names, shapes and what else must agree. Empty: it averages with nobody.
+    """The fingerprint of its dense part's form: names, shapes and everything else that must agree. Empty: it averages
+    with nobody.
     """
     dense_age: int = 0
-    """Steps that its dense part has taken."""
+    """How many steps its dense part has taken."""
     tunnel_addresses: tuple[Multiaddress, ...] = ()
-    """By which it is reached if its router admits nobody."""
+    """How others reach it if its router accepts no connections."""
     relay_addresses: tuple[Multiaddress, ...] = ()
     """Addresses of its gRPC server through relays over gRPC."""
     left: bool = False
-    """It has left in order, with these figures."""
+    """Whether it has left in an orderly way, with these figures."""
 
     @property
     def is_own_loop(self) -> bool:
-        """Whether it is a training loop of its owner's own, which has no known end."""
+        """Whether its owner runs a training loop of their own, which has no known end."""
         return self.steps == 0
 
 
 class ReplicaState(Enum):
-    """Where a replica is in its life."""
+    """The stages of a replica's life."""
 
     CLAIMED = records_pb2.REPLICA_STATE_CLAIMED
     SERVING = records_pb2.REPLICA_STATE_SERVING
@@ -193,9 +198,9 @@ class Replica:
     claimed_at: float
     expires_at: float
     updated_at: float | None = None
-    """When it took its last optimizer step, by its node's clock; None: none there yet."""
+    """When it took its last optimizer step, by its node's clock; None if it has taken none there."""
     recent_rows: int = 0
-    """Rows computed lately, the older the less."""
+    """Rows computed lately; older rows count less."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ class ReplicaAnnouncement:
     update_count: int = 0
     claimed_at: float = 0.0
     updated_at: float = 0.0
-    """When it took its last optimizer step; 0: none yet."""
+    """When it took its last optimizer step; 0 if it has taken none."""
     recent_rows: int = 0
 
     def message(self, depth: int) -> records_pb2.Announcement:
@@ -224,27 +229,29 @@ class ReplicaAnnouncement:
 
 
 class ClaimAges:
-    """Since when this peer has seen each claim. The claims say it too, and may lie.
+    """Since when this peer has seen each claim. The claims give a time too, but may lie.
 
-    A node that claims an expert for ever and never serves it keeps nobody from serving it.
+    A node that claims an expert for ever and never serves it does not keep others from serving it.
     """
 
     def __init__(self, longest_s: float = MAX_CLAIM_S) -> None:
         self._longest_s = longest_s
         self._seen = BoundedDict[tuple[UID, PeerID], tuple[float, float]](_MAX_CLAIMS)
-        """The first and last time that each claim was seen."""
+        """When each claim was seen first and last."""
 
     def is_stale(self, uid: UID, peer_id: PeerID, claimed_at: float, now: float) -> bool:
-        """Records that the claim was seen. It counts as a new one after a gap longer than the longest claim."""
+        """Records that the claim was seen, and returns whether it is stale. After a gap longer than the longest claim,
+        it counts as new.
+        """
         first, last = self._seen.get((uid, peer_id), (now, now))
         if now > last + self._longest_s:
             first = now
         self._seen[uid, peer_id] = first, now
-        since = claimed_at if 0 < claimed_at < first else first  # 0: it does not say; also right for NaN
+        since = claimed_at if 0 < claimed_at < first else first  # 0: it gives no time; also right for NaN
         return now > since + self._longest_s
 
     def forget(self, uid: UID, peer_id: PeerID) -> None:
-        """Drops the claim, because the peer serves the expert now."""
+        """Forgets the claim, because the peer now serves the expert."""
         self._seen.pop((uid, peer_id), None)
 
 
@@ -285,7 +292,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo:
 
 
 def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> TrainerInfo | None:
-    """Parses a trainer's checked record; None if it is none. Raises RecordError for a wrong certificate."""
+    """Parses a trainer's checked record; None if it is not one. Raises RecordError for a wrong certificate."""
     trainer = payload.trainer
     if payload.WhichOneof("body") != "trainer":
         return None
@@ -325,9 +332,9 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
 def announced(
     replicas: Collection[ReplicaAnnouncement], depth: int, queued_rows: int
 ) -> records_pb2.RecordPayload:
-    """What a record says of a node's replicas that have the first `depth` coordinates in common.
+    """A record's announcement of a node's replicas that share their first `depth` coordinates.
 
-    `queued_rows`: rows that wait at the node, for all its experts.
+    `queued_rows`: rows that wait at the node, over all its experts.
     """
     messages = [replica.message(depth) for replica in replicas]
     if len(messages) == 1 and not messages[0].following:
@@ -339,7 +346,9 @@ def announced(
 def read_replicas(
     payload: records_pb2.RecordPayload, layer: int, coordinate: tuple[int, ...], peer_id: PeerID
 ) -> dict[UID, Replica]:
-    """Parses a node's checked record of what it hosts below these coordinates. Raises RecordError if any is wrong."""
+    """Parses a node's checked record of the experts it hosts below these coordinates. Raises RecordError if any is
+    wrong.
+    """
     hosting, found = payload.hosting, {}
     is_alone = payload.HasField("announcement")
     for message in [payload.announcement] if is_alone else hosting.replicas:
@@ -365,7 +374,7 @@ def read_replicas(
 
 
 def number(value: float, most: float = _LATEST) -> float | None:
-    """The number; None if it is not finite, negative or absurdly large."""
+    """The number; None if it is not finite, negative or too large."""
     return value if math.isfinite(value) and 0 <= value <= most else None
 
 
@@ -375,7 +384,7 @@ def count(value: int) -> int:
 
 
 def renewal(value: float) -> float:
-    """Seconds from one renewal to the next; the default if the record gives nothing sensible."""
+    """Seconds between two renewals; the default if the record gives no sensible number."""
     return value if math.isfinite(value) and 0 < value <= _LONGEST_RENEW_S else DEFAULT_RENEW_S
 
 
@@ -398,7 +407,9 @@ def _relayed(peer_id: PeerID, texts: Iterable[str]) -> tuple[Multiaddress, ...]:
 
 
 def _is_numeric(endpoint: Endpoint) -> bool:
-    """Whether it is the IP address of a machine. A name would be looked up, and lead wherever its owner likes."""
+    """Whether the endpoint is the IP address of a machine. A name would be looked up, and lead wherever its owner
+    likes.
+    """
     return endpoint.scope not in {None, AddressScope.NONE}
 
 

@@ -1,10 +1,10 @@
 """Beam search for the k live experts with the highest scores.
 
-Ryabinin & Gusev 2020 (arXiv 2002.04013), appendix "SelectExperts". An expert's score is the sum of one
-number per grid dimension (product keys), so the search goes by prefixes, not by experts. A bias for each expert may
-be added: then a prefix ranks by its scores and the largest bias of the live experts below it.
+Ryabinin & Gusev 2020 (arXiv 2002.04013), appendix "SelectExperts". An expert's score is the sum of one number per grid
+dimension (product keys), so the search goes through prefixes rather than experts. A bias for each expert may be added:
+a prefix is then ranked by its scores plus the largest bias of the live experts below it.
 
-`PrefixIndex` holds what a peer knows of one layer's prefixes on a grid that it can't know whole.
+`PrefixIndex` holds what a peer knows of one layer's prefixes on a grid that it can't know as a whole.
 
 Shapes: R rows, G_d size of grid dimension d, W prefixes in the beam, C candidates, k experts for each row.
 """
@@ -29,7 +29,7 @@ _MOST_WEIGHED = 2**12  # experts: as many as a layer that is known whole can hav
 
 @dataclass(frozen=True)
 class Selection:
-    """The experts of each row, best first. `valid` marks the slots that hold one; the others are zeros."""
+    """The experts of each row, best first. `valid` marks the slots that contain an expert; the others are zeros."""
 
     coordinates: Integers  # [R, k, dims]
     scores: Floats  # [R, k]
@@ -37,7 +37,7 @@ class Selection:
 
 
 def default_beam_size(k: int) -> int:
-    """k prefixes do where all experts are live; where 1 in 10 is, 4 k find 98% (top-4 on 32 × 32)."""
+    """k prefixes are enough if all experts are live. If 1 in 10 is, 4 k prefixes find 98% (top-4 on 32 × 32)."""
     return max(16, 4 * k)
 
 
@@ -50,20 +50,20 @@ def select_experts(
 ) -> Selection:
     """The k live experts with the highest scores, for each row.
 
-    `scores` has one float32 [R, G_d] per grid dimension. `alive[d]` is a bool array of shape `grid[: d + 1]`,
-    True where that prefix (in the last dimension: that expert) is live. Of equal scores the lower
-    coordinate wins. If fewer than k experts are found, the last slots of the row are invalid.
+    `scores` has one float32 [R, G_d] per grid dimension. `alive[d]` is a bool array of shape `grid[: d + 1]`, True
+    where that prefix (in the last dimension: that expert) is live. Of equal scores the lower coordinate wins. If fewer
+    than k experts are found, the last slots of the row are invalid.
 
-    The result is exact if `beam_size` is at least the number of live prefixes in every dimension but the
-    last, or if it is at least k and every expert is live. Below that, a wider beam is never worse on a grid
-    of one or two dimensions; on more it is better on average, not in every row.
+    The result is exact if `beam_size` is at least the number of live prefixes in every dimension but the last, or if it
+    is at least k and every expert is live. Otherwise, a wider beam is never worse on a grid of one or two dimensions;
+    on more it is better on average, not in every row.
 
-    A prefix counts as live only if an expert below it does: one that is marked live over dead experts, as
-    when records expire at different times, takes no slot of the beam. Below a dead prefix nothing is found.
+    A prefix counts as live only if an expert below it is. A prefix that is marked live although all its experts are
+    dead, as when records expire at different times, takes no slot of the beam. Nothing is found below a dead prefix.
 
-    `bias`, float32 of the grid's shape and finite, is added to the scores of experts, those of the selection
-    included. Up to 4,096 live experts are weighed one by one then, so that the result is exact. Among more, a prefix
-    ranks by its scores and the largest bias of the live experts below it.
+    `bias`, float32 of the grid's shape and finite, is added to the scores of experts, and is part of the returned
+    scores. With a bias, up to 4,096 live experts are weighed one by one, so that the result is exact. Among more
+    experts, a prefix is ranked by its scores plus the largest bias of the live experts below it.
 
     A score beyond ±1e30 counts as ±1e30 and NaN as the lowest: a diverged gate still chooses live experts.
     """
@@ -94,7 +94,9 @@ def select_experts(
 
 
 def _tables_of_live_prefixes(alive: Sequence[Booleans]) -> list[Booleans]:
-    """A table for each dimension, [prefixes before it, G_d]: marked live, and with a live expert below."""
+    """For each dimension, a table [prefixes before it, G_d] of the prefixes that are marked live and have a live expert
+    below.
+    """
     tables = [alive[-1].reshape(-1, alive[-1].shape[-1])]
     for marked in reversed(alive[:-1]):
         has_live_child = tables[0].any(axis=1).reshape(marked.shape)
@@ -104,11 +106,11 @@ def _tables_of_live_prefixes(alive: Sequence[Booleans]) -> list[Booleans]:
 
 def _finite(scores: Floats) -> Floats:
     numbers = np.where(np.isnan(scores), -_LIMIT, scores)
-    return np.clip(numbers, -_LIMIT, _LIMIT) + np.float32(0)  # + 0 turns -0 into 0: they must tie
+    return np.clip(numbers, -_LIMIT, _LIMIT) + np.float32(0)  # + 0 turns -0 into 0, so that they tie
 
 
 def _largest_biases(bias: Floats, tables: Sequence[Booleans]) -> list[Floats]:
-    """The largest bias of the live experts below each prefix, for each dimension, in the form of `tables`."""
+    """The largest bias of the live experts below each prefix, for each dimension, in the shapes of `tables`."""
     lowest = np.float32(-np.inf)
     largest = [np.where(tables[-1], bias.reshape(tables[-1].shape), lowest)]
     for table in reversed(tables[:-1]):
@@ -117,7 +119,7 @@ def _largest_biases(bias: Floats, tables: Sequence[Booleans]) -> list[Floats]:
 
 
 def _weighed(scores: Sequence[Floats], alive: Sequence[Booleans], k: int, bias: Floats) -> Integers:
-    """The keys of each row's best k experts, found by weighing all that are live. [R, k]"""
+    """The keys of each row's best k experts, found by weighing all live ones: [R, k]."""
     live = alive[-1]
     for d, marked in enumerate(alive[:-1]):
         live = live & marked.reshape(*marked.shape, *[1] * (live.ndim - 1 - d))
@@ -161,7 +163,7 @@ def _best_keys(
 
 
 class _Beam(NamedTuple):
-    """The prefixes that each row keeps, [R, W]."""
+    """The prefixes that are kept for each row: [R, W]."""
 
     totals: Floats
     prefixes: Integers
@@ -172,12 +174,12 @@ class _Beam(NamedTuple):
 
 
 def _next_keys(beam: _Beam, scores_RG: Floats, table: Booleans, count: int, step: Floats | None) -> Integers:
-    """The keys of the `count` best prefixes that are longer by one coordinate, best first.
+    """The keys of the `count` best prefixes that are one coordinate longer, best first.
 
-    `step`, in the form of the table: what else is added for that coordinate. From the second dimension on at most 0.
+    `step`, in the shape of the table, is added for the new coordinate. From the second dimension on it is at most 0.
 
-    Tried first with each row's best coordinates alone. That is exact where what was found beats the best prefix with
-    the best coordinate that was left out; the other rows are done in full.
+    Only each row's best coordinates are tried at first. The result is exact if it beats the best prefix with the best
+    coordinate that was left out. Other rows are computed in full.
     """
     size, few = scores_RG.shape[1], 2 * count
     if beam.totals.shape[1] == 1 or size <= 2 * few:
@@ -198,7 +200,7 @@ def _next_keys(beam: _Beam, scores_RG: Floats, table: Booleans, count: int, step
 def _extended(
     beam: _Beam, scores_RC: Floats, columns: Integers, table: Booleans, count: int, step: Floats | None
 ) -> Integers:
-    """`columns`, [R, C] or [1, C]: the coordinates by which prefixes are made longer, and their scores."""
+    """`columns`, [R, C] or [1, C]: the coordinates that are appended to prefixes. `scores_RC`: their scores."""
     total_RWC = beam.totals[:, :, None] + scores_RC[:, None, :]
     prefix_RWC = beam.prefixes[:, :, None] * table.shape[1] + columns[:, None, :]
     if step is not None:
@@ -217,7 +219,7 @@ def _best_of(scores: Floats, prefixes: Integers, live: Booleans, count: int) -> 
     )
     if count >= scores_RC.shape[1]:
         return _largest(_keys(scores_RC, prefixes_RC, live_RC), count)
-    # a key costs more than a score: they are made only of candidates as good as the last one wanted, ties included
+    # keys cost more than scores, so they are made only for candidates as good as the last one wanted, including ties
     masked_RC = np.where(live_RC, scores_RC, -np.float32(np.inf))
     least_R = np.partition(masked_RC, -count, axis=1)[:, -count]
     good = np.nonzero(live_RC & (masked_RC >= least_R[:, None]))
@@ -229,14 +231,14 @@ def _best_of(scores: Floats, prefixes: Integers, live: Booleans, count: int) -> 
 
 
 def _keys(scores: Floats, prefixes: Integers, live: Booleans) -> Integers:
-    """One integer that sorts as (live, score, lower prefix): no tie is left to the algorithm that selects."""
+    """Integers that sort by (live, score, lower prefix), so that ties don't depend on the selection algorithm."""
     bits = scores.view(np.int32)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the order of floats, as the order of integers
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     return (np.where(live, order, _DEAD).astype(np.int64) << 32) + (_LOW_32 - prefixes)
 
 
 def _read_keys(keys: Integers) -> tuple[Floats, Integers, Booleans]:
-    """Score, prefix, and whether the key is that of a live prefix; the dead read as zeros."""
+    """Each key's score, prefix, and whether the prefix is live. Dead prefixes are returned as zeros."""
     order = (keys >> 32).astype(np.int32)
     live = order != _DEAD
     scores = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32)
@@ -244,7 +246,7 @@ def _read_keys(keys: Integers) -> tuple[Floats, Integers, Booleans]:
 
 
 def _largest(keys_RC: Integers, count: int) -> Integers:
-    """The `count` largest of each row (fewer if it has fewer), in falling order."""
+    """The `count` largest of each row (fewer if it has fewer), in descending order."""
     if count < keys_RC.shape[1]:
         keys_RC = np.partition(keys_RC, -count, axis=1)[:, -count:]
     return np.sort(keys_RC, axis=1)[:, ::-1]
@@ -256,7 +258,7 @@ def _selection(keys_Rk: Integers, grid: tuple[int, ...]) -> Selection:
 
 
 class PrefixIndex:
-    """Prefix tables that are filled as prefixes are read. What was read and is empty is known as well."""
+    """Prefix tables that are filled as prefixes are read. It also knows which prefixes were read and are empty."""
 
     def __init__(self, grid: tuple[int, ...]) -> None:
         self.alive: list[Booleans] = [np.zeros(grid[: d + 1], dtype=bool) for d in range(len(grid))]
@@ -278,12 +280,12 @@ class PrefixIndex:
         self._known[len(prefix)][prefix] = True
 
     def drop(self, expert: Coordinate) -> None:
-        """Notes that nobody hosts the expert, whatever its prefix says, until the prefix is read again."""
+        """Marks the expert as hosted by nobody, whatever its prefix says, until the prefix is read again."""
         self.alive[-1][expert] = False
 
     def tables(self, passed_over: Booleans | None = None) -> list[Booleans]:
-        """`alive` without the experts in `passed_over`, a table of the grid, and without prefixes that are known to
-        lead to no expert.
+        """`alive` without the experts in `passed_over`, a table of the grid, and without prefixes known to lead to no
+        expert.
         """
         tables = [self.alive[-1] if passed_over is None else self.alive[-1] & ~passed_over]
         for active, is_known in zip(self.alive[-2::-1], self._known[:0:-1], strict=True):
@@ -297,9 +299,10 @@ class PrefixIndex:
         passed_over: Booleans | None = None,
         everything: bool = False,
     ) -> list[Coordinate]:
-        """The prefixes in the beams of all rows: the `width` best active ones of each, as in `tables`.
+        """The prefixes in the beams of all rows: the `width` best active ones of each row, as in `tables`.
 
-        `scores` has one float32 [R, G_d] for each dimension of these prefixes. `everything`: as if all were active.
+        `scores` has one float32 [R, G_d] for each dimension of these prefixes. `everything`: treats all prefixes as
+        active.
         """
         tables = self.tables(passed_over)[: len(scores)]
         if everything:

@@ -1,7 +1,7 @@
 """A peer's cached view of the swarm, refreshed in the background, so that choosing experts costs no round trip.
 
-A `Directory` keeps a `View` fresh and, on a grid too large to know whole, searches it by the scores of the rows that
-are to be sent. `LiveExperts` is one moment of a layer, by which a training step goes to its end.
+A `Directory` keeps a `View` fresh. On a grid that is too large to know as a whole, it searches by the scores of the
+rows that are to be sent. `LiveExperts` is a snapshot of a layer that a training step uses to its end.
 
 Shapes: R rows, G_d size of grid dimension d.
 """
@@ -36,29 +36,33 @@ PrefixTables = tuple[Booleans, ...]
 """One bool array per grid dimension, of shape grid[:d+1]: True where a prefix leads to a live expert."""
 
 _MAX_READ = 4096
-"""Most prefixes, and most experts, that one refresh reads."""
+"""The most prefixes, and the most experts, that one refresh reads."""
 _SAMPLED = 64
-"""On a grid with more experts than that: prefixes and experts that a refresh reads to see whether they live."""
+"""On a grid with more experts than that, a refresh reads this many prefixes and experts to see whether they
+are alive.
+"""
 _DOUBTED = 16
-"""Experts to which no prefix leads that a refresh looks for all the same, drawn at random."""
+"""How many experts without a prefix that leads to them a refresh still looks for, drawn at random."""
 _MOST_STRETCHED = 20
-"""How many times the wanted time between two refreshes the longest one is."""
+"""The longest time between two refreshes, as a multiple of the wanted time."""
 _SEARCH_ROUNDS = 4
-"""How often a search goes on after it has met experts that nobody hosts."""
+"""How often a search continues after it has found experts that nobody hosts."""
 _GUESSED, _MOST_GUESSED = 3, 64
-"""Experts for each one wanted, and in all, that a layer's first search reads before it knows which are active."""
+"""Before a layer's first search knows which experts are active, it reads this many for each one wanted, and this many
+in all.
+"""
 
 NOBODY: frozenset[PeerID] = frozenset()
 
 
 def prefix_tables(alive: Booleans) -> PrefixTables:
-    """`alive`: which experts are, of the grid's shape."""
+    """`alive`: which experts are alive, in the grid's shape."""
     return tuple(np.asarray(alive.any(axis=tuple(range(d + 1, alive.ndim)))) for d in range(alive.ndim))
 
 
 @dataclass(frozen=True)
 class View:
-    """What is known of the swarm at one moment. Never changed, so any thread may read it."""
+    """What is known of the swarm at one moment. Immutable, so any thread may read it."""
 
     manifest: Manifest
     replicas: Mapping[UID, tuple[Replica, ...]]
@@ -83,7 +87,7 @@ class View:
         ]
 
     def at(self, uid: UID, peers: Mapping[PeerID, object]) -> list[Replica]:
-        """The expert's replicas at these peers, in the order of whichever are fewer."""
+        """The expert's replicas at these peers, in the order of the shorter of the two lists."""
         by_peer = self._by_peer.get(uid)
         if by_peer is None:
             by_peer = self._by_peer[uid] = {r.peer_id: r for r in self.replicas.get(uid, ())}
@@ -91,7 +95,7 @@ class View:
         return [by_peer[peer_id] for peer_id in fewer if peer_id in more]
 
     def tables(self, layer: int, avoided: frozenset[PeerID] = NOBODY) -> PrefixTables:
-        """The layer's prefix tables, over live experts not hosted by `avoided` peers alone."""
+        """The layer's prefix tables, over live experts that some peer outside `avoided` hosts."""
         cached = self._tables.get((layer, avoided))
         if cached is None:
             if len(self._tables) >= 64:  # breakers open and close: keep only what is current
@@ -112,21 +116,21 @@ class View:
 
 @dataclass(frozen=True)
 class LiveExperts:
-    """The experts of one layer that can be called at one moment. Never changed: a training step chooses, balances and
-    weighs by the one that it began with.
+    """The experts of one layer that can be called at one moment. Immutable: a training step chooses, balances and
+    weighs experts by the one that it started with.
     """
 
     layer: int
     view: View
     avoided: frozenset[PeerID]
-    """Peers that are not called, and whose replicas don't count."""
+    """Peers that are not called, and whose replicas are ignored."""
     tables: PrefixTables
     hosts: Mapping[UID, PeerID] = field(default_factory=dict)
-    """Which replica of each expert is called; where it says nothing, any."""
+    """Which replica of an expert is called; any replica for experts that are not in it."""
 
 
 class Directory:
-    """Keeps a `View` fresh. `refresh` once, then run `keep_fresh` as a task somebody owns."""
+    """Keeps a `View` fresh. Call `refresh` once, then run `keep_fresh` as a task that somebody owns."""
 
     def __init__(
         self,
@@ -139,7 +143,7 @@ class Directory:
     ) -> None:
         self.view = View(manifest, {}, {}, 0.0)
         self.failures = 0
-        """Refreshes that failed since the last good one."""
+        """Refreshes that have failed since the last success."""
         self.registry = registry
         self._manifest = manifest
         self._refresh_every_s = refresh_every_s
@@ -147,20 +151,21 @@ class Directory:
         self._rng = rng or random.SystemRandom()
         self._indices: dict[int, PrefixIndex] = {}
         self._hurried: set[UID] = set()
-        """Experts of which other hosts may announce further down than those in the view. A refresh reads them all."""
+        """Experts that may have more hosts than the view shows, announced further down. A refresh reads them all."""
         self._gone: dict[PeerID, float] = {}
-        """Peers that were found dead, and when the node record that they had then expires."""
+        """Peers that were found dead, and when the node record that they had expires."""
 
     @property
     def knows_all(self) -> bool:
-        """Whether the view has all experts. Of a larger swarm it has those that were searched for."""
+        """Whether the view covers all experts. In a larger swarm, it only covers those that were searched for."""
         return self.view.manifest.experts_total <= _MAX_READ
 
     async def refresh(self) -> View:
         """Reads the swarm again: the regions level by level, then the nodes that host replicas there.
 
-        What lived is read again even if no prefix leads there: whoever hides a prefix hides no known expert. And some
-        others, as hosts renew the prefixes seldom where a crowd seems to do it.
+        Experts that were alive are read again even if no prefix leads to them, so that nobody can hide a known expert
+        by hiding a prefix. A few others are read too, because hosts rarely renew a prefix if many hosts seem to share
+        it.
         """
         living = {uid for uid, hosts in self.view.replicas.items() if hosts}
         self._hurried.clear()
@@ -182,7 +187,7 @@ class Directory:
         return self.view
 
     def forget(self, peer_id: PeerID) -> None:
-        """Notes that the peer was found dead: its replicas don't count until it publishes a new node record."""
+        """Records that the peer was found dead: its replicas don't count until it publishes a new node record."""
         node = self.view.nodes.get(peer_id)
         if node is not None:
             self._gone[peer_id] = node.expires_at
@@ -190,8 +195,8 @@ class Directory:
             self.view = View(self._manifest, self.view.replicas, nodes, self.view.read_at)
 
     async def keep_fresh(self) -> None:
-        """Refreshes for ever, less often if that costs much. When the DHT does not answer, the last view stays, and
-        that is said once.
+        """Refreshes for ever, less often if that costs much. If the DHT does not answer, the last view stays, which is
+        logged once.
         """
         period = UpkeepPeriod(
             self._refresh_every_s, lambda: self.registry.spent_bytes, self._rng, _MOST_STRETCHED
@@ -207,7 +212,7 @@ class Directory:
                     logger.warning("can't refresh the view of the swarm: %s", error)
 
     def live(self, layer: int, avoided: frozenset[PeerID] = NOBODY) -> LiveExperts:
-        """The layer's experts by the view, without those that only `avoided` peers host."""
+        """The layer's experts in the view, without those that only `avoided` peers host."""
         return LiveExperts(layer, self.view, avoided, self.view.tables(layer, avoided))
 
     async def search(
@@ -218,14 +223,14 @@ class Directory:
         avoided: frozenset[PeerID] = NOBODY,
         bias: Floats | None = None,
     ) -> View:
-        """Brings the top-k experts of each row into the view, on a grid too large to know whole. Passes over experts
-        that only `avoided` peers host.
+        """Brings the top-k experts of each row into the view, on a grid that is too large to know as a whole. Skips
+        experts that only `avoided` peers host.
 
-        `scores` has one float32 [R, G_d] per grid dimension; `bias`, of the grid's shape, is added to those of experts.
-        Reads the prefixes that a beam search by the scores alone comes by, then the experts that are best with the
-        bias: nothing, when all of that is known. The first time, if it is for few rows, it begins to read at the same
-        time those experts that would be best if all were active: most of the right ones are among them, and a round of
-        questions is saved. Rows that met experts which can't be called go on, each time twice as far. Raises
+        `scores` has one float32 [R, G_d] per grid dimension; `bias`, of the grid's shape, is added to the scores of
+        experts. The search reads the prefixes on the way of a beam search by the scores alone, then the experts that
+        are best with the bias. If all of that is known, it reads nothing. The first search for few rows also reads, in
+        parallel, the experts that would be best if all were active: most of the right ones are among them, which saves
+        a round trip. Rows that found experts which can't be called continue, each time twice as far. Raises
         UnreachableError.
         """
         index, room, width = self._index(layer), _MAX_READ, default_beam_size(k)
@@ -254,23 +259,23 @@ class Directory:
         return self.view
 
     def _drawn(self, some: list[T], most: int) -> list[T]:
-        """All of them, or a random sample of this size: anybody can say that a coordinate is active."""
+        """All of them, or a random sample of this size: anybody can announce that a coordinate is active."""
         return some if len(some) <= most else self._rng.sample(some, most)
 
     def _only_at(self, avoided: frozenset[PeerID], layer: int) -> Booleans | None:
-        """The experts that nobody but these peers is known to host, as a table of the grid."""
+        """The experts that only these peers are known to host, as a table of the grid."""
         if not avoided:
             return None
         return self.view.tables(layer)[-1] & ~self.view.tables(layer, avoided)[-1]
 
     def _lacking(self, layer: int, chosen: Selection, avoided: frozenset[PeerID]) -> Booleans:
-        """Which of the chosen experts nobody hosts by the view, but for the `avoided` peers. [R, k]"""
+        """Which of the chosen experts have no host in the view, apart from the `avoided` peers: [R, k]."""
         live = self.view.tables(layer, avoided)[-1]
         lacking: Booleans = chosen.valid & ~live[tuple(np.moveaxis(chosen.coordinates, -1, 0))]
         return lacking
 
     def _experts_at(self, layer: int, chosen: Selection, slots: Booleans) -> list[UID]:
-        """The experts in these slots [R, k], each once."""
+        """The experts in these slots [R, k], without duplicates."""
         grid = self._manifest.experts.grid
         numbers = np.unique(np.ravel_multi_index(tuple(chosen.coordinates[slots].T), grid))
         coordinates = zip(*(c.tolist() for c in np.unravel_index(numbers, grid)), strict=True)
@@ -284,7 +289,7 @@ class Directory:
         width: int,
         passed_over: Booleans | None,
     ) -> None:
-        """Level by level the prefixes that are not known yet; the first two levels together, to save a round trip."""
+        """Reads the unknown prefixes level by level; the first two levels together, to save a round trip."""
         ahead = [] if index.knows(()) else index.best(scores[:1], width, everything=True)
         for depth in range(len(scores)):
             if index.knows_all_of(depth):
@@ -304,7 +309,9 @@ class Directory:
                     index.note(coordinate, active)
 
     async def _read_experts(self, uids: Collection[UID]) -> None:
-        """Adds them to the view, also those that nobody hosts. Of too many, those go first, then the oldest."""
+        """Adds the experts to the view, even those that nobody hosts. If there are too many, those are dropped first,
+        then the oldest.
+        """
         if not uids:
             return
         is_hurried = len(uids) <= _MOST_GUESSED
@@ -314,7 +321,9 @@ class Directory:
             await self._read_hidden()
 
     async def _read_hidden(self, avoided: frozenset[PeerID] = NOBODY) -> None:
-        """Reads further down, where others may announce an expert whose hosts so far can't be called or are avoided."""
+        """Reads further down for experts whose known hosts can't be called or are avoided: others may announce them
+        there.
+        """
         hosted = [uid for uid in self._hurried if self.view.replicas.get(uid)]
         hidden = [uid for uid in hosted if not self.view.hosts(uid, avoided)]
         if hidden:
@@ -344,9 +353,9 @@ class Directory:
         return self._manifest.experts.grid[len(prefix[1])]
 
     def _bounded(self, frontier: list[Prefix]) -> list[Prefix]:
-        """The way to the experts that are known to live, then others as they are drawn.
+        """The way to the experts that are known to live, then other prefixes at random, within the limit.
 
-        Anybody can say that a coordinate is active; that must not cost more than this peer can read.
+        Anybody can announce that a coordinate is active; that must not cost more than this peer can read.
         """
         if self.knows_all and len(frontier) <= _MAX_READ:
             return frontier

@@ -1,8 +1,8 @@
 """The founder's two signed records: the manifest, and the list of revoked tokens.
 
-Every peer stores them again and again, so that they outlive the peers that held them. The founder signs each again when
-half of its lifetime has passed. A peer with a state folder keeps both there too. So it can start again when nobody
-gives it the manifest, and knows from the start who is revoked.
+Every peer stores them again and again, so that they outlive the peers that held them. The founder signs each of them
+again when half of its lifetime has passed. A peer with a state folder saves both there too. So it can restart when
+nobody gives it the manifest, and knows from the start which tokens are revoked.
 """
 
 import logging
@@ -19,11 +19,11 @@ from peer.files import write_atomically
 logger: logging.Logger = logging.getLogger(__name__)
 
 LIFETIME_S = 30 * 86400.0
-"""The lifetime of both records, in seconds. They outlive a founder that is away."""
+"""The lifetime of both records, in seconds. They stay valid while the founder is away."""
 EXPIRES_SOON_S = 7 * 86400.0
-"""If the founder does not renew the manifest in this time, nobody can join any more."""
+"""If the founder does not renew the manifest within this time, nobody can join any more."""
 _KEPT_BY = 8
-"""Peers that store each of them again in each round, on average."""
+"""How many peers store each of the records again in each round, on average."""
 _RENEW_AFTER_S = LIFETIME_S / 2
 _LOOK_EVERY_S = 3600.0
 """How often other peers look for a newer manifest record, in the second half of its lifetime."""
@@ -55,7 +55,7 @@ class ManifestRecord:
 
     @property
     def warning(self) -> str:
-        """A warning in words, if the founder should have renewed the manifest long ago; else empty."""
+        """A warning in words if the founder should have renewed the manifest long ago; else empty."""
         left_s = self.expires_at - self._now()
         if left_s >= EXPIRES_SOON_S:
             return ""
@@ -65,7 +65,7 @@ class ManifestRecord:
         )
 
     async def republish(self) -> None:
-        """Stores it again; the founder renews it first when it is due. Raises UnreachableError."""
+        """Stores the record again. The founder first renews it when that is due. Raises UnreachableError."""
         keys, now = self._registry.keys, self._now()
         is_due = self._registry.peer_id == keys.author and now >= self.expires_at - _RENEW_AFTER_S
         if is_due:
@@ -77,7 +77,8 @@ class ManifestRecord:
             await self._registry.republish(keys.manifest, self.data, self.expires_at)
 
     async def look(self) -> bool:
-        """Takes over a newer record if there is one. Returns whether it looked: hourly, in this one's second half.
+        """Adopts a newer record if there is one. Returns whether it looked: once an hour, in the second half of the
+        lifetime.
 
         Raises UnreachableError.
         """
@@ -96,7 +97,7 @@ class ManifestRecord:
 
 
 def _is_drawn(registry: Registry, rng: random.Random) -> bool:
-    """Everybody stores a founder's record now and then, and not all at the same few holders all the time."""
+    """Every peer stores a founder's record now and then, so that the same few holders are not flooded all the time."""
     return rng.random() * registry.lookups.estimated_nodes < _KEPT_BY
 
 
@@ -104,12 +105,12 @@ class RecordFile:
     """A founder's signed record on disk."""
 
     def __init__(self, path: Path | None) -> None:
-        """`path`: None if nothing is saved."""
+        """`path`: None if nothing is to be saved."""
         self.path = path
         self._saved: bytes | None = None
 
     def read(self) -> bytes | None:
-        """What was saved last, which need not be valid any more; None if nothing was, or if it can't be read."""
+        """The record saved last, which may no longer be valid; None if there is none, or if it can't be read."""
         if self.path is None:
             return None
         try:
@@ -122,7 +123,7 @@ class RecordFile:
         return self._saved
 
     def save(self, data: bytes) -> None:
-        """Writes it if it has changed. A full disk only causes a warning."""
+        """Writes the record if it has changed. A full disk only causes a warning."""
         if self.path is None or data == self._saved:
             return
         try:
@@ -145,7 +146,7 @@ class Revocations:
         now: Callable[[], float] = clock.now,
         rng: random.Random | None = None,
     ) -> None:
-        """Applies what is on disk at once. `file`: where the newest record is saved."""
+        """Applies the record on disk at once. `file`: where the newest record is saved."""
         self._registry = registry
         self._admission = admission
         self._file = file or RecordFile(None)
@@ -167,7 +168,7 @@ class Revocations:
         self._take(*found)
 
     async def keep(self) -> None:
-        """Stores the founder's record again, in some of the rounds. Raises UnreachableError."""
+        """Stores the founder's record again, but not in every round. Raises UnreachableError."""
         if self._record is not None and _is_drawn(self._registry, self._rng):
             await self._registry.republish(self._registry.keys.revocations, *self._record)
 
@@ -181,7 +182,7 @@ class Revocations:
         fresh = self._record is not None and self._record[1] > self._now() + _RENEW_AFTER_S
         if self._admission.mode == "open" or (wanted <= self._published and (fresh or not wanted)):
             return
-        # later than the last one, even if the clock was set back: peers keep what expires last
+        # later than the last one, even if the clock was set back: of two records, peers keep the one that expires last
         expires_at = max(self._now() + LIFETIME_S, 0.0 if self._record is None else self._record[1] + 1.0)
         self._take(wanted, await self._registry.publish_revocations(wanted, expires_at), expires_at)
 

@@ -1,6 +1,6 @@
-"""Invites: the line that a volunteer pastes to join a swarm, and the founder's ledger of those it has issued.
+"""Invites: the line that a volunteer pastes to join a swarm, and the founder's ledger of issued invites.
 
-An invite holds bootstrap addresses, the swarm's name, the PeerID of its founder and, where the swarm needs it, a token.
+An invite holds bootstrap addresses, the swarm's name, the PeerID of its founder and, if the swarm needs one, a token.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from peer.wire import admission_pb2, records_pb2
 FILE = "invites.json"
 _LOCK_DEADLINE_S = 30.0
 _SCHEME = "talkoot2"
-"""The 2 is the format. It changes when an old program could not read a new invite."""
+"""The 2 is the version of the format. It changes whenever an old program could not read a new invite."""
 _BEGINNING = re.compile(r"(?<![A-Za-z0-9])talkoot\d")
 _WORD = re.compile(r"[^\W_]+")
-"""Chat and mail programs put other things around an invite and into it: quotes, asterisks, > before each line,
-zero-width spaces.
+"""A word of an invite. Chat and mail programs add other characters: quotes, asterisks, > before each line, zero-width
+spaces.
 """
 _MAX_CHARACTERS = 4096
 _MOST_LINES = 256
-"""Over which a mail program may have wrapped an invite."""
+"""Over how many lines a mail program may have wrapped an invite."""
 _MAX_ADDRESSES = 16
 _LONGEST_FILE = 8192
-"""Characters read from a file."""
+"""At most this many characters of a file are read."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Invite:
 
     keys: SwarmKeys
     bootstrap: tuple[Multiaddress, ...]
-    """They are all tried at the same time."""
+    """All of them are tried at the same time."""
     token: bytes = field(default=b"", repr=False)
-    """A serialized Token, which is a secret: it admits its holder to a swarm that admits by token. May be empty."""
+    """A serialized Token, which is a secret: in a swarm that admits by token, it admits its holder. May be empty."""
 
     def __str__(self) -> str:
         message = records_pb2.InviteMessage(
@@ -64,9 +64,9 @@ class Invite:
 
     @classmethod
     def read(cls, given: str) -> "Invite":
-        """Reads what was passed as invite: the line itself, or the file that holds it, as `@FILE` or its path.
+        """Reads an invite that was passed as the line itself, or as the file that contains it: `@FILE` or its path.
 
-        Other users of a machine can see its command lines, but not the contents of a file. Raises InviteError.
+        Other users of a machine can see command lines, but not the contents of a file. Raises InviteError.
         """
         path = _file_of(given.strip())
         if path is None:
@@ -86,7 +86,7 @@ class Invite:
 
     @classmethod
     def parse(cls, text: str) -> "Invite":
-        """Reads the line, which may be wrapped and have other words around it. Raises InviteError that says what is
+        """Reads the line, which may be wrapped and have other words around it. Raises InviteError, which says what is
         wrong with it.
         """
         begins = _BEGINNING.search(text)
@@ -117,7 +117,7 @@ class Invite:
 
 
 def _unwrapped(text: str) -> bytes:
-    """The Base58 text in the first words, as many of them as the checksum needs. Raises ValueError."""
+    """The Base58 text at the start of the words, up to where its checksum matches. Raises ValueError."""
     line = ""
     for word in islice(_WORD.finditer(text), _MOST_LINES):
         line += word[0]
@@ -146,7 +146,7 @@ class IssuedInvite(BaseModel):
     serial: int = Field(gt=0, lt=2**32)
     role: Role
     name: str
-    """Whom it is for, as the founder wrote."""
+    """Whom it is for, in the founder's words."""
     made_at: float
     expires_at: float
     revoked: bool = False
@@ -195,7 +195,7 @@ class InviteLedger:
             return changed
 
     def revoked(self, now: float) -> list[int]:
-        """The serials to publish: those revoked and not yet expired. Raises StartError."""
+        """The serials to publish: revoked and not yet expired. Raises StartError."""
         return revoked_in(self.read(), now)
 
     def _write(self, issued: tuple[IssuedInvite, ...]) -> None:
@@ -246,5 +246,5 @@ def _file_of(given: str) -> Path | None:
 def _expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # of a user who does not exist
+    except RuntimeError:  # the home folder of a user who does not exist
         return Path(path)

@@ -1,8 +1,8 @@
 """The memories of a swarm in the DHT: which there are, who publishes them, and who hosts their shards.
 
 All publishers list their memories under one key, each in a record of its own. The founder may publish and, in a swarm
-that admits by token, librarians; what others list is refused by those who store it and by those who read it. Hosts
-announce for each cell which of its shards they have, and mark the way to it as active, as it is done for experts.
+that admits by token, librarians; records of others are refused by the peers that store and read them. For each cell,
+hosts announce which of its shards they have, and mark the coordinates on the way to it as active, as for experts.
 """
 
 import asyncio
@@ -44,20 +44,20 @@ from peer.merkle import HASH_BYTES
 from peer.wire import records_pb2
 
 WANTED_REPLICAS = 2
-"""Replicas wanted for each shard: nodes take what has fewer."""
+"""Replicas wanted for each shard: nodes take shards that have fewer."""
 MAX_LISTED_LICENSES = 8
 _RENEW_AFTER_S = LIFETIME_S / 2
 _MAX_PUBLISHERS = 256
-"""Publishers whose libraries are read and remembered."""
+"""The most publishers whose libraries are read and remembered."""
 _MAX_HOSTS = 256
-"""Hosts of one cell whose records are read."""
+"""The most hosts of one cell whose records are read."""
 _CELLS_AT_ONCE = 512
-"""Cells in one look-up, which has one deadline."""
+"""Cells in one look-up. A look-up has one deadline."""
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
-"""Memories that an error names."""
+"""The most memories that an error names."""
 _BRANCHES, _FEW = 256, 16
-"""Branches of each level that are followed in search of some hosts, and cells that are read first."""
+"""When looking for some hosts: branches that are followed at each level, and cells that are read first."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class LibraryEntry:
     manifest: Part
     revision: int
     passages: int
-    """Passages, each counted once although it lies in two cells."""
+    """Passages. Each counts once, although it lies in two cells."""
     total_bytes: int
-    """The size of all shards."""
+    """The size of all shards, in bytes."""
     licenses: tuple[str, ...]
-    """At most 8. The manifest has all of them."""
+    """At most 8. The manifest names all of them."""
     about: str
     shards: int
     grid: tuple[int, ...]
 
     @classmethod
     def of(cls, manifest: MemoryManifest, part: Part, publisher: PeerID) -> Self:
-        """`part`: the manifest as it is served."""
+        """`part`: the manifest as a file that peers fetch."""
         return cls(
             MemoryID.of(manifest.name, publisher),
             publisher,
@@ -142,7 +142,7 @@ class CellHost:
 
 @dataclass(frozen=True)
 class _Library:
-    """What one publisher lists."""
+    """The memories that one publisher lists."""
 
     record: bytes
     expires_at: float
@@ -150,7 +150,7 @@ class _Library:
 
 
 class MemoryRegistry:
-    """One peer's access to what its swarm's DHT says of memories. Invalid records are left out."""
+    """One peer's access to the DHT's records about memories in its swarm. Invalid records are left out."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -158,14 +158,14 @@ class MemoryRegistry:
         self._known = BoundedDict[PeerID, _Library](_MAX_PUBLISHERS)
 
     async def libraries(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
-        """What each publisher lists, as far as it may publish here. Raises UnreachableError.
+        """The memories of each publisher that may publish here. Raises UnreachableError.
 
-        An older record never takes the place of one that was read before, and no memory goes back to an older revision.
+        An older record never replaces one that was read before, and no memory goes back to an older revision.
         """
         key = self._keys.library
         found = (await self._registry.get([key]))[key]
         author = self._keys.author.to_bytes()
-        # the founder's is read however many others there are
+        # the founder's record is read, however many others there are
         for subkey in (*some_of(found.keys() - {author}, _MAX_PUBLISHERS - 1), author):
             value, _ = found.get(subkey, (None, 0.0))
             if value is not None:
@@ -173,14 +173,14 @@ class MemoryRegistry:
         return {publisher: library.entries for publisher, library in self._valid()}
 
     def saved(self) -> bytes:
-        """What was read and is still valid, for `restore` in a later run."""
+        """The records that were read and are still valid, for `restore` in a later run."""
         records = sorted((publisher.to_bytes(), library.record) for publisher, library in self._valid())
         return b"".join(
             publisher + len(record).to_bytes(4, "little") + record for publisher, record in records
         )
 
     def restore(self, data: bytes) -> None:
-        """Takes it up, so that no older records take its place. Invalid ones are left out."""
+        """Restores them, so that no older records take their place. Invalid ones are left out."""
         at = 0
         while at < len(data):
             publisher, begin = data[at : at + _PEER_ID_BYTES], at + _PEER_ID_BYTES + 4
@@ -189,14 +189,14 @@ class MemoryRegistry:
                 self._take(publisher, data[begin:at])
 
     async def publish_library(self, entries: Sequence[LibraryEntry], signer: Identity | None = None) -> None:
-        """Stores these as all that the publisher lists. `signer`: the founder, where this peer runs for it.
+        """Stores these entries as the publisher's whole list. `signer`: the founder, if this peer runs for it.
 
-        Raises LibraryError if they are too many for one record, and UnreachableError if nobody takes it.
+        Raises LibraryError if they are too many for one record, and UnreachableError if no peer accepts it.
         """
         publisher = self._registry.peer_id if signer is None else signer.peer_id
         await self.libraries()
         known = self._known.get(publisher)
-        # later than the last one, even if the clock was set back: peers keep what expires last
+        # later than the last one, even if the clock was set back: of two records, peers keep the one that expires last
         after = 0.0 if known is None else known.expires_at + 1.0
         payload = records_pb2.RecordPayload(
             key=self._keys.library,
@@ -214,7 +214,8 @@ class MemoryRegistry:
         self._known[publisher] = _Library(record, payload.expires_at, tuple(entries))
 
     async def keep_libraries(self) -> None:
-        """Stores what was read again, so that it outlives its holders. Its own this peer renews when it is due.
+        """Stores the records that were read again, so that they outlive their holders. Renews this peer's own when that
+        is due.
 
         Raises UnreachableError.
         """
@@ -235,7 +236,7 @@ class MemoryRegistry:
         cells: Mapping[Cell, tuple[ReplicaState, Collection[bytes]]],
         lifetime_s: float,
     ) -> None:
-        """Stores which shards of each cell this peer hosts, by their roots or the first 8 bytes of those.
+        """Announces which shards of each cell this peer hosts, by their roots or the first 8 bytes of those.
 
         Marks every coordinate on the way there as active. Raises UnreachableError.
         """
@@ -257,7 +258,7 @@ class MemoryRegistry:
         await self._registry.store(list(items.values()))
 
     async def active_cells(self, memory: MemoryID, grid: tuple[int, ...]) -> frozenset[Cell]:
-        """The cells that somebody announces, found in one look-up for each level. Raises UnreachableError."""
+        """The cells that some peer announces, found with one look-up per level. Raises UnreachableError."""
         cells: list[Cell] = [()]
         for size in grid:
             prefixes = {cell: partial(self._keys.memory_index, memory, cell) for cell in cells}
@@ -266,7 +267,7 @@ class MemoryRegistry:
         return frozenset(cells)
 
     async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
-        """Who hosts shards of each cell. Raises UnreachableError."""
+        """The hosts of shards of each cell. Raises UnreachableError."""
         hosts: dict[Cell, tuple[CellHost, ...]] = {}
         wanted = list(cells)
         for begin in range(0, len(wanted), _CELLS_AT_ONCE):
@@ -283,7 +284,7 @@ class MemoryRegistry:
     ) -> tuple[CellHost, ...]:
         """Some peers that host shards of any cell, found without reading all cells. Raises UnreachableError.
 
-        Follows only the first 128 branches of each prefix. What stands under a prefix beside them is not a cell.
+        Only the first 128 branches of each prefix are followed. Other subkeys under a prefix are not cells.
         """
         cells: list[Cell] = [()]
         for size in grid:
@@ -296,7 +297,7 @@ class MemoryRegistry:
                 if c < size
             ]
             cells = random.SystemRandom().sample(active, min(len(active), _BRANCHES))
-        # strangers can mark cells that nobody hosts: if the first are empty, all of them are read
+        # strangers can mark cells that nobody hosts: if the first ones are empty, all of them are read
         for some in (cells[:_FEW], cells[_FEW:]):
             hosting = await self.cell_hosts(memory, some)
             hosts = {host.peer_id: host for each in hosting.values() for host in each}
@@ -305,7 +306,7 @@ class MemoryRegistry:
         return ()
 
     def _valid(self) -> Iterator[tuple[PeerID, _Library]]:
-        """What is known and not expired, of publishers that still may publish: a token may have been revoked."""
+        """The known and unexpired libraries of publishers that may still publish: a token may have been revoked."""
         for publisher, library in list(self._known.items()):
             try:
                 self._registry.unseal(library.record, self._keys.library, publisher)
@@ -349,7 +350,7 @@ def read_library(payload: records_pb2.RecordPayload, publisher: PeerID) -> tuple
 
 
 def read_cell(payload: records_pb2.RecordPayload, peer_id: PeerID) -> CellHost | None:
-    """Parses a host's checked record of a cell; None if it hosts none of it any more. Raises RecordError."""
+    """Parses a host's checked record of a cell; None if it no longer hosts any of it. Raises RecordError."""
     try:
         state = ReplicaState(payload.cell.state)
     except ValueError as error:
@@ -367,7 +368,7 @@ def read_cell(payload: records_pb2.RecordPayload, peer_id: PeerID) -> CellHost |
 
 
 def with_entry(library: Sequence[LibraryEntry], entry: LibraryEntry) -> tuple[LibraryEntry, ...]:
-    """A publisher's library after this memory was published. Raises LibraryError if it has a newer revision of it."""
+    """A publisher's library after this memory is published. Raises LibraryError if it has a newer revision of it."""
     listed = next((each for each in library if each.memory == entry.memory), entry)
     if listed.revision > entry.revision:
         raise LibraryError(
@@ -383,7 +384,7 @@ def with_entry(library: Sequence[LibraryEntry], entry: LibraryEntry) -> tuple[Li
 
 
 def find_memory(libraries: Mapping[PeerID, Sequence[LibraryEntry]], name: str | None) -> LibraryEntry:
-    """The memory of that name or id; None: the only one. Raises LibraryError that says which there are."""
+    """The memory of that name or id; None: the only one. Raises LibraryError, which names those that there are."""
     listed = [entry for entries in libraries.values() for entry in entries]
     if not listed:
         raise LibraryError("no memory is published in this swarm: `talkoot memory publish` publishes one")
@@ -399,5 +400,5 @@ def find_memory(libraries: Mapping[PeerID, Sequence[LibraryEntry]], name: str | 
 
 
 def _newer(seen: LibraryEntry, entry: LibraryEntry) -> LibraryEntry:
-    """`entry`: from the later list."""
+    """The newer revision. `entry` is from the later list, and wins a tie."""
     return entry if entry.revision >= seen.revision else seen

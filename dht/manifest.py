@@ -30,9 +30,9 @@ License = Annotated[str, AfterValidator(_spdx)]
 
 
 LEAST_CONTEXT = 2
-"""Tokens."""
+"""In tokens."""
 _LEAST_ENCODER_CONTEXT = 16
-"""Tokens. There must be room for the marks in a corrupted text."""
+"""In tokens. A corrupted text needs room for its marks."""
 
 
 class _Part(BaseModel):
@@ -101,16 +101,16 @@ class ModelSpec(_Part):
 
     @property
     def encoder_layers(self) -> int:
-        """How many of the layers, the first ones, are the encoder's; 0: the model has none."""
+        """How many of the first layers belong to the encoder; 0: the model has none."""
         return self.causal.count(False)
 
     def is_causal(self, layer: int) -> bool:
-        """Whether a token sees only those before it in this layer."""
+        """Whether a token attends only to those before it in this layer."""
         return layer >= self.encoder_layers
 
 
 class ExpertSpec(_Part):
-    """The experts: their grid, their kind, and their sizes where these are not those of the model."""
+    """The experts: their grid, their kind, and their sizes if these differ from the model's."""
 
     grid: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         default=(4, 4),
@@ -229,14 +229,14 @@ class OptimizerSpec(_Part):
 
     @property
     def moments(self) -> int:
-        """Numbers that the optimizer stores for each parameter."""
+        """How many numbers the optimizer stores for each parameter."""
         if self.name == "sgd":
             return 1 if self.sgd_momentum else 0
         return 2
 
 
 class WireSpec(_Part):
-    """How activations and gradients travel."""
+    """How activations and gradients are encoded on the wire."""
 
     codec: CodecName = Field(
         default="fp32",
@@ -261,7 +261,7 @@ class AdmissionSpec(_Part):
 
 
 class Manifest(_Part):
-    """What all peers of a swarm share. The file that founds a swarm has the same form, as TOML."""
+    """What all peers of a swarm share. The TOML file that founds a swarm has the same structure."""
 
     name: SwarmName = Field(description="the swarm's name: small letters, digits and hyphens, 2 to 32")
     protocol_version: int = Field(
@@ -326,7 +326,9 @@ class Manifest(_Part):
 
     @classmethod
     def from_toml(cls, path: Path) -> Self:
-        """The manifest that a founder's file describes. Raises SettingsError that names the file and the wrong key."""
+        """The manifest that a founder's file describes. Raises SettingsError, which names the file and the wrong
+        key.
+        """
         values = read_toml(path)
         try:
             return cls.founded(values)
@@ -335,7 +337,7 @@ class Manifest(_Part):
 
     @classmethod
     def founded(cls, values: Mapping[str, Any]) -> Self:
-        """A new swarm's: keys that are left out are those of its preset. Raises ValidationError or SwarmError."""
+        """The manifest of a new swarm. Missing keys are taken from its preset. Raises ValidationError or SwarmError."""
         values = {"preset": default_preset(values), **values}
         preset = PRESETS.get(values["preset"]) if isinstance(values["preset"], str) else None
         if preset is None:
@@ -346,7 +348,7 @@ class Manifest(_Part):
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
-        """Raises SwarmError if the manifest is of another protocol version or invalid."""
+        """Raises SwarmError if the manifest is invalid or of another protocol version."""
         try:
             version = _Versioned.model_validate_json(text).protocol_version
             if version != PROTOCOL_VERSION:
@@ -362,7 +364,7 @@ class Manifest(_Part):
             ) from error
 
     def to_json(self) -> bytes:
-        """Leaves out keys with default values, so that a release that knows more keys writes the same bytes."""
+        """Leaves out keys with default values, so that a release with more keys writes the same bytes."""
         values = {"name": self.name, "protocol_version": self.protocol_version}
         return json.dumps(values | self.model_dump(mode="json", exclude_defaults=True)).encode()
 
@@ -378,12 +380,14 @@ class Manifest(_Part):
 
     @property
     def width(self) -> int:
-        """Columns of what travels to experts and back; at most `model.hidden`."""
+        """Columns of the rows that are sent to experts and back; at most `model.hidden`."""
         return self.experts.width or self.model.hidden
 
     @property
     def expert_model(self) -> ModelSpec:
-        """What a kind of experts is built from: the model with the experts' own sizes, `width` in place of `hidden`."""
+        """The sizes that experts are built with: the model's, with the experts' own sizes, and `width` in place of
+        `hidden`.
+        """
         experts = self.experts
         sizes = {
             "hidden": self.width,
@@ -414,7 +418,7 @@ class Manifest(_Part):
         ]
 
     def holds(self, uid: UID) -> bool:
-        """Whether the UID lies on this swarm's grid."""
+        """Whether the UID is on this swarm's grid."""
         return (
             0 <= uid.layer < self.model.layers
             and len(uid.coordinate) == len(self.experts.grid)

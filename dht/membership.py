@@ -1,4 +1,4 @@
-"""Staying in a swarm: known peers on disk, and a watchdog that rejoins by them when this peer is isolated."""
+"""Staying in a swarm: known peers on disk, and a watchdog that rejoins by them if this peer is isolated."""
 
 import asyncio
 import json
@@ -22,28 +22,30 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_PEERS = 64
 _MAX_ADDRESSES = 4
-"""Addresses that are kept for one peer."""
+"""The most addresses stored for one peer."""
 _MAX_FILE_BYTES = 1 << 20
 _MEETINGS = 8
-"""Peers whose addresses are remembered in one round, at most."""
+"""The most peers whose addresses are recorded in one round."""
 _MEET_AGAIN_S = 600.0
 _DIAL_EVERY_S = 120.0
-"""Seconds between two dials of known peers that the DHT does not name. So two halves of a swarm find each other."""
+"""Seconds between two dials of known peers that the DHT does not return. This way, two halves of a split swarm find
+each other.
+"""
 _LONELY_ROUNDS = 3
-"""After this many rounds without an answer, this peer counts itself as alone in its swarm."""
+"""After this many rounds without an answer, this peer considers itself alone in its swarm."""
 
 
 class PeerStore:
     """Addresses of the peers that were met last."""
 
     def __init__(self, path: Path | None) -> None:
-        """`path`: where they are saved; None: only in memory. A file that can't be read counts as empty."""
+        """`path`: where they are saved; None: only in memory. An unreadable file counts as empty."""
         self._path = path
         self._met = BoundedDict[PeerID, tuple[tuple[Multiaddress, ...], float]](_MAX_PEERS)
         if path is not None:
             for addresses, met_at in _read(path):
                 self.add(addresses, met_at)
-        self._saved: frozenset[Multiaddress] | None = None  # what the file says may be bad or incomplete
+        self._saved: frozenset[Multiaddress] | None = None  # the file's content may be wrong or incomplete
 
     def add(self, addresses: Iterable[Multiaddress], now: float) -> None:
         """Adds addresses at which peers were alive at this Unix time."""
@@ -54,7 +56,7 @@ class PeerStore:
             self._met[peer] = tuple(dict.fromkeys(listed))[:_MAX_ADDRESSES], now
 
     def addresses(self) -> list[Multiaddress]:
-        """All addresses, those of the last peer met first."""
+        """All addresses. Those of the peer that was met last come first."""
         return [address for listed, _ in reversed(self._met.values()) for address in listed]
 
     def met_at(self, peer: PeerID) -> float:
@@ -62,11 +64,11 @@ class PeerStore:
         return self._met[peer][1] if peer in self._met else -math.inf
 
     def absent(self, known: Collection[PeerID]) -> list[list[Multiaddress]]:
-        """The addresses of each peer that was met and is not among the `known` ones."""
+        """The addresses of each peer that was met and is not in `known`."""
         return [list(listed) for peer, (listed, _) in self._met.items() if peer not in known]
 
     def save(self) -> None:
-        """Writes them to disk atomically if they have changed. A full disk only causes a warning."""
+        """Writes the addresses to disk atomically if they have changed. A full disk only causes a warning."""
         if self._path is None or (addresses := frozenset(self.addresses())) == self._saved:
             return
         peers = [
@@ -106,13 +108,13 @@ class Membership:
         self._lonely = 0
         """Consecutive rounds in which nobody answered."""
         self._in_vain = 0
-        """Consecutive rejoins after which nobody returned what this peer announced."""
+        """Consecutive rejoins after which nobody returned this peer's announcement."""
 
     async def check(self, announced: bool) -> None:
         """Checks whether other peers see this one, and rejoins by known peers if they don't.
 
-        `announced`: whether its node record should be in the DHT. A trainer has none and only needs somebody to ask.
-        Raises UnreachableError if nobody answers, and after a rejoin: then everything has to be announced again.
+        `announced`: whether its node record should be in the DHT. A trainer has none and only needs peers that answer.
+        Raises UnreachableError if nobody answers, and after a rejoin: then everything must be announced again.
         """
         if await self._is_cut_off(announced):
             await self._join_again(announced)
@@ -132,16 +134,17 @@ class Membership:
                 logger.warning("%s", error)
 
     async def _is_cut_off(self, announced: bool) -> bool:
-        """A peer that has never known anybody is not cut off."""
+        """A peer that has never met another is not cut off."""
         if not self._host.peers():
             return bool(self._peer_store.addresses())
         return announced and await self._registry.is_seen_by_others() is False
 
     async def _join_again(self, announced: bool) -> None:
-        """Raises UnreachableError, but not for ever: the last peer of a swarm goes on, and tries now and then.
+        """Rejoins the swarm. Raises UnreachableError for the first few rounds without success.
 
-        So does one among liars, who answer and say that they know nothing of it.
-        A peer that announces nothing is of no use alone and tries each time: a trainer waits for its nodes.
+        After that, the last peer of a swarm carries on, and tries now and then. So does a peer among liars, who answer
+        and say that they know nothing of it. A peer that announces nothing is of no use alone and tries every time: a
+        trainer waits for its nodes.
         """
         gave_up = max(self._lonely, self._in_vain) >= _LONELY_ROUNDS
         if announced and gave_up and not self._is_time_to_dial():
@@ -177,17 +180,17 @@ class Membership:
         return True
 
     async def _meet(self) -> None:
-        """Remembers where some DHT peers are; those that were not met lately."""
+        """Records the addresses of some DHT peers that were not met lately."""
         due = [
             peer for peer in self._host.peers() if self._peer_store.met_at(peer) < self._now() - _MEET_AGAIN_S
         ]
         for peer in self._rng.sample(due, min(_MEETINGS, len(due))):
-            # anybody can list a victim's address, and what is remembered is dialled and passed on in invites
+            # anybody can list a victim's address, and recorded addresses are dialled and passed on in invites
             self._peer_store.add(self._host.reached_at(peer), self._now())
         await asyncio.to_thread(self._peer_store.save)
 
     async def _dial_one(self) -> None:
-        """Dials a known peer that the DHT does not name: it may be in another half of the swarm."""
+        """Dials a known peer that the DHT does not return: it may be in the other half of a split swarm."""
         known = self._host.peers() | {self._host.peer_id}
         absent = self._peer_store.absent(known)
         if absent and (joined := await self._host.join(self._rng.choice(absent))):
@@ -197,7 +200,7 @@ class Membership:
 def _read(path: Path) -> list[tuple[list[Multiaddress], float]]:
     """The addresses of each peer and when it was met, newest last.
 
-    Whoever edits the file can only make this peer dial others, whose answers are checked like any.
+    Somebody who edits the file can only make this peer dial others, whose answers are checked as usual.
     """
     try:
         with path.open("rb") as file:
@@ -214,7 +217,7 @@ def _read(path: Path) -> list[tuple[list[Multiaddress], float]]:
 
 
 def _usable(path: Path, listed: list[object]) -> Iterator[Multiaddress]:
-    """Drops what an earlier version stored without checking it as strictly."""
+    """Drops addresses that an earlier version stored after less strict checks."""
     for text in listed[:_MAX_ADDRESSES]:
         try:
             yield Multiaddress(str(text))

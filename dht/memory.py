@@ -1,10 +1,10 @@
 """What a memory is: passages and their hashes, the manifest that lists its shards, and its name in the DHT.
 
-A passage lies in two cells: with its text in a primary shard of the first, and in a secondary shard of the second,
-which has its vector and the place of its text.
+A passage lies in two cells. Its text is in a primary shard of the first. A secondary shard of the second has its
+vector, and says where the text is.
 
-A memory's manifest is named by its SHA-256, which its publisher signs in the DHT. It names all else by hash, so every
-part may come from anybody.
+A memory's manifest is named by its SHA-256, which its publisher signs in the DHT. It names everything else by hash, so
+every part may be fetched from any peer.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from peer.wire import memory_pb2
 Cell = tuple[int, ...]
 """A coordinate of a memory's grid."""
 Vectors = npt.NDArray[np.int8]
-"""One in each row: (N, D)."""
+"""One vector in each row: (N, D)."""
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -38,7 +38,7 @@ MAX_SHARDS = 131_072
 MAX_SHARDS_OF_CELL = 1024
 """As many as one host can announce."""
 MAX_LEAVES = 65_536
-"""Passages in one shard, at most."""
+"""The most passages in one shard."""
 MAX_CELLS = 65_536
 MAX_REVOKED = 65_536
 MAX_LICENSES = 256
@@ -46,25 +46,25 @@ MAX_DIMENSIONS = 1024
 MAX_ENCODER_BYTES = 128 * 2**20
 MAX_CODEBOOK_BYTES = 64 * 2**20
 MAX_TEXT_CHARACTERS = 8192
-"""Characters in one passage, at most."""
+"""The most characters in one passage."""
 MAX_LABEL_CHARACTERS = 256
-"""Characters in a title, a source or a line about a memory, at most."""
+"""The most characters in a title, in a source, or in a line about a memory."""
 MAX_LICENSE_CHARACTERS = 64
 MAX_LEVELS = 4
-"""Levels of a grid, at most."""
+"""The most levels of a grid."""
 MAX_QUERIES, MAX_SEARCHED, MAX_K = 256, 256, 128
 """Limits of one search: queries, shards, and passages for each query."""
 MAX_SCORES = 2**26
-"""Inner products that one search may ask for: about a second of one core, with 256 dimensions."""
+"""The most inner products in one search: about a second on one core, with 256 dimensions."""
 MAX_READ = 64
-"""Passages in one call: the longest that there may be fit into a message."""
+"""The most passages in one call: of any length, they fit into a message."""
 _LARGEST_GRID = 4096
-"""Branches at one level."""
+"""The most branches at one level."""
 _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")
 _SUFFIX_CHARACTERS = 12
 _KIND_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _MAX_FIELDS = MAX_SHARDS + MAX_REVOKED + MAX_LICENSES + 2**10
-"""Fields of a manifest that can be parsed."""
+"""The most fields of a manifest that is parsed."""
 _LEAF_DOMAIN, _REFERENCE_DOMAIN = b"talkoot passage v1\0", b"talkoot reference v1\0"
 
 
@@ -74,11 +74,11 @@ class MemoryID:
 
     name: str
     publisher: str
-    """The last characters of the publisher's PeerID; no second key gives the same 70 bits."""
+    """The last characters of the publisher's PeerID. It is infeasible to find a second key with the same 70 bits."""
 
     @classmethod
     def of(cls, name: str, publisher: PeerID) -> Self:
-        """Raises WireError if no memory may be called that."""
+        """Raises WireError if the name is not valid for a memory."""
         return cls(check_name(name), publisher.to_base58()[-_SUFFIX_CHARACTERS:])
 
     @classmethod
@@ -94,7 +94,7 @@ class MemoryID:
 
 
 def check_name(name: str) -> str:
-    """The name. Raises WireError if no memory may be called that."""
+    """Returns the name. Raises WireError if it is not valid for a memory."""
     if not _NAME_PATTERN.fullmatch(name):
         raise WireError(
             f"{name[:80]!r} is not a name for a memory: 2 to 24 small letters, digits and hyphens, such as python-docs"
@@ -104,19 +104,19 @@ def check_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of text, about 100 words, and where it is from."""
+    """A stretch of text, about 100 words, and where it comes from."""
 
     text: str
     title: str
     source: str
-    """The file, without the folders that it was in."""
+    """The file name, without folders."""
     offset: int
-    """The position in the file where it begins, in characters."""
+    """Where it begins in the file, in characters."""
     license: str
 
     @classmethod
     def parse(cls, message: memory_pb2.Passage) -> Self:
-        """Raises WireError if it is longer than a passage may be."""
+        """Raises WireError if it is longer than allowed."""
         if (
             len(message.text) > MAX_TEXT_CHARACTERS
             or max(len(message.title), len(message.source)) > MAX_LABEL_CHARACTERS
@@ -131,7 +131,7 @@ class Passage:
         )
 
     def leaf(self, vector: bytes) -> bytes:
-        """The hash that stands for this passage with this vector in its shard's Merkle tree."""
+        """The hash of this passage with this vector: a leaf in its shard's Merkle tree."""
         hashed = hashlib.sha256(_LEAF_DOMAIN)
         for field in (self.title, self.source, str(self.offset), self.license, self.text):
             data = field.encode()
@@ -148,7 +148,7 @@ class Place(NamedTuple):
 
 
 def reference_leaf(text: Place, vector_hash: bytes) -> bytes:
-    """The hash that stands in a secondary shard for a passage whose text lies there. `vector_hash`: SHA-256."""
+    """The leaf in a secondary shard for a passage whose text is at that place. `vector_hash`: SHA-256."""
     return leaf_hash(_REFERENCE_DOMAIN, text.root, text.position.to_bytes(4, "little"), vector_hash)
 
 
@@ -160,12 +160,12 @@ class ShardInfo:
     root: bytes
     leaves: int
     size: int
-    """Bytes of the file as its publisher wrote it."""
+    """The size of the file as its publisher wrote it, in bytes."""
     is_secondary: bool = False
 
     @property
     def short(self) -> bytes:
-        """How its hosts announce it."""
+        """The short form in which hosts announce it."""
         return self.root[:8]
 
 
@@ -175,7 +175,7 @@ class Part:
 
     sha256: bytes
     size: int
-    """Bytes."""
+    """In bytes."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class MemoryManifest:
             raise WireError("a memory's manifest without a revision or a time")
         shards = tuple(_shard(entry, grid) for entry in message.shards)
         kinds = {(shard.root, shard.leaves, shard.size, shard.is_secondary) for shard in shards}
-        # or a reader would take the positions of an honest host for wrong ones
+        # otherwise a reader would think that an honest host's positions are wrong
         if len(kinds) > len({shard.root for shard in shards}):
             raise WireError("a memory in which a shard is listed with two sizes or kinds")
         return cls(
@@ -251,7 +251,7 @@ class MemoryManifest:
         )
 
     def serialize(self) -> bytes:
-        """Always the same bytes for the same manifest."""
+        """The same manifest always gives the same bytes."""
         message = memory_pb2.MemoryManifest(
             format=FORMAT,
             name=self.name,
@@ -286,7 +286,7 @@ class MemoryManifest:
 
     @property
     def index(self) -> tuple[object, ...]:
-        """What all revisions of a memory have in common, or shards would not be found any more."""
+        """What must be equal in all revisions of a memory; otherwise its shards would not be found any more."""
         return self.encoder_kind, self.encoder, self.dimensions, self.codebook, self.grid
 
     @cached_property
@@ -302,22 +302,22 @@ class MemoryManifest:
 
     @cached_property
     def revoked_in(self) -> Mapping[bytes, frozenset[int]]:
-        """What was revoked, by the roots of primary shards."""
+        """The revoked positions, by the roots of primary shards."""
         return by_root(self.revoked)
 
     @property
     def passages(self) -> int:
-        """The passages that were not revoked."""
+        """The number of passages that were not revoked."""
         return sum(shard.leaves for shard in self.shards if not shard.is_secondary) - len(self.revoked)
 
     def has_text_at(self, place: Place) -> bool:
-        """Whether a passage's text lies there, or did until it was revoked."""
+        """Whether a passage's text is at that place, or was until it was revoked."""
         info = self.by_root.get(place.root)
         return info is not None and not info.is_secondary and place.position < info.leaves
 
 
 def by_root(places: Iterable[Place]) -> dict[bytes, frozenset[int]]:
-    """The positions in each shard."""
+    """The positions in each shard, by its root."""
     found: dict[bytes, set[int]] = {}
     for place in places:
         found.setdefault(place.root, set()).add(place.position)
@@ -326,19 +326,19 @@ def by_root(places: Iterable[Place]) -> dict[bytes, frozenset[int]]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What is proven of one leaf of a shard."""
+    """What has been proven about one leaf of a shard."""
 
     text: Place
-    """Where the passage's text lies: at that leaf, or for one of a secondary shard elsewhere."""
+    """Where the passage's text is: at that leaf, or elsewhere if the shard is a secondary one."""
     passage: Passage | None
-    """None: it was revoked, or the shard is a secondary one."""
+    """None if it was revoked, or if the shard is a secondary one."""
     vector: bytes
     leaf: bytes
     is_revoked: bool
 
 
 def prove(message: memory_pb2.ProvenPassage, info: ShardInfo) -> Proof:
-    """Raises WireError unless the shard has that leaf there."""
+    """Raises WireError unless the shard has that leaf at that position."""
     path = [message.path[at : at + HASH_BYTES] for at in range(0, len(message.path), HASH_BYTES)]
     passage = Passage.parse(message.passage) if message.HasField("passage") else None
     if info.is_secondary:
@@ -355,7 +355,7 @@ def prove(message: memory_pb2.ProvenPassage, info: ShardInfo) -> Proof:
 
 
 def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The grid. Raises WireError if no memory may have it."""
+    """Returns the grid. Raises WireError if it is not valid for a memory."""
     grid = tuple(sizes[: MAX_LEVELS + 1])
     if not 1 <= len(grid) <= MAX_LEVELS or not all(1 <= size <= _LARGEST_GRID for size in grid):
         raise WireError(f"a memory's grid of {grid}")
@@ -384,7 +384,7 @@ def cell_of(number: int, grid: tuple[int, ...]) -> Cell:
 def _check_count(data: bytes) -> None:
     """Raises WireError if there are more fields than a manifest has.
 
-    Millions of empty ones fit into it, and each takes thirty times its size once it is parsed.
+    Millions of empty fields would fit into it, and each takes thirty times its size once it is parsed.
     """
     at = 0
     for _ in range(_MAX_FIELDS):
@@ -407,7 +407,7 @@ def _check_count(data: bytes) -> None:
 
 
 def _number(data: bytes, at: int) -> tuple[int, int]:
-    """The varint there, and where the next thing is. Raises WireError."""
+    """The varint at this position, and the position after it. Raises WireError."""
     number = shift = 0
     for byte in data[at : at + 10]:
         number |= (byte & 127) << shift

@@ -1,4 +1,4 @@
-"""Presets: models that were measured (docs/recipe.md). They complete the file that founds a swarm.
+"""Presets: model settings that were measured (docs/recipe.md). They complete the file that founds a swarm.
 
 A manifest names its preset, so that trainers know the settings that go with it.
 """
@@ -14,32 +14,34 @@ if TYPE_CHECKING:
 
 PresetName: TypeAlias = Literal["transformer", "ffn", "paper", "none"]
 Values: TypeAlias = Mapping[str, Any]
-"""A founder's file, read: keys, and tables of keys."""
+"""The content of a founder's file: keys, and tables of keys."""
 
 _LARGEST_HEAD: Final = 512
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What the keys of a manifest are that its founder leaves out."""
+    """The values for keys that a founder's file leaves out."""
 
     tables: Mapping[str, Values]
     """Tables that do not depend on the model's sizes."""
     feed_forward: float
-    """Inner size of feed-forward blocks, as a multiple of hidden; of narrow experts, if they are half as wide."""
+    """The inner size of feed-forward blocks, as a multiple of hidden; for narrow experts, what it would be at half
+    width.
+    """
     is_narrow: bool = False
     """Whether experts are narrower than hidden."""
     head_size: float | None = None
-    """The size of an expert's only head, as a share of hidden. None: experts have heads like the model's."""
+    """The size of an expert's only head, as a share of hidden. None: experts have the model's heads."""
     codec: "CodecName | None" = None
-    """None: the narrowest that costs at most 0.5% of the loss."""
+    """None: the narrowest codec that costs at most 0.5% of the loss."""
 
     def sizes(self, hidden: int, width: int | None) -> dict[str, dict[str, Any]]:
-        """The keys that depend on the model's hidden size. `width`: of experts, where the file says it."""
+        """The keys that depend on the model's hidden size. `width`: the experts' width, if the file gives it."""
         feed_forward = self.feed_forward
         if width is None and self.is_narrow:
             width = _narrow(hidden)
-            # all widths compute as much, projections included
+            # all widths take the same amount of computing, projections included
             feed_forward += hidden / width - 2
         width = width or hidden
         experts = {}
@@ -86,20 +88,20 @@ PRESETS: Final[Mapping[str, Preset]] = {
         codec="fp32",
     ),
 }
-"""`transformer` and `ffn` are what learned best with their kind of experts. `paper` is the experiment of Ryabinin &
-Gusev 2020, section 4.3, as `benchmarks.paper` trains it: 256 experts in all.
+"""`transformer` and `ffn` learned best with their kind of experts. `paper` is the experiment of Ryabinin & Gusev 2020,
+section 4.3, as `benchmarks.paper` trains it: 256 experts in all.
 """
 
 
 def default_preset(values: Values) -> PresetName:
-    """The preset of a file that names none: that of its experts' kind, or else `transformer`."""
+    """The preset of a file that names none: that of its kind of experts, or else `transformer`."""
     experts = values.get("experts")
     kind = experts.get("kind") if isinstance(experts, Mapping) else None
     return "ffn" if kind == "ffn" else "transformer"
 
 
 def completed(values: Values, more: Values) -> dict[str, Any]:
-    """The values, and `more` where they say nothing."""
+    """The values, completed by those of `more` that they lack."""
     result = {**more, **values}
     for key, table in more.items():
         own = values.get(key)
@@ -109,18 +111,18 @@ def completed(values: Values, more: Values) -> dict[str, Any]:
 
 
 def _near(size: float) -> int:
-    """A multiple of 8, which processors compute fast."""
+    """A multiple of 8, which processors handle fast."""
     return max(8, 8 * round(size / 8))
 
 
 def _narrow(hidden: int) -> int:
-    """The width nearest to 7/16 of hidden that has whole blocks of int4."""
+    """The width nearest to 7/16 of hidden that consists of whole int4 blocks."""
     block = 16 if hidden < 256 else 64
     return min(hidden, max(block, block * round(7 * hidden / 16 / block)))
 
 
 def _narrowest_codec(width: int) -> "CodecName":
-    from peer.codec import block_of_int4  # here: it loads torch, which whoever reads settings does without
+    from peer.codec import block_of_int4  # here: it loads torch, which reading settings must not
 
     try:
         block_of_int4(width)

@@ -1,9 +1,10 @@
 """Receipts: what a trainer signs for the work that one node has done for it, and how anybody checks that.
 
 A receipt has totals that only grow, and names the swarm, the trainer and the node. So of two receipts the greater one
-is the newer one, whatever clocks say. An older one that is shown again adds nothing, and neither does one that is shown
-by another node, or twice, or in another order. It proves who signed, not that the work was done: two who agree can sign
-what they like. How much that is worth is for whoever counts to say: see `talkoot.credit`.
+is the newer one, whatever any clock says. An older receipt that is shown again adds nothing, and neither does one that
+is shown by another node, or twice, or in another order. A receipt proves who signed it, not that the work was done: two
+peers in league can sign what they like. How far to trust receipts is up to the program that counts them: see
+`talkoot.credit`.
 """
 
 from collections import Counter
@@ -17,25 +18,25 @@ from peer.identity import RECEIPT_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.wire import admission_pb2, credit_pb2
 
 MAX_RECEIPT_BYTES = 2560
-"""The limit of a signed receipt, with a key of 4096 bits and a badge. It takes about 700 with one of 2048 bits and
-none.
+"""The limit for a signed receipt, with a key of 4096 bits and a badge. With a key of 2048 bits and no badge it takes
+about 700 bytes.
 """
 PAGE = 32
-"""Receipts that a node gives in one answer."""
+"""How many receipts a node gives in one answer."""
 MOST = 2**53
-"""The limit of each total. Beyond it, a double is not exact, and JSON has only those."""
+"""The limit for each total. Above it, doubles, and so JSON numbers, are not exact."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Work:
-    """What a node has done, as trainers count it. Of the receipts of one trainer, the greatest is the newest."""
+    """The work of a node, as trainers count it. Of the receipts of one trainer, the greatest is the newest."""
 
     pairs: int = 0
     """Pairs of a row and an expert that were answered in time, forward and backward."""
     updates: int = 0
-    """Backward passes of an expert, answered in time."""
+    """Backward passes of experts that were answered in time."""
     queries: int = 0
-    """Queries to memories."""
+    """Queries to memories that were answered."""
     checks_passed: int = 0
     checks_failed: int = 0
 
@@ -49,12 +50,12 @@ class Work:
         )
 
     def capped(self) -> "Work":
-        """The same work, with no number above the limit."""
+        """The same work, with each number cut at the limit."""
         return Work(*(min(number, MOST) for number in astuple(self)))
 
     @property
     def is_sane(self) -> bool:
-        """Whether it can be an honest trainer's total: each update and each check is of some pairs."""
+        """Whether it can be an honest trainer's total: each update and each check covers some pairs."""
         numbers = astuple(self)
         return (
             any(numbers)
@@ -73,7 +74,7 @@ class Work:
 
     @classmethod
     def of(cls, message: credit_pb2.Work) -> "Work":
-        """The work as it is said, sane or not."""
+        """The work in a message, whether it is sane or not."""
         return cls(
             message.pairs, message.updates, message.queries, message.checks_passed, message.checks_failed
         )
@@ -81,7 +82,7 @@ class Work:
 
 @dataclass(frozen=True)
 class SignedWork:
-    """What a node has receipts for, in sum."""
+    """The sums of a node's receipts."""
 
     work: Work = Work()
     trainers: int = 0
@@ -91,7 +92,7 @@ class SignedWork:
 
     @classmethod
     def of(cls, message: credit_pb2.SignedWork) -> "SignedWork":
-        """What a node says, which may be anything: numbers that are too large are cut."""
+        """What a node claims, which may be anything: numbers that are too large are cut."""
         return cls(Work.of(message.work).capped(), message.trainers)
 
 
@@ -102,15 +103,15 @@ class Receipt:
     trainer: PeerID
     work: Work
     all_pairs: int
-    """Pairs that all nodes together have answered to this trainer, by its word."""
+    """Pairs that all nodes together have answered for this trainer, according to the trainer."""
     badge: admission_pb2.Badge | None
-    """What the trainer shows to be admitted. Not checked here."""
+    """The trainer's badge. Not checked here."""
     signed: credit_pb2.SignedReceipt
-    """The signed receipt as it came."""
+    """The signed receipt as it arrived."""
 
 
 SignerOf = Callable[[Receipt], int | None]
-"""Tells by whose leave a receipt was signed, as `SwarmAdmission.signer_of` does. Raises RecordError."""
+"""Returns the serial of the token that let the trainer sign, as `SwarmAdmission.signer_of` does. Raises RecordError."""
 
 
 def sign_receipt(
@@ -121,7 +122,7 @@ def sign_receipt(
     all_pairs: int,
     badge: admission_pb2.Badge | None = None,
 ) -> credit_pb2.SignedReceipt:
-    """This trainer's receipt for a node. It takes about a millisecond."""
+    """This trainer's receipt for a node. Signing takes about a millisecond."""
     receipt = credit_pb2.Receipt(
         swarm_id=swarm_id,
         trainer=identity.peer_id.to_bytes(),
@@ -164,7 +165,7 @@ def check_receipt(signed: credit_pb2.SignedReceipt, swarm_id: str, node: PeerID)
 
 
 def total_of(receipts: Iterable[Receipt]) -> SignedWork:
-    """The sum of them: no total of it is above the largest."""
+    """The sum of the receipts, with each total cut at the limit."""
     work, trainers = Work(), 0
     for receipt in receipts:
         work += receipt.work
@@ -173,9 +174,9 @@ def total_of(receipts: Iterable[Receipt]) -> SignedWork:
 
 
 def largest_crowd(crowds: Mapping[PeerID, Hashable]) -> list[PeerID]:
-    """The trainers of the crowd that has the most, or of all crowds that have as many.
+    """The trainers of the largest crowd, or of several if they are equally large.
 
-    A limit for trainers takes one of these: then whoever comes with many keys pushes out none but its own.
+    A limit on trainers removes one of these: so somebody who comes with many keys only displaces their own.
     """
     sizes = Counter(crowds.values())
     most = max(sizes.values())
@@ -183,7 +184,7 @@ def largest_crowd(crowds: Mapping[PeerID, Hashable]) -> list[PeerID]:
 
 
 def in_turns(trainers: Iterable[PeerID], crowds: Mapping[PeerID, Hashable]) -> list[PeerID]:
-    """The first trainer of each crowd, then the second of each, and so on; within a turn, in the order given."""
+    """The first trainer of each crowd, then the second of each, and so on; in the given order within each turn."""
     turns, ordered = Counter[Hashable](), list[tuple[int, PeerID]]()
     for trainer in trainers:
         crowd = crowds[trainer]

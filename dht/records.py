@@ -1,13 +1,13 @@
 """What a swarm stores in the DHT: the keys, the signed records and unsigned index entries, and who accepts them.
 
 A record is signed by the peer that writes it. Its key, its owner and its expiry are inside the signed bytes, so none of
-them can be exchanged. An index entry only says where to look (which coordinates are active, which peers a shard lists).
-It is small and unsigned, and what it points to is signed.
+them can be changed. An index entry only says where to look (which coordinates are active, which peers a shard lists).
+It is small and unsigned, but the records that it leads to are signed.
 
 Nodes are listed in shards, which split as they fill up. A shard is named by two to four hex digits, and a node belongs
-to every shard whose digits its own digits begin with. It is listed in the first of them that has room, and readers go
-on to the child shards where a shard is well filled. So no key outgrows 32 KB, which is about 330 entries of 95 bytes.
-Four digits hold 13 million nodes. Trainers are listed likewise, in shards of one to four digits.
+to every shard whose digits are a prefix of its own. It is listed in the first of them that has room, and readers
+continue with the child shards of a shard that is well filled. So no key outgrows 32 KB, which is about 330 entries of
+95 bytes. Four digits hold 13 million nodes. Trainers are listed in the same way, in shards of one to four digits.
 """
 
 import hashlib
@@ -34,31 +34,34 @@ Rule = Callable[[records_pb2.RecordPayload, PeerID], None]
 """Raises RecordError if that peer may not write that payload."""
 MAX_RECORD_BYTES = 16 * 1024
 MAX_LIBRARY_BYTES = 8 * 1024
-"""The limit for a publisher's record of its memories. So those of a dozen publishers fit under one key."""
+"""The limit for a publisher's list of its memories. The lists of a dozen publishers fit under one key."""
 MAX_MEMORIES = 32
-"""Memories that one publisher may list."""
+"""The most memories that one publisher may list."""
 SHORT_ROOT_BYTES = 8
-"""Bytes of a shard's root in what its hosts announce."""
+"""The length of a shard's root in hosts' announcements."""
 MAX_LIFETIME_S = 600.0
-"""The longest lifetime of announcements, node records and index entries. Those that claim to live longer are refused.
-"""
+"""The longest lifetime of announcements, node records and index entries. Those with a later expiry are refused."""
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
-"""The same, of manifests, revocations and libraries."""
+"""The longest lifetime of manifests, revocations and libraries."""
 MAX_REPLICAS_OF_RECORD = 512
-"""Replicas that a node may announce in one record. As many take 8 KB."""
+"""The most replicas that a node may announce in one record. They take 8 KB."""
 INDEX_PIECE = 128
-"""Coordinates under one key. As many index entries with the longest name stay under 32 KB."""
+"""Coordinates under one key. This many index entries with the longest name stay below 32 KB."""
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
 FEWEST_TRAINER_DIGITS = 1
 FULL = 192
-"""Nodes or trainers in a shard. New ones go into its child shards then; a few more may arrive at the same moment."""
+"""Nodes or trainers in a full shard. New ones are then listed in its child shards; a few more may arrive at the same
+moment.
+"""
 _FOUNDERS = {"manifest_json", "revocations"}
-"""Records that only the founder writes."""
+"""Records that only the founder may write."""
 _LONG_LIVED = {"manifest_json": ".manifest", "revocations": ".revoked", "library": ".library"}
-"""Records with that long lifetime, and what their keys are after the swarm's id. Under these keys is nothing else."""
+"""Records with the longer lifetime, and the suffix of their keys after the swarm's id. Nothing else is stored under
+these keys.
+"""
 _MAX_INDEX_BYTES = 128
 _VERIFIED = 4096
-"""Verified records that are remembered, about 1 KB each."""
+"""How many verified records are remembered. Each takes about 1 KB."""
 _REFUSED = 4096
 _COORDINATE_LIMIT = 4096
 _SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2,4})$|\.trainers\.([0-9a-f]{1,4})$")
@@ -67,14 +70,16 @@ _PIECE_PATTERN = re.compile(r":([1-9][0-9]?)$")
 
 @dataclass(frozen=True)
 class SwarmKeys:
-    """The DHT keys of a swarm. A swarm is its name and the PeerID of its manifest's author, the founder."""
+    """The DHT keys of a swarm. A swarm is identified by its name and the PeerID of its manifest's author,
+    the founder.
+    """
 
     name: str
     author: PeerID
 
     @property
     def swarm_id(self) -> str:
-        """Names the swarm in keys and calls. Swarms of the same name by two authors have different ids."""
+        """The swarm's id in keys and calls. Swarms of the same name by two authors have different ids."""
         return self.name + _author_suffix(self.author)
 
     @property
@@ -89,7 +94,9 @@ class SwarmKeys:
         return ".".join([self.swarm_id, str(layer), *map(str, coordinate)])
 
     def index(self, layer: int, coordinate: tuple[int, ...], following: int) -> str:
-        """The key that says whether this next coordinate is active. A prefix in a large grid has several keys."""
+        """The key under which this next coordinate may be marked as active. A prefix in a large grid has several such
+        keys.
+        """
         return _piece(self.prefix(layer, coordinate), following)
 
     def expert(self, uid: UID) -> str:
@@ -109,23 +116,23 @@ class SwarmKeys:
 
     @property
     def library(self) -> str:
-        """What all publishers list their memories under, each with its PeerID as the subkey."""
+        """The key under which all publishers list their memories, each with its PeerID as the subkey."""
         return f"{self.swarm_id}.library"
 
     def memory(self, memory: MemoryID, coordinate: Cell = ()) -> str:
-        """The key of a cell, or of a prefix that says which coordinates come next."""
+        """The key of a cell, or of a prefix under which the next coordinates are listed."""
         return ".".join([self.swarm_id, "memory", str(memory), *map(str, coordinate)])
 
     def memory_index(self, memory: MemoryID, coordinate: Cell, following: int) -> str:
-        """Like `index`, of a memory's grid."""
+        """Like `index`, for a memory's grid."""
         return _piece(self.memory(memory, coordinate), following)
 
 
 class RecordValidator:
     """Which records this peer accepts, in its own DHT store and in the answers of other peers.
 
-    A validator gets the hash of the key and not the key, so every value names its key and the hashes are compared.
-    Expired records pass, because the store drops them by itself.
+    A validator gets the hash of the key and not the key itself, so every value names its key and the hashes are
+    compared. Expired records pass, because the store drops them itself.
     """
 
     def __init__(
@@ -135,12 +142,14 @@ class RecordValidator:
         *,
         swarm_id: str | None = None,
     ) -> None:
-        """`rule`: of the swarm, for the records that are otherwise valid. `swarm_id`: None to accept any swarm's."""
+        """`rule`: the swarm's rule for records that are otherwise valid. `swarm_id`: None to accept any swarm's
+        records.
+        """
         self._now = now
         self._rule = rule
         self._prefix = "" if swarm_id is None else f"{swarm_id}."
         self._refused = BoundedDict[bytes, None](_REFUSED)
-        """Digests of records with wrong signatures, so that a flood of copies costs no check each."""
+        """Digests of records with wrong signatures, so that a flood of copies is not checked one by one."""
 
     def validate(self, record: Record) -> bool:
         try:
@@ -150,7 +159,7 @@ class RecordValidator:
         return True
 
     def check(self, record: Record) -> None:
-        """Raises RecordError that says why the record is refused."""
+        """Raises RecordError, which says why the record is refused."""
         if not isinstance(record.value, bytes) or not isinstance(record.expires_at, int | float):
             raise RecordError("a stored value is bytes with an expiry time")
         if len(record.value) > MAX_RECORD_BYTES + 16 or len(record.subkey) > 64:
@@ -167,7 +176,7 @@ class RecordValidator:
             raise RecordError("a value is a record (bytes) or an index entry (text)")
 
     def _check_signed(self, record: Record, value: bytes, subkey: object) -> None:
-        """The signature comes last, because it costs most."""
+        """Checks the signature last, because that costs most."""
         _, payload = _parsed(value)
         self._check_swarm(payload.key)
         if not _is_digest_of(record.key, payload.key) or subkey != payload.peer_id:
@@ -202,7 +211,7 @@ class RecordValidator:
             digits = shard[1] or shard[2]
             if not isinstance(subkey, bytes) or len(subkey) != 34 or not digits_of(subkey).startswith(digits):
                 raise RecordError("a shard's subkeys are the PeerIDs that belong to it")
-        elif type(subkey) is not int or not 0 <= subkey < _COORDINATE_LIMIT:  # True is no coordinate
+        elif type(subkey) is not int or not 0 <= subkey < _COORDINATE_LIMIT:  # True is not a coordinate
             raise RecordError("a prefix's subkeys are coordinates")
         elif _piece_of(value) != subkey // INDEX_PIECE:
             raise RecordError("the coordinate belongs in another piece of the prefix")
@@ -235,7 +244,7 @@ def open_record(data: object, key: str, peer_id: PeerID, now: float) -> records_
 
 
 def writers_key(data: bytes) -> bytes:
-    """The DER public key in a record that was opened before."""
+    """The DER public key in a record that has been opened before."""
     return records_pb2.SignedRecord.FromString(data).public_key
 
 
@@ -247,7 +256,9 @@ def parse_peer_id(value: object) -> PeerID:
 
 
 def digits_of(peer_id: bytes) -> str:
-    """The peer's digits. Each shard that it belongs to is named by the first two or more. They come from a hash."""
+    """The hex digits of a peer, from a hash of its PeerID. Each of its shards is named by the first two or more of
+    them.
+    """
     return bytes(reversed(peer_id[-MOST_DIGITS // 2 :])).hex()
 
 
@@ -263,7 +274,9 @@ def first_shards(fewest: int = FEWEST_DIGITS) -> list[str]:
 
 
 def child_shards(shard: str, listed: int) -> Iterator[str]:
-    """The shards to read after this one, which lists `listed` peers. From half full on, it may have been full."""
+    """The shards to read after this one, which lists `listed` peers. A shard that is half full may have been full
+    before.
+    """
     if 2 * listed >= FULL and len(shard) < MOST_DIGITS:
         for digit in range(16):
             yield f"{shard}{digit:x}"
@@ -277,7 +290,7 @@ def choose_shard(shards: Sequence[str], others: Mapping[str, int]) -> str:
 
 
 def _parsed(data: bytes) -> tuple[records_pb2.SignedRecord, records_pb2.RecordPayload]:
-    """What the record says, before it is verified."""
+    """The record's content, before it is verified."""
     if len(data) > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {len(data)} bytes; at most {MAX_RECORD_BYTES}")
     record, payload = records_pb2.SignedRecord(), records_pb2.RecordPayload()
@@ -303,15 +316,17 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
 
 
 def _author_suffix(author: PeerID) -> str:
-    """How the ids of an author's swarms end. No second key gives the same 70 bits."""
+    """The end of the ids of an author's swarms. It is infeasible to find a second key with the same 70 bits."""
     return f"-{author.to_base58()[-12:]}"
 
 
 def _check_kind(payload: records_pb2.RecordPayload) -> None:
-    """Raises RecordError if this is a long-lived record, or under the key of one, and not both.
+    """Raises RecordError if a long-lived record is not under its own kind of key, or such a key has another kind of
+    record.
 
-    Of a founder's record also if it is not the founder's own. So a swarm's name is unique only for each founder, and
-    nobody can crowd a founder's keys. Who may write a library depends on the swarm: SwarmAdmission checks it.
+    It also does so if a founder's record is not the founder's own. So a swarm's name needs to be unique only for each
+    founder, and nobody can crowd a founder's keys. Who may write a library depends on the swarm: SwarmAdmission checks
+    it.
     """
     body = payload.WhichOneof("body") or ""
     ending = _LONG_LIVED.get(body)
@@ -320,7 +335,7 @@ def _check_kind(payload: records_pb2.RecordPayload) -> None:
     if ending is None:
         return
     swarm_id = payload.key.removesuffix(ending)
-    if "." in swarm_id:  # else one writer could store at many keys for weeks
+    if "." in swarm_id:  # otherwise one writer could store records at many keys for weeks
         raise RecordError("the record is of another kind than its key")
     if body in _FOUNDERS and not swarm_id.endswith(_author_suffix(PeerID(payload.peer_id))):
         raise RecordError("only the swarm's founder writes this record")
@@ -337,7 +352,7 @@ def _check_replicas(payload: records_pb2.RecordPayload) -> None:
 
 
 def _check_memories(payload: records_pb2.RecordPayload, size: int) -> None:
-    """Raises RecordError if a record about memories is larger than it may be. `size`: of the signed record."""
+    """Raises RecordError if a record about memories is larger than allowed. `size`: of the signed record."""
     if payload.HasField("library") and (
         size > MAX_LIBRARY_BYTES or len(payload.library.memories) > MAX_MEMORIES
     ):
@@ -350,7 +365,7 @@ def _check_memories(payload: records_pb2.RecordPayload, size: int) -> None:
 def _check_lifetime(expires_at: float, now: float, payload: records_pb2.RecordPayload | None) -> None:
     is_long_lived = payload is not None and payload.WhichOneof("body") in _LONG_LIVED
     longest = MAX_MANIFEST_LIFETIME_S if is_long_lived else MAX_LIFETIME_S
-    if not expires_at <= now + longest + CLOCK_TOLERANCE_S:  # also refuses NaN
+    if not expires_at <= now + longest + CLOCK_TOLERANCE_S:  # this form also refuses NaN
         raise RecordError(f"the record claims to live longer than {longest:.0f} s")
 
 

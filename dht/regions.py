@@ -1,13 +1,14 @@
 """Where in the DHT a node announces the experts that it hosts.
 
-One signed record per expert would cost a node that hosts 256 more than all else that it does. So a record is for a
-region: all experts below a prefix of the grid that its node hosts. In a small swarm the region is a layer, and whoever
-reads one key knows all its hosts. Regions split as they fill up, as shards of nodes do: when about 30 others announce
-at a prefix, further hosts announce one coordinate further down. Index entries at the prefix say so, and whoever sees
-them moves down too. So no key outgrows what one can read, and in a large swarm nobody has to read the first ones.
+For a node that hosts 256 experts, one signed record per expert would cost more than everything else it does. So a
+record covers a region: all experts below a prefix of the grid that its node hosts. In a small swarm the region is a
+layer, and a peer that reads one key knows all hosts of that layer. Regions split as they fill up, as shards of nodes
+do: when about 30 others announce at a prefix, further hosts announce one coordinate further down. Index entries at the
+prefix say so, and hosts that see them move down too. So no key outgrows what one peer can read, and in a large swarm
+nobody has to read the top regions.
 
-A node with several experts in a row stays at the row when that has split, as one record is less than several. Readers
-take both.
+A node with several experts in a row stays at the row after it has split, because one record costs less than several.
+Readers read both.
 """
 
 import math
@@ -25,45 +26,47 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 CROWDED_BYTES = 24 * 1024
-"""Bytes announced at a prefix before others announce further down: about 30 hosts of a few experts each."""
-STAYS_AT_ROW = 4
-"""Experts of one node in a row that has split, for which it announces at the row."""
-_SPLIT_FOR_S = 600.0
-"""How long it is remembered, about, that a prefix has split and nobody announces there. Meanwhile, whoever wants one
-expert does not read it."""
-_WRITE_FOR_S = 300.0
-"""How long a writer goes by what it has read of a region that had not split. As others write there, it may be crowded.
+"""The size of the announcements at a prefix from which on others announce further down: about 30 hosts of a few experts
+each.
 """
+STAYS_AT_ROW = 4
+"""A node with this many experts in a row that has split still announces them at the row."""
+_SPLIT_FOR_S = 600.0
+"""How long a peer remembers, roughly, that a prefix has split and nobody announces there. Until then, it skips the
+prefix when it looks for one expert.
+"""
+_WRITE_FOR_S = 300.0
+"""How long a writer relies on having read that a region had not split. Others may crowd it in the meantime."""
 _JUST_READ_S = 2.0
 _EMPTY_READS = 2
-"""Empty reads in a row after which nobody announces at a prefix."""
+"""After this many empty reads in a row, a prefix counts as one where nobody announces."""
 _RENEWED_BY = 8
-"""Hosts that renew an index entry in each period, on average. It lives for three."""
+"""How many hosts renew an index entry in each period, on average. It lives for three periods."""
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256
 
 
 @dataclass(frozen=True)
 class Region:
-    """What was read under a prefix."""
+    """The result of reading a prefix."""
 
     replicas: Mapping[UID, Sequence[Replica]]
-    """Replicas that their hosts announce there, including withdrawn ones."""
+    """The replicas announced there, including withdrawn ones."""
     active: frozenset[int]
-    """Next coordinates below which others announce, by those pieces of the index that were read."""
+    """Next coordinates below which others announce, as far as the pieces of the index that were read say."""
     hosts: int
-    """Nodes that announce there."""
+    """How many nodes announce there."""
     size: int
-    """Bytes of what they announce."""
+    """The size of their announcements, in bytes."""
     unread: int = 0
-    """About how many further nodes announce there, of which this peer was told nothing else."""
+    """About how many further nodes announce there, whose announcements were not read."""
 
     def serves(self, uid: Prefix) -> bool:
-        """Whether somebody who announces there serves the expert."""
+        """Whether a node that announces there serves the expert."""
         return any(r.state is ReplicaState.SERVING for r in self.replicas.get(UID(*uid), ()))
 
     def leads_to(self, coordinate: int, only_active: bool) -> bool:
-        """Whether hosts may announce below this next coordinate: the index says so, or `only_active` is False, and it
-        says so of others: somebody may hide entries.
+        """Whether hosts may announce below this next coordinate: if the index marks it as active or, unless
+        `only_active`, marks any coordinate of its piece, because somebody may hide entries.
         """
         if only_active:
             return coordinate in self.active
@@ -72,17 +75,17 @@ class Region:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was read under a prefix, and in one piece of its index."""
+    """What was seen under a prefix, for one piece of its index."""
 
     hosts: int
     is_crowded: bool
     active: int
-    """Coordinates."""
+    """The number of active coordinates."""
     read_at: float
     split_until: float
-    """Whoever hides the index in one look does not undo this."""
+    """Until when the prefix counts as split, even if a later look does not show its index: somebody may hide it."""
     empty_reads: int
-    """Reads in a row that found nobody announcing there. One may be a lie."""
+    """Consecutive reads that found nobody announcing there. A single one may be a lie."""
 
     @property
     def is_empty(self) -> bool:
@@ -99,7 +102,7 @@ def pieces_of(size: int) -> range:
 
 
 class RegionMap:
-    """What a peer has learnt of the regions, and where it announces by that. No I/O."""
+    """What a peer has learnt of the regions, and where it should announce accordingly. No I/O."""
 
     def __init__(self, now: Callable[[], float], rng: random.Random) -> None:
         self._now = now
@@ -108,17 +111,17 @@ class RegionMap:
         self._just_read = BoundedDict[Prefix, tuple[float, frozenset[int], Region]](_REMEMBERED_JUST_READ)
 
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
-        """What this peer has just read, with these pieces of the index."""
+        """Records what this peer has just read, with these pieces of the index."""
         now = self._now()
         while self._just_read and next(iter(self._just_read.values()))[0] <= now - _JUST_READ_S:
-            self._just_read.popitem(last=False)  # it may be large
+            self._just_read.popitem(last=False)  # a region may be large
         self._just_read[prefix] = now, frozenset(pieces), region
         active = Counter(coordinate // INDEX_PIECE for coordinate in region.active)
         for piece in pieces:
             before = self._seen.get((prefix, piece))
             split_until = 0.0 if before is None else before.split_until
             if active[piece]:
-                # drawn, so that peers don't read it again together
+                # random, so that peers don't all read it again at the same time
                 split_until = now + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5)
             empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
             self._seen[prefix, piece] = _Seen(
@@ -131,18 +134,19 @@ class RegionMap:
             )
 
     def recent(self, prefix: Prefix, pieces: Collection[int]) -> Region | None:
-        """What was read a moment ago, with these pieces or more."""
+        """What was read a moment ago, with at least these pieces of the index."""
         read_at, read, region = self._just_read.get(prefix, (0.0, frozenset[int](), None))
         return region if read_at > self._now() - _JUST_READ_S and read.issuperset(pieces) else None
 
     def has_split(self, layer: int, size: int) -> bool:
-        """Whether hosts of a layer are known to announce below it. `size`: of the first grid dimension."""
+        """Whether hosts are known to announce below the layer itself. `size`: of the first grid dimension."""
         pieces = (self._seen.get(((layer, ()), piece)) for piece in pieces_of(size))
         return any(seen is not None and seen.split_until > self._now() for seen in pieces)
 
     def depths(self, below: Prefix) -> list[int]:
-        """The depths, in coordinates, at which hosts of an expert, or of experts below a prefix, may announce: those
-        down to the first that has not split, as far as is known, without those where nobody announces.
+        """The depths, in coordinates, at which hosts of an expert, or of experts below a prefix, may announce.
+
+        These are all depths down to the first that is not known to have split, without those where nobody announces.
         """
         found = []
         for depth in range(len(below[1])):
@@ -155,7 +159,7 @@ class RegionMap:
         return [*found, len(below[1])]
 
     def unread(self, uids: Collection[UID], hosted: Collection[UID]) -> list[UID]:
-        """Those of the experts whose region is unknown to a node that hosts them and `hosted`."""
+        """The experts whose region is not known yet to a node that hosts them and `hosted`."""
         own = _counts_below({*uids, *hosted})
         return [uid for uid in uids if not self._home(uid, own)[1]]
 
@@ -165,7 +169,9 @@ class RegionMap:
         return {uid: self._home(uid, own)[0] for uid in uids}
 
     def _home(self, uid: UID, own: Mapping[Prefix, int]) -> tuple[Prefix, bool]:
-        """And whether that is known. `own`: how many experts the node hosts below each prefix."""
+        """The region in which to announce an expert, and whether that is known. `own`: how many experts the node hosts
+        below each prefix.
+        """
         row = len(uid.coordinate) - 1
         for depth in range(row + 1):
             prefix = prefix_of(uid, depth)
@@ -181,9 +187,10 @@ class RegionMap:
         return uid, True
 
     def renews_index(self, home: Prefix, depth: int) -> bool:
-        """Whether a node that announces in a region renews now the index entry that leads there from the first `depth`
-        coordinates. Of many hosts below an entry a few do, a new random choice each time: otherwise all would write to
-        few keys.
+        """Whether a node that announces in a region should now renew the index entry that leads there from the first
+        `depth` coordinates.
+
+        Of many hosts below an entry, a few renew it, chosen at random each time. Otherwise all would write to few keys.
         """
         hosts = 1
         for below in range(len(home[1]), depth, -1):
@@ -193,7 +200,9 @@ class RegionMap:
         return self._rng.random() * hosts < _RENEWED_BY
 
     def _seen_above(self, below: Prefix, depth: int) -> _Seen | None:
-        """What was seen under a longer prefix's first `depth` coordinates, with the piece that has the next one."""
+        """What was seen under the first `depth` coordinates of a longer prefix, for the piece with its
+        next coordinate.
+        """
         return self._seen.get((prefix_of(below, depth), below[1][depth] // INDEX_PIECE))
 
 

@@ -64,26 +64,26 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 _SHARD_FOR_S = 600.0
-"""How often a peer checks, about, which shard it should be listed in."""
+"""How long a peer relies, roughly, on the shard it was last listed in before it checks again."""
 _MOST_SHARDS = 4096
-"""Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
+"""The most shards of one length that are read. Somebody could fill shards to make readers read them all."""
 _TRAINER_STEPS = (1, 3, 12)
-"""How many shards of trainers are read in each step, by peers that need only some trainers."""
+"""How many trainer shards are read in each step, if only some trainers are needed."""
 _TRAINER_CHILDREN = 3
-"""The same, of the shards below those that are well filled."""
+"""How many child shards of well-filled trainer shards are read, if only some trainers are needed."""
 _LATER_S = 0.001
 _MAX_WRITTEN, _MOST_CROWDED = 16384, 65536
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
-"""Bytes of announcements that one holder gives of a region, and of a single expert, drawn at random. What several
-holders give is more: of an expert with many hosts, one reads a dozen.
+"""Bytes of announcements, drawn at random, that one holder returns for a region and for a single expert. Several
+holders together return more: about a dozen hosts of an expert that has many.
 """
 
 
 class Entries(dict[object, tuple[Any, float]]):
-    """What was read of a key: subkey → (value, expiry)."""
+    """What was read under a key: subkey → (value, expiry)."""
 
     unread: int = 0
-    """About how many further records there are."""
+    """About how many records were not read."""
 
 
 def some_of(found: Collection[T], most: int) -> Sequence[T]:
@@ -93,7 +93,7 @@ def some_of(found: Collection[T], most: int) -> Sequence[T]:
 
 
 def active_under(key: str, found: Mapping[object, tuple[Any, float]]) -> set[int]:
-    """The coordinates that index entries under this key give."""
+    """The coordinates of the index entries under this key."""
     return {c for c, (value, _) in found.items() if type(c) is int and value == key}
 
 
@@ -113,7 +113,7 @@ def _pieces(
 
 
 def _below(listed: Mapping[str, Collection[PeerID]]) -> list[str]:
-    """The shards to read after these, each with the peers that it lists."""
+    """The shards to read after these. `listed`: the peers in each shard."""
     return [lower for shard, some in listed.items() for lower in child_shards(shard, len(some))]
 
 
@@ -133,16 +133,16 @@ class Registry:
         metrics: CollectorRegistry | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`admission`: the swarm's rules and this peer's badge; None takes every record. `guard`: of this process.
+        """`admission`: the swarm's rules and this peer's badge; None accepts every record. `guard`: the process's.
 
-        `deadline_s`: longest that one look-up or store may take, for all its keys together.
+        `deadline_s`: the longest time for one look-up or store, over all its keys.
         """
         self.keys = keys
         self._keys_read = Counter("talkoot_dht_keys_read", "Keys looked up in the DHT.", registry=metrics)
         self._records_stored = Counter(
             "talkoot_dht_records_stored", "Records written to it.", registry=metrics
         )
-        # calls that failed took as long as their deadline
+        # failed calls took as long as their deadline
         self._seconds = Histogram(
             "talkoot_dht_seconds",
             "Time of a DHT operation, which may be for many keys.",
@@ -169,20 +169,22 @@ class Registry:
         self._rng = rng or random.SystemRandom()
         self.regions: RegionMap = RegionMap(now, self._rng)
         self._announced: dict[UID, tuple[ReplicaAnnouncement, float]] = {}
-        """What this peer says of its replicas, and until when."""
+        """What this peer announces about its replicas, and until when."""
         self._announcing = asyncio.Lock()
         self.home_of: dict[UID, Prefix] = {}
-        """Where it has announced each of them."""
+        """The region in which it has announced each of them."""
         self._begun: dict[Prefix, tuple[frozenset[int], asyncio.Task[dict[Prefix, Region]]]] = {}
-        """Regions that are being read in a hurry, with those pieces of their indices."""
+        """Regions that an urgent read has begun to read, with the pieces of their indices."""
         self.unread: BoundedDict[UID, int] = BoundedDict(_MOST_CROWDED)
-        """About how many hosts of an expert `replicas` left out when it was read last, as there are too many."""
+        """About how many hosts of an expert the last `replicas` left out, because there are too many."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
-        """The time when this peer's last record under each key expires."""
+        """When this peer's last record under each key expires."""
         self._earlier_until: float | None = None
-        """The time when all has expired that it wrote before it was started again, about; None: not read yet."""
+        """About when everything expires that this peer wrote before its restart; None: not read yet."""
         self._own_shards: dict[int, tuple[str, float]] = {}
-        """Where this peer is listed, and until when it goes by that; by the fewest digits, as a node or a trainer."""
+        """The shard in which this peer is listed, and until when that is not checked again; by the fewest digits, which
+        differ for nodes and trainers.
+        """
 
     @property
     def peer_id(self) -> PeerID:
@@ -191,7 +193,7 @@ class Registry:
 
     @property
     def spent_bytes(self) -> int:
-        """What this peer's calls to the DHT took so far."""
+        """Bytes of this peer's calls to the DHT so far."""
         return self._dht.spent_bytes
 
     def sign_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
@@ -206,11 +208,13 @@ class Registry:
         await self.store_again([Item(key, self.keys.author.to_bytes(), record, expires_at)])
 
     async def store_again(self, items: Sequence[Item]) -> None:
-        """Stores what others have signed. Peers that already have it refuse it, which does not count as a failure."""
+        """Stores records that others have signed. Peers that already have them refuse them, which does not count as a
+        failure.
+        """
         await self._in_time(self.lookups.store(items))
 
     async def publish_revocations(self, serials: Collection[int], expires_at: float) -> bytes:
-        """Signs and stores the serials of revoked grants. Returns what was stored."""
+        """Signs and stores the serials of revoked grants. Returns the stored record."""
         payload = records_pb2.RecordPayload(
             key=self.keys.revocations,
             expires_at=expires_at,
@@ -227,7 +231,7 @@ class Registry:
         return self.revocations_record(value)
 
     def revocations_record(self, value: object) -> tuple[tuple[int, ...], bytes, float] | None:
-        """The same, of a value that may be anything; None if it is not that record or has expired."""
+        """The same for any value; None if it is not that record or has expired."""
         key, author = self.keys.revocations, self.keys.author
         payload = self.guard.read("revocations", author, lambda: open_record(value, key, author, self.now()))
         if payload is None or not isinstance(value, bytes):
@@ -241,7 +245,7 @@ class Registry:
         return self.manifest_record(value)
 
     def manifest_record(self, value: object) -> tuple[bytes, float] | None:
-        """The same, of a value that may be anything; None if it is not that record or has expired."""
+        """The same for any value; None if it is not that record or has expired."""
         key, author = self.keys.manifest, self.keys.author
         payload = self.guard.read("manifest", author, lambda: open_record(value, key, author, self.now()))
         return (value, payload.expires_at) if isinstance(value, bytes) and payload is not None else None
@@ -253,10 +257,10 @@ class Registry:
     async def announce(
         self, replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0
     ) -> None:
-        """Announces replicas in their regions, with what else this peer has announced there, and marks the way there
-        as active.
+        """Announces replicas in their regions, together with this peer's other replicas there. Marks the coordinates on
+        the way as active.
         """
-        # one after the other: what two say of a region at once would undo one of them
+        # one at a time: two announcements in one region would overwrite each other
         async with self._announcing:
             await self._announce(replicas, lifetime_s, queued_rows)
 
@@ -311,10 +315,12 @@ class Registry:
         return items
 
     def later(self, key: str, expires_at: float) -> float:
-        """When this peer's next record under the key expires: after the last one, or holders would keep that."""
+        """The expiry of this peer's next record under the key: later than the last one's, because holders keep what
+        expires last.
+        """
         expires_at = max(expires_at, min(self._earlier_until or 0.0, self.now() + MAX_LIFETIME_S))
         last = self._written.get(key, 0.0)
-        if last <= self.now() + MAX_LIFETIME_S + 1.0:  # else it was refused
+        if last <= self.now() + MAX_LIFETIME_S + 1.0:  # a later expiry was refused
             expires_at = max(expires_at, last + _LATER_S)
         self._written[key] = expires_at
         return expires_at
@@ -344,7 +350,7 @@ class Registry:
         await self._publish_self(payload, self.keys.trainer_shard(shard), lifetime_s)
 
     async def _own_shard(self, key_of: Callable[[str], str], fewest: int) -> str:
-        """The shard in which this peer should be listed, as it saw not long ago."""
+        """The shard in which this peer should be listed, according to a recent check."""
         shard, until = self._own_shards.get(fewest, ("", 0.0))
         if self.now() >= until:
             shards = shards_of(self.peer_id, fewest)
@@ -364,9 +370,8 @@ class Registry:
     ) -> dict[Prefix, frozenset[int]]:
         """The active next coordinates after each prefix, in a grid dimension of this size.
 
-        `limits`: see `Lookups.find`. `at_once`: begins to read a prefix together with those above it, and waits for it
-        only where these have split. `most`: regions that are read on each level; prefixes for which they are not enough
-        are left out.
+        `limits`: see `Lookups.find`. `at_once`: reads a prefix in parallel with those above it, and waits for it only
+        if these have split. `most`: the most regions read on each level; prefixes beyond that are left out.
         """
         read, known = await self._walk(
             dict.fromkeys(prefixes, size), limits=limits, at_once=at_once, most=most
@@ -383,7 +388,9 @@ class Registry:
     async def active_coordinates(
         self, prefixes: Mapping[P, Callable[[int], str]], size: int
     ) -> dict[P, frozenset[int]]:
-        """The same, of prefixes of any kind. Each with what gives the key that says whether a coordinate is active."""
+        """The same for prefixes of any kind. `prefixes`: for each one, a function that returns the key for a
+        coordinate.
+        """
         keys = {
             key_of(first): prefix
             for prefix, key_of in prefixes.items()
@@ -404,12 +411,12 @@ class Registry:
         just_read: bool = False,
         at_once: bool = False,
     ) -> dict[UID, tuple[Replica, ...]]:
-        """The live announcements of each expert, without the withdrawn ones.
+        """The live announcements of each expert, without withdrawn ones.
 
-        `limits`: see `Lookups.find`. `only_active`: passes over regions to which no index entry leads; for whoever asks
-        for many experts. `just_read`: what was read a moment ago will do. `at_once`: begins to read the layer, the row
-        and the expert together, and does not wait for what is below a region that has not split, or has a host of the
-        expert; for whoever asks for few, and in a hurry.
+        `limits`: see `Lookups.find`. `only_active`: skips regions that no index entry leads to; for many experts.
+        `just_read`: accepts what was read a moment ago. `at_once`: reads the layer, the row and the expert in parallel,
+        and does not wait for anything below a region that has not split, or that has a host of the expert; for few
+        experts, when time matters.
         """
         found: dict[UID, dict[PeerID, Replica]] = {uid: {} for uid in uids}
         unread = dict.fromkeys(found, 0.0)
@@ -435,7 +442,7 @@ class Registry:
         return {uid: tuple(filter(self._is_live, hosts.values())) for uid, hosts in found.items()}
 
     def read_ahead(self, uids: Iterable[UID]) -> None:
-        """Begins to read what is announced of each of these experts alone, for whoever asks for some of them soon."""
+        """Begins to read each of these experts' own regions, because some of them will be asked for soon."""
         for uid in uids:
             self._begin({uid: ()}, {uid}, DEFAULT_LIMITS)
 
@@ -456,10 +463,11 @@ class Registry:
         at_once: bool = False,
         most: int | None = None,
     ) -> tuple[dict[Prefix, Region], Collection[Prefix]]:
-        """Reads the regions in which hosts of these experts, or of those below these prefixes, may announce.
+        """Reads the regions in which hosts of these experts, or of experts below these prefixes, may announce.
 
-        `targets`: each with the size of the next grid dimension; 0 for an expert. It begins at the layer, or below what
-        is known to have split, and goes on where regions have split. Returns also those targets of which all was read.
+        `targets`: each with the size of the next grid dimension; 0 for an expert. The walk begins at the layer, or
+        below regions that are known to have split, and continues where regions have split. Also returns the targets
+        that were read completely.
         """
         read: dict[Prefix, Region] = {}
         known = dict.fromkeys(targets)
@@ -497,9 +505,9 @@ class Registry:
         limits: SearchLimits,
         just_read: bool,
     ) -> dict[Prefix, Region]:
-        """`pieces`: which of each prefix's index are wanted. `experts_only`: the prefixes that are experts."""
+        """`pieces`: the wanted pieces of each prefix's index. `experts_only`: the prefixes that are experts."""
         found: dict[Prefix, Region] = {}
-        # a hurried search goes level by level, and mostly ends at the first
+        # an urgent search goes level by level, and usually ends at the first
         if just_read or not limits.is_frugal:
             for prefix, some in pieces.items():
                 if (region := self.regions.recent(prefix, some)) is not None:
@@ -515,7 +523,7 @@ class Registry:
     def _begin(
         self, pieces: Mapping[Prefix, Collection[int]], experts_only: Container[Prefix], limits: SearchLimits
     ) -> "Collection[asyncio.Task[dict[Prefix, Region]]]":
-        """Reads these regions, but for those that are being read already. Returns the tasks that have them all."""
+        """Reads these regions, except those that are already being read. Returns the tasks that read all of them."""
         tasks, new = set[asyncio.Task[dict[Prefix, Region]]](), dict[Prefix, Collection[int]]()
         for prefix, some in pieces.items():
             begun, reading = self._begun.get(prefix, (frozenset[int](), None))
@@ -557,11 +565,11 @@ class Registry:
             found[prefix] = self._region(prefix, own, answers)
             self.regions.note(prefix, unread[prefix], found[prefix])
             if found[prefix].size > CROWDED_BYTES:
-                await asyncio.sleep(0)  # it took long; let other tasks run
+                await asyncio.sleep(0)  # parsing took long; let other tasks run
         return found
 
     def _is_unread(self, target: Prefix, depth: int) -> bool:
-        """Whether the region of a target at that depth was not read a moment ago."""
+        """Whether the target's region at that depth was not read a moment ago."""
         return self.regions.recent(prefix_of(target, depth), ()) is None
 
     def _region(
@@ -570,16 +578,16 @@ class Registry:
         keys: Sequence[str],
         answers: Mapping[str, Entries],
     ) -> Region:
-        """What these keys say. The first one is the prefix's own."""
+        """The region that these keys describe. The first key is the prefix's own."""
         replicas: dict[UID, list[Replica]] = {}
         hosts = count = size = 0
         key = keys[0]
         records = [(subkey, value) for subkey, (value, _) in answers[key].items() if isinstance(value, bytes)]
         self._rng.shuffle(records)
         me = self.peer_id.to_bytes()
-        # a node goes by whether the DHT gives back its own
+        # its own record comes first: a node checks whether the DHT returns it
         for subkey, value in sorted(records, key=lambda record: record[0] != me):
-            # holders in a flood have more together than each has room for, and 512 experts take 5 ms to read
+            # in a flood, holders together have more than each has room for, and 512 experts take 5 ms to read
             if size + len(value) > MAX_KEY_BYTES:
                 continue
             read = partial(self._replicas_in, prefix, key, subkey, value)
@@ -590,7 +598,7 @@ class Registry:
             for uid, replica in record.items():
                 replicas.setdefault(uid, []).append(replica)
         active = set[int]().union(*(active_under(each, answers[each]) for each in keys))
-        # those that were not read are taken to be like these, of which some announce nothing any more
+        # the records that were not read are assumed to be like these, some of which announce nothing any more
         unread = answers[key].unread * hosts // max(1, count)
         return Region(replicas, frozenset(active), hosts, size, unread)
 
@@ -601,9 +609,9 @@ class Registry:
     async def nodes(
         self, peer_ids: Collection[PeerID], *, with_left: bool = False, limits: SearchLimits = FRUGAL
     ) -> dict[PeerID, NodeInfo]:
-        """The valid node records of these peers; `with_left`: of those that left in order, too.
+        """The valid node records of these peers. `with_left`: includes nodes that have left in an orderly way.
 
-        `limits`: see `Lookups.find`. Frugal by default: a look-up that is not repeated is the most expensive kind.
+        `limits`: see `Lookups.find`. Frugal by default, because look-ups that are not urgent should be cheap.
         """
         keys = {self.keys.node(peer_id): peer_id for peer_id in peer_ids}
         found = await self._own_records("node", keys, self._node_info, limits)
@@ -612,7 +620,7 @@ class Registry:
     async def trainers(
         self, peer_ids: Collection[PeerID], *, with_left: bool = False
     ) -> dict[PeerID, TrainerInfo]:
-        """The valid trainer records of these peers; `with_left`: of those that left in order, too."""
+        """The valid trainer records of these peers. `with_left`: includes trainers that have left in an orderly way."""
         keys = {self.keys.trainer(peer_id): peer_id for peer_id in peer_ids}
         found = await self._own_records("trainer", keys, self._trainer_info)
         return {peer_id: info for peer_id, info in found.items() if with_left or not info.left}
@@ -627,14 +635,14 @@ class Registry:
         return await self._in_time(self._is_held_by_others(self.keys.manifest, self.keys.author.to_bytes()))
 
     async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
-        """The peers listed in the shards, at most `most` of them, drawn at random.
+        """The peers listed in the node shards; at most `most` of them, drawn at random.
 
         Anybody can list a peer that does not exist. Only its node record shows that it does.
         """
         return await self._ids(self.keys.node_shard, FEWEST_DIGITS, most)
 
     async def trainer_ids(self, most: int = 4096) -> frozenset[PeerID]:
-        """The same, of trainers."""
+        """The same for trainers."""
         return await self._ids(self.keys.trainer_shard, FEWEST_TRAINER_DIGITS, most)
 
     async def _ids(self, key_of: Callable[[str], str], fewest: int, most: int) -> frozenset[PeerID]:
@@ -647,10 +655,10 @@ class Registry:
         return frozenset(some_of(listed, most))
 
     async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
-        """Peers of as few of the trainer shards as list `enough`, and about how many all of them list.
+        """The peers in as few trainer shards as list `enough` of them, and about how many all shards list.
 
-        Frugal, so that long lists, which anybody can make, cost little. Of the shards below well-filled ones it reads a
-        few, and takes the others to be like them.
+        Frugal, so that long lists, which anybody can make, cost little. Below well-filled shards it reads a few shards,
+        and assumes that the others are like them.
         """
         key_of, first = self.keys.trainer_shard, first_shards(FEWEST_TRAINER_DIGITS)
         shards, read = self._rng.sample(first, len(first)), 0
@@ -689,10 +697,11 @@ class Registry:
         return listed
 
     async def go_on_as_node(self) -> None:
-        """Reads until when what this peer announced as a node in an earlier run may live, unless that is known.
+        """Reads how long this peer's announcements from an earlier run may live, unless that is known. Do it before
+        announcing experts.
 
-        Its periods were longer then, and begin short again. Holders would keep what expires last, so what it says from
-        now on will live as long. Announce no experts before.
+        The earlier run may have announced for longer periods than a new run, which starts with short ones. Holders keep
+        what expires last, so new announcements are given at least that lifetime.
         """
         await self._go_on_after(partial(self.nodes, with_left=True))
 
@@ -704,7 +713,7 @@ class Registry:
         until = 0.0
         with suppress(UnreachableError):
             if (own := (await read([self.peer_id])).get(self.peer_id)) is not None:
-                # what it said of experts in its last period may live longer by that
+                # its last announcement of experts may expire later by one period
                 until = own.expires_at + max(_LATER_S, own.renew_every_s)
         self._earlier_until = until
 
@@ -723,7 +732,7 @@ class Registry:
         read: Callable[[object, str, PeerID], T | None],
         limits: SearchLimits = DEFAULT_LIMITS,
     ) -> dict[PeerID, T]:
-        """The record of each peer, by its key, as far as it is valid."""
+        """The valid record of each peer. `keys`: the key of each record, and its peer."""
         found = await self.get(list(keys), limits)
         records = {}
         for key, peer_id in keys.items():
@@ -736,13 +745,13 @@ class Registry:
         return records
 
     def seal(self, payload: records_pb2.RecordPayload) -> bytes:
-        """Signs, and adds this peer's badge if it has one."""
+        """Signs a payload, with this peer's badge if it has one."""
         if self._admission is not None and self._admission.badge is not None:
             payload.badge.CopyFrom(self._admission.badge)
         return sign_record(self._identity, payload)
 
     def unseal(self, value: object, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:
-        """Raises RecordError, also if the swarm's rules don't let that peer write this."""
+        """Raises RecordError, also if the swarm's rules don't allow that peer to write this."""
         payload = open_record(value, key, peer_id, self.now())
         if self._admission is not None:
             self._admission.check_record(payload, peer_id)
@@ -755,13 +764,13 @@ class Registry:
         return read_trainer(self.unseal(value, key, peer_id), peer_id)
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
-        """A normal look-up can't tell, because it finds what this peer stores itself."""
+        """A normal look-up can't tell, because it also returns what this peer stores itself."""
         key_id = key_id_of(key)
         found = await self.lookups.find([key_id], FRUGAL, besides_self=True, room=MAX_KEY_BYTES)
         return subkey in found[key_id].entries
 
     async def store(self, items: Sequence[Item]) -> None:
-        """Raises UnreachableError if no peer accepted any of them."""
+        """Raises UnreachableError if no peer accepted any of the items."""
         self._records_stored.inc(len(items))
         if items and not await self._in_time(self.lookups.store(items), "store"):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
@@ -769,7 +778,7 @@ class Registry:
     async def get(
         self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int = MAX_KEY_BYTES
     ) -> dict[str, Entries]:
-        """What is stored under each key. Merges the answers of several holders.
+        """The entries under each key, merged from the answers of several holders.
 
         `limits`, `room`: see `Lookups.find`. Raises UnreachableError if nobody answered for one of the keys, because it
         may not be empty.
@@ -791,7 +800,7 @@ class Registry:
         return read
 
     async def _in_time(self, call: Awaitable[T], operation: str = "") -> T:
-        """`operation`: the label under which its time is measured; empty: it is not."""
+        """`operation`: the label for measuring its time; empty: it is not measured."""
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._deadline_s):

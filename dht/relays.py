@@ -1,4 +1,4 @@
-"""How a peer whose router admits nobody is reached: through relays, which are found, kept and replaced."""
+"""How a peer whose router accepts no connections is reached: it finds relays, and replaces them when they fail."""
 
 import logging
 import random
@@ -16,14 +16,15 @@ from peer.transport.endpoints import is_public
 logger: logging.Logger = logging.getLogger(__name__)
 
 _SAMPLED = 24
-"""DHT peers whose records are read to find nodes, which may be relays."""
+"""How many DHT peers' records are read to find nodes that may be relays."""
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 30.0, 480.0
 
 
 class RelayKeeper:
-    """Keeps this peer reachable through relays: two over gRPC and, where p2pd runs, some over libp2p.
+    """Keeps this peer reachable through relays: two over gRPC and, if p2pd runs, some over libp2p.
 
-    `begin` when the peer has something to serve, `look` now and then, and `end` when others reach it without.
+    Call `begin` when the peer has something to serve, `look` now and then, and `end` once others reach it without
+    relays.
     """
 
     def __init__(
@@ -33,9 +34,9 @@ class RelayKeeper:
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`tunnel_relays`: how many to keep over libp2p, at most."""
+        """`tunnel_relays`: how many libp2p relays to keep, at most."""
         self.tunnel_addresses: tuple[Multiaddress, ...] = ()
-        """Multiaddresses by which its libp2p tunnel is reached, at most 8."""
+        """Multiaddresses of its libp2p tunnel, at most 8."""
         self._swarm = swarm
         self._tunnel_relays = tunnel_relays
         self._rng = rng
@@ -44,27 +45,27 @@ class RelayKeeper:
 
     @property
     def relay_addresses(self) -> tuple[Multiaddress, ...]:
-        """The same of its reservations over gRPC, those that hold now."""
+        """The addresses of its current gRPC reservations."""
         return self._swarm.host.reservations.addresses
 
     @property
     def refusal(self) -> str:
-        """Why the relay over gRPC that was asked last does not lead here, in words; empty if that is not known."""
+        """Why the gRPC relay that was asked last does not lead here, in words; empty if that is not known."""
         return self._swarm.host.reservations.refusal
 
     async def begin(self) -> None:
-        """Takes relays."""
+        """Starts to use relays."""
         self._swarm.host.reservations.keep(self._candidates)
         await self._take_tunnel_relays()
 
     async def end(self) -> None:
-        """Gives them up."""
+        """Stops using relays."""
         self.tunnel_addresses = ()
         await self._swarm.host.reservations.drop()
         await self._restart_tunnel([])
 
     async def look(self) -> None:
-        """Updates the addresses. Takes other relays over libp2p if the current ones no longer work."""
+        """Updates the addresses. Chooses other libp2p relays if the current ones no longer work."""
         self.tunnel_addresses = tuple(await self._swarm.host.tunnel_addresses())
         if self.tunnel_addresses:
             self._backoff.reset()
@@ -72,7 +73,9 @@ class RelayKeeper:
             await self._take_tunnel_relays()
 
     async def _candidates(self) -> list[NodeInfo]:
-        """Nodes that others reach directly, in random order. Then those that do not know: nobody tells the only one."""
+        """Nodes that others reach directly, in random order, and then nodes that don't know: the only node has nobody
+        to tell it.
+        """
         nodes = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
         return [
             node
@@ -82,7 +85,7 @@ class RelayKeeper:
         ]
 
     async def _take_tunnel_relays(self) -> None:
-        """libp2p relays only over public addresses, and a machine counts once. Without p2pd, nobody is asked."""
+        """Chooses libp2p relays with public addresses, one per machine. Does nothing without p2pd."""
         if not self._swarm.host.runs_p2pd:
             return
         by_machine = {
@@ -105,21 +108,22 @@ class RelayKeeper:
 
 
 class RelayBackoff:
-    """When to replace relays through which nobody comes: after twice as long each time, because it cuts all tunnels.
+    """When to replace relays through which no calls come. The pause doubles each time, because a change cuts all
+    tunnels.
 
-    Pure: `now` is passed in, in seconds of a monotonic clock.
+    Pure: `now` is an argument, in seconds of a monotonic clock.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """After a check that found working relays, or when there are no others to take."""
+        """Call it after a check that found working relays, or when there are no others to choose."""
         self._patience_s = _FIRST_PATIENCE_S
         self._since: float | None = None
 
     def is_due(self, now: float) -> bool:
-        """Ask at each check that found none working. After True, take other relays."""
+        """Call it at each check that found no working relay. If it returns True, choose other relays."""
         if self._since is None:
             self._since = now
         if now - self._since < self._patience_s:
@@ -141,5 +145,7 @@ async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list
 
 
 def is_hidden(host: str) -> bool:
-    """Whether the internet can't reach that IP address or name. Loopback is not hidden: its whole swarm is there."""
+    """Whether the internet can't reach that IP address or name. Loopback is not hidden: its whole swarm is on this
+    machine.
+    """
     return not (host.startswith(("127.", "::1")) or host == "localhost" or is_public(host))

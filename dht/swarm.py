@@ -34,14 +34,14 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MANIFEST_DEADLINE_S = 20.0
 _RETRY_S = 0.5
 _LOOKS = 3
-"""How many times a peer looks for the manifest before it takes its own copy, or a founder founds a new swarm."""
+"""How often a peer looks for the manifest before it uses its own copy, or a founder founds a new swarm."""
 _REMEMBERED_TRIED = 64
-"""Addresses from earlier runs that are tried at the start, at most."""
+"""The most addresses from earlier runs that are tried at the start."""
 _OTHERS_IN_INVITE = 4
-"""Addresses of other peers in an invite, at most."""
+"""The most addresses of other peers in an invite."""
 
 Stage = Callable[[str], None]
-"""Called with what a starting peer does next, in words."""
+"""Called with the next stage of a peer's start, in words."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Swarm:
     admission: SwarmAdmission
     revocations: Revocations
     guard: ParseGuard
-    """Guards all parsers of what strangers write."""
+    """Guards all parsers of strangers' messages."""
     metrics: CollectorRegistry
     """The metrics of this peer in this swarm."""
 
@@ -66,13 +66,13 @@ class Swarm:
         return self.registry.keys
 
     async def invite(self) -> Invite:
-        """An invite by which others join through this peer, or through peers that it met if it is gone."""
+        """An invite by which others join through this peer or, if it is gone, through peers that it has met."""
         own = self.host.bootstrap_addresses()
         known = (a for a in self.peer_store.addresses() if self.host.dialling.allows(a.endpoint))
         return Invite(self.keys, (*own, *itertools.islice(known, _OTHERS_IN_INVITE)))
 
     async def keep_manifest(self) -> None:
-        """Stores the founder's records again, so that they outlive their holders. The founder renews them."""
+        """Stores the founder's records again, so that they outlive their holders. The founder also renews them."""
         await self.manifest_record.republish()
         await self.revocations.keep()
 
@@ -82,7 +82,7 @@ class Swarm:
         await self.revocations.read()
 
     async def keep_admission(self, every_s: float, then: Callable[[], None]) -> None:
-        """Refreshes it for ever, and calls `then` each time. If the DHT does not answer, the old state stays."""
+        """Refreshes admission for ever, and calls `then` each time. If the DHT does not answer, the old state stays."""
         while True:
             await asyncio.sleep(every_s)
             with contextlib.suppress(UnreachableError):
@@ -104,10 +104,11 @@ async def found_swarm(
     store_bounds: StoreBounds | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
-    """Starts a peer and publishes its manifest, or finds it in the DHT or on disk: a founder comes back to its swarm.
+    """Starts a peer and publishes its manifest. A founder that returns finds its swarm's manifest in the DHT or on
+    disk.
 
-    `state`: folder in which the manifest and the peers that were met are kept. `store_bounds`: of what others store
-    here. Raises SwarmError when the manifest is not the one that the swarm was founded with and others are in it.
+    `state`: the folder for the manifest and the addresses of known peers. `store_bounds`: limits what others store
+    here. Raises SwarmError if the manifest is not the one that the swarm was founded with and other peers are in it.
     """
     stage("starting the DHT")
     peer = _Peer(identity, SwarmKeys(manifest.name, identity.peer_id), state, denylist)
@@ -133,12 +134,12 @@ async def join_swarm(
     store_bounds: StoreBounds | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
-    """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
+    """Starts a peer, joins by the invite or by known peers, and reads the manifest that its author signed.
 
-    `state`: folder in which the manifest and the peers that were met are kept. `roles`: as one of these it takes part;
-    with none it only looks. `store_bounds`: of what others store here. Raises UnreachableError when nobody answers,
-    SwarmError when the manifest is missing or not for this software, and InviteError when the swarm admits by token
-    and the invite's token admits it as none of the roles.
+    `state`: the folder for the manifest and the addresses of known peers. `roles`: in which of these roles it takes
+    part; if empty, it only looks. `store_bounds`: limits what others store here. Raises UnreachableError if nobody
+    answers, SwarmError if the manifest is missing or not for this software, and InviteError if the swarm admits by
+    token and the invite's token gives none of the roles.
     """
     stage("joining the DHT")
     peer = _Peer(identity, invite.keys, state, denylist)
@@ -161,7 +162,7 @@ async def join_swarm(
 
 
 def was_member(state: Path, keys: SwarmKeys) -> bool:
-    """Whether a peer with this folder has met others of the swarm."""
+    """Whether a peer with this folder has met other peers of the swarm."""
     return bool(_peer_store(state, keys).addresses())
 
 
@@ -216,7 +217,7 @@ class _Peer:
     def member(
         self, host: Host, registry: Registry, manifest: Manifest, record: tuple[bytes, float]
     ) -> Swarm:
-        """`record`: the manifest as its author signed it, and its expiry."""
+        """`record`: the manifest's record signed by its author, and its expiry."""
         self._store.add(host.bootstrapped_from, clock.now())
         rules = manifest.admission
         exporters = (Role[word.upper()] for word in rules.export)
@@ -239,7 +240,7 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
     """Makes this peer's badge from the invite's token, if it needs one. Raises InviteError."""
     if swarm.admission.mode == "open" or swarm.host.peer_id == swarm.keys.author:
         return
-    with contextlib.suppress(UnreachableError):  # then it is seen later
+    with contextlib.suppress(UnreachableError):  # in that case, the revocation is seen later
         await swarm.revocations.read()
     if not roles:
         return
@@ -288,7 +289,7 @@ async def _own_manifest(
 
 
 async def _find_manifest(registry: Registry, file: RecordFile) -> tuple[bytes, float]:
-    """The newest record of the manifest, in the DHT or on disk. Without one on disk it looks for longer."""
+    """The newest record of the manifest, in the DHT or on disk. Without one on disk, it looks for longer."""
     saved = _saved(registry, file)
     if saved is not None:
         found = await _look_for_manifest(registry, _LOOKS)
@@ -316,7 +317,7 @@ async def _look_for_manifest(registry: Registry, looks: int) -> tuple[bytes, flo
 
 
 def _saved(registry: Registry, file: RecordFile) -> tuple[bytes, float] | None:
-    """The record on disk, unless it has expired or is of a release with another protocol."""
+    """The record on disk, unless it has expired or is from a release with another protocol version."""
     record = registry.manifest_record(file.read())
     try:
         if record is not None:
@@ -328,5 +329,5 @@ def _saved(registry: Registry, file: RecordFile) -> tuple[bytes, float] | None:
 
 
 def _manifest_in(registry: Registry, record: tuple[bytes, float]) -> Manifest:
-    """Raises SwarmError if it is not for this software."""
+    """Raises SwarmError if the manifest is not for this software."""
     return Manifest.from_json(registry.manifest_json(record[0]))

@@ -21,7 +21,7 @@ class UID(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "UID":
-        """Raises WireError when the text is no UID in its one normal form."""
+        """Raises WireError if the text is not a UID in its one normal form."""
         if not _UID_PATTERN.fullmatch(text):
             raise WireError(f"not an expert UID: {text[:80]!r}; expected layer.i.j, such as 0.3.1")
         layer, *coordinate = map(int, text.split("."))
