@@ -334,8 +334,8 @@ class Registry:
         await self.publish_node(records_pb2.NodeRecord(left=True), lifetime_s)
 
     async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
-        """Stores this peer's node record, and lists the peer in its shard."""
-        await self.go_on_as_node()
+        """Stores this peer's node record, and lists the peer in its shard. Announce no experts before: see `later`."""
+        await self._go_on_after(partial(self.nodes, with_left=True))
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
         shard = await self._own_shard(self.keys.node_shard, FEWEST_DIGITS)
@@ -696,25 +696,21 @@ class Registry:
                     listed[digits].add(peer_id)
         return listed
 
-    async def go_on_as_node(self) -> None:
-        """Reads how long this peer's announcements from an earlier run may live, unless that is known. Do it before
-        announcing experts.
-
-        The earlier run may have announced for longer periods than a new run, which starts with short ones. Holders keep
-        what expires last, so new announcements are given at least that lifetime.
-        """
-        await self._go_on_after(partial(self.nodes, with_left=True))
-
     async def _go_on_after(
         self, read: Callable[[Collection[PeerID]], Awaitable[Mapping[PeerID, NodeInfo | TrainerInfo]]]
     ) -> None:
+        """Reads how long this peer's records from an earlier run may live, unless that is known.
+
+        The earlier run may have published for longer periods than a new run, which starts with short ones. Holders keep
+        what expires last, so new records are given at least that lifetime.
+        """
         if self._earlier_until is not None:
             return
         until = 0.0
         with suppress(UnreachableError):
             if (own := (await read([self.peer_id])).get(self.peer_id)) is not None:
                 # its last announcement of experts may expire later by one period
-                until = own.expires_at + max(_LATER_S, own.renew_every_s)
+                until = own.expires_at + own.renew_every_s
         self._earlier_until = until
 
     async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:

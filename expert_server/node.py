@@ -269,7 +269,7 @@ class Node:
             ):
                 await node.reachability.begin(host, swarm.host.port, stage)
             stage("looking for experts that need a host")
-            await swarm.registry.go_on_as_node()
+            await node._publish_record()  # before it announces experts
             with tolerating("take the first experts", node.restarts):
                 await node._pauses.look()
             if not node._pauses.hosts:

@@ -153,13 +153,33 @@ def test_a_node_that_is_started_again_goes_on_after_what_it_said_before(swarm: S
         if has_left:
             await earlier.leave(450.0)
         again = swarm.registry(1, time.time)
-        await again.go_on_as_node()
-        await again.announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S)
         await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
+        await again.announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S)
         reader = swarm.registry(2)
         assert (await reader.nodes([host.peer_id]))[host.peer_id].expert_count == 4
         found = await reader.replicas([FIRST, SECOND])
         assert [len(found[uid]) for uid in (FIRST, SECOND)] == [0, 1]
+
+    swarm.run(scenario())
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_node_can_be_started_again_soon_after_it_was_started_again(swarm: Swarm, leaves: bool) -> None:
+    """Each run may end after it has announced experts and before its record is renewed."""
+
+    async def scenario() -> None:
+        host, reader = swarm.hosts[1], swarm.registry(2)
+        await swarm.registry(1).publish_node(node_record(host, renew_every_s=150.0), 450.0)
+        for queued_rows in (3, 4, 5):
+            again = swarm.registry(1, time.time)
+            await again.publish_node(node_record(host, expert_count=queued_rows), LIFETIME_S)
+            for _ in range(4):
+                await again.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S, queued_rows)
+            assert (await reader.nodes([host.peer_id]))[host.peer_id].expert_count == queued_rows
+            [replica] = (await reader.replicas([FIRST]))[FIRST]
+            assert replica.queued_rows == queued_rows
+            if leaves:
+                await again.leave(LIFETIME_S)
 
     swarm.run(scenario())
 

@@ -29,6 +29,7 @@ from real_swarm import (
 
 from dht.announcements import Replica
 from dht.directory import Directory
+from dht.registry import Registry
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
 from expert_server.node import Node, NodeTiming
@@ -294,6 +295,26 @@ def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
         stub: Any = expert_pb2_grpc.ExpertServiceStub(await pool.get(info.addresses[0], info.certificate_pem))
         request = expert_pb2.InfoRequest(protocol_version=PROTOCOL_VERSION, swarm_id=observer.keys.swarm_id)
         assert len((await stub.Info(request, timeout=60)).experts) == 1
+
+    play(scenario)
+
+
+def test_a_node_stores_its_record_before_it_announces_experts(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it is killed in between, its next run knows by that record how long the announcements live."""
+    known: list[bool] = []
+    announce = Registry.announce
+
+    async def announcing(registry: Registry, *args: Any) -> None:
+        known.append(registry.peer_id in await registry.nodes([registry.peer_id]))
+        await announce(registry, *args)
+
+    async def scenario(village: Village) -> None:
+        monkeypatch.setattr(Registry, "announce", announcing)
+        await village.found(experts=2)
+        assert known
+        assert known[0]
 
     play(scenario)
 
