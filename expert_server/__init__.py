@@ -1,1 +1,1 @@
-"""The role of a node: hosts experts, and computes them for trainers."""
+"""The role of a node: it hosts experts, and computes them for trainers."""

@@ -1,8 +1,8 @@
 """The trainable block inside an expert, by the manifest's kind.
 
-A block maps (rows [R, D], lengths [S] of the segments, positions [R] in their sequences) to [R, D], and carries its own
-residual connection; D is the width of the experts. Kinds beside the two here come from other packages, through the
-entry point group `talkoot.expert_kinds`: a name, and a function from the experts' `ModelSpec` to such a block
+A block maps (rows [R, D], lengths [S] of the segments, positions [R] in their sequences) to [R, D], and includes its
+own residual connection; D is the width of the experts. Kinds other than the two here come from other packages, through
+the entry point group `talkoot.expert_kinds`: a name, and a function from the experts' `ModelSpec` to such a block
 (docs/expert-kinds.md).
 """
 
@@ -23,15 +23,15 @@ ENTRY_POINT_GROUP = "talkoot.expert_kinds"
 
 
 class BlockBuilder(Protocol):
-    """Builds a block. Only our own kinds are asked for one that is not causal."""
+    """Builds a block. Only Talkoot's own kinds can build one that is not causal."""
 
     def __call__(self, model: ModelSpec, *, causal: bool = True) -> nn.Module:
-        """`causal`: whether a row sees only the rows of its segment before it."""
+        """`causal`: whether a row attends only to earlier rows of its segment."""
         ...
 
 
 class FeedForward(nn.Module):
-    """A pre-norm feed-forward block with its residual; every row by itself."""
+    """A pre-norm feed-forward block with its residual connection. Each row is computed by itself."""
 
     def __init__(
         self, hidden: int, feed_forward: int, norm: Norm = "layer", activation: Activation = "gelu"
@@ -47,7 +47,9 @@ class FeedForward(nn.Module):
 
 
 def _transformer(model: ModelSpec, *, causal: bool = True) -> nn.Module:
-    """It starts as a feed-forward block: at first a row's segment is whatever the untrained gate sent along with it."""
+    """It starts as a feed-forward block: at first, a row's segment is just what the untrained gate happened to send
+    with it.
+    """
     layer = TransformerLayer(
         model.hidden,
         model.heads,
@@ -62,7 +64,7 @@ def _transformer(model: ModelSpec, *, causal: bool = True) -> nn.Module:
 
 
 def _ffn(model: ModelSpec, *, causal: bool = True) -> nn.Module:
-    """Causal or not, it sees every row by itself."""
+    """Each row is computed by itself, so `causal` makes no difference."""
     return FeedForward(model.hidden, model.feed_forward, model.norm, model.activation)
 
 
@@ -70,7 +72,7 @@ OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}
 
 
 def require_kind(manifest: Manifest) -> None:
-    """Raises SwarmError when no installed package has the manifest's kind of experts, or not for all of its layers."""
+    """Raises SwarmError if no installed package has the manifest's kind of experts, or can build it for all layers."""
     kind = manifest.experts.kind
     builder_of(kind)
     if manifest.model.encoder_layers and kind not in OWN_KINDS:
@@ -81,11 +83,11 @@ def require_kind(manifest: Manifest) -> None:
 
 
 def builder_of(kind: str) -> BlockBuilder:
-    """The builder of a kind's blocks. Raises SwarmError when no installed package has it."""
+    """The builder of a kind's blocks. Raises SwarmError if no installed package has that kind."""
     return OWN_KINDS.get(kind) or _others_builder(kind)
 
 
-@cache  # the search reads the metadata of every installed package, and comes for each expert
+@cache  # the search reads the metadata of every installed package, and is needed for each expert
 def _others_builder(kind: str) -> BlockBuilder:
     found = entry_points(group=ENTRY_POINT_GROUP)
     if kind not in found.names:
@@ -98,7 +100,7 @@ def _others_builder(kind: str) -> BlockBuilder:
 
 
 def build_block(manifest: Manifest, uid: UID) -> nn.Module:
-    """The block with its first parameters, which follow from the manifest's seed and the UID alone."""
+    """The block with its initial parameters, which depend only on the manifest's seed and the UID."""
     build = builder_of(manifest.experts.kind)
     if not manifest.model.is_causal(uid.layer):
         build = partial(build, causal=False)
@@ -106,12 +108,12 @@ def build_block(manifest: Manifest, uid: UID) -> nn.Module:
 
 
 def weightless_block(manifest: Manifest) -> nn.Module:
-    """A block of the manifest's kind with no memory behind its tensors: to look at shapes and sizes."""
+    """A block of the manifest's kind without memory for its tensors, for their shapes and sizes."""
     with torch.device("meta"):
         return builder_of(manifest.experts.kind)(manifest.expert_model)
 
 
 def first_seed(manifest: Manifest, uid: UID) -> int:
-    """The seed of one expert's first parameters, 63 bits."""
+    """The seed of one expert's initial parameters, 63 bits."""
     digest = hashlib.sha256(f"talkoot expert {manifest.model.seed} {uid}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

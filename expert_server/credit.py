@@ -1,5 +1,5 @@
-"""What trainers have signed for this node: the newest receipt of each, kept on disk, and the service that takes and
-gives them.
+"""What trainers have signed for this node: the newest receipt of each, kept on disk, and the service that accepts and
+returns receipts.
 """
 
 import asyncio
@@ -39,17 +39,17 @@ from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRAINERS = 512
-"""Trainers whose receipts a node keeps. Beyond that, the token or neighbourhood with the most trainers
-loses the one for the least work.
+"""Trainers whose receipts a node keeps. Beyond that, the token or neighbourhood with the most trainers loses the
+receipt for the least work.
 """
 SLACK = 65_536
-"""Pairs, or queries, by which all trainers together may exceed twice what this node remembers to have answered to them:
-it may have been killed since it saved their receipts.
+"""This node accepts receipts for at most twice the work that it remembers. All trainers together may exceed that by
+this many pairs or queries, because the node may have been killed after it last saved their receipts.
 """
 _CALLERS = 4096
-"""Callers whose calls are remembered."""
+"""Callers whose work is remembered."""
 _GIVEN_EVERY_S, _GIVEN_AT_ONCE = 30.0, 4
-"""How often a trainer may give a receipt, and how many at once after a pause."""
+"""How often a trainer may hand in a receipt, and how many at once after a pause."""
 _LISTS_PER_S, _LISTS_AT_ONCE = 4.0, 16
 _MAX_CALL_S = 10.0
 _SAVE_EVERY_S = 60.0
@@ -66,27 +66,27 @@ class ReceiptBook:
         signer_of: SignerOf = lambda receipt: None,
         most: int = MAX_TRAINERS,
     ) -> None:
-        """`signer_of`: by whose leave a trainer signs; None: anybody may."""
+        """`signer_of`: returns whose token lets a trainer sign; None: anybody may."""
         self.has_changed: bool = False
-        """Since it was saved."""
+        """Whether it has changed since it was saved."""
         self._signer_of = signer_of
         self._swarm_id = swarm_id
         self._node = node
         self._most = most
         self._receipts: dict[PeerID, Receipt] = {}
         self._crowds: dict[PeerID, Hashable] = {}
-        """The token or the neighbourhood of each of their trainers; of trainers from before the start, while nobody has
-        a token, the trainer itself.
+        """The token or the neighbourhood of each receipt's trainer. Without tokens, the trainer itself for receipts
+        from before the start.
         """
         self.forgotten: Work = Work()
-        """What the node had done when it lost its receipts: a trainer's first one may be for that much more."""
+        """The node's work before it lost its receipts: a trainer's first receipt may be for that much more."""
         self._slack = Multiset(pairs=SLACK, queries=SLACK)
-        """What is left of it for this run."""
+        """How much of the slack is left in this run."""
         self._served = BoundedDict[PeerID, Work](_CALLERS)
-        """What was answered to each caller since its last receipt."""
+        """The work done for each caller since its last receipt."""
         self._ordered: list[Receipt] | None = None
         self._signed: SignedWork | None = SignedWork()
-        """None: to be summed again, once somebody asks."""
+        """None: to be summed again when it is asked for."""
 
     @property
     def signed(self) -> SignedWork:
@@ -97,19 +97,19 @@ class ReceiptBook:
 
     @property
     def share(self) -> float | None:
-        """This node's share of all the pairs that nodes have answered to these trainers."""
+        """This node's share of all the pairs that nodes have answered for these trainers."""
         most = sum(receipt.all_pairs for receipt in self._receipts.values())
         return self.signed.work.pairs / most if most else None
 
     def note_served(self, caller: PeerID, work: Work) -> None:
-        """Notes what was served to a caller, which may sign for it from now on."""
+        """Records work done for a caller, which may sign for it from now on."""
         self._served[caller] = self._served.get(caller, Work()) + work
 
     def take(self, receipt: Receipt, near: str = "") -> bool:
-        """Keeps a receipt that is newer than the last one of its trainer, and returns whether it does.
+        """Keeps a receipt if it is newer than its trainer's last one. Returns whether it is.
 
         `near`: the neighbourhood that it came from. Raises ExpertError (FAILED_PRECONDITION) if this node can't have
-        done that, and RecordError if the trainer may not sign.
+        done that work, and RecordError if the trainer may not sign.
         """
         signer = self._signer_of(receipt)
         held = self._receipts.get(receipt.trainer)
@@ -123,7 +123,7 @@ class ReceiptBook:
         answered = self._served.get(receipt.trainer, Work())
         over = dict[str, int]()
         for name in ("pairs", "queries"):
-            # twice, for what the node forgot when it was killed
+            # twice, to cover what the node forgot when it was killed
             expected = 2 * getattr(answered, name) + (getattr(self.forgotten, name) if held is None else 0)
             over[name] = max(0, getattr(receipt.work, name) - getattr(before, name) - expected)
             if over[name] > self._slack[name]:
@@ -138,7 +138,9 @@ class ReceiptBook:
         return True
 
     def page(self, offset: int) -> credit_pb2.ListReply:
-        """The receipts from this one on: those for the most work of each token or neighbourhood first."""
+        """A page of receipts, from this offset on. Tokens or neighbourhoods take turns, each with its largest receipts
+        first.
+        """
         if self._ordered is None:
             by_work = [receipt.trainer for receipt in sorted(self._receipts.values(), key=_most_first)]
             self._ordered = [self._receipts[trainer] for trainer in in_turns(by_work, self._crowds)]
@@ -146,13 +148,15 @@ class ReceiptBook:
         return credit_pb2.ListReply(receipts=(receipt.signed for receipt in some), total=len(self._ordered))
 
     def serialize(self) -> bytes:
-        """All receipts, as `restore` takes them."""
+        """All receipts, for `restore`."""
         return credit_pb2.ListReply(
             receipts=(receipt.signed for receipt in self._receipts.values())
         ).SerializeToString()
 
     def restore(self, data: bytes) -> None:
-        """Keeps the receipts that were saved and still verify. Raises RecordError for what was never saved so."""
+        """Restores saved receipts, but not those whose token has been revoked since. Raises RecordError if any
+        is wrong.
+        """
         try:
             saved = credit_pb2.ListReply.FromString(data)
         except DecodeError as error:
@@ -161,7 +165,7 @@ class ReceiptBook:
             receipt = check_receipt(signed, self._swarm_id, self._node)
             try:
                 signer = self._signer_of(receipt)
-            except RecordError:  # its token was revoked since
+            except RecordError:  # its token has been revoked since
                 continue
             self._keep(receipt, signer)
         self.has_changed = False
@@ -188,9 +192,9 @@ class ReceiptFile:
         self._book = book
 
     async def open(self, done: Work = _NOTHING) -> None:
-        """Reads the file. A missing or broken file counts as no receipts: trainers that still train sign again.
+        """Reads the file. If it is missing or broken, there are no receipts: trainers that are still active sign again.
 
-        `done`: by the node's own count.
+        `done`: the node's own count of its work.
         """
         try:
             await asyncio.to_thread(self._read)
@@ -201,7 +205,7 @@ class ReceiptFile:
             logger.warning("%s can't be read, and trainers must sign again: %s", self._path, error)
 
     async def save(self) -> None:
-        """Writes the file if there is something new, whole or not at all. A full disk is a warning."""
+        """Writes the file atomically if there are changes. A full disk only causes a warning."""
         if not self._book.has_changed:
             return
         data, self._book.has_changed = self._book.serialize(), False
@@ -231,7 +235,7 @@ ListContext = grpc.aio.ServicerContext[credit_pb2.ListRequest, credit_pb2.ListRe
 
 
 class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
-    """Takes receipts from trainers, and gives them to whoever asks."""
+    """Accepts receipts from trainers, and returns them to anybody who asks."""
 
     def __init__(
         self,
@@ -242,7 +246,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
         up: RateLimit,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`up`: how fast answers may go."""
+        """`up`: limits the upload of answers."""
         outcomes = Counter(
             "talkoot_receipts", "Receipts that trainers gave, by outcome.", ["outcome"], registry=metrics
         )
@@ -279,7 +283,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
         raise AssertionError("abort raises")
 
     def _take(self, signed: credit_pb2.SignedReceipt, caller: PeerID, near: str) -> bool:
-        """Raises ExpertError, and WireError."""
+        """Raises ExpertError and WireError."""
         now = time.monotonic()
         if wait_s := self._given.wait_s(caller, now):
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "receipts come too often", wait_s)

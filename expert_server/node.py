@@ -67,18 +67,18 @@ from peer.wire import session_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
-"""The longest time that a stopping node tries to withdraw its record."""
+"""How long a stopping node tries to withdraw its record."""
 _CALLS_GRACE_S = 1.0
-"""The longest time that a stopping node lets calls finish."""
+"""How long a stopping node lets calls finish."""
 _LATELY_S = 60.0
-"""A trainer that has sent gradients within this time uses the node now."""
+"""A trainer that has sent gradients within this time counts as using the node now."""
 _ACCOUNT_EVERY_S = 60.0
-"""Time between saves of the contribution."""
+"""Time between two saves of the contribution."""
 
 
 @dataclass(frozen=True)
 class NodeTiming:
-    """Times, in seconds, that no owner has a reason to change. Tests of a whole node shorten them."""
+    """Times in seconds that no owner has a reason to change. Tests of a whole node shorten them."""
 
     claim_wait_s: float = CLAIM_WAIT_S
     look_every_s: float = LOOK_EVERY_S
@@ -86,7 +86,7 @@ class NodeTiming:
 
 
 class Node:
-    """A node of a swarm that was founded or joined. Made by `start`; then `run` it, and `stop` it when done."""
+    """A node of a swarm that was founded or joined. Create it with `start`; then `run` it, and `stop` it when done."""
 
     def __init__(
         self,
@@ -235,9 +235,11 @@ class Node:
         stage: Stage = logger.info,
         timing: NodeTiming = NodeTiming(),
     ) -> "Node":
-        """Serves on `host`, takes its first experts and announces them. Takes over the swarm, also when it fails.
+        """Serves on `host`, takes its first experts and announces them. Becomes the owner of the swarm, even if it
+        fails.
 
-        `state`: the node's own folder, where it keeps checkpoints. `stage`: is told what happens.
+        `state`: the node's own folder, where it keeps checkpoints. `stage`: called with each step of the start, in
+        words.
         """
         try:
             require_kind(swarm.manifest)
@@ -262,7 +264,7 @@ class Node:
             await node._receipt_file.open(node._done())
             await runtime.start()
             await node._serve(host)
-            # what other peers say is looked at again and again; a start must not depend on it
+            # other peers' lists are read again and again later; a start must not depend on them
             with (
                 contextlib.suppress(UnreachableError),
                 tolerating("see who reaches this node", node.restarts),
@@ -281,7 +283,7 @@ class Node:
             raise
 
     async def _serve(self, host: str) -> None:
-        """Adds the node's services to the server that runs already, and starts /metrics."""
+        """Adds the node's services to the running server, and starts /metrics."""
         settings, server = self._settings, self.swarm.host.server
         assert server is not None, "a node's host has a server"
         self._host = host
@@ -307,7 +309,7 @@ class Node:
         self.metrics_address = self._metrics.address
 
     def _show_levels(self) -> None:
-        """Exposes levels of the node as a whole. The functions run on the thread of a scrape."""
+        """Exposes gauges of the node as a whole. Their functions run on the thread of a scrape."""
         loop = asyncio.get_running_loop()
         for name, words, level in (
             ("paused", "1 while the node is paused.", lambda: self.state is NodeState.PAUSED),
@@ -323,7 +325,7 @@ class Node:
     async def run(self) -> None:
         """Announces, adopts, replicates, averages and saves experts, and pauses when it should.
 
-        Ends only by a group with an InviteError, once the founder has revoked this node's token.
+        It ends only by raising a group with an InviteError, once the founder has revoked this node's token.
         """
         every_s = self._settings.checkpoint_every_s
         tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
@@ -361,7 +363,7 @@ class Node:
             await self._rounds.run("admission", self._access.look)
 
     async def _publish_record(self) -> None:
-        """Renews what this node says of itself in the DHT."""
+        """Renews the node's record in the DHT."""
         activity = Activity.PAUSED if self._pauses.why else Activity.SERVING
         record = self._records.record(
             self.status(),
@@ -377,7 +379,9 @@ class Node:
         await self.swarm.registry.publish_node(record, self.period.lifetime_s)
 
     async def _look_around(self) -> None:
-        """Looks for experts that need a host. Apart from the announcements, which must not wait while states come."""
+        """Looks for experts that need a host. Separate from announcements, which must not wait while states are
+        fetched.
+        """
         hosting = self.hosting
         for look in chain((hosting.replicate,), cycle((hosting.look_again, hosting.look))):
             if self._pauses.hosts and not self._pauses.why:
@@ -385,7 +389,7 @@ class Node:
             await asyncio.sleep(self.period.drawn_s(0.5))
 
     async def _host_memories(self) -> None:
-        """Verifies and serves what is on disk, then takes what needs a host."""
+        """Verifies and serves the memories on disk, then takes shards that need a host."""
         await self.memories.hosted.verify()
         await self._rounds.run("announce memories", self.memories.hosted.announce_all)
         for look in cycle((self.memories.look, self.memories.look_again)):
@@ -398,7 +402,7 @@ class Node:
             await asyncio.sleep(self.period.drawn_s())
 
     async def _hear_news(self) -> None:
-        """Follows the swarm's news until cancelled. If the DHT does not answer, others have said so."""
+        """Follows the swarm's news until cancelled. If the DHT does not answer, other tasks have logged it."""
         while True:
             with contextlib.suppress(UnreachableError):
                 await self.news.look()
@@ -413,21 +417,20 @@ class Node:
     async def pause(self, reason: str = "by its owner", for_s: float | None = None) -> None:
         """Gives up the experts and stays in the swarm, until `resume` or for `for_s` seconds.
 
-        `reason`: in words, to be shown. Calls are answered with NOT_FOUND meanwhile. Returns when it has paused.
+        `reason`: shown to users. Meanwhile, calls are answered with NOT_FOUND. Returns when the node has paused.
         """
         await self._pauses.pause(reason, for_s)
 
     async def resume(self) -> None:
         """Takes experts again, first those with checkpoints here.
 
-        Overrides the schedule, the battery and the load of other programs as they are now, until they no longer demand
-        a pause.
+        Overrides the present reasons to pause (schedule, battery, load of other programs) until each no longer holds.
         """
         await self._rounds.run("pauses", self._pauses.resume)
 
     async def _take_experts(self) -> None:
         self.memories.resume()
-        await self.hosting.take_first()  # and announces them
+        await self.hosting.take_first()  # this also announces them
         await self.swarm.keep_manifest()
         await self._publish_record()
 
@@ -440,7 +443,7 @@ class Node:
             await self._publish_record()
 
     async def _release(self, limit_s: float) -> None:
-        """Gives up the experts, once others have the updates that only this node's replicas took; and the memories."""
+        """Gives up the memories, and the experts once others have all updates that only this node's replicas took."""
         await asyncio.gather(self._release_experts(limit_s), self.memories.release(limit_s))
 
     async def _release_experts(self, limit_s: float) -> None:
@@ -475,13 +478,13 @@ class Node:
         await self.swarm.stop()
 
     def hurry(self) -> None:
-        """Makes a node that stops wait no longer for others to take over its experts."""
+        """A stopping node no longer waits for others to take over its experts."""
         self.averaging.hurry()
         self.hosting.hurry()
         self.memories.hurry()
 
     async def _drain(self) -> None:
-        """Gives up the experts. Meanwhile the node stays announced, so that others find it and fetch the states."""
+        """Gives up the experts. Meanwhile the node stays announced, so that others find it and fetch their states."""
         announcing = asyncio.create_task(self._stay_announced_as_leaving(), name="announce while leaving")
         try:
             can_hand_over = self.address and not self.is_revoked
@@ -503,7 +506,7 @@ class Node:
 
     @property
     def is_revoked(self) -> bool:
-        """Whether the founder has revoked this node's token, so that nobody takes what it says or gives."""
+        """Whether the founder has revoked this node's token, so that others no longer accept its records or calls."""
         return self._access.is_revoked
 
     @property
@@ -514,7 +517,7 @@ class Node:
             return NodeState.DRAINING if self.runtime.experts else NodeState.PAUSED
         if self._pauses.taking or not self._pauses.hosts:
             return NodeState.JOINING
-        # as long as trainers come, the network is up, whoever else has gone
+        # as long as trainers call, the network is up, even if all other nodes have gone
         is_cut_off = self._rounds.are_failing and not self._servicer.trainers(_LATELY_S)
         return NodeState.UNREACHABLE if is_cut_off else NodeState.SERVING
 

@@ -1,6 +1,7 @@
-"""Pauses: a node gives up its experts and stays in the swarm, until its owner, schedule and machine let it resume.
+"""Pauses: a node gives up its experts and stays in the swarm, until its owner, its schedule and its machine let it
+resume.
 
-Why to pause is decided by pure functions and classes that are given times and samples. `Machine` takes the samples, and
+Pure functions and classes, which are given times and samples, decide why to pause. `Machine` takes the samples, and
 `PauseController` acts on the decision.
 """
 
@@ -23,17 +24,17 @@ from peer.platform.machine import on_battery, processor_times
 logger: logging.Logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
-"""Time between looks at the hour, the battery and the load by other programs."""
+"""Time between two looks at the schedule, the battery and the load of other programs."""
 BUSY_AFTER_S = 10.0
-"""Window over which the load by other programs is high before a node pauses."""
+"""The load of other programs must be high over this window before a node pauses."""
 IDLE_AFTER_S = 120.0
-"""Window over which that load is low before the node resumes."""
+"""That load must be low over this window before the node resumes."""
 _IDLE_SHARE = 0.4
 """The load at which to resume, as a share of the load at which to pause."""
 
 
 class PauseCause(Enum):
-    """Why a node pauses, when its owner did not ask for it."""
+    """Why a node pauses without a command of its owner."""
 
     SCHEDULE = "schedule"
     BATTERY = "battery"
@@ -42,7 +43,7 @@ class PauseCause(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much of all cores other programs used between two moments, in monotonic seconds."""
+    """Other programs' use of all cores between two moments, in monotonic seconds."""
 
     start: float
     end: float
@@ -50,16 +51,17 @@ class Load:
 
 
 class LoadMonitor:
-    """Whether other programs need the machine. At first it is idle.
+    """Whether other programs need the machine. It starts as idle.
 
     It becomes busy when their mean load over `busy_after_s` reaches `busy_percent`, and idle again when the mean over
-    `idle_after_s` is at most two fifths of that. A change starts a new window, so changes are at least a window apart.
+    `idle_after_s` is at most two fifths of that. Each change starts a new window, so changes are at least one window
+    apart.
     """
 
     def __init__(
         self, busy_percent: float, busy_after_s: float = BUSY_AFTER_S, idle_after_s: float = IDLE_AFTER_S
     ) -> None:
-        """`busy_percent`: of all cores."""
+        """`busy_percent`: percent of all cores."""
         self.busy = False
         self._busy_percent = busy_percent
         self._idle_percent = _IDLE_SHARE * busy_percent
@@ -69,12 +71,12 @@ class LoadMonitor:
         """The loads in the window, oldest first."""
 
     def note(self, load: Load) -> bool:
-        """Takes the load since the last sample, and returns whether the machine is busy now."""
+        """Adds the load since the last sample. Returns whether the machine is busy now."""
         self._loads.append(load)
         start = load.end - (self._idle_after_s if self.busy else self._busy_after_s)
         while self._loads[0].end <= start:
             self._loads.popleft()
-        if self._loads[0].start <= start:  # the loads reach back far enough
+        if self._loads[0].start <= start:  # the samples cover the whole window
             mean = _mean(self._loads, start)
             busy = mean > self._idle_percent if self.busy else mean >= self._busy_percent
             if busy is not self.busy:
@@ -84,7 +86,7 @@ class LoadMonitor:
 
 
 def _mean(loads: Collection[Load], start: float) -> float:
-    """The mean percentage from `start` on. Of equal ones it is exactly that: a threshold may be just there."""
+    """The mean percentage from `start` on. The mean of equal numbers is exact, because a threshold may equal them."""
     parts = [(load.percent, load.end - max(load.start, start)) for load in loads]
     last = parts[-1][0]
     above = sum((percent - last) * seconds for percent, seconds in parts)
@@ -93,7 +95,7 @@ def _mean(loads: Collection[Load], start: float) -> float:
 
 @dataclass(frozen=True)
 class MachineState:
-    """How the machine is now."""
+    """The present state of the machine."""
 
     on_battery: bool = False
     busy: bool = False
@@ -101,7 +103,7 @@ class MachineState:
 
 
 def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineState) -> dict[PauseCause, str]:
-    """The reasons in words that follow `paused`. `when`: local time."""
+    """The reasons, in words that follow `paused`. `when`: local time."""
     found = {}
     if settings.schedule is not None and not settings.schedule.allows(when):
         found[PauseCause.SCHEDULE] = f"until {settings.schedule.next_start(when)}"
@@ -115,8 +117,8 @@ def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineSta
 class OwnerOverride:
     """The owner's last command, which overrides every setting.
 
-    A pause lasts until its time is over or the next command. A resume overrides the reasons to pause that hold at that
-    moment, each until it no longer holds: nobody has to remember to take the command back.
+    A pause lasts until its time is over or until the next command. A resume overrides the reasons to pause that hold at
+    that moment, each until it no longer holds, so that nobody has to remember to undo it.
     """
 
     def __init__(self) -> None:
@@ -125,17 +127,17 @@ class OwnerOverride:
         self._overridden: set[PauseCause] = set()
 
     def pause(self, reason: str, until: float | None = None) -> None:
-        """`reason`: in words that follow `paused`; `until`: Unix time in seconds, None: the next command."""
+        """`reason`: in words that follow `paused`. `until`: Unix time in seconds; None: until the next command."""
         self._pause, self._until = reason, until
         self._overridden.clear()
 
     def resume(self, causes: Collection[PauseCause]) -> None:
-        """`causes`: those that hold now."""
+        """`causes`: the causes that hold now."""
         self._pause = None
         self._overridden = set(causes)
 
     def judge(self, reasons: Mapping[PauseCause, str], now: float) -> list[str]:
-        """Why to pause now, the owner's reason first. Forgets what no longer holds."""
+        """Why to pause now, the owner's reason first. Forgets overrides that no longer apply."""
         if self._until is not None and now >= self._until:
             self._pause = self._until = None
         self._overridden &= reasons.keys()
@@ -149,18 +151,18 @@ class OwnerOverride:
 
 @dataclass(frozen=True, slots=True)
 class _Times:
-    """The processor's clocks, all in seconds."""
+    """CPU times, all in seconds."""
 
     at: float
     total: float
-    """The time of all cores."""
+    """The time of all cores together."""
     busy: float
     own: float
     """The time of this process and its children."""
 
 
 class Machine:
-    """Samples the battery and the load. A sample takes some milliseconds: not for the event loop."""
+    """Samples the battery and the load. A sample takes some milliseconds, so take it off the event loop."""
 
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
@@ -185,7 +187,7 @@ class Machine:
         machine = processor_times()
         own = 0.0
         for process in (self._process, *self._process.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):  # it has ended
+            with contextlib.suppress(psutil.Error):  # the process has ended
                 used = process.cpu_times()
                 own += used.user + used.system
         return _Times(time.monotonic(), machine.total, machine.busy, own)
@@ -195,9 +197,10 @@ Step = Callable[[], Coroutine[Any, Any, None]]
 
 
 class PauseController:
-    """Whether a node hosts experts now, by its settings and its owner's commands. It makes one change at a time.
+    """Whether a node hosts experts now, according to its settings and its owner's commands. It makes one change at a
+    time.
 
-    A pause cancels a `take` that is under way, and `release` must give up whatever that leaves.
+    A pause cancels a `take` in progress, and `release` must give up whatever that leaves.
     """
 
     def __init__(
@@ -207,9 +210,9 @@ class PauseController:
         self.hosts = False
         """Whether the node hosts experts, or would if there were any for it."""
         self.taking = False
-        """Whether it is just starting to."""
+        """Whether it is just starting to host."""
         self.why: Sequence[str] = ()
-        """Why it is paused or about to be, in words that follow `paused`; else nothing."""
+        """Why it is paused or about to pause, in words that follow `paused`; else empty."""
         self._settings = settings
         self._take, self._release = take, release
         self._now = now
@@ -218,21 +221,21 @@ class PauseController:
         self._owner = OwnerOverride()
         self._changing = asyncio.Lock()
         self._running: asyncio.Timeout | None = None
-        """Around what a pause cancels."""
+        """The timeout around the work that a pause cancels."""
         self._releasing: asyncio.Task[None] | None = None
         self._ended = False
 
     @property
     def overridden(self) -> Sequence[str]:
-        """Why it would be paused, had its owner not resumed it."""
+        """Why it would be paused if its owner had not resumed it."""
         return self._owner.overridden(self._reasons)
 
     async def look(self) -> None:
-        """Looks at the clock and the machine, and pauses or resumes as they demand. Raises what `take` raises."""
+        """Looks at the clock and the machine, and pauses or resumes accordingly. Raises what `take` raises."""
         state = MachineState()
         if self._settings.only_when_idle or self._settings.not_on_battery:
             state = await asyncio.to_thread(self._machine.look)
-        when = datetime.fromtimestamp(self._now())  # local time, by the clock on the wall
+        when = datetime.fromtimestamp(self._now())  # local time, by the system's clock
         self._reasons = reasons_to_pause(self._settings, when, state)
         await self._settle()
 
@@ -244,13 +247,13 @@ class PauseController:
         await self._settle()
 
     async def resume(self) -> None:
-        """Overrides the reasons to pause that hold now, until they no longer do. Raises what `take` raises."""
+        """Overrides the present reasons to pause, until they no longer hold. Raises what `take` raises."""
         self._owner.resume(self._reasons)
         await self._settle()
 
     @property
     def in_words(self) -> str:
-        """Why it is paused, or would be had its owner not resumed it; else empty."""
+        """Why it is paused, or would be if its owner had not resumed it; else empty."""
         if self.why:
             return paused_in_words(self.why)
         if self.overridden:
@@ -258,7 +261,7 @@ class PauseController:
         return ""
 
     async def end(self) -> None:
-        """Cancels the taking of experts, and from then on changes nothing."""
+        """Cancels the taking of experts. Nothing changes after that."""
         self._ended = True
         self._cancel_taking()
         async with self._changing:
@@ -266,7 +269,7 @@ class PauseController:
                 await self._give_up()
 
     async def _settle(self) -> None:
-        """Starts or stops hosting until that fits the reasons, which may change meanwhile."""
+        """Starts or stops hosting until that matches the reasons, which may change meanwhile."""
         self.why = self._owner.judge(self._reasons, self._now())
         if self.why:
             self._cancel_taking()
@@ -287,13 +290,13 @@ class PauseController:
         finally:
             self.taking = False
         if not ended and not self._ended:
-            # even if it may resume already: hosting half of the experts is no state to be in
+            # even if it may resume already: it must not stay with half of the experts
             await self._give_up()
 
     async def _give_up(self) -> None:
-        """Releases the experts in a task of its own, which the next caller waits for as well.
+        """Releases the experts in a separate task, which the next caller waits for as well.
 
-        Experts that are out of service but not yet saved must not be lost when the caller is cancelled.
+        If the caller is cancelled, experts that are out of service but not yet saved must not be lost.
         """
         releasing = self._releasing or asyncio.create_task(self._release(), name="release of experts")
         self._releasing = releasing
@@ -305,7 +308,7 @@ class PauseController:
         self.hosts = False
 
     async def _run(self, step: Step) -> bool:
-        """Returns whether the step came to its end, and was not cancelled by a pause."""
+        """Returns whether the step was completed, rather than cancelled by a pause."""
         try:
             async with asyncio.timeout(None) as running:
                 self._running = running

@@ -1,7 +1,7 @@
-"""Measures the way between two peers: round trip, clock offset, bandwidth, and whether the other can dial back.
+"""Measures the way between two peers: round trip, clock offset, bandwidth, and whether the other peer can dial back.
 
-`ProbeServicer` is the node's side. A hostile caller costs it at most two probes at a time of 8 MiB and 10 s, and a
-short TCP connection to the caller's own address. The node's bandwidth limits hold for probes, too. `call_probe` and
+`ProbeServicer` is the node's side. A hostile caller costs it at most two probes at a time, of 8 MiB and 10 s each, and
+a short TCP connection to the caller's own address. The node's bandwidth limits apply to probes, too. `call_probe` and
 `call_dial_back` are the caller's side.
 """
 
@@ -41,9 +41,9 @@ _DIAL_DEADLINE_S = 8.0
 _ROUND_TRIPS = 4
 _MESSAGE_BYTES = 128 * 1024
 _FIRST_BYTES = 128 * 1024
-"""Even a slow line carries this much in the time that a node gives a probe."""
+"""Even a slow line carries this much within the time that a node allows for a probe."""
 _MORE_BYTES = 2 * 2**20
-"""Sent after that if it takes a second at most; else as much as takes about a second."""
+"""Sent next if it takes at most a second; otherwise, as much as takes about a second."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ProbeLimits:
     probe_s: float = 10.0
     dial_s: float = 3.0
     at_once: int = 2
-    """Probes; and as many dials."""
+    """Probes at the same time, and as many dials."""
     burst: int = 6
     """Calls that one caller may make in a row; after that, one every `every_s`."""
     every_s: float = 10.0
@@ -63,15 +63,15 @@ class ProbeLimits:
 
 
 class Allowance:
-    """How often callers may ask, each of them and all together. Pure: `now` is passed in."""
+    """How often each caller and all callers together may ask. Pure: `now` is an argument."""
 
     def __init__(self, limits: ProbeLimits) -> None:
-        # a bucket may be overdrawn by one call, so that its burst is one less
+        # a bucket may be overdrawn by one call, so its burst is one less
         self._each = TokenBuckets[str](1 / limits.every_s, limits.burst - 1, _REMEMBERED_CALLERS)
         self._all = TokenBuckets[None](1 / limits.all_every_s, limits.all_burst - 1)
 
     def take(self, caller: str, now: float) -> float:
-        """Takes one call and returns 0; or takes nothing, and returns how many seconds to wait."""
+        """Takes one call and returns 0, or takes none and returns how many seconds to wait."""
         if wait_s := max(self._each.wait_s(caller, now), self._all.wait_s(None, now)):
             return wait_s
         self._each.take(caller, 1, now)
@@ -90,7 +90,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
         clock: Callable[[], float] = time.monotonic,
         dialling: Dialling | None = None,
     ) -> None:
-        """`dialling`: the rules for addresses that are dialled; None: all of this machine may be."""
+        """`dialling`: the rules for addresses that may be dialled; None: any on this machine."""
         self._swarm_id = swarm_id
         self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
         self._traffic = traffic
@@ -103,7 +103,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
         try:
             with _refusals() as refusal:
                 async with asyncio.timeout(self._limits.probe_s):
-                    # read first: grpc.aio shows INTERNAL, and no reason, to a caller that is refused while it writes
+                    # read first: grpc.aio shows INTERNAL without a reason to a caller that is refused while it writes
                     first = await anext(stream, None)
                     with self._probes.turn(context.peer(), self._clock()):
                         await self._answer(first, stream, context)
@@ -120,7 +120,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
             if not LOWEST_PORT <= request.port <= 65535:
                 raise WireError(f"ports from {LOWEST_PORT} to 65535 are dialled, not {request.port}")
             with self._dials.turn(context.peer(), self._clock()) as address:
-                # behind a proxy of this machine, such as a container's, all callers have the proxy's address
+                # behind a proxy on this machine, such as a container's, all callers have the proxy's address
                 if not self._dialling.allows(Endpoint.of(str(address), request.port)):
                     raise ExpertError(
                         StatusCode.FAILED_PRECONDITION, f"{address} is nearer than this swarm: not dialled"
@@ -187,7 +187,7 @@ class _Turns:
 
     @contextmanager
     def turn(self, peer: str, now: float) -> Iterator[IpAddress]:
-        """Wraps a call. `peer`: as gRPC names it. Raises ExpertError when it is not this caller's turn."""
+        """Wraps a call. `peer`: its name in gRPC. Raises ExpertError if it is not this caller's turn."""
         address = address_of(peer)
         if address is None:
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "this call comes from no IP address")
@@ -215,7 +215,7 @@ class _Refusal:
 
 @contextmanager
 def _refusals() -> Iterator[_Refusal]:
-    """Keeps the error for the caller, because `abort` must come after everything else was released."""
+    """Keeps the error for the caller, because `abort` must be called after everything else is released."""
     refusal = _Refusal()
     try:
         yield refusal
@@ -233,15 +233,15 @@ class Link:
 
     round_trip_s: float
     clock_offset_s: float
-    """The node's clock minus this machine's, give or take half the round trip."""
+    """The node's clock minus this machine's, accurate to half the round trip."""
     upload_mbit: float
-    """Mbit/s, as is `download_mbit`."""
+    """In Mbit/s, like `download_mbit`."""
     download_mbit: float
 
 
 @dataclass(frozen=True)
 class DialledBack:
-    """What a node said of its attempt to connect to us."""
+    """What a node reported about its attempt to connect to this peer."""
 
     connected: bool
     address: str
@@ -250,19 +250,19 @@ class DialledBack:
 
 
 async def call_probe(channel: grpc.aio.Channel, swarm_id: str, now: Callable[[], float] = time.time) -> Link:
-    """Measures the way by one call that carries about 4 MiB. Raises UnreachableError with the cause."""
+    """Measures the way with one call that carries about 4 MiB. Raises UnreachableError with the cause."""
     stub = make_stub(probe_pb2_grpc.ProbeServiceStub, channel)
     probe = _Probe(stub.Probe(timeout=_PROBE_DEADLINE_S), swarm_id)
     try:
         return await _measure(probe, now)
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter for a call that has ended already
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # InvalidStateError: the call has already ended
         raise _unreachable(await probe.call.code(), await probe.call.details()) from None
     finally:
         probe.call.cancel()
 
 
 async def call_dial_back(channel: grpc.aio.Channel, swarm_id: str, port: int) -> DialledBack:
-    """Asks the node to connect to `port` of this machine. Raises UnreachableError when it does not try."""
+    """Asks the node to connect to `port` of this machine. Raises UnreachableError if it does not try."""
     stub = make_stub(probe_pb2_grpc.ProbeServiceStub, channel)
     request = probe_pb2.DialBackRequest(protocol_version=PROTOCOL_VERSION, swarm_id=swarm_id, port=port)
     try:
@@ -276,14 +276,14 @@ async def call_dial_back(channel: grpc.aio.Channel, swarm_id: str, port: int) ->
 
 
 class _Probe:
-    """One call, in which every request has one reply."""
+    """One call in which every request gets one reply."""
 
     def __init__(self, call: Any, swarm_id: str) -> None:
         self.call = call
         self._swarm_id = swarm_id
 
     async def exchange(self, sizes: list[tuple[int, int]]) -> float:
-        """Sends requests of these sizes (bytes sent, bytes wanted back); returns the time in the last reply."""
+        """Sends requests of these sizes (bytes sent, bytes wanted back). Returns the time in the last reply."""
         for sent, wanted in sizes:
             request = probe_pb2.ProbeRequest(
                 protocol_version=PROTOCOL_VERSION,

@@ -1,4 +1,4 @@
-"""Whether and how others reach this node: it asks them to dial back, and finds relays when they can't."""
+"""Whether and how others reach this node: it asks them to dial back, and finds relays if they can't."""
 
 import asyncio
 import logging
@@ -25,34 +25,34 @@ from peer.transport.endpoints import AddressScope, Endpoint, is_public
 logger: logging.Logger = logging.getLogger(__name__)
 
 _ASKED = 3
-"""Nodes that are asked to dial back."""
+"""How many nodes are asked to dial back."""
 _ASK_S = 20.0
-"""The longest time that asking all of them may take."""
+"""The longest time for asking all of them."""
 _ASK_AGAIN_S = 600.0
 """Time until other nodes are asked again."""
 _UNANSWERED = 2
-"""Rounds without an answer after which a machine with a private address takes itself for unreachable."""
+"""After this many rounds without an answer, a machine with a private address considers itself unreachable."""
 _TUNNEL_RELAYS = 4
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether at least half of the nodes that tried reached the port."""
+    """What the nodes that were asked found: whether at least half of those that tried reached the port."""
 
     asked: int
     reached: bool
     reached_at: tuple[str, ...]
-    """IP addresses at which at least half of them reached it, the one seen most often first."""
+    """IP addresses where at least half of them reached it, the one reported most often first."""
 
 
 def judge(dials: Sequence[DialledBack]) -> Judgement:
-    """The port counts as reached when at least half of the nodes reached it, so that a single liar changes little."""
+    """The port counts as reached if at least half of the nodes reached it, so that a single liar changes little."""
     reached = sum(dial.connected for dial in dials)
     seen = Counter(dial.address for dial in dials if dial.connected)
     return Judgement(
         asked=len(dials),
         reached=2 * reached >= len(dials) > 0,
-        # so that no single liar has this node announce another machine's address
+        # a single liar must not make this node announce another machine's address
         reached_at=tuple(address for address, times in seen.most_common() if 2 * times >= reached),
     )
 
@@ -63,19 +63,19 @@ class ReachabilityStatus:
 
     kind: Reachability = Reachability.UNKNOWN
     relays: int = 0
-    """Relays that lead to it, over gRPC and over libp2p."""
+    """How many relays lead to it, over gRPC and over libp2p."""
     looking: bool = False
-    """Whether it looks for a relay: nobody reaches it until it has one."""
+    """Whether it is looking for a relay: nobody reaches it until it has one."""
     asked: int = 0
-    """Nodes that were asked to dial back."""
+    """How many nodes were asked to dial back."""
     why_unasked: str = ""
-    """Why nobody is asked, in words; empty: others are."""
+    """Why no node is asked, in words; empty if nodes are asked."""
     refusal: str = ""
-    """What the last relay said that refused; empty if none did."""
+    """What the last relay that refused said; empty if none has refused."""
 
     @property
     def in_words(self) -> str:
-        """How the node is reached, such as `direct` or `relayed by 3 relays`. It is `direct` only when others have
+        """How the node is reached, such as `direct` or `relayed by 3 relays`. It is `direct` only if others have
         dialled back.
         """
         if self.why_unasked:
@@ -90,9 +90,9 @@ class ReachabilityStatus:
 
 
 def advice(status: ReachabilityStatus, host: str, port: int, router: str = "") -> str:
-    """What the owner can do so that others connect directly; empty when they do.
+    """What the owner can do so that others connect directly; empty if they already do.
 
-    The port is 0 when it changes. `router`: what the router does about it, if it was asked.
+    `port`: 0 if it changes. `router`: what the router does about it, if it was asked.
     """
     if status.kind in {Reachability.UNKNOWN, Reachability.DIRECT}:
         return ""
@@ -129,12 +129,12 @@ class ReachabilityMonitor:
         self._next_at = float("-inf")
         self._relays = RelayKeeper(swarm, _TUNNEL_RELAYS, rng, clock)
         self._forwarded: Endpoint | None = None
-        """Where the router says that the internet reaches this node."""
+        """Where, according to the router, the internet reaches this node."""
         self._is_hidden = False
         self._unanswered = 0
-        """How often in a row there was nobody to ask, or nobody answered."""
+        """Consecutive rounds in which there was nobody to ask, or nobody answered."""
         self._doubts = 0
-        """How often in a row others could not reach this node, which they had reached before."""
+        """Consecutive rounds in which others could not reach this node, although they had before."""
         ways = Gauge(
             "talkoot_reachability",
             "How others reach this node: 1 for what is so.",
@@ -146,12 +146,12 @@ class ReachabilityMonitor:
 
     @property
     def addresses(self) -> tuple[Endpoint, ...]:
-        """`host:port` of the expert service, as it is announced."""
+        """The expert service's announced addresses."""
         return self._addresses
 
     @property
     def advice(self) -> str:
-        """What the owner can do so that others connect directly; empty when they do."""
+        """What the owner can do so that others connect directly; empty if they already do."""
         return advice(self.status, self._host, self._settings.port, self._router)
 
     @property
@@ -176,14 +176,14 @@ class ReachabilityMonitor:
         return self.status.kind is kind
 
     async def begin(self, host: str, port: int, stage: Stage = logger.info) -> None:
-        """Finds out how others reach the expert service on this address and port. Raises UnreachableError."""
+        """Finds out how others reach the expert service at this address and port. Raises UnreachableError."""
         self._host, self._port = host, port
         self._addresses = self._unproven
         await self.check(stage)
         logger.info("others reach this node: %s", self.in_words)
 
     async def check(self, stage: Stage = logger.info) -> None:
-        """Asks others when it is time, and looks for relays when there are none. Raises UnreachableError."""
+        """Asks others when it is time, and looks for relays if there are none. Raises UnreachableError."""
         mode = self._settings.reachability
         self._note_router()
         if mode == "public" or (mode == "auto" and self._host.startswith(("127.", "::1"))):
@@ -202,7 +202,7 @@ class ReachabilityMonitor:
             self.tunnel_addresses = tuple(await self._swarm.host.tunnel_addresses())
 
     def _note_router(self) -> None:
-        """Others are asked again once the router forwards the port, another one, or none any more."""
+        """Has others asked again when the router starts, changes or stops its forwarding."""
         mapping = self._swarm.host.port_mapping
         forwarded = None if mapping is None else mapping.external
         if forwarded != self._forwarded:
@@ -214,14 +214,14 @@ class ReachabilityMonitor:
         judgement = judge(await self._dials())
         if not judgement.asked:
             self._unanswered += 1
-            # what others said holds until they say something else: the line may be down for a while
+            # what others said counts until they say something else: the line may be down for a while
             if not self.status.asked:
                 if self._unanswered >= _UNANSWERED and self._is_inside():
                     await self._hide(judgement, stage)
                 elif not self._is_hidden and self._addresses != self._unproven:
                     self._addresses = self._unproven
                     await self._swarm.host.announce_at(self._addresses)
-            return  # the next announcement tries again
+            return  # it is tried again with the next announcement
         self._unanswered = 0
         self._next_at = self._clock() + _ASK_AGAIN_S
         if judgement.reached:
@@ -231,15 +231,15 @@ class ReachabilityMonitor:
             return
         self._doubts += 1
         if (mapping := self._swarm.host.port_mapping) is not None:
-            mapping.renew()  # the router may have forgotten it
+            mapping.renew()  # the router may have forgotten the mapping
         if self.status.kind is Reachability.DIRECT and self._doubts == 1:
-            # those who were asked may be wrong: ask others before anything changes
+            # the nodes that were asked may be wrong: ask others before anything changes
             self._next_at = float("-inf")
             return
         await self._hide(judgement, stage)
 
     def _is_inside(self) -> bool:
-        """Whether this machine's address is private, though it knows public peers, which can't dial it."""
+        """Whether this machine's address is private although it knows public peers, which can't dial it."""
         is_inside = not any(is_public(address.host) for address in self._unproven)
         return is_inside and any(a.is_public for a in self._swarm.host.bootstrapped_from)
 
@@ -250,7 +250,7 @@ class ReachabilityMonitor:
         return tuple(dict.fromkeys((*seen, self._own_address)))[:8]
 
     async def _need_no_relay(self, status: ReachabilityStatus) -> None:
-        """Serves the DHT, and gives up relays."""
+        """Serves the DHT itself, and gives up relays."""
         self.status = status
         host = self._swarm.host
         await host.announce_at(self._addresses)
@@ -260,7 +260,7 @@ class ReachabilityMonitor:
             await self._relays.end()
 
     async def _hide(self, judgement: Judgement, stage: Stage) -> None:
-        """Is reached through relays from now on, and is a client of the DHT."""
+        """Uses relays from now on, and becomes a client of the DHT."""
         self._addresses = tuple(Endpoint.of(a, self._announced_port) for a in judgement.reached_at)
         self._swarm.host.serve_dht(False)
         if not self._is_hidden:
@@ -291,7 +291,7 @@ class ReachabilityMonitor:
         nodes = [node for node in some if node.addresses]
         nodes.sort(
             key=lambda node: node.addresses[0].scope is not AddressScope.GLOBAL
-        )  # those of the internet first
+        )  # the internet's first
         pool = ChannelPool(dialling=self._swarm.host.dialling)
         try:
             async with asyncio.timeout(_ASK_S):
@@ -319,7 +319,7 @@ class ReachabilityMonitor:
 
     @property
     def _unproven(self) -> tuple[Endpoint, ...]:
-        """The addresses where others should reach it, before any has said that they do."""
+        """The addresses where others should reach it, before any of them has confirmed it."""
         return (self._own_address,) if self._forwarded is None else (self._forwarded, self._own_address)
 
     @property

@@ -1,4 +1,4 @@
-"""What a node takes of its machine: how memory is divided, how many threads and rows it uses."""
+"""What a node uses of its machine: how memory is divided, and how many threads and rows it uses."""
 
 import math
 from collections.abc import Iterable
@@ -20,33 +20,33 @@ _CALLS_BYTES = 512 * 2**20
 
 
 def batch_rows_of(device_types: Iterable[str]) -> int:
-    """Up to how many rows work items are merged into one batch: beyond that a device gains little.
+    """The largest number of rows in a batch. From there on a device gains little.
 
-    Larger batches would cost something: a merged forward pass keeps no graph, and trainers that are answered together
-    call again together, which leaves the device idle in between.
+    Larger batches would have a cost: a merged forward pass keeps no graph, and trainers that are answered together call
+    again together, which leaves the device idle in between.
     """
     return _CPU_BATCH_ROWS if set(device_types) == {"cpu"} else _GPU_BATCH_ROWS
 
 
 def threads_of(settings: NodeSettings) -> int:
-    """Torch's threads. More than one for each core would only wait for each other."""
+    """The number of torch's threads. With more than one for each core, they would only wait for each other."""
     return min(settings.threads or usable_cores(), usable_cores())
 
 
 def kept_bytes_of(settings: NodeSettings, free_bytes: int) -> int:
-    """Memory for kept forward passes. `free_bytes`: of the devices that compute."""
+    """Memory for kept forward passes. `free_bytes`: free memory of the devices that compute."""
     if settings.max_kept_bytes is not None:
         return settings.max_kept_bytes
     return int(free_bytes * _KEPT_SHARE_OF_FREE)
 
 
 def call_memory_of(settings: NodeSettings) -> int:
-    """Memory for all calls under way together, with the rows that wait."""
+    """Memory for all calls in progress together, including waiting rows."""
     return _CALLS_BYTES if settings.memory is None else int(settings.memory * _CALLS_SHARE)
 
 
 def snapshots_of(settings: NodeSettings, manifest: Manifest) -> int:
-    """How many states are kept in memory for the nodes that fetch them: at least one, for an eighth of `memory`."""
+    """How many states are kept in memory for nodes that fetch them: an eighth of `memory`, but at least one."""
     if settings.memory is None:
         return MAX_SNAPSHOTS
     fitting = int(settings.memory * _SNAPSHOT_SHARE) // largest_state_bytes(manifest)
@@ -54,13 +54,13 @@ def snapshots_of(settings: NodeSettings, manifest: Manifest) -> int:
 
 
 def most_bytes(settings: NodeSettings, manifest: Manifest, capacity: int, kept_bytes: int) -> int:
-    """Memory of `capacity` experts, kept forward passes, calls under way and snapshots together, at most."""
+    """The most memory for `capacity` experts, kept forward passes, calls in progress and snapshots together."""
     snapshots = snapshots_of(settings, manifest) * largest_state_bytes(manifest)
     return capacity * expert_bytes(manifest) + kept_bytes + call_memory_of(settings) + snapshots
 
 
 def smallest_memory(manifest: Manifest) -> int:
-    """The least `memory` that works, in bytes: for one expert, its snapshot and a backward call of one sequence."""
+    """The smallest `memory` that works, in bytes: one expert, its snapshot and a backward call of one sequence."""
     expert, others = expert_bytes(manifest), 1 - _KEPT_SHARE - _CALLS_SHARE
     for_snapshot = math.ceil((expert + largest_state_bytes(manifest)) / others)
     for_expert = math.ceil(expert / (others - _SNAPSHOT_SHARE))
@@ -69,11 +69,11 @@ def smallest_memory(manifest: Manifest) -> int:
 
 
 def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
-    """The settings, lowered so that they keep to `memory` if it is set.
+    """The settings, lowered to fit into `memory` if it is set.
 
-    At most an eighth is for kept forward passes, an eighth for calls under way, and an eighth for snapshots (or one
-    snapshot). The rest is for experts: two thirds of those to host, the others to adopt. Raises SettingsError when that
-    is not enough for one expert.
+    At most an eighth each is for kept forward passes, for calls in progress, and for snapshots (or one snapshot). The
+    rest is for experts: two thirds of those to host, the others to adopt. Raises SettingsError if that is not enough
+    for one expert.
     """
     memory = settings.memory
     if memory is None:
@@ -102,7 +102,9 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
 
 
 def require_room(settings: NodeSettings, manifest: Manifest, free_bytes: int) -> None:
-    """Raises SettingsError when an expert doesn't fit into `free_bytes`. The swarm's founder chooses its size."""
+    """Raises SettingsError if an expert doesn't fit into `free_bytes`. The swarm's founder chooses the experts'
+    size.
+    """
     each = expert_bytes(manifest)
     if each > free_bytes and (settings.experts, settings.spare) != (0, 0):
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""When the owner lets a node work: ranges of the week, in local time. Pure."""
+"""When its owner lets a node work: ranges of the week, in local time. Pure."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _HOW = "write for example 22:00-07:00, or mon-fri 22:00-07:00,sat-sun 00:00-24:0
 
 @dataclass(frozen=True)
 class Schedule:
-    """Half-open ranges of minutes since Monday 00:00, in order, none of which touch.
+    """Half-open ranges of minutes since Monday 00:00, in order and apart from each other.
 
     They follow the local clock: when daylight saving starts or ends, a range still ends when the clock shows its end.
     """
@@ -23,9 +23,9 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
-        """Reads ranges such as `22:00-07:00`, with days in front if a range is not for every day.
+        """Parses ranges such as `22:00-07:00`, with days in front if a range is not for every day.
 
-        A range across midnight belongs to the day on which it begins. Raises ValueError that says what is wrong.
+        A range across midnight belongs to the day on which it begins. Raises ValueError, which says what is wrong.
         """
         parts = text.split(",")
         if len(parts) > _MAX_RANGES:
@@ -41,17 +41,17 @@ class Schedule:
         """When the next range begins: `22:00`, or `mon 22:00` if that is more than a day away."""
         minute = _minute(when)
         wait = min((start - minute - 1) % _WEEK + 1 for start, _ in self.ranges)
-        start = when.replace(tzinfo=None) + timedelta(minutes=wait)  # of the wall clock
+        start = when.replace(tzinfo=None) + timedelta(minutes=wait)  # by the local clock
         return f"{start:%H:%M}" if wait < _DAY else f"{_DAYS[start.weekday()]} {start:%H:%M}"
 
 
 def _minute(when: datetime) -> int:
-    """The minute of the week."""
+    """Minutes since Monday 00:00."""
     return when.weekday() * _DAY + when.hour * 60 + when.minute
 
 
 def _pieces(text: str) -> list[tuple[int, int]]:
-    """A range of the day on each of its days, cut at the end of the week."""
+    """A daily range on each of its days, cut at the end of the week."""
     *days, clocks = text.lower().split() or [""]
     start, end = _clocks(clocks)
     if start in (end, _DAY):
@@ -81,7 +81,7 @@ def _clock(text: str) -> int:
 
 
 def _days(text: str) -> list[int]:
-    """The days in `mon` or in `fri-mon`."""
+    """The days in texts such as `mon` or `fri-mon`."""
     try:
         first, *last = (_DAYS.index(name) for name in text.split("-"))
         (last_day,) = last or [first]

@@ -1,4 +1,6 @@
-"""A node's gRPC server: its services behind one port and the tunnel's exit, its health service, and who may call it."""
+"""A node's gRPC server: its services, reached by one port and by the tunnel; its health service; and who may call
+it.
+"""
 
 import asyncio
 import logging
@@ -38,14 +40,14 @@ _SERVICES = ("", expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_na
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
     """The standard gRPC health service: SERVING while the node serves experts, else NOT_SERVING.
 
-    Load balancers and orchestrators ask it. A node that starts, pauses or leaves does not serve.
+    Load balancers and orchestrators ask it. A node that starts, pauses or leaves is not serving.
     """
 
     def __init__(self, serves: Callable[[], bool]) -> None:
         self._serves = serves
 
     async def Check(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        """Answers NOT_FOUND for an unknown service, as the protocol demands."""
+        """Answers NOT_FOUND for an unknown service, as the protocol requires."""
         if request.service not in _SERVICES:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"health is known of {_SERVICES[1]!r} and of ''")
         return self._status()
@@ -54,7 +56,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
         return health_pb2.HealthListResponse(statuses=dict.fromkeys(_SERVICES, self._status()))
 
     async def Watch(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        """Refused, so that clients fall back to Check: endless streams would take the places of calls."""
+        """Refused, so that clients fall back to Check: endless streams would take up the places of calls."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
 
     def _status(self) -> Any:
@@ -83,10 +85,10 @@ class Services:
 
 
 class AccessControl:
-    """Who may call this node. `look` once in every announcement period, to keep that up to date."""
+    """Who may call this node. Call `look` in every announcement period to keep that up to date."""
 
     def __init__(self, swarm: Swarm, state: Path, now: Callable[[], float] = clock.now) -> None:
-        """`state`: the node's state folder; a founder's holds the ledger of its invites."""
+        """`state`: the node's state folder; a founder's contains the ledger of its invites."""
         self.sessions: Sessions = swarm.host.sessions
         self._swarm = swarm
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
@@ -94,13 +96,13 @@ class AccessControl:
         self._own_problem = ""
         self._own_revoked = asyncio.Event()
         """Set once this node's own token is revoked."""
-        # before anybody is served: what was revoked while this node was away is not in the DHT yet
+        # read before anybody is served: revocations made while this node was away are not in the DHT yet
         swarm.admission.revoke(self._revoked())
 
     async def look(self) -> None:
-        """Reads the denylist and the revocations, and ends the sessions of the peers they name.
+        """Reads the denylist and the revocations, and ends the sessions of the peers that they name.
 
-        A founder's node first publishes what its owner has revoked. Raises UnreachableError.
+        A founder's node first publishes its owner's revocations. Raises UnreachableError.
         """
         if revoked := self._revoked():
             await self._swarm.revocations.publish(revoked)
@@ -124,7 +126,7 @@ class AccessControl:
         )
 
     def _revoked(self) -> list[int]:
-        """What the owner of a founder's node has revoked."""
+        """The serials that the owner of a founder's node has revoked."""
         try:
             return [] if self._ledger is None else self._ledger.revoked(self._now())
         except StartError as error:
@@ -132,7 +134,7 @@ class AccessControl:
             return []
 
     def _look_at_own(self) -> None:
-        """Tells the owner when the node's own token has ended: nobody is served by it any more."""
+        """Tells the owner if the node's own token has ended, because trainers no longer accept this node."""
         badge = self._swarm.admission.badge
         if badge is None:
             return

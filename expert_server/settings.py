@@ -274,10 +274,10 @@ class NodeSettings(RoleSettings):
 
     @property
     def asks_router(self) -> bool:
-        """Whether the router is asked to forward this node's port."""
+        """Whether to ask the router to forward this node's port."""
         return self.upnp and self.reachability != "private" and not (self.announce_host or self.announce_port)
 
     @property
     def lifetime_s(self) -> float:
-        """How long announcements live, in seconds."""
+        """The lifetime of announcements, in seconds."""
         return 3 * self.announce_every_s

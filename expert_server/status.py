@@ -1,4 +1,4 @@
-"""What a node says of itself: its status, its contribution over all runs, and its record in the DHT."""
+"""What a node says about itself: its status, its contribution over all runs, and its record in the DHT."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 4096
 _RATE_OVER_S = 5.0
-"""Shortest time over which a rate is counted."""
+"""The shortest time over which a rate is measured."""
 
 
 class NodeState(Enum):
-    """What a node does now."""
+    """What a node is doing."""
 
     JOINING = "joining"
     SERVING = "serving"
@@ -38,36 +38,36 @@ class NodeState(Enum):
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What a node shows its owner at a glance."""
+    """A summary of a node for its owner."""
 
     state: NodeState
     experts: int
     capacity: int
-    """Experts it would host at most, those it would adopt included."""
+    """The most experts that it would host, including those it would adopt."""
     adopted: int
     updates: int
     rows: int
     queued_rows: int
     peers: int
-    """DHT peers known."""
+    """Known DHT peers."""
     pause_reason: str
-    """Why it is paused, such as `paused until 22:00`; or, though it serves, what else it would be; else empty."""
+    """Why it is paused, such as `paused until 22:00`, or, while it serves, what it would be paused for; else empty."""
     calls: int
     uploaded_bytes: int
-    """Payload of answers; `downloaded_bytes`: of calls."""
+    """The payload of answers. `downloaded_bytes`: the payload of calls."""
     downloaded_bytes: int
     upload_mbit: float | None
     """The limit, if there is one."""
     download_mbit: float | None
     memory_bytes: int
-    """Bytes of experts, kept forward passes and waiting rows, about."""
+    """About how many bytes experts, kept forward passes and waiting rows take."""
     memory_limit_bytes: int
-    """What they may take at most."""
+    """The most that they may take."""
     busy_s: float
     """Time spent computing since the start."""
     threads: int
     contributed_rows: int
-    """Over all runs, as are the following."""
+    """Over all runs, like the next ones."""
     contributed_updates: int
     contributed_hours: float
     replicated: int
@@ -77,35 +77,35 @@ class NodeStatus:
     reachability: str = ""
     """How others reach it, in words, such as `direct` or `relayed by 3 relays`."""
     reachability_advice: str = ""
-    """What would let them connect directly; empty when they do."""
+    """What would let them connect directly; empty if they already do."""
     unsteady: tuple[str, ...] = ()
-    """What it does that failed and started again too often lately, such as `announce`."""
+    """Its tasks that failed and restarted too often lately, such as `announce`."""
     memory_shards: int = 0
-    """Shards of memories served."""
+    """Served shards of memories."""
     memory_disk_bytes: int = 0
     """Bytes of memories on disk."""
     memory_queries: int = 0
-    """Queries to memories that were answered."""
+    """Answered queries to memories."""
     clock_warning: str = ""
     """A warning in words, if most peers say that this machine's clock is wrong."""
     signed: SignedWork = field(default_factory=SignedWork)
-    """What trainers have signed for, in all runs."""
+    """The work that trainers have signed for, over all runs."""
     signed_share: float | None = None
-    """This node's share of all pairs that nodes have answered to those trainers; None: no receipts."""
+    """This node's share of all pairs that nodes have answered for those trainers; None: no receipts."""
     trained: int = 0
-    """Experts that have learned here in this run."""
+    """Experts that were trained here in this run."""
     trainers: int = 0
     """Trainers that have trained its experts in this run."""
     trainers_now: int = 0
     """Trainers that have done so in the last minute."""
     swarm_trainers: int | None = None
-    """Live trainers in the whole swarm; None: not known yet."""
+    """Active trainers in the whole swarm; None: not known yet."""
     swarm_experts: int = 0
-    """Experts of the model."""
+    """Experts in the model."""
     loss: float | None = None
-    """Lowest validation loss of the swarm's trainers, in nats per token; None: not known."""
+    """The lowest validation loss of the swarm's trainers, in nats per token; None: not known."""
     loss_at_first: float | None = None
-    """The same when this node heard of it first."""
+    """That loss when this node first heard of it."""
     alone: tuple[str, ...] = ()
     """Experts that nobody else serves, as far as the node knows."""
 
@@ -121,7 +121,7 @@ class Contribution(BaseModel):
 
 
 class ContributionAccount:
-    """A node's contribution over all its runs, kept in a small file. One process uses it at a time."""
+    """A node's contribution over all its runs, kept in a small file. For one process at a time."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -138,7 +138,7 @@ class ContributionAccount:
         self._serves_since = now if serves else None
 
     def total(self, rows: int, updates: int) -> Contribution:
-        """`rows` and `updates`: of this run."""
+        """`rows`, `updates`: those of this run."""
         before = self._before
         return Contribution(
             rows=before.rows + rows,
@@ -147,7 +147,7 @@ class ContributionAccount:
         )
 
     async def save(self, total: Contribution) -> None:
-        """Writes the file, whole or not at all. A full disk is a warning."""
+        """Writes the file atomically. A full disk only causes a warning."""
         try:
             await asyncio.to_thread(self._write, total)
         except OSError as error:
@@ -165,7 +165,7 @@ class ContributionAccount:
 
 
 def _read(path: Path) -> Contribution:
-    """A file that is missing, or not as it was written, counts as no contribution."""
+    """A file that is missing or malformed counts as no contribution."""
     try:
         with path.open("rb") as file:
             return Contribution.model_validate_json(file.read(_MAX_FILE_BYTES))
@@ -179,7 +179,7 @@ def _read(path: Path) -> Contribution:
 
 
 class _Rate:
-    """How fast a count grows, from one record to the next."""
+    """How fast a count grows between two records."""
 
     def __init__(self, started_at: float) -> None:
         self.per_s = 0.0
@@ -193,7 +193,7 @@ class _Rate:
 
 
 class NodeRecordBuilder:
-    """Makes a node's records, one after the other. Rates in a record come from comparing it with the last one."""
+    """Makes a node's records, one after another. Rates in a record come from the difference to the previous one."""
 
     def __init__(self, settings: NodeSettings, certificate: bytes, started_at: float) -> None:
         self._settings = settings
@@ -217,7 +217,7 @@ class NodeRecordBuilder:
     ) -> records_pb2.NodeRecord:
         """The node's present record. A node that pauses or leaves offers no room.
 
-        `period_s`: time between two records, if it is longer than the settings say.
+        `period_s`: the time between two records, if it is longer than the settings say.
         """
         self._rows.note(status.rows, now)
         self._queries.note(status.memory_queries, now)
@@ -251,7 +251,9 @@ class NodeRecordBuilder:
         )
 
     def _renewal(self, now: float, period_s: float) -> float:
-        """Time until the next record: as long as the last one took, for a round of announcements takes time too."""
+        """The time until the next record: as long as the last period, because a round of announcements takes
+        time too.
+        """
         period_s = max(period_s, self._settings.announce_every_s)
         last, self._said_at = self._said_at, now
         took_s = 0.0 if last is None else now - last

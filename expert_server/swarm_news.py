@@ -1,4 +1,4 @@
-"""What a node's owner hears of the rest of the swarm: who has gone, who trains, and what the model has learned."""
+"""News of the rest of the swarm for a node's owner: who has gone, who trains, and what the model has learned."""
 
 import logging
 import time
@@ -14,28 +14,30 @@ from peer.identity import PeerID
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_ASKED = 16
-"""Missing nodes that are looked up at once."""
+"""The most missing nodes that are looked up at once."""
 _MOST_READ = 8
-"""Trainers whose records are read; if there are more, a random sample. They average, so their losses are alike."""
+"""The most trainers whose records are read, drawn at random. Trainers average, so their losses are alike."""
 TRAINERS_EVERY_S = 300.0
-"""The pause between two looks at the trainers. Where few or none train, one takes 0.1 MB, which is more than seven
+"""The pause between two looks at the trainers. If few or none train, a look takes 0.1 MB, which is more than seven
 rounds may cost.
 """
 
 
 @dataclass(frozen=True)
 class TrainingNews:
-    """How the swarm's training goes. Losses are the lowest validation loss of the live trainers, in nats per token."""
+    """How the swarm's training goes. Losses are the lowest validation loss of the active trainers, in nats per
+    token.
+    """
 
     trainers: int | None = None
-    """About how many are live; None: not known yet."""
+    """About how many are active; None: not known yet."""
     loss: float | None = None
-    """The last that was heard of."""
+    """The last one that the node heard of."""
     loss_at_first: float | None = None
-    """The first that was heard of."""
+    """The first one that the node heard of."""
 
     def after(self, trainers: int, read: Iterable[TrainerInfo]) -> "TrainingNews":
-        """The news, given the number of live trainers. `read`: some of them."""
+        """The news, given the number of active trainers. `read`: the records of some of them."""
         losses = [info.validation_loss for info in read if info.validation_loss is not None]
         loss = min(losses, default=self.loss)
         first = loss if self.loss_at_first is None else self.loss_at_first
@@ -43,7 +45,7 @@ class TrainingNews:
 
 
 class SwarmNews:
-    """Looks at the swarm's trainers, and at the nodes that no longer host what they did."""
+    """Watches the swarm's trainers, and the nodes that no longer host what they did."""
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class SwarmNews:
         trainers_every_s: float = TRAINERS_EVERY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`seen`: the replicas that this node saw in its last look. `trainers_here`: those that use its experts now."""
+        """`seen`: the replicas that this node saw in its last look. `trainers_here`: how many use its experts now."""
         self.training: TrainingNews = TrainingNews()
         self._registry = registry
         self._seen = seen
@@ -78,7 +80,7 @@ class SwarmNews:
         self._trainers_at = now
 
     async def _note_gone(self) -> None:
-        """Tells of each host that has gone without a word."""
+        """Reports each host that has disappeared without leaving."""
         hosts = _serving(self._seen()) - {self._registry.peer_id}
         missing = sorted(self._hosts - hosts)[:_MOST_ASKED]
         self._hosts = hosts

@@ -1,7 +1,7 @@
-"""Gradients that an expert adds up over calls and callers, until they are of enough rows for an optimizer step.
+"""Gradients that an expert adds up over calls and callers, until there are enough rows for an optimizer step.
 
-The sum is that of one batch with all the rows: nothing is divided by a number of rows or calls, because the gradients
-that trainers send are of a mean already.
+The sum equals that of one batch with all the rows. It is not divided by a number of rows or calls, because trainers
+already send gradients of a mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from expert_server.experts.graphs import Rows
 
 MOST_APART = 10.0
-"""Gradients share an optimizer step if their sizes, row by row, differ by no more than this factor."""
+"""Gradients share an optimizer step if their sizes per row differ by at most this factor."""
 
 
 class AccumulatedGradients:
@@ -29,11 +29,13 @@ class AccumulatedGradients:
         sizes: tuple[float, float] = (0.0, 0.0),
         callers: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """`gradients`: of each parameter, or None if nothing has reached it. `sizes`, `callers`: as the properties."""
+        """`gradients`: one for each parameter, or None if it has none. `sizes`, `callers`: see the attributes."""
         self.gradients = gradients
         self.rows: int = rows
         self.sizes: tuple[float, float] = sizes
-        """The least and the largest root mean square of one pass's gradients of the updates, zeros left out."""
+        """Per pass, the root mean square of the gradients of its updates: the smallest and the largest. Zeros are left
+        out.
+        """
         self.callers: dict[str, int] = dict(callers)
         """How many of the rows each caller sent, as far as that is known."""
 
@@ -41,7 +43,7 @@ class AccumulatedGradients:
     def take_from(
         cls, parameters: Sequence[nn.Parameter], parts: Sequence[Rows], callers: Mapping[str, int]
     ) -> Self:
-        """Takes the gradients of the parameters, which then have none. `parts`: the rows they are of."""
+        """Takes the gradients away from the parameters. `parts`: the rows that they belong to."""
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -58,12 +60,12 @@ class AccumulatedGradients:
         return bool(get_total_norm([each for each in self.gradients if each is not None]).isfinite())
 
     def are_like(self, others: Self) -> bool:
-        """Whether the two may share a step. Otherwise the larger would drown the smaller."""
+        """Whether the two may share a step. If not, the larger one would drown the smaller."""
         least, most = self._sizes_with(others)
         return most <= MOST_APART * least
 
     def add(self, others: Self) -> None:
-        """Adds others, which must not be used any more."""
+        """Adds the others, which must not be used any more."""
         for number, (mine, its) in enumerate(zip(self.gradients, others.gradients, strict=True)):
             if mine is None:
                 self.gradients[number] = its
@@ -84,7 +86,7 @@ class AccumulatedGradients:
 
 
 def size_of(parts: Sequence[Rows]) -> float:
-    """Root mean square of their gradients of the updates."""
+    """The root mean square of these parts' gradients of the updates."""
     tensors = [part.gradients for part in parts if part.gradients is not None]
     squares = sum(_norm(each) ** 2 for each in tensors)
     return sqrt(squares / max(1, sum(each.numel() for each in tensors)))
@@ -94,5 +96,5 @@ def _norm(tensor: Tensor) -> float:
     norm = float(torch.linalg.vector_norm(tensor))
     if 1e-15 < norm < 1e15:
         return norm
-    # the squares may be none that float32 holds; float64 takes fifty times as long
+    # the squares may overflow or underflow float32; float64 takes fifty times as long
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

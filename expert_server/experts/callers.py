@@ -1,7 +1,7 @@
 """How much one caller may move an expert: its share of the optimizer steps, and the size of its gradients. Pure.
 
-A step is as long however few rows it is of, and with Adam however small the gradient. So whoever sent many tiny batches
-would cause most of the steps, and whoever sent large gradients would drown those of others in a common step.
+A step is as long however few rows it has and, with Adam, however small its gradient. So a caller with many tiny batches
+would cause most of the steps, and one with large gradients would drown those of others in a common step.
 """
 
 import time
@@ -13,31 +13,33 @@ from operator import itemgetter
 from typing import NamedTuple
 
 WINDOW_STEPS = 256
-"""The last steps of an expert, in which shares are counted, unless they took longer than `LONGEST_S`."""
+"""Shares are counted over this many last steps of an expert, unless they took longer than `LONGEST_S`."""
 LONGEST_S = 120.0
-"""A step no longer counts after it. Else the rows of a caller that has left would hold all others back for good."""
+"""After this time, a step no longer counts. Otherwise the rows of a caller that has left would hold back all others for
+good.
+"""
 MOST_OF_ROWS = 2.0
-"""The part of the steps that a caller may cause, as a multiple of its part of the rows."""
+"""The share of the steps that a caller may cause, as a multiple of its share of the rows."""
 MOST_SIZE = 4.0
 """How large a caller's gradients may be, as a multiple of the median of all callers'."""
 _RECENT_CALLS = 8
-"""Calls of a caller from which its usual size is taken."""
+"""How many calls of a caller determine its usual size."""
 _MOST_ENTRIES = 4096
-"""Numbers kept for the steps of one window. If many callers share each step, the window is of fewer steps."""
+"""The most numbers kept for the steps of one window. If many callers share each step, the window has fewer steps."""
 _NOTHING = 1e-9
-"""The share of a step or a group below which only rounding is left."""
+"""Shares of a step or a group below this are only rounding errors."""
 _SIZES_IN_A_SORT = 16
-"""One in this many of all callers' sizes may change before the median is computed again; with fewer callers, none."""
+"""Once one in this many of all sizes has changed, the median is computed again; with fewer sizes, each time."""
 
 
 class _Step(NamedTuple):
     at: float
     rows: Mapping[str, int]
-    """The rows that each caller has sent since the step before."""
+    """The rows that each caller has sent since the previous step."""
     parts: Mapping[str, float]
-    """The part of the step that each caller caused: its part of the rows whose gradients were in it."""
+    """The share of the step that each caller caused: its share of the rows whose gradients were in it."""
     group_parts: Mapping[str, float]
-    """The same of each group."""
+    """The same for each group."""
 
 
 @dataclass
@@ -54,56 +56,56 @@ class _Group:
 class Callers:
     """What the callers of one expert did in its last steps, and what they may do next. Bounded.
 
-    Take any window that ends with a step that a group of callers takes part in. It has caused at most `MOST_OF_ROWS`
-    times its part of the rows in that window, or the nth part of the steps if n groups sent rows, and one step more.
-    For it may take part in a step only if what it caused before is within its share (`is_over`). Within the group the
-    same holds for each caller, and the nth part is split evenly. A caller alone, or with half of the rows, is never
-    over. Nor are all callers for long: in the end those who still call sent all the rows, and then their shares come to
-    twice the steps.
+    Take any window that ends with a step in which a group of callers takes part. In that window, the group has caused
+    at most one step more than its limit. The limit is `MOST_OF_ROWS` times its share of the rows, or one nth of the
+    steps if n groups sent rows, whichever is larger: a group may take part in a step only if what it caused before is
+    within the limit (`is_over`). Within the group, the same holds for each caller, and the nth is split evenly. A
+    caller alone, or with half of the rows, is never over its limit. Nor can all callers be over for long: in the end,
+    all rows in the window are from those who still call, and their shares then add up to twice the steps.
 
-    Keys cost nothing, so groups are what counts: the callers of one token, or those of one line.
+    Keys cost nothing, so what counts is the group: the callers with one token, or those in one neighbourhood.
     """
 
     def __init__(self, window_steps: int = WINDOW_STEPS, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._most_steps = window_steps - 1
-        """The next step belongs to the window, too."""
+        """One less, because the next step belongs to the window too."""
         self._steps: deque[_Step] = deque()
         self._entries = 0
         self._rows_since: dict[str, int] = {}
-        """Since the last step."""
+        """Each caller's rows since the last step."""
         self._rows: dict[str, int] = {}
-        """Each caller's rows in the window; no caller without any is kept."""
+        """Each caller's rows in the window. Callers without rows are dropped."""
         self._all_rows = 0
         self._caused: dict[str, float] = {}
-        """Steps in the window."""
+        """How many steps in the window each caller caused."""
         self._caused_by_group: dict[str, float] = {}
         self._sizes: dict[str, deque[float]] = {}
-        """Sizes of each caller's last calls. Callers with no rows in the window are forgotten."""
+        """The sizes of each caller's last calls. Callers with no rows in the window are forgotten."""
         self._usual_sizes: dict[str, float] = {}
-        """The median of these, of each caller."""
+        """The median of these sizes, for each caller."""
         self._usual_size = inf
-        """The median of these, in which each group counts once."""
+        """The median of the usual sizes, in which each group counts once."""
         self._sizes_since = 0
-        """How many were noted since it was taken."""
+        """How many sizes were recorded since that median was computed."""
         self._groups: dict[str, _Group] = {}
         """Groups with rows in the window, by name."""
         self._group_of: dict[str, _Group] = {}
         """The group of each caller with rows in the window."""
 
     def note_rows(self, caller: str, rows: int, size: float, group: str = "") -> float:
-        """Notes a part of a backward batch before its step. `size`: root mean square of its gradients. `group`: who
-        else may be the same person; empty for a caller by itself.
+        """Records a part of a backward batch before its step. `size`: the root mean square of its gradients. `group`:
+        callers that may be the same person; empty for a caller by itself.
 
-        Returns the factor, at most 1, that brings this size to `MOST_SIZE` times the usual one: the median over all
-        callers of the median of their last calls, in which each group counts once. A minority of the groups can't move
-        it beyond the sizes of the others, and of two the one with small gradients can't shrink the other's. A caller
-        alone has nobody to drown.
+        Returns a factor of at most 1 that scales this size down to `MOST_SIZE` times the usual one. The usual size is
+        the median of all callers' usual sizes, in which each group counts once; a caller's usual size is the median of
+        its last calls. A minority of the groups can't move it beyond the sizes of the others, and of two groups the one
+        with small gradients can't shrink the other's. The gradients of a caller alone are not scaled.
         """
         while self._steps and self._steps[0].at < self._clock() - LONGEST_S:
             self._forget_first()
         if len(self._rows_since) >= _MOST_ENTRIES:
-            self.note_step({})  # so many keys sent gradients, and none that a step could be made of
+            self.note_step({})  # many keys have sent gradients, and no step could be made of any
         self._rows_since[caller] = self._rows_since.get(caller, 0) + rows
         if caller not in self._rows:
             name = group or caller
@@ -112,7 +114,7 @@ class Callers:
         self._group_of[caller].rows += rows
         self._rows[caller] = self._rows.get(caller, 0) + rows
         self._all_rows += rows
-        if not size > 0:  # nor is NaN
+        if not size > 0:  # also true for NaN
             return 1.0
         sizes = self._sizes.setdefault(caller, deque(maxlen=_RECENT_CALLS))
         sizes.append(size)
@@ -125,7 +127,7 @@ class Callers:
         return min(1.0, MOST_SIZE * self._usual_size / size)
 
     def is_over(self, caller: str) -> bool:
-        """Whether it has caused more than its share of the steps in the window."""
+        """Whether the caller has caused more than its share of the steps in the window."""
         if caller not in self._rows:
             return False
         group = self._group_of[caller]
@@ -136,7 +138,7 @@ class Callers:
         return self._caused.get(caller, 0.0) > most * steps or of_group > most_of_group * steps + _NOTHING
 
     def note_step(self, rows: Mapping[str, int]) -> None:
-        """Notes a step with the gradients of each caller's number of rows."""
+        """Records a step. `rows`: each caller's number of rows with gradients in it."""
         total = sum(rows.values())
         parts = {caller: own / total for caller, own in rows.items() if own}
         group_parts: dict[str, float] = {}
@@ -184,7 +186,7 @@ class Callers:
 
 
 def _add(steps: dict[str, float], name: str, part: float) -> None:
-    """Names of which nothing is left are dropped."""
+    """Adds to the named entry, and drops it if nothing is left."""
     left = steps.pop(name, 0.0) + part
     if left > _NOTHING:
         steps[name] = left

@@ -1,4 +1,4 @@
-"""The devices that a node computes on, their precision, and how rows travel there and back.
+"""The devices that a node computes on, their precision, and the copies of rows to them and back.
 
 The choice is a function of what torch reports. Only `ComputeDevice` touches the device.
 """
@@ -18,12 +18,12 @@ from peer.errors import SettingsError, StartError
 
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 
-_AMPERE = (8, 0)  # the first GPUs that compute in bfloat16
+_AMPERE = (8, 0)  # the first GPUs that support bfloat16
 
 
 @dataclass(frozen=True)
 class Found:
-    """What torch finds on this machine."""
+    """The devices that torch finds on this machine."""
 
     cuda: tuple[tuple[int, int], ...] = ()
     """The compute capability of each CUDA GPU."""
@@ -31,7 +31,7 @@ class Found:
 
 
 def find() -> Found:
-    """Asks torch. Raises StartError when there is a CUDA GPU that torch cannot use."""
+    """Asks torch. Raises StartError if there is a CUDA GPU that torch can't use."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     try:
         return Found(tuple(map(torch.cuda.get_device_capability, gpus)), torch.backends.mps.is_available())
@@ -40,9 +40,9 @@ def find() -> Found:
 
 
 def choose_devices(setting: str, found: Found) -> tuple[str, ...]:
-    """Device names in torch's form. "auto": all CUDA GPUs, else MPS, else the CPU.
+    """Device names in torch's notation. "auto": all CUDA GPUs, else MPS, else the CPU.
 
-    Raises SettingsError when the setting names no device, or one that is not there.
+    Raises SettingsError if the setting is not a device, or names one that this machine lacks.
     """
     if setting == "auto":
         gpus = tuple(f"cuda:{number}" for number in range(len(found.cuda)))
@@ -86,17 +86,17 @@ def choose_precision(setting: PrecisionSetting, device: str, found: Found) -> Pr
 
 
 class ComputeDevice:
-    """One device with its precision, and the transfer of rows to it and back. Several threads may use it at once.
+    """One device with its precision, and the copies of rows to it and back. Several threads may use it at once.
 
-    Parameters, gradients and optimizer state are float32 in every precision. bf16 is torch's autocast in forward
-    and backward; tf32 rounds what CUDA multiplies as matrices; fp32 rounds nothing.
+    Parameters, gradients and optimizer state are float32 in every precision. bf16 uses torch's autocast in forward and
+    backward; tf32 rounds the inputs of CUDA's matrix products; fp32 rounds nothing.
 
-    On CUDA, rows travel through pinned memory on a stream of their own: what is loaded while kernels run arrives
-    beside them, and what is fetched travels while the optimizer steps.
+    On CUDA, rows are copied through pinned memory on a separate stream: loading overlaps with running kernels, and
+    fetching overlaps with the optimizer's step.
     """
 
     def __init__(self, name: str = "cpu", precision: Precision = "fp32", memory_bytes: int = 1) -> None:
-        """`memory_bytes`: how much memory was free before any expert was placed there, at least 1."""
+        """`memory_bytes`: the free memory before any expert was placed there, at least 1."""
         self.torch_device: torch.device = torch.device(name)
         self.precision: Precision = precision
         self.memory_bytes = memory_bytes
@@ -125,8 +125,8 @@ class ComputeDevice:
         return loaded
 
     def is_finite(self, tensor: Tensor) -> bool:
-        """Whether all numbers are."""
-        if self.torch_device.type == "cpu":  # numpy is several times as fast on small ones
+        """Whether all numbers are finite."""
+        if self.torch_device.type == "cpu":  # numpy is several times as fast for small tensors
             return bool(np.isfinite(tensor.detach().numpy()).all())
         return bool(tensor.isfinite().all())
 
@@ -142,18 +142,18 @@ class ComputeDevice:
         return fetched
 
     def wait(self) -> None:
-        """Waits until all that was fetched is complete."""
+        """Waits until everything that was fetched is complete."""
         if self._copies is not None:
             self._copies.synchronize()
 
 
 def roomiest(devices: Sequence[ComputeDevice], hosted: Mapping[ComputeDevice, int]) -> ComputeDevice:
-    """The device where the next expert goes, so that devices host experts in proportion to their free memory."""
+    """The device for the next expert, so that devices host experts in proportion to their free memory."""
     return min(devices, key=lambda device: (hosted.get(device, 0) + 1) / device.memory_bytes)
 
 
 def check_devices(device: str, precision: PrecisionSetting) -> dict[str, Precision]:
-    """The precision on each device of a node's settings. Raises SettingsError when one does not suit this machine."""
+    """The precision on each device of a node's settings. Raises SettingsError if one does not suit this machine."""
     found = Found() if device == "cpu" else find()  # finding GPUs takes time and memory
     return {name: choose_precision(precision, name, found) for name in choose_devices(device, found)}
 
@@ -161,7 +161,7 @@ def check_devices(device: str, precision: PrecisionSetting) -> dict[str, Precisi
 def open_devices(device: str, precision: PrecisionSetting) -> list[ComputeDevice]:
     """Opens the devices of a node's settings. tf32 sets torch's switch for it, which affects the whole process.
 
-    Raises SettingsError when a setting does not suit this machine, StartError when a device does not answer.
+    Raises SettingsError if a setting does not suit this machine, and StartError if a device does not answer.
     """
     chosen = check_devices(device, precision)
     if precision == "tf32":
@@ -171,7 +171,7 @@ def open_devices(device: str, precision: PrecisionSetting) -> list[ComputeDevice
 
 def _free_bytes(name: str) -> int:
     if not name.startswith("cuda"):
-        return psutil.virtual_memory().available  # Metal GPUs share it
+        return psutil.virtual_memory().available  # Metal GPUs share the machine's memory
     try:
         free_bytes, _ = torch.cuda.mem_get_info(name)
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """An expert: one trainable block with its optimizer, and the guard that keeps its numbers finite.
 
-An expert answers its update: what its block adds to its input.
+An expert returns its update: what its block adds to its input.
 
 Shape suffixes: R = rows, S = segments, D = width.
 """
@@ -64,15 +64,15 @@ from peer.layers import KeyValueCache, step_size
 from peer.optimizer import Optimizer
 
 _ROWS_WORTH_A_COPY = 64
-"""Rows whose updates take longer to compute again than the parameters take to copy."""
+"""From this many rows on, computing their updates again takes longer than copying the parameters."""
 _UNKNOWN: Mapping[str, int] = MappingProxyType({})
 
 
 class Expert:
     """One replica of an expert. Not thread-safe: only the compute thread calls it.
 
-    `update_count` is the number of optimizer steps taken. Tensors come and go on the CPU, in float32, whatever the
-    device.
+    `update_count` is the number of optimizer steps taken. Arguments and results are float32 tensors on the CPU,
+    whatever the device.
     """
 
     def __init__(self, uid: UID, manifest: Manifest, device: ComputeDevice | None = None) -> None:
@@ -81,15 +81,15 @@ class Expert:
         self.device: ComputeDevice = device or ComputeDevice()
         self.update_count: int = 0
         self.updated_at: float = 0.0
-        """When it took its last step here; 0: not yet."""
+        """When it took its last step here; 0 if it has taken none."""
         self.rows = 0
-        """Computed here, forward and backward, as its runtime counts them."""
+        """Rows computed here, forward and backward, as counted by its runtime."""
         self._imported = object()
         self._meter = GraphMeter()
         self._manifest = manifest
         self.block: nn.Module = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
-        self._parameters = list(self.block.parameters())  # to walk through a block takes long
+        self._parameters = list(self.block.parameters())  # walking through a block is slow
         self._places = ParameterSlots(self.block)
         spec = self._settings
         self.optimizer: Optimizer = Optimizer(
@@ -98,34 +98,37 @@ class Expert:
         self.guard: Guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self.form: StateForm = StateForm.of(manifest)
         self.refuted: str = ""
-        """Who gave the last state that turned bad on probation, until somebody has taken note and cleared it."""
+        """The peer that gave the last state which turned bad on probation. Whoever reads it clears it."""
         self.own_moves: OwnMoves = OwnMoves({BLOCK + name: p for name, p in self.block.named_parameters()})
-        """How far its updates have led since the state was last replaced, an average included."""
+        """How far its updates have moved it since its state was last replaced, which includes averages."""
         self._first_scale = Scale.of(dict(self.block.named_parameters()))
         self._source = ""
         self._own_count = 0
-        """Update count of the state that returns if the present one turns bad on probation."""
+        """The update count of the state that is restored if the present one turns bad on probation."""
         self._step_is_due = False
         self._accumulated: AccumulatedGradients | None = None
         self.callers: Callers = Callers()
         self._version: WeightVersion | None = None
-        """The present parameters, once a graph was made with them."""
+        """The present parameters, if a graph was made with them."""
         self._kept_versions = WeakValueDictionary[int, WeightVersion]()
         """Versions that graphs still need, by number."""
         self._first_version = secrets.randbits(32) + 1 << 30
         self._changes = 0
-        """Optimizer steps and imports so far."""
+        """The number of optimizer steps and imports so far."""
 
     @property
     def step_is_due(self) -> bool:
-        """Whether the last backward pass left its optimizer step for later. Whatever reads the state takes it first."""
+        """Whether the last backward pass deferred its optimizer step. Anything that reads the state takes the step
+        first.
+        """
         return self._step_is_due
 
     @property
     def version(self) -> int:
-        """Rises whenever the parameters change, and no other replica's is the same but by chance. Above 0, below 2^63.
+        """Increases whenever the parameters change. No other replica has the same one except by chance. From 1 to 2^63
+        - 1.
 
-        A step that is due has not changed them yet.
+        A deferred step has not changed the parameters yet.
         """
         return self._first_version + self._changes + self.guard.rollbacks
 
@@ -135,7 +138,7 @@ class Expert:
         return self._accumulated.rows if self._accumulated is not None else 0
 
     def end_accumulation(self) -> StepOutcome:
-        """Makes a step due for what is accumulated, of however few rows. `settle` takes it."""
+        """Makes a step due for the accumulated gradients, however few rows they have. `settle` takes the step."""
         if self._accumulated is None:
             return StepOutcome.NONE
         callers = self._accumulated.callers
@@ -147,7 +150,7 @@ class Expert:
         return outcome
 
     def settle(self) -> bool:
-        """Takes the optimizer step that is due, if there is one. Returns False when the guard rolled it back."""
+        """Takes the optimizer step that is due, if any. Returns False if the guard rolled it back."""
         if not self._step_is_due:
             return True
         self._step_is_due = False
@@ -162,8 +165,8 @@ class Expert:
     def forward(self, rows: Rows) -> Tensor:
         """Returns the updates [R, D].
 
-        Raises ExpertError when one of them is not finite (INTERNAL), or when the rows in the caches were computed with
-        other parameters (FAILED_PRECONDITION). Then the caches are as they were.
+        Raises ExpertError if one of them is not finite (INTERNAL), or if the rows in the caches were computed with
+        other parameters (FAILED_PRECONDITION). The caches are then unchanged.
         """
         self.settle()
         if not self.can_extend(rows.caches):
@@ -186,11 +189,11 @@ class Expert:
         return updates_RD
 
     def can_extend(self, caches: Sequence[KeyValueCache | None]) -> bool:
-        """Whether all rows in them were computed with the parameters as they are."""
+        """Whether all cached rows were computed with the present parameters."""
         return all(cache is None or cache.version in (0, self.version) for cache in caches)
 
     def forward_with_graph(self, rows: Rows) -> tuple[Tensor, ForwardGraph]:
-        """Like `forward`, and also returns the graph, which spares `backward` computing the updates again."""
+        """Like `forward`, but also returns the graph, so that `backward` need not compute the updates again."""
         self.settle()
         x_RD = self.device.load(rows.inputs.detach()).requires_grad_()
         if self._version is None or self._version.generation != self.generation:
@@ -206,27 +209,29 @@ class Expert:
         return updates_RD, graph
 
     def updates_in(self, shared: SharedPass, index: int) -> Tensor:
-        """Its updates [R, D] in a pass of several experts. Raises ExpertError as `forward` does."""
+        """This expert's updates [R, D] in a pass of several experts. Raises ExpertError as `forward` does."""
         return self._fetched(shared.updates[index], "updates", shared.are_finite)
 
     @cached_property
     def grouped_block(self) -> GroupedBlock | None:
-        """Computes this expert together with others of the same swarm. None if it is computed by itself."""
+        """The block that computes this expert together with others of the same swarm. None if it is computed
+        by itself.
+        """
         return GroupedBlock.of(self.block, self._manifest, self.device)
 
     @property
     def is_causal(self) -> bool:
-        """Whether each row sees only the rows before it."""
+        """Whether each row attends only to earlier rows."""
         return self._manifest.model.is_causal(self.uid.layer)
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
-        """The parameters as they are, in the block's order."""
+        """The present parameters, in the block's order."""
         return self._parameters
 
     @cached_property
     def size(self) -> int:
-        """The number of its parameters' elements."""
+        """The number of elements in its parameters."""
         return sum(parameter.numel() for parameter in self._parameters)
 
     def _updates(
@@ -237,27 +242,27 @@ class Expert:
         version: WeightVersion | None = None,
         caches: Sequence[KeyValueCache | None] = (),
     ) -> Tensor:
-        # blocks of other packages know of no caches
+        # blocks of other packages don't know caches
         others = (caches,) if caches else ()
         with self.device.autocast(), nullcontext() if version is None else self._places.hold(version):
             y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R), *others)
         return y_RD.float() - x_RD
 
     def _cast_bytes(self) -> int:
-        """Bytes of the bfloat16 matrices that autocast makes for each forward pass and a graph keeps."""
+        """Bytes of the bfloat16 matrices that autocast makes in each forward pass, and that a graph keeps."""
         if self.device.precision != "bf16":
             return 0
         return sum(p.nbytes // 2 for p in self._parameters if p.dim() > 1)
 
     def is_good(self, graph: ForwardGraph | SharedGraph | None) -> TypeGuard[ForwardGraph]:
-        """Whether it is this expert's alone, and the parameters with which it was computed still exist."""
+        """Whether the graph belongs to this expert alone, and the parameters that it was computed with still exist."""
         if not isinstance(graph, ForwardGraph):
             return False
         return graph.version.is_whole and graph.version.generation == self.generation
 
     @property
     def generation(self) -> object:
-        """Differs whenever the state was replaced by anything but an optimizer step."""
+        """Changes whenever the state is replaced by anything but an optimizer step."""
         return self._imported, self.guard.rollbacks
 
     def backward(
@@ -270,15 +275,15 @@ class Expert:
     ) -> tuple[list[Tensor], StepOutcome]:
         """Returns the gradient of each part's inputs [R, D], and takes one optimizer step for all parts together.
 
-        If they are of fewer rows than `rows_per_update`, their gradients accumulate, and the step is that of all
-        accumulated rows once there are so many. What is accumulated takes a step of its own before gradients of
-        another size (`AccumulatedGradients.are_like`).
+        If the parts have fewer rows than `rows_per_update`, their gradients accumulate, and the step is taken for all
+        accumulated rows once there are enough. Gradients of another size (`AccumulatedGradients.are_like`) don't join:
+        the accumulated ones then take a step of their own first.
 
-        The step is skipped when the gradient of a parameter is not finite, and what was accumulated stays. Raises
-        ExpertError (INTERNAL), and takes no step, when the gradient of an input is not finite.
+        The step is skipped if the gradient of a parameter is not finite; the accumulated gradients stay. Raises
+        ExpertError (INTERNAL), and takes no step, if the gradient of an input is not finite.
 
-        `may_defer`: whoever calls this ensures that `settle` takes the step soon; it already counts as taken.
-        `callers`: how many of the rows each of them sent. `withhold`: the gradients are dropped.
+        `may_defer`: the caller calls `settle` soon, which takes the step; it already counts as taken. `callers`: how
+        many of the rows each of them sent. `withhold`: the gradients of the parameters are dropped.
         """
         self.settle()
 
@@ -296,13 +301,13 @@ class Expert:
         callers: Mapping[str, int] = _UNKNOWN,
         withhold: bool = False,
     ) -> tuple[Tensor, StepOutcome]:
-        """Like `backward`, and may defer the step, by gradients that were computed together with other experts'."""
+        """Like `backward`, for gradients that were computed together with other experts'. May defer the step."""
         assert not self._step_is_due, "the gradients are of parameters that are about to change"
 
         def take_gradients() -> list[Tensor]:
             accumulates = self._settings.rows_per_update > 1
             for parameter, gradient in zip(self._parameters, of_parameters.tensors, strict=True):
-                # one that stays must not keep those of all the others in memory
+                # a gradient that is kept must not keep those of all other experts in memory
                 parameter.grad = gradient.clone() if accumulates else gradient
             are_finite = of_parameters.inputs_are_finite
             return [self._fetched(of_inputs, "gradients of the inputs", are_finite)]
@@ -321,14 +326,16 @@ class Expert:
         withhold: bool,
         norm: Tensor | None = None,
     ) -> tuple[list[Tensor], StepOutcome]:
-        """`compute`: leaves gradients in the parameters, and returns those of the inputs. `norm`: of the former."""
+        """`compute` leaves gradients in the parameters, and returns those of the inputs. `norm`: of the parameters'
+        gradients.
+        """
         try:
             grad_inputs = compute()
             outcome = self._step_or_accumulate(parts, callers, withhold, norm)
         finally:
             if not self._step_is_due:
                 self.optimizer.zero_grad()
-        # a step that the guard checks is taken at once, because the answer says what the guard did
+        # a step that the guard checks is taken at once, because the answer reports the guard's result
         if (not may_defer or self.guard.checks_next) and not self.settle():
             outcome |= StepOutcome.ROLLED_BACK
         self.device.wait()
@@ -337,7 +344,7 @@ class Expert:
     def _step_or_accumulate(
         self, parts: Sequence[Rows], callers: Mapping[str, int], withhold: bool, norm: Tensor | None
     ) -> StepOutcome:
-        """Called with the gradients of these parts in the parameters."""
+        """Call it when the parameters have the gradients of these parts."""
         enough = self._settings.rows_per_update
         if withhold:
             return StepOutcome.WITHHELD
@@ -348,7 +355,7 @@ class Expert:
             return self._skip_step()
         outcome = StepOutcome.NONE
         if self._accumulated is not None and not self._accumulated.are_like(batch):
-            # if that step is skipped, it is not this batch's
+            # if that step is skipped, the skip is not reported as this batch's
             outcome = self.end_accumulation() & ~StepOutcome.SKIPPED
             if not self.settle():
                 return outcome | StepOutcome.ROLLED_BACK
@@ -359,7 +366,7 @@ class Expert:
         return outcome | self.end_accumulation() if self._accumulated.rows >= enough else outcome
 
     def _gradient_of_inputs(self, part: Rows) -> Tensor:
-        """Adds to the gradients of the parameters. A graph can be used only once."""
+        """Also adds to the gradients of the parameters. A graph can be used only once."""
         assert part.gradients is not None, "a backward pass starts from the gradients of the updates"
         graph = part.graph if self.is_good(part.graph) else None
         if graph is not None:
@@ -368,7 +375,7 @@ class Expert:
             x_RD = self.device.load(part.inputs.detach()).requires_grad_()
             u_RD = self._updates(x_RD, part.lengths, part.positions)
         try:
-            # loaded only now: the gradients travel while the updates are computed
+            # loaded only now, so that the copy overlaps with computing the updates
             run_backward(u_RD, self.device.load(part.gradients))
         finally:
             if graph is not None:
@@ -386,7 +393,7 @@ class Expert:
             its.grad = None
 
     def _leave_version(self) -> None:
-        """Called before a step, which takes place on a copy of the parameters if the graphs are worth one."""
+        """Call it before a step. If enough graphs need the parameters, the step takes place on a copy of them."""
         version, self._version = self._version, None
         if version is None:
             return
@@ -399,9 +406,9 @@ class Expert:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, optimizer state, and accumulated gradients, without the guard's copy.
+        """Bytes of weights, optimizer state and accumulated gradients, without the guard's copy.
 
-        Moments come with the first step.
+        Moments exist only after the first step.
         """
         moments = (value for state in self.optimizer.state.values() for value in state.values())
         waiting = self._accumulated.bytes if self._accumulated is not None else 0
@@ -411,7 +418,7 @@ class Expert:
         """Copies the block's parameters and persistent buffers, the optimizer's moments of each parameter, and the
         accumulated gradients.
 
-        A parameter that has never had a gradient has no moments. Raises StateError when a number is not finite.
+        A parameter that has never had a gradient has no moments. Raises StateError if a number is not finite.
         """
         self.settle()
         state = {BLOCK + name: tensor for name, tensor in block_tensors(self.block).items()}
@@ -431,10 +438,10 @@ class Expert:
         return copies
 
     def export_block(self, version: int) -> State | None:
-        """Copies the block's parameters and persistent buffers. None if they are of another version by now, and no
-        graph keeps those of this one.
+        """Copies the block's parameters and persistent buffers at this version. None if they have changed since, and no
+        graph keeps that version.
 
-        Raises StateError when a number is not finite.
+        Raises StateError if a number is not finite.
         """
         tensors = block_tensors(self.block)
         if version != self.version:
@@ -451,34 +458,34 @@ class Expert:
         return copies
 
     def checkpoint(self) -> Checkpoint:
-        """A copy of its state and its update count. Raises StateError when a number is not finite."""
+        """A copy of its state and its update count. Raises StateError if a number is not finite."""
         state = self.export_state()
         return Checkpoint(state, self.update_count, self.source)
 
     @property
     def source(self) -> str:
-        """Who gave the present state, while it is on probation; empty if it is this node's own."""
+        """The peer that gave the present state, while it is on probation; empty if the state is this node's own."""
         return self._source if self.guard.is_on_probation else ""
 
     def check_state(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
         """Returns the names of the parameters that have moments.
 
-        Raises StateError when a name, shape or dtype is not this expert's or a number is not finite.
+        Raises StateError if a name, shape or dtype is not this expert's, or a number is not finite.
         """
         return check_state(self.uid, state, update_count, self.form)
 
     def require_good(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
-        """Like `check_state`, for a state of another peer. Raises StateError also if no training can have made it."""
+        """Like `check_state`, for another peer's state. Also raises StateError if no training can have produced it."""
         stepped = self.check_state(state, update_count)
         known = [self._first_scale, Scale.of(dict(self.block.named_parameters()))]
         require_plausible(self.uid, state, update_count, known, self._settings)
         return stepped
 
     def import_state(self, state: Mapping[str, Tensor], update_count: int, source: str = "") -> None:
-        """Goes on from an exported state as if it had never stopped.
+        """Continues from an exported state as if training had never stopped.
 
-        `source`: who gave it, if not this node: it must be plausible, and is on probation. Raises StateError as
-        `check_state` or, with a source, `require_good` does; then nothing has changed.
+        `source`: the peer that gave the state, if not this node. Such a state must be plausible, and is on probation.
+        Raises StateError as `check_state` does or, with a source, as `require_good` does, and then changes nothing.
         """
         self.settle()
         check = self.require_good if source else self.check_state
@@ -521,7 +528,7 @@ class Expert:
         return AccumulatedGradients(gradients, rows, (least, most))
 
     def _keep_own_state(self) -> None:
-        """Makes the present state the one that returns, unless it is on probation itself."""
+        """Makes the present state the one to return to, unless it is on probation itself."""
         if self.guard.is_on_probation:
             return
         if not self.guard.check():
@@ -530,9 +537,9 @@ class Expert:
         self._own_count = self.update_count
 
     def _is_sound(self, check: Callable[[], bool]) -> bool:
-        """What the guard's `check` returns. After a rollback on probation, goes back to the update count too.
+        """The result of the guard's `check`. After a rollback on probation, restores the update count too.
 
-        A rollback drops what is accumulated: the gradients are those of parameters that were bad.
+        A rollback drops the accumulated gradients, because they were computed with bad parameters.
         """
         source = self.source
         if check():
@@ -544,9 +551,10 @@ class Expert:
         return False
 
     def _prepare_step(self, callers: Mapping[str, int], norm: Tensor | None = None) -> StepOutcome:
-        """Makes the step due, or skips it when the gradients are not finite. `norm`: theirs, if it is known.
+        """Makes the step due, or skips it if the gradients are not finite. `norm`: that of the gradients, if it is
+        known.
 
-        `callers`: those of the gradients, and their rows.
+        `callers`: the callers that sent the gradients, and their rows.
         """
         if norm is None:
             norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -571,9 +579,10 @@ class Expert:
         return step_size(self.update_count, spec.learning_rate, spec.warmup_updates, spec.decay_updates)
 
     def _fetched(self, tensor_RD: Tensor, name: str, is_finite: bool = False) -> Tensor:
-        """Starts the copy to the CPU, complete after `device.wait`. Raises ExpertError when it is not finite.
+        """Starts the copy to the CPU, which is complete after `device.wait`. Raises ExpertError if a number is not
+        finite.
 
-        `is_finite`: whether it is known to be.
+        `is_finite`: whether all numbers are known to be finite.
         """
         fetched_RD = self.device.fetch(tensor_RD)
         if not (is_finite or self.device.is_finite(tensor_RD)):
@@ -585,8 +594,8 @@ class Expert:
 def expert_bytes(manifest: Manifest) -> int:
     """Estimates the memory of one expert: weights, gradients, moments, the guard's half and the sketches of its moves.
 
-    Gradients are those of a batch, and those that accumulate. Allocates nothing. It holds for every precision:
-    parameters are always float32, and bfloat16 matrices live for one batch.
+    Gradients are counted twice: those of a batch, and those that accumulate. Allocates nothing. The same for every
+    precision: parameters are always float32, and bfloat16 matrices last for one batch.
     """
     block = weightless_block(manifest)
     weights = sum(parameter.nbytes for parameter in block.parameters())

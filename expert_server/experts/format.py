@@ -18,17 +18,17 @@ from peer.formatting import printable
 from peer.optimizer import moments_of
 
 State: TypeAlias = dict[str, Tensor]
-"""What an expert is made of: `block.…`, `optimizer.…` and `accumulated.…` tensors by name, on the CPU."""
+"""The state of an expert: `block.…`, `optimizer.…` and `accumulated.…` tensors by name, on the CPU."""
 
 BLOCK, OPTIMIZER = "block.", "optimizer."
 ACCUMULATED = "accumulated."
-"""Gradients that have not led to a step yet: of parameters by name, and two more tensors."""
+"""Prefix of gradients that have not led to a step yet: one for each parameter, and two more tensors."""
 ACCUMULATED_ROWS, ACCUMULATED_SIZES = ACCUMULATED + "rows", ACCUMULATED + "sizes"
-"""How many rows the gradients are of, int64 []; and their sizes, float64 [2] (`AccumulatedGradients.sizes`)."""
+"""The number of rows of these gradients, int64 [], and their sizes, float64 [2] (`AccumulatedGradients.sizes`)."""
 FIRST_MOMENT, SECOND_MOMENT, STEP = ".exp_avg", ".exp_avg_sq", ".step"
-"""How the names of Adam's moments end."""
+"""The suffixes of the names of Adam's moments."""
 AVERAGED = "averaged"
-"""The source of a state that is the average of this node's own and of another's."""
+"""The source of a state that is the average of this node's own state and another's."""
 _ABOUT_ACCUMULATED: Outline = {
     ACCUMULATED_ROWS: ((), torch.int64),
     ACCUMULATED_SIZES: ((2,), torch.float64),
@@ -46,7 +46,7 @@ def gradient_name(parameter: str) -> str:
 
 
 def moving_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that an average moves: parameters, float buffers and moments, without counts and accumulated
+    """The tensors that an average changes: parameters, float buffers and moments, but no counts or accumulated
     gradients.
     """
     return {
@@ -57,22 +57,22 @@ def moving_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def block_tensors(block: nn.Module) -> dict[str, Tensor]:
-    """The block's own tensors, not copies. Other things that a block adds to its state are left out."""
+    """The block's own tensors, not copies. Other objects that a block adds to its state are left out."""
     return {name: value for name, value in block.state_dict().items() if torch.is_tensor(value)}
 
 
 @dataclass(frozen=True)
 class StateForm:
-    """What the manifest demands of an expert's state."""
+    """What the manifest requires of an expert's state."""
 
     block: Outline
-    """All tensors of the block, under their names in the state."""
+    """All tensors of the block, by their names in the state."""
     parameters: Outline
-    """The tensors that are trained, by their names in the block."""
+    """The trained tensors, by their names in the block."""
     moments: tuple[str, ...]
     """The names of the tensors that the optimizer keeps for a parameter."""
     rows_per_update: int
-    """Fewer rows than these have accumulated gradients."""
+    """Accumulated gradients have fewer rows than this."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -88,7 +88,7 @@ class StateForm:
     def check(self, uid: UID, outline: Outline, update_count: int) -> list[str]:
         """Returns the names of the parameters that have moments.
 
-        Raises StateError when a name, shape or dtype is not the expert's, or the moments do not fit the update count.
+        Raises StateError if a name, shape or dtype is not the expert's, or the moments do not fit the update count.
         """
         stepped = [
             name for name in self.parameters if any(moment_name(name, m) in outline for m in self.moments)
@@ -140,7 +140,7 @@ class StateForm:
 def check_state(uid: UID, state: Mapping[str, Tensor], update_count: int, form: StateForm) -> list[str]:
     """Returns the names of the parameters that have moments.
 
-    Raises StateError as `StateForm.check` does, and when a number is not finite or cannot be.
+    Raises StateError as `StateForm.check` does, and if a number is not finite or is impossible.
     """
     stepped = form.check(uid, {name: form_of(tensor) for name, tensor in state.items()}, update_count)
     check_numbers(uid, state)
@@ -165,7 +165,7 @@ def accumulated_rows(state: Mapping[str, Tensor]) -> int:
 
 
 def check_numbers(uid: UID, state: Mapping[str, Tensor]) -> None:
-    """Raises StateError when a number is not finite, or is negative where it cannot be."""
+    """Raises StateError if a number is not finite, or is negative where it can't be."""
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise StateError(f"{name!r} of expert {uid} is not finite")
@@ -201,7 +201,7 @@ class Checkpoint:
     state: State
     update_count: int
     source: str = ""
-    """The peer that gave it, or `AVERAGED`, as long as it is on probation; empty if it is this node's own."""
+    """The peer that gave the state, or `AVERAGED`, while it is on probation; empty if it is this node's own."""
 
     @property
     def accumulated_rows(self) -> int:
@@ -216,13 +216,13 @@ def to_bytes(checkpoint: Checkpoint, swarm_id: str, uid: UID, saved_at: float) -
 
 
 def block_to_bytes(state: State, update_count: int, swarm_id: str, uid: UID, saved_at: float) -> bytes:
-    """An expert's block alone, without moments: what its answers can be checked with."""
+    """An expert's block without moments, with which its answers can be checked."""
     header = Header(swarm_id=swarm_id, uid=str(uid), update_count=update_count, saved_at=saved_at)
     return encode_checkpoint(header, state)
 
 
 def block_from_bytes(data: bytes, swarm_id: str, uid: UID, form: StateForm) -> State:
-    """The block's tensors, under their names in the state. Raises StateError when they are not all there and finite."""
+    """The block's tensors, by their names in the state. Raises StateError if one is missing or not finite."""
 
     def check(header: Header, outline: Outline) -> None:
         _check_owner(header, swarm_id, uid)
@@ -240,9 +240,9 @@ def _check_owner(header: Header, swarm_id: str, uid: UID) -> None:
 
 
 def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int, form: StateForm) -> Checkpoint:
-    """Raises StateError when the bytes are not this expert's state in this form, or are damaged.
+    """Raises StateError if the data is damaged, or is not this expert's state in this form.
 
-    Only the numbers are left to check.
+    Only the numbers remain to be checked.
     """
 
     def check(header: Header, outline: Outline) -> None:

@@ -1,8 +1,8 @@
-"""The rows an expert computes, the autograd graphs of its forward passes, and the weights those graphs need.
+"""The rows that an expert computes, the autograd graphs of its forward passes, and the weights those graphs need.
 
-An optimizer step changes the parameters in place. A graph from before the step stays usable if the step took place on
-a copy of the parameters (weight stashing: Narayanan et al. 2019, PipeDream, section 3.3). Its gradient is then that of
-the updates the caller received.
+An optimizer step changes the parameters in place. A graph from before the step stays usable if the step took place on a
+copy of the parameters (weight stashing: Narayanan et al. 2019, PipeDream, section 3.3). Its gradient then belongs to
+the updates that the caller received.
 
 Shape suffixes: R = rows, S = segments, D = width.
 """
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from peer.layers import KeyValueCache
 
 NODES_BYTES = 32 * 1024
-"""What autograd's nodes and the tensors' own records take, however few the rows. Measured: 38 KB for a Transformer
+"""The memory of autograd's nodes and of the tensor objects, however few the rows. Measured: 38 KB for a Transformer
 block, 66 KB for a pass of four together.
 """
 
 
 class WeightVersion:
-    """The parameters as they are between two optimizer steps, for the graphs of forward passes that used them."""
+    """The parameters between two optimizer steps, for the graphs of forward passes that used them."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], generation: object) -> None:
         self.generation = generation
         self.parameters: list[nn.Parameter] = [
             nn.Parameter(each.data, each.requires_grad) for each in parameters
         ]
-        """The same memory, as leaves of their own."""
+        """Separate leaf tensors that share the same memory."""
         self._is_whole = True
         self._stashed_bytes = 0
         self._graphs: set[ref[ForwardGraph]] = set()
@@ -44,7 +44,7 @@ class WeightVersion:
 
     @property
     def bytes(self) -> int:
-        """Memory held for the graphs alone: none until the expert's parameters have moved to a copy."""
+        """Memory held only for the graphs: none until the expert's parameters have moved to a copy."""
         return self._stashed_bytes
 
     @property
@@ -57,15 +57,15 @@ class WeightVersion:
         self._graphs.add(ref(graph, self._graphs.discard))
 
     def discard(self, graph: "ForwardGraph") -> None:
-        """Forgets a graph that was used up."""
+        """Forgets a graph that has been used."""
         self._graphs.discard(ref(graph))
 
     def stash(self) -> None:
-        """Notes that the expert's parameters have moved to a copy, so the next step leaves this version whole."""
+        """The expert's parameters have moved to a copy, so the next step leaves this version whole."""
         self._stashed_bytes = sum(parameter.nbytes for parameter in self.parameters)
 
     def overwrite(self) -> None:
-        """Notes that the next step changes this version in place."""
+        """The next step changes this version in place."""
         self._is_whole = False
 
 
@@ -77,7 +77,7 @@ class ForwardGraph:
     updates: Tensor
     version: WeightVersion
     bytes: int
-    """About how much memory it holds, without the parameters."""
+    """Roughly how much memory it holds, without the parameters."""
 
 
 class SharedPass:
@@ -86,27 +86,29 @@ class SharedPass:
     def __init__(
         self, inputs: Tensor, updates: Tensor, stacks: Sequence[Tensor], counts: Sequence[int], size: int
     ) -> None:
-        """Expert after expert: inputs and updates [R, D], `counts` of their rows. `stacks`: their parameters."""
+        """Inputs and updates [R, D], expert after expert. `counts`: the rows of each expert. `stacks`: their
+        parameters.
+        """
         self.updates: tuple[Tensor, ...] = torch.split(updates.detach(), list(counts))
         """The updates of each expert."""
         self.are_finite: bool = bool(np.isfinite(updates.detach().numpy()).all())
-        """Whether all of these are."""
+        """Whether all updates are finite."""
         self.counts: list[int] = list(counts)
         self._kept: tuple[Tensor, Tensor, Sequence[Tensor]] | None = (inputs, updates, stacks)
         self._bytes = size
 
     @property
     def bytes(self) -> int:
-        """Memory held as long as one of its experts may still use it."""
+        """Memory held while one of its experts may still use it."""
         return self._bytes if self._kept is not None else 0
 
     @property
     def is_whole(self) -> bool:
-        """Whether no backward pass has used it."""
+        """Whether no backward pass has used it yet."""
         return self._kept is not None
 
     def take(self) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Inputs, updates and stacks, once."""
+        """Inputs, updates and stacks. Can be taken only once."""
         assert self._kept is not None, "it was used"
         kept, self._kept = self._kept, None
         return kept
@@ -119,36 +121,38 @@ class ParameterGradients:
     tensors: Sequence[Tensor]
     """Gradients in the block's order."""
     norm: Tensor
-    """The norm of all of them: one number."""
+    """The norm of all of them together: one number."""
     inputs_are_finite: bool
-    """Whether the gradients of the inputs of all experts in that pass are."""
+    """Whether the gradients of all experts' inputs in that pass are finite."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedGraph:
-    """One expert's part of a shared pass. Good for a backward pass of all of its experts together."""
+    """One expert's part of a shared pass. Good for one backward pass of all its experts together."""
 
     version: SharedPass
     index: int
     """The expert's place in the pass."""
     generation: object
-    """The expert's generation at that time."""
+    """The expert's generation at the time of the pass."""
 
     @property
     def bytes(self) -> int:
-        """None of its own: the shared pass holds them."""
+        """Zero, because the shared pass holds the memory."""
         return 0
 
 
 class GraphMeter:
-    """Estimates the memory of graphs of one block. It counts once: that takes as long as a small forward pass."""
+    """Estimates the memory of one block's graphs. It measures only once, because measuring takes as long as a small
+    forward pass.
+    """
 
     def __init__(self) -> None:
         self._bytes_per_row: float | None = None
 
     @contextmanager
     def measuring(self, inputs: Tensor, others: Sequence[Tensor], extra: int = 0) -> Iterator[None]:
-        """Counts what autograd keeps for the rows of `inputs`, without `others` and `extra` bytes."""
+        """Counts what autograd keeps for the rows of `inputs`, without `others` and without `extra` bytes."""
         if self._bytes_per_row is not None or not torch.is_grad_enabled():
             yield
             return
@@ -164,7 +168,9 @@ class GraphMeter:
 
 
 def run_backward(updates: Tensor, gradients: Tensor) -> None:
-    """Calls what torch.autograd.backward calls, without its check of shapes: 0.65 s and 38 MB at the first call."""
+    """Calls what torch.autograd.backward calls, without its check of shapes, which would cost 0.65 s and 38 MB at the
+    first call.
+    """
     torch.autograd.Variable._execution_engine.run_backward(
         (updates,), (gradients,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
@@ -194,11 +200,13 @@ class Rows:
     positions: Tensor
     """[R]"""
     gradients: Tensor | None = None
-    """[R, D], of the updates; in backward only."""
+    """[R, D], of the updates; only in backward."""
     graph: ForwardGraph | SharedGraph | None = None
     """What their forward pass kept, if anything."""
     caches: Sequence[KeyValueCache | None] = ()
-    """In forward: none, or for each segment the rows before it, if any are known; they take these rows in."""
+    """In forward: empty, or for each segment the cache of the rows before it, or None. The caches take in these
+    rows.
+    """
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -208,27 +216,27 @@ class Rows:
         return [cache.length for cache in self.caches if cache is not None]
 
     def note_version(self, version: int) -> None:
-        """Notes the version of the parameters that have computed these rows."""
+        """Records in the caches the version of the parameters that computed these rows."""
         for cache in self.caches:
             if cache is not None:
                 cache.version = version
 
     def take_back(self, cached: Sequence[int]) -> None:
-        """Lets the caches have as many rows as before."""
+        """Truncates the caches to the earlier numbers of rows."""
         caches = (cache for cache in self.caches if cache is not None)
         for cache, length in zip(caches, cached, strict=True):
             cache.truncate(length)
 
     @staticmethod
     def joined_caches(parts: "Sequence[Rows]") -> Sequence[KeyValueCache | None]:
-        """The caches of all these segments, as `caches` of one."""
+        """The caches of all segments of these parts, as `caches` for one."""
         if not any(part.caches for part in parts):
             return ()
         return [cache for part in parts for cache in part.caches or [None] * len(part.lengths)]
 
 
 class ParameterSlots:
-    """Where a block's parameters are, to put those of a version there for one pass.
+    """Where a block's parameters are, to put those of another version there for one pass.
 
     torch's functional_call does the same but takes 0.1 ms.
     """

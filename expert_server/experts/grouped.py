@@ -1,9 +1,9 @@
-"""Several narrow experts computed at once: one product for all of them in place of one for each.
+"""Computes several narrow experts at once, with one product for all of them instead of one for each.
 
 A small product takes less time than the calls that lead to it. So the experts' matrices are copied into stacks, and
 each linear layer is one grouped product, `torch.nn.functional.grouped_mm`. Everything else is computed as for one
-expert with all the rows, for rows of different experts never share a segment. Only the kinds of experts that come with
-Talkoot take part: what a block of another package does with the rows beside each other is not known.
+expert with all the rows, because rows of different experts never share a segment. Only the kinds of experts that come
+with Talkoot take part: how a block of another package would treat neighbouring rows is not known.
 
 Shape suffixes: E = experts, R = rows of all of them, expert after expert, S = segments, D = width, I and O = inner and
 outer columns of a linear layer.
@@ -24,38 +24,36 @@ from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.graphs import GraphMeter, ParameterGradients, Rows, SharedPass, run_backward
 
 LEAST_EXPERTS, MOST_EXPERTS = 4, 16
-"""The fewest and most experts that are computed at once. Fewer gain nothing, nor do more: the tensors of 64 no longer
-fit into a core's cache.
+"""The fewest and the most experts computed at once. Fewer gain nothing. More gain nothing either: the tensors of 64 no
+longer fit into a core's cache.
 """
 LEAST_ROWS, MOST_ROWS = 512, 2048
-"""Rows that are computed at once: at most the first, if other threads would have nothing to do, and otherwise the
-second.
-"""
+"""The most rows computed at once: the first number if other threads would have nothing to do, else the second."""
 _MOST_NUMBERS = 2**18
-"""Numbers in the parameters of an expert that can be computed with others. Larger ones gain less, and the copies of 16
-would take over 16 MiB for each pass that is kept.
+"""The most numbers in the parameters of an expert that is computed with others. Larger ones gain less, and the copies
+of 16 would take over 16 MiB for each pass that is kept.
 """
 _ALIGNMENT = 4
-"""Rows of matrices must begin at multiples of 16 bytes."""
+"""Rows of matrices must begin at multiples of 16 bytes: of this many numbers."""
 
 
 class GroupedBlock:
-    """A block without parameters of its own, which computes for several experts with theirs. One thread at a time."""
+    """A block without its own parameters, which computes several experts with theirs. For one thread at a time."""
 
     def __init__(self, block: nn.Module) -> None:
-        """`block`: of one expert; it stays as it is."""
+        """`block`: one expert's block, which is not changed."""
         names = [name for name, _ in block.named_parameters()]
         self._block = deepcopy(block)
         self._split = _Split()
         self._layers: dict[str, tuple[_GroupedLayer, str]] = {}
-        """The layer of each parameter, and the parameter's name there."""
+        """For each parameter, its layer and its name in that layer."""
         self._replace_layers(self._block, "")
         self._places = [self._layers[name] for name in names]
         self._meter = GraphMeter()
 
     @classmethod
     def of(cls, block: nn.Module, manifest: Manifest, device: ComputeDevice) -> Self | None:
-        """None if such experts are computed one by one."""
+        """None if experts of this kind are computed one by one."""
         matrices = [parameter for parameter in block.parameters() if parameter.dim() > 1]
         fits = (
             manifest.experts.kind in OWN_KINDS
@@ -70,7 +68,9 @@ class GroupedBlock:
     def forward(
         self, parameters: Sequence[Sequence[Tensor]], parts: Sequence[Rows], keep: bool
     ) -> SharedPass:
-        """Computes each expert's part. `parameters`: of each expert, in the block's order. `keep`: with a graph."""
+        """Computes each expert's part. `parameters`: those of each expert, in the block's order. `keep`: with
+        a graph.
+        """
         stacks = [torch.stack([each.detach() for each in same]) for same in zip(*parameters, strict=True)]
         x_RD = torch.cat([part.inputs.detach() for part in parts])
         for tensor in (x_RD, *stacks):
@@ -109,7 +109,7 @@ def backward(
 ) -> tuple[list[Tensor], list[ParameterGradients]]:
     """Returns the gradients of each expert's inputs [R, D], and of each expert's parameters.
 
-    `gradients`: of each expert's updates. The pass is used up.
+    `gradients`: those of each expert's updates. The pass can't be used again.
     """
     x_RD, u_RD, stacks = shared.take()
     run_backward(u_RD, torch.cat(list(gradients)))
@@ -126,7 +126,7 @@ def backward(
 
 
 class _Split:
-    """How many of the rows are each expert's."""
+    """How many of the rows belong to each expert."""
 
     counts: Sequence[int]
     counts_E: Tensor
@@ -142,10 +142,10 @@ class _GroupedLayer(nn.Module):
         super().__init__()
         self.split = split
         self.stacks: dict[str, Tensor] = {}
-        """The parameters of all experts by name, while a pass is computed."""
+        """The stacked parameters of all experts by name, while a pass is computed."""
 
     def spread(self, name: str) -> Tensor:
-        """Each expert's vector for each of its rows."""
+        """Repeats each expert's vector for each of its rows."""
         return _spread(self.stacks[name], self.split)
 
 
@@ -171,7 +171,7 @@ class _GroupedNorm(_GroupedLayer):
 class _Spread(torch.autograd.Function):
     """Repeats each expert's vector for each of its rows.
 
-    torch's own backward pass of that takes over ten times as long, and its sums of segments up to five times.
+    torch's own backward pass of this takes over ten times as long, and its segment sums up to five times.
     """
 
     @staticmethod

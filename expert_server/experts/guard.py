@@ -1,4 +1,4 @@
-"""What a step may end as, and the guard that returns an expert to its last good state when its parameters turn bad."""
+"""The outcomes of a step, and the guard that returns an expert to its last good state if its parameters turn bad."""
 
 import logging
 from enum import Flag, auto
@@ -16,16 +16,16 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 CHECK_EVERY_UPDATES = 8
 KEEP_EVERY_UPDATES = 64
-"""A multiple of the above, so that only a state that was checked is kept."""
+"""A multiple of the constant above, so that only a state that was checked is kept."""
 PROBATION_UPDATES = 100
-"""Good updates after which a state that another peer gave counts as good."""
+"""After this many good updates, a state that another peer gave counts as good."""
 
 
 class StepOutcome(Flag):
-    """What became of the optimizer step of a backward pass: taken, skipped or withheld, and possibly a rollback."""
+    """The outcome of a backward pass's optimizer step: taken, skipped or withheld, and possibly a rollback."""
 
     NONE = 0
-    """There was none: a forward pass."""
+    """There was no step: a forward pass."""
     TAKEN = auto()
     SKIPPED = auto()
     """The gradient of a parameter was not finite."""
@@ -38,12 +38,12 @@ class StepOutcome(Flag):
 class Guard:
     """Watches the parameters of one block, and rolls block and optimizer back to their last good state.
 
-    The parameters are bad when their norm is not finite, or is more than `guard_factor` times the larger of two norms:
-    that of the kept state (or of one on probation), and that of `KEEP_EVERY_UPDATES` steps of the full step size from
-    a block of zeros. The second lets a block that starts near zero grow.
+    The parameters are bad if their norm is not finite, or is more than `guard_factor` times the larger of two norms:
+    that of the kept state (or of one on probation), and that of `KEEP_EVERY_UPDATES` steps of the full step size from a
+    block of zeros. The second one lets a block that starts near zero grow.
 
-    A state that another peer gave is on probation: it is watched, and if it turns bad, the state before it returns. It
-    takes that state's place once it was good for `PROBATION_UPDATES`.
+    A state that another peer gave is on probation: if it turns bad, the state before it is restored. It replaces that
+    state after `PROBATION_UPDATES` good updates.
 
     The kept state is in bfloat16, which takes half the memory and has the range of float32.
     """
@@ -58,7 +58,7 @@ class Guard:
         size = sum(parameter.numel() for parameter in self._parameters)
         self._reach = KEEP_EVERY_UPDATES * spec.learning_rate * sqrt(size)
         self._updates = 0
-        """Since the state was kept or replaced."""
+        """Updates since the state was kept or replaced."""
         self._keep_after = KEEP_EVERY_UPDATES
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._usual_norm = 0.0
@@ -66,11 +66,11 @@ class Guard:
 
     @property
     def is_on_probation(self) -> bool:
-        """Whether another peer gave the present state a short while ago."""
+        """Whether another peer gave the present state, and it has not proved good yet."""
         return self._keep_after == PROBATION_UPDATES
 
     def keep(self) -> None:
-        """Takes the present state as good. Call it when the state was replaced by this node's own."""
+        """Keeps the present state as good. Call it when this node's own state has replaced the state."""
         nothing: list[tuple[Tensor | None, dict[str, Tensor]]] = [(None, {}) for _ in self._parameters]
         self._kept = [
             (
@@ -83,7 +83,7 @@ class Guard:
         self._updates, self._keep_after = 0, KEEP_EVERY_UPDATES
 
     def doubt(self) -> None:
-        """Puts the present state on probation. Call it when the state was replaced by what another peer gave."""
+        """Puts the present state on probation. Call it when another peer's state has replaced the state."""
         self._usual_norm = max(self._usual_norm, self._norm())
         self._updates, self._keep_after = 0, PROBATION_UPDATES
 
@@ -96,7 +96,7 @@ class Guard:
         """Checks the parameters every `CHECK_EVERY_UPDATES`. Keeps the state every `KEEP_EVERY_UPDATES`, or after its
         probation.
 
-        Returns False when it rolled back.
+        Returns False if it rolled back.
         """
         self._updates += 1
         if self._updates % CHECK_EVERY_UPDATES:
@@ -107,9 +107,9 @@ class Guard:
         return is_good
 
     def check(self) -> bool:
-        """Whether the parameters are good. If not, rolls back before it returns."""
+        """Whether the parameters are good. If they are not, rolls back."""
         norm, most = self._norm(), self._factor * max(self._usual_norm, self._reach)
-        if norm <= most:  # not so for NaN
+        if norm <= most:  # false for NaN
             return True
         logger.warning(
             "%s went bad, parameter norm %.3g (at most %.3g): rolled back by %s",
@@ -140,9 +140,9 @@ class Guard:
 
 
 def _halved(tensor: Tensor, before: Tensor | None) -> Tensor:
-    """A copy in bfloat16; a single number, such as a count of steps, is copied exactly.
+    """A copy in bfloat16. A single number, such as a count of steps, is copied exactly.
 
-    It reuses the memory of the copy before: allocating memory costs several times as much as copying.
+    Reuses the memory of the previous copy: allocating memory costs several times as much as copying.
     """
     if before is not None:
         return before.copy_(tensor)

@@ -1,7 +1,7 @@
-"""Whether training can have made a state that another peer gives: how large its numbers are.
+"""Whether training can have produced a state that another peer gives, judged by how large its numbers are.
 
-Nothing here tells a good state from a bad one whose numbers have an ordinary size. A state that passes is on
-probation until this node has trained it for a while (`Guard.doubt`).
+A bad state whose numbers have an ordinary size is not recognised here. A state that passes is on probation until this
+node has trained it for a while (`Guard.doubt`).
 """
 
 from collections.abc import Collection, Mapping
@@ -25,23 +25,23 @@ from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import StateError
 
 _MOST_SCALE = 3.0
-"""How many times as large as in the states that are known the numbers of another may be, besides what its updates
-explain.
-"""
+"""How many times as large as in known states a state's numbers may be, in addition to what its updates explain."""
 _DIRECTED_UPDATES = 64
-"""Optimizer steps that go in one direction; further ones go in random directions."""
+"""This many optimizer steps count as going in one direction; further ones as going in random directions."""
 _WALK = 2.0
 """The factor for random directions, in which n steps lead about √n steps away."""
 _LARGEST_BUFFER = 1e6
-"""The limit for tensors that are not trained, about which nothing is known."""
+"""The limit for tensors that are not trained, for which nothing is known."""
 _LARGEST_MOVE = 16.0
-"""Steps by which moments move a number at once. Adam's own never reach 7.3: with the decay rates β of the two moments,
-the bound is (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)).
+"""How far moments may move a number at once, in steps. Adam's own never reach 7.3: with the decay rates β of the two
+moments, the bound is (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)).
 """
 _EPSILON = 1e-8
-"""Adam's."""
+"""Adam's epsilon."""
 _STEEPEST = 1e6
-"""A row's gradient of the parameters against that of its updates: large where the norm divides by little."""
+"""The most that a row's gradient of the parameters may exceed that of its updates. The ratio is large where a norm
+divides by a small number.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,23 @@ class Scale:
 def require_plausible(
     uid: UID, state: Mapping[str, Tensor], update_count: int, known: Collection[Scale], spec: OptimizerSpec
 ) -> None:
-    """Raises StateError when no training with this number of updates can have led to the state.
+    """Raises StateError if no training with this number of updates can have produced the state.
 
-    `state`: with the names, shapes and dtypes of this expert's, and finite. `known`: of other states of an expert of
-    this kind, at least of its first parameters.
+    `state`: finite, with the names, shapes and dtypes of this expert. `known`: the scales of other states of this kind
+    of expert, at least of its initial parameters.
     """
     names = next(iter(known)).tensors
     parameters = {name: state[BLOCK + name] for name in names}
     found = Scale.of(parameters)
     steps = min(update_count, _DIRECTED_UPDATES) + _WALK * sqrt(update_count)
     for name, size in found.tensors.items():
-        # tensors that begin as zeros grow to what the others measure
+        # tensors that begin as zeros grow to the scale of the others
         usual = max(max(scale.tensors[name], scale.whole) for scale in known)
         if not size <= _MOST_SCALE * usual + steps * _step(spec, parameters[name].numel()):
             raise StateError(f"{name!r} of expert {uid} is far larger than training makes it: {size:.3g}")
     least = min(scale.whole for scale in known) / _MOST_SCALE
     least *= (1 - spec.learning_rate * spec.weight_decay) ** update_count
-    # where decay is part of the gradient, it can lead to zero
+    # if decay is part of the gradient, it can lead to zero
     if found.whole < least and (spec.name == "adamw" or not spec.weight_decay):
         raise StateError(f"the parameters of expert {uid} are far smaller than training makes them")
     for name, tensor in parameters.items():
@@ -92,7 +92,7 @@ def require_plausible(
 
 
 def _step(spec: OptimizerSpec, numbers: int) -> float:
-    """How far an optimizer step moves each of this many numbers, about."""
+    """About how far an optimizer step moves each of this many numbers."""
     if spec.name != "sgd":
         return spec.learning_rate
     return spec.learning_rate * spec.clip_norm / (1 - spec.sgd_momentum) / sqrt(max(1, numbers))
@@ -101,7 +101,7 @@ def _step(spec: OptimizerSpec, numbers: int) -> float:
 def _check_moments(
     uid: UID, name: str, parameter: Tensor, state: Mapping[str, Tensor], spec: OptimizerSpec
 ) -> None:
-    """Moments are averages of gradients, which were clipped."""
+    """Moments are averages of gradients, which were clipped, so they have a limit."""
     most = 2 * (spec.clip_norm + spec.weight_decay * _norm(parameter))
     first, second, momentum, step = (
         state.get(f"{OPTIMIZER}{name}.{moment}")
@@ -125,8 +125,8 @@ def _check_moments(
 
 
 def _check_accumulated(uid: UID, names: Collection[str], state: Mapping[str, Tensor]) -> None:
-    """Checks that accumulated gradients are no larger than rows of their sizes make them: otherwise others would lose
-    theirs in the same step.
+    """Checks that accumulated gradients are no larger than rows of their sizes can make them. Otherwise other callers
+    would lose their gradients in the same step.
     """
     if not (rows := accumulated_rows(state)):
         return
@@ -139,6 +139,6 @@ def _check_accumulated(uid: UID, names: Collection[str], state: Mapping[str, Ten
 
 
 def _norm(tensor: Tensor) -> float:
-    """The norm in float64, in which no float32 overflows, unless the device has none."""
+    """The norm in float64, where squares of float32 can't overflow, unless the device has no float64."""
     dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
     return float(torch.linalg.vector_norm(tensor.detach(), dtype=dtype))

@@ -1,4 +1,4 @@
-"""Replicas of one expert meet in pairs, now and then, and both become their average."""
+"""Replicas of one expert meet in pairs now and then, and both become their average."""
 
 import asyncio
 import logging
@@ -45,31 +45,37 @@ from peer.wire import state_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _TAKES_INITIATIVE = 0.5
-"""Share of its replicated experts that a node averages by its own initiative: others' make it about one each."""
+"""The share of its replicated experts that a node averages on its own initiative. With others' initiatives, each is
+averaged about once.
+"""
 _PAUSE = 4
-"""The shortest pause after a round, as a multiple of how long it took: slow uplinks have more to send than states."""
+"""The shortest pause after a round, as a multiple of the round's duration: slow uplinks have other things to
+send, too.
+"""
 _LAST_AVERAGING_S = 5.0
-"""The longest time that a node which gives its experts up averages them a last time."""
+"""How long a node that gives up its experts may take to average them a last time."""
 _MAX_HINTS = 256
-"""Experts that others may ask this node to fetch, at one time."""
+"""The most experts that other nodes may have asked this one to fetch at any time."""
 _AT_ONCE = 4
-"""Hints of one kind that are followed at the same time, and averages that are begun."""
+"""Hints of one kind that are followed at the same time, and averages that are started at the same time."""
 _REFUSED = 4096
-"""Replicas of others that are remembered as out of reach."""
+"""Other nodes' replicas that are remembered as out of reach."""
 _LONGEST_REFUSED = 32
-"""The longest time, in `average_every_s`, for which such a replica is avoided; it starts with one and doubles."""
+"""The longest time that such a replica is avoided, as a multiple of `average_every_s`. It starts at one and doubles."""
 _MOST_SCALE = 4.0
-"""How many times as large another's second moments may be."""
+"""How many times as large another replica's second moments may be."""
 _MOST_SHRINKING = 1.5
-"""And how many times as small. The smaller they are, the longer are steps, and own moves with them."""
+"""How many times as small they may be. Smaller second moments make steps longer, and with them this node's own
+moves.
+"""
 _MOST_RATIO = 7.3
-"""Adam's first moment against the root of the second never exceeds this (`plausibility`)."""
+"""The largest ratio of Adam's first moment to the root of the second (see `plausibility`)."""
 
 Adopt: TypeAlias = Callable[[PeerID, Collection[UID]], Coroutine[Any, Any, None]]
 
 
 class ReplicaAveraging:
-    """Averages one node's replicas with those of others, and follows what others ask it to fetch. Run it."""
+    """Averages one node's replicas with those of others, and follows others' requests to fetch states. Run it."""
 
     def __init__(
         self,
@@ -83,8 +89,8 @@ class ReplicaAveraging:
         metrics: CollectorRegistry | None = None,
         restarts: Restarts | None = None,
     ) -> None:
-        """`adopt`: takes experts over from a peer that leaves. `seen`: the replicas that this node has read lately.
-        `restarts`: counts what fails unexpectedly.
+        """`adopt`: takes over experts from a peer that leaves. `seen`: returns the replicas that this node has read
+        lately. `restarts`: counts unexpected failures.
         """
         self.averagings: Counter = Counter(
             "talkoot_averagings", "Replicas averaged with another node's.", registry=metrics
@@ -103,16 +109,18 @@ class ReplicaAveraging:
         self._clock = clock
         self._hints = HintQueue(_MAX_HINTS, self._every_s)
         self._hinted = {kind: asyncio.Event() for kind in (False, True)}
-        """Whether averages were asked for, and adoptions."""
+        """Set when an average (True) or an adoption (False) was asked for."""
         self._runs = False
         self._last_averaging: asyncio.Task[None] | None = None
         self._refused = BoundedDict[tuple[UID, PeerID], tuple[int, float]](_REFUSED)
-        """How often in a row another's replica was out of reach, and until when it is left alone."""
+        """How often in a row another node's replica was out of reach, and until when it is left alone."""
         self._meeting = WeakValueDictionary[UID, asyncio.Lock]()
-        """One meeting of an expert at a time: a base that was handed out must stay one."""
+        """An expert has one meeting at a time, because a base that was handed out must stay the base."""
 
     def accept_hint(self, hint: FetchHint) -> int:
-        """Queues a hint, and returns how many of its experts it accepts, from the first on: none unless `run` runs."""
+        """Queues a hint. Returns how many of its experts are accepted, counted from the first; 0 unless `run` is
+        running.
+        """
         wanted = self._every_s > 0 if hint.is_average else not self._replicas.leaving
         if not self._runs or not wanted:
             return 0
@@ -135,7 +143,7 @@ class ReplicaAveraging:
             self._runs = False
 
     async def average_some(self) -> None:
-        """Averages about half of the experts that others serve too. Raises UnreachableError."""
+        """Averages about half of the experts that other nodes serve too. Raises UnreachableError."""
         me = self._swarm.host.peer_id
         replicas = await replicas_to_meet(self._swarm.registry, self._replicas.experts, self._seen(), me)
         partners = choose_partners(replicas, me, self._rng)
@@ -150,7 +158,7 @@ class ReplicaAveraging:
     async def average_before_leaving(self, limit_s: float) -> None:
         """Averages the experts a last time before they are given up, so that none of this node's updates is lost.
 
-        Returns when the others have fetched what they need. Until then this node must be announced as serving.
+        Returns when the others have fetched what they need. Until then, this node must be announced as serving.
         """
         if not self._every_s:
             return
@@ -181,8 +189,8 @@ class ReplicaAveraging:
         await side_by_side(meetings, _AT_ONCE)
 
     def _end_accumulation(self, uids: set[UID]) -> None:
-        """Ends accumulation, so that what is accumulated is part of the average: the other replica takes over no
-        gradients.
+        """Ends accumulation, so that accumulated gradients become part of the average: the other replica does not take
+        them over.
         """
         for uid in uids & self._replicas.experts.keys():
             self._replicas.experts[uid].end_accumulation()
@@ -196,9 +204,10 @@ class ReplicaAveraging:
     async def meet(self, uid: UID, node: NodeInfo) -> asyncio.Event | None:
         """Averages this node's replica with another node's, and asks that node to do the same.
 
-        Returns an event that is set when the other node has fetched what it needs for that, or None if it won't. Raises
-        TransferError, StateError or ExpertError if the replica could not be averaged; it is then as it was. If only the
-        other is out of this one's reach, it is asked all the same: this one may be within the other's reach.
+        Returns an event that is set when the other node has fetched what it needs for that, or None if it refuses.
+        Raises TransferError, StateError or ExpertError if the replica could not be averaged; it is then unchanged. If
+        the problem is only that the other replica is out of this one's reach, the other node is still asked: this
+        replica may be within its reach.
         """
         async with self._lock_of(uid):
             base = await self._snapshots.take(uid)
@@ -216,7 +225,7 @@ class ReplicaAveraging:
     async def _answer(self, hint: FetchHint, node: NodeInfo) -> None:
         """The other half of `meet`, with the two snapshots of the first half.
 
-        Does nothing if this replica was averaged since: the base is then no longer what it came from.
+        Does nothing if this replica was averaged in between: it then no longer comes from the base.
         """
         (uid,) = hint.uids
         async with self._lock_of(uid):
@@ -237,7 +246,7 @@ class ReplicaAveraging:
         share = partner_weight(base.update_count, believed, met)
         expert = self._replicas.experts.get(base.uid)
         if expert is None:
-            return  # given up meanwhile
+            return  # given up in the meantime
         average = partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share)
         try:
             belief = await self._replicas.runtime.run(average)
@@ -255,10 +264,10 @@ class ReplicaAveraging:
     async def _note_out_of_reach(
         self, expert: Expert, peer_id: PeerID, believed: int, is_untrained: bool
     ) -> None:
-        """Leaves that replica alone for a while. `believed`: of its update count.
+        """Leaves the replica alone for a while. `believed`: the part of its update count that is believed.
 
-        One that has never taken an update of its own reaches nothing, and one that is far slower than all others falls
-        behind them: both take over whole what a majority has.
+        If this node's own replica has never taken an update of its own, it has no reach, and if it is far slower than
+        all others, it falls behind them. In both cases it takes over the whole state of a majority.
         """
         uid = expert.uid
         times = self._refused.get((uid, peer_id), (0, 0.0))[0]
@@ -279,7 +288,7 @@ class ReplicaAveraging:
         return self._clock() < self._refused.get((uid, peer_id), (0, 0.0))[1]
 
     def _is_worth_meeting(self, replica: Replica) -> bool:
-        """Whether it is worth meeting: not if neither took an update since the two were averaged, or if its state was
+        """Whether the replica is worth meeting: not if neither side took an update since the last average, or if it was
         out of reach lately.
         """
         if self._is_refused(replica.uid, replica.peer_id):
@@ -288,7 +297,7 @@ class ReplicaAveraging:
         expert = self._replicas.experts.get(replica.uid)
         if expert is None or met is None:
             return expert is not None
-        # the other may have gone on with a few more than it had
+        # after the average, the other may have had a few more updates than this node knows
         return expert.update_count != met.mine or replica.update_count > max(met.mine, met.theirs)
 
     async def _average_now_and_then(self) -> None:
@@ -314,7 +323,7 @@ class ReplicaAveraging:
                 await self._attempt(self._adopt(hint.peer_id, hint.uids))
 
     async def _follow_average(self, hint: FetchHint) -> None:
-        """Answers only a peer that serves the expert, as the DHT says."""
+        """Answers only a peer that serves the expert according to the DHT."""
         replicas = await self._swarm.registry.replicas(hint.uids)
         hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
         if hint.peer_id in hosts and set(hint.uids) <= self._replicas.experts.keys():
@@ -331,13 +340,13 @@ class ReplicaAveraging:
 
 
 def pause_after(every_s: float, took_s: float, rng: random.Random) -> float:
-    """The pause until the next round of averages, if the last one took so long."""
+    """The pause until the next round of averages, given how long the last one took."""
     return max(every_s, _PAUSE * took_s) * rng.uniform(0.5, 1.5)
 
 
 def is_astray(out_of_reach: int, others: int) -> bool:
-    """Whether so many of the others' replicas are out of reach that this node's own must be the one which went astray:
-    most of them, and more than one.
+    """Whether this node's own replica must be the one that went astray: if most of the others' replicas are out of its
+    reach, and more than one is.
     """
     return out_of_reach > max(1, others / 2)
 
@@ -345,7 +354,8 @@ def is_astray(out_of_reach: int, others: int) -> bool:
 async def replicas_to_meet(
     registry: Registry, uids: Collection[UID], seen: Mapping[UID, Collection[Replica]], me: PeerID
 ) -> dict[UID, Collection[Replica]]:
-    """The replicas of these experts as this node saw them lately; of those that only it serves, as the DHT says now.
+    """The replicas of these experts that this node saw lately. For experts that nobody else served then, the DHT is
+    read again.
 
     Averages are frequent: reading the hosts of all experts for each took a fifth of a node's upkeep.
     """
@@ -356,7 +366,7 @@ async def replicas_to_meet(
 def choose_partners(
     replicas: Mapping[UID, Collection[Replica]], me: PeerID, rng: random.Random
 ) -> list[Replica]:
-    """One of the other replicas for each of about half of the experts that others serve too."""
+    """One of the other replicas, for each of about half of the experts that other nodes serve too."""
     found = [serving_elsewhere(hosts, me) for _, hosts in sorted(replicas.items())]
     return [rng.choice(others) for others in found if others and rng.random() < _TAKES_INITIATIVE]
 
@@ -364,9 +374,9 @@ def choose_partners(
 def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: str, share: float) -> float:
     """Averages the expert's state at `base` with `theirs`, as far as its own moves allow, and keeps its updates since.
 
-    `share`: the weight of `theirs`. Returns how much of the way to `theirs` was believed, 0 to 1. Raises StateError,
-    and changes nothing, if anything but updates changed the expert since `base`, or if a state is not this expert's,
-    not finite or not plausible; OutOfReachError if it is too far away.
+    `share`: the weight of `theirs`. Returns the share of the way to `theirs` that was accepted, 0 to 1. Raises
+    StateError, and changes nothing, if anything but updates has changed the expert since `base`, or if a state is not
+    this expert's, not finite or not plausible; OutOfReachError if it is too far away.
     """
     if expert.generation != base.generation:
         raise StateError(f"expert {expert.uid} was replaced or rolled back while it was averaged")
@@ -379,7 +389,7 @@ def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: s
     if away > reach:
         is_untrained = moves.are_none(present)
         if not present:
-            moves.start(moving_tensors(before))  # after a rollback, it is measured from here
+            moves.start(moving_tensors(before))  # after a rollback, moves are measured from here
         message = f"expert {expert.uid} is {away:.3g} away from this node's, which reaches {reach:.3g}"
         raise OutOfReachError(message, is_untrained=is_untrained)
     current, radii = expert.export_state(), moves.radii(present)
@@ -397,10 +407,10 @@ def averaged(
 ) -> tuple[State, float]:
     """Moves `base` by `share` of the way to `theirs`, within `radii`, and adds what changed from `base` to `current`.
 
-    Returns the state, and how much of the way between the parameters was believed. Moments that one side lacks count as
-    zeros. `most_steps`: what the other's optimizer can have counted. Whole numbers stay as they are, and so do the
-    gradients that `current` has accumulated. Those of `theirs` are left to the other replica, which takes a step with
-    them: each counts once.
+    Returns the state, and the share of the way between the parameters that was accepted. Moments that one side lacks
+    count as zeros. `most_steps`: the most steps that the other's optimizer can have counted. Whole numbers stay as they
+    are, and so do the accumulated gradients of `current`. Those of `theirs` are left to the other replica, which takes
+    a step with them, so that each gradient counts once.
     """
     moving = moving_tensors(current)
     before, other = _like(current, base), _like(current, theirs)

@@ -1,4 +1,6 @@
-"""Which experts a node hosts: it adopts orphans, adds or exchanges replicas, and hands its own over when it leaves."""
+"""Which experts a node hosts: it adopts orphans, adds or exchanges replicas, and hands its experts over when
+it leaves.
+"""
 
 import asyncio
 import contextlib
@@ -42,38 +44,41 @@ from peer.wire import state_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _CLAIM_ROUNDS = 5
-"""How often a node that starts looks for experts, as long as others may lose the claims they made."""
+"""How often a starting node looks for experts, as long as others may still lose their claims."""
 _LOOKS = 2
-"""Looks in a row, at half periods, that must find an expert vacant before it is adopted."""
+"""How many looks in a row, at half periods, must find an expert vacant before it is adopted."""
 _LOOKS_WITHOUT = 4
-"""The same for a node without a checkpoint of it, though it was hosted: that node would have to restart it. All nodes
-with one come first, as each looks once in a period and again half a period later."""
+"""The same for a node that has no checkpoint of an expert that was hosted before, and so would have to restart it. All
+nodes with a checkpoint come first, because each looks once in a period and again half a period later.
+"""
 _FIRM_LOOKS = 4
-"""Looks in a row that must find the same replica to spare. Announcements live three periods."""
+"""How many looks in a row must find that the same replica can be spared. Announcements live for three periods."""
 _EXCHANGE_EVERY_S = 600.0
-"""Shortest time between two exchanges."""
+"""The shortest time between two exchanges."""
 _MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4
-"""Experts that one look can give up, and states that are fetched at the same time."""
+"""Experts that one look can give up, and states that are fetched at the same time to prove them."""
 _PROOFS_S = 20.0
-"""The longest time that all of that may take in one look."""
+"""The longest time for all proofs of one look."""
 _CLAIM_WITHIN_S = 10.0
-"""An heir that has not claimed what it accepted within this time is passed over: it may be leaving too."""
+"""An heir must claim what it accepted within this time. Otherwise it is skipped: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
-"""How often a node that leaves looks whether its heirs serve, and asks those again that refused."""
+"""How often a leaving node checks whether its heirs serve, and asks those again that refused."""
 _MOST_LISTED = 512
-"""Nodes drawn from the lists in the DHT, to find those with room."""
+"""Nodes drawn from the lists in the DHT, to find some with room."""
 _ASKS = 3
 """How often an heir that refuses is asked: strangers may keep it busy."""
 
 
 class Handover:
-    """One leave: asks nodes with room to adopt what nobody else serves, until the DHT says that they serve it."""
+    """One departure: asks nodes with room to adopt the experts that nobody else serves, until the DHT shows that they
+    serve them.
+    """
 
     def __init__(
         self, swarm: Swarm, replicas: LocalReplicas, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.alone: set[UID] = set(replicas.experts)
-        """The experts that nobody else serves, as far as was seen."""
+        """The experts that nobody else serves, as far as this node has seen."""
         self.handed_over: int = 0
         self._swarm = swarm
         self._replicas = replicas
@@ -84,9 +89,10 @@ class Handover:
         self._refusals: Multiset[PeerID] = Multiset()
 
     async def run(self) -> None:
-        """Returns when others serve all of them, or nobody is left to ask. What others serve is withdrawn.
+        """Returns when others serve all of the experts, or nobody is left to ask. Experts that others serve are
+        withdrawn.
 
-        Raises UnreachableError when the DHT does not answer.
+        Raises UnreachableError if the DHT does not answer.
         """
         await self._replicas.announce()
         await self._withdraw_served()
@@ -100,7 +106,7 @@ class Handover:
             self._pass_over(await self._withdraw_served())
 
     async def _withdraw_served(self) -> dict[UID, tuple[Replica, ...]]:
-        """Returns all replicas of the experts that were alone."""
+        """Returns all replicas of the experts that nobody else served before."""
         me = self._swarm.host.peer_id
         replicas = await self._swarm.registry.replicas(self.alone)
         served = [uid for uid, hosts in replicas.items() if serving_elsewhere(hosts, me)]
@@ -112,14 +118,14 @@ class Handover:
 
     async def _find_rooms(self) -> None:
         me = self._swarm.host.peer_id
-        # the lists are not signed: among thousands of made-up names, those in the routing table have answered
+        # the lists are not signed: thousands of names may be made up, but nodes in the routing table have answered
         listed = await self._swarm.registry.node_ids(_MOST_LISTED)
         others = (listed | self._swarm.host.peers()) - {me}
         self._nodes = await self._swarm.registry.nodes(others)
         self._rooms = {p: node.expert_capacity - node.expert_count for p, node in self._nodes.items()}
 
     async def _ask(self, uids: Collection[UID]) -> None:
-        """Asks the heirs all at once. What they don't take is left for the next time, or for others."""
+        """Asks all heirs at once. Experts that they refuse are left for the next time, or for other heirs."""
         async with asyncio.TaskGroup() as group:
             for heir, share in self._shares(uids):
                 group.create_task(self._ask_one(heir, share))
@@ -148,7 +154,7 @@ class Handover:
 
 
 class HostingManager:
-    """Decides which experts a node hosts. It makes one look at a time, and adopts what others ask it to meanwhile."""
+    """Decides which experts a node hosts. Looks happen one at a time; requests to adopt are handled at any time."""
 
     def __init__(
         self,
@@ -170,7 +176,7 @@ class HostingManager:
             registry=metrics,
         )
         self.replicated: int = 0
-        """How many of the hosted experts others served too at the last look."""
+        """How many of the hosted experts other nodes served too at the last look."""
         self.exchanged: Counter = Counter(
             "talkoot_experts_exchanged",
             "Replicas given up for ones that were needed more.",
@@ -185,28 +191,28 @@ class HostingManager:
         self._room = settings.experts if settings.experts is not None else replicas.fitting()
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._vacant_looks: dict[UID, int] = {}
-        """How many looks in a row nobody hosted the expert."""
+        """In how many looks in a row nobody hosted the expert."""
         self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, exchange_every_s)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = False
         self._changing = asyncio.Lock()
-        """Held while this node looks for experts to take or give up. States that come slowly make that take long."""
+        """Held while this node looks for experts to take or give up, which takes long if states arrive slowly."""
         self._handing_over: asyncio.Task[None] | None = None
 
     @property
     def capacity(self) -> int:
-        """How many experts it would host at most, with those it would adopt."""
+        """The most experts that it would host, including those it would adopt."""
         return self._room + self._spare
 
     @property
     def alone(self) -> list[UID]:
-        """The experts in service that nobody else serves, as far as the last look saw."""
+        """The experts in service that nobody else served at the last look."""
         me = self._swarm.host.peer_id
         mine = sorted(self._replicas.experts)
         return [uid for uid in mine if not serving_elsewhere(self.seen.get(uid, ()), me)]
 
     async def take_first(self) -> None:
-        """Fills the room with experts that nobody hosts."""
+        """Fills its room with experts that nobody hosts."""
         self._hurried = False
         self._replicas.open()
         for _ in range(_CLAIM_ROUNDS):
@@ -222,7 +228,7 @@ class HostingManager:
         await self._swarm.keep_manifest()
 
     async def look(self) -> None:
-        """Adopts experts that nobody hosts, and fills the room that is left with further replicas."""
+        """Adopts experts that nobody hosts, and fills the remaining room with further replicas."""
         async with self._changing:
             mine = {*self._replicas.experts}
             replicas = await self._read()
@@ -233,7 +239,9 @@ class HostingManager:
             await self._exchange(replicas)
 
     async def look_again(self) -> None:
-        """Half a period after a look: reads what had lost its hosts, and adopts it if they are still missing."""
+        """Half a period after a look: reads the experts that had lost their hosts again, and adopts those that are
+        still vacant.
+        """
         suspects = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
         if not suspects:
             return
@@ -246,13 +254,13 @@ class HostingManager:
             await self._adopt(replicas)
 
     async def replicate(self) -> None:
-        """Fills the room that is left with replicas of the experts that have the fewest."""
+        """Fills the remaining room with replicas of the experts that have the fewest."""
         async with self._changing:
             await self._replicate(await self._read())
 
     async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
-        """Takes those experts that, as the DHT says, only this leaving peer hosts."""
-        # not one at a time: that peer waits for no heir longer than ten seconds, and a look may take minutes
+        """Takes those of the experts that, according to the DHT, only this leaving peer hosts."""
+        # runs beside a look: that peer waits at most ten seconds for an heir, and a look may take minutes
         if taken := await self._take(await self._given_up_by(leaving, uids)):
             self.adopted.inc(len(taken))
             logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
@@ -271,7 +279,7 @@ class HostingManager:
     async def release(self, timeout_s: float) -> int:
         """Gives up all experts, and waits at most `timeout_s` for others to adopt those that nobody else serves.
 
-        Returns how many experts nobody else hosts now: they are only in this node's checkpoints, if those could be
+        Returns how many experts nobody else hosts now: they exist only in this node's checkpoints, if those could be
         written. `take_first` starts hosting again.
         """
         self._replicas.leave()
@@ -295,7 +303,7 @@ class HostingManager:
         return alone
 
     def hurry(self) -> None:
-        """Stops waiting for others to adopt what this node gives up."""
+        """Stops waiting for others to adopt this node's experts."""
         self._hurried = True
         if self._handing_over is not None:
             self._handing_over.cancel()
@@ -322,10 +330,12 @@ class HostingManager:
         return self.seen
 
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
-        """Takes experts that had no host in several looks in a row: in the first they may be just changing hands.
+        """Takes experts that had no host in several looks in a row: after the first look, they may just be changing
+        hands.
 
-        A node without a checkpoint of an expert that was hosted waits for more looks, so that nodes with one come
-        first. The spare room is only for experts that had a host once: a founder leaves the others to those who join.
+        A node without a checkpoint of an expert that was hosted before waits for more looks, so that nodes with one
+        come first. The spare room is only for experts that once had a host: a founder leaves the others to nodes that
+        join.
         """
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
@@ -355,19 +365,19 @@ class HostingManager:
             )
 
     async def _exchange(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
-        """On a full node, exchanges a replica that others host often enough for one that is needed more.
+        """On a full node, exchanges a replica with enough other hosts for one that is needed more.
 
         It takes the new one first, into the spare room.
         """
         mine, enough = self._replicas.experts, self._enough
         is_full = self._room <= len(mine) < self.capacity
-        # anybody can announce an expert and not give it: that must not keep others from being taken
+        # anybody can announce an expert and not give its state: that must not prevent taking others
         able = {uid: hosts for uid, hosts in replicas.items() if not self._replicas.is_withheld(uid)}
         unread = self._swarm.registry.unread
         wish = exchange(able, mine, self._swarm.host.peer_id, enough, unread) if is_full else None
         if not self._hysteresis.is_due(wish, self._now()) or wish is None:
             return
-        self._hysteresis.failed()  # unless it succeeds
+        self._hysteresis.failed()  # unless the exchange succeeds
         if not await self._proven([wish.gives], replicas, max(1, enough)):
             return
         if await self._take([wish.takes], max(enough, lasting_replicas(replicas[wish.takes]) + 1)):
@@ -387,7 +397,7 @@ class HostingManager:
         if not wanted and room > 0:
             more = further_replica(able, mine, me, self._swarm.registry.unread)
             if more is not None:
-                # idle nodes may take the same one together, as many as its hosts can give it to; others one at a time
+                # idle nodes may take the same expert at once, as many as its hosts can serve; other nodes one at a time
                 hosts = replicas[more]
                 wanted = [more]
                 enough = lasting_replicas(hosts) + 1 if mine else 2 * len(serving_elsewhere(hosts, me))
@@ -398,20 +408,20 @@ class HostingManager:
     async def _proven(
         self, uids: Collection[UID], replicas: Mapping[UID, Collection[Replica]], enough: int
     ) -> list[UID]:
-        """This node's experts that at least `enough` of the other hosts really have."""
+        """Those of this node's experts that at least `enough` of the other hosts really have."""
         me, proven = self._swarm.host.peer_id, []
 
         async def prove(uid: UID) -> None:
             if await self._replicas.are_given(uid, keener(replicas.get(uid, ()), uid, me), enough):
                 proven.append(uid)
 
-        with contextlib.suppress(TimeoutError):  # who stalls must not hold up what else is to be done
+        with contextlib.suppress(TimeoutError):  # a host that stalls must not hold up everything else
             async with asyncio.timeout(_PROOFS_S):
                 await side_by_side(map(prove, [*uids][:_MOST_PROOFS]), _PROOFS_AT_ONCE)
         return proven
 
     async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
-        """Takes the first of these for which there is room."""
+        """Takes as many of these as there is room for, from the first on."""
         wanted = wanted[: max(0, self.capacity - self._replicas.count)]
         return await self._replicas.take(wanted, plausible_updates(self.seen), enough) if wanted else []
 
@@ -426,21 +436,23 @@ class HostingManager:
         return unserved - self._replicas.experts.keys()
 
     def _vacant(self, replicas: Mapping[UID, Collection[Replica]]) -> list[UID]:
-        """The experts that nobody else hosts. What this node hosted before it was killed may still be announced."""
+        """The experts that nobody else hosts. Experts that this node hosted before it was killed may still be
+        announced.
+        """
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
 
     def _require_own(self, mine: Collection[UID], replicas: Mapping[UID, Collection[Replica]]) -> None:
-        """`mine`: what this node hosted before it read these.
+        """`mine`: the experts that this node hosted before it read these.
 
-        Raises UnreachableError if its announcements are missing: then those of others may be, too.
+        Raises UnreachableError if this node's own announcements are missing, because others' may be missing, too.
         """
         me, read = self._swarm.host.peer_id, replicas.keys() & mine & self._replicas.experts.keys()
         if not self._replicas.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in read):
             raise UnreachableError("the DHT does not give back this node's own announcements")
 
     def _vacant_again(self, replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, int]:
-        """The vacant ones of these, with the looks in a row that found them so."""
+        """The vacant ones of these, with the number of looks in a row that found them vacant."""
         return {uid: self._vacant_looks.get(uid, 0) + 1 for uid in self._vacant(replicas)}
 
     def _regressed_elsewhere(

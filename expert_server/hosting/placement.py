@@ -1,7 +1,7 @@
-"""Which volunteer hosts which expert: what needs a host or a replica most, and what a node reads to know that.
+"""Which volunteer hosts which expert: which experts need a host or a replica most, and what a node reads to know that.
 
-The choices are pure functions of what nodes announce. All nodes make them alike, so that those who choose at the same
-time mostly choose differently, and agree who wins a contested expert.
+The choices are pure functions of what nodes announce. All nodes make them by the same rules, so that nodes which choose
+at the same time mostly choose differently, and agree who wins a contested expert.
 """
 
 import hashlib
@@ -28,25 +28,27 @@ from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_pl
 from peer.identity import PeerID
 
 _OUTLIER = 10
-"""How many times as many updates as a median node's experts the most popular expert can have taken."""
+"""The most popular expert may have taken at most this many times as many updates as those of a median node."""
 BUSY_ROWS = 512
 """An expert is overloaded when at least this many rows wait at each of its hosts."""
 BUSIER = 4
-"""How many times as many rows must wait at its hosts as at those of the expert that is given up for it."""
+"""An expert is only exchanged for one with at least this many times as many waiting rows at its hosts."""
 MOST_REPLICAS = 64
-"""Replicas of an expert beyond which an idle peer makes no more. They could not stay alike."""
+"""From this many replicas of an expert on, an idle peer adds no more: they could not stay alike."""
 MOST_PREFIXES = 1024
-"""How many rows are read at a time, of layers that have not split into regions."""
+"""How many grid rows one look reads, of layers that have not split into regions."""
 _ROWS_FOR = 6
-"""How many looks in a row read the same of them."""
+"""How many looks in a row read the same grid rows."""
 MOST_VACANT = 1024
-"""How many vacant experts are read of them."""
+"""How many vacant experts in these grid rows one look reads."""
 SAMPLED = 1024
-"""How many active ones are read, to see which have few replicas. Other nodes read others."""
+"""How many active experts in these grid rows one look reads, to see which have few replicas. Other nodes read
+others.
+"""
 FEW = 4
-"""Experts in layers that have split, of which one look reads at most this many: vacant ones, and others."""
+"""In layers that have split, a look reads at most this many vacant experts, and as many others."""
 MOST_REGIONS = 32
-"""Regions that a look reads, at most, to see what is active. A layer that has just split has many."""
+"""The most regions that a look reads to see what is active. A layer that has just split has many."""
 CROWDED = 2
 """An expert is crowded if it has more than this many times the replicas of another, which then gets one more."""
 _NONE_UNREAD: Mapping[UID, int] = MappingProxyType({})
@@ -54,12 +56,12 @@ _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 
 
 def preference(uid: UID, peer_id: PeerID) -> bytes:
-    """How much a peer prefers an expert: more is larger (rendezvous hashing)."""
+    """How much a peer prefers an expert; larger is more (rendezvous hashing)."""
     return hashlib.sha256(f"{uid}@{peer_id.to_base58()}".encode()).digest()
 
 
 def vacant(replicas: Mapping[UID, Collection[Replica]], besides: PeerID | None = None) -> list[UID]:
-    """The experts that nobody hosts or has claimed, or nobody `besides` this peer."""
+    """The experts that nobody hosts or has claimed; with `besides`, nobody other than this peer."""
     return [uid for uid, hosts in replicas.items() if all(replica.peer_id == besides for replica in hosts)]
 
 
@@ -68,7 +70,8 @@ def regressed(
 ) -> dict[UID, int]:
     """The experts whose replicas all have far fewer updates than this peer's checkpoint, with the updates it restores.
 
-    Their hosts died, and others restarted them. An expert that somebody claims is left out: it may be coming back.
+    Their hosts died, and others restarted them. An expert that somebody claims is left out: it may already be on its
+    way back.
     """
     found = {}
     for uid, saved in checkpoints.items():
@@ -86,7 +89,9 @@ def rank_vacancies(
     peer_id: PeerID,
     checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
 ) -> list[UID]:
-    """At most `room` of the vacancies, by updates in this peer's checkpoints, and then by preference."""
+    """At most `room` of the vacancies: those with the most updates in this peer's checkpoints, and then
+    by preference.
+    """
 
     def rank(uid: UID) -> tuple[int, bytes]:
         return checkpoints.get(uid, 0), preference(uid, peer_id)
@@ -102,8 +107,8 @@ def under_replicated(
 ) -> list[UID]:
     """At most `room` of the experts with fewer than `enough` replicas, those with the fewest first.
 
-    It leaves out those that this peer hosts, and those whose state nobody can give it. The replica of a leaving peer
-    is one to fetch from, but does not count.
+    Leaves out experts that this peer hosts, and those whose state nobody can give. A leaving peer's replica can be
+    fetched from, but does not count.
     """
 
     def rank(uid: UID) -> tuple[int, bytes]:
@@ -126,12 +131,12 @@ def further_replica(
     unread: Mapping[UID, int] = _NONE_UNREAD,
     most: int = MOST_REPLICAS,
 ) -> UID | None:
-    """An expert that has enough replicas, and of which a peer with room hosts one more; None if there is nothing to
-    gain.
+    """An expert that already has enough replicas, and that a peer with room should host too; None if there is nothing
+    to gain.
 
-    It is one whose hosts are all overloaded; or one with the fewest replicas, for a peer that hosts nothing or only
-    crowded experts: no volunteer stands by without need. None gets more than `most`, or more claims than hosts that
-    give its state. `unread`: further replicas that there are of each.
+    It is an expert whose hosts are all overloaded. For a peer that hosts nothing, or only crowded experts, it may also
+    be one with the fewest replicas, so that no volunteer is idle needlessly. No expert gets more than `most` replicas,
+    or more claims than hosts that give its state. `unread`: how many further replicas of each expert exist.
     """
     counts = _counts(replicas, unread)
     able = [
@@ -153,7 +158,7 @@ def further_replica(
 def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:
     """The experts with a single replica, at another peer, of which this peer should keep a copy; with that replica.
 
-    Among all other peers that host anything, the one that prefers the expert most keeps the copy.
+    Of all other peers that host anything, the one that prefers the expert most keeps the copy.
     """
     hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
     hosts.add(peer_id)
@@ -190,29 +195,31 @@ def keener(hosts: Collection[Replica], uid: UID, peer_id: PeerID) -> list[Replic
 
 
 def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
-    """The replicas of others that answer calls."""
+    """Other peers' replicas that answer calls."""
     return [r for r in hosts if r.state is ReplicaState.SERVING and r.peer_id != me]
 
 
 def lasting_replicas(hosts: Collection[Replica]) -> int:
-    """How many of these replicas belong to peers that do not leave."""
+    """How many of these replicas belong to peers that are not leaving."""
     return sum(replica.state is not ReplicaState.LEAVING for replica in hosts)
 
 
 def _counts(replicas: Mapping[UID, Collection[Replica]], unread: Mapping[UID, int]) -> Mapping[UID, int]:
-    """How many replicas each expert has, without those that leave."""
+    """How many replicas each expert has, not counting those that leave."""
     return {uid: lasting_replicas(hosts) + unread.get(uid, 0) for uid, hosts in replicas.items()}
 
 
 def state_sources(hosts: Collection[Replica], besides: PeerID, rng: random.Random) -> list[Replica]:
-    """The replicas of others whose state can be fetched, in random order: no claim of many updates comes first."""
+    """Other peers' replicas whose state can be fetched, in random order, so that a claim of many updates gives no
+    advantage.
+    """
     able = [r for r in hosts if r.state is not ReplicaState.CLAIMED and r.peer_id != besides]
     return drawn_stale_last(able, lambda replica: replica.update_count, rng)
 
 
 def ahead_of(update_count: int, others: Sequence[Replica]) -> list[Replica]:
-    """The replicas with more updates than this, or none if half of them have no more: a few claims are no reason to
-    take a state whole.
+    """The replicas with more updates than this. None if half of them have no more: a few claims are no reason to take
+    over a whole state.
     """
     if not others or median_low(replica.update_count for replica in others) <= update_count:
         return []
@@ -220,7 +227,9 @@ def ahead_of(update_count: int, others: Sequence[Replica]) -> list[Replica]:
 
 
 def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
-    """The most updates that any expert can have taken, by what all nodes announce. Half of them can't raise it."""
+    """The most updates that any expert can have taken, according to the announcements of all nodes. Half of them can't
+    raise it.
+    """
     most: dict[PeerID, int] = {}
     for replica in chain.from_iterable(replicas.values()):
         if replica.state is not ReplicaState.CLAIMED:
@@ -229,10 +238,11 @@ def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
 
 
 def assign_orphans(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:
-    """Which peer adopts which expert: each peer with room gets one in turn, the one that prefers it most.
+    """Which peer adopts which expert: peers with room get one each in turn, and the expert goes to the peer that
+    prefers it most.
 
-    Nobody gets more for saying that it has more room, which costs nothing to say. Experts for which no peer has room
-    are left out.
+    A peer gets no more for claiming more room, since such a claim costs nothing. Experts for which no peer has room are
+    left out.
     """
     given_to: Multiset[PeerID] = Multiset()
     found = {}
@@ -256,8 +266,8 @@ def lost_claims(
 ) -> list[UID]:
     """The claims of this peer that it must give up, because `enough` others come first.
 
-    Another comes first if it serves the expert and is not far behind this peer's checkpoint, or if it claims the expert
-    and has a checkpoint of more updates, or as many and prefers the expert more.
+    Another peer comes first if it serves the expert and is not far behind this peer's checkpoint. It also comes first
+    if it claims the expert and has a checkpoint with more updates, or with equally many and prefers the expert more.
     """
     return [
         uid
@@ -293,12 +303,13 @@ def exchange(
     enough: int,
     unread: Mapping[UID, int] = _NONE_UNREAD,
 ) -> Exchange | None:
-    """The exchange that helps most, or None when none is worth it.
+    """The exchange that helps most, or None if none is worth it.
 
     An expert is only given up if it has more than `enough` serving replicas, and never by the `enough` hosts that
-    prefer it most: they keep it even if all others exchange it at the same moment. In its place comes an expert with
-    fewer than `enough` replicas, or beside which the given one is crowded, or else one whose hosts are all overloaded
-    while those of the given one are not. Some host must be able to give its state. `unread`: as in `further_replica`.
+    prefer it most: they keep it even if all others exchange it at the same moment. It is exchanged for an expert that
+    has fewer than `enough` replicas, or that has so few that the given one is crowded beside it, or else for one whose
+    hosts are all overloaded while those of the given one are not. Some host must be able to give the new expert's
+    state. `unread`: as in `further_replica`.
     """
     counts = _counts(replicas, unread)
     given = [uid for uid in mine if _can_go(replicas.get(uid, ()), uid, peer_id, enough)]
@@ -321,11 +332,11 @@ def exchange(
 
 
 class ExchangeHysteresis:
-    """Delays an exchange until it was wanted for several looks in a row, and the last one is long ago."""
+    """Delays an exchange until several looks in a row have wanted it, and the last exchange is long ago."""
 
     def __init__(self, looks: int, pause_s: float) -> None:
         """`looks`: how many looks in a row must want to give up the same expert. They must take longer than
-        announcements live, so that a dead host is not counted on. `pause_s`: shortest time between two exchanges; 0:
+        announcements live, so that a dead host does not count. `pause_s`: the shortest time between two exchanges; 0:
         never exchange.
         """
         self._looks = looks
@@ -335,7 +346,7 @@ class ExchangeHysteresis:
         self._last: float | None = None
 
     def is_due(self, wish: Exchange | None, now: float) -> bool:
-        """Notes what a look wants. Returns whether the exchange may be made now."""
+        """Records what a look wants. Returns whether the exchange may be made now."""
         gives = wish.gives if wish is not None else None
         self._seen = self._seen + 1 if gives == self._gives else 1
         self._gives = gives
@@ -348,7 +359,7 @@ class ExchangeHysteresis:
         self._last, self._seen = now, 0
 
     def failed(self) -> None:
-        """It could not be made. Another may be wanted soon: strangers must not be able to use up the pauses."""
+        """The exchange failed. Another may follow soon: strangers must not be able to use up the pauses."""
         self._seen = 0
 
 
@@ -372,9 +383,9 @@ def _row(uid: UID) -> Prefix:
 class HostingSurvey:
     """What one node reads of its swarm in each look.
 
-    Of a layer that has not split into regions, that is everything, which costs one key. Of others it is little: a few
-    of the rows, which say at once what is vacant in them, a few of this node's experts in turns, and some others. A row
-    that had vacant experts is read again in the next look. What was seen before counts until it expires.
+    A layer that has not split into regions is read completely, which costs one key. Of other layers, a look reads a few
+    rows, which show at once what is vacant in them, a few of this node's experts in turn, and some others. A row that
+    had vacant experts is read again in the next look. What earlier looks saw counts until it expires.
     """
 
     def __init__(
@@ -387,12 +398,13 @@ class HostingSurvey:
         self._had_host = np.zeros((manifest.model.layers, *manifest.experts.grid), dtype=bool)
         self._looks = 0
         self._own: deque[UID] = deque()
-        """This node's experts, those that were not read for longest first."""
+        """This node's experts. Those that were read longest ago come first."""
         self._split: set[int] = set()
-        """Layers that had split into regions when they were read last. That they still have shows in any row, and all
-        rows need not be read for it."""
+        """Layers that had split into regions when they were last read. Any row shows whether they still have, so that
+        not all rows need to be read.
+        """
         self._again: list[Prefix] = []
-        """Rows of split layers in which experts were vacant at the last look."""
+        """Rows of split layers that had vacant experts at the last look."""
         self._seen: dict[UID, tuple[Replica, ...]] = {}
 
     async def read(self, mine: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
@@ -419,11 +431,11 @@ class HostingSurvey:
         return {layer for layer in layers if self._registry.regions.has_split(layer, first)}
 
     def had_host(self, uid: UID) -> bool:
-        """Whether anybody was ever seen to host or claim the expert."""
+        """Whether anybody has ever been seen to host or claim the expert."""
         return bool(self._had_host[uid.layer, *uid.coordinate])
 
     def _in_turn(self, mine: Collection[UID], split: Collection[int]) -> list[UID]:
-        """The own experts to read: a few in one row of a split layer, and all in others."""
+        """This node's experts to read: a few in one row of a split layer, and all of those in other layers."""
         held = {uid for uid in mine if self._manifest.holds(uid)}
         known = [uid for uid in self._own if uid in held]
         self._own = deque([*held.difference(known), *known])
@@ -435,7 +447,7 @@ class HostingSurvey:
         return [*some, *(uid for uid in held if uid.layer not in split)]
 
     def _merged(self, found: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
-        """The replicas, together with those seen before that have not expired."""
+        """The replicas, together with those from earlier looks that have not expired."""
         now = self._registry.now()
         for uid, hosts in found.items():
             if hosts:
@@ -447,7 +459,7 @@ class HostingSurvey:
         return dict(self._seen)
 
     def _rows(self, split: Collection[int]) -> list[Prefix]:
-        """Prefixes without the last coordinate, of layers that have not split: all of them, or a part."""
+        """The rows to read in layers that have not split, as prefixes without the last coordinate: all, or a part."""
         shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
         count = int(np.prod(shape))
         numbers = np.arange(min(count, MOST_PREFIXES))
@@ -456,15 +468,17 @@ class HostingSurvey:
             # first the rows that had hosts: if those died, their prefixes may be gone
             used = np.flatnonzero(self._had_host.any(axis=-1))
             used = rng.permutation(used)[: MOST_PREFIXES // 2]
-            # without a list of all, which may be millions
+            # drawn without listing all rows, which may be millions
             drawn = rng.choice(count, MOST_PREFIXES, replace=False)
             numbers = np.concatenate([used, np.setdiff1d(drawn, used, assume_unique=True)])[:MOST_PREFIXES]
         rows = zip(*np.unravel_index(numbers, shape), strict=True)
         return [(int(layer), tuple(map(int, row))) for layer, *row in rows if int(layer) not in split]
 
     def _rows_of_split(self, split: Collection[int], own: Collection[UID]) -> list[Prefix]:
-        """In layers that have split: rows where experts were vacant, a row of this node's, and another one, by turns.
-        Of a huge grid, it is one drawn at random, or of those that had hosts.
+        """The rows to read in layers that have split: some where experts were vacant, one of this node's, and another
+        one in turn.
+
+        On a huge grid, the last one is random: any row, or one that had hosts.
         """
         rows = self._rng.sample(self._again, min(FEW, len(self._again)))
         if not split:
@@ -485,8 +499,8 @@ class HostingSurvey:
         return list(dict.fromkeys([*rows, *mine[:1], (layer, drawn)]))
 
     def _turn(self) -> random.Random:
-        """Draws the same for several looks, but differently on other nodes: what is read again costs less, and an
-        expert must be vacant twice in a row before it is adopted.
+        """A generator that draws the same in several looks, but differently on other nodes. Reading the same again
+        costs less, and an expert must be vacant twice in a row before it is adopted.
         """
         return random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
 
@@ -503,7 +517,7 @@ class HostingSurvey:
         return drawn
 
     def _vacant(self, active: Mapping[Prefix, Collection[int]]) -> Iterator[UID]:
-        """The vacant experts of these rows, those that had a host first."""
+        """The vacant experts of these rows; those that once had a host come first."""
         for (layer, row), some in active.items():
             self._had_host[layer][row][list(some)] = True
         for had_host in (True, False):
@@ -513,7 +527,9 @@ class HostingSurvey:
                         yield UID(layer, (*row, last))
 
     def _preferred(self, vacant: Iterable[UID], most: int) -> list[UID]:
-        """The vacant experts to read: those that had a host, then by this peer's preference, the same in each look."""
+        """The vacant experts to read: those that once had a host, then by this peer's preference, which is the same in
+        each look.
+        """
         ranked = sorted(
             islice(vacant, 64 * most),
             key=lambda uid: (self.had_host(uid), preference(uid, self._peer_id)),

@@ -40,33 +40,35 @@ T = TypeVar("T")
 CLAIM_WAIT_S = 1.0
 """How long others get to see a claim before the expert is served."""
 _ANNOUNCE_EVERY_S = 2.0
-"""How often experts that are ready are announced while a node takes more."""
+"""How often a node that is taking experts announces those that are ready."""
 _FREE_MEMORY_SHARE = 0.25
-"""The share of each device's free memory that experts may take when their number is not set."""
+"""The share of each device's free memory that experts may take if their number is not set."""
 _QUEUE_S = 2.0
-"""The longest time that a node which gives its experts up waits for the work in its queue."""
+"""How long a node that gives up its experts waits for the work in its queue."""
 _WITHDRAW_S = 2.0
-"""The longest time that it tries to withdraw its announcements."""
+"""How long such a node tries to withdraw its announcements."""
 _FETCHES = 3
-"""States that are fetched at the same time: one that comes slowly must not hold up the others."""
+"""States that are fetched at the same time, so that a slow one does not hold up the others."""
 _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
-"""How long an expert is left alone whose state nobody gave, at first; twice as long each further time."""
+"""How long an expert is left alone if nobody gave its state, at first and at most. The time doubles with
+each failure.
+"""
 _WITHHELD = 4096
 _HALF_LIFE_S = 300.0
-"""The half-life of rows that count as recent."""
+"""The half-life of recent rows."""
 _SAVE_S = 10.0
 """The longest time that saving given-up experts may take."""
 
 
 class RecentRows:
-    """How many rows each expert computed lately. A row counts half after five minutes. Pure: times are passed in."""
+    """How many rows each expert computed lately. A row counts half after five minutes. Pure: times are arguments."""
 
     def __init__(self) -> None:
         self._noted: dict[UID, tuple[float, int, float]] = {}
-        """When each expert was noted last, its rows by then, and what they count."""
+        """For each expert, the time of its last count, its rows at that time, and its recent rows."""
 
     def note(self, uid: UID, rows: int, now: float) -> int:
-        """`rows`: all that the expert has computed. They start over when it is taken again."""
+        """`rows`: the total that the expert has computed. It starts over when the expert is taken again."""
         then, before, recent = self._noted.get(uid, (now, 0, 0.0))
         recent *= math.exp2(-max(0.0, now - then) / _HALF_LIFE_S)
         recent += rows - before if rows >= before else rows
@@ -74,12 +76,12 @@ class RecentRows:
         return round(recent)
 
     def keep(self, uids: Collection[UID]) -> None:
-        """Forgets all others."""
+        """Forgets all other experts."""
         self._noted = {uid: noted for uid, noted in self._noted.items() if uid in uids}
 
 
 class LocalReplicas:
-    """This node's replicas. It takes experts into service, and says in the DHT what it hosts.
+    """This node's replicas. It takes experts into service, and announces in the DHT what it hosts.
 
     It also owns what the replicas need: the runtime that computes them, their checkpoints on disk, the client that
     fetches states from other nodes, and the history of averages with other replicas.
@@ -97,7 +99,7 @@ class LocalReplicas:
         claim_wait_s: float = CLAIM_WAIT_S,
         now: Callable[[], float] = clock.now,
     ) -> None:
-        """`period`: of announcements."""
+        """`period`: the period of announcements."""
         self.runtime = runtime
         self.checkpoints = checkpoints
         self.states = states
@@ -114,18 +116,20 @@ class LocalReplicas:
         self._taking: set[UID] = set()
         """Experts that are being taken."""
         self._built: dict[UID, Expert] = {}
-        """Experts that are built and do not serve yet."""
+        """Experts that are built but do not serve yet."""
         self._building = asyncio.Lock()
-        """The room that is left on a device is known when the expert before is built."""
+        """Experts are built one at a time, because the room left on a device is known only when the previous one is
+        built.
+        """
         self._under_way: set[asyncio.Task[Any]] = set()
-        """What is broken off when this node leaves."""
+        """Tasks that are cancelled when this node leaves."""
         self._first_scale: Scale | None = None
         self._recent_rows = RecentRows()
         self._withheld = BoundedDict[UID, tuple[int, float]](_WITHHELD)
         """How often in a row nobody gave an expert's state, and until when it is not tried again."""
 
     async def first_scale(self) -> Scale:
-        """How large the first parameters of an expert are. They are drawn alike for all experts."""
+        """How large the initial parameters of an expert are. All experts draw them from the same distributions."""
         if self._first_scale is None:
             manifest = self._swarm.manifest
             uid = UID(0, (0,) * len(manifest.experts.grid))
@@ -145,52 +149,52 @@ class LocalReplicas:
 
     @property
     def held(self) -> list[UID]:
-        """The experts that this node claims or serves, by its last announcement."""
+        """The experts that this node claims or serves, according to its last announcement."""
         return list(self._claimed_at)
 
     @property
     def leaving(self) -> bool:
-        """Whether this node gives, or gave, its experts up. Then it takes none, and announces that they leave."""
+        """Whether this node is giving up its experts, or has. It then takes none, and announces that they leave."""
         return self._leaving
 
     @property
     def claim_wait_s(self) -> float:
-        """How long to wait for the claims of others, in seconds: not at all while this node knows no other peer."""
+        """How long to wait for the claims of others, in seconds; 0 while this node knows no other peer."""
         host = self._swarm.host
         is_alone = not host.peers() and not self._swarm.peer_store.addresses()
         return 0.0 if is_alone else self._claim_wait_s
 
     def fitting(self) -> int:
-        """How many experts a quarter of each device's free memory holds: at least one, at most all of the swarm."""
+        """How many experts fit into a quarter of each device's free memory: at least one, at most all of the swarm."""
         manifest = self._swarm.manifest
         size = expert_bytes(manifest)
         count = sum(int(_FREE_MEMORY_SHARE * device.memory_bytes / size) for device in self._devices)
         return min(max(1, count), manifest.experts_total)
 
     def open(self) -> None:
-        """From now on takes experts and serves them."""
+        """Takes and serves experts from now on."""
         self._leaving = False
         self.runtime.refuse(False)
 
     def leave(self) -> None:
-        """From now on takes no experts and no work. Breaks off what is being taken, or proven."""
+        """Takes no more experts or work from now on. Cancels the experts that are being taken or proven."""
         self._leaving = True
         self.runtime.refuse()
         for task in self._under_way:
             task.cancel()
 
     async def finish_work(self) -> None:
-        """Waits until the queued work is done, for a short while, and what `leave` broke off has ended."""
+        """Waits a short while for the queued work, and for what `leave` cancelled."""
         await asyncio.gather(*self._under_way, return_exceptions=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_QUEUE_S):
                 await self.runtime.settle()
 
     async def take(self, wanted: list[UID], most_updates: int, enough: int = 1) -> list[UID]:
-        """Takes those experts into service of which fewer than `enough` others have a replica. Returns what it took.
+        """Takes those of the experts into service that fewer than `enough` others host. Returns the experts it took.
 
-        It passes over those that it has, or that another call takes. `most_updates`: what a state that comes from
-        another node can have taken at most. Ends early when the node leaves. Raises UnreachableError.
+        Skips experts that it already has, or that another call is taking. `most_updates`: the most updates that a state
+        from another node can have taken. Ends early if the node leaves. Raises UnreachableError.
         """
         wanted = [uid for uid in wanted if uid not in self._taking and uid not in self.experts]
         if not wanted or self._leaving:
@@ -204,7 +208,7 @@ class LocalReplicas:
                 self._built.pop(uid, None)
 
     async def _unless_leaving(self, work: Coroutine[Any, Any, T], otherwise: T) -> T:
-        """What the work gives, or `otherwise` if the node leaves first."""
+        """The result of the work, or `otherwise` if the node leaves first."""
         task = asyncio.create_task(work)
         self._under_way.add(task)
         try:
@@ -230,14 +234,14 @@ class LocalReplicas:
                 self._recent_rows.note(uid, self.experts[uid].rows, now),
             )
             for uid in (self.experts if uids is None else uids)
-            if uid in self._claimed_at  # else it was withdrawn already
+            if uid in self._claimed_at  # otherwise it has been withdrawn already
         ]
         queued_rows = self.runtime.queued_rows
         await self._swarm.registry.announce(announced, self._period.lifetime_s, queued_rows)
 
     async def withdraw(self, uids: Collection[UID]) -> None:
-        """Takes the announcements back. Raises UnreachableError, and then goes on announcing."""
-        # removed first, so that no announcement made meanwhile comes after the withdrawal
+        """Withdraws the announcements. If it raises UnreachableError, the experts are announced as before."""
+        # removed first, so that no concurrent announcement follows the withdrawal
         claimed_at = {uid: self._claimed_at.pop(uid) for uid in uids if uid in self._claimed_at}
         try:
             await self._swarm.registry.withdraw(uids, self._period.lifetime_s)
@@ -246,9 +250,10 @@ class LocalReplicas:
             raise
 
     async def are_given(self, uid: UID, others: Sequence[Replica], enough: int) -> bool:
-        """Whether `enough` of the others give a good state of an expert in service, no older than its own.
+        """Whether `enough` of the others give a good state of an expert in service, no older than this node's own.
 
-        Ask before it is given up to them: an announcement costs its writer nothing. False when this node leaves.
+        Ask before the expert is given up to them, because an announcement costs its writer nothing. False if this node
+        leaves.
         """
         return not self._leaving and await self._unless_leaving(self._are_given(uid, others, enough), False)
 
@@ -277,10 +282,11 @@ class LocalReplicas:
         return False
 
     async def take_whole(self, uid: UID, hosts: Sequence[Replica]) -> bool:
-        """Replaces the state of an expert in service by the medoid of up to three `hosts`, if most of them claim more.
+        """Replaces the state of an expert in service by the medoid of up to three `hosts`, if most of them claim more
+        updates.
 
-        For a replica that averaging cannot bring along. Does nothing, and returns False, if it takes an update while
-        the states are compared. Raises UnreachableError.
+        For a replica that averaging can't bring along. Does nothing, and returns False, if the expert takes an update
+        while the states are compared. Raises UnreachableError.
         """
         expert = self.experts.get(uid)
         if expert is None:
@@ -291,16 +297,18 @@ class LocalReplicas:
         return await self._take_whole(expert, fresher, cap, set())
 
     def is_withheld(self, uid: UID) -> bool:
-        """Whether nobody gave this expert's state when it was last tried, which was not long ago."""
+        """Whether nobody gave this expert's state when it was last tried, not long ago."""
         return self._withheld.get(uid, (0, 0.0))[1] > self._now()
 
     async def release(self, uids: Collection[UID]) -> None:
-        """Withdraws some experts, serves them no more, and saves them. Raises UnreachableError and then keeps them."""
+        """Withdraws some experts, takes them out of service, and saves them. If it raises UnreachableError, it keeps
+        them.
+        """
         await self.withdraw(uids)
         await self._remove([self.experts[uid] for uid in uids])
 
     async def release_all(self) -> None:
-        """Gives up all experts, also when the DHT does not answer: their announcements expire then."""
+        """Gives up all experts, even if the DHT does not answer: their announcements then expire."""
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_WITHDRAW_S):
                 await self.withdraw(self.held)
@@ -308,14 +316,14 @@ class LocalReplicas:
         await self._remove(list(self.experts.values()))
 
     async def _remove(self, experts: Collection[Expert]) -> None:
-        """Saves them after they went out of service: nothing steps them any more."""
+        """Takes the experts out of service, so that nothing changes them any more, and then saves them."""
         for expert in experts:
             self.runtime.remove(expert.uid)
             self.history.forget(expert.uid)
         await self.checkpoints.save_all_within(_SAVE_S, experts)
 
     async def _claim_and_serve(self, wanted: list[UID], most_updates: int, enough: int) -> list[UID]:
-        """Claims experts, waits for the claims of others, and serves those whose claims it keeps."""
+        """Claims experts, waits for the claims of others, and serves those whose claims it wins."""
         registry, me = self._swarm.registry, self._swarm.host.peer_id
         claimed_at = self._now()
         self._claimed_at |= dict.fromkeys(wanted, claimed_at)
@@ -341,7 +349,7 @@ class LocalReplicas:
         return taken
 
     async def _build_for(self, seconds: float, wanted: Iterable[UID]) -> None:
-        """Waits for this long, and meanwhile builds as many of the experts as it can."""
+        """Waits for this long, and builds as many of the experts as it can meanwhile."""
         clock = asyncio.get_running_loop().time
         ends = clock() + seconds
         for uid in wanted:
@@ -351,7 +359,7 @@ class LocalReplicas:
         await asyncio.sleep(max(0.0, ends - clock()))
 
     async def _build(self, uid: UID) -> Expert:
-        """An expert with its first parameters, unless it is built."""
+        """The built expert, or a new one with its initial parameters."""
         async with self._building:
             if uid not in self._built:
                 hosted = Counter(expert.device for expert in [*self.experts.values(), *self._built.values()])
@@ -366,7 +374,7 @@ class LocalReplicas:
         saved: Mapping[UID, int],
         most_updates: int,
     ) -> list[UID]:
-        """Serves each expert as soon as it is ready. That takes long: meanwhile the claims must not expire."""
+        """Serves each expert as soon as it is ready. This may take long, so the claims are renewed meanwhile."""
         taken: list[UID] = []
         failed: list[UID] = []
         unreachable: set[PeerID] = set()
@@ -406,7 +414,7 @@ class LocalReplicas:
         announced, renew_at = 0, clock()
         while True:
             await asyncio.sleep(min(_ANNOUNCE_EVERY_S, self._period.lifetime_s / 3))
-            with contextlib.suppress(UnreachableError):  # the next time comes soon
+            with contextlib.suppress(UnreachableError):  # it is announced again soon
                 if clock() >= renew_at:
                     waiting = [claim for uid, claim in claims.items() if uid not in {*taken, *failed}]
                     await self._swarm.registry.announce(waiting, self._period.lifetime_s)
@@ -423,11 +431,12 @@ class LocalReplicas:
         most_updates: int,
         unreachable: set[PeerID],
     ) -> bool:
-        """Brings an expert that does not serve yet to a fresh state: the medoid of others', or the one saved here.
+        """Brings an expert that does not serve yet up to date: to the medoid of others' states, or to the one saved
+        here.
 
-        `saved`: updates of this node's newest checkpoint. It is restored first: what others give is compared with it,
-        and gives way to it if it turns bad. An expert that nobody has keeps its first parameters. False when others
-        have it and none of them gave it. Peers that are `unreachable` are left out, and those that do not answer are
+        `saved`: the updates of this node's newest checkpoint. It is restored first: others' states are compared with
+        it, and it returns if the chosen one turns bad. An expert that nobody has keeps its initial parameters. False if
+        others have it and none of them gave it. Peers in `unreachable` are not asked, and those that do not answer are
         added.
         """
         others = state_sources(hosts, self._swarm.host.peer_id, self._rng)

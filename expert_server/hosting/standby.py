@@ -1,4 +1,6 @@
-"""Copies on this node's disk of experts that one other node hosts alone: should it die, they live on from here."""
+"""Copies on this node's disk of experts that only one other node hosts. If that node dies, they are restored
+from here.
+"""
 
 import asyncio
 import logging
@@ -22,9 +24,9 @@ from peer.loop import side_by_side
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_STANDBYS = 32
-"""Copies in all, and experts copied each time."""
+"""The most copies in all, and the most that are made in one round."""
 _FETCHES = 3
-"""Copies that are fetched at the same time, so that one that comes slowly does not hold up the others."""
+"""Copies that are fetched at the same time, so that a slow one does not hold up the others."""
 _MOVED = 1.01
 """A copy is renewed when its host's updates have grown by this factor."""
 _OLD_ROUNDS = 6
@@ -32,7 +34,9 @@ _OLD_ROUNDS = 6
 
 
 class StandbyCopies:
-    """Keeps the copies fresh. Run it. They are checkpoints like others: a node that has one takes an orphan first."""
+    """Keeps the copies fresh. Run it. They are ordinary checkpoints: a node that has one is the first to adopt an
+    orphan.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,7 @@ class StandbyCopies:
         clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`seen`: gives the replicas of the swarm as this node saw them last."""
+        """`seen`: returns the replicas of the swarm that this node saw last."""
         self.copied: Counter = Counter(
             "talkoot_standby_copies",
             "Copies made of experts that one other node hosts alone.",
@@ -59,7 +63,7 @@ class StandbyCopies:
         self._copied_at: dict[UID, float] = {}
 
     async def run(self) -> None:
-        """Copies until cancelled; ends at once when the settings want no copies."""
+        """Copies until cancelled. Returns at once if the settings want no copies."""
         while self._every_s:
             await asyncio.sleep(self._every_s)
             try:
@@ -68,11 +72,10 @@ class StandbyCopies:
                 logger.info("%s", error)
 
     async def copy(self) -> None:
-        """Fetches what is clearly newer than the states here that are this node's own, or of the same host.
+        """Fetches states that are clearly newer than those saved here from this node itself, or from the same host.
 
-        Only a valid and plausible state of the same expert and by the same host replaces one.
-
-        Does nothing while this node pauses or leaves. Raises UnreachableError.
+        Only a valid and plausible state of the same expert from the same host replaces one. Does nothing while this
+        node pauses or leaves. Raises UnreachableError.
         """
         if self._replicas.leaving:
             return
@@ -85,7 +88,7 @@ class StandbyCopies:
             else 0
             for uid, counts in found.items()
         }
-        held = {*self._replicas.held}  # some since the last look
+        held = {*self._replicas.held}  # some may be new since the last look
         plausible = plausible_updates(seen)
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
         stale = [
@@ -113,7 +116,7 @@ class StandbyCopies:
         await side_by_side(map(copy, some), _FETCHES)
 
     async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> None:
-        """Counts `most` updates at most. Raises TransferError, StateError or OSError."""
+        """At most `most` updates are believed. Raises TransferError, StateError or OSError."""
         checkpoint = (await self._replicas.states.fetch(node, uid)).checkpoint
         believed = min(checkpoint.update_count, most)
         await asyncio.to_thread(self._check, uid, checkpoint, believed, await self._replicas.first_scale())
@@ -121,8 +124,8 @@ class StandbyCopies:
         await self._replicas.checkpoints.keep(uid, replace(checkpoint, update_count=believed, source=source))
 
     def _is_stale(self, replica: Replica, saved: int, most: int) -> bool:
-        """Whether what its host has is worth a transfer: a whole state travels for few updates as for many, of which
-        `most` are believed.
+        """Whether the host's state is worth a transfer: a whole state is sent, however few updates are new. At most
+        `most` updates are believed.
         """
         old_at = self._copied_at.get(replica.uid, float("-inf")) + _OLD_ROUNDS * self._every_s
         is_old = self._clock() >= old_at

@@ -1,4 +1,6 @@
-"""States taken whole from other nodes: of those that up to three hosts give, the medoid, never what claims most."""
+"""Whole states taken from other nodes: the medoid of those that up to three hosts give, never the one that
+claims most.
+"""
 
 import asyncio
 import logging
@@ -35,17 +37,19 @@ from peer.medoid import COMPARED, elementwise_median, medoid
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
-"""How much longer the other hosts get once one has given its state. A slow uplink sends a state of 7 MB in a minute."""
+"""How much more time the other hosts get once one has given its state. A slow uplink sends a state of 7 MB in
+a minute.
+"""
 _AT_ONCE = 2
 """Experts whose states are compared at the same time, each with up to three states in memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class TakenState:
-    """A state that an expert goes on from."""
+    """The state from which an expert continues."""
 
     peer_id: PeerID
-    """Whose parameters they are."""
+    """The peer whose parameters they are."""
     update_count: int
 
 
@@ -64,8 +68,8 @@ class WholeStates:
     ) -> TakenState | None:
         """Takes one of the states of the first three `hosts` that give a good one, unless the expert changes meanwhile.
 
-        `cap`: what is believed of a claimed update count. The lower median of the claims counts. Hosts that are
-        `unreachable` are left out, and those that do not answer, or stall, are added. Returns None if nothing was
+        `cap`: limits a claimed update count to what is believed. The lower median of the claims counts. Hosts in
+        `unreachable` are not asked, and those that do not answer, or stall, are added. Returns None if nothing was
         taken. Raises UnreachableError.
         """
         peers = {replica.peer_id for replica in hosts} - unreachable
@@ -103,15 +107,15 @@ class WholeParameters:
         self._manifest = manifest
         self._states = states
         self._rng = rng
-        # one at a time: first parameters are drawn from torch's global generator
+        # one at a time: initial parameters are drawn from torch's global generator
         self._checking = ThreadPoolExecutor(1, "check of parameters")
 
     async def fetch(
         self, uid: UID, nodes: Sequence[NodeInfo], cap: Callable[[int], int], unreachable: set[PeerID]
     ) -> tuple[PeerID, Checkpoint] | None:
-        """Parameters from one of the first three `nodes` that give good ones, and whose they are.
+        """The parameters from one of the first three `nodes` that give good ones, and that node.
 
-        `cap` and `unreachable`: as in `WholeStates.take`. Returns None if nobody gave any.
+        `cap` and `unreachable`: as in `WholeStates.take`. Returns None if no node gave any.
         """
         loop = asyncio.get_running_loop()
         first = await loop.run_in_executor(self._checking, build_block, self._manifest, uid)
@@ -146,8 +150,8 @@ async def _given(
 ) -> list[tuple[PeerID, Checkpoint]]:
     """The states of the first three nodes that give good ones.
 
-    `fetch`: raises TransferError or StateError. Nodes that are `unreachable` are left out, and those that do not
-    answer, or stall, are added.
+    `fetch` raises TransferError or StateError. Nodes in `unreachable` are not asked, and those that do not answer, or
+    stall, are added.
     """
     silent = set[PeerID]()
     """Nodes that were asked and have not answered."""
@@ -175,13 +179,13 @@ async def _given(
 
 
 def choose(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random) -> tuple[int, Checkpoint]:
-    """The index of the state whose parameters are taken, and the state that the expert goes on from. Pure.
+    """The index of the state whose parameters are taken, and the state from which the expert continues. Pure.
 
-    `states`: one to three, all good. `known`: what this node has, its checkpoint or the first parameters.
+    `states`: one to three, all good. `known`: this node's own state, from a checkpoint or the initial parameters.
 
-    One state is taken as it is. Of several, gradients that were accumulated stay where they are, with their host or
-    here, and moments are the elementwise median, with those of `known` if there are only two: or whoever copies
-    the parameters of an honest state could add moments that throw them away.
+    A single state is taken as it is. Of several, only the parameters are taken. Accumulated gradients stay with their
+    own host, or here. Moments are the elementwise median, with those of `known` if there are only two states: otherwise
+    a peer that copies the parameters of an honest state could add moments that throw the expert off.
     """
     if len(states) == 1:
         return 0, states[0]
@@ -205,7 +209,9 @@ def _version(expert: Expert) -> tuple[object, int, int]:
 
 
 def _replace(expert: Expert, chosen: Checkpoint, source: str, version: object) -> bool:
-    """Returns False, and changes nothing, if the expert has changed since that version. Raises StateError."""
+    """Replaces the expert's state. Returns False, and changes nothing, if it has changed since that version. Raises
+    StateError.
+    """
     if _version(expert) != version:
         return False
     expert.import_state(chosen.state, chosen.update_count, source)

@@ -1,1 +1,1 @@
-"""What a node hosts of memories: shards of passages, searched and read by retrievers."""
+"""What a node hosts of memories: shards of passages, which retrievers search and read."""

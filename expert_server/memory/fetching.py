@@ -1,4 +1,6 @@
-"""Fetches parts of memories for a node that hosts them, and remembers from whom and of which memories none came."""
+"""Fetches parts of memories for a node that hosts them. Remembers which hosts gave wrong bytes, and which memories
+could not be fetched.
+"""
 
 import math
 import random
@@ -17,7 +19,7 @@ from peer.rpc.parts import PartClient
 T = TypeVar("T")
 
 _PUT_OFF_S = 600.0
-"""The longest time that a memory is left alone whose parts did not come."""
+"""The longest time that a memory is left alone after its parts could not be fetched."""
 _REMEMBERED = 4096
 
 
@@ -38,9 +40,9 @@ class PartFetcher:
         self._rng = rng
         self._clock = clock
         self._wrong = BoundedDict[tuple[PeerID, bytes], None](_REMEMBERED)
-        """Who gave wrong bytes for what."""
+        """Which host gave wrong bytes for which part."""
         self._put_off = BoundedDict[MemoryID, tuple[float, float]](_REMEMBERED)
-        """Until when memories are left alone, and for how long."""
+        """Until when each memory is left alone, and how long that pause is."""
 
     async def fetch(
         self,
@@ -51,9 +53,10 @@ class PartFetcher:
         check: Callable[[bytes], T],
         wrong: Callable[[], None] = lambda: None,
     ) -> T:
-        """What `check` makes of the part: see `PartClient.fetch_any`. `wrong` is called if a host gave another file.
+        """The result of `check` for the part: see `PartClient.fetch_any`. `wrong` is called if a host gave another
+        file.
 
-        Raises TransferError if nobody gives it, and UnreachableError.
+        Raises TransferError if no host gives the part, and UnreachableError.
         """
 
         def note_wrong(peer_id: PeerID) -> None:
@@ -64,13 +67,13 @@ class PartFetcher:
         return await self._parts.fetch_any(nodes, str(memory), name, most_bytes, check, note_wrong)
 
     def is_put_off(self, memory: MemoryID) -> bool:
-        """Whether it is left alone for now."""
+        """Whether the memory is left alone for now."""
         until, _ = self._put_off.get(memory, (-math.inf, 0.0))
         return self._clock() < until
 
     def put_off(self, memory: MemoryID) -> bool:
-        """Leaves it alone for one announcement period, as its first hosts may not be known yet; then for twice as long
-        each time. Returns whether this is the first time.
+        """Leaves the memory alone for one announcement period, because its first hosts may not be known yet, and for
+        twice as long each further time. Returns whether this is the first time.
         """
         is_first = memory not in self._put_off
         _, pause_s = self._put_off.get(memory, (0.0, self._period.seconds / 2))
@@ -79,11 +82,11 @@ class PartFetcher:
         return is_first
 
     def was_complete(self, memory: MemoryID) -> None:
-        """Its parts came: it is not left alone any more."""
+        """The memory's parts have been fetched, so it is no longer left alone."""
         self._put_off.pop(memory, None)
 
     async def _contacts(self, hosts: Iterable[PeerID], name: bytes) -> list[NodeInfo]:
-        """How to call them, in random order, those last that gave something else for it before."""
+        """The hosts' contacts, in random order. Those that gave wrong bytes for this part before come last."""
         nodes = list((await self._swarm.registry.nodes(set(hosts) - {self._swarm.host.peer_id})).values())
         self._rng.shuffle(nodes)
         return sorted(nodes, key=lambda node: (node.peer_id, name) in self._wrong)

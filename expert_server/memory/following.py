@@ -1,4 +1,4 @@
-"""Follows the publishers of memories: what they list, their later revisions, and what they no longer list."""
+"""Follows the publishers of memories: what they list, later revisions, and what they no longer list."""
 
 import asyncio
 import logging
@@ -24,26 +24,26 @@ from peer.rpc.parts import has_sha256
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_MEMORIES = 64
-"""Memories that a node follows at most. If there are more, nodes follow different ones."""
+"""The most memories that a node follows. If there are more, nodes follow different ones."""
 _MANIFEST_S = 60.0
-"""The longest time that a manifest is waited for: those of other memories wait meanwhile."""
+"""How long a manifest is waited for. Those of other memories wait meanwhile."""
 _FOLLOWED_AT_ONCE = 8
 _UNLISTED_S = 3600.0
-"""How long a memory is kept for certain that nobody lists: the DHT may fail for a while."""
+"""How long a memory is certainly kept after its publisher stopped listing it: the DHT may fail for a while."""
 _KEEP_EVERY_S = 3600.0
 """How often the libraries are stored again."""
 
 
 @dataclass(frozen=True)
 class HostingRules:
-    """What an owner lets a node host."""
+    """What its owner lets a node host."""
 
     disk_bytes: int
-    """0: nothing."""
+    """Disk space for memories; 0: host none."""
     refuse: frozenset[str] = frozenset()
-    """Memories, by name or id."""
+    """Memories that are not hosted, by name or id."""
     licenses: frozenset[str] = frozenset()
-    """If any, the only ones of which passages may be hosted."""
+    """If not empty, only passages under these licences are hosted."""
 
     @classmethod
     def of(cls, settings: NodeSettings) -> "HostingRules":
@@ -52,7 +52,7 @@ class HostingRules:
         )
 
     def refusal(self, memory: MemoryID, licenses: Iterable[str]) -> str:
-        """Why it is not hosted, in words; else empty."""
+        """Why the memory is not hosted, in words; else empty."""
         if {memory.name, str(memory)} & self.refuse:
             return "this node refuses it by name"
         if self.licenses and (others := sorted(set(licenses) - self.licenses)):
@@ -61,7 +61,7 @@ class HostingRules:
 
 
 class PublisherFollower:
-    """What publishers list, and this node may host."""
+    """The memories that publishers list and this node may host."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class PublisherFollower:
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`count_revision` is told of each that was followed."""
+        """`count_revision` is called for each revision that was followed."""
         self.listed: Mapping[MemoryID, LibraryEntry] = {}
-        """At the last look, without what is refused."""
+        """The listed memories at the last look, without refused ones."""
         self._hosted = hosted
         self._rules = rules
         self._swarm = swarm
@@ -86,17 +86,17 @@ class PublisherFollower:
         self._rng = rng
         self._clock = clock
         self._refused: dict[MemoryID, Part] = {}
-        """What this node may not host, by the manifest that says so."""
+        """Memories that this node may not host, by the manifest that decided it."""
         self._wrong: dict[MemoryID, LibraryEntry] = {}
-        """Listed entries whose manifest is not that of the listed revision. It is not fetched again."""
+        """Listed entries whose manifest does not belong to the listed revision. It is not fetched again."""
         self._unlisted: dict[MemoryID, float] = {}
-        """Since when memories that are hosted here are in nobody's list."""
+        """Since when memories that are hosted here are on no list."""
         self._kept_at: float | None = None
 
     async def follow(self) -> None:
-        """Follows later revisions, and removes what its publisher no longer lists. Raises UnreachableError.
+        """Follows later revisions, and removes memories that their publisher no longer lists. Raises UnreachableError.
 
-        The founder's node reads the lists in any case, to renew its own.
+        The founder's node reads the lists in any case, because it renews its own.
         """
         if not self._rules.disk_bytes and self._swarm.host.peer_id != self._swarm.keys.author:
             return
@@ -106,7 +106,7 @@ class PublisherFollower:
         self._refused = {memory: part for memory, part in self._refused.items() if memory in listed}
         self._wrong = {memory: entry for memory, entry in self._wrong.items() if listed.get(memory) == entry}
         for entry in listed.values():
-            # a list names few licences, and the manifest all of them
+            # a list names only some licences, and the manifest names all
             if self._refused.get(entry.memory) != entry.manifest:
                 await self._refuses(entry, entry.licenses)
         self.listed = {memory: entry for memory, entry in listed.items() if memory not in self._refused}
@@ -131,7 +131,7 @@ class PublisherFollower:
             await self._memories.keep_libraries()
 
     async def meet(self) -> None:
-        """Fetches the manifests of memories that are new here. Raises UnreachableError."""
+        """Fetches the manifests of memories that are new to this node. Raises UnreachableError."""
         stores = self._hosted.stores
         new = [
             m
@@ -140,12 +140,12 @@ class PublisherFollower:
         ]
         unused = [memory for memory, store in stores.items() if not store.shards]
         places = _MOST_MEMORIES - len(stores)
-        if new and places <= 0 and unused:  # so that nobody's memories take the places of all others
+        if new and places <= 0 and unused:  # so that no publisher's memories take all places
             await self._hosted.remove(self._rng.choice(unused))
             places = 1
         for memory in self._rng.sample(new, min(len(new), max(0, places))):
             entry = self.listed.get(memory)
-            if entry is None:  # not any more
+            if entry is None:  # no longer listed
                 continue
             await self.drop_unlisted(entry.manifest.size)
             if entry.manifest.size > self._hosted.room:
@@ -165,7 +165,7 @@ class PublisherFollower:
                 return
 
     async def drop_unlisted(self, size: int) -> None:
-        """Removes memories that no publisher lists any more, until there is room for the given bytes."""
+        """Removes memories that no publisher lists any more, until there is room for this many bytes."""
         for memory, since in list(self._unlisted.items()):
             if size <= self._hosted.room:
                 return
@@ -174,7 +174,7 @@ class PublisherFollower:
                 await self._hosted.remove(memory)
 
     async def _refuses(self, entry: LibraryEntry, licenses: Collection[str]) -> bool:
-        """Whether this node may not host the memory. Then it is removed."""
+        """Whether this node may not host the memory. If so, removes it."""
         memory, reason = entry.memory, self._rules.refusal(entry.memory, licenses)
         if not reason:
             self._refused.pop(memory, None)
@@ -213,7 +213,7 @@ class PublisherFollower:
         )  # fmt: skip
 
     async def _fetch_manifest(self, entry: LibraryEntry) -> tuple[bytes, MemoryManifest]:
-        """Raises TransferError, and WireError if its publisher lists what it is not."""
+        """Raises TransferError, and WireError if the manifest is not what its publisher lists."""
         hosts = {host.peer_id for host in await self._memories.some_hosts(entry.memory, entry.grid)}
         name, size = entry.manifest.sha256, entry.manifest.size
         check = partial(has_sha256, name)
@@ -228,7 +228,9 @@ class PublisherFollower:
         return data, manifest
 
     def _has_room(self, entry: LibraryEntry, manifest: MemoryManifest) -> bool:
-        """Whether anything of a new memory fits. If not, says what would, and leaves it alone for a while."""
+        """Whether any part of a new memory fits. If not, logs what would be needed, and leaves the memory alone for a
+        while.
+        """
         smallest = min((most_bytes(shard) for shard in manifest.shards), default=0)
         need = entry.manifest.size + parts_bytes(manifest) + smallest
         if need <= self._hosted.room:

@@ -20,13 +20,13 @@ from peer.files import PlainFile, write_atomically
 logger: logging.Logger = logging.getLogger(__name__)
 
 _FULL_PAUSE_S = 600.0
-"""How long a node takes nothing after its disk was full."""
+"""How long a node takes nothing more after its disk was full."""
 _LIBRARIES = "libraries"
-"""The file with what publishers list, beside the folders of the memories. No memory is called that."""
+"""The file with the publishers' lists, beside the folders of the memories. No memory may have this name."""
 
 
 class HostedMemories:
-    """What a node hosts of memories. Nothing is served before it was verified."""
+    """What a node hosts of memories. Nothing is served before it has been verified."""
 
     def __init__(
         self,
@@ -37,14 +37,16 @@ class HostedMemories:
         changed: Callable[[MemoryID], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`folder`: has a folder for each memory. `changed` is told of memories that go or have another revision."""
+        """`folder`: contains a folder for each memory. `changed` is called with memories that are removed or have a new
+        revision.
+        """
         self.stores: dict[MemoryID, MemoryStore] = {}
         self.served: dict[str, MemoryStore] = {}
-        """What the service answers from, by memory."""
+        """The stores that the service answers from, by memory."""
         self.unverified: dict[MemoryID, list[bytes]] = {}
-        """Shards found on disk at the start."""
+        """Shards that were on disk at the start and have not been verified yet."""
         self.leaving: bool = True
-        """Whether others are told that this node's replicas go, and nothing more is taken."""
+        """Whether this node announces that its replicas leave, and takes nothing more."""
         self._folder = folder
         self._most_bytes = most_bytes
         self._memories = memories
@@ -53,7 +55,7 @@ class HostedMemories:
         self._clock = clock
         self._announced: dict[MemoryID, set[Cell]] = {}
         self._writing = asyncio.Lock()
-        """Held while a store changes its files. Not while others are waited for."""
+        """Held while a store changes its files, but not while waiting for other peers."""
         self._full_until = 0.0
         self._saved_libraries = b""
 
@@ -67,12 +69,12 @@ class HostedMemories:
 
     @property
     def room(self) -> int:
-        """Bytes that may still be taken. Less than none if the owner lowered the limit."""
+        """How many more bytes may be taken. Negative if the owner has lowered the limit."""
         return self._most_bytes - self.disk_bytes
 
     @property
     def is_full(self) -> bool:
-        """Whether the disk was, a short time ago."""
+        """Whether the disk was full a short time ago."""
         return self._clock() < self._full_until
 
     def mine(self) -> set[ShardKey]:
@@ -81,12 +83,12 @@ class HostedMemories:
         }
 
     def revoked(self, memory: MemoryID) -> Collection[Place]:
-        """Passages of a memory that its publisher revoked."""
+        """The passages of a memory that its publisher has revoked."""
         store = self.stores.get(memory)
         return () if store is None else store.manifest.revoked
 
     async def open(self) -> None:
-        """Finds what is on disk from the last run."""
+        """Finds what the last run left on disk."""
         self._memories.restore(await asyncio.to_thread(self._read_libraries))
         found = await asyncio.to_thread(self._found)
         self.stores = {memory: store for memory, (store, _) in found.items()}
@@ -142,7 +144,7 @@ class HostedMemories:
             del self._announced[memory]
 
     async def add(self, memory: MemoryID, manifest: bytes) -> None:
-        """A memory of which nothing is here yet. Raises WireError, and OSError if the disk is full."""
+        """Adds a memory without any shards. Raises WireError, and OSError if the disk is full."""
         async with self._writing:
             store = await asyncio.to_thread(MemoryStore.create, self._folder / str(memory), manifest)
         self.stores[memory] = store
@@ -150,10 +152,10 @@ class HostedMemories:
             self.served[str(memory)] = store
 
     async def remove(self, memory: MemoryID) -> None:
-        """Stops hosting it, and says so. Raises UnreachableError."""
+        """Stops hosting a memory, and announces that. Raises UnreachableError."""
         async with self._writing:
             store = self.stores.pop(memory, None)
-            if store is None:  # somebody else did
+            if store is None:  # another task has removed it
                 return
             self.served.pop(str(memory), None)
             self.unverified.pop(memory, None)
@@ -162,20 +164,24 @@ class HostedMemories:
         await self.announce(memory)
 
     async def write(self, memory: MemoryID, store: MemoryStore, change: Callable[[], None]) -> None:
-        """Lets a store change its files. Raises what `change` does, and TransferError if it is no longer hosted."""
+        """Lets a store change its files. Raises what `change` raises, and TransferError if the memory is no longer
+        hosted.
+        """
         async with self._writing:
             if self.stores.get(memory) is not store:
                 raise TransferError("it is no longer hosted here")
             await asyncio.to_thread(change)
 
     async def follow(self, memory: MemoryID, store: MemoryStore, manifest: bytes) -> None:
-        """Goes on with a later revision. Raises what `write` and `MemoryStore.follow` do, and UnreachableError."""
+        """Updates to a later revision. Raises what `write` and `MemoryStore.follow` raise, and UnreachableError."""
         await self.write(memory, store, lambda: store.follow(manifest))
         self._changed(memory)
         await self.announce(memory)
 
     async def save_libraries(self) -> None:
-        """Keeps what publishers list. After a restart, an older list that somebody stored again would be believed."""
+        """Saves the publishers' lists. Otherwise, after a restart, an older list that somebody stored again would be
+        believed.
+        """
         async with self._writing:
             data = self._memories.saved()
             if data != self._saved_libraries and self.stores:
@@ -211,7 +217,7 @@ class HostedMemories:
         return found
 
     def _read_libraries(self) -> bytes:
-        """What publishers listed in the last run."""
+        """The publishers' lists as the last run saved them."""
         try:
             return PlainFile(self._folder / _LIBRARIES)[:]
         except OSError as error:

@@ -1,7 +1,7 @@
 """`MemoryHosting`: a node takes shards of memories that have too few replicas, and drops those that others serve.
 
-Nothing that a host or a publisher says is believed but what hashes prove. What publishers list is followed in every
-announcement period, apart from downloads, so that what was revoked goes soon.
+Hosts and publishers are believed only as far as hashes prove what they say. In every announcement period the
+publishers' lists are followed, independently of downloads, so that revoked passages disappear soon.
 """
 
 import asyncio
@@ -38,16 +38,16 @@ from peer.rpc.parts import PartClient, has_sha256
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
-"""Shards in one look, and at the same time."""
+"""The most shards taken in one look, and at the same time."""
 _LOOK_EVERY_S = 1.0
-"""How often a node that leaves looks whether others have what it alone had."""
+"""How often a leaving node checks whether others have the shards that only it had."""
 _WITHDRAW_S = 2.0
-"""The longest time that a node which leaves tries to withdraw its announcements."""
+"""How long a leaving node tries to withdraw its announcements."""
 _REMEMBERED = 4096
 
 
 class HostingMetrics:
-    """What a node counts of what it hosts."""
+    """What a node counts about the memories it hosts."""
 
     def __init__(self, hosted: HostedMemories, metrics: CollectorRegistry | None = None) -> None:
         shards = Gauge("talkoot_memory_shards", "Shards of memories served.", registry=metrics)
@@ -68,7 +68,7 @@ class HostingMetrics:
 
 
 class MemoryHosting:
-    """The memories of one node. Open it, then run its loops; release it before the node goes."""
+    """The memories of one node. Open it, then run its loops; release it before the node leaves."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class MemoryHosting:
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`folder`: has a folder for each memory. `parts`: fetches from others. `period`: of announcements."""
+        """`folder`: contains a folder for each memory. `parts`: fetches from others. `period`: of announcements."""
         self._rules = rules
         self._swarm = swarm
         self._memories = memories = MemoryRegistry(swarm.registry)
@@ -104,7 +104,7 @@ class MemoryHosting:
         self._hurried = asyncio.Event()
 
     async def open(self) -> None:
-        """Finds what is on disk from the last run. Nothing is served before `hosted.verify`."""
+        """Finds what the last run left on disk. Nothing is served before `hosted.verify`."""
         if self._rules.disk_bytes:
             await self.hosted.open()
 
@@ -125,7 +125,7 @@ class MemoryHosting:
         await self._take_some(seen)
 
     async def look_again(self) -> None:
-        """Between two looks: the same for the shards that had too few replicas. Raises UnreachableError."""
+        """Between two looks, does the same for shards that had too few replicas. Raises UnreachableError."""
         if not self._takes:
             return
         lacking = await asyncio.to_thread(self._placement.lacking)
@@ -143,7 +143,7 @@ class MemoryHosting:
         return {memory: store.manifest for memory, store in self.hosted.stores.items()}
 
     async def _note(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
-        """Takes up what was seen, without what doubted hosts say."""
+        """Records what was seen, without the announcements of doubted hosts."""
         believed = await asyncio.to_thread(self._proofs.counted, seen)
         await asyncio.to_thread(self._placement.note, believed, self.hosted.mine())
         return believed
@@ -154,7 +154,7 @@ class MemoryHosting:
         wanted = [
             key
             for key in await asyncio.to_thread(self._placement.to_take, nodes)
-            if key.memory in able and seen[key].serving | seen[key].leaving  # else nobody can give it
+            if key.memory in able and seen[key].serving | seen[key].leaving  # otherwise nobody can give it
         ]
         fitting = self._fitting(wanted, seen)
         if wanted and len(fitting) < len(wanted):
@@ -166,7 +166,7 @@ class MemoryHosting:
         )
 
     async def release(self, timeout_s: float) -> int:
-        """Serves nothing any more, once others have what this node alone has, but after `timeout_s` at the latest.
+        """Stops serving once others have the shards that only this node has, or after `timeout_s`.
 
         Files stay on disk. Returns how many shards nobody else serves. Raises nothing if the DHT does not answer.
         """
@@ -183,7 +183,7 @@ class MemoryHosting:
                 len(alone),
             )
         self.hosted.served.clear()
-        with suppress(TimeoutError, UnreachableError):  # or they expire
+        with suppress(TimeoutError, UnreachableError):  # or the announcements expire
             async with asyncio.timeout(_WITHDRAW_S):
                 await self.hosted.announce_all()
         return len(alone)
@@ -260,13 +260,15 @@ class MemoryHosting:
     # dropping
 
     async def _make_room(self, seen: Mapping[ShardKey, SeenShard], wanted: Collection[ShardKey]) -> None:
-        """Drops what nobody lists, or others serve often enough, for a shard that nobody else has room for."""
+        """Makes room for a shard that nobody else has room for, by dropping what nobody lists or enough others
+        serve.
+        """
         smallest = min(most_bytes(seen[key].info) for key in wanted)
         await self.publishers.drop_unlisted(smallest)
         await self._shrink(smallest - self.hosted.room, seen)
 
     async def _shrink(self, size: int, seen: Mapping[ShardKey, SeenShard]) -> None:
-        """Drops shards of at least this size, if enough others prove that they have them."""
+        """Drops shards of at least this size in total, if enough others prove that they have them."""
         for key in self._placement.to_drop(size) if size > 0 else ():
             store = self.hosted.stores.get(key.memory)
             if store is None or key.root not in store.shards:
@@ -283,7 +285,7 @@ class MemoryHosting:
     # leaving
 
     async def _hand_over(self, alone: set[ShardKey]) -> None:
-        """Returns when others serve all of these shards. Those that they serve are removed from the set."""
+        """Returns when others serve all of these shards. Shards that others serve are removed from the set."""
         await self.hosted.announce_all()
         while True:
             alone &= await self._without_other_host(alone)
@@ -296,7 +298,7 @@ class MemoryHosting:
 
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
         alone, cells = set[ShardKey](), dict[MemoryID, set[Cell]]()
-        # as they are now: publishers may change or unlist them meanwhile
+        # the current ones, because publishers may change or unlist them meanwhile
         manifests = self._manifests()
         for key in set(keys) & self.hosted.mine():
             if (info := manifests[key.memory].by_root.get(key.root)) is not None:

@@ -1,10 +1,10 @@
-"""Which shards of memories a node hosts: what needs a host most, and what a node reads to know that.
+"""Which shards of memories a node hosts: which need a host most, and what a node reads to know that.
 
 The choices are pure functions of what hosts announce. A shard with too few replicas is taken by the nodes that prefer
-it most, by rendezvous hashing: at the first look by about as many as it lacks, and by twice as many at each look that
-still finds it so. So a thousand nodes that see the same need do not all follow it. A surplus replica goes only for one
-that is lacking, when the disk is full, and never from the hosts that prefer it most: even if all others drop theirs at
-the same moment, enough are left.
+it most, by rendezvous hashing. At the first look, about as many nodes take it as it lacks replicas, and at each further
+look that finds it lacking, twice as many. So a thousand nodes that see the same need do not all act on it. A surplus
+replica is only dropped for a shard that lacks replicas, when the disk is full, and never by the hosts that prefer it
+most: even if all others drop theirs at the same moment, enough are left.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ from dht.memory import Cell, MemoryID, MemoryManifest, ShardInfo
 from peer.identity import PeerID
 
 _FIRM_LOOKS = 4
-"""Looks in a row that must find the same replica to spare. Announcements live three periods."""
+"""How many looks in a row must find that the same replica can be spared. Announcements live for three periods."""
 READ_WHOLE = 1024
-"""Cells of all memories together, up to which all of them are read in each look."""
+"""Up to this many cells of all memories together, all of them are read in each look."""
 SAMPLED = 256
-"""Active cells that are read if there are more. Other nodes read others."""
+"""If there are more, this many active cells are read. Other nodes read others."""
 _MOST_DOUBLINGS = 40
 
 
@@ -41,16 +41,16 @@ class ShardKey:
 
 @dataclass(frozen=True)
 class SeenShard:
-    """What a look saw of a shard."""
+    """What a look found out about a shard."""
 
     info: ShardInfo
     serving: frozenset[PeerID]
     leaving: frozenset[PeerID]
-    """They still give it to others."""
+    """Hosts that leave. They still give it to others."""
 
 
 def preference(key: ShardKey, peer_id: PeerID) -> int:
-    """How much a peer prefers a shard: 64 bits, more is larger."""
+    """How much a peer prefers a shard: 64 bits, larger is more."""
     text = f"{key.memory} {key.root.hex()}@{peer_id.to_base58()}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
@@ -58,28 +58,28 @@ def preference(key: ShardKey, peer_id: PeerID) -> int:
 def is_called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
     """Whether it is this peer's turn to take a shard that lacks this many replicas.
 
-    `looks`: in a row that found it lacking, from 1. `nodes`: in the swarm, about.
+    `looks`: how many in a row found it lacking, from 1. `nodes`: about how many the swarm has.
     """
     called = missing << min(looks - 1, _MOST_DOUBLINGS)
     return called >= nodes or preference(key, peer_id) >= 2**64 - called * (2**64 // nodes)
 
 
 class Placement:
-    """What one node would take and drop, by what its looks saw. Slow with many shards: not for the loop."""
+    """What one node would take and drop, given what its looks saw. Slow with many shards, so not for the loop."""
 
     def __init__(self, peer_id: PeerID, enough: int) -> None:
-        """`enough`: replicas of a shard."""
+        """`enough`: the replicas wanted for a shard."""
         self._peer_id = peer_id
         self._enough = enough
         self._seen: Mapping[ShardKey, SeenShard] = {}
         self._lacking: dict[ShardKey, int] = {}
-        """How many looks in a row each shard had too few replicas."""
+        """In how many looks in a row each shard had too few replicas."""
         self._spare: dict[ShardKey, int] = {}
-        """How many looks in a row enough hosts that prefer it more served each of this node's shards."""
+        """For each of this node's shards, in how many looks in a row enough hosts that prefer it more served it."""
         self._forgotten: set[MemoryID] = set()
 
     def note(self, seen: Mapping[ShardKey, SeenShard], mine: Collection[ShardKey]) -> None:
-        """Takes up a look. What it did not see keeps its count."""
+        """Records a look. Shards that it did not see keep their counts."""
         forgotten, self._forgotten = self._forgotten, set()
         for counts in (self._lacking, self._spare):
             for key in [key for key in counts if key.memory in forgotten]:
@@ -91,7 +91,7 @@ class Placement:
             self._count(self._spare, key, key in mine and len(self._keener(key)) >= self._enough)
 
     def lacking(self) -> list[ShardKey]:
-        """The shards that had too few replicas at the last look that saw them, and that somebody can give."""
+        """The shards that had too few replicas at the last look that saw them, and that some host can give."""
         return [
             key
             for key in self._lacking
@@ -99,13 +99,14 @@ class Placement:
         ]
 
     def forget(self, memory: MemoryID) -> None:
-        """Its shards are others now, or none. Its counts start over with the next look. From any thread."""
+        """The memory has other shards now, or none. Its counts start over with the next look. For any thread."""
         self._forgotten.add(memory)
 
     def to_take(self, nodes: int) -> list[ShardKey]:
-        """The shards whose turn it is, those of all memories in turns, of each those with the fewest replicas first.
+        """The shards that this node should take now. Memories take turns, each with the shards that have the fewest
+        replicas first.
 
-        `nodes`: in the swarm, about.
+        `nodes`: about how many the swarm has.
         """
         found = []
         for key, looks in self._lacking.items():
@@ -123,9 +124,9 @@ class Placement:
         return [key for turn in turns for key in turn if key is not None]
 
     def to_drop(self, size: int) -> list[ShardKey]:
-        """This node's shards that can go to free this much space, those with the most replicas first.
+        """This node's shards to drop so that this much space becomes free, those with the most replicas first.
 
-        None if they would not free as much.
+        Empty if that is not possible.
         """
         able = [key for key, looks in self._spare.items() if looks >= _FIRM_LOOKS and key in self._seen]
         dropped = []
@@ -137,7 +138,9 @@ class Placement:
         return dropped if size <= 0 else []
 
     def keener(self, key: ShardKey) -> list[PeerID]:
-        """The serving hosts that prefer one of this node's shards more than it does, the keenest first."""
+        """The serving hosts that prefer one of this node's shards more than it does, the one that prefers it most
+        first.
+        """
         hosts = self._keener(key)
         return sorted(hosts, key=lambda peer_id: preference(key, peer_id), reverse=True)
 
@@ -154,10 +157,10 @@ class Placement:
 
 
 class MemorySurvey:
-    """What one node reads of the memories in each look: all of a few cells, a part of many.
+    """What one node reads about memories in each look: everything if there are few cells, else a part.
 
-    Prefixes say at once which cells are active. So of many cells the prefixes are read, and then this node's own cells
-    and some of the active others. The rest of the active cells are left out of what is seen.
+    Prefixes show at once which cells are active. So if there are many cells, a look reads the prefixes, then this
+    node's own cells and some of the other active ones. Active cells that were not read are left out of the result.
     """
 
     def __init__(self, memories: MemoryRegistry, rng: random.Random | None = None) -> None:
@@ -178,7 +181,7 @@ class MemorySurvey:
     async def read_again(
         self, manifests: Mapping[MemoryID, MemoryManifest], keys: Collection[ShardKey]
     ) -> dict[ShardKey, SeenShard]:
-        """The same of these shards alone, or some of very many. Raises UnreachableError."""
+        """The same for these shards alone, or for some of them if there are very many. Raises UnreachableError."""
         drawn = self._rng.sample(list(keys), min(SAMPLED, len(keys)))
         wanted: dict[MemoryID, set[Cell]] = {}
         for key in drawn:
@@ -199,7 +202,7 @@ class MemorySurvey:
     async def _chosen(
         self, manifests: Mapping[MemoryID, MemoryManifest], mine: Collection[ShardKey]
     ) -> tuple[dict[MemoryID, set[Cell]], list[tuple[MemoryID, Cell]]]:
-        """The cells to read, and those that nobody announces."""
+        """The cells to read, and the cells that nobody announces."""
         vacant, others = [], []
         for memory, manifest in manifests.items():
             active = await self._memories.active_cells(memory, manifest.grid)
@@ -229,7 +232,7 @@ def _seen_in(
 def seen_shards(
     memory: MemoryID, shards: Collection[ShardInfo], hosts: Collection[CellHost]
 ) -> dict[ShardKey, SeenShard]:
-    """What the hosts of a cell announce of its shards."""
+    """What the hosts of a cell announce about its shards."""
     found = {}
     for info in shards:
         having = [host for host in hosts if info.short in host.shards]

@@ -1,4 +1,4 @@
-"""Whether hosts have the shards that they announce: each is asked for a passage drawn at random, with its Merkle proof.
+"""Whether hosts have the shards that they announce: each is asked for a random passage with its Merkle proof.
 
 Announcements cost nothing. Without proofs, a few liars could make a swarm believe that a shard has enough replicas, and
 its last real host would drop it, or leave.
@@ -33,16 +33,18 @@ _CHECKED, _AT_ONCE = 8, 8
 _PROOF_S = 10.0
 """The longest time that a proof may take."""
 _TRIES = 3
-"""Passages asked for, as one may have been revoked that this node does not know of yet."""
+"""How many passages are asked for, because one may have been revoked without this node's knowledge."""
 _DOUBTED_S = 300.0
-"""How long nothing that a host announces is counted after it failed to prove a claim."""
+"""How long all announcements of a host are ignored after it failed to prove a claim."""
 _MISSED_S = 15.0
-"""The same, if its node record was not found: it may only have been renewed late. Twice as long each further time."""
+"""The same for a host whose node record was not found, which may only have been renewed late. Doubles each further
+time.
+"""
 _REMEMBERED = 4096
 
 
 class ReplicaProofs:
-    """Asks hosts to prove what they announce, and remembers who could not."""
+    """Asks hosts to prove what they announce, and remembers which could not."""
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class ReplicaProofs:
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`revoked`: of each memory. Of these a host has no more than a hash."""
+        """`revoked`: returns a memory's revoked passages. Of these a host has only a hash."""
         self._swarm = swarm
         self._revoked = revoked
         self._parts = parts
@@ -60,7 +62,7 @@ class ReplicaProofs:
         self._clock = clock
         self._doubted_until = BoundedDict[PeerID, float](_REMEMBERED)
         self._missed_for = BoundedDict[PeerID, float](_REMEMBERED)
-        """How long hosts were doubted last because their node record was not found."""
+        """How long each host was last doubted because its node record was not found."""
 
     def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
         """What was seen, without the claims of doubted hosts."""
@@ -68,8 +70,8 @@ class ReplicaProofs:
         return {key: replace(shard, serving=shard.serving - doubted) for key, shard in seen.items()}
 
     async def check_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
-        """Checks a few claims of others, drawn at random. Raises UnreachableError."""
-        # a dead host may take as long as a proof may, and is announced for some periods
+        """Checks a few random claims of other hosts. Raises UnreachableError."""
+        # a dead host takes as long as a proof may take, and stays announced for some periods
         spared = self._doubted() | {self._swarm.host.peer_id}
         claims = [(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving - spared]
         drawn = self._rng.sample(claims, min(_CHECKED, len(claims)))
@@ -78,7 +80,7 @@ class ReplicaProofs:
     async def proven(
         self, claims: Collection[tuple[PeerID, ShardKey]], seen: Mapping[ShardKey, SeenShard]
     ) -> set[tuple[PeerID, ShardKey]]:
-        """The claims that their hosts prove. The others' hosts are doubted from now on. Raises UnreachableError."""
+        """The claims that their hosts prove. Hosts that fail are doubted from now on. Raises UnreachableError."""
         hosts = {peer_id for peer_id, _ in claims}
         nodes = await self._swarm.registry.nodes(hosts)
         for peer_id in hosts - nodes.keys():

@@ -19,18 +19,18 @@ from expert_server.memory.shard import Shard
 from peer.wire import memory_pb2
 
 MOST_PRODUCTS = 2**22
-"""Computed at once: 16 MiB."""
+"""Inner products computed at once: 16 MiB."""
 NO_SCORE = -(2**31)
 """The score of revoked passages."""
 _CACHE_BYTES = 2**26
 _FEWEST_DIMENSIONS = 16
-"""The fewest dimensions for which torch's product of bytes is used: with one, its answer is wrong."""
+"""The fewest dimensions for which torch's product of bytes is used: with a single one, its result is wrong."""
 _ROWS = 4096
-"""Vectors that are multiplied at a time, where they are first made floats."""
+"""Vectors that are multiplied at a time, if they must be converted to floats first."""
 
 
 class VectorCache:
-    """The vectors of the shards that were searched last, in memory. For any thread.
+    """The vectors of recently searched shards, in memory. For any thread.
 
     Reading them from files that the system has in memory takes longer than searching them.
     """
@@ -38,13 +38,15 @@ class VectorCache:
     def __init__(self, most_bytes: int = _CACHE_BYTES) -> None:
         self._most_bytes = most_bytes
         self._kept: OrderedDict[weakref.ref[Shard], torch.Tensor] = OrderedDict()
-        """The one used last at the end. What was revoked goes with its shard, which another one replaces."""
+        """The one used last comes last. If passages are revoked, another shard takes this one's place, and its vectors
+        go with it.
+        """
         self.nbytes: int = 0
-        # the collector may forget a shard in the middle of all this
+        # the collector may forget a shard while the lock is held
         self._lock = threading.RLock()
 
     def columns_of(self, shard: Shard) -> torch.Tensor:
-        """The vectors as columns, (D, N). Raises OSError if they are not here and can't be read."""
+        """The vectors as columns, (D, N). Raises OSError if they are not cached and can't be read."""
         key = weakref.ref(shard)
         with self._lock:
             if key in self._kept:
@@ -52,7 +54,7 @@ class VectorCache:
                 return self._kept[key]
         columns = columns_of(shard)
         with self._lock:
-            self._forget(key)  # another thread may have read them, too
+            self._forget(key)  # another thread may have read them too
             self._kept[weakref.ref(shard, self._forget)] = columns
             self.nbytes += columns.nbytes
             while self.nbytes > self._most_bytes:
@@ -70,13 +72,13 @@ class ShardGroup:
     """Shards of a call that are searched for the same queries."""
 
     queries: NDArray[np.intp]
-    """Numbers of the queries."""
+    """The numbers of the queries."""
     numbers: list[int] = field(default_factory=list)
     """The numbers of the shards in the request."""
     shards: list[Shard] = field(default_factory=list)
 
     def parts(self) -> Iterator["ShardGroup"]:
-        """The same, some shards at a time."""
+        """The same in groups of some shards each."""
         part, rows = ShardGroup(self.queries), 0
         for number, shard in zip(self.numbers, self.shards, strict=True):
             size = len(shard)
@@ -90,7 +92,7 @@ class ShardGroup:
 
 
 class Best:
-    """The best passages that were found for each query so far, in some shards."""
+    """The best passages found for each query so far, over some shards."""
 
     def __init__(self, queries: int, k: int) -> None:
         self.scores: NDArray[np.int64] = np.full((queries, k), NO_SCORE, np.int64)
@@ -104,9 +106,9 @@ class Best:
         positions: NDArray[np.int64],
         scores: NDArray[np.int32],
     ) -> None:
-        """The best passages of some shards for these queries. Of equal scores, those that were added first stay first.
+        """Adds the best passages of some shards for these queries. Of equal scores, those added first stay first.
 
-        `numbers`: of their shards in the request.
+        `numbers`: the numbers of their shards in the request.
         """
         k = self.scores.shape[1]
         joined = np.concatenate((self.scores[queries], scores), axis=1)
@@ -115,7 +117,7 @@ class Best:
             kept[queries] = np.take_along_axis(np.concatenate((kept[queries], new), axis=1), best, axis=1)
 
     def reply(self, shards: Sequence[Shard | None]) -> memory_pb2.SearchReply:
-        """The reply as it is sent. `shards`: those of the request."""
+        """The reply to the call. `shards`: those of the request."""
         text_roots: dict[bytes, int] = {}
         reply = memory_pb2.SearchReply()
         for row, scores in enumerate(self.scores):
@@ -140,7 +142,7 @@ class Best:
 def columns_of(shard: Shard) -> torch.Tensor:
     """The vectors of a shard as columns, (D, N). Raises OSError if they can't be read."""
     rows = shard.vectors()
-    # torch warns of arrays that are not writable, and takes an axis of one row for what numpy says of it
+    # torch warns about read-only arrays, and takes the strides of an axis of one row as numpy gives them
     own = rows.flags.writeable and rows.strides == (rows.shape[1], 1)
     return torch.from_numpy(rows if own else rows.copy()).T
 
@@ -151,10 +153,10 @@ def search_together(
     k: int,
     columns_of: Callable[[Shard], torch.Tensor] = columns_of,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """The best passages over some shards: which of these, the positions there, and the scores. All (Q, k).
+    """The best passages over some shards: the shards' indices, the positions there, and the scores, all (Q, k).
 
-    Fewer than k if there are fewer that were not revoked. Of equal scores, those of the first shards and positions.
-    Raises OSError if a shard can't be read.
+    Fewer than k if fewer are not revoked. Of equal scores, those of the first shards and positions. Raises OSError if a
+    shard can't be read.
     """
     ends = np.cumsum([len(shard) for shard in shards])
     starts = np.insert(ends[:-1], 0, 0)
@@ -175,7 +177,7 @@ def search_together(
 
 
 def _inner_products(queries: torch.Tensor, columns: torch.Tensor) -> NDArray[np.int32]:
-    """All pairs. (Q, N)"""
+    """The inner products of all pairs: (Q, N)."""
     if queries.shape[1] >= _FEWEST_DIMENSIONS and _multiplies_bytes_exactly():
         whole: NDArray[np.int32] = torch._int_mm(queries, columns).numpy()
         return whole
@@ -187,11 +189,13 @@ def _inner_products(queries: torch.Tensor, columns: torch.Tensor) -> NDArray[np.
 
 @cache
 def _multiplies_bytes_exactly() -> bool:
-    """Whether torch does here, which is several times as fast: without instructions for it, sums may saturate."""
+    """Whether torch's product of bytes is exact here, which is several times as fast. On some processors, sums
+    saturate.
+    """
     rng = np.random.default_rng(0)
     for queries, dimensions in ((1, 256), (5, 1024), (64, 250)):
         rows = rng.integers(-128, 128, (queries + 66, dimensions), np.int8)
-        # the last is the only query of the first round, and the one most likely to saturate
+        # the last vector is the only query of the first round, and the one most likely to saturate
         rows[-4:] = np.array([[0], [-128], [-127], [127]], np.int8)
         left, right = torch.from_numpy(rows[-queries:]), torch.from_numpy(rows)
         try:
@@ -204,7 +208,7 @@ def _multiplies_bytes_exactly() -> bool:
 
 
 def _largest(scores: NDArray[np.int32], k: int) -> NDArray[np.int64]:
-    """The positions of the k largest, in falling order; of equal ones, the first."""
+    """The positions of the k largest, in descending order; of equal ones, the first."""
     least = np.partition(scores, len(scores) - k)[len(scores) - k]
     above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
     best = np.concatenate((above, equal[: k - len(above)]))

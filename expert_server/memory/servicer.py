@@ -1,7 +1,7 @@
-"""MemoryService: retrievers search and read the shards of memories here, and others fetch them.
+"""MemoryService: retrievers search and read the shards of memories here, and other hosts fetch them.
 
-Search and Read compute on threads of their own, a few calls at a time. Callers take turns, and share the places of
-those that wait. What a call may cost is bounded before any of it is computed.
+Search and Read compute on separate threads, a few calls at a time. Callers take turns, and share the waiting places.
+The cost of a call is bounded before any of it is computed.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ M = TypeVar("M")
 T = TypeVar("T")
 
 _MAX_WAITING = 128
-"""Calls that wait or compute, and replies that were not read, of all callers."""
+"""Calls that wait or compute, or whose replies were not read yet, over all callers."""
 _MAX_CALL_S = 30.0
 _MAX_TRANSFERS, _MAX_TRANSFER_S = 8, 600.0
 _TOO_MANY = "others wait to search too, and more than your share of the places were yours: try again soon"
@@ -83,26 +83,29 @@ class MemoryMetrics:
 
 
 class Turns:
-    """Lets a few calls compute at a time. Those that wait take turns by caller. For one event loop.
+    """Lets a few calls compute at a time. Waiting calls take turns by caller. For one event loop.
 
-    A call keeps its place until its task ends: replies that nobody reads take memory, too. If all places are taken, a
-    newcomer gets that of the caller with the most, who is refused, if that one has more than the newcomer would have.
+    A call keeps its place until its task ends, because replies that nobody reads take memory, too. If all places are
+    taken, a newcomer gets the place of the caller with the most, if that caller has more than the newcomer would have;
+    the displaced call is refused.
     """
 
     def __init__(self, at_once: int, most: int) -> None:
-        """`most`: calls that wait, compute, or have a reply that was not read."""
+        """`most`: calls that wait, compute, or have an unread reply."""
         self._free = at_once
         self._places = FairBudget(most)
         self._waiting: OrderedDict[PeerID, deque[asyncio.Future[None]]] = OrderedDict()
-        """Waiting calls by caller, those whose turn was longest ago first. No caller is without any."""
+        """Waiting calls by caller; the caller whose turn was longest ago comes first. A caller without calls has no
+        entry.
+        """
 
     def __len__(self) -> int:
-        """Calls that wait."""
+        """The number of waiting calls."""
         return sum(not turn.cancelled() for turns in self._waiting.values() for turn in turns)
 
     @asynccontextmanager
     async def turn(self, caller: PeerID) -> AsyncIterator[None]:
-        """Waits for a turn. Raises ExpertError (RESOURCE_EXHAUSTED), also when others need the place."""
+        """Waits for a turn. Raises ExpertError (RESOURCE_EXHAUSTED), also if others need the place."""
         task = asyncio.current_task()
         assert task is not None, "calls are answered in tasks"
         with interruptible(_TOO_MANY) as interrupt:
@@ -124,7 +127,7 @@ class Turns:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # it came at the same moment
+            if not turn.cancelled():  # its turn may come at the same moment
                 self._free += 1
                 self._next()
             elif turn in self._waiting.get(caller, ()):
@@ -164,9 +167,9 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         clock: Callable[[], float] = time.monotonic,
         note_served: Callable[[PeerID, Work], None] = lambda caller, work: None,
     ) -> None:
-        """`stores`: by memory; the host may change it. `sessions`: who may call. `up`: how fast answers may go.
+        """`stores`: by memory; the host may change it. `sessions`: who may call. `up`: limits the upload of answers.
 
-        `threads`: calls that compute at the same time. `note_served` is told of callers whose searches are answered.
+        `threads`: calls that compute at the same time. `note_served` is called for callers whose searches are answered.
         """
         self.metrics = metrics
         self._stores = stores
@@ -178,7 +181,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         self._turns = Turns(threads, _MAX_WAITING)
         self._vectors = VectorCache()
         self._slots = TransferSlots(_MAX_TRANSFERS)
-        # one core for each call: torch's threads would wait for one another on a busy machine
+        # one core for each call: on a busy machine, torch's threads would wait for one another
         self._pool = ThreadPoolExecutor(threads, "memory", initializer=partial(torch.set_num_threads, 1))
 
     async def close(self) -> None:
@@ -244,7 +247,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                     async for reply in outgoing(header, data, request.offset, self._up):
                         await pace.write(context.write(reply), len(reply.chunk))
                         self.metrics.bytes.labels("sent").inc(len(reply.chunk))
-                except TimeoutError:  # which is an OSError, too
+                except TimeoutError:  # caught first, because it is an OSError too
                     raise
                 except OSError as error:
                     raise _unreadable(store, error) from error
@@ -274,7 +277,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
     async def _compute(
         self, caller: PeerID, store: MemoryStore, work: Callable[[Callable[[], bool]], T]
     ) -> T:
-        """The result of `work`, which runs on a thread. It asks whether it has been given up, and then ends."""
+        """Runs `work` on a thread and returns its result. `work` checks whether it has been given up, and then ends."""
         is_given_up = False
         async with self._turns.turn(caller):
             try:
@@ -307,8 +310,8 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
 
 
 def _unreadable(store: MemoryStore, error: OSError) -> ExpertError:
-    """What a caller is told when a file can't be read. Its shard is no longer served, so that it is fetched again."""
-    if error.errno == errno.ESTALE:  # something in it was revoked at this moment
+    """The error for a caller if a file can't be read. Its shard is no longer served, so that it is fetched again."""
+    if error.errno == errno.ESTALE:  # a passage in it was revoked at this moment
         return ExpertError(StatusCode.UNAVAILABLE, "the shard has changed: ask again")
     logger.warning("can't read %s: %s", error.filename, error.strerror)
     for root in [root for root in store.shards if root.hex() == Path(str(error.filename)).name]:
@@ -340,12 +343,12 @@ def _vectors(request: memory_pb2.SearchRequest, dimensions: int) -> Vectors:
 def _groups(
     request: memory_pb2.SearchRequest, shards: Sequence[Shard | None], queries: int
 ) -> list[ShardGroup]:
-    """Raises WireError if the request makes no sense, or asks for too much."""
+    """Raises WireError if the request is invalid, or asks for too much."""
     if len({wanted.root for wanted in request.shards}) < len(request.shards):
         raise WireError("a shard is named twice")
     groups: dict[tuple[int, ...], ShardGroup] = {(): ShardGroup(np.arange(queries))}
     for number, (wanted, shard) in enumerate(zip(request.shards, shards, strict=True)):
-        if len(wanted.queries) > queries:  # before anything is made of them
+        if len(wanted.queries) > queries:  # checked before arrays are made from them
             raise WireError("a query is named twice")
         named = tuple(wanted.queries)
         if named not in groups:

@@ -1,15 +1,15 @@
 """Shards of a memory as files: vectors to search, texts to read, and the hashes that prove both.
 
-They are safetensors files. A primary shard has `vectors` (N, D), `revoked` (N,), and `blocks`, the texts of 256
-passages each in zlib's format, with their `offsets`. Reading a passage inflates one block. The leaves of the Merkle
-tree follow from these. They are computed when the file is opened, and those near a passage again when it is proven.
+They are safetensors files. A primary shard has `vectors` (N, D), `revoked` (N,), and `blocks`, each with the texts of
+256 passages in zlib's format, with their `offsets`. Reading a passage inflates one block. The leaves of the Merkle tree
+follow from these. They are computed when the file is opened, and computed again near a passage when it is proven.
 
-A secondary shard has `vectors` and `revoked`, too, and where the texts lie: `roots` (T, 32) of primary shards, and in
-`references` (N, 4) for each vector two numbers of two bytes, little-endian: which of these roots, and the position
-there. Its leaves follow from these.
+A secondary shard also has `vectors` and `revoked`, and says where the texts are: `roots` (T, 32) of primary shards, and
+for each vector two numbers in `references` (N, 4), of two bytes each, little-endian: the index of one of these roots,
+and the position in that shard. Its leaves follow from these.
 
-A revoked passage keeps its place, so that the root stays; its text and vector are gone. `hashes` (R, 32) has what
-stands for each: in a primary shard its leaf, in a secondary one the SHA-256 of its vector.
+A revoked passage keeps its place, so that the root stays the same; its text and vector are removed. `hashes` (R, 32)
+replaces each of them: in a primary shard by its leaf, in a secondary one by the SHA-256 of its vector.
 """
 
 import hashlib
@@ -48,30 +48,32 @@ Arrays: TypeAlias = Mapping[str, Rows]
 BLOCK = 256
 """Passages whose texts are compressed together."""
 _PART = 16
-"""Leaves whose part of the tree is computed when one of them is proven: a power of two that divides `BLOCK`."""
+"""When a leaf is proven, the part of the tree over this many leaves is computed: a power of two that divides
+`BLOCK`.
+"""
 _LENGTH_BYTES = 4
-"""Before each passage in an inflated block."""
+"""The size of the length before each passage in an inflated block."""
 _MOST_PASSAGE_BYTES = 4 * (MAX_TEXT_CHARACTERS + 2 * MAX_LABEL_CHARACTERS + MAX_LICENSE_CHARACTERS) + 64
-"""The limit of a serialized passage: its fields in UTF-8, and what protobuf adds."""
+"""The limit for a serialized passage: its fields in UTF-8, and protobuf's overhead."""
 
 
 @dataclass(frozen=True)
 class ProvenEntry:
-    """What a shard has of one passage, and what shows that it is in the shard."""
+    """What a shard has of one passage, and the proof that it is in the shard."""
 
     place: Place
     text: Place
-    """Where the text lies; the same place in a primary shard."""
+    """Where the text is; in a primary shard, the same place."""
     passage: Passage | None
-    """None: it was revoked, or its text lies elsewhere."""
+    """None if it was revoked, or its text is elsewhere."""
     vector: bytes
-    """Empty: it was revoked."""
+    """Empty if it was revoked."""
     path: list[bytes]
     hash: bytes
-    """What stands for it if it was revoked; else empty."""
+    """The hash that replaces a revoked passage; else empty."""
 
     def message(self, shard: int) -> memory_pb2.ProvenPassage:
-        """`shard`: its number in a request."""
+        """`shard`: the shard's number in a request."""
         is_elsewhere = self.text != self.place
         return memory_pb2.ProvenPassage(
             shard=shard,
@@ -88,7 +90,7 @@ class ProvenEntry:
 class Shard(ABC):
     """An immutable view of a shard's file. Its methods may be called from several threads.
 
-    If it is on disk, they raise OSError when it can't be read.
+    If the file is on disk, they raise OSError when it can't be read.
     """
 
     def __init__(self, vectors: Rows, revoked: NDArray[np.bool_], hashes: NDArray[np.uint8]) -> None:
@@ -98,14 +100,14 @@ class Shard(ABC):
         """For each passage, how many up to it were revoked."""
         self.live: int = len(revoked) - int(revoked.sum())
         """Passages that were not revoked."""
-        # the roots of whole, aligned parts of a tree are a level of that tree
+        # the roots of whole, aligned parts of a tree form one level of that tree
         leaves = list(self.leaves())
         parts = (leaves[begin : begin + _PART] for begin in range(0, len(leaves), _PART))
         self._top = MerkleTree([MerkleTree(part).root for part in parts])
 
     @staticmethod
     def parse(data: bytes | memoryview, info: ShardInfo, dimensions: int) -> "Shard":
-        """Raises WireError if this is no file of that shard. What is in it still has to be checked: see `check`."""
+        """Raises WireError if this is not a file of that shard. Its content still has to be checked: see `check`."""
         if len(data) > most_bytes(info):
             raise WireError(f"a shard of {len(data)} bytes; at most {most_bytes(info)}")
         kind = SecondaryShard if info.is_secondary else PrimaryShard
@@ -126,7 +128,7 @@ class Shard(ABC):
 
     @abstractmethod
     def on_disk(self, file: PlainFile, data: bytes) -> Self:
-        """The same, of which large parts are read when they are needed. `data`: of the file, which was parsed."""
+        """The same shard, but large parts are read from the file when they are needed. `data`: the file's content."""
 
     @property
     def root(self) -> bytes:
@@ -138,18 +140,18 @@ class Shard(ABC):
 
     @abstractmethod
     def check(self, revoked: Revoked) -> None:
-        """Raises WireError unless each passage is what its leaf says, or gone and among `revoked`."""
+        """Raises WireError unless each passage matches its leaf, or was removed and is among `revoked`."""
 
     @abstractmethod
     def text_at(self, position: int) -> Place:
-        """Where the text of a passage lies."""
+        """Where the text of a passage is."""
 
     def has_any(self, revoked: Revoked) -> bool:
-        """Whether any of these passages is here and was not revoked before."""
+        """Whether any of these passages is in the shard and not yet revoked."""
         return bool((self._named(revoked) & ~self._revoked).any())
 
     def without(self, revoked: Revoked) -> bytes | None:
-        """The file without the texts and vectors of these passages. None: it is so already.
+        """The file without the texts and vectors of these passages. None if it has none of them already.
 
         Raises WireError if a text can't be read.
         """
@@ -162,40 +164,40 @@ class Shard(ABC):
 
     @abstractmethod
     def _named(self, revoked: Revoked) -> NDArray[np.bool_]:
-        """Which passages these are."""
+        """A mask of these passages."""
 
     @abstractmethod
     def _file(self, vectors: Vectors, revoked: NDArray[np.bool_]) -> bytes: ...
 
     @abstractmethod
     def _texts(self, block: int) -> list[bytes]:
-        """The passages there, serialized; nothing where one was revoked, or its text lies elsewhere."""
+        """The serialized passages of a block; empty for those that were revoked, or whose text is elsewhere."""
 
     @abstractmethod
     def _leaf(self, position: int, text: bytes, vector: Vectors) -> bytes: ...
 
     def vectors(self) -> Vectors:
-        """All, (N, D); zeros where a passage was revoked."""
+        """All vectors, (N, D); zeros for revoked passages."""
         return self._vectors[:]
 
     def revoked(self) -> NDArray[np.bool_]:
-        """Which passages were. (N,)"""
+        """Which passages were revoked, (N,)."""
         return self._revoked
 
     def leaf(self, position: int) -> bytes:
-        """The hash that stands for a passage in the tree."""
+        """The passage's leaf in the tree."""
         block, inside = divmod(position, BLOCK)
         text = b"" if self._revoked[position] else self._texts(block)[inside]
         return self._leaf(position, text, self._vectors_in(block)[inside])
 
     def leaves(self) -> Iterator[bytes]:
-        """All, in order. Raises WireError if a text can't be read."""
+        """All leaves, in order. Raises WireError if a text can't be read."""
         for begin in range(0, len(self), BLOCK):
             block, positions = begin // BLOCK, range(begin, min(begin + BLOCK, len(self)))
             yield from self._leaves_of(positions, self._texts(block), self._vectors_in(block))
 
     def read(self, positions: Sequence[int]) -> list[ProvenEntry]:
-        """What lies there, in that order. Raises WireError if a text can't be read."""
+        """The entries at these positions, in that order. Raises WireError if a text can't be read."""
         found: dict[int, ProvenEntry] = {}
         by_block: dict[int, list[int]] = {}
         for position in positions:
@@ -222,7 +224,7 @@ class Shard(ABC):
         return [found[position] for position in positions]
 
     def _leaves_of(self, positions: Iterable[int], texts: Sequence[bytes], vectors: Vectors) -> list[bytes]:
-        """The leaves of passages in one block, by its texts and vectors."""
+        """The leaves of passages in one block, from its texts and vectors."""
         return [self._leaf(at, texts[at % BLOCK], vectors[at % BLOCK]) for at in positions]
 
     def _vectors_in(self, block: int) -> Vectors:
@@ -236,7 +238,7 @@ class Shard(ABC):
     def _on_disk(self, arrays: Arrays) -> Self:
         here = copy(self)
         here._vectors = arrays["vectors"]
-        # views would keep the whole file
+        # copies, because views would keep the whole file in memory
         here._revoked, here._hashes = self._revoked.copy(), self._hashes.copy()
         return here
 
@@ -258,7 +260,7 @@ class PrimaryShard(Shard):
 
     @classmethod
     def build(cls, passages: Sequence[Passage], vectors: Vectors) -> bytes:
-        """The file of a shard with these passages, in their order; `vectors[i]` is that of `passages[i]`."""
+        """Encodes a shard with these passages, in this order; `vectors[i]` belongs to `passages[i]`."""
         assert 1 <= len(passages) == len(vectors) <= MAX_LEAVES, f"a shard of {len(passages)} passages"
         texts = [serialized(passage) for passage in passages]
         blocks = [_deflated(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
@@ -278,7 +280,7 @@ class PrimaryShard(Shard):
             },
         )
         offsets, revoked = arrays["offsets"].view(np.int64), arrays["revoked"].view(np.uint8)
-        # by comparison: differences of a stranger's numbers may overflow
+        # compared rather than subtracted: differences of a stranger's numbers may overflow
         if (
             offsets[0] != 0
             or offsets[-1] != arrays["blocks"].size
@@ -308,7 +310,7 @@ class PrimaryShard(Shard):
         return Place(self.root, position)
 
     def passages(self) -> Iterator[Passage | None]:
-        """All, in order; None for those that were revoked. Raises WireError if a text can't be read."""
+        """All passages, in order; None for revoked ones. Raises WireError if a text can't be read."""
         for block in range(len(self._offsets) - 1):
             for text in self._texts(block):
                 yield _parsed(text) if text else None
@@ -362,7 +364,7 @@ class PrimaryShard(Shard):
 
 
 class SecondaryShard(Shard):
-    """Vectors of passages whose texts lie in other cells."""
+    """Vectors of passages whose texts are in other cells."""
 
     def __init__(
         self,
@@ -379,7 +381,7 @@ class SecondaryShard(Shard):
 
     @classmethod
     def build(cls, texts: Sequence[Place], vectors: Vectors) -> bytes:
-        """The file of a shard with these vectors, in their order. `texts`: where the text of each lies."""
+        """Encodes a shard with these vectors, in this order. `texts`: where the text of each is."""
         assert 1 <= len(texts) == len(vectors) <= MAX_LEAVES, f"a shard of {len(texts)} vectors"
         number_of: dict[bytes, int] = {}
         references = [(number_of.setdefault(text.root, len(number_of)), text.position) for text in texts]
@@ -459,7 +461,7 @@ class SecondaryShard(Shard):
 
 
 def most_bytes(info: ShardInfo) -> int:
-    """The limit of a shard's file after a revocation: hashes stay, and texts may compress a little less well."""
+    """The limit for a shard's file after a revocation: it gains hashes, and texts may compress a little less well."""
     return info.size + HASH_BYTES * info.leaves + 64 + (0 if info.is_secondary else info.size // 8)
 
 
@@ -468,7 +470,7 @@ def _block_rows(block: int) -> slice:
 
 
 def _count(arrays: Mapping[str, NDArray[np.generic]], name: str) -> int:
-    """Rows of an array that may be there."""
+    """The number of rows of an array that may be missing."""
     array = arrays.get(name)
     return len(array) if array is not None and array.ndim else 0
 
@@ -521,14 +523,14 @@ def _deflated(passages: Sequence[bytes]) -> bytes:
 
 
 def serialized(passage: Passage) -> bytes:
-    """The passage as it is stored, before it is compressed."""
+    """The passage as it is stored before compression."""
     data: bytes = passage.message().SerializeToString(deterministic=True)
     assert data, "a passage without anything in it"
     return data
 
 
 def _parsed(data: bytes) -> Passage:
-    """Raises WireError, also if there is more in it than a passage."""
+    """Raises WireError, also if the data has more in it than a passage."""
     message = memory_pb2.Passage()
     try:
         message.ParseFromString(data)

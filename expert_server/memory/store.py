@@ -1,7 +1,8 @@
-"""A memory on disk, whole or in part: what `talkoot memory build` writes, and what a node keeps of each that it hosts.
+"""A memory on disk, complete or in part: what `talkoot memory build` writes, and what a node keeps of each memory it
+hosts.
 
-The folder has the `manifest`, in `parts/` the encoder and the codebook, by the SHA-256 of each, and in `shards/` the
-shards, by the root of each. What is read from it is verified: the owner may have changed it, or the disk.
+The folder contains the `manifest`; in `parts/` the encoder and the codebook, named by their SHA-256; and in `shards/`
+the shards, named by their roots. Everything read from it is verified: the owner or the disk may have changed it.
 """
 
 import hashlib
@@ -27,23 +28,24 @@ MANIFEST, PARTS, SHARDS = "manifest", "parts", "shards"
 
 
 class MemoryStore:
-    """The parts of one memory in a folder. Its methods read and write files: not for the event loop, one at a time.
+    """The parts of one memory in a folder. Its methods read and write files, so call them off the event loop, one at a
+    time.
 
-    The properties may be read meanwhile.
+    The properties may be read at any time.
     """
 
     def __init__(self, folder: Path, manifest: bytes) -> None:
-        """`manifest`: the bytes in the file. Raises WireError."""
+        """`manifest`: the file's bytes. Raises WireError."""
         self.folder = folder
         self._shards: dict[bytes, Shard] = {}
         self._sizes: dict[bytes, int] = {}
         self._hashes: dict[bytes, tuple[tuple[int, int, int], bytes]] = {}
-        """The SHA-256 of a shard's file, and which file that was."""
+        """The SHA-256 of each shard's file, with the file's identity."""
         self._set_manifest(manifest)
 
     @classmethod
     def open(cls, folder: Path) -> "MemoryStore":
-        """Reads the manifest alone. Raises WireError, and OSError if there is none."""
+        """Reads only the manifest. Raises WireError, and OSError if there is none."""
         return cls(folder, PlainFile(folder / MANIFEST)[: MAX_MANIFEST_BYTES + 1])
 
     @classmethod
@@ -62,7 +64,7 @@ class MemoryStore:
         return MappingProxyType(self._shards)
 
     def served(self) -> list[ShardInfo]:
-        """What the manifest says of these. Also while a revision takes some away."""
+        """The manifest's entries for these. Can be read while a revision removes some."""
         infos = self.manifest.by_root
         return [infos[root] for root in list(self._shards) if root in infos]
 
@@ -73,8 +75,8 @@ class MemoryStore:
 
     @property
     def nbytes(self) -> int:
-        """The size of all that a host keeps: the manifest, the shards, and with the first shard the encoder and the
-        codebook.
+        """The size of everything that a host keeps: the manifest, the shards and, from the first shard on, the encoder
+        and the codebook.
         """
         return self.part.size + self.shard_bytes + (parts_bytes(self.manifest) if self._shards else 0)
 
@@ -84,9 +86,9 @@ class MemoryStore:
         return [shard.root for shard in self.manifest.shards if shard.root.hex() in names]
 
     def load(self, root: bytes) -> None:
-        """Serves a shard that is on disk, without what was revoked.
+        """Serves a shard that is on disk, without its revoked passages.
 
-        Raises WireError if it is not that shard, and OSError. Then it is not served.
+        Raises WireError if the file is not that shard, and OSError. Then it is not served.
         """
         info, revoked, path = self.manifest.by_root[root], self.manifest.revoked_in, self._shard_path(root)
         try:
@@ -97,7 +99,7 @@ class MemoryStore:
                 data, shard = without, Shard.parse(without, info, self.manifest.dimensions)
             shard.check(revoked)
             if without is not None:
-                # from memory, while another file takes the place of the one before
+                # served from memory while another file replaces the old one
                 self._shards[root] = shard
                 write_atomically(path, data)
                 file = PlainFile(path)
@@ -107,7 +109,7 @@ class MemoryStore:
         self._shards[root], self._sizes[root] = shard.on_disk(file, data), file.size
 
     def verified(self, root: bytes, data: bytes) -> bytes:
-        """The file that is to be kept of a shard that somebody gave. Raises WireError if it is another."""
+        """The file to store for a shard that another peer gave. Raises WireError if it is not that shard."""
         info = self._info(root)
         shard = Shard.parse(data, info, self.manifest.dimensions)
         shard.check(self.manifest.revoked_in)
@@ -119,21 +121,21 @@ class MemoryStore:
         return kept
 
     def save(self, root: bytes, data: bytes) -> None:
-        """Keeps and serves a shard that was verified. Raises OSError, and then keeps nothing.
+        """Stores and serves a verified shard. If it raises OSError, nothing is stored.
 
-        Raises WireError if a later revision has it no more.
+        Raises WireError if a later revision no longer has the shard.
         """
         self._info(root)
         path = self._shard_path(root)
         write_atomically(path, data)
         try:
             self.load(root)
-        except WireError as error:  # what was written is not what is read
+        except WireError as error:  # the disk does not return what was written
             self.drop(root)
             raise OSError(f"{path} does not hold what was written to it: {error}") from error
 
     def stop_serving(self, root: bytes) -> None:
-        """Its file stays, and no longer counts as served."""
+        """Its file stays, but no longer counts as served."""
         for kept in (self._shards, self._sizes, self._hashes):
             kept.pop(root, None)
 
@@ -144,25 +146,25 @@ class MemoryStore:
             self._shard_path(root).unlink()
 
     def save_part(self, part: Part, data: bytes) -> None:
-        """`data`: verified. Raises OSError."""
+        """`data` must be verified. Raises OSError."""
         write_atomically(self._part_path(part.sha256), data)
 
     def read_part(self, part: Part) -> bytes:
-        """The encoder or the codebook. Raises WireError if the file is another, and OSError."""
+        """The encoder or the codebook. Raises WireError if the file is not that part, and OSError."""
         path = self._part_path(part.sha256)
         if path.stat().st_size != part.size:
             raise WireError(f"{path} does not have {part.size} bytes")
         return has_sha256(part.sha256, path.read_bytes())
 
     def missing_parts(self) -> list[Part]:
-        """The encoder and the codebook, unless they are here and as they should be. Raises OSError."""
+        """The encoder and the codebook, unless they are on disk and intact. Raises OSError."""
         return [part for part in (self.manifest.encoder, self.manifest.codebook) if not self._has_part(part)]
 
     def follow(self, manifest: bytes) -> None:
-        """Goes on with a later revision of this memory: removes what was revoked, and shards that are gone.
+        """Updates to a later revision of this memory: removes revoked passages, and shards that it no longer has.
 
-        A shard that can't be changed so is not served any more. Raises WireError if it is no later revision, and
-        OSError if any file can't be written.
+        A shard that can't be updated is no longer served. Raises WireError if the manifest is not a later revision, and
+        OSError if a file can't be written.
         """
         new, old = MemoryManifest.parse(manifest), self.manifest
         if new.name != old.name or new.revision <= old.revision:
@@ -192,7 +194,9 @@ class MemoryStore:
             raise failure
 
     def file(self, name: bytes) -> tuple[PlainFile, bytes]:
-        """What others fetch by that name, and its SHA-256. Raises FileNotFoundError if it is not served here."""
+        """The file that others fetch by that name, and its SHA-256. Raises FileNotFoundError if it is not
+        served here.
+        """
         if name in self._shards:
             path = self._shard_path(name)
         elif name == self.part.sha256:
@@ -205,13 +209,13 @@ class MemoryStore:
         if path.parent.name != SHARDS:
             return file, name
         known, sha256 = self._hashes.get(name, (None, b""))
-        if known != file.identity:  # it is another file since something in it was revoked
+        if known != file.identity:  # the file has changed, because a passage in it was revoked
             sha256 = hashlib.sha256(file[:]).digest()
             self._hashes[name] = file.identity, sha256
         return file, sha256
 
     def remove(self) -> None:
-        """The whole folder. Raises OSError."""
+        """Removes the whole folder. Raises OSError."""
         self._shards.clear()
         self._sizes.clear()
         shutil.rmtree(self.folder)
@@ -248,7 +252,7 @@ def parts_bytes(manifest: MemoryManifest) -> int:
 
 
 def _read(path: Path, info: ShardInfo) -> tuple[PlainFile, bytes]:
-    """A shard's file, and what is in it. Raises WireError and OSError."""
+    """A shard's file and its content. Raises WireError and OSError."""
     about = path.lstat()
     if not stat.S_ISREG(about.st_mode):
         raise WireError("a shard that is no file")

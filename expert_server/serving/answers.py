@@ -1,6 +1,6 @@
-"""Puts the answers of a call's rows together as its experts' parts are over. Pure.
+"""Assembles the answers to a call's rows as its experts finish. Pure.
 
-A row is answered once: when each of its experts is over, or from `flush` on with what is there.
+A row is answered once: when all of its experts have finished, or from `flush` on with those that have.
 
 Shape suffixes as in assignment.py: R = rows, P = pairs, A = some rows, Q = the pairs of those, row by row, D = width.
 """
@@ -17,7 +17,7 @@ from peer.codec import Booleans, Integers
 from peer.wire import expert_pb2
 
 _MOST_PAIRS = 2**16
-"""Pairs in one AnsweredRows: it takes less than 1 MiB."""
+"""The most pairs in one AnsweredRows message, which then takes less than 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,13 +25,13 @@ class RowAnswers:
     """Answers to some rows of a call."""
 
     rows: Integers
-    """[A], rising."""
+    """[A], ascending."""
     pairs: Integers
-    """[Q]: of the experts that are in them."""
+    """[Q]: the pairs whose experts are in the answers."""
     places: Integers
-    """[Q]: of each pair among all pairs of its row."""
+    """[Q]: each pair's place among all pairs of its row."""
     counts: Integers
-    """[A]: how many pairs each has."""
+    """[A]: how many pairs each row has in its answer."""
     tensor: Tensor
     """[A, D]"""
 
@@ -47,14 +47,16 @@ class RowAnswers:
 
 
 class AnswerAssembler:
-    """Takes the outcome of each expert, and gives the answers of the rows that are then ready."""
+    """Takes the outcome of each expert, and returns the answers that are ready with it."""
 
     def __init__(
         self, assignment: Assignment, width: int, *, weighs: bool, expected: Booleans | None = None
     ) -> None:
-        """`weighs`: whether answers are weighted means, as in forward, or sums. `expected`: of which pairs [P]."""
+        """`weighs`: whether answers are weighted means, as in forward, or sums. `expected`: a mask of the expected
+        pairs [P].
+        """
         self.tensor: Tensor = torch.empty(len(assignment.rows), width)
-        """[P, D]: what the experts answered, where `_there`."""
+        """[P, D]: the experts' results, valid where `_there`."""
         self.sent: Booleans = np.zeros(len(assignment.rows), np.bool_)
         """[P]: which pairs are in the answers so far."""
         self._assignment = assignment
@@ -62,9 +64,9 @@ class AnswerAssembler:
         self._expected = np.ones_like(self.sent) if expected is None else expected
         self._there = np.zeros_like(self.sent)
         self._missing = np.bincount(assignment.rows[self._expected], minlength=len(assignment))
-        """[R]: how many experts of each row are not over."""
+        """[R]: how many experts of each row have not finished."""
         self._is_done = self._missing == 0
-        """[R]: whether a row is answered, or never will be."""
+        """[R]: whether a row has been answered, or never will be."""
         self._is_flushed = False
 
     def take(self, outcomes: Sequence[tuple[int, Tensor | None]]) -> Iterator[RowAnswers]:
@@ -81,12 +83,12 @@ class AnswerAssembler:
         return self._answer(np.unique(np.concatenate(touched)))
 
     def flush(self) -> Iterator[RowAnswers]:
-        """From now on, a row is answered with what is there, if there is anything."""
+        """From now on, rows are answered with the experts that have finished, if there are any."""
         self._is_flushed = True
         return self._answer(np.arange(len(self._assignment)))
 
     def is_needed(self, expert: int) -> bool:
-        """Whether a row of this expert waits for an answer."""
+        """Whether a row of this expert is still unanswered."""
         return not self._is_done[self._assignment.rows[self._assignment.pairs_of(expert)]].all()
 
     def _answer(self, rows_A: Integers) -> Iterator[RowAnswers]:

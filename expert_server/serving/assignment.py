@@ -1,9 +1,10 @@
-"""Which rows of a call each of its experts computes, with which weights, and how their answers become those of rows.
+"""Which rows of a call each of its experts computes, with which weights, and how the rows' answers are computed from
+theirs.
 
 An expert's part of a row is a pair. Pairs are ordered expert by expert, and by row within an expert.
 
-Shape suffixes: E = experts, S = segments, R = rows, P = pairs, A = some rows, Q = the pairs of those, row by row,
-D = width.
+Shape suffixes: E = experts, S = segments, R = rows, P = pairs, A = some rows, Q = the pairs of those, row by row, D =
+width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,9 @@ from peer.codec import Booleans, Floats, Integers
 
 _LARGEST = torch.finfo(torch.float32).max
 _BLOCK_NUMBERS = 2**16
-"""Multiplied at once: copies of all the rows of large calls would take as much memory as the calls."""
+"""Numbers multiplied at once: copies of all rows of large calls would take as much memory as the calls."""
 _RADIX_ROWS = 2**16
-"""numpy sorts numbers up to this limit by their digits, which takes a fraction of the time."""
+"""numpy sorts numbers up to this limit by radix sort, which takes a fraction of the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +35,13 @@ class Assignment:
     uids: Sequence[UID]
     """[E], all different."""
     lengths: Integers
-    """[S], of the segments; each at least 1, summing to R."""
+    """[S]: the lengths of the segments; each at least 1, with sum R."""
     positions: Integers
     """[R]"""
     ends: Integers
-    """[E]: how many pairs the experts up to this one have."""
+    """[E]: how many pairs this expert and those before it have together."""
     rows: Integers
-    """[P], rising for each expert. Each row has at least one pair."""
+    """[P], ascending within each expert. Each row has at least one pair."""
     weights: Floats
     """[P], finite and above 0."""
 
@@ -54,7 +55,7 @@ class Assignment:
 
     @cached_property
     def by_row(self) -> Integers:
-        """[P]: the pairs row by row, those of one row in the experts' order."""
+        """[P]: the pairs row by row, those of one row in the order of the experts."""
         keys = self.rows.astype(np.uint16) if len(self) <= _RADIX_ROWS else self.rows
         return np.argsort(keys, kind="stable")
 
@@ -77,7 +78,7 @@ class Assignment:
 
     @cached_property
     def first_pairs(self) -> list[Integers]:
-        """The first pair of each expert's segments: those of the call, of its rows alone."""
+        """For each expert, the first pair of each of its segments: the call's segments, reduced to its rows."""
         return self._by_expert(self._first_pairs)
 
     @cached_property
@@ -88,7 +89,7 @@ class Assignment:
         return np.flatnonzero(is_first)
 
     def _by_expert(self, numbers: Integers) -> list[Integers]:
-        """`numbers`: one of each expert's segments."""
+        """`numbers`: one for each segment of each expert."""
         bounds = [0, *np.searchsorted(self._first_pairs, self.ends).tolist()]
         return [numbers[begin:end] for begin, end in pairwise(bounds)]
 
@@ -103,9 +104,10 @@ class Assignment:
         return [torch.from_numpy(own) for own in self._by_expert(lengths)]
 
     def of_rows(self, rows_A: Integers, is_in: Booleans) -> tuple[Integers, Integers, Integers]:
-        """The pairs of some rows that are in `is_in` [P].
+        """The pairs of some rows that are in the mask `is_in` [P].
 
-        Returns the pairs [Q], for each its place among all pairs of its row [Q], and how many each row has [A].
+        Returns the pairs [Q], each pair's place among all pairs of its row [Q], and the number of pairs of each row
+        [A].
         """
         counts_A = self.starts[rows_A + 1] - self.starts[rows_A]
         begins_A = np.cumsum(counts_A) - counts_A
@@ -116,8 +118,8 @@ class Assignment:
         return pairs_Q[is_in_Q], places_Q[is_in_Q], counts_A
 
     def shares(self, pairs_Q: Integers, counts_A: Integers) -> Floats:
-        """Each pair's weight over the sum of those of its row [Q]. `counts_A`: pairs of each row, none 0."""
-        weights_Q = self.weights[pairs_Q].astype(np.float64)  # whose sums do not overflow
+        """Each pair's weight divided by the sum of those of its row [Q]. `counts_A`: pairs of each row, none 0."""
+        weights_Q = self.weights[pairs_Q].astype(np.float64)  # in float64, so that sums do not overflow
         sums_A = np.add.reduceat(weights_Q, np.cumsum(counts_A) - counts_A)
         shares_Q: Floats = (weights_Q / np.repeat(sums_A, counts_A)).astype(np.float32)
         return shares_Q
@@ -126,7 +128,7 @@ class Assignment:
 def sum_by_row(
     tensor_PD: Tensor, pairs_Q: Integers, counts_A: Integers, shares_Q: Floats | None = None
 ) -> Tensor:
-    """The sums of each row's pairs [A, D], of `shares_Q` times their numbers; finite if those are."""
+    """The sum of each row's pairs [A, D], multiplied by `shares_Q`; finite if the summands are."""
     with _one_thread():
         sums_AD: Tensor = F.embedding_bag(
             torch.from_numpy(pairs_Q),
@@ -139,7 +141,7 @@ def sum_by_row(
 
 
 def products(gradients_RD: Floats, rows_Q: Integers, updates_PD: Floats, pairs_Q: Integers) -> Floats:
-    """The scalar product of each pair's update with the gradient of its row's S [Q], clipped to finite numbers."""
+    """The dot product of each pair's update and its row's gradient [Q], clipped to finite numbers."""
     products_Q = np.empty(len(pairs_Q), np.float32)
     step = max(1, _BLOCK_NUMBERS // gradients_RD.shape[1])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -152,9 +154,9 @@ def products(gradients_RD: Floats, rows_Q: Integers, updates_PD: Floats, pairs_Q
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Whoever calls is the loop or beside it, and to start threads costs more than they save."""
+    """One thread for what the loop, or a thread beside it, computes: starting more would cost more than they save."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # affects this thread alone
+    torch.set_num_threads(1)  # affects only this thread
     try:
         yield
     finally:

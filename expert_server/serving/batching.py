@@ -2,8 +2,8 @@
 
 Start-time fair queueing (Goyal, Vin & Cheng 1996) over callers, by rows. Each caller has a virtual time: the rows
 computed for it. The caller with the least chooses the expert and direction of the next batch: backward before forward,
-then by deadline. Other callers' work for that expert joins in the same order. Experts with a batch under way are passed
-over.
+then by deadline. Other callers' work for that expert joins in the same order. Experts with a batch in progress are
+skipped.
 
 Shape suffixes: R = rows, D = width.
 """
@@ -28,7 +28,7 @@ from peer.errors import ExpertError
 Direction: TypeAlias = Literal["forward", "backward"]
 Key: TypeAlias = tuple[UID, Direction]
 
-_RATE_MEMORY = 0.9  # weight that the measured rate keeps at each new batch
+_RATE_MEMORY = 0.9  # the weight of the previous rate when a new batch is measured
 _RETRY_UNMEASURED_S = 1.0
 _RETRY_LEAST_S, _RETRY_MOST_S = 0.05, 30.0
 _REMEMBERED_CALLERS = 1024
@@ -42,13 +42,13 @@ class WorkItem:
     direction: Direction
     rows: Rows
     deadline: float
-    """Monotonic seconds, after which nobody waits for the result."""
+    """Monotonic seconds. After it, nobody waits for the result."""
     caller: str
-    """The queue is fair to each caller, and the log names it."""
+    """The caller, for fairness and for the log."""
     keep: bool = False
-    """In forward: whether a backward call is meant to follow."""
+    """In forward: whether a backward call will follow."""
     group: str = ""
-    """The group in which callers may be one person under several keys; empty for a caller by itself."""
+    """Callers in one group may be one person under several keys; empty for a caller by itself."""
 
     def __post_init__(self) -> None:
         assert (self.rows.gradients is None) == (self.direction == "forward"), "only backward has gradients"
@@ -59,25 +59,25 @@ class WorkItem:
 
     @property
     def shared(self) -> SharedPass | None:
-        """The forward pass that it shares with other experts' work, if no backward pass has used that."""
+        """The forward pass that it shares with other experts' work, if no backward pass has used it."""
         graph = self.rows.graph
         return graph.version if isinstance(graph, SharedGraph) and graph.version.is_whole else None
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was computed for a work item."""
+    """The result of a work item."""
 
     tensor: Tensor
     """[R, D]: updates in forward, gradients of the inputs in backward; on the CPU, float32."""
     update_count: int
     graph: ForwardGraph | SharedGraph | None = None
-    """The graph of a forward pass that was to be kept, unless it was merged with others."""
+    """The graph of a forward pass that was to be kept. None if the item was merged with others."""
     step: StepOutcome = StepOutcome.NONE
     updates: Tensor | None = None
-    """[R, D]: in backward, if they were computed once more."""
+    """[R, D]: in backward, if they were computed again."""
     is_clipped: bool = False
-    """Whether the expert took less than the whole gradient."""
+    """Whether the expert used less than the whole gradient."""
     version: int = 0
     """In forward: the version of the parameters that computed the updates."""
 
@@ -100,22 +100,22 @@ class Entry:
 
     work: WorkItem
     order: int
-    """Counts arrivals."""
+    """The number of its arrival."""
     future: "asyncio.Future[Result]"
     discard: Callable[["Entry"], None]
 
     def cancel(self) -> None:
-        """Takes the work out of the queue at once, before it can be computed in this turn of the loop."""
+        """Takes the work out of the queue at once, before it could be computed in this turn of the loop."""
         self.discard(self)
         self.future.cancel()
 
 
 class BatchQueue:
-    """Bounded queue that merges work of one expert and direction into batches, and is fair to every caller.
+    """A bounded queue that merges work of one expert and direction into batches, and is fair to every caller.
 
-    Among callers that always have work waiting, none is ever ahead of another by more rows than the largest of one
-    batch, one work item, and what is computed together with one (`pop_alike`). A caller that arrives or returns starts
-    level with those furthest behind.
+    Among callers that always have work waiting, none is ever ahead of another by more rows than the largest of: one
+    batch, one work item, and what is computed together with one item (`pop_alike`). A caller that arrives or returns
+    starts level with those furthest behind.
     """
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
@@ -127,20 +127,21 @@ class BatchQueue:
         """All entries, by order."""
         self._by_deadline = _Line(self._waiting, directions_alike=True)
         self._by_key: dict[Key, dict[str, _Line]] = {}
-        """A line for each caller with work for that key; none is empty."""
+        """For each key, a line for each caller with work for it; lines are never empty."""
         self._callers: dict[str, _Caller] = {}
         """Callers with work waiting."""
         self._ahead: dict[str, int] = {}
-        """Virtual times of callers that left while ahead of others."""
+        """Virtual times of callers that left while they were ahead of others."""
         self._virtual_time = 0
-        """The least of all callers when the last batch was chosen; no caller's is less."""
+        """The smallest virtual time of all callers when the last batch was chosen. No caller's is smaller."""
         self._measured_rows = self._measured_s = 0.0
 
     def make_room(self, work: WorkItem) -> list[Entry]:
-        """Takes out work of the callers with the most rows, latest deadlines first, if this work has room only then.
+        """If this work has no room otherwise, takes out work of the callers with the most rows, latest deadlines first.
 
-        Takes out nothing if this work's caller would be the one with the most. So a caller with no more than the room
-        divided by the number of callers always has room, and loses nothing (longest queue drop, as in `peer.budget`).
+        Takes out nothing if this work's caller would be the one with the most. So a caller with at most its share, the
+        room divided by the number of callers, always has room, and loses nothing (longest queue drop, as in
+        `peer.budget`).
         """
         missing = self.rows + len(work.rows) - self._max_queued_rows
         if missing <= 0:
@@ -162,9 +163,9 @@ class BatchQueue:
     def push(
         self, work: WorkItem, future: "asyncio.Future[Result]", discard: Callable[[Entry], None]
     ) -> Entry:
-        """Raises ExpertError (RESOURCE_EXHAUSTED) when the rows do not fit beside those that wait.
+        """Raises ExpertError (RESOURCE_EXHAUSTED) if the rows do not fit beside those that wait.
 
-        `discard`: calls the method of that name, in the way that whoever shares this queue must.
+        `discard`: calls the queue's method of that name, with the locking that this queue needs.
         """
         if self.rows + len(work.rows) > self._max_queued_rows:
             raise ExpertError(
@@ -188,9 +189,9 @@ class BatchQueue:
     def pop(
         self, now: float, busy: Set[UID] = frozenset(), held: Mapping[str, Set[UID]] = MappingProxyType({})
     ) -> tuple[list[Entry], list[Entry]]:
-        """Takes the next batch, of no busy expert, and apart from it all work whose deadline has passed.
+        """Takes the next batch, for an expert that is not busy, and also takes out all work whose deadline has passed.
 
-        `held`: experts by caller, whose work for them is passed over.
+        `held`: for each caller, experts whose work is skipped.
         """
         expired: list[Entry] = []
         while self._waiting:
@@ -205,8 +206,8 @@ class BatchQueue:
     ) -> list[Entry]:
         """Takes the first work of an entry's caller for each other expert that is not busy, to be computed with it.
 
-        All that shares the entry's forward pass, or else what shares none, in order: up to `most_rows` in all, and
-        `MOST_EXPERTS`. `fits`: whether it may be computed together with others'.
+        If the entry shares a forward pass, takes all work that shares it; otherwise work that shares none, in order, up
+        to `most_rows` in all, and `MOST_EXPERTS`. `fits`: whether the work may be computed together with others'.
         """
         first, shared, passed_over = entry.work, entry.work.shared, {*busy, entry.work.uid}
         turns = sorted(
@@ -230,7 +231,7 @@ class BatchQueue:
         return found
 
     def discard(self, entry: Entry) -> None:
-        """Takes out work that nobody waits for, if it still waits."""
+        """Takes out work that nobody waits for, if it is still in the queue."""
         if entry.order in self._waiting:
             self._take(entry)
 
@@ -246,12 +247,12 @@ class BatchQueue:
         return [self._take(entry) for entry in list(self._waiting.values())]
 
     def measure(self, rows: int, seconds: float) -> None:
-        """Notes how long a batch took."""
+        """Records how long a batch took."""
         self._measured_rows = _RATE_MEMORY * self._measured_rows + rows
         self._measured_s = _RATE_MEMORY * self._measured_s + seconds
 
     def retry_after_s(self, caller: str | None = None) -> float:
-        """Estimates from the measured rate when the waiting work, of all callers or of one, will be done."""
+        """Estimates from the measured rate when the waiting work will be done: of all callers, or of one."""
         if not self._measured_rows:
             return _RETRY_UNMEASURED_S
         rows = self.rows
@@ -264,8 +265,8 @@ class BatchQueue:
         return self._callers[caller].rows if caller in self._callers else 0
 
     def _take_batch(self, busy: Set[UID], held: Mapping[str, Set[UID]]) -> list[Entry]:
-        """Takes the next batch: no caller joins that would then be more than a batch ahead of the caller whose turn it
-        is.
+        """Takes the next batch. A caller does not join if it would then be more than a batch ahead of the caller whose
+        turn it is.
         """
         callers = self._callers.values()
         choosers = [
@@ -284,7 +285,7 @@ class BatchQueue:
             for name, line in lines.items()
             if uid not in held.get(name, ())
         ]
-        heapify(turns)  # the chooser's is first
+        heapify(turns)  # the chooser's turn comes first
         batch: list[Entry] = []
         rows = 0
         while turns:
@@ -346,13 +347,14 @@ class BatchQueue:
 
 
 _Turn: TypeAlias = tuple[int, float, int]
-"""What is compared: whether it can wait for all others, its deadline, its order of arrival."""
+"""The sort key: whether it can wait for all others, its deadline, and its order of arrival."""
 
 
 class _Line:
-    """Backward before forward, then by deadline, then by arrival. Entries that have left are skipped, later dropped.
+    """One caller's work for one key: backward before forward, then by deadline, then by arrival. Entries that have left
+    are skipped, and dropped later.
 
-    Backward goes first because it ends a step under way: the sooner it runs, the fresher its gradients.
+    Backward goes first because it completes a step in progress: the sooner it runs, the fresher its gradients.
     """
 
     __slots__ = ("_directions_alike", "_heap", "_sign", "_waiting", "length")
@@ -360,7 +362,7 @@ class _Line:
     def __init__(
         self, waiting: Mapping[int, Entry], directions_alike: bool = False, is_reversed: bool = False
     ) -> None:
-        """`is_reversed`: the last one is first."""
+        """`is_reversed`: the last entry comes first."""
         self.length = 0
         """How many entries wait."""
         self._waiting = waiting
@@ -373,7 +375,7 @@ class _Line:
         self.length += 1
 
     def put_back(self, entry: Entry) -> None:
-        """After `pop`."""
+        """Undoes `pop`."""
         can_wait = entry.work.direction == "forward" and not self._directions_alike
         sign = self._sign
         heappush(self._heap, (sign * can_wait, sign * entry.work.deadline, sign * entry.order))
@@ -385,13 +387,13 @@ class _Line:
         return self._heap[0]
 
     def pop(self) -> Entry:
-        """Takes out the first, which waits until it is put back or has left."""
+        """Takes out the first entry, which still waits until it is put back or leaves."""
         turn = self.first()
         heappop(self._heap)
         return self._waiting[abs(turn[-1])]
 
     def items(self) -> Iterator[_Turn]:
-        """All work items, in no order."""
+        """All work items, in any order."""
         return (item for item in self._heap if abs(item[-1]) in self._waiting)
 
     def note_left(self) -> None:
@@ -407,5 +409,5 @@ class _Caller:
     virtual_time: int
     line: _Line
     latest: _Line
-    """The same, reversed."""
+    """The same entries, reversed."""
     rows: int = 0

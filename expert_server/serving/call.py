@@ -1,4 +1,4 @@
-"""One call while it is answered: the payload that it brings, the work of its experts, and the replies that go back.
+"""One call while it is answered: its payload, the work of its experts, and the replies.
 
 All experts of a call get their work at once, so that narrow ones are computed together. Rows are answered as they
 become ready (answers.py).
@@ -46,23 +46,25 @@ from peer.rpc.channels import SERVER_WINDOW_BYTES
 from peer.wire import expert_pb2
 
 OPEN_CALL_BYTES = SERVER_WINDOW_BYTES + MAX_CHUNK_BYTES
-"""Memory of a call whatever its header says: what gRPC receives ahead of its reader, and the chunk that was read."""
+"""Memory of a call whatever its header says: what gRPC receives before it is read, and the chunk that was read."""
 _FLUSH_AFTER = 0.8
-"""Part of a call's time after which its rows are answered with what is there."""
+"""After this share of a call's time, its rows are answered with the experts that have finished."""
 _LEAST_BYTES_PER_S = 16_384
-"""The slowest payload that is waited for: an upload of 1 Mbit/s that eight calls share."""
+"""The slowest payload that is waited for: an eighth of an upload of 1 Mbit/s."""
 _LOOP_NUMBERS = 2**18
-"""Tensors of up to this size are converted on the loop: int4 takes 4 ms for them. Larger ones are on another thread."""
+"""Tensors of up to this size are converted on the loop: int4 takes 4 ms for them. Larger ones are converted on a
+thread.
+"""
 _EXPERT_NUMBERS = 2**10
-"""The fixed cost of an expert, as a number of numbers, however few rows it has."""
+"""The fixed cost of an expert, however few rows it has, as a number of tensor elements."""
 _AT_ONCE = 256
 """Experts whose work enters the queue in one turn of the loop."""
 _MOST_DESCRIBED = 2**20
-"""Bytes of a message beside its chunk, before the last of what is packed into it."""
+"""Bytes of a message apart from its chunk. Once it has as many, nothing more is packed into it."""
 _GRACE_S = 5.0
 """How long a payload may stall."""
 _SETTLE_S = 1.0
-"""How long a call that has failed waits at most for a caller that does not read."""
+"""How long a failed call waits for a caller that does not read."""
 
 T = TypeVar("T")
 
@@ -74,14 +76,14 @@ Reply: TypeAlias = expert_pb2.ExpertReply | tuple[expert_pb2.AnsweredRows, memor
 
 
 def smallest_call_memory(manifest: Manifest) -> int:
-    """What a node must have, to take a backward call of one whole sequence."""
+    """The memory that a node needs to accept a backward call of one whole sequence."""
     rows = manifest.model.context
     pairs, experts = rows * manifest.routing.top_k, min(rows * manifest.routing.top_k, MAX_EXPERTS_IN_CALL)
     return OPEN_CALL_BYTES + CallSize(rows, pairs, rows, experts, manifest.width, "backward").bytes
 
 
 class CallTensors:
-    """The tensors of one call, and what is computed of them here: the experts' rows and the answers. Pure."""
+    """The tensors of one call, and what is computed from them: the experts' rows and the answers. Pure."""
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class CallTensors:
         gradients: Tensor | None = None,
         cached: CachedForward | None = None,
     ) -> None:
-        """`gradients` [R, D]: in backward, those of the answers S. `cached`: the forward call that was kept."""
+        """`gradients` [R, D]: in backward, those of the answers. `cached`: the forward call that was kept."""
         self.assignment = assignment
         self.inputs = inputs
         self._header = header
@@ -114,7 +116,7 @@ class CallTensors:
         return len(self.assignment.rows[self.assignment.pairs_of(expert)])
 
     def rows_of_experts(self) -> list[Rows | None]:
-        """What each expert computes: None if it is in no answer of the forward call."""
+        """The rows that each expert computes: None if it is in no answer of the forward call."""
         assignment, found = self.assignment, list[Rows | None]()
         inputs_RD = self.inputs.numpy()
         gradients_RD = None if self._gradients is None else self._gradients.numpy()
@@ -128,14 +130,14 @@ class CallTensors:
             gradients = None
             if gradients_RD is not None and shares_P is not None:
                 gradients = torch.from_numpy(gradients_RD[rows] * shares_P[pairs, None])
-            # with storage of its own: what an expert keeps must not keep all of it
+            # copied, because what an expert keeps must not keep the whole call's storage
             inputs = torch.from_numpy(inputs_RD[rows])
             positions = torch.from_numpy(assignment.positions[rows])
             found.append(Rows(inputs, lengths, positions, gradients, self._graphs.pop(expert, None)))
         return found
 
     def replies(self, outcomes: Sequence[tuple[int, Outcome]], flush: bool) -> list[Reply]:
-        """What is to be said once these experts are over. `flush`: see answers.py."""
+        """The replies that are due once these experts have finished. `flush`: see answers.py."""
         numbers: list[tuple[int, Tensor | None]] = []
         for expert, outcome in outcomes:
             if isinstance(outcome, ExpertError):
@@ -150,7 +152,7 @@ class CallTensors:
         return [_expert_reply(*each) for each in outcomes] + [self._encoded(each) for each in answers]
 
     def _shares(self) -> Floats:
-        """[P]: each expert's part of the gradient of S; 0 if it was not in the answer."""
+        """[P]: each expert's share in the gradient of the answer; 0 if it was not in the answer."""
         shares_P = np.zeros(len(self.assignment.rows), np.float32)
         every_row = np.arange(len(self.assignment))
         pairs_Q, _, counts_R = self.assignment.of_rows(every_row, self._expected)
@@ -190,9 +192,9 @@ class CallTimes:
     """When each stage ends, in monotonic seconds."""
 
     flush_at: float
-    """Rows are answered with what is there."""
+    """From then on, rows are answered with the experts that have finished."""
     deadline: float
-    """The time after which nobody waits any more."""
+    """After that, nobody waits any more."""
     kept_until: float
 
     @classmethod
@@ -223,9 +225,9 @@ class Call:
         self._computing: dict[int, Entry] = {}
         """By expert."""
         self._done: list[tuple[int, Outcome]] = []
-        """Experts that have computed or failed, and are not answered yet."""
+        """Experts that have computed or failed, and whose answers have not been sent."""
         self._is_done = asyncio.Event()
-        """Set when there are some, or when it is time to flush."""
+        """Set when there are such experts, or when it is time to flush."""
         self._flush_is_due = False
 
     @classmethod
@@ -240,9 +242,9 @@ class Call:
         traffic: Bandwidth,
         reserve: Callable[[int], object],
     ) -> "Call":
-        """Reads the header. `group`: as in `WorkItem`. `reserve`: as for `HeaderParser.parse`.
+        """Reads the header. `group`: see `WorkItem`. `reserve`: see `HeaderParser.parse`.
 
-        Raises WireError or ExpertError when it is wrong, and TimeoutError if it does not come.
+        Raises WireError or ExpertError if the header is wrong, and TimeoutError if it does not arrive.
         """
         stream = RequestStream(requests, traffic.down)
         header = await stream.header()
@@ -251,7 +253,7 @@ class Call:
 
     @property
     def pairs(self) -> int:
-        """Rows of all of its experts together. Of a forward call that is lost, only the rows are known."""
+        """Rows over all of its experts. If the forward call is no longer kept, just its rows."""
         assignment = self.parsed.assignment
         return self.parsed.rows if assignment is None else len(assignment.rows)
 
@@ -264,8 +266,8 @@ class Call:
     ) -> None:
         """Reads the payload, has it computed, and writes the replies.
 
-        Raises ExpertError (FAILED_PRECONDITION) when the forward call is no longer kept, WireError when the payload is
-        too short or too long or a number in it is not finite, and TimeoutError when it stalls.
+        Raises ExpertError (FAILED_PRECONDITION) if the forward call is no longer kept, WireError if the payload has the
+        wrong length or a number that is not finite, and TimeoutError if it stalls.
         """
         tensors = await self._receive()
         uids = tensors.assignment.uids
@@ -293,7 +295,7 @@ class Call:
         size = encoded_bytes(self.parsed.rows, self.header.width, self.header.codec)
         assignment, cached = self.parsed.assignment, self.parsed.cached
         if assignment is None:
-            # a status that comes while the caller still sends might not reach it
+            # a status might not reach a caller that is still sending
             await self._requests.skip(size)
             await self._requests.expect_end()
             raise ExpertError(
@@ -312,9 +314,7 @@ class Call:
     def _keeping(
         self, tensors: CallTensors, cache: ForwardCache, sequences: SequenceCache, until: float
     ) -> Iterator["_Keeping | _Holding | None"]:
-        """What keeps the call for its backward call, or its rows for the next call, if that is wanted and there is
-        room.
-        """
+        """Keeps the call for its backward call, or its rows for the next call, if that is wanted and there is room."""
         if self.parsed.held:
             yield _Holding(sequences, self._caller, self.uids, self.parsed.held)
             return
@@ -351,7 +351,7 @@ class Call:
             work = WorkItem(uid, self._direction, rows, deadline, self._caller, keep, self._group)
             entry = self._computing[expert] = runtime.enqueue(work)
             entry.future.add_done_callback(lambda _: self._end(expert, entry, runtime, kept))
-        except ExpertError as error:  # concerns this expert alone
+        except ExpertError as error:  # affects only this expert
             self._note(expert, error)
 
     def _end(self, expert: int, entry: Entry, runtime: Runtime, kept: "_Keeping | _Holding | None") -> None:
@@ -367,7 +367,7 @@ class Call:
             kept.put(expert, time.monotonic())
         elif kept is not None and result.graph is not None and entry.work.uid in runtime.experts:
             kept.add(expert, result.graph)
-        # the cache alone has the graph: this call may wait long for a caller that does not read
+        # from here, only the cache has the graph: this call may wait long for a caller that does not read
         self._note(expert, result if result.graph is None else replace(result, graph=None))
 
     def _note(self, expert: int, outcome: Outcome) -> None:
@@ -379,14 +379,14 @@ class Call:
         self._is_done.set()
 
     async def _write_replies(self, tensors: CallTensors, kept: "_Keeping | _Holding | None") -> None:
-        """Rows that become ready together share a message."""
+        """Writes replies as they become ready. Rows that become ready together share a message."""
         assignment = tensors.assignment
         unfinished = len(assignment.uids)
         while unfinished:
             await self._is_done.wait()
             self._is_done.clear()
             if self.parsed.held and len(self._done) < unfinished and not self._flush_is_due:
-                continue  # nothing can be done with the first answers to the next rows of texts
+                continue  # without all experts, the caller can't use the answers to continued texts
             done, self._done = self._done, []
             flush, self._flush_is_due = self._flush_is_due, False
             unfinished -= len(done)
@@ -398,7 +398,7 @@ class Call:
             await self._replies.write(replies, is_kept)
 
     def _give_up_unneeded(self, tensors: CallTensors) -> None:
-        """Ends the work of experts whose rows were all answered without them."""
+        """Cancels the work of experts whose rows have all been answered without them."""
         for expert, entry in list(self._computing.items()):
             if not tensors.answers.is_needed(expert):
                 del self._computing[expert]
@@ -417,7 +417,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class _Keeping:
-    """Keeps a forward call while it is computed."""
+    """Keeps a forward call that is being computed."""
 
     cache: ForwardCache
     key: CacheKey
@@ -427,7 +427,7 @@ class _Keeping:
         self.cache.add_graph(self.key, self.forward, expert, graph)
 
     def complete(self) -> bool:
-        """Whether it is kept, now that all is answered."""
+        """Called when everything is answered. Returns whether the call is kept."""
         return bool(self.forward.answered.any()) and self.cache.complete(self.key, self.forward)
 
 
@@ -444,22 +444,22 @@ class _Holding:
         self._rows: dict[int, list[KeyValueCache]] = {}
         """By expert, while they are computed."""
         self._kept = 0
-        """Experts whose rows are kept."""
+        """How many experts' rows are kept."""
 
     def take(self, expert: int) -> list[KeyValueCache]:
-        """The earlier rows of an expert's segments. Raises ExpertError (FAILED_PRECONDITION) if one is not there."""
+        """The earlier rows of an expert's segments. Raises ExpertError (FAILED_PRECONDITION) if any are missing."""
         held = self._held[expert]
         rows = self._cache.take(self._caller, self._uids[expert], held.numbers, held.counts)
         self._rows[expert] = rows
         return rows
 
     def put(self, expert: int, now: float) -> None:
-        """Called once they are computed."""
+        """Call it once they are computed."""
         numbers, rows = self._held[expert].numbers, self._rows.pop(expert)
         self._kept += self._cache.put(self._caller, self._uids[expert], numbers, rows, now)
 
     def complete(self) -> bool:
-        """Whether all of them are kept, now that all is answered."""
+        """Called when everything is answered. Returns whether the rows of all experts are kept."""
         return self._kept == len(self._uids)
 
 
@@ -476,7 +476,7 @@ class RequestStream:
         self._chunk = memoryview(b"")
 
     async def header(self) -> expert_pb2.CallHeader:
-        """The first message. It may bring the first payload bytes, too."""
+        """The first message. It may already contain payload bytes."""
         request = await self._next(CHUNK_BYTES)
         if request is None or not request.HasField("header"):
             raise WireError("a call must begin with its header")
@@ -484,7 +484,7 @@ class RequestStream:
         return request.header
 
     async def read(self, size: int) -> bytearray:
-        """The next `size` bytes. Raises WireError when the stream ends before."""
+        """The next `size` bytes. Raises WireError if the stream ends before that."""
         data = bytearray()
         while len(data) < size:
             if not self._chunk:
@@ -495,7 +495,7 @@ class RequestStream:
         return data
 
     async def skip(self, size: int) -> None:
-        """Reads over the next `size` bytes. Raises as `read` does."""
+        """Skips the next `size` bytes. Raises as `read` does."""
         while size:
             if not self._chunk:
                 self._chunk = memoryview(await self._next_chunk(size))
@@ -504,7 +504,7 @@ class RequestStream:
             size -= skipped
 
     async def expect_end(self) -> None:
-        """Raises WireError when there is more than the header said."""
+        """Raises WireError if there is more than the header announced."""
         if self._chunk or await self._next(0) is not None:
             raise WireError("the payload is longer than the header says")
 
@@ -515,10 +515,10 @@ class RequestStream:
         return _checked(b"" if request.HasField("header") else request.chunk, least=1)
 
     async def _next(self, expected: int) -> expert_pb2.CallRequest | None:
-        """None at the end. `expected`: how many bytes of payload the message may bring."""
+        """The next message; None at the end. `expected`: how many bytes of payload it may have."""
         try:
             request = await self._pace.wait(anext(self._messages, None), expected, _payload_bytes)
-        except ExpertError:  # the server itself waits for no message for ever
+        except ExpertError:  # the server itself never waits for ever
             raise TimeoutError(self._pace.late) from None
         if request is not None:
             # gRPC reads on only after this wait, so the sender slows down
@@ -543,7 +543,7 @@ class ReplyStream:
         self._context = context
         self._uploads = uploads
         self._unsent: deque[Reply | memoryview] = deque()
-        """The first may be the rest of a tensor."""
+        """The first item may be the rest of a tensor."""
         self._sending: asyncio.Future[None] | None = None
 
     async def write(self, replies: Sequence[Reply], is_kept: bool) -> None:
@@ -558,7 +558,9 @@ class ReplyStream:
             await asyncio.shield(self._sending)
 
     async def settle(self) -> None:
-        """Waits for a message still under way when its writer was cancelled: until then gRPC takes no status."""
+        """Waits for the message that was being sent when its writer was cancelled: until then, gRPC accepts
+        no status.
+        """
         if self._sending is not None:
             await asyncio.wait([self._sending], timeout=_SETTLE_S)
 

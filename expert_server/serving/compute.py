@@ -20,14 +20,14 @@ from peer.errors import ExpertError
 
 _LARGEST = torch.finfo(torch.float32).max
 _BRIEF = 2**22
-"""Products of a row's number and a parameter: half a millisecond."""
+"""Products of a row's element and a parameter that take half a millisecond."""
 
 
 def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
     """Computes work of one expert and direction as one batch, in backward with one optimizer step.
 
-    If the batch fails, each work item is computed by itself, so that one caller's numbers cannot spoil another's. For
-    the same reason callers whose gradients differ greatly in size take separate steps, each clipped by itself, and
+    If the batch fails, each work item is computed by itself, so that one caller's numbers can't spoil another's. For
+    the same reason, callers whose gradients differ greatly in size take separate steps, each clipped by itself, and
     those over their share of the steps take none (`Callers`). The last step may be left for `Expert.settle`.
     """
     if batch[0].direction == "forward":
@@ -36,7 +36,7 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
     over = {work: expert.callers.is_over(work.caller) for work, _ in clipped}
     results: dict[WorkItem, Result | ExpertError] = {}
     for group in by_size([work for work, is_over in over.items() if not is_over]):
-        # the steps of the groups before may have been those of one person's other keys
+        # the steps of earlier groups may have been those of the same person's other keys
         over |= {work: expert.callers.is_over(work.caller) for work in group}
         if on_time := [work for work in group if not over[work]]:
             results |= zip(on_time, _computed(expert, on_time), strict=True)
@@ -48,17 +48,17 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
 def can_join(expert: Expert, work: WorkItem) -> bool:
     """Whether the work can be computed in one batch with other experts'.
 
-    Either at once, for which there must be no graph of its own; or one after another, if each takes little longer than
-    to start a batch, and changes no expert.
+    It can be computed in one pass with theirs if it has no graph of its own. It can also follow theirs one by one if it
+    takes hardly longer than starting a batch does, and changes no expert.
     """
     is_brief = work.direction == "forward" and len(work.rows) * expert.size <= _BRIEF
     return is_brief or (expert.grouped_block is not None and not expert.is_good(work.rows.graph))
 
 
 def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
-    """Computes one work item of each expert, all of one direction, at once; in backward each takes its own step.
+    """Computes one work item of each expert at once, all in one direction; in backward each expert takes its own step.
 
-    In backward they are those of one shared forward pass, or of none. What cannot join is computed one by one.
+    In backward, the items belong to one shared forward pass, or to none. Items that can't join are computed one by one.
     """
     is_small = len(works) < LEAST_EXPERTS and works[0].shared is None
     if is_small or not _are_alike(experts) or not all(map(can_join, experts, works)):
@@ -74,7 +74,7 @@ def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> li
 
 
 def _are_alike(experts: Sequence[Expert]) -> bool:
-    """Whether one pass can be that of all of them."""
+    """Whether one pass can compute all of these experts."""
     return len({each.is_causal for each in experts}) == 1 and all(each.grouped_block for each in experts)
 
 
@@ -132,7 +132,7 @@ def _backward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> 
 
 
 def _are_whole(shared: SharedPass, experts: Sequence[Expert], works: Sequence[WorkItem]) -> bool:
-    """Whether these are all experts of the pass, and none was replaced or rolled back since."""
+    """Whether these are all experts of the pass, and none has been replaced or rolled back since."""
     return len(works) == len(shared.counts) and all(
         _graph_of(work).generation == expert.generation for expert, work in zip(experts, works, strict=True)
     )
@@ -144,7 +144,7 @@ def _graph_of(work: WorkItem) -> SharedGraph:
 
 
 def _clipped(expert: Expert, work: WorkItem) -> tuple[WorkItem, float]:
-    """Notes the work's rows, and scales its gradients down if they are large beside those of other callers.
+    """Records the work's rows, and scales its gradients down if they are large compared with other callers'.
 
     Also returns the factor, at most 1.
     """
@@ -156,7 +156,7 @@ def _clipped(expert: Expert, work: WorkItem) -> tuple[WorkItem, float]:
 
 
 def _unclipped(result: Result | ExpertError, factor: float) -> Result | ExpertError:
-    """The answer to the gradients as they were sent: a backward pass is linear in them."""
+    """The answer for the gradients as they were sent. A backward pass is linear in them."""
     if isinstance(result, ExpertError) or factor == 1.0:
         return result
     tensor = (result.tensor / factor).clamp(-_LARGEST, _LARGEST)
@@ -171,7 +171,7 @@ def rows_by_caller(works: Sequence[WorkItem]) -> dict[str, int]:
 
 
 def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
-    """Groups work whose callers' gradients are alike in size: root mean squares within a factor of MOST_APART."""
+    """Groups work whose callers' gradients have similar sizes: root mean squares within a factor of MOST_APART."""
     callers: dict[str, list[WorkItem]] = {}
     for work in batch:
         callers.setdefault(work.caller, []).append(work)
@@ -182,7 +182,7 @@ def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
     for size, works in sorted(
         ((size_of([work.rows for work in works]), works) for works in callers.values()), key=itemgetter(0)
     ):
-        if not groups or not size <= MOST_APART * least:  # NaN stands alone, too
+        if not groups or not size <= MOST_APART * least:  # NaN gets a group of its own too
             groups.append([])
             least = size
         groups[-1] += works
@@ -200,7 +200,7 @@ def _computed(
     except ExpertError as error:
         if len(batch) == 1:
             return [error]
-    # one by one, to see whose numbers were at fault; the graphs are used up
+    # one by one, to find whose numbers were at fault; the graphs can't be used again
     alone = [replace(work, rows=replace(work.rows, graph=None)) for work in batch]
     return [
         result
@@ -219,7 +219,9 @@ def _forward(expert: Expert, batch: Sequence[WorkItem]) -> list[Result]:
 
 
 def _backward(expert: Expert, batch: Sequence[WorkItem], withhold: bool) -> list[Result]:
-    """Rows with a good graph go by themselves, the others as one part; all of them share one optimizer step."""
+    """Rows with a good graph are computed by themselves, the others as one part. All of them share one
+    optimizer step.
+    """
     ready = [work for work in batch if expert.is_good(work.rows.graph)]
     others = [work for work in batch if not expert.is_good(work.rows.graph)]
     parts = [work.rows for work in ready]

@@ -1,7 +1,7 @@
-"""Forward calls cached until their backward call comes, and the backward calls already seen. Pure and bounded.
+"""Forward calls cached until their backward call arrives, and the backward calls already seen. Pure and bounded.
 
-A cached call spares sending its inputs again and computing the updates again. Remembering the request ids of backward
-calls ensures that none is applied twice.
+For a cached call, the inputs need not be sent again and the updates need not be computed again. Remembering the request
+ids of backward calls ensures that none is applied twice.
 
 Shape suffixes: R = rows, P = pairs of a row and an expert (see assignment.py), D = width.
 """
@@ -18,65 +18,65 @@ from expert_server.serving.assignment import Assignment
 from peer.codec import Booleans
 
 _CALL_BYTES, _EXPERT_BYTES = 2048, 128
-"""What a call takes beside its numbers, and each of its experts."""
+"""The memory of a call, and of each of its experts, besides its numbers."""
 
 CacheKey: TypeAlias = tuple[str, bytes]
 """The caller of the forward call, and its request id."""
 Graph: TypeAlias = ForwardGraph | SharedGraph
 Version: TypeAlias = WeightVersion | SharedPass
-"""What several graphs share."""
+"""What several graphs may share."""
 
 
 @dataclass(slots=True, eq=False)
 class CachedForward:
-    """One forward call: what it was given, what its experts answered, and the graphs for which there is room."""
+    """One forward call: its inputs, its experts' answers, and the graphs for which there is room."""
 
     assignment: Assignment
     inputs: Tensor
     """[R, D]"""
     updates: Tensor
-    """[P, D], where `answered`."""
+    """[P, D], valid where `answered`."""
     answered: Booleans
     """[P]: which pairs are in the answers that were sent."""
     expires_at: float
     graphs: dict[int, Graph] = field(default_factory=dict)
     """Graphs by expert. The cache adds and evicts them."""
     is_complete: bool = False
-    """Whether the call has been answered. Before, no backward call may have it."""
+    """Whether the call has been answered. Until then, no backward call may use it."""
 
     @property
     def bytes(self) -> int:
-        """Without graphs."""
+        """Its size, without graphs."""
         numbers = self.inputs.nbytes + self.updates.nbytes + self.answered.nbytes + self.assignment.nbytes
         return numbers + _CALL_BYTES + _EXPERT_BYTES * len(self.assignment.uids)
 
 
 class ForwardCache:
-    """Keeps within a memory budget. When full, it evicts from the caller that takes the most memory.
+    """Caches calls within a memory budget. When it is full, it evicts from the caller that takes the most memory.
 
-    Of that caller, it evicts the oldest graphs first, then the oldest calls. So a stranger evicts only its own calls
-    as long as the others take less than it does.
+    It evicts that caller's oldest graphs first, then its oldest calls. So a stranger evicts only its own calls as long
+    as the others take less memory.
     """
 
     def __init__(self, budget_bytes: int, make_room: Callable[[], object] = lambda: None) -> None:
-        """`make_room`: is called when this takes more of the budget, which it may share."""
+        """`make_room` is called when the cache grows, because it may share the budget."""
         self._budget_bytes = budget_bytes
         self._make_room = make_room
         self._cached: OrderedDict[CacheKey, CachedForward] = OrderedDict()
         """Oldest first."""
         self._callers: dict[str, _Kept] = {}
-        """None is empty."""
+        """Callers without cached calls have no entry."""
         self._versions: Counter[Version] = Counter()
         """How many graphs each version has."""
         self._own_bytes = 0
 
     @property
     def bytes(self) -> int:
-        """Includes what graphs share, such as older parameters of experts. Safe from any thread."""
+        """Includes what graphs share, such as older parameters of experts. For any thread."""
         return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
     def put(self, key: CacheKey, forward: CachedForward, now: float) -> bool:
-        """Takes a call that has no graphs yet. Returns whether it is cached: not if it is over the budget by itself."""
+        """Adds a call without graphs. Returns whether it is cached: not if it exceeds the budget by itself."""
         self._drop_expired(now)
         if forward.bytes > self._budget_bytes:
             return False
@@ -90,7 +90,7 @@ class ForwardCache:
         return key in self._cached
 
     def add_graph(self, key: CacheKey, forward: CachedForward, expert: int, graph: Graph) -> None:
-        """Adds what one expert of a call kept, if the call is still cached and there is room."""
+        """Adds the graph of one expert of a call, if the call is still cached and there is room."""
         if self._cached.get(key) is not forward or forward.bytes + graph.bytes > self._budget_bytes:
             return
         kept = self._callers[key[0]]
@@ -103,12 +103,12 @@ class ForwardCache:
         self._keep_to_budget()
 
     def complete(self, key: CacheKey, forward: CachedForward) -> bool:
-        """Notes that a call has been answered. Returns whether it is still cached."""
+        """The call has been answered. Returns whether it is still cached."""
         forward.is_complete = True
         return self._cached.get(key) is forward
 
     def take(self, key: CacheKey) -> CachedForward | None:
-        """Removes a call that is complete, and returns it."""
+        """Removes and returns a call, if it is complete."""
         forward = self._cached.get(key)
         if forward is not None and forward.is_complete:
             graphs = dict(forward.graphs)
@@ -118,7 +118,7 @@ class ForwardCache:
         return forward if forward is not None and forward.is_complete else None
 
     def discard(self, key: CacheKey, forward: CachedForward) -> None:
-        """Removes a call that came to nothing, unless another has taken its place."""
+        """Removes a call that failed, unless another has taken its place."""
         if self._cached.get(key) is forward:
             self._remove(key)
 
@@ -145,7 +145,7 @@ class ForwardCache:
             del self._callers[key[0]]
 
     def _drop_graph(self, key: CacheKey, forward: CachedForward, expert: int) -> tuple[int, int]:
-        """Gives the bytes that this frees, and by how many its caller has less."""
+        """Returns the bytes that this frees, and by how many its caller's total shrinks."""
         kept, graph = self._callers[key[0]], forward.graphs.pop(expert)
         version = kept.graphs.pop((key, expert))
         kept.own_bytes -= graph.bytes
@@ -159,7 +159,7 @@ class ForwardCache:
         return freed[0], freed[1]
 
     def _keep_to_budget(self) -> None:
-        """Called even when nothing was added, because versions grow whenever an expert steps."""
+        """Call it even if nothing was added, because versions grow whenever an expert steps."""
         while (excess := self.bytes - self._budget_bytes) > 0:
             self._evict(excess)
         self._make_room()
@@ -167,7 +167,7 @@ class ForwardCache:
     def _evict(self, excess: int) -> None:
         """Frees this much memory, or less if versions have grown meanwhile.
 
-        To add up what is kept takes a while. So that is done once, and not for each call that goes.
+        Adding up what is cached is slow, so it is done once, and not for each evicted call.
         """
         sizes = {name: kept.bytes for name, kept in self._callers.items()}
         while excess > 0 and sizes:
@@ -197,29 +197,29 @@ class _Kept:
 
     calls: dict[CacheKey, None] = field(default_factory=dict)
     graphs: dict[tuple[CacheKey, int], Version] = field(default_factory=dict)
-    """What each graph shares with others."""
+    """For each graph, what it shares with others."""
     versions: Counter[Version] = field(default_factory=Counter)
     own_bytes: int = 0
 
     @property
     def bytes(self) -> int:
-        """Bytes, including what its graphs hold alone or with others."""
+        """Bytes, including all memory of its graphs, shared or not."""
         return self.own_bytes + sum(version.bytes for version in self.versions)
 
 
 class SeenRequests:
     """The request ids of each caller's last backward calls.
 
-    When there are too many, the caller with the most loses its oldest: a caller that invents ids evicts only its own.
+    If there are too many, the caller with the most loses its oldest: a caller that makes up ids evicts only its own.
     """
 
     def __init__(self, limit: int) -> None:
-        """`limit`: the number of ids, of all callers together."""
+        """`limit`: the number of ids over all callers."""
         self._limit = limit
         self._count = 0
         self._by_caller: dict[str, OrderedDict[bytes, None]] = {}
         self._with: dict[int, dict[str, None]] = {}
-        """The callers with this number of ids; none is empty. So those with the most are found at once."""
+        """The callers by their number of ids, so that those with the most are found at once. No set is empty."""
         self._most = 0
 
     def is_new(self, caller: str, request_id: bytes) -> bool:
@@ -246,7 +246,7 @@ class SeenRequests:
             del self._by_caller[caller]
 
     def _note(self, caller: str, before: int, now: int) -> None:
-        """How many ids a caller had, and has."""
+        """Records how many ids a caller had before and has now."""
         if before:
             del self._with[before][caller]
             if not self._with[before]:

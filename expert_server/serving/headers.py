@@ -1,4 +1,4 @@
-"""Reads the headers of calls. Every number is checked, and memory is reserved before arrays are made of them."""
+"""Parses the headers of calls. Every number is checked, and memory is reserved before arrays are made from them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from peer.wire import expert_pb2
 
 MAX_EXPERTS_IN_CALL = 4096
 MAX_SEQUENCES_IN_CALL = 2**14
-"""Sequences of all experts of a call together, if they are kept: each costs as much as many rows."""
+"""The most sequences of all experts of a call together, if they are kept: each costs as much as many rows."""
 _NO_SEQUENCES = "sequences are kept of forward calls alone, which are not kept themselves"
 _SEGMENT_BYTES, _ROW_BYTES, _PAIR_BYTES, _EXPERT_BYTES = 24, 40, 64, 1024
-"""Memory of a segment's length, of a row's position, of an expert's row and weight, and of an expert's work: parsed, in
-arrays, and in indices made from them.
+"""Memory of a segment's length, of a row's position, of an expert's row and weight, and of an expert's work: as parsed,
+in arrays, and in indices made from them.
 """
 
 
@@ -34,7 +34,7 @@ class CallSize:
 
     rows: int
     pairs: int
-    """Rows of all of its experts together."""
+    """Rows over all of its experts."""
     segments: int
     experts: int
     width: int
@@ -42,10 +42,10 @@ class CallSize:
 
     @property
     def bytes(self) -> int:
-        """Memory that it needs beside what every call does.
+        """Memory that the call needs in addition to the fixed part.
 
-        For each row, as float32: the inputs, the answer, and in backward the gradient; of each pair what its expert is
-        given and answers, and in backward the input and the update, too.
+        In float32, for each row: the inputs, the answer, and in backward the gradient; for each pair: what its expert
+        receives and returns, and in backward also the pair's input and update.
         """
         per_row, per_pair = (2, 2) if self.direction == "forward" else (3, 4)
         numbers = self.width * (per_row * self.rows + per_pair * self.pairs)
@@ -55,34 +55,34 @@ class CallSize:
 
 @dataclass(frozen=True, slots=True)
 class HeldSegments:
-    """What one expert is to keep of its segments' rows, and what it should have of those before them."""
+    """Which of its segments one expert keeps for the next call, and which earlier rows of them it should have."""
 
     numbers: Sequence[int]
     """The numbers under which they are kept."""
     counts: Sequence[int]
-    """Rows before these; 0 where it starts over."""
+    """How many earlier rows each has; 0 if it starts over."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedHeader:
-    """What a header says, once every number in it is known to be right."""
+    """The content of a header, after all checks."""
 
     rows: int
     assignment: Assignment | None
-    """None if the call is for a forward call that is no longer kept."""
+    """None if the call refers to a forward call that is no longer kept."""
     cached: CachedForward | None = None
     """In backward: the forward call that was kept here."""
     held: Sequence[HeldSegments] = ()
-    """Held segments of each expert, in a call whose rows are to be kept for the next; empty if there is no memory for
+    """The held segments of each expert, in a call whose rows are kept for the next; empty if there is no memory for
     that.
     """
 
 
 class HeaderParser:
-    """Reads the headers of calls to one node."""
+    """Parses the headers of calls to one node."""
 
     def __init__(self, swarm_id: str, manifest: Manifest, max_call_bytes: int, cache: ForwardCache) -> None:
-        """`max_call_bytes`: of the payload as float32."""
+        """`max_call_bytes`: the limit for the payload as float32."""
         self._swarm_id = swarm_id
         self._manifest = manifest
         self._max_call_bytes = max_call_bytes
@@ -97,8 +97,8 @@ class HeaderParser:
     ) -> ParsedHeader:
         """Takes the forward call that the header names out of the cache.
 
-        `reserve`: is given the bytes of memory that the call needs, and raises ExpertError if there is no room. Raises
-        WireError or ExpertError.
+        `reserve` is called with the bytes of memory that the call needs, and raises ExpertError if there is no room.
+        Raises WireError or ExpertError.
         """
         require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
         if len(header.request_id) != 16:
@@ -165,7 +165,7 @@ class HeaderParser:
         return rows, pairs
 
     def _require_size(self, rows: int) -> None:
-        """`rows`: of the payload."""
+        """`rows`: the number of rows in the payload."""
         size = 4 * rows * self._manifest.width
         if size > self._max_call_bytes:
             raise ExpertError(
@@ -202,7 +202,7 @@ def parse_assignment(header: expert_pb2.CallHeader, manifest: Manifest) -> Assig
 def parse_held(
     header: expert_pb2.CallHeader, assignment: Assignment, manifest: Manifest, direction: Direction
 ) -> list[HeldSegments]:
-    """Empty for a call of which nothing is kept. Raises WireError, and ExpertError if there are too many."""
+    """Empty for a call that keeps nothing. Raises WireError, and ExpertError if there are too many."""
     numbers, segments = header.sequences, len(assignment.lengths)
     if not numbers:
         if any(expert.held for expert in header.experts):
@@ -237,7 +237,7 @@ def parse_held(
 
 
 def _cache_bytes(manifest: Manifest, pairs: int, held: Sequence[HeldSegments]) -> int:
-    """Bytes of the keys and values of these rows and of those before them, counted twice where they grow."""
+    """Bytes of the keys and values of these rows and of earlier ones, counted twice where they grow."""
     if not held:
         return 0
     model = manifest.expert_model
@@ -254,7 +254,7 @@ def _check_positions(lengths: Integers, positions: Integers, context: int) -> No
         raise WireError(f"position {positions.max()}; this swarm's context is {context} tokens")
     starts = np.cumsum(lengths)[:-1]
     rising = np.diff(positions) > 0
-    rising[starts - 1] = True  # from one segment to the next, positions may fall
+    rising[starts - 1] = True  # positions may fall from one segment to the next
     if not rising.all():
         raise WireError("positions do not rise within a segment")
 

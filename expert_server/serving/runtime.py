@@ -3,8 +3,8 @@
 `Runtime` is the shell around the policy in `batching.py`: the event loop adds work, and a few threads take it in
 batches, each for a different expert. A thread that ends a batch starts the next one itself, because a turn through the
 loop would leave it idle, and the loop is busiest when work waits. Optimizer steps are taken when no batch waits, or
-before the expert's next batch, because no answer needs them. Gradients that accumulate lead to a step after a while,
-however few they are.
+before the expert's next batch, because no answer needs them. Accumulated gradients lead to a step after a while,
+however few rows they have.
 """
 
 import asyncio
@@ -39,19 +39,19 @@ logger: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MOST_AT_ONCE = 4
-"""Batches: more would keep more tensors in memory and gain little."""
+"""The most batches at once: more would keep more tensors in memory and gain little."""
 _GATHER_S = 0.005
-"""How long results wait for others while more is computed: waking the loop for each costs the threads their cores.
-Also how long backward work waits for that of the experts whose forward pass it shares.
+"""How long results wait for others while more is computed: waking the loop for each would take the cores from the
+threads. Also how long backward work waits for the work of other experts that shares its forward pass.
 """
 _LONGEST_ACCUMULATION_S = 30.0
-"""After its first gradients, an expert takes a step, even if they are of fewer rows than a step should have."""
+"""This long after its first gradients, an expert takes a step, even if it has fewer rows than a step should have."""
 _BATCH_ROWS = tuple(4.0**power for power in range(8))
 _STOPPING = "this node is stopping"
 
 
 class RuntimeMetrics:
-    """What a runtime counts. Its threads use these without a lock."""
+    """What a runtime counts. Its threads use these metrics without a lock."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         self.batches: Counter = Counter("talkoot_batches", "Batches computed.", registry=metrics)
@@ -117,8 +117,8 @@ class _Task:
 class Runtime:
     """Computes work for the experts of one node in batches, one at a time for each expert.
 
-    Experts with work share the threads: many small batches run side by side, and a large one gets all threads. All
-    public methods belong to the event loop's thread, and none of them blocks it.
+    Experts with work share the threads: many small batches run side by side, and a large one gets all threads. Call all
+    public methods on the event loop's thread; none of them blocks it.
     """
 
     def __init__(
@@ -131,37 +131,37 @@ class Runtime:
         clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`threads`: for all batches together. `clock`: what deadlines are measured by."""
+        """`threads`: for all batches together. `clock`: the clock of deadlines."""
         self.metrics: RuntimeMetrics = RuntimeMetrics(metrics)
         self.trained: set[UID] = set()
         """Experts that have taken a step here."""
         self._clock = clock
         self._lock = threading.Lock()
-        """Guards what all threads use: the queue, the experts in service, and what is under way."""
+        """Guards what all threads use: the queue, the experts in service, and the jobs in progress."""
         self._queue = BatchQueue(max_queued_rows, max_batch_rows)
         self._experts = dict(experts)
         self._busy: set[UID] = set()
-        """Experts that have a job under way."""
+        """Experts that have a job in progress."""
         self._tasks: deque[_Task] = deque()
-        """Functions given to `run`. Each waits until nothing is under way."""
+        """Functions given to `run`. Each waits until no job is in progress."""
         self._exclusive = self._stopped = False
         self._gathering: dict[SharedPass, tuple[str, set[UID]]] = {}
-        """Shared forward passes of which some backward work waits for the rest, for `_GATHER_S` at most.
+        """Shared forward passes for which backward work waits until the rest arrives, for at most `_GATHER_S`.
 
-        The caller, and the experts of that work.
+        For each, the caller, and the experts of the work that waits.
         """
         self._due: dict[UID, None] = {}
         """Experts whose optimizer step is due, oldest first."""
         self._accumulating: dict[UID, tuple[int, float]] = {}
-        """Experts with accumulated gradients, oldest first: the update count then, and when a step is to be taken."""
+        """Experts with accumulated gradients, oldest first: the update count at that time, and when to take a step."""
         self._timer: asyncio.TimerHandle | None = None
         """Wakes the loop for the first of these steps."""
         self._running = self._computing = 0
-        """Jobs under way; and how many of them are no steps."""
+        """Jobs in progress, and how many of them are not steps."""
         self._done: list[tuple[Sequence[Entry], Sequence[Result | ExpertError]]] = []
         """Batches whose results the loop has not delivered yet."""
         self._is_told = self._is_starting = False
-        """Whether the loop is about to deliver, and to start what waits."""
+        """Whether the loop is about to deliver results, and to start waiting work."""
         self._waiting: set[Entry] = set()
         self._leaving = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -189,7 +189,7 @@ class Runtime:
             self._note_accumulation(expert)
 
     async def stop(self) -> None:
-        """Fails what waits, lets what is under way finish, and ends the threads."""
+        """Fails waiting work, lets jobs in progress finish, and ends the threads."""
         with self._lock:
             self._stopped = True
             if self._timer is not None:
@@ -202,7 +202,7 @@ class Runtime:
         await asyncio.to_thread(self._pool.shutdown)
 
     def enqueue(self, work: WorkItem) -> Entry:
-        """Takes work. The entry's future gets the result; cancelling it takes the work out of the queue.
+        """Queues work. The entry's future gets the result; cancelling it takes the work out of the queue.
 
         Raises ExpertError, as does the future: NOT_FOUND, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE or
         INTERNAL.
@@ -222,7 +222,7 @@ class Runtime:
         return entry
 
     def refuse(self, leaving: bool = True) -> None:
-        """Refuses new work with UNAVAILABLE from now on, or takes it again with False."""
+        """Refuses new work with UNAVAILABLE from now on, or accepts it again if `leaving` is False."""
         self._leaving = leaving
 
     @property
@@ -230,18 +230,18 @@ class Runtime:
         return self._leaving
 
     async def settle(self) -> None:
-        """Waits until all work that was taken is done."""
+        """Waits until all accepted work is done."""
         while self._waiting:
             await asyncio.wait([entry.future for entry in self._waiting])
 
     def add(self, expert: Expert) -> None:
-        """Puts an expert into service, in place of one with the same UID."""
+        """Puts an expert into service. It replaces one with the same UID."""
         with self._lock:
             self._experts[expert.uid] = expert
             self._note_accumulation(expert)
 
     def remove(self, uid: UID) -> None:
-        """Takes an expert out of service. Work that waits for it fails with NOT_FOUND."""
+        """Takes an expert out of service. Waiting work for it fails with NOT_FOUND."""
         with self._lock:
             del self._experts[uid]
             self._due.pop(uid, None)
@@ -250,7 +250,7 @@ class Runtime:
         self._fail(waiting, StatusCode.NOT_FOUND, _not_hosted(uid))
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Runs a function on a compute thread while no batch is under way, ahead of waiting batches.
+        """Runs a function on a compute thread while no batch is in progress, ahead of waiting batches.
 
         Everything else that reads or writes an expert's tensors must use this.
         """
@@ -309,7 +309,7 @@ class Runtime:
         self._start()
 
     def _start(self) -> None:
-        """Starts what can start now. Called on any thread whenever work arrived or ended."""
+        """Starts what can start now. Called on any thread whenever work has arrived or ended."""
         with self._lock:
             if self._tasks:
                 if not (self._busy or self._exclusive):
@@ -343,7 +343,7 @@ class Runtime:
                 self._pool.submit(self._run_batches if job[0][1] else self._run_steps, job, threads)
 
     def _alike(self, batch: Sequence[Entry]) -> list[Entry]:
-        """What is computed together with a batch, of other experts: none if it is of several work items."""
+        """Work of other experts that is computed together with a batch. Empty if the batch has several work items."""
         first = batch[0].work
         if len(batch) != 1 or not self._can_join(first):
             return []
@@ -355,7 +355,9 @@ class Runtime:
         return can_join(self._experts[work.uid], work)
 
     def _free_steps(self) -> list[UID]:
-        """An expert whose step is due and which has no job under way. If it is narrow, with others that are."""
+        """An expert whose step is due and which has no job in progress. If it is narrow, together with other such
+        experts.
+        """
         now = self._clock()
         late = (uid for uid, (_, step_at) in self._accumulating.items() if step_at <= now)
         free = [uid for uid in dict.fromkeys(chain(self._due, late)) if uid not in self._busy]
@@ -371,12 +373,12 @@ class Runtime:
 
     def _run_batches(self, job: Sequence[tuple[Expert, Sequence[Entry]]], threads: int) -> None:
         assert self._loop is not None, "the runtime was started"
-        torch.set_num_threads(threads)  # affects this thread alone
+        torch.set_num_threads(threads)  # affects only this thread
         began = self._clock()
         batch = [entry for _, entries in job for entry in entries]
         if job[0][0].grouped_block is not None:
             results = self._compute([expert for expert, _ in job], batch)
-        else:  # what isn't computed at once fails apart, too
+        else:  # work that isn't computed together fails separately, too
             results = [result for expert, entries in job for result in self._compute([expert], entries)]
         seconds = self._clock() - began
         rows = sum(len(entry.work.rows) for entry in batch)
@@ -408,7 +410,7 @@ class Runtime:
                 try:
                     self._end_late_accumulation(expert)
                     expert.settle()
-                except Exception:  # the thread must go on, as in `_compute`
+                except Exception:  # the thread must continue, as in `_compute`
                     logger.exception("expert %s failed in an optimizer step", expert.uid)
         self.metrics.compute_s.inc((self._clock() - began) * threads / self._threads)
         with self._lock:
@@ -436,7 +438,7 @@ class Runtime:
                 self._loop.call_soon_threadsafe(self._set_timer)
 
     def _set_timer(self) -> None:
-        """Sets the timer for the first step that is to be taken later. Those that are late are taken as soon as threads
+        """Sets the timer for the first step of accumulated gradients. Late ones are taken as soon as threads
         are free.
         """
         with self._lock:
@@ -454,25 +456,25 @@ class Runtime:
         self._start()
 
     def _end_late_accumulation(self, expert: Expert) -> None:
-        """Ends accumulation of a busy expert, on its thread."""
+        """Ends a busy expert's accumulation, on the thread that computes it."""
         _, step_at = self._accumulating.get(expert.uid, (0, inf))
         if step_at <= self._clock():
             expert.end_accumulation()
 
     @contextmanager
     def _counting_updates(self, experts: Sequence[Expert]) -> Iterator[None]:
-        """Counts updates from the experts themselves, because a batch that failed may have changed them."""
+        """Counts updates by the experts' own counts, because a failed batch may still have changed them."""
         before = [(expert.update_count, expert.guard.rollbacks) for expert in experts]
         yield
         for expert, (updates, rollbacks) in zip(experts, before, strict=True):
             if expert.update_count > updates:
                 self.trained.add(expert.uid)
-            # it is less after a rollback to the state before another peer's
+            # the count is lower after a rollback to the state before another peer's
             self.metrics.updates.inc(max(0, expert.update_count - updates))
             self.metrics.rollbacks.inc(expert.guard.rollbacks - rollbacks)
 
     def _compute(self, experts: Sequence[Expert], batch: Sequence[Entry]) -> list[Result | ExpertError]:
-        """One batch of one expert, or one work item of each."""
+        """Computes one batch of one expert, or one work item of each."""
         works = [entry.work for entry in batch]
         with self._counting_updates(experts):
             try:

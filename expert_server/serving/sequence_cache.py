@@ -1,6 +1,6 @@
-"""What experts keep of sequences, for the calls that go on with them. Pure and bounded.
+"""What experts keep of sequences, for the calls that continue them. Pure and bounded.
 
-A caller names its sequences by numbers, and nobody else's call finds what is kept under them.
+A caller names its sequences by numbers. Other callers can't use what is kept under them.
 """
 
 from collections import OrderedDict
@@ -16,9 +16,9 @@ from peer.errors import ExpertError
 from peer.layers import KeyValueCache
 
 IDLE_S = 60.0
-"""How long rows are kept that no call goes on with."""
+"""How long rows are kept if no call continues their sequence."""
 ENTRY_BYTES = 1024
-"""What the rows of a sequence take beside their numbers."""
+"""The memory of a sequence's entry, besides its numbers."""
 _SPARE = 1024
 
 _Key: TypeAlias = tuple[UID, int]
@@ -34,19 +34,19 @@ class _Entry:
 class SequenceCache:
     """Keeps rows of sequences as long as there is room.
 
-    When full, it evicts from the caller that takes the most memory: the sequence that was not used for the longest
-    time. Rows that a call goes on with are not in here meanwhile: the call has memory of its own for them, and no other
-    call can go on with them, too.
+    When it is full, it evicts from the caller that takes the most memory, the sequence used longest ago. While a call
+    continues a sequence, the rows are not in the cache: the call has its own memory for them, and no other call can
+    continue the sequence.
     """
 
     def __init__(self, room: Callable[[], int]) -> None:
-        """`room`: how many bytes it may keep now."""
+        """`room`: returns how many bytes it may keep now."""
         self._room = room
         self._callers: dict[str, OrderedDict[_Key, _Entry]] = {}
-        """The entries of each caller, the one used longest ago first. None is empty."""
+        """The entries of each caller, the one used longest ago first. Callers without entries are dropped."""
         self._bytes: dict[str, int] = {}
         self._most: list[tuple[int, str]] = []
-        """A heap. Of each caller, minus the bytes that it had when it last got more, and perhaps before."""
+        """A heap. For each caller, minus its bytes when they last grew, and perhaps older entries."""
         self.bytes: int = 0
 
     def __len__(self) -> int:
@@ -55,9 +55,10 @@ class SequenceCache:
     def take(
         self, caller: str, uid: UID, numbers: Sequence[int], counts: Sequence[int]
     ) -> list[KeyValueCache]:
-        """Removes and returns the rows of one expert in these sequences, whose number must match; none where that is 0.
+        """Removes and returns one expert's rows in these sequences. Each must have `counts` rows; a new cache if that
+        is 0.
 
-        Raises ExpertError (FAILED_PRECONDITION), and removes nothing.
+        Raises ExpertError (FAILED_PRECONDITION), and then removes nothing.
         """
         entries = self._callers.get(caller, OrderedDict())
         found = [
@@ -88,14 +89,14 @@ class SequenceCache:
         return all((uid, number) in self._callers.get(caller, ()) for number in numbers)
 
     def keep_to_room(self) -> None:
-        """Called also when others need the room."""
+        """Evicts entries until they fit. Call it also when others need the room."""
         excess = self.bytes - self._room() if self._callers else 0
         while excess > 0 and self._callers:
             richest = self._richest()
             excess -= self._remove(richest, next(iter(self._callers[richest])))
 
     def drop_idle(self, now: float, callers: Container[str]) -> None:
-        """Drops what was not used for `IDLE_S`, and all that is not of these `callers`."""
+        """Drops sequences that were not used for `IDLE_S`, and those of callers other than `callers`."""
         for caller, entries in list(self._callers.items()):
             is_gone = caller not in callers
             while entries and (is_gone or next(iter(entries.values())).expires_at <= now):
@@ -114,7 +115,7 @@ class SequenceCache:
             heapify(self._most)
 
     def _richest(self) -> str:
-        """Takes about as long however many callers there are."""
+        """The caller with the most memory. The time hardly depends on the number of callers."""
         while True:
             noted, caller = self._most[0]
             size = self._bytes.get(caller, 0)

@@ -1,4 +1,4 @@
-"""ExpertService: what trainers call. Checks who calls and what it may cost, then answers the call."""
+"""ExpertService: the service that trainers call. Checks who calls and what a call may cost, then answers it."""
 
 import asyncio
 import time
@@ -37,7 +37,7 @@ _BURST_S = 5.0
 _IDLE_LOOK_S = 10.0
 _EXPERT_BURST_S = 600.0
 _MOST_TRAINERS = 4096
-"""Trainers that are counted."""
+"""The most trainers that are counted."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class BudgetLimits:
     """What each caller may use. None means no limit."""
 
     rows_per_s: float | None = None
-    """Rows of all experts, forward and backward together."""
+    """Rows over all experts, forward and backward together."""
     updates_per_s: float | None = None
-    """Optimizer steps of all experts together."""
+    """Optimizer steps over all experts."""
     expert_updates_per_hour: float | None = None
     """Optimizer steps of one expert."""
 
@@ -63,7 +63,7 @@ class BudgetLimits:
 class Budgets:
     """What the callers of one node may cost it: rows, and steps of its experts. Pure and bounded.
 
-    A call may come while its caller is within its rate and one burst, however large the call is.
+    A call is accepted while its caller is within its rate and one burst, however large the call is.
     """
 
     def __init__(self, limits: BudgetLimits, metrics: CollectorRegistry | None = None) -> None:
@@ -79,10 +79,10 @@ class Budgets:
         self._bounded = limits != BudgetLimits()
 
     def take(self, caller: str, direction: Direction, rows: int, uids: Collection[UID], now: float) -> None:
-        """Counts a call by its rows for all of its experts together.
+        """Counts a call: its rows over all of its experts.
 
         Each expert in a backward call counts as one step, even if its rows are merged with others into one step. Raises
-        ExpertError (RESOURCE_EXHAUSTED), and counts nothing.
+        ExpertError (RESOURCE_EXHAUSTED), and then counts nothing.
         """
         if not self._bounded:
             return
@@ -111,19 +111,19 @@ def _buckets(rate: float | None, burst_s: float) -> TokenBuckets[Hashable]:
 
 @dataclass(frozen=True)
 class CallLimits:
-    """What calls may ask of a node."""
+    """The limits of calls to a node."""
 
     max_call_bytes: int = 64 * 2**20
-    """The payload of one call as float32, which is what it takes in memory however it is encoded."""
+    """The payload of one call as float32, which is what it takes in memory, however it is encoded."""
     max_call_s: float = MAX_CALL_S
     """How long a call may last, whatever its own deadline. Kept forward calls expire after twice that."""
     max_kept_bytes: int = 0
-    """Memory for cached forward passes, and for sequences where it is left over."""
+    """Memory for cached forward passes. Sequences get what these leave."""
     remembered_requests: int = 65_536
     """How many request ids of backward calls are remembered."""
     budget: BudgetLimits = field(default_factory=BudgetLimits)
     max_memory_bytes: int = 512 * 2**20
-    """Memory for all calls under way together, each from its header to its last answer."""
+    """Memory for all calls in progress together, each from its header to its last answer."""
 
 
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
@@ -140,7 +140,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         metrics: CollectorRegistry | None = None,
         note_served: Callable[[PeerID, Work], None] = lambda caller, work: None,
     ) -> None:
-        """`note_served` is told of callers whose calls are answered, and for how much."""
+        """`note_served` is called for each answered call, with its caller and the work done."""
         self.calls: Counter = Counter(
             "talkoot_calls", "Forward and backward calls that came.", registry=metrics
         )
@@ -150,7 +150,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self.sequences: SequenceCache = SequenceCache(
             lambda: limits.max_kept_bytes - self.forward_cache.bytes
         )
-        """The cache of continued sequences, in what kept calls leave of the same memory."""
+        """The cache of continued sequences, in the memory that kept calls leave."""
         self._looks_for_idle = False
         self.budgets: Budgets = Budgets(limits.budget, metrics)
         self.memory: MemoryBudget = MemoryBudget(limits.max_memory_bytes, metrics)
@@ -163,7 +163,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self._traffic = traffic or Bandwidth()
         self._note_served = note_served
         self._trainers = BoundedDict[str, float](_MOST_TRAINERS)
-        """When each of them sent gradients last."""
+        """When each trainer last sent gradients."""
 
     async def Forward(self, requests: Requests, context: Context) -> None:
         await self._serve("forward", requests, context)
@@ -216,7 +216,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         return sum(at >= since for at in self._trainers.values())
 
     def _look_for_idle(self) -> None:
-        """Once in a while, as long as there are sequences that may come to be idle."""
+        """Drops idle sequences once in a while, as long as there are any."""
         if self.sequences and not self._looks_for_idle:
             self._looks_for_idle = True
             asyncio.get_running_loop().call_later(_IDLE_LOOK_S, self._drop_idle)
@@ -228,7 +228,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self._look_for_idle()
 
     def _admit(self, direction: Direction, call: Call, caller: str) -> None:
-        """Raises ExpertError when the caller's budget is spent, or when this backward call was seen before."""
+        """Raises ExpertError if the caller's budget is spent, or if this backward call was seen before."""
         self.budgets.take(caller, direction, call.pairs, call.uids, time.monotonic())
         if direction == "backward" and not self._seen.is_new(caller, call.header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")

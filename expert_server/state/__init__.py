@@ -1,1 +1,1 @@
-"""Checkpoints of experts on disk, and state passed between nodes."""
+"""Checkpoints of experts on disk, and states sent between nodes."""

@@ -1,7 +1,7 @@
 """Checkpoints: the states of experts on disk, from which a node that restarts resumes.
 
-`CheckpointStore` is the folder: it knows files, and nothing of experts in service. `Checkpoints` is the shell around
-it: it saves and restores the experts of a runtime without delaying what they compute.
+`CheckpointStore` is the folder: it knows files, not experts in service. `Checkpoints` is the shell around it: it saves
+and restores the experts of a runtime without delaying their work.
 """
 
 import asyncio
@@ -32,31 +32,31 @@ from peer.formatting import counted
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_SOURCES = 4
-"""Other peers whose states of one expert are kept."""
+"""How many other peers' states of one expert are kept."""
 _OLD_S = 7 * 86400.0
-"""Seconds after which a state of another peer gives way to that of a fifth."""
+"""After this many seconds, a state of another peer may be replaced by that of a further peer."""
 _SOURCE = re.compile(rf"{AVERAGED}|[1-9A-HJ-NP-Za-km-z]{{2,64}}")
-"""A PeerID, or what stands for it."""
+"""A PeerID, or the name of averages."""
 _REFUTED = 1024
 
 
 class Entry(NamedTuple):
-    """One checkpoint of an expert, by its path."""
+    """One checkpoint of an expert, as its path describes it."""
 
     update_count: int
     source: str
-    """As in `Checkpoint`."""
+    """See `Checkpoint.source`."""
 
 
 class CheckpointStore:
     """The checkpoints of a swarm's experts: `<folder>/<swarm_id>/<uid>/<update_count>.safetensors`.
 
-    States that others gave are in folders of their own until they are proven: `<uid>/<source>/`, with the last state of
-    each source. So none of them takes the place of what this node trained, or of what another source gave. They are
-    bounded by `MAX_SOURCES` of an expert.
+    States that other peers gave have separate folders until they are proven: `<uid>/<source>/`, with the last state of
+    each source. So none of them displaces what this node trained, or another source's state. There are at most
+    `MAX_SOURCES` for each expert.
 
-    A file is whole or not there: it is written under another name, synced, and renamed. One process at a time may use
-    the folder, from any thread.
+    Files are written atomically: under another name, synced, and renamed. One process at a time may use the folder,
+    from any thread.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class CheckpointStore:
         keep: int,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`keep`: how many checkpoints of each expert stay, besides those of other sources."""
+        """`keep`: how many checkpoints of each expert to keep, apart from those of other sources."""
         self._folder = folder / swarm_id
         self._swarm_id = swarm_id
         self._keep = keep
@@ -84,14 +84,14 @@ class CheckpointStore:
                 RotatingFiles(path, self._keep).sweep()
 
     def newest(self) -> dict[UID, dict[str, int]]:
-        """The update count of each expert's newest checkpoint by source, read from the file names alone."""
+        """The update count of each expert's newest checkpoint by source, according to the file names."""
         try:
             names = os.listdir(self._folder)
         except OSError:
             return {}
         found = {}
         for name in names:
-            with suppress(WireError):  # not a folder of ours
+            with suppress(WireError):  # not a folder of a checkpoint
                 uid = UID.parse(name)
                 if not self._holds(uid):
                     self._pass_over_stray(uid)
@@ -100,7 +100,7 @@ class CheckpointStore:
         return found
 
     def _pass_over_stray(self, uid: UID) -> None:
-        """Warns once. Either the swarm was founded again with another grid, or the folder is another swarm's."""
+        """Warns once. Either the swarm was founded again with another grid, or the folder belongs to another swarm."""
         if uid not in self._strays:
             self._strays.add(uid)
             logger.warning(
@@ -109,7 +109,7 @@ class CheckpointStore:
             )
 
     def entries(self, uid: UID) -> list[Entry]:
-        """An expert's checkpoints, newest first, read from the file names alone."""
+        """An expert's checkpoints, newest first, according to the file names."""
         try:
             names = os.listdir(self._folder / str(uid))
         except OSError:
@@ -127,7 +127,8 @@ class CheckpointStore:
     def save(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Returns when the checkpoint is safely on disk.
 
-        Raises OSError, and StateError when too many other sources are kept. Then all earlier checkpoints are kept.
+        Raises OSError, and StateError if states of too many other sources are kept. All earlier checkpoints are then
+        still there.
         """
         data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
         source = checkpoint.source
@@ -142,7 +143,7 @@ class CheckpointStore:
     def load_newest(self, uid: UID, entries: Iterator[Entry] | None = None) -> Checkpoint | None:
         """The newest valid checkpoint, or the first valid one of `entries`; None if there is none.
 
-        Others are passed over, with a line in the log that says why.
+        Others are skipped, and the log says why.
         """
         for entry in self.entries(uid) if entries is None else entries:
             try:
@@ -152,23 +153,23 @@ class CheckpointStore:
         return None
 
     def _read(self, uid: UID, entry: Entry) -> Checkpoint:
-        """Raises StateError if the file is not what its path says, or not as it was written."""
+        """Raises StateError if the file does not match its path, or was changed."""
         data = read_checkpoint(self.path(uid, *entry), self._form.max_bytes)
         checkpoint = from_bytes(data, self._swarm_id, uid, entry.update_count, self._form)
         return replace(checkpoint, source=entry.source)
 
     def pass_over(self, uid: UID, entry: Entry, reason: StateError) -> None:
-        """Warns. The file stays, for people to look at, until newer ones replace it."""
+        """Logs a warning. The file stays, for people to look at, until newer ones replace it."""
         logger.warning("passing over the checkpoint %s: %s", self.path(uid, *entry), reason)
 
     def remove_averaged(self, uid: UID) -> None:
-        """Removes what was saved between an average that turned bad and the state that returned."""
+        """Removes states that were saved between an average that turned bad and the rollback."""
         files = self._files(uid, AVERAGED)
         with self._writing:
             files.remove(files.numbers())
 
     def _make_room(self, uid: UID, source: str) -> None:
-        """Makes room for a state of this source. Raises StateError when that would cost a state that may be the only
+        """Makes room for a state of this source. Raises StateError if that would remove a state that may be the only
         good one.
         """
         entries = self.entries(uid)
@@ -183,7 +184,7 @@ class CheckpointStore:
             )
         files = self._files(uid, min(able, key=able.__getitem__))
         files.remove(files.numbers())
-        with suppress(OSError):  # somebody else's files are in it
+        with suppress(OSError):  # it contains other files
             files.folder.rmdir()
 
     def _is_old(self, path: Path) -> bool:
@@ -217,7 +218,9 @@ class Checkpoints:
         self._store = store
         self._runtime = runtime
         self._on_disk: dict[UID, tuple[Entry, int]] = {}
-        """What each expert was saved or restored as, and the rows whose gradients were accumulated then."""
+        """For each expert, the checkpoint it was last saved as or restored from, and the accumulated rows at
+        that time.
+        """
         self._refuted = BoundedDict[tuple[UID, str], None](_REFUTED)
         """The sources whose states turned bad."""
 
@@ -230,13 +233,13 @@ class Checkpoints:
         return {uid: max(counts.values()) for uid, counts in (await self.newest_by_source()).items()}
 
     async def newest_by_source(self) -> dict[UID, dict[str, int]]:
-        """The same for each source. That of this node's own states is empty."""
+        """The same for each source. For this node's own states, the source is empty."""
         return await asyncio.to_thread(self._store.newest)
 
     async def restore(self, expert: Expert) -> bool:
         """Loads the newest valid checkpoint into an expert that does not serve yet. Returns whether there was one.
 
-        If another peer gave that state, this node's own newest state is what the expert returns to if it turns bad.
+        If another peer gave that state, the expert returns to this node's own newest state if it turns bad.
         """
         entries = await asyncio.to_thread(self._store.entries, expert.uid)
         restored = await self._import_first(expert, (entry for entry in entries if not entry.source))
@@ -245,7 +248,7 @@ class Checkpoints:
         return await self._import_first(expert, others) or restored
 
     async def _import_first(self, expert: Expert, entries: Iterable[Entry]) -> bool:
-        """Takes the first that is valid and plausible. Returns whether there was one."""
+        """Imports the first state that is valid and plausible. Returns whether there was one."""
         uid = expert.uid
         left = iter([entry for entry in entries if (uid, entry.source) not in self._refuted])
         while checkpoint := await asyncio.to_thread(self._store.load_newest, uid, left):
@@ -260,9 +263,9 @@ class Checkpoints:
         return False
 
     async def _recover(self, expert: Expert) -> None:
-        """Called after a state that another peer gave turned bad, and what was there before returned, and was saved.
+        """Called after a state from another peer turned bad, and the previous state was restored and saved.
 
-        If it was a whole state, one of yet another peer may be on this disk, and be the true one.
+        If the bad state was a whole one, a further peer's state on this disk may be the true one.
         """
         uid, source, expert.refuted = expert.uid, expert.refuted, ""
         self.refuted.inc()
@@ -285,7 +288,7 @@ class Checkpoints:
         await asyncio.to_thread(self._store.save, uid, checkpoint)
 
     async def save_every(self, seconds: float) -> None:
-        """Saves what changed, for ever."""
+        """Saves what has changed, for ever."""
         while True:
             await asyncio.sleep(seconds)
             await self.save_changed()
@@ -293,7 +296,7 @@ class Checkpoints:
     async def save_changed(self, experts: Collection[Expert] | None = None) -> None:
         """Saves the experts that took updates since they were last saved: of `experts`, or of all in service.
 
-        One by one. What fails is tried again next time.
+        One by one. A failed save is tried again next time.
         """
         failures: list[tuple[UID, StateError | OSError]] = []
         for expert in list(self._runtime.experts.values() if experts is None else experts):
@@ -303,7 +306,7 @@ class Checkpoints:
                 if expert.refuted:
                     await self._recover(expert)
             except ExpertError:
-                return  # the runtime was stopped
+                return  # the runtime has stopped
             except (StateError, OSError) as error:
                 failures.append((expert.uid, error))
         if failures:
@@ -325,7 +328,7 @@ class Checkpoints:
         self._on_disk[expert.uid] = entry, checkpoint.accumulated_rows
 
     async def save_all_within(self, seconds: float, experts: Collection[Expert] | None = None) -> None:
-        """Saves what changed, or as much of it as there is time for."""
+        """Saves what has changed, or as much of it as there is time for."""
         if experts is None:
             experts = list(self._runtime.experts.values())
         try:
@@ -336,11 +339,11 @@ class Checkpoints:
             logger.warning("no time to save %s; their checkpoints before this stay", counted(left, "expert"))
 
     def note_replaced(self, uid: UID) -> None:
-        """The expert has another state now, perhaps with the same update count, and must be saved."""
+        """The expert's state was replaced, perhaps with the same update count, and must be saved."""
         self._on_disk.pop(uid, None)
 
     def _is_changed(self, expert: Expert) -> bool:
-        """First parameters follow from the manifest, and are never saved."""
+        """Initial parameters follow from the manifest, and are never saved."""
         rows = expert.accumulated_rows
         now = Entry(expert.update_count, expert.source), rows
         return bool(expert.update_count or rows) and now != self._on_disk.get(expert.uid)

@@ -36,16 +36,14 @@ logger: logging.Logger = logging.getLogger(__name__)
 S = TypeVar("S")
 
 MAX_TRANSFERS = 8
-"""States that others fetch from a node at the same time."""
+"""States that other nodes fetch from this one at the same time."""
 MAX_UIDS_IN_ASK = 256
 _REMEMBERED = 4096
 _ADOPT_EVERY_S = 1.0
 _AHEAD = 2
-"""How many times one peer may ask for an average of the same expert before it is due: a node that leaves asks once
-more.
-"""
+"""How often one peer may ask for an average of the same expert before it is due: a node that leaves asks once more."""
 _EXPERTS_PER_S = 32.0
-"""Experts that one peer may ask this one to fetch each second, on average."""
+"""The average number of experts that one peer may ask this one to fetch each second."""
 _PRECISIONS: dict[Precision, state_pb2.Precision] = {
     "fp32": state_pb2.PRECISION_FP32,
     "tf32": state_pb2.PRECISION_TF32,
@@ -55,14 +53,14 @@ _PRECISIONS: dict[Precision, state_pb2.Precision] = {
 
 @dataclass(frozen=True)
 class FetchHint:
-    """Peer `peer_id` asks this node to fetch these experts from it. It may lie."""
+    """The peer `peer_id` asks this node to fetch these experts from it. It may lie."""
 
     peer_id: PeerID
     uids: tuple[UID, ...]
     sha256: bytes = b""
-    """The hash of that peer's snapshot, if it asks for an average; empty if it asks for adoption."""
+    """For an average, the hash of that peer's snapshot; empty for an adoption."""
     base_sha256: bytes = b""
-    """The hash of this node's snapshot, if it asks for an average."""
+    """For an average, the hash of this node's snapshot."""
 
     @property
     def is_average(self) -> bool:
@@ -72,26 +70,26 @@ class FetchHint:
 class HintQueue:
     """The hints that wait to be followed. Pure.
 
-    The peers take turns, and share the room fairly, so that no stranger keeps others from being heard. What one peer
-    asked for may come again from another at once, but not from the same one: a replica that averages with another more
-    often draws it further towards itself, as each meeting may move it (`peer.clipping`).
+    The peers take turns, and share the room fairly, so that no stranger keeps others from being heard. After one peer
+    has asked for an expert, another may ask for it at once, but not the same peer: a replica that averages with another
+    more often draws it further towards itself, because each meeting may move it (`peer.clipping`).
     """
 
     def __init__(self, limit: int, average_every_s: float) -> None:
-        """`limit`: experts, of all hints together. `average_every_s`: the time between two hints of a peer for the same
-        expert.
+        """`limit`: experts over all hints. `average_every_s`: the time between two hints of a peer for the
+        same expert.
         """
         self._room = FairBudget(limit)
         self._average_every_s = average_every_s
         self._waiting: OrderedDict[PeerID, dict[tuple[UID, bool], tuple[FetchHint, Reservation]]] = (
             OrderedDict()
         )
-        """Waiting hints by peer, those whose turn was longest ago first. No peer is without any."""
+        """Waiting hints by peer; the peer whose turn was longest ago comes first. A peer without hints has no entry."""
         self._due_at = BoundedDict[tuple[PeerID, UID, bool], float](_REMEMBERED)
         self._paces = TokenBuckets[PeerID](_EXPERTS_PER_S, MAX_UIDS_IN_ASK)
 
     def put(self, hint: FetchHint, now: float) -> int:
-        """Returns how many of the hint's experts were taken, from the first on."""
+        """Returns how many of the hint's experts were accepted, counted from the first."""
         every_s = self._average_every_s if hint.is_average else _ADOPT_EVERY_S
         most_early_s = _AHEAD * every_s if hint.is_average else 0.0
         if self._paces.wait_s(hint.peer_id, now):
@@ -106,7 +104,7 @@ class HintQueue:
         return len(hint.uids)
 
     def pop(self, is_average: bool) -> FetchHint | None:
-        """The next hint of this kind. All experts that one peer asks for adoption of come as one hint."""
+        """The next hint of this kind. All adoptions that one peer asks for are returned as one hint."""
         for peer_id, waiting in self._waiting.items():
             keys = [key for key in waiting if key[1] is is_average]
             if keys:
@@ -123,7 +121,7 @@ class HintQueue:
         key = uid, hint.is_average
         own = self._waiting.get(hint.peer_id, {})
         if key in own:
-            own[key] = hint, own[key][1]  # the newest snapshots of an average
+            own[key] = hint, own[key][1]  # for an average, the newest snapshots
             return True
         try:
             reservation = self._room.reserve(hint.peer_id, 1, partial(self._drop, hint.peer_id, key))
@@ -143,7 +141,7 @@ AskContext = grpc.aio.ServicerContext[state_pb2.AskRequest, state_pb2.AskReply]
 
 
 class StateServicer(state_pb2_grpc.StateServiceServicer):
-    """Gives the states of a node's experts to other nodes, and passes their hints on."""
+    """Gives the states of a node's experts to other nodes, and passes on their hints."""
 
     def __init__(
         self,
@@ -158,8 +156,8 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
         max_transfers: int = MAX_TRANSFERS,
         max_transfer_s: float = MAX_TRANSFER_S,
     ) -> None:
-        """`follow`: takes a hint, and says how many of its experts will be looked at, from the first on. `up`: how fast
-        states may go. `sessions`: who may fetch and ask. `max_transfers`: at the same time.
+        """`follow`: takes a hint, and returns how many of its experts will be looked at, counted from the first. `up`:
+        limits the upload of states. `sessions`: who may fetch and ask. `max_transfers`: at the same time.
         """
         self._snapshots = snapshots
         self._manifest = manifest
@@ -258,7 +256,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
 
 
 def _right_for(request: state_pb2.FetchRequest) -> Right:
-    """Whoever may call an expert may fetch its parameters, and nothing more."""
+    """A peer that may call an expert may fetch its parameters, and nothing more."""
     if request.version:
         return session_pb2.RIGHT_FORWARD
     return session_pb2.RIGHT_EXPORT if request.parameters else session_pb2.RIGHT_FETCH

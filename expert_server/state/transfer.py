@@ -1,4 +1,4 @@
-"""Fetches the states of experts from other nodes, and takes the snapshots that others fetch from this one."""
+"""Fetches the states of experts from other nodes, and takes the snapshots that they fetch from this one."""
 
 import asyncio
 import hashlib
@@ -45,20 +45,21 @@ from peer.wire import state_pb2, state_pb2_grpc
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRANSFER_S = 600.0
-"""The longest time that fetching a state may take."""
+"""The longest time for fetching a state."""
 MAX_SNAPSHOTS = 8
-"""States kept in memory for the nodes that fetch them."""
+"""How many states are kept in memory for the nodes that fetch them."""
 SNAPSHOT_S = 300.0
 """How long they are kept."""
 _MAX_EXPORTED = 4
-"""Parameters kept in memory for those who export the model, unless memory is short: then an interrupted export starts
-that expert over.
+"""How many experts' parameters are kept in memory for peers that export the model, unless memory is short. If one is
+dropped, an interrupted export starts that expert over.
 """
 _PEER_SHARE, _PEER_BURST_S = 0.02, 2.0
 _ALL_SHARE, _ALL_BURST_S = 0.1, 10.0
-"""The share of its time that a node makes new snapshots for one peer, and for all; and how much of it may be saved up.
+"""The share of its time that a node spends on new snapshots for one peer and for all, and how much of it may be saved
+up.
 
-Beyond that they get the newest that was made, or none.
+Beyond that, peers get the newest existing snapshot, or none.
 """
 _MAX_BLOCKS = 8
 """Parameters that are copied for peers at the same time."""
@@ -68,7 +69,7 @@ CHANNELS = 64
 
 
 class TransferMetrics:
-    """What a node counts of the states that it fetches and gives."""
+    """What a node counts about the states that it fetches and gives."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         fetches = Counter(
@@ -77,7 +78,7 @@ class TransferMetrics:
             ["outcome"],
             registry=metrics,
         )
-        # "failed" did not come whole, "broken" came and was refused
+        # "failed": it did not arrive completely; "broken": it arrived and was refused
         self.fetches: Counter = start_at_zero(fetches, "fetched", "failed", "broken")
         size = Counter(
             "talkoot_state_bytes",
@@ -90,7 +91,7 @@ class TransferMetrics:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """An expert's state at one moment, as others fetch it."""
+    """An expert's state at one moment, for other nodes to fetch."""
 
     uid: UID
     update_count: int
@@ -111,7 +112,9 @@ class Snapshot:
         return self.uid
 
     def given_to(self, peer_id: PeerID) -> asyncio.Event:
-        """Is set once that peer has fetched the whole snapshot. Get it before the peer is asked to fetch."""
+        """An event that is set when that peer has fetched the whole snapshot. Get it before the peer is asked
+        to fetch.
+        """
         return self._given.setdefault(peer_id, asyncio.Event())
 
     def note_given(self, peer_id: PeerID) -> None:
@@ -121,7 +124,7 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """An expert's parameters at one version, encoded for a peer that checks what they answered, or keeps them."""
+    """An expert's parameters at one version, encoded for a peer that checks their answers, or keeps them."""
 
     key: UID
     version: int
@@ -134,7 +137,7 @@ class Block:
 
 
 Purpose: TypeAlias = Literal["state", "check", "export"]
-"""What a copy of an expert is made for."""
+"""The purpose of a copy of an expert."""
 
 
 class SnapshotTaker:
@@ -162,22 +165,24 @@ class SnapshotTaker:
         self._keeps_exported = limit >= MAX_SNAPSHOTS
         purposes = get_args(Purpose)
         self._of_all = {purpose: TokenBucket(_ALL_SHARE, _ALL_BURST_S, clock()) for purpose in purposes}
-        """Whoever may call experts may check them, and must not keep nodes from their states."""
+        """Separate budgets, because any peer that calls experts may check them, and must not keep nodes from their
+        states.
+        """
 
     async def take(self, uid: UID) -> Snapshot:
         """A snapshot of the expert as it is now. Raises ExpertError (NOT_FOUND), or StateError if it is not finite."""
         return await self._take(uid, None)
 
     async def take_for(self, peer_id: PeerID, uid: UID) -> Snapshot:
-        """The same for a peer that asked. If it asks too often for new ones, it gets the newest that was made.
+        """The same for a peer that asked. If it asks for new ones too often, it gets the newest existing one.
 
-        Raises ExpertError (RESOURCE_EXHAUSTED) if there is none. A node that gives its experts up makes as many as are
-        asked for: it serves nobody, and none of its updates may be lost.
+        Raises ExpertError (RESOURCE_EXHAUSTED) if there is none. A node that is giving up its experts makes as many as
+        it is asked for: it serves nobody, and none of its updates may be lost.
         """
         return await self._take(uid, None if self._runtime.is_refusing else peer_id)
 
     async def block_for(self, peer_id: PeerID, uid: UID, version: int) -> Block:
-        """The expert's parameters as they are at this version, for a peer that asked. They are not kept.
+        """The expert's parameters at this version, for a peer that asked. They are not kept.
 
         Raises ExpertError: FAILED_PRECONDITION if they have changed since, RESOURCE_EXHAUSTED if too many were asked
         for lately, and NOT_FOUND.
@@ -185,7 +190,7 @@ class SnapshotTaker:
         return await self._block_for(peer_id, uid, version)
 
     async def parameters_for(self, peer_id: PeerID, uid: UID) -> Block:
-        """The expert's parameters as they are now, for a peer that keeps them. Raises ExpertError as `block_for`."""
+        """The expert's present parameters, for a peer that keeps them. Raises ExpertError as `block_for`."""
         expert = self._expert(uid)
         for kept in self._exported.all(self._clock()):
             if (kept.key, kept.version) == (uid, expert.version):
@@ -197,7 +202,7 @@ class SnapshotTaker:
 
     async def _block_for(self, peer_id: PeerID, uid: UID, version: int | None) -> Block:
         """`version`: None for the present one."""
-        # those that break off go on: they count until they end
+        # calls whose peer breaks off continue, and count until they end
         if len(self._blocks) >= _MAX_BLOCKS:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED, "the parameters of other experts are being copied"
@@ -215,7 +220,7 @@ class SnapshotTaker:
             wanted = expert.version if version is None else version
             return wanted, expert.export_block(wanted), expert.update_count, self._clock() - began
 
-        # without the time that other work of the node takes before it
+        # without the time that the node's other work takes before it
         copied_version, state, count, spent_s = await self._runtime.run(copied)
         if state is None:
             self._count_time(peer_id, spent_s, purpose)
@@ -236,7 +241,7 @@ class SnapshotTaker:
         return expert
 
     async def _take(self, uid: UID, peer_id: PeerID | None) -> Snapshot:
-        # shielded, so that a peer that begins and breaks off causes no work that is thrown away
+        # shielded, so that the work is not thrown away if a peer breaks off
         return await asyncio.shield(self._tasks.spawn(self._make(uid, peer_id), f"take a snapshot of {uid}"))
 
     async def _make(self, uid: UID, peer_id: PeerID | None) -> Snapshot:
@@ -264,7 +269,9 @@ class SnapshotTaker:
             return snapshot
 
     def _instead(self, uid: UID, peer_id: PeerID) -> Snapshot | None:
-        """What a peer gets in place of a new snapshot; None if one may be made. Raises ExpertError."""
+        """The existing snapshot that a peer gets in place of a new one; None if a new one may be made. Raises
+        ExpertError.
+        """
         now = self._clock()
         newest = [kept for kept in self._snapshots.all(now) if kept.uid == uid][-1:]
         if newest and self._wait_s(peer_id, now, "state"):
@@ -288,7 +295,7 @@ class SnapshotTaker:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of the snapshots that are kept. Any thread may ask."""
+        """Memory of the kept snapshots. For any thread."""
         kept: list[Snapshot | Block] = [*self._snapshots.in_memory, *self._exported.in_memory]
         return sum(len(each.data) for each in kept)
 
@@ -297,11 +304,11 @@ class SnapshotTaker:
         return self._snapshots.find(uid, sha256, self._clock())
 
     def find_parameters(self, uid: UID, sha256: bytes) -> Block | None:
-        """The same, of the parameters alone."""
+        """The same for parameters alone."""
         return self._exported.find(uid, sha256, self._clock())
 
     def _current(self, expert: Expert, met: Mapping[PeerID, Meeting]) -> Snapshot | None:
-        """The kept snapshot of the expert as it is now, if there is one."""
+        """The kept snapshot of the expert's present state, if there is one."""
         state = expert.uid, expert.update_count, expert.accumulated_rows, expert.generation, met
         for kept in self._snapshots.all(self._clock()):
             if (kept.uid, kept.update_count, kept.accumulated_rows, kept.generation, kept.met) == state:
@@ -324,7 +331,7 @@ class Fetched:
     checkpoint: Checkpoint
     sha256: bytes
     met_update_count: int
-    """The update count of the other after it last met this peer's replica; 0 if it remembers no meeting."""
+    """The update count of the other replica after it last met this peer's; 0 if it remembers no meeting."""
 
 
 class StateClient:
@@ -341,8 +348,9 @@ class StateClient:
         metrics: CollectorRegistry | None = None,
         guard: ParseGuard | None = None,
     ) -> None:
-        """`sessions`: show other nodes who fetches. `down`: how fast states may come. `channels`: to other nodes, for
-        this alone. `max_transfer_s`: longest that one may take, with all attempts. `guard`: of the parser of states.
+        """`sessions`: show other nodes who fetches. `down`: limits the download of states. `channels`: to other nodes,
+        used only here. `max_transfer_s`: the longest time for one state, over all attempts. `guard`: for parsing
+        states.
         """
         self.metrics: TransferMetrics = TransferMetrics(metrics)
         self._down = down
@@ -362,10 +370,10 @@ class StateClient:
         await self._service.close()
 
     async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
-        """The expert's state at that node: now, or at the snapshot with this checksum.
+        """The expert's state at that node: now, or in the snapshot with this checksum.
 
-        Raises TransferError when it did not come, and StateError when what came is not that expert's whole state.
-        Names, shapes and numbers are for the expert to check.
+        Raises TransferError if it did not arrive, and StateError if it is not that expert's whole state. The expert
+        itself has to check names, shapes and numbers.
         """
         request = state_pb2.FetchRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, uid=str(uid), sha256=sha256
@@ -373,7 +381,7 @@ class StateClient:
         return await self._fetch(node, uid, request)
 
     async def fetch_parameters(self, node: NodeInfo, uid: UID) -> Fetched:
-        """The expert's parameters at that node, without what its optimizer keeps. Raises as `fetch` does."""
+        """The expert's parameters at that node, without the optimizer's state. Raises as `fetch` does."""
         request = state_pb2.FetchRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, uid=str(uid), parameters=True
         )
@@ -402,7 +410,7 @@ class StateClient:
         sha256: bytes = b"",
         base_sha256: bytes = b"",
     ) -> int:
-        """Asks a node to fetch states. Returns how many it accepts, from the first on; 0 if it does not answer."""
+        """Asks a node to fetch states. Returns how many it accepts, counted from the first; 0 if it does not answer."""
         request = state_pb2.AskRequest(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
