@@ -1,4 +1,4 @@
-"""How a trainer shows itself: metrics for Prometheus, and a record in the DHT, from which dashboards know it."""
+"""How a trainer shows itself: metrics for Prometheus, and a record in the DHT for dashboards."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ from trainer_client.settings import TrainerSettings
 logger: logging.Logger = logging.getLogger(__name__)
 
 _WITHDRAW_S = 2.0
-"""The longest time that a trainer tries to withdraw its record when it leaves."""
+"""How long a leaving trainer tries to withdraw its record."""
 
 
 class TrainingMetrics:
@@ -33,12 +33,12 @@ class TrainingMetrics:
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         self.step: int = 0
-        """Steps done."""
+        """How many steps are done."""
         self.loss: float | None = None
         """The loss of the last step. It may be infinite or NaN, like the next two."""
         self.tokens_per_s: float | None = None
         self.validation: tuple[float, float | None] | None = None
-        """The last one: in nats per token, and in bits per byte if that is known."""
+        """The last validation: in nats per token, and in bits per byte if that is known."""
         self._steps = Counter("talkoot_trainer_steps", "Training steps done.", registry=metrics)
         self._loss = Gauge("talkoot_trainer_loss_nats", "Loss of the last step, per token.", registry=metrics)
         self._tokens_per_s = Gauge(
@@ -58,14 +58,14 @@ class TrainingMetrics:
             unknown.set(math.nan)
 
     def note_step(self, step: int, loss: float, tokens_per_s: float | None) -> None:
-        """After a step."""
+        """Called after each step."""
         self._steps.inc(max(0.0, step - total(self._steps)))
         self._loss.set(loss)
         self._tokens_per_s.set(math.nan if tokens_per_s is None else tokens_per_s)
         self.step, self.loss, self.tokens_per_s = step, loss, tokens_per_s
 
     def note_validation(self, loss: float, bits_per_byte: float | None) -> None:
-        """After a validation."""
+        """Called after each validation."""
         self._validation_loss.set(loss)
         self._bits_per_byte.set(math.nan if bits_per_byte is None else bits_per_byte)
         self.validation = loss, bits_per_byte
@@ -83,9 +83,9 @@ class TrainerAnnouncer:
         now: Callable[[], float] = clock.now,
         is_own_loop: bool = False,
     ) -> None:
-        """Starts announcing a running loop. `is_own_loop`: it is not known how many steps there will be.
+        """Starts announcing a running loop. `is_own_loop`: the number of steps is not known.
 
-        Raises PortError when the port of the metrics is taken.
+        Raises PortError if the metrics port is taken.
         """
         self._registry = swarm.registry
         self._settings = settings
@@ -119,7 +119,7 @@ class TrainerAnnouncer:
         self._news.set()
 
     async def run(self) -> None:
-        """Announces until it is cancelled. If the DHT does not answer, it tries again the next time."""
+        """Announces until it is cancelled. If the DHT does not answer, it tries again next time."""
         while True:
             self._news.clear()
             record = self._record()
@@ -148,7 +148,7 @@ class TrainerAnnouncer:
         )
 
     async def close(self) -> None:
-        """Says that it has left, and how far it got. Waits only briefly for a DHT that does not answer."""
+        """Announces that the trainer has left, and how far it got. Waits only briefly if the DHT does not answer."""
         closing = asyncio.create_task(asyncio.to_thread(self._metrics.close))
         if self._has_announced:
             left = self._record()
@@ -182,7 +182,7 @@ def trainer_record(
     latencies: Latencies,
     steps: int,
 ) -> records_pb2.TrainerRecord:
-    """What a trainer announces. Figures that it does not have, or that are not finite, are not set.
+    """A trainer's announcement. Figures that it does not have, or that are not finite, are not set.
 
     `steps`: of the whole run; 0: not known.
     """
@@ -221,7 +221,7 @@ def trainer_record(
 
 
 def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
-    """Sets where and with what other trainers can average with this one."""
+    """Sets where, and with which form of dense part, other trainers can average with this one."""
     record.addresses.extend(averaging.addresses)
     record.tunnel_addresses.extend(averaging.tunnel_addresses)
     record.relay_addresses.extend(averaging.relay_addresses)
@@ -235,6 +235,6 @@ def _latency(quantiles: Latency | None) -> records_pb2.Latency | None:
 
 
 def reached_at(invite: Invite) -> str:
-    """The address that others in the swarm would use: loopback when the whole swarm is there."""
+    """The address that others in the swarm would use: loopback if the whole swarm is on it."""
     local = all(address.startswith(("/ip4/127.", "/ip6/::1/")) for address in invite.bootstrap)
     return "127.0.0.1" if local else default_listen_address()

@@ -1,16 +1,16 @@
-"""How evenly a router uses the live experts: the loss and the bias that even it out, the figures that show it, and the
-assignment that enforces it.
+"""How evenly a router uses the live experts: the loss and the bias that balance the load, the figures that show it, and
+the assignment that enforces it.
 
 `LoadBias` balances without a gradient (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664): a
-number for each expert is added to its score when experts are chosen, and counts in no weight. After each optimizer step
-it falls for experts that got more rows than the mean, and rises for the others. Loads are paired with the biases that
-led to them, so that steps in flight, whose biases are old, don't make it swing.
+bias for each expert is added to its score when experts are chosen, but does not count in any weight. After each
+optimizer step the bias falls for experts that got more rows than the mean, and rises for the others. Loads are paired
+with the biases that led to them, so that steps in flight, whose biases are old, don't make it oscillate.
 
-`balanced_assignment` gives each row one expert and each expert as many rows, with the highest total of scores. That is
+`balanced_assignment` gives each row one expert and each expert equally many rows, with the highest total score. That is
 a linear assignment problem (BASE layers, Lewis et al. 2021, arXiv 2103.16716, section 3.1).
 
-Shapes: R rows, G_d size of grid dimension d, K experts for each row, E live experts, N rows that prices
-leave undecided, S entries of a bias.
+Shapes: R rows, G_d size of grid dimension d, K experts for each row, E live experts, N rows that prices leave
+undecided, S entries of a bias.
 """
 
 import math
@@ -30,9 +30,11 @@ from peer.codec import Floats, Integers
 _MAX_ENTRIES = 4096
 _LARGE_PRIME = 4093
 _AVERAGED_STEPS = 10
-"""Optimizer steps over which loads, and the biases that led to them, are averaged."""
+"""Loads, and the biases that led to them, are averaged over this many optimizer steps."""
 _REACH = 0.5
-"""How far a bias may be from its average, in standard deviations of the logits: it moves a tenth of that in a step."""
+"""How far a bias may be from its average, in standard deviations of the logits. In one step it moves a tenth of
+that.
+"""
 _MOST_BIAS = 8.0
 """The largest bias, in standard deviations of the logits."""
 
@@ -46,7 +48,7 @@ _CLEAR = 8  # last temperatures
 
 @dataclass(frozen=True)
 class LoadSpread:
-    """How unevenly rows were spread over the live experts of a layer; 0 and 1 when each got as many."""
+    """How unevenly rows were spread over the live experts of a layer; 0 and 1 if all got equally many."""
 
     cv: float
     """Coefficient of variation: standard deviation over mean."""
@@ -63,7 +65,7 @@ class LoadSpread:
 
 
 def load_spread(selection: Selection, alive: PrefixTables) -> LoadSpread | None:
-    """The spread of the rows that were sent; None when none was."""
+    """The spread of the rows that were sent; None if none were."""
     live = alive[-1]
     counts = np.zeros(live.shape)
     np.add.at(counts, tuple(selection.coordinates[selection.valid].T), 1)
@@ -74,14 +76,14 @@ def load_spread(selection: Selection, alive: PrefixTables) -> LoadSpread | None:
 
 
 def balancing_loss(scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> Tensor:
-    """1 when all live experts get as many rows and as much probability, more when some get more of both. []
+    """1 if all live experts get equally many rows and equal probability, more if some get more of both. []
 
-    Fedus et al. 2021, Switch Transformer (arXiv 2101.03961), equation 4: E * sum of f_e P_e, where f_e is expert e's
-    part of the choices, all k of a row, which has no gradient, and P_e the mean of its softmax, which has.
+    Fedus et al. 2021, Switch Transformer (arXiv 2101.03961), equation 4: E * sum of f_e P_e. Here f_e is expert e's
+    share of all choices, k for each row, and has no gradient; P_e is the mean of its softmax, and has one.
 
-    Here a gate has one softmax [R, G_d] for each grid dimension, over its live coordinates, so the loss is the mean
-    over dimensions of the sum of f_i P_i / t_i. t_i is the part of all live experts that lie under coordinate i:
-    1 / G_d where all are live.
+    This gate has one softmax [R, G_d] for each grid dimension, over its live coordinates. So the loss is the mean over
+    dimensions of the sum of f_i P_i / t_i, where t_i is the share of the live experts that lie under coordinate i: 1 /
+    G_d if all are live.
     """
     live = alive[-1]
     chosen = selection.coordinates[selection.valid]  # (choices, dims)
@@ -107,7 +109,7 @@ class Load:
     live: Floats  # [S], live experts
     bias: Floats  # [S], by which they were chosen
     spread: float
-    """Standard deviation of the logits of a row's live experts, the mean over rows."""
+    """The standard deviation of the logits of a row's live experts, averaged over rows."""
 
     def __add__(self, other: "Load") -> "Load":
         rows, others = float(self.rows.sum()), float(other.rows.sum())
@@ -116,7 +118,7 @@ class Load:
 
 
 class LoadSum:
-    """The load of a step's forward passes, on whatever threads these run."""
+    """The load of a step's forward passes, on whatever threads they run."""
 
     def __init__(self) -> None:
         self._load: Load | None = None
@@ -127,16 +129,17 @@ class LoadSum:
             self._load = load if self._load is None else self._load + load
 
     def take(self) -> Load | None:
-        """What was added since the last call; None for nothing."""
+        """The sum since the last call; None if nothing was added."""
         with self._lock:
             load, self._load = self._load, None
             return load
 
 
 class LoadBias(nn.Module):
-    """What is added to the score of each expert of a layer when experts are chosen, so that all get as many rows.
+    """A bias that is added to the score of each expert of a layer when experts are chosen, so that all get equally many
+    rows.
 
-    Its state is three buffers of up to 4,096 entries, saved and averaged with the dense part. Where a layer has more
+    Its state is three buffers of up to 4,096 entries, saved and averaged with the dense part. If a layer has more
     experts, several share an entry.
     """
 
@@ -153,11 +156,11 @@ class LoadBias(nn.Module):
         self.register_buffer("average_load", torch.ones(size))  # relative to the mean
 
     def table(self) -> Floats:
-        """The bias of each expert as it is now. float32, of the grid's shape"""
+        """The present bias of each expert: float32, of the grid's shape."""
         return np.resize(self.bias.float().cpu().numpy(), self._grid)
 
     def measure(self, scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> Load:
-        """What a forward pass says of the load. `scores`: one [R, G_d] per grid dimension."""
+        """The load in a forward pass. `scores`: one [R, G_d] per grid dimension."""
         size = len(self.bias)
         chosen = np.ravel_multi_index(tuple(selection.coordinates[selection.valid].T), self._grid)
         rows_S = np.bincount(chosen % size, minlength=size)
@@ -172,10 +175,10 @@ class LoadBias(nn.Module):
 
     @torch.no_grad()
     def correct(self, load: Load) -> None:
-        """Puts each live entry as far below the average of the biases of the last steps as the logarithm of their
-        average load says, by at most `_REACH` times the logits' spread.
+        """Moves each live entry below the average bias of the last steps by the logarithm of its average load, limited
+        to `_REACH` times the logits' spread.
 
-        What belongs to experts that are not live stays as it is. Nothing changes where nobody got a row, or the scores
+        Entries of experts that are not live stay as they are. Nothing changes if no expert got a row, or if the scores
         are not finite.
         """
         live_S, unit = load.live > 0, load.spread
@@ -202,11 +205,11 @@ class LoadBias(nn.Module):
 
 
 def balanced_assignment(scores_RE: Floats) -> Integers:
-    """The expert of each row [R]. Each gets R / E rows; where E does not divide R, those most in demand one more.
+    """The expert of each row [R]. Each gets R / E rows; if E does not divide R, those most in demand get one more.
 
-    scipy's solver decides all of up to 256 rows. Of more it decides those whose best two experts are about as good at
-    the experts' prices, 512 at a time; the others take their best. The total is the highest, or close to it where
-    more than 512 rows are undecided.
+    Up to 256 rows, scipy's solver decides all of them. Of more rows, it decides those whose best two experts are about
+    equally good at the experts' prices, 512 at a time; the others get their best expert. The total is the highest, or
+    close to it if more than 512 rows are undecided.
 
     A score beyond ±1e15 counts as ±1e15 and NaN as the lowest.
     """
@@ -230,7 +233,7 @@ def balanced_assignment(scores_RE: Floats) -> Integers:
 
 
 def _margins(value_RE: Floats) -> Floats:
-    """How much better each row's best expert is than its second [R]."""
+    """How much better each row's best expert is than its second best: [R]."""
     if value_RE.shape[1] == 1:
         return np.full(len(value_RE), _LIMIT)
     best_two_R2 = np.partition(value_RE, -2, axis=1)[:, -2:]
@@ -239,7 +242,7 @@ def _margins(value_RE: Floats) -> Floats:
 
 
 def _capacities(scores_RE: Floats) -> Integers:
-    """How many rows each expert gets [E], R in all."""
+    """How many rows each expert gets: [E], R in all."""
     rows, experts = scores_RE.shape
     capacity_E = np.full(experts, rows // experts)
     demand_E = _shares(scores_RE, np.float32(1)).sum(axis=0)
@@ -248,21 +251,22 @@ def _capacities(scores_RE: Floats) -> Integers:
 
 
 def _slots(capacity_E: Integers) -> Integers:
-    """Each expert, repeated as often as it may have rows."""
+    """Each expert, repeated as often as it may get rows."""
     return np.repeat(np.arange(len(capacity_E)), capacity_E)
 
 
 def _solve(scores_NE: Floats, slots_N: Integers) -> Integers:
-    """The best use of as many slots as there are rows: each row's expert [N]."""
+    """The best assignment of rows to equally many slots: each row's expert [N]."""
     _, taken_N = linear_sum_assignment(scores_NE[:, slots_N], maximize=True)
     experts_N: Integers = slots_N[taken_N]
     return experts_N
 
 
 def _prices(scores_RE: Floats, capacity_E: Integers) -> tuple[Floats, float]:
-    """Prices [E] at which each expert is the best of about as many rows as it may have, and the last temperature.
+    """Prices [E] at which each expert is the best of about as many rows as it may get, and the last temperature.
 
-    The dual of the assignment, with a softmax in place of the maximum: Newton steps, the softmax ever sharper.
+    This is the dual of the assignment, with a softmax in place of the maximum: Newton steps, with an ever sharper
+    softmax.
     """
     prices_E = scores_RE.mean(axis=0)
     scale = float((scores_RE - prices_E).std()) or 1.0
@@ -270,7 +274,7 @@ def _prices(scores_RE: Floats, capacity_E: Integers) -> tuple[Floats, float]:
     for temperature in scale * np.geomspace(1.0, _LAST_TEMPERATURE, _STEPS):
         shares_RE = _shares(scores_RE - prices_E, np.float32(temperature))
         wanted_E = shares_RE.sum(axis=0)
-        # numpy's threads, one for each core, would wait for a busy one
+        # numpy's threads, one for each core, would wait for busy cores
         torch_RE = torch.from_numpy(shares_RE)
         hessian_EE = np.diag(wanted_E).astype(np.float64) - (torch_RE.T @ torch_RE).numpy()
         hessian_EE[diagonal, diagonal] += (

@@ -58,27 +58,27 @@ logger: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _RETRY_S = 0.5
-"""The pause between two looks for live experts, while waiting for them."""
+"""The pause between two looks while waiting for live experts."""
 _MOST_WAITS = 8
-"""Waits in a row for experts that are announced again and then don't answer."""
+"""How many waits in a row may end with experts that are announced again and then don't answer."""
 _CHECK_EVERY_S = 10.0
-"""The pause between two checks that this trainer still knows other peers of its swarm, and who is admitted."""
+"""How often this trainer checks whether it still knows other peers of its swarm, and who is admitted."""
 _MAX_TUNNEL_RELAYS = 4
-"""Relays through which other trainers reach this one if its router admits nobody."""
+"""Relays through which other trainers reach this one if its router accepts no connections."""
 _MAX_TUNNEL_STREAMS = 32
 """Streams that they may have open to this trainer through relays."""
 _MAX_CHANNELS = 256
-"""Channels to nodes, at most."""
+"""The most channels to nodes."""
 
 
 @dataclass(frozen=True)
 class TrainerTiming:
-    """Times of a trainer that tests and benchmarks change. All in seconds."""
+    """Times of a trainer that tests and benchmarks change, in seconds."""
 
     least_deadline_s: float = 3.0
-    """Shortest deadline of a call to experts, however quickly they answered lately."""
+    """The shortest deadline of a call to experts, however fast they answered lately."""
     refresh_every_s: float = 3.0
-    """The pause between two looks at who is alive."""
+    """The pause between two refreshes of the directory."""
     receipts_every_s: float = EVERY_S
     """The pause between two receipts for one node."""
 
@@ -114,18 +114,18 @@ class SwarmClient:
         timing: TrainerTiming = TrainerTiming(),
         is_own_loop: bool = False,
     ) -> None:
-        """`stage` is told what happens while joining. `through` may put something between the dispatcher and the
-        network, such as faults. `reads_only`: it uses experts, changes none, and announces nothing. `make_loader`:
-        makes what spot checks need, of the manifest and the swarm's id; None if there are to be none. `is_own_loop`: a
-        loop of the caller's own trains, not `Training`, so nobody knows how many steps it will take. Raises UserError
-        when joining fails.
+        """`stage` is called with each step of joining, in words. `through` may put something between the dispatcher and
+        the network, such as faults. `reads_only`: it uses experts without changing any, and announces nothing.
+        `make_loader`: makes what spot checks need, from the manifest and the swarm's id; None: no spot checks.
+        `is_own_loop`: the caller trains with its own loop instead of `Training`, so the number of steps is not known.
+        Raises UserError if joining fails.
         """
         self._invite = invite
         self._settings = settings
         self._stage = stage
         self._is_own_loop = is_own_loop
         self._waits = 0
-        """Waits in a row of `has_experts`."""
+        """Consecutive waits of `has_experts`."""
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._exits = contextlib.AsyncExitStack()
@@ -137,11 +137,11 @@ class SwarmClient:
 
     @classmethod
     def join(cls, invite: str, *, wait_s: float = 60.0, **settings: Any) -> Self:
-        """Joins and waits until an expert is live, at most `wait_s` seconds.
+        """Joins and waits until an expert is live, for at most `wait_s` seconds.
 
-        `invite` is the line, or `@FILE` with the file that holds it. Settings are those of `talkoot train`,
-        such as `router`, `top_k`, `grace_s`, and `state`: a folder that one process at a time uses, by default
-        `talkoot/trainer` where programs keep their state. Raises UserError.
+        `invite`: the invite's line, or `@FILE` for the file that contains it. Settings are those of `talkoot train`,
+        such as `router`, `top_k`, `grace_s`, and `state`: a folder for one process at a time, by default
+        `talkoot/trainer` in the user's folder for program state. Raises UserError.
         """
         values = TrainerSettings.load(**settings)
         state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
@@ -171,11 +171,11 @@ class SwarmClient:
 
     @property
     def swarm(self) -> Swarm:
-        """Its membership. What is asynchronous there belongs to this client's loop: see `run`."""
+        """Its membership in the swarm. Run the swarm's coroutines on this client's loop: see `run`."""
         return self._joined.swarm
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine on this client's loop, and waits for it. Not for the loop's own thread."""
+        """Runs a coroutine on this client's loop, and waits for it. Don't call it on the loop's own thread."""
         return self._loop.run(coroutine)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
@@ -189,12 +189,12 @@ class SwarmClient:
 
     @property
     def dispatcher(self) -> Dispatcher:
-        """Calls the swarm's experts, and counts how that goes."""
+        """Calls the swarm's experts, and counts the results."""
         return self._joined.dispatcher
 
     @property
     def own_seed(self) -> int:
-        """A seed that no other trainer has, from this one's key: 63 bits."""
+        """A seed that no other trainer has, derived from this trainer's key: 63 bits."""
         return _seed_of(self._joined.swarm)
 
     def mixture(
@@ -204,10 +204,10 @@ class SwarmClient:
         gradient_scale: Callable[[], float] | None = None,
         routing_prefix: int = 0,
     ) -> RemoteMixtureOfExperts:
-        """The mixture of the swarm's experts in one layer of the model, from 0. Raises SettingsError.
+        """The mixture of the swarm's experts in one layer of the model, counted from 0. Raises SettingsError.
 
-        Unless `choose_by` is given it routes as the manifest says: with a `prefix` there, by the first tokens of each
-        sequence, none of which may then be predicted in the loss.
+        Unless `choose_by` is given, it routes as the manifest says. If the manifest has a `prefix`, it routes by the
+        first tokens of each sequence, and none of these may be predicted in the loss.
         """
         routing = self._joined.routing
         if choose_by is not None:
@@ -217,9 +217,9 @@ class SwarmClient:
         )
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
-        """Waits until `share` of all experts are live, at most `limit_s` seconds; after that one is enough.
+        """Waits until `share` of all experts are live, for at most `limit_s` seconds; after that, one is enough.
 
-        Raises SwarmError when none is live then, and InviteError once this trainer's token is revoked or has expired.
+        Raises SwarmError if none is live then, and InviteError once this trainer's token is revoked or has expired.
         """
         deadline = time.monotonic() + limit_s
         total = self.manifest.experts_total
@@ -253,15 +253,15 @@ class SwarmClient:
             ) from error
 
     def has_experts(self, limit_s: float | None = None) -> bool:
-        """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
+        """Returns whether any expert is live, and so whether the last result is valid. If none is, first waits for one.
 
-        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError when none comes in time, or when
-        those that came never answered.
+        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError if none comes in time, or if those
+        that came never answered.
         """
         if self.dispatcher.live_experts():
             self._waits = 0
             return True
-        if self._waits >= _MOST_WAITS:  # several threads may wait
+        if self._waits >= _MOST_WAITS:  # several threads may be waiting
             self._waits = 0
             raise SwarmError(
                 f"experts are announced, but {_MOST_WAITS} times in a row none of them answered: "
@@ -282,30 +282,30 @@ class SwarmClient:
         validation_loss: float | None = None,
         bits_per_byte: float | None = None,
     ) -> None:
-        """Tells the swarm's dashboards how training goes, after `step` steps of a loop of your own.
+        """Reports the training's progress to the swarm's dashboards, after `step` steps of a loop of your own.
 
         Losses are in nats per token. `bits_per_byte`: of the validation. May be called on any thread, after each step.
         Raises ValueError for a step below 0.
         """
         if not 0 <= step < 2**63:
             raise ValueError(f"step {step}: the number of steps so far, from 0")
-        # numbers of numpy and torch, too, without their graphs
+        # also converts numbers of numpy and torch, and drops their graphs
         self._joined.announcer.note_step(index(step), float(loss), _float(tokens_per_s))
         if validation_loss is not None:
             self._joined.announcer.note_validation(float(validation_loss), _float(bits_per_byte))
 
     def note(self, progress: Progress) -> None:
-        """Tells the swarm of a step of `Training`. May be called on any thread."""
+        """Announces a step of `Training`. May be called on any thread."""
         self._joined.announcer.note_step(progress.step, progress.loss, progress.tokens_per_s)
 
     def note_validation(self, validation: Validation) -> None:
-        """Tells the swarm of a validation of `Training`. May be called on any thread."""
+        """Announces a validation of `Training`. May be called on any thread."""
         self._joined.announcer.note_validation(validation.loss, validation.bits_per_byte)
 
     def average(self, part: SharedParameters, *meanings: str) -> Averaging:
-        """From now on averages a model's parameters with those of other trainers of the same form.
+        """Averages a model's parameters with those of other trainers of the same form, from now on.
 
-        That happens after steps that are taken inside `part.stepping()`. `meanings`: what the shapes do not show, such
+        This happens after steps that are taken inside `part.stepping()`. `meanings`: what the shapes do not show, such
         as the tokenizer. Raises PortError.
         """
         form = DenseForm.of(part.model, self._joined.swarm.keys.swarm_id, *meanings)
@@ -313,16 +313,16 @@ class SwarmClient:
         return self._loop.run(self._average(exchange))
 
     def take_whole(self, averaging: Averaging) -> int | None:
-        """Takes over the dense part of another trainer, as `Averaging.take_whole` does.
+        """Adopts another trainer's dense part: see `Averaging.take_whole`.
 
-        Returns the steps behind it; None if nobody gave an older one.
+        Returns the steps behind it; None if no trainer gave an older one.
         """
         return self._loop.run(averaging.take_whole())
 
     def memory(self, name: str | None = None) -> Memory:
-        """The memory of that name or id, to be searched; None: the only one of the swarm.
+        """The memory of that name or id, for searching; None: the swarm's only one.
 
-        The first time, its index is fetched: some MB, which stay on disk. Raises LibraryError if there is no such
+        The first time, its index is fetched: some MB, which are kept on disk. Raises LibraryError if there is no such
         memory or nobody gives its index, and UnreachableError if the DHT does not answer.
         """
         return Memory(self._loop.run(self._joined.memories.open(name)), self._loop.run)
@@ -341,7 +341,7 @@ class SwarmClient:
         make_loader: Callable[[Manifest, str], ExpertLoader | None],
         timing: TrainerTiming,
     ) -> _Joined:
-        """Builds all parts; `self._exits` stops those that were started, the last one first."""
+        """Builds all parts. `self._exits` stops those that were started, the last one first."""
         settings, exits = self._settings, self._exits
         identity = Identity.load_or_create(self._folder.path / "identity.key")
         swarm = await join_swarm(
@@ -437,7 +437,7 @@ class SwarmClient:
         joined, settings = self._joined, self._settings
         swarm = joined.swarm
         host = settings.average_host or reached_at(self._invite)
-        # a peer has one tunnel, and it leads to the first of them
+        # a peer has one tunnel, which leads to the first of them
         relays = None
         if is_hidden(host) and not joined.averagings:
             relays = RelayKeeper(swarm, _MAX_TUNNEL_RELAYS, random.SystemRandom())
@@ -476,7 +476,7 @@ def _seed_of(swarm: Swarm) -> int:
 
 
 def _listen_address(invite: Invite) -> str:
-    """A trainer listens for nodes behind routers, which connect to it directly where that is possible."""
+    """A trainer listens for nodes behind routers, which connect to it directly if possible."""
     on_loopback = all(address.endpoint.scope is AddressScope.LOOPBACK for address in invite.bootstrap)
     return "127.0.0.1" if on_loopback else default_listen_address()
 

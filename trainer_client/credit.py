@@ -1,7 +1,7 @@
-"""What nodes have done for this trainer, and the receipts that it signs for that.
+"""What nodes have done for this trainer, and the receipts that it signs for their work.
 
-Whoever uses an answer in time notes it in the `CreditAccounts`. `ReceiptSender` signs what is new, for each node at
-most once a minute, and gives it to the node in the session that the trainer has with it anyway.
+Code that uses an answer in time records it in the `CreditAccounts`. `ReceiptSender` signs for new work, at most once a
+minute for each node, and sends the receipt in the session that the trainer has with the node anyway.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ from peer.wire import credit_pb2_grpc
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_NODES = 1024
-"""Accounts that are kept, those of the nodes that worked last."""
+"""How many accounts are kept: those of the nodes that worked last."""
 EVERY_S = 60.0
-"""The pause between two receipts for one node. No announcement of it comes much later."""
+"""The pause between two receipts for one node. A node announces the sum of its receipts not much later."""
 _LOOK_EVERY_S = 10.0
 _AT_ONCE = 16
 _DEADLINE_S = 10.0
 _FAREWELL_S = 2.0
-"""The longest time that a trainer that leaves gives receipts."""
+"""How long a leaving trainer hands out receipts."""
 _MAX_FILE_BYTES = 512 * 1024
 _Total = Annotated[int, Field(ge=0, le=MOST)]
 
@@ -58,25 +58,27 @@ class _Saved(BaseModel):
 class _Account:
     work: Work
     signed: Work
-    """What the last receipt said, or as it was when the trainer started."""
+    """The work in the last receipt, or the work at the trainer's start."""
     saved: Work = field(default_factory=Work)
-    """As it was saved last. A receipt says no more, or a trainer that is killed would count less than it has signed."""
+    """The work as it was last saved. A receipt never says more: otherwise a trainer that is killed would count less
+    than it has signed.
+    """
     node: NodeInfo | None = None
-    """The node as it was called last in this run."""
+    """The node's record when it was last called in this run."""
     tried_at: float = float("-inf")
     takes_none: bool = False
     """Whether the node is of a release without receipts."""
 
 
 class CreditAccounts:
-    """What each node has done for this trainer, over all its runs. Belongs to the loop's thread."""
+    """The work of each node for this trainer, over all its runs. For the loop's thread."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """`path`: the file that keeps them; None: no file."""
+        """`path`: the file for the accounts; None: no file."""
         self._path = path
         self._accounts = BoundedDict[PeerID, _Account](MAX_NODES)
         self.all_pairs: int = 0
-        """Pairs that all nodes have answered, including nodes that are forgotten by now."""
+        """Pairs that all nodes have answered, including nodes that have been forgotten."""
         self._has_changed = False
 
     def note(
@@ -89,7 +91,7 @@ class CreditAccounts:
         checks_passed: int = 0,
         checks_failed: int = 0,
     ) -> None:
-        """Adds what a node has done now, as `Work` names it."""
+        """Adds new work of a node, with the fields of `Work`."""
         work = Work(pairs, updates, queries, checks_passed, checks_failed)
         if work == Work():
             return
@@ -100,12 +102,12 @@ class CreditAccounts:
         self._has_changed = True
 
     def work_of(self, node: PeerID) -> Work:
-        """All that it has done."""
+        """All work of the node so far."""
         account = self._accounts.get(node)
         return Work() if account is None else account.work
 
     def due(self, before: float) -> Iterable[tuple[NodeInfo, _Account]]:
-        """The nodes with saved work that is not signed, and no receipt since that time, longest ago first."""
+        """Nodes with saved work that is not signed, and no receipt since that time. The longest ago comes first."""
         found = [
             (account.node, account)
             for account in self._accounts.values()
@@ -136,7 +138,7 @@ class CreditAccounts:
                 self._accounts[peer_id] = _Account(work, work)
 
     async def save(self) -> None:
-        """Writes the file, whole or not at all. A full disk is a warning, and nothing new is signed then."""
+        """Writes the file atomically. A full disk causes a warning, and then nothing new is signed."""
         works = {peer_id: account.work for peer_id, account in self._accounts.items()}
         if self._path is not None and self._has_changed:
             nodes = {peer_id.to_base58(): astuple(work) for peer_id, work in works.items()}
@@ -163,7 +165,7 @@ class CreditAccounts:
 
 
 class ReceiptSender:
-    """Signs for nodes. `run` it as a task of the loop, and `close` it while calls can still be made."""
+    """Signs receipts for nodes. `run` it as a task of the loop, and `close` it while calls can still be made."""
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class ReceiptSender:
         clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`admission`: has this trainer's badge. `sessions`: with RIGHT_FORWARD."""
+        """`admission`: provides this trainer's badge. `sessions`: with RIGHT_FORWARD."""
         outcomes = Counter(
             "talkoot_trainer_receipts",
             "Receipts signed for nodes, by outcome.",
@@ -196,13 +198,13 @@ class ReceiptSender:
         self._clock = clock
 
     async def run(self) -> None:
-        """Gives receipts until cancelled."""
+        """Hands out receipts until cancelled."""
         while True:
             await asyncio.sleep(min(_LOOK_EVERY_S, self._every_s))
             await self.give(self._clock() - self._every_s, _DEADLINE_S)
 
     async def close(self) -> None:
-        """Gives what is not signed yet, as far as that goes quickly, and saves the accounts."""
+        """Signs for remaining work, as far as that is quick, and saves the accounts."""
         try:
             async with asyncio.timeout(_FAREWELL_S):
                 await self.give(self._clock(), _FAREWELL_S, MAX_NODES)
@@ -211,7 +213,7 @@ class ReceiptSender:
         await self._accounts.save()
 
     async def give(self, before: float, deadline_s: float, most: int = _AT_ONCE) -> int:
-        """Signs for some nodes that were not given a receipt since that time. Returns for how many it tried."""
+        """Signs for some nodes that have had no receipt since that time. Returns how many it tried."""
         await self._accounts.save()
         due, turns = list(islice(self._accounts.due(before), most)), asyncio.Semaphore(_AT_ONCE)
 

@@ -1,8 +1,8 @@
 """Continues sequences token by token, many at once.
 
-Of each sequence the keys and values of the local attention are kept, and experts keep theirs, so that a token costs the
-computation of one row. The first computation of a sequence takes all of its tokens at once. It is made anew when an
-expert does not answer, or no longer has what it kept because its parameters have changed or it needed the memory.
+The keys and values of each sequence's local attention are kept, and experts keep theirs, so that a token costs the
+computation of one row. The first computation of a sequence takes all of its tokens at once. It is repeated if an expert
+does not answer, or no longer has what it kept, because its parameters have changed or it needed the memory.
 
 Shapes: S sequences, V vocabulary.
 """
@@ -24,15 +24,17 @@ from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.retrieval.lookup import Find, Neighbours
 
 _LONGEST_PAUSE = 16
-"""While experts are trained, what they keep is soon of no use: then most tokens are computed without an attempt."""
+"""While experts are trained, what they keep soon becomes useless. So after failed attempts, up to this many tokens are
+computed without trying.
+"""
 _MOST_FORGOTTEN = 3
-"""How many times a node may forget a sequence, before replicas of its experts elsewhere are preferred."""
+"""How many times a node may forget a sequence before replicas of its experts on other nodes are preferred."""
 _MOST_ROWS = 2048
 """Rows of several sequences that are computed at once from their first tokens on."""
 
 
 def require_finite(predicted: Tensor) -> Tensor:
-    """Returns it. Raises UserError if a number is not finite."""
+    """Returns the prediction. Raises UserError if a number is not finite."""
     if not predicted.isfinite().all():
         raise UserError("the model's prediction is not finite: its checkpoint or an expert is broken")
     return predicted
@@ -44,16 +46,16 @@ class EncoderSource:
 
     tokens: tuple[int, ...]
     encoded: EncodedSource | None = None
-    """What it made of it; None: it has not read it yet."""
+    """The encoder's result; None: it has not read the source yet."""
 
 
 class Decoding:
-    """One sequence while it is continued."""
+    """One sequence that is being continued."""
 
     def __init__(
         self, tokens: Sequence[int], context: int, shortest: int, source: EncoderSource | None = None
     ) -> None:
-        """`shortest`: the fewest tokens that the model continues. `source`: of an encoder-decoder."""
+        """`shortest`: the fewest tokens that the model can continue. `source`: for an encoder-decoder."""
         self.source = source
         self.tokens: list[int] = list(tokens)
         """The tokens that the model sees. When they outgrow the context, the older half of it is dropped."""
@@ -61,25 +63,25 @@ class Decoding:
         self._remaining = max(context // 2, shortest)
         self._state: SequenceState | None = None
         self._logits: Tensor | None = None
-        """Logits of the token after these; None if they are not computed yet."""
+        """Logits of the next token; None if they are not computed yet."""
         self._failures = 0
-        """Attempts to go on that came to nothing since the last that did not."""
+        """Consecutive failed attempts to continue."""
         self._forgotten = Counter[PeerID]()
         """How often each node did not keep the sequence."""
         self._pause = 0
-        """Tokens for which nothing is kept, before the next attempt."""
+        """How many more tokens to compute before the next attempt to keep rows."""
         self._neighbours: dict[tuple[int, ...], Neighbours] = {}
         """The neighbours of each whole chunk of the tokens."""
         self._read: dict[Passage, None] = {}
 
     @property
     def avoided(self) -> frozenset[PeerID]:
-        """Nodes that forget it again and again."""
+        """Nodes that forget the sequence again and again."""
         return frozenset(peer_id for peer_id, times in self._forgotten.items() if times >= _MOST_FORGOTTEN)
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing can follow: a decoder that drops its first tokens would no longer know where it began."""
+        """Whether nothing can follow: a decoder that dropped its first tokens would no longer know where it began."""
         return self.source is not None and len(self.tokens) == self._context
 
     def append(self, token: int) -> None:
@@ -90,7 +92,7 @@ class Decoding:
         self.tokens.append(token)
 
     def take_read(self) -> tuple[Passage, ...]:
-        """The passages that the model was given since the last time, each once."""
+        """The passages that the model was given since the last call, without duplicates."""
         passages = tuple(self._read)
         self._read.clear()
         return passages
@@ -101,28 +103,28 @@ class Decoding:
 
 
 class Decoder(ABC):
-    """Computes what follows each sequence as if it were alone. Belongs to one thread."""
+    """Computes what follows each sequence, as if it were alone. For one thread."""
 
     end: int | None = None
-    """The token that ends what the model writes; None: nothing does."""
+    """The token that ends what the model writes; None: there is no such token."""
 
     def __init__(self, model: LanguageModel | EncoderDecoder, is_usable: Callable[[], bool]) -> None:
-        """`is_usable` is asked after each computation whether its result counts; if not, it is repeated."""
+        """`is_usable` is asked after each computation whether its result is valid; if not, it is repeated."""
         model.eval()
         self._can_extend: Callable[[], bool] = lambda: model.can_extend
         self._is_usable = is_usable
 
     @abstractmethod
     def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
-        """Begins with a prompt, of which the model sees the last tokens if it is longer than the context. `written`:
-        what follows it.
+        """Begins with a prompt. If it is longer than the context, the model sees its last tokens. `written`: the text
+        after it so far.
 
-        Raises DataError if the prompt is shorter than the model was trained to continue.
+        Raises DataError if the prompt is shorter than what the model was trained to continue.
         """
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Decoding]) -> Tensor:
-        """Logits of the token after each. Float32 [S, V]"""
+        """Logits of the token after each sequence: float32 [S, V]."""
         for each in sequences:
             if each._state is not None and len(each.tokens) - each._state.length > 1:
                 each._state = None
@@ -138,7 +140,9 @@ class Decoder(ABC):
         return torch.stack([each._logits for each in sequences if each._logits is not None])
 
     def _groups(self, sequences: Sequence[Decoding]) -> Iterator[list[Decoding]]:
-        """Groups of what is computed from the first token on: the shortest first; of one length if nothing is kept."""
+        """Groups of sequences that are computed from the first token on: the shortest first; of equal length if nothing
+        is kept.
+        """
         group: list[Decoding] = []
         for each in sorted(sequences, key=lambda each: len(each.tokens)):
             length = len(each.tokens)
@@ -150,10 +154,10 @@ class Decoder(ABC):
         yield group
 
     def _extend(self, sequences: Sequence[Decoding]) -> None:
-        """Computes what is new in each."""
+        """Computes the new tokens of each sequence."""
         states = self._states(sequences)
         for each in sequences:
-            each._state = None  # a computation that fails leaves a state that is of no use
+            each._state = None  # if the computation fails, the state can't be used
         new = [each.tokens[state.length :] for each, state in zip(sequences, states, strict=True)]
         logits_SV = self._extended(sequences, new, states)
         if not self._is_valid(sequences):
@@ -179,26 +183,26 @@ class Decoder(ABC):
                 each._logits = logits_V
 
     def _is_valid(self, sequences: Sequence[Decoding]) -> bool:
-        """Whether what was just computed of them counts."""
+        """Whether the last computation of these sequences is valid."""
         return self._is_usable()
 
     @abstractmethod
     def _states(self, sequences: Sequence[Decoding]) -> list[SequenceState]:
-        """The states that they have, and new ones."""
+        """The states of these sequences. Creates those that are missing."""
 
     @abstractmethod
     def _extended(
         self, sequences: Sequence[Decoding], new: Sequence[Sequence[int]], states: Sequence[SequenceState]
     ) -> Tensor:
-        """Logits of the token after the `new` ones, [S, V]. The states take these in."""
+        """Logits of the token after the `new` ones, [S, V]. The states take in the new tokens."""
 
     @abstractmethod
     def _whole(self, sequences: Sequence[Decoding]) -> Tensor:
-        """Logits of the token after each, [S, V], computed from its first token on."""
+        """Logits of the token after each sequence, [S, V], computed from its first token on."""
 
 
 class TextDecoder(Decoder):
-    """Goes on with texts."""
+    """Continues texts."""
 
     def __init__(
         self,
@@ -206,7 +210,7 @@ class TextDecoder(Decoder):
         is_usable: Callable[[], bool] = lambda: True,
         find: Find | None = None,
     ) -> None:
-        """`find`: passages for chunks of the text, for a model that reads a memory; None: it reads nothing."""
+        """`find`: returns passages for chunks of the text, for a model that reads a memory; None: it reads none."""
         super().__init__(model, is_usable)
         self._model = model
         self._find = find
@@ -235,8 +239,8 @@ class TextDecoder(Decoder):
         return logits_STV[:, -1].float()
 
     def _read(self, sequences: Sequence[Decoding], lengths: Sequence[int]) -> list[Tensor]:
-        """Neighbours of the chunks of each that end after these numbers of tokens, [U, N, L]. None at all if it reads
-        none.
+        """For each sequence, the neighbours of its chunks that end after these numbers of tokens, [U, N, L]. Empty if
+        the model reads no memory.
         """
         if self._find is None or self._model.retrieval is None:
             return []
@@ -263,14 +267,14 @@ class TextDecoder(Decoder):
 
 
 class TargetDecoder(Decoder):
-    """Writes what the decoder of an encoder-decoder writes for prompts, which the encoder reads."""
+    """Writes targets with the decoder of an encoder-decoder, for prompts that the encoder reads."""
 
     def __init__(self, model: EncoderDecoder, is_usable: Callable[[], bool] = lambda: True) -> None:
         super().__init__(model, is_usable)
         self._model = model
         self.end = model.end
         self._sources = WeakValueDictionary[tuple[int, ...], EncoderSource]()
-        """The sources of sequences that are continued. An encoder reads equal ones once."""
+        """The sources of sequences that are being continued. The encoder reads equal ones once."""
 
     def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
         context = self._model.context
@@ -317,7 +321,7 @@ def make_decoder(
     is_usable: Callable[[], bool] = lambda: True,
     find: Find | None = None,
 ) -> Decoder:
-    """The one for this model. `is_usable`, `find`: as for `TextDecoder`."""
+    """The decoder for this model. `is_usable`, `find`: as for `TextDecoder`."""
     if isinstance(model, EncoderDecoder):
         return TargetDecoder(model, is_usable)
     return TextDecoder(model, is_usable, find)

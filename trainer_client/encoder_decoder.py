@@ -1,8 +1,8 @@
 """An encoder-decoder: source tokens in, logits of the target's tokens out, with a mixture of experts in each layer.
 
 The manifest's first layers are the encoder (`causal` false), the others the decoder. As in T5 (Raffel et al. 2020,
-arXiv 1910.10683) both read one embedding, and the decoder's attention to the source has no positions. That attention is
-the trainer's; experts see rows of one sequence, source or target, and nothing of the other.
+arXiv 1910.10683), both read one embedding, and the decoder's attention to the source has no positions. That attention
+belongs to the trainer. Experts see rows of one sequence, source or target, and nothing of the other.
 
 Sequences of all lengths are packed, so that nothing is computed or sent for padding.
 
@@ -44,14 +44,14 @@ EncodedSource: TypeAlias = Sequence[Tensor]
 
 
 class EncoderDecoder(MixtureModel):
-    """The encoder's and the decoder's layers are each a local part, and then a mixture of experts.
+    """Each layer of the encoder and the decoder is a local part, followed by a mixture of experts.
 
     `make_mixture(layer)` returns a module from rows [R, D] and their segments to [R, D], with its own residual
     connection. All parameters follow from `manifest.model.seed`, as those of a `LanguageModel`.
     """
 
     def __init__(self, manifest: Manifest, make_mixture: Callable[[int], nn.Module], tokens: int) -> None:
-        """`tokens`: how many the tokenizer has."""
+        """`tokens`: the tokenizer's number of tokens."""
         super().__init__()
         spec = manifest.model
         self.context: int = spec.context
@@ -87,7 +87,7 @@ class EncoderDecoder(MixtureModel):
         return self.decode(self.encode(sources), targets)
 
     def decode(self, encoded: Sequence[EncodedSource], targets: Sequence[Tokens]) -> Tensor:
-        """Like `forward`, of what `encode` gave."""
+        """Like `forward`, for sources that `encode` has encoded."""
         segments = _segments(targets)
         inputs_R = self._tensor([token for target in targets for token in (self.end, *target[:-1])])
         x_RD = self.embedding(inputs_R)
@@ -99,7 +99,7 @@ class EncoderDecoder(MixtureModel):
         return logits_RV
 
     def encode(self, sources: Sequence[Tokens]) -> list[EncodedSource]:
-        """What the decoder attends to, of each source. Of equal ones the encoder computes one."""
+        """What the decoder attends to, for each source. Equal sources are encoded once."""
         different = list(dict.fromkeys(map(tuple, sources)))
         segments = _segments(different)
         assert segments.lengths.max() <= self.context, f"at most {self.context} tokens in a source"
@@ -115,14 +115,14 @@ class EncoderDecoder(MixtureModel):
         return [found[tuple(source)] for source in sources]
 
     def loss(self, pairs: Pairs) -> Tensor:
-        """Mean cross-entropy of all the targets' tokens, in nats. []"""
+        """The mean cross-entropy of all the targets' tokens, in nats. []"""
         wanted_R = self._tensor([token for target in pairs.targets for token in target])
         return F.cross_entropy(self(pairs.sources, pairs.targets).float(), wanted_R)
 
     def log_likelihood(self, sources: Sequence[Tokens], targets: Sequence[Tokens]) -> Tensor:
-        """log p(y_i | x, y_<i) of each target's tokens, of which the last is its end: float32 [N, L].
+        """log p(y_i | x, y_<i) of each target's tokens, the last of which is its end: float32 [N, L].
 
-        0 behind a target that is shorter than the longest.
+        0 after the end of a target that is shorter than the longest.
         """
         wanted_R = self._tensor([token for target in targets for token in target])
         of_rows = self(sources, targets).float().log_softmax(-1).gather(1, wanted_R[:, None])[:, 0]
@@ -138,17 +138,17 @@ class EncoderDecoder(MixtureModel):
 
     @property
     def can_extend(self) -> bool:
-        """Whether each of the decoder's mixtures can compute rows without those before them."""
+        """Whether each of the decoder's mixtures can compute rows without the earlier ones."""
         mixtures = self.mixtures[self.encoder_layers :]
         return all(isinstance(each, RemoteMixtureOfExperts) and each.can_extend for each in mixtures)
 
     def begin(self, source: EncodedSource, avoided: frozenset[PeerID] = frozenset()) -> SequenceState:
-        """The state of a target of which nothing is computed yet. `avoided`: as in `HeldSequence`."""
+        """The state of a target of which nothing has been computed yet. `avoided`: as in `HeldSequence`."""
         return SequenceState(self._parts[self.encoder_layers :], avoided, source)
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[Tokens], states: Sequence[SequenceState]) -> Tensor:
-        """Logits of the token after each target, as `LanguageModel.extend`. A target's first token is `end`."""
+        """Logits of the token after each target, like `LanguageModel.extend`. A target's first token is `end`."""
         segments = following(tokens, states)
         x_RD = self.embedding(self._tensor([token for each in tokens for token in each]))
         for number, (local, cross, mixture) in enumerate(self._decoder()):
@@ -177,7 +177,7 @@ class EncoderDecoder(MixtureModel):
 
 
 class CrossAttention(nn.Module):
-    """Rows of targets attend to all rows of their sources. Normalises its input and adds to it."""
+    """Rows of targets attend to all rows of their sources. Normalises its input, and adds its output to it."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class CrossAttention(nn.Module):
         return [kv_L2HC.permute(1, 2, 0, 3) for kv_L2HC in torch.split(kv_R2HC, lengths)]
 
     def forward(self, x_RD: Tensor, segments: Segments, sources: Sequence[Tensor]) -> Tensor:
-        """[R, D] -> [R, D]. `sources`: of each segment, what `keys_values` gave."""
+        """[R, D] -> [R, D]. `sources`: the result of `keys_values` for each segment."""
         q_RHC = self.query(self.norm(x_RD)).unflatten(-1, (self.heads, -1))
         seen = []
         for q_LHC, (k_HLC, v_HLC) in zip(torch.split(q_RHC, segments.lengths.tolist()), sources, strict=True):
@@ -211,7 +211,7 @@ def make_model(
     tokens: int,
     retrieval: RetrievalSpec | None = None,
 ) -> LanguageModel | EncoderDecoder:
-    """The model that the manifest describes. `tokens`: how many the tokenizer has."""
+    """The model that the manifest describes. `tokens`: the tokenizer's number of tokens."""
     if not manifest.model.encoder_layers:
         return LanguageModel(manifest, make_mixture, tokens, retrieval)
     assert retrieval is None, "`RetrievalSpec.of` refuses to make one"

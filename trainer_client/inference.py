@@ -23,8 +23,8 @@ from trainer_client.settings import Sampling
 from trainer_client.training.record import bits_per_byte, perplexity
 
 _FIRST_SORTED = 64
-"""How many of the likeliest tokens are sorted first, to find those that have the top p. Eight times as many where these
-are too few.
+"""How many of the likeliest tokens are sorted first, to find those in the top p. Eight times as many if that is not
+enough.
 """
 
 
@@ -35,9 +35,9 @@ def generate(
     is_usable: Callable[[], bool] = lambda: True,
     find: Find | None = None,
 ) -> Iterator[int]:
-    """Yields the tokens that follow the prompt, or that a decoder writes for it, up to its end.
+    """Yields the tokens that follow the prompt, or that a decoder writes for it, up to the end token.
 
-    `is_usable`, `find`: as for `Decoder`. Raises DataError if the prompt is shorter than the model was trained to
+    `is_usable`, `find`: as for `Decoder`. Raises DataError if the prompt is shorter than what the model was trained to
     continue.
     """
     decoder, generator = make_decoder(model, is_usable, find), make_generator(sampling.seed)
@@ -56,7 +56,7 @@ def generate(
 
 
 def make_generator(seed: int | None) -> torch.Generator:
-    """Draws the same tokens each time for the same seed, and different ones each time for None."""
+    """A generator that draws the same tokens each time for the same seed, and different ones each time for None."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -75,14 +75,14 @@ def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator)
         return int(logits_V.argmax())
     ids_K, chances_K = choices(logits_V, sampling)
     ends_K = chances_K.cumsum(0)
-    # one number, however many tokens there are, so that equal seeds go on with equal text
+    # one random number, however many tokens there are, so that equal seeds continue with equal text
     drawn = ends_K[-1] * torch.rand((), dtype=torch.float64, generator=generator)
     return int(ids_K[torch.searchsorted(ends_K, drawn, right=True).clamp_(max=len(ids_K) - 1)])
 
 
 def choices(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens to draw from, and how likely each is, up to a common factor. Sorts no more of them than it must."""
-    # minus the largest, so that a low temperature does not overflow
+    """The tokens to draw from, and how likely each is, up to a common factor. Sorts no more tokens than necessary."""
+    # the largest is subtracted, so that a low temperature does not overflow
     scaled_V = (logits_V.double() - logits_V.max()) / max(sampling.temperature, 1e-6)
     size, count = len(logits_V), sampling.top_k or _FIRST_SORTED
     if sampling.top_k is None and sampling.top_p == 1:
@@ -101,7 +101,7 @@ def choices(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 
 def _largest(logits_V: Tensor, count: int) -> Tensor:
-    """The ids of the `count` largest, in order; of equal ones the first come first."""
+    """The ids of the `count` largest, in order; equal ones by id."""
     least = logits_V.topk(min(count, len(logits_V))).values[-1]
     ids_K = (logits_V >= least).nonzero().squeeze(1)
     return ids_K[logits_V[ids_K].argsort(descending=True, stable=True)[:count]]
@@ -137,11 +137,11 @@ def evaluate(
     observe: Callable[[int], bool] = lambda done: True,
     neighbours: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
-    """Predicts each token once, from those before it in its piece of the text. A piece is as long as the context.
+    """Predicts each token once, from the earlier ones in its piece of the text. A piece is as long as the context.
 
-    `observe` is told after each batch how many tokens are done, and returns whether the batch counts; if not, it is
-    computed again. `neighbours`: of a batch, for a model that reads a memory. Raises DataError if the text is too
-    short, and UserError if the loss is not finite.
+    `observe` is called after each batch with the number of tokens done, and returns whether the batch is valid; if not,
+    it is computed again. `neighbours`: returns a batch's neighbours, for a model that reads a memory. Raises DataError
+    if the text is too short, and UserError if the loss is not finite.
     """
     first = model.first_scored
     check_length(tokens, first)
@@ -163,7 +163,7 @@ def evaluate(
 
 
 def check_length(tokens: Tokens, first: int, name: str = "the text") -> None:
-    """Raises DataError if a model whose first predicted token is number `first`, from 0, predicts none of these."""
+    """Raises DataError if the text has no token to predict. `first`: the first predicted token of a piece, from 0."""
     if len(tokens) <= first:
         raise DataError(
             f"{name} has {counted(len(tokens), 'token')}, and the first that this model predicts is number "
@@ -172,7 +172,7 @@ def check_length(tokens: Tokens, first: int, name: str = "the text") -> None:
 
 
 def combined(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The scores of all the texts together: every token counts alike, whichever text it is in."""
+    """The scores of all texts together. Every token has the same weight, whichever text it is in."""
     nats = math.fsum(each.loss * each.tokens for each in evaluations)
     return _evaluation(
         nats, sum(each.tokens for each in evaluations), sum(each.bytes for each in evaluations)
@@ -186,7 +186,7 @@ def _evaluation(nats: float, tokens: int, size: int) -> Evaluation:
 
 
 def pieces(tokens: Tokens, context: int, batch_size: int, shared: int = 1) -> Iterator[Tensor]:
-    """int64 [B, T + 1]. Each sequence begins with the last `shared` tokens of the one before; the last is shorter."""
+    """int64 [B, T + 1]. Each sequence begins with the last `shared` tokens of the previous one; the last is shorter."""
     stride = context + 1 - shared
     whole = (len(tokens) - shared) // stride
     places_T = np.arange(context + 1)

@@ -30,13 +30,15 @@ EMBEDDING_SCALE = 0.3
 
 
 class MixtureModel(nn.Module):
-    """A model that has mixtures of experts somewhere, as training sees it."""
+    """A model with mixtures of experts, as training sees it."""
 
     first_scored: int
     """The first token of a sequence, from 0, that counts in the loss."""
 
     loss: Callable[..., Tensor]
-    """The mean over the tokens that count in a batch, in nats, with what is read for it, if the model reads. []"""
+    """The mean over the tokens of a batch that count, in nats. Takes what is read for the batch, if the model reads a
+    memory. []
+    """
 
     def balancing_loss(self) -> Tensor | None:
         """The sum of the routers' losses in this thread's last training forward pass; None if there are none. []"""
@@ -48,7 +50,7 @@ class MixtureModel(nn.Module):
         return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
 
     def begin_step(self, number: int) -> None:
-        """Makes the mixtures draw the random numbers of this training step from now on."""
+        """Makes the mixtures draw this training step's random numbers from now on."""
         for mixture in self._remote():
             mixture.begin_step(number)
 
@@ -60,10 +62,10 @@ class MixtureModel(nn.Module):
 
 
 class LanguageModel(MixtureModel):
-    """`layers` times (a local part, then a mixture of experts).
+    """`layers` times a local part, each followed by a mixture of experts.
 
-    `make_mixture(layer)` returns a module from [B, T, D] to [B, T, D] with its own residual connection: where no expert
-    answers it returns its input. All parameters, including the mixtures', follow from `manifest.model.seed`, so all
+    `make_mixture(layer)` returns a module from [B, T, D] to [B, T, D] with its own residual connection: if no expert
+    answers, it returns its input. All parameters, including the mixtures', follow from `manifest.model.seed`, so all
     trainers of a swarm with the same vocabulary start equal.
     """
 
@@ -83,9 +85,9 @@ class LanguageModel(MixtureModel):
         spec = manifest.model
         self.context: int = spec.context
         self.first_scored = max(1, manifest.routing.prefix)
-        """The first token of a sequence, from 0, that counts in the loss: those before it may decide its routing."""
+        """The first token of a sequence, from 0, that counts in the loss: earlier ones may decide its routing."""
         seeded(spec.seed, partial(self._add_dense_part, spec, vocabulary))
-        # a seed for each mixture, so that its gate does not depend on what else a mixture holds
+        # a seed for each mixture, so that its gate does not depend on other contents of the mixtures
         self.mixtures: nn.ModuleList = nn.ModuleList(
             seeded(spec.seed + 1 + layer, partial(make_mixture, layer)) for layer in range(spec.layers)
         )
@@ -102,13 +104,13 @@ class LanguageModel(MixtureModel):
     def forward(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
         """Logits of the token after each position. int64 [B, T] -> [B, T, V]
 
-        `neighbours_BUNL`: of each whole chunk, int64 and -1 where there is none; None: no chunk has any.
+        `neighbours_BUNL`: those of each whole chunk, int64 and -1 where there is none; None: no chunk has any.
         """
         logits_BTV: Tensor = self.head(self.norm(self.states(tokens_BT, neighbours_BUNL)))
         return logits_BTV
 
     def states(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
-        """What `head` makes logits of, before `norm`: [B, T, D]. As in `forward`."""
+        """The input of `norm` and `head`: [B, T, D]. Arguments as in `forward`."""
         assert tokens_BT.shape[1] <= self.context, f"at most {self.context} tokens in a sequence"
         x_BTD = self.embedding(tokens_BT)
         read = None
@@ -125,11 +127,11 @@ class LanguageModel(MixtureModel):
 
     @property
     def can_extend(self) -> bool:
-        """Whether each mixture can compute rows without those before them."""
+        """Whether each mixture can compute rows without the earlier ones."""
         return len(self._remote()) == len(self.mixtures) and all(each.can_extend for each in self._remote())
 
     def begin(self, avoided: frozenset[PeerID] = frozenset()) -> "SequenceState":
-        """The state of a sequence of which nothing is computed yet. `avoided`: as in `HeldSequence`."""
+        """The state of a sequence of which nothing has been computed yet. `avoided`: as in `HeldSequence`."""
         return SequenceState([each for each in self.local if isinstance(each, LocalPart)], avoided)
 
     @torch.no_grad()
@@ -139,10 +141,11 @@ class LanguageModel(MixtureModel):
         states: Sequence["SequenceState"],
         neighbours: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Logits of the token after each sequence, by its next `tokens` and the state that those before them left.
+        """Logits of the token after each sequence, given its next `tokens` and the state left by the earlier ones.
+        Float32 [S, V]
 
-        As `forward` of the whole sequences gives them in evaluation. The states take the tokens in. `neighbours`: of
-        each sequence those of the chunks that end in its next tokens, [U, N, L]. Float32 [S, V]
+        The same as `forward` of the whole sequences in evaluation. The states take in the tokens. `neighbours`: for
+        each sequence, those of the chunks that end in its next tokens, [U, N, L].
         """
         for state, its_neighbours in zip(states, neighbours, strict=bool(neighbours)):
             self._read(state, its_neighbours)
@@ -164,7 +167,9 @@ class LanguageModel(MixtureModel):
         return logits_SV.float()
 
     def _read(self, state: "SequenceState", neighbours_UNL: Tensor) -> None:
-        """Takes in the neighbours of the chunks that end next. Of earlier ones, the last one's are still needed."""
+        """Takes in the neighbours of the chunks that end next. Of earlier chunks, only the last one's are
+        still needed.
+        """
         if self.retrieval is None:
             return
         first = self.retrieval.spec.chunks(state.length)
@@ -181,9 +186,9 @@ class LanguageModel(MixtureModel):
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, first:].flatten())
 
     def log_likelihood(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
-        """log p(y_i | x, y_<i) of each target's tokens, where it goes on from its source: float32 [N, L].
+        """log p(y_i | x, y_<i) of each target's tokens, when the target follows its source: float32 [N, L].
 
-        0 behind a target that is shorter than the longest.
+        0 after the end of a target that is shorter than the longest.
         """
         longest = max(len(s) + len(t) for s, t in zip(sources, targets, strict=True))
         tokens_NT = torch.zeros(len(sources), longest, dtype=torch.int64)
@@ -202,7 +207,7 @@ class LanguageModel(MixtureModel):
 
 
 def require_no_encoder(manifest: Manifest) -> None:
-    """Raises SettingsError: what asks can use only a model that goes on with a text."""
+    """Raises SettingsError if the model has an encoder: the caller needs a model that continues a text."""
     if manifest.model.encoder_layers:
         raise SettingsError(
             "this swarm's model is an encoder-decoder, which this command can't use: `talkoot train` and "
@@ -217,15 +222,15 @@ def require_memory(
     copies: int,
     retrieval: RetrievalSpec | None = None,
 ) -> None:
-    """Raises SettingsError when this many copies of the model's parameters don't fit into the free memory.
+    """Raises SettingsError if this many copies of the model's parameters don't fit into the free memory.
 
-    A manifest's author chooses the sizes of everybody's models. Allocates nothing. `tokens`: those of the tokenizer.
+    A manifest's author chooses the size of everybody's model. Allocates nothing. `tokens`: the tokenizer's number of
+    tokens.
     """
     spec = manifest.model
     vocabulary = SpecialTokens(tokens).vocabulary if spec.encoder_layers else tokens
-    with torch.device(
-        "meta"
-    ):  # without embedding and head: there normal_ imports torch's compiler, for a second
+    # without embedding and head, where normal_ would import torch's compiler, which takes a second
+    with torch.device("meta"):
         modules = [
             LocalPart(spec) if local else make_mixture(n)
             for n in range(spec.layers)
@@ -233,7 +238,7 @@ def require_memory(
         ]
         if retrieval is not None:
             modules.append(Retrieval(spec, retrieval))
-        # in place of the decoder's attention to its source, which has as many parameters
+        # stands for the decoder's attention to its source, which has as many parameters
         decoder = range(spec.encoder_layers, spec.layers) if spec.encoder_layers else ()
         modules += [Attention(spec.hidden, spec.heads, spec.norm, spec.head_size) for _ in decoder]
     size = 4 * 2 * vocabulary * spec.hidden + sum(p.nbytes for module in modules for p in module.parameters())
@@ -248,8 +253,8 @@ def require_memory(
 class LocalPart(nn.Module):
     """What the trainer computes before a mixture: Transformer layers, which attend over all positions of a sequence.
 
-    With local = "attention" the mixture takes the place of a feed-forward block, as in the Switch Transformer (arXiv
-    2101.03961, figure 2), and attention of its own comes before it.
+    With local = "attention" the mixture replaces a feed-forward block, as in the Switch Transformer (arXiv 2101.03961,
+    figure 2), and an attention comes before it.
     """
 
     def __init__(self, spec: ModelSpec, *, causal: bool = True) -> None:
@@ -279,8 +284,8 @@ class LocalPart(nn.Module):
         return self.extend(x_RD, segments, [[] for _ in self.layers])
 
     def extend(self, x_RD: Tensor, segments: Segments, caches: Sequence[Sequence[KeyValueCache]]) -> Tensor:
-        """Computes the next rows of sequences [R, D]. `caches`: of each layer those of the segments, which take the
-        rows.
+        """Computes the next rows of sequences [R, D]. `caches`: for each layer, those of the segments, which take in
+        the rows.
         """
         lengths_S = torch.from_numpy(segments.lengths)
         positions_R = torch.from_numpy(segments.positions).to(x_RD.device)
@@ -295,27 +300,27 @@ def caches_of(layer: int, states: Sequence["SequenceState"]) -> list[tuple[KeyVa
 
 
 def following(tokens: Sequence[Sequence[int]], states: Sequence["SequenceState"]) -> Segments:
-    """The segments of the next `tokens` of sequences, after what is computed of them."""
+    """The segments of the next `tokens` of sequences, after what has been computed of them."""
     return Segments.after(np.array([state.length for state in states]), np.array(list(map(len, tokens))))
 
 
 class SequenceState:
-    """What is kept of one sequence's rows, of each layer, to compute the next ones without them."""
+    """What is kept of one sequence's rows in each layer, to compute the next ones without them."""
 
     def __init__(
         self, parts: Sequence[LocalPart], avoided: frozenset[PeerID], source: Sequence[Tensor] = ()
     ) -> None:
-        """`parts`: before each of the mixtures. `avoided`: nodes that are asked only for experts that no other has.
-        `source`: what each of a decoder's layers attends to, as its encoder has made it.
+        """`parts`: the local part before each mixture. `avoided`: nodes that are asked only for experts that no other
+        has. `source`: what each of a decoder's layers attends to, from its encoder.
         """
         self.length = 0
-        """Tokens."""
+        """In tokens."""
         self.caches: list[list[KeyValueCache]] = [[KeyValueCache() for _ in local.layers] for local in parts]
         self.routed: list[RoutedSequence] = [
             RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in parts
         ]
         self.read: ReadChunks = {}
-        """Neighbours of the last whole chunk, for a model that reads a memory."""
+        """The neighbours of the last whole chunk, for a model that reads a memory."""
         self.source: Sequence[Tensor] = source
 
     @property
@@ -325,7 +330,7 @@ class SequenceState:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether more tokens can be computed by it."""
+        """Whether the sequence can be continued from this state."""
         return all(each.held.can_go_on for each in self.routed)
 
     @property

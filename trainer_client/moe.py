@@ -2,13 +2,13 @@
 
 Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. An expert
 answers its update f_k(x) - x, so the sum over those that answered is right whatever its weights add up to, and a row
-that nobody answered gets nothing. Where a row has several experts at one node, the node answers the mean of their
-updates by the weights that they have among each other, and that mean weighs as much as all of them together. The router
-says which experts a row is sent to, and what their answers weigh.
+that no expert answers gets nothing. If a row has several experts at one node, the node answers the mean of their
+updates, weighted relative to each other, and that mean weighs as much as all of them together. The router decides which
+experts a row is sent to, and the weights of their answers.
 
-Experts may be narrower than the model (LatentMoE, arXiv 2601.18089): then rows are projected to their width before they
-travel, and the sum of updates is projected back. A shared expert at the trainer, which every token passes, may stand
-beside them (DeepSeekMoE, arXiv 2401.06066).
+Experts may be narrower than the model (LatentMoE, arXiv 2601.18089): rows are then projected to their width before they
+are sent, and the sum of updates is projected back. There may also be a shared expert at the trainer, through which
+every token passes (DeepSeekMoE, arXiv 2401.06066).
 
 Shapes: B sequences, T positions, R = B * T rows, U routed rows (each token, or each sequence as a whole), K experts for
 each row, D hidden size, W width of the experts, G_d size of grid dimension d.
@@ -46,33 +46,33 @@ class Experts(Protocol):
     async def find(
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
     ) -> LiveExperts:
-        """The experts of a layer that can be called now, among them the best k of each row by its `scores` and the
+        """The experts of a layer that can be called now. They include each row's best k by its `scores` and the
         experts' `bias`, of the grid's shape.
         """
         ...
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
-        """Sends each row to the experts that were selected for it among the `live`, and takes what they answer.
+        """Sends each row to the experts selected for it among the `live` ones, and returns their answers.
 
-        With `rows.held`, experts also see the earlier rows of each sequence, and hold these for the next.
+        With `rows.held`, experts also see the earlier rows of each sequence, and hold these for the next call.
         """
         ...
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        """Sends the gradients of the updates [R, K, W] to whoever answered. Gives those of the inputs [R, W], and those
-        of the experts' logits [R, K] through their shares in the updates.
+        """Sends the gradients of the updates [R, K, W] to the nodes that answered. Returns those of the inputs [R, W],
+        and those of the experts' logits [R, K] through their shares in the updates.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What a forward pass in training tells of its routing."""
+    """The routing of a forward pass in training."""
 
     balancing_loss: Tensor | None
-    """What is added to the loss; None where the router has no balancing loss."""
+    """Added to the loss; None if the router has no balancing loss."""
     spread: LoadSpread | None
-    """None where no expert was live."""
+    """None if no expert was live."""
 
 
 @dataclass(eq=False)
@@ -80,16 +80,16 @@ class RoutedSequence:
     """What one mixture keeps of a sequence's rows, to compute the next ones without them."""
 
     scores: tuple[Tensor, ...] = ()
-    """One [G_d] per grid dimension, where all of the sequence is routed as one; none before its first rows."""
+    """If all of the sequence is routed as one, one [G_d] per grid dimension; empty before its first rows."""
     held: HeldSequence = field(default_factory=HeldSequence)
     """What the experts hold of it, unless they compute each row by itself."""
 
 
 class RemoteMixtureOfExperts(nn.Module):
-    """Sends each token to the live experts that its router chooses, and adds the weighed sum of their updates to it.
+    """Sends each token to the live experts that its router chooses, and adds the weighted sum of their updates to it.
 
-    It holds the gate, where experts are narrower than the model a norm and the projections to their width and back, and
-    the shared expert if the model has one. A token that no expert answers passes unchanged but for that one's update.
+    It contains the gate; the shared expert, if the model has one; and, if experts are narrower than the model, a norm
+    and the projections to their width and back. If no expert answers, a token gets only the shared expert's update.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class RemoteMixtureOfExperts(nn.Module):
         routing: Routing,
         gradient_scale: Callable[[], float] | None = None,
     ) -> None:
-        """`layer`: of the model, from 0. `gradient_scale` is a GradScaler's `get_scale`, where one is used: experts are
-        sent gradients without it. Raises SettingsError when the swarm has no such layer.
+        """`layer`: in the model, from 0. `gradient_scale`: a GradScaler's `get_scale`, if one is used: experts receive
+        unscaled gradients. Raises SettingsError if the swarm has no such layer.
         """
         super().__init__()
         if not 0 <= layer < manifest.model.layers:
@@ -118,7 +118,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self.gate: Gate = Gate(
             self.hidden, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise
         )
-        # after the gate, so that it starts as it does without them
+        # created after the gate, so that the gate starts the same as without them
         self.projections: Projections | None = Projections(manifest) if manifest.width < self.hidden else None
         self.shared: nn.Module | None = _shared_expert(manifest.model)
         self.balance: LoadBias | None = LoadBias(manifest.experts.grid) if routing.has_bias else None
@@ -136,13 +136,13 @@ class RemoteMixtureOfExperts(nn.Module):
         return routed
 
     def begin_step(self, number: int) -> None:
-        """Noise, chance and dropout are those of this training step from now on: a resumed run draws the same."""
+        """Draws noise, random choices and dropout for this training step from now on: a resumed run draws the same."""
         self._rng = np.random.default_rng((self._routing.seed, self.layer, number))
-        self._loads.take()  # of a step that was skipped
+        self._loads.take()  # drops the load of a skipped step
 
     def rebalance(self, computed: "RemoteMixtureOfExperts") -> None:
         """Corrects the bias of each expert by the rows that it got from `computed`, this mixture or a copy, since the
-        last time.
+        last call.
         """
         load = computed._loads.take()
         if self.balance is not None and load is not None:
@@ -151,10 +151,10 @@ class RemoteMixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """[..., D] -> [..., D], of the same dtype and on the same device.
 
-        [T, D] is one sequence, [B, T, D] are B sequences, and any dimensions before them make more. Each is by itself,
-        and causal unless the layer is an encoder's. Mixes in float32, under autocast too.
+        [T, D] is one sequence, [B, T, D] are B sequences, and further dimensions mean more sequences. Each sequence is
+        computed by itself, and causally unless the layer is an encoder's. Mixes in float32, even under autocast.
 
-        `segments`: those of packed rows [R, D], in place of what the dimensions say.
+        `segments`: those of packed rows [R, D], in place of the dimensions.
         """
         assert x.shape[-1] == self.hidden, f"{x.shape[-1]} columns, and this swarm's model has {self.hidden}"
         if not x.numel():
@@ -169,16 +169,16 @@ class RemoteMixtureOfExperts(nn.Module):
 
     @property
     def can_extend(self) -> bool:
-        """Whether rows can be computed without those before them: no row's experts depend on rows after it, and experts
-        compute each row by itself, or hold those before it.
+        """Whether rows can be computed without the earlier ones: if no row's experts depend on later rows, and experts
+        compute each row by itself, or hold the earlier ones.
         """
         is_routed_causally = self._routing.choose_by == "token" or self._routing.prefix > 0
         return self._is_causal and is_routed_causally and self._kind in ("ffn", "transformer")
 
     def extend(self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]) -> Tensor:
-        """Computes the next rows of sequences [R, D], as `forward` does for whole ones in evaluation.
+        """Computes the next rows of sequences [R, D], as `forward` does for whole sequences in evaluation.
 
-        `states`: of each segment, what was computed of the rows before these; takes them in.
+        `states`: for each segment, what was computed of the earlier rows; takes in these.
         """
         with torch.autocast(x_RD.device.type, enabled=False):
             return self._mix(x_RD.float(), segments, states).to(x_RD.dtype)
@@ -216,7 +216,7 @@ class RemoteMixtureOfExperts(nn.Module):
         weights_RK = self._router.weigh(scores, live.tables, logits_RK, answered_RK).float()
         if self.training and self._router.drops_updates:
             updates_RKW = self._drop(updates_RKW)
-        # each answer weighs as much as all experts in it
+        # an answer weighs as much as all experts in it together
         weights_RK = torch.zeros_like(weights_RK).scatter_add(1, leads_RK, weights_RK)
         sum_RW = (weights_RK.unsqueeze(1) @ updates_RKW).squeeze(1)
         y_RD = x_RD + (sum_RW if self.projections is None else self.projections.widened(sum_RW))
@@ -236,7 +236,7 @@ class RemoteMixtureOfExperts(nn.Module):
     def _scores_of(
         self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]
     ) -> tuple[Tensor, ...]:
-        """Like `_score` in evaluation. The first rows of a sequence decide those of all of it."""
+        """Like `_score` in evaluation. The first rows of a sequence decide the scores of all of it."""
         scores = self._score(x_RD, segments, None)
         if self._routing.choose_by == "token":
             return scores
@@ -263,8 +263,8 @@ class RemoteMixtureOfExperts(nn.Module):
         return result
 
     def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        """Sends back like the experts' `send_back`. Calls nobody where a gradient is not finite: experts would refuse
-        it. Then all it gives are NaN.
+        """Sends back like the experts' `send_back`. If a gradient is not finite, calls no node, because experts would
+        refuse it, and returns NaN only.
         """
         if not np.isfinite(gradients).all():
             return np.full_like(forward.rows.inputs, np.nan), np.full_like(forward.shares, np.nan)
@@ -277,7 +277,7 @@ class RemoteMixtureOfExperts(nn.Module):
 
 
 class Projections(nn.Module):
-    """Norm, and the linear maps from the model to the experts' width and back, which have no biases."""
+    """A norm, and the linear maps from the model to the experts' width and back, without biases."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ class Projections(nn.Module):
         self.up: nn.Linear = nn.Linear(width, hidden, bias=False)
 
     def normed(self, x_RD: Tensor) -> Tensor:
-        """What the gate reads and `narrowed` takes."""
+        """The input of the gate and of `narrowed`."""
         return _through(self.norm, x_RD)
 
     def narrowed(self, h_RD: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ def _shared_expert(model: ModelSpec) -> nn.Module | None:
 
 
 def _through(module: nn.Module, rows: Tensor) -> Tensor:
-    """Computes in the precision of the module's parameters, gives float32."""
+    """Computes in the precision of the module's parameters. Returns float32."""
     output: Tensor = module(rows.to(next(module.parameters()).dtype))
     return output.float()
 
@@ -340,7 +340,7 @@ def _for_each_row(
 
 
 class _Updates(torch.autograd.Function):
-    """What a forward pass brought, so that backward calls all of its nodes at once."""
+    """The results of a forward pass, such that backward calls all of its nodes at once."""
 
     @staticmethod
     def forward(
@@ -354,7 +354,7 @@ class _Updates(torch.autograd.Function):
         """The answers [R, K, W], each in its leading slot.
 
         They depend on the inputs, and on the logits by which nodes weigh their experts. `anchor` is any parameter:
-        experts are sent gradients also where neither of them needs one, as in a model's first layer.
+        experts receive gradients even if neither of these needs one, as in a model's first layer.
         """
         ctx.mixture, ctx.forward_pass = mixture, result
         return torch.from_numpy(result.updates).to(z_RW.device)

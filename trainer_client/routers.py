@@ -1,15 +1,15 @@
 """The gate, which scores grid coordinates, and the routers, which turn its scores into chosen experts and weights.
 
-Routers are pure functions over live experts. A router chooses by the same scores that weigh its choice, so where it
-adds noise it adds it before both. A bias that evens the load out counts in the choice alone. All but `base` leave the
+Routers are pure functions over live experts. A router chooses by the same scores that weigh its choice, so if it adds
+noise, it adds it before both. A bias that balances the load only affects the choice. All routers but `base` leave the
 choice to the beam search over live prefixes, which needs no list of the experts. `switch` needs the softmax over all
-live experts, and `log_total` has that without a list too: the exponential of a sum of scores is a product. `base`
+live experts, whose total `log_total` computes without a list: the exponential of a sum of scores is a product. `base`
 weighs every row against every expert, so it needs the list, and at most `MOST_BALANCED` experts in a layer.
 
-Where a trainer limits the nodes of each row, experts are chosen among those of its best nodes first, as in DeepSeek-V3
-(arXiv 2412.19437, section 2.1.2). Rows travel once to each node, so that fewer nodes are less traffic.
+If a trainer limits the nodes of each row, experts are chosen among those of the row's best nodes first, as in
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). A row travels once to each node, so fewer nodes mean less traffic.
 
-`rng` is None in evaluation. Then nothing is random, and each row's choice follows from its own scores.
+`rng` is None in evaluation. Then nothing is random, and each row's choice depends only on its own scores.
 
 Shapes: R rows, D hidden size, G_d size of grid dimension d, K chosen experts for each row, E live experts, P prefixes
 of all dimensions but the last.
@@ -35,25 +35,27 @@ from trainer_client.balancing import balanced_assignment
 from trainer_client.settings import Balance, RouterName, TrainerSettings
 
 MOST_BALANCED = 256
-"""Experts in a layer that `base` can balance."""
+"""The most experts in a layer that `base` can balance."""
 
 _MOST_LISTED = 4096
-"""Live experts that a choice among few nodes weighs one by one: as many as a layer that is known whole can have."""
+"""Up to this many live experts are weighed one by one if nodes are limited: as many as a layer that is known as a whole
+can have.
+"""
 _CANDIDATES = 16
-"""How many times k experts, the best of each row, the choice is made among, if there are more."""
+"""If there are more, only each row's best experts are considered: this many times k."""
 
 
 @dataclass(frozen=True)
 class NodeLimit:
-    """How many nodes a row's experts may be at, as long as these have k."""
+    """How many nodes a row's experts may be on, as long as these have k experts."""
 
     nodes: Integers
-    """A number for the node of each expert, of the grid's shape; -1 for experts that none hosts."""
+    """The number of the node of each expert, in the grid's shape; -1 for experts without a host."""
     most: int
 
     @classmethod
     def of(cls, live: LiveExperts, most: int) -> Self:
-        """With the replicas that are to be called."""
+        """The limit for the replicas that will be called."""
         numbers: dict[PeerID, int] = {}
         nodes = np.full(live.tables[-1].shape, -1)
         for uid, peer_id in live.hosts.items():
@@ -73,32 +75,33 @@ class Choose(Protocol):
         bias: Floats | None = None,
         limit: NodeLimit | None = None,
     ) -> Selection:
-        """k experts for each row, best first, by one [R, G_d] of scores per grid dimension and a bias of the grid's
+        """k experts for each row, best first, given one [R, G_d] of scores per grid dimension and a bias of the grid's
         shape.
         """
         ...
 
 
 Weigh = Callable[[Sequence[Tensor], PrefixTables, Tensor, Tensor], Tensor]
-"""(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 where none answered.
+"""(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 for experts that did not
+answer.
 
-Where a row has several experts, their weights must be in the ratios of exp(logit), whatever answered: a node mixes what
-the experts of a row answer by these ratios (`relative_weights`), and the mean that it returns weighs as much as all of
-them together.
+If a row has several experts, their weights must be in the ratios of exp(logit), whichever of them answered: a node
+mixes the answers of a row's experts in these ratios (`relative_weights`), and the mean that it returns weighs as much
+as all of them together.
 """
 
 
 class Gate(nn.Module):
     """A small linear map. An expert's logit is the sum of one score per grid dimension (product keys).
 
-    It computes in float32 whatever the precision of x and of its own parameters, and under autocast too.
+    It computes in float32, whatever the precision of x and of its own parameters, and even under autocast.
     """
 
     def __init__(
         self, hidden: int, grid: tuple[int, ...], *, scale: float | None = None, has_noise: bool = False
     ) -> None:
-        """With a `scale` the weights start from a normal distribution of standard deviation sqrt(scale / hidden), cut
-        off at twice that, and no bias (Switch Transformer, arXiv 2101.03961, section 2.4).
+        """With a `scale`, the initial weights are from a normal distribution of standard deviation sqrt(scale /
+        hidden), truncated at twice that, and there is no bias (Switch Transformer, arXiv 2101.03961, section 2.4).
         """
         super().__init__()
         self.grid = grid
@@ -117,7 +120,7 @@ class Gate(nn.Module):
         return self._map(self.linear, x_RD)
 
     def spreads(self, x_RD: Tensor) -> tuple[Tensor, ...]:
-        """How widely each score varies, before the softplus: as `forward`, for a gate that has noise."""
+        """The width of the noise for each score, before the softplus: like `forward`, for a gate with noise."""
         assert self.noise is not None, "this gate has no noise"
         return self._map(self.noise, x_RD)
 
@@ -135,12 +138,12 @@ class Gate(nn.Module):
 
 
 def mixture_weights(logits_RK: Tensor, answered_RK: Tensor) -> Tensor:
-    """Softmax over the experts that answered; the others weigh 0, and so does a row in which none did. [R, K]
+    """Softmax over the experts that answered: [R, K]. The others weigh 0, as do all experts of a row without answers.
 
     The paper, section 3.1: experts that fail are left out, and the weights of the rest sum to 1.
     """
     left_out_RK = ~answered_RK
-    lowest = torch.finfo(logits_RK.dtype).min  # not -inf: a row of those has NaN for its softmax and gradient
+    lowest = torch.finfo(logits_RK.dtype).min  # not -inf: for a row of those, softmax and gradient are NaN
     return logits_RK.masked_fill(left_out_RK, lowest).softmax(dim=-1).masked_fill(left_out_RK, 0)
 
 
@@ -155,7 +158,7 @@ def best(
     bias: Floats | None = None,
     limit: NodeLimit | None = None,
 ) -> Selection:
-    """The k live experts with the highest scores, the bias included; under a limit of nodes, at the best nodes."""
+    """The k live experts with the highest scores, including the bias. If nodes are limited, those at the best nodes."""
     if limit is None or limit.most >= k:
         return select_experts(scores, alive, k, default_beam_size(k), bias)
     count = int(np.count_nonzero(alive[-1]))
@@ -164,15 +167,15 @@ def best(
 
 
 def of_best_nodes(found: Selection, limit: NodeLimit, k: int) -> Selection:
-    """Each row's best k of the experts `found` [R, C], best first, that are at its best nodes.
+    """Each row's best k of the experts `found` [R, C], which are sorted best first, that are at its best nodes.
 
-    A node is as good as the logsumexp of its best k scores. Where those nodes have fewer than k experts, the row's best
-    elsewhere come after them: how many experts a row has must not depend on who hosts them.
+    A node's score is the logsumexp of its best k scores. If those nodes have fewer than k experts, the row's best
+    elsewhere follow: the number of a row's experts must not depend on which nodes host them.
     """
     rows, count = found.valid.shape
     node_RC = np.where(found.valid, limit.nodes[tuple(np.moveaxis(found.coordinates, -1, 0))], -1)
     nodes = int(limit.nodes.max(initial=-1)) + 1
-    # node by node, and of each its experts in order of their scores
+    # sorted by node, and by score within a node
     node_rank_RC, rank_RC = np.divmod(np.sort(node_RC * count + np.arange(count), axis=1), count)
     place_C = np.arange(count)
     begins_RC = np.ones((rows, count), np.bool_)
@@ -205,9 +208,9 @@ def best_others_by_chance(
     bias: Floats | None = None,
     limit: NodeLimit | None = None,
 ) -> Selection:
-    """The best expert, and each of the k - 1 next with probability min(1, k g), g its weight among the k.
+    """The best expert, and each of the k - 1 next with probability min(1, k g), where g is its weight among the k.
 
-    GShard (arXiv 2006.16668), algorithm 1, "random routing", there with k = 2. In evaluation all k.
+    GShard (arXiv 2006.16668), algorithm 1, "random routing", there with k = 2. In evaluation, all k.
     """
     selection = best(scores, alive, k, bias=bias, limit=limit)
     if rng is None:
@@ -230,8 +233,8 @@ def balanced(
 ) -> Selection:
     """In training, one expert for each row and R / E rows for each live expert (BASE, arXiv 2103.16716, section 3.1).
 
-    There a row's expert depends on all rows. In evaluation it is the row's best, so that no row sees another. It takes
-    no bias: no expert gets more rows than another.
+    In training, a row's expert depends on all rows. In evaluation it is the row's best, so that no row affects another.
+    There is no bias, because all experts get equally many rows.
     """
     assert bias is None, "base balances without a bias"
     live = np.argwhere(alive[-1])
@@ -249,19 +252,19 @@ def balanced(
 def softmax_of_answered(
     scores: Sequence[Tensor], alive: PrefixTables, logits_RK: Tensor, answered_RK: Tensor
 ) -> Tensor:
-    """The gate's softmax, renormalised over the experts that were chosen and answered."""
+    """The gate's softmax, renormalised over the chosen experts that answered."""
     return mixture_weights(logits_RK, answered_RK)
 
 
 def probability_among_live(
     scores: Sequence[Tensor], alive: PrefixTables, logits_RK: Tensor, answered_RK: Tensor
 ) -> Tensor:
-    """The softmax over all live experts, not renormalised: with one expert that would weigh 1, and the gate learn
-    nothing (Switch Transformer, arXiv 2101.03961, equation 2).
+    """The softmax over all live experts, not renormalised: otherwise a single expert would weigh 1, and the gate would
+    learn nothing (Switch Transformer, arXiv 2101.03961, equation 2).
     """
     total_R1 = log_total(scores, alive).unsqueeze(1)
     logits_RK = logits_RK.masked_fill(~answered_RK, torch.finfo(logits_RK.dtype).min)
-    # an expert that has come alive since was not in the total
+    # an expert that has become live since was not in the total
     return (logits_RK - total_R1).exp().clamp(max=1).to(logits_RK.dtype)
 
 
@@ -273,7 +276,7 @@ def sigmoid_of_logit(
 
 
 def log_total(scores: Sequence[Tensor], alive: PrefixTables) -> Tensor:
-    """Logarithm of the sum of exp(logit) over all live experts, float64 [R]. Never lists the experts."""
+    """The logarithm of the sum of exp(logit) over all live experts, float64 [R]. Never lists the experts."""
     highest = [scores_RG.detach().double().amax(dim=1, keepdim=True) for scores_RG in scores]
     factors = [(s_RG.double() - top_R1).exp() for s_RG, top_R1 in zip(scores, highest, strict=True)]
     live_PG = torch.from_numpy(alive[-1]).to(factors[-1]).reshape(-1, alive[-1].shape[-1])
@@ -304,27 +307,27 @@ def noisy_scores(
 
 @dataclass(frozen=True)
 class Router:
-    """What tells one router from another."""
+    """The properties of a router."""
 
     choose: Choose = best
     weigh: Weigh = softmax_of_answered
     k: int | None = None
     """Experts for each row; None: the manifest's top_k."""
     only_k: bool = False
-    """No other k is possible."""
+    """Whether no other k is possible."""
     has_noise: bool = False
     balance: Balance = "loss"
-    """What evens out the load unless the settings say otherwise."""
+    """How the load is balanced unless the settings say otherwise."""
     starts_small: bool = False
     """Whether its gate starts with smaller parameters."""
     drops_updates: bool = False
-    """Drops some of what experts answer, in training."""
+    """Whether some of the experts' updates are dropped in training."""
 
 
 ROUTERS: dict[RouterName, Router] = {
     # the paper, section 3.1
     "product-key": Router(balance="bias"),
-    # Shazeer et al. 2017 with GShard's choice of the second
+    # Shazeer et al. 2017 with GShard's choice of the second expert
     "noisy-top-k": Router(best_others_by_chance, k=2, has_noise=True),
     # Fedus et al. 2021
     "switch": Router(
@@ -343,34 +346,35 @@ ChooseBy: TypeAlias = Literal["token", "sequence"]
 
 @dataclass(frozen=True)
 class Routing:
-    """A router with its figures."""
+    """A router with its parameters."""
 
     name: RouterName = "product-key"
     k: int = 4
     """Experts for each row."""
     choose_by: ChooseBy = "token"
-    """How experts are chosen: with "sequence", all tokens of a sequence go where the mean of its first `prefix` says.
+    """How experts are chosen: with "sequence", all tokens of a sequence go where the mean of its first `prefix` tokens
+    leads.
     """
     prefix: int = 0
-    """0: the mean of all tokens says so, which is not for causal models. With a prefix a model is causal from the
+    """0: the mean of all tokens decides, which is not for causal models. With a prefix, a model is causal only from the
     prediction of the token after it on: tokens of the prefix may not be predicted in the loss.
     """
     balance: Balance | None = None
-    """What evens out the load; None: as the router does."""
+    """How the load is balanced; None: the router's own way."""
     balance_weight: float = 0.01
     """The weight of the balancing loss in the loss."""
     expert_dropout: float = 0.1
     gate_scale: float = 0.1
     nodes_per_token: int | None = None
-    """Nodes that the experts of a row may be at; None: any number."""
+    """How many nodes the experts of a row may be on; None: any number."""
     seed: int = 0
-    """The seed of noise, chance and dropout."""
+    """The seed of noise, random choices and dropout."""
 
     @classmethod
     def of(cls, settings: TrainerSettings, manifest: Manifest, own_seed: int) -> Self:
-        """The routing for a trainer's settings and the manifest. `own_seed` is taken where the settings have none.
+        """The routing for a trainer's settings and the manifest. `own_seed` is used if the settings have no seed.
 
-        Raises SettingsError when the router does not fit the swarm or the other settings.
+        Raises SettingsError if the router does not fit the swarm or the other settings.
         """
         if settings.router == "base" and settings.balance not in (None, "none"):
             raise SettingsError(
@@ -395,7 +399,7 @@ class Routing:
 
     @property
     def has_bias(self) -> bool:
-        """Whether a bias of each expert evens out the load."""
+        """Whether a bias for each expert balances the load."""
         return (self.balance or self.router.balance) in ("bias", "both")
 
     @property
@@ -404,7 +408,9 @@ class Routing:
 
 
 def experts_for_each_row(name: RouterName, asked: int | None, manifest: Manifest) -> int:
-    """K of this router in this swarm: at most the manifest's top_k. Raises SettingsError when it can't be `asked`."""
+    """K of this router in this swarm: at most the manifest's top_k. Raises SettingsError if it can't be the `asked`
+    number.
+    """
     router, most = ROUTERS[name], manifest.routing.top_k
     if name == "base" and manifest.experts.count > MOST_BALANCED:
         raise SettingsError(

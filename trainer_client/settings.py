@@ -30,7 +30,7 @@ Balance = Literal["bias", "loss", "both", "none"]
 Precision = Literal["fp32", "bf16"]
 Objective = Literal["causal", "span-corruption", "infilling", "permutation", "rag-sequence", "rag-token"]
 Marginal = Literal["sequence", "token"]
-"""Over what RAG sums passages: whole answers, or each token of one."""
+"""What RAG sums over passages: whole answers, or each token of one."""
 
 _BALANCED: dict[str, Any] = {
     "router": "product-key",
@@ -47,21 +47,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": _BALANCED,
     "none": {},
 }
-"""What the models of dht/presets.py were measured with (docs/recipe.md)."""
+"""The settings with which the models of dht/presets.py were measured (docs/recipe.md)."""
 
 _VALIDATIONS, _LEAST_STEPS_BETWEEN = 10, 10
-"""Validations between the first and the last, and the fewest steps between two, unless set otherwise."""
+"""The default number of validations between the first and the last, and the default fewest steps between two."""
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s", "min_experts"),
     *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
     *("average_host", "average_port", "p2pd", "start_from"),
 }
-"""Settings that have no influence on what is learned, so that checkpoints leave them out."""
+"""Settings that don't affect what is learned, so checkpoints leave them out."""
 
 
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, completed with those of the preset that they name. An unknown name changes nothing."""
+    """The values, completed by those of the preset that they name. An unknown name changes nothing."""
     name = values.get("preset")
     preset = PRESETS.get(name) if isinstance(name, str) else None  # any value may be given
     return dict(values) if preset is None else {**preset, **values}
@@ -314,12 +314,12 @@ class TrainerSettings(RoleSettings):
         return with_preset(values) if isinstance(values, dict) else values
 
     def saved(self, seed: int) -> dict[str, Any]:
-        """What a checkpoint holds of them, for JSON. `seed`: the one in use."""
+        """The settings that a checkpoint stores, for JSON. `seed`: the one in use."""
         values = self.model_dump(mode="json", exclude=_OF_THIS_MACHINE)
         return values | {"seed": seed, "data": [str(Path(path).absolute()) for path in self.data]}
 
     def resumed(self, saved: Mapping[str, Any]) -> Self:
-        """The settings that a checkpoint holds, overridden by those given now. Raises SettingsError."""
+        """The settings stored in a checkpoint, overridden by those given now. Raises SettingsError."""
         given = self.model_dump(include=self.model_fields_set)
         known = {name: value for name, value in saved.items() if name not in self.removed}
         try:
@@ -328,9 +328,10 @@ class TrainerSettings(RoleSettings):
             raise SettingsError(describe_validation_error(error, type(self))) from error
 
     def in_swarm(self, manifest: "Manifest") -> Self:
-        """These settings with the preset that the swarm's manifest recommends, unless one was set. What was set stays.
+        """These settings with the preset that the swarm's manifest recommends, unless one was set. Values that were set
+        stay.
 
-        Raises SettingsError if the one that was set is for another kind of experts.
+        Raises SettingsError if the preset that was set is for another kind of experts.
         """
         preset = manifest.preset
         if self.preset is not None:

@@ -1,8 +1,8 @@
-"""Averaging the dense part with other trainers, in pairs.
+"""Averages the dense part with other trainers, in pairs.
 
-Every now and then a trainer calls another that it can reach, and both take the average; a trainer that nobody can reach
-calls others all the same. Pairs are enough (NoLoCo, arXiv 2506.10911). A new trainer takes the dense part of another to
-begin with: of three, the one nearest to the other two.
+Now and then a trainer calls another one that it can reach, and both adopt the average. A trainer that nobody can reach
+still calls others. Pairs are enough (NoLoCo, arXiv 2506.10911). A new trainer starts from another's dense part: of
+three, the one nearest to the other two.
 """
 
 import asyncio
@@ -52,21 +52,23 @@ from trainer_client.averaging.exchange import (
 logger: logging.Logger = logging.getLogger(__name__)
 
 _DEADLINE_S = 120.0
-"""The longest time that two trainers may take to exchange their dense parts."""
+"""The longest time for two trainers to exchange their dense parts."""
 _MAX_RECORDS = 256
-"""Trainers whose records are read in one search, at most; if there are more, a random sample."""
+"""The most trainers whose records one search reads, drawn at random if there are more."""
 _FIRST_PAUSE_S = 1.0
-"""The pause between the first two searches; it doubles up to the usual pause."""
+"""The pause between the first two searches. It doubles up to the usual pause."""
 _TAKE_ATTEMPTS = 6
-"""Trainers that a new one asks for their dense part, at most."""
+"""The most trainers that a new one asks for their dense part."""
 _PATIENCE_S = 60.0
-"""How much longer the others get once one has given it."""
+"""How much more time the other trainers get once one has given its dense part."""
 _REST = 3.0
-"""After an exchange, its duration times this is left to the calls to experts."""
+"""After an exchange, the line is left to calls to experts for this many times the exchange's duration."""
 _CALLS_IN_TURN = 4
-"""How many exchanges each other trainer may begin with this one while it begins one: a faster one calls more often."""
+"""How many exchanges another trainer may begin with this one for each that this one begins: a faster trainer calls more
+often.
+"""
 _OPEN_S = 10.0
-"""The longest time that opening a session may take."""
+"""The longest time for opening a session."""
 MAX_CALLS = 8
 
 
@@ -79,11 +81,11 @@ class AveragingSchedule:
     search_every_s: float
     """Seconds between two searches for other trainers."""
     deadline_s: float = _DEADLINE_S
-    """The longest time that an exchange may take."""
+    """The longest time for an exchange."""
 
 
 class Averaging:
-    """Averages one model with other trainers. `start` it, let it `keep_meeting` others, and `close` it at the end."""
+    """Averages one model with other trainers. `start` it, call `keep_meeting`, and `close` it at the end."""
 
     def __init__(
         self,
@@ -98,18 +100,18 @@ class Averaging:
         rights: Sequence[Right] = (session_pb2.RIGHT_AVERAGE,),
         rng: random.Random | None = None,
     ) -> None:
-        """`admission`: the swarm's rules and this peer's badge; None admits everybody. `rights`: with which it calls
-        others.
+        """`admission`: the swarm's rules and this peer's badge; None admits everybody. `rights`: for calls to other
+        trainers.
 
-        `channels`: to other trainers, for this alone. `relays`: through which others reach this one; None: they reach
-        it at its addresses, or not at all.
+        `channels`: to other trainers, used only here. `relays`: through which others reach this one; None: they reach
+        it at its own addresses, or not at all.
         """
         self.exchange = exchange
         self.part: SharedParameters = exchange.part
         self.form: DenseForm = exchange.form
         self.relays = relays
         self.partners: tuple[TrainerInfo, ...] = ()
-        """Trainers of the same model, as of the last search."""
+        """Trainers of the same model, according to the last search."""
         self.certificate: bytes = b""
         self.addresses: tuple[Endpoint, ...] = ()
         swarm_id, deadline_s = self.form.swarm_id, schedule.deadline_s
@@ -161,7 +163,7 @@ class Averaging:
         self._unsubscribe = self.part.subscribe(partial(_wake, asyncio.get_running_loop(), self._stepped))
 
     async def open_for(self, caller: PeerID, relay: PeerID | None = None) -> Pipe:
-        """A connection for a trainer that comes through this one's tunnel, or by this relay. Raises OSError."""
+        """A connection for a trainer that comes through this one's tunnel, or through this relay. Raises OSError."""
         return await self._server.open_for(caller, relay)
 
     def keep_meeting(self, tasks: TaskSet) -> None:
@@ -186,9 +188,9 @@ class Averaging:
         )
 
     async def average_with(self, partner: TrainerInfo) -> DenseMerge:
-        """Exchanges dense parts with the partner, and waits until this trainer's has been merged.
+        """Exchanges dense parts with the partner, and waits until this trainer's own has been merged.
 
-        Raises ExpertError if one of the two averages with another, TransferError and StateError; then nothing changes.
+        Raises ExpertError if one of the two is already averaging, TransferError and StateError. Then nothing changes.
         """
         self.exchange.begin()
         try:
@@ -201,15 +203,15 @@ class Averaging:
             self.exchange.end()
 
     async def take_whole(self) -> int | None:
-        """Takes over the dense part of another trainer, if this one has far fewer steps behind it than most that have
-        any.
+        """Adopts another trainer's dense part, if this one has far fewer steps behind it than most that have any.
 
-        Of up to three that are given, the medoid of the parameters is taken, never what claims most; of two, the nearer
-        to this trainer's. Buffers are the elementwise median, and the age is the lower median of the claims. Returns
-        the age; None if nobody gave an older dense part. Raises UnreachableError when the DHT does not answer.
+        Of up to three that are given, the medoid of the parameters is taken, never the one that claims most; of two,
+        the one nearer to this trainer's own. Buffers are the elementwise median, and the age is the lower median of the
+        claims. Returns the age; None if no trainer gave an older dense part. Raises UnreachableError if the DHT does
+        not answer.
         """
         await self.find_partners()
-        # those with none are joining, too, and their records say so until they are renewed
+        # trainers without steps are still joining, and their records say so until they are renewed
         ages = [partner.dense_age for partner in self.partners if partner.dense_age]
         if not ages or not is_behind(self.part.age, median_low(ages)):
             return None
@@ -226,7 +228,7 @@ class Averaging:
         return age
 
     async def _take(self, partner: TrainerInfo, mine: DensePart) -> PeerDensePart | None:
-        """None if that trainer does not give one, or one that cannot be used."""
+        """None if that trainer gives no dense part, or one that can't be used."""
         request = dense_pb2.TakeRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=self.form.swarm_id, fingerprint=self.form.fingerprint
         )
@@ -247,7 +249,7 @@ class Averaging:
         return {**trained(taken), **elementwise_median(voices, self.form.buffers)}
 
     async def _swap(self, partner: TrainerInfo, mine: Snapshot) -> SnapshotReceiver:
-        """Sends this trainer's dense part and returns the partner's, not yet checked."""
+        """Sends this trainer's dense part and returns the partner's, unchecked."""
         deadline_s, clock = self._schedule.deadline_s, self.exchange.clock
         began = clock()
         try:
@@ -263,7 +265,7 @@ class Averaging:
                 await receive(call, incoming, RateLimit(None), begun=accepted.set)
         except grpc.aio.AioRpcError as error:
             if error.code() is StatusCode.UNAUTHENTICATED:
-                self._service.sessions.ended(partner.peer_id, session)  # the next time opens another
+                self._service.sessions.ended(partner.peer_id, session)  # the next exchange opens another
             if error.code() is StatusCode.RESOURCE_EXHAUSTED:
                 said = f"{partner.peer_id} averages with another, or did so with this trainer a moment ago"
                 raise ExpertError(error.code(), said) from error
@@ -279,7 +281,7 @@ class Averaging:
         return incoming
 
     async def _send(self, call: Any, mine: Snapshot, to: PeerID, accepted: asyncio.Event) -> None:
-        """Waits until the offer is accepted: writing to a call that is refused would hide the reason."""
+        """Sends once the offer is accepted: writing to a call that is refused would hide the reason."""
         offer = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self.form.swarm_id,
@@ -294,7 +296,7 @@ class Averaging:
         await call.done_writing()
 
     async def _keep_searching(self) -> None:
-        """Searches until cancelled, with short pauses at first, when others may be about to join."""
+        """Searches until cancelled, with short pauses at first, because others may be about to join."""
         pause_s = min(_FIRST_PAUSE_S, self._schedule.search_every_s)
         while True:
             try:
@@ -305,8 +307,8 @@ class Averaging:
             pause_s = min(2 * pause_s, self._schedule.search_every_s)
 
     async def _keep_averaging(self) -> None:
-        """Calls from others postpone it, by `every` steps at most: otherwise one of them could keep this trainer to
-        itself.
+        """Averages until cancelled. Others' calls postpone the next average, but by at most `every` steps: otherwise
+        one of them could monopolise this trainer.
         """
         exchange, after, ended_at_step = self.exchange, self._steps_to_next(), 0
         while True:
@@ -331,7 +333,8 @@ class Averaging:
     def _steps_to_next(self) -> int:
         """Steps to the next exchange that this trainer begins.
 
-        It is random, since two trainers in lockstep would call each other at the same moment again and again.
+        The number is random: two trainers in lockstep would otherwise call each other at the same moment again and
+        again.
         """
         return max(1, round(self._schedule.every * self._rng.uniform(0.5, 1.5)))
 

@@ -1,8 +1,8 @@
-"""The dense part of a model, as trainers give it to each other: its form, its bytes, and how it is merged.
+"""The dense part of a model, as trainers exchange it: its form, its encoding, and how it is merged.
 
-A dense part is the trainer's own parameters, without the optimizer's moments, and the buffers of floats that are saved
-with them: the biases that even out the experts' load. `SharedParameters` stands between the
-thread that trains it and those who average it: they read it at any time, and it changes at the end of a step.
+A dense part consists of the trainer's own parameters, without the optimizer's moments, and the float buffers that are
+saved with them: the biases that balance the experts' load. `SharedParameters` stands between the thread that trains the
+dense part and the averaging code, which may read it at any time. It changes only at the end of a step.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from peer.clipping import Distances, OwnMoves, Tensors, at_base, believed_update
 from peer.errors import OutOfReachError, StateError
 
 MAX_BUFFER = 1e9
-"""Largest number in a buffer. A bias is a few times as large as the gate's scores; this is far from overflow."""
+"""The largest number in a buffer. A bias is a few times as large as the gate's scores; this is far from overflow."""
 MAX_AGE = 10**12
-"""The limit in steps. Nobody trains for so long: a higher claim counts as this one, so that lies do not add up."""
+"""The limit in steps. Nobody trains for so long: a higher claim counts as this one, so that lies don't add up."""
 _MOST_SCALE = 4.0
-"""How many times as large as one's own numbers another trainer's may be, in the whole or in one tensor."""
+"""How many times as large as this trainer's own numbers another's may be, overall or in one tensor."""
 _LEAST_LIKENESS = 0.25
-"""Smallest cosine between another trainer's dense part and this trainer's. Both start equal: moving away from the start
-by three times its own norm leaves 0.3, while noise or a flipped sign gives 0 or less.
+"""The smallest cosine between another trainer's dense part and this trainer's. Both start equal: moving away from the
+start by three times its norm leaves 0.3, while noise or a flipped sign gives 0 or less.
 """
 _MERGES_REMEMBERED = 64
-"""Averagings that `take_merges` can still return, at most."""
+"""The most averagings that `take_merges` returns."""
 
 
 class Header(CheckpointHeader):
@@ -48,15 +48,15 @@ class Header(CheckpointHeader):
 
 @dataclass(frozen=True)
 class DenseForm:
-    """What two dense parts must share to be averaged: swarm, names, shapes, dtypes and meanings."""
+    """What two dense parts must have in common to be averaged: swarm, names, shapes, dtypes and meanings."""
 
     swarm_id: str
     fingerprint: bytes
-    """SHA-256 of all of it, 32 bytes."""
+    """SHA-256 of everything below, 32 bytes."""
     kinds: Mapping[str, tuple[torch.Size, torch.dtype]]
     """Shape and dtype of each parameter and buffer, by name."""
     buffers: frozenset[str]
-    """Buffers, which no gradient trains: their size and direction don't show where training has led."""
+    """Buffers. No gradient trains them, so their size and direction don't show where training has led."""
 
     @classmethod
     def of(cls, model: nn.Module, swarm_id: str, *meanings: str) -> Self:
@@ -68,7 +68,7 @@ class DenseForm:
 
     @property
     def max_bytes(self) -> int:
-        """Upper bound of an encoded dense part's size, names and header included."""
+        """The limit for an encoded dense part, names and header included."""
         numbers = sum(shape.numel() * dtype.itemsize for shape, dtype in self.kinds.values())
         return numbers + self.max_outline_bytes
 
@@ -78,12 +78,12 @@ class DenseForm:
         return 1024 * (len(self.kinds) + 4)
 
     def to_bytes(self, tensors: Tensors, age: int) -> bytes:
-        """Tensors on the CPU, contiguous."""
+        """`tensors`: contiguous, on the CPU."""
         header = Header(swarm_id=self.swarm_id, fingerprint=self.fingerprint.hex(), age=age)
         return encode_checkpoint(header, dict(tensors))
 
     def from_bytes(self, data: bytes, age: int) -> dict[str, Tensor]:
-        """Raises StateError when they are not a dense part of this form and age, or a number is not finite or, in a
+        """Raises StateError if the data is not a dense part of this form and age, or if a number is not finite or, in a
         buffer, too large.
         """
 
@@ -106,37 +106,35 @@ class DenseForm:
 
 
 def fingerprint_of(swarm_id: str, kinds: Outline, *meanings: str) -> bytes:
-    """The fingerprint of the form of a dense part with these tensors, parameters and buffers. `meanings`: as in
-    `DenseForm.of`.
-    """
+    """The fingerprint of a dense part with these parameters and buffers. `meanings`: as in `DenseForm.of`."""
     told = sorted((name, list(shape), str(dtype)) for name, (shape, dtype) in kinds.items())
     return hashlib.sha256(json.dumps([swarm_id, told, meanings]).encode()).digest()
 
 
 def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of floats that are saved with a model, by name."""
+    """The float buffers that are saved with a model, by name."""
     saved = model.state_dict().keys()
     return {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
 
 
 def require_bounded(buffers: Tensors) -> None:
-    """Raises StateError when one has a number that is not finite or beyond ±`MAX_BUFFER`."""
+    """Raises StateError if a number is not finite, or is beyond ±`MAX_BUFFER`."""
     for name, tensor in buffers.items():
-        if not (tensor.abs() <= MAX_BUFFER).all():  # NaN neither
+        if not (tensor.abs() <= MAX_BUFFER).all():  # also true for NaN
             raise StateError(f"its {name:.80} has numbers that are not finite or beyond ±{MAX_BUFFER:.0e}")
 
 
 def require_near(mine: Tensors, theirs: Tensors) -> float:
-    """The norm of the difference, relative to the norm of `mine`. Both have one form and finite numbers.
+    """The norm of the difference, relative to the norm of `mine`. Both have the same form and finite numbers.
 
-    Raises StateError when training cannot have led to `theirs` from the same start: its scale differs too much, in the
-    whole or in one tensor, or its direction. This keeps out broken dense parts, not a clever liar.
+    Raises StateError if training can't have led to `theirs` from the same start, because its scale differs too much,
+    overall or in one tensor, or its direction. This keeps out broken dense parts, not a clever liar.
     """
     own, other, product = _square(mine), _square(theirs), 0.0
     count = max(1, sum(tensor.numel() for tensor in mine.values()))
     for name, tensor in mine.items():
         product += float((tensor.double() * theirs[name].double()).sum())
-        # tensors that begin as zeros may grow to what the others measure
+        # tensors that begin as zeros may grow to the scale of the others
         usual = max(_mean_square(tensor), own / count)
         if _mean_square(theirs[name]) > _MOST_SCALE**2 * usual:
             raise StateError(f"its {name:.80} is far larger than this trainer's")
@@ -166,18 +164,18 @@ class DensePart:
 
 @dataclass(frozen=True)
 class DenseMerge:
-    """One averaging, as this trainer sees it."""
+    """One averaging, from this trainer's side."""
 
     peer: str
     """The other trainer's PeerID."""
     share: float
-    """Weight of the other trainer in the average."""
+    """The other trainer's weight in the average."""
     age: int
-    """The age of this trainer's dense part afterwards."""
+    """The age of this trainer's dense part after the averaging."""
     difference: float
-    """Norm of the difference between the two, relative to the norm of this trainer's."""
+    """The norm of the difference between the two, relative to the norm of this trainer's own."""
     belief: float
-    """How much of the difference was not clipped away, 0 to 1."""
+    """The share of the difference that was not clipped away, 0 to 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,15 +193,15 @@ class _Waiting:
 class SharedParameters:
     """A model's parameters and saved buffers, shared between the training thread and others.
 
-    One thread takes optimizer steps inside `stepping`. Others read the parameters and hand in what is to be merged;
-    that happens at the end of the next step, so no step waits and no forward pass sees a change.
+    One thread takes optimizer steps inside `stepping`. Others read the parameters and hand in what should be merged.
+    Merging happens at the end of the next step, so no step waits and no forward pass sees a change.
     """
 
     def __init__(self, model: nn.Module, age: int = 0) -> None:
-        """`age`: steps that have gone into the parameters already."""
+        """`age`: steps that have already gone into the parameters."""
         self.model = model
         self.steps: int = 0
-        """Taken by this trainer."""
+        """Steps taken by this trainer."""
         self._age = age
         self._subscribers: tuple[Callable[[], None], ...] = ()
         buffers = shared_buffers(model)
@@ -216,7 +214,7 @@ class SharedParameters:
 
     @property
     def age(self) -> int:
-        """Steps that have gone into the parameters, including those of other trainers they were averaged with."""
+        """Steps that have gone into the parameters, including those of other trainers that they were averaged with."""
         return self._age
 
     def subscribe(self, on_step: Callable[[], None]) -> Callable[[], None]:
@@ -241,23 +239,24 @@ class SharedParameters:
             on_step()
 
     def read(self) -> DensePart:
-        """May be called on any thread."""
+        """A copy of the parameters and buffers. May be called on any thread."""
         with self._changing:
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors.items()}
             return DensePart(tensors, self._age)
 
     def moves_to(self, base: DensePart) -> Distances:
-        """How far this trainer's own steps led to `base`, which was read here, since the last averaging.
+        """How far this trainer's own steps have moved the parameters since the last averaging, up to `base`, which was
+        read here.
 
-        May be called on any thread, while no averaging waits for the end of a step.
+        May be called on any thread, while no merge is pending.
         """
         return self._own_moves.present(base.tensors)
 
     def require_in_reach(self, base: DensePart, theirs: Tensors, moves: Distances) -> None:
-        """Raises OutOfReachError when `theirs` is further from `base` than trainers of like speed are from each other.
+        """Raises OutOfReachError if `theirs` is further from `base` than trainers of similar speed are from each other.
 
-        `moves`: those to `base`. A trainer that has not moved has no measure: it refuses nobody, and believes nobody
-        (`merge`). May be called as `moves_to` may.
+        `moves`: the moves up to `base`. A trainer that has not moved has no measure: it refuses no other, and accepts
+        no change (`merge`). May be called when `moves_to` may.
         """
         names = self._tensors.keys() - self._buffers
         reach = self._own_moves.reach(moves, names)
@@ -277,8 +276,8 @@ class SharedParameters:
         """Moves the parameters, at the end of the next step, by up to `share` of the way from `base` to `theirs`.
 
         `base` was read here, and `theirs` is what the other trainer had at that time. Each tensor moves no further than
-        this trainer's own steps move it from one averaging to the next (`peer.clipping`). `moves`: those to `base`. The
-        age grows as far as the difference was believed. May be called on any thread.
+        this trainer's own steps move it between averagings (`peer.clipping`). `moves`: the moves up to `base`. The age
+        grows by the accepted share of the difference. May be called on any thread.
         """
         waiting = _Waiting(peer, base, theirs, their_age, share, difference, moves)
         self._waiting.append(waiting)
@@ -286,7 +285,7 @@ class SharedParameters:
 
     @torch.no_grad()
     def replace(self, tensors: Tensors, age: int) -> None:
-        """Takes over saved parameters, or another trainer's to begin with. Not while a step is under way."""
+        """Replaces the parameters, by saved ones or at the start by another trainer's. Don't call it during a step."""
         with self._changing:
             for name, tensor in self._tensors.items():
                 tensor.copy_(tensors[name])

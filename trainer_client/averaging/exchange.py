@@ -1,7 +1,7 @@
 """One exchange of dense parts with another trainer: what both sides do, and the service that others call.
 
-`DenseExchange` holds what this trainer needs for its exchanges, whichever side began them. `DenseServicer` is the gRPC
-service: other trainers exchange dense parts through it, or take this trainer's to begin with.
+`DenseExchange` holds what this trainer needs for exchanges, whichever side begins them. `DenseServicer` is the gRPC
+service: through it, other trainers exchange dense parts, or fetch this trainer's to start from.
 """
 
 import asyncio
@@ -42,11 +42,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_SNAPSHOTS = 2
 _SNAPSHOT_LIFETIME_S = 300.0
-"""How long a snapshot is kept, so that a trainer that was cut off can go on downloading it."""
+"""How long a snapshot is kept, so that an interrupted download can resume."""
 _BACKOFF_S, _LONGEST_BACKOFF_S = 10.0, 900.0
 _MAX_TAKERS = 4
 _CALLERS = 1024
-"""Callers whose last exchange is remembered."""
+"""How many callers' last exchanges are remembered."""
 
 Requests = AsyncIterator[dense_pb2.ExchangeRequest]
 ExchangeContext = grpc.aio.ServicerContext[dense_pb2.ExchangeRequest, state_pb2.FetchReply]
@@ -54,7 +54,7 @@ TakeContext = grpc.aio.ServicerContext[dense_pb2.TakeRequest, state_pb2.FetchRep
 
 
 class AveragingMetrics:
-    """What one trainer counts of its exchanges with others, for all models together."""
+    """What one trainer counts about its exchanges with others, over all models."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         ends = Counter(
@@ -63,7 +63,7 @@ class AveragingMetrics:
             ["end"],
             registry=metrics,
         )
-        # refused: broken, or too far from this trainer's; failed: begun here, and broken off or not answered
+        # refused: broken, or too far from this trainer's; failed: begun here, and interrupted or not answered
         self.ends: Counter = start_at_zero(ends, "averaged", "refused", "failed", "given")
         moved = Counter(
             "talkoot_trainer_dense_bytes",
@@ -82,13 +82,13 @@ class Snapshot:
     """The fingerprint of its form."""
     part: DensePart
     met: Mapping[PeerID, Meeting]
-    """Each trainer that this one had averaged with by then, and the ages of both after that."""
+    """For each trainer that this one had averaged with by then, the ages of both after that."""
     data: bytes
     sha256: bytes
     expires_at: float
 
     def header(self, peer_id: PeerID | None = None) -> state_pb2.StateHeader:
-        """The header for the peer that receives the dense part; None: one that starts from it."""
+        """The header for the peer that receives the dense part. None: for a trainer that starts from it."""
         return state_pb2.StateHeader(
             update_count=self.part.age,
             total_bytes=len(self.data),
@@ -105,11 +105,11 @@ class PeerDensePart:
     age: int
     difference: float
     moves: Distances
-    """How far this trainer's own steps had led, since its last averaging, to its dense part at the same moment."""
+    """How far this trainer's own steps had moved its dense part by the same moment, since its last averaging."""
 
 
 class DenseExchange:
-    """What a trainer needs for its exchanges, one at a time. Its methods belong to the loop's thread."""
+    """What a trainer needs for its exchanges, one at a time. Call its methods on the loop's thread."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class DenseExchange:
         clock: Callable[[], float] = time.monotonic,
         guard: ParseGuard | None = None,
     ) -> None:
-        """`guard`: of the parser of dense parts."""
+        """`guard`: for parsing dense parts."""
         self.form = form
         self.part = part
         self.metrics: AveragingMetrics = metrics or AveragingMetrics()
@@ -129,14 +129,14 @@ class DenseExchange:
         """Trainers whose dense parts could not be used, or that kept this one waiting: they may not call either."""
         self.clock = clock
         self.ended_at_step: int = 0
-        """Steps of this trainer when the last exchange ended that it began, or that changed its dense part."""
+        """This trainer's step count at the end of the last exchange that it began, or that changed its dense part."""
         self.is_running = False
         self._guard = guard or ParseGuard()
         self._history: AveragingHistory[bytes] = AveragingHistory(clock)
         self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(_MAX_SNAPSHOTS, _SNAPSHOT_LIFETIME_S)
 
     def begin(self) -> None:
-        """Raises ExpertError (RESOURCE_EXHAUSTED) while another exchange is running."""
+        """Raises ExpertError (RESOURCE_EXHAUSTED) while another exchange is in progress."""
         if self.is_running:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED, "this trainer averages with another; try again soon"
@@ -148,22 +148,23 @@ class DenseExchange:
         self.ended_at_step = self.part.steps
 
     def break_off(self) -> None:
-        """Ends an exchange that another trainer began and that came to nothing. This trainer's own next one is due as
-        before: otherwise strangers who begin one after another, each with a new key, would keep it from all.
+        """Ends an exchange that another trainer began and that failed. This trainer's own next exchange is not
+        postponed: otherwise strangers who begin one exchange after another, each with a new key, would keep it from
+        all.
         """
         self.is_running = False
 
     async def snapshot(self) -> Snapshot:
-        """A snapshot of the dense part as it is now."""
+        """A snapshot of the present dense part."""
         met = self._history.of(self.form.fingerprint)
         part, data, sha256 = await asyncio.to_thread(self._pack)
         expires_at = self.clock() + _SNAPSHOT_LIFETIME_S
         return Snapshot(self.form.fingerprint, part, met, data, sha256, expires_at)
 
     async def cached_snapshot(self, sha256: bytes) -> Snapshot:
-        """The snapshot with that checksum, or a current one if `sha256` is empty, which is then kept for a while.
+        """The snapshot with that checksum. If `sha256` is empty, a current one, which is then kept for a while.
 
-        Raises ExpertError (FAILED_PRECONDITION) if there is none with that checksum any more.
+        Raises ExpertError (FAILED_PRECONDITION) if there is no snapshot with that checksum any more.
         """
         if sha256:
             found = self._snapshots.find(self.form.fingerprint, sha256, self.clock())
@@ -180,11 +181,11 @@ class DenseExchange:
         return snapshot
 
     async def check(self, mine: DensePart, incoming: SnapshotReceiver, peer_id: PeerID) -> PeerDensePart:
-        """Raises StateError when what was received from the peer must not be averaged with."""
+        """Raises StateError if the received dense part must not be averaged with."""
         return await asyncio.to_thread(self._open, mine, incoming, peer_id)
 
     def refuse(self, peer_id: PeerID, error: StateError) -> None:
-        """Has nothing to do with that trainer for a while, each time for longer."""
+        """Refuses any exchange with that trainer for a while, longer each time."""
         self.metrics.ends.labels("refused").inc()
         self.refused.failed(peer_id, self.clock())
         logger.warning("ignoring the dense part of trainer %s: %s", peer_id, error)
@@ -197,7 +198,7 @@ class DenseExchange:
     async def merge(
         self, base: Snapshot, theirs: PeerDensePart, met_update_count: int, peer_id: PeerID
     ) -> DenseMerge:
-        """Merges at the end of the next step, and waits for it."""
+        """Merges at the end of the next step, and waits for that."""
         met = last_meeting(base.met.get(peer_id), met_update_count)
         their_age = self._history.capped_claim(self.form.fingerprint, base.part.age, theirs.age)
         share = partner_weight(base.part.age, their_age, met)
@@ -242,8 +243,9 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
     def __init__(
         self, exchange: DenseExchange, me: PeerID, sessions: Sessions, deadline_s: float, least_steps: int
     ) -> None:
-        """`sessions`: of those who may call. `deadline_s`: the longest that a call may take. `least_steps`: of this
-        trainer, between two exchanges with the same caller. Each may move its dense part (`peer.clipping`).
+        """`sessions`: with the trainers that may call. `deadline_s`: the longest time of a call. `least_steps`: this
+        trainer's steps between two exchanges with the same caller, because each may move its dense part
+        (`peer.clipping`).
         """
         self._exchange = exchange
         self._me = me
@@ -263,7 +265,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
             await self._give(request, context)
 
     async def close(self) -> None:
-        """Gives up the merges that still wait for the end of a step."""
+        """Gives up merges that still wait for the end of a step."""
         await self._merging.aclose()
 
     async def _answer(self, requests: Requests, context: ExchangeContext) -> None:
@@ -285,7 +287,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
             self._merging.spawn(merge, "merge a dense part")
             merging = True
         except OutOfReachError as error:
-            exchange.refuse(caller, error)  # this one may still be in the caller's reach
+            exchange.refuse(caller, error)  # this trainer may still be within the caller's reach
         except StateError as error:
             exchange.refuse(caller, error)
             raise WireError(str(error)) from error
@@ -306,7 +308,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
         requests: Requests,
         context: ExchangeContext,
     ) -> None:
-        """Sends and receives at the same time. Raises StateError when what arrives is not what was offered."""
+        """Sends and receives at the same time. Raises StateError if what arrives is not what was offered."""
         sending = asyncio.create_task(self._send(mine, caller, 0, context))
         try:
             pace = TransferPace()

@@ -1,7 +1,7 @@
 """The encoded text and the batches drawn from it.
 
-A `Corpus` holds the text as tokens in a file that is mapped into memory, so it may be larger than the memory. A
-`Dataset` cuts it into sequences, in an order that follows from a seed and a position alone.
+A `Corpus` holds the text as tokens in a memory-mapped file, so it may be larger than the memory. A `Dataset` cuts it
+into sequences, in an order that depends only on a seed and a position.
 
 Shapes: B sequences, T the model's context, N positions.
 """
@@ -37,15 +37,15 @@ class Corpus:
     """All text to learn from, encoded."""
 
     tokens: Tokens
-    """Mapped into memory: read from disk where they are used."""
+    """Memory-mapped: read from disk where they are used."""
     sha256: str
     """The first half of the tokens' SHA-256. Equal corpora give equal batches."""
 
 
 def encode_corpus(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path) -> Corpus:
-    """Encodes the text of the files into `folder`. The last one stays there, and is used again if nothing has changed.
+    """Encodes the text of the files into `folder`. The result stays there, and is used again if nothing has changed.
 
-    One process at a time may do so. Raises DataError if it is not text, and StartError if the folder is not writable.
+    For one process at a time. Raises DataError if a file is not text, and StartError if the folder is not writable.
     """
     name = _fingerprint(files, field, tokenizer)
     kind = np.uint8 if len(tokenizer.token_bytes) <= BYTES else np.uint16
@@ -96,7 +96,9 @@ def _fingerprint(files: Sequence[Path], field: str, tokenizer: Tokenizer) -> str
 
 
 def require_length(tokens: Tokens, context: int, token_bytes: Sequence[bytes] | None = None) -> int:
-    """The tokens of a sequence. Raises DataError if the text has none to learn from beside one for validation."""
+    """The number of tokens in a sequence. Raises DataError if the text is too short for one training and one validation
+    sequence.
+    """
     length = context + 1
     if len(tokens) < 2 * length:
         unit = "bytes" if token_bytes is None or len(token_bytes) <= BYTES else "tokens"
@@ -108,10 +110,10 @@ def require_length(tokens: Tokens, context: int, token_bytes: Sequence[bytes] | 
 
 
 class Dataset:
-    """Sequences of context + 1 tokens: the last part of a text for validation, and all before it for training.
+    """Sequences of context + 1 tokens: the last part of a text for validation, and everything before it for training.
 
-    In an epoch each sequence of the training text comes once, in an order of its own, and each epoch cuts the text at
-    different places. A batch follows from the step alone, so training can be resumed anywhere.
+    Each sequence of the training text comes once per epoch. Each epoch has its own order, and cuts the text at
+    different places. A batch depends only on the step, so training can be resumed anywhere.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class Dataset:
         validation_share: float = 0.1,
         token_bytes: Sequence[bytes] | None = None,
     ) -> None:
-        """`token_bytes`: what each token stands for; by default a byte.
+        """`token_bytes`: the bytes that each token stands for; by default, one byte each.
 
         Raises DataError if the text is too short for one sequence of each part.
         """
@@ -131,7 +133,7 @@ class Dataset:
         self.train, self.validation = tokens[:-held_out], tokens[-held_out:]
         self.context = context
         self.sequences: int = max(1, len(self.train) // context - 1)
-        """Number of sequences in an epoch."""
+        """The number of sequences in an epoch."""
         self._offsets = min(context, len(self.train) - self.sequences * context)
         self._bytes_of = np.array(
             [1] * BYTES if token_bytes is None else [len(token) for token in token_bytes]
@@ -139,7 +141,7 @@ class Dataset:
         self._seed = seed
 
     def batch(self, step: int, batch_size: int) -> Tensor:
-        """The int64 tokens of a step, always the same. [B, T + 1]"""
+        """The int64 tokens [B, T + 1] of a step, always the same."""
         positions_B = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs_B, indices_B = np.divmod(positions_B, self.sequences)
         starts_B = np.empty_like(positions_B)
@@ -156,7 +158,7 @@ class Dataset:
         return [self._sequences(self.validation, part) for part in np.split(starts, count)]
 
     def bytes_per_token(self, batches: Sequence[Tensor], first: int = 1) -> float:
-        """The mean over each sequence's tokens from `first` on, which are those that a model predicts."""
+        """The mean over each sequence's tokens from `first` on, the ones that a model predicts."""
         return float(np.mean([self._bytes_of[tokens[:, first:].numpy()].mean() for tokens in batches]))
 
     def _sequences(self, tokens: Tokens, starts_B: NDArray[np.int64]) -> Tensor:
@@ -165,14 +167,14 @@ class Dataset:
 
 
 def shuffle_keys(seed: int, epoch: int) -> list[np.uint64]:
-    """Keys for `shuffled`, and one number more that may be used for anything else."""
+    """Keys for `shuffled`, and one more number for any other use."""
     return list(np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS + 1, np.uint64))
 
 
 def shuffled(indices_N: NDArray[np.int64], count: int, keys: Sequence[np.uint64]) -> NDArray[np.int64]:
     """The place of each index in a random permutation of `count` items, computed without listing it: int64 [N] -> [N].
 
-    A Feistel cipher over the next power of 4, applied until the result is below `count` (cycle walking: Black and
+    A Feistel cipher over the next power of 4, repeated until the result is below `count` (cycle walking: Black and
     Rogaway 2002, section 3). There is one key for each round.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
@@ -189,7 +191,7 @@ def shuffled(indices_N: NDArray[np.int64], count: int, keys: Sequence[np.uint64]
 
 
 def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64: each bit depends on all (Steele et al. 2014, figure 17)."""
+    """The finalizer of SplitMix64: each output bit depends on all input bits (Steele et al. 2014, figure 17)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))

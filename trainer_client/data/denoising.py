@@ -1,7 +1,7 @@
-"""Objectives that corrupt a text which an encoder-decoder has to restore: T5's and BART's.
+"""Objectives that corrupt a text for an encoder-decoder to restore: T5's and BART's.
 
-Pure functions over token ids. Which spans are corrupted is drawn apart from corrupting them, so that both papers'
-examples are tests.
+Pure functions over token ids. Drawing the spans is separate from corrupting them, so that both papers' examples are
+tests.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ DENSITY_BART, MEAN_SPAN_BART = 0.3, 3.0
 
 
 class Span(NamedTuple):
-    """Tokens in a row."""
+    """Consecutive tokens."""
 
     begin: int
     end: int
 
 
 Spans: TypeAlias = Sequence[Span]
-"""In their order, without a token in two of them."""
+"""In order, and without overlap."""
 
 
 class Denoising(NamedTuple):
@@ -39,11 +39,11 @@ def draw_spans(
     mean: float = MEAN_SPAN_T5,
     most: int | None = None,
 ) -> list[Span]:
-    """Spans for `corrupt_spans`: `density` of the tokens, in spans of `mean` tokens on average, or of more if there
-    would be more than `most`.
+    """Spans for `corrupt_spans`: `density` of the tokens, in spans of `mean` tokens on average. Spans are longer if
+    there would be more than `most`.
 
-    Raffel et al. 2020 (arXiv 1910.10683), section 3.3.4. Spans are never empty and never touch. They lie anywhere; T5's
-    own code always corrupts the last token. A text of less than two tokens has none.
+    Raffel et al. 2020 (arXiv 1910.10683), section 3.3.4. Spans are never empty and never touch. They may be anywhere;
+    T5's own code always corrupts the last token. A text of fewer than two tokens has none.
     """
     if length < 2:
         return []
@@ -55,9 +55,10 @@ def draw_spans(
 
 
 def corrupt_spans(tokens: Sequence[int], spans: Spans, sentinels: Sequence[int]) -> Denoising:
-    """Span corruption (T5): each span becomes a sentinel, and the targets are the sentinels with their spans.
+    """Span corruption (T5): each span is replaced by a sentinel, and the targets are the sentinels, each followed by
+    its span.
 
-    One sentinel more ends the targets. Raises ValueError unless there is one for each span and one more.
+    One more sentinel ends the targets. Raises ValueError unless there is one for each span and one more.
     """
     if len(sentinels) <= len(spans):
         raise ValueError(
@@ -73,9 +74,9 @@ def corrupt_spans(tokens: Sequence[int], spans: Spans, sentinels: Sequence[int])
 
 
 def restore_spans(inputs: Sequence[int], targets: Sequence[int], sentinels: Sequence[int]) -> list[int]:
-    """The text that was corrupted: the inputs, with what the targets have behind each sentinel.
+    """The original text: the inputs, with each sentinel replaced by what follows it in the targets.
 
-    The targets may be what a model wrote: sentinels that they lack stand for nothing.
+    A model may have written the targets: sentinels that are missing in them are replaced by nothing.
     """
     known, spans = set(sentinels), dict[int, list[int]]()
     current: list[int] = []
@@ -93,15 +94,15 @@ def draw_infilled(
     density: float = DENSITY_BART,
     mean: float = MEAN_SPAN_BART,
 ) -> list[Span]:
-    """Spans for `infill`: `density` of the tokens, in spans whose lengths are drawn from a Poisson distribution.
+    """Spans for `infill`: `density` of the tokens, in spans with lengths from a Poisson distribution.
 
-    Lewis et al. 2020 (arXiv 1910.13461), section 2.2. A span may be empty. No two of them touch.
+    Lewis et al. 2020 (arXiv 1910.13461), section 2.2. A span may be empty. No two spans touch.
     """
     corrupted = min(round(length * density), length)
     lengths = list[int]()
     while sum(lengths) < corrupted:
         lengths.append(min(int(rng.poisson(mean)), corrupted - sum(lengths)))
-    # no more than there are places for; empty ones give way
+    # at most as many as there are places; empty spans are dropped first
     lengths.sort(reverse=True)
     while len(lengths) > length - corrupted + 1:
         least = lengths.pop()
@@ -111,7 +112,7 @@ def draw_infilled(
 
 
 def infill(tokens: Sequence[int], spans: Spans, mask: int) -> list[int]:
-    """Text infilling (BART): each span becomes one mask, however long it is. The target is the text."""
+    """Text infilling (BART): each span is replaced by one mask, however long it is. The target is the text."""
     _check(spans, len(tokens))
     inputs, at = list[int](), 0
     for begin, end in spans:
@@ -121,7 +122,7 @@ def infill(tokens: Sequence[int], spans: Spans, mask: int) -> list[int]:
 
 
 def sentences_of(tokens: Sequence[int], ends: frozenset[int]) -> list[list[int]]:
-    """The sentences of a text, each with the token that ends it. The last one may lack that."""
+    """The sentences of a text, each with the token that ends it, which the last one may lack."""
     bounds = [0, *(at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens)]
     return [list(tokens[begin:end]) for begin, end in pairwise(bounds) if begin < end]
 
@@ -129,7 +130,7 @@ def sentences_of(tokens: Sequence[int], ends: frozenset[int]) -> list[list[int]]
 def permute_sentences(tokens: Sequence[int], ends: frozenset[int], order: Sequence[int]) -> list[int]:
     """Sentence permutation (BART). `order`: a permutation of the sentences. The target is the text.
 
-    Raises ValueError if it is none.
+    Raises ValueError if `order` is not one.
     """
     sentences = sentences_of(tokens, ends)
     if sorted(order) != list(range(len(sentences))):
@@ -138,7 +139,7 @@ def permute_sentences(tokens: Sequence[int], ends: frozenset[int], order: Sequen
 
 
 def _placed(lengths: Sequence[int], kept: int, rng: np.random.Generator) -> list[Span]:
-    """Spans of these lengths, each at another place between the tokens that are kept."""
+    """Spans of these lengths, each at a different place between the tokens that are kept."""
     places = np.sort(rng.choice(kept + 1, len(lengths), replace=False)).tolist()
     done, spans = 0, []
     for place, length in zip(places, lengths, strict=True):

@@ -1,4 +1,4 @@
-"""What an encoder-decoder learns from a text: pairs of what it reads and what it writes, made by an objective."""
+"""What an encoder-decoder learns from a text: an objective makes pairs of what it reads and what it writes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from trainer_client.data.tokenizer import Tokens
 from trainer_client.settings import Objective
 
 _SHORTER = 2
-"""Tokens by which a sequence of the text is shorter than what the model's context would hold: it is written with the
-token that it ends with, and a `Dataset` gives one token more than its context.
+"""How many tokens shorter than the model's context a sequence of the text is: one for the end token that is written
+with it, and one that a `Dataset` adds to its context.
 """
 _MARKS: Mapping[str, str] = {
     "span-corruption": "<extra_id_0>",
@@ -34,16 +34,16 @@ _ENDS_OF_SENTENCES = (b".", b"!", b"?", b"\n")
 
 
 class Pairs(NamedTuple):
-    """A batch: what the encoder reads, and what the decoder is to write, with the token that ends it."""
+    """A batch: what the encoder reads, and what the decoder should write, including the end token."""
 
     sources: Sequence[Sequence[int]]
     targets: Sequence[Sequence[int]]
 
 
 def marked(prompt: str, objective: str) -> str:
-    """A prompt as a model reads it that has learned by this objective: with a mark where it is to write something.
+    """A prompt in the form that a model trained with this objective reads: with a mark where it should write.
 
-    That is at the end, unless the prompt has marks itself.
+    The mark is added at the end, unless the prompt already has marks.
     """
     mark = _MARKS.get(objective)
     return prompt if mark is None or has_marks(prompt) else prompt + mark
@@ -60,7 +60,7 @@ _Rule: TypeAlias = Callable[[list[int], np.random.Generator, _Vocabulary], Denoi
 
 
 def _continued(tokens: list[int], rng: np.random.Generator, known: _Vocabulary) -> Denoising:
-    """The second half of a text, by its first half (T5's "prefix language modeling")."""
+    """Predicts the second half of a text from its first half (T5's "prefix language modeling")."""
     half = len(tokens) // 2
     return Denoising(tokens[:half], tokens[half:])
 
@@ -90,7 +90,7 @@ RULES: Mapping[Objective, _Rule] = {
 
 
 class PairDataset:
-    """Pairs made from the sequences of a `Dataset`. As there, a batch follows from the step alone."""
+    """Pairs made from the sequences of a `Dataset`. A batch depends only on the step, as there."""
 
     def __init__(
         self,
@@ -101,7 +101,9 @@ class PairDataset:
         seed: int = 0,
         validation_share: float = 0.1,
     ) -> None:
-        """`context`: of an encoder-decoder. `objective`: one of `RULES`. Raises DataError if the text is too short."""
+        """`context`: of an encoder-decoder. `objective`: a key of `RULES`. Raises DataError if the text is too
+        short.
+        """
         special = SpecialTokens(len(token_bytes))
         ends = frozenset(
             number for number, each in enumerate(token_bytes) if each.endswith(_ENDS_OF_SENTENCES)
@@ -123,13 +125,13 @@ class PairDataset:
         return [self._pairs(each, np.random.default_rng(number)) for number, each in enumerate(batches)]
 
     def bytes_per_token(self, batches: Sequence[Pairs], first: int = 0) -> float:
-        """The mean over the targets' tokens from `first` on. Those that are no text have none."""
+        """The mean over the targets' tokens from `first` on. Tokens that are not text count with zero bytes."""
         tokens = [token for pairs in batches for target in pairs.targets for token in target[first:]]
         text = [self._bytes_of[token] for token in tokens if token < len(self._bytes_of)]
         return sum(text) / len(tokens)
 
     def _pairs(self, texts_BT: Tensor, rng: np.random.Generator) -> Pairs:
         made = [self._rule(text, rng, self._known) for text in texts_BT.tolist()]
-        # more masks than tokens may stand in a text
+        # there may be more masks than tokens of text
         sources = [each.inputs[: self._longest] for each in made]
         return Pairs(sources, [[*each.targets, self._known.special.end] for each in made])

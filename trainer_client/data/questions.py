@@ -1,6 +1,6 @@
-"""Questions and their answers, from which a model learns to answer from what a memory holds.
+"""Questions and their answers, from which a model learns to answer from a memory.
 
-They are JSON lines with the fields `question` and `answers`, as encoders of memories learn from them, too.
+They are JSON lines with the fields `question` and `answers`, the same format from which memories' encoders learn.
 """
 
 import hashlib
@@ -18,19 +18,19 @@ from trainer_client.data.sources import as_text, read_json_lines, unreadable
 
 MOST_QUESTIONS = 1_000_000
 MOST_QUESTION = 10_000
-"""Characters."""
+"""In characters."""
 _MOST_LINE = 2**17
-"""Bytes."""
+"""In bytes."""
 _MOST_ANSWERS, _MOST_ANSWER = 64, 256
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and what is right to say."""
+    """A question and its right answers."""
 
     text: str
     answers: tuple[str, ...] = ()
-    """The first is the one that is learned. None at all: the memory does not say it."""
+    """The first one is learned. Empty if the memory does not say it."""
 
     @property
     def answer(self) -> str:
@@ -38,7 +38,9 @@ class Question:
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in a file of JSON lines, and where each is. Raises DataError that names a line with anything else."""
+    """The objects in a file of JSON lines, each with its place. Raises DataError, which names a line with anything
+    else.
+    """
     try:
         for _, place, row in read_json_lines(file, _MOST_LINE):
             yield place, row
@@ -47,7 +49,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_answers(row: dict[str, Any], place: str) -> tuple[str, ...]:
-    """The field `answers`; none if there is no such field. Raises DataError."""
+    """The field `answers`; empty if there is no such field. Raises DataError."""
     answers = row.get("answers", [])
     if (
         not isinstance(answers, list)
@@ -62,7 +64,7 @@ def parse_answers(row: dict[str, Any], place: str) -> tuple[str, ...]:
 
 
 def read_questions(files: Sequence[Path]) -> list[Question]:
-    """All that are in these files. Raises DataError that names the place where something is no question."""
+    """All questions in these files. Raises DataError, which names the place of anything that is not a question."""
     questions: list[Question] = []
     for file in files:
         if file.suffix != ".jsonl":
@@ -94,7 +96,9 @@ def digest_of(questions: Sequence[Question]) -> str:
 
 
 class QuestionBatches:
-    """Batches of questions: in an epoch each comes once, in an order of its own. The last ones are for validation."""
+    """Batches of questions. In an epoch each question comes once, and each epoch has its own order. The last questions
+    are for validation.
+    """
 
     def __init__(
         self,
@@ -104,7 +108,7 @@ class QuestionBatches:
         tokens_of: Callable[[Question], Sequence[int]],
         token_bytes: Sequence[bytes],
     ) -> None:
-        """`tokens_of`: those of a question's answer. Raises DataError if there are fewer than two questions."""
+        """`tokens_of`: the tokens of a question's answer. Raises DataError if there are fewer than two questions."""
         if len(questions) < 2:
             raise DataError(
                 "there is one question to learn from: give at least two, of which one is for validation"
@@ -117,7 +121,7 @@ class QuestionBatches:
         self._tokens_of, self._token_bytes = tokens_of, token_bytes
         lengths = [len(tokens_of(question)) for question in self.validation]
         self.context: int = max(1, round(sum(lengths) / len(lengths)))
-        """Tokens that are learned of a question: those of the answer. The mean."""
+        """The mean number of tokens that are learned from a question: those of the answer."""
 
     def batch(self, step: int, batch_size: int) -> list[Question]:
         """The questions of a step, always the same."""
@@ -130,14 +134,14 @@ class QuestionBatches:
         return [self.train[place] for place in places_B.tolist()]
 
     def validation_batches(self, batch_size: int, count: int) -> list[list[Question]]:
-        """At most `count` batches, spread evenly over the questions for validation, each of which comes once."""
+        """At most `count` batches, spread evenly over the questions for validation, without repeating any."""
         wanted = min(batch_size * count, len(self.validation))
         places = np.linspace(0, len(self.validation) - 1, wanted).astype(int).tolist()
         parts = [places[at : at + batch_size] for at in range(0, wanted, batch_size)]
         return [[self.validation[place] for place in part] for part in parts]
 
     def bytes_per_token(self, batches: Sequence[Sequence[Question]], first: int = 1) -> float:
-        """The mean over the tokens of their answers. An encoder-decoder's end is no text, and has none."""
+        """The mean over the answers' tokens. An encoder-decoder's end token is not text, and counts with zero bytes."""
         tokens = [token for batch in batches for question in batch for token in self._tokens_of(question)]
         text = [len(self._token_bytes[token]) for token in tokens if token < len(self._token_bytes)]
         return sum(text) / max(1, len(tokens))

@@ -16,11 +16,11 @@ from peer.settings import require_extra
 PIECE_BYTES = 2**16
 """Bytes of plain text that are read at once."""
 _LONGEST_LINE = 2**26
-"""Longest line of JSON lines, in bytes. A line is one document, and is read at once."""
+"""The longest line of a JSON lines file, in bytes. A line is one document, and is read at once."""
 _ROWS = 256
 """Rows of Parquet that are read at once."""
 _SUFFIXES = {".txt", ".jsonl", ".parquet"}
-"""Files that are read from a folder. A file named by its path with another suffix is plain text."""
+"""The files that are read from a folder. A file that is named by its path is plain text if it has another suffix."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,16 @@ class Document:
     number: int
     """The number of its line or row, from 1; 0: it is the whole file."""
     pieces: Iterable[str]
-    """The text. To be read before the next document is."""
+    """The text. Read it before the next document."""
     labels: Mapping[str, str]
-    """The requested labels that it has as text."""
+    """The requested labels whose values are text."""
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """All files that the paths name, each once: in the order of the paths, and by name within a folder or glob.
+    """All files that the paths name, without duplicates: in the order of the paths, and by name within a folder or
+    glob.
 
-    Raises DataError for a path that names no file.
+    Raises DataError for a path that matches no file.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -50,7 +51,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 
 def find_texts(paths: Sequence[str]) -> dict[str, list[Path]]:
-    """The files of each path, which is a text of its own.
+    """The files of each path. Each path is a text of its own.
 
     Raises DataError as `find_files` does, and for two paths that name the same files.
     """
@@ -67,10 +68,10 @@ def find_texts(paths: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def read_text(files: Sequence[Path], field: str = "text") -> Iterator[str]:
-    """All text of the files in pieces, with a newline between two documents.
+    """All text of the files in pieces, with a newline between documents.
 
-    A plain file is one document, and so is the `field` of a line or row. Without files, the text is 465 KB of Python's
-    own help. Raises DataError that names the place where something is not text.
+    A plain file is one document, and so is the `field` of each line or row. Without files, the text is 465 KB of
+    Python's own help. Raises DataError, which names the place of anything that is not text.
     """
     if not files:
         yield "\n".join(pydoc_data.topics.topics.values())
@@ -91,7 +92,7 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of the files: each plain file is one, and so is the `field` of each line or row.
 
-    `labels`: other fields that are wanted. Raises DataError that names the place where something is not text.
+    `labels`: other wanted fields. Raises DataError, which names the place of anything that is not text.
     """
     for file in files:
         try:
@@ -109,7 +110,7 @@ def _readable(document: Document) -> Iterator[str]:
 
 
 def unreadable(file: Path, error: OSError) -> DataError:
-    """What to raise in its place."""
+    """The error to raise in its place."""
     return DataError(f"can't read {file}: {error.strerror or error}; check who may read it")
 
 
@@ -148,7 +149,7 @@ def _documents(file: Path, field: str, labels: Sequence[str]) -> Iterator[Docume
 
 
 def as_text(value: str) -> str:
-    """Half of a surrogate pair is valid JSON, and no text."""
+    """Replaces halves of surrogate pairs, which are valid JSON but not text."""
     return value.encode(errors="replace").decode()
 
 
@@ -157,7 +158,7 @@ def _in_pieces(text: str) -> Iterator[str]:
 
 
 def _read_plain(path: Path) -> Iterator[str]:
-    """Pieces that end with white space if there is any, so that no token is cut."""
+    """Pieces that end with white space if possible, so that no token is cut."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     kept, position = "", 0
     with path.open("rb") as file:
@@ -187,9 +188,9 @@ def _decode(
 
 
 def read_json_lines(path: Path, longest: int) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Each line's number, what to call it in errors, and its object. Text in it can be encoded.
+    """Each line's number, its name for errors, and its object. All text in it can be encoded.
 
-    `longest`: bytes of a line. Raises DataError, and OSError.
+    `longest`: the limit for a line, in bytes. Raises DataError and OSError.
     """
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(longest + 1), b""), 1):
@@ -211,7 +212,7 @@ def _object_of(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _read_texts_in_lines(path: Path, field: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Each line's number and values, of which the field is text."""
+    """Each line's number and values; the field is text."""
     for number, where, values in read_json_lines(path, _LONGEST_LINE):
         if field not in values:
             raise DataError(_no_field(field, where, values))
@@ -221,7 +222,7 @@ def _read_texts_in_lines(path: Path, field: str) -> Iterator[tuple[int, Mapping[
 
 
 def _read_parquet(path: Path, field: str, labels: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Each row's number and values, of which the field is text."""
+    """Each row's number and values; the field is text."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

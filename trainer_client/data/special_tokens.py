@@ -1,4 +1,4 @@
-"""Tokens that stand for no text: what an encoder-decoder is given, and writes, beside the tokenizer's."""
+"""Tokens that are not text: those that an encoder-decoder reads and writes in addition to the tokenizer's."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from trainer_client.data.tokenizer import Tokenizer
 
 SENTINELS = 100
-"""The number of sentinels, as many as T5 has."""
+"""The number of sentinels: as many as T5 has."""
 _MARK = re.compile(r"<mask>|<extra_id_(\d{1,2})>")
 
 
 def has_marks(prompt: str) -> bool:
-    """Whether special tokens are named in it."""
+    """Whether the prompt names special tokens."""
     return _MARK.search(prompt) is not None
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The numbers of special tokens, which follow the tokenizer's."""
+    """The ids of special tokens, which follow the tokenizer's."""
 
     first: int
-    """How many tokens the tokenizer has."""
+    """The first id: the tokenizer's number of tokens."""
 
     @property
     def end(self) -> int:
-        """Ends a text that the decoder writes, and is what it begins with (BART)."""
+        """Ends a text that the decoder writes, and also begins it (BART)."""
         return self.first
 
     @property
@@ -40,15 +40,17 @@ class SpecialTokens:
 
     @property
     def vocabulary(self) -> int:
-        """The number of tokens, with the tokenizer's."""
+        """The number of tokens, including the tokenizer's."""
         return self.first + 2 + SENTINELS
 
     def written(self, token_bytes: Sequence[bytes]) -> list[bytes]:
-        """What each token looks like in a text, by its number: `token_bytes`, and marks as T5 and BART write them."""
+        """How each token is written in a text, by id: `token_bytes`, and then T5's and BART's marks."""
         return [*token_bytes, b"", b"<mask>", *(b"<extra_id_%d>" % number for number in range(SENTINELS))]
 
     def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
-        """The tokens of a prompt, in which marks stand for these tokens. In a text to learn from they are text."""
+        """The tokens of a prompt, with marks encoded as special tokens. In a text to learn from, marks are ordinary
+        text.
+        """
         return list(self._encoded(text, tokenizer))
 
     def _encoded(self, text: str, tokenizer: Tokenizer) -> Iterator[int]:

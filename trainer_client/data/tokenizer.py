@@ -13,7 +13,7 @@ from peer.errors import DataError
 from peer.settings import require_extra
 
 BYTES = 256
-"""Size of the vocabulary of bytes."""
+"""The size of the byte vocabulary."""
 MOST_TOKENS = 2**16
 """A token takes two bytes on disk."""
 _LEARNED_FROM = 2**26
@@ -23,19 +23,19 @@ Tokens = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 class Tokenizer(Protocol):
-    """How a model reads text. Every text can be encoded."""
+    """How a model reads text. Any text can be encoded."""
 
     @property
     def token_bytes(self) -> list[bytes]:
-        """What each token stands for, by its id."""
+        """The bytes that each token stands for, by id."""
         ...
 
     def encode(self, *texts: str) -> Tokens:
-        """The tokens of the texts, one after another."""
+        """The tokens of the texts, one text after another."""
         ...
 
     def to_json(self) -> str:
-        """A text from which `load_tokenizer` makes the same tokenizer."""
+        """JSON from which `load_tokenizer` restores the tokenizer."""
         ...
 
 
@@ -64,7 +64,7 @@ class BytePairTokenizer:
         try:
             self._library = Library.from_str(json)
         except BaseException as error:
-            # the library raises nothing narrower than Exception, and where it panics something wider
+            # the library raises plain Exception, and something wider if it panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise DataError(f"this is not a tokenizer: {error}") from error
@@ -76,7 +76,7 @@ class BytePairTokenizer:
             or not set(ByteLevel.alphabet()) <= vocabulary.keys() <= _words(vocabulary, stands_for)
         ):
             raise DataError(f"this is not a tokenizer of byte pairs with at most {MOST_TOKENS} tokens")
-        # which have nothing to do with training
+        # parts that have nothing to do with training
         self._library.no_padding()
         self._library.no_truncation()
         if max(self._library.encode("a").ids, default=0) >= len(vocabulary):
@@ -87,7 +87,7 @@ class BytePairTokenizer:
 
     @classmethod
     def learn(cls, text: Iterable[str], characters: int, vocabulary: int) -> "BytePairTokenizer":
-        """`characters`: about how many the text has. A short one yields fewer than `vocabulary` tokens."""
+        """`characters`: roughly how many the text has. A short text yields fewer than `vocabulary` tokens."""
         require_extra("tokenizers", "bpe", "a tokenizer of byte pairs")
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -115,12 +115,12 @@ class BytePairTokenizer:
 
 
 def load_tokenizer(json: str) -> Tokenizer:
-    """The tokenizer whose `to_json` this is. Raises DataError."""
+    """Restores a tokenizer from its `to_json`. Raises DataError."""
     return BytePairTokenizer(json) if json else ByteTokenizer()
 
 
 def read_tokenizer(name: str) -> Tokenizer:
-    """`name`: bytes, or the path of a `tokenizer.json`, the format of the library `tokenizers`. Raises DataError."""
+    """`name`: `bytes`, or the path of a `tokenizer.json`, the format of the library `tokenizers`. Raises DataError."""
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name)
@@ -139,7 +139,9 @@ def digest(tokenizer: Tokenizer) -> str:
 
 
 def byte_letters() -> dict[str, int]:
-    """The byte that each letter of the library's byte-level alphabet stands for. Printable letters are themselves."""
+    """The byte that each letter of the library's byte-level alphabet stands for. Printable letters stand for
+    themselves.
+    """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [value for value in range(BYTES) if value not in plain]
     letters = {chr(value): value for value in plain}
@@ -147,6 +149,6 @@ def byte_letters() -> dict[str, int]:
 
 
 def _words(vocabulary: Iterable[str], letters: Iterable[str]) -> set[str]:
-    """The words of the vocabulary that consist of these letters alone."""
+    """The words of the vocabulary that consist only of these letters."""
     known = set(letters)
     return {word for word in vocabulary if known.issuperset(word)}

@@ -1,1 +1,1 @@
-"""Sends rows to experts and collects their answers, in spite of late, lost and wrong ones."""
+"""Sends rows to experts and collects their answers, even if some are late, lost or wrong."""

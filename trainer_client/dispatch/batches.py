@@ -1,7 +1,7 @@
 """The records of one training step, and the array functions that group its rows by node.
 
 A step's rows are all tokens of a batch, sequence after sequence. Each row is sent to K experts, one for each of its
-slots. What goes to one node is a `NodeBatch`: each row once, whatever number of the node's experts it is for. The node
+slots. All rows for one node travel together: each row once, however many of the node's experts it is for. The node
 answers a row with S = sum of u f / sum of u over those of the experts that answered, where u are relative weights and f
 the experts' updates. A row's answer counts as a whole or not at all. `ExpertCaller` is the network as dispatch sees it:
 tests put a function in its place.
@@ -30,21 +30,21 @@ from peer.layers import KeyValueCache
 Direction: TypeAlias = Literal["forward", "backward"]
 
 LEAST_WEIGHT = np.float32(1e-6)
-"""Relative weights are no smaller, so that they stay normal numbers: an expert that weighs less than a millionth of the
+"""The smallest relative weight, so that all are normal numbers: an expert that weighs less than a millionth of the
 row's best at the same node counts as a millionth of it.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Which of a step's rows belong together: those of one sequence, which stand next to each other."""
+    """Which of a step's rows belong together: those of one sequence, which are consecutive."""
 
     lengths: Integers  # [S], each at least 1
     positions: Integers  # [R], of each row in its sequence
 
     @classmethod
     def whole(cls, sequences: int, length: int) -> Self:
-        """Segments of sequences that are there from their first row on."""
+        """Segments of sequences that are complete from their first row on."""
         return cls(np.full(sequences, length), np.tile(np.arange(length), sequences))
 
     @classmethod
@@ -55,13 +55,13 @@ class Segments:
 
     @property
     def of_rows(self) -> Integers:
-        """[R]: which one each row is in."""
+        """[R]: the segment of each row."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class HeldRows:
-    """What one expert keeps of a sequence."""
+    """The rows of a sequence that one expert keeps."""
 
     peer_id: PeerID
     """The replica that has them."""
@@ -70,7 +70,9 @@ class HeldRows:
 
 @dataclass(eq=False)
 class HeldSequence:
-    """What the experts of one layer keep of a sequence's rows, so that the next row can be computed without them."""
+    """What the experts of one layer keep of a sequence's rows, so that the next row can be computed without sending
+    those again.
+    """
 
     experts: dict[UID, HeldRows] = field(default_factory=dict)
     numbers: dict[PeerID, int] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class HeldSequence:
 
 @dataclass(frozen=True)
 class RoutedRows:
-    """What is sent in one forward pass of a layer."""
+    """The rows of one forward pass of a layer."""
 
     layer: int
     inputs: Floats  # [R, W]
@@ -101,8 +103,8 @@ class RoutedRows:
     keep: bool  # a backward pass is meant to follow
     bias: Floats | None = None  # of the grid's shape, added to the scores of experts when rows choose again
     held: Sequence[HeldSequence] | None = None
-    """For each segment, what experts keep of the rows before these, and what they are to keep. None: nothing, for rows
-    whose segments are all that experts see.
+    """For each segment, what experts keep of the earlier rows, and should keep of these. None: nothing, for rows whose
+    segments are all that experts see.
     """
 
     @property
@@ -110,7 +112,7 @@ class RoutedRows:
         return tuple(table.shape[1] for table in self.scores)
 
     def caches_of(self, part: "ExpertPart") -> list[KeyValueCache]:
-        """The caches of an expert in this process, for each segment of its rows; none where nothing is to be held."""
+        """The caches of an expert in this process, for each segment of its rows; empty if nothing is to be kept."""
         if self.held is None:
             return []
         sequences = [self.held[number] for number in np.unique(self.segments.of_rows[part.places]).tolist()]
@@ -124,7 +126,7 @@ class RoutedRows:
 
 
 class ExpertPart(NamedTuple):
-    """What one expert computes of a batch."""
+    """One expert's part of a batch."""
 
     uid: UID
     places: Integers  # [m], rising: which of the batch's rows
@@ -133,7 +135,7 @@ class ExpertPart(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class NodeBatch:
-    """Rows that go to one node in one call, in order of sequence and position, and which experts each is for."""
+    """Rows that go to one node in one call, in the order of sequence and position, and the experts that each is for."""
 
     rows: Integers  # [n], rising: indices into the step's rows
     lengths: Integers  # [s], rows of each segment
@@ -150,7 +152,9 @@ class NodeBatch:
         grid: tuple[int, ...],
         segments: Segments,
     ) -> Self:
-        """All R rows of a step, for the experts that `wanted` [R, K] slots name in `coordinates` [R, K, dims]."""
+        """A batch of all R rows of a step, for the experts in the `wanted` [R, K] slots of `coordinates` [R,
+        K, dims].
+        """
         numbers, which = np.unique(
             np.ravel_multi_index(tuple(coordinates[wanted].T), grid), return_inverse=True
         )
@@ -162,7 +166,7 @@ class NodeBatch:
 
     @classmethod
     def apart(cls, uids: Sequence[UID], lengths: Sequence[int], positions: Sequence[int]) -> Self:
-        """The same rows once for each expert, so that each answers for itself."""
+        """The same rows once for each expert, so that each expert's answer is separate."""
         rows, experts = len(positions), len(uids)
         which = np.repeat(np.arange(experts), rows)
         lengths_S, positions_N = np.tile(lengths, experts), np.tile(positions, experts)
@@ -170,19 +174,19 @@ class NodeBatch:
 
     @property
     def asked(self) -> Booleans:
-        """Which slots the node is asked for. [n, K]"""
+        """The slots that the node is asked for: [n, K]."""
         return self.experts >= 0
 
     @cached_property
     def coordinates(self) -> Integers:
-        """The coordinates of the experts asked; anything elsewhere. [n, K, dims]"""
+        """The coordinates of the experts that are asked, and arbitrary values elsewhere: [n, K, dims]."""
         dims = len(self.uids[0].coordinate) if self.uids else 1
         places = np.array([uid.coordinate for uid in self.uids], dtype=np.int64).reshape(-1, dims)
         return np.concatenate([places, np.full((1, dims), -1)])[self.experts]
 
     @cached_property
     def ranks(self) -> Integers:
-        """The rank of each slot that is asked: how many of its row's experts come before it in `uids`. [n, K]"""
+        """The rank of each slot that is asked, i.e. how many of its row's experts come before it in `uids`: [n, K]."""
         before = self.asked[:, None, :] & (self.experts[:, None, :] < self.experts[:, :, None])
         ranks: Integers = before.sum(axis=2)
         return ranks
@@ -201,17 +205,17 @@ class NodeBatch:
             yield ExpertPart(uid, places[part], slots[part])
 
     def segments(self, places: Integers) -> tuple[Integers, Integers]:
-        """Rows of each segment, and positions, of these rows alone."""
+        """The number of rows of each segment, and the positions, of these rows alone."""
         lengths = np.bincount(self._segments_of_rows[places], minlength=len(self.lengths))
         return lengths[lengths > 0], self.positions[places]
 
     def only(self, slots: Booleans) -> tuple["NodeBatch", Integers]:
-        """The batch with no other `slots` [n, K] asked, and which of the rows are left."""
+        """The batch with only these `slots` [n, K] asked, and the indices of the remaining rows."""
         experts = np.where(slots, self.experts, -1)
         places = np.flatnonzero((experts >= 0).any(axis=1))
         experts = experts[places]
         used = np.unique(experts[experts >= 0])
-        renumbered = np.full(len(self.uids) + 1, -1)  # the last is for -1
+        renumbered = np.full(len(self.uids) + 1, -1)  # the last one is for -1
         renumbered[used] = np.arange(len(used))
         lengths, positions = self.segments(places)
         uids = tuple(self.uids[number] for number in used.tolist())
@@ -224,7 +228,8 @@ class NodeBatch:
 
 
 def relative_weights(logits: Floats, asked: Booleans) -> Floats:
-    """The weights u [n, K] of the experts `asked` in each row, against the best of them, which has 1; others have 0.
+    """The weights u [n, K] of the experts `asked` in each row, relative to the best of them, which has 1; others have
+    0.
 
     u is exp(logit - the row's largest), at least `LEAST_WEIGHT`: routers weigh a row's experts in these ratios.
     """
@@ -245,25 +250,25 @@ class NodeCall:
     inputs: Floats  # [n, W]
     weights: Floats  # [n, K], of the experts asked
     gradients: Floats | None = None
-    """[n, W], in backward: of the answers S; zero where an answer does not count."""
+    """[n, W], in backward: of the answers S; zero if an answer does not count."""
     keep: bool = False
-    """In forward: whether a backward call is meant to follow."""
+    """In forward: whether a backward call will follow."""
     kept: bytes | None = None
-    """In backward: the id of the forward call, when the node has kept it."""
+    """In backward: the id of the forward call, if the node has kept it."""
     counts: Booleans | None = None
     """[n, K], in backward: the slots whose answers count."""
     numbers: Sequence[int] = ()
-    """In forward: the number of each segment under which the node is to keep its rows for the next call. Empty: it
+    """In forward: for each segment, the number under which the node should keep its rows for the next call. Empty: it
     keeps none.
     """
     held: Integers | None = None
-    """[s, experts], with `numbers`: how many earlier rows of a segment an expert has. None: none."""
+    """[s, experts], with `numbers`: how many earlier rows of a segment each expert has. None: none."""
 
     def in_full(self) -> "NodeCall":
-        """A backward call with all that a node needs that has kept nothing.
+        """A backward call with everything that a node needs if it has kept nothing.
 
-        Asks for what counts. Rows whose answers don't count go along to the experts that count for others, without a
-        gradient: experts look back at them.
+        It asks for the slots that count. Rows whose answers don't count are also sent, without a gradient, to experts
+        that count for other rows, because experts attend to earlier rows.
         """
         assert self.counts is not None
         assert self.gradients is not None
@@ -285,14 +290,14 @@ class NodeCall:
 
 @dataclass(frozen=True, eq=False)
 class AnsweredRows:
-    """What a node answered for some rows of a batch."""
+    """A node's answers to some rows of a batch."""
 
     batch: NodeBatch
     places: Integers  # [m], rising: which of the batch's rows
     answered: Booleans  # [m, K], the slots whose experts are in the answer
     tensor: Floats  # [m, W], S; in backward the gradients of the inputs
     products: Floats | None = None
-    """[m, K], in backward: of the gradient of S and each expert's update; 0 elsewhere."""
+    """[m, K], in backward: the dot products of the gradient of S and each expert's update; 0 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -302,19 +307,19 @@ class ExpertReply:
     batch: NodeBatch
     uid: UID
     error: ExpertError | None = None
-    """Why it is in no row's answer."""
+    """Why the expert is in no row's answer."""
     update_count: int = 0
     """Optimizer steps the replica has taken."""
     skipped_update: bool = False
     """In backward: the expert's guard refused the step."""
     rolled_back: bool = False
-    """In backward: the expert went back to its last good state."""
+    """In backward: the expert was rolled back to its last good state."""
     version: int = 0
-    """In forward: the version of the parameters that computed its rows, by the node's word. 0: it names none."""
+    """In forward: the version of the parameters that computed its rows, according to the node. 0: it names none."""
 
     @property
     def has_forgotten(self) -> bool:
-        """Whether a node has forgotten the rows before: its parameters have changed since, or it needed the memory."""
+        """Whether a node has forgotten the earlier rows: its parameters have changed since, or it needed the memory."""
         return self.error is not None and self.error.status is StatusCode.FAILED_PRECONDITION
 
 
@@ -328,14 +333,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class CallEnded:
-    """A call is over, and nothing more comes of it."""
+    """A call has ended, and no more replies follow."""
 
     batch: NodeBatch
     peer_id: PeerID
     error: ExpertError | None = None
     """Why it failed as a whole."""
     lost: bool = False
-    """It broke off or reached its deadline; the node has said nothing of what is missing."""
+    """Whether it broke off or reached its deadline, so that the node's missing replies are unknown."""
 
 
 CallReply: TypeAlias = AnsweredRows | ExpertReply | Kept
@@ -345,21 +350,21 @@ class ExpertCaller(Protocol):
     """The network, as dispatch sees it."""
 
     def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
-        """Yields one reply of each expert and at most one answer to each row; that of an expert comes before the rows
-        that it is in. Raises ExpertError when the call failed as a whole.
+        """Yields one reply from each expert, and at most one answer to each row, after the replies of the experts in
+        it. Raises ExpertError if the call failed as a whole.
 
-        Replies to a backward call that was sent in full after all name the batch of `NodeCall.in_full`. They answer
-        only slots that count.
+        If a backward call had to be sent again in full, its replies refer to the batch of `NodeCall.in_full`. They only
+        answer slots that count.
         """
         ...
 
 
 @dataclass(eq=False)
 class CallProgress:
-    """What is known of a call that was started."""
+    """The state of a call that was started."""
 
     kept: bytes | None = None
-    """In forward: set when the node has kept it, or its rows for the next call."""
+    """In forward: set once the node has kept the call, or its rows for the next call."""
 
 
 @dataclass(eq=False)
@@ -372,7 +377,7 @@ class SentBatch:
     progress: CallProgress
     is_hedge: bool = False
     numbers: Sequence[int] = ()
-    """The numbers of its segments, under which the node is to keep their rows."""
+    """For each segment, the number under which the node should keep its rows."""
     versions: dict[UID, int] = field(default_factory=dict)
     """The version of the parameters of each expert that has computed."""
     open: Booleans = field(init=False)  # [n, K], the slots of which something may still come
@@ -385,7 +390,7 @@ class SentBatch:
 
 @dataclass
 class ForwardPass:
-    """What a forward pass brought, and what the backward pass needs."""
+    """The results of a forward pass, and what the backward pass needs."""
 
     rows: RoutedRows
     coordinates: Integers  # [R, K, dims], of the expert in each slot
@@ -394,11 +399,11 @@ class ForwardPass:
     shares: Floats  # [R, K], each expert's share u / sum of u in its answer; 0 where nobody answered
     answered: Booleans  # [R, K]
     answers: list[SentBatch] = field(default_factory=list)
-    """The batches of which answers count, in the order in which the first of these came."""
+    """The batches that have answers that count, in the order of their first one."""
 
     @classmethod
     def of(cls, rows: RoutedRows) -> Self:
-        """Before anybody has answered."""
+        """The pass before any answer."""
         count, width = rows.inputs.shape
         return cls(
             rows,
@@ -410,11 +415,12 @@ class ForwardPass:
         )
 
     def accept(self, sent: SentBatch, reply: AnsweredRows) -> Booleans:
-        """Takes in the answers to rows none of whose slots has an answer yet: each as a whole or not at all.
+        """Accepts answers to rows if none of the answer's slots has an answer yet: each answer as a whole or not at
+        all.
 
-        Takes one also in place of earlier answers to the row if it has all of their slots and more: a hedge for one
-        expert of a node must not cost the row that node's others. Gives the slots [m, K] of the reply's rows that were
-        answered so.
+        Also accepts an answer in place of earlier ones to the row if it has all of their slots and more: a hedge for
+        one expert of a node must not cost the row that node's other experts. Returns the slots [m, K] of the reply's
+        rows that were answered.
         """
         batch, rows = sent.batch, sent.batch.rows[reply.places]
         taken = reply.answered & self.answered[rows]
@@ -439,8 +445,8 @@ class ForwardPass:
         return accepted
 
     def _replaced(self, rows: Integers, slots: Booleans, taken: Booleans) -> Booleans:
-        """The slots [m, K] of earlier answers to `rows` which one of these `slots` would replace. `taken` [m, K]: those
-        that have an answer.
+        """The slots [m, K] of earlier answers to `rows` that an answer with these `slots` would replace. `taken` [m,
+        K]: those that have an answer.
         """
         leads, which = self.leads[rows], np.nonzero(taken)
         overlaps = np.zeros_like(taken)
@@ -451,8 +457,8 @@ class ForwardPass:
         return replaced
 
     def _take_back(self, rows: Integers, slots: Booleans) -> None:
-        """Takes answers back, as if these slots [m, K] had not been answered. Other answers in the same rows count as
-        before.
+        """Removes answers, as if these slots [m, K] had not been answered. Other answers in the same rows
+        still count.
         """
         some = slots.any(axis=1)
         rows, slots = rows[some], slots[some]
@@ -464,7 +470,7 @@ class ForwardPass:
 
 
 def shares(weights: Floats, slots: Booleans) -> Floats:
-    """The share of each expert in the weighted mean over `slots` [m, K]; 0 elsewhere, and in rows that have none."""
+    """The share of each expert in the weighted mean over `slots` [m, K]; 0 elsewhere, and in rows without any."""
     weights = np.where(slots, weights, np.float32(0))
     total = weights.sum(axis=1, keepdims=True)
     result: Floats = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
@@ -478,7 +484,7 @@ def is_live(coordinates: Integers, tables: PrefixTables) -> Booleans:
 
 
 def prefer_proven(sure: Selection, others: Selection, wary: Booleans) -> Selection:
-    """Puts the `sure` experts before the `others` for the `wary` rows [n]; each expert once."""
+    """Puts the `sure` experts before the `others` for the `wary` rows [n], without duplicates."""
     # (n, others, sure)
     same = (others.coordinates[:, :, None, :] == sure.coordinates[:, None, :, :]).all(axis=-1)
     preferred = sure.valid & wary[:, None]
@@ -493,11 +499,11 @@ def prefer_proven(sure: Selection, others: Selection, wary: Booleans) -> Selecti
 def refill(
     coordinates: Integers, taken: Booleans, free: Booleans, fresh: Selection
 ) -> tuple[Integers, Booleans]:
-    """Puts each row's best fresh experts into its free slots, none that the row has already.
+    """Puts each row's best fresh experts into its free slots, except those that the row already has.
 
-    `coordinates` [n, K, dims] are the rows' slots. `taken` [n, K] are those that hold an expert, `free` [n, K] those to
-    be filled, and no slot is both. `fresh` has more experts for the same rows, best first. Returns the new coordinates,
-    and which slots were filled [n, K].
+    `coordinates` [n, K, dims]: the rows' slots. `taken` [n, K]: slots that hold an expert. `free` [n, K]: slots to
+    fill; no slot is both. `fresh`: more experts for the same rows, best first. Returns the new coordinates, and the
+    slots that were filled [n, K].
     """
     same = (fresh.coordinates[:, :, None, :] == coordinates[:, None, :, :]).all(axis=-1)  # (n, fresh, K)
     usable = fresh.valid & ~(same & taken[:, None, :]).any(axis=-1)  # (n, fresh)

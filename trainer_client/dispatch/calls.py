@@ -1,4 +1,4 @@
-"""Calls under way: starts calls to nodes, notes how they went, and hands over what nodes reply."""
+"""Calls in progress: starts calls to nodes, records how they went, and passes on the nodes' replies."""
 
 import asyncio
 import logging
@@ -31,22 +31,22 @@ from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBr
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-# an expert's own status, after which the peer that hosts it is as good as before
+# an expert's own status, which says nothing against the peer that hosts it
 _NOT_THE_PEERS_FAULT = {StatusCode.NOT_FOUND, StatusCode.INTERNAL, StatusCode.INVALID_ARGUMENT}
 
 _LOST = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 _CLOSED = ExpertError(StatusCode.CANCELLED, "the trainer ended the call")
 _PROVEN_S = 30.0
-"""A peer that answered so lately is most probably there."""
+"""A peer that answered within this time is very probably still there."""
 _HEARD = 4096
-"""Peers of which it is known when they answered last, at most."""
+"""For this many peers, it is known when they answered last."""
 
 Reply: TypeAlias = AnsweredRows | ExpertReply | CallEnded
 Replies: TypeAlias = asyncio.Queue[Reply]
 
 
 class DispatchMetrics:
-    """What one trainer counts of its calls to experts."""
+    """What one trainer counts about its calls to experts."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         def counter(name: str, description: str, *labels: str) -> Counter:
@@ -88,7 +88,7 @@ class DispatchMetrics:
         self.spot_checks: Counter = counter(
             "spot_checks", "Answers of which rows were to be computed again here, by outcome.", "outcome"
         )
-        # "moved_on" and "not_given" say nothing about the answer: the node gave no parameters to check it with
+        # "moved_on" and "not_given" don't judge the answer: the node gave no parameters to check it with
         start_at_zero(self.spot_checks, "passed", "failed", "moved_on", "not_given")
         self.checked_rows: Counter = counter("checked_rows", "Rows computed again here and compared.")
         self.evasive: Gauge = gauge("evasive_nodes", "Nodes of whose last answers none could be checked.")
@@ -124,12 +124,12 @@ class DispatchMetrics:
         return counts | {"failed_spot_checks": failed, "failures": self.failures_by_cause()}
 
     def failures_by_cause(self) -> dict[str, int]:
-        """By the gRPC status in lower case."""
+        """By gRPC status, in lower case."""
         return {cause: int(count) for cause, count in totals(self.failures, "cause").items()}
 
 
 class CallTracker:
-    """The calls of one trainer. Its methods belong to the loop's thread."""
+    """The calls of one trainer. Call its methods on the loop's thread."""
 
     def __init__(
         self,
@@ -142,8 +142,8 @@ class CallTracker:
         metrics: DispatchMetrics | None = None,
         credit: CreditAccounts | None = None,
     ) -> None:
-        """`is_silent`: whether a connection to the node was tried and is not up. `gone` is told of peers whose call
-        failed so. `credit`: where it is noted what nodes have done.
+        """`is_silent`: whether connecting to the node was tried and it is not connected. `gone` is called for peers
+        whose call failed in that way. `credit`: records the nodes' work.
         """
         self.metrics: DispatchMetrics = metrics or DispatchMetrics()
         self.credit: CreditAccounts = credit or CreditAccounts()
@@ -155,23 +155,23 @@ class CallTracker:
         self._caller = caller
         self._gone = gone
         self._heard_at = BoundedDict[PeerID, float](_HEARD)
-        """When each peer answered last, the last one at the end."""
+        """When each peer answered last, the latest at the end."""
         self._screening = AnswerScreening()
         self._tasks = TaskSet()
         self._closed = False
 
     def avoided(self) -> frozenset[PeerID]:
-        """The peers to leave alone now."""
+        """The peers not to call now."""
         return self.breakers.open_at(self.now())
 
     def proven(self) -> frozenset[PeerID]:
-        """The peers that answered lately."""
+        """The peers that answered recently."""
         since = self.now() - _PROVEN_S
         return frozenset(peer_id for peer_id, heard_at in self._heard_at.items() if heard_at > since)
 
     def start(self, call: NodeCall, sink: Replies) -> CallProgress:
-        """Starts a call that puts its replies into `sink`, and in the end a CallEnded, also when nobody reads them any
-        more.
+        """Starts a call that puts its replies into `sink`, and finally a CallEnded, even if nobody reads them
+        any more.
         """
         progress = CallProgress()
         if self._closed:
@@ -181,7 +181,7 @@ class CallTracker:
         return progress
 
     async def close(self) -> None:
-        """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
+        """Ends the calls in progress. Tasks that wait for one continue as if it had failed."""
         self._closed = True
         await self._tasks.aclose()
 
@@ -219,7 +219,7 @@ class CallTracker:
             if error.status in _LOST and self.is_silent(call.node):
                 self._gone(peer_id)
         except Exception:
-            # a mistake in how answers are read: the peer that found it is left alone, and training goes on
+            # a bug in reading answers: the peer that triggered it is left alone, and training continues
             logger.exception("could not read the answers of node %s", peer_id)
             failure = ExpertError(StatusCode.DATA_LOSS, "its answers can't be read")
             self._note_failure(peer_id, failure)
@@ -228,8 +228,8 @@ class CallTracker:
             sink.put_nowait(CallEnded(call.batch, peer_id, failure, lost))
 
     def _note(self, call: NodeCall, reply: AnsweredRows | ExpertReply) -> bool:
-        """Gives whether it is as good as can be expected. Raises ExpertError for an answer that can't be an honest
-        node's: then the call is over, and its peer banned for a while.
+        """Returns whether the reply is as good as can be expected. Raises ExpertError for an answer that no honest node
+        gives: then the call is over, and its peer banned for a while.
         """
         peer_id = call.node.peer_id
         if isinstance(reply, ExpertReply):
@@ -246,7 +246,7 @@ class CallTracker:
         fault = self._screening.find_fault(call, reply)
         if fault is not None:
             raise ExpertError(StatusCode.DATA_LOSS, f"a {fault} answer for {call.batch.uids[0]} and others")
-        # of forward answers, whoever waits for them counts those that it uses
+        # the code that waits for forward answers counts those that it uses
         if call.direction == "backward":
             self.credit.note(call.node, pairs=int(reply.answered.sum()))
         return True
@@ -258,7 +258,7 @@ class CallTracker:
             logger.warning("expert %s of node %s went back to its last good state", reply.uid, peer_id)
 
     def note_wrong(self, peer_id: PeerID, said: str) -> None:
-        """The peer answered what no honest node does: it is banned for a while."""
+        """The peer gave an answer that no honest node gives: it is banned for a while."""
         self._note_failure(peer_id, ExpertError(StatusCode.DATA_LOSS, said))
 
     def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
@@ -276,7 +276,7 @@ class CallTracker:
 
 
 async def next_replies(replies: Replies, timeout_s: float) -> list[Reply]:
-    """All replies that are there, after waiting for the next one if there is none; none when the time is over."""
+    """All available replies, after waiting for the next one if there are none. Empty once the time is over."""
     found: list[Reply] = []
     if replies.empty():
         try:

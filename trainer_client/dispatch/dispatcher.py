@@ -1,4 +1,4 @@
-"""A trainer's experts, as its layers use them: finds who is live, sends rows forward, and sends gradients back.
+"""A trainer's experts, as its layers use them: finds the live ones, sends rows forward, and sends gradients back.
 
 Shapes: R rows, K slots of each row, W width of the experts, G_d size of grid dimension d.
 """
@@ -44,7 +44,7 @@ from trainer_client.dispatch.spot_checks import Checking, SpotChecks
 
 
 class Dispatcher:
-    """Calls the experts of all layers of one trainer. Its methods belong to the loop's thread."""
+    """Calls the experts of all layers of one trainer. Call its methods on the loop's thread."""
 
     def __init__(
         self,
@@ -60,9 +60,8 @@ class Dispatcher:
         metrics: DispatchMetrics | None = None,
         credit: CreditAccounts | None = None,
     ) -> None:
-        """`checking`: what spot checks need; None for none. All that is left to chance follows from `seed`.
-        `is_silent`: whether a connection to the node was tried and is not up. `credit`: where it is noted what nodes
-        have done.
+        """`checking`: what spot checks need; None: no checks. `seed`: determines all random choices. `is_silent`:
+        whether connecting to the node was tried and it is not connected. `credit`: records the nodes' work.
         """
         self._directory = directory
         self._policy = policy
@@ -91,32 +90,32 @@ class Dispatcher:
         return self._calls.latencies
 
     def open_breakers(self) -> int:
-        """Peers that are left alone now."""
+        """How many peers are left alone now."""
         return len(self._calls.avoided())
 
     def banned(self) -> int:
-        """Peers that are left alone now for wrong answers."""
+        """How many peers are left alone now for wrong answers."""
         return self._calls.breakers.banned(self._calls.now())
 
     def live_experts(self) -> int:
-        """Experts that can be called now."""
+        """How many experts can be called now."""
         return self._directory.view.live_experts(self._calls.avoided())
 
     async def close(self) -> None:
-        """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
+        """Ends the calls in progress. Tasks that wait for one continue as if it had failed."""
         await self._checks.close()
         await self._calls.close()
 
     async def find(
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
     ) -> LiveExperts:
-        """A layer's experts that can be called now, and which replica of each is to be called.
+        """A layer's experts that can be called now, and which replica of each to call.
 
-        On a grid too large to know whole, they include those that a search brings in for each row's best k by `scores`,
-        one [R, G_d] per grid dimension, and the experts' `bias`.
+        On a grid that is too large to know as a whole, a search first brings in each row's best k by `scores`, one [R,
+        G_d] per grid dimension, and the experts' `bias`.
         """
         if not self._directory.knows_all:
-            with contextlib.suppress(UnreachableError):  # what is known must do
+            with contextlib.suppress(UnreachableError):  # continue with what is known
                 await self._directory.search(layer, scores, k, self._calls.avoided(), bias)
         live = self._directory.live(layer, self._calls.avoided())
         uids = [uid for uid in live.view.replicas if uid.layer == layer]
@@ -126,10 +125,10 @@ class Dispatcher:
         return replace(live, hosts=hosts)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
-        """Sends each row to the experts selected for it among those that were `live`, and returns when enough answered.
+        """Sends each row to the experts selected for it among those in `live`, and returns when enough have answered.
 
-        A row that gets too few answers is sent to its next best by `rows.scores` and `rows.bias`, unless it goes on
-        with rows that experts hold. Never raises for experts that fail.
+        A row that gets too few answers is sent to its next best experts by `rows.scores` and `rows.bias`, unless it
+        continues rows that experts hold. Never raises if experts fail.
         """
         context, longest = live.view.manifest.model.context, int(rows.segments.positions.max(initial=-1)) + 1
         assert longest <= context, f"{longest} rows in a sequence; this swarm's context is {context}"
@@ -156,7 +155,7 @@ class Dispatcher:
         return replace(live, hosts={**live.hosts, **others})
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        """Sends the `gradients` [R, K, W] of the updates to the nodes that answered. Gives the gradient of the inputs
+        """Sends the `gradients` [R, K, W] of the updates to the nodes that answered. Returns the gradient of the inputs
         [R, W], and that of the experts' logits [R, K] through their shares in the updates.
 
         A node that does not answer within the deadline contributes nothing.
@@ -166,7 +165,7 @@ class Dispatcher:
         inputs, products = np.zeros_like(forward.rows.inputs), np.zeros_like(forward.shares)
         came, recomputed = np.zeros_like(forward.answered), np.zeros(len(inputs), dtype=np.bool_)
         replies: Replies = asyncio.Queue()
-        waiting: dict[PeerID, int] = {}  # calls that each peer has still to end
+        waiting: dict[PeerID, int] = {}  # for each peer, calls that have not ended
         kept = set()
         for call in self._backward_calls(forward, gradients, deadline_s):
             self._calls.start(call, replies)
@@ -184,7 +183,7 @@ class Dispatcher:
                     came[rows] |= reply.answered
                     recomputed[rows] |= reply.batch not in kept
         for peer_id, missing in waiting.items():
-            if missing:  # at the deadline: the next layer must not wait for this peer again
+            if missing:  # the deadline was reached: the next layer must not wait for this peer again
                 self._calls.breakers.failed(peer_id, self._calls.now())
         logits = np.zeros_like(products)
         error = rounding_error(inputs.shape[1], codec_of(self._directory.view.manifest.wire.codec))
@@ -199,7 +198,7 @@ class Dispatcher:
         return inputs, logits
 
     def _backward_calls(self, forward: ForwardPass, gradients: Floats, deadline_s: float) -> list[NodeCall]:
-        """One for each forward call of which answers count."""
+        """One call for each forward call that has answers that count."""
         avoided, nodes = self._calls.avoided(), self._directory.view.nodes
         calls = []
         for sent in forward.answers:
@@ -222,14 +221,16 @@ class Dispatcher:
 
 
 def _of_answers(sent: SentBatch, numbers: Floats) -> Floats:
-    """The entries of `numbers` [R, K, W] for each row's answer; zeros for rows whose answer does not count. [n, W]"""
+    """The entries of `numbers` [R, K, W] for each row's answer, and zeros for rows whose answer does not count:
+    [n, W].
+    """
     counted = sent.counts.any(axis=1, keepdims=True)
     return np.where(counted, numbers[sent.batch.rows, sent.counts.argmax(axis=1)], np.float32(0))
 
 
 @dataclass(frozen=True)
 class _Products:
-    """The products <G, f> that have come for one batch, and what they are the products of."""
+    """The dot products <G, f> that have arrived for one batch, and what they are products of."""
 
     values: Floats  # [n, K], 0 where none has come that counts
     came: Booleans  # [n, K]
@@ -242,7 +243,7 @@ class _Products:
     def of(
         cls, forward: ForwardPass, sent: SentBatch, gradients: Floats, came: Booleans, products: Floats
     ) -> Self:
-        """`came`, `products` [n, K]: of whichever slots."""
+        """`came`, `products` [n, K]: for any of the slots."""
         here = sent.counts & came
         return cls(
             np.where(here, products, np.float32(0)),
@@ -254,20 +255,20 @@ class _Products:
         )
 
     def logit_gradients(self) -> Floats:
-        """The gradients of the logits of the batch's experts through their shares p in the answers. [n, K]
+        """The gradients of the logits of the batch's experts through their shares p in the answers: [n, K].
 
-        S = sum of p f with p a softmax, so that dL/dlogit = p (<G, f> - <G, S>) with G = dL/dS. Where a product is
-        missing, <G, S> is taken from the S that was answered.
+        S = sum of p f with p a softmax, so dL/dlogit = p (<G, f> - <G, S>) with G = dL/dS. If a product is missing, <G,
+        S> is computed from the S that was answered.
         """
         of_products = (self.shares * self.values).sum(axis=1)
         mean = np.where(self.whole, of_products, (self.gradients * self.answers).sum(axis=1))
         return np.where(self.came, self.shares * (self.values - mean[:, None]), np.float32(0))
 
     def fit(self, inputs: Floats, exact: Booleans, error: tuple[float, float]) -> Booleans:
-        """In which rows they are products of the answers. [n]
+        """In which rows the products match the answers: [n].
 
-        `inputs` [n, W]. `exact` [n]: they are of the very updates in the answers, not of those that the experts would
-        give by now. `error`: see `products_fit`.
+        `inputs` [n, W]. `exact` [n]: whether they are products of the very updates in the answers, rather than of those
+        that the experts would give now. `error`: see `products_fit`.
         """
         fits = are_bounded(self.values, self.gradients, inputs)
         checked = exact & self.whole

@@ -1,9 +1,9 @@
 """One forward pass: sends rows to the chosen experts, waits no longer than agreed, and chooses again for rows that lack
 answers.
 
-What a row waits for are its slots, each with one expert at a time. A slot may be asked of several nodes: of a second
-replica where the first is slow, or of another expert's node when the first expert was given up. What nodes answer is
-taken row by row, the first answer to a slot counts.
+A row waits for its slots, each with one expert at a time. Several nodes may be asked for one slot: a second replica if
+the first is slow, or another expert's node if the first expert was given up. Answers are taken row by row, and the
+first answer to a slot counts.
 
 Shapes: R rows, K slots of each row, n rows of one batch, or rows whose experts are chosen again.
 """
@@ -43,13 +43,15 @@ from trainer_client.dispatch.sequences import new_numbers
 from trainer_client.dispatch.spot_checks import SpotChecks
 
 _MAX_ROUNDS = 8
-"""How many times a row's experts are chosen in one pass."""
+"""How often a row's experts are chosen in one pass, at most."""
 _FREE_ROUNDS = 2
-"""The choices after which a row prefers experts of peers that answered lately: its others were dead twice."""
+"""After this many choices, a row prefers experts of peers that answered recently, because its other experts were dead
+twice.
+"""
 
 
 class ForwardRun:
-    """One forward pass of one layer, while it lasts. Belongs to the loop's thread."""
+    """One forward pass of one layer, while it lasts. For the loop's thread."""
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class ForwardRun:
         rng: random.Random,
         checks: SpotChecks,
     ) -> None:
-        """`live`: what the rows' experts were selected from."""
+        """`live`: the experts that the rows' experts were selected from."""
         count = len(rows.inputs)
         self._rows = rows
         self._live = live
@@ -86,7 +88,7 @@ class ForwardRun:
         self.result: ForwardPass = ForwardPass.of(rows)
 
     async def until_enough(self, selection: Selection) -> None:
-        """Returns when all have answered, or enough and the grace time is over, or at the deadline."""
+        """Returns when all slots have answers, or when enough have and the grace time is over, or at the deadline."""
         self._send_chosen(selection)
         looks = self._looks()
         enough_at: float | None = None
@@ -109,26 +111,28 @@ class ForwardRun:
                 looks.popleft()[1]()
 
     def _looks(self) -> deque[tuple[float, Callable[[], None]]]:
-        """What is done, and when, while rows lack answers."""
+        """What to do at which time while rows lack answers."""
         hedge_after_s = self._policy.hedge_after_s(self._calls.call_times["forward"])
         part_s = self._deadline_s / 4
         looks = [
             (self._began + hedge_after_s, self._hedge),
             (self._began + part_s, self._replace_silent),
-            (self._began + 2 * part_s, self._give_up_late),  # leaves other experts the other half
+            (self._began + 2 * part_s, self._give_up_late),  # leaves the second half to other experts
             (self._began + 3 * part_s, self._give_up_late),
         ]
         return deque(sorted(looks, key=lambda look: look[0]))
 
     @property
     def _pending(self) -> Booleans:
-        """The slots that somebody may still answer with their expert. [R, K]"""
+        """The slots that may still get an answer from their expert: [R, K]."""
         return self._waiting > 0
 
     # Choosing and sending
 
     def _send_chosen(self, selection: Selection) -> None:
-        """Sends each row to the experts selected for it. One that has gone since is replaced, for that row alone."""
+        """Sends each row to the experts selected for it. An expert that has gone since is replaced, for that
+        row only.
+        """
         now = self._live_now()
         coordinates, wanted = selection.coordinates, selection.valid
         if now.tables is not self._live.tables:
@@ -142,7 +146,7 @@ class ForwardRun:
     def _replace_gone(
         self, coordinates: Integers, wanted: Booleans, tables: PrefixTables
     ) -> tuple[Integers, Booleans]:
-        """Gives the wanted slots [R, K] of experts that are not live any more to the rows' next best."""
+        """Replaces experts in the wanted slots [R, K] that are no longer live by the rows' next best."""
         gone = wanted & ~is_live(coordinates, tables)
         rows = np.flatnonzero(gone.any(axis=1))
         if not len(rows):
@@ -155,7 +159,7 @@ class ForwardRun:
         return coordinates, wanted
 
     def _reselect(self, rows: Integers) -> None:
-        """Fills these rows' free slots with their best live experts that have not failed, and sends them there."""
+        """Fills these rows' free slots with their best live experts that have not failed, and sends the rows there."""
         self._rounds[rows] += 1
         self._calls.metrics.reselected_rows.inc(len(rows))
         now = self._live_now()
@@ -189,7 +193,9 @@ class ForwardRun:
         return (*tables[:-1], experts)
 
     def _send(self, wanted: Booleans, live: LiveExperts, hosts: Mapping[UID, PeerID] | None = None) -> None:
-        """The wanted slots [R, K], with one call to each node. `hosts`: who is asked for an expert, if it is there."""
+        """Sends the wanted slots [R, K], in one call to each node. `hosts`: the replica to ask for an expert, if it is
+        still there.
+        """
         batch = self._batch(wanted)
         replicas = {
             uid: peer_id
@@ -205,7 +211,7 @@ class ForwardRun:
             self._call(live.view.nodes[peer_id], part)
 
     def _batch(self, wanted: Booleans) -> NodeBatch:
-        """All rows, with the wanted slots [R, K] and what experts they have."""
+        """A batch of all rows, with the experts in the wanted slots [R, K]."""
         rows = self._rows
         return NodeBatch.of(rows.layer, self.result.coordinates, wanted, rows.grid, rows.segments)
 
@@ -227,7 +233,7 @@ class ForwardRun:
     # Replies
 
     def _settle(self, reply: Reply) -> SentBatch | None:
-        """Gives the batch if its call was lost before all was answered."""
+        """Handles a reply. Returns the batch if its call was lost before everything was answered."""
         sent = self._sent[reply.batch]
         match reply:
             case AnsweredRows():
@@ -243,7 +249,7 @@ class ForwardRun:
         return None
 
     def _take(self, sent: SentBatch, reply: AnsweredRows) -> None:
-        """Takes an answer, also where another expert was asked since."""
+        """Takes an answer, even if another expert was asked since."""
         accepted = self.result.accept(sent, reply)
         rows = sent.batch.rows[reply.places]
         self._waiting[rows] = np.where(accepted, 0, self._waiting[rows])
@@ -259,8 +265,8 @@ class ForwardRun:
         self._checks.note(sent, reply, self._rows.inputs)
 
     def _close(self, sent: SentBatch, slots: Booleans, places: Integers | None = None) -> Booleans:
-        """Notes that nothing more comes for these slots of a batch, or of some `places` in it. Gives those that nobody
-        else may answer now.
+        """Records that nothing more will come for these slots of a batch, or of some `places` in it. Returns the slots
+        that no other call may answer now.
         """
         at = slice(None) if places is None else places
         rows = sent.batch.rows[at]
@@ -274,7 +280,7 @@ class ForwardRun:
         self._failed.update(sent.batch.experts_in(self._close(sent, slots)))
 
     def _is_own(self, batch: NodeBatch, at: "Integers | slice" = slice(None)) -> Booleans:
-        """Which slots are still their expert's, and no other's. [n, K], of all rows or of those `at` some places."""
+        """Which slots still belong to their expert: [n, K], of all rows or of those `at` some places."""
         own: Booleans = (self.result.coordinates[batch.rows[at]] == batch.coordinates[at]).all(axis=-1)
         return own & batch.asked[at]
 
@@ -284,20 +290,20 @@ class ForwardRun:
     # Rows that lack answers
 
     def _reselect_lacking(self) -> None:
-        """Sends to other experts the rows that can't reach their goal any more."""
+        """Sends rows that can no longer reach their goal to other experts."""
         lacking = self._lacking((self.result.answered | self._pending).sum(axis=1))
         if len(lacking):
             self._reselect(lacking)
 
     def _lacking(self, answers: Integers) -> Integers:
-        """The rows with fewer answers than they need, but those that were sent often enough."""
+        """The rows with fewer answers than they need, except those that were sent often enough."""
         return np.flatnonzero((answers < self._goal) & (self._rounds < _MAX_ROUNDS))
 
     def _repeat_lost(self, lost: Sequence[SentBatch]) -> None:
-        """Makes calls that were lost once more: a forward call changes nothing at the node.
+        """Repeats calls that were lost, which is harmless because a forward call changes nothing at the node.
 
-        Asks other replicas, else the same one if it may well be there; not for slots that were sent twice, and not
-        without more than half of the time.
+        Asks other replicas, or else the same one if it may still be there. Does nothing for slots that were sent twice,
+        or if no more than half of the time is left.
         """
         again = np.zeros_like(self._pending)
         first: dict[UID, NodeInfo] = {}
@@ -324,12 +330,12 @@ class ForwardRun:
         self._failed.update(uid for uid in batch.uids if uid not in replicas)
 
     def _other_replicas(self, batch: NodeBatch) -> dict[UID, PeerID]:
-        """Replicas of the batch's experts at peers that were not asked for them in this pass."""
+        """Replicas of the batch's experts on peers that were not asked for them in this pass."""
         avoided, times = self._calls.avoided(), self._calls.latencies.nodes_lately(self._calls.now())
         return choose_replicas(batch.uids, self._directory.view, self._rng, avoided, times, self._asked)
 
     def _hedge(self) -> None:
-        """Asks another replica of each expert that is slow, as far as the policy allows. The first answer counts."""
+        """Also asks another replica of each slow expert, as far as the policy allows. The first answer counts."""
         metrics = self._calls.metrics
 
         def may_hedge() -> bool:
@@ -338,7 +344,9 @@ class ForwardRun:
         self._ask_replicas(self._pending, may_hedge)
 
     def _ask_replicas(self, slots: Booleans, may_ask: Callable[[], bool] = lambda: True) -> Booleans:
-        """Calls another replica, too, of each expert in the slots [R, K]; gives the slots of those that have none."""
+        """Also calls another replica of each expert in the slots [R, K]. Returns the slots whose experts have
+        no other.
+        """
         batch = self._batch(slots)
         replicas = self._other_replicas(batch)
         for peer_id, part in _by_peer(batch, replicas).items():
@@ -360,12 +368,12 @@ class ForwardRun:
             self._give_up(self._ask_replicas(silent))
 
     def _give_up_late(self) -> None:
-        """Sends to other experts the rows that have not reached their goal by now."""
+        """Sends rows that have not reached their goal by now to other experts."""
         self._give_up(self._pending)
 
     def _give_up(self, late: Booleans) -> None:
-        """Sends to other experts the rows that lack answers without these slots [R, K]; theirs still count when they
-        come.
+        """Sends rows that lack answers to other experts in place of those in these slots [R, K]. Their answers still
+        count if they come.
         """
         lacking = self._lacking((self.result.answered | (self._pending & ~late)).sum(axis=1))
         if not len(lacking):
@@ -375,13 +383,13 @@ class ForwardRun:
         given_up = np.zeros_like(late)
         given_up[lacking] = late[lacking]
         waited = np.where(given_up, self._waiting, 0)
-        self._waiting -= waited  # others may have these slots
+        self._waiting -= waited  # other experts may have these slots
         self._reselect(lacking)
-        # where nobody else was found, the late expert keeps its slot
+        # if no other expert was found, the late one keeps its slot
         self._waiting = np.where(given_up & ~self._pending, waited, self._waiting)
 
     def _leave_alone(self, slots: Booleans) -> None:
-        """Avoids the peers that are waited for there [R, K] until this pass is over."""
+        """Avoids the peers that these slots [R, K] wait for until this pass is over."""
         now = self._clock()
         for sent in self._sent.values():
             if (sent.open & self._is_own(sent.batch) & slots[sent.batch.rows]).any():
@@ -389,7 +397,7 @@ class ForwardRun:
 
 
 def _by_peer(batch: NodeBatch, replicas: Mapping[UID, PeerID]) -> dict[PeerID, NodeBatch]:
-    """What is to be asked of each peer, where each expert of the batch has one."""
+    """What to ask each peer for. `replicas`: the peer for each expert of the batch that has one."""
     peers = list(dict.fromkeys(replicas[uid] for uid in batch.uids if uid in replicas))
     numbers = {peer_id: number for number, peer_id in enumerate(peers)}
     of_experts = [numbers[replicas[uid]] if uid in replicas else -1 for uid in batch.uids]

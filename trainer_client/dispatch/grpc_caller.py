@@ -1,6 +1,6 @@
-"""Calls to nodes over gRPC: a header and a node's rows go out, and answers to rows come in as soon as they are ready.
+"""Calls to nodes over gRPC: a header and a node's rows are sent, and answers to rows arrive as soon as they are ready.
 
-`ReplyAssembler` puts the replies to one call together and does no I/O. `SessionWarmer` opens sessions with nodes before
+`ReplyAssembler` puts together the replies to one call and does no I/O. `SessionWarmer` opens sessions with nodes before
 a trainer calls them, so that a first call costs no more than any other.
 """
 
@@ -39,10 +39,10 @@ _STATUS = {status.value[0]: status for status in StatusCode}
 
 
 class ReplyAssembler:
-    """Puts the replies to one call together, message by message. Does no I/O."""
+    """Puts together the replies to one call, message by message. Does no I/O."""
 
     def __init__(self, call: NodeCall, request_id: bytes, width: int, codec: "expert_pb2.Codec") -> None:
-        """`request_id`: under which the call was sent."""
+        """`request_id`: the id of the sent call."""
         self._batch = call.batch
         self._counts = call.counts
         self._backward = call.direction == "backward"
@@ -54,21 +54,22 @@ class ReplyAssembler:
         """The experts that may be in answers."""
         self._unanswered = np.ones(len(self._batch.rows), dtype=np.bool_)
         self._due: _Due | None = None
-        """Rows whose tensor has not come in whole."""
+        """Rows whose tensor has not arrived completely."""
         self._data = bytearray()
-        """What has come of it."""
+        """The part of that tensor that has arrived."""
         self._kept = False
 
     @property
     def complete(self) -> bool:
-        """Whether every expert has replied, and all that was announced has come."""
+        """Whether every expert has replied, and everything that was announced has arrived."""
         return not self._waiting and self._due is None
 
     def end(self) -> None:
-        """Raises WireError when a correct node would have answered more.
+        """Raises WireError if a correct node would have answered more.
 
-        The rows of an expert that has computed are answered, if not with it. In backward a node that has kept the call
-        leaves out rows that it has not answered in forward: of those that it has, only the ones that count are known.
+        All rows of an expert that has computed must be answered, even if it is not in every answer. In backward, a node
+        that has kept the call leaves out rows that it has not answered in forward; of the answered rows, only those
+        that count are known here.
         """
         if not self.complete:
             raise WireError("the stream ended before all experts had answered")
@@ -80,7 +81,7 @@ class ReplyAssembler:
             raise WireError(f"no answer to {lacking.sum()} rows that experts have computed")
 
     def take(self, reply: expert_pb2.CallReply) -> Iterator[CallReply]:
-        """What is whole with this message. Raises WireError when it is not what must come next."""
+        """The replies that are complete with this message. Raises WireError if it is not what must come next."""
         chunk = memoryview(reply.chunk)
         is_empty = not (reply.experts or reply.rows or chunk or reply.kept)
         if is_empty or self._kept or len(chunk) > MAX_CHUNK_BYTES:
@@ -144,7 +145,7 @@ class ReplyAssembler:
         products = None
         if self._backward:
             products = _products(rows, self._batch, places, answered)
-            if self._counts is not None:  # of the others another node has answered
+            if self._counts is not None:  # another node has answered the others
                 answered = answered & self._counts[places]
                 products = np.where(answered, products, np.float32(0))
         elif rows.products:
@@ -155,7 +156,7 @@ class ReplyAssembler:
 
 @dataclass(frozen=True)
 class _Due:
-    """Rows that were announced."""
+    """Rows whose tensor was announced."""
 
     places: Integers
     answered: Booleans
@@ -164,7 +165,7 @@ class _Due:
 
 
 def _places(rows: expert_pb2.AnsweredRows, count: int) -> Integers:
-    """Which of the call's rows. Raises WireError."""
+    """The indices of these rows among the call's rows. Raises WireError."""
     if not rows.rows:
         return np.arange(count)
     places = np.array(rows.rows, dtype=np.int64)
@@ -198,7 +199,7 @@ def _products(
             f"{len(numbers)} products for {np.count_nonzero(answered)} experts, or not all finite"
         )
     found, slots = np.nonzero(answered)
-    # by row, and in it as the experts stand in the header
+    # row by row, and within a row in the order of the header's experts
     order = np.lexsort((batch.ranks[places][answered], found))
     products = np.zeros(answered.shape, dtype=np.float32)
     products[found[order], slots[order]] = numbers
@@ -209,9 +210,9 @@ Stream: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.CallRequest, expert_pb
 
 _BROKE_OFF = "the call broke off"
 _REPEAT_AFTER_S = 0.2
-"""Before a backward call is made once more."""
+"""The pause before a backward call is repeated."""
 _BUSY_S = 1.0
-"""How long a node is avoided that refused a whole call as too much, without saying for how long."""
+"""How long a node is avoided that refused a whole call as too much without giving a time."""
 
 
 class GrpcCaller:
@@ -226,7 +227,7 @@ class GrpcCaller:
         sessions: SessionClient | None = None,
         metrics: DispatchMetrics | None = None,
     ) -> None:
-        """`sessions`: what shows nodes who calls; None for nodes that ask nobody."""
+        """`sessions`: show nodes who calls; None for nodes that don't require sessions."""
         self._channels = channels
         self._swarm_id = swarm_id
         self._width = width
@@ -255,12 +256,12 @@ class GrpcCaller:
                 yield reply
 
     def is_silent(self, node: NodeInfo) -> bool:
-        """Whether a connection to the node was tried and does not stand: it is being made, or was refused."""
+        """Whether connecting to the node was tried and it is not connected: it is still connecting, or was refused."""
         return self._channels.is_silent(node)
 
     async def _call_or_repeat(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
-        """A backward call that breaks off before any answer came is made once more, while there is time, with the same
-        id: a node that has seen it applies nothing twice.
+        """Makes a call. A backward call that breaks off before any answer is repeated once, if there is time, with the
+        same id: a node that has already seen it does not apply it twice.
         """
         request_id, ends, answered = secrets.token_bytes(16), time.monotonic() + call.deadline_s, False
         try:
@@ -282,7 +283,7 @@ class GrpcCaller:
                 async for reply in replies:
                     yield reply
         except ExpertError as error:
-            # where it was applied before, only its answer is lost
+            # if it was applied before, only its answer is lost
             raise (first if error.status is StatusCode.ALREADY_EXISTS else error) from error
 
     async def _call_once(
@@ -303,7 +304,7 @@ class GrpcCaller:
                 if self._sessions is None or session is None or not (unknown or _is_hidden(error)):
                     raise
                 self._sessions.ended(node.peer_id, session)
-                if not (unknown and may_repeat):  # if it may, nothing was done yet
+                if not (unknown and may_repeat):  # if the call may be repeated, nothing was done yet
                     raise
 
     async def _channel(self, node: NodeInfo, deadline_s: float) -> grpc.aio.Channel:
@@ -319,7 +320,7 @@ class GrpcCaller:
             ) from error
 
     async def _session(self, node: NodeInfo, channel: grpc.aio.Channel, deadline_s: float) -> Metadata | None:
-        """Costs a round trip with each node once. Raises ExpertError."""
+        """Costs one round trip per node, once. Raises ExpertError."""
         if self._sessions is None:
             return None
         known = self._sessions.known(node.peer_id)
@@ -335,7 +336,7 @@ class GrpcCaller:
     ) -> AsyncGenerator[CallReply, None]:
         requests = self._requests(request_id, call)
         first, second = next(requests), next(requests, None)
-        # one message goes out at once with all that gRPC sends before and after it
+        # a single message is sent together with what gRPC sends before and after it
         stub = make_stub(expert_pb2_grpc.ExpertServiceStub, channel, sends_one=second is None)
         method = stub.Forward if call.direction == "forward" else stub.Backward
         message = (first,) if second is None else ()
@@ -353,7 +354,7 @@ class GrpcCaller:
                 retry_s = retry_after_s(error.trailing_metadata(), _BUSY_S)
                 raise _call_error(error.code(), error.details(), retry_s) from error
             except (asyncio.InvalidStateError, grpc.aio.InternalError) as error:
-                # the call ended while we were still sending
+                # the call ended while it was still being sent
                 raise _call_error(await stream.code(), await stream.details()) from error
             except WireError as error:
                 raise ExpertError(
@@ -380,7 +381,7 @@ class GrpcCaller:
             header.experts.extend(_expert_rows(call))
             header.sequences.extend(call.numbers)
         tensors = [] if call.kept is not None else [encode(call.inputs, self._codec)]
-        if call.gradients is not None:  # the same bytes when a call is repeated
+        if call.gradients is not None:  # the same bytes if a call is repeated
             tensors.append(encode(call.gradients, self._codec, seed=b"request %b" % request_id))
         self.metrics.fp32_bytes.labels("sent").inc(len(tensors) * call.inputs.nbytes)
         payload = chunks(tensors)
@@ -392,8 +393,8 @@ class GrpcCaller:
     async def _read(
         self, stream: Stream, request_id: bytes, call: NodeCall
     ) -> AsyncGenerator[CallReply, None]:
-        """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
-        cancelled leak (grpc issue 43360).
+        """Raises WireError for anything that a correct node would not send. Reads to the stream's end, because calls
+        that are cancelled leak (grpc issue 43360).
         """
         assembler, slices = ReplyAssembler(call, request_id, self._width, self._codec), TimeSlices()
         while (message := await stream.read()) is not grpc.aio.EOF:
@@ -423,26 +424,26 @@ def _expert_rows(call: NodeCall) -> Iterator[expert_pb2.ExpertRows]:
 
 
 def _is_hidden(error: ExpertError) -> bool:
-    """Whether the node's own status is not known: it may have been that the session has ended."""
+    """Whether the node's own status is not known. It may have been that the session has ended."""
     return str(error).startswith(_BROKE_OFF)
 
 
 def _call_error(status: StatusCode, details: str | None, retry_s: float = _BUSY_S) -> ExpertError:
-    """Why a call failed as a whole."""
+    """The error of a call that failed as a whole."""
     said = printable(details or "")
     if status is StatusCode.OK:
         return ExpertError(StatusCode.DATA_LOSS, "the node ended the call before it had all rows")
     if status is StatusCode.CANCELLED:
         return ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call")
     if status is StatusCode.INTERNAL:
-        # what grpc.aio makes of every status that comes while it writes a message
+        # what grpc.aio reports for every status that arrives while it writes a message
         return ExpertError(StatusCode.UNAVAILABLE, f"{_BROKE_OFF}: {said}")
     busy = status is StatusCode.RESOURCE_EXHAUSTED
     return ExpertError(status, said, retry_s if busy else 0.0)
 
 
 _MOST = 64
-"""Nodes that are known in advance; others are when they are first called."""
+"""Nodes that get a session in advance. With others it is opened at the first call."""
 _AT_ONCE = 8
 _DEADLINE_S = 10.0
 _LOOK_EVERY_S = 1.0
@@ -450,7 +451,7 @@ _TRY_AGAIN_S = 60.0
 
 
 class SessionWarmer:
-    """`run` it as a task of the loop that owns the sessions."""
+    """Opens sessions in advance. `run` it as a task of the loop that owns the sessions."""
 
     def __init__(
         self,
@@ -459,7 +460,7 @@ class SessionWarmer:
         nodes: Callable[[], Iterable[NodeInfo]],
         clock: Callable[[], float],
     ) -> None:
-        """`nodes`: those that may be called."""
+        """`nodes`: returns the nodes that may be called."""
         self._sessions = sessions
         self._channels = channels
         self._known = nodes
@@ -467,7 +468,7 @@ class SessionWarmer:
         self._tried_at: dict[PeerID, float] = {}
 
     async def run(self) -> None:
-        """Keeps sessions until cancelled. Sessions that come to their end are renewed in time, too."""
+        """Keeps sessions open until cancelled, and renews them before they expire."""
         while True:
             async with asyncio.TaskGroup() as group:
                 for node in self.due():
@@ -475,7 +476,7 @@ class SessionWarmer:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     def due(self) -> list[NodeInfo]:
-        """The nodes to be introduced to now."""
+        """The nodes that need a session now."""
         nodes = list(islice(self._known(), _MOST))
         self._tried_at = {n.peer_id: t for n in nodes if (t := self._tried_at.get(n.peer_id)) is not None}
         now = self._clock()

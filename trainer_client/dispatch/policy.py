@@ -29,73 +29,75 @@ from trainer_client.dispatch.batches import AnsweredRows, NodeCall
 
 _LONGEST_BAN_S = 86400.0
 _FORGIVEN = 3
-"""Quick failures in a row. On a line that loses every tenth call four in a row are one in 10,000."""
+"""How many quick failures in a row are forgiven. On a line that loses every tenth call, four in a row happen once in
+10,000 calls.
+"""
 
 _RECENT = 512
-"""Calls of each direction that quantiles are taken from."""
+"""Quantiles are taken from this many calls of each direction."""
 _NODES = 4096
-"""Nodes whose mean is kept, those that answered last."""
+"""Means are kept for this many nodes, those that answered last."""
 _WEIGHT = 0.25
-"""The weight of a new call in its node's mean."""
+"""The weight of a new call in its node's moving mean."""
 _TIMES_HOLD_S = 60.0
-"""Without an answer for so long, a node's mean is forgotten: one that was slow once is asked again."""
+"""If a node has not answered for this long, its mean is forgotten, so that a node that was slow once is tried again."""
 
 MOST_GROWTH = 1000.0
-"""An answer's largest number, against one and the largest that it was computed from."""
+"""How many times as large an answer's largest number may be as the largest it was computed from, or as one."""
 MOST_GRADIENT_GROWTH = 1e6
-"""The same for gradients: the norm of a row whose numbers are nearly equal makes them large, by 1/√ε at most."""
+"""The same for gradients: for a row whose numbers are nearly equal, the norm makes them large, by 1/√ε at most."""
 _LEAST_PRODUCT = 1e-9
-"""Products that are smaller may be anything: they make no difference."""
+"""Smaller products may have any value: they make no difference."""
 _SUMMED = 1e-5
-"""How far a sum of products in float32 may be off, as a part of the product of both rows' norms."""
+"""How far off a sum of products in float32 may be, relative to the product of both rows' norms."""
 _APART = 0.5
-"""How far the directions of two rows must be apart that no expert and no codec makes one of them. Experts normalize
-rows first: a row and its double are the same to them.
+"""If the directions of two rows differ by more than this, no expert and no codec gives both the same answer.
+Directions, because experts normalise rows first: a row and its double are the same to them.
 """
 _COMPARED = 64
-"""Columns of a row that are kept to compare it."""
+"""How many columns of a row are kept for comparison."""
 _REMEMBERED_ROWS = 8
 _REMEMBERED_PEERS = 256
 
 LEAST_KNOWN = 32
-"""Calls that are needed before anything is said about how long they take."""
+"""How many calls are needed before their durations are used."""
 
 _WINDOW = 256
 _USUAL, _SLOW = 0.9, 0.95
 _DEADLINE_FACTOR = 4.0
 _LEAST_HEDGE_S = 0.05
-"""Quicker answers are not worth a second call."""
+"""Faster answers are not worth a second call."""
 
 
 @dataclass
 class _Breaker:
     failures: int = 0
-    """Failures in a row, without those forgiven."""
+    """Consecutive failures, without forgiven ones."""
     forgiven: int = 0
     failed_until: float = 0.0
     busy_until: float = 0.0
     distrusted_until: float = 0.0
     offences: int = 0
-    """Wrong answers so far, those while it was avoided for one not counted."""
+    """Wrong answers so far, not counting those given while it was already banned."""
 
 
 class CircuitBreakers:
-    """One breaker for each peer that failed lately.
+    """One breaker for each peer that has failed recently.
 
-    After a failure a peer is avoided for `first_s`, after each further one twice as long, up to `longest_s`; once the
+    After a failure a peer is avoided for `first_s`, after each further one twice as long, up to `longest_s`. Once the
     time is over it may be tried again (half-open), and a success closes the breaker. The first three failures in a row
-    are forgiven when they came quickly: more tries cost no time, and on a line that loses calls most peers are well.
+    are forgiven if they came quickly: more tries cost no time, and on a line that loses calls most peers are well.
     """
 
     def __init__(self, first_s: float = 2.0, longest_s: float = 120.0, limit: int = 4096) -> None:
-        """`limit`: peers remembered at most; beyond it the one is forgotten whose last failure is longest ago."""
+        """`limit`: the most peers remembered. Beyond that, the peer whose last failure is longest ago is forgotten."""
         self._first_s = first_s
         self._longest_s = longest_s
         self._breakers = BoundedDict[PeerID, _Breaker](limit)
         self._lock = threading.Lock()  # metrics read the breakers on other threads
 
     def failed(self, peer_id: PeerID, now: float, *, quickly: bool = False) -> None:
-        """The peer did not do what it was asked. A failure while the breaker is open changes nothing."""
+        """The peer did not do what it was asked. While its breaker is open, a failure changes nothing."""
         breaker = self._breaker(peer_id)
         if now < breaker.failed_until:
             return
@@ -107,14 +109,14 @@ class CircuitBreakers:
         breaker.failed_until = now + wait
 
     def busy(self, peer_id: PeerID, now: float, retry_after_s: float) -> None:
-        """The peer asked to be left alone for a while; that is no failure."""
+        """The peer asked to be left alone for a while, which is not a failure."""
         breaker = self._breaker(peer_id)
         breaker.busy_until = max(breaker.busy_until, now + min(retry_after_s, self._longest_s))
 
     def distrust(self, peer_id: PeerID, now: float) -> None:
-        """The peer answered wrongly: it is banned for the longest time, after each further time for twice as long.
+        """The peer gave a wrong answer: it is banned for the longest time, and for twice as long each further time.
 
-        Whatever else it does well meanwhile does not shorten that.
+        Nothing that it does well in the meantime shortens that.
         """
         breaker = self._breaker(peer_id)
         if now < breaker.distrusted_until:
@@ -172,21 +174,23 @@ class Latencies:
         self.forward: Durations = Durations()
         self.backward: Durations = Durations()
         self.nodes: BoundedDict[PeerID, float] = BoundedDict[PeerID, float](_NODES)
-        """Seconds until each node's first answer to a call, a moving mean; the node that answered last at the end."""
+        """A moving mean of the seconds until each node's first answer to a call. The node that answered last comes
+        last.
+        """
         self._answered_at = BoundedDict[PeerID, float](_NODES)
 
     def note(self, direction: str, seconds: float) -> None:
-        """One call that a node answered in full."""
+        """Adds a call that a node has answered completely."""
         (self.forward if direction == "forward" else self.backward).note(seconds)
 
     def note_node(self, peer_id: PeerID, seconds: float, now: float) -> None:
-        """A node's first answer to a call."""
+        """Adds the time until a node's first answer to a call."""
         mean = self.nodes.get(peer_id, seconds)
         self.nodes[peer_id] = mean + _WEIGHT * (seconds - mean)
         self._answered_at[peer_id] = now
 
     def nodes_lately(self, now: float) -> Mapping[PeerID, float]:
-        """`nodes`, without those that have not answered for a minute. They are forgotten."""
+        """`nodes`, after forgetting those that have not answered for a minute."""
         while self._answered_at and next(iter(self._answered_at.values())) <= now - _TIMES_HOLD_S:
             peer_id, _ = self._answered_at.popitem(last=False)
             self.nodes.pop(peer_id, None)
@@ -194,20 +198,20 @@ class Latencies:
 
 
 def _nearest(ordered: Sequence[float], share: float) -> float:
-    """The nearest-rank quantile: at least `share` of all are no larger."""
+    """The nearest-rank quantile: at least `share` of all numbers are no larger."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 @dataclass(frozen=True)
 class _RememberedAnswer:
-    """The first row of an answer, and of what it was computed from."""
+    """The first row of an answer, and of the inputs it was computed from."""
 
     answer: bytes
     inputs: Floats
 
 
 class AnswerScreening:
-    """What is wrong with answers, by each one alone and by those that the same peer gave lately."""
+    """Finds faults in answers, in each one alone and compared with recent ones of the same peer."""
 
     def __init__(self) -> None:
         self._lately = BoundedDict[PeerID, list[_RememberedAnswer]](_REMEMBERED_PEERS)
@@ -221,7 +225,7 @@ class AnswerScreening:
         return fault or self._fault_of_experts(inputs, reply)
 
     def _fault_of_experts(self, inputs_RD: Floats, reply: AnsweredRows) -> str | None:
-        """What is wrong with the rows that an expert answered alone."""
+        """The fault in the rows that an expert answered alone, or None."""
         alone = reply.answered.sum(axis=1) == 1
         experts = reply.batch.experts[reply.places].max(axis=1, where=reply.answered, initial=-1)
         for expert in np.unique(experts[alone]).tolist():
@@ -231,7 +235,7 @@ class AnswerScreening:
         return None
 
     def fault_of_gradient(self, gradients_RD: Floats, answer_RD: Floats) -> str | None:
-        """The fault in a word, or None. Small gradients may well become zeros on their way, and so equal."""
+        """The fault in a word, or None. Small gradients may become zeros when encoded, and so equal."""
         return "huge" if is_huge(gradients_RD, answer_RD, MOST_GRADIENT_GROWTH) else None
 
     def fault_of_answer(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:
@@ -243,7 +247,7 @@ class AnswerScreening:
         return "replayed" if self._is_replayed(peer_id, inputs_RD[0], answer_RD[0]) else None
 
     def _is_replayed(self, peer_id: PeerID, inputs_D: Floats, answer_D: Floats) -> bool:
-        """Whether the answer's first row came lately, for other inputs. Also remembers it, unless it is zero."""
+        """Whether the answer's first row was given recently for other inputs. Also remembers it, unless it is zero."""
         if not answer_D.any():
             return False
         lately = self._lately[peer_id] = self._lately.get(peer_id) or []
@@ -261,14 +265,14 @@ def is_huge(inputs_RD: Floats, answer_RD: Floats, most_growth: float = MOST_GROW
 
 
 def is_constant(inputs_RD: Floats, answer_RD: Floats) -> bool:
-    """Whether rows that are far apart were all given the same answer. Zeros are an honest one: some blocks start so."""
+    """Whether rows that are far apart all got the same answer. Zeros are honest: some blocks start that way."""
     if len(answer_RD) < 2 or not answer_RD[0].any() or not np.array_equal(answer_RD[0], answer_RD[-1]):
         return False
     return are_apart(inputs_RD[0], inputs_RD[-1]) and bool((answer_RD == answer_RD[0]).all())
 
 
 def are_bounded(products_RK: Floats, gradients_RD: Floats, inputs_RD: Floats) -> Booleans:
-    """In which rows no product of the gradient and an update is larger than updates that are not huge allow. [R]"""
+    """In which rows all products of the gradient and an update are small enough for updates that are not huge: [R]."""
     lengths = np.linalg.norm(gradients_RD.astype(np.float64), axis=1)
     most = MOST_GROWTH * (1.0 + _largest(inputs_RD)) * gradients_RD.shape[1] ** 0.5 * lengths
     fits: Booleans = np.abs(products_RK).max(axis=1, initial=0.0) <= 2 * most + _LEAST_PRODUCT
@@ -282,12 +286,12 @@ def products_fit(
     answers_RD: Floats,
     error: tuple[float, float],
 ) -> Booleans:
-    """In which rows the products <G, f_k> are those of the experts in the answer S = sum of p_k f_k. [R]
+    """In which rows the products <G, f_k> are those of the experts in the answer S = sum of p_k f_k: [R].
 
-    Their mean by the shares p is <G, S>, but for rounding: the node has G', what it got for our G, and we have S', what
-    we got for its S. So they differ by at most |G' - G| |S| + |G| |S' - S|. `error`: how far a row and what is got for
-    it are apart at most, as a part of its norm and beside it. The products' own sums, in float32, may be a thousandth
-    of their size off, and a little more of rows that are nearly orthogonal.
+    Their mean weighted by the shares p is <G, S>, up to rounding. The node has G', what it received for our G, and we
+    have S', what we received for its S. So the two differ by at most |G' - G| |S| + |G| |S' - S|. `error`: the largest
+    distance between a row and what is received for it, relative to its norm and absolute. The products' own sums, in
+    float32, may be off by a thousandth of their size, and a little more for rows that are nearly orthogonal.
     """
     part, beside = error
     g, s = gradients_RD.astype(np.float64), answers_RD.astype(np.float64)
@@ -311,7 +315,7 @@ def _largest(numbers_RD: Floats) -> float:
 
 
 class CallTimes:
-    """How long the last 256 calls in one direction took, in seconds."""
+    """The durations of the last 256 calls in one direction, in seconds."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=_WINDOW)
@@ -320,13 +324,13 @@ class CallTimes:
         self._last.append(seconds)
 
     def add_unfinished(self, seconds: float) -> None:
-        """Counts a call that was given up after so long. It counts as at least as slow as most, so that a deadline that
-        is too short for many calls gets longer.
+        """Counts a call that was given up after this long. It counts as at least as slow as most, so that a deadline
+        that is too short for many calls grows.
         """
         self.add(max(seconds, self.quantile(_USUAL) or 0.0))
 
     def quantile(self, part: float) -> float | None:
-        """What `part` of the calls did not exceed; None while too few are known."""
+        """The duration that `part` of the calls did not exceed; None while too few are known."""
         if len(self._last) < LEAST_KNOWN:
             return None
         return sorted(self._last)[min(int(part * len(self._last)), len(self._last) - 1)]
@@ -337,26 +341,28 @@ class WaitPolicy:
     """How long to wait for experts. Times in seconds."""
 
     call_deadline_s: float
-    """No call lasts longer."""
+    """The longest duration of a call."""
     grace_s: float
     """How long to wait for the rest once every row has `k_min` answers."""
     k_min: int
-    """A row with fewer answers has its experts chosen again."""
+    """Experts are chosen again for a row with fewer answers."""
     least_deadline_s: float = 3.0
-    """The deadline becomes no shorter than that."""
+    """The shortest deadline."""
     most_hedged: float = 0.1
-    """Calls sent to a second replica, as a part of all calls, at most."""
+    """The largest share of calls that are also sent to a second replica."""
 
     def deadline_s(self, call_times: CallTimes) -> float:
-        """The deadline of the next call: four times what nine in ten took lately, between the bounds."""
+        """The deadline of the next call: four times the duration that nine in ten recent calls did not exceed, within
+        bounds.
+        """
         usual = call_times.quantile(_USUAL)
         if usual is None:
             return self.call_deadline_s
         return min(self.call_deadline_s, max(self.least_deadline_s, _DEADLINE_FACTOR * usual))
 
     def hedge_after_s(self, call_times: CallTimes) -> float:
-        """When a forward call is slow enough to ask another replica too: when 19 in 20 would have answered, and at
-        the latest after a third of the deadline.
+        """When a forward call is slow enough to also ask another replica: when 19 in 20 calls would have been answered,
+        but at the latest after a third of the deadline.
 
         "The Tail at Scale" (Dean and Barroso, 2013) asks after the 95th percentile.
         """
@@ -365,5 +371,5 @@ class WaitPolicy:
         return latest if slow is None else min(max(slow, _LEAST_HEDGE_S), latest)
 
     def may_hedge(self, hedged: float, calls: float) -> bool:
-        """Whether one call more of `calls` may be sent twice, after `hedged`."""
+        """Whether one more of `calls` may be sent twice, after `hedged` have been."""
         return hedged < self.most_hedged * calls

@@ -1,4 +1,4 @@
-"""Which replica of each expert a trainer calls: rows travel once to a node, so that fewer nodes mean fewer rows."""
+"""Which replica of each expert a trainer calls. A row travels once to each node, so fewer nodes mean less traffic."""
 
 import random
 from collections import Counter
@@ -13,25 +13,25 @@ from dht.uid import UID
 from peer.identity import PeerID
 
 _MOST_CARRIED = 1.5
-"""Experts that a peer is given for carrying others already, against the mean of the peers that host any."""
+"""A peer that already has experts gets further ones up to this many times the mean of the peers that host any."""
 _MOST_PREFERRED = 2.0
-"""The same for being quicker or less busy than other replicas. A stranger that announces every expert, and answers at
-once whatever it likes, gets no more.
+"""If other replicas are slower or busier, a peer gets experts up to this many times the mean. A stranger that announces
+every expert, and answers anything at once, gets no more.
 """
 _SLOWER = 2.0
-"""How many times as long as the quickest peer of its expert, and as the median of all peers called lately, a peer may
-take before it is skipped.
+"""A peer is skipped if it takes this many times as long as both the fastest peer of its expert and the median of all
+recently called peers.
 """
 _QUICK, _TRIED = 2, 1 / 16
-"""How many quick replicas of an expert must be known before others, not called lately, get only this share of its
+"""Once this many fast replicas of an expert are known, others that were not called recently get only this share of its
 calls.
 """
 _MANY, _COMPARED_OF_MANY = 16, 8
-"""If an expert has more than 16 replicas, 8 random ones are compared, with those that were called lately, unless none
-of these can be called.
+"""If an expert has more than 16 replicas, 8 random ones are compared, together with those that were called recently. If
+none of these can be called, all are.
 """
 _BUSIER_ROWS = 1024
-"""Rows queued beyond those of the least busy one, from which a peer is passed over."""
+"""A peer is skipped if it has this many more rows queued than the least busy one."""
 _NOT_ASKED: Mapping[UID, Collection[PeerID]] = MappingProxyType({})
 
 
@@ -43,14 +43,15 @@ def choose_replicas(
     times_s: Mapping[PeerID, float] = MappingProxyType({}),
     asked: Mapping[UID, Collection[PeerID]] = _NOT_ASKED,
 ) -> dict[UID, PeerID]:
-    """One replica of each expert, where any is live. `times_s`: how long calls to these peers took lately. `asked`:
-    peers that are not asked for an expert again.
+    """One replica of each expert that has a live one. `times_s`: how long recent calls to these peers took. `asked`:
+    for each expert, peers that are not asked again.
 
-    Of an expert with many replicas some are drawn: the work must not grow with the swarm.
+    Of an expert with many replicas, only some random ones are considered, so that the work does not grow with the
+    swarm.
 
-    Experts with one replica go there. Of the others each goes to the peer that carries most of the experts so far, but
-    not to one that is much slower or busier than another replica, and not to one that has 1.5 times its even share.
-    Where only slower or busier ones have less, the others take up to twice their share before these are asked.
+    An expert with one replica goes there. Each other expert goes to the peer that has the most experts so far, but not
+    to a peer that is much slower or busier than another replica, or that has 1.5 times its even share. If only slower
+    or busier peers have less, the others get up to twice their share before those are asked.
     """
     hosts = {uid: _hosts(view, uid, avoided.union(asked.get(uid, ())), rng, times_s) for uid in uids}
     usual_s = median_low(times_s.values()) if times_s else 0.0
@@ -75,7 +76,7 @@ def choose_replicas(
             or [replica for replica in hosts[uid] if carried[replica.peer_id] < most]
             or fit
         )
-        drawn = rng.sample(free, len(free))  # among equals by chance
+        drawn = rng.sample(free, len(free))  # random among equals
         best = max(drawn, key=lambda replica: (carried[replica.peer_id], -replica.queued_rows))
         chosen[uid] = best.peer_id
         carried[best.peer_id] += 1
@@ -85,7 +86,7 @@ def choose_replicas(
 def _hosts(
     view: View, uid: UID, avoided: frozenset[PeerID], rng: random.Random, times_s: Mapping[PeerID, float]
 ) -> list[Replica]:
-    """The replicas that are compared."""
+    """The replicas to compare."""
     replicas = view.replicas.get(uid, ())
     if len(replicas) > _MANY:
         compared = [*view.at(uid, times_s), *rng.sample(replicas, _COMPARED_OF_MANY)]
@@ -97,7 +98,9 @@ def _hosts(
 def _fit(
     hosts: list[Replica], times_s: Mapping[PeerID, float], usual_s: float, rng: random.Random
 ) -> list[Replica]:
-    """The peers that are neither much slower nor much busier than another. `usual_s`: what peers took lately."""
+    """The peers that are neither much slower nor much busier than another. `usual_s`: the usual duration of recent
+    calls.
+    """
     known = [replica for replica in hosts if replica.peer_id in times_s]
     quickest = min((times_s[replica.peer_id] for replica in known), default=0.0)
     slowest = _SLOWER * max(quickest, usual_s)

@@ -1,7 +1,7 @@
-"""Sequences that experts hold rows of: the first rows are sent like any others, then one row more at a time.
+"""Sequences whose rows experts hold: the first rows are sent like any others, then one more row at a time.
 
-Rows that follow go to the replicas that hold those before them, and nowhere else. If one of these does not answer, or
-no longer holds them, the sequence can't go on: its rows are sent again from the first. That is left to the caller.
+Further rows go only to the replicas that hold the earlier ones. If one of these does not answer, or no longer holds
+them, the sequence can't be continued: the caller has to send its rows again from the first.
 
 Shapes: R rows, each of another sequence, K slots of each row, s segments of one batch.
 """
@@ -34,14 +34,14 @@ from trainer_client.dispatch.policy import WaitPolicy
 
 
 def new_numbers(count: int) -> list[int]:
-    """New numbers by which a node may know sequences that it has not seen."""
+    """New numbers by which nodes identify sequences that they have not seen."""
     return [secrets.randbits(64) for _ in range(count)]
 
 
 def note_held(held: Sequence[HeldSequence], selection: Selection, result: ForwardPass) -> None:
-    """Notes what is held now that sequences were sent from their first rows on.
+    """Records what is held after sequences were sent from their first rows on.
 
-    A sequence can go on if every expert of its rows has answered all of those that it was sent, in one call.
+    A sequence can be continued if every expert of its rows has answered all rows that it was sent, in one call.
     """
     of_rows = result.rows.segments.of_rows
     lacking = result.answered.sum(axis=1) < selection.valid.sum(axis=1)
@@ -69,7 +69,7 @@ def note_held(held: Sequence[HeldSequence], selection: Selection, result: Forwar
 async def go_on(
     rows: RoutedRows, selection: Selection, live: LiveExperts, calls: CallTracker, policy: WaitPolicy
 ) -> ForwardPass:
-    """Sends the next row of each sequence, and notes what is held then."""
+    """Sends the next row of each sequence, and records what is held then."""
     assert rows.held is not None, "there are rows before these"
     result = ForwardPass.of(rows)
     result.coordinates[:] = selection.coordinates
@@ -117,7 +117,7 @@ async def go_on(
 def _replicas(
     batch: NodeBatch, held: Sequence[HeldSequence], live: LiveExperts, avoided: frozenset[PeerID]
 ) -> tuple[list[PeerID], Integers]:
-    """The peers to call, and which of them for each slot; -1 where none is to be called. [R, K]"""
+    """The peers to call, and the index of the peer for each slot; -1 where none is called: [R, K]."""
     numbers: dict[PeerID, int] = {}
     at = np.full(batch.experts.shape, -1)
     for row, slot in np.argwhere(batch.asked).tolist():

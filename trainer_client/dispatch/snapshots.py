@@ -1,4 +1,4 @@
-"""Fetches the parameters that answers were computed with from the nodes that gave them, for spot checks."""
+"""For spot checks: fetches the parameters that answers were computed with from the nodes that gave them."""
 
 import asyncio
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from peer.rpc.transfer import SnapshotReceiver, receive
 from peer.wire import state_pb2, state_pb2_grpc
 
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
-"""How a node computes, by its own word."""
+"""How a node computes, according to the node."""
 
 _PRECISIONS: dict[int, Precision] = {
     state_pb2.PRECISION_FP32: "fp32",
@@ -39,10 +39,10 @@ class FetchedBlock:
 
 
 class BlockClient:
-    """Asks nodes for parameters. Tries once: later they have changed."""
+    """Asks nodes for parameters. Tries only once, because later the parameters have changed."""
 
     def __init__(self, channels: ChannelPool, sessions: SessionClient, swarm_id: str, max_bytes: int) -> None:
-        """`sessions`: with RIGHT_FORWARD. `max_bytes`: of an expert's parameters, encoded."""
+        """`sessions`: with RIGHT_FORWARD. `max_bytes`: the limit for an expert's encoded parameters."""
         self._channels = channels
         self._sessions = sessions
         self._swarm_id = swarm_id
@@ -50,8 +50,8 @@ class BlockClient:
         self._down = RateLimit(None)
 
     async def fetch(self, node: NodeInfo, uid: UID, version: int, deadline_s: float) -> FetchedBlock:
-        """Raises TransferError when they did not come, VersionGoneError among them, and StateError when what came
-        can't be right.
+        """Raises TransferError, or its subclass VersionGoneError, if the parameters did not arrive, and StateError if
+        what arrived can't be right.
         """
         incoming = SnapshotReceiver(self._max_bytes, lambda size: None)
         try:

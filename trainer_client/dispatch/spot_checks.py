@@ -1,12 +1,12 @@
-"""Spot checks: the trainer itself recomputes some rows that a node answered, from the parameters that it answered with.
+"""Spot checks: the trainer recomputes some answered rows itself, with the node's own parameters.
 
-A node names the version of the parameters with each answer. After some of them the trainer asks for the parameters of
-that version, and computes the same rows. The node learns which answer is checked when it has given it. That needs no
-other replica, and nobody else's word.
+With each answer, a node names the version of its parameters. After some answers, the trainer asks for the parameters of
+that version, and computes the same rows. The node learns which answer is checked only after it has given it. Checks
+need neither another replica nor anybody else's word.
 
-An answer is right if the codec made it of numbers that are close to the trainer's own: as close as another processor's
-order of additions explains, or the coarser precision that the node says it computes with. One wrong row makes a failed
-check; two failed checks of different answers are two witnesses, and the node is banned.
+An answer is right if the codec can have made it from numbers that are close to the trainer's own: as close as another
+processor's order of additions explains, or the coarser precision that the node says it computes with. A single wrong
+row makes a check fail. Two failed checks of different answers are two witnesses, and the node is banned.
 
 Shapes: n rows of the batch, m of an answer, c of those checked, K slots of each row, W width of the experts.
 """
@@ -49,49 +49,56 @@ from trainer_client.dispatch.snapshots import FetchedBlock, Precision
 logger: logging.Logger = logging.getLogger(__name__)
 
 SLACK: Mapping[Precision, float] = {"fp32": 2e-4, "tf32": 5e-3, "bf16": 1e-2}
-"""How far a number may be from the trainer's own, against the root mean square of its experts' updates of the row.
+"""How far a number may be from the trainer's own, relative to the root mean square of its experts' updates of the row.
 
-Measured on CPUs: fp32 on other threads, in another order, and float64, up to 1e-5; bf16 against bf16 in another order,
-up to 8e-3, and 3e-5 on average. tf32 rounds an eighth as much as bf16, which differs from fp32 by 5e-3 on average.
+Measured on CPUs: fp32 with other threads, in another order, and against float64, up to 1e-5; bf16 against bf16 in
+another order, up to 8e-3, and 3e-5 on average. tf32 rounds an eighth as much as bf16, which differs from fp32 by 5e-3
+on average.
 """
 SPARED: Mapping[Precision, float] = {"fp32": 0.0, "tf32": 0.0, "bf16": 1 / 16}
-"""The share of a row's numbers that may be further away: in bf16, one number that is rounded differently changes
-others.
+"""The share of a row's numbers that may be further off: in bf16, one number that is rounded differently
+changes others.
 """
 TOLERATED: Mapping[Precision, float] = {"fp32": 0.0, "tf32": 0.0, "bf16": 1e-3}
-"""The share of a node's rows that may be wrong: in bf16, sharp attention may turn on one rounding. Measured on CPUs,
-with oneDNN's kernels and without: up to 3e-4 of the rows.
+"""The share of a node's rows that may be wrong: in bf16, sharp attention may depend on one rounding. Measured on CPUs,
+with and without oneDNN's kernels: up to 3e-4 of the rows.
 """
 OF_INPUTS = 2e-6
-"""How far it may be beside that, against the row's inputs: an update is what is left when they are subtracted."""
+"""How much further off a number may be, relative to the row's inputs: an update is what remains when they are
+subtracted.
+"""
 WITNESSES = 2
-"""Failed checks of a node before it is banned."""
+"""After this many failed checks, a node is banned."""
 _CHECKED_AFTER_FAILURE = 32
-"""A node's next answers that are all checked, once one has failed."""
+"""After a failed check, this many of the node's next answers are all checked."""
 _FORGIVEN_AFTER_ROWS = 100_000
-"""Right ones in a row, after which a node's failed checks no longer count: in as many, an honest one may fail once."""
+"""After this many right rows in a row, a node's failed checks no longer count: in so many, an honest node may fail
+once.
+"""
 _REMEMBERED_ROWS = 20_000
-"""Checked rows that are remembered of a node. So a long good record excuses no more lies than these do."""
+"""How many checked rows of a node are remembered, so that a longer good record does not excuse more lies."""
 _MOST_ROWS = 512
-"""Rows that each expert computes in a check, beyond one segment."""
+"""Each expert computes at most this many rows in a check, and the rest of the last segment."""
 _MOST_AT_ONCE = 4
 _DEADLINE_S = 20.0
-"""The deadline for the parameters to come."""
+"""The deadline for fetching the parameters."""
 _TRAFFIC_SHARE = 0.1
-"""The most bytes of parameters that are fetched on average, as a share of those of forward answers: about a fortieth of
-all traffic with nodes.
+"""The most bytes of parameters fetched, relative to the bytes of forward answers: about a fortieth of all traffic with
+nodes.
 """
 _KEPT_EXPERTS = 4
-"""Experts whose parameters are kept for more answers of the same version."""
+"""How many experts' parameters are kept for further answers of the same version."""
 _NODES = 1024
 _LATELY = 32
-"""Checks of a node that say whether it can be checked at all."""
+"""This many last checks of a node show whether it can be checked at all."""
 _NAMED = 4
-"""Experts that a warning names."""
+"""The most experts that a warning names."""
 _VERDICTS = {"passed", "failed"}
 _LARGEST = 1e30
 _LARGEST_UPDATES = 4.0
-"""The limit of a row's updates against its answer: parameters in which they cancel out must not widen the slack."""
+"""The limit for a row's updates relative to its answer: parameters whose updates cancel out must not widen the
+slack.
+"""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -101,31 +108,31 @@ class LoadedExpert(Protocol):
     """An expert with a node's parameters."""
 
     def updates(self, inputs: Floats, lengths: Integers, positions: Integers, precision: Precision) -> Floats:
-        """What it adds to rows [R, W] of these segments [S] and positions [R], computed as a node of that precision
-        does.
+        """The expert's updates of rows [R, W] with these segments [S] and positions [R], as a node of that precision
+        computes them.
         """
         ...
 
 
 class ExpertLoader(Protocol):
-    """Makes experts of parameters. The kinds of experts are none of this package's business."""
+    """Builds experts from parameters. This package does not know the kinds of experts."""
 
     @property
     def max_bytes(self) -> int:
-        """The limit of an expert's encoded parameters."""
+        """The limit for an expert's encoded parameters."""
         ...
 
     def load(self, uid: UID, data: bytes) -> LoadedExpert:
-        """Raises StateError when the data is not the parameters of that expert."""
+        """Raises StateError if the data is not that expert's parameters."""
         ...
 
 
 class BlockSource(Protocol):
-    """Where parameters come from."""
+    """Where parameters are fetched from."""
 
     async def fetch(self, node: NodeInfo, uid: UID, version: int, deadline_s: float) -> FetchedBlock:
-        """Raises TransferError when they did not come, VersionGoneError among them, and StateError when what came
-        can't be right.
+        """Raises TransferError, or its subclass VersionGoneError, if the parameters did not arrive, and StateError if
+        what arrived can't be right.
         """
         ...
 
@@ -139,20 +146,20 @@ class Checking:
     source: BlockSource
     loader: ExpertLoader
     guard: ParseGuard = field(default_factory=ParseGuard)
-    """Guards the parser of parameters."""
+    """Guards the parsing of parameters."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Rows of one answer, and all that their experts computed them from."""
+    """Rows of one answer, and all inputs from which their experts computed them."""
 
     node: NodeInfo
     versions: Mapping[UID, int]
     """The versions of the experts in the answers."""
     parts: Sequence[ExpertPart]
-    """What each of them computed: places in `inputs`."""
+    """Each expert's part; its places refer to `inputs`."""
     segments: Sequence[tuple[Integers, Integers]]
-    """For each part, the rows of each segment, and positions."""
+    """For each part, the number of rows of each segment, and the positions."""
     inputs: Floats  # before the codec
     places: Integers  # [c], rows of `inputs`
     shares: Floats  # [c, K], of each expert in the answer
@@ -160,9 +167,9 @@ class Sample:
 
     @classmethod
     def draw(cls, sent: SentBatch, reply: AnsweredRows, inputs: Floats, rng: random.Random) -> Self:
-        """A row by chance, and the others that no other experts have answered, of its segment and the next ones.
+        """Draws a random row, and adds those rows of its segment and the next ones whose answers have no other experts.
 
-        `inputs` [n, W]: of the batch.
+        `inputs` [n, W]: those of the batch.
         """
         batch = sent.batch
         drawn = rng.randrange(len(reply.places))
@@ -193,7 +200,7 @@ class Sample:
     def wrong_rows(
         self, experts: Mapping[UID, LoadedExpert], precision: Precision, codec: "expert_pb2.Codec"
     ) -> tuple[int, float]:
-        """How many of its rows are wrong, and how far the furthest is away, against its size."""
+        """How many of its rows are wrong, and how far off the worst one is, relative to its size."""
         inputs = decode(encode(self.inputs, codec), self.inputs.shape[1], codec)
         own, sizes = np.zeros_like(self.answers), np.zeros(len(self.answers), np.float32)
         for part, (lengths, positions) in zip(self.parts, self.segments, strict=True):
@@ -216,9 +223,9 @@ def are_wrong(
     precision: Precision,
     codec: "expert_pb2.Codec",
 ) -> Booleans:
-    """Which rows of the answers no honest node of this precision gives. [c]
+    """Which rows of the answers no honest node of this precision gives: [c].
 
-    `answers`, `own` [c, W]: what came, and what the trainer computed. `sizes`, `of_inputs` [c]: root mean squares of
+    `answers`, `own` [c, W]: what arrived, and what the trainer computed. `sizes`, `of_inputs` [c]: root mean squares of
     the experts' updates and of the inputs.
     """
     # an honest node refuses to answer with such numbers
@@ -238,16 +245,16 @@ def _sizes(tensor: Floats) -> Floats:
 
 @dataclass
 class _Record:
-    """What the checks of one node have shown."""
+    """The results of one node's checks."""
 
     failed: int = 0
     rows: float = 0.0
     wrong_rows: float = 0.0
-    """The wrong ones of these. Both are halved now and then."""
+    """How many of these were wrong. Both counts are halved now and then."""
     right_rows: int = 0
-    """Checked since the last failure."""
+    """Right rows since the last failure."""
     owed: int = 0
-    """Answers that are still checked whatever chance says, until as many have proven right."""
+    """How many more answers are checked without drawing, until as many have proved right."""
     decided: deque[bool] = field(default_factory=lambda: deque(maxlen=_LATELY))
     """Whether each of the last checks came to a verdict."""
 
@@ -262,16 +269,16 @@ class _Record:
 
 
 class SpotChecks:
-    """The checks of one trainer. Its methods belong to the loop's thread.
+    """The checks of one trainer. Call its methods on the loop's thread.
 
-    A node sees when its parameters are fetched. So what was checked before must not change what will be: each answer is
-    drawn by itself, and a node that holds up the checks of its own answers holds up no further ones.
+    A node sees when its parameters are fetched. So earlier checks must not influence which answers are checked later:
+    each answer is drawn independently, and a node that delays the checks of its own answers does not delay others'.
     """
 
     def __init__(
         self, calls: CallTracker, checking: Checking | None, codec: CodecName, rng: random.Random
     ) -> None:
-        """`checking`: None for no checks. `codec`: by its name in the manifest."""
+        """`checking`: None for no checks. `codec`: its name in the manifest."""
         self._calls = calls
         self._checking = checking
         self._codec = codec_of(codec)
@@ -281,18 +288,18 @@ class SpotChecks:
         self._records = BoundedDict[PeerID, _Record](_NODES)
         self._experts = BoundedDict[tuple[PeerID, UID, int], tuple[LoadedExpert, Precision]](_KEPT_EXPERTS)
         self._fetching: dict[asyncio.Task[None], NodeInfo] = {}
-        """The checks whose parameters have not come yet, oldest first."""
+        """The checks whose parameters have not arrived yet, oldest first."""
         calls.metrics.evasive.set_function(self.evasive)
 
     def evasive(self) -> int:
-        """Nodes of whose last answers none could be checked."""
+        """How many nodes have given recent answers of which none could be checked."""
         return sum(record.is_evasive for record in list(self._records.values()))
 
     def note(self, sent: SentBatch, reply: AnsweredRows, inputs: Floats) -> None:
-        """Checks a part of an answer that has just come, if it is one to check. Costs whoever waits for the answer
-        nothing but the drawing.
+        """Checks a part of an answer that has just arrived, if it is drawn for a check. The waiting pass is delayed
+        only by the drawing.
 
-        `inputs` [R, W]: of all rows of the step.
+        `inputs` [R, W]: those of all rows of the step.
         """
         if self._checking is None or not len(reply.places):
             return
@@ -311,7 +318,7 @@ class SpotChecks:
         task.add_done_callback(lambda ended: self._fetching.pop(ended, None))
 
     def _affordable(self, sample: Sample, reply: AnsweredRows) -> float:
-        """The part of such checks that keeps to the share of the traffic."""
+        """The share of such checks that keeps within the share of the traffic."""
         assert self._checking is not None, "no check begins without"
         node = sample.node.peer_id
         missing = sum((node, *each) not in self._experts for each in sample.versions.items())
@@ -320,7 +327,7 @@ class SpotChecks:
         return 1.0 if expected <= most else most / expected
 
     def _make_room(self) -> bool:
-        """Ends a check of the node for whose parameters the most checks wait, and returns whether there was one."""
+        """Ends a check of the node with the most checks that wait for parameters. Returns whether there was one."""
         waiting = Counter(node.peer_id for node in self._fetching.values())
         if not waiting:
             return False
@@ -343,7 +350,7 @@ class SpotChecks:
                 if (task := asyncio.current_task()) is not None:
                     self._fetching.pop(task, None)
                 experts = {uid: expert for uid, (expert, _) in zip(sample.versions, loaded, strict=True)}
-                # one device has them all, or each is as precise as it says
+                # they all run on one device, or each has the precision that the node says
                 precision = max((precision for _, precision in loaded), key=SLACK.__getitem__)
                 wrong, apart = await self._run(sample.wrong_rows, experts, precision, self._codec)
         except VersionGoneError:
@@ -364,7 +371,7 @@ class SpotChecks:
             self._pass(sample)
 
     async def _load_all(self, sample: Sample) -> list[tuple[LoadedExpert, Precision]]:
-        """All at once, for their versions don't last. Raises TransferError, and StateError."""
+        """Loads all experts at once, because their versions don't last. Raises TransferError and StateError."""
         loads = [self._load(sample.node, *each) for each in sample.versions.items()]
         found = await asyncio.gather(*loads, return_exceptions=True)
         for error in found:
@@ -373,7 +380,7 @@ class SpotChecks:
         return [each for each in found if not isinstance(each, BaseException)]
 
     async def _load(self, node: NodeInfo, uid: UID, version: int) -> tuple[LoadedExpert, Precision]:
-        """Raises TransferError, and StateError."""
+        """Raises TransferError and StateError."""
         assert self._checking is not None, "no check begins without"
         if not version:
             raise TransferError("its answer names no version")
@@ -387,7 +394,7 @@ class SpotChecks:
         return found
 
     async def _run(self, function: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
-        """On the one thread that checks compute on, with one core."""
+        """Runs a function on the single thread for checks, which uses one core."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def _note(self, node: NodeInfo, outcome: str) -> _Record:
@@ -412,7 +419,7 @@ class SpotChecks:
             record.failed = 0
 
     def _fail(self, sample: Sample, said: str, wrong: int, precision: Precision) -> None:
-        """`wrong`: how many of its rows are."""
+        """`wrong`: how many of its rows are wrong."""
         peer_id = sample.node.peer_id
         record = self._note(sample.node, "failed")
         record.note_rows(len(sample.places), wrong)

@@ -1,1 +1,1 @@
-"""Looks passages up in memories: the encoder, the codebook, and the retriever."""
+"""Looks up passages in memories: the encoder, the codebook, and the retriever."""

@@ -1,8 +1,8 @@
-"""Checks that the hosts of a memory leave nothing out, by one who has nothing to ask.
+"""Checks that the hosts of a memory leave nothing out, for a peer that has no queries of its own.
 
-A shard is drawn, and a passage in it. A vector near the passage's own is the query: two hosts of the cell are asked for
-it, and what either of them left out or made up is found as in any search (`checks`). So this needs the memory's list of
-shards, and not its encoder, which is much larger.
+A random passage of a random shard is chosen, and a vector near the passage's own is the query. Two hosts of the cell
+are asked for it. Anything that either of them left out or made up is found as in any search (`checks`). So this needs
+the memory's list of shards, but not its encoder, which is much larger.
 """
 
 import asyncio
@@ -35,22 +35,22 @@ from trainer_client.memory.retriever import Located, Retriever
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PASSAGES = 10
-"""Passages that are wanted of each host, which is asked for twice as many: see `MOST_WANTED`."""
+"""Passages wanted from each host, which is asked for twice as many: see `MOST_WANTED`."""
 _LIMIT_S = 60.0
-"""The longest time that one check may take, with the list of shards."""
+"""The longest time for one check, including the list of shards."""
 _READ_S = 10.0
 _OPEN = 4
-"""Memories whose lists of shards stay parsed. One of 100,000 shards takes some 30 MB."""
+"""How many memories' lists of shards stay parsed. One of 100,000 shards takes some 30 MB."""
 _NOISE = 0.5
-"""Noise, as a share of a vector's length."""
+"""The length of the noise, as a share of the vector's."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What one check has found."""
+    """The result of one check."""
 
     compared: int
-    """Queries that two hosts answered: 0 or 1."""
+    """Queries that two hosts have answered: 0 or 1."""
     faulty: Mapping[PeerID, Fault]
     """Hosts that left out a passage, or lied."""
 
@@ -66,7 +66,7 @@ class Auditor:
         metrics: RetrieverMetrics,
         rng: random.Random | None = None,
     ) -> None:
-        """`channels`: are closed with it. `folder`: where lists of shards are kept."""
+        """`channels`: closed together with this. `folder`: where lists of shards are kept."""
         self._swarm = swarm
         self._channels = channels
         self._metrics = metrics
@@ -84,7 +84,7 @@ class Auditor:
         await self._channels.close()
 
     async def check(self, entry: LibraryEntry) -> Audit:
-        """Asks two hosts of a cell for the same passages. Where no two answer, nothing is compared."""
+        """Asks two hosts of a cell for the same passages. If no two hosts answer, nothing is compared."""
         calls = HostCalls(
             self._caller, str(entry.memory), guard=self._swarm.guard, metrics=self._metrics, rng=self._rng
         )
@@ -116,7 +116,9 @@ class Auditor:
             await retriever.close()
 
     def _near(self, vector_D: Vectors) -> Vectors:
-        """A vector like a query's, which is no passage's: by it alone hosts can't tell a check. [1, D]"""
+        """A vector like a query's, which belongs to no passage: it alone does not tell hosts that this is a check. [1,
+        D]
+        """
         length = float(np.linalg.norm(vector_D.astype(np.float32)))
         rng = np.random.default_rng(self._rng.getrandbits(64))
         noise_D = rng.standard_normal(len(vector_D), np.float32) * (_NOISE * length / len(vector_D) ** 0.5)
@@ -125,7 +127,7 @@ class Auditor:
     async def _a_vector_in(
         self, shard: ShardInfo, manifest: MemoryManifest, located: Located, retriever: Retriever
     ) -> Vectors | None:
-        """The vector of a passage drawn there; None if it was revoked, or nobody gives it."""
+        """The vector of a random passage in the shard; None if it was revoked, or no host gives it."""
         place = Place(shard.root, self._rng.randrange(shard.leaves))
         hosts = list(located.hosts.get(shard.root, ()))
         for host in self._rng.sample(hosts, min(2, len(hosts))):

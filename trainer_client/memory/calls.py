@@ -1,7 +1,7 @@
-"""Calls to the hosts of a memory: which of them, when another one is tried, and what becomes of those that fail.
+"""Calls to the hosts of a memory: which host to call, when to try another one, and what happens to hosts that fail.
 
-A host that fails or is late costs a call to another one. Those that fail again and again, and those that lie, are left
-alone for a while.
+If a host fails or is late, another one is called. Hosts that fail again and again, and hosts that lie, are left alone
+for a while.
 """
 
 import asyncio
@@ -37,27 +37,27 @@ T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
 Method = Literal["Search", "Read"]
 Kind = tuple[Method, bool]
-"""Calls that take about as long as each other: a method, and whether it is for many queries or passages."""
+"""Calls of one kind take similarly long: a method, and whether it is for many queries or passages."""
 Fault = Literal["malformed", "false", "omission"]
 
 _CALL_DEADLINE_S = 5.0
 _LEAST_DEADLINE_S = 1.0
 MANY = 16
-"""Answers with at least this many queries, or passages, are parsed and merged on a thread."""
+"""Answers with at least this many queries or passages are parsed and merged on a thread."""
 _SLOWER, _SLOWER_BY_S = 3.0, 0.05
-"""A host is skipped if it takes this many times as long as the quickest replica, and this much longer."""
+"""A host is skipped if it takes this many times as long as the fastest replica, and this much longer."""
 _HANGING = 4.0
-"""How many times longer a call that was given up counts."""
+"""A call that was given up counts as this many times longer."""
 _SLOW_FOR_S = 60.0
-"""How long it is remembered how slow a host was."""
+"""How long the speed of a host is remembered."""
 _HOSTS = 4096
 _QUICK = {StatusCode.UNAVAILABLE, StatusCode.NOT_FOUND}
-"""Failures that cost little time, of which a few are forgiven."""
+"""Failures that cost little time. A few of these are forgiven."""
 _BUSY_TRIES = 3
 _FOUND_BYTES = 64
-"""The limit of one passage that was found, and of what is around those of one query."""
+"""The limit for one found passage, and for the overhead of one query."""
 _PASSAGE_BYTES = 4 * MAX_TEXT_CHARACTERS + 8192
-"""The limit of a passage with its title, source, licence, vector and proof."""
+"""The limit for a passage with its title, source, licence, vector and proof."""
 
 
 class MemoryCaller(Protocol):
@@ -107,15 +107,17 @@ class GrpcMemoryCaller:
 
 
 def most_bytes(request: memory_pb2.SearchRequest | memory_pb2.ReadRequest) -> int:
-    """The limit of an honest answer. Some MB of tiny fields would take long to parse, and thirty times their size."""
+    """The limit for an honest answer. A few MB of tiny fields would be slow to parse, and take thirty times as much
+    memory.
+    """
     if isinstance(request, memory_pb2.ReadRequest):
         return sum(_PASSAGE_BYTES * len(shard.positions) for shard in request.shards)
-    queries = min(MAX_QUERIES, len(request.vectors))  # in one dimension, at least
+    queries = min(MAX_QUERIES, len(request.vectors))  # assuming one dimension, the fewest
     return queries * (_FOUND_BYTES * request.k + _FOUND_BYTES) + 8 * len(request.shards)
 
 
 class RetrieverMetrics:
-    """What one peer counts of its searches."""
+    """What one peer counts about its searches."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         def counter(name: str, description: str, *labels: str) -> Counter:
@@ -140,7 +142,9 @@ class RetrieverMetrics:
 
 
 def choose_hosts(wanted: Mapping[H, Collection[PeerID]], rng: random.Random) -> dict[PeerID, list[H]]:
-    """Few hosts that have all that is wanted, as far as anybody has it: the host of most goes first, of several any."""
+    """A few hosts that together have all that is wanted, as far as any host has it. The host with the most comes first;
+    ties are random.
+    """
     left = {item: hosts for item, hosts in wanted.items() if hosts}
     chosen: dict[PeerID, list[H]] = {}
     while left:
@@ -154,18 +158,18 @@ def choose_hosts(wanted: Mapping[H, Collection[PeerID]], rng: random.Random) -> 
 
 
 def quick_hosts(hosts: Collection[PeerID], times_s: Mapping[PeerID, float]) -> list[PeerID]:
-    """The hosts that are not much slower than another one. `times_s`: how long they took lately, if known."""
+    """The hosts that are not much slower than another one. `times_s`: their recent durations, if known."""
     quickest = min((times_s[host] for host in hosts if host in times_s), default=0.0)
     return [host for host in hosts if times_s.get(host, 0.0) <= _SLOWER * quickest + _SLOWER_BY_S]
 
 
 class _Pace:
-    """How long calls of one kind took lately."""
+    """The recent durations of calls of one kind."""
 
     def __init__(self) -> None:
         self.calls = CallTimes()
         self._hosts = BoundedDict[PeerID, tuple[float, float]](_HOSTS)
-        """Seconds, and when that was."""
+        """For each host, a duration in seconds, and when it was measured."""
 
     def note(self, host: PeerID, seconds: float, now: float, *, is_finished: bool) -> None:
         if is_finished:
@@ -173,7 +177,7 @@ class _Pace:
         else:
             self.calls.add_unfinished(seconds)
         before = self.of_hosts(now).get(host, seconds)
-        # one call that hangs is enough to be passed over for a while
+        # a single call that hangs is enough for the host to be skipped for a while
         self._hosts[host] = (before + seconds) / 2 if is_finished else max(before, _HANGING * seconds), now
 
     def of_hosts(self, now: float) -> dict[PeerID, float]:
@@ -182,7 +186,7 @@ class _Pace:
 
 @dataclass
 class _Sent:
-    """A call under way."""
+    """A call in progress."""
 
     items: list[Any]
     late_at: float
@@ -190,7 +194,7 @@ class _Sent:
 
 
 class HostCalls:
-    """The calls that searches of one memory make."""
+    """The calls of searches in one memory."""
 
     def __init__(
         self,
@@ -202,14 +206,14 @@ class HostCalls:
         rng: random.Random | None = None,
         credit: CreditAccounts | None = None,
     ) -> None:
-        """`memory`: its id. `guard`: of this process. `credit`: where it is noted what hosts have done."""
+        """`memory`: its id. `guard`: the process's. `credit`: records the hosts' work."""
         self.metrics: RetrieverMetrics = metrics or RetrieverMetrics()
         self.credit: CreditAccounts = credit or CreditAccounts()
         self.breakers: CircuitBreakers = CircuitBreakers()
         self.checks: int = 0
-        """Queries that a second replica answered, too."""
+        """Queries that a second replica has also answered."""
         self.faulty: BoundedDict[PeerID, Fault] = BoundedDict(_HOSTS)
-        """The last thing that each host did which no honest one does."""
+        """Each host's last fault that no honest host commits."""
         self._caller = caller
         self._memory = memory
         self._guard = guard or ParseGuard()
@@ -218,11 +222,11 @@ class HostCalls:
         self._paces: dict[Kind, _Pace] = {}
 
     def avoided(self) -> frozenset[PeerID]:
-        """The hosts to leave alone now."""
+        """The hosts not to call now."""
         return self.breakers.open_at(loop_time())
 
     def distrust(self, host: PeerID, fault: Fault, said: str) -> None:
-        """The host answered what no honest one does: it is not asked for a while."""
+        """The host gave an answer that no honest host gives: it is not called for a while."""
         self.faulty[host] = fault
         if host not in self.avoided():
             self.metrics.lies.labels(fault).inc()
@@ -230,7 +234,7 @@ class HostCalls:
         self.breakers.distrust(host, loop_time())
 
     def note_checks(self, queries: int) -> None:
-        """Counts queries that a second replica answered, too."""
+        """Counts queries that a second replica has also answered."""
         self.checks += queries
         self.metrics.checks.inc(queries)
 
@@ -274,13 +278,13 @@ class HostCalls:
         return parsed
 
     async def _call_patiently(self, node: NodeInfo, method: Method, request: Any, ends: float) -> Any:
-        """Tries again, while there is time, if the host is busy. Raises ExpertError."""
+        """Repeats the call, while there is time, if the host is busy. Raises ExpertError."""
         for tries_left in reversed(range(_BUSY_TRIES)):
             try:
                 return await self._caller.call(node, method, request, max(ends - loop_time(), 0.001))
             except ExpertError as error:
                 pause_s = error.retry_after_s * self._rng.uniform(1.0, 1.5)
-                # one that gives no time may be an answer that is too large
+                # without a time to retry, its answer may be too large
                 if error.status is not StatusCode.RESOURCE_EXHAUSTED or not pause_s or not tries_left:
                     raise
                 if loop_time() + pause_s > ends:
@@ -299,10 +303,10 @@ class HostCalls:
         split: Callable[[list[H]], Iterable[list[H]]],
         ends: float,
     ) -> set[H]:
-        """Gets each item from one of its hosts, from another one if that fails, and from both if it is late.
+        """Gets each item from one of its hosts. If that host fails, asks another one; if it is late, asks both.
 
-        `wanted`: hosts, those that are asked first in front. `call` returns those of the items that it got.
-        `split`: what goes to one host, into calls. Returns the items that nobody gave.
+        `wanted`: each item's hosts, the first to ask first. `call` returns the items that it got. `split`: divides what
+        goes to one host into calls. Returns the items that no host gave.
         """
         pace = self._pace(kind)
         tried: dict[H, set[PeerID]] = {item: set() for item in wanted}
@@ -321,7 +325,7 @@ class HostCalls:
             hedge_after_s = self._policy.hedge_after_s(pace.calls)
             for host, group in choose_hosts(fit, self._rng).items():
                 parts = list(split(group))
-                # it may compute them one after another
+                # the host may compute them one after another
                 late_at = loop_time() + len(parts) * hedge_after_s
                 for part in parts:
                     for item in part:
@@ -357,7 +361,7 @@ class HostCalls:
 async def _tolerate(
     call: Callable[[PeerID, list[H]], Awaitable[Collection[H]]], host: PeerID, items: list[H]
 ) -> Collection[H]:
-    """Awaits a call, and gives nothing if it fails."""
+    """The result of a call; empty if it fails."""
     try:
         return await call(host, items)
     except ExpertError:

@@ -1,12 +1,12 @@
-"""What hosts say about a memory, and what of it is true. Pure.
+"""What hosts claim about a memory, and which claims are true. Pure.
 
-A host answers a search with claims: a passage's text lies at that place, and it has that score. Reading the passage
-there settles it: the Merkle path shows that this text with this vector lies at that place of a shard in the signed
-manifest, and the score follows from the vectors. So a host can leave a passage out, but it can't forge one, nor promote
-it. Whoever claims what is not so has everything it said dropped.
+A host answers a search with claims: a passage's text is at that place, and it has that score. Reading the passage there
+decides whether a claim is true: the Merkle path shows that this text with this vector is at that place of a shard in
+the signed manifest, and the score follows from the vectors. So a host can leave a passage out, but it can't forge one
+or raise its rank. If one claim of a host is false, everything it said is dropped.
 
-Omissions are found by asking two hosts for the same shards. A passage that one of them returned and that would have had
-a place in the other's answer was omitted by the other, once it is proven that it lies in the shard that was searched.
+Omissions are found by asking two hosts for the same shards. If one of them returned a passage that would have had a
+place in the other's answer, the other omitted it, once it is proven that the passage is in the shard that was searched.
 
 Shapes: Q queries, D numbers in a vector.
 """
@@ -26,29 +26,29 @@ from peer.wire import memory_pb2
 
 
 class Claim(NamedTuple):
-    """What a host says of one passage."""
+    """A host's claim about one passage."""
 
     score: int
     """Inner product of its vector and the query's."""
     text: Place
-    """Where its text lies."""
+    """Where its text is."""
     found: Place
-    """Where it was found: there, or in a secondary shard."""
+    """Where it was found: at the same place, or in a secondary shard."""
     host: PeerID
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What one call asks a host: shards, and which queries are looked up in each of them."""
+    """What one call asks a host for: shards, and the queries to look up in each of them."""
 
     shards: tuple[ShardInfo, ...]
     queries: tuple[tuple[int, ...], ...]
-    """The numbers of the queries in the search, rising, for each shard."""
+    """For each shard, the numbers of the queries in the search, ascending."""
     k: int
 
     @cached_property
     def sent(self) -> tuple[int, ...]:
-        """The queries that the call carries, by their number in the search."""
+        """The queries in the call, by their number in the search."""
         return tuple(sorted(set().union(*self.queries)))
 
     def request(
@@ -72,7 +72,7 @@ class Ask:
         )
 
     def parse(self, reply: memory_pb2.SearchReply, host: PeerID) -> "Answer":
-        """Raises WireError if no honest host answers so."""
+        """Raises WireError for a reply that no honest host gives."""
         missing = set(reply.missing[: len(self.shards)])
         if len(missing) != len(reply.missing) or not missing <= set(range(len(self.shards))):
             raise WireError(
@@ -126,17 +126,17 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host answered to a search."""
+    """A host's answer to a search."""
 
     ask: Ask
     host: PeerID
     claims: Mapping[int, Sequence[Claim]]
     """The claims for each query, best first."""
     present: frozenset[bytes]
-    """Roots of the shards that are there."""
+    """The roots of the shards that the host has."""
 
     def looked_up(self, query: int) -> frozenset[bytes]:
-        """The shards in which this answer should have the query's best passages."""
+        """The shards whose best passages for the query should be in this answer."""
         return frozenset(
             shard.root
             for shard, queries in zip(self.ask.shards, self.ask.queries, strict=True)
@@ -146,16 +146,16 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Proven:
-    """A passage that lies in the memory, by its proof. It may have been revoked."""
+    """A passage that is proven to be in the memory. It may have been revoked."""
 
     text: Place
-    """Where its text lies."""
+    """Where its text is."""
     passage: Passage | None
-    """None: it was read in a secondary shard."""
+    """None if it was read in a secondary shard."""
     vector_D: Vectors
     leaf: bytes
     reader: PeerID
-    """Who gave it."""
+    """The host that gave it."""
 
     def score(self, query_D: Vectors) -> int:
         return int(query_D.astype(np.int32) @ self.vector_D.astype(np.int32))
@@ -169,7 +169,7 @@ def parse_passages(
 ) -> dict[Place, Proven]:
     """The passages that were read, as far as the host has them.
 
-    `asked`: positions by root, in the order of the request. Raises WireError if no honest host answers so.
+    `asked`: positions by root, in the order of the request. Raises WireError for a reply that no honest host gives.
     """
     roots = list(asked)
     wanted = {Place(root, position) for root, positions in asked.items() for position in positions}
@@ -184,7 +184,7 @@ def parse_passages(
             raise WireError("a passage that was not asked for, or the same one twice")
         wanted.remove(place)
         info = manifest.by_root[place.root]
-        if message.vector if info.is_secondary else message.HasField("passage"):  # else it was revoked
+        if message.vector if info.is_secondary else message.HasField("passage"):  # otherwise it was revoked
             found[place] = _prove(message, info, manifest.dimensions, host)
     return found
 
@@ -197,13 +197,13 @@ def _prove(message: memory_pb2.ProvenPassage, info: ShardInfo, dimensions: int, 
 
 
 class Findings:
-    """All that is said about the queries of one search, and what of it is proven."""
+    """All claims about the queries of one search, and which of them are proven."""
 
     def __init__(self, manifest: MemoryManifest, vectors_QD: Vectors, k: int) -> None:
-        """`k`: how many passages each query is to have."""
+        """`k`: the number of passages wanted for each query."""
         self.proven: dict[Place, Proven] = {}
         self.liars: set[PeerID] = set()
-        """Hosts that claimed what is not so."""
+        """Hosts that made a false claim."""
         self._vectors_QD = vectors_QD
         self._k = k
         self._manifest = manifest
@@ -215,7 +215,7 @@ class Findings:
 
     def add(self, answer: Answer) -> None:
         for query, claims in answer.claims.items():
-            # a secondary shard may name what another revision has, or its publisher made up
+            # a secondary shard may name passages of another revision, or passages that its publisher made up
             self._claims[query] += (claim for claim in claims if self._manifest.has_text_at(claim.text))
             self._unsorted.add(query)
 
@@ -223,13 +223,13 @@ class Findings:
         self.proven |= passages
 
     def give_up(self, places: Iterable[Place]) -> None:
-        """Notes that nobody gives the passages at these places."""
+        """Records that no host gives the passages at these places."""
         self._unreadable.update(places)
 
     def best(self, query: int) -> list[Claim]:
-        """The query's best passages by the claims that may still be true, each once.
+        """The query's best passages by the claims that may still be true, without duplicates.
 
-        Notes the hosts of claims that are not true, as far as the passages are proven.
+        Records the hosts of false claims, as far as the passages are proven.
         """
         while True:
             ranked = self._ranked(query)
@@ -242,9 +242,9 @@ class Findings:
                 return ranked
 
     def unproven(self) -> dict[Place, list[Claim]]:
-        """The texts that must be read before the best passages of all queries are known, and who claims them.
+        """The texts that must be read before the best passages of all queries are known, with their claims.
 
-        Hosts that lied are noted, and what they claim is not read.
+        Records hosts that lied. Texts that only they claim are not read.
         """
         wanted: dict[Place, list[Claim]] = {}
         for query in range(len(self._claims)):
@@ -254,7 +254,7 @@ class Findings:
         return wanted
 
     def unread(self, query: int) -> set[Place]:
-        """The texts that the query may have found, and that nobody gives."""
+        """The texts that may be among the query's results, and that no host gives."""
         return {
             claim.text
             for claim in self._claims[query]
@@ -262,7 +262,9 @@ class Findings:
         }
 
     def results(self, query: int) -> list[tuple[int, Passage, Proven]]:
-        """The query's best passages that are proven, and their scores. None is revoked: no such claim is considered."""
+        """The query's best proven passages with their scores. None is revoked, because claims about revoked passages
+        are dropped.
+        """
         best = ((claim, self.proven.get(claim.text)) for claim in self.best(query))
         return [
             (claim.score, proven.passage, proven)
@@ -297,19 +299,19 @@ class Findings:
 
 
 def _rank(claim: Claim) -> tuple[int, Place, bool]:
-    """The best first. Of several claims of one passage rather that of a host that has its text."""
+    """The best claim first. Of several claims about one passage, that of a host with its text comes first."""
     return -claim.score, claim.text, claim.found != claim.text
 
 
 def agrees(claim: Claim, proven: Proven, query_D: Vectors) -> bool:
-    """Whether what was claimed is so, by what lies where the passage was found, or where its text lies."""
+    """Whether a claim is true, judged by what is at the place where the passage was found, or where its text is."""
     return proven.text == claim.text and proven.score(query_D) == claim.score
 
 
 def omitted(query: int, one: Answer, other: Answer) -> list[Claim]:
-    """The claims of `one` that `other` should have made, and has not. They still have to be proven.
+    """The claims of `one` that `other` should have made too, and has not. They still have to be proven.
 
-    Compares the shards in which both looked the query up. Of equal scores either passage may be the last one.
+    Compares the shards in which both looked up the query. Of equal scores, either passage may be the last one.
     """
     shared = one.looked_up(query) & other.looked_up(query)
     theirs = other.claims.get(query, ())

@@ -1,4 +1,5 @@
-"""The codebook of a memory: the centroids of its cells, which say where passages lie and where to look for them.
+"""The codebook of a memory: the centroids of its cells, which decide where passages are stored and where to look for
+them.
 
 Shapes: B vectors, C cells in row-major order, D numbers in a vector.
 """
@@ -17,8 +18,8 @@ from peer.errors import WireError
 
 _LARGEST = 1e3
 _FEW_PRODUCTS = 2**26
-"""As many are summed up by this thread. BLAS would start one for each core, which wait for one another on a busy
-machine: 16 vectors by 256 cells took 15 ms of CPU time in place of 0.2.
+"""Up to this many products are summed by this thread. BLAS would start one thread for each core, which wait for one
+another on a busy machine: 16 vectors by 256 cells took 15 ms of CPU time instead of 0.2.
 """
 
 
@@ -31,7 +32,9 @@ class Codebook:
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, grid: Sequence[int], dimensions: int) -> Self:
-        """Raises WireError unless it has a centroid of the right number of finite numbers for each cell of the grid."""
+        """Raises WireError unless there is a centroid of the right number of finite numbers for each cell of
+        the grid.
+        """
         arrays = decode_arrays(data)
         centroids_CD = arrays.get("centroids")
         if centroids_CD is None or len(arrays) != 1 or centroids_CD.dtype != np.float16:
@@ -48,7 +51,7 @@ class Codebook:
         return encode_arrays({"centroids": self.centroids_CD})
 
     def scores(self, vectors_BD: Vectors) -> Floats:
-        """How near each vector is to each cell, [B, C]: for unit vectors and centroids, the cosine."""
+        """The score of each vector for each cell, [B, C]: for unit vectors and centroids, the cosine."""
         numbers_BD = vectors_BD.astype(np.float32)
         length_B1 = np.linalg.norm(numbers_BD, axis=1, keepdims=True)
         scores_BC: Floats

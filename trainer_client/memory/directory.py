@@ -1,9 +1,9 @@
-"""What is known of one memory: its newest manifest, its encoder and codebook, and who hosts its cells.
+"""What is known of one memory: its newest manifest, its encoder and codebook, and the hosts of its cells.
 
-A memory's parts are fetched once and kept on disk. Of the DHT it reads what searches need: the cells nearest to them,
-which the manifest tells, and the nodes that host these. If nobody hosts one, it asks for the prefixes, level by level,
-to learn which cells are live. What was read is kept and read again in the background, so that later searches ask
-nobody.
+A memory's parts are fetched once and kept on disk. From the DHT, only what searches need is read: the cells nearest to
+the queries, according to the manifest, and the nodes that host them. If nobody hosts a cell, the prefixes are read,
+level by level, to learn which cells are live. What was read is kept, and read again in the background, so that later
+searches need no look-ups.
 
 Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 """
@@ -49,48 +49,50 @@ logger: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_BYTES = 2**30
-"""The limit for parts of memories that are kept on disk."""
+"""The limit for parts of memories on disk."""
 _REFRESH_EVERY_S = 15.0
-"""The pause between two looks at who hosts what."""
+"""The pause between two looks at the cells' hosts."""
 _FOLLOW_EVERY_S = 30.0
 """The pause between two looks for a newer revision."""
 _USED_S = 300.0
-"""After a search, how long all this goes on."""
+"""How long both are continued after a search."""
 _CELLS = 4096
-"""Cells whose hosts are known, those that were needed last."""
+"""For how many cells the hosts are kept: those needed last."""
 _HOSTS_OF_CELL = 64
 _READ_AT_ONCE = 512
-"""Nodes in one look-up, which has one deadline."""
+"""Nodes in one look-up. A look-up has one deadline."""
 _EMPTY = 64
-"""Sets of avoided peers for which it is known which cells nobody else hosts."""
+"""For how many sets of avoided peers it is kept which cells nobody else hosts."""
 _GUESSED, _MOST_GUESSED = 3, 64
-"""Cells whose hosts the first search reads, some of them while it goes on: for each that it asks, and at most."""
+"""How many cells' hosts the first search reads for each cell that it asks, and in all. It reads some of them in the
+background.
+"""
 _ROUNDS = 4
-"""How often a search goes on after it has met cells that nobody hosts."""
+"""How often a search continues after it has found cells that nobody hosts."""
 _SOURCES = 8
-"""Hosts of which a part is fetched, at most."""
+"""The most hosts that a part is fetched from."""
 
 
 class PartCache:
-    """Parts of memories in a folder, by their SHA-256. Several processes may use it. Not for the loop."""
+    """Parts of memories in a folder, by their SHA-256. Several processes may use it. Don't use it on the loop."""
 
     def __init__(self, folder: Path, limit_bytes: int = CACHE_BYTES) -> None:
         self._folder = folder
         self._limit_bytes = limit_bytes
 
     def get(self, part: Part) -> bytes | None:
-        """None if it is not there, or not what it was."""
+        """None if the part is not there, or was changed."""
         path = self._folder / part.sha256.hex()
         try:
             with os.fdopen(open_plainly(path, os.O_RDONLY), "rb") as file:
                 data = has_sha256(part.sha256, file.read(part.size + 1))
-            os.utime(path)  # those used last stay
+            os.utime(path)  # keeps the parts that were used last
         except (OSError, WireError):
             return None
         return data
 
     def put(self, data: bytes) -> None:
-        """Keeps it, and drops what was not used for the longest time where all take too much."""
+        """Stores a part. If all parts together take too much space, drops those used longest ago."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(self._folder / hashlib.sha256(data).hexdigest(), data, 0o600)
@@ -110,7 +112,7 @@ class PartCache:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """What queries to a memory are encoded with."""
+    """What encodes queries to a memory."""
 
     encoder: Encoder
     codebook: Codebook
@@ -125,11 +127,11 @@ class Opened:
     filled_C: Booleans
     """Cells that have shards."""
     index: Index | None
-    """None: nothing is asked in words."""
+    """None: there are no queries in words."""
 
 
 class MemoryParts:
-    """The parts of one memory, from the disk or from its hosts."""
+    """Fetches the parts of one memory, from the disk or from its hosts."""
 
     def __init__(
         self,
@@ -140,7 +142,7 @@ class MemoryParts:
         cache: PartCache,
         stage: Stage = logger.debug,
     ) -> None:
-        """`stage` is told what is fetched."""
+        """`stage`: called with what is being fetched, in words."""
         self._memory = memory
         self._memories = memories
         self._registry = registry
@@ -152,10 +154,10 @@ class MemoryParts:
     async def open(
         self, entry: LibraryEntry, before: Opened | None = None, *, with_index: bool = True
     ) -> Opened:
-        """`before`: another revision that is open. All revisions of a memory have one encoder and one codebook.
+        """`before`: another open revision. All revisions of a memory have the same encoder and codebook.
 
-        Raises TransferError if nobody gives a part, UnreachableError, and WireError if a part is not what its publisher
-        should have written.
+        Raises TransferError if no host gives a part, UnreachableError, and WireError if a part is not what its
+        publisher should have written.
         """
         self._nodes = []
         manifest = await self._part(entry, "list of shards", entry.manifest, _parse_manifest)
@@ -180,7 +182,7 @@ class MemoryParts:
         return Opened(entry, manifest, filled_C, Index(encoder, codebook))
 
     async def _some_nodes(self, entry: LibraryEntry) -> list[NodeInfo]:
-        """Hosts, in any order: so readers don't all fetch from the same one."""
+        """Some hosts in random order, so that readers don't all fetch from the same one."""
         if not self._nodes:
             hosts = await self._memories.some_hosts(self._memory, entry.grid, _SOURCES)
             found = await self._registry.nodes({host.peer_id for host in hosts})
@@ -200,7 +202,7 @@ class MemoryParts:
 
 
 class MemoryDirectory:
-    """One memory, as a retriever needs it. `open` it, then run `keep_fresh` as a task somebody owns."""
+    """One memory, as a retriever needs it. `open` it, then run `keep_fresh` as a task that somebody owns."""
 
     def __init__(
         self, memories: MemoryRegistry, registry: Registry, parts: MemoryParts, opened: Opened
@@ -213,10 +215,10 @@ class MemoryDirectory:
         self._hosts = BoundedDict[Cell, tuple[CellHost, ...]](_CELLS)
         self._nodes: dict[PeerID, NodeInfo] = {}
         self._empty: dict[frozenset[PeerID], Booleans] = {}
-        """For each set of avoided peers, the cells that nobody else hosts. Emptied whenever more is known."""
+        """For each set of avoided peers, the cells that nobody else hosts. Cleared whenever more is known."""
         self._reading = asyncio.Lock()
         self._reading_ahead: asyncio.Task[None] | None = None
-        """Reads cells that the first search does not ask, and that may have its texts."""
+        """Reads cells that the first search does not ask, but that may have its texts."""
         self._following = asyncio.Lock()
         self._used_at = loop_time()
 
@@ -224,7 +226,7 @@ class MemoryDirectory:
     async def open(
         cls, entry: LibraryEntry, memories: MemoryRegistry, registry: Registry, parts: MemoryParts
     ) -> Self:
-        """Raises LibraryError if nobody gives the memory's parts, and UnreachableError if the DHT does not answer."""
+        """Raises LibraryError if no host gives the memory's parts, and UnreachableError if the DHT does not answer."""
         try:
             return cls(memories, registry, parts, await parts.open(entry))
         except TransferError as error:
@@ -245,7 +247,7 @@ class MemoryDirectory:
 
     @property
     def nodes(self) -> Collection[NodeInfo]:
-        """The nodes that host what was searched lately."""
+        """The nodes that host the cells of recent searches."""
         return self._nodes.values()
 
     def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
@@ -265,7 +267,7 @@ class MemoryDirectory:
         self._used_at = loop_time()
         opened = self._opened
         grid = opened.manifest.grid
-        async with self._reading:  # searches at the same time need the same cells
+        async with self._reading:  # concurrent searches need the same cells
             for _ in range(_ROUNDS):
                 live_C = opened.filled_C & ~self._known_empty(avoided)
                 if self._active_C is not None:
@@ -275,7 +277,7 @@ class MemoryDirectory:
                 unknown = [cell for cell in cells.values() if cell not in self._hosts]
                 if not unknown:
                     break
-                if not self._hosts:  # the next nearest have texts
+                if not self._hosts:  # the next nearest cells have texts
                     further_Qk, valid_Qk = _nearest(scores_QC, live_C, _GUESSED * count)
                     further = np.setdiff1d(further_Qk[valid_Qk], list(cells))[
                         : max(0, _MOST_GUESSED - len(cells))
@@ -330,14 +332,14 @@ class MemoryDirectory:
                     self._opened = await self._parts.open(entry, self._opened)
                 except (TransferError, WireError) as error:
                     raise UnreachableError(f"revision {entry.revision} of {self.memory}: {error}") from error
-                # of these only the shards of the revision before are known
+                # of these, only the shards of the previous revision are known
                 self._hosts.clear()
                 self._empty.clear()
                 logger.info("memory %s has revision %d now", self.memory, entry.revision)
             return self._opened.manifest
 
     async def refresh(self) -> None:
-        """Reads again who hosts what, as far as searches needed to know. Raises UnreachableError."""
+        """Reads the hosts again, of the cells that searches needed. Raises UnreachableError."""
         active_C = await self._read_active()
         cells = list(self._hosts)
         self._active_C = active_C
@@ -347,9 +349,7 @@ class MemoryDirectory:
         self._empty.clear()
 
     async def keep_fresh(self) -> None:
-        """Reads all this again and again, for ever, while somebody searches. When the DHT does not answer, what is
-        known stays.
-        """
+        """Refreshes all this for ever, while somebody searches. If the DHT does not answer, what is known stays."""
         follow_at = loop_time() + _FOLLOW_EVERY_S
         while True:
             await asyncio.sleep(_REFRESH_EVERY_S)
@@ -365,7 +365,7 @@ class MemoryDirectory:
                 logger.debug("can't refresh what is known of memory %s: %s", self.memory, error)
 
     def _forget(self) -> None:
-        """The next search asks again who hosts what."""
+        """Makes the next search read the hosts again."""
         self._active_C = None
         self._hosts.clear()
         self._nodes = {}
@@ -384,14 +384,14 @@ class MemoryDirectory:
         return active_C
 
     async def _read_hosts(self, cells: Sequence[Cell], *, again: bool = False) -> None:
-        """`again`: their nodes, too, if these are known."""
+        """`again`: reads the hosts' node records even if they are known."""
         found = await self._memories.cell_hosts(self.memory, cells)
         peers = {host.peer_id for hosts in found.values() for host in hosts}
         wanted = list(peers if again else peers - self._nodes.keys())
         for at in range(0, len(wanted), _READ_AT_ONCE):
             asked = set(wanted[at : at + _READ_AT_ONCE])
             nodes = await self._registry.nodes(asked, limits=FRUGAL if again else DEFAULT_LIMITS)
-            # records expire; a search that is under way keeps the nodes it has
+            # records expire; a search in progress keeps the nodes that it has
             kept = {peer_id: node for peer_id, node in self._nodes.items() if peer_id not in asked}
             self._nodes = kept | nodes
         for cell, hosts in found.items():
@@ -399,7 +399,9 @@ class MemoryDirectory:
         self._empty.clear()
 
     def _having(self, cell: Cell, hosts: Iterable[CellHost]) -> tuple[CellHost, ...]:
-        """The hosts that have shards of the cell, some of very many. What else they announce takes no memory."""
+        """The hosts that have shards of the cell; only some if there are very many. Other shards that they announce are
+        dropped to save memory.
+        """
         known = {shard.short: shard.short for shard in self._opened.manifest.by_cell.get(cell, ())}
         having = (
             replace(host, shards=frozenset(known[short] for short in host.shards if short in known))
@@ -410,8 +412,8 @@ class MemoryDirectory:
     def _askable(
         self, cell: Cell, avoided: frozenset[PeerID], shard: bytes | None = None
     ) -> Sequence[PeerID]:
-        """Who can be asked for the cell, or for one shard of it. Those that leave, such as the publisher, are
-        asked only if nobody else can be.
+        """The hosts to ask for the cell, or for one shard of it. Those that leave, such as the publisher, are asked
+        only if there are no others.
         """
         hosts = [
             host
@@ -426,7 +428,7 @@ class MemoryDirectory:
     def _known_empty(self, avoided: frozenset[PeerID]) -> Booleans:
         empty_C = self._empty.get(avoided)
         if empty_C is None:
-            if len(self._empty) >= _EMPTY:  # hosts fail and come back: only what is current is kept
+            if len(self._empty) >= _EMPTY:  # hosts fail and come back: only current entries are kept
                 self._empty.clear()
             grid = self._opened.manifest.grid
             empty_C = self._empty[avoided] = np.zeros(prod(grid), np.bool_)
@@ -437,9 +439,9 @@ class MemoryDirectory:
 
 
 def _nearest(scores_QC: Floats, among_C: Booleans, count: int) -> tuple[Integers, Booleans]:
-    """The cells with the highest scores, by their numbers, and which of them there are. Both [Q, at most count].
+    """The numbers of the cells with the highest scores, and a mask of the valid ones. Both [Q, at most count].
 
-    The beam search over a grid of one dimension, whose experts are all weighed.
+    This is the beam search over a grid of one dimension, in which all experts are weighed.
     """
     chosen = select_experts([scores_QC], [among_C], min(count, max(1, int(among_C.sum()))))
     return chosen.coordinates[..., 0], chosen.valid
@@ -447,6 +449,6 @@ def _nearest(scores_QC: Floats, among_C: Booleans, count: int) -> tuple[Integers
 
 def _parse_manifest(data: bytes) -> MemoryManifest:
     manifest = MemoryManifest.parse(data)
-    # made when they are first asked for, which takes long for many shards
+    # built when first used, which takes long if there are many shards
     assert len(manifest.by_root) <= len(manifest.shards) >= len(manifest.by_cell)
     return manifest

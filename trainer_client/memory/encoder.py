@@ -36,46 +36,48 @@ _TEXTS_AT_ONCE = 1024
 _MOST_DEVIATIONS = 4
 _LARGEST = 1e6
 WORD_WEIGHT, MAX_WORD_WEIGHT = 0.25, 4.0
-"""See `Encoder.word_weight`; what it is unless it was tuned."""
+"""See `Encoder.word_weight`. The first is used if the weight was not tuned."""
 _Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 _Forms: TypeAlias = dict[str, tuple[np.dtype[Any], int]]
 _BYTES, _FLOATS = np.dtype(np.uint8), np.dtype(np.float32)
 _VECTORS: _Forms = {"vectors": (np.dtype(np.int8), 2), "scales": (_FLOATS, 1)}
 _VOCABULARY: _Forms = {"rarities": (_FLOATS, 1), "words": (_BYTES, 1)}
 _FORMS: _Forms = _VECTORS | _VOCABULARY
-"""Arrays in the file of a `StaticEncoder`, and how many dimensions they have. The words are text, one a line."""
+"""The arrays in the file of a `StaticEncoder`, with their numbers of dimensions. The words are text, one per line."""
 _DUAL_FORMS: _Forms = {
     **_VOCABULARY,
     **{f"{side}.{name}": form for side in ("question", "passage") for name, form in _VECTORS.items()},
     "word_weight": (_FLOATS, 1),
 }
-"""The same of a `DualEncoder`."""
+"""The same for a `DualEncoder`."""
 
 
 class Encoder(Protocol):
-    """Turns texts into vectors that are close, by inner product, where the texts are about the same."""
+    """Turns texts into vectors whose inner product is large if the texts are about the same subject."""
 
     dimensions: int
     word_weight: float
-    """The weight of words that a passage shares with a question, against the nearness of their vectors, where both
-    count.
+    """If words count too, the weight of the words that a passage shares with a question, relative to that of the
+    vectors.
     """
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """A vector of signed bytes for each passage, [B, D]. Zeros for a text in which nothing is known."""
+        """A vector of signed bytes for each passage, [B, D]. Zeros for a text without any known word."""
 
     def encode_questions(self, texts: Sequence[str]) -> Vectors:
-        """The same for questions. Their inner products with the vectors of passages rank these."""
+        """The same for questions. Their inner products with the vectors of passages rank the passages."""
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word of `words_of` is in the memory: its inverse document frequency, at least 0."""
 
     def knows(self, word: str) -> bool:
-        """Whether a word of `words_of` says anything about the vector of a text."""
+        """Whether a word of `words_of` has any influence on a text's vector."""
 
 
 def load_encoder(kind: str, data: bytes | memoryview, dimensions: int) -> Encoder:
-    """The encoder in a file. Raises WireError if it is malformed, of a kind that is not known, or of other vectors."""
+    """The encoder in a file. Raises WireError if it is malformed, of an unknown kind, or for vectors of another
+    size.
+    """
     kinds: dict[str, type[StaticEncoder] | type[DualEncoder]] = {STATIC: StaticEncoder, DUAL: DualEncoder}
     if kind not in kinds:
         raise WireError(
@@ -88,10 +90,11 @@ def load_encoder(kind: str, data: bytes | memoryview, dimensions: int) -> Encode
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, in order: runs of letters and digits, in small letters.
+    """The words of a text, in order: runs of letters and digits, in lower case.
 
-    Of languages without spaces between words, each two characters in a row. No dictionary is needed, and searches find
-    nearly as much (Nie, Gao, Zhang, Zhou 2000, "On the use of words and n-grams for Chinese information retrieval").
+    In languages without spaces between words, each pair of adjacent characters is a word. This needs no dictionary, and
+    finds nearly as much (Nie, Gao, Zhang, Zhou 2000, "On the use of words and n-grams for Chinese information
+    retrieval").
     """
     words = []
     for run in _WORD.findall(text.lower()):
@@ -105,8 +108,8 @@ def words_of(text: str) -> list[str]:
 def to_vectors(numbers_BD: Floats) -> Vectors:
     """The directions of these vectors in signed bytes, all of nearly the same length; zeros for zeros.
 
-    A number beyond four times the root mean square is cut off there: of a unit vector with 256 numbers hardly any is,
-    and the usual number has steps of 1/32 of its size.
+    Numbers beyond four times the root mean square are clipped. In a unit vector with 256 numbers there are hardly any,
+    and the typical number has steps of 1/32 of its size.
     """
     dimensions = numbers_BD.shape[1]
     length_B1 = np.linalg.norm(numbers_BD, axis=1, keepdims=True)
@@ -118,7 +121,7 @@ def to_vectors(numbers_BD: Floats) -> Vectors:
 class StaticEncoder:
     """One vector for each word of a vocabulary. A text's vector is the direction of the sum over its words.
 
-    Other words count as not there. So it needs no model, and a query takes some microseconds.
+    Other words are ignored. So it needs no model, and a query takes some microseconds.
     """
 
     word_weight = WORD_WEIGHT
@@ -126,7 +129,7 @@ class StaticEncoder:
     def __init__(
         self, words: Sequence[str], vectors_VD: Vectors, scales_V: Floats, rarities_V: Floats
     ) -> None:
-        """`words`: each once, as `words_of` gives them. A word's vector is its row times its scale.
+        """`words`: without duplicates, as `words_of` returns them. A word's vector is its row times its scale.
 
         `rarities`: as `rarity` returns them.
         """
@@ -148,12 +151,12 @@ class StaticEncoder:
 
     @property
     def vectors(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays that say what its words mean."""
+        """The arrays for the meanings of its words."""
         return {"vectors": self._vectors_VD, "scales": self._scales_V}
 
     @property
     def vocabulary(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays that say which words it has, and how rare they are."""
+        """The arrays for its words and how rare they are."""
         words = np.frombuffer("\n".join(self.words).encode(), np.uint8)
         return {"rarities": self._rarities_V, "words": words}
 
@@ -191,14 +194,14 @@ class StaticEncoder:
 
 
 class DualEncoder:
-    """Two encoders with one vocabulary, trained together: one of questions, and one of passages (DPR).
+    """Two encoders with one vocabulary, trained together: one for questions, and one for passages (DPR).
 
     Karpukhin et al. 2020, "Dense passage retrieval for open-domain question answering". A word has two vectors, because
-    what it says in a question is not what it says in the passage that answers.
+    it does not mean the same in a question as in the passage that answers it.
     """
 
     def __init__(self, questions: StaticEncoder, passages: StaticEncoder, word_weight: float) -> None:
-        """`questions` and `passages`: of the same words."""
+        """`questions` and `passages` must have the same words."""
         self.questions, self.passages, self.word_weight = questions, passages, word_weight
         self.dimensions: int = passages.dimensions
         self.encode, self.encode_questions = passages.encode, questions.encode

@@ -1,6 +1,6 @@
 """The memories of a swarm, as one peer searches them.
 
-Each is opened once: its index is fetched and kept on disk, and what the DHT says of its hosts stays fresh while it is
+Each is opened once: its index is fetched and kept on disk, and the DHT's records of its hosts stay fresh while it is
 searched.
 """
 
@@ -35,8 +35,8 @@ class Memories:
     def __init__(
         self, swarm: Swarm, channels: ChannelPool, folder: Path, credit: CreditAccounts | None = None
     ) -> None:
-        """`channels`: are left open. `folder`: for the parts of memories that are kept on disk. `credit`: where it is
-        noted what hosts have done.
+        """`channels`: left open. `folder`: for the parts of memories that are kept on disk. `credit`: records the
+        hosts' work.
         """
         self._credit = credit
         self._swarm = swarm
@@ -51,7 +51,7 @@ class Memories:
         self._metrics: RetrieverMetrics | None = None
 
     async def open(self, name: str | None = None, stage: Stage = logger.debug) -> Retriever:
-        """The memory of that name or id; None: the only one. `stage` is told what happens.
+        """The memory of that name or id; None: the only one. `stage`: called with each step, in words.
 
         Raises LibraryError if there is none or nobody gives its index, and UnreachableError if the DHT does not answer.
         """
@@ -64,7 +64,7 @@ class Memories:
             return found
 
     async def close(self) -> None:
-        """Ends the searches that are under way."""
+        """Ends searches in progress."""
         await self._tasks.aclose()
         for retriever in self._opened.values():
             await retriever.close()
@@ -100,21 +100,21 @@ class Memory:
 
     @property
     def revision(self) -> int:
-        """The newest that its publisher signed, as far as it is known here."""
+        """The newest revision that its publisher has signed, as far as this peer knows."""
         return self._retriever.directory.manifest.revision
 
     @property
     def encoder(self) -> Part:
-        """The file of its encoder: the same in all revisions."""
+        """The file of its encoder, the same in all revisions."""
         return self._retriever.directory.manifest.encoder
 
     @property
     def dimensions(self) -> int:
-        """Numbers in a vector."""
+        """How many numbers a vector has."""
         return self._retriever.directory.manifest.dimensions
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """The vectors by which texts are searched, [Q, D]. Zeros for a text of which the encoder knows no word."""
+        """The vectors by which texts are searched, [Q, D]. Zeros for a text without any word that the encoder knows."""
         return self._retriever.directory.encode(texts)[0]
 
     @overload
@@ -144,10 +144,10 @@ class Memory:
     ) -> SearchResult | list[SearchResult]:
         """The k best passages for a text, or for each of many, among those in the `cells` cells nearest to it.
 
-        Many at once cost one call to each host, for 256 of them. `by_words`: the words that a passage shares with the
-        text count, too; then three times as many passages are read. `turn`: makes other vectors of those that the
-        memory's encoder gives the texts, to search by. Raises DataError for a text that is too long, and
-        UnreachableError if the DHT does not answer.
+        Up to 256 texts together cost one call to each host. `by_words`: the words that a passage shares with the text
+        count, too; then three times as many passages are read. `turn`: replaces the vectors that the memory's encoder
+        gives the texts, before the search. Raises DataError for a text that is too long, and UnreachableError if the
+        DHT does not answer.
         """
         many = [texts] if isinstance(texts, str) else texts
         results: list[SearchResult] = self._run(

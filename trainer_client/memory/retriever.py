@@ -1,12 +1,12 @@
-"""Searches a memory: which cells, which hosts, and what of their answers is true.
+"""Searches a memory: which cells and which hosts to ask, and which of their answers are true.
 
-A search takes two calls one after another. The first asks the hosts of the cells that are nearest to each query for
-their best passages; few hosts are asked, each once for all queries. The second reads the passages that are best over
-all answers where their texts lie, which may be in other cells, and proves them (`checks`). A host that fails, is late
-or lies costs a call to another replica.
+A search makes two rounds of calls. The first asks the hosts of the cells that are nearest to each query for their best
+passages; few hosts are asked, each once for all queries. The second reads the passages that are best over all answers,
+at the places of their texts, which may be in other cells, and proves them (`checks`). If a host fails, is late or lies,
+another replica is called.
 
-Every now and then a second replica is asked for what a first one answered, in the background: a host that left a
-passage out is avoided from then on.
+Now and then a second replica is asked in the background for what a first one has answered: a host that left out a
+passage is avoided from then on.
 
 Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 """
@@ -60,28 +60,28 @@ from trainer_client.memory.encoder import WORD_WEIGHT, words_of
 T = TypeVar("T")
 
 Turn: TypeAlias = Callable[[Vectors], Vectors]
-"""Other vectors in place of those of questions. [Q, D] -> [Q, D]"""
+"""Replaces the vectors of questions by others: [Q, D] -> [Q, D]."""
 
 MOST_CHARACTERS = 10_000
 """The longest query."""
 MOST_WANTED = MAX_K // 2
-"""Passages for a query. A host is asked for twice as many, because a passage may lie in two of its cells."""
+"""The most passages for a query. A host is asked for twice as many, because a passage may be in two of its cells."""
 CHECKED_SHARE = 1 / 50
-"""Queries that a second replica is asked for, too."""
+"""The share of queries that a second replica is also asked for."""
 _SPARE = 4
-"""How many extra passages a host is asked for if some of the memory were revoked."""
+"""How many more passages a host is asked for if some passages of the memory are revoked."""
 _CANDIDATES = 3
-"""Passages read for each one wanted, where words count too."""
+"""How many passages are read for each one wanted, if words count too."""
 _SATURATION, _LENGTH = 1.2, 0.75
 """k1 and b of BM25 (Robertson and Zaragoza, 2009)."""
 _DEADLINE_S = 10.0
 _FIRST_PART = 0.6
-"""The share of a search's time that the first answers may take."""
+"""The share of a search's time for the first answers."""
 _KEPT = 2048
 """Proven passages that are remembered."""
 _CHECKS_AT_ONCE = 2
 _READ_TO_CHECK = 16
-"""Passages that are read to see who omitted them, at most."""
+"""The most passages that are read to find hosts that omitted them."""
 
 
 @dataclass(frozen=True)
@@ -90,27 +90,29 @@ class Hit:
 
     passage: Passage
     score: float
-    """What it is ranked by: the similarity, and if words count too, more for those that it shares with the query."""
+    """The score that ranks it: the similarity and, if words count too, a bonus for the words that it shares with the
+    query.
+    """
     similarity: float
-    """The inner product of the vectors, as a part of the query's with itself."""
+    """The inner product of the two vectors, relative to that of the query's with itself."""
     memory: MemoryID
     leaf: bytes
-    """The hash that names it, by which it may be revoked."""
+    """The hash that identifies it, by which it can be revoked."""
     served_by: PeerID
     vector_D: Vectors = field(repr=False, compare=False)
-    """The passage's own, as it lies in the memory."""
+    """The passage's own vector, as stored in the memory."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What was found for one query."""
+    """The result for one query."""
 
     hits: tuple[Hit, ...]
     """The best first."""
     is_understood: bool = True
     """Whether the encoder knows any word of the query. If not, nothing is found."""
     missing: tuple[Cell, ...] = ()
-    """Cells in which nobody looked, or whose texts nobody gave: there may be better passages."""
+    """Cells that could not be searched, or whose texts no host gave: there may be better passages."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,9 @@ class Located:
     cells: Sequence[Sequence[Cell]]
     """Live cells for each query, the nearest first."""
     missing: Sequence[Sequence[Cell]]
-    """Cells for each query that are nearer than these and have no host."""
+    """For each query, cells that are nearer than these but have no host."""
     hosts: Mapping[bytes, Collection[PeerID]]
-    """The hosts of the shards in these cells, and perhaps of others, by their roots."""
+    """The hosts of the shards in these cells, and perhaps of others, by root."""
     nodes: Mapping[PeerID, NodeInfo]
 
 
@@ -135,38 +137,38 @@ class Directory(Protocol):
 
     @property
     def manifest(self) -> MemoryManifest:
-        """The newest that is open."""
+        """The newest open revision's manifest."""
 
     @property
     def nodes(self) -> Collection[NodeInfo]:
-        """The nodes that host what was searched lately."""
+        """The nodes that host the cells of recent searches."""
 
     def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
-        """The texts' vectors, [Q, D], and how near they are to each cell, [Q, C]. For any thread.
+        """The texts' vectors, [Q, D], and their scores for each cell, [Q, C]. For any thread.
 
         `turn`: see `Retriever.search`.
         """
 
     @property
     def word_weight(self) -> float:
-        """The weight of words that a passage shares with a query, against the nearness of their vectors."""
+        """The weight of the words that a passage shares with a query, relative to that of the vectors."""
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word is in the memory."""
 
     async def refresh(self) -> None:
-        """Reads again who hosts what, as far as searches needed to know. Raises UnreachableError."""
+        """Reads the hosts again, of the cells that searches needed. Raises UnreachableError."""
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
-        """The `count` cells nearest to each query that others than `avoided` host. Raises UnreachableError."""
+        """The `count` cells nearest to each query that have hosts outside `avoided`. Raises UnreachableError."""
 
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
     ) -> Located:
-        """The same, with the hosts of these shards other than `avoided`. Raises UnreachableError."""
+        """The same, with the hosts of these shards outside `avoided`. Raises UnreachableError."""
 
     async def follow(self) -> MemoryManifest:
-        """The newest manifest that its publisher signed, after a look. Raises UnreachableError."""
+        """Looks for the newest manifest that the publisher has signed, and returns it. Raises UnreachableError."""
 
 
 class Retriever:
@@ -181,7 +183,7 @@ class Retriever:
         rng: random.Random | None = None,
         checked_share: float = CHECKED_SHARE,
     ) -> None:
-        """`checked_share`: of the queries, asked from a second replica, too."""
+        """`checked_share`: the share of queries that a second replica is also asked for."""
         self.directory = directory
         self.calls = calls
         self._swarm_id = swarm_id
@@ -191,11 +193,11 @@ class Retriever:
         self._checks = TaskSet()
 
     async def close(self) -> None:
-        """Ends the checks that are under way."""
+        """Ends checks in progress."""
         await self._checks.aclose()
 
     async def checked(self) -> None:
-        """Waits for the checks that are under way."""
+        """Waits for checks in progress."""
         await self._checks.join()
 
     async def search(
@@ -210,10 +212,10 @@ class Retriever:
     ) -> list[SearchResult]:
         """The k best passages for each text, among those in the cells nearest to it.
 
-        `by_words`: the words that a passage shares with the text count, too; then three times as many are read.
-        `turn`: makes other vectors of those that the memory's encoder gives the texts, to search by.
-        `deadline_s`: for each 256 texts; what is not found by then is left out. Raises DataError for a text that is
-        too long, and UnreachableError if the DHT does not answer.
+        `by_words`: the words that a passage shares with the text count, too; then three times as many are read. `turn`:
+        replaces the vectors that the memory's encoder gives the texts, before the search. `deadline_s`: for each 256
+        texts; passages not found by then are left out. Raises DataError for a text that is too long, and
+        UnreachableError if the DHT does not answer.
         """
         check_query(texts, k, cells)
         results: list[SearchResult] = []
@@ -230,7 +232,7 @@ class Retriever:
     async def search_vectors(
         self, vectors_QD: Vectors, scores_QC: Floats, k: int, cells: int, deadline_s: float = _DEADLINE_S
     ) -> list[SearchResult]:
-        """The same for at most 256 vectors, and how near they are to each cell."""
+        """The same for at most 256 vectors. `scores_QC`: their scores for each cell."""
         began = loop_time()
         self.calls.metrics.queries.inc(len(vectors_QD))
         results = [SearchResult((), is_understood=False)] * len(vectors_QD)
@@ -278,12 +280,12 @@ class Retriever:
         return found
 
     def kept(self, places: Iterable[Place]) -> dict[Place, Proven]:
-        """The passages that were read lately."""
+        """The passages that were read recently."""
         found = ((place, self._kept.get(place)) for place in places)
         return {place: proven for place, proven in found if proven is not None}
 
     def check_later(self, search: "_Search") -> None:
-        """Draws queries of a search, and asks second replicas for them in the background."""
+        """Draws some queries of a search, and asks second replicas for them in the background."""
         drawn = [query for query in range(search.count) if self._rng.random() < self._checked_share]
         if drawn and search.answers and len(self._checks) < _CHECKS_AT_ONCE:
             self._checks.spawn(self._check(search, drawn), "check what hosts of a memory answered")
@@ -316,9 +318,9 @@ class _Search:
         self._is_large = len(vectors_QD) > MANY
         self._located: Located
         self._asked: dict[bytes, set[PeerID]] = defaultdict(set)
-        """The hosts that were asked for each root."""
+        """The hosts that were asked, by root."""
         self._wanted: dict[bytes, tuple[ShardInfo, list[int]]] = {}
-        """For each root, the shard to be searched, and for which queries."""
+        """By root, the shard to search, and the queries to search it for."""
 
     async def run(self, scores_QC: Floats, cells: int) -> list[SearchResult]:
         retriever, ends = self._retriever, self._began + self._deadline_s
@@ -339,7 +341,7 @@ class _Search:
         unasked, doubtful = set(self._wanted), set[PeerID]()
         while True:
             if unasked:
-                # the first answers leave time for reading
+                # the first answers must leave time for reading
                 part = 1.0 if doubtful else _FIRST_PART
                 await self._ask(unasked, findings, self._began + part * self._deadline_s)
             unproven = await self._off_loop(findings.unproven)
@@ -360,7 +362,7 @@ class _Search:
         return results
 
     async def check(self, drawn: Sequence[int]) -> None:
-        """Asks second replicas for these queries, and finds who left something out. Raises UnreachableError."""
+        """Asks second replicas for these queries, and finds hosts that left something out. Raises UnreachableError."""
         ends = loop_time() + self._deadline_s
         wanted: dict[tuple[bytes, PeerID], list[Collection[PeerID]]] = {}
         for answer in self.answers:
@@ -394,9 +396,9 @@ class _Search:
             await self._convict(suspects, ends)
 
     async def _convict(self, suspects: Mapping[tuple[int, Claim], Collection[PeerID]], ends: float) -> None:
-        """Proves the passages that others should have returned, too."""
+        """Proves the passages that other hosts should have returned, too."""
         retriever = self._retriever
-        # the newest revision may have revoked some: hosts that know it are right to leave them out
+        # the newest revision may have revoked some, which hosts that know it rightly leave out
         manifest = await retriever.directory.follow()
         by_claim = sorted(suspects.items(), key=lambda item: -item[0][1].score)[:_READ_TO_CHECK]
         findings = Findings(manifest, self._vectors_QD, self._k)
@@ -426,7 +428,7 @@ class _Search:
                 retriever.calls.distrust(host, "omission", f"left out the passage {proven.leaf.hex()[:16]}")
 
     async def _ask(self, roots: Collection[bytes], findings: Findings, ends: float) -> None:
-        """Asks for the best passages in these shards, each of a host that was not asked before."""
+        """Asks for the best passages in these shards, each from a host that was not asked before."""
         hosts = {
             root: [[host for host in self._located.hosts.get(root, ()) if host not in self._asked[root]]]
             for root in roots
@@ -436,7 +438,7 @@ class _Search:
             answer = None
             with suppress(ExpertError):
                 answer = await self._ask_host(host, roots, ends)
-            # not one that was cancelled because another was quicker: that one may turn out to lie
+            # a host whose call was cancelled because another was faster does not count: the other may turn out to lie
             for root in roots:
                 self._asked[root].add(host)
             if answer is None:
@@ -457,20 +459,20 @@ class _Search:
         return _affordable(roots, scores)
 
     def _without_answer(self, doubtful: Collection[PeerID]) -> set[bytes]:
-        """The shards in which none but these hosts has looked."""
+        """The shards that only these hosts have searched."""
         answered = {root for answer in self.answers if answer.host not in doubtful for root in answer.present}
         return self._wanted.keys() - answered
 
     async def _ask_host(
         self, host: PeerID, roots: Collection[bytes], ends: float, only: frozenset[int] | None = None
     ) -> Answer:
-        """`only`: these queries; None: all."""
+        """`only`: just these queries; None: all."""
         shards, queries = [], []
         for root in roots:
             shard, numbers = self._wanted[root]
             shards.append(shard)
             queries.append(tuple(numbers if only is None else (n for n in numbers if n in only)))
-        # a passage may be there twice, in two cells, and hosts may not have heard yet of the last revocations
+        # a passage may be in two cells, and hosts may not know the latest revocations yet
         spare = min(len(self._located.manifest.revoked), _SPARE)
         ask = Ask(tuple(shards), tuple(queries), min(2 * (self._k + spare), MAX_K))
         return await self._retriever.ask(ask, self._vectors_QD, self._located.nodes[host], ends)
@@ -478,7 +480,7 @@ class _Search:
     async def _read(
         self, unproven: Mapping[Place, Sequence[Claim]], findings: Findings, ends: float
     ) -> set[PeerID]:
-        """Reads these texts. Returns the hosts that say they have one which nobody gives."""
+        """Reads these texts. Returns the hosts that claim to have a text which no host gives."""
         await self._locate_texts(unproven, ends)
         located = self._located
 
@@ -487,7 +489,7 @@ class _Search:
             findings.prove(found)
             return found.keys()
 
-        # whoever found it in a secondary shard need not have the text
+        # a host that found it in a secondary shard need not have the text
         having = {
             text: [claim.host for claim in claims if claim.found == text] for text, claims in unproven.items()
         }
@@ -498,7 +500,7 @@ class _Search:
         return set[PeerID]().union(*(having[text] for text in given_up))
 
     async def _locate_texts(self, texts: Iterable[Place], ends: float) -> None:
-        """Looks for the hosts of texts that lie in cells which were not asked."""
+        """Looks for the hosts of texts that are in cells which were not asked."""
         roots = {text.root for text in texts} - self._located.hosts.keys()
         if roots:
             shards = [self._located.manifest.by_root[root] for root in roots]
@@ -537,7 +539,9 @@ class _Search:
 
 
 def _affordable(items: list[T], scores: Callable[[T], int]) -> Iterator[list[T]]:
-    """Shards to be searched, in calls each of which a host answers. `scores`: inner products that one takes."""
+    """The shards to search, divided into calls that a host accepts. `scores`: the inner products that one
+    shard takes.
+    """
     part, cost = list[T](), 0
     for item in items:
         if part and (len(part) == MAX_SEARCHED or cost + scores(item) > MAX_SCORES):
@@ -558,9 +562,9 @@ def ranked_by_words(
     rarity: Callable[[Iterable[str]], list[float]],
     weight: float = WORD_WEIGHT,
 ) -> tuple[Hit, ...]:
-    """The hits by their similarity and by the words that they share with the text, the rare ones above all.
+    """The hits ranked by similarity and by the words that they share with the text, where rare words count most.
 
-    What is added to the similarity is a part of `weight`: see `shared_words`.
+    The bonus for words is at most `weight`: see `shared_words`.
     """
     shares = shared_words(text, [f"{hit.passage.title} {hit.passage.text}" for hit in hits], rarity)
     scored = [
@@ -572,9 +576,9 @@ def ranked_by_words(
 def shared_words(
     text: str, passages: Sequence[str], rarity: Callable[[Iterable[str]], list[float]]
 ) -> list[float]:
-    """How much of the text's words each passage shares, the rare ones above all.
+    """The share of the text's words that each passage has, where rare words count most.
 
-    It is BM25, as a part of the sum of the words' rarities. The mean length of these passages counts as that of all.
+    It is BM25, divided by the sum of the words' rarities. The mean length of these passages stands for that of all.
     """
     words = sorted(set(words_of(text)))
     rarities = dict(zip(words, rarity(words), strict=True))
@@ -596,7 +600,7 @@ def shared_words(
 
 
 def check_query(texts: Sequence[str], k: int, cells: int) -> None:
-    """Raises DataError unless such a search can be made."""
+    """Raises DataError if such a search is not possible."""
     if not 1 <= k <= MOST_WANTED:
         raise DataError(f"{k} passages were asked for: ask for 1 to {MOST_WANTED}")
     if cells < 1:

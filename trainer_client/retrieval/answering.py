@@ -1,9 +1,10 @@
 """Models that answer questions from passages of a memory: retrieval-augmented generation (RAG).
 
 Lewis et al. 2020 (arXiv 2005.11401). A generator reads each of the passages found for a question, followed by the
-question, and then writes the answer: a decoder goes on with it, and of an encoder-decoder the encoder reads and the
-decoder writes. What it says with each of them is summed, by how well they fit the question
-(`rag`). The generator and what turns the question's vector learn together; the passages' vectors stay as they are.
+question, and then writes the answer: a decoder continues the text; of an encoder-decoder, the encoder reads and the
+decoder writes. Its predictions with the passages are summed, weighted by how well each passage fits the question
+(`rag`). The generator and the query encoder, which moves the question's vector, learn together; the passages' vectors
+stay fixed.
 
 Shapes: B questions, K passages for each, L tokens of an answer, D numbers in a vector, V words of the vocabulary, A
 answers.
@@ -45,16 +46,16 @@ from trainer_client.settings import Marginal, TrainerSettings
 
 BEAM = 4
 LONGEST_ANSWER = 64
-"""Tokens."""
+"""In tokens."""
 _CELLS = 8
 _SHARPNESS = 12.0
-"""The sharpness of the first softmax over passages, whose scores are cosines."""
+"""The initial sharpness of the softmax over passages, whose scores are cosines."""
 _SHOWN = 3
-"""Answers."""
+"""How many answers are shown."""
 
 
 class AskedMemory(Protocol):
-    """A memory, as `SwarmClient.memory` gives it."""
+    """A memory, as `SwarmClient.memory` returns it."""
 
     @property
     def id(self) -> MemoryID: ...
@@ -71,10 +72,10 @@ class AskedMemory(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for some questions."""
+    """The passages found for some questions."""
 
     vectors_BD: Tensor
-    """The questions' vectors, by the memory's encoder. Of unit length, or zeros."""
+    """The questions' vectors from the memory's encoder. Of unit length, or zeros."""
     hits: Sequence[Sequence[Hit]]
     """The hits of each question, best first, at most K."""
 
@@ -88,8 +89,8 @@ def _units(vectors: Tensor) -> Tensor:
 
 
 class QueryEncoder(nn.Module):
-    """Turns the vectors that a memory's encoder gives to questions, and scores passages by them. It begins like a
-    search: by the cosine, and by the words that both share.
+    """Moves the vectors that a memory's encoder gives to questions, and scores passages with them. It starts like a
+    search: with the cosine, and the words that both share.
     """
 
     def __init__(self, dimensions: int) -> None:
@@ -98,15 +99,15 @@ class QueryEncoder(nn.Module):
         nn.init.zeros_(self.change.weight)
         self.log_sharpness: nn.Parameter = nn.Parameter(torch.tensor(math.log(_SHARPNESS)))
         self.word_weight: nn.Parameter = nn.Parameter(torch.ones(()))
-        """Against the cosine, in parts of the memory's own."""
+        """The weight of words relative to the cosine, as a multiple of the memory's own."""
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """The moved vectors, of unit length again."""
+        """The moved vectors, scaled to unit length."""
         return F.normalize(vectors_BD + self.change(vectors_BD), dim=-1)
 
     @torch.no_grad()
     def turn(self, vectors_BD: Vectors) -> Vectors:
-        """What searches look for."""
+        """The vectors that searches look for."""
         return to_vectors(self(_units(torch.from_numpy(vectors_BD))).numpy())
 
     def log_probabilities(self, found: Found, passages: int) -> Tensor:
@@ -125,7 +126,7 @@ class QueryEncoder(nn.Module):
 
 
 class RagModel(MixtureModel):
-    """A generator, and what it finds passages by."""
+    """A generator, and the query encoder that finds passages for it."""
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class RagModel(MixtureModel):
         marginal: Marginal,
         passages: int,
     ) -> None:
-        """`dimensions`: of the memory's vectors. `passages`: that are read for a question."""
+        """`dimensions`: of the memory's vectors. `passages`: how many are read for a question."""
         super().__init__()
         self.generator = generator
         self.questions: QueryEncoder = QueryEncoder(dimensions)
@@ -144,7 +145,7 @@ class RagModel(MixtureModel):
         self.reader = reader
 
     def log_likelihood(self, questions: Sequence[Question], found: Found) -> Tensor:
-        """log p(y|x) of the questions' answers, [B]. What has no passages is answered without."""
+        """log p(y|x) of the questions' answers, [B]. Questions without passages are answered without."""
         passages_BK = self.questions.log_probabilities(found, self.passages)
         tokens_BKL = self._scored(questions, found, [self.reader.target(each) for each in questions])
         blind_B1 = torch.tensor([[not hits] for hits in found.hits])
@@ -159,7 +160,7 @@ class RagModel(MixtureModel):
         return -self.log_likelihood(questions, found).sum() / tokens
 
     def _scored(self, questions: Sequence[Question], found: Found, targets: Sequence[Tokens]) -> Tensor:
-        """log p(y_i|x,z,y_<i), [B, K, L]; of a question without a passage, that without one."""
+        """log p(y_i|x,z,y_<i), [B, K, L]; for a question without passages, log p(y_i|x,y_<i)."""
         sources, answers, places = [], [], []
         for row, (question, hits, target) in enumerate(zip(questions, found.hits, targets, strict=True)):
             for place, hit in enumerate(hits or [None]):
@@ -176,9 +177,9 @@ class Reader:
     """How a passage, a question and an answer become tokens."""
 
     def __init__(self, tokenizer: Tokenizer, spec: ModelSpec, length: int) -> None:
-        """`spec`: of the generator. `length`: tokens that are read of each passage, at most.
+        """`spec`: the generator's. `length`: the most tokens that are read of each passage.
 
-        Raises DataError if the tokenizer does not encode a line's end as one token.
+        Raises DataError if the tokenizer does not encode a line break as one token.
         """
         self._tokenizer = tokenizer
         self._context = spec.context
@@ -191,11 +192,11 @@ class Reader:
         self.end: int = SpecialTokens(len(tokenizer.token_bytes)).end if has_encoder else self._line_end
         """The token that ends an answer."""
         self.longest: int = min(LONGEST_ANSWER, spec.context if has_encoder else spec.context // 4)
-        """Tokens of an answer, with its end, at most."""
+        """The most tokens of an answer, including its end."""
         self._room = spec.context if has_encoder else spec.context - self.longest
 
     def source(self, question: str, passage: Passage | None) -> list[int]:
-        """The passage comes first, cut where the context would not hold the rest. Raises DataError."""
+        """The passage comes first, shortened so that the rest fits into the context. Raises DataError."""
         asked = self._encode(f"{_one_line(question)}\n")
         room = self._room - len(asked)
         if room < 1:
@@ -208,7 +209,7 @@ class Reader:
         return [*read[: min(self._length, room - 1)], self._line_end, *asked]
 
     def target(self, question: Question) -> Tokens:
-        """The answer as it is in the middle of a text, and its end."""
+        """The answer encoded as in the middle of a text, and its end."""
         answer = _one_line(question.answer)
         tokens = self._encode(f" {answer}") if answer else []
         if len(tokens) >= self.longest:
@@ -219,7 +220,7 @@ class Reader:
         return *tokens, self.end
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Raises DataError that names the first of them that does not fit."""
+        """Raises DataError, which names the first question that does not fit."""
         for number, question in enumerate(questions, 1):
             try:
                 self.source(question.text, None)
@@ -229,7 +230,7 @@ class Reader:
 
     def text(self, tokens: Tokens) -> str:
         token_bytes = self._tokenizer.token_bytes
-        # an encoder-decoder may write marks, which are no text
+        # an encoder-decoder may write marks, which are not text
         text = b"".join(token_bytes[token] for token in tokens if token < len(token_bytes))
         return text.decode(errors="replace").strip()
 
@@ -249,14 +250,14 @@ def make_rag_model(
     dimensions: int,
     settings: TrainerSettings,
 ) -> RagModel:
-    """Makes the model for a trainer's settings. `dimensions`: of the memory's vectors."""
+    """The model for a trainer's settings. `dimensions`: of the memory's vectors."""
     reader = Reader(tokenizer, manifest.model, settings.memory_length)
     generator = make_model(manifest, make_mixture, len(tokenizer.token_bytes))
     return RagModel(generator, reader, dimensions, settings.marginal, settings.passages_read)
 
 
 def check_encoder(memory: AskedMemory, learned: str | None) -> None:
-    """Raises SettingsError unless the memory has the encoder by whose vectors the model learned to ask."""
+    """Raises SettingsError unless the memory has the encoder whose vectors the model learned with."""
     if learned != memory.encoder.sha256.hex():
         raise SettingsError(
             f"memory: the model learned to find passages by the encoder of another memory than {memory.id}: pass that "
@@ -265,7 +266,7 @@ def check_encoder(memory: AskedMemory, learned: str | None) -> None:
 
 
 class PassageLookup:
-    """Finds passages for questions with a model's query encoder, as it is by then. For any thread."""
+    """Finds passages for questions with a model's query encoder, in its present state. For any thread."""
 
     def __init__(self, memory: AskedMemory, questions: QueryEncoder, passages: int) -> None:
         self.counts: RetrievalCounts = RetrievalCounts()
@@ -277,7 +278,7 @@ class PassageLookup:
         return Found.of(self._memory.encode(texts), [result.hits for result in results]), results
 
     def learned(self, questions: Sequence[Question]) -> Found:
-        """Looks up for training, which goes on without passages where nobody answers."""
+        """Looks up passages for training, which continues without them if nobody answers."""
         texts = [question.text for question in questions]
         self.counts.add(chunks=len(texts))
         try:
@@ -296,24 +297,24 @@ class PassageLookup:
 
 @dataclass(frozen=True)
 class Source:
-    """A passage that was read, and its part in an answer."""
+    """A passage that was read, and its share in an answer."""
 
     hit: Hit
     share: float
-    """p(z|x,y): how much of the answer's probability is from this passage."""
+    """p(z|x,y): how much of the answer's probability comes from this passage."""
 
 
 @dataclass(frozen=True)
 class Answer:
     text: str
-    """Empty: the passages don't say it."""
+    """Empty if the passages don't say it."""
     probability: float
     sources: Sequence[Source]
-    """The one with the largest share first."""
+    """The source with the largest share comes first."""
 
 
 class Continuations:
-    """What follows prefixes of an answer with each source. Computes little more than the last token of each."""
+    """What follows prefixes of an answer with each source. Computes little more than the last token of each prefix."""
 
     def __init__(self, decoder: Decoder, sources: Sequence[Sequence[int]]) -> None:
         self._decoder, self._sources = decoder, sources
@@ -324,7 +325,7 @@ class Continuations:
         known, self._decodings = self._decodings, {}
         for prefix in prefixes:
             for place in places:
-                # of several that begin alike, one goes on from what is there
+                # of several prefixes with the same beginning, one continues from the existing state
                 decoding = known.pop((place, prefix[:-1]), None) if prefix else None
                 if decoding is None:
                     decoding = self._decoder.begin(self._sources[place], prefix)
@@ -359,9 +360,9 @@ class Answerer:
         beam: int = BEAM,
         between: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
-        """The best answers to the question of `found`, which has passages; the best first. Raises UserError.
+        """The best answers to the question in `found`, which has passages; the best first. Raises UserError.
 
-        `between`: is called after each computation, and may raise.
+        `between` is called after each computation, and may raise.
         """
 
         def is_usable() -> bool:

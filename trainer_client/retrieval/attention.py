@@ -1,13 +1,13 @@
 """Chunked cross-attention over the neighbours of a text (RETRO: Borgeaud et al. 2022, section 2.4 and algorithm 1).
 
-A text is cut into chunks. The neighbours of a chunk are passages of a memory that are found by its tokens, so nobody
-may see them before the chunk's last token: this token and the next chunk, but for its own last token, attend to them.
+A text is cut into chunks. The neighbours of a chunk are passages of a memory that are found by its tokens, so no token
+before the chunk's last one may see them: this last token attends to them, and the next chunk except for its own last
+token.
 
-Three things differ from the paper. A passage is found as a whole and holds about two chunks, so that it is both the
-neighbour and its continuation, and it begins anywhere with respect to the chunk: queries have no positions. The
-encoder does not look at the chunk, so that what it computes is kept while text is generated. And keys are smeared
-(Olsson et al. 2022, arXiv 2209.11895): a token is found by the one before it, so that a row finds what came next where
-its own token stands in a neighbour.
+Three things differ from the paper. A passage is found as a whole and has about two chunks, so it is both the neighbour
+and its continuation; it is not aligned with the chunk, so queries have no positions. The encoder does not see the
+chunk, so its results can be kept while text is generated. And keys are smeared (Olsson et al. 2022, arXiv 2209.11895):
+a token is found by the token before it, so that a row finds what followed its own token in a neighbour.
 
 Shapes: B sequences, T positions, D hidden, H heads, C columns of one head; U chunks of a sequence, N neighbours of a
 chunk, L tokens of a neighbour, K = N * L tokens of all of them; P chunks or neighbours of all sequences.
@@ -32,11 +32,11 @@ from trainer_client.settings import TrainerSettings
 NOTHING = -1
 """The absence of a token."""
 _SMEAR = 3.0
-"""The initial logit of how much of a key comes from the token before."""
+"""The initial logit of the share of a key that comes from the previous token."""
 _SHARPNESS = 2.0
-"""How much longer the first queries are than usual."""
+"""How many times as long as usual queries are initially."""
 _SEED = 2**20
-"""An offset that keeps its seeds apart from those of the rest of the model, which has fewer layers."""
+"""An offset that separates its seeds from those of the rest of the model, which has fewer layers."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class RetrievalSpec:
     """How a model reads a memory."""
 
     chunk: int = 64
-    """Tokens by which neighbours are found."""
+    """The number of tokens by which neighbours are found."""
     neighbours: int = 1
     """Neighbours of each chunk."""
     length: int = 128
-    """Tokens of a neighbour that are read."""
+    """How many tokens of a neighbour are read."""
     layers: tuple[int, ...] = (0,)
-    """Behind which local parts of the model it reads, from 0."""
+    """After which local parts of the model it reads, from 0."""
 
     @classmethod
     def of(cls, settings: TrainerSettings, model: ModelSpec) -> Self | None:
-        """The spec for a trainer's settings; None if its model reads no memory, or with its questions alone.
+        """The spec for a trainer's settings; None if its model reads no memory, or reads one only for questions.
 
         Raises SettingsError if it does not fit the model.
         """
@@ -78,7 +78,7 @@ class RetrievalSpec:
 
     @property
     def meaning(self) -> str:
-        """What tells dense parts apart that have the same shapes."""
+        """Distinguishes dense parts that have the same shapes."""
         return f"reads a memory by chunks of {self.chunk}"
 
     def chunks(self, tokens: int) -> int:
@@ -92,27 +92,30 @@ class RetrievalSpec:
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What a layer attends to, for each of some chunks. The last one of a chunk is nothing: a row may choose that."""
+    """What a layer attends to, for each of some chunks. A chunk's last entry is an empty one, so that a row may attend
+    to nothing.
+    """
 
     keys_PHKC: Tensor
     values_PHKC: Tensor
     mask_P11K: Tensor
-    """True where there is a token, or nothing to be chosen."""
+    """True for tokens and for the empty entry."""
 
     def __getitem__(self, chunk: int) -> "KeysValues":
-        """Those of one chunk."""
+        """The entries of one chunk."""
         one = slice(chunk, chunk + 1)
         return KeysValues(self.keys_PHKC[one], self.values_PHKC[one], self.mask_P11K[one])
 
 
 ReadChunks: TypeAlias = dict[int, list[KeysValues]]
-"""What each layer of one sequence attends to, by the chunk's number."""
+"""What each layer of one sequence attends to, by chunk number."""
 
 
 class Retrieval(nn.Module):
-    """What a model has beside its layers when it reads a memory: the encoder of neighbours, and where it reads them.
+    """What a model that reads a memory has in addition to its layers: the encoder of neighbours, and the attention to
+    them.
 
-    Its parameters follow from the manifest's seed alone. It begins by adding nothing.
+    Its parameters depend only on the manifest's seed. At first, it adds nothing.
     """
 
     def __init__(self, model: ModelSpec, spec: RetrievalSpec) -> None:
@@ -128,13 +131,13 @@ class Retrieval(nn.Module):
         return self
 
     def at(self, layer: int) -> "ChunkedCrossAttention | None":
-        """What reads after a local part, if anything does."""
+        """The attention after a local part, if there is one."""
         found = self.attention[str(layer)] if layer in self.spec.layers else None
         assert found is None or isinstance(found, ChunkedCrossAttention)
         return found
 
     def read(self, neighbours_PNL: Tensor, embedding: nn.Module) -> dict[int, KeysValues] | None:
-        """What each of the layers attends to, by its number; None if no chunk has a neighbour."""
+        """What each of the layers attends to, by layer number; None if no chunk has a neighbour."""
         present_PNL = neighbours_PNL != NOTHING
         there_PN = present_PNL.any(dim=2)
         if not there_PN.any():
@@ -150,7 +153,9 @@ class Retrieval(nn.Module):
         }
 
     def read_chunks(self, neighbours_UNL: Tensor, first: int, embedding: nn.Module) -> ReadChunks:
-        """The same of chunks of one sequence, the first of which is number `first`. Those without are left out."""
+        """The same for chunks of one sequence, the first of which is number `first`. Chunks without neighbours are left
+        out.
+        """
         found = self.read(neighbours_UNL, embedding)
         if found is None:
             return {}
@@ -164,7 +169,9 @@ class Retrieval(nn.Module):
     def extend(
         self, layer: int, x_RD: Tensor, segments: Segments, chunks: Sequence[Mapping[int, list[KeysValues]]]
     ) -> Tensor:
-        """What reads after a local part, for the next rows of sequences. `chunks`: of each, what has been read."""
+        """The attention after a local part, for the next rows of sequences. `chunks`: for each sequence, what has been
+        read.
+        """
         attention = self.at(layer)
         if attention is None:
             return x_RD
@@ -192,7 +199,7 @@ class NeighbourEncoder(nn.Module):
         self.register_buffer("frequencies_C", rotary_frequencies(size), persistent=False)
 
     def forward(self, x_PLD: Tensor, present_PL: Tensor) -> Tensor:
-        """[P, L, D] -> [P, L, D]. `present_PL`: where tokens are, at least one in each row."""
+        """[P, L, D] -> [P, L, D]. `present_PL`: where there are tokens, at least one in each row."""
         qkv_PL3HC = self.input(self.norm(x_PLD)).unflatten(-1, (3, self.heads, -1))
         positions_L = torch.arange(x_PLD.shape[1], device=x_PLD.device)
         angles_L11C = (positions_L[:, None] * self.frequencies_C)[:, None, None]
@@ -207,9 +214,10 @@ class NeighbourEncoder(nn.Module):
 
 
 class ChunkedCrossAttention(nn.Module):
-    """Rows attend to the tokens of the neighbours of the last chunk that ended at or before them, and it adds to them.
+    """Rows attend to the tokens of the neighbours of the last chunk that ended at or before them. Adds its output to
+    them.
 
-    A row before the end of the first chunk, or of whose chunk there is no neighbour, stays as it is.
+    A row before the end of the first chunk stays as it is, and so does one whose chunk has no neighbour.
     """
 
     def __init__(self, model: ModelSpec, chunk: int) -> None:
@@ -223,7 +231,7 @@ class ChunkedCrossAttention(nn.Module):
         self.output = nn.Linear(model.heads * size, model.hidden, bias=False)
         self.smear_H = nn.Parameter(torch.full((model.heads,), _SMEAR))
         with torch.no_grad():
-            # a row finds its own token from the start, which small models take long to learn
+            # a row can find its own token from the start, which small models take long to learn
             self.key_value.weight[: self.query.out_features] = self.query.weight
             self.query.weight *= _SHARPNESS
         nn.init.zeros_(self.output.weight)
@@ -234,14 +242,14 @@ class ChunkedCrossAttention(nn.Module):
         k_PNLHC, v_PNLHC = kv_PNL2HC.unbind(3)
         before_PNLHC = F.pad(k_PNLHC[:, :, :-1], (0, 0, 0, 0, 1, 0))
         k_PNLHC = torch.lerp(k_PNLHC, before_PNLHC, self.smear_H.sigmoid()[:, None])
-        # nothing comes last: a key of zeros, and a value that adds nothing
+        # the empty entry comes last: a key of zeros, and a value that adds nothing
         k_PHKC, v_PHKC = (
             F.pad(each.flatten(1, 2), (0, 0, 0, 0, 0, 1)).transpose(1, 2) for each in (k_PNLHC, v_PNLHC)
         )
         return KeysValues(k_PHKC, v_PHKC, F.pad(present_PNL.flatten(1), (0, 1), value=True)[:, None, None])
 
     def forward(self, x_BTD: Tensor, read: KeysValues) -> Tensor:
-        """[B, T, D] -> [B, T, D]. `read`: of the T // chunk whole chunks of each sequence, sequence after sequence."""
+        """[B, T, D] -> [B, T, D]. `read`: for the T // chunk whole chunks of each sequence, sequence after sequence."""
         sequences, length, _ = x_BTD.shape
         first, chunks = self.chunk - 1, length // self.chunk
         if not chunks:
@@ -255,7 +263,7 @@ class ChunkedCrossAttention(nn.Module):
         return torch.cat((x_BTD[:, :first], x_BTD[:, first:] + added_BTD), dim=1)
 
     def extend(self, x_RD: Tensor, segments: Segments, read: Sequence[Mapping[int, KeysValues]]) -> Tensor:
-        """Computes the next rows of sequences. `read`: of each, by the chunk's number."""
+        """Computes the next rows of sequences. `read`: for each sequence, by chunk number."""
         chunks_R = (segments.positions + 1) // self.chunk - 1
         chunks = np.split(chunks_R, segments.lengths.cumsum()[:-1])
         outputs = []

@@ -1,4 +1,4 @@
-"""What was found for chunks of text, on disk, so that a text is looked up once for each revision of a memory."""
+"""The passages found for chunks of text, on disk, so that a text is looked up once for each revision of a memory."""
 
 import hashlib
 import json
@@ -19,19 +19,19 @@ _PAGE_BYTES = 4096
 _DROPPED = 16
 """A full cache drops one in this many of its entries, the oldest first."""
 _LARGEST_ENTRY = 2**20
-"""Bytes when it is decompressed."""
+"""In bytes, decompressed."""
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS found (key BLOB PRIMARY KEY, memory TEXT, revision INTEGER, passages BLOB)"
 )
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _LONGEST = (MAX_TEXT_CHARACTERS, MAX_LABEL_CHARACTERS, MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS)
-"""Characters of a text, a title, a source and a licence."""
+"""The most characters of a text, a title, a source and a licence."""
 
 
 class NeighbourCache:
-    """Passages by memory, revision and chunk. For any thread; one process at a time. Close it when done.
+    """Passages by memory, revision and chunk. For any thread of one process at a time. Close it when done.
 
-    A disk that fails costs the cache, and no training.
+    If the disk fails, the cache is lost, but training continues.
     """
 
     def __init__(self, path: Path, limit_bytes: int = CACHE_BYTES) -> None:
@@ -39,15 +39,17 @@ class NeighbourCache:
         self._connection: sqlite3.Connection | None = None
         self._path, self._limit_bytes = path, limit_bytes
         self._forgotten: tuple[str, int] | None = None
-        """The memory and revision before which nothing is left. To look for earlier ones reads the whole file."""
+        """The memory and the revision before which all entries are deleted. Looking for earlier ones reads the whole
+        file.
+        """
         try:
             self._open()
         except sqlite3.Error:
-            # not a database, one that is broken, or one of something else
+            # not a database, a broken one, or one of something else
             self._begin_anew()
 
     def get(self, memory: str, revision: int, texts: Sequence[str]) -> dict[str, list[Passage]]:
-        """The entries that are there, by text."""
+        """The existing entries, by text."""
         found = dict[str, list[Passage]]()
         with self._lock:
             for text in texts:
@@ -65,7 +67,7 @@ class NeighbourCache:
         return found
 
     def put(self, memory: str, revision: int, found: Mapping[str, Sequence[Passage]]) -> None:
-        """Keeps them, and forgets what was found in earlier revisions: passages may have been taken back."""
+        """Stores entries, and deletes those of earlier revisions, because passages may have been revoked."""
         rows = [
             (_key(memory, revision, text), memory, revision, _serialized(passages))
             for text, passages in found.items()
@@ -91,7 +93,7 @@ class NeighbourCache:
         self._connection = connection = sqlite3.connect(
             self._path, check_same_thread=False, isolation_level=None
         )
-        # it may be lost with the machine: it is a cache
+        # may be lost if the machine fails, because it is only a cache
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA journal_mode = MEMORY")
         connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
@@ -100,7 +102,7 @@ class NeighbourCache:
         connection.execute("SELECT key, memory, revision, passages FROM found LIMIT 0")
 
     def _begin_anew(self) -> None:
-        """What was found is found again."""
+        """Starts an empty cache. Its passages will be looked up again."""
         self._drop()
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
@@ -110,7 +112,7 @@ class NeighbourCache:
             self._give_up(error)
 
     def _failed(self, error: sqlite3.Error) -> None:
-        # an extended code has the plain one in its last byte
+        # an extended error code has the plain one in its last byte
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN:
             logger.warning("%s is broken, so it starts empty: %s", self._path, error)
             self._begin_anew()
@@ -157,7 +159,7 @@ def _serialized(passages: Sequence[Passage]) -> bytes:
 
 
 def _parsed(data: bytes) -> list[Passage] | None:
-    """None if it is not what `_serialized` writes."""
+    """None if the data is not what `_serialized` writes."""
     try:
         unpacked = zlib.decompressobj().decompress(data, _LARGEST_ENTRY)
         passages = []
@@ -165,7 +167,7 @@ def _parsed(data: bytes) -> list[Passage] | None:
             for text, most in zip(texts, _LONGEST, strict=True):
                 if not isinstance(text, str) or len(text) > most:
                     return None
-                # raises ValueError for halves of characters, which no tokenizer takes
+                # raises ValueError for halves of surrogate pairs, which no tokenizer accepts
                 text.encode()
             if not isinstance(offset, int):
                 return None

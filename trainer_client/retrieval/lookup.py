@@ -1,4 +1,4 @@
-"""Looks up the neighbours of chunks in a memory of the swarm, and fetches those of coming batches ahead."""
+"""Looks up the neighbours of chunks in a memory of the swarm, and fetches those of coming batches in advance."""
 
 import logging
 import threading
@@ -26,15 +26,15 @@ from trainer_client.retrieval.neighbours import Chunk, chosen, chunks_of, own_do
 logger: logging.Logger = logging.getLogger(__name__)
 
 _SPARE = 8
-"""Passages that are looked up for each chunk beside those that are read: some may be left out."""
+"""How many more passages than needed are looked up for each chunk, because some may be left out."""
 _CELLS = 8
 _KEPT = 2048
-"""Passages whose tokens and words are remembered."""
+"""How many passages' tokens and words are remembered."""
 _WARN_EVERY_S = 60.0
 
 
 class Searched(Protocol):
-    """A memory, as `SwarmClient.memory` gives it."""
+    """A memory, as `SwarmClient.memory` returns it."""
 
     @property
     def id(self) -> MemoryID: ...
@@ -47,27 +47,27 @@ class Searched(Protocol):
 
 @dataclass
 class RetrievalCounts:
-    """What retrieval has done so far."""
+    """Counts of what retrieval has done so far."""
 
     chunks: int = 0
-    """Chunks for which neighbours were wanted."""
+    """Chunks that needed neighbours."""
     cached: int = 0
     """Chunks whose neighbours were known from an earlier look-up."""
     without: int = 0
-    """Chunks for which there was nothing: nobody answered, or all would have given away the text."""
+    """Chunks that got no neighbours: nobody answered, or all of them would have given away the text."""
     failed: int = 0
-    """Look-ups of a batch that came to nothing."""
+    """Failed look-ups of batches."""
     late: int = 0
-    """Batches that were trained without neighbours, as these took too long."""
+    """Batches that were trained without neighbours, because these took too long."""
     waits: int = 0
-    """Batches whose neighbours were not there when training came to them."""
+    """Batches whose neighbours were not ready when training needed them."""
     waited_s: float = 0.0
-    """Seconds that training waited for neighbours."""
+    """Seconds that training has waited for neighbours."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _warned_at: float = field(default=-_WARN_EVERY_S, repr=False)
 
     def note_failed(self, memory: MemoryID, error: TalkootError) -> None:
-        """Counts a look-up that failed and without which the model goes on. Says so now and then."""
+        """Counts a failed look-up, after which the model continues without neighbours. Logs it now and then."""
         self.add(failed=1)
         with self._lock:
             if time.monotonic() - self._warned_at < _WARN_EVERY_S:
@@ -96,18 +96,18 @@ class RetrievalCounts:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What a model is given for one chunk, and which passages that is from."""
+    """What a model is given for one chunk, and the passages that it comes from."""
 
     tokens_NL: Tensor
     passages: tuple[Passage, ...] = ()
 
 
 Find: TypeAlias = Callable[[Sequence[Sequence[int]]], Sequence[Neighbours]]
-"""Neighbours of each of some chunks of tokens, for a text that is being written."""
+"""Returns the neighbours of each of some chunks of tokens, for a text that is being written."""
 
 
 class NeighbourLookup:
-    """Neighbours by way of one memory. For any thread."""
+    """Finds neighbours in one memory. For any thread."""
 
     def __init__(
         self,
@@ -130,15 +130,15 @@ class NeighbourLookup:
         self._lock = threading.Lock()
 
     def written(self, chunks: Sequence[Sequence[int]]) -> list[Neighbours]:
-        """Neighbours of chunks of a text that is being written: nothing can be given away."""
+        """The neighbours of chunks of a text that is being written, where nothing can be given away."""
         some = [Chunk(self._decode(tokens)) for tokens in chunks]
         return [self._neighbours(candidates[: self.spec.neighbours]) for candidates in self._candidates(some)]
 
     def learned(self, tokens_BT: Tensor) -> Tensor:
-        """Neighbours of the whole chunks of sequences that a model is to predict, [B, U, N, L], with nothing given
-        away.
+        """The neighbours of the whole chunks of sequences that a model should predict, [B, U, N, L], without those that
+        would give the text away.
 
-        int64 [B, T + 1]
+        `tokens_BT`: int64 [B, T + 1].
         """
         rows = [chunks_of(tokens_T[:-1].tolist(), self.spec.chunk, self._decode) for tokens_T in tokens_BT]
         every = self._candidates(list(chain.from_iterable(rows)))
@@ -152,11 +152,11 @@ class NeighbourLookup:
         return given
 
     def nothing(self, tokens_BT: Tensor) -> Tensor:
-        """What a batch is given where nothing was found. int64 [B, T + 1]"""
+        """The neighbours of a batch for which nothing was found. `tokens_BT`: int64 [B, T + 1]."""
         return self.spec.nothing(len(tokens_BT), self.spec.chunks(tokens_BT.shape[1] - 1))
 
     def _candidates(self, chunks: Sequence[Chunk]) -> list[list[Passage]]:
-        """Candidates for each chunk, the nearest first; none where nobody answers."""
+        """Candidates for each chunk, the nearest first; empty if nobody answers."""
         texts = [chunk.text[-MOST_CHARACTERS:] for chunk in chunks]
         memory, revision = str(self._memory.id), self._memory.revision
         known = {} if self._cache is None else self._cache.get(memory, revision, texts)
@@ -178,7 +178,7 @@ class NeighbourLookup:
             text: [hit.passage for hit in result.hits] for text, result in zip(texts, results, strict=True)
         }
         if self._cache is not None:
-            # where somebody did not answer there may be better ones
+            # if a host did not answer, there may be better ones
             whole = {
                 text: found[text] for text, result in zip(texts, results, strict=True) if not result.missing
             }
@@ -223,20 +223,20 @@ Read_co = TypeVar("Read_co", covariant=True)
 
 
 class Lookup(Protocol[Batch_contra, Read_co]):
-    """Looks up what is read with a batch. For any thread."""
+    """Looks up what the model reads with a batch. For any thread."""
 
     @property
     def counts(self) -> RetrievalCounts: ...
 
     def learned(self, batch: Batch_contra, /) -> Read_co:
-        """What is given to a model that learns from the batch."""
+        """What the model reads when it learns from the batch."""
 
     def nothing(self, batch: Batch_contra, /) -> Read_co:
-        """What it is given where nothing was found."""
+        """What the model reads if nothing was found."""
 
 
 class NeighbourLoader(Generic[Batch, Read]):
-    """Gives training what is read with its batches, which it looks up before it is needed. Close it when done."""
+    """Provides what the model reads with its training batches, looked up before it is needed. Close it when done."""
 
     def __init__(
         self,
@@ -247,7 +247,9 @@ class NeighbourLoader(Generic[Batch, Read]):
         workers: int = 2,
         patience_s: float = 30.0,
     ) -> None:
-        """`batch`: that of a number, always the same. `ahead`: batches that are looked up before they are asked for."""
+        """`batch`: returns the batch of a number, always the same. `ahead`: how many batches are looked up
+        in advance.
+        """
         self._lookup = lookup
         self._batch = batch
         self._ahead = ahead
@@ -263,7 +265,7 @@ class NeighbourLoader(Generic[Batch, Read]):
                 if each not in self._begun:
                     self._begun[each] = self._workers.submit(self._look_up, each)
             future = self._begun.pop(number)
-            # of steps in flight, an earlier one may still come
+            # with steps in flight, an earlier one may still follow
             for old in [each for each in self._begun if each < number - self._ahead]:
                 self._begun.pop(old).cancel()
         is_early = not future.done()
@@ -279,7 +281,7 @@ class NeighbourLoader(Generic[Batch, Read]):
         return [self._lookup.learned(batch) for batch in batches]
 
     def close(self) -> None:
-        """Waits for the look-ups that are under way, which have a deadline each."""
+        """Waits for the look-ups in progress, each of which has a deadline."""
         self._workers.shutdown(cancel_futures=True)
 
     def _look_up(self, number: int) -> Read:

@@ -1,7 +1,7 @@
-"""Which of the passages that were found for the chunks of a text are given to the model.
+"""Chooses which of the passages found for the chunks of a text are given to the model.
 
-While it learns, a passage must not give away what it is to predict. The text's own document is left out, and so is what
-shares too many runs of eight words with the chunk that comes next.
+While the model learns, a passage must not give away what it should predict. Passages of the text's own document are
+left out, and so are those that share too many runs of eight words with the next chunk.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -12,27 +12,27 @@ from dht.memory import Passage
 from trainer_client.memory.encoder import words_of
 
 Document: TypeAlias = tuple[str, str]
-"""A title and a source, which all passages of a document share."""
+"""A title and a source, common to all passages of a document."""
 Words: TypeAlias = Callable[[str], Sequence[str]]
-"""`words_of`, or what remembers its results."""
+"""`words_of`, or a function that caches its results."""
 
 _RUN = 8
-"""Words."""
+"""In words."""
 _OWN = 0.5
-"""A passage that has this share of a chunk is of the chunk's own document, or a copy of it."""
+"""A passage with this share of a chunk is from the chunk's own document, or from a copy of it."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of text that neighbours are looked up for, and what comes after it."""
+    """A stretch of text for which neighbours are looked up, and what follows it."""
 
     text: str
     target: str = ""
-    """What the model is to predict while it reads the neighbours; empty while it writes."""
+    """What the model should predict while it reads the neighbours; empty while it writes."""
 
 
 class Runs:
-    """All runs of eight words of a text. One that has fewer words is one run."""
+    """All runs of eight words of a text. A shorter text is a single run."""
 
     def __init__(self, text: str) -> None:
         words = words_of(text)
@@ -40,7 +40,7 @@ class Runs:
         self._runs = _runs(words, self._length)
 
     def overlap(self, text: str, words: Words = words_of) -> float:
-        """The share of the runs that are in another text, too."""
+        """The share of the runs that another text also contains."""
         if not self._runs:
             return 0.0
         return len(self._runs & _runs(words(text), self._length)) / len(self._runs)
@@ -53,10 +53,10 @@ def document_of(passage: Passage) -> Document:
 def own_documents(
     chunks: Sequence[Chunk], candidates: Sequence[Sequence[Passage]], words: Words = words_of
 ) -> set[Document]:
-    """The documents that a text is from, as far as candidates for its chunks are of them.
+    """The documents that a text comes from, as far as candidates for its chunks belong to them.
 
-    A passage that has the text of a chunk, or most of it, tells which. So it does not matter how the trainer's files
-    and the publisher's are called.
+    A passage that contains the text of a chunk, or most of it, identifies the document. So the names of the trainer's
+    and the publisher's files don't matter.
     """
     found = set()
     for chunk, some in zip(chunks, candidates, strict=True):
@@ -73,7 +73,9 @@ def chosen(
     most_overlap: float,
     words: Words = words_of,
 ) -> list[Passage]:
-    """The first `count` candidates that are of no document of `own`, and give away no more than that of the target."""
+    """The first `count` candidates that are not from a document in `own`, and give away at most `most_overlap` of the
+    target.
+    """
     runs, found = Runs(chunk.target), list[Passage]()
     for passage in candidates:
         if len(found) == count:
@@ -84,7 +86,7 @@ def chosen(
 
 
 def chunks_of(tokens: Sequence[int], size: int, decode: Callable[[Sequence[int]], str]) -> list[Chunk]:
-    """The whole chunks of a sequence, each with what comes after it: the tokens that are predicted while it is read."""
+    """The whole chunks of a sequence, each with what follows it: the tokens that are predicted while it is read."""
     texts = [decode(tokens[at : at + size]) for at in range(0, len(tokens), size)]
     return [
         Chunk(texts[number], texts[number + 1] if number + 1 < len(texts) else "")

@@ -1,7 +1,7 @@
-"""RAG-Sequence and RAG-Token, as functions of what a retriever and a generator say.
+"""RAG-Sequence and RAG-Token, as functions of the outputs of a retriever and a generator.
 
-Lewis et al. 2020 (arXiv 2005.11401), sections 2.1 and 2.5. All is in logarithms, and gradients go through to whatever
-computed the scores of the passages and the logits of the tokens: to the encoder of questions, not to the passages.
+Lewis et al. 2020 (arXiv 2005.11401), sections 2.1 and 2.5. Everything is in logarithms. Gradients flow to whatever
+computed the scores of the passages and the logits of the tokens: to the query encoder, but not to the passages.
 
 Shapes: B questions, K passages found for each, L tokens of an answer, V words of the vocabulary, N prefixes, A answers.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 
 Tokens: TypeAlias = tuple[int, ...]
 NextTokens: TypeAlias = Callable[[Sequence[Tokens]], Tensor]
-"""The log probabilities of the token after each prefix, [N, V]; for RAG-Token with each passage, [N, K, V]."""
+"""Returns the log probabilities of the token after each prefix, [N, V]; with each passage, [N, K, V]."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """An answer, or the beginning of one, with its end token if it has one."""
+    """An answer or its beginning, including the end token if it has one."""
 
     tokens: Tokens
     log_probability: float
@@ -30,20 +30,20 @@ class Hypothesis:
 def passage_log_probabilities(scores_BK: Tensor, found_BK: Tensor | None = None) -> Tensor:
     """log p(z|x), [B, K]: a softmax over the passages that were found. `found`: False where there are fewer than K.
 
-    Of a question without any passage, all are -inf.
+    For a question without any passage, all are -inf.
     """
     if found_BK is None:
         return scores_BK.log_softmax(-1)
-    # a row of -inf has no softmax, nor a gradient
+    # a row of -inf has no softmax, and no gradient
     some_B1 = found_BK.any(-1, keepdim=True)
     masked_BK = scores_BK.masked_fill(~found_BK & some_B1, -math.inf)
     return masked_BK.log_softmax(-1).masked_fill(~found_BK, -math.inf)
 
 
 def sequence_log_likelihood(passages_BK: Tensor, tokens_BKL: Tensor) -> Tensor:
-    """log p(y|x) of RAG-Sequence, [B]: log Σ_z p(z|x) Π_i p(y_i|x,z,y_<i). One passage answers as a whole.
+    """log p(y|x) of RAG-Sequence, [B]: log Σ_z p(z|x) Π_i p(y_i|x,z,y_<i). The whole answer comes from one passage.
 
-    `passages`: log p(z|x). `tokens`: log p(y_i|x,z,y_<i) of the answer's tokens, and 0 behind its end.
+    `passages`: log p(z|x). `tokens`: log p(y_i|x,z,y_<i) of the answer's tokens, and 0 after its end.
     """
     return (passages_BK + tokens_BKL.sum(-1)).logsumexp(-1)
 
@@ -59,9 +59,9 @@ def next_token_log_probabilities(passages_K: Tensor, next_NKV: Tensor) -> Tensor
 
 
 def beam_search(following: NextTokens, beam: int, end: int, longest: int) -> list[Hypothesis]:
-    """The best answers that were met, best first, at most `beam`. Those without `end` have `longest` tokens.
+    """The best answers found, best first, at most `beam`. Those without `end` have `longest` tokens.
 
-    At each step the `beam` best are kept, finished ones among them: with more tokens none gets more probable.
+    At each step the `beam` best are kept, including finished ones: no answer becomes more probable with more tokens.
     """
     kept = [Hypothesis((), 0.0)]
     for _ in range(longest):
@@ -101,9 +101,10 @@ def decode_sequence(
     end: int,
     longest: int,
 ) -> list[Hypothesis]:
-    """RAG-Sequence's answers, best first: a beam search with each passage, whose answers are scored with all of them.
+    """RAG-Sequence's answers, best first: a beam search with each passage, whose answers are then scored with all of
+    them.
 
-    `following`: with each passage. `score`: log p(y|x,z) of whole answers with each passage, [A, K].
+    `following`: with each passage. `score`: returns log p(y|x,z) of whole answers with each passage, [A, K].
     """
     answers = sorted(
         {

@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: what a run starts from, and all that it needs to go on exactly where it was.
+"""Checkpoints of a training run: what a run starts from, and everything that it needs to continue exactly.
 
-Each checkpoint is one file, `<folder>/<step>.safetensors`: a safetensors file with a header and a checksum, as experts
-have them.
+Each checkpoint is one file, `<folder>/<step>.safetensors`: a safetensors file with a header and a checksum, like those
+of experts.
 """
 
 import hashlib
@@ -45,9 +45,9 @@ from trainer_client.training.loop import Training
 logger: logging.Logger = logging.getLogger(__name__)
 
 _EXPECTED = ("steps", "validate_every")
-"""Settings that may change at a resume without a warning: changing them is how a run continues."""
+"""Settings that may change on resume without a warning: changing them is how a run is continued."""
 _FIXED = ("tokenizer", "vocabulary", "memory_chunk", "memory_layers", "objective")
-"""Settings that can't change when a run is resumed: the model would be another one."""
+"""Settings that can't change on resume, because the model would be a different one."""
 
 
 class Header(CheckpointHeader):
@@ -58,17 +58,17 @@ class Header(CheckpointHeader):
     step: int = Field(ge=0)
     """How many steps were done."""
     age: int | None = Field(default=None, ge=0)
-    """Steps that have gone into the dense part, including those of other trainers; None: only those that were done."""
+    """Steps that have gone into the dense part, including those of other trainers; None: only this run's steps."""
     saved_at: float = Field(ge=0, allow_inf_nan=False)
     """Unix time, in seconds."""
     tokenizer: str
-    """The tokenizer's name, for `load_tokenizer`."""
+    """The tokenizer, for `load_tokenizer`."""
     data_sha256: str
-    """The hash of the data, as in `Corpus`; empty: of a model that was imported."""
+    """The hash of the data, as in `Corpus`; empty for a model that was imported."""
     settings: dict[str, Any]
-    """What `TrainerSettings.saved` returned."""
+    """The result of `TrainerSettings.saved`."""
     encoder: str | None = None
-    """SHA-256 of the encoder by whose vectors a model that answers questions finds passages, in hexadecimal."""
+    """For a model that answers questions: SHA-256, in hexadecimal, of the encoder whose vectors find its passages."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,9 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def load_into(self, model: nn.Module) -> None:
-        """Restores the model alone. Raises CheckpointError when it is of another one, or a bias would overflow."""
+        """Restores only the model. Raises CheckpointError if the checkpoint is of another model, or a bias would
+        overflow.
+        """
         tensors = {
             name.removeprefix("model."): tensor
             for name, tensor in self.tensors.items()
@@ -94,7 +96,7 @@ class Checkpoint:
             ) from error
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """Raises CheckpointError when the swarm has a different manifest now."""
+        """Raises CheckpointError if the swarm now has a different manifest."""
         if self.header.manifest_sha256 != manifest_sha256(manifest):
             raise CheckpointError(
                 f"the checkpoint of step {self.header.step} belongs to another manifest of the swarm "
@@ -129,7 +131,7 @@ class CheckpointWriter:
             )
 
     def save(self, header: Header, tensors: dict[str, Tensor]) -> bool:
-        """Returns True once it is safely on disk. A failure is logged and costs no earlier checkpoint."""
+        """Returns True once it is safely on disk. A failure is logged, and earlier checkpoints stay."""
         try:
             self._files.write(header.step, encode_checkpoint(header, tensors))
         except OSError as error:
@@ -146,7 +148,7 @@ class CheckpointWriter:
 def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
     """Reads a checkpoint file, or the newest valid one in a folder; invalid ones are skipped with a warning.
 
-    Raises CheckpointError when there is none, and when it belongs to another swarm.
+    Raises CheckpointError if there is none, or if it belongs to another swarm.
     """
     if path.is_file():
         try:
@@ -154,7 +156,7 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
         except StateError as error:
             raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
     files, tried = RotatingFiles(path, keep=1), set[int]()
-    # lists the folder each time: a running trainer removes the older ones meanwhile
+    # lists the folder each time, because a running trainer removes older ones in the meantime
     while untried := [number for number in files.numbers() if number not in tried]:
         tried.add(number := untried[0])
         try:
@@ -174,7 +176,7 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
 
 
 def _read(path: Path, swarm_id: str) -> Checkpoint:
-    """Raises StateError when it is not whole."""
+    """Raises StateError if the file is incomplete."""
 
     def check(header: Header, outline: Outline) -> None:
         if header.swarm_id != swarm_id:
@@ -183,21 +185,19 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
             )
 
     header, tensors = decode_checkpoint(read_checkpoint(path), Header, check)
-    # a history may hold the loss of a step that was skipped
+    # a history may contain the loss of a skipped step
     if not all(t.isfinite().all() for name, t in tensors.items() if not name.startswith("history.")):
         raise StateError("it has numbers that are not finite")
     return Checkpoint(header, tensors)
 
 
 def new_run_folder(runs: Path) -> Path:
-    """The folder of a run that begins now. One process at a time uses `runs`, and starting one takes more than a
-    second.
-    """
+    """The folder for a new run. One process at a time uses `runs`, and starting one takes more than a second."""
     return runs / time.strftime("%Y%m%d-%H%M%S")
 
 
 def newest_run_folder(runs: Path) -> Path:
-    """The run that saved last. Raises CheckpointError when there is none."""
+    """The run that saved last. Raises CheckpointError if there is none."""
     newest = max(runs.glob("*/*.safetensors"), key=_written_at, default=None)
     if newest is None:
         raise CheckpointError(
@@ -216,7 +216,7 @@ def _written_at(path: Path) -> float:
 
 @dataclass(frozen=True, eq=False)
 class RunStart:
-    """What a run starts from, known before the swarm is joined."""
+    """What a run starts from, known before it joins the swarm."""
 
     settings: TrainerSettings
     swarm_id: str
@@ -229,7 +229,7 @@ class RunStart:
     questions: Sequence[Question] = ()
 
     def restore(self, training: Training) -> None:
-        """Restores the checkpoint, if there is one. Raises CheckpointError when it is of another model."""
+        """Restores the checkpoint, if there is one. Raises CheckpointError if it is of another model."""
         if self.checkpoint is None:
             return
         header = self.checkpoint.header
@@ -243,7 +243,7 @@ class RunStart:
 def prepare_run(
     settings: TrainerSettings, resume: bool, swarm_id: str, state: Path, stage: Callable[[str], None]
 ) -> RunStart:
-    """Reads the checkpoint and the text. `state`: the trainer's state folder. `stage` is told what happens.
+    """Reads the checkpoint and the text. `state`: the trainer's state folder. `stage`: called with each step, in words.
 
     Raises UserError.
     """
@@ -268,7 +268,7 @@ def prepare_run(
             corpus = Corpus(np.empty(0, np.uint8), digest_of(questions))
         else:
             corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
-            # the swarm's context is not known yet
+            # the swarm's context length is not known yet
             require_length(corpus.tokens, LEAST_CONTEXT, tokenizer.token_bytes)
     if checkpoint is not None and checkpoint.header.data_sha256 not in ("", corpus.sha256):
         logger.warning("the text differs from the one that the checkpoint was trained on")
@@ -278,7 +278,7 @@ def prepare_run(
 def checkpoint_folder(given: Path | None, state: Path, swarm_id: str, *, newest: bool) -> Path:
     """The folder of `--checkpoint` if it is given, else that of the newest run in the state folder, or of a new run.
 
-    Raises CheckpointError when the newest is wanted and there is none.
+    Raises CheckpointError if the newest run is wanted and there is none.
     """
     if given is not None:
         return given
@@ -292,10 +292,10 @@ class CheckpointSaver:
     def __init__(
         self, start: RunStart, training: Training, manifest: Manifest, seed: int, encoder: str | None = None
     ) -> None:
-        """`encoder`: as in the header."""
+        """`encoder`: see `Header.encoder`."""
         self.folder: Path = start.writer.folder
         self.saved_step: int = training.step
-        """Step of the run's newest checkpoint; until there is one, the step that it began with."""
+        """The step of the run's newest checkpoint; before the first one, the step at which the run began."""
         self._start = start
         self._training = training
         self._manifest_sha256 = manifest_sha256(manifest)
@@ -308,7 +308,7 @@ class CheckpointSaver:
             self.save()
 
     def save(self) -> None:
-        """Saves the last whole step, unless it is saved already. A failure is logged."""
+        """Saves the last complete step, unless that is already saved. A failure is logged."""
         step = self._training.step
         tensors = self._training.export_state() if step > self.saved_step else None
         if tensors is None:

@@ -1,7 +1,7 @@
 """Several training steps at once over shared parameters, so that a slow link costs staleness instead of time.
 
 Asynchronous training (Ryabinin & Gusev 2020, section 3.3): each step computes on a copy of the parameters taken when it
-began, and its gradients are applied to the parameters as they are when it ends.
+began, and its gradients are applied to the parameters at its end.
 """
 
 import math
@@ -19,9 +19,9 @@ M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 
 MAX_IN_FLIGHT = 32
-"""Steps that `in_flight = "auto"` runs at once, at most."""
+"""The most steps that `in_flight = "auto"` runs at once."""
 _SAFETY = 2.0
-"""Standard deviations of slack. See `InFlightController`."""
+"""The slack, in standard deviations. See `InFlightController`."""
 _SMALLEST_WINDOW = 4
 _WINDOWS_REMEMBERED = 3
 _PROBE_AFTER = 50.0
@@ -29,10 +29,10 @@ _STEPS_FOR_ONE_MORE = 4
 
 
 def staleness_limit(step: int) -> int:
-    """How many steps may be in flight after `step` steps without harm: one at first, one more every 4 steps.
+    """How many steps may be in flight without harm after `step` steps: one at first, one more every 4 steps.
 
-    A gradient is as many updates old as there were other steps in flight. At the beginning the parameters move fast, so
-    an old gradient is soon wrong; later the same staleness costs little.
+    A gradient is as many updates old as there were other steps in flight. At first the parameters move fast, so an old
+    gradient is soon wrong; later the same staleness costs little.
     """
     return 1 + step // _STEPS_FOR_ONE_MORE
 
@@ -40,11 +40,11 @@ def staleness_limit(step: int) -> int:
 class InFlightController:
     """Finds how many steps at once keep the bottleneck busy.
 
-    That is its rate times the duration of a step that runs alone (as in BBR: Cardwell et al. 2016, ACM Queue 14(5)),
-    plus twice the square root of this, since steps are uneven and come in bunches (square-root staffing: Halfin & Whitt
-    1981, Operations Research 29(3)); the surplus also shows whether more steps would raise the rate. The duration of a
-    lone step is measured at the start and then every so often: a step that runs beside others waits for them, so its
-    duration would ask for ever more of them.
+    That number is the bottleneck's rate times the duration of a step that runs alone (as in BBR: Cardwell et al. 2016,
+    ACM Queue 14(5)), plus twice its square root, because steps are uneven and come in bunches (square-root staffing:
+    Halfin & Whitt 1981, Operations Research 29(3)). The surplus also shows whether more steps would raise the rate. The
+    duration of a lone step is measured at the start and at intervals: a step that runs beside others waits for them, so
+    its duration would ask for more and more of them.
     """
 
     def __init__(self, limit: int) -> None:
@@ -59,13 +59,13 @@ class InFlightController:
         self._done_in_window = 0
 
     def note(self, seconds: float, ended_at: float, alone: bool) -> None:
-        """Records a step and its duration; `alone`: no other step was in flight meanwhile."""
+        """Records a step and its duration. `alone`: no other step was in flight at the time."""
         if self.count == 1:
             if alone:
                 self._note_alone(seconds, ended_at)
             return
         if self._window_began is None:
-            self._window_began = ended_at  # the first step to end after a change began before it
+            self._window_began = ended_at  # the first step that ends after a change began before it
             return
         self._done_in_window += 1
         if self._done_in_window >= max(_SMALLEST_WINDOW, self.count):
@@ -74,7 +74,7 @@ class InFlightController:
     def _note_alone(self, seconds: float, ended_at: float) -> None:
         self._lone_steps += 1
         if self._lone_steps == 1:
-            return  # it opened the connections
+            return  # this step opened the connections
         self._alone_s, self._alone_at = seconds, ended_at
         if not self._rates:
             self._rates.append(1 / max(seconds, 1e-9))
@@ -100,7 +100,7 @@ class InFlightController:
 
 @dataclass(frozen=True)
 class Finished(Generic[M, R]):
-    """A finished step, and the copy that holds its gradients: return it with `InFlight.release`."""
+    """A finished step, and the copy with its gradients: return the copy with `InFlight.release`."""
 
     copy: M
     result: R
@@ -120,7 +120,7 @@ class _Begun(Generic[M]):
 
 
 class InFlight(Generic[M, R]):
-    """The running steps, each on its own thread. Used by one thread, the only one that changes the shared model."""
+    """The running steps, each on its own thread. For one thread, the only one that changes the shared model."""
 
     def __init__(
         self,
@@ -129,11 +129,11 @@ class InFlight(Generic[M, R]):
         limit: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`make_copy` returns a model of the same shape as the shared one; at most `limit` are made."""
+        """`make_copy` returns a model with the same shapes as the shared one; it is called at most `limit` times."""
         self._shared = shared
         self._make_copy = make_copy
         self._clock = clock
-        # a new thread takes over what any other thread set last, such as one core
+        # a new thread inherits the number of cores that any thread has set last
         self._threads = ThreadPoolExecutor(
             limit, "talkoot-step", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
         )
@@ -155,7 +155,7 @@ class InFlight(Generic[M, R]):
         self._begun[self._threads.submit(work, copy)] = begun
 
     def next(self) -> Finished[M, R]:
-        """Waits for the next step to end, in any order. Raises what it raised."""
+        """Waits until any step ends. Raises what the step raised."""
         done, _ = wait(self._begun, return_when=FIRST_COMPLETED)
         future = min(done, key=lambda one: self._begun[one].at)
         begun = self._begun.pop(future)
@@ -165,12 +165,12 @@ class InFlight(Generic[M, R]):
         )
 
     def release(self, finished: Finished[M, R], *, updated: bool) -> None:
-        """Takes the copy back; `updated`: its gradients changed the shared parameters."""
+        """Takes the copy back. `updated`: its gradients changed the shared parameters."""
         self._version += updated
         self._free.append(finished.copy)
 
     def close(self) -> None:
-        """Abandons the running steps: each ends when the calls that it waits for do."""
+        """Abandons the running steps: each ends when the calls that it awaits do."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

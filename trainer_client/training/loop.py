@@ -29,7 +29,7 @@ from trainer_client.training.record import History, Progress, Summary, TrainingR
 
 @dataclass(frozen=True)
 class _Step:
-    """A step. Its loss is not finite if it was skipped; else its gradients were applied."""
+    """A step. If its loss is not finite, it was skipped; otherwise its gradients were applied."""
 
     loss: float
     spread: LoadSpread | None
@@ -38,7 +38,7 @@ class _Step:
 
 
 class Batches(Protocol):
-    """What is learned, in batches that the model's `loss` takes. `Dataset` says more."""
+    """What is learned, in batches that the model's `loss` takes. See `Dataset`."""
 
     context: int
     sequences: int
@@ -51,17 +51,19 @@ class Batches(Protocol):
 
 
 class ReadSource(Protocol):
-    """What a model that reads a memory is given beside its batches. For any thread."""
+    """What a model that reads a memory reads in addition to its batches. For any thread."""
 
     def training(self, number: int, batch: Any) -> Any:
-        """What is read with training batch `number`. Waits for it for a while at most."""
+        """What the model reads with training batch `number`. Waits for it only for a while."""
 
     def validation(self, batches: Sequence[Any]) -> Sequence[Any]:
-        """What is read with other batches."""
+        """What the model reads with other batches."""
 
 
 class Training:
-    """A model, its optimizer and the steps done. After `import_state` it goes on exactly where the state was taken."""
+    """A model, its optimizer and the steps done. After `import_state` it continues exactly where the state was
+    taken.
+    """
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class Training:
         make_copy: Callable[[], MixtureModel] | None = None,
         reads: ReadSource | None = None,
     ) -> None:
-        """`make_copy` returns another model of the same shape, for steps in flight; None: one step at a time.
+        """`make_copy` returns another model with the same shapes, for steps in flight; None: one step at a time.
 
         `reads`: for a model that reads a memory.
         """
@@ -79,7 +81,7 @@ class Training:
             torch.set_num_threads(settings.threads)
         self.history: History = History()
         self.part: SharedParameters = SharedParameters(model)
-        """The model's parameters and biases, to be averaged with other trainers'."""
+        """The model's parameters and biases, which are averaged with other trainers'."""
         self._model = model
         self._dataset = dataset
         self._settings = settings
@@ -105,9 +107,9 @@ class Training:
     ) -> Summary:
         """Trains until `settings.steps` are done or `stop` is set, which is checked between steps.
 
-        Validates on fixed batches before the first step, after the last and in between (`validate_every`); `validated`
-        gets each result, and of a resumed run first the last one. A step whose loss or gradient is not finite is
-        skipped; raises UserError after 10 of them in a row.
+        Validates on fixed batches before the first step, after the last and in between (`validate_every`). `validated`
+        is called with each result; a resumed run starts with its last earlier one. A step whose loss or gradient is not
+        finite is skipped. Raises UserError after 10 of them in a row.
         """
         settings, began = self._settings, clock()
         validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
@@ -135,7 +137,7 @@ class Training:
         return record.summary(clock() - began)
 
     def export_state(self) -> dict[str, Tensor] | None:
-        """The state after the last whole step; None if the optimizer was interrupted within a step."""
+        """The state after the last complete step; None if the optimizer was interrupted during a step."""
         if not self._is_whole:
             return None
         tensors = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
@@ -146,9 +148,9 @@ class Training:
         return tensors | _history_tensors(self.history)
 
     def import_state(self, tensors: Mapping[str, Tensor], age: int) -> None:
-        """Takes over what `export_state` returned; `age`: that of `part` then.
+        """Restores what `export_state` returned. `age`: the age of `part` at that time.
 
-        Raises StateError when they are of another model; then nothing has changed.
+        Raises StateError if it is of another model; then nothing has changed.
         """
         tensors = dict(tensors)
         history = _take_history(tensors)
@@ -175,7 +177,7 @@ class Training:
             yield _Step(self._apply(self._model, computed.loss), computed.spread)
 
     def _in_flight(self) -> Generator[_Step, None, None]:
-        """Steps in the order in which they end. Those still running when it is closed are lost."""
+        """Steps in the order in which they end. If it is closed, running steps are lost."""
         settings, make_copy = self._settings, self._make_copy
         assert make_copy is not None
         limit = MAX_IN_FLIGHT if settings.in_flight == "auto" else settings.in_flight
@@ -212,8 +214,8 @@ class Training:
         return _Step(statistics.fmean(losses), model.load_spread())
 
     def _apply(self, computed: MixtureModel, loss: float) -> float:
-        """Takes the optimizer's step with the gradients of `computed`, and returns the loss: NaN if the gradient is
-        not finite. If one of the two is not finite, nothing changes.
+        """Takes the optimizer's step with the gradients of `computed`, and returns the loss: NaN if the gradient is not
+        finite. If the loss or the gradient is not finite, nothing changes.
         """
         self._optimizer.learning_rate = learning_rate(self.step, self._settings)
         if not math.isfinite(loss):
@@ -230,7 +232,9 @@ class Training:
         return loss
 
     def _add_gradients(self, model: MixtureModel, *batch: Any) -> float:
-        """Returns the loss of a batch. If it is not finite there is no backward pass: experts would refuse it."""
+        """Returns the loss of a batch. If it is not finite, there is no backward pass, because experts would
+        refuse it.
+        """
         settings = self._settings
         device = next(model.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -244,13 +248,15 @@ class Training:
 
 
 def learning_rate(step: int, settings: TrainerSettings) -> float:
-    """The learning rate of a step (from 0): rises linearly in `warmup_steps`, then falls as a cosine to a tenth."""
+    """The learning rate of a step (from 0): rises linearly for `warmup_steps`, then falls along a cosine to a tenth."""
     return step_size(step, settings.learning_rate, settings.warmup_steps, settings.steps)
 
 
 @torch.no_grad()
 def validation_loss(model: MixtureModel, batches: Sequence[Any], read: Sequence[Any] = ()) -> float:
-    """The mean over the batches, in nats per token. `read`: with each, if the model reads a memory."""
+    """The mean over the batches, in nats per token. `read`: for each batch, what the model reads from a memory, if it
+    does.
+    """
     model.eval()
     losses = [
         model.loss(*each).item() for each in (zip(batches, read, strict=True) if read else zip(batches))
@@ -273,7 +279,7 @@ def _take_history(tensors: dict[str, Tensor]) -> History:
         tensors.pop(f"history.{name}", torch.empty(0))
         for name in ("losses", "validated", "validation_losses")
     )
-    # a run that has taken no step, as after an import, may not be validated yet
+    # a run that has taken no step, as after an import, may not have been validated yet
     if len(validated) != len(validation_losses) or (len(losses) and not len(validated)):
         raise StateError("its history is not whole")
     return History(

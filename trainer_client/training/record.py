@@ -1,4 +1,4 @@
-"""The figures of a training run: of each step, and a summary."""
+"""The figures of a training run: those of each step, and a summary."""
 
 import math
 import statistics
@@ -49,7 +49,9 @@ class Validation:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a run. It has fewer `steps` than asked for if it was stopped. Losses are in nats per token."""
+    """The result of a run. If the run was stopped, it has fewer `steps` than asked for. Losses are in nats per
+    token.
+    """
 
     steps: int  # including those before a resume, as do the losses
     resumed_at: int  # steps before this run
@@ -71,7 +73,7 @@ class Summary:
 
 @dataclass
 class History:
-    """The losses of all steps, including those before a resume. NaN where a step was skipped."""
+    """The losses of all steps, including those before a resume. NaN for skipped steps."""
 
     losses: "array[float]" = field(default_factory=lambda: array("d"))
     validated: "array[int]" = field(default_factory=lambda: array("q"))
@@ -135,7 +137,7 @@ class TrainingRecord:
         self.history.validation_losses.append(loss)
 
     def last_validation(self) -> Validation:
-        """There must have been one."""
+        """Call it only after a validation."""
         step, loss = self.history.validated[-1], self.history.validation_losses[-1]
         return Validation(step, loss, perplexity(loss), self._bits_per_byte(loss))
 
@@ -204,7 +206,7 @@ def longest_stall(intervals_s: Sequence[float]) -> float:
     """How long training stood still at worst: the longest interval minus the median one; 0 for no intervals.
 
     An interval is the time between the ends of two consecutive steps. The stall is near 0 if losing an expert costs
-    nothing; if training waited for a lost one, it is that wait.
+    nothing; if training waited for a lost expert, it is that wait.
     """
     return max(intervals_s) - statistics.median(intervals_s) if intervals_s else 0.0
 
