@@ -21,7 +21,7 @@ PICTURE = picture_of(
     [node(number, unsteady=number == 3) for number in range(30)],
     [trainer(0), trainer(1, steps=0)],
     swarm=MODEL,
-    replicas=[replica(uid, number % 30, recent_rows=10 * number) for number, uid in enumerate(UIDS[1:])],
+    replicas=[replica(uid, number % 30, recent_rows=10 * number) for number, uid in enumerate(UIDS[::5])],
     gone=[node(31)],
     left=[node(32)],
     ended=[trainer(2, step=100), trainer(3)],
