@@ -24,15 +24,15 @@ else:
     }
 
     def __getattr__(name: str) -> object:
-        """Imports torch, which takes seconds, only when it is needed."""
+        """Imports a name when it is first used, because torch takes seconds to import."""
         if name == "errors":
             return import_module("peer.errors")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        # gRPC reads it when it is imported; otherwise it writes to standard error about what does not matter
+        # gRPC reads this when it is imported; otherwise it writes messages to standard error that don't matter
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         return getattr(import_module(_HOMES[name]), name)
 
     def __dir__() -> list[str]:
-        """For completion in shells and notebooks, which do not see what is not imported yet."""
+        """For completion in shells and notebooks, which don't see names that are not imported yet."""
         return sorted({*globals(), *__all__})

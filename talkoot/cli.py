@@ -111,10 +111,10 @@ service: typer.Typer = typer.Typer(
 def main() -> None:
     """The console entry. Ends the process as soon as the command has ended.
 
-    The command has closed all that it opened. Python's own shutdown takes more than a second once torch is imported,
-    and gRPC's threads keep running meanwhile.
+    By then, the command has closed everything that it opened. Python's own shutdown takes more than a second once torch
+    is imported, and gRPC's threads keep running during it.
     """
-    exit_at_once_on_signals()  # until a command handles them: options import the settings
+    exit_at_once_on_signals()  # until a command handles signals itself: options import the settings
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a program without a window has none
             stream.reconfigure(errors="backslashreplace")  # its encoding may lack characters
@@ -132,9 +132,9 @@ def main() -> None:
 
 @contextmanager
 def imports_without_gc() -> Iterator[None]:
-    """Keeps garbage collection from traversing what is imported inside, during the import and ever after.
+    """Keeps garbage collection from traversing objects that are imported inside, both during the import and afterwards.
 
-    torch and others make a quarter of a million objects that live as long as the process.
+    torch and other packages create a quarter of a million objects that live as long as the process.
     """
     gc.disable()
     try:

@@ -1,11 +1,12 @@
 """Whose work trainers have signed for: receipts are read from nodes, verified, and counted.
 
-What was read once stays counted, as long as there is room, so a node that loses its receipts loses nothing that was
-read before.
+Receipts that were read once stay counted, as long as there is room, so a node that loses its receipts keeps the credit
+for those read before.
 
-In a swarm that admits by token each token that has signed is one vote. It is split between nodes as that token's
-trainers say they worked for them, whatever the numbers are. So of N votes, k that collude move at most k / N of all. In
-an open swarm anybody can be as many trainers as they like. Counts are all there is then: they have no share.
+In a swarm that admits by token, each token that has signed is one vote. A vote is split between nodes in proportion to
+the work that the token's trainers have signed for, however large the numbers. So of N votes, k that collude move at
+most k / N of all. In an open swarm anybody can be as many trainers as they like, so there are only counts and no
+shares.
 """
 
 import asyncio
@@ -37,23 +38,23 @@ from peer.wire import credit_pb2, credit_pb2_grpc
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_RECEIPTS = 131_072
-"""Receipts of all nodes that are kept, about 0.4 KB each. Those that were read longest ago are dropped first."""
+"""The most receipts kept over all nodes, about 0.4 KB each. Those that were read longest ago are dropped first."""
 MAX_OF_NODE = 64
-"""Receipts of one node that are kept. If there are more, the token with the most trainers loses its smallest."""
+"""The most receipts kept for one node. If there are more, the token with the most trainers loses its smallest."""
 MAX_SIGNERS = 16
-"""Signers of one node that are named."""
+"""The most signers that are named for one node."""
 _NODES = 20_000
 _AT_ONCE = 8
 _DEADLINE_S = 5.0
-"""The deadline for the receipts of one node."""
+"""The deadline for reading the receipts of one node."""
 _AGAIN_S = 60.0
-"""Before a node is asked again."""
+"""The pause before a node is asked again."""
 _CHANNELS = 64
 
 
 @dataclass(frozen=True)
 class Credit:
-    """What others have signed for one node."""
+    """The work that others have signed for one node."""
 
     work: Work
     trainers: int
@@ -64,7 +65,7 @@ class Credit:
 
 
 def signed_figures(node: NodeInfo, credit: Credit | None) -> dict[str, int | float | None]:
-    """What others have signed for a node, as programs read it. Of a node whose receipts were not read, None."""
+    """The work that others have signed for a node, for programs. None if the node's receipts were not read."""
     if credit is None:
         work, trainers = (Work(), 0) if not node.signed.trainers else (None, None)
     else:
@@ -82,22 +83,22 @@ def signed_figures(node: NodeInfo, credit: Credit | None) -> dict[str, int | flo
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """What is kept of a receipt."""
+    """The part of a receipt that is kept."""
 
     work: Work
     all_pairs: int
     signer: int | None
     digest: bytes
-    """The digest of the whole receipt, so that it is not verified again."""
+    """The digest of the whole receipt, so that it is not verified twice."""
 
 
 class CreditLedger:
     """The newest receipt of each trainer for each node, verified. Does no I/O."""
 
     def __init__(self, swarm_id: str, signer_of: SignerOf, most: int = MAX_RECEIPTS) -> None:
-        """`most`: receipts that are kept."""
+        """`most`: how many receipts to keep."""
         self.has_changed: bool = False
-        """Since the last count."""
+        """Whether it has changed since the last count."""
         self._swarm_id = swarm_id
         self._signer_of = signer_of
         self._most = most
@@ -109,7 +110,7 @@ class CreditLedger:
         return self._count
 
     def take(self, node: PeerID, given: Iterable[credit_pb2.SignedReceipt]) -> None:
-        """Verifies the receipts that a node gave, and keeps those that are newer than what is known."""
+        """Verifies a node's receipts, and keeps those that are newer than the known ones."""
         kept = self._nodes.setdefault(node, {})
         self._nodes.move_to_end(node)
         known = {counted.digest: trainer for trainer, counted in kept.items()}
@@ -142,8 +143,8 @@ class CreditLedger:
         kept[trainer] = counted
 
     def _trim(self, kept: dict[PeerID, _Counted], listed: Collection[PeerID]) -> None:
-        """`listed`: the trainers that the node named now. It puts first the trainers that share no neighbourhood with
-        many others.
+        """`listed`: the trainers in the node's present list. It starts with trainers that don't share a neighbourhood
+        with many others.
         """
         while len(kept) > MAX_OF_NODE:
             crowded = largest_crowd({each: counted.signer for each, counted in kept.items()})
@@ -151,7 +152,7 @@ class CreditLedger:
             self._count -= 1
 
     def count(self, revoked: Collection[int] = ()) -> dict[PeerID, Credit]:
-        """The credit of each node. What was signed with a token that is `revoked` by now does not count."""
+        """The credit of each node. Work that was signed with a `revoked` token does not count."""
         self.has_changed = False
         valid = {
             node: [(trainer, each) for trainer, each in kept.items() if each.signer not in revoked]
@@ -166,7 +167,9 @@ Signed = Collection[tuple[PeerID, _Counted]]
 
 
 def _pairs_of_votes(of_nodes: Iterable[Signed]) -> dict[int, int]:
-    """For each token, the pairs that its trainers say all nodes have answered; at least those of the receipts here."""
+    """For each token, the pairs that all nodes have answered according to its trainers; at least those of the receipts
+    here.
+    """
     claimed: dict[tuple[int, PeerID], int] = {}
     found: dict[tuple[int, PeerID], int] = {}
     for signed in of_nodes:
@@ -205,9 +208,9 @@ class CreditReader:
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        """`channels`: are closed with it."""
+        """`channels`: closed together with it."""
         self.credit: Mapping[PeerID, Credit] = {}
-        """The credit as it was counted last."""
+        """The credit according to the last count."""
         self._swarm_id = swarm_id
         self._admission = admission
         self._channels = channels
@@ -218,7 +221,7 @@ class CreditReader:
             swarm_id, lambda receipt: admission.signer_of(receipt.trainer, receipt.badge)
         )
         self._tried = BoundedDict[PeerID, tuple[float, SignedWork | None]](_NODES)
-        """When each node was asked last, and what it said of itself then; None: it did not answer."""
+        """When each node was asked last, and what it then said about itself; None: it did not answer."""
         self._revoked: frozenset[int] = frozenset()
 
     @classmethod
@@ -226,7 +229,7 @@ class CreditReader:
         return cls(swarm.keys.swarm_id, swarm.admission, swarm.host.channels(_CHANNELS), swarm.guard)
 
     async def read(self, nodes: Collection[NodeInfo], most: int, deadline_s: float) -> None:
-        """Reads the receipts of at most this many nodes, and counts again if there is something new."""
+        """Reads the receipts of at most this many nodes, and counts again if any are new."""
         due = self._due(nodes, most)
         at_once = asyncio.Semaphore(_AT_ONCE)
         try:
@@ -243,7 +246,7 @@ class CreditReader:
         await self._channels.close()
 
     def _due(self, nodes: Collection[NodeInfo], most: int) -> list[NodeInfo]:
-        """Nodes that say they have receipts that are not known yet, those that were asked longest ago first."""
+        """Nodes that announce receipts which are not known yet, those asked longest ago first."""
         found, now = list[tuple[float, float, NodeInfo]](), self._clock()
         for node in nodes:
             tried_at, said = self._tried.get(node.peer_id, (float("-inf"), None))

@@ -1,4 +1,6 @@
-"""A peer with a temporary identity, for commands that only look at a swarm: so they work beside a node or a trainer."""
+"""A peer with a temporary identity, for commands that only read a swarm, so that they work beside a node or
+a trainer.
+"""
 
 import asyncio
 import tempfile
@@ -21,9 +23,9 @@ T = TypeVar("T")
 def run_in_swarm(
     terminal: Terminal, join: str | None, look: Callable[[Swarm], Awaitable[T]], roles: Sequence[Role] = ()
 ) -> T:
-    """What `look` returns, which runs while the peer is in the swarm.
+    """Runs `look` while the peer is in the swarm, and returns its result.
 
-    `join`: as it was passed. `roles`: as for `join_swarm`. Raises UserError, and Stopped after a signal.
+    `join`: the invite, as it was given. `roles`: as for `join_swarm`. Raises UserError, and Stopped after a signal.
     """
     invite = invite_of(join)
     with (

@@ -1,4 +1,4 @@
-"""`talkoot update` and `talkoot uninstall`, for an environment that `uv tool` made, as deploy/install/ has it do."""
+"""`talkoot update` and `talkoot uninstall`, for an environment that `uv tool` created, as deploy/install/ does."""
 
 import os
 import shlex
@@ -28,18 +28,18 @@ _IDENTITY = "identity.key"
 
 @dataclass(frozen=True)
 class Installation:
-    """An environment of `uv tool`, and the uv that looks after it."""
+    """An environment of `uv tool`, and the uv that manages it."""
 
     environment: Path
     requirements: tuple[str, ...]
-    """What was asked for, Talkoot first (PEP 508)."""
+    """The requirements that were asked for, Talkoot first (PEP 508)."""
     uv: Path
     own_folder: Path | None
-    """Where the installer put uv, if it did: all that uv downloads is in there too."""
+    """The folder where the installer put uv, if it did; it also contains everything that uv downloads."""
 
     @classmethod
     def find(cls, environment: Path) -> "Installation":
-        """Raises InstallationError, which says what to do, for one that uv did not make."""
+        """Raises InstallationError, which says what to do, if uv did not create the environment."""
         try:
             receipt = tomllib.loads((environment / "uv-receipt.toml").read_text(encoding="utf-8"))
             requirements = receipt["tool"]["requirements"]
@@ -53,7 +53,7 @@ class Installation:
             ) from error
         folder = environment.parent.parent
         uv = shutil.which("uv", path=str(folder / "uv"))
-        # all of it goes with Talkoot, so it must be the installer's
+        # all of it is removed with Talkoot, so it must be the installer's
         if uv is not None and folder.name == _PACKAGE and not folder.is_symlink():
             return cls(environment, asked, Path(uv), folder)
         uv = shutil.which("uv")
@@ -64,8 +64,8 @@ class Installation:
         return cls(environment, asked, Path(uv), None)
 
     def update_command(self, source: str | None) -> list[str]:
-        """The command that updates, which is not `uv tool upgrade`: that has no say in torch's build and takes the one
-        with CUDA.
+        """The command that updates. It is not `uv tool upgrade`, which can't choose torch's build and would take the
+        one with CUDA.
         """
         first, *others = self.requirements
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -87,7 +87,7 @@ class Installation:
         return found
 
     def in_powershell(self, command: list[str]) -> str:
-        """What runs the command there, and also removes the installer's folder after `uv tool uninstall`."""
+        """The command in PowerShell, which also removes the installer's folder after `uv tool uninstall`."""
         lines = [f"$env:{name} = {_quoted(value)}" for name, value in self.variables().items()]
         lines.append("& " + " ".join(map(_quoted, command)))
         if command == self.removal_command() and self.own_folder is not None:
@@ -95,9 +95,9 @@ class Installation:
         return "; ".join(lines)
 
     def run(self, command: list[str]) -> None:
-        """Without a deadline: it may download for hours. Ctrl-C ends both. Raises InstallationError.
+        """Has no deadline, because downloads may take hours. Ctrl-C ends both. Raises InstallationError.
 
-        Nothing can be imported after it: not by rich either, so what follows is written without.
+        Nothing can be imported afterwards, not even by rich, so later output is written without it.
         """
         try:
             ended = subprocess.run(command, env=os.environ | self.variables(), check=False)
@@ -130,7 +130,9 @@ def run_update(terminal: Terminal, source: str | None) -> None:
 
 
 def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool) -> None:
-    """Removes Talkoot and its service, and what else was asked for. Raises UserError, and Abort after a no."""
+    """Removes Talkoot and its service, and everything else that was asked for. Raises UserError, and Abort after
+    a no.
+    """
     installation = Installation.find(Path(sys.prefix))
     states = platformdirs.user_state_path(_PACKAGE)
     if identity and not (state and sys.stdin.isatty()):
@@ -146,7 +148,7 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
         service.run_remove(terminal)
     folders = [path for path in states.glob("*") if path.is_dir()]
     for folder in folders:
-        StateFolder(folder).close()  # raises when a process uses it
+        StateFolder(folder).close()  # raises if a process uses it
     if state:
         shutil.rmtree(platformdirs.user_cache_path(_PACKAGE), ignore_errors=True)
         for folder in folders:
@@ -168,7 +170,7 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
 
 
 def _require_no_links(paths: Iterable[Path]) -> None:
-    """Raises StartError: what is emptied must be Talkoot's own, not where a link leads."""
+    """Raises StartError: only Talkoot's own folders may be emptied, not those that a link leads to."""
     for path in paths:
         if path.is_symlink():
             raise StartError(
@@ -189,12 +191,12 @@ def _empty(folder: Path, keeps: Set[str]) -> None:
 
 
 def _quoted(word: str) -> str:
-    """A word as PowerShell takes it literally."""
+    """A word quoted for PowerShell, so that it is taken literally."""
     return "'" + word.replace("'", "''") + "'"
 
 
 def _requirement(noted: Mapping[str, Any]) -> str:
-    """One of the requirements in uv's receipt, as PEP 508 writes it. Raises KeyError and TypeError."""
+    """One of the requirements in uv's receipt, in PEP 508 notation. Raises KeyError and TypeError."""
     name = str(noted["name"])
     if noted.get("extras"):
         name += f"[{','.join(noted['extras'])}]"
@@ -209,7 +211,7 @@ def _requirement(noted: Mapping[str, Any]) -> str:
 
 
 def _by_other_means(environment: Path) -> str:
-    """What to do with an installation that uv did not make."""
+    """How to update or remove an installation that uv did not make."""
     source = Path(__file__).parents[1]
     if (source / "pyproject.toml").exists():
         return f"Talkoot runs from its source in {source}: update it with `git pull`, or delete the folder"

@@ -66,7 +66,7 @@ _FLAGS = {
     "only_when_idle": "--only-when-idle/--even-when-busy",
     "not_on_battery": "--not-on-battery/--on-battery",
 }
-"""Flags besides that of a setting's own name; a switch has them in its place."""
+"""Flags in addition to a setting's own name; a switch has only these."""
 _METAVARS = {
     **dict.fromkeys(("state", "checkpoint", "tensorboard"), "DIR"),
     **dict.fromkeys(("log", "plot", "denylist"), "FILE"),
@@ -88,11 +88,11 @@ _METAVARS_BY_ENDING = {
 }
 _METAVARS_BY_TYPE = {int: "N", float: "X", Path: "PATH"}
 _FIRST_COLUMN = 26
-"""Width of the options in the help. The text of a wider one begins on the next line."""
+"""The width of the options column in the help. The text of a wider option begins on the next line."""
 
 
 class _WrongValue(typer.BadParameter):
-    """An option's value that pydantic refused, in one line like other errors of the user."""
+    """An option's value that pydantic refused, reported in one line like other user errors."""
 
     def show(self, file: Any = None) -> None:
         print(_error_line(SettingsError(self.message)), file=file or sys.stderr)
@@ -118,7 +118,7 @@ class PlainCommand(TyperCommand):
         return [re.sub(r"[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def help_records(self, ctx: Any) -> "dict[str, tuple[str, str]]":
-        """What the help says of each argument and option, by its name."""
+        """The help of each argument and option, by its name."""
         records = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
         return {name: _in_words(record) for name, record in records.items() if record is not None}
 
@@ -136,7 +136,7 @@ class PlainCommand(TyperCommand):
 def _in_words(record: tuple[str, str]) -> tuple[str, str]:
     option, text = record
     option = re.sub(r" <[^>]*>", "", option)
-    if "/" not in option:  # of two names of one option, the shorter
+    if "/" not in option:  # if an option has two names, the shorter
         *names, last = option.split(", ")
         flag, *metavar = last.split(" ")
         longer = [name for name in names if name.startswith(flag)]
@@ -151,10 +151,10 @@ def _from_to(match: re.Match[str]) -> str:
 
 
 class GroupedCommands(TyperGroup):
-    """A command of commands. Its help lists them under headings, each with its whole summary."""
+    """A group of commands. Its help lists them under headings, each with its whole summary."""
 
     sections: ClassVar[Mapping[str, Sequence[str]]] = {}
-    """Headings, and below each the names of commands; without any, there is one heading."""
+    """Headings, each with the names of its commands; if empty, there is one heading."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         width = max(len(name) for name in self.commands)
@@ -165,18 +165,18 @@ class GroupedCommands(TyperGroup):
 
 
 def _summary(command: Any) -> str:
-    """The first sentence of its help, whole."""
+    """The first sentence of its help, uncut."""
     return re.split(r"\.(?:\s|$)", " ".join((command.help or "").split()))[0]
 
 
 class SettingsCommand(PlainCommand):
-    """A command that has settings as options, beside its function's parameters.
+    """A command that has settings as options, in addition to its function's parameters.
 
-    Every setting of its roles is an option. `load_settings` reads what was given.
+    Every setting of its roles is an option. `load_settings` reads the given values.
     """
 
     sections: ClassVar[Mapping[str, Sequence[str]]]
-    """What `--help` shows: headings, and below each the names of settings and of the function's parameters.
+    """The contents of `--help`: headings, each with the names of settings and of the function's parameters.
 
     Other options are accepted too.
     """
@@ -239,7 +239,7 @@ def make_options(role: "type[RoleSettings]", names: Collection[str]) -> list[Any
     ]
 
     def settings(**values: Any) -> None:
-        """Has the options as its signature, from which typer makes them."""
+        """Has the options as its signature, which typer reads."""
 
     settings.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
     app = typer.Typer(add_completion=False)
@@ -268,7 +268,7 @@ def _annotation(name: str, field: "FieldInfo | None") -> Any:
 
 
 def _value_type(field: "FieldInfo") -> Any:
-    """The type that the command line reads. Whatever is not read here is text, which the settings model reads."""
+    """The type that the command line parses. Other types are parsed as text, which the settings model then reads."""
     from pydantic import BeforeValidator
 
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not NoneType]
@@ -282,7 +282,7 @@ def _value_type(field: "FieldInfo") -> Any:
 def _metavar(name: str, field: "FieldInfo", kind: Any) -> str:
     if choices := _choices(field):
         return "|".join(choices)
-    # a trainer's, not that of a node's machine
+    # for a trainer, not for a node's machine
     if name == "memory" and str in _alternatives(field.annotation):
         return "NAME"
     by_ending = (word for ending, word in _METAVARS_BY_ENDING.items() if name.endswith(ending))
@@ -290,7 +290,7 @@ def _metavar(name: str, field: "FieldInfo", kind: Any) -> str:
 
 
 def _choices(field: "FieldInfo") -> list[str]:
-    """The words that a setting may be, if it may be nothing else."""
+    """The words that a setting may be, if it can only be one of some words."""
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not NoneType]
     return list(get_args(kinds[0])) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else []
 
@@ -300,7 +300,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def help_of(field: "FieldInfo", *, several: bool) -> str:
-    """What the setting is, and its default: in words, where the value says nothing."""
+    """The setting's help, and its default: in words if the value itself says nothing."""
     assert field.description is not None, "every setting has one"
     text, _, default = field.description.partition("; unset: ")
     if field.default not in (None, ()):
@@ -340,7 +340,7 @@ class NodeCommand(SettingsCommand):
 
 
 class DoctorCommand(NodeCommand):
-    """`talkoot node --check` with a help of its own."""
+    """`talkoot node --check`, with help of its own."""
 
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Swarm": ("join", "new", "bootstrap"),
@@ -389,7 +389,7 @@ _TRAINED_MODEL_HELP = {
 
 
 class TrainedModelCommand(SettingsCommand):
-    """A command that reads what `talkoot train` wrote."""
+    """A command that reads the results of `talkoot train`."""
 
     @cached_property
     def _setting_options(self) -> list[Any]:
@@ -565,10 +565,11 @@ def _all_settings(role: "type[RoleSettings]") -> tuple[str, ...]:
 
 @contextmanager
 def command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
-    """What stands around every command: errors of the user become one line, and signals the exit status."""
-    # torch's threads must not spin while they wait: others need the cores; OpenMP reads this when torch is imported
+    """The context of every command: it turns user errors into one line, and signals into the exit status."""
+    # torch's threads must not spin while they wait, because others need the cores; OpenMP reads this when torch is
+    # imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.umask(os.umask(0o077) | 0o022)  # nothing that a command writes may be written to by other users
+    os.umask(os.umask(0o077) | 0o022)  # no other user may write to the files that a command writes
     signals = StopSignals()
     terminal = Terminal(log_format)
     try:
@@ -587,7 +588,7 @@ def command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
 
 
 _OWN_PACKAGES = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
-"""A failed import of one of these is a fault of ours, not of the installation."""
+"""A failed import of one of these is a bug, not a problem of the installation."""
 
 
 def _fail(error: UserError) -> NoReturn:

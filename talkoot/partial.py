@@ -1,4 +1,6 @@
-"""Folders that appear whole or not at all: written as `NAME.partial`, and moved to their place at the end."""
+"""Folders that appear complete or not at all: they are written as `NAME.partial`, and moved to their place at
+the end.
+"""
 
 import os
 import stat
@@ -11,19 +13,19 @@ from peer.errors import SettingsError, StartError
 from peer.platform.files import CAN_UNLINK_OPEN_FILES, lock, open_plainly, sync_folder, user_id
 
 PARTIAL = ".partial"
-"""Ends the name of a folder that is being written."""
+"""The suffix of a folder that is being written."""
 LOCK = "lock"
-"""The lock of such a folder's writer."""
+"""The file that the folder's writer locks."""
 
 
 class PartialFolder:
-    """A folder that one process writes. What an earlier writer left in it is there again."""
+    """A folder that one process writes. It still contains what an earlier writer left in it."""
 
     def __init__(self, path: Path) -> None:
         """`path`: its final place. Raises UserError if something is there, or the folder is in use."""
         self.path = path
         self.partial: Path = path.with_name(path.name + PARTIAL)
-        """What is written meanwhile. All files in it become part of the folder."""
+        """The folder during writing. All files in it become part of the final folder."""
         require_new(path)
         with naming_failures(path):
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,7 @@ class PartialFolder:
         self.close()
 
     def close(self) -> None:
-        """Leaves what is there for another writer to go on with."""
+        """Leaves the contents for another writer to continue with."""
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -52,7 +54,7 @@ class PartialFolder:
 
 
 def require_new(path: Path) -> None:
-    """Raises SettingsError unless nothing is there, or an empty folder; and StartError."""
+    """Raises SettingsError unless the path is free or an empty folder; and StartError."""
     with naming_failures(path):
         if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
             raise SettingsError(f"{path} exists: pass the path of a new folder")
@@ -71,12 +73,12 @@ def naming_failures(path: Path) -> Iterator[None]:
 
 
 def open_for_writing(path: Path) -> BinaryIO:
-    """A file that is new, or loses what was in it. Raises OSError, also if it is a link."""
+    """Opens a new file, or empties an existing one. Raises OSError, also if it is a link."""
     return os.fdopen(open_plainly(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb")
 
 
 def _require_own(folder: Path) -> None:
-    """Raises SettingsError unless it is empty or of an earlier writer of this user, all of whose files may go."""
+    """Raises SettingsError unless it is empty, or of an earlier writer of this user, whose files may be removed."""
     about = folder.lstat()
     is_own = stat.S_ISDIR(about.st_mode) and user_id() in {None, about.st_uid}
     if not is_own or (any(folder.iterdir()) and not (folder / LOCK).exists()):

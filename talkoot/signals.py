@@ -1,4 +1,4 @@
-"""How commands stop: the first signal does it in good order, and later ones only hurry it."""
+"""How commands stop: the first signal stops them in an orderly way, and later ones only speed that up."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 
 def exit_at_once_on_signals() -> None:
-    """Makes signals end the process from now on, for a time in which there is nothing to clean up."""
+    """Makes signals end the process from now on, for periods in which there is nothing to clean up."""
     for number in stop_signals():
         signal.signal(number, _exit_at_once)
 
@@ -51,9 +51,9 @@ class StopSignals:
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """Inside, a signal ends the process at once.
+        """Makes a signal end the process at once while inside.
 
-        An exception in the middle of an import can be lost: torch drops those raised while numpy is imported.
+        An exception during an import can be lost: torch drops those raised while numpy is imported.
         """
         exit_at_once_on_signals()
         try:
@@ -63,7 +63,7 @@ class StopSignals:
 
     @contextmanager
     def gently(self, event: threading.Event) -> Iterator[None]:
-        """Inside, a signal sets the event first, and raises only if that has had no effect within a second."""
+        """Makes a signal set the event first while inside, and raise only if that has had no effect within a second."""
         self._event = event
         try:
             yield
@@ -72,7 +72,7 @@ class StopSignals:
             self._alarm.cancel()
 
     def ignore(self) -> None:
-        """Raises nothing from now on, so that the process can finish stopping."""
+        """Ignores signals from now on, so that the process can finish stopping."""
         _ignore_stop_signals()
         self._alarm.cancel()
 

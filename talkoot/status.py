@@ -1,4 +1,4 @@
-"""`talkoot status`: lists the nodes, trainers and experts of a swarm, by what they wrote to the DHT."""
+"""`talkoot status`: lists the nodes, trainers and experts of a swarm, from their records in the DHT."""
 
 import asyncio
 import time
@@ -27,18 +27,20 @@ from talkoot.terminal import FittingTable, Terminal
 _WATCH_EVERY_S = 2.0
 _LIST_EVERY_S = 20.0
 _NODES_AT_ONCE = 512
-"""Node records in one look-up, which has one deadline."""
+"""Node records in one look-up. A look-up has one deadline."""
 _MOST_LISTED = 65536
-"""Experts that are shown one by one. Of a larger swarm, whose manifest may have 2^26, those that have a replica."""
+"""The most experts shown one by one. In a larger swarm, whose manifest may have 2^26, only those with a replica are
+shown.
+"""
 _MOST_CREDITED, _CREDIT_S = 64, 5.0
-"""Nodes whose receipts are read in one reading, drawn at random if there are more, and how long that may take."""
+"""The most nodes whose receipts one reading reads, drawn at random if there are more, and the longest time for that."""
 _LOOK_AGAIN_S = 300.0
-"""Seconds until a listed peer that has no record is looked up again."""
+"""How many seconds until a listed peer without a record is looked up again."""
 
 
 @dataclass(frozen=True)
 class SwarmReading:
-    """A swarm at one moment, as the DHT knows it."""
+    """A swarm at one moment, according to the DHT."""
 
     swarm: str
     view: View
@@ -48,13 +50,13 @@ class SwarmReading:
     warning: str = ""
     """For example that the manifest expires soon; empty: none."""
     left_nodes: dict[PeerID, NodeInfo] = field(default_factory=dict)
-    """Nodes that have left in order a moment ago."""
+    """Nodes that have recently left in an orderly way."""
     left_trainers: dict[PeerID, TrainerInfo] = field(default_factory=dict)
     credit: Mapping[PeerID, Credit] = field(default_factory=dict)
-    """What trainers have signed for the nodes whose receipts were read."""
+    """The work that trainers have signed, for nodes whose receipts were read."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The values as `talkoot status --json` prints them. Ages and times are in seconds."""
+        """The values as printed by `talkoot status --json`. Ages and times are in seconds."""
         manifest = self.view.manifest
         uids = manifest.uids() if _can_list(manifest) else sorted(self.view.replicas)
         return {
@@ -91,7 +93,7 @@ class SwarmReader:
         most_nodes: int = 65536,
         now: Callable[[], float] = clock.now,
     ) -> None:
-        """`list_every_s`: how often it lists all nodes. Those that host experts are found by each reading."""
+        """`list_every_s`: how often it lists all nodes. Each reading finds those that host experts."""
         self._swarm = swarm
         self._directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=1.0)
         self._list_every_s = list_every_s
@@ -101,12 +103,12 @@ class SwarmReader:
         self._hosts: frozenset[PeerID] = frozenset()
         """Nodes that hosted experts at the last reading."""
         self._idle: set[PeerID] = set()
-        """Nodes that hosted nothing."""
+        """Nodes that hosted nothing at that time."""
         self._missing: dict[PeerID, float] = {}
         """When to look again for listed peers that had no record."""
 
     async def read(self) -> SwarmReading:
-        """Raises UnreachableError when the DHT does not answer in time."""
+        """Raises UnreachableError if the DHT does not answer in time."""
         registry = self._swarm.registry
         view = await self._directory.refresh()
         if self._now() >= self._listed_at + self._list_every_s:
@@ -128,7 +130,9 @@ class SwarmReader:
         )
 
     async def _list(self) -> None:
-        """Anybody can list peers that don't exist, so these are looked up rarely, and at most `most_nodes` of them."""
+        """Anybody can list peers that don't exist, so listed peers are looked up rarely, and at most `most_nodes` of
+        them.
+        """
         now = self._now()
         listed = await self._swarm.registry.node_ids(self._most_nodes)
         self._listed_at = now
@@ -136,7 +140,7 @@ class SwarmReader:
         self._idle = set(listed - self._missing.keys())
 
     async def _nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
-        """Includes those that have left in order."""
+        """Includes nodes that have left in an orderly way."""
         wanted, found = list(peers), dict[PeerID, NodeInfo]()
         for start in range(0, len(wanted), _NODES_AT_ONCE):
             some = wanted[start : start + _NODES_AT_ONCE]
@@ -150,7 +154,7 @@ class SwarmReader:
 
 
 def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> None:
-    """Prints a reading of the swarm; with `watch`, again and again. Raises UserError when it can't be reached."""
+    """Prints a reading of the swarm; with `watch`, again and again. Raises UserError if it can't be reached."""
     run_in_swarm(terminal, join, lambda swarm: _look(terminal, swarm, watch))
 
 
@@ -275,7 +279,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
 
 
 def _signed(node: NodeInfo, credit: Credit | None) -> str:
-    """What trainers signed, such as `1,234 by 3`; `?`: its receipts were not read."""
+    """The work that trainers have signed for, such as `1,234 by 3`; `?`: its receipts were not read."""
     figures = signed_figures(node, credit)
     pairs, trainers = figures["signed_pairs"], figures["signed_trainers"]
     return "?" if pairs is None else f"{pairs:,} by {trainers}" if trainers else "0"
@@ -314,14 +318,14 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
 
 
 def trainer_state(trainer: TrainerInfo, left: bool) -> str:
-    """The trainer's state in a word or two. `left`: it has left in order."""
+    """The trainer's state in a word or two. `left`: whether it has left in an orderly way."""
     if left:
         return "finished" if trainer.step >= trainer.steps else "stopped"
     return "own loop" if trainer.is_own_loop else "training"
 
 
 def _shown(value: float | None, form: str) -> str:
-    """`?` for an unknown value, which differs from 0."""
+    """`?` for an unknown value, to distinguish it from 0."""
     return "?" if value is None else format(value, form)
 
 

@@ -29,7 +29,9 @@ LOG_FILE_BYTES = 5_000_000
 """A log file that would grow larger is renamed to `….1`, which replaces the one before."""
 _WIDE = 10_000
 _LINES, _LINE_EVERY_S = 50, 3.0
-"""What one line of code may log at once, and how often in the long run: 4 MB a day, of a file that holds 5 MB."""
+"""How many lines one line of code may log at once, and how often in the long run: 4 MB a day, in a file that holds 5
+MB.
+"""
 
 
 class LogFormat(StrEnum):
@@ -73,7 +75,7 @@ class Terminal:
 
 
 class FittingTable:
-    """A table that leaves out the least important columns when it would be too wide for the terminal."""
+    """A table that leaves out the least important columns if it would be too wide for the terminal."""
 
     def __init__(self, title: str, columns: Sequence[str], first_to_go: Sequence[str]) -> None:
         self._title, self._columns, self._first_to_go = title, tuple(columns), tuple(first_to_go)
@@ -102,7 +104,7 @@ class FittingTable:
 
 
 class StepBar(Progress):
-    """A progress bar, with the task's description below it, on several lines if the terminal is narrow."""
+    """A progress bar with the task's description below it, on several lines if the terminal is narrow."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), **options)
@@ -116,7 +118,7 @@ class StepBar(Progress):
 
 def set_up_logging(terminal: Terminal) -> None:
     """Sends all log records to the terminal's standard error."""
-    # otherwise any client that speaks no TLS, such as a port scanner, makes gRPC write to standard error
+    # otherwise any client that does not use TLS, such as a port scanner, makes gRPC write to standard error
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     handler = _TerminalHandler(terminal.err)
     handler.setFormatter(_JsonFormatter() if terminal.json else _TextFormatter())
@@ -125,7 +127,7 @@ def set_up_logging(terminal: Terminal) -> None:
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Inside, log lines and the final error also go to a file of bounded size. Raises StartError."""
+    """Also writes log lines and the final error to a file of bounded size while inside. Raises StartError."""
     try:
         handler = _LogFileHandler(path)
     except OSError as error:
@@ -136,7 +138,7 @@ def log_file(path: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        handler.handle(_record(str(error)))  # the terminal shows it as its last line
+        handler.handle(_record(str(error)))  # the terminal shows it as the last line
         raise
     except Exception as error:
         handler.handle(_record(f"ended by a {type(error).__name__}", error))
@@ -147,7 +149,7 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 def escaped(text: str) -> str:
-    """On one line and without control characters: what is logged quotes what peers sent."""
+    """One line without control characters, because log lines quote what peers sent."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
@@ -165,7 +167,7 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Fails now rather than at the end. Leaves the file's content alone. Raises StartError."""
+    """Fails now rather than at the end. Does not change the file's content. Raises StartError."""
     try:
         path.open("ab").close()
     except OSError as error:
@@ -185,7 +187,8 @@ def _not_written(path: Path, option: str, error: OSError) -> StartError:
 
 
 class RepeatLimit:
-    """Bounds what each line of code logs. Otherwise a stranger who provokes a line often rotates the real log away.
+    """Limits what each line of code logs. Otherwise a stranger who triggers a line again and again rotates the real log
+    away.
 
     After many lines in a short time, one passes now and then, and says how many were left out. The traceback of a
     failure is shown once.
@@ -194,11 +197,11 @@ class RepeatLimit:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._places: dict[tuple[str, int], tuple[TokenBucket, int]] = {}
-        """For each line of code, what it may still log, and how many of its records were left out."""
+        """For each line of code, how much it may still log, and how many of its records were left out."""
         self._traced: set[tuple[str, int, str]] = set()
 
     def admit(self, record: logging.LogRecord) -> logging.LogRecord | None:
-        """The record as it is to be shown; None if it is left out."""
+        """The record to show; None if it is left out."""
         place, now = (record.pathname, record.lineno), self._clock()
         bucket, left_out = self._places.get(place) or (TokenBucket(1 / _LINE_EVERY_S, _LINES, now), 0)
         refused = bucket.take(1.0, now) > 0
@@ -248,7 +251,7 @@ class _LogFileHandler(RotatingFileHandler):
         self._limit = RepeatLimit()
 
     def _open(self) -> TextIOWrapper:
-        """Opens the log, but not where a link leads: another user may have planted it."""
+        """Opens the log, but follows no link, which another user may have planted."""
         descriptor = open_plainly(Path(self.baseFilename), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         return open(descriptor, "a", encoding=self.encoding, errors=self.errors)
 
@@ -257,7 +260,7 @@ class _LogFileHandler(RotatingFileHandler):
             super().emit(shown)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """On a full disk, lines are missing from the file. The terminal has them."""
+        """On a full disk, lines are missing from the file, but not on the terminal."""
 
     def close(self) -> None:
         with suppress(OSError):  # closing tries again to write what could not be written
@@ -274,7 +277,7 @@ class _TextFormatter(logging.Formatter):
         level = "" if record.levelno < logging.WARNING else f"{_level(record)}: "
         lines = [f"{clock} {level}{escaped(record.getMessage())}"]
         if record.exc_info:
-            # indented, because the text of an error may have lines, too, which must not look like lines of the log
+            # indented, because the lines of an error's text must not look like lines of the log
             lines += [f"  {escaped(line)}" for line in self.formatException(record.exc_info).split("\n")]
         return "\n".join(lines)
 

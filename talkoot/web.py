@@ -1,4 +1,4 @@
-"""What the web servers have in common: how they listen, which connections they keep, how browsers are safe."""
+"""What the web servers have in common: how they listen, which connections they keep, and how they protect browsers."""
 
 import asyncio
 import contextlib
@@ -14,14 +14,14 @@ from peer.errors import PortError
 from peer.formatting import endpoint, host_in, is_loopback
 
 SEND_DEADLINE_S = 15.0
-"""A stream is closed when its reader takes nothing for this long."""
+"""A stream is closed if its reader takes nothing for this long."""
 _MAX_CONNECTIONS = 1000
 _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
-"""How long a connection may go on without a whole request, or with an answer that is not taken."""
+"""How long a connection may last without a complete request, or with an answer that is not taken."""
 _LEAST_TAKEN = 2**16
-"""Bytes of an answer that a client must take meanwhile."""
+"""Bytes of an answer that a client must take in that time."""
 _CLOSE_S = 2.0
-"""Longest wait for answers to end after their connections are closed."""
+"""The longest wait for answers to end after their connections are closed."""
 _BACKLOG = 128
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -35,7 +35,7 @@ _ENDS_BY_ITSELF = "talkoot.ends_by_itself"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises PortError when the port is taken or the address is not this machine's."""
+    """A listening socket. Raises PortError if the port is taken or the address does not belong to this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
@@ -54,7 +54,7 @@ def address_of(listener: socket.socket) -> str:
 
 @contextlib.asynccontextmanager
 async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["asyncio.Task[None]"]:
-    """Serves an application inside, and yields the task that does. Afterwards it stops at once."""
+    """Serves an application inside, and yields the task that does. Stops at once at the end."""
     server = _Server(
         uvicorn.Config(
             app,
@@ -74,7 +74,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["async
         yield task
     finally:
         server.should_exit = server.force_exit = True
-        # or answers that have not ended would be cancelled, and uvicorn logs a traceback for each
+        # otherwise unfinished answers would be cancelled, and uvicorn would log a traceback for each
         for connection in list(server.server_state.connections):
             connection.transport.abort()
         await asyncio.gather(task, return_exceptions=True)
@@ -83,20 +83,22 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["async
 
 
 def ends_by_itself(scope: Scope) -> None:
-    """Says that the answer to this request may take its time: the application ends it when nobody takes it."""
+    """Marks the answer to this request as one that may take its time: the application ends it if nobody takes it."""
     scope.setdefault("state", {})[_ENDS_BY_ITSELF] = True
 
 
 class Connection(H11Protocol):
-    """A connection that ends if its client neither asks nor takes what it asked for. uvicorn alone waits for ever."""
+    """A connection that ends if its client neither sends a request nor takes its answer. uvicorn alone waits
+    for ever.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
         self._look(None, self.loop.time())
 
     def _look(self, before: object, since: float) -> None:
-        """`before`: what it did when last looked at; `since`: when it was first seen to do so."""
-        if self not in self.connections:  # a transport that was closed still holds what is not taken
+        """`before`: what it did at the last look. `since`: when it was first seen doing that."""
+        if self not in self.connections:  # a closed transport still holds data that was not taken
             return
         now, cycle = self.loop.time(), self.cycle
         answering = cycle is not None and not cycle.response_complete
@@ -118,19 +120,19 @@ class _Server(uvicorn.Server):
 
 
 async def disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
-    """Returns when the client has gone. The request must have been read."""
+    """Returns when the client has disconnected. The request must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class BrowserProtection:
-    """Sets security headers, and on loopback answers only requests for a loopback host.
+    """Sends security headers, and on loopback answers only requests for a loopback host.
 
     Otherwise any web page could read a visitor's page here, through a name that resolves to 127.0.0.1 (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, host: str, refusal: ASGIApp) -> None:
-        """`host`: where it listens. `refusal` answers requests for another host, with status 421."""
+        """`host`: the address it listens on. `refusal`: answers requests for another host, with status 421."""
         self._app = app
         self._local = is_loopback(host)
         self._refusal = refusal
@@ -150,6 +152,6 @@ class BrowserProtection:
 
 
 def _host_of(scope: Scope) -> str:
-    """The host that was asked for, without its port; empty unless exactly one is named."""
+    """The requested host, without its port; empty unless exactly one is named."""
     named = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
     return host_in(named[0]) if len(named) == 1 else ""

@@ -1,1 +1,1 @@
-"""A page and an interface for programs that show how a swarm does. They only read."""
+"""A read-only web page, and an interface for programs, that show the state of a swarm."""

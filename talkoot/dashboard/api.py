@@ -38,7 +38,7 @@ RANKED = (
 )
 SIGNED_KEYS = ("signed_pairs", "signed_updates", "signed_queries", "signed_trainers", "signed_share")
 _ENDED = ("finished", "stopped", "gone")
-"""States of trainers that are not there any more."""
+"""States of trainers that are no longer there."""
 _MEMORY_FIGURES = ("count", "shards", "served", "below_two", "queries_per_s")
 _FILTERED_KEYS = ("peer_id", "name", "state", "software_version", "reach")
 
@@ -55,7 +55,7 @@ UNITS = {
     "memory_replicas": "replicas",
     "memory_queries_per_s": "queries/s",
 }
-"""The metrics that have a history."""
+"""The units of the metrics that have a history."""
 
 
 class ApiError(Exception):
@@ -68,7 +68,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class DashboardState:
-    """The last picture, and how well the dashboard sees the swarm now."""
+    """The last picture, and how well the dashboard sees the swarm at present."""
 
     picture: Picture | None
     swarm_id: str
@@ -78,13 +78,13 @@ class DashboardState:
     refresh_s: float
     now: float
     longest_lag_s: float
-    """The longest lag of the dashboard's own loop, in the last two minutes."""
+    """The longest lag of the dashboard's own loop in the last two minutes."""
     unsteady: tuple[str, ...]
     """The dashboard's own tasks that fail again and again."""
 
 
 def swarm(seen: DashboardState) -> Json:
-    """What stands at the head of the page."""
+    """The values at the top of the page."""
     figures = {} if seen.picture is None else seen.picture.figures
     read_at = None if seen.picture is None else seen.picture.read_at
     layers = [] if seen.picture is None else seen.picture.layers
@@ -133,7 +133,7 @@ def health(seen: DashboardState) -> Json:
     if not figures["nodes"]["live"]:
         return {"level": "bad", "words": "no node is there"}
     memories = figures["memories"]
-    # a swarm for memories alone: no node that is there, or was lately, hosts experts
+    # a swarm only for memories: no node hosts experts, now or recently
     has_experts = not memories["count"] or any(row["capacity"] for row in seen.picture.nodes)
     if not live and has_experts:
         return {"level": "bad", "words": "no expert has a host"}
@@ -166,7 +166,7 @@ def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:
 def node(
     picture: Picture | None, peer_id: str, credit: Mapping[PeerID, Credit] = MappingProxyType({})
 ) -> Json:
-    """`credit`: who has signed for it, among all nodes."""
+    """One node. `credit`: that of all nodes."""
     row = _find(picture, peer_id)
     hosted = [] if picture is None else picture.hosted.get(peer_id, [])
     found = credit.get(PeerID.from_base58(peer_id))
@@ -185,9 +185,9 @@ def node(
 
 
 def leaderboard(picture: Picture | None, query: Mapping[str, str]) -> Json:
-    """Nodes with what they computed, by their own count, and what trainers have signed for.
+    """Nodes with the work that they report, and the work that trainers have signed for.
 
-    Ranked by their share of the votes of all tokens; in an open swarm, by name.
+    Ranked by their share of all tokens' votes; in an open swarm, by name.
     """
     found = [] if picture is None else picture.nodes
     has_votes = picture is not None and picture.figures["has_votes"]
@@ -220,7 +220,7 @@ def trainers(picture: Picture | None, query: Mapping[str, str]) -> Json:
 
 
 def memories(picture: Picture | None, query: Mapping[str, str]) -> Json:
-    """The memories, those with the fewest replicas first, as they need hosts most."""
+    """The memories. Those with the fewest replicas come first, because they need hosts most."""
     found = [] if picture is None else picture.memories
     ordered = sorted(found, key=lambda row: (row["replicas_mean"] or 0.0, row["memory"]))
     return _page(ordered, query, "memories", dict)
@@ -308,7 +308,7 @@ def _page(rows: Sequence[Any], query: Mapping[str, str], name: str, show: Callab
 
 
 def _sorted(rows: Sequence[Json], key: str, descending: bool) -> list[Json]:
-    """Rows without the value come last in either order. Equal ones are sorted by PeerID, so that pages are stable."""
+    """Rows without the value come last in either order. Equal rows are sorted by PeerID, so that pages are stable."""
     known = [row for row in rows if row[key] is not None]
     unknown = [row for row in rows if row[key] is None]
     by_text = known and isinstance(known[0][key], str)
@@ -327,7 +327,7 @@ def _find(picture: Picture | None, peer_id: str) -> Json:
 
 
 def _public(row: Json) -> Json:
-    """Without what only service discovery uses."""
+    """The row without the values that only service discovery uses."""
     return {key: value for key, value in row.items() if key != "metrics_address"}
 
 

@@ -36,7 +36,7 @@ _RETRY_AFTER_S = "30"
 _EXPERT_S = 2 * 86400.0
 """How far back the history of an expert goes."""
 _EXPERT_POINTS = 12_000
-"""The number of points with which each tier is shown in full."""
+"""Enough points to show each tier in full."""
 _REFUSAL = JSONResponse({"error": "this dashboard answers at 127.0.0.1 and localhost alone"}, 421)
 
 
@@ -53,7 +53,7 @@ class Streams:
 def make_app(
     watcher: Watcher, store: HistoryStore, host: str, metrics: CollectorRegistry, streams: Streams
 ) -> Starlette:
-    """`host`: where it listens. `metrics`: the dashboard's own."""
+    """`host`: the address it listens on. `metrics`: the dashboard's own."""
     endpoints = _Endpoints(watcher, store, metrics)
     routes = [
         Route("/", endpoints.page),
@@ -145,9 +145,9 @@ class _Endpoints:
 
 
 class EventStream:
-    """Sends a page the swarm's state after each reading, at least every few seconds (server-sent events).
+    """Sends a page the swarm's state after each reading, and at least every few seconds (server-sent events).
 
-    A slow page misses what was in between, and the stream of a page that takes nothing is closed: nothing piles up.
+    A slow page skips states, and the stream of a page that reads nothing is closed, so nothing accumulates.
     """
 
     def __init__(self, watcher: Watcher, streams: Streams) -> None:
@@ -190,7 +190,7 @@ class EventStream:
 
 
 def targets(picture: Picture | None, bootstrap: Iterable[Multiaddress]) -> list[Json]:
-    """What Prometheus's HTTP service discovery is told: the metrics of every live peer that offers them.
+    """The answer for Prometheus's HTTP service discovery: the metrics of every live peer that offers them.
 
     Anybody can write an address into a record, and Prometheus would scrape it. So only IP addresses count, and only
     those of the swarm's own scope: no peer of a public swarm can point Prometheus at this machine or at the network

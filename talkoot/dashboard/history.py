@@ -1,4 +1,4 @@
-"""The dashboard's history, in a SQLite file: means over steps of time, finer ones for a shorter while.
+"""The dashboard's history, in a SQLite file: means over time steps. Finer steps are kept for a shorter time.
 
 Every figure is added to one step of each tier when it arrives, so nothing has to be condensed later, and the file holds
 at most series × steps rows. `History` is the file; `HistoryStore` uses it from the event loop.
@@ -28,14 +28,14 @@ logger: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Point = tuple[float, float | None]
 MAX_SERIES = 256
-"""Series that are kept, the newest ones."""
+"""The most series that are kept, the newest ones."""
 MAX_EXPERTS = 1024
 """A swarm with more experts than this has no history of each expert."""
 _FORM = 1
 _MAX_PICTURE_BYTES = 64 * 2**20
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _GAP_STEPS = 3
-"""Steps without a figure after which a line is broken."""
+"""After this many steps without a figure, a line is interrupted."""
 _PICTURE = "picture"
 _SAY_EVERY_S = 600.0
 """How often a failure is logged: on a full disk every write fails."""
@@ -61,7 +61,7 @@ TIERS = (Tier(5, 3600), Tier(60, 86400), Tier(900, 30 * 86400))
 EXPERT_TIERS = (Tier(15, 1800), Tier(900, 2 * 86400))
 """Coarser, because there are many experts."""
 _EXPERT = "expert_"
-"""The prefix of their metrics' names."""
+"""The prefix of the names of experts' metrics."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Sample:
 
 
 class History:
-    """The file. One thread at a time uses it."""
+    """The file. For one thread at a time."""
 
     def __init__(
         self, path: Path, most_series: int = MAX_SERIES, most_expert_series: int = 2 * MAX_EXPERTS
     ) -> None:
-        """Opens the file, or sets it aside when it is broken. Raises StartError when it can't be written."""
+        """Opens the file, or sets it aside if it is broken. Raises StartError if it can't be written."""
         self.set_aside: Path | None = None
         """Where a broken file was moved to."""
         self._path = path
@@ -121,7 +121,7 @@ class History:
         most_series: int,
         only: str | None = None,
     ) -> list[tuple[str, list[Point]]]:
-        """The newest series of a metric, or only the one named. Each has about `most_points` at most, oldest first."""
+        """The newest series of a metric, or only the named one. Each has at most about `most_points`, oldest first."""
         spans = _spans(_tiers(metric), since, now, most_points)
         with self._transaction() as connection:
             found = connection.execute(
@@ -132,14 +132,14 @@ class History:
             return [(name, list(_with_gaps(self._points(series, spans)))) for series, name in found]
 
     def keep(self, name: str, value: Any) -> None:
-        """Stores a JSON value under a name, and replaces the one before."""
+        """Stores a JSON value under a name, and replaces the previous one."""
         text = json.dumps(value, allow_nan=False)
         if len(text) <= _MAX_PICTURE_BYTES:
             with self._transaction() as connection:
                 connection.execute("insert or replace into kept values (?, ?)", (name, text))
 
     def kept(self, name: str) -> Any:
-        """None when nothing is stored under the name."""
+        """None if nothing is stored under the name."""
         with self._transaction() as connection:
             row = connection.execute("select value from kept where name = ?", (name,)).fetchone()
         try:
@@ -170,7 +170,9 @@ class History:
         return self._ids[key]
 
     def _prune(self, now: float) -> None:
-        """Deletes what is too old, the oldest of too many series, and what a wrong clock put far into the future."""
+        """Deletes rows that are too old, the oldest of too many series, and rows that a wrong clock put far into the
+        future.
+        """
         self._pruned_at = now
         self._ids.clear()
         with self._transaction() as connection:
@@ -194,7 +196,7 @@ class History:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """If the file turns out broken, it is set aside and a new one started. What was being written is lost."""
+        """If the file turns out to be broken, it is set aside and a new one started. The current write is lost."""
         try:
             with self._connection:
                 yield self._connection
@@ -233,7 +235,9 @@ class History:
 
 
 class HistoryStore:
-    """Reads and writes the history on other threads, one call at a time. Owns it: close the store when done."""
+    """Reads and writes the history on other threads, one call at a time. It owns the history: close the store when
+    done.
+    """
 
     def __init__(self, history: History, metrics: CollectorRegistry | None = None) -> None:
         self.failures: Counter = Counter(
@@ -257,7 +261,7 @@ class HistoryStore:
         most_series: int,
         only: str | None = None,
     ) -> list[tuple[str, list[Point]]]:
-        """Empty when the file can't be read."""
+        """Empty if the file can't be read."""
         return await self._run(
             partial(self._history.read, metric, since, now, most_points, most_series, only), []
         )

@@ -1,7 +1,7 @@
 """What the dashboard shows: plain JSON, made once for each reading of the swarm and served many times.
 
-A reading tells only what is there now. `Census` and `CallRateMeter` remember the readings before, and tell who has gone
-and how fast things happen. All of it is pure: times are passed in.
+A reading shows only the present. `Census` and `CallRateMeter` remember earlier readings, and derive who has gone and
+how fast counts grow. Everything is pure: times are arguments.
 """
 
 import math
@@ -26,21 +26,21 @@ from talkoot.status import trainer_state
 from trainer_client.memory.audits import Audit
 
 SILENCE_FACTOR = 1.5
-"""A peer has gone when it has not renewed its record for this many of its own periods."""
+"""A peer counts as gone if it has not renewed its record for this many of its own periods."""
 MAX_NODES = 20_000
-"""Nodes that are shown at most, drawn at random if there are more."""
+"""The most nodes that are shown, drawn at random if there are more."""
 MAX_TRAINERS = 1000
 MAX_MEMORIES = 64
-"""Memories that are watched at most."""
+"""The most memories that are watched."""
 MAX_CAUGHT = 16
-"""Hosts of one memory that are named because they left passages out or lied."""
+"""The most hosts of one memory that are named for leaving out passages or lying."""
 MAX_GONE = 1000
-"""Peers that have gone and are still listed."""
+"""The most peers that are still listed after they have gone."""
 GONE_KEPT_S = 86400.0
 STARVING_SHARE = 0.1
-"""An expert starves that has less than this share of the mean expert's rows."""
+"""An expert with less than this share of the mean expert's rows is starving."""
 MAX_CELLS = 65536
-"""Experts of the largest layer whose grid is shown."""
+"""The grid of a layer with more experts than this is not shown."""
 
 
 class Renewed(Protocol):
@@ -70,13 +70,13 @@ class Seen(Generic[T]):
     seen_at: float
     """When the record was first seen, by this machine's clock, because others may be wrong."""
     gone: bool = False
-    """It is not there any more."""
+    """Whether the peer is no longer there."""
     left: bool = False
-    """It has gone in order, and said so."""
+    """Whether it has left in an orderly way, and announced that."""
 
 
 class Census(Generic[T]):
-    """Notes readings, and tells who is live. A peer has gone when it no longer renews its record."""
+    """Records readings, and decides who is live. A peer has gone if it no longer renews its record."""
 
     def __init__(self, most: int, most_gone: int = MAX_GONE, gone_kept_s: float = GONE_KEPT_S) -> None:
         self.seen: dict[PeerID, Seen[T]] = {}
@@ -85,7 +85,7 @@ class Census(Generic[T]):
         self._gone_kept_s = gone_kept_s
 
     def note(self, found: Mapping[PeerID, T], now: float, left: Mapping[PeerID, T] = _NOBODY) -> None:
-        """`found`: all valid records of a reading; `left`: those of peers that have left in order."""
+        """`found`: all valid records of a reading. `left`: records of peers that have left in an orderly way."""
         for peer_id, info in found.items():
             seen = self.seen.get(peer_id)
             if seen is None:
@@ -97,7 +97,7 @@ class Census(Generic[T]):
             seen = self.seen.get(peer_id)
             if seen is not None and not seen.left:
                 seen.left, seen.seen_at = True, now
-                if info.started_at:  # else it says no more than that it has left
+                if info.started_at:  # otherwise the record says only that it has left
                     seen.info = info
         for seen in self.seen.values():
             seen.gone = seen.left or now - seen.seen_at > SILENCE_FACTOR * seen.info.renew_every_s
@@ -125,7 +125,7 @@ class CallRates:
 
 @dataclass
 class _Counted:
-    """One trainer's counters when its record was seen, and how fast they had grown by then."""
+    """One trainer's counters in a record, and how fast they had grown by then."""
 
     trainer: TrainerInfo
     at: float
@@ -133,13 +133,13 @@ class _Counted:
 
 
 class CallRateMeter:
-    """Measures how fast trainers' counters grow, from each of their records to the next."""
+    """Measures how fast trainers' counters grow from one record to the next."""
 
     def __init__(self) -> None:
         self._counted: dict[PeerID, _Counted] = {}
 
     def note(self, trainers: Census[TrainerInfo]) -> CallRates:
-        """The rates of all live trainers together."""
+        """The call rates of all live trainers together."""
         live = {peer_id: seen for peer_id, seen in trainers.seen.items() if not seen.gone}
         for gone in self._counted.keys() - live.keys():
             del self._counted[gone]
@@ -180,14 +180,14 @@ def _together(each: list[CallRates]) -> CallRates:
 
 
 FORM = 6
-"""The format of a picture in a file. Other formats are not read."""
+"""The format of a saved picture. Other formats are not read."""
 
 Json = dict[str, Any]
 
 
 @dataclass
 class HostChecks:
-    """What the checks of one memory's hosts have found."""
+    """The results of checking one memory's hosts."""
 
     checks: int = 0
     omissions: int = 0
@@ -213,8 +213,8 @@ class Picture:
     figures: Json
     """The figures at the top of the page."""
     layers: list[Json]
-    """Each layer's grid and, for each coordinate in row-major order: replicas, rows lately, updates, and when the
-    last one was (`updated_at`; None: not known). Also how uneven the rows are.
+    """Each layer's grid and, for each coordinate in row-major order: replicas, recent rows, updates, and when the last
+    one was (`updated_at`; None: not known). Also how uneven the rows are.
     """
     nodes: list[Json]
     trainers: list[Json]
@@ -256,7 +256,7 @@ class Picture:
 
     @classmethod
     def from_json(cls, values: Json) -> "Picture":
-        """Raises ValueError when the values are not a picture of this format."""
+        """Raises ValueError if the values are not a picture of this format."""
         if not isinstance(values, dict) or values.get("form") != FORM:
             raise ValueError("a picture in another format")
         try:
@@ -277,8 +277,8 @@ def paint(
     credit: Mapping[PeerID, Credit] = MappingProxyType({}),
     checks: Mapping[MemoryID, HostChecks] = MappingProxyType({}),
 ) -> Picture:
-    """The picture of the last reading. `credit`: what trainers have signed for the nodes whose receipts were read.
-    `checks`: those of the hosts of memories.
+    """The picture of the last reading. `credit`: the work that trainers have signed, for nodes whose receipts were
+    read. `checks`: those of the hosts of memories.
     """
     live_nodes, live_trainers = nodes.live(), trainers.live()
     replicas = {
@@ -316,7 +316,7 @@ def paint(
 def _figures(
     manifest: Manifest, nodes: Sequence[NodeInfo], live: Sequence[TrainerInfo], rates: CallRates
 ) -> Json:
-    """`nodes` and trainers that are `live`."""
+    """`live`: live trainers."""
     speeds = [t.tokens_per_s for t in live if t.tokens_per_s is not None]
     periods = [node.renew_every_s for node in nodes]
     return {
@@ -333,7 +333,9 @@ def _figures(
 
 
 def _validation_figures(trainers: Iterable[Seen[TrainerInfo]]) -> Json:
-    """The lowest validation loss of the live trainers; if they have none, of those that have finished or gone."""
+    """The lowest validation loss of the live trainers. If there is none, that of trainers that have finished or
+    gone.
+    """
     measured = [seen for seen in trainers if seen.info.validation_loss is not None]
     found = [seen.info for seen in measured if not seen.gone] or [seen.info for seen in measured]
     best = min(found, key=lambda info: info.validation_loss or 0.0, default=None)
@@ -347,7 +349,7 @@ def _memory_figures(memories: Sequence[Survey], nodes: Iterable[NodeInfo]) -> Js
     return {
         "count": len(memories),
         "shards": sum(found.entry.shards for found in memories),
-        # of those that were surveyed in part it is not known
+        # not known for memories that were surveyed only in part
         "served": sum(found.served if found.is_whole else found.entry.shards for found in memories),
         "below_two": sum(found.below() for found in memories if found.is_whole),
         "queries_per_s": sum(node.memory_queries_per_s for node in nodes),
@@ -355,7 +357,7 @@ def _memory_figures(memories: Sequence[Survey], nodes: Iterable[NodeInfo]) -> Js
 
 
 def _latency_figures(trainers: Iterable[TrainerInfo]) -> Json:
-    """Over all trainers: the median of their medians, and the largest of their p99."""
+    """Over all trainers: the median of their medians, and the largest p99."""
     found: dict[str, list[Latency]] = {"forward": [], "backward": []}
     for trainer in trainers:
         for direction, latency in (("forward", trainer.forward), ("backward", trainer.backward)):
@@ -404,7 +406,7 @@ def _layer(view: View, live: Iterable[PeerID], layer: int) -> Json:
 
 
 def _unevenness(rows: Sequence[int]) -> Json:
-    """The busiest expert's rows over the mean, and how many experts have next to none, of those with a host."""
+    """The busiest expert's rows over the mean, and how many experts get hardly any. Of experts with a host."""
     mean = statistics.fmean(rows) if rows else 0.0
     if not mean:
         return {"busiest_over_mean": None, "starving": None}
@@ -474,7 +476,7 @@ _STATES = {
 
 
 def _reach(node: NodeInfo) -> str:
-    """How others reach it, as it reports."""
+    """How others reach it, according to the node."""
     return node.reachability.name.lower()
 
 
@@ -541,7 +543,7 @@ def _quantiles(direction: str, latency: Latency | None) -> Mapping[str, float | 
 
 
 def _up_s(seen: Seen[Any], read_at: float, started_at: float) -> float:
-    """0 when the start is not known, or lies in the future by a wrong clock."""
+    """0 if the start is not known, or is in the future because of a wrong clock."""
     return max(0.0, (seen.seen_at if seen.gone else read_at) - started_at) if started_at else 0.0
 
 

@@ -29,8 +29,8 @@ _KEEP_S = 5.0
 
 
 def run_dashboard(terminal: Terminal, join: str | None, settings: DashboardSettings) -> None:
-    """Watches until a signal arrives, which is not an error. Raises UserError when it can't start."""
-    # what it warns of, each stranger can bring about as often as it likes
+    """Watches until a signal arrives, which is not an error. Raises UserError if it can't start."""
+    # strangers can trigger its warnings as often as they like
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     invite = invite_of(join)
     listener = listen(settings.host, settings.port)

@@ -1,4 +1,4 @@
-"""Watches a swarm: joins it, reads it every few seconds, and keeps the last picture when it can't be reached."""
+"""Watches a swarm: joins it, reads it every few seconds, and keeps the last picture if it can't be reached."""
 
 import asyncio
 import contextlib
@@ -48,10 +48,10 @@ _JOIN_AGAIN_S = 5.0
 _CHECK_EVERY_S = 10.0
 _KEEP_EVERY_S = 60.0
 _CREDITED_AT_ONCE, _CREDIT_S = 32, 15.0
-"""Nodes whose receipts are read at a time, and how long that may take."""
+"""Nodes whose receipts are read at a time, and the longest time for that."""
 _CHECKED_CHANNELS = 16
 _FAILURES_TO_SAY_SO = 2
-"""Failed readings in a row after which the swarm counts as unreachable."""
+"""After this many failed readings in a row, the swarm counts as unreachable."""
 
 _FIGURES = (
     ("nodes", "Live nodes.", "nodes", "live"),
@@ -78,7 +78,7 @@ class WatchIntervals:
 
     refresh_s: float
     list_every_s: float = 30.0
-    """How often it lists all nodes. Between two lists, only nodes that begin to host experts are new to it."""
+    """How often it lists all nodes. Between two lists, it only discovers nodes that begin to host experts."""
     experts_every_s: float = 15.0
     """How often each expert's figures are added to the history."""
     memories_every_s: float = 15.0
@@ -119,7 +119,7 @@ class Watcher:
         self._was_read = False
         self._invite = invite
         self._shown_invite = str(replace(invite, token=b""))
-        """Without the token: whoever sees the page must not join with the token of whoever runs it."""
+        """Without the token: people who see the page must not join with the owner's token."""
         self._intervals = intervals
         self._folder = folder
         self._store = store
@@ -132,7 +132,7 @@ class Watcher:
         self._earlier = [] if kept is None else kept.nodes
         self._surveys: tuple[Survey, ...] = ()
         self.credit: Mapping[PeerID, Credit] = {}
-        """What trainers have signed for the nodes whose receipts were read."""
+        """The work that trainers have signed, for nodes whose receipts were read."""
         self._checks: dict[MemoryID, HostChecks] = {}
         self._check_metrics = RetrieverMetrics(metrics)
         self._experts_at = self._kept_at = float("-inf")
@@ -155,7 +155,7 @@ class Watcher:
         await self._news.wait()
 
     async def run(self) -> None:
-        """Joins and watches forever. Raises UserError when the invite is for a swarm that was never seen here."""
+        """Joins and watches forever. Raises UserError if the invite is for a swarm that was never seen here."""
         self._lag.start()
         try:
             await keep_running("watch the swarm", self._join_and_watch, self.restarts, fatal=UserError)
@@ -186,7 +186,7 @@ class Watcher:
             await self._store.keep_picture(self.picture)
 
     def _expose(self, metrics: CollectorRegistry | None) -> None:
-        """Makes the swarm's gauges. A figure that is not known is NaN."""
+        """Creates the swarm's gauges. Unknown figures are NaN."""
 
         def gauge(name: str, words: str, value: Callable[[], float | None]) -> None:
             def read() -> float:
@@ -328,7 +328,7 @@ class Watcher:
 
 
 def samples_of(picture: Picture) -> Iterator[Sample]:
-    """The figures that have a history. A figure that is not known leaves a gap."""
+    """The figures that have a history. An unknown figure leaves a gap."""
     figures = picture.figures
     yield Sample("live_experts", "live experts", figures["experts"]["live"])
     yield Sample("live_nodes", "live nodes", figures["nodes"]["live"])

@@ -1,8 +1,8 @@
 """Emulated network links: a TCP proxy with a rate, delay, jitter, packet loss, resets and cuts.
 
 It carries any TCP traffic, such as gRPC and libp2p: start a `Proxy` for each port of a peer, and announce the proxy's
-address. The rate counts TCP's payload, without headers. TCP's slow start is not emulated. A lost packet holds up
-everything behind it on its connection, as with TCP.
+address. The rate counts TCP's payload without headers. TCP's slow start is not emulated. As with TCP, a lost packet
+holds up everything behind it on its connection.
 """
 
 import asyncio
@@ -27,18 +27,20 @@ _MOST_AT_ONCE = 64 * 1024
 _TURN_S = 0.004
 """How long one connection may hold the link before others get their turn."""
 _QUEUE_S = 0.05
-"""How much may wait for its turn on a link, like the buffer of a router."""
+"""How much data may wait for its turn on a link, in seconds, like the buffer of a router."""
 _FREE_BYTES = 16 * 2**20
-"""May be in flight on each connection of a link without a rate."""
+"""Bytes that may be in flight on each connection of a link without a rate."""
 _SOCKET_BYTES = 64 * 1024
-"""Size of the kernel's buffers at a link with a rate. They are small: what waits there has not been slowed yet."""
+"""The size of the kernel's buffers for a link with a rate. They are small, because bytes in them have not been slowed
+down yet.
+"""
 _RETRANSMIT_S = 0.2
 """Linux's shortest retransmission timeout."""
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of 0 s: closing then sends a reset."""
 
 _UNASSIGNED_PORTS = range(20_000, 32_768)
-"""Ports below those that Linux gives to whoever asks for any; other systems' are higher still."""
+"""Ports below those that Linux assigns automatically; other systems' are higher still."""
 
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(kbit|mbit|gbit|ms|s|%)")
 _MBIT = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
@@ -50,11 +52,11 @@ class Link:
     """The properties of a link. Both directions have the same."""
 
     rate_mbit: float | None = None
-    """Mbit/s of each direction, shared by all connections; None: unlimited."""
+    """Mbit/s in each direction, shared by all connections; None: unlimited."""
     delay_s: float = 0.0
-    """The delay of a round trip, as `ping` shows it."""
+    """The round-trip delay, as shown by `ping`."""
     jitter_s: float = 0.0
-    """The most that is added to each way, uniformly distributed."""
+    """The largest random delay added in each direction, uniformly distributed."""
     loss: float = 0.0
     """Share of packets that are lost, below 1."""
     resets_per_min: float = 0.0
@@ -62,7 +64,7 @@ class Link:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads `100mbit,80ms`, and also jitter and loss: `20mbit,80ms,5ms,0.1%`. Raises SettingsError."""
+        """Parses `100mbit,80ms`, optionally with jitter and loss: `20mbit,80ms,5ms,0.1%`. Raises SettingsError."""
         rates, times, losses = [], [], []
         for part in text.replace(" ", "").lower().split(","):
             match = _PART.fullmatch(part)
@@ -91,7 +93,7 @@ class Link:
 
     @property
     def most_in_flight(self) -> float:
-        """Bytes of one connection in one direction: those that fill the link, and those in its queue."""
+        """The most bytes of one connection in one direction: those that fill the link, and those in its queue."""
         if self.rate_mbit is None:
             return _FREE_BYTES
         seconds = self.delay_s / 2 + self.jitter_s + _QUEUE_S
@@ -99,12 +101,12 @@ class Link:
 
     @property
     def most_at_once(self) -> int:
-        """Bytes that one connection sends before others get their turn."""
+        """The most bytes that one connection sends before others get their turn."""
         return int(min(_MOST_AT_ONCE, max(_PACKET_BYTES, self.bytes_per_s * _TURN_S)))
 
 
 class Direction:
-    """One direction of a link, shared by all its connections. Pure: time and randomness are passed in."""
+    """One direction of a link, shared by all its connections. Pure: time and randomness are arguments."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -116,7 +118,7 @@ class Direction:
         return max(0.0, self._free_at - now)
 
     def carry(self, size: int, now: float, rng: random.Random) -> float:
-        """Takes in `size` bytes; returns when they arrive at the other end."""
+        """Accepts `size` bytes. Returns when they arrive at the other end."""
         self.bytes_carried += size
         self._free_at = max(now, self._free_at) + size / self.link.bytes_per_s
         arrives = self._free_at + self.link.delay_s / 2 + rng.random() * self.link.jitter_s
@@ -127,14 +129,14 @@ class Direction:
 
 
 class Wire:
-    """A link in use, which can be changed and cut. Give all proxies of a peer the same wire."""
+    """A link in use. It can be changed and cut. Give all proxies of a peer the same wire."""
 
     def __init__(self, link: Link, seed: int = 0) -> None:
         self.link: Link = link
         self.there: Direction = Direction(link)
         self.back: Direction = Direction(link)
         self.connections = 0
-        """Opened since the start."""
+        """Connections opened since the start."""
         self.resets = 0
         self._seed = seed
         self._whole = asyncio.Event()
@@ -145,18 +147,18 @@ class Wire:
         self.link = self.there.link = self.back.link = link
 
     def cut(self) -> None:
-        """Lets nothing pass from now on, without telling anybody, as when a cable is unplugged."""
+        """Lets nothing pass from now on, and tells nobody, like an unplugged cable."""
         self._whole.clear()
 
     def mend(self) -> None:
-        """Ends a cut. What was sent meanwhile now passes."""
+        """Ends a cut. Data that was sent during it now passes."""
         self._whole.set()
 
     async def whole(self) -> None:
         await self._whole.wait()
 
     def next_chances(self) -> tuple[random.Random, random.Random]:
-        """The chances for both directions of the next connection, the same in each run whatever others do."""
+        """The random generators for both directions of the next connection, the same in each run."""
         self.connections += 1
         there, back = (random.Random(f"{self._seed} {self.connections} {way}") for way in range(2))  # noqa: S311
         return there, back
@@ -166,7 +168,7 @@ WireFrom = Callable[[int], Wire]
 
 
 class Proxy:
-    """Listens, and carries each connection over a wire to the target. Made by `start`; close it when done."""
+    """Listens, and carries each connection over a wire to the target. Create it with `start`; close it when done."""
 
     def __init__(
         self, wire: Wire, listener: socket.socket, target: tuple[str, int], wire_from: WireFrom | None = None
@@ -187,9 +189,9 @@ class Proxy:
         port: int = 0,
         wire_from: WireFrom | None = None,
     ) -> Self:
-        """`target`: an IP address and port where nobody need listen yet.
+        """`target`: an IP address and port. Nobody needs to listen there yet.
 
-        `wire_from`: the wire of a connection, by its source port, when not all connections use `wire`.
+        `wire_from`: returns the wire of a connection by its source port, if not all connections use `wire`.
         """
         listener = _socket(wire.link, host)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -219,23 +221,21 @@ class Proxy:
         there, back = wire.next_chances()
         lives_s = there.expovariate(wire.link.resets_per_min / 60) if wire.link.resets_per_min else None
         with contextlib.closing(client), contextlib.closing(_socket(wire.link, self._target[0])) as server:
-            for side in (
-                client,
-                server,
-            ):  # otherwise a second small message waits for the first one's receipt
+            # otherwise a second small message waits until the first is acknowledged
+            for side in (client, server):
                 side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
                 async with asyncio.timeout(lives_s), asyncio.TaskGroup() as group:
                     await self._connect(wire, server)
                     _Pipe(wire, wire.there, client, server, there).run(group)
                     _Pipe(wire, wire.back, server, client, back).run(group)
-            except* OSError as errors:  # TimeoutError is one: the connection's time is over
+            except* OSError as errors:  # includes TimeoutError: the connection's time is over
                 wire.resets += errors.subgroup(TimeoutError) is not None
                 for side in (client, server):
                     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     async def _connect(self, wire: Wire, server: socket.socket) -> None:
-        """Connecting takes a round trip, before anything can be sent."""
+        """Takes a round trip to connect, before anything can be sent."""
         await wire.whole()
         await asyncio.sleep(wire.link.delay_s)
         await asyncio.get_running_loop().sock_connect(server, self._target)
@@ -262,7 +262,7 @@ class _Pipe:
         self._changed = asyncio.Event()
 
     def run(self, group: asyncio.TaskGroup) -> None:
-        """Runs until everything from the source has arrived. The tasks raise OSError when either side is reset."""
+        """Runs until everything from the source has arrived. The tasks raise OSError if either side is reset."""
         group.create_task(self._take_in())
         group.create_task(self._deliver())
 
@@ -309,9 +309,9 @@ def _socket(link: Link, host: str) -> socket.socket:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """TCP ports that are free now, for peers that must know their ports beforehand.
+    """TCP ports that are free now, for peers that must know their ports in advance.
 
-    Not of those that the system gives to whoever asks for any: another program could get one meanwhile.
+    They are outside the range that the system assigns automatically, so that no other program gets one in the meantime.
     """
     free: list[int] = []
     with contextlib.ExitStack() as stack:

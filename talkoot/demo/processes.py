@@ -1,4 +1,4 @@
-"""The demo's processes: each runs a `talkoot` command that reports in JSON lines what it does."""
+"""The demo's processes: each runs a `talkoot` command that reports its progress in JSON lines."""
 
 import asyncio
 import contextlib
@@ -21,14 +21,14 @@ _TALKOOT = ("-m", "talkoot.cli")
 _CODE = re.compile(r" \[T[0-9]{3}\]$")
 
 Hear = Callable[["DemoProcess", Mapping[str, Any] | None], None]
-"""Gets each JSON line of a process, and None when it has ended."""
+"""Called with each JSON line of a process, and with None when it has ended."""
 
 
 class DemoProcesses:
     """All processes of the demo. Stop them when done."""
 
     def __init__(self, folder: Path, on_event: Callable[["DemoProcess", Mapping[str, Any]], None]) -> None:
-        """`on_event` gets each JSON line of each process. Log lines go to files in `folder`."""
+        """`on_event` is called with each JSON line of each process. Log lines go to files in `folder`."""
         self._folder = folder
         self._on_event = on_event
         self._changed = asyncio.Event()
@@ -41,13 +41,15 @@ class DemoProcesses:
         program: Sequence[str] = _TALKOOT,
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> "DemoProcess":
-        """Runs `talkoot` with the arguments, or another `program` of Python's. `environment` is added to this one's."""
+        """Runs `talkoot` with the arguments, or another Python `program`. `environment`: variables in addition to this
+        process's.
+        """
         process = await DemoProcess.start(name, (*program, *arguments), self._folder, self._hear, environment)
         self._all.append(process)
         return process
 
     async def until(self, condition: Callable[[], bool], limit_s: float, awaited: str) -> None:
-        """Waits for a condition on the events so far. Raises StartError when a process fails or the time is up."""
+        """Waits for a condition on the events so far. Raises StartError if a process fails or the time is up."""
         try:
             async with asyncio.timeout(limit_s):
                 while not condition():
@@ -72,7 +74,7 @@ class DemoProcesses:
 
 
 class DemoProcess:
-    """A `talkoot` command in its own process, which ends when this process ends, however that happens."""
+    """A `talkoot` command in a process of its own, which ends when this process ends in any way."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, errors: Path, hear: Hear) -> None:
         """Reads the process's output from now on, on the running loop."""
@@ -97,18 +99,18 @@ class DemoProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=file,
                 creationflags=CHILD_FLAGS,
-                # one thread each, since pools on few cores wait for each other; torch's caches go when the demo ends
+                # one thread each, because pools on few cores wait for each other; torch's caches go when the demo ends
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), **environment},
             )
         return cls(name, process, errors, hear)
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs."""
+        """None while the process runs."""
         return self._process.returncode
 
     def kill(self) -> None:
-        """Ends it at once, so that it can't leave in good order."""
+        """Ends the process at once, so that it can't leave in an orderly way."""
         self.killed = True
         self._process.kill()
 
@@ -123,7 +125,7 @@ class DemoProcess:
         return StartError(f"{self.name} ended early with exit status {self.exit_status}: {reason}")
 
     async def stop(self) -> None:
-        """Asks it to leave, and kills it if it does not. Stopping twice is harmless."""
+        """Asks the process to leave, and kills it if it does not. Stopping twice is harmless."""
         if self.exit_status is None:
             with contextlib.suppress(ProcessLookupError):
                 ask_to_end(self.pid)

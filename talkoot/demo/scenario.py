@@ -34,13 +34,13 @@ _FOUNDER_ANNOUNCES_EVERY_S = 4.0
 """Longer, so that the founder does not adopt the experts of nodes that are still starting."""
 _START_LIMIT_S = 90.0
 _SILENCE_LIMIT_S = 60.0
-"""How long the trainer may be silent."""
+"""How long the trainer may report nothing."""
 _ADOPTION_LIMIT_S = 30.0
-"""How long after training the swarm may take to serve all experts again."""
+"""How long the swarm may take after training to serve all experts again."""
 _CALL_DEADLINE_S = 10.0
-"""The deadline of the trainer's calls, and so the longest time that training may stall."""
+"""The deadline of the trainer's calls, and so the longest possible stall of training."""
 _NEEDED_FALL = 0.25
-"""The demo has worked when the validation loss has fallen by this share."""
+"""The demo has worked if the validation loss has fallen by this share."""
 _OF_THE_TRAINER = (
     "steps",
     "loss_first",
@@ -66,15 +66,15 @@ class DemoPlan:
     kill: bool
     data: Path | None
     victim: int = -1
-    """Index of the node to kill, in the order of their start."""
+    """The index of the node to kill, in the order of starting."""
     link: Link | None = None
-    """Emulated before every node."""
+    """The link that is emulated in front of every node."""
     p2pd: bool = True
-    """Nodes and the trainer start one."""
+    """Whether nodes and the trainer start p2pd."""
 
     @property
     def common_options(self) -> tuple[str, ...]:
-        """Options of nodes and trainers."""
+        """Options for nodes and trainers."""
         return () if self.p2pd else ("--p2pd", "off")
 
 
@@ -97,7 +97,7 @@ class DemoResult:
 
 
 def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None:
-    """Raises UserError when something did not work as it should, and Stopped after a signal."""
+    """Raises UserError if something did not work as it should, and Stopped after a signal."""
     if plan.kill and plan.nodes < 2:
         raise SettingsError("a swarm of one node can't lose it: pass --nodes 2 or more, or --no-kill")
     if plan.data is not None:
@@ -132,7 +132,7 @@ def _judge(result: DemoResult) -> None:
 
 
 def summary(result: DemoResult) -> str:
-    """What the demo showed, in words, and what to do next."""
+    """The demo's results, in words, and what to do next."""
     said = [
         f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, at {result.tokens_per_s:,.0f} tokens/s: "
         f"the validation loss went from {result.validation_loss_first:.2f} to {result.validation_loss_last:.2f}."
@@ -175,7 +175,7 @@ class _Demo:
             await self._processes.stop()
             for proxy in self._proxies:
                 await proxy.close()
-            sweep_socket_folders()  # of the killed node
+            sweep_socket_folders()  # those of the killed node
         return DemoResult(
             **{name: summary[name] for name in _OF_THE_TRAINER},
             nodes_started=len(self._nodes),
@@ -221,7 +221,7 @@ class _Demo:
         return lambda: self._step > step
 
     async def _count_alive(self) -> int:
-        """The experts that live nodes serve, as a new peer finds them in the DHT."""
+        """The number of experts that live nodes serve, as a new peer finds them in the DHT."""
         deadline = time.monotonic() + _ADOPTION_LIMIT_S
         survivor = next(node for node in self._nodes if not node.killed)
         while True:
@@ -262,7 +262,9 @@ class _Demo:
         return node
 
     async def _behind_link(self, name: str) -> Sequence[str]:
-        """Puts a link before a node that is about to start; returns the options by which the node announces it."""
+        """Puts a link in front of a node that is about to start. Returns the options with which the node
+        announces it.
+        """
         if self._plan.link is None:
             return ()
         wire, (port,) = Wire(self._plan.link, seed=len(self._nodes)), free_ports(_HOST, 1)
@@ -323,7 +325,7 @@ class _Demo:
 
 
 class DemoDisplay:
-    """A live view of all processes on a terminal, otherwise a line for each thing that happens."""
+    """A live view of all processes on a terminal, otherwise a line for each event."""
 
     def __init__(self, terminal: Terminal, steps: int) -> None:
         self._terminal = terminal
@@ -344,7 +346,7 @@ class DemoDisplay:
             yield
 
     def tell(self, news: str) -> None:
-        """Shows that something happened."""
+        """Shows an event."""
         line = f"{time.monotonic() - self._began:5.1f} s  {news}"
         self._news.append(line)
         if not self._terminal.live:
@@ -366,7 +368,7 @@ class DemoDisplay:
         self._nodes[name] = (name, str(pid), state, "", "", "", "")
 
     def mark(self, text: str) -> None:
-        """Notes below the curve of losses what happens at the present step."""
+        """Writes an event below the loss curve, at the present step."""
         self._curve.mark(text)
 
     def show_step(self, event: Mapping[str, Any]) -> None:
@@ -409,7 +411,7 @@ class LossCurve:
             self._losses[step] = loss
 
     def mark(self, text: str) -> None:
-        """Writes below the curve what happens at the present step."""
+        """Writes an event below the curve, at the present step."""
         self._marks.append((self._last, text))
 
     def picture(self) -> Text:

@@ -1,7 +1,7 @@
-"""The checks of `talkoot doctor`, each of which makes a finding.
+"""The checks of `talkoot doctor`. Each returns a finding.
 
-First the set-up (state folder, software, device, ports, clock), then the machine's resources (speed, memory, cores,
-disk), and last what other nodes measure: clock, bandwidth and reachability.
+First come the set-up (state folder, software, device, ports, clock), then the machine's resources (speed, memory,
+cores, disk), and last what other nodes measure: clock, bandwidth and reachability.
 """
 
 import asyncio
@@ -49,22 +49,22 @@ from trainer_client.settings import PRESETS
 
 _PEERS_ASKED = 3
 _SLOW_LINE_ROWS_PER_S = 500.0
-"""Forward and backward: a call of 1,000 rows then takes a second."""
+"""Rows per second, forward and backward. At this speed, a call of 1,000 rows takes a second."""
 _CLOCK_OFF_S = 1.0
 _CLOCK_BROKEN_S = 3.0
-"""Beyond this, others mistake fresh records for expired or not yet valid ones."""
+"""A clock that is off by more than this makes other peers mistake fresh records for expired or not yet valid ones."""
 _SLOW_ROWS_PER_S = 200.0
-"""A speed below which a sequence of a few hundred tokens takes longer than trainers are willing to wait."""
+"""Below this speed, a sequence of a few hundred tokens takes longer than trainers are willing to wait."""
 _TOKENS_PER_S = 1000.0
-"""The speed of the trainer whose traffic is told."""
+"""The speed of the trainer whose traffic is reported."""
 _MEASURE_S = 1.5
 _ROWS = 512
 _FREE_MEMORY_SHARE = 0.25
-"""The share that a node uses by default."""
+"""The share of free memory that a node uses by default."""
 _DISK_TEST_BYTES = 16 * 2**20
 _SLOW_DISK_BYTES_PER_S = 5e6
 _PYTHONS = ((3, 11), (3, 14))
-"""The oldest that Talkoot is tested with, and the first that it is not. Python 3.14 is allowed."""
+"""The oldest version that Talkoot is tested with, and the first that it is not. Python 3.14 is allowed."""
 
 
 class Verdict(StrEnum):
@@ -87,7 +87,7 @@ class Finding(BaseModel):
     verdict: Verdict
     says: str
     fix: str = ""
-    """What to do about it, when something is wrong."""
+    """What to do if something is wrong."""
     values: Mapping[str, bool | int | float | str] = {}
     """The figures. Their names include the units."""
 
@@ -102,7 +102,7 @@ def check_state(folder: Path, error: UserError | None) -> Finding:
 
 
 def check_software() -> Finding:
-    """The versions, and whether this platform was tried."""
+    """The versions, and whether Talkoot was tested on this platform."""
     versions = {name: _version(name) for name in ("torch", "hivemind", "grpcio")}
     shown = ", ".join(f"{name} {number}" for name, number in versions.items())
     python, system = ".".join(map(str, sys.version_info[:3])), machine.system()
@@ -131,7 +131,7 @@ def check_device(settings: NodeSettings) -> Finding:
 
 
 def check_ports(settings: NodeSettings, host: str) -> Finding:
-    """Whether a node could listen on its port and on that of /metrics. `host`: where it would listen."""
+    """Whether a node could listen on its port and on that of /metrics. `host`: the address it would listen on."""
     wanted = {
         "--port": (host, settings.port),
         "--metrics-port": (settings.metrics_host, settings.metrics_port),
@@ -150,7 +150,7 @@ def check_ports(settings: NodeSettings, host: str) -> Finding:
 
 
 def check_clock_keeping() -> Finding:
-    """Whether the clock is synchronised, where the system says so."""
+    """Whether the clock is synchronised, on systems that report it."""
     kept = machine.clock_is_synchronised()
     if kept is None:
         return _skipped(
@@ -249,8 +249,8 @@ async def ask_peers(
 ) -> list[Finding]:
     """Asks some nodes of the swarm. `host`, `port`: where a node would serve here; port 0: any free one.
 
-    `upnp`: asks the router to forward the port meanwhile, as a node would.
-    Raises PortError when nothing can listen there, and UnreachableError when the DHT does not answer.
+    `upnp`: asks the router to forward the port meanwhile, as a node would. Raises PortError if the port can't be used,
+    and UnreachableError if the DHT does not answer.
     """
     others = await _others(swarm)
     links: list[Link] = []
@@ -284,7 +284,8 @@ async def ask_peers(
 def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
     """Judges by the median of the peers' answers, so that a single lie has no effect.
 
-    Without any, it judges by what DHT peers said when this one joined: with a wrong clock, it finds no nodes to ask.
+    If no node answered, it judges by what DHT peers said when this peer joined: with a wrong clock, it finds no nodes
+    to ask.
     """
     if not links and CLOCK.warning:
         return Finding(name="clock", verdict=Verdict.PROBLEM, says="it is wrong", fix=CLOCK.warning)
@@ -307,9 +308,10 @@ def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
 
 
 def check_traffic(manifest: Manifest, line: Finding | None = None) -> Finding:
-    """Whether this line carries the swarm's traffic: a trainer's with the preset's settings, or one node's part of it.
+    """Whether this line can carry the swarm's traffic: a trainer's with the preset's settings, or one node's part of
+    it.
 
-    `line`: what was found of the bandwidth, if it was asked for.
+    `line`: the finding about bandwidth, if there is one.
     """
     most = PRESETS[manifest.preset].get("nodes_per_token")
     traffic = trainer_traffic(manifest, _TOKENS_PER_S, nodes_per_token=most)
@@ -348,7 +350,7 @@ def judge_bandwidth(links: Sequence[Link], manifest: Manifest, nobody: str) -> F
     up = max(link.upload_mbit for link in links)
     down = max(link.download_mbit for link in links)
     round_trip_s = min(link.round_trip_s for link in links)
-    row = row_traffic(manifest, 1.0)  # of a trainer: what it downloads, a node uploads
+    row = row_traffic(manifest, 1.0)  # for a trainer: what a trainer downloads, a node uploads
     rows_per_s = min(up / row.download_mbit, down / row.upload_mbit)
     return Finding(
         name="bandwidth",
@@ -370,8 +372,8 @@ def judge_reachability(
 ) -> Finding:
     """Judges by the best answer: a lying peer can only deny a connection, or claim one that it never made.
 
-    `port`: the one that they dialled. `router`: what the router did about it, if it was asked.
-    A node that nobody can reach serves through relays, which is slower and takes up the relays' bandwidth.
+    `port`: the port that they dialled. `router`: what the router did about it, if it was asked. A node that nobody can
+    reach serves through relays, which is slower and uses the relays' bandwidth.
     """
     if not dials:
         return _skipped("reachability", nobody)
@@ -465,7 +467,7 @@ async def _others(swarm: Swarm) -> list[NodeInfo]:
 
 @asynccontextmanager
 async def _forwarding(host: str, port: int) -> AsyncIterator[PortMapping]:
-    """Has the router forward the port while it is open. The port is 0 when the router is not asked."""
+    """Has the router forward the port while it is open. The port is 0 if the router is not asked."""
     mapping = PortMapping(host, port)
     if port and PortMapping.helps(host):
         await mapping.ask()

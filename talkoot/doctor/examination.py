@@ -67,7 +67,7 @@ class Report(BaseModel):
     checked_at: float
     """Unix time in seconds."""
     swarm: str | None
-    """The swarm's id; None when no invite was given."""
+    """The swarm's id; None if no invite was given."""
     findings: tuple[Finding, ...]
 
     @property
@@ -84,7 +84,7 @@ class Report(BaseModel):
 
     @classmethod
     def load(cls, state: Path) -> "Report":
-        """Raises DataError when there is no report that this version can read."""
+        """Raises DataError if there is no report that this version can read."""
         path = state / REPORT_FILE
         again = "run `talkoot doctor` without --cached"
         try:
@@ -99,7 +99,7 @@ class Report(BaseModel):
         return report
 
     def to_dict(self, now: float) -> dict[str, Any]:
-        """The values as `talkoot doctor --json` prints them. Ages are in seconds."""
+        """The values as printed by `talkoot doctor --json`. Ages are in seconds."""
         return {
             "can_serve": self.can_serve,
             "checked_at": self.checked_at,
@@ -110,9 +110,9 @@ class Report(BaseModel):
 
 
 def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cached: bool) -> bool:
-    """Checks this machine, prints the findings and saves them; returns whether a node can serve.
+    """Checks this machine, prints the findings and saves them. Returns whether a node can serve.
 
-    `cached`: prints the last findings instead. Raises UserError when nothing can be checked.
+    `cached`: prints the last findings instead. Raises UserError if nothing can be checked.
     """
     folder = node_folder(settings.state)
     if cached:
@@ -125,7 +125,7 @@ def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cac
 
 
 def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
-    """Prints the findings, and their age when they are from an earlier check."""
+    """Prints the findings, and their age if they are from an earlier check."""
     now = time.time()
     if terminal.json:
         terminal.event("check", report.to_dict(now))
@@ -201,7 +201,7 @@ class Check:
         return Report(checked_at=time.time(), swarm=swarm_id, findings=tuple(self._findings))
 
     async def _check_p2pd(self, identity: Identity, stage: Stage) -> None:
-        """A node can do without, so that nothing about it is a problem."""
+        """A node works without p2pd, so no finding about it is a problem."""
         if self._settings.p2pd == "off":
             self._skip("switched off: peers behind routers are reached through relays only", "p2pd")
             return

@@ -1,6 +1,7 @@
-"""What training moves over a trainer's line.
+"""How much data training moves over a trainer's line.
 
-A token sends one row to each of its nodes, forward, and later the row's gradient. A row is for one or several experts.
+For each token, a trainer sends one row to each of the token's nodes in the forward pass, and later the row's gradient.
+A row may be for several experts.
 """
 
 from dataclasses import dataclass
@@ -9,20 +10,22 @@ from dht.manifest import Manifest
 from peer.codec import codec_of, encoded_bytes
 
 TYPICAL_NODES = 10
-"""Nodes of a swarm, if nobody says how many it has."""
+"""The number of nodes to assume if it is not known."""
 _FRAMES = 1.003
-"""Bytes on a connection for each byte in gRPC's messages: HTTP/2 and TLS. Counted in a proxy, like those below."""
+"""Bytes on a connection for each byte in gRPC's messages, because of HTTP/2 and TLS. Measured with a proxy, like those
+below.
+"""
 _SENT_BESIDE, _RECEIVED_BESIDE = 3.0, 1.6
-"""Bytes beside a row's tensors, forward and backward together: its position or number, and its share of the headers in
-calls of 256 rows.
+"""Bytes in addition to a row's tensors, forward and backward together: its position or number, and its share of the
+headers, for calls of 256 rows.
 """
 _NUMBER, _WEIGHT, _PRODUCT = 1.5, 4.0, 4.0
-"""And for each expert of a row: the row's number, the expert's weight, which is left out where no row has several, and
-the product that comes back.
+"""Bytes for each expert of a row: the row's number; the expert's weight, which is left out if no row has several
+experts; and the product that comes back.
 """
 _PACKET, _PACKET_HEADERS = 1500, 52
-"""Bytes of a TCP packet over IPv4 with timestamps, and of its headers. Every second packet is acknowledged, which costs
-headers in the other direction.
+"""The size of a TCP packet over IPv4 with timestamps, and of its headers. Every second packet is acknowledged, which
+costs headers in the other direction.
 """
 
 
@@ -40,11 +43,10 @@ def trainer_traffic(
     nodes: int = TYPICAL_NODES,
     nodes_per_token: int | None = None,
 ) -> Traffic:
-    """What a trainer moves to and from its nodes at this speed, all mixtures together.
+    """The traffic between a trainer and its nodes at this speed, over all mixtures.
 
-    Each token is for the manifest's top_k experts, which are anywhere, at `nodes_per_token` nodes at most.
-
-    Retries, hedges, and the averaging of dense parts are not included.
+    Each token is for the manifest's top_k experts, which may be at any nodes, but at most `nodes_per_token`. Retries,
+    hedges, and the averaging of dense parts are not included.
     """
     k = manifest.routing.top_k
     rows = nodes_of_token(k, nodes, nodes_per_token)
@@ -52,7 +54,9 @@ def trainer_traffic(
 
 
 def nodes_of_token(experts: int, nodes: int, most: int | None = None) -> float:
-    """The mean number of nodes that host a token's experts, each being at any node, where a token may go to `most`."""
+    """The mean number of nodes that host a token's experts, if each is at a random node, and a token goes to at most
+    `most`.
+    """
     chances = [1.0]  # of being at 0, 1, ... nodes
     for _ in range(experts):
         met = [chance * at / nodes for at, chance in enumerate(chances)]
@@ -62,8 +66,8 @@ def nodes_of_token(experts: int, nodes: int, most: int | None = None) -> float:
 
 
 def row_traffic(manifest: Manifest, rows_per_s: float, experts: float = 1.0) -> Traffic:
-    """What a trainer moves for this many rows a second, forward and backward, each for this many experts of a node."""
-    # inputs and gradients of answers one way, answers and gradients of inputs the other
+    """A trainer's traffic for this many rows a second, forward and backward, each for this many experts of a node."""
+    # inputs and gradients of answers in one direction, answers and gradients of inputs in the other
     tensors = 2 * encoded_bytes(1, manifest.width, codec_of(manifest.wire.codec))
     with_each = _NUMBER + (_WEIGHT if experts > 1 else 0.0)
     sent = rows_per_s * (_FRAMES * tensors + _SENT_BESIDE + with_each * experts)
@@ -72,6 +76,6 @@ def row_traffic(manifest: Manifest, rows_per_s: float, experts: float = 1.0) -> 
 
 
 def _mbit_per_s(carried: float, opposite: float) -> float:
-    """`carried`, `opposite`: bytes per second that connections carry one way and the other."""
+    """`carried`, `opposite`: bytes per second that connections carry in one direction and in the other."""
     filled = _PACKET - _PACKET_HEADERS
     return 8e-6 * (carried * _PACKET / filled + opposite * _PACKET_HEADERS / (2 * filled))

@@ -1,4 +1,4 @@
-"""`talkoot memory build`: makes a memory of text, in a folder that is published as it is."""
+"""`talkoot memory build`: makes a memory from text, in a folder that can be published as it is."""
 
 import hashlib
 import logging
@@ -54,21 +54,21 @@ from trainer_client.memory.encoder import (
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PASSAGES = ".passages"
-"""A file of the folder while it is made."""
+"""A temporary file in the folder."""
 _AT_ONCE = 1024
 """Passages that are encoded together."""
 _MUCH_UNKNOWN = 0.1
-"""Part of the words of new text that the base's encoder may not know before its publisher is warned."""
+"""If the base's encoder does not know this share of the words in new text, the publisher is warned."""
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a memory is made of, and where it goes."""
+    """What a memory is made from, and where it is written."""
 
     paths: tuple[str, ...]
     out: Path
     name: str | None = None
-    """None: that of the folder, or of the base."""
+    """None: the name of the folder, or of the base."""
     about: str | None = None
     license: str = ""
     field: str = "text"
@@ -76,13 +76,13 @@ class BuildPlan:
     base: Path | None = None
     """The memory that this is the next revision of."""
     encoder: Path | None = None
-    """A file of `talkoot memory train-encoder`; None: word vectors are learned from the text."""
+    """A file from `talkoot memory train-encoder`; None: word vectors are learned from the text."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was made."""
+    """The result of building a memory."""
 
     folder: str
     name: str
@@ -90,9 +90,9 @@ class BuildReport:
     passages: int
     """Passages that are new in this revision."""
     duplicates: int
-    """Passages that were left out."""
+    """Passages that were left out as duplicates."""
     unknown: float
-    """The share of the new text's words that the encoder of --base or --encoder does not know; else 0."""
+    """The share of the new text's words that the encoder of --base or --encoder does not know; 0 without these."""
     shards: int
     cells: int
     skew: float
@@ -175,7 +175,7 @@ def skew(manifest: MemoryManifest) -> float:
 
 
 class _Base:
-    """The revision before: its shards are kept, and its encoder and cells are used again."""
+    """The previous revision: its shards are kept, and its encoder and cells are used again."""
 
     def __init__(self, store: MemoryStore, encoder: Encoder, codebook: Codebook) -> None:
         """See `open`."""
@@ -185,7 +185,7 @@ class _Base:
 
     @classmethod
     def open(cls, folder: Path) -> "_Base":
-        """Raises LibraryError if it is not a whole memory."""
+        """Raises LibraryError if it is not a complete memory."""
         try:
             store = MemoryStore.open(folder)
             manifest = store.manifest
@@ -221,12 +221,14 @@ class _Base:
                     yield passage.text
 
     def revoked_leaves(self) -> frozenset[bytes]:
-        """After `texts`."""
+        """Call it after `texts`."""
         shards = self._store.shards
         return frozenset(shards[place.root].leaf(place.position) for place in self.manifest.revoked)
 
     def copy_to(self, folder: Path) -> None:
-        """What its manifest names, as links where that is possible: they are never changed in place. Raises OSError."""
+        """Copies the parts that its manifest names, as links if possible: they are never changed in place. Raises
+        OSError.
+        """
         parts = [part.sha256 for part in (self.manifest.encoder, self.manifest.codebook)]
         for kind, names in ((PARTS, parts), (SHARDS, self.manifest.by_root)):
             for name in names:
@@ -239,7 +241,7 @@ class _Building:
     def __init__(
         self, folder: Path, base: _Base | None, given: DualEncoder | None, seed: int, show: Show
     ) -> None:
-        """`given`: the encoder of a first revision; None: it is learned."""
+        """`given`: the encoder of a first revision; None: an encoder is learned."""
         self._folder, self._base, self._given, self._seed, self._show = folder, base, given, seed, show
         self._known: Encoder | None = given if base is None else base.encoder
         self._licenses: dict[str, None] = {}
@@ -367,7 +369,7 @@ class _Building:
 
 
 def text_of(passage: Passage) -> str:
-    """What is encoded. A title says what the passages of one text have in common."""
+    """The text that is encoded. The title says what the passages of one text have in common."""
     return f"{passage.title}\n{passage.text}"
 
 
@@ -401,7 +403,7 @@ def _name(plan: BuildPlan, base: _Base | None) -> str:
 
 
 def _checked(manifest: MemoryManifest) -> bytes:
-    """The file of a manifest. Raises SettingsError if no memory can be so large."""
+    """The manifest's file. Raises SettingsError if the memory is too large."""
     data = manifest.serialize()
     try:
         MemoryManifest.parse(data)
@@ -418,7 +420,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Leaves the lock."""
+    """Removes everything but the lock."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

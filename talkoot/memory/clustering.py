@@ -1,4 +1,4 @@
-"""Groups a memory's vectors into cells by spherical k-means, and says which two cells each vector lies in.
+"""Groups a memory's vectors into cells by spherical k-means, and chooses the two cells of each vector.
 
 Shapes: N vectors, C cells in row-major order, D numbers in a vector.
 """
@@ -20,11 +20,11 @@ _ROUNDS = 20
 _ROWS = 4096
 """Vectors whose scores are computed at once."""
 _ORTHOGONALITY = 1.0
-"""How much it matters that the second cell errs in another direction than the first: λ in the paper."""
+"""How important it is that the second cell errs in another direction than the first: λ in the paper."""
 
 
 def grid_for(passages: int) -> tuple[int, int]:
-    """A cell of few passages costs a search as much as one of many, and one of many hides what is not asked for."""
+    """The grid for a memory of this many passages, so that cells have neither very few nor very many."""
     branches = 4 if passages < 5_000 else 16 if passages < 4_000_000 else 64
     return branches, branches
 
@@ -35,10 +35,11 @@ def build_codebook(
     seed: int = 0,
     watch: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> Codebook:
-    """Centroids for the cells of a grid. The same for the same vectors and seed. `watch` is told of each round.
+    """Centroids for the cells of a grid. Deterministic for the same vectors and seed. `watch` is called after each
+    round.
 
-    All cells are fitted at once, not level by level, which finds more (docs/decisions.md). Then those that are near
-    each other come under one prefix.
+    All cells are fitted at once, not level by level, which finds more (docs/decisions.md). Then cells that are near
+    each other are placed under one prefix.
     """
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(vectors_ND.any(axis=1))
@@ -50,7 +51,7 @@ def build_codebook(
 
 
 def two_cells(codebook: Codebook, vectors_ND: Vectors) -> Integers:
-    """The numbers of two cells for each vector, (N, 2); one if there is one. They differ.
+    """The numbers of two different cells for each vector, (N, 2); of one if there is only one.
 
     The first is the nearest. The second errs in another direction, so that a question that misses a passage's first
     cell finds it: Sun et al. 2023 (SOAR, arXiv 2404.00774), section 3.
@@ -70,7 +71,7 @@ def _two_cells(units_BD: Floats, centroids_CD: Floats) -> Integers:
     squares_C = np.einsum("cd,cd->c", centroids_CD, centroids_CD)
     error_BD = units_BD - centroids_CD[first_B]
     error_BD /= np.maximum(np.linalg.norm(error_BD, axis=1, keepdims=True), np.float32(1e-9))
-    # of the error by another cell, the part along the first cell's
+    # the component of another cell's error along the first cell's
     along_BC = np.einsum("bd,bd->b", error_BD, units_BD)[:, None] - error_BD @ centroids_CD.T
     loss_BC = squares_C - 2 * scores_BC + np.float32(_ORTHOGONALITY) * along_BC**2
     loss_BC[np.arange(len(first_B)), first_B] = np.inf
@@ -86,7 +87,9 @@ def _units(vectors: Vectors) -> Floats:
 def _fitted(
     sample_ND: Floats, count: int, rounds: int, rng: np.random.Generator, watch: Callable[[int, int], None]
 ) -> Floats:
-    """Centroids by Lloyd's algorithm, unit vectors. Surplus ones, if there are fewer vectors, are random."""
+    """Centroids by Lloyd's algorithm, as unit vectors. If there are fewer vectors than centroids, the surplus is
+    random.
+    """
     random_CD = rng.standard_normal((count, sample_ND.shape[1])).astype(np.float32)
     random_CD /= np.linalg.norm(random_CD, axis=1, keepdims=True)
     if not len(sample_ND):
@@ -101,7 +104,7 @@ def _fitted(
         )
         sums_CD = members @ sample_ND
         empty = np.flatnonzero(np.bincount(nearest_N, minlength=count) == 0)[: len(sample_ND)]
-        # where the centroids fit least
+        # at the vectors that the centroids fit worst
         sums_CD[empty] = sample_ND[np.argsort(scores_N, kind="stable")[: len(empty)]]
         length_C1 = np.linalg.norm(sums_CD, axis=1, keepdims=True)
         centroids_CD = np.where(length_C1 > 1e-6, sums_CD / np.maximum(length_C1, 1e-6), centroids_CD)

@@ -1,11 +1,12 @@
 """Learns two encoders from questions and the passages that answer them: dense passage retrieval (DPR).
 
-Karpukhin et al. 2020 (arXiv 2004.04906), sections 3.2 and 5.2: a question's passage is to be told from those of the
-other questions in its batch, and from one for each that BM25 takes for an answer and that is none. There the encoders
-are two BERTs; here each is a vector for each word, which needs no GPU to train and microseconds to ask.
+Karpukhin et al. 2020 (arXiv 2004.04906), sections 3.2 and 5.2: the encoders learn to distinguish a question's passage
+from those of the other questions in its batch, and from one passage for each question that BM25 ranks high but that is
+not an answer. In the paper the encoders are two BERTs; here each has a vector for each word, which needs no GPU to
+train and takes microseconds for a query.
 
-Both begin as the word vectors that the passages themselves teach (`training`), and every second step goes on with that:
-the pairs alone would be learned by heart.
+Both begin as the word vectors learned from the passages themselves (`training`), and every second step continues with
+that: the pairs alone would be learned by heart.
 
 Shapes: V words of the vocabulary, D numbers in a vector, N passages, Q questions, K passages found for each, W weights.
 """
@@ -31,21 +32,21 @@ from trainer_client.memory.encoder import WORD_WEIGHT, DualEncoder, words_of
 from trainer_client.memory.retriever import shared_words
 
 K = 20
-"""Passages among which an answer counts as found."""
+"""An answer counts as found if it is among this many passages."""
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 CANDIDATES = 3
-"""Passages for each of the `K`, which are ranked by words, too: as searches do it."""
+"""Passages that are ranked by words, too, for each of the `K`, as in searches."""
 _EPOCHS, _FEWEST_STEPS = 4, 60
 _BATCH, _CLOZE_BATCH = 256, 512
 _TEMPERATURE = 0.1
 _RATE = 0.02
 _WARM_UP = 0.05
-"""Part of the steps in which the step size grows."""
+"""The share of the steps in which the step size grows."""
 
 
 @dataclass(frozen=True)
 class NumberedTexts:
-    """The words of texts, by number, without those that are not in a vocabulary."""
+    """The words of texts, by number, without words that are not in the vocabulary."""
 
     numbers: Numbers
     offsets: Integers
@@ -53,7 +54,7 @@ class NumberedTexts:
 
     @classmethod
     def of(cls, texts: Sequence[str], number: dict[str, int]) -> Self:
-        """`number`: of each word."""
+        """`number`: the number of each word."""
         words = [[number[word] for word in words_of(text) if word in number] for text in texts]
         ends = np.cumsum([0, *map(len, words)])
         return cls(np.array([word for some in words for word in some], np.int32), ends)
@@ -65,7 +66,7 @@ class NumberedTexts:
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Questions, the passage that answers each, and one for each that does not."""
+    """Questions, a passage that answers each, and one that does not."""
 
     questions: NumberedTexts
     answers: NumberedTexts
@@ -79,9 +80,9 @@ def train_dual_encoder(
     seed: int = 0,
     watch: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> DualEncoder:
-    """Two encoders of `words`, which begin with these vectors. The same for the same pairs and seed.
+    """Two encoders of `words` that start with these vectors. Deterministic for the same pairs and seed.
 
-    `watch` is told the step, how many there are, and the step's loss in nats.
+    `watch` is called with the step, the number of steps, and the step's loss in nats.
     """
     rng = np.random.default_rng(seed)
     count = len(vectors_VD)
@@ -129,9 +130,9 @@ class Validation:
 def tune(
     encoder: DualEncoder, questions: Sequence[str], passages: Sequence[str], answers: Sequence[Integers]
 ) -> Validation:
-    """Ranks the passages for each question as searches do, with several weights of the words that both share.
+    """Ranks the passages for each question as searches do, with several weights for shared words.
 
-    `answers`: the positions of those that answer each question.
+    `answers`: for each question, the positions of the passages that answer it.
     """
     queries_QD = encoder.encode_questions(questions).astype(np.float32)
     stored_DN = encoder.encode(passages).astype(np.float32).T
@@ -146,7 +147,7 @@ def tune(
             order_K = found_K[np.argsort(-(similarity_K + weight * shares_K), kind="stable")]
             ranks_Q[row] = np.append(np.flatnonzero(np.isin(order_K, right)), count)[0]
     recalls_W = (firsts_WQ < K).mean(axis=1)
-    # of equally good ones, the one that has answers nearer to the top
+    # of equally good weights, the one that ranks answers higher
     best = max(range(len(WEIGHTS)), key=lambda at: (recalls_W[at], (1 / (1 + firsts_WQ[at])).mean()))
     return Validation(
         len(questions), len(passages), float(recalls_W[0]), float(recalls_W[best]), WEIGHTS[best]

@@ -17,14 +17,14 @@ from talkoot.memory.build import skew
 from talkoot.terminal import Terminal
 
 _SHOWN = 3
-"""Passages, from shards far apart."""
+"""How many passages are shown, from shards far apart."""
 _CHARACTERS = 300
-"""Characters of a passage that are shown."""
+"""How many characters of a passage are shown."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a memory's folder holds: all of it, or the shards that a node hosts."""
+    """The contents of a memory's folder: all of it, or the shards that a node hosts."""
 
     folder: str
     name: str
@@ -32,7 +32,7 @@ class Inspection:
     about: str
     created_at: float
     passages: int
-    """Passages whose texts are in these shards, without those that were revoked."""
+    """Passages whose texts are in these shards, without revoked ones."""
     revoked: int
     licenses: tuple[str, ...]
     grid: tuple[int, ...]
@@ -40,7 +40,7 @@ class Inspection:
     """Cells that have passages."""
     skew: float
     shards: int
-    """Shards that are in the folder."""
+    """Shards in the folder."""
     shards_total: int
     shard_bytes: int
     encoder: str
@@ -52,7 +52,7 @@ class Inspection:
 
 
 def run_inspect(terminal: Terminal, folder: Path) -> None:
-    """Raises LibraryError if it is not a whole memory."""
+    """Raises LibraryError if it is not a complete memory."""
     if not folder.is_dir():
         raise LibraryError(
             f"{folder} is not a folder: pass one that `talkoot memory build` wrote, or a memory's name with "
@@ -88,7 +88,7 @@ def run_inspect(terminal: Terminal, folder: Path) -> None:
 
 
 def inspect_memory(folder: Path, stage: Callable[[str], None] = lambda text: None) -> Inspection:
-    """Reads and verifies all that is there. Raises LibraryError."""
+    """Reads and verifies everything in the folder. Raises LibraryError."""
     store = open_memory(folder, stage, whole=False)
     manifest, shards = store.manifest, store.shards
     primary = [shard for shard in shards.values() if isinstance(shard, PrimaryShard)]
@@ -123,7 +123,7 @@ def inspect_memory(folder: Path, stage: Callable[[str], None] = lambda text: Non
 def open_memory(
     folder: Path, stage: Callable[[str], None] = lambda text: None, *, whole: bool = True
 ) -> MemoryStore:
-    """Reads a memory's folder, and checks each part. `whole`: none may be missing. Raises LibraryError."""
+    """Opens a memory's folder, and checks each part. `whole`: no part may be missing. Raises LibraryError."""
     try:
         store = MemoryStore.open(folder)
         roots = store.roots()

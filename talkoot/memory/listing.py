@@ -24,7 +24,7 @@ from talkoot.terminal import FittingTable, Terminal
 
 _CHANNELS = 16
 _MOST_ROWS = 64
-"""Rows of a grid that are shown."""
+"""The most rows of a grid that are shown."""
 
 
 def run_list(terminal: Terminal, join: str | None) -> None:
@@ -103,7 +103,7 @@ async def _inspect(terminal: Terminal, swarm: Swarm, name: str) -> None:
 
 
 async def _fetch_manifest(swarm: Swarm, entry: LibraryEntry, hosts: Collection[NodeInfo]) -> MemoryManifest:
-    """Fetches the manifest from any of these. Raises LibraryError."""
+    """Fetches the manifest from any of these hosts. Raises LibraryError."""
     rights = (session_pb2.RIGHT_MEMORY,)
     sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
     parts = PartClient(swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None))
@@ -138,7 +138,7 @@ def _in_words(entry: LibraryEntry, manifest: MemoryManifest) -> str:
 
 
 def _cells_table(manifest: MemoryManifest, replicas: Replication) -> Table:
-    """The fewest replicas of a shard in each cell. The columns are the grid's last dimension."""
+    """For each cell, the fewest replicas of any of its shards. The columns are the grid's last dimension."""
     rows, columns = (manifest.grid[0], manifest.grid[1]) if len(manifest.grid) == 2 else (1, manifest.grid[0])
     table = Table(title="replicas of the shard with the fewest in each cell")
     for name in ("", *map(str, range(columns))):

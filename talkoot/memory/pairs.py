@@ -17,7 +17,7 @@ from trainer_client.memory.retriever import MOST_CHARACTERS
 
 MOST_PAIRS = 1_000_000
 _CANDIDATES = 10
-"""Passages that BM25 finds for a question, of which the first that does not answer it is a negative."""
+"""Of this many passages that BM25 finds for a question, the first that does not answer it is a negative."""
 _AT_ONCE = 1024
 _VALIDATED = 20
 """One title in this many is kept for validation."""
@@ -31,16 +31,16 @@ class Pair:
     title: str
     text: str
     answers: tuple[str, ...] = ()
-    """Words or phrases: a passage with any of them may answer the question, too."""
+    """Words or phrases. A passage with any of them may answer the question, too."""
 
     @property
     def passage(self) -> str:
-        """What is encoded of the passage, as for those of a memory."""
+        """The passage's text for the encoder, as for a memory's passages."""
         return f"{self.title}\n{self.text}"
 
 
 def read_pairs(file: Path) -> list[Pair]:
-    """The pairs in a file of JSON lines. Raises DataError that names the line where something is no pair."""
+    """The pairs in a file of JSON lines. Raises DataError, which names the line of anything that is not a pair."""
     pairs = list[Pair]()
     for place, row in read_rows(file):
         if len(pairs) == MOST_PAIRS:
@@ -52,7 +52,7 @@ def read_pairs(file: Path) -> list[Pair]:
 
 
 def split_by_title(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to learn from, and those to validate with. No title has pairs in both."""
+    """The pairs to learn from, and those for validation. No title has pairs in both."""
     sides: tuple[list[Pair], list[Pair]] = ([], [])
     for pair in pairs:
         sides[zlib.crc32(pair.title.lower().encode()) % _VALIDATED == 0].append(pair)
@@ -71,10 +71,11 @@ def hard_negatives(
     texts: Sequence[str],
     watch: Callable[[int], None] = lambda done: None,
 ) -> list[str | None]:
-    """For each pair, the passage that BM25 finds best among those that don't answer; None if it finds none.
+    """For each pair, the best passage by BM25 that does not answer; None if there is none.
 
-    A passage of the answer's title, or with one of the answers' phrases in it, may answer. `titles` and `texts`: of the
-    passages, the texts with their titles. `watch` is told how many pairs are done. Needs bm25s: see `require_bm25s`.
+    A passage with the answer's title, or with a phrase of one of the answers, counts as one that may answer. `titles`
+    and `texts`: of the passages; the texts include their titles. `watch` is called with the number of pairs done. Needs
+    bm25s: see `require_bm25s`.
     """
     import bm25s
 
@@ -106,7 +107,7 @@ def hard_negatives(
 
 
 def _spaced(text: str) -> str:
-    """The words of a text, each between spaces, so that one text can be looked for in another."""
+    """The words of a text, each between spaces, so that one text can be searched for in another."""
     return f" {' '.join(words_of(text))} "
 
 

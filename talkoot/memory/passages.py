@@ -1,4 +1,4 @@
-"""Texts cut into passages, and a file that holds more passages than memory would."""
+"""Texts cut into passages, and a file for more passages than fit into memory."""
 
 import hashlib
 import re
@@ -15,12 +15,12 @@ from trainer_client.data.sources import Document, read_documents
 from trainer_client.memory.encoder import UNSPACED, words_of
 
 WORDS = 100
-"""Words in a passage, about."""
+"""The approximate number of words in a passage."""
 UNKNOWN_LICENSE = "unknown"
 _FEWEST, _MOST = 70, 130
-"""Words of a passage that ends where a sentence does. One at the end of a text may have fewer."""
+"""The fewest and the most words of a passage that ends with a sentence. The last passage of a text may have fewer."""
 _LONGEST = 2000
-"""Characters of a passage, however few words they are."""
+"""The most characters of a passage, however few words they are."""
 _WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\s{UNSPACED}]+")
 _SPACE = re.compile(r"\s+")
 _END_OF_SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)\]]*$")
@@ -32,8 +32,9 @@ def read_passages(
 ) -> Iterator[Passage]:
     """The passages of all documents, in order.
 
-    A line or row has its title in its field `title_field`, and its licence in `license`; for all else the title is the
-    file's name, and the licence the one given. Raises DataError that names the place where something is not text.
+    A line or row has its title in the field `title_field`, and its licence in the field `license`. For all others, the
+    title is the file's name, and the licence the given one. Raises DataError, which names the place of anything that is
+    not text.
     """
     for document in read_documents(files, field, (title_field, "license")):
         title, source, terms = _labels(document, title_field, license)
@@ -44,8 +45,8 @@ def read_passages(
 def split(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
     """The passages of a text and where each begins, in characters. They do not overlap.
 
-    A passage has about 100 words, and ends with a sentence where one ends near that. What has neither a letter nor a
-    digit is left out.
+    A passage has about 100 words, and ends with a sentence if one ends near there. Passages without any letter or digit
+    are left out.
     """
     buffer, begin = "", 0
     for piece in chain(pieces, [None]):
@@ -68,13 +69,15 @@ def _after_space(text: str, at: int) -> int:
 
 
 def _length(window: str, *, is_rest: bool) -> int:
-    """Characters of the passage that begins a window of the text. `is_rest`: it is all that there is."""
+    """The number of characters of the passage at the start of a window of the text. `is_rest`: the window is all of the
+    rest.
+    """
     words = list(islice(_WORD.finditer(window), _MOST + 1))
     if is_rest and len(words) <= _MOST:
         return len(window)
     if len(words) == 1:
         return words[0].end()
-    ends = [word.end() for word in words[:-1]]  # the last one may go on after the window
+    ends = [word.end() for word in words[:-1]]  # the last one may continue after the window
     good = [
         count
         for count in range(_FEWEST, len(ends) + 1)
@@ -89,7 +92,7 @@ def _ends_sentence(word: str, space: str) -> bool:
 
 
 def _labels(document: Document, title_field: str, license: str) -> tuple[str, str, str]:
-    """Title, source and licence."""
+    """The document's title, source and licence."""
     name = document.file.name
     title = printable(document.labels.get(title_field, ""), MAX_LABEL_CHARACTERS) or document.file.stem
     source = f"{name}:{document.number}" if document.number else name
@@ -100,10 +103,10 @@ def _labels(document: Document, title_field: str, license: str) -> tuple[str, st
 
 
 class PassageFile:
-    """Passages on disk, by number. Each text is there once: of equal ones, the first is kept."""
+    """Passages on disk, by number. Of passages with equal texts, only the first is kept."""
 
     def __init__(self, path: Path, known: Iterable[str] = ()) -> None:
-        """`known`: texts that are not wanted either. Raises OSError."""
+        """`known`: texts to leave out as well. Raises OSError."""
         self._file: BinaryIO = path.open("w+b")
         self._ends = array("q", [0])
         self._digests = {_digest(text) for text in known}
@@ -111,7 +114,7 @@ class PassageFile:
         """Passages that were left out."""
 
     def add(self, passage: Passage) -> bool:
-        """Whether it was new. Raises OSError."""
+        """Returns whether it was new. Raises OSError."""
         digest = _digest(passage.text)
         if digest in self._digests:
             self.duplicates += 1
@@ -123,7 +126,7 @@ class PassageFile:
         return True
 
     def finish(self) -> None:
-        """Ends the build: from now on passages are read. Raises OSError."""
+        """Ends writing: from now on passages are read. Raises OSError."""
         self._file.flush()
         self._digests = set()
 
@@ -137,7 +140,7 @@ class PassageFile:
         return Passage.parse(message)
 
     def size(self, number: int) -> int:
-        """Bytes of the passage when it is serialized."""
+        """The size of the serialized passage, in bytes."""
         return self._ends[number + 1] - self._ends[number]
 
     def close(self) -> None:

@@ -1,19 +1,19 @@
-"""What a long command says of its work while it goes on."""
+"""How long commands show their progress."""
 
 import time
 from collections.abc import Callable
 from typing import TypeAlias
 
 Show: TypeAlias = Callable[[str, str], None]
-"""Is told what is done, and how much of it."""
+"""Called with what is being done, and how much of it is done."""
 _SHOWN_EVERY_S, _LOGGED_EVERY_S = 0.2, 5.0
 
 
 class Progress:
-    """Shows what is done, not more often than somebody can read it."""
+    """Shows progress, no more often than somebody can read it."""
 
     def __init__(self, stage: Callable[[str], None], is_live: bool) -> None:
-        """`is_live`: the terminal shows one line, and replaces it."""
+        """`is_live`: the terminal shows a single line, which is replaced."""
         self._stage, self._every_s = stage, _SHOWN_EVERY_S if is_live else _LOGGED_EVERY_S
         self._what, self._at = "", 0.0
 
@@ -28,7 +28,7 @@ class Progress:
 
 
 class Rate:
-    """Says how much is done of something, and how fast."""
+    """Reports how much of something is done, and how fast."""
 
     def __init__(self, show: Show, what: str, total: int | None, noun: str = "passages") -> None:
         self._show, self._what, self._total, self._noun = show, what, total, noun

@@ -42,17 +42,17 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 2.0
 _LOOKING = 0.2
-"""Part of the time that looks may take: of a memory with many cells, one is many look-ups."""
+"""The share of the time for looks: in a memory with many cells, one look is many look-ups."""
 _SHOW_EVERY_S = 10.0
 _PATIENCE_S = 60.0
-"""Seconds without progress after which the publisher is told what may be the reason."""
+"""After this many seconds without progress, the publisher is told possible reasons."""
 _FAREWELL_S = 2.0
 _KEEP_EVERY_S = 3600.0
 _CHANNELS = 16
 _CHECKED = 64
-"""Claims of others that are checked in one look."""
+"""Claims of other hosts that are checked in one look."""
 _THREADS = 2
-"""Searches at the same time: others are to fetch the memory, and to ask those who did."""
+"""Searches at the same time. Few, because others should fetch the memory here, and search it elsewhere."""
 
 
 class Publication:
@@ -66,7 +66,7 @@ class Publication:
         settings: NodeSettings,
         host: str,
     ) -> None:
-        """`host`: where the peer listens."""
+        """`host`: the address that the peer listens on."""
         self.swarm = swarm
         self.memories: MemoryRegistry = MemoryRegistry(swarm.registry)
         self.entry: LibraryEntry = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id)
@@ -100,7 +100,7 @@ class Publication:
 
     @property
     def advice(self) -> str:
-        """What the owner can do so that others connect to this peer; empty when they do."""
+        """What the owner can do so that others connect to this peer; empty if they already do."""
         return self._reachability.advice
 
     @property
@@ -110,9 +110,9 @@ class Publication:
 
     @asynccontextmanager
     async def published(self, stage: Stage) -> AsyncIterator[None]:
-        """Inside, the memory is served, announced and listed. Raises LibraryError and UnreachableError.
+        """Serves, announces and lists the memory while inside. Raises LibraryError and UnreachableError.
 
-        It ends at once, also when the DHT does not answer. The list stays.
+        It ends at once, even if the DHT does not answer. The list stays.
         """
         library = with_entry(await self._listed(), self.entry)
         try:
@@ -133,7 +133,7 @@ class Publication:
             await self._leave()
 
     async def check_listed(self) -> None:
-        """Raises LibraryError if the memory is no longer listed, or not this revision of it, and UnreachableError."""
+        """Raises LibraryError if the memory, or this revision of it, is no longer listed, and UnreachableError."""
         memory, listed = self.entry.memory, await self._listed()
         if self.entry in listed:
             return
@@ -163,13 +163,13 @@ class Publication:
             await self._reachability.begin(self._host, self.swarm.host.port, stage)
 
     async def announced(self) -> Replication:
-        """What others say that they host. Raises UnreachableError."""
+        """The replicas that others announce. Raises UnreachableError."""
         return await replication(self.memories, self.entry, self.manifest, self.swarm.host.peer_id)
 
     async def replication(self) -> Replication:
-        """What others have proven to host. Raises UnreachableError.
+        """The replicas that others have proven. Raises UnreachableError.
 
-        A few claims are checked in each look, so that it does not take long.
+        Each look checks only a few claims, so that it does not take long.
         """
         announced = await self.announced()
         seen = self._proofs.counted(
@@ -192,7 +192,7 @@ class Publication:
         )
 
     async def _leave(self) -> None:
-        """Withdraws what it announced. A DHT that does not answer must not delay it."""
+        """Withdraws its announcements. If the DHT does not answer, it does not wait."""
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
                 gone = dict.fromkeys(self.manifest.by_cell, (ReplicaState.WITHDRAWN, ()))
@@ -220,8 +220,8 @@ class Publication:
         await self.swarm.keep_admission(self._settings.announce_every_s, self.swarm.host.sessions.recheck)
 
     async def _announce(self) -> None:
-        """Announces like a node that leaves: others fetch from this peer, and don't count it among the replicas that
-        are enough.
+        """Announces like a leaving node: others fetch from this peer, but don't count it as one of the
+        wanted replicas.
         """
         cells = {
             cell: (ReplicaState.LEAVING, [shard.root for shard in shards])
@@ -251,7 +251,9 @@ class Publication:
 def run_publish(
     terminal: Terminal, folder: Path, join: str | None, state: Path | None, settings: NodeSettings
 ) -> None:
-    """Returns once each shard has two replicas at others. Raises UserError, and Stopped when it was stopped before."""
+    """Returns once each shard has two replicas on other peers. Raises UserError, and Stopped if it was
+    stopped before.
+    """
     host = listen_address(settings)
     with (
         publisher_of(join, state) as publisher,
@@ -306,7 +308,7 @@ class ReplicationWatch:
 
     @property
     def missing(self) -> str:
-        """What is missing, in words, for who stops before it is done."""
+        """What is still missing, in words, if the command is stopped early."""
         latest = self._latest
         so_far = "nothing is known of replicas yet" if latest is None else latest.in_words
         return (
@@ -315,7 +317,7 @@ class ReplicationWatch:
         )
 
     async def until_replicated(self) -> None:
-        """Returns once each shard has two replicas at others."""
+        """Returns once each shard has two replicas on other peers."""
         changed_at = shown_at = self._now()
         shown = ""
         with self._shown() as show:
@@ -381,7 +383,7 @@ class ReplicationWatch:
 
 
 def pause_after(look_s: float) -> float:
-    """The pause until the next look at what hosts announce, after one that took so long."""
+    """The pause before the next look at hosts' announcements, given how long the last one took."""
     return max(_LOOK_EVERY_S, look_s / _LOOKING)
 
 

@@ -1,4 +1,6 @@
-"""In whose name memories are published: a founder's, by the key in its node's state folder, or a librarian's."""
+"""The identity under which memories are published: the founder's, with the key in its node's state folder, or a
+librarian's.
+"""
 
 import logging
 import tempfile
@@ -30,19 +32,19 @@ _TOKEN_S = 30 * 86400.0
 
 @dataclass(frozen=True)
 class Publisher:
-    """Who publishes, and the peer that serves what is published."""
+    """A publisher, and the peer that serves what it publishes."""
 
     signer: Identity
     """Signs the list of memories."""
     identity: Identity
-    """The identity of the peer. A founder's node may be running with the founder's own."""
+    """The identity of the peer. A founder's peer has a temporary one, because the founder's node may be running."""
     invite: Invite
     state: Path | None
-    """Where the peer keeps what it knows of the swarm."""
+    """Where the peer saves what it knows of the swarm."""
 
     @asynccontextmanager
     async def joined(self, settings: NodeSettings, host: str, stage: Stage) -> AsyncIterator[Swarm]:
-        """Inside, the peer runs and listens on `host`. Raises UserError, also if the publisher may not publish."""
+        """Runs the peer, listening on `host`, while inside. Raises UserError, also if the publisher may not publish."""
         config = NetworkConfig(
             host,
             settings.port,
@@ -84,7 +86,7 @@ class Publisher:
                 ) from error
 
     def signer_beside(self, swarm: Swarm) -> Identity | None:
-        """Who signs lists in the peer's place; None: the peer itself."""
+        """The identity that signs lists in place of the peer; None: the peer itself."""
         return None if self.signer.peer_id == swarm.host.peer_id else self.signer
 
 
@@ -92,8 +94,8 @@ class Publisher:
 def publisher_of(join: str | None, state: Path | None) -> Iterator[Publisher]:
     """The founder, if the state folder is that of its node, which may be running; else a librarian.
 
-    `join`: as it was given; a founder needs none. `state`: unset: the node's folder, if the swarm was founded with it,
-    else a folder for publishing alone. Raises UserError.
+    `join`: the invite as given; a founder needs none. `state`: if unset, the node's folder if the swarm was founded
+    with it, else a separate folder for publishing. Raises UserError.
     """
     invite = None if join is None else Invite.read(join)
     founded = _founded(node_folder(state), invite)
@@ -122,7 +124,7 @@ def _founded(folder: Path, invite: Invite | None) -> Invite | None:
 
 
 def _with_token(founded: Invite, given: Invite | None, founder: Identity) -> Invite:
-    """The invite with a token by which the founder's other peer joins. Its token is for this run, and is not kept."""
+    """The invite with a token for the founder's second peer. The token is for this run, and is not saved."""
     keys = founded.keys
     token = make_token(founder, keys.swarm_id, Role.LIBRARIAN, time.time() + _TOKEN_S, new_serial())
     addresses = dict.fromkeys((*(given.bootstrap if given is not None else ()), *founded.bootstrap))

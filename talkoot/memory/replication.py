@@ -1,4 +1,4 @@
-"""How many replicas the shards of a memory have, and who hosts them, by what hosts announce in the DHT."""
+"""How many replicas the shards of a memory have, and who hosts them, according to the DHT."""
 
 import asyncio
 from collections import Counter
@@ -13,23 +13,23 @@ from peer.formatting import counted
 from peer.identity import PeerID
 
 _MOST_CELLS, _CELLS_AT_ONCE = 4096, 64
-"""Cells of one memory that are surveyed, in all and at once. A larger one is surveyed in part, and strangers can
+"""Cells of one memory that are surveyed, in all and at once. A larger memory is surveyed in part, and strangers can
 announce much in each cell.
 """
 
 
 @dataclass(frozen=True)
 class Replication:
-    """Who serves the shards of a memory, for those who have its manifest."""
+    """The peers that serve the shards of a memory, for a peer that has its manifest."""
 
     by_root: Mapping[bytes, frozenset[PeerID]]
-    """Who serves each shard of the manifest, and of no other."""
+    """The peers that serve each shard of the manifest; no other shards."""
 
     @classmethod
     def of(
         cls, manifest: MemoryManifest, found: Mapping[Cell, Iterable[CellHost]], besides: PeerID | None = None
     ) -> Self:
-        """`found`: what hosts announce. `besides`: who does not count."""
+        """`found`: the hosts' announcements. `besides`: peers that don't count."""
         return cls(
             {
                 shard.root: frozenset(
@@ -44,7 +44,7 @@ class Replication:
         )
 
     def below(self, wanted: int) -> int:
-        """Shards with fewer replicas."""
+        """How many shards have fewer replicas than that."""
         return sum(len(hosts) < wanted for hosts in self.by_root.values())
 
     @property
@@ -74,32 +74,34 @@ async def replication(
 
 @dataclass(frozen=True)
 class Survey:
-    """The replicas of a memory's shards, for those who don't have its manifest."""
+    """The replicas of a memory's shards, for a peer without its manifest."""
 
     entry: LibraryEntry
     replicas: Mapping[bytes, int]
-    """Peers that serve each shard, by the first bytes of its root. Those that nobody serves are not among them."""
+    """The number of peers that serve each shard, by the first bytes of its root. Shards that nobody serves
+    are missing.
+    """
     hosts: frozenset[PeerID]
     is_whole: bool
     """Whether all active cells were looked up."""
 
     @property
     def served(self) -> int:
-        """Shards that somebody serves. Anybody can announce shards that the memory does not have."""
+        """How many shards are served by somebody. Anybody can announce shards that the memory does not have."""
         return min(len(self.replicas), self.entry.shards)
 
     @property
     def fewest(self) -> int:
-        """Replicas of the shard that has the fewest."""
+        """The replicas of the shard with the fewest."""
         return 0 if len(self.replicas) < self.entry.shards else min(self.replicas.values(), default=0)
 
     @property
     def mean(self) -> float:
-        """Replicas of a shard on average."""
+        """The mean number of replicas of a shard."""
         return sum(self.replicas.values()) / max(1, self.entry.shards, len(self.replicas))
 
     def below(self, wanted: int = WANTED_REPLICAS) -> int:
-        """Shards with fewer replicas than that."""
+        """How many shards have fewer replicas than that."""
         enough = sum(count >= wanted for count in self.replicas.values())
         return max(0, self.entry.shards - enough)
 

@@ -38,12 +38,12 @@ _SHOWN = 20
 _SHOWN_CHARACTERS = 100
 _SHOW_EVERY_S = 10.0
 _ANSWER_S, _ASKED_AT_ONCE = 120.0, 8
-"""The longest time that a host may take to give the manifest, and hosts that are asked at the same time."""
+"""The longest time for a host to give the manifest, and how many hosts are asked at the same time."""
 
 
 @dataclass(frozen=True)
 class Selected:
-    """A passage that is to go."""
+    """A passage that will be revoked."""
 
     passage: Passage
     leaf: bytes
@@ -56,7 +56,7 @@ class Selection:
     leaves: frozenset[str] = frozenset()
     """The first digits of their hashes, in hexadecimal."""
     text: str = ""
-    """What is in their text or title, whatever its case; empty: this selects none."""
+    """Selects passages with this in their text or title, in any case; empty: selects none."""
 
     @classmethod
     def parse(cls, leaves: Sequence[str], text: str | None) -> Self:
@@ -165,7 +165,7 @@ async def _revoke(
             swarm = await stack.enter_async_context(publisher.joined(settings, host, stage))
             libraries = await MemoryRegistry(swarm.registry).libraries()
             now = LibraryEntry.of(store.manifest, store.part, publisher.signer.peer_id)
-            # nothing is written if it may not follow
+            # nothing is written if the new revision can't be published
             with_entry(libraries.get(publisher.signer.peer_id, ()), now)
             stage("writing the new revision")
             await asyncio.to_thread(_write, store, found)
@@ -191,7 +191,7 @@ async def _revoke(
 
 
 def _write(store: MemoryStore, found: Mapping[Place, Selected]) -> None:
-    """The next revision, into the memory's folder. Raises LibraryError."""
+    """Writes the next revision into the memory's folder. Raises LibraryError."""
     old = store.manifest
     new = replace(
         old, revision=old.revision + 1, created_at=clock.now(), revoked=old.revoked | frozenset(found)
@@ -203,7 +203,7 @@ def _write(store: MemoryStore, found: Mapping[Place, Selected]) -> None:
 
 
 class _FollowerWatch:
-    """Sees which hosts have the new revision."""
+    """Watches which hosts have the new revision."""
 
     def __init__(self, terminal: Terminal, swarm: Swarm, publication: Publication) -> None:
         self._terminal = terminal
@@ -246,7 +246,7 @@ class _FollowerWatch:
             )
 
     async def _look(self) -> None:
-        """A host that serves the new manifest has deleted what is revoked in it. Raises UnreachableError."""
+        """A host that serves the new manifest has deleted the passages revoked in it. Raises UnreachableError."""
         self._hosts = (await self._publication.announced()).hosts
         contacts = await self._swarm.registry.nodes(self._hosts - self._following)
         await side_by_side((self._ask(contact) for contact in contacts.values()), _ASKED_AT_ONCE)

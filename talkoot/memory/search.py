@@ -21,13 +21,13 @@ from trainer_client.memory.retriever import Hit, SearchResult, check_query
 
 _CHANNELS = 64
 _WIDEST = 100
-"""Columns of text."""
+"""The widest text, in columns."""
 _INDENT = "   "
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What is to be found."""
+    """What to search for."""
 
     question: str
     memory: str | None
@@ -38,17 +38,17 @@ class SearchRequest:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What was found, and where."""
+    """The results of a search, and the memory they are from."""
 
     memory: MemoryID
     result: SearchResult
     nodes: Collection[NodeInfo]
     seconds: float
-    """Seconds of the search alone."""
+    """The duration of the search alone, in seconds."""
 
 
 def run_search(terminal: Terminal, join: str | None, request: SearchRequest) -> None:
-    """Prints the passages. Raises UserError when none can be found."""
+    """Prints the passages. Raises UserError if none can be found."""
     if not request.question.strip():
         raise DataError('ask something, such as: talkoot search --join INVITE "how are lists sorted?"')
     check_query([request.question], request.k, request.cells)
@@ -93,7 +93,7 @@ def check_hosts(memory: MemoryID, result: SearchResult) -> None:
 
 
 def why_nothing(memory: MemoryID, result: SearchResult) -> str | None:
-    """Why there are no passages, for whoever asked; None: there are some."""
+    """Why there are no passages, for the user; None if there are some."""
     if not result.is_understood:
         return f"memory {memory} knows no word of this question; ask in the words and the language of its passages"
     return None if result.hits else f"memory {memory} has no passages near this question"

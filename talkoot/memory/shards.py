@@ -1,6 +1,7 @@
-"""Writes the shards of a memory: each passage in a primary shard of its first cell, and a secondary one of its second.
+"""Writes the shards of a memory: each passage goes into a primary shard of its first cell, and a secondary one of its
+second.
 
-Shapes: N passages, T cells in which each of them lies, D numbers in a vector.
+Shapes: N passages, T cells of each passage, D numbers in a vector.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from peer.merkle import HASH_BYTES
 
 _MOST_BYTES = MAX_SHARD_BYTES - 2**16
 _PRIMARY_BYTES, _SECONDARY_BYTES = 8, 5
-"""Bytes of a passage in a shard, besides its text and vector."""
+"""Bytes of a passage in a shard, in addition to its text and vector."""
 
 
 class Passages(Protocol):
@@ -28,7 +29,7 @@ class Passages(Protocol):
     def __getitem__(self, number: int, /) -> Passage: ...
 
     def size(self, number: int) -> int:
-        """Bytes of the passage when it is serialized."""
+        """The size of the serialized passage, in bytes."""
 
 
 def write_shards(
@@ -40,9 +41,9 @@ def write_shards(
     numbers: Integers,
     watch: Callable[[int], None] = lambda written: None,
 ) -> list[ShardInfo]:
-    """Writes those of the passages that `numbers` names into the folder. `cells_NT`: the numbers of one cell or two.
+    """Writes the passages with these `numbers` into the folder. `cells_NT`: the numbers of one cell or two.
 
-    `watch` is told how many entries are written. Raises OSError.
+    `watch` is called with the number of entries written. Raises OSError.
     """
     shards: list[ShardInfo] = []
     written = 0
@@ -67,7 +68,7 @@ def write_shards(
             roots.append(write(PrimaryShard, data, cell, len(some)))
     for column in cells_NT.T[1:]:
         for cell, inside in _by_cell(column, numbers, grid):
-            # a root for each, though most have theirs from a few shards
+            # a root for each, although most have theirs from a few shards
             sizes = (dimensions + _SECONDARY_BYTES + HASH_BYTES for _ in inside)
             for some in _parts(inside, sizes):
                 texts = [
@@ -79,7 +80,7 @@ def write_shards(
 
 
 def _by_cell(cells_N: Integers, numbers: Integers, grid: tuple[int, ...]) -> Iterator[tuple[Cell, Integers]]:
-    """The numbers of the passages in each cell that has any, in their order."""
+    """For each cell with passages, their numbers, in order."""
     ordered = numbers[np.argsort(cells_N[numbers], kind="stable")]
     bounds = np.searchsorted(cells_N[ordered], range(prod(grid) + 1))
     for cell, (begin, end) in enumerate(pairwise(bounds.tolist())):
@@ -88,7 +89,7 @@ def _by_cell(cells_N: Integers, numbers: Integers, grid: tuple[int, ...]) -> Ite
 
 
 def _parts(numbers: Integers, sizes: Iterator[int]) -> Iterator[Integers]:
-    """The passages in parts, as many at a time as fit into a shard."""
+    """The passages in parts, each as large as fits into a shard."""
     begin = size = 0
     for end, each in enumerate(sizes):
         if end > begin and (size + each > _MOST_BYTES or end - begin == MAX_LEAVES):

@@ -37,16 +37,16 @@ logger: logging.Logger = logging.getLogger(__name__)
 _FEWEST_PAIRS = 100
 _FEW_PAIRS = 2000
 _MINED = 2**15
-"""Passages among which hard negatives are looked for, at most."""
+"""The most passages in which hard negatives are searched for."""
 _MOST_VALIDATED, _LEAST_VALIDATED = 1000, 20
-"""Questions that are asked to validate an encoder."""
+"""The most and the fewest questions for validating an encoder."""
 _BESIDE = 2**14
-"""Passages among which the answers are to be found then."""
+"""The passages among which the answers must be found in validation."""
 
 
 @dataclass(frozen=True)
 class TrainEncoderPlan:
-    """What an encoder learns from, and where it goes."""
+    """What an encoder learns from, and where it is written."""
 
     pairs: Path
     text: tuple[str, ...]
@@ -58,17 +58,17 @@ class TrainEncoderPlan:
 
 @dataclass(frozen=True)
 class TrainEncoderReport:
-    """What was learned."""
+    """The result of training an encoder."""
 
     file: str
     pairs: int
-    """Learned from."""
+    """Pairs that were learned from."""
     negatives: int
     """Negatives that BM25 found for the pairs."""
     passages: int
     words: int
     validation: Validation | None
-    """None: there were too few pairs."""
+    """None if there were too few pairs."""
     bytes: int
     seconds: float
 
@@ -133,7 +133,7 @@ def train_encoder(plan: TrainEncoderPlan, show: Show = lambda what, detail: None
 
 
 class PassageSample:
-    """The words of all passages of a text, and some of its passages, drawn at random."""
+    """The words of all passages of a text, and a random sample of its passages."""
 
     def __init__(self, seed: int) -> None:
         self.words: WordCounter = WordCounter()
@@ -153,7 +153,7 @@ class PassageSample:
             self.some[at] = passage
 
     def add_words(self, text: str) -> bool:
-        """Whether the text is new."""
+        """Returns whether the text is new."""
         before = len(self._known)
         self._known.add(hash(text))
         if is_new := len(self._known) > before:
@@ -163,7 +163,7 @@ class PassageSample:
 
 @dataclass(frozen=True)
 class Learned:
-    """What pairs and passages teach."""
+    """The results of learning from pairs and passages."""
 
     word_vectors: StaticEncoder
     """Word vectors learned from the passages alone."""
@@ -173,17 +173,17 @@ class Learned:
     negatives: int
     """Negatives that BM25 found for the pairs."""
     validation: Validation | None
-    """None: there were too few pairs."""
+    """None if there were too few pairs."""
 
 
 def learn(
     sample: PassageSample, pairs: Sequence[Pair], seed: int = 0, show: Show = lambda what, detail: None
 ) -> Learned:
-    """`sample`: is used up. Raises UserError."""
+    """`sample`: it can't be used afterwards. Raises UserError."""
     learned, validated = split_by_title(pairs)
     if len(learned) < _FEWEST_PAIRS:
         raise DataError(f"there are {len(learned)} pairs to learn from: give at least {_FEWEST_PAIRS}")
-    for pair in learned:  # questions may have words that the text does not
+    for pair in learned:  # questions may have words that the text does not have
         sample.add_words(pair.question)
         sample.add_words(pair.passage)
     words = sample.words.finish()

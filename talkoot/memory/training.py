@@ -1,7 +1,8 @@
 """Learns a memory's word vectors from its own passages, by the inverse cloze task.
 
-Lee, Chang & Toutanova 2019 (arXiv 1906.00300): some words in a row are a question, and what is left of their passage is
-the answer to be told from those of the other passages in a batch. Nothing is needed but the passages.
+Lee, Chang & Toutanova 2019 (arXiv 1906.00300): a few consecutive words are the question, and the rest of their passage
+is the answer, which must be distinguished from those of the other passages in a batch. Nothing is needed but the
+passages.
 
 Shapes: N passages, V words of the vocabulary, B questions in a batch and P passages, U different words in it, D numbers
 in a vector.
@@ -23,22 +24,22 @@ from trainer_client.memory.encoder import MAX_WORD_CHARACTERS, StaticEncoder, wo
 DIMENSIONS = 256
 _VOCABULARY = 65_536
 _MOST_WORDS = 2**22
-"""Distinct words that are counted. Words that first come up after this many others are rare."""
+"""The most distinct words that are counted. Words that appear first after this many others are rare."""
 _PASSAGES_AT_ONCE = 2**14
 """Passages whose words are counted at once."""
 _BATCH = 1024
 _RATE = 0.1
 _WARM_UP_STEPS = 100
 _SHORTEST, _LONGEST = 5, 15
-"""Words of a question, or up to half of the passage."""
+"""The number of words in a question, limited to half of the passage."""
 _WHOLE = 0.2
-"""Share of the passages that keep the question's words, so that words match themselves too."""
+"""The share of passages that keep the question's words, so that words also match themselves."""
 _USABLE_WORDS = 8
-"""A passage with fewer teaches nothing."""
+"""A passage with fewer words teaches nothing."""
 _SMALLEST = 1e-9
 _EPOCHS, _MOST_EPOCHS = 6, 60
 _FEWEST_SAMPLES, _MOST_SAMPLES = 500_000, 2_000_000
-"""Passages that are learned from, in all epochs together; of a small memory, as often as `_MOST_EPOCHS` allows."""
+"""The number of passages to learn from, over all epochs; for a small memory, as many as `_MOST_EPOCHS` allows."""
 
 Numbers = npt.NDArray[np.int32]
 
@@ -48,11 +49,11 @@ class PassageWords:
     """The words of all passages."""
 
     vocabulary: tuple[str, ...]
-    """The words that are in the most passages, those first."""
+    """The words that are in the most passages, most frequent first."""
     rarities_V: Floats
     """The words' inverse document frequencies."""
     numbers: Numbers
-    """The words of one passage after another, by number; without those that are not in the vocabulary."""
+    """The words of one passage after another, by number; words outside the vocabulary are left out."""
     offsets: Integers
     """Where each passage begins in `numbers`, and where the last one ends. (N + 1,)"""
 
@@ -70,7 +71,7 @@ class WordCounter:
         for word in words_of(text):
             found = number.get(word)
             if found is None:
-                # a few words in small letters are not what they are in small letters again
+                # for a few words, lower case is not idempotent
                 if len(number) == _MOST_WORDS or len(word) > MAX_WORD_CHARACTERS or words_of(word) != [word]:
                     continue
                 found = number[word] = len(number)
@@ -78,7 +79,7 @@ class WordCounter:
         self._lengths.append(len(self._numbers) - before)
 
     def finish(self) -> PassageWords:
-        """Ends the count; call it once. Raises DataError if no passage has a word."""
+        """Ends the count. Call it once. Raises DataError if no passage has a word."""
         if not self._number:
             raise DataError(
                 "no word in all these passages: give text in a language that has spaces between words"
@@ -95,7 +96,7 @@ class WordCounter:
             placed = place[numbers]
             lengths.append(np.bincount(rows[placed >= 0], minlength=count))
             placed = placed[placed >= 0]
-            all_numbers[kept : kept + len(placed)] = placed  # in place: there may be 100 million
+            all_numbers[kept : kept + len(placed)] = placed  # in place, because there may be 100 million
             kept += len(placed)
         words, self._number = list(self._number), {}
         return PassageWords(
@@ -106,7 +107,7 @@ class WordCounter:
         )
 
     def _blocks(self) -> Iterator[tuple[int, Integers, Numbers]]:
-        """Some passages at a time: how many, which of them each word is in, and the words' numbers."""
+        """Blocks of passages: how many passages, the passage of each word, and the words' numbers."""
         begin, lengths = 0, np.frombuffer(self._lengths, np.int32)
         for first in range(0, len(lengths), _PASSAGES_AT_ONCE):
             block = lengths[first : first + _PASSAGES_AT_ONCE]
@@ -132,9 +133,9 @@ def train_word_vectors(
     seed: int = 0,
     watch: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Floats:
-    """Vectors for all words of the vocabulary, (V, D). The same for the same words and seed.
+    """Vectors for all words of the vocabulary, (V, D). Deterministic for the same words and seed.
 
-    `watch` is told the step, how many there are, and the step's loss in nats.
+    `watch` is called with the step, the number of steps, and the step's loss in nats.
     """
     rng = np.random.default_rng(seed)
     vectors_VD = _random_vectors(words.rarities_V, dimensions, rng)
@@ -154,7 +155,7 @@ def train_word_vectors(
 
 
 def encoder_of(words: PassageWords, vectors_VD: Floats) -> StaticEncoder:
-    """One of these vectors, in bytes."""
+    """An encoder with these vectors, in bytes."""
     largest_V = np.abs(vectors_VD).max(axis=1)
     scales_V = (np.maximum(largest_V, _SMALLEST) / 127).astype(np.float32)
     rounded_VD = np.rint(vectors_VD / scales_V[:, None]).astype(np.int8)
@@ -162,15 +163,13 @@ def encoder_of(words: PassageWords, vectors_VD: Floats) -> StaticEncoder:
 
 
 def _temperature(passages: int) -> float:
-    """The temperature of the softmax. At a low one a small memory is learned by heart, and a large one is told apart
-    best.
-    """
+    """The temperature of the softmax. A low one suits large memories best, but makes small ones be learned by heart."""
     return min(0.15, max(0.05, 0.15 - 0.05 * math.log10(passages / 10_000)))
 
 
 def _random_vectors(rarities_V: Floats, dimensions: int, rng: np.random.Generator) -> Floats:
-    """Random vectors that are as long as their words are rare: with these, a text's vector is a random projection of
-    its tf-idf.
+    """Random vectors whose lengths are their words' rarities: with these, a text's vector is a random projection of its
+    tf-idf.
     """
     vectors_VD = rng.standard_normal((len(rarities_V), dimensions), np.float32) / np.float32(dimensions**0.5)
     mean = rarities_V.mean()
@@ -179,7 +178,7 @@ def _random_vectors(rarities_V: Floats, dimensions: int, rng: np.random.Generato
 
 
 def batches(usable: Integers, size: int, rng: np.random.Generator) -> Iterator[Integers]:
-    """Endless. Each passage once, before any comes again; what does not fill a batch is left out."""
+    """Endless batches. Each passage comes once before any comes again; a last incomplete batch is left out."""
     while True:
         order = rng.permutation(usable)
         for begin in range(0, len(order) - size + 1, size):
@@ -195,7 +194,7 @@ class Texts:
 
 
 def cloze(words: PassageWords, batch: Integers, rng: np.random.Generator) -> tuple[Texts, Texts]:
-    """Questions, and the passages that answer them. (B each)"""
+    """B questions, and the passages that answer them."""
     starts_B = words.offsets[batch]
     lengths_B = words.offsets[batch + 1] - starts_B
     question_B = np.minimum(lengths_B // 2, rng.integers(_SHORTEST, _LONGEST + 1, len(batch)))
@@ -210,26 +209,26 @@ def cloze(words: PassageWords, batch: Integers, rng: np.random.Generator) -> tup
 
 
 def ranges_of(starts: Integers, lengths: Integers) -> Integers:
-    """The whole numbers of ranges, one range after another."""
+    """The integers of ranges, one range after another."""
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 
 
 class Descent:
     """Gradient descent by Adagrad with one rate for each word, so that rare words learn as much as frequent ones.
 
-    Written out in numpy: with torch's embedding bags a step takes ten times as long.
+    It uses numpy alone: with torch's embedding bags a step takes ten times as long.
     """
 
     def __init__(self, vectors_VD: Floats, temperature: float) -> None:
-        """`vectors`: are changed."""
+        """`vectors_VD`: changed in place."""
         self._vectors_VD, self._temperature = vectors_VD, temperature
         self._squares_V = np.zeros(len(vectors_VD), np.float32)
 
     def step(self, questions: Texts, passages: Texts, rate: float) -> float:
-        """Changes the vectors and returns the loss before.
+        """Changes the vectors. Returns the loss before the step.
 
-        It is the cross entropy of which passage answers a question, and of which question a passage answers. The first
-        passages answer the questions, in their order; more of them answer none.
+        The loss is the cross-entropy of choosing the passage for each question, and the question for each passage. The
+        first passages answer the questions, in order; any others answer none.
         """
         numbers_U, places = np.unique(
             np.concatenate([questions.numbers, passages.numbers]), return_inverse=True
@@ -242,7 +241,7 @@ class Descent:
 
         size = len(q_BD)
         scores_BP = q_BD @ p_PD.T
-        scores_BP -= 1  # cosines: nothing overflows, and one exponential serves both softmaxes
+        scores_BP -= 1  # they are cosines: nothing overflows, and one exponential serves both softmaxes
         scores_BP *= np.float32(1 / self._temperature)
         right = float(scores_BP.diagonal().mean())
         np.exp(scores_BP, out=scores_BP)
@@ -272,13 +271,13 @@ def _bags(places: Integers, lengths: Integers, words: int) -> csr_matrix:
 
 
 def _directions(sums_BD: Floats) -> tuple[Floats, Floats]:
-    """Unit vectors, and how long they were."""
+    """Unit vectors, and the original lengths."""
     length_B1 = np.maximum(np.linalg.norm(sums_BD, axis=1, keepdims=True), np.float32(_SMALLEST))
     return sums_BD / length_B1, length_B1
 
 
 def _through_direction(gradient_BD: Floats, unit_BD: Floats, length_B1: Floats) -> Floats:
-    """The gradient of vectors, from that of their directions."""
+    """The gradient of vectors, given that of their directions."""
     along_B1 = np.einsum("bd,bd->b", gradient_BD, unit_BD)[:, None]
     across_BD: Floats = (gradient_BD - unit_BD * along_B1) / length_B1
     return across_BD

@@ -1,1 +1,3 @@
-"""A trained model as a folder of standard files: exported from a swarm, opened, served, and founding another swarm."""
+"""A trained model as a folder of standard files: exported from a swarm, opened, served, and used to found another
+swarm.
+"""

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what the model is, where it comes from, and what is known of it."""
+"""The model card of an exported folder: what the model is, where it comes from, and what is known about it."""
 
 import hashlib
 import html
@@ -27,9 +27,9 @@ from trainer_client.training.record import perplexity
 REPLICAS = "replicas.json"
 _MOST_NAMES, _MOST_MISSING = 1000, 20
 _MOST_NOTE = 10_000
-"""Characters of what the user says about the data."""
+"""The most characters of the user's note about the data."""
 _WORST_LOSS = 100.0
-"""The worst loss in nats per token: no model is so bad."""
+"""The largest plausible loss, in nats per token."""
 _SYNTAX = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 _USE = """\
 ```python
@@ -51,7 +51,7 @@ class ExpertSource(BaseModel):
     updates: Annotated[int, Field(ge=0)]
     """Optimizer steps that the parameters have taken."""
     node: str
-    """PeerID of the node that gave them."""
+    """The PeerID of the node that gave them."""
     replicas: dict[str, int]
     """All nodes that served the expert, by PeerID, and the update count that each announced."""
 
@@ -61,23 +61,23 @@ class _Sources(RootModel[dict[str, ExpertSource]]):
 
 
 class SourcesFile:
-    """`replicas.json` in the folder: where each expert comes from. Rewritten after each layer."""
+    """`replicas.json` in the folder: where each expert comes from. It is written again after each layer."""
 
     def __init__(self, folder: Path) -> None:
-        """Goes on with what an earlier export wrote there."""
+        """Continues what an earlier export wrote there."""
         self._path = folder / REPLICAS
         self.experts: dict[UID, ExpertSource] = {}
         try:
             read = _Sources.model_validate_json(self._path.read_bytes()).root
             self.experts = {UID.parse(text): source for text, source in read.items()}
         except (OSError, ValidationError, WireError):
-            pass  # there is none, or it was cut off: its layers are fetched again
+            pass  # the file is missing or incomplete: its layers are fetched again
 
     def of_layer(self, layer: int) -> dict[UID, ExpertSource]:
         return {uid: source for uid, source in self.experts.items() if uid.layer == layer}
 
     def replace_layer(self, layer: int, experts: Mapping[UID, ExpertSource]) -> None:
-        """Raises StartError when it can't be written."""
+        """Raises StartError if the file can't be written."""
         others = {uid: source for uid, source in self.experts.items() if uid.layer != layer}
         self.experts = dict(sorted((others | dict(experts)).items()))
         values = {str(uid): source.model_dump() for uid, source in self.experts.items()}
@@ -87,16 +87,16 @@ class SourcesFile:
 
 @dataclass(frozen=True, eq=False)
 class CardFacts:
-    """What a card says."""
+    """The contents of a card."""
 
     swarm_id: str
     manifest: Manifest
     dense: ExportedDense
     experts: Mapping[UID, ExpertSource]
     is_pruned: bool
-    """Whether experts were left out because a text does not use them."""
+    """Whether experts were left out because a given text does not use them."""
     figures: Mapping[str, float]
-    """Measured at the export: losses in nats per token, by what they are of."""
+    """Measured at the export: losses in nats per token, by name."""
     names: Collection[str]
     """Names that nodes announce."""
     data_note: str
@@ -224,5 +224,5 @@ def _licence(manifest: Manifest) -> str:
 
 
 def _plain(text: str, most: int = 200) -> str:
-    """The text as it reads, whatever Markdown or HTML it looks like."""
+    """The text with all Markdown and HTML escaped."""
     return _SYNTAX.sub(r"\\\1", html.escape(printable(text, most), quote=False))

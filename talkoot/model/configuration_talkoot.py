@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 
 class TalkootConfig(PretrainedConfig):
-    """What the model is made of: its sizes are those of the swarm's manifest."""
+    """The configuration of the model. Its sizes are those of the swarm's manifest."""
 
     model_type = "talkoot"
 
@@ -22,7 +22,7 @@ class TalkootConfig(PretrainedConfig):
         format_version: int = 1,
         **others: Any,
     ) -> None:
-        """`routing`: router, top_k, balance. `missing_experts`: `layer.i.j` of those that are not in the folder."""
+        """`routing`: router, top_k, balance. `missing_experts`: `layer.i.j` of experts that are not in the folder."""
         self.manifest: dict[str, Any] = manifest or {}
         self.routing: dict[str, Any] = routing or {}
         self.vocab_size = vocab_size
@@ -40,12 +40,12 @@ class TalkootConfig(PretrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        """Tokens in a sequence."""
+        """The most tokens in a sequence."""
         return self._model["context"]
 
     @property
     def mixture_layers(self) -> int:
-        """How often a local part and a mixture of experts come after each other."""
+        """How many pairs of a local part and a mixture of experts the model has."""
         return self._model["layers"]
 
     @property
@@ -55,17 +55,17 @@ class TalkootConfig(PretrainedConfig):
 
     @property
     def experts_attend(self) -> bool:
-        """Whether an expert looks back at the earlier rows of a sequence that went to it."""
+        """Whether an expert attends to the earlier rows of a sequence that went to it."""
         return self.manifest["experts"]["kind"] == "transformer"
 
     @property
     def prefix(self) -> int:
-        """Tokens by whose mean a whole sequence is routed; 0: each token by itself."""
+        """The number of tokens whose mean routes a whole sequence; 0: each token is routed by itself."""
         return self.manifest["routing"]["prefix"]
 
     @property
     def cached_layers(self) -> int:
-        """What is kept for each mixture layer while text is generated: see `modeling_talkoot.Mixture`."""
+        """Cache layers for each mixture layer during generation: see `modeling_talkoot.Mixture`."""
         return self.attention_layers + self.experts_attend + 1
 
     @property
@@ -75,7 +75,7 @@ class TalkootConfig(PretrainedConfig):
 
     @property
     def expert_width(self) -> int:
-        """Columns of what an expert computes."""
+        """The number of columns that an expert computes."""
         return self.manifest["experts"]["width"] or self.hidden_size
 
     @property

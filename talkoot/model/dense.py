@@ -1,4 +1,4 @@
-"""The dense part of a model that is exported: that of a run on this machine, or of live trainers."""
+"""The dense part of a model that is exported: from a run on this machine, or from live trainers."""
 
 import logging
 from collections.abc import Collection, Iterator
@@ -45,7 +45,7 @@ class ExportedDense:
 
 
 def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) -> ExportedDense:
-    """`checkpoint`: of a run in this swarm, whose settings the client has. Raises UserError if it does not fit."""
+    """`checkpoint`: of a run in this swarm, with the client's settings. Raises UserError if it does not fit."""
     checkpoint.check_manifest(client.manifest)
     header = checkpoint.header
     if header.settings.get("memory") is not None:
@@ -71,9 +71,9 @@ def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) 
 def dense_of_trainers(
     client: SwarmClient, given: TrainerSettings, tokenizer: Tokenizer, experts: Experts
 ) -> ExportedDense:
-    """Takes that of live trainers with this tokenizer, as a trainer does that joins: the medoid of up to three.
+    """Takes the dense part of live trainers with this tokenizer, as a joining trainer does: the medoid of up to three.
 
-    `given`: the settings before the swarm's preset completed them. Raises SwarmError that says what else can be done.
+    `given`: the settings before the swarm's preset completed them. Raises SwarmError, which says what else can be done.
     """
     swarm = client.swarm
     trainers = client.run(_trainers(swarm))
@@ -107,7 +107,7 @@ async def _trainers(swarm: Swarm) -> list[TrainerInfo]:
 def _trained_routing(
     given: TrainerSettings, client: SwarmClient, tokenizer: Tokenizer, trainers: Collection[TrainerInfo]
 ) -> Routing | None:
-    """How most of the trainers route that use this tokenizer. Their fingerprints tell."""
+    """The routing of most trainers with this tokenizer, identified by their fingerprints."""
     manifest, swarm_id = client.manifest, client.swarm.keys.swarm_id
     found: list[tuple[int, Routing]] = []
     for routing in _routings(given, client.settings, manifest):
@@ -129,7 +129,7 @@ def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manif
     seen = set[tuple[str, bool]]()
     for name in names:
         for balance in balances:
-            with suppress(SettingsError):  # of a router that does not fit this swarm
+            with suppress(SettingsError):  # the router does not fit this swarm
                 changed = settings.model_copy(update={"router": name, "balance": balance})
                 routing = _anywhere(Routing.of(changed, manifest, 0))
                 if (key := (name, routing.has_bias)) not in seen:
@@ -138,12 +138,12 @@ def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manif
 
 
 def _anywhere(routing: Routing) -> Routing:
-    """The same without a limit of nodes: in a folder all experts are at one place."""
+    """The same without a limit of nodes: in a folder, all experts are in one place."""
     return replace(routing, nodes_per_token=None)
 
 
 async def _take(swarm: Swarm, model: LanguageModel, form: DenseForm) -> int | None:
-    """Returns the steps behind it; None if nobody gave one."""
+    """Returns the steps behind it; None if nobody gave a dense part."""
     exchange = DenseExchange(form, SharedParameters(model), guard=swarm.guard)
     averaging = Averaging(
         exchange,

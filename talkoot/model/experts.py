@@ -1,4 +1,4 @@
-"""The experts of a swarm as an export reads them: who hosts which, and parameters of each that can be trusted."""
+"""The experts of a swarm as an export reads them: who hosts which, and trustworthy parameters of each."""
 
 import asyncio
 import random
@@ -25,13 +25,13 @@ from peer.rpc.sessions import SessionClient
 from trainer_client.client import SwarmClient
 
 _READ_AT_ONCE = 512
-"""Experts, or prefixes of the grid, that are looked up together."""
+"""Experts, or grid prefixes, in one look-up."""
 _LISTED = 4096
-"""If a layer has more experts than this, only those to which a prefix in the DHT leads are read."""
+"""In a layer with more experts than this, only those with a prefix in the DHT are read."""
 _MOST_AT_ONCE, _AT_ONCE_AT_A_NODE = 16, 2
-"""Experts that are fetched at the same time, of all nodes, and of each on average."""
+"""Experts that are fetched at the same time, from all nodes, and from each on average."""
 _LAYER_SHARE = 4
-"""Each of them may take the memory of three. Together they take less than a layer."""
+"""Each of these may take the memory of three experts. Together they take less than this share of a layer."""
 _RETRY_S = 2.0
 _TICK_S = 0.2
 
@@ -43,7 +43,7 @@ class TakenExpert:
     uid: UID
     peer_id: PeerID
     update_count: int
-    """The update count, as far as it is believed."""
+    """The update count, limited to what is plausible."""
     state: State
 
     @property
@@ -53,10 +53,10 @@ class TakenExpert:
 
 
 class SwarmExperts:
-    """All experts of a swarm. `survey` first. For the loop's thread, but for `each`. Close it when done."""
+    """All experts of a swarm. Call `survey` first. For the loop's thread, except `each`. Close it when done."""
 
     def __init__(self, swarm: Swarm, download_mbit: float | None, wait_s: float) -> None:
-        """`wait_s`: how long to wait for experts whose hosts are gone, counted from the last expert that came."""
+        """`wait_s`: how long to wait for experts whose hosts are gone, counted from the last expert that arrived."""
         self.hosts: Mapping[UID, Sequence[Replica]] = {}
         """The replicas of each expert that some node serves."""
         self.nodes: dict[PeerID, NodeInfo] = {}
@@ -94,7 +94,7 @@ class SwarmExperts:
         return [uid for uid in self._swarm.manifest.uids() if uid not in self.hosts]
 
     async def fetch(self, uid: UID) -> TakenExpert | None:
-        """Parameters of the expert from its hosts. If none of them answers, waits for another host; then None."""
+        """The expert's parameters from its hosts. If none of them answers, waits for another host; then None."""
         hosts = self.hosts.get(uid, ())
         while True:
             nodes = [self.nodes[replica.peer_id] for replica in hosts]
@@ -117,9 +117,10 @@ class SwarmExperts:
     def each(
         self, client: SwarmClient, uids: Collection[UID], tick: Callable[[], None]
     ) -> Iterator[tuple[UID, TakenExpert | None]]:
-        """Fetches them, several nodes' at the same time, and yields each once it has come. Not for the loop's thread.
+        """Fetches the experts, from several nodes at the same time, and yields each once it has arrived. Not for the
+        loop's thread.
 
-        `tick` is called now and then.
+        `tick` is called at intervals.
         """
         waiting, running = deque(self._in_turns(uids)), dict[Future[TakenExpert | None], UID]()
         most = min(_MOST_AT_ONCE, _AT_ONCE_AT_A_NODE * max(1, len(self.nodes)), len(uids) // _LAYER_SHARE)
@@ -141,7 +142,7 @@ class SwarmExperts:
         await self._states.close()
 
     def _in_turns(self, uids: Collection[UID]) -> list[UID]:
-        """The first of each node, then the second of each, and so on."""
+        """The first expert of each node, then the second of each, and so on."""
         by_host: dict[PeerID, list[UID]] = {}
         for uid in uids:
             by_host.setdefault(self.hosts[uid][0].peer_id, []).append(uid)

@@ -38,22 +38,22 @@ from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, l
 logger: logging.Logger = logging.getLogger(__name__)
 
 _NAMED = 5
-"""Missing experts that an error names."""
+"""The most missing experts that an error names."""
 _LOOK_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What is exported, and where to."""
+    """What to export, and where to."""
 
     out: Path
     resume: bool = False
-    """The dense part is that of this machine's newest run."""
+    """Whether to take the dense part from this machine's newest run."""
     allow_missing: bool = False
     keep: float | None = None
-    """The share of each layer's experts that is kept; None: all."""
+    """The share of each layer's experts to keep; None: all."""
     keep_by: str | None = None
-    """The text that says which."""
+    """The text that decides which."""
     data_note: str = ""
     download_mbit: float | None = None
 
@@ -69,7 +69,7 @@ class ExportPlan:
 def run_export(
     terminal: Terminal, signals: StopSignals, join: str | None, settings: TrainerSettings, plan: ExportPlan
 ) -> None:
-    """Raises UserError when it can't, and Stopped after a signal. Then the same command goes on later."""
+    """Raises UserError if it fails, and Stopped after a signal. The same command then resumes later."""
     plan.check()
     began = time.monotonic()
     invite = invite_of(join)
@@ -107,7 +107,7 @@ def _tokenizer(settings: TrainerSettings) -> Tokenizer:
 
 
 def _require_right(swarm: Swarm) -> None:
-    """Raises InviteError. Nodes would refuse each call."""
+    """Raises InviteError if nodes would refuse each call."""
     admission, roles = swarm.admission, swarm.manifest.admission.export
     try:
         admission.admit(swarm.host.peer_id, {EXPORT}, admission.badge)
@@ -133,7 +133,7 @@ def _dense(
 
 
 class _Export:
-    """One run of the command, once the swarm is joined."""
+    """One run of the command, after it has joined the swarm."""
 
     def __init__(self, terminal: Terminal, client: SwarmClient, plan: ExportPlan, folder: Path) -> None:
         """`folder`: for temporary files."""
@@ -230,7 +230,7 @@ class _Export:
             layer: {uid for uid in wanted if uid.layer == layer}
             for layer in range(self._client.manifest.model.layers)
         }
-        # what died since is in the layer all the same, but what a text does not use is not wanted there
+        # experts that have died since still belong to the layer, but those that the text does not use are not wanted
         todo = {
             layer: uids
             for layer, uids in by_layer.items()
@@ -243,7 +243,7 @@ class _Export:
         with self._shown(sum(map(len, todo.values()))) as (tick, advance):
             for layer, uids in todo.items():
                 sources: dict[UID, ExpertSource] = {}
-                # or, if this is stopped, what is written would pass for what was there before
+                # otherwise, if this is stopped, the written part would pass for what was there before
                 file.replace_layer(layer, {})
                 writer.write_layer(layer, self._arriving(uids, sources, tick, advance))
                 file.replace_layer(layer, sources)
@@ -260,7 +260,7 @@ class _Export:
         tick: Callable[[], None],
         advance: Callable[[], None],
     ) -> Iterator[tuple[UID, Mapping[str, Tensor]]]:
-        """Adds to `sources` where each comes from. Raises SwarmError if one does not come that must be there."""
+        """Adds each expert's origin to `sources`. Raises SwarmError if an expert does not arrive that must be there."""
         for uid, taken in self._experts.each(self._client, uids, tick):
             if taken is not None:
                 yield uid, taken.tensors
@@ -290,7 +290,7 @@ class _Export:
 
     @contextmanager
     def _shown(self, total: int) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-        """Yields what to call now and then, and what to call for each expert that has come."""
+        """Yields two functions: one to call at intervals, and one to call for each expert that has arrived."""
         if not self._terminal.live:
             yield lambda: None, lambda: None
             return

@@ -1,10 +1,10 @@
-"""A model as a folder of standard files, which `transformers` loads too.
+"""A model as a folder of standard files, which `transformers` can also load.
 
 `config.json` holds the manifest and the routing. The weights are float32 in safetensors files: the dense part in the
-first, under the names of `LanguageModel`, and the experts of a layer in one file each, as
-`experts.<layer>.<i>_<j>.<parameter>`. Experts that are not there are named in `config.json`, and no token goes to them.
+first, with the names of `LanguageModel`, and the experts of a layer in one file each, as
+`experts.<layer>.<i>_<j>.<parameter>`. Missing experts are named in `config.json`, and no token goes to them.
 
-A folder comes from anywhere. Reading it parses JSON and safetensors and runs none of its Python.
+A folder may come from anywhere. Reading it parses JSON and safetensors, and runs none of its Python.
 """
 
 import hashlib
@@ -50,21 +50,21 @@ CHAT_FORMAT = "chat_format.json"
 """A file that is not written here: see `talkoot.serve.chat`."""
 CARD = "README.md"
 PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
-"""Copied from this release into every folder. They import torch and transformers alone."""
+"""Copied from this release into every folder. They import only torch and transformers."""
 
 _MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25, CHAT_FORMAT: 2**16}
-"""The limit of a JSON file that is read. Parsed it takes up to 40 times as much memory."""
+"""The limit for each JSON file. Parsed, it takes up to 40 times as much memory."""
 _MOST_HEADERS = 2**26
-"""Bytes of the headers of all files of weights together, likewise."""
+"""The limit for the headers of all weight files together, in bytes, for the same reason."""
 _SOURCE = "source.json"
-"""The file of an unfinished folder that says what it is a model of."""
+"""The file in an unfinished folder that says which model it is of."""
 _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What `transformers` may have written a folder in."""
+"""The dtypes in which `transformers` may have written a folder."""
 
 
 class FolderRouting(BaseModel):
-    """What the model's evaluation depends on beside the manifest."""
+    """What evaluating the model depends on, in addition to the manifest."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
@@ -77,13 +77,13 @@ class FolderRouting(BaseModel):
         return cls(router=routing.name, top_k=routing.k, balance=routing.balance or routing.router.balance)
 
     def routing(self, manifest: Manifest) -> Routing:
-        """The routing for evaluation: all experts are at one place, so that no limit of nodes applies."""
+        """The routing for evaluation. Without a limit of nodes, because all experts are in one place."""
         prefix = manifest.routing.prefix
         return Routing(self.router, self.top_k, "sequence" if prefix else "token", prefix, self.balance)
 
 
 class _Config(BaseModel):
-    """What is read of `config.json`. `transformers` adds more keys."""
+    """The keys of `config.json` that are read. `transformers` adds more."""
 
     model_type: Literal["talkoot"]
     format_version: int
@@ -106,7 +106,7 @@ def dense_forms(manifest: Manifest, routing: FolderRouting, vocabulary: int) -> 
     spec, how = manifest.model, routing.routing(manifest)
     table = ((vocabulary, spec.hidden), torch.float32)
     with torch.device("meta"):
-        # not the whole model: on this device normal_ imports torch's compiler, for a second
+        # not the whole model: on this device, normal_ would import torch's compiler, which takes a second
         local, norm = LocalPart(spec), make_norm(spec.norm, spec.hidden)
         # which calls nobody
         mixture = RemoteMixtureOfExperts(0, manifest, cast(Experts, None), run_at_once, how)
@@ -131,7 +131,7 @@ def expert_forms(manifest: Manifest) -> dict[str, Form]:
 
 
 def expert_prefix(uid: UID) -> str:
-    """How the names of its tensors begin."""
+    """The prefix of the names of an expert's tensors."""
     return f"experts.{uid.layer}.{'_'.join(map(str, uid.coordinate))}."
 
 
@@ -139,7 +139,9 @@ def expert_prefix(uid: UID) -> str:
 
 
 class FolderWriter:
-    """Writes a folder. Whole files stay after a failure: the next writer of the same model goes on with them."""
+    """Writes a folder. After a failure, complete files stay, and the next writer of the same model continues
+    with them.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, routing: FolderRouting, tokenizer: Tokenizer) -> None:
         """Raises UserError if the path is in use, or the kind of experts can't be in a folder."""
@@ -156,7 +158,7 @@ class FolderWriter:
                 raise
 
     def close(self) -> None:
-        """Leaves what is whole for another writer to go on with."""
+        """Leaves complete files for another writer to continue with."""
         self._folder.close()
 
     def __enter__(self) -> Self:
@@ -170,14 +172,14 @@ class FolderWriter:
         return self._file(1 + layer).exists()
 
     def write_dense(self, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors`: the state of a `LanguageModel`. Raises ModelError if they are others, and StartError."""
+        """`tensors`: the state of a `LanguageModel`. Raises ModelError if they are not, and StartError."""
         _require_forms(tensors, self._dense, "the dense part")
         self._write(0, self._dense, ((name, tensors[name]) for name in self._dense))
 
     def write_layer(self, layer: int, experts: Iterable[tuple[UID, Mapping[str, Tensor]]]) -> None:
-        """The experts of a layer by their blocks' tensors; none of them is held in memory.
+        """Writes the experts of a layer, given their blocks' tensors. They are not held in memory.
 
-        Raises ModelError if a tensor is not one of a block's, and StartError when the file can't be written.
+        Raises ModelError if a tensor is not one of a block's, and StartError if the file can't be written.
         """
         names = {
             expert_prefix(uid) + name: form
@@ -188,7 +190,7 @@ class FolderWriter:
         self._write(1 + layer, names, self._of_experts(layer, experts))
 
     def finish(self, card: str) -> None:
-        """Writes what is not weights, and moves the folder to its place. `card`: the text of the model card."""
+        """Writes everything but the weights, and moves the folder to its place. `card`: the text of the model card."""
         with naming_failures(self.path):
             places = self._places()
             there = {name for name in places if name.startswith("experts.")}
@@ -310,14 +312,16 @@ def _generation_config(context: int) -> dict[str, Any]:
 
 
 def _write_safetensors(path: Path, most: Mapping[str, Form], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """One tensor in memory at a time. `most`: all that may come. The header has room for them, and is written last."""
+    """Holds one tensor in memory at a time. `most`: all tensors that may come. The header has room for them, and is
+    written last.
+    """
     room = len(_header(most))
     forms: dict[str, Form] = {}
     with naming_failures(path):
         file = open_for_writing(path)
     try:
         file.seek(room)
-        # what the tensors' source raises passes as it is
+        # errors of the tensors' source pass unchanged
         for name, tensor in tensors:
             forms[name] = form_of(tensor)
             with naming_failures(path):
@@ -328,13 +332,13 @@ def _write_safetensors(path: Path, most: Mapping[str, Form], tensors: Iterable[t
             file.flush()
             os.fsync(file.fileno())
     finally:
-        with suppress(OSError):  # on a full disk it tries to write the rest
+        with suppress(OSError):  # on a full disk, closing tries to write the rest
             file.close()
 
 
 def _header(forms: Mapping[str, Form], size: int | None = None) -> bytes:
-    """The header of a safetensors file whose tensors come in this order. Spaces fill it up to `size`, or to a multiple
-    of 8.
+    """The header of a safetensors file with these tensors, in this order. It is padded with spaces to `size`, or to a
+    multiple of 8.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -387,15 +391,15 @@ class ModelFolder:
         self.routing = routing
         self.tokenizer = tokenizer
         self.live = live
-        """The experts that are there."""
+        """The experts in the folder."""
         self._places = places
         self._files: dict[Path, Any] = {}
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Checks names, shapes and dtypes of all tensors; their numbers are checked when they are read.
+        """Checks names, shapes and dtypes of all tensors. Their numbers are checked when they are read.
 
-        Raises UserError when the folder is not whole, or this software can't use it.
+        Raises UserError if the folder is incomplete, or this software can't use it.
         """
         if not path.is_dir():
             raise ModelError(f"no model folder {path}: pass one that `talkoot export` wrote")
@@ -503,7 +507,7 @@ class ModelFolder:
 
 
 def _manifest(values: dict[str, Any]) -> Manifest:
-    """A folder of another protocol version is as good as one of this. Raises ValidationError."""
+    """Also accepts a folder of another protocol version. Raises ValidationError."""
     values = {key: value for key, value in values.items() if key != "protocol_version"}
     return Manifest.model_validate_json(json.dumps(values))
 
@@ -524,7 +528,7 @@ def _tokenizer_of(path: Path) -> Tokenizer:
 
 
 def _places_in(path: Path) -> dict[str, Path]:
-    """The file of each tensor: by the index, or all in one file. Raises ModelError."""
+    """The file of each tensor: from the index, or all in one file. Raises ModelError."""
     single = path / "model.safetensors"
     if not (path / INDEX).exists() and single.exists():
         return _names_in([single])
@@ -543,7 +547,7 @@ def _places_in(path: Path) -> dict[str, Path]:
 
 
 def _names_in(files: Iterable[Path]) -> dict[str, Path]:
-    """The tensors of safetensors files. Raises ModelError."""
+    """The file of each tensor in these safetensors files. Raises ModelError."""
     places: dict[str, Path] = {}
     left = _MOST_HEADERS
     for path in files:
@@ -577,7 +581,7 @@ def read_file(folder: Path, name: str) -> bytes:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Raises OSError, and ModelError if it leads out of the folder or is not a file."""
+    """Raises OSError, and ModelError if the path leads out of the folder or is not a file."""
     if path.is_symlink():
         raise ModelError(f"{path} is a link: copy the folder with the files themselves (cp -rL)")
     file = os.fdopen(open_plainly(path, os.O_RDONLY), "rb")

@@ -1,7 +1,7 @@
-"""`talkoot import`: makes ready a new swarm whose experts and dense part start from a model folder.
+"""`talkoot import`: prepares a new swarm whose experts and dense part start from a model folder.
 
 It writes what a founder's node and a trainer start from: the experts into the node's state folder, as checkpoints
-without momentum; the dense part into the trainer's, as a run of no steps; and the manifest as the file to found the
+without momentum; the dense part into the trainer's, as a run without steps; and the manifest as the file to found the
 swarm with.
 """
 
@@ -44,19 +44,19 @@ from trainer_client.training.checkpoints import CheckpointWriter, Header, checkp
 logger: logging.Logger = logging.getLogger(__name__)
 
 _KEEP = 1
-"""Checkpoints of each expert, and of the dense part."""
+"""How many checkpoints of each expert, and of the dense part, to keep."""
 _AGE = 1
-"""The age of the dense part: more than that of a new one, so that trainers who join take it over."""
+"""The age of the dense part: higher than a new one's, so that joining trainers take it over."""
 
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """What `talkoot import` was asked for."""
+    """The arguments of `talkoot import`."""
 
     folder: Path
     manifest_file: Path
     name: str | None = None
-    """The swarm's name; None: as the model's was called."""
+    """The swarm's name; None: the model's."""
     node_state: Path | None = None
     trainer_state: Path | None = None
     grid: tuple[int, ...] | None = None
@@ -64,7 +64,7 @@ class ImportPlan:
 
 
 def run_import(terminal: Terminal, plan: ImportPlan) -> None:
-    """Raises UserError when the folder is not whole, or the swarm exists."""
+    """Raises UserError if the folder is incomplete, or the swarm exists."""
     with terminal.stages("reading the model") as stage, closing(ModelFolder.open(plan.folder)) as folder:
         values = import_model(folder, plan, stage)
     if terminal.json:
@@ -80,7 +80,7 @@ def run_import(terminal: Terminal, plan: ImportPlan) -> None:
 
 
 def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], None]) -> dict[str, Any]:
-    """Writes all of it, and returns figures. The manifest's file comes last: it is there when all else is."""
+    """Writes everything, and returns figures. The manifest's file is written last: once it exists, so does the rest."""
     if missing := sorted(set(folder.manifest.uids()) - folder.live):
         raise ModelError(
             f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}: a swarm would begin them "
@@ -119,7 +119,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
 
 
 def _manifest(model: Manifest, name: str | None) -> Manifest:
-    """The new swarm's. Without a preset if that would fill in keys which this model leaves unset."""
+    """The new swarm's manifest. It names no preset if that would fill in keys that this model leaves unset."""
     try:
         manifest = Manifest.model_validate(model.model_dump() | ({} if name is None else {"name": name}))
     except ValidationError as error:
@@ -150,7 +150,9 @@ def _write_experts(
 
 
 def _update_count(uid: UID, state: State, manifest: Manifest) -> int:
-    """The fewest updates that can have led there from the first parameters: other nodes compare. Raises StateError."""
+    """The fewest updates that can have led there from the initial parameters, because other nodes check it. Raises
+    StateError.
+    """
     first = Scale.of(dict(build_block(manifest, uid).named_parameters()))
     count = 1
     while True:
@@ -189,7 +191,7 @@ def _write_dense(folder: ModelFolder | UpcycledModel, manifest: Manifest, swarm_
 
 
 def to_toml(manifest: Manifest) -> str:
-    """The file that founds a swarm with this manifest. A JSON text, number or list of these is the same in TOML."""
+    """The file that founds a swarm with this manifest. JSON texts, numbers and lists of these are the same in TOML."""
     values = manifest.model_dump(mode="json", exclude_none=True, exclude={"protocol_version"})
     tables = {name: value for name, value in values.items() if isinstance(value, dict)}
     lines = [_line(name, value) for name, value in values.items() if name not in tables]

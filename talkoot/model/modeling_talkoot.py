@@ -1,13 +1,13 @@
 """A model that a Talkoot swarm trained, for the library `transformers`: a dense part and all experts in one process.
 
-This file is part of Talkoot and imports torch and `transformers` alone: a model folder has a copy, and loads without
+This file is part of Talkoot and imports only torch and `transformers`: a model folder has a copy, and loads without
 Talkoot. It computes what a trainer and its swarm compute in evaluation, where nothing is random: each layer is a local
-part and a mixture of experts (Ryabinin & Gusev, arXiv 2002.04013, section 3.1). Experts of kind "transformer" look back
-at the earlier rows of a sequence that went to the same expert.
+part and a mixture of experts (Ryabinin & Gusev, arXiv 2002.04013, section 3.1). Experts of kind "transformer" attend to
+the earlier rows of a sequence that went to the same expert.
 
-Shapes: B sequences, T new positions, S positions with those before, R = B * T rows, D hidden, W width of the experts,
-H heads, C columns of a head, K experts of a row, U rows or sequences that are routed, G size of a grid dimension, E
-live experts in a layer, n new rows of one expert, m rows that these may see, V vocabulary.
+Shapes: B sequences, T new positions, S positions including earlier ones, R = B * T rows, D hidden, W width of the
+experts, H heads, C columns of a head, K experts of a row, U rows or sequences that are routed, G size of a grid
+dimension, E live experts in a layer, n new rows of one expert, m rows that these may see, V vocabulary.
 """
 
 from dataclasses import fields
@@ -26,11 +26,11 @@ from .configuration_talkoot import TalkootConfig
 _NORM_EPSILON = 1e-5
 _ROTARY_BASE = 10_000.0
 _LIMIT = 1e30
-"""What the size of a score counts as at most."""
+"""The limit for the magnitude of a score."""
 _CHOSEN_AT_ONCE = 2**24
 """Scores of experts in memory at once."""
 _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-"""What this release of the library calls it."""
+"""The name of the cache in this release of the library."""
 
 
 def make_norm(norm: str, hidden: int) -> nn.Module:
@@ -58,7 +58,7 @@ class Gated(nn.Module):
 
 
 def rotated(x_NHC: Tensor, positions_N: Tensor) -> Tensor:
-    """Rotary positions (Su et al., arXiv 2104.09864), in float32; keeps the dtype."""
+    """Rotary positions (Su et al., arXiv 2104.09864), computed in float32; keeps the dtype."""
     size = x_NHC.shape[-1]
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=x_NHC.device) / size
     angles = (positions_N[:, None] * _ROTARY_BASE**-exponents)[:, None]
@@ -69,10 +69,10 @@ def rotated(x_NHC: Tensor, positions_N: Tensor) -> Tensor:
 
 
 class Rows:
-    """The new positions of a batch, and which of those before them each may see."""
+    """The new positions of a batch, and which earlier ones each may see."""
 
     def __init__(self, mask_BS: Tensor, positions_BT: Tensor) -> None:
-        """`mask_BS`: False for padding. Positions count from the first token that is no padding."""
+        """`mask_BS`: False for padding. Positions count from the first token that is not padding."""
         self.sequences: int
         self.new: int
         self.sequences, self.new = positions_BT.shape
@@ -80,19 +80,19 @@ class Rows:
         self.positions_BT = positions_BT
         self.real_BT: Tensor = mask_BS[:, self.past :]
         self.is_plain: bool = bool(mask_BS.all()) and (not self.past or self.new == 1)
-        """Whether nothing is hidden but what comes later."""
+        """Whether nothing is masked but later positions."""
         self.allowed_B1TS: Tensor | None = None
         if not self.is_plain:
             places_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
             places_T1 = places_S[self.past :, None]
-            # padding sees itself, so that its softmax is of something
+            # padding sees itself, so that its softmax is defined
             self.allowed_B1TS = (
                 (mask_BS[:, None] & (places_S <= places_T1)) | (places_S == places_T1)
             ).unsqueeze(1)
 
 
 class Attention(nn.Module):
-    """Causal attention. Normalises its input and adds to it."""
+    """Causal attention. Normalises its input, and adds its output to it."""
 
     def __init__(self, hidden: int, heads: int, norm: str, head_size: int | None) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         return rotated(q, positions_N), rotated(k, positions_N), v
 
     def after(self, x_ND: Tensor, seen_NHC: Tensor) -> Tensor:
-        """The layer's output, by what its heads saw."""
+        """The layer's output, given what its heads saw."""
         return x_ND + self.attention_output(seen_NHC.flatten(1))
 
     def forward(self, x_RD: Tensor, rows: Rows, cache: Cache | None, layer: int) -> Tensor:
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
 
 class TransformerLayer(Attention):
-    """Attention, then a feed-forward block, which normalises its input and adds to it too."""
+    """Attention, then a feed-forward block, which also normalises its input and adds its output to it."""
 
     def __init__(
         self, hidden: int, heads: int, feed_forward: int, norm: str, activation: str, head_size: int | None
@@ -138,7 +138,7 @@ class TransformerLayer(Attention):
 
 
 class FeedForward(nn.Module):
-    """An expert of kind "ffn". Its rows see nothing of each other."""
+    """An expert of kind "ffn". Each row is computed by itself."""
 
     def __init__(self, hidden: int, feed_forward: int, norm: str, activation: str) -> None:
         super().__init__()
@@ -146,12 +146,12 @@ class FeedForward(nn.Module):
         self.layers: nn.Sequential = nn.Sequential(make_norm(norm, hidden), *layers)
 
     def forward(self, x_nW: Tensor) -> Tensor:
-        """What it adds to its rows."""
+        """The update of its rows."""
         return self.layers(x_nW)
 
 
 class LocalPart(nn.Module):
-    """What comes before a mixture."""
+    """The layers before a mixture."""
 
     def __init__(self, config: TalkootConfig) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class LocalPart(nn.Module):
             self.layers.append(Attention(*sizes, model["norm"], model["head_size"]))
 
     def forward(self, x_RD: Tensor, rows: Rows, cache: Cache | None, first: int) -> Tensor:
-        """`first`: of its layers in the cache."""
+        """`first`: the first of its layers in the cache."""
         for number, layer in enumerate(self.layers):
             x_RD = layer(x_RD, rows, cache, first + number)
         return x_RD
@@ -179,7 +179,7 @@ class Gate(nn.Module):
         self.grid = grid
         self.linear: nn.Linear = nn.Linear(hidden, sum(grid))
         if has_noise:
-            # of training alone
+            # only for training
             self.noise: nn.Linear = nn.Linear(hidden, sum(grid), bias=False)
 
     def forward(self, x_UD: Tensor) -> tuple[Tensor, ...]:
@@ -189,13 +189,13 @@ class Gate(nn.Module):
 
 
 class LoadBias(nn.Module):
-    """Added to the scores of experts when they are chosen, and counted in no weight."""
+    """A bias that is added to the scores of experts when they are chosen, and does not count in any weight."""
 
     bias: Tensor
 
     def __init__(self, experts: int) -> None:
         super().__init__()
-        # more experts than 4096 share entries
+        # more than 4096 experts share entries
         size = experts if experts <= 4096 else 4093
         for name in ("bias", "average_bias", "average_load"):
             self.register_buffer(name, torch.zeros(size))
@@ -212,16 +212,16 @@ class Projections(nn.Module):
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
-    """Computes in the precision of the module's parameters, gives float32."""
+    """Computes in the precision of the module's parameters. Returns float32."""
     return module(x.to(next(module.parameters()).dtype)).float()
 
 
 class Mixture(nn.Module):
-    """Sends each row to the experts that its router chooses, and adds the weighed sum of their updates.
+    """Sends each row to the experts that its router chooses, and adds the weighted sum of their updates.
 
-    While text is generated, a mixture has layers of its own in the cache. The last holds the experts of each row, -1
-    for none, as keys [B, K, S, 1], and their weights as values: with a prefix all later rows take these. Where experts
-    attend, one before it holds the keys and values that they have of these rows, [B, K * H, S, C].
+    During generation, a mixture has its own layers in the cache. The last one holds the experts of each row, -1 for
+    none, as keys [B, K, S, 1], and their weights as values: with a prefix, all later rows take these. If experts
+    attend, one before it holds their keys and values of these rows, [B, K * H, S, C].
     """
 
     def __init__(self, config: TalkootConfig, layer: int) -> None:
@@ -260,7 +260,7 @@ class Mixture(nn.Module):
     def forward(
         self, x_RD: Tensor, rows: Rows, experts: nn.ModuleDict, cache: Cache | None, first: int
     ) -> Tensor:
-        """`first`: of its layers in the cache."""
+        """`first`: the first of its layers in the cache."""
         dtype, x_RD = x_RD.dtype, x_RD.float()
         h_RD = x_RD if self.projections is None else through(self.projections.norm, x_RD)
         routed = first + self.attends
@@ -294,7 +294,7 @@ class Mixture(nn.Module):
         return numbers_RK.masked_fill(~rows.real_BT.reshape(-1, 1), -1), weights_RK
 
     def _choose(self, x_UD: Tensor) -> tuple[Tensor, Tensor]:
-        """The k live experts with the highest scores, the bias included, and their weights: [U, K]."""
+        """The k live experts with the highest scores, including the bias, and their weights: [U, K]."""
         step = max(1, _CHOSEN_AT_ONCE // max(1, len(self.live)))
         parts = [self._choose_some(some_UD) for some_UD in torch.split(x_UD, step)]
         return torch.cat([numbers for numbers, _ in parts]), torch.cat([weights for _, weights in parts])
@@ -310,7 +310,7 @@ class Mixture(nn.Module):
         if self.balance is not None:
             bias = self.balance.bias.float()
             ranks_UE = ranks_UE + bias[live_E % len(bias)]
-        # stable: of equal ones the first wins
+        # stable: the first of equal ones wins
         best_UK = ranks_UE.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
         logits_UK = logits_UE.gather(1, best_UK)
         if self.router == "switch":
@@ -332,7 +332,7 @@ class Mixture(nn.Module):
         cache: Cache | None,
         kept: int,
     ) -> Tensor:
-        """The weighed sum of the experts' updates. `kept`: the layer of the cache for keys and values."""
+        """The weighted sum of the experts' updates. `kept`: the layer of the cache for keys and values."""
         own = None if cache is None or not self.attends else _Kept(self, cache, kept, rows)
         sum_RW = torch.zeros_like(z_RW)
         order = numbers_RK.flatten().argsort(stable=True)
@@ -477,9 +477,9 @@ class TalkootForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """int64 [B, T] -> logits [B, T, V] of the token after each, and the loss if there are labels.
 
-        `attention_mask` [B, S] is 0 for padding, which may come before a text, or after it where nothing is cached.
-        Positions follow from it. `cache`, of older releases `past_key_values`: of the S - T tokens before these. Labels
-        of tokens that decide the routing of their sequence are left out of the loss.
+        `attention_mask` [B, S] is 0 for padding, which may precede a text, or follow it if nothing is cached. Positions
+        are derived from it. `cache` (`past_key_values` in older releases): of the S - T earlier tokens. Labels of
+        tokens that decide the routing of their sequence are left out of the loss.
         """
         x_BTD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         sequences, new = x_BTD.shape[:2]

@@ -29,7 +29,7 @@ class OpenedExperts:
     """The experts of a folder, as a mixture sees them. For inference; any thread may use them."""
 
     def __init__(self, manifest: Manifest, blocks: Mapping[UID, nn.Module]) -> None:
-        """`blocks`: those of all experts that are there."""
+        """`blocks`: those of all experts in the folder."""
         self.blocks = blocks
         self._view = View(manifest, {}, {}, 0.0)
         grid = manifest.experts.grid
@@ -44,7 +44,7 @@ class OpenedExperts:
     async def find(
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
     ) -> LiveExperts:
-        """All of them: they are all here."""
+        """All experts: they are all in this process."""
         return LiveExperts(layer, self._view, NOBODY, self._tables[layer])
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
@@ -78,7 +78,7 @@ class OpenedModel:
 
 
 def open_model(path: Path) -> OpenedModel:
-    """Reads all of the folder into memory. Raises UserError when it is not whole, or memory does not suffice."""
+    """Reads the whole folder into memory. Raises UserError if it is incomplete, or memory does not suffice."""
     folder = ModelFolder.open(path)
     manifest, tokenizer = folder.manifest, folder.tokenizer
     free = psutil.virtual_memory().available

@@ -16,7 +16,9 @@ _REPEATS = re.compile(r"[*+?{(]")
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The tokenizer in the format of the library `tokenizers`: bytes are byte pairs of which none was learned."""
+    """The tokenizer in the format of the library `tokenizers`: the byte tokenizer is byte pairs without any learned
+    pair.
+    """
     return tokenizer.to_json() or json.dumps(_bytes_as_json())
 
 
@@ -40,7 +42,9 @@ def _bytes_as_json() -> dict[str, Any]:
 
 
 def parse_tokenizer(text: str) -> Tokenizer:
-    """The tokenizer of a folder. Raises DataError if it is none that a trainer has, or may take any time or memory."""
+    """The tokenizer of a folder. Raises DataError if a trainer can't have made it, or if it may take unlimited time or
+    memory.
+    """
     try:
         found = json.loads(text)
         model = found["model"]
@@ -65,8 +69,8 @@ def _steps(pre_tokenizer: Any) -> list[Any]:
 
 
 def _is_bounded(step: Any) -> bool:
-    """Whether a step that splits a text takes a time in proportion to its length."""
+    """Whether the time of a step that splits a text is proportional to the text's length."""
     if step is None or step["type"] != "Split":
         return step is None or step["type"] in _SPLITS
-    # nothing that repeats: no backtracking
+    # no repetition, so no backtracking
     return "Regex" not in step["pattern"] or not _REPEATS.search(step["pattern"]["Regex"])

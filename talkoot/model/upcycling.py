@@ -1,11 +1,11 @@
 """Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): a model with a larger grid, whose new experts are copies.
 
-A grid dimension grows by whole blocks of its coordinates. A block's experts are copies of the old ones, with noise, and
-so are its rows of the gate, to which a direction of its own is added: a token scores all experts of one block higher by
-as much. So its best experts are the same as before, within one of the blocks, and the softmax among them gives the same
-weights. Experts that look back at earlier rows see fewer of them, as a sequence is spread over blocks. Where a bias
-evens out the load, the new blocks are held back by it, so that the model starts exactly as it was, and tokens move as
-the bias is corrected.
+A grid dimension grows by whole blocks of its coordinates. A block's experts are copies of the old ones, with noise. So
+are its rows of the gate, to which a direction of the block's own is added: it raises a token's scores of all experts in
+the block equally. So a token's best experts are the same as before, within one of the blocks, and the softmax among
+them gives the same weights. Experts that attend to earlier rows see fewer of them, because a sequence is spread over
+blocks. If a bias balances the load, it holds the new blocks back at first, so that the model starts exactly as it was,
+and tokens move as the bias is corrected.
 
 Shapes: D hidden, G size of a grid dimension, N rows that the gate saw.
 """
@@ -30,13 +30,14 @@ from trainer_client.moe import RemoteMixtureOfExperts
 _NOISE = 0.01
 """The noise of a copy, relative to the root mean square of each tensor."""
 _SEPARATION = 4.0
-"""Standard deviation of the difference that two blocks make, in those of a row's logits: at 4 the loss of a model with
-feed-forward experts rises by 0.4% if nothing is held back, at 8 by 0.2%, and the bias moves in larger steps.
+"""The standard deviation of the difference between two blocks' scores, relative to that of a row's logits. At 4, the
+loss of a model with feed-forward experts rises by 0.4% if nothing is held back; at 8, by 0.2%, and the bias moves in
+larger steps.
 """
 _HELD_BACK = 1e6
-"""A bias below all scores. Its first correction leaves 8 standard deviations of the logits of it."""
+"""A bias below all scores. Its first correction limits it to 8 standard deviations of the logits."""
 _TEXTS, _TOKENS = 16, 48
-"""Texts that the model writes, and tokens of each, to see what its gates read."""
+"""How many texts the model writes, and the tokens of each, to find out what its gates read."""
 
 
 def grown_manifest(manifest: Manifest, grid: tuple[int, ...]) -> Manifest:
@@ -57,7 +58,7 @@ class UpcycledModel:
     """A folder's model with a larger grid, in place of a `ModelFolder`."""
 
     def __init__(self, folder: ModelFolder, manifest: Manifest, stage: Callable[[str], None]) -> None:
-        """`manifest`: the `grown_manifest`. Opens the model. Raises UserError when memory does not suffice."""
+        """`manifest`: the `grown_manifest`. Opens the model. Raises UserError if memory does not suffice."""
         self.path, self.routing, self.tokenizer = folder.path, folder.routing, folder.tokenizer
         self.manifest = manifest
         self._folder = folder
@@ -65,7 +66,7 @@ class UpcycledModel:
         self._read = _gate_inputs(open_model(folder.path))
 
     def expert(self, uid: UID) -> dict[str, Tensor]:
-        """Like `ModelFolder.expert`: the old expert's, or those of a copy of it."""
+        """Like `ModelFolder.expert`: the old expert's tensors, or those of a copy of it."""
         old = self._folder.manifest.experts.grid
         source = UID(uid.layer, tuple(x % size for x, size in zip(uid.coordinate, old, strict=True)))
         tensors = self._folder.expert(source)
@@ -88,7 +89,7 @@ class UpcycledModel:
         old, new = self._folder.manifest.experts.grid, self.manifest.experts.grid
         weight, bias = tensors[prefix + "linear.weight"], tensors[prefix + "linear.bias"]
         scores = torch.split(read_ND @ weight.T + bias, list(old), dim=1)
-        # that of a sum of independent scores
+        # the standard deviation of a sum of independent scores
         spread = sum(float(part.var(dim=1, correction=0).mean()) for part in scores) ** 0.5
         for name in ("linear.weight", "linear.bias", "noise.weight"):
             if prefix + name in tensors:
@@ -99,7 +100,7 @@ class UpcycledModel:
                         for part, size in zip(parts, new, strict=True)
                     ]
                 )
-        # a sigmoid of the logit is no softmax: there the copies tie, and the first wins
+        # a sigmoid of the logit is not a softmax: there the copies tie, and the first wins
         separation = 0.0 if self.routing.router == "base" else _SEPARATION * spread
         generator = torch.Generator().manual_seed(self.manifest.model.seed + layer)
         mean_D, first = read_ND.mean(dim=0), 0

@@ -16,12 +16,12 @@ from trainer_client.moe import Experts
 
 
 class WatchedExperts:
-    """A swarm's experts, of which it counts the rows that are sent to them. It can hide some of them."""
+    """A swarm's experts. Counts the rows that are sent to them, and can hide some of them."""
 
     def __init__(self, experts: Experts) -> None:
         self.rows: Counter[UID] = Counter()
         self.kept: frozenset[UID] | None = None
-        """The experts that are found; None: all."""
+        """The experts that `find` returns; None: all."""
         self._experts = experts
 
     async def find(
@@ -50,7 +50,7 @@ def only(live: LiveExperts, kept: Collection[UID]) -> LiveExperts:
 
 
 def most_used(rows: Counter[UID], live: Collection[UID], share: float, least: int) -> frozenset[UID]:
-    """The most used experts: that share of each layer's live experts, and at least the given number of each. Pure."""
+    """The most used experts: that share of each layer's live experts, but at least `least` of them. Pure."""
     by_layer: dict[int, list[UID]] = {}
     for uid in sorted(live):
         by_layer.setdefault(uid.layer, []).append(uid)

@@ -1,1 +1,1 @@
-"""What a volunteer runs and steers."""
+"""The commands with which a volunteer runs and controls a node."""

@@ -1,4 +1,4 @@
-"""A running node's control socket: it speaks JSON lines with its own user's commands, on the same machine.
+"""A running node's control socket: it exchanges JSON lines with its own user's commands, on the same machine.
 
 A connection carries one request and one reply. Lines, clients and waits are bounded, whatever a client does.
 """
@@ -34,7 +34,7 @@ MAX_CLIENTS = 8
 MAX_PAUSE_S = 30 * 86400.0
 
 _ALONE_NAMED = 32
-"""Experts that a status names: a reply is a short line."""
+"""The most experts that a status names, because a reply is a short line."""
 _READ_DEADLINE_S = 2.0
 """A client's deadline for sending its request, and for taking the reply."""
 _ACT_DEADLINE_S = 60.0
@@ -61,7 +61,7 @@ class ControlVersion(BaseModel):
 
 
 class ControlRequest(BaseModel):
-    """What a client asks for."""
+    """A client's request."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,7 +72,7 @@ class ControlRequest(BaseModel):
 
 
 class ControlStatus(BaseModel):
-    """What a node is doing. Fields that a newer node adds are ignored."""
+    """What a node is doing. Fields added by newer nodes are ignored."""
 
     state: str
     pid: int
@@ -101,7 +101,7 @@ class ControlServer:
     """Listens from when a node begins to join until it has left. A context manager, on the node's loop."""
 
     def __init__(self, state: Path, *, stop: Callable[[], None] | None = None) -> None:
-        """This process must hold the lock on `state`. `stop` asks the process to stop in good order."""
+        """This process must hold the lock on `state`. `stop` asks the process to stop in an orderly way."""
         self._state = state
         self._listener = ControlListener(state)
         self._stop = stop or _ask_to_end
@@ -110,9 +110,9 @@ class ControlServer:
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        """Raises StartError when there can be no socket in the state folder."""
+        """Raises StartError if there can be no socket in the state folder."""
         try:
-            # no other node uses the folder: its lock ensures it
+            # no other node uses the folder, because it is locked
             self._server = await self._listener.listen(self._serve_client, MAX_LINE_BYTES, MAX_CLIENTS)
         except OSError as error:
             raise StartError(
@@ -166,7 +166,7 @@ class ControlServer:
         command = self._commands.spawn(self._run(request), request.command)
         try:
             async with asyncio.timeout(_ACT_DEADLINE_S):
-                # cancelled half-way, a pause would leave the node neither hosting nor paused
+                # if it were cancelled half-way, a pause would leave the node neither hosting nor paused
                 return ControlReply(status=await asyncio.shield(command))
         except TimeoutError:
             return ControlReply(error="it is still at it: `talkoot logs` shows how far")
@@ -200,7 +200,7 @@ class ControlClient:
     """A connection to a running node, for one request. A context manager; its calls block."""
 
     def __init__(self, state: Path) -> None:
-        """Raises UnreachableError when no node runs with this state folder."""
+        """Raises UnreachableError if no node runs with this state folder."""
         try:
             self._socket, self.pid = connect(state, _CLIENT_DEADLINE_S)
         except (FileNotFoundError, ConnectionRefusedError):
@@ -218,7 +218,7 @@ class ControlClient:
         self._socket.close()
 
     def ask(self, command: ControlCommand, *, for_s: float | None = None) -> ControlStatus:
-        """Raises UserError with the node's words when it refuses."""
+        """Raises UserError with the node's words if it refuses."""
         request = ControlRequest(command=command, for_s=for_s)
         try:
             with contextlib.suppress(BrokenPipeError):  # a node with too many clients replies first
@@ -240,7 +240,7 @@ class ControlClient:
 
 def node_folder(state: Path | None) -> Path:
     """A node's state folder: the one given, else the environment's, else the default one."""
-    # not NodeSettings.load: other variables may be valid only together with options that this command does not have
+    # not NodeSettings.load: other variables may only be valid together with options that this command does not have
     given = state or os.environ.get(f"{NodeSettings.env_prefix}STATE")
     return Path(given) if given else platformdirs.user_state_path("talkoot") / "node"
 
@@ -266,5 +266,5 @@ def _parse(line: bytes) -> ControlRequest:
 
 
 def _ask_to_end() -> None:
-    """Stops the node in good order, as `kill` does."""
+    """Stops the node in an orderly way, as `kill` does."""
     signal.raise_signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""Invites of a founder: `talkoot invite` makes, lists and revokes them, and a founder's node says who can use its own.
+"""A founder's invites: `talkoot invite` makes, lists and revokes them, and a founder's node says who can use its own.
 
-The command needs the founder's key, and no running node.
+The command needs the founder's key, but no running node.
 """
 
 import ipaddress
@@ -34,7 +34,7 @@ class FoundedSwarm(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     invite: str
-    """The invite as the node prints it, without a token."""
+    """The invite that the node prints, without a token."""
     admission: Mode
 
     def save(self, folder: Path) -> None:
@@ -81,7 +81,7 @@ class InviteRequest:
 def run_invite(
     terminal: Terminal, state: Path | None, request: InviteRequest, now: Callable[[], float] = time.time
 ) -> None:
-    """Raises UserError when the folder is not the founder's, or when the swarm needs no tokens."""
+    """Raises UserError if the folder is not the founder's, or if the swarm needs no tokens."""
     folder = node_folder(state)
     founded = FoundedSwarm.load(folder)
     plain = Invite.parse(founded.invite)
@@ -163,10 +163,10 @@ def _day(at: float) -> str:
 
 
 def invite_advice(bootstrap: Sequence[Multiaddress], host: str, port: int, *, chosen: bool = True) -> str:
-    """What a founder should do so that people elsewhere can join by these multiaddresses; empty when they can.
+    """What a founder should do so that people elsewhere can join by these multiaddresses; empty if they already can.
 
-    It is also empty when the founder chose loopback. `host`: the address that the founder listens on; not `chosen`: the
-    machine's first one. The port is 0 when it changes with each run. Pure.
+    It is also empty if the founder chose loopback. `host`: the address that the founder listens on; unless `chosen`,
+    the machine's first one. The port is 0 if it changes with each run. Pure.
     """
     hosts = [address.endpoint.host for address in bootstrap]
     if not all(map(_is_private, hosts)):
@@ -190,7 +190,7 @@ def invite_advice(bootstrap: Sequence[Multiaddress], host: str, port: int, *, ch
 
 
 def _is_private(host: str) -> bool:
-    """A host name counts as public: whoever passes one has a reason."""
+    """A host name counts as public: somebody who passes one has a reason."""
     try:
         return not ipaddress.ip_address(host).is_global
     except ValueError:

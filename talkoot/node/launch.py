@@ -44,21 +44,23 @@ logger: logging.Logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
-"""Pauses between attempts to rejoin a swarm when none of its peers answers."""
+"""Pauses between attempts to rejoin a swarm if none of its peers answers."""
 _LAST_PORT = "port"
-"""File with the node's last port. A node that keeps its port can be found by invites and by peers that remember it."""
+"""The file with the node's last port. A node that keeps its port can be found by old invites and by peers that remember
+it.
+"""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The swarm that a node founds by a manifest or joins by an invite, as given on the command line."""
+    """The swarm that a node founds with a manifest or joins with an invite, as given on the command line."""
 
     new: Path | None
     join: str | None
     bootstrap: tuple[str, ...]
 
     def read(self) -> Manifest | Invite:
-        """The manifest to found a swarm with, or the invite to join one by. Raises UserError when it is not valid."""
+        """The manifest to found a swarm with, or the invite to join one with. Raises UserError if it is not valid."""
         if (self.new is None) == (self.join is None):
             raise SettingsError(
                 "pass either --new swarm.toml to found a swarm, or --join INVITE to join one"
@@ -84,7 +86,9 @@ class Origin:
 
 
 def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_file: Path | None) -> None:
-    """Runs until a signal arrives. Raises UserError when it can't start, and Stopped when stopped before it serves."""
+    """Runs until a signal arrives. Raises UserError if it can't start, and Stopped if it is stopped before it
+    serves.
+    """
     keep_freed_memory()
     check_devices(settings.device, settings.precision)  # fails before other peers are contacted
     source = origin.read()
@@ -115,7 +119,7 @@ class _NodeRun:
         state: Path,
         invite_file: Path | None,
     ) -> None:
-        """`source`, `bootstrap`: as the `Origin` has them."""
+        """`source`, `bootstrap`: see `Origin`."""
         self._terminal = terminal
         self._source = source
         self._bootstrap = bootstrap
@@ -128,7 +132,7 @@ class _NodeRun:
         self._node: Node | None = None
 
     async def run(self) -> None:
-        """Serves until a signal arrives. Being stopped after having served is not an error."""
+        """Serves until a signal arrives. Stopping after it has served is not an error."""
         try:
             await run_until_stopped(self._serve_with_control(), self._hurry)
         except Stopped:
@@ -175,7 +179,7 @@ class _NodeRun:
             logger.info("%s", summary(status))
 
     async def _start_swarm(self, identity: Identity, stage: Stage) -> Swarm:
-        """Keeps trying when the node was in the swarm before: the network or the other peers may still be down."""
+        """Keeps trying if the node was in the swarm before: the network or the other peers may still be down."""
         wait_s = _FIRST_WAIT_S
         while True:
             try:
@@ -238,7 +242,7 @@ class _NodeRun:
         if node.swarm.host.peer_id == node.swarm.keys.author:
             try:
                 FoundedSwarm(invite=invite, admission=node.swarm.admission.mode).save(self._state)
-            except StartError as error:  # it is for `talkoot invite`, and the node serves without it
+            except StartError as error:  # it is only for `talkoot invite`, so the node serves without it
                 logger.warning("%s", error)
         if self._invite_file is not None:
             _write(self._invite_file, invite + "\n")
@@ -260,7 +264,9 @@ class _NodeRun:
         logger.info("peer %s serves on %s; metrics at %s", peer_id, node.address, node.metrics_address)
 
     async def _show_wider_invite(self, node: Node, shown: Invite) -> None:
-        """Once the router forwards the port of a founder at home, people elsewhere can join."""
+        """Shows a new invite once the router forwards the port of a founder at home, so that people elsewhere
+        can join.
+        """
         if not self._invite_advice(shown):
             return
         while self._invite_advice(shown):
@@ -269,7 +275,7 @@ class _NodeRun:
         self._show_invite(node, shown)
 
     def _invite_advice(self, made: Invite) -> str:
-        """Why nobody outside this network can join by a founder's invite, and what to do; empty if others can."""
+        """Why nobody outside this network can join with a founder's invite, and what to do; empty if others can."""
         settings = self._settings
         if not isinstance(self._source, Manifest):
             return ""
@@ -336,7 +342,7 @@ def listen_address(settings: NodeSettings) -> str:
 
 
 def last_port(state: Path, host: str) -> int:
-    """The port of the last run; 0 when there is none, or when another program uses it."""
+    """The port of the last run; 0 if there is none, or if another program uses it."""
     try:
         port = int((state / _LAST_PORT).read_text())
         require_free_port(host, port)
@@ -354,7 +360,7 @@ def remember_port(state: Path, port: int) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Raises StartError, but only warns when the disk is full: a node that starts again serves all the same."""
+    """Raises StartError, but only warns if the disk is full: a node that restarts can serve anyway."""
     try:
         write_atomically(path, text.encode())
     except OSError as error:

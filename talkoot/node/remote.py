@@ -21,7 +21,7 @@ _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> None:
-    """Says what the pause takes offline, and pauses. Raises UserError when no node runs there, or when it refuses."""
+    """Shows what the pause takes offline, and pauses. Raises UserError if no node runs there, or if it refuses."""
     for_s = None if duration is None else parse_duration_s(duration)
     with ControlClient(node_folder(state)) as control:
         terminal.line(taken_offline(control.ask("status")))
@@ -30,13 +30,13 @@ def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> N
 
 
 def run_resume(terminal: Terminal, state: Path | None) -> None:
-    """Raises UserError when no node runs there, or when it refuses."""
+    """Raises UserError if no node runs there, or if it refuses."""
     with ControlClient(node_folder(state)) as control:
         terminal.line(words(control.ask("resume")))
 
 
 def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
-    """Raises UserError when no node runs there, or when its process does not end in time."""
+    """Raises UserError if no node runs there, or if its process does not end in time."""
     folder = node_folder(state)
     with ControlClient(folder) as control:
         log = Follower(folder / LOG_FILE)
@@ -54,7 +54,7 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
 
 
 def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool) -> None:
-    """Prints the last `count` lines. Raises DataError when there is no log, or it can't be read."""
+    """Prints the last `count` lines. Raises DataError if there is no log, or if it can't be read."""
     path = node_folder(state) / LOG_FILE
     if not path.exists():
         raise DataError(
@@ -78,7 +78,7 @@ def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool
 
 
 def taken_offline(status: ControlStatus) -> str:
-    """What a pause of the node takes offline, unless others take it over."""
+    """What pausing the node takes offline, unless others take it over."""
     if not status.experts:
         return "it hosts no expert: nothing goes offline"
     if not status.alone:
@@ -101,7 +101,7 @@ def words(status: ControlStatus) -> str:
 
 
 def parse_duration_s(text: str, option: str = "--for", longest_s: float = MAX_PAUSE_S) -> float:
-    """Seconds from a text such as 90s, 30m, 1h30m or 2d. Raises SettingsError."""
+    """Seconds in a text such as 90s, 30m, 1h30m or 2d. Raises SettingsError."""
     parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip(), re.ASCII)
     seconds = sum(
         int(number[:9]) * unit_s  # longer numbers are too large anyway
@@ -116,7 +116,7 @@ def parse_duration_s(text: str, option: str = "--for", longest_s: float = MAX_PA
 
 
 class Follower:
-    """Reads a log file that grows and is rotated: first the lines that are there, then each new one."""
+    """Reads a log file that grows and is rotated: first the existing lines, then each new one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -155,7 +155,7 @@ class Follower:
 
 
 def _handle(pid: int, folder: Path) -> psutil.Process:
-    """It keeps naming this process even when another process gets its number."""
+    """It keeps naming this process even if another process gets its number."""
     try:
         return psutil.Process(pid)
     except psutil.Error as error:

@@ -36,7 +36,7 @@ class Service:
 
     @property
     def program(self) -> Program:
-        """The invite is in a file, because everybody on the machine can read a command line."""
+        """The invite is passed in a file, because everybody on the machine can read a command line."""
         command = (sys.executable, "-P", "-m", "talkoot.cli", "node", "--join", f"@{self.invite_file}")
         return Program((*command, "--state", str(self.state), *self.options), self.state)
 
@@ -80,7 +80,7 @@ def run_install(
 
 
 def run_remove(terminal: Terminal) -> None:
-    """Stops the service and removes it; the node's state stays. Raises UserError when there is none."""
+    """Stops the service and removes it; the node's state stays. Raises UserError if there is none."""
     manager = service_manager()
     state = _installed_state(manager)
     manager.require()
@@ -104,7 +104,7 @@ def restart(terminal: Terminal) -> None:
 
 
 def run_status(terminal: Terminal) -> bool:
-    """Prints what the system and the node say; returns whether the service is active. Raises UserError."""
+    """Prints what the system and the node say. Returns whether the service is active. Raises UserError."""
     manager = service_manager()
     state = _installed_state(manager)
     manager.require()
@@ -153,13 +153,13 @@ def _installed_state(manager: ServiceManager) -> Path:
 
 
 def _stop_in_order(terminal: Terminal, manager: ServiceManager, state: Path) -> None:
-    """Where the system does not wait until a program has left."""
+    """Stops the node first, on systems that don't wait until a program has ended."""
     if not manager.WAITS_FOR_THE_END and is_running(state):
         run_stop(terminal, state, wait=True)
 
 
 def _undo(manager: ServiceManager, before: Mapping[Path, bytes | None], *, replaces: bool) -> None:
-    """Restores what was there before, as far as the system allows."""
+    """Restores the previous state, as far as the system allows."""
     if not replaces:
         with suppress(StartError):
             manager.stop()
@@ -187,7 +187,7 @@ def _make_folder(path: Path, mode: int) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes atomically, for this user alone. Raises StartError."""
+    """Writes atomically, readable for this user alone. Raises StartError."""
     try:
         write_atomically(path, content, 0o600)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How `talkoot node` shows itself: a live panel on a terminal, otherwise a log line now and then."""
+"""How `talkoot node` shows its state: a live panel on a terminal, otherwise a log line now and then."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class NodeRates:
-    """How much a node did per second between two looks; `busy` is a share of the time."""
+    """A node's rates per second between two looks; `busy` is a share of the time."""
 
     calls: float = 0.0
     rows: float = 0.0
@@ -33,7 +33,7 @@ class NodeRates:
 
 
 class RateMeter:
-    """Measures rates from one look at a node to the next. Pure: `now` is passed in."""
+    """Measures rates between two looks at a node. Pure: `now` is an argument."""
 
     def __init__(self) -> None:
         self._last: tuple[float, NodeStatus] | None = None
@@ -67,7 +67,7 @@ def state_in_words(status: NodeStatus) -> str:
 
 
 def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
-    """The panel, as wide as the terminal. It breaks no words, and is red only when something is wrong."""
+    """The panel, as wide as the terminal. It never breaks words, and is red only if something is wrong."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(ratio=1, overflow="fold")
@@ -92,7 +92,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
 
 
 def summary(status: NodeStatus) -> str:
-    """What the node achieved in the run that ends, and thanks for it."""
+    """What the node achieved in the run that is ending, and thanks for it."""
     return (
         f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {_so_far(status)}; "
         f"{signed_in_words(status)}. Thank you for taking part!"
@@ -126,7 +126,7 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
 
 
 def _state_and_use(status: NodeStatus) -> str:
-    """The state, and whether anybody uses the node while it serves."""
+    """The state, and whether anybody uses the node if it serves."""
     words = state_in_words(status)
     if status.state is not NodeState.SERVING or status.trainers_now:
         return words
@@ -198,7 +198,7 @@ def _so_far(status: NodeStatus) -> str:
 
 
 def signed_in_words(status: NodeStatus) -> str:
-    """What trainers have signed for, and how much of all that they used it was."""
+    """The work that trainers have signed for, and this node's share of all work done for them."""
     work, trainers = status.signed.work, status.signed.trainers
     if not trainers:
         return "no trainer has signed for its work yet"
@@ -223,7 +223,7 @@ def _trouble(status: NodeStatus) -> str:
 
 
 def _bar(value: float, most: float, words: str) -> Table:
-    """A bar, and words after it."""
+    """A bar, followed by words."""
     row = Table.grid(padding=(0, 2))
     row.add_column(width=_BAR)
     row.add_column(no_wrap=True, overflow="ellipsis")

@@ -1,4 +1,4 @@
-"""What a node did in a week, which its owner reads in the log. A week goes on over restarts."""
+"""What a node did in a week, written to the log for its owner. A week continues over restarts."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ _MAX_FILE_BYTES = 4096
 
 
 class WeekBegun(BaseModel):
-    """When a week began, and what the node had done in all runs by then."""
+    """When a week began, and what the node had done over all runs by then."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +41,7 @@ class WeekBegun(BaseModel):
         )
 
     def summary(self, status: NodeStatus) -> str:
-        """What the node has done since."""
+        """What the node has done since then."""
         hours = hours_in_words(max(0.0, status.contributed_hours - self.hours))
         rows = counted(max(0, status.contributed_rows - self.rows), "row", ",")
         signed = counted(max(0, status.signed.work.pairs - self.signed_rows), "row", ",")
@@ -52,7 +52,7 @@ class WeekBegun(BaseModel):
 
 
 class WeeklySummary:
-    """Tells once a week what a node has done. The week is in a small file."""
+    """Reports once a week what a node has done. The week is saved in a small file."""
 
     def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
         self._path = path
@@ -68,10 +68,10 @@ class WeeklySummary:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     def look(self, status: NodeStatus) -> str:
-        """The summary, if a week is over; then the next one begins. Otherwise empty."""
+        """The summary if a week is over; then the next one begins. Otherwise empty."""
         now = self._now()
         begun = self._begun = self._begun or self._read()
-        # a clock that was set back, or far ahead and back, must not stop the weeks
+        # a clock that was set back, or far ahead and back again, must not stop the weeks
         is_over = begun is not None and now - begun.began_at >= WEEK_S
         if begun is not None and not is_over and begun.began_at <= now:
             return ""

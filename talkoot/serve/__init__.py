@@ -1,1 +1,1 @@
-"""A trained model for other programs, by OpenAI's HTTP interface, and a page to try it."""
+"""Serves a trained model to other programs, through OpenAI's HTTP interface, with a page to try it."""

@@ -15,12 +15,12 @@ from peer.formatting import counted
 from talkoot.serve.api import RequestError
 
 RETRY_S = 5
-"""After how many seconds a client that is refused now may come again."""
+"""How many seconds later a refused client may try again."""
 _LONGEST_FILE = 2**20
 
 
 class ApiKeys:
-    """The keys of which a client must send one; none: anybody may use the server."""
+    """The keys, one of which a client must send; empty: anybody may use the server."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -30,15 +30,15 @@ class ApiKeys:
         return bool(self._digests)
 
     def client(self, scope: Scope) -> str:
-        """The client of a request: a key's, or else an IP address's. Raises RequestError if the key is missing or
-        wrong.
+        """The client of a request: its key, or else its IP address. Raises RequestError if the key is missing
+        or wrong.
         """
         if not self._digests:
             return _network(scope["client"][0] if scope.get("client") else "")
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
         digest = hashlib.sha256(key.strip()).digest()
-        # all of them, so that the time tells nothing
+        # compares all of them, so that the time reveals nothing
         matches = [hmac.compare_digest(digest, each) for each in self._digests]
         if scheme.lower() != b"bearer" or not any(matches):
             message = "the API key is wrong" if key else "an API key is needed: Authorization: Bearer KEY"
@@ -47,7 +47,7 @@ class ApiKeys:
 
 
 def _network(address: str) -> str:
-    """One client has a whole IPv6 network of 64 bits."""
+    """A whole IPv6 network of 64 bits counts as one client."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -56,7 +56,7 @@ def _network(address: str) -> str:
 
 
 class Places:
-    """Bounds how many requests are under way, for each client and in all."""
+    """Limits the requests in progress, for each client and in all."""
 
     def __init__(self, most: int, most_per_client: int) -> None:
         self._most = most
@@ -65,7 +65,7 @@ class Places:
 
     @contextlib.contextmanager
     def taken(self, client: str) -> Iterator[None]:
-        """Raises RequestError when there is none."""
+        """Raises RequestError if no place is free."""
         if self._taken.total() >= self._most:
             raise RequestError(
                 429, "the server is busy; try again later", "rate_limit_exceeded", retry_after_s=RETRY_S

@@ -1,4 +1,4 @@
-"""OpenAI's HTTP interface: what clients may ask, what they are answered, and the errors."""
+"""OpenAI's HTTP interface: the requests that clients may send, the answers, and the errors."""
 
 import secrets
 import time
@@ -19,10 +19,10 @@ _MOST_ALTERNATIVES = 20
 _MOST_MESSAGES = 1024
 _MOST_NODES = 64
 _MOST_SOURCES = 64
-"""Sources that are named for an answer, the first that were read."""
+"""The most sources that an answer names, the first that were read."""
 _MOST_MISTAKES = 1000
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 256
-"""Generated where the request does not say how many."""
+"""How many tokens to generate if the request does not say."""
 
 
 class RequestError(Exception):
@@ -62,7 +62,7 @@ def _single(value: int | None) -> int | None:
 
 
 Unsupported = Annotated[Any, AfterValidator(_neutral)]
-"""A parameter that clients may send as long as it asks for nothing."""
+"""A parameter that clients may send only with its neutral value."""
 One = Annotated[int | None, AfterValidator(_single)]
 StopSequence = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 
@@ -75,7 +75,7 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What both kinds of requests have in common. Parameters that are not here are refused."""
+    """What both kinds of requests have in common. Other parameters are refused."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -84,7 +84,7 @@ class Request(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=1, le=2**31)
-    """No parameter of OpenAI's, but of most other servers."""
+    """Not one of OpenAI's parameters, but most other servers have it."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: StopSequence | Annotated[list[StopSequence], Field(max_length=_MOST_STOPS)] | None = None
     stream: bool | None = None
@@ -99,7 +99,7 @@ class Request(BaseModel):
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """Raises RequestError that names the parameter that is wrong."""
+        """Raises RequestError, which names the wrong parameter."""
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
@@ -107,11 +107,11 @@ class Request(BaseModel):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream tells the usage; otherwise it is always told."""
+        """Whether a stream reports the usage; otherwise it is always reported."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, most: int) -> Sampling:
-        """`most`: tokens that may be generated. Raises RequestError if more are asked for."""
+        """`most`: the most tokens that may be generated. Raises RequestError if the request wants more."""
         wanted = self.wanted_tokens()
         if wanted is not None and wanted > most:
             raise RequestError(
@@ -129,7 +129,7 @@ class Request(BaseModel):
         return self.max_tokens
 
     def alternatives(self) -> int | None:
-        """How many tokens to name beside each of the answer; None: no log probabilities at all."""
+        """How many alternatives to name for each token of the answer; None: no log probabilities at all."""
         raise NotImplementedError
 
     def stops(self) -> tuple[str, ...]:
@@ -144,7 +144,7 @@ class CompletionRequest(Request):
     """POST /v1/completions"""
 
     prompt: str | TokenList | Annotated[list[str], OneOf] | Annotated[list[TokenList], OneOf]
-    """Text or tokens. A list of prompts may have one."""
+    """Text or tokens. A list may contain only one prompt."""
     logprobs: int | None = Field(default=None, ge=0, le=_MOST_ALTERNATIVES)
     best_of: One = None
     echo: Unsupported = None
@@ -209,7 +209,7 @@ class ChatRequest(Request):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def question(self) -> str:
-        """The last message, which the earlier ones are no part of. Raises RequestError."""
+        """The last message. Earlier ones are not part of the question. Raises RequestError."""
         last = self.messages[-1]
         if last.role != "user":
             message = "messages: the last one must be the user's question"
@@ -224,9 +224,9 @@ class ChatRequest(Request):
 
 
 def _refusal(error: ValidationError) -> RequestError:
-    if error.error_count() > _MOST_MISTAKES:  # each takes a kilobyte
+    if error.error_count() > _MOST_MISTAKES:  # each mistake takes a kilobyte
         return RequestError(400, f"the body is wrong in {error.error_count()} places", "invalid_value")
-    # of several alternatives, the one that was got furthest into
+    # of several alternatives, the one that matched furthest
     problem = max(error.errors(), key=lambda each: len(each["loc"]))
     if problem["type"] == "json_invalid":
         return RequestError(400, f"the body is not JSON: {problem['ctx']['error']}", "invalid_json")
@@ -239,7 +239,7 @@ def _refusal(error: ValidationError) -> RequestError:
 
 
 class Reply:
-    """The JSON of one answer, in one piece or in chunks. A subclass says how its kind of answer looks."""
+    """The JSON of one answer, in one piece or in chunks. Subclasses define the format of their kind of answer."""
 
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
@@ -267,11 +267,11 @@ class Reply:
         return answer | self._extension()
 
     def first(self) -> list[Json]:
-        """The chunks before anything is known."""
+        """The chunks before anything has been generated."""
         return []
 
     def chunks(self, piece: Piece) -> list[Json]:
-        """After the last piece, with what was counted."""
+        """The chunks for a piece; after the last piece, with the usage."""
         self._count(piece)
         chunks = []
         if piece.text or piece.scored:
@@ -302,7 +302,7 @@ class Reply:
         }
 
     def _extension(self) -> Json:
-        """What OpenAI's answers do not have: the nodes whose experts answered, and what the model read."""
+        """Fields that OpenAI's answers do not have: the nodes whose experts answered, and what the model read."""
         said: Json = {}
         if self._nodes:
             said["nodes"] = sorted(self._nodes)[:_MOST_NODES]
@@ -378,7 +378,7 @@ class ChatReply(Reply):
 
 
 class TokenNames:
-    """What tokens are called in answers."""
+    """The names of tokens in answers."""
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
         self._token_bytes = token_bytes

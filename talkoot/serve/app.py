@@ -32,9 +32,9 @@ from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_b
 
 STATIC = Path(__file__).parent / "static"
 MAX_BODY = 2**20
-"""Bytes of a request."""
+"""The limit for a request, in bytes."""
 _MOST_DRAINED, _DRAIN_S = 2**25, 5.0
-"""How much of a body that is too large is read and forgotten, and for how long: most clients hear of the refusal only
+"""How many bytes of a body that is too large are read and dropped, and for how long: most clients see the refusal only
 after sending.
 """
 _REFUSAL = JSONResponse(
@@ -79,7 +79,7 @@ def make_app(
 
 
 _OUTCOMES = ("answered", "left", "refused", "failed")
-"""Whole; the client went away; refused with a status; broken off by the server."""
+"""Answered completely; the client left; refused with a status; aborted by the server."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class _Endpoints:
         return Response(generate_latest(self._metrics), media_type=CONTENT_TYPE_LATEST)
 
     async def status(self, request: Request) -> Response:
-        """What the page shows."""
+        """The values that the page shows."""
         served = self._served
         return JSONResponse(
             {
@@ -144,7 +144,7 @@ class _Endpoints:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request that is valid: what to compute, and how to answer."""
+    """A valid request: what to compute, and how to answer."""
 
     job: Job
     reply: api.Reply
@@ -152,7 +152,7 @@ class _Asked:
 
 
 def _completion(body: bytes, shared: _Shared) -> _Asked:
-    """On a thread of its own: a long text takes a while. Raises RequestError."""
+    """Run it on a separate thread, because a long text takes a while. Raises RequestError."""
     request = api.CompletionRequest.parse(body)
     _check_model(request.model, shared.served)
     given = request.text_or_tokens()
@@ -210,7 +210,7 @@ def _prompt(given: str | Sequence[int], served: ServedModel) -> Sequence[int]:
     context, fewest = served.model.context, served.model.first_scored
     if isinstance(given, str):
         size = len(given.encode())
-        # so long a text is not worth being looked at
+        # such a long text is not worth encoding
         tokens = [] if size > context * served.longest_token else served.tokenizer.encode(given).tolist()
         count = len(tokens) if tokens or not size else size // served.longest_token
     else:
@@ -249,7 +249,7 @@ def _check_model(name: str, served: ServedModel) -> None:
 
 
 class Answers:
-    """An endpoint that answers with text. A client that hangs up ends its answer before the next token."""
+    """An endpoint that answers with text. If the client disconnects, its answer ends before the next token."""
 
     def __init__(self, shared: _Shared, read: Callable[[bytes, _Shared], _Asked]) -> None:
         self._shared = shared
@@ -296,7 +296,7 @@ class Answers:
 
 
 class ClientGone(Exception):
-    """Nobody waits for an answer any more."""
+    """The client no longer waits for its answer."""
 
 
 async def _send_whole(reply: api.Reply, stream: Stream, send: Send) -> str:
@@ -338,7 +338,7 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
     headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind != b"application/json":
-        # other kinds can be sent by any web page that the user of this machine visits
+        # any web page that this machine's user visits can send requests of other content types
         raise RequestError(415, "send JSON, with the header Content-Type: application/json")
     size = int(length) if (length := headers.get(b"content-length", b"")).isdigit() else 0
     is_too_large = size > MAX_BODY
@@ -372,7 +372,7 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
 
 
 def _to_json(value: Json) -> bytes:
-    """JSON in ASCII: many clients take U+2028 or U+0085 in a stream for the end of a line."""
+    """JSON in ASCII, because many clients take U+2028 or U+0085 in a stream for the end of a line."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -393,5 +393,5 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    """The answer for an error that nobody foresaw. It is logged all the same."""
+    """The answer for an unexpected error, which is logged as usual."""
     return JSONResponse(api.error_json(500, "an internal error; the server's log says more"), 500)

@@ -31,7 +31,7 @@ Turn = Annotated[str, Field(max_length=4096), AfterValidator(_has_one_place)]
 
 
 class ChatFormat(BaseModel):
-    """Plain texts around the messages. Nothing in them is run, and what a message says is never looked at."""
+    """Plain texts around the messages. They are not templates, and the messages' contents are never parsed."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -39,11 +39,11 @@ class ChatFormat(BaseModel):
     user: Turn = "User: {content}\n"
     assistant: Turn = "Assistant: {content}\n"
     prompt: str = Field(default="Assistant:", max_length=4096)
-    """Stands after the last message, where the answer begins."""
+    """Follows the last message. The answer begins after it."""
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=4, strict=False)
     ] = ("\nUser:",)
-    """Texts before which an answer ends."""
+    """An answer ends before any of these texts."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -31,56 +31,56 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _INTERNAL = "an internal error; the server's log says more"
 _CLOSE_S = 2.0
-"""Longest wait for the token that is computed when the engine closes: it may itself wait for experts."""
+"""The longest wait for the current token when the engine closes: it may itself be waiting for experts."""
 
 
 class EngineError(TalkootError):
-    """Why an answer that had begun can't go on."""
+    """Why an answer that had begun can't be continued."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a client wants continued."""
+    """What a client wants to have continued."""
 
     prompt: Sequence[int]
-    """For a model that answers questions, those of the `question`."""
+    """For a model that answers questions, the tokens of `question`."""
     sampling: Sampling
     stops: tuple[str, ...] = ()
     alternatives: int | None = None
     """How many of the likeliest tokens to name at each place; None: no log probabilities at all."""
     question: str = ""
-    """What is asked of a model that answers questions."""
+    """The question, for a model that answers questions."""
 
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token and its log probability, by the model's prediction at temperature 1."""
+    """A token and its log probability in the model's prediction at temperature 1."""
 
     token: int
     logprob: float
     offset: int
-    """Characters of the answer that were complete before it."""
+    """How many characters of the answer were complete before it."""
     alternatives: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens with theirs, the likeliest first."""
+    """The likeliest tokens with their log probabilities, the likeliest first."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What has been added to an answer."""
+    """A piece of an answer."""
 
     text: str = ""
     tokens: int = 0
     scored: tuple[ScoredToken, ...] = ()
     finish: str | None = None
-    """Why the answer is over: "stop" or "length"; None while it goes on."""
+    """Why the answer has ended: "stop" or "length"; None while it continues."""
     nodes: frozenset[str] = frozenset()
-    """The nodes whose experts answered meanwhile."""
+    """The nodes whose experts answered for this piece."""
     read: tuple[Passage, ...] = ()
-    """Passages that the model was given meanwhile."""
+    """Passages that the model was given for this piece."""
 
     @classmethod
     def joined(cls, pieces: Sequence["Piece"]) -> Self:
-        """Pieces that follow each other, as one. At least one."""
+        """Joins at least one consecutive piece into one."""
         return cls(
             "".join(piece.text for piece in pieces),
             sum(piece.tokens for piece in pieces),
@@ -92,17 +92,17 @@ class Piece:
 
 
 class Stream:
-    """One answer while it is computed. Iterating gives its pieces; whatever came meanwhile is one piece."""
+    """One answer while it is computed. Iterating yields its pieces; pieces that have accumulated are joined."""
 
     def __init__(self, job: Job, client: str, token_bytes: Sequence[bytes]) -> None:
         self.job = job
         self.client = client
         self.cancelled = False
-        """Whether nobody wants the rest of it. Set under the engine's lock."""
+        """Whether the rest is no longer wanted. Set under the engine's lock."""
         self.decoding: Decoding | None = None
-        """While it has a place."""
+        """Set while the stream has a place."""
         self.tokens = job.prompt
-        """What it goes on from when it gets a place."""
+        """The tokens from which it continues when it gets a place."""
         self.asked_at: float = time.monotonic()
         self.has_begun = False
         self._text = TextStream(token_bytes, job.stops)
@@ -114,7 +114,7 @@ class Stream:
         self._failed: EngineError | None = None
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Raises EngineError if the answer can't go on."""
+        """Raises EngineError if the answer can't be continued."""
         while True:
             await self._came.wait()
             self._came.clear()
@@ -127,7 +127,7 @@ class Stream:
                 return
 
     def put(self, news: Piece | EngineError) -> None:
-        """On the loop's thread."""
+        """Call it on the loop's thread."""
         if isinstance(news, EngineError):
             self._failed = news
         else:
@@ -135,7 +135,7 @@ class Stream:
         self._came.set()
 
     def rest(self) -> None:
-        """Gives up what is kept for it. It goes on from the same tokens later."""
+        """Frees what is kept for the stream. It continues from the same tokens later."""
         if self.decoding is not None:
             self.tokens = list(self.decoding.tokens)
             self.decoding.end()
@@ -156,7 +156,9 @@ class Stream:
         return Piece(text, 1, self._certain(finish), finish, nodes, self.decoding.take_read())
 
     def _certain(self, finish: str | None) -> tuple[ScoredToken, ...]:
-        """The tokens whose text was given out, at least in part. The others may turn out to be of a stop sequence."""
+        """The tokens whose text has been returned, at least in part. The others may turn out to belong to a stop
+        sequence.
+        """
         given = [each for each in self._scored if finish == "length" or each.offset < self._text.length]
         del self._scored[: len(given)]
         return tuple(given)
@@ -200,20 +202,20 @@ class EngineMetrics:
 
 
 Advance: TypeAlias = Callable[[frozenset[str]], Piece]
-"""Gives a stream's next piece, which the nodes given have worked for. Raises UserError."""
+"""Returns a stream's next piece, given the nodes that have worked for it. Raises UserError."""
 
 
 class Work(Protocol):
-    """What is done for the streams that have a place, in each round."""
+    """What is done in each round for the streams that have a place."""
 
     def compute(self, streams: Sequence[Stream]) -> Sequence[Advance | None]:
-        """None for a stream that has no news yet. Raises UserError if none of them can go on."""
+        """None for a stream without news. Raises UserError if none of them can be continued."""
 
     def close(self) -> None: ...
 
 
 class Writing:
-    """Texts, which grow by a token each."""
+    """Writes texts, which grow by one token in each round."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -234,17 +236,17 @@ class Writing:
 
 
 class Answering:
-    """Questions, which are answered whole, each as soon as its memory's hosts and the experts let it."""
+    """Answers questions, each as a whole, as soon as the memory's hosts and the experts allow."""
 
     AT_ONCE = 4
     _ROUND_S = 0.1
-    """Longest wait before questions that have come meanwhile are looked at."""
+    """The longest wait before new questions are looked at."""
 
     def __init__(self, questions: QuestionAnswerer, tokenizer: Tokenizer) -> None:
         self._questions, self._tokenizer = questions, tokenizer
         self._threads = ThreadPoolExecutor(self.AT_ONCE, "talkoot-answer")
         self._answers: dict[Stream, Future[Answered]] = {}
-        """Answers being computed. One that nobody waits for any more takes its thread until its next token."""
+        """Answers being computed. An answer that is no longer wanted still occupies its thread until its next token."""
 
     def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
         self._begin(streams)
@@ -285,7 +287,7 @@ class Answering:
 
 
 class Engine:
-    """Continues streams on a thread of its own until it is closed."""
+    """Continues streams on a separate thread until it is closed."""
 
     def __init__(
         self,
@@ -296,8 +298,8 @@ class Engine:
         nodes: Callable[[], frozenset[str]] = frozenset,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`places`: for streams that are computed together. `loop`: where streams are read. `nodes`: those that have
-        answered since it was called last.
+        """`places`: how many streams are computed together. `loop`: the loop on which streams are read. `nodes`:
+        returns the nodes that have answered since its last call.
         """
         self._work = work
         self._token_bytes = token_bytes
@@ -313,7 +315,7 @@ class Engine:
         self._thread.start()
 
     def begin(self, job: Job, client: str) -> Stream:
-        """The caller bounds how many there are, and cancels those of which it wants no more.
+        """The caller limits the number of streams, and cancels those that it no longer wants.
 
         Raises EngineError if nobody would answer.
         """
@@ -330,7 +332,7 @@ class Engine:
         return self._thread.is_alive()
 
     def cancel(self, stream: Stream) -> None:
-        """Ends a stream before its next token. Harmless when it has ended."""
+        """Ends a stream before its next token. Harmless if it has ended."""
         with self._changed:
             stream.cancelled = True
             self._changed.notify()
@@ -349,7 +351,7 @@ class Engine:
             try:
                 with self._metrics.step.time():
                     news = self._advance(streams)
-            except Exception as error:  # the next streams must not suffer from a fault that these brought up
+            except Exception as error:  # a fault that these streams caused must not affect the next ones
                 if self._closing:
                     continue  # the swarm that it needs is being left
                 if isinstance(error, UserError):
@@ -383,7 +385,7 @@ class Engine:
             except UserError as error:
                 news[stream] = EngineError(str(error))
                 continue
-            except Exception:  # what is wrong with one must not break off the others
+            except Exception:  # an error in one stream must not end the others
                 logger.exception("an answer broke off")
                 news[stream] = EngineError(_INTERNAL)
                 continue

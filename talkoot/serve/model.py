@@ -1,4 +1,4 @@
-"""The model that is served: of a swarm, or of a folder."""
+"""The model that is served: from a swarm or from a folder."""
 
 import contextlib
 import threading
@@ -23,7 +23,7 @@ from trainer_client.retrieval.lookup import Find
 from trainer_client.settings import TrainerSettings
 
 _WAIT_S = 10.0
-"""How long a stream waits for an expert when none is live."""
+"""How long a stream waits if no expert is live."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class ServedModel:
     """How many of them can be used now."""
     chat: ChatFormat = field(default_factory=ChatFormat)
     is_usable: Callable[[], bool] = lambda: True
-    """Asked after each computation whether its result counts. May wait, and raise UserError."""
+    """Asked after each computation whether its result is valid. May wait, and may raise UserError."""
     nodes: Callable[[], frozenset[str]] = frozenset
-    """Nodes whose experts have answered since it was called last."""
+    """Returns the nodes whose experts have answered since its last call."""
     find: Find | None = None
-    """Passages that the model reads while it writes; None: it reads none."""
+    """Finds the passages that the model reads while it writes; None: it reads none."""
     questions: QuestionAnswerer | None = None
-    """Answers what is asked; None: the model goes on with texts."""
+    """Answers questions; None: the model continues texts."""
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
@@ -54,19 +54,19 @@ class ServedModel:
 
     @cached_property
     def longest_token(self) -> int:
-        """The longest token in bytes."""
+        """The size of the longest token, in bytes."""
         return max(map(len, self.token_bytes))
 
 
 class AnsweringNodes:
-    """Notes which nodes answer, between the dispatcher and the network."""
+    """Records which nodes answer, between the dispatcher and the network."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._nodes: set[str] = set()
 
     def take(self) -> frozenset[str]:
-        """The nodes that have answered since the last time. On any thread."""
+        """The nodes that have answered since the last call. For any thread."""
         with self._lock:
             taken = frozenset(self._nodes)
             self._nodes.clear()
@@ -124,7 +124,7 @@ def model_of_swarm(
 
 
 def model_of_folder(path: Path) -> ServedModel:
-    """A folder of `talkoot export`, with its experts in this process. Raises UserError."""
+    """A folder from `talkoot export`, with its experts in this process. Raises UserError."""
     chat = ChatFormat.read(path)
     opened = open_model(path)
     live = len(opened.experts.blocks)

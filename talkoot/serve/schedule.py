@@ -1,8 +1,8 @@
-"""Which streams are computed together, when there are more than there are places: a pure core.
+"""Which streams are computed together, if there are more streams than places. A pure core.
 
-Places are shared as evenly between clients as their demand lets (max-min fairness). A stream that gives its place up is
-computed again from its tokens when it gets one back, so streams change places seldom: at once where one client has two
-more than another, and after a slice of tokens where it has one more.
+Places are shared between clients as evenly as their demand allows (max-min fairness). A stream that gives up its place
+is computed again from its tokens when it gets one back, so streams change places rarely: at once if one client has two
+places more than another, and after a slice of tokens if it has one more.
 """
 
 from collections import deque
@@ -12,19 +12,19 @@ from typing import Generic, TypeVar
 S = TypeVar("S", bound=Hashable)
 
 SLICE = 64
-"""Tokens that a stream gets before it gives its place to another client's."""
+"""How many tokens a stream gets before it gives its place to another client's."""
 
 
 class FairSchedule(Generic[S]):
-    """Streams of clients, some of which have a place. Those of one client begin in the order in which they came."""
+    """The streams of clients, some of which have a place. Streams of one client begin in the order of their arrival."""
 
     def __init__(self, places: int) -> None:
         self._places = places
         self._client_of: dict[S, str] = {}
         self._waiting: dict[str, deque[S]] = {}
-        """Waiting streams by client, in the order in which clients are served if they have equally many places."""
+        """Waiting streams by client. Clients with equally many places are served in this order."""
         self._served: dict[S, int] = {}
-        """The rounds of each stream that has a place since it got it, in the order in which they did."""
+        """For each stream with a place, the rounds since it got it; in the order in which they got their places."""
 
     def __len__(self) -> int:
         return len(self._client_of)
@@ -57,7 +57,7 @@ class FairSchedule(Generic[S]):
             self._take_out(client, stream)
 
     def next_round(self) -> list[S]:
-        """Gives out places for the next token. Returns the streams that have lost theirs."""
+        """Assigns places for the next token. Returns the streams that have lost theirs."""
         lost = []
         for stream in self._served:
             self._served[stream] += 1
@@ -84,7 +84,7 @@ class FairSchedule(Generic[S]):
         return counts
 
     def _loser(self, counts: dict[str, int], fewest: int) -> S | None:
-        """The stream that gives its place to one of a client that has `fewest`; None if that would be no fairer."""
+        """The stream that gives up its place for a client that has `fewest`; None if that would not be fairer."""
         most = max(counts.values())
         rich = [stream for stream in self._served if counts[self._client_of[stream]] == most]
         if most - fewest >= 2:
@@ -93,7 +93,7 @@ class FairSchedule(Generic[S]):
         return longest if most > fewest and self._served[longest] >= SLICE else None
 
     def _take_out(self, client: str, stream: S) -> None:
-        """Takes a waiting stream out. Its client is then served after the others that wait."""
+        """Takes a waiting stream out. Its client is then served after the other waiting ones."""
         queue = self._waiting.pop(client)
         queue.remove(stream)
         if queue:

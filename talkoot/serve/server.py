@@ -36,15 +36,15 @@ def run_serve(
     trainer: TrainerSettings,
     settings: ServeSettings,
 ) -> None:
-    """Serves until a signal arrives, which is not an error. Raises UserError when it can't start.
+    """Serves until a signal arrives, which is not an error. Raises UserError if it can't start.
 
-    `folder`: of a model; None: a run's model, with the experts of the swarm to which `join` is an invite.
+    `folder`: of a model; None: a run's model, with the experts of the swarm that `join` invites to.
     """
     if (join is None) == (folder is None):
         raise SettingsError(
             "pass --join INVITE to use a swarm's experts, or --model DIR with a folder of `talkoot export`"
         )
-    # what it warns of, each stranger can bring about as often as it likes
+    # strangers can trigger its warnings as often as they like
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     read_keys(settings.api_key_file)  # before anything that takes time
     if trainer.threads is not None:

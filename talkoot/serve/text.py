@@ -1,4 +1,4 @@
-"""Text from tokens as they come: whole characters only, up to a stop sequence."""
+"""Text from tokens as they arrive: only whole characters, up to a stop sequence."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 class TextStream:
     """The text of one answer.
 
-    Bytes that are not UTF-8 become U+FFFD. What may be the beginning of a character or of a stop sequence is held back.
-    The text does not depend on where tokens begin and end: it ends before the stop sequence that is complete first, and
-    of several that end at the same character, before the longest.
+    Bytes that are not UTF-8 become U+FFFD. What may be the start of a character or of a stop sequence is held back. The
+    text does not depend on the boundaries of tokens: it ends before the stop sequence that is complete first, and
+    before the longest of those that end at the same character.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
@@ -19,21 +19,21 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.length = 0
-        """Characters that were given out."""
+        """How many characters were returned."""
         self.has_stopped = False
 
     @property
     def decoded(self) -> int:
-        """Characters that were decoded: those given out, and those held back."""
+        """How many characters were decoded: returned or held back."""
         return self.length + len(self._held)
 
     def feed(self, token: int) -> str:
-        """What is certain now. Nothing may be fed after it has stopped."""
+        """Returns the text that is certain now. Don't feed anything after it has stopped."""
         assert not self.has_stopped
         return self._take(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
-        """The rest of a text that no token follows."""
+        """The rest of the text, if no token follows."""
         rest = self._take(self._decoder.decode(b"", final=True))
         return rest if self.has_stopped else rest + self._give(len(self._held))
 
@@ -56,5 +56,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The most characters at the end of the text with which the stop sequence begins."""
+    """The largest number of characters at the end of the text that the stop sequence begins with."""
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""What a trainer runs, and what is done with a trained model."""
+"""The commands that train a model and use a trained one."""

@@ -1,4 +1,4 @@
-"""`talkoot ask`: answers a question from passages of a memory, and says which."""
+"""`talkoot ask`: answers a question from passages of a memory, and names them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,22 +26,22 @@ from trainer_client.retrieval.answering import (
 from trainer_client.settings import Marginal, TrainerSettings
 
 _LEAST_SHARE = 0.05
-"""The smallest share of other answers and of sources that are shown."""
+"""Other answers and sources with a smaller share are not shown."""
 _ANSWER_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What came of a question."""
+    """The result of a question."""
 
     memory: MemoryID
     result: SearchResult
     answers: Sequence[Answer]
-    """The best first; none if nothing was found."""
+    """The best first; empty if nothing was found."""
 
     @property
     def text(self) -> str:
-        """The best answer, or that nothing was found, and why."""
+        """The best answer, or why nothing was found."""
         if self.answers and self.answers[0].text:
             return self.answers[0].text
         read = counted(len(self.result.hits), "passage")
@@ -82,7 +82,7 @@ class QuestionAnswerer:
         return cls(model, memory, settings.marginal, is_usable)
 
     def check(self, question: str) -> None:
-        """Raises DataError if it is none, or too long."""
+        """Raises DataError if the question is empty or too long."""
         _check(question)
         self.model.reader.source(question, None)
 
@@ -92,7 +92,7 @@ class QuestionAnswerer:
         stage: Callable[[str], None] = lambda text: None,
         between: Callable[[], None] = lambda: None,
     ) -> Answered:
-        """Raises UserError. `between`: is called after each step, and may raise."""
+        """Raises UserError. `between` is called after each step, and may raise."""
         self.check(question)
         found, (result,) = self._lookup.search([question])
         check_hosts(self._memory.id, result)
@@ -105,7 +105,7 @@ class QuestionAnswerer:
 
 
 def _check(question: str) -> None:
-    """What can be checked before the model is known. Raises DataError."""
+    """The checks that don't need the model. Raises DataError."""
     if not question.strip():
         raise DataError('ask something, such as "how hot is a sauna?"')
     check_query([question], 1, 1)
@@ -114,7 +114,7 @@ def _check(question: str) -> None:
 def run_ask(
     terminal: Terminal, signals: StopSignals, join: str | None, question: str, settings: TrainerSettings
 ) -> None:
-    """Raises UserError when it can't, and Stopped after a signal."""
+    """Raises UserError if it fails, and Stopped after a signal."""
     question = as_text(question)
     _check(question)
 
@@ -156,7 +156,7 @@ def _to_dict(question: str, answered: Answered, unanswered: int) -> Mapping[str,
 
 
 def _answer_dict(answer: Answer) -> Mapping[str, Any]:
-    """An answer as JSON, null where the passages don't say it."""
+    """An answer as JSON; null if the passages don't say it."""
     return {
         "answer": answer.text or None,
         "probability": answer.probability,
@@ -182,7 +182,7 @@ def _lines(answered: Answered, unanswered: int) -> Iterator[str]:
 
 
 def _sources(answer: Answer) -> Iterator[str]:
-    """The passages behind an answer, the one that had the largest part in it first."""
+    """The passages behind an answer, the one with the largest share first."""
     for source in answer.sources:
         if source.share >= _LEAST_SHARE:
             yield f"   {source.share:.0%} from {citation(source.hit.passage)}"

@@ -24,7 +24,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 Values = Mapping[str, Any]
 """A step's figures: those of `Progress`, and those of the swarm."""
 Write = Callable[[Mapping[str, Any]], None]
-"""Gets the figures of each step."""
+"""Called with the figures of each step."""
 _LINE_EVERY_STEPS = 10
 _PLOT_POINTS = 2000
 _COUNTS = {
@@ -44,15 +44,15 @@ _COUNTS = {
     "memory_failed_lookups": "look-ups in the memory failed",
     "memory_late_batches": "batches without the memory, which was too slow",
 }
-"""Counts that the summary shows, unless they are 0, as in most runs."""
+"""Counts that the summary shows unless they are 0, as they are in most runs."""
 _CONNECTING = "the first calls take longest: connections and sessions are opened"
 
 
 @contextmanager
 def progress_shown(terminal: Terminal, steps: int, done: int) -> Iterator[Callable[[Values], None]]:
-    """Yields a function that shows each step: on a bar when somebody watches, otherwise as JSON or log lines.
+    """Yields a function that shows each step: on a bar if somebody is watching, otherwise as JSON or log lines.
 
-    `done`: steps before this run.
+    `done`: the steps before this run.
     """
     if terminal.json:
         yield lambda values: terminal.event("step", values)
@@ -120,7 +120,7 @@ def summary_lines(values: Values) -> Iterator[str]:
 
 @contextmanager
 def logs_written(log: Path | None, tensorboard: Path | None) -> Iterator[list[Write]]:
-    """Yields the functions that write each step. Raises UserError when a log can't be written."""
+    """Yields the functions that write each step. Raises UserError if a log can't be written."""
     with ExitStack() as stack:
         writers: list[Write] = []
         if log is not None:
@@ -131,7 +131,7 @@ def logs_written(log: Path | None, tensorboard: Path | None) -> Iterator[list[Wr
 
 
 def check_plot(path: Path) -> None:
-    """Raises UserError when a plot can't be written there."""
+    """Raises UserError if a plot can't be written there."""
     require_extra("matplotlib", "plot", "--plot")
     check_writable(path, "--plot")
 
@@ -177,7 +177,7 @@ def _duration(seconds: float) -> str:
 
 
 def _means_about(losses: "np.ndarray[Any, np.dtype[np.float64]]", width: int) -> Any:
-    """The mean of the finite losses among the `width` up to each step."""
+    """The mean of the finite losses among the last `width` up to each step."""
     finite = np.isfinite(losses)
     sums = np.cumsum(np.where(finite, losses, 0.0))
     counts = np.cumsum(finite).astype(np.float64)
@@ -200,7 +200,7 @@ def _appended(path: Path) -> Iterator[IO[str]]:
 
 
 class _JsonLines:
-    """Writes a line for each step. On a full disk it stops, and training goes on."""
+    """Writes a line for each step. On a full disk it stops, and training continues."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file

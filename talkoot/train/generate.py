@@ -25,7 +25,7 @@ from trainer_client.settings import Sampling, TrainerSettings
 logger: logging.Logger = logging.getLogger(__name__)
 
 _LONGEST_PROMPT = 2**24
-"""Bytes to read from standard input."""
+"""The most bytes to read from standard input."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that could control a terminal: experts influence the text."""
 
@@ -38,7 +38,7 @@ def run_generate(
     settings: TrainerSettings,
     sampling: Sampling,
 ) -> None:
-    """A model that answers questions takes the prompt for one. Raises UserError, and Stopped after a signal."""
+    """A model that answers questions takes the prompt as a question. Raises UserError, and Stopped after a signal."""
     text = _read_prompt() if prompt == "-" else as_text(prompt)
     with joined_run(terminal, signals, join, settings) as run:
         if run.settings.answers_questions:
@@ -52,7 +52,7 @@ def run_generate(
                 sys.stdout.flush()
             sys.stdout.write("\n")
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader has had enough
+        except BrokenPipeError:  # the reader has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         for source in dict.fromkeys(map(citation, read)):
             terminal.err.print(escaped(f"read: {source}"))
@@ -63,7 +63,7 @@ def run_generate(
 
 
 def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:
-    """`read`: takes the passages that the model was given."""
+    """`read` is called with the passages that the model was given."""
     find = trained.find
 
     def found(chunks: Sequence[Sequence[int]]) -> Sequence[Neighbours]:

@@ -1,7 +1,7 @@
-"""Local mode: all experts of a manifest in this process, without a swarm. It is the baseline of a swarm's training.
+"""Local mode: all experts of a manifest in this process, without a swarm. It is the baseline for training in a swarm.
 
-The experts are the same as on nodes: they start by UID, take an optimizer step for each backward call, and clip and
-guard alike. What would travel is rounded by the manifest's codec.
+The experts are the same as on nodes: they have the same initial parameters, take an optimizer step for each backward
+call, and use the same clipping and guard. What would travel is rounded by the manifest's codec.
 
 Shapes: R rows, K experts for each row, W width of the experts.
 """
@@ -42,18 +42,18 @@ T = TypeVar("T")
 
 _OWN_SEED = 0
 _NO_KEY = b"\x12\x20"
-"""What the id of a peer begins with."""
+"""The prefix of a made-up PeerID."""
 
 
 class LocalSwarm:
-    """Stands in for a `SwarmClient`: the same model, settings and experts, and nobody to join."""
+    """Takes the place of a `SwarmClient`: the same model, settings and experts, but no swarm to join."""
 
     own_seed = _OWN_SEED
 
     def __init__(self, manifest: Manifest, settings: TrainerSettings, nodes: int | None = None) -> None:
-        """`nodes`: of the swarm that it stands for, by which `nodes_per_token` chooses; None: as many as experts.
+        """`nodes`: how many nodes to assume, for `nodes_per_token`; None: as many as experts.
 
-        Raises UserError when the settings or the experts' kind do not fit.
+        Raises UserError if the settings or the experts' kind do not fit.
         """
         self.manifest = manifest
         self.settings: TrainerSettings = settings.in_swarm(manifest)
@@ -63,27 +63,27 @@ class LocalSwarm:
     def mixture(
         self, layer: int, choose_by: Literal["token", "sequence"] | None = None
     ) -> RemoteMixtureOfExperts:
-        """The mixture of the experts in one layer of the model, from 0. Raises SettingsError."""
+        """The mixture of the experts in one layer of the model, counted from 0. Raises SettingsError."""
         routing = self.routing
         if choose_by is not None:
             routing = replace(routing, choose_by=choose_by, prefix=0)
         return RemoteMixtureOfExperts(layer, self.manifest, self.dispatcher, run_at_once, routing)
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
-        """Returns at once: all experts are here."""
+        """Returns at once, because all experts are in this process."""
 
     def note(self, progress: Progress) -> None:
-        """Does nothing: nobody else wants to know."""
+        """Does nothing, because there is nobody to tell."""
 
     def note_validation(self, validation: Validation) -> None:
-        """Does nothing: nobody else wants to know."""
+        """Does nothing, because there is nobody to tell."""
 
     def close(self) -> None:
-        """There is nothing to leave."""
+        """Does nothing, because there is nothing to leave."""
 
 
 def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that waits for nothing."""
+    """The result of a coroutine that never waits."""
     try:
         coroutine.send(None)
     except StopIteration as done:
@@ -97,14 +97,14 @@ class LocalForward(ForwardPass):
     """Also has what the experts need for their backward pass."""
 
     parts: list[tuple[ExpertPart, Rows]] = field(default_factory=list)
-    """The gradients in them are not there yet."""
+    """The rows have no gradients yet."""
 
 
 class LocalExperts:
-    """All experts of a manifest, as the layer sees them. Several threads may use it, one at a time computes."""
+    """All experts of a manifest, as the layer sees them. Several threads may use it; one at a time computes."""
 
     def __init__(self, manifest: Manifest, nodes: int | None = None) -> None:
-        """`nodes`: on which the experts would be, at random, each node having as many."""
+        """`nodes`: the number of assumed nodes. The experts are distributed over them evenly at random."""
         grid = manifest.experts.grid
         self.metrics: DispatchMetrics = DispatchMetrics()
         self.experts: dict[UID, Expert] = {uid: Expert(uid, manifest) for uid in manifest.uids()}
@@ -117,7 +117,7 @@ class LocalExperts:
         self._lock = threading.Lock()
         self._codec = codec_of(manifest.wire.codec)
         self._gradients = itertools.count()
-        """Encoded so far: the seeds of their rounding."""
+        """Counts encoded gradients, as seeds for their rounding."""
 
     def live_experts(self) -> int:
         return len(self.experts)
@@ -125,12 +125,12 @@ class LocalExperts:
     async def find(
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
     ) -> LiveExperts:
-        """All of them: they are all here."""
+        """All experts: they are all in this process."""
         hosts = {uid: peer_id for uid, peer_id in self._hosts.items() if uid.layer == layer}
         return LiveExperts(layer, self._view, NOBODY, self._tables, hosts)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
-        """Sends like the dispatcher, but no row is sent elsewhere when an expert's updates are not finite."""
+        """Sends like the dispatcher, but no row is sent elsewhere if an expert's updates are not finite."""
         result = LocalForward.of(rows)
         result.coordinates[:] = selection.coordinates
         with self._lock, torch.set_grad_enabled(rows.keep), torch.autocast("cpu", enabled=False):
@@ -159,8 +159,8 @@ class LocalExperts:
                     result.parts.append((part, replace(rows, graph=computed.graph)))
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        """Sends back like the dispatcher: each expert steps once, after all its rows. Of those that fail, the gradient
-        is zero.
+        """Sends back like the dispatcher: each expert takes one step, after all its rows. If an expert fails, the
+        gradient is zero.
         """
         assert isinstance(forward, LocalForward), "of another swarm"
         total = np.zeros_like(forward.rows.inputs)
@@ -184,14 +184,14 @@ class LocalExperts:
         return total, np.zeros_like(forward.shares)
 
     def _computed(self, works: Sequence[WorkItem]) -> list[Result | ExpertError]:
-        """The results in the order of `works`; narrow experts are computed several at once, as on a node."""
+        """The results in the order of `works`. Narrow experts are computed several at once, as on a node."""
         results: list[Result | ExpertError] = []
         for group in groups_of(works):
             results += compute_together([self.experts[work.uid] for work in group], group)
         return results
 
     def _arrived(self, tensor: Floats, seed: bytes | None = None) -> Floats:
-        """A tensor as its receiver gets it. Raises ExpertError when the codec refuses a number that is not finite."""
+        """A tensor after encoding and decoding. Raises ExpertError if the codec refuses a number that is not finite."""
         if self._codec == codec_of("fp32"):
             return tensor
         try:
@@ -211,7 +211,7 @@ class LocalExperts:
 
 
 def groups_of(works: Sequence[WorkItem]) -> list[list[WorkItem]]:
-    """What to compute at once: all that shares a forward pass, or as much as is worth it of what shares none."""
+    """What to compute at once: all work that shares a forward pass; of other work, as much as is worthwhile."""
     groups: list[list[WorkItem]] = []
     rows = 0
     for work in works:

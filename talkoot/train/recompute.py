@@ -1,4 +1,4 @@
-"""Experts with the parameters that nodes give, for the spot checks of a trainer."""
+"""Experts with the parameters that nodes give, for a trainer's spot checks."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -17,14 +17,14 @@ from trainer_client.dispatch.snapshots import Precision
 
 
 class BlockLoader:
-    """Makes experts of a swarm's kind from parameters. Any thread may use it, and its experts: one at a time."""
+    """Makes experts of a swarm's kind from parameters. Any thread may use it and its experts, one at a time."""
 
     def __init__(self, manifest: Manifest, swarm_id: str) -> None:
         self._swarm_id = swarm_id
         self._form = StateForm.of(manifest)
         first, model = (0,) * len(manifest.experts.grid), manifest.model
         layers = {model.is_causal(layer): layer for layer in range(model.layers)}
-        # here, and not for each expert: it draws from torch's global generator
+        # done once here, because it draws from torch's global generator
         self._blocks = {
             causal: build_block(manifest, UID(layer, first)).requires_grad_(False)
             for causal, layer in layers.items()
@@ -33,33 +33,33 @@ class BlockLoader:
 
     @classmethod
     def of(cls, manifest: Manifest, swarm_id: str) -> Self | None:
-        """None for kinds of experts from other packages: equal rows may not give equal updates there."""
+        """None for kinds of experts from other packages: there, equal rows may not give equal updates."""
         return cls(manifest, swarm_id) if manifest.experts.kind in OWN_KINDS else None
 
     @property
     def max_bytes(self) -> int:
-        """The limit of an expert's encoded parameters."""
+        """The limit for an expert's encoded parameters."""
         return self._form.max_block_bytes
 
     def load(self, uid: UID, data: bytes) -> "RecomputedExpert":
-        """Raises StateError when the data is not the parameters of that expert."""
+        """Raises StateError if the data is not that expert's parameters."""
         state = block_from_bytes(data, self._swarm_id, uid, self._form)
         block = self._blocks[self._is_causal(uid.layer)]
         return RecomputedExpert(block, {name.removeprefix(BLOCK): tensor for name, tensor in state.items()})
 
 
 class RecomputedExpert:
-    """Computes on the CPU, on the thread that calls."""
+    """Computes on the CPU, on the calling thread."""
 
     def __init__(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors`: what replaces the block's own."""
+        """`tensors`: they replace the block's own."""
         self._block = block
         self._tensors = dict(tensors)
 
     def updates(self, inputs: Floats, lengths: Integers, positions: Integers, precision: Precision) -> Floats:
-        """The updates of rows [R, W] in segments [S] at positions [R], as `Expert.forward` gives them.
+        """The updates of rows [R, W] in segments [S] at positions [R], as from `Expert.forward`.
 
-        A CPU has no tf32: its updates are those of fp32.
+        A CPU has no tf32, so fp32 is used for it.
         """
         device = ComputeDevice("cpu", "bf16" if precision == "bf16" else "fp32")
         x_RD = torch.from_numpy(inputs)

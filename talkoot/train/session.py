@@ -1,4 +1,4 @@
-"""`talkoot train`: joins a swarm, trains, and shows how it goes."""
+"""`talkoot train`: joins a swarm, trains, and shows the progress."""
 
 import logging
 import shlex
@@ -56,7 +56,7 @@ Read = TypeVar("Read")
 Client: TypeAlias = SwarmClient | LocalSwarm
 
 _COPIES = 4
-"""Copies of the parameters: themselves, their gradients and Adam's two moments."""
+"""Copies of the parameters in memory: themselves, their gradients and Adam's two moments."""
 
 
 def run_train(
@@ -69,7 +69,7 @@ def run_train(
     resume: bool,
     json_file: Path | None,
 ) -> None:
-    """Raises UserError when it can't train, and Stopped after a signal. A stopped run prints its summary too."""
+    """Raises UserError if it can't train, and Stopped after a signal. A stopped run prints its summary too."""
     if (join is None) == (local is None):
         raise SettingsError(
             "pass --join INVITE, the line that you were given or @FILE with the file that holds it, or "
@@ -105,7 +105,7 @@ def _train(
     resume: bool,
     writers: Sequence[Write],
 ) -> dict[str, Any]:
-    """Returns the summary. `where`: the invite of a swarm, or a manifest to train in this process alone."""
+    """Returns the summary. `where`: the invite of a swarm, or a manifest for training in this process alone."""
     state = trainer_state(settings)
     client: Client
     with terminal.stages("making ready") as stage:
@@ -127,7 +127,9 @@ def _train(
 
 
 def next_commands(values: Mapping[str, Any], join: str | None, settings: TrainerSettings) -> list[str]:
-    """What to do with what was trained. An invite that was given as text is not shown: it may hold a secret."""
+    """What to do with the trained model. An invite that was given as text is not shown, because it may contain a
+    secret.
+    """
     if values["checkpoint"] is None:
         return []
     invite = shlex.quote(join) if join is not None and join.startswith("@") else "INVITE"
@@ -142,12 +144,12 @@ def next_commands(values: Mapping[str, Any], join: str | None, settings: Trainer
 
 
 def trainer_state(settings: TrainerSettings) -> Path:
-    """The folder of a trainer's identity, text and checkpoints."""
+    """The folder for a trainer's identity, text and checkpoints."""
     return settings.state or platformdirs.user_state_path("talkoot") / "trainer"
 
 
 class _Run:
-    """One run, in a swarm that was joined or in this process."""
+    """One run, in a swarm or in this process alone."""
 
     def __init__(self, terminal: Terminal, signals: StopSignals, client: Client, start: RunStart) -> None:
         """Waits for experts. Raises UserError."""
@@ -208,7 +210,7 @@ class _Run:
         return Training(make_model(), dataset, settings, make_model, self._looked_up(lookup, dataset.batch))
 
     def _learn_questions(self, start: RunStart, seed: int) -> tuple[Training, str]:
-        """Returns the SHA-256 of the memory's encoder, too."""
+        """Also returns the SHA-256 of the memory's encoder."""
         client, settings, tokenizer = self._client, self._settings, start.tokenizer
         memory = self._open_memory()
         encoder = memory.encoder.sha256.hex()
@@ -228,7 +230,7 @@ class _Run:
     def _looked_up(
         self, lookup: Lookup[Batch, Read], batch: Callable[[int, int], Batch]
     ) -> NeighbourLoader[Batch, Read]:
-        """What is read with the batches of training."""
+        """Loads what the model reads with the training batches."""
         self._counts = lookup.counts
         # a step's gradient is the mean over several batches of this size
         size = self._settings.batch_size
@@ -238,11 +240,13 @@ class _Run:
 
     @property
     def averagings(self) -> int:
-        """Since the start of this run."""
+        """Averagings since the start of this run."""
         return 0 if self._averaging is None else int(total(self._averaging.metrics.ends, end="averaged"))
 
     def train(self, writers: Sequence[Write]) -> Summary:
-        """Trains, and saves the last whole step however it ends. `writers` get the figures of each step."""
+        """Trains, and saves the last complete step however it ends. `writers` are called with the figures of
+        each step.
+        """
         settings = self._settings
         try:
             with (
@@ -275,7 +279,7 @@ class _Run:
                 plot_losses(self._training.history, settings.plot)
 
     def read(self) -> Mapping[str, float]:
-        """What the model's memory was asked, and what came of it."""
+        """Counts of the model's look-ups in its memory."""
         return {} if self._counts is None else self._counts.values()
 
     def _open_memory(self) -> Memory:
@@ -295,7 +299,9 @@ class _Run:
         return {"averagings": self.averagings, "averaged": [asdict(merge) for merge in merges]}
 
     def _pause_without_experts(self) -> None:
-        """Waits while no expert is live: only the dense part would learn. Raises SwarmError if none returns in time."""
+        """Waits while no expert is live, because only the dense part would learn. Raises SwarmError if none returns in
+        time.
+        """
         client, limit_s = self._client, self._settings.wait_for_experts_s
         if client.dispatcher.live_experts() or self._stop.is_set():
             return
@@ -319,8 +325,8 @@ def _dataset(start: RunStart, manifest: Manifest, seed: int) -> Dataset | PairDa
 def _begin_averaging(
     client: Client, part: SharedParameters, start: RunStart, meanings: Sequence[str]
 ) -> Averaging | None:
-    """Averages with other trainers. A new run starts from what they have trained, if so set, and so does a resumed one
-    that is far behind. Raises UserError.
+    """Averages with other trainers. If the settings say so, a new run starts from what they have trained, and so does a
+    resumed one that is far behind. Raises UserError.
     """
     settings = start.settings
     if isinstance(client, LocalSwarm) or not settings.average_every:
@@ -337,7 +343,7 @@ def _begin_averaging(
 
 
 def once(stage: Callable[[str], None]) -> Callable[[str], None]:
-    """Leaves out repetitions."""
+    """Skips repeated texts."""
     said = [""]
 
     def say(text: str) -> None:

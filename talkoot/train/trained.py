@@ -1,4 +1,4 @@
-"""`talkoot evaluate`, and what opens a trained model with its swarm.
+"""`talkoot evaluate`, and opening a trained model with its swarm.
 
 The dense part comes from a checkpoint, and the experts are called in the swarm.
 """
@@ -45,7 +45,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """Usable until the block that opened it ends."""
+    """A trained model. Usable until the block that opened it ends."""
 
     model: LanguageModel | EncoderDecoder
     tokenizer: Tokenizer
@@ -56,7 +56,7 @@ class TrainedModel:
     folder: Path
     """For temporary files. Deleted with the model."""
     lookup: NeighbourLookup | None = None
-    """Looks up passages that the model reads; None: it reads none, or its memory is not there."""
+    """Looks up passages that the model reads; None: it reads none, or its memory is not available."""
 
     def language_model(self) -> LanguageModel:
         """Raises SettingsError if the model is an encoder-decoder."""
@@ -76,7 +76,7 @@ class JoinedRun:
     client: SwarmClient
     checkpoint: Checkpoint
     settings: TrainerSettings
-    """The checkpoint's, overridden by those given now."""
+    """The checkpoint's settings, overridden by those given now."""
     tokenizer: Tokenizer
     folder: Path
     """For temporary files."""
@@ -96,7 +96,7 @@ def joined_run(
     prepare: Callable[[Tokenizer, TrainerSettings, Path], None] = lambda tokenizer, settings, folder: None,
     through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
 ) -> Iterator[JoinedRun]:
-    """Joins with a temporary identity, so that it works beside a trainer. Raises UserError when it can't.
+    """Joins with a temporary identity, so that it works beside a trainer. Raises UserError if it fails.
 
     `prepare` is called first, with the tokenizer, the settings and a folder that lasts as long as the run is open.
     `through` may put something between the client and the network.
@@ -144,7 +144,7 @@ def trained_model(
     settings: TrainerSettings,
     prepare: Callable[[Tokenizer, TrainerSettings, Path], None],
 ) -> Iterator[TrainedModel]:
-    """A model of text. As for `joined_run`."""
+    """A model of text. Arguments as for `joined_run`."""
 
     def prepared(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
         if settings.answers_questions:
@@ -171,7 +171,7 @@ def _open_memory(
     tokenizer: Tokenizer,
     spec: RetrievalSpec,
 ) -> NeighbourLookup | None:
-    """None if the memory is not there: the model can do without, and worse."""
+    """None if the memory is not available: the model works without it, but worse."""
     try:
         with terminal.stages("opening the memory"):
             memory = client.memory(settings.memory)
@@ -188,13 +188,15 @@ def run_evaluate(
     paths: Sequence[str],
     settings: TrainerSettings,
 ) -> None:
-    """Each path is a text, whose files are joined. Raises UserError when it can't, and Stopped after a signal."""
+    """Each path is a text of its own, whose files are joined. Raises UserError if it fails, and Stopped after
+    a signal.
+    """
     texts = find_texts(paths)
     read: dict[str, Tokens] = {}
 
     def read_texts(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
         for number, (name, files) in enumerate(texts.items()):
-            # a folder of its own: one folder keeps one text
+            # a separate folder, because one folder holds one text
             read[name] = encode_corpus(files, settings.field, tokenizer, folder / f"text-{number}").tokens
             check_length(read[name], 1, name)
 
