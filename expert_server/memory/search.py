@@ -6,9 +6,11 @@ Shapes: Q queries, N passages of a shard, D numbers in a vector.
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,53 +20,111 @@ from dht.memory import Vectors
 from expert_server.memory.shard import Shard
 from peer.wire import memory_pb2
 
+Stretch: TypeAlias = tuple[Vectors, list[int]]
+"""Vectors that lie together, (N, D), and the numbers of the shards that these are."""
+
 MOST_PRODUCTS = 2**22
 """Inner products computed at once: 16 MiB."""
 NO_SCORE = -(2**31)
 """The score of revoked passages."""
-_CACHE_BYTES = 2**26
+_CACHE_BYTES, _BLOCK_BYTES = 2**26, 2**21
 _FEWEST_DIMENSIONS = 16
 """The fewest dimensions for which torch's product of bytes is used: with a single one, its result is wrong."""
 _ROWS = 4096
 """Vectors that are multiplied at a time, if they must be converted to floats first."""
 
 
-class VectorCache:
-    """The vectors of recently searched shards, in memory. For any thread.
+@dataclass(eq=False)
+class _Block:
+    """Memory for the vectors of some shards, one shard after another."""
 
-    Reading them from files that the system has in memory takes longer than searching them.
+    rows_ND: Vectors
+    used: int = 0
+    """Rows."""
+    shards: dict[weakref.ref[Shard], slice] = field(default_factory=dict)
+
+
+class VectorCache:
+    """The vectors of the shards that were searched last, in memory. For any thread.
+
+    Reading them from files that the system has in memory takes longer than searching them. Shards that were first
+    searched one after the other lie together, so that one product takes all of them: a product for each costs more
+    than its numbers do.
     """
 
-    def __init__(self, most_bytes: int = _CACHE_BYTES) -> None:
+    def __init__(self, most_bytes: int = _CACHE_BYTES, block_bytes: int = _BLOCK_BYTES) -> None:
         self._most_bytes = most_bytes
-        self._kept: OrderedDict[weakref.ref[Shard], torch.Tensor] = OrderedDict()
-        """The one used last comes last. If passages are revoked, another shard takes this one's place, and its vectors
-        go with it.
-        """
+        self._block_bytes = block_bytes
+        self._blocks: OrderedDict[_Block, None] = OrderedDict()
+        """The one used last at the end."""
+        self._block_of: dict[weakref.ref[Shard], _Block] = {}
+        self._open: dict[int, _Block] = {}
+        """The block that has room, for each number of dimensions."""
         self.nbytes: int = 0
-        # the collector may forget a shard while the lock is held
+        # the collector may forget a shard in the middle of all this
         self._lock = threading.RLock()
 
-    def columns_of(self, shard: Shard) -> torch.Tensor:
-        """The vectors as columns, (D, N). Raises OSError if they are not cached and can't be read."""
-        key = weakref.ref(shard)
+    def stretches(self, shards: Sequence[Shard]) -> Iterator[Stretch]:
+        """Those that lie together come together. Raises OSError if one is not here and can't be read."""
+        missing, here = list[int](), list[tuple[int, int, int, _Block]]()
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        columns = columns_of(shard)
+            for number, shard in enumerate(shards):
+                block = self._block_of.get(key := weakref.ref(shard))
+                if block is None:
+                    missing.append(number)
+                else:
+                    here.append((id(block), block.shards[key].start, number, block))
+            for block in {block for *_, block in here}:
+                self._blocks.move_to_end(block)
+        runs, end = list[tuple[_Block, int, list[int]]](), 0
+        for _, begin, number, block in sorted(here, key=itemgetter(0, 1)):
+            if not runs or runs[-1][0] is not block or begin != end:
+                runs.append((block, begin, []))
+            runs[-1][2].append(number)
+            end = begin + len(shards[number])
+        for block, begin, together in runs:
+            end = begin + sum(len(shards[number]) for number in together)
+            yield block.rows_ND[begin:end], together
+        for number in missing:
+            rows_ND = shards[number].vectors()
+            self._keep(shards[number], rows_ND)
+            yield rows_ND, [number]
+
+    def _keep(self, shard: Shard, rows_ND: Vectors) -> None:
+        count, dimensions = rows_ND.shape
         with self._lock:
-            self._forget(key)  # another thread may have read them too
-            self._kept[weakref.ref(shard, self._forget)] = columns
-            self.nbytes += columns.nbytes
+            if weakref.ref(shard) in self._block_of:  # another thread has read it, too
+                return
+            block = self._open.get(dimensions)
+            if block is None or block.used + count > len(block.rows_ND):
+                size = max(count, self._block_bytes // dimensions)
+                block = self._open[dimensions] = _Block(np.empty((size, dimensions), np.int8))
+                self._blocks[block] = None
+                self.nbytes += block.rows_ND.nbytes
+            rows = slice(block.used, block.used + count)
+            block.rows_ND[rows] = rows_ND
+            block.used = rows.stop
+            key = weakref.ref(shard, self._forget)
+            block.shards[key], self._block_of[key] = rows, block
             while self.nbytes > self._most_bytes:
-                self._forget(next(iter(self._kept)))
-        return columns
+                self._drop(next(iter(self._blocks)))
 
     def _forget(self, key: weakref.ref[Shard]) -> None:
+        """What was revoked goes with its shard, which another one replaces."""
         with self._lock:
-            if (columns := self._kept.pop(key, None)) is not None:
-                self.nbytes -= columns.nbytes
+            if (block := self._block_of.pop(key, None)) is not None:
+                block.rows_ND[block.shards.pop(key)] = 0
+                if not block.shards:
+                    self._drop(block)
+
+    def _drop(self, block: _Block) -> None:
+        del self._blocks[block]
+        self.nbytes -= block.rows_ND.nbytes
+        for key in block.shards:
+            del self._block_of[key]
+        dimensions = block.rows_ND.shape[1]
+        if self._open.get(dimensions) is block:
+            del self._open[dimensions]
 
 
 @dataclass(frozen=True)
@@ -139,45 +199,51 @@ class Best:
         return reply
 
 
-def columns_of(shard: Shard) -> torch.Tensor:
-    """The vectors of a shard as columns, (D, N). Raises OSError if they can't be read."""
-    rows = shard.vectors()
-    # torch warns about read-only arrays, and takes the strides of an axis of one row as numpy gives them
-    own = rows.flags.writeable and rows.strides == (rows.shape[1], 1)
-    return torch.from_numpy(rows if own else rows.copy()).T
-
-
 def search_together(
-    shards: Sequence[Shard],
-    queries: Vectors,
-    k: int,
-    columns_of: Callable[[Shard], torch.Tensor] = columns_of,
+    shards: Sequence[Shard], queries: Vectors, k: int, vectors: VectorCache | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """The best passages over some shards: the shards' indices, the positions there, and the scores, all (Q, k).
+    """The best passages over some shards: which of these, the positions there, and the scores. All (Q, k).
 
-    Fewer than k if fewer are not revoked. Of equal scores, those of the first shards and positions. Raises OSError if a
-    shard can't be read.
+    Fewer than k if there are fewer that were not revoked. Of equal scores, those of the first shards and positions.
+    Raises OSError if a shard can't be read.
     """
-    ends = np.cumsum([len(shard) for shard in shards])
-    starts = np.insert(ends[:-1], 0, 0)
+    count = sum(map(len, shards))
     k = min(k, sum(shard.live for shard in shards))
-    places, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.int32)
-    step = max(1, MOST_PRODUCTS // int(ends[-1]))
+    numbers, places = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.int64)
+    scores = np.empty((len(queries), k), np.int32)
+    step = max(1, MOST_PRODUCTS // count)
     for start in range(0, len(queries), step) if k else ():
         some = torch.from_numpy(queries[start : start + step].copy())
-        products = [_inner_products(some, columns_of(shard)) for shard in shards]
-        for shard, part in zip(shards, products, strict=True):
-            if shard.live < part.shape[1]:
-                part[:, shard.revoked()] = NO_SCORE
+        products, order = list[NDArray[np.int32]](), list[int]()
+        for rows_ND, together in _one_by_one(shards) if vectors is None else vectors.stretches(shards):
+            products.append(_inner_products(some, rows_ND))
+            begin = 0
+            for number in together:
+                shard = shards[number]
+                if shard.live < len(shard):
+                    products[-1][:, begin : begin + len(shard)][:, shard.revoked()] = NO_SCORE
+                begin += len(shard)
+            order += together
+        begins = np.cumsum([0, *(len(shards[number]) for number in order[:-1])])
         for row, found in enumerate(np.concatenate(products, axis=1), start):
-            places[row] = best = _largest(found, k)
-            scores[row] = found[best]
-    numbers = np.searchsorted(ends, places, side="right")
-    return numbers, places - starts[numbers], scores
+            least = np.partition(found, count - k)[count - k]
+            candidates = np.flatnonzero(found >= least)
+            which = np.searchsorted(begins, candidates, side="right") - 1
+            places_C, numbers_C = candidates - begins[which], np.take(order, which)
+            best = np.lexsort((places_C, numbers_C, -found[candidates]))[:k]
+            numbers[row], places[row], scores[row] = numbers_C[best], places_C[best], found[candidates[best]]
+    return numbers, places, scores
 
 
-def _inner_products(queries: torch.Tensor, columns: torch.Tensor) -> NDArray[np.int32]:
-    """The inner products of all pairs: (Q, N)."""
+def _one_by_one(shards: Sequence[Shard]) -> Iterator[Stretch]:
+    return ((shard.vectors(), [number]) for number, shard in enumerate(shards))
+
+
+def _inner_products(queries: torch.Tensor, rows_ND: Vectors) -> NDArray[np.int32]:
+    """The products of all pairs. (Q, N)"""
+    # torch warns of arrays that are not writable, and takes an axis of one row for what numpy says of it
+    own = rows_ND.flags.writeable and rows_ND.strides == (rows_ND.shape[1], 1)
+    columns = torch.from_numpy(rows_ND if own else rows_ND.copy()).T
     if queries.shape[1] >= _FEWEST_DIMENSIONS and _multiplies_bytes_exactly():
         whole: NDArray[np.int32] = torch._int_mm(queries, columns).numpy()
         return whole
@@ -205,11 +271,3 @@ def _multiplies_bytes_exactly() -> bool:
         if not torch.equal(found.long(), left.long() @ right.long().T):
             return False
     return True
-
-
-def _largest(scores: NDArray[np.int32], k: int) -> NDArray[np.int64]:
-    """The positions of the k largest, in descending order; of equal ones, the first."""
-    least = np.partition(scores, len(scores) - k)[len(scores) - k]
-    above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
-    best = np.concatenate((above, equal[: k - len(above)]))
-    return best[np.argsort(-scores[best], kind="stable")]

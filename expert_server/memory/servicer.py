@@ -300,9 +300,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         for some in chain.from_iterable(group.parts() for group in groups):
             if is_given_up():
                 break
-            numbers, positions, scores = search_together(
-                some.shards, queries[some.queries], k, self._vectors.columns_of
-            )
+            numbers, positions, scores = search_together(some.shards, queries[some.queries], k, self._vectors)
             best.add(some.queries, np.array(some.numbers)[numbers], positions, scores)
         reply = best.reply(shards)
         self.metrics.seconds.observe(self._clock() - began)

@@ -176,12 +176,14 @@ class _Pace:
             self.calls.add(seconds)
         else:
             self.calls.add_unfinished(seconds)
-        before = self.of_hosts(now).get(host, seconds)
+        before = self.of({host}, now).get(host, seconds)
         # a single call that hangs is enough for the host to be skipped for a while
         self._hosts[host] = (before + seconds) / 2 if is_finished else max(before, _HANGING * seconds), now
 
-    def of_hosts(self, now: float) -> dict[PeerID, float]:
-        return {host: seconds for host, (seconds, at) in self._hosts.items() if now - at < _SLOW_FOR_S}
+    def of(self, hosts: Collection[PeerID], now: float) -> dict[PeerID, float]:
+        """The seconds of those of these hosts that were called lately."""
+        known = {host: self._hosts[host] for host in hosts if host in self._hosts}
+        return {host: seconds for host, (seconds, at) in known.items() if now - at < _SLOW_FOR_S}
 
 
 @dataclass
@@ -314,13 +316,14 @@ class HostCalls:
         sent: dict[asyncio.Task[Collection[H]], _Sent] = {}
 
         def send(items: Iterable[H]) -> None:
-            avoided, times_s, fit = self.avoided(), pace.of_hosts(loop_time()), dict[H, list[PeerID]]()
+            avoided, now, fit = self.avoided(), loop_time(), dict[H, list[PeerID]]()
             for item in items:
                 free = [
                     [host for host in hosts if host not in avoided and host not in tried[item]]
                     for hosts in wanted[item]
                 ]
-                quick = quick_hosts({host for hosts in free for host in hosts}, times_s)
+                each = {host for hosts in free for host in hosts}
+                quick = quick_hosts(each, pace.of(each, now))
                 fit[item] = next((some for hosts in free if (some := [h for h in hosts if h in quick])), [])
             hedge_after_s = self._policy.hedge_after_s(pace.calls)
             for host, group in choose_hosts(fit, self._rng).items():

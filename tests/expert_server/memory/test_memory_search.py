@@ -112,25 +112,47 @@ def on_disk(folder: Path, seed: int) -> PrimaryShard:
     return opened(data, passages, vectors).on_disk(PlainFile(path), data)
 
 
+def stretches(cache: VectorCache, some: list[PrimaryShard], *numbers: int) -> list[list[int]]:
+    """Which of these shards came together. Each is checked."""
+    found = []
+    for rows_ND, together in cache.stretches([some[number] for number in numbers]):
+        found.append([numbers[each] for each in together])
+        assert rows_ND.tolist() == np.concatenate([EXPECTED[number] for number in found[-1]]).tolist()
+    return found
+
+
+EXPECTED = [some_passages(50, seed)[1] for seed in range(5)]
+BYTES = EXPECTED[0].nbytes
+
+
 def test_shards_that_were_searched_last_are_not_read_again(tmp_path: Path) -> None:
     some = [on_disk(tmp_path, seed) for seed in range(3)]
-    cache = VectorCache(2 * some[0].vectors().nbytes)
-    expected = [shard.vectors().T for shard in some]
+    cache = VectorCache(2 * BYTES, BYTES)
     for number in (0, 1, 0, 2):
-        assert np.array_equal(cache.columns_of(some[number]), expected[number])
+        stretches(cache, some, number)
     for path in tmp_path.iterdir():
         path.unlink()
     for number in (0, 2):
-        assert np.array_equal(cache.columns_of(some[number]), expected[number])
+        stretches(cache, some, number)
     with pytest.raises(FileNotFoundError):
-        cache.columns_of(some[1])
+        stretches(cache, some, 1)
+
+
+def test_shards_that_lie_together_are_one_stretch(tmp_path: Path) -> None:
+    some = [on_disk(tmp_path, seed) for seed in range(5)]
+    cache = VectorCache(block_bytes=3 * BYTES)
+    assert stretches(cache, some, 2, 0, 1, 3) == [[2], [0], [1], [3]]
+    assert sorted(stretches(cache, some, 3, 1, 4, 2)) == [[1], [2], [3], [4]]
+    assert sorted(stretches(cache, some, 0, 1, 2, 3, 4)) == [[2, 0, 1], [3, 4]]
 
 
 def test_vectors_go_from_memory_with_their_shard(tmp_path: Path) -> None:
     some = [on_disk(tmp_path, seed) for seed in range(3)]
-    cache = VectorCache()
-    for shard in some:
-        cache.columns_of(shard)
-    assert cache.nbytes == sum(shard.vectors().nbytes for shard in some)
-    del shard, some[1:]
-    assert cache.nbytes == some[0].vectors().nbytes
+    cache = VectorCache(block_bytes=2 * BYTES)
+    stretches(cache, some, 0, 1, 2)
+    kept = max((rows_ND for rows_ND, _ in cache.stretches(some)), key=len)
+    assert (len(kept), cache.nbytes) == (100, 4 * BYTES)
+    del some[1:]
+    assert cache.nbytes == 2 * BYTES
+    assert kept[:50].any()
+    assert not kept[50:].any()
