@@ -706,12 +706,10 @@ class Registry:
         """
         if self._earlier_until is not None:
             return
-        until = 0.0
-        with suppress(UnreachableError):
-            if (own := (await read([self.peer_id])).get(self.peer_id)) is not None:
-                # its last announcement of experts may expire later by one period
-                until = own.expires_at + own.renew_every_s
-        self._earlier_until = until
+        with suppress(UnreachableError):  # the next record reads it
+            own = (await read([self.peer_id])).get(self.peer_id)
+            # its last announcement of experts may expire later by one period
+            self._earlier_until = 0.0 if own is None else own.expires_at + own.renew_every_s
 
     async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
         expires_at = payload.expires_at = self.later(payload.key, self.now() + lifetime_s)

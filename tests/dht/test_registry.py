@@ -163,6 +163,21 @@ def test_a_node_that_is_started_again_goes_on_after_what_it_said_before(swarm: S
     swarm.run(scenario())
 
 
+def test_a_node_that_first_reaches_nobody_reads_later_what_it_said_before(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        host = swarm.hosts[1]
+        await swarm.registry(1).publish_node(node_record(host, renew_every_s=150.0), 450.0)
+        again = swarm.registry(1, time.time)
+        patient_s, again._deadline_s = again._deadline_s, 0.0
+        with pytest.raises(UnreachableError):
+            await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
+        again._deadline_s = patient_s
+        await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
+        assert (await swarm.registry(2).nodes([host.peer_id]))[host.peer_id].expert_count == 4
+
+    swarm.run(scenario())
+
+
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_node_can_be_started_again_soon_after_it_was_started_again(swarm: Swarm, leaves: bool) -> None:
     """Each run may end after it has announced experts and before its record is renewed."""
