@@ -46,8 +46,8 @@ class ModelSpec(_Part):
     causal: tuple[bool, ...] = Field(
         default=(),
         max_length=64,
-        description="of each layer, whether tokens see only those before them; the first layers, with false, are an "
-        "encoder, and the others its decoder; empty: all layers are causal, and there is no encoder",
+        description="for each layer, whether a token sees only the tokens before it; layers with false come first and "
+        "are an encoder, the others are its decoder; empty: all layers are causal, and there is no encoder",
     )
     hidden: int = Field(default=128, ge=8, le=16384, description="columns of every activation")
     heads: int = Field(default=4, ge=1, le=256, description="attention heads")
@@ -125,8 +125,8 @@ class ExpertSpec(_Part):
         default=None,
         ge=8,
         le=16384,
-        description="columns of an expert's inputs and answers, even; if there are fewer than hidden, the trainer "
-        "projects to them and back; unset: hidden",
+        description="columns of an expert's inputs and answers, an even number; if it is less than hidden, the "
+        "trainer projects to this width and back; unset: hidden",
     )
     heads: int | None = Field(
         default=None,
@@ -178,7 +178,7 @@ class RoutingSpec(_Part):
 class OptimizerSpec(_Part):
     """The optimizer of the experts."""
 
-    name: OptimizerName = Field(default="adamw", description="the rule of a step")
+    name: OptimizerName = Field(default="adamw", description="optimizer of the experts")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="step size")
     momentum: float | None = Field(
         default=None, ge=0, lt=1, allow_inf_nan=False, description="momentum of sgd; unset: 0.9"
@@ -198,8 +198,8 @@ class OptimizerSpec(_Part):
         default=1,
         ge=1,
         le=10**6,
-        description="rows whose gradients an expert adds up for one step, over calls and callers; it takes the step "
-        "after 30 s in any case; 1: a step for each batch",
+        description="rows whose gradients an expert adds up, over calls and callers, before it takes a step; after 30 "
+        "s, it takes the step anyway; 1: a step for each batch",
     )
     warmup_updates: int = Field(
         default=10, ge=0, le=10**7, description="steps over which the step size rises linearly"
@@ -208,13 +208,14 @@ class OptimizerSpec(_Part):
         default=0,
         ge=0,
         le=10**9,
-        description="steps over which the step size falls to a tenth, as a cosine; it stays there; 0: it does not fall",
+        description="steps over which the step size falls to a tenth, as a cosine; after that, it stays constant; 0: "
+        "it does not fall",
     )
     guard_factor: float = Field(
         default=10.0,
         ge=5,
         allow_inf_nan=False,
-        description="growth of the parameter norm at which an expert goes back to its last good state",
+        description="growth factor of the parameter norm at which an expert returns to its last good state",
     )
 
     @model_validator(mode="after")
@@ -241,7 +242,7 @@ class WireSpec(_Part):
     codec: CodecName = Field(
         default="fp32",
         description="codec of trainers' calls and of the answers; int8: with a scale for each row; int4: with a scale "
-        "for each 64 numbers, which are rotated together; 16 must divide the experts' width",
+        "for each 64 numbers, which are rotated together; int4 needs a width that is a multiple of 16",
     )
 
 
@@ -263,19 +264,19 @@ class AdmissionSpec(_Part):
 class Manifest(_Part):
     """What all peers of a swarm share. The TOML file that founds a swarm has the same structure."""
 
-    name: SwarmName = Field(description="the swarm's name: small letters, digits and hyphens, 2 to 32")
+    name: SwarmName = Field(description="the swarm's name: 2 to 32 small letters, digits and hyphens")
     protocol_version: int = Field(
         default=PROTOCOL_VERSION, description="protocol version of the swarm's peers; others are refused"
     )
     preset: PresetName = Field(
         default="none",
-        description="keys that a founder's file leaves out, and settings that trainers take unless they "
-        "set their own; none: the defaults below; a file without this key has the preset of its experts' kind",
+        description="preset with the keys that a founder's file leaves out, and with the settings of trainers that "
+        "don't set their own; none: the defaults below; a file without this key has the preset of its experts' kind",
     )
     license: License | None = Field(
         default=None,
-        description="SPDX identifier of the licence that the model is under, such as Apache-2.0, for the card of an "
-        "exported model; unset: the card says that there is none",
+        description="SPDX identifier of the model's licence, such as Apache-2.0, for the card of an exported model; "
+        "unset: the card says that there is no licence",
     )
     model: ModelSpec = ModelSpec()
     experts: ExpertSpec = ExpertSpec()

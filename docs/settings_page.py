@@ -35,22 +35,22 @@ Names tell the unit: `_s` seconds, `_bytes` bytes, `_mbit` Mbit/s, `_rows` rows 
 _MANIFEST_HEAD = """\
 ## Manifest
 
-What all peers of a swarm share, in the file that founds it: `talkoot node --new SWARM.TOML`. It can't be changed
-afterwards. [deploy/swarm.toml] in the source is a whole one, with comments.
+The manifest has the settings that all peers of a swarm share. It is the file that founds the swarm, `talkoot node --new
+SWARM.TOML`, and can't be changed afterwards. [deploy/swarm.toml] in the source is a complete example with comments.
 
-The defaults below are those without a preset, `preset = "none"`. A file that names no preset has that of its experts'
-kind: `ffn`, or `transformer` for all others.
+The defaults below are those without a preset, `preset = "none"`. A file that names no preset gets the preset of its
+experts' kind: `ffn`, or `transformer` for all others.
 """
 _PRESETS_HEAD = """\
 ### Presets
 
-The values that a preset gives to the keys that a file leaves out. If the file sets another `hidden`, the experts'
+This table shows the values of the keys that a file leaves out. If the file sets another `hidden`, the experts'
 `head_size` and the `feed_forward` grow in proportion. The `width` with `transformer` is the multiple of 64 nearest to
-7/16 of hidden (of 16 below 256), and the narrower that is, the larger is `feed_forward`. The codec is `int4` where 16
-divides the width, or else `int8`; `paper` keeps `fp32`.
+7/16 of hidden (of 16 if hidden is below 256). The narrower the experts, the larger their `feed_forward`. The codec is
+`int4` if the width is a multiple of 16, and `int8` otherwise; `paper` keeps `fp32`.
 """
 _TRAINER_PRESETS_HEAD = """\
-A trainer that sets no `preset` takes these settings with that of its swarm:
+A trainer that sets no `preset` uses that of its swarm, which gives these settings:
 """
 _COLUMNS = "| name | default | values | what it is |\n|---|---|---|---|\n"
 _KINDS: dict[Any, str] = {int: "whole number", float: "number", bool: "`true` or `false`", Path: "path"}
@@ -61,7 +61,7 @@ def page() -> str:
     """The whole page, in Markdown."""
     parts = [_HEAD]
     for role in _roles():
-        where = f"In the environment with `{role.env_prefix}` in front."
+        where = f"In the environment, these names have the prefix `{role.env_prefix}`."
         parts.append(f"## {_title(role)}\n\n{where}\n\n{_table(role)}")
     parts.append(_MANIFEST_HEAD)
     for name, part in _sections(Manifest):

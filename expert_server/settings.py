@@ -50,7 +50,7 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=0,
         le=10**6,
-        description="more experts that it may adopt if their host disappears; unset: half as many",
+        description="further experts that the node may adopt if their host disappears; unset: half as many",
     )
     host: str | None = Field(
         default=None,
@@ -65,7 +65,7 @@ class NodeSettings(RoleSettings):
         default=0,
         ge=0,
         le=65535,
-        description="TCP port of this node; 0: the one of the last start, or any free one",
+        description="TCP port of this node; 0: the port of the last start, or any free one",
     )
     announce_host: HostName | None = Field(
         default=None,
@@ -76,24 +76,24 @@ class NodeSettings(RoleSettings):
     )
     reachability: Literal["auto", "public", "private"] = Field(
         default="auto",
-        description="how others reach this node: public, at its addresses; private, through relays and hole punching; "
-        "auto: as other nodes find when they try to connect to it",
+        description="how others reach this node; public: at its addresses; private: through relays and hole punching; "
+        "auto: other nodes try to connect, and the result decides",
     )
     relay_mbit: float = Field(
         default=20.0,
         ge=0,
         le=10**6,
         allow_inf_nan=False,
-        description="how much this node relays for peers behind routers, if others can connect to it, in Mbit/s; "
-        "0: nothing",
+        description="bandwidth for relaying to peers behind routers, if others can connect to this node, in Mbit/s; "
+        "0: none",
     )
     p2pd: P2pd = "auto"
     p2pd_port: int = Field(
         default=0,
         ge=0,
         le=65535,
-        description="TCP port of the libp2p daemon, which no router needs to forward; announced at announce_host if "
-        "both are set; 0: any free one",
+        description="TCP port of the libp2p daemon, which no router needs to forward; if announce_host is set too, "
+        "the port is announced there; 0: any free port",
     )
     upnp: bool = Field(
         default=True,
@@ -104,7 +104,7 @@ class NodeSettings(RoleSettings):
     metrics_port: MetricsPort = 0
     state: Path | None = Field(
         default=None,
-        description="folder for the node's identity and state, used by one process at a time; unset: "
+        description="folder for the node's identity and state; one process at a time can use it; unset: "
         "~/.local/state/talkoot/node",
     )
     replicas: int = Field(
@@ -119,8 +119,8 @@ class NodeSettings(RoleSettings):
         ge=0,
         le=86400,
         allow_inf_nan=False,
-        description="seconds between averages of a replica with another node's replica of the same expert, or four "
-        "times as long as the last round took, if that is more; 0: never",
+        description="shortest time, in seconds, between averages of a replica with another node's replica of the same "
+        "expert; a pause is at least four times as long as the last round took; 0: never average",
     )
     drain_timeout_s: float = Field(
         default=30.0,
@@ -140,7 +140,8 @@ class NodeSettings(RoleSettings):
         default=2,
         ge=1,
         le=1000,
-        description="checkpoints kept for each expert, newest first, besides the last one from each of up to 4 nodes",
+        description="how many of its newest checkpoints are kept for each expert, besides the newest state from each "
+        "of up to 4 other nodes",
     )
     standby_every_s: float = Field(
         default=300.0,
@@ -158,7 +159,7 @@ class NodeSettings(RoleSettings):
     )
     precision: PrecisionSetting = Field(
         default="auto",
-        description="precision in which experts are computed; auto: bf16 on CUDA GPUs that have it, else fp32",
+        description="precision in which experts are computed; auto: bf16 on CUDA GPUs that support it, else fp32",
     )
     threads: int | None = Field(
         default=None,
@@ -170,33 +171,34 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=1,
         le=2**50,
-        description="memory for experts with their optimizers, kept forward passes and calls under way, in bytes, or "
-        "such as 2GB or 512MiB; it lowers `experts`, `spare` and `max_kept_bytes` where needed; unset: no limit",
+        description="memory for experts, optimizers, kept forward passes and calls, in bytes or such as 2GB; it "
+        "lowers `experts`, `spare` and `max_kept_bytes` if needed; unset: no limit",
     )
     memory_disk: Annotated[int, BeforeValidator(parse_bytes)] = Field(
         default=0,
         ge=0,
         le=2**50,
-        description="disk space for passages that others search, in bytes, or such as 5GB; 0: host none",
+        description="disk space for passages that others search, in bytes or such as 5GB; 0: host none",
     )
     memory_refuse: Annotated[tuple[str, ...], BeforeValidator(several)] = Field(
         default=(), description="memories not to host, by name or id"
     )
     memory_licenses: Annotated[tuple[str, ...], BeforeValidator(several)] = Field(
         default=(),
-        description="licences of passages, such as CC0-1.0: host only memories with no others; unset: all",
+        description="licences, such as CC0-1.0; only memories whose passages are all under these licences are hosted; "
+        "unset: all",
     )
     upload_mbit: float | None = Field(
         default=None,
         ge=0.01,
         le=10**6,
-        description="limit for the answers, states and passages that it sends, in Mbit/s; unset: no limit",
+        description="limit for sending answers, states and passages, in Mbit/s; unset: no limit",
     )
     download_mbit: float | None = Field(
         default=None,
         ge=0.01,
         le=10**6,
-        description="limit for the calls, states and passages that it receives, in Mbit/s; unset: no limit",
+        description="limit for receiving calls, states and passages, in Mbit/s; unset: no limit",
     )
     schedule: Annotated[InstanceOf[Schedule], BeforeValidator(_parse_schedule)] | None = Field(
         default=None,
@@ -208,21 +210,22 @@ class NodeSettings(RoleSettings):
         default=25.0,
         gt=0,
         le=100,
-        description="load by other programs at which to pause, in % of all cores; the node resumes at two fifths of it",
+        description="load by other programs, in % of all cores, above which the node pauses; it resumes at two fifths "
+        "of this load",
     )
     not_on_battery: bool = Field(default=False, description="pause while the machine runs on battery")
     niceness: int = Field(
         default=10,
         ge=0,
         le=19,
-        description="priority of the process, from 0, like any other program, to 19, the lowest",
+        description="priority of the process, from 0 (normal) to 19 (lowest)",
     )
     announce_every_s: float = Field(
         default=10.0,
         ge=0.5,
         le=120,
-        description="shortest time between announcements, in seconds; up to 18 times as long if upkeep would take more "
-        "than about 20 kbit/s (40 with 5 s). Others forget a node that is silent for three periods",
+        description="shortest time between announcements, in seconds; the actual time is up to 18 times as long, so "
+        "that upkeep takes about 20 kbit/s (40 kbit/s with 5 s); others forget a node that is silent for three periods",
     )
     max_queued_rows: int = Field(
         default=65536,
@@ -234,14 +237,14 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=0,
         le=2**40,
-        description="memory for forward passes that wait for their backward call, in bytes; the rest of it holds keys "
+        description="memory for forward passes that wait for their backward call, in bytes; what is left holds keys "
         "and values of texts that are being continued; unset: a sixteenth of the free memory",
     )
     max_dht_bytes: int = Field(
         default=64 * 2**20,
         ge=2**20,
         le=2**36,
-        description="memory for what others store at this node in the DHT, in bytes",
+        description="memory for the DHT entries that others store at this node, in bytes",
     )
     max_calls: int = Field(default=64, ge=1, le=10**5, description="calls served at the same time")
     deny: Denied = ()
@@ -256,14 +259,14 @@ class NodeSettings(RoleSettings):
         default=None,
         gt=0,
         le=10**9,
-        description="optimizer steps per second that one caller may cause, of all experts; a batch counts as a step "
-        "even if `rows_per_update` demands several; unset: no limit",
+        description="optimizer steps per second that one caller may cause, over all experts; each batch counts as a "
+        "step, even if `rows_per_update` requires several batches for one; unset: no limit",
     )
     caller_expert_updates_per_hour: float | None = Field(
         default=None,
         gt=0,
         le=10**9,
-        description="optimizer steps per hour that one caller may cause of one expert; unset: no limit",
+        description="optimizer steps per hour that one caller may cause in one expert; unset: no limit",
     )
 
     @model_validator(mode="after")

@@ -42,8 +42,9 @@ MetricsPort = Annotated[int, Field(ge=0, le=65535, description="TCP port of /met
 P2pd = Annotated[
     Literal["auto", "off"],
     Field(
-        description="whether to run the libp2p daemon, which punches holes through routers; auto: where hivemind "
-        "brings one; off: never, which saves about 50 MB; peers behind routers are then reached through relays only"
+        description="whether to run the libp2p daemon, which punches holes through routers; auto: if hivemind includes "
+        "one for this system; off: never, which saves about 50 MB, but peers behind routers are then reached only "
+        "through relays"
     ),
 ]
 

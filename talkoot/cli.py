@@ -68,7 +68,7 @@ An invite is one line that somebody gives you. Without one:
 
 _FAILED = 1
 _KEEPS_TO_THIS_MACHINE = (
-    "Only programs on this machine reach it, unless --host says otherwise. See docs/serve.md."
+    "Only programs on this machine can reach the server, unless you set --host. See docs/serve.md."
 )
 _ALL_SETTINGS = "Every other setting is an option too, such as {example}: docs/settings.md lists them."
 
@@ -96,7 +96,8 @@ app: typer.Typer = typer.Typer(
 )
 memory: typer.Typer = typer.Typer(
     cls=GroupedCommands,
-    help="Build and publish memories, which nodes host. A memory is text in passages, in which models look things up.",
+    help="Build and publish memories. A memory is a set of text passages that nodes host, people search and models "
+    "read.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -232,7 +233,7 @@ def train(
     local: Annotated[
         Path | None,
         typer.Option(
-            metavar="SWARM.TOML", help="Train this manifest's model in this process, without a swarm."
+            metavar="SWARM.TOML", help="Train the model of this manifest in this process, without a swarm."
         ),
     ] = None,
     config: Config = None,
@@ -323,7 +324,7 @@ def demo(
         ),
     ] = None,
     p2pd: Annotated[
-        bool, typer.Option("--p2pd/--no-p2pd", help="Start libp2p's daemon beside each peer, as by default.")
+        bool, typer.Option("--p2pd/--no-p2pd", help="Start a libp2p daemon with each peer.")
     ] = True,
 ) -> None:
     """Train on a swarm on this machine, and kill a node half-way."""
@@ -345,7 +346,7 @@ def generate(
         str, typer.Option(metavar="TEXT", help="The text to continue; - reads it from standard input.")
     ] = "",
 ) -> None:
-    """Continue a prompt with a trained model, or answer it, if the model learned to answer questions."""
+    """Continue a prompt with a trained model, or answer it if the model learned to answer questions."""
     with command(LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
             from trainer_client.settings import Sampling, TrainerSettings
@@ -392,7 +393,7 @@ def evaluate(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="TEXT", help="Files, folders or globs, each of them a text of its own to score."
+            metavar="TEXT", help="Files, folders or globs; each one is scored as a separate text."
         ),
     ],
     *,
@@ -421,12 +422,13 @@ def export(
     join: Join = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="The folder to write: a new or an empty one."),
+        typer.Option("--out", "-o", metavar="DIR", help="The folder to write, which must be new or empty."),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Take it from the newest run on this machine.  [default: from live trainers]"
+            "--resume",
+            help="Take the dense part from the newest run on this machine.  [default: from live trainers]",
         ),
     ] = False,
     allow_missing: Annotated[
@@ -438,12 +440,14 @@ def export(
             min=0.0,
             max=1.0,
             metavar="SHARE",
-            help="Keep this share of each layer's experts, and at least as many as a token is sent to.  [default: all]",
+            help="Keep this share of each layer's experts, but at least as many as a token is sent to.  [default: all]",
         ),
     ] = None,
     keep_by: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="The text, a file or folder, whose most used experts are kept."),
+        typer.Option(
+            metavar="PATH", help="A file or folder of text; the experts that it uses most are kept."
+        ),
     ] = None,
     data_note: Annotated[
         str, typer.Option(metavar="TEXT", help="What the model was trained on, for its model card.")
@@ -489,7 +493,8 @@ def import_model(
     grid: Annotated[
         tuple[int, int] | None,
         typer.Option(
-            metavar="N M", help="A larger grid: its new experts are copies.  [default: the model's]"
+            metavar="N M",
+            help="A larger grid, whose new experts are copies of the old ones.  [default: the model's]",
         ),
     ] = None,
     state: NodeState = None,
@@ -522,7 +527,8 @@ def search(
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, max=64, metavar="N", help="Passages to show.")] = 5,
     cells: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Cells to look in, those nearest to the question.")
+        int,
+        typer.Option(min=1, metavar="N", help="Number of cells to search, those nearest to the question."),
     ] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -578,7 +584,7 @@ def pause(
 
 @app.command(cls=PlainCommand)
 def resume(*, state: NodeState = None) -> None:
-    """Let a paused node host again."""
+    """End a pause, so that the node hosts again."""
     with command(LogFormat.TEXT) as (terminal, _):
         from talkoot.node.remote import run_resume
 
@@ -593,7 +599,7 @@ def stop(
     ] = True,
     state: NodeState = None,
 ) -> None:
-    """Stop a running node, once it has handed its experts over."""
+    """Stop a running node after it has handed its experts over."""
     with command(LogFormat.TEXT) as (terminal, _):
         from talkoot.node.remote import run_stop
 
@@ -607,7 +613,10 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Print new lines as they are written, until Ctrl-C.")
     ] = False,
     lines: Annotated[
-        int, typer.Option("--lines", "-n", min=0, metavar="N", help="How many of the last lines.")
+        int,
+        typer.Option(
+            "--lines", "-n", min=0, metavar="N", help="Number of lines to print, from the end of the log."
+        ),
     ] = 100,
     state: NodeState = None,
 ) -> None:
@@ -687,7 +696,8 @@ def build(
     ],
     *,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write: a new or an empty one.")
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="The folder to write, which must be new or empty."),
     ],
     name: Annotated[
         str | None,
@@ -695,7 +705,9 @@ def build(
             metavar="NAME", help="The memory's name: small letters, digits, hyphens.  [default: the folder's]"
         ),
     ] = None,
-    about: Annotated[str | None, typer.Option(metavar="TEXT", help="What the memory is, in a line.")] = None,
+    about: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A one-line description of the memory.")
+    ] = None,
     license: Annotated[
         str,
         typer.Option(
@@ -714,7 +726,7 @@ def build(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Make the next revision of this memory: add to it, and share all of its shards.",
+            help="Add to this memory: make its next revision, which keeps all of its shards.",
         ),
     ] = None,
     encoder: Annotated[
@@ -724,10 +736,10 @@ def build(
             help="An encoder of `talkoot memory train-encoder`.  [default: word vectors, learned from the text]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all random choices.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make a memory of text files.
+    """Make a memory from text files.
 
     Cuts the text into passages, learns word vectors from them, and writes shards.
     """
@@ -748,7 +760,8 @@ def train_encoder(
         typer.Argument(
             metavar="PAIRS",
             help="JSON lines with the fields `question`, `title` and `text`: a question, and the passage that answers "
-            "it. A list `answers` has phrases: passages with one of them may answer it, too.",
+            "it. `answers` is an optional list of phrases; other passages that contain one may answer the question "
+            "too.",
         ),
     ],
     *,
@@ -759,20 +772,20 @@ def train_encoder(
             help="The text of the memory, as `talkoot memory build` reads it. May be repeated.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write: a new one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The new file to write.")],
     field: Annotated[
         str, typer.Option(metavar="NAME", help="The field of .jsonl and .parquet that has the text.")
     ] = "text",
     title_field: Annotated[
         str, typer.Option("--title-from", metavar="NAME", help="The field that has the title.")
     ] = "title",
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all random choices.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train an encoder on questions and their answers.
 
-    Learns word vectors from the text, and then two encoders, one of questions and one of passages, which bring a
-    question near to the passage that answers it. Build a memory with them: `talkoot memory build --encoder FILE`.
+    Learns word vectors from the text, and then two encoders, one for questions and one for passages, which place a
+    question near the passage that answers it. To use them, run `talkoot memory build --encoder FILE`.
     """
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
@@ -792,9 +805,9 @@ def publish(
 ) -> None:
     """Publish a memory in a swarm.
 
-    Lists it, and serves it until nodes host two replicas of each of its shards. Nodes take what they have room for with
-    --memory-disk. If you stop it early, the same command resumes. In an open swarm only the founder publishes; in one
-    that admits by token, librarians do too.
+    Announces the memory, and serves it until nodes host two replicas of each shard. Nodes take as much as --memory-disk
+    allows. If you stop the command early, run it again to continue. In an open swarm, only the founder can publish; in
+    a swarm that admits by token, librarians can too.
     """
     with command(log_format) as (terminal, signals):
         with signals.importing(), imports_without_gc():
@@ -874,7 +887,8 @@ def revoke_passages(
     match: Annotated[
         str | None,
         typer.Option(
-            metavar="TEXT", help="Revoke the passages with this in their text or title, in any case."
+            metavar="TEXT",
+            help="Revoke all passages that contain this in their text or title; upper and lower case are the same.",
         ),
     ] = None,
     passage: Annotated[
@@ -923,7 +937,7 @@ def install(
         bool, typer.Option("--print", help="Print the file that defines the service, and install nothing.")
     ] = False,
 ) -> None:
-    """Run a node as a service of this user, which the system starts. All other options go to `talkoot node`."""
+    """Run a node as a service of this user, which the system starts. All other options are passed to `talkoot node`."""
     options = _node_options(context)
     with command(LogFormat.TEXT) as (terminal, _):
         from talkoot.node.service import make_service, run_install
@@ -975,11 +989,12 @@ def update(
         typer.Option(
             "--from",
             metavar="SOURCE",
-            help="Folder, wheel or archive to install, or its address.  [default: where it came from]",
+            help="What to install: a folder, a wheel, an archive, or the address of one.  [default: the source of "
+            "this installation]",
         ),
     ] = None,
 ) -> None:
-    """Update Talkoot and restart its service, if its installer or `uv tool` installed it."""
+    """Update Talkoot and restart its service. Works if the installer or `uv tool` installed Talkoot."""
     with command(LogFormat.TEXT) as (terminal, _):
         from talkoot.installation import run_update
 
@@ -989,7 +1004,9 @@ def update(
 @app.command(cls=PlainCommand)
 def uninstall(
     *,
-    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing, except about the identity.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Don't ask for confirmation, except before deleting identities.")
+    ] = False,
     state: Annotated[
         bool,
         typer.Option(

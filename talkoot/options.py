@@ -530,9 +530,9 @@ class ExportCommand(TrainedModelCommand):
     def _setting_options(self) -> list[Any]:
         options = super()._setting_options
         changed = {
-            "checkpoint": "Take it from a run: its folder of checkpoints, or one of these files.",
+            "checkpoint": "Take the dense part from this run: its folder of checkpoints, or one of its files.",
             "tokenizer": "The tokenizer of the live trainers: bytes, or a tokenizer.json.  [default: bytes]",
-            "router": "The router of the live trainers.  [default: found out]",
+            "router": "The router of the live trainers.  [default: detected]",
             "wait_for_experts_s": "How long to wait for experts that no live node hosts.  [default: 60]",
         }
         for option in options:

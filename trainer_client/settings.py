@@ -92,14 +92,14 @@ class TrainerSettings(RoleSettings):
         description="causal: predict the next token; rag-sequence, rag-token: answer the questions in `data` from a "
         "`memory`; others: restore a text, with an encoder",
     )
-    field: str = Field(default="text", description="which field of .jsonl and .parquet files is the text")
+    field: str = Field(default="text", description="the field of .jsonl and .parquet files that has the text")
     validation_share: float = Field(
         default=0.1, gt=0, lt=1, description="share of the text, at its end, that is kept for validation"
     )
     tokenizer: str = Field(
         default="bytes",
         min_length=1,
-        description="bytes; bpe, byte pairs learned from the data; or the path of a tokenizer.json",
+        description="bytes; bpe (byte pairs learned from the data); or the path of a tokenizer.json",
     )
     vocabulary: int = Field(
         default=4096, ge=257, le=65536, description="tokens that bpe learns, including the 256 bytes"
@@ -111,7 +111,7 @@ class TrainerSettings(RoleSettings):
     accumulate: int = Field(default=1, ge=1, le=65536, description="batches in a step")
     in_flight: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default=1,
-        description="steps that run at once; auto: as many as hide the latency of the experts, one at first",
+        description="steps that run at once; auto: one at first, then as many as hide the latency",
     )
     precision: Precision = Field(
         default="fp32",
@@ -149,8 +149,7 @@ class TrainerSettings(RoleSettings):
     )
     preset: PresetName | None = Field(
         default=None,
-        description="router, balance and learning rate that go with a manifest's preset; other settings override it; "
-        "unset: the swarm's",
+        description="preset for router, balance and learning rate, which other settings override; unset: the swarm's",
     )
     router: RouterName = Field(default="product-key", description="how experts are chosen for each token")
     top_k: int | None = Field(
@@ -163,32 +162,37 @@ class TrainerSettings(RoleSettings):
         default=None,
         ge=2,
         le=64,
-        description="most nodes that a token is sent to, unless experts fail or these nodes have fewer than top_k; "
-        "fewer nodes mean less traffic, and less choice of experts; unset: any number",
+        description="most nodes that a token is sent to, unless experts fail or these nodes have fewer than top_k "
+        "experts; fewer nodes mean less traffic and less choice of experts; unset: any number",
     )
     balance: Balance | None = Field(
         default=None,
-        description="what spreads tokens evenly over experts: a bias, added to scores when experts are chosen; a loss, "
-        "added to the model's; both; or none; unset: bias for product-key, none for base, loss for the others",
+        description="how tokens are spread evenly over experts; bias: a number added to each expert's score when "
+        "experts are chosen; loss: a term added to the model's loss; both; or none; unset: bias for product-key, none "
+        "for base, loss for the other routers",
     )
     balance_weight: float = Field(
         default=0.01, ge=0, le=100, allow_inf_nan=False, description="weight of the balancing loss"
     )
     expert_dropout: float = Field(
-        default=0.1, ge=0, lt=1, description="dropout of the experts' updates in training, for switch"
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="dropout of the experts' updates in training; for the router switch only",
     )
     gate_scale: float = Field(
         default=0.1,
         gt=0,
         le=10,
         allow_inf_nan=False,
-        description="scale of the gate's initial weights, for switch: their variance is this divided by hidden",
+        description="scale of the gate's initial weights, for the router switch only: their variance is this number "
+        "divided by hidden",
     )
     memory: str | None = Field(
         default=None,
         min_length=1,
-        description="memory of the swarm, by name or id: the model reads passages of it while it learns and while it "
-        "writes or answers; unset: none",
+        description="name or id of a memory whose passages the model reads while it learns, writes or answers; unset: "
+        "none",
     )
     memory_chunk: int = Field(
         default=64, ge=4, le=1024, description="tokens of the text for which passages are looked up together"
@@ -210,15 +214,15 @@ class TrainerSettings(RoleSettings):
         default=0.5,
         ge=0,
         le=1,
-        description="in training, a passage is left out if it has more than this share of the runs of eight words in "
-        "the text to be predicted; passages of the text's own document are always left out",
+        description="in training, passages are left out that contain more than this share of the runs of eight words "
+        "in the text to be predicted; passages of the text's own document are always left out",
     )
     call_deadline_s: float = Field(
         default=10.0,
         gt=0,
         le=600,
         allow_inf_nan=False,
-        description="seconds that a call to experts may take at most",
+        description="longest time that a call to experts may take, in seconds",
     )
     grace_s: float = Field(
         default=0.5,
@@ -262,7 +266,7 @@ class TrainerSettings(RoleSettings):
         default=20,
         ge=0,
         le=10**7,
-        description="steps between two averagings of the dense part with another trainer's; 0: never",
+        description="steps between averages of the dense part with that of another trainer; 0: never average",
     )
     average_host: HostName | None = Field(
         default=None,
@@ -277,7 +281,8 @@ class TrainerSettings(RoleSettings):
     p2pd: P2pd = "auto"
     start_from: Literal["swarm", "fresh"] = Field(
         default="swarm",
-        description="swarm: a new run, or a resumed one that is far behind, takes over another trainer's dense part",
+        description="swarm: a new run, and a resumed run that is far behind, start from another trainer's dense part; "
+        "fresh: they don't",
     )
     log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
     tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
@@ -293,18 +298,17 @@ class TrainerSettings(RoleSettings):
         ge=0.5,
         le=120,
         allow_inf_nan=False,
-        description="seconds between announcements of this trainer's progress; each is valid for three times as long",
+        description="seconds between announcements of this trainer's progress, each of which is valid for three times "
+        "as long",
     )
     deny: Denied = ()
     denylist: DenylistPath = None
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
-    threads: int | None = Field(
-        default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
-    )
+    threads: int | None = Field(default=None, ge=1, le=1024, description="torch threads; unset: one per core")
     state: Path | None = Field(
         default=None,
-        description="folder of the trainer's identity and state; one process at a time uses it; unset: "
+        description="folder for the trainer's identity and state; one process at a time can use it; unset: "
         "~/.local/state/talkoot/trainer",
     )
 

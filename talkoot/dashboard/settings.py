@@ -31,7 +31,7 @@ class DashboardSettings(RoleSettings):
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of the page; 0: any free one")
     state: Path | None = Field(
         default=None,
-        description="folder for the dashboard's identity and history, used by one process at a time; unset: "
+        description="folder for the dashboard's identity and history; one process at a time can use it; unset: "
         "~/.local/state/talkoot/dashboard",
     )
     refresh_s: float = Field(

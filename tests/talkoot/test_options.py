@@ -135,7 +135,7 @@ def test_a_removed_setting_is_still_accepted(
         (
             NodeSettings,
             "port",
-            "TCP port of this node; 0: the one of the last start, or any free one.  [default: 0]",
+            "TCP port of this node; 0: the port of the last start, or any free one.  [default: 0]",
         ),
         (NodeSettings, "only_when_idle", "Pause while other programs need the processor.  [default: no]"),
         (NodeSettings, "max_calls", "Calls served at the same time.  [default: 64]"),
