@@ -1,4 +1,4 @@
-"""Runs contenders of a benchmark in sessions of their own, of which nothing is left afterwards."""
+"""Runs the contenders of a benchmark in process sessions of their own, and kills everything that they leave behind."""
 
 import json
 import os
@@ -18,9 +18,9 @@ _TRIES = 3
 
 
 def end_in_order_when_stopped() -> None:
-    """Lets the first Ctrl-C or SIGTERM, which `timeout` sends, end this process and all that it started.
+    """On the first Ctrl-C or SIGTERM (which `timeout` sends), ends this process and all that it started.
 
-    Later ones are ignored, so that nothing is left behind.
+    Later signals are ignored, so that the clean-up is not interrupted.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -33,10 +33,10 @@ def end_in_order_when_stopped() -> None:
 
 
 def run_apart(module: str, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:
-    """Runs a module that prints its result as a line of JSON.
+    """Runs a module, and returns the line of JSON that it prints as its result.
 
-    hivemind.moe forks while threads run, and now and then hangs for it: such a run is tried again. Raises SystemExit
-    with its output when the module fails.
+    A run that takes too long is tried again: hivemind.moe forks while threads run, and sometimes hangs because of it.
+    Raises SystemExit with the module's output if it fails.
     """
     command, environment = _command(module, arguments)
     for _ in range(_TRIES):
@@ -63,20 +63,20 @@ def run_apart(module: str, arguments: Sequence[str], limit_s: float) -> dict[str
 
 
 class Standby:
-    """A module that says with a line of JSON that it has started, and answers each line it is sent with another.
+    """A module that prints a line of JSON when it has started, and then answers each line it is sent with another.
 
-    Starting another while this one starts is the point of it. One that hangs is started again.
+    It allows one contender to start while another is starting. A module that hangs is started again.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], limit_s: float) -> None:
-        """`limit_s`: longest that it may take to start, and to answer."""
+        """`limit_s`: the longest time that starting, and each answer, may take."""
         self._module = module
         self._arguments = arguments
         self._limit_s = limit_s
         self._start()
 
     def ask(self, question: str) -> dict[str, Any]:
-        """Raises SystemExit with its output when it fails."""
+        """Sends a question and returns the answer. Raises SystemExit with the module's errors if it fails."""
         for _ in range(_TRIES):
             with suppress(TimeoutError, BrokenPipeError):
                 self.wait_until_started()
@@ -114,7 +114,7 @@ class Standby:
         self._has_started = False
 
     def wait_until_started(self) -> None:
-        """Raises TimeoutError when it takes too long; `ask` then starts it again."""
+        """Waits for the module to start. Raises TimeoutError when it takes too long; `ask` then starts it again."""
         if not self._has_started:
             self._answer()
             self._has_started = True
@@ -142,6 +142,7 @@ class Standby:
 def _command(module: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
     if {"talkoot", "bound"} & set(arguments):
-        # as the command `talkoot` sets it; and on a busy machine threads that spin slow the bound down manyfold
+        # The command `talkoot` sets this too. On a busy machine, OpenMP threads that spin make the work several times
+        # slower.
         environment["OMP_WAIT_POLICY"] = "passive"
     return [sys.executable, "-W", "ignore", "-m", module, *arguments], environment

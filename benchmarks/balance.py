@@ -2,9 +2,9 @@
 
     python -m benchmarks.balance [--quick] [--router NAME] [--balance KIND] [--trainers N ...] [--json FILE]
 
-The real trainer and the nodes' own experts. Of several trainers each has its own batches and its own dense part, which
-is averaged with another's every 20 steps; the experts are the same. The figures are of the rows that each expert got
-from all trainers in the last third of the steps, in the worst layer.
+It uses the real trainer and the nodes' own experts. With several trainers, each has its own batches and its own dense
+part, which it averages with another's every 20 steps; they share the experts. The figures describe how many rows each
+expert got from all trainers in the last third of the steps, in the worst layer.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _LONGEST_STEP_S = 600.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained. A step of each trainer has `batch` times `context` tokens."""
+    """What is trained. In each step, a trainer has `batch` times `context` tokens."""
 
     grid: tuple[int, int] = (16, 16)
     layers: int = 2
@@ -80,7 +80,7 @@ QUICK_PLAN = Plan(grid=(4, 4), hidden=32, feed_forward=32, context=64, batch=8, 
 
 
 class CountingExperts(LocalExperts):
-    """Counts the rows of training that each expert gets."""
+    """Counts the training rows that each expert gets."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest)
@@ -95,7 +95,7 @@ class CountingExperts(LocalExperts):
 
 @dataclass(frozen=True)
 class Evenness:
-    """How evenly the experts of one layer got rows."""
+    """How evenly the rows of one layer are spread over its experts."""
 
     max_over_mean: float
     cv: float

@@ -38,7 +38,9 @@ def main() -> None:
 
 
 def cost_of_receipts(trainer: Identity) -> None:
-    """The cost at the trainer that signs and the node that takes, without the call that carries it."""
+    """Prints what a receipt costs the trainer that signs it and the node that takes it, without the call that carries
+    it.
+    """
     book = ReceiptBook(SWARM, node_of(0))
     began = time.process_time()
     receipts = [sign_receipt(trainer, SWARM, node_of(0), Work(n, n), 2 * n) for n in range(1, ROUNDS + 1)]
@@ -56,7 +58,9 @@ def cost_of_receipts(trainer: Identity) -> None:
 
 
 def cost_of_counting(trainer: Identity) -> None:
-    """Receipts of 10,000 nodes with 8 trainers each. One key signs them all: what a check costs is the same."""
+    """Prints what counting the receipts of 10,000 nodes costs, with 8 trainers each. One key signs all of them:
+    checking costs the same for any key.
+    """
     signed = [sign_receipt(trainer, SWARM, node_of(0), Work(n + 1), n + 1) for n in range(TRAINERS)]
     began = time.process_time()
     for each in signed:
@@ -74,8 +78,8 @@ def cost_of_counting(trainer: Identity) -> None:
 
 
 def filled(nodes: int, colluding: int = 0, claimed: int = 10**9) -> CreditLedger:
-    """A ledger of the given number of nodes, with honest trainers under a token each; the last tokens' trainers sign
-    for the last node.
+    """A ledger of `nodes` nodes, each with honest trainers that each have a token. The trainers of the last `colluding`
+    tokens all sign for the last node.
     """
     rng = random.Random(0)
     ledger = CreditLedger(SWARM, lambda receipt: 0)
@@ -90,12 +94,12 @@ def filled(nodes: int, colluding: int = 0, claimed: int = 10**9) -> CreditLedger
 
 
 def keep(ledger: CreditLedger, kept: dict[PeerID, _Counted], token: int, work: Work) -> None:
-    """Keeps a receipt as if it had been verified."""
+    """Adds a receipt to the ledger as if it had been verified."""
     ledger._keep(kept, node_of(10**6 + token), _Counted(work, work.pairs, token, token.to_bytes(16, "big")))
 
 
 def inflation() -> None:
-    """A tenth of the tokens sign for one accomplice."""
+    """Prints what one node gains when a tenth of the tokens sign for it."""
     for claimed in (10**6, 10**9, 10**15):
         counted = filled(1000, TOKENS // 10, claimed).count()
         credit = counted[node_of(999)]

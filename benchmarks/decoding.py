@@ -1,9 +1,9 @@
 """Text generation with experts on a node, token by token.
 
-A token needs one call for each mixture, one after another. So one stream is held against what cannot be avoided: the
-same model's computing in one process, and as many calls of one row; and on a slow link, the round trips. Then 16
-streams that are decoded together, against the same in one process. For comparison, what it costs to compute the whole
-text again for each token. All in one run, in turns.
+Each token needs one call for each mixture, one after another. So one stream is compared with the costs that cannot be
+avoided: the same model's computing in one process, and as many calls of one row; on a slow link also the round trips.
+Then 16 streams that are decoded together are compared with the same in one process. The cost of computing the whole
+text again for each token is measured, too. Everything is measured in one run, and the contenders take turns.
 
     python -m benchmarks.decoding [--quick] [--json FILE]
 """
@@ -80,7 +80,7 @@ def manifest(kind: str) -> str:
 
 
 class Contender:
-    """A model that continues some texts. `step` computes one more token of each."""
+    """A model that continues several texts. `step` computes one more token of each."""
 
     def __init__(self, model: LanguageModel, streams: int) -> None:
         self._decoder = TextDecoder(model)
@@ -90,7 +90,7 @@ class Contender:
 
     @property
     def texts(self) -> list[list[int]]:
-        """Their tokens."""
+        """The tokens of each text."""
         return [sequence.tokens for sequence in self._sequences]
 
     def step(self) -> None:
@@ -145,7 +145,9 @@ def empty_calls(node: RunningNode) -> Iterator[Callable[[], object]]:
 
 
 def seconds_of(steps: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
-    """The median of each, while they take turns step by step: what else the machine does slows all of them."""
+    """The median time of a step of each contender. They take turns step by step, so that other work on the machine
+    slows all of them.
+    """
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(times):
         for name, step in steps.items():
@@ -164,7 +166,7 @@ def remote_model(node: RunningNode) -> Iterator[LanguageModel]:
 
 
 def in_this_process(parsed: Manifest) -> LanguageModel:
-    """The same model as `talkoot serve --model` opens it."""
+    """The same model with all experts in this process, as `talkoot serve --model` opens it."""
     routing = Routing.of(TrainerSettings().in_swarm(parsed), parsed, 0)
     blocks = {uid: build_block(parsed, uid).eval() for uid in parsed.uids()}
     experts = OpenedExperts(parsed, blocks)
@@ -175,7 +177,7 @@ def in_this_process(parsed: Manifest) -> LanguageModel:
 
 
 def measure_nearby(kind: Kind, times: int) -> dict[str, float]:
-    """On loopback."""
+    """Measures over the loopback interface."""
     with ExitStack() as stack:
         flags = ["--threads", "1", "--niceness", "0"]
         node = stack.enter_context(running_node(manifest(kind), LAYERS * 16, flags))

@@ -1,14 +1,14 @@
 """The paper's image experiment on scikit-learn's digits: slow calls that fail often cost a swarm no accuracy.
 
-A classifier of 4 mixture layers, each with 16 experts, top-4, is trained twice on a real swarm of processes:
-undisturbed, one batch at a time; and with each call 1 s slower and 10% of the calls failing after dispatch. There
-several batches are in flight over the same parameters (Ryabinin & Gusev 2020, sections 3.3 and 4.2), so that the delay
-costs staleness in place of time.
+A classifier of 4 mixture layers, each with 16 experts, top-4, is trained twice on a real swarm of processes: once
+undisturbed, one batch at a time, and once with each call 1 s slower and 10% of the calls failing after dispatch. In the
+second case several batches are in flight over the same parameters (Ryabinin & Gusev 2020, sections 3.3 and 4.2), so
+that the delay makes gradients stale instead of costing time.
 
     python -m benchmarks.digits [--quick] [--json FILE]
 
-The accuracy is that on the third of the 1,797 images that was held out, with the faults off: 6 images are one point.
-`--quick` trains for fewer steps with less delay, in under 60 seconds. Needs scikit-learn: pip install '.[benchmarks]'.
+The accuracy is measured without faults on the held-out third of the 1,797 images: 6 images are one point. `--quick`
+trains for fewer steps with less delay, in under 60 seconds. Needs scikit-learn: pip install '.[benchmarks]'.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from trainer_client.training.in_flight import InFlight
 LAYERS = 4
 FAILING = 0.1
 MOST_LOST = 0.01
-"""Accuracy that faults may cost."""
+"""The accuracy that faults may cost."""
 
 MANIFEST = """
 name = "digits"
@@ -68,7 +68,7 @@ decay_updates = {steps}
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how long."""
+    """What is trained, and for how long."""
 
     steps: int = 400
     batch: int = 64
@@ -77,9 +77,9 @@ class Plan:
     delay_s: float = 1.0
     in_flight: int = 8
     learning_rate: float = 5e-4
-    """The learning rate of the dense part and of experts. Where gradients are old it must be small, grow slowly and
-    fall: at a constant 1e-3, 400 steps in one process without any fault end at an accuracy of 0.41, and of 0.97 one by
-    one.
+    """The learning rate of the dense part and of the experts. Where gradients are stale it must be small, grow slowly
+    and fall. With a constant 1e-3, 400 steps in one process without any fault end at an accuracy of 0.41, but at 0.97
+    with one batch at a time.
     """
     warmup: int = 50
 
@@ -90,12 +90,14 @@ class Plan:
 
 
 QUICK = Plan(steps=150, nodes=1, delay_s=0.03, in_flight=3, learning_rate=1e-3, warmup=40)
-"""Long enough to converge: after 100 steps at a hidden size of 32, 4 in flight alone cost 1 to 3 points."""
+"""Long enough to converge. After 100 steps with a hidden size of 32, having 4 batches in flight costs 1 to 3 points
+without any other fault.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """Images [N, 64] of float32 from 0 to 1 and their labels [N], a third of them held out."""
+    """Images [N, 64] as float32 from 0 to 1, and their labels [N]. A third of them is held out."""
 
     images: Tensor
     labels: Tensor
@@ -114,14 +116,14 @@ class Digits:
 
     @classmethod
     def split(cls, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> "Digits":
-        """Holds every third of a random order out."""
+        """Holds a third of the images out, at random."""
         order = np.random.default_rng(0).permutation(len(labels))
         held_out = np.arange(len(labels)) % 3 == 0
         x, y = torch.tensor(images[order], dtype=torch.float32), torch.tensor(labels[order]).long()
         return cls(x[~held_out], y[~held_out], x[held_out], y[held_out])
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """The same whenever it is asked for."""
+        """The batch of a step: always the same for the same step."""
         chosen = torch.from_numpy(
             np.random.default_rng([1, step]).choice(len(self.labels), size, replace=False)
         )
@@ -150,7 +152,9 @@ class Classifier(nn.Module):
 def train(
     model: nn.Module, make_copy: Callable[[], nn.Module], digits: Digits, plan: Plan, in_flight: int
 ) -> float:
-    """AdamW over gradients as they come. Gives the mean staleness: updates since a step's parameters were taken."""
+    """Trains with AdamW, and applies gradients as they arrive. Returns the mean staleness: how many updates the
+    parameters took between a step's start and its end.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, fused=True)
 
     def compute(step: int, copy: nn.Module) -> float:
@@ -196,8 +200,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def run(plan: Plan, digits: Digits, *, disturbed: bool) -> dict[str, Any]:
-    """One training on a swarm of its own."""
-    # patient, so that a busy machine is not taken for a fault
+    """Trains once, on a swarm of its own."""
+    # Timeouts are long, so that a busy machine is not mistaken for a fault.
     settings = TrainerSettings(call_deadline_s=60.0, grace_s=60.0, seed=0)
     faults: list[FaultyCaller] = []
 

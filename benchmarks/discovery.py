@@ -2,13 +2,13 @@
 
     python -m benchmarks.discovery [--quick] [--nodes 100,1000,10000] [--rtt-ms 100] [--json FILE] [--plot FILE]
 
-Three parts. Simulated swarms run the real registry, directory, beam search and DHT nodes in one process, in virtual
-time (`benchmarks.simulated_p2p`, `benchmarks.simulated_swarm`); a call costs one round trip, and opening a connection
-nothing. For 10⁵ and 10⁶ nodes the same search walks over drawn routing tables (`benchmarks.kademlia_walk`). And on
-real peers Talkoot and hivemind.moe choose side by side (`benchmarks.discovery_real`); `--quick` and
-`--no-real` leave that out.
+There are three parts. Simulated swarms run the real registry, directory, beam search and DHT nodes in one process, in
+virtual time (`benchmarks.simulated_p2p`, `benchmarks.simulated_swarm`). A call costs one round trip, and opening a
+connection costs nothing. For 10⁵ and 10⁶ nodes the same search walks over randomly drawn routing tables
+(`benchmarks.kademlia_walk`). Finally, Talkoot and hivemind.moe choose among real peers (`benchmarks.discovery_real`);
+`--quick` and `--no-real` leave that out.
 
-A hop is a round of questions, asked at the same time, until the look-up has the value.
+Hops are the rounds of questions, each asked at the same time, until the look-up has the value.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def hop_limit(nodes: int) -> float:
 
 
 def compare(nodes: int) -> dict[str, Any]:
-    """Both sides, among real peers."""
+    """Both sides with the same number of real peers."""
     sides = {side: discovery_real.run_pair(side, nodes) for side in ("talkoot", "hivemind")}
     medians = {
         side: {kind: statistics.median(times) for kind, times in result.items()}
@@ -54,7 +54,7 @@ def compare(nodes: int) -> dict[str, Any]:
 
 
 def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """Target, figure, whether it was reached."""
+    """For each target: its text, the measured figure, and whether it was reached."""
     found: list[tuple[str, str, bool]] = []
 
     def judge(target: str, figure: float, unit: str, reached: bool) -> None:
@@ -158,7 +158,7 @@ def _or_blank(text: Callable[[Mapping[str, Any]], str], size: Mapping[str, Any])
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Hops and times against the number of nodes. Needs matplotlib, of the extra `plot`."""
+    """Plots hops and times against the number of nodes. Needs matplotlib, from the extra `plot`."""
     import matplotlib as mpl
 
     mpl.use("agg")

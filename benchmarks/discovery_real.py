@@ -1,9 +1,9 @@
 """Choosing experts for a batch among real peers: Talkoot's directory, and the beam search of hivemind.moe.
 
-Both sides have the same village: one process with 16 DHT peers that announce 256 experts of a 16 × 16 grid.
-hivemind's peers have a p2pd each. The one who chooses is a client in another process; its own start is not counted.
-hivemind's searcher passes `num_workers` where an expiry is meant, which ends in an error as soon as a prefix is
-missing: that is repaired here. Ours ends with everything that a call needs (addresses and certificates of the nodes),
+Both sides have the same village: one process with 16 DHT peers that announce 256 experts of a 16 × 16 grid. Each of
+hivemind's peers has its own p2pd. A client in another process makes the choices; its start is not counted. hivemind's
+searcher passes `num_workers` where an expiration time is expected, and fails as soon as a prefix is missing. The
+benchmark corrects that. Our search ends with everything that a call needs (addresses and certificates of the nodes),
 hivemind's with PeerIDs.
 """
 
@@ -44,7 +44,9 @@ GRID = (16, 16)
 BATCH = 64
 TOP_K = 4
 TRIES = 5
-"""Clients that choose cold, one after another; each then chooses warm as often."""
+"""The number of clients that choose with empty caches, one after another. Each then chooses as often again with warm
+caches.
+"""
 _ATTEMPTS = 3
 _START_LIMIT_S = 240.0
 _RUN_LIMIT_S = 240.0
@@ -57,7 +59,9 @@ def batches(seed: int) -> list[np.ndarray]:
 
 
 async def talkoot_village(folder: Path, nodes: int) -> tuple[list[Multiaddress], list[Host]]:
-    """Gives the first peer's addresses, once all experts are announced, and the peers, which end if nobody has them."""
+    """Starts the peers and announces all experts. Returns the first peer's addresses, and the peers; keep a reference
+    to them, or they end.
+    """
 
     manifest = Manifest.model_validate(
         {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
@@ -168,10 +172,11 @@ def hivemind_client(bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]
 
 
 def run_pair(side: str, nodes: int) -> dict[str, list[float]]:
-    """A village and its client, each in a session of its own, of which nothing is left afterwards.
+    """Runs a village and its client, each in a process session of its own, so that none of its processes are left
+    afterwards.
 
-    A run that hangs or fails is tried again, for hivemind's client forks. Raises SystemExit with its output when all
-    did.
+    A run that hangs or fails is tried again, since hivemind's client forks. Raises SystemExit with the output if every
+    run failed.
     """
     said = ""
     for _ in range(_ATTEMPTS):
@@ -216,7 +221,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _appears(file: Path, writer: "subprocess.Popen[bytes]", limit_s: float) -> bool:
-    """Waits for a file; False when its writer has ended without it, or the time is over."""
+    """Waits for a file. Returns False if its writer has ended without it, or the time is up."""
     deadline = time.monotonic() + limit_s
     while not file.exists():
         if time.monotonic() > deadline or writer.poll() is not None:
@@ -235,7 +240,7 @@ async def _village(side: str, folder: Path, nodes: int) -> None:
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """On the loop that Talkoot's processes have."""
+    """Runs a coroutine on the event loop that Talkoot's processes use."""
     with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(coroutine)
 

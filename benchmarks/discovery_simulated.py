@@ -1,6 +1,4 @@
-"""What discovery costs and finds in a simulated swarm of one size. See `benchmarks.simulated_swarm` for how it is
-made.
-"""
+"""What discovery costs and finds in a simulated swarm of one size. `benchmarks.simulated_swarm` describes the swarm."""
 
 import asyncio
 import random
@@ -44,32 +42,36 @@ BATCH = 64
 CALL_DEADLINE_S = 5.0
 _WARM_TRIES = 7
 _MANY = 256
-"""Experts of a small swarm, and of a node that hosts many."""
+"""The number of experts in a small swarm, and on a node that hosts many."""
 _PERIOD_S = 10.0
-"""The period in which nodes announce if that costs little."""
+"""How often nodes announce as long as that costs little."""
 _WARM_ROUNDS, _ROUNDS = 12, 6
-"""The first rounds are dearer, and the period follows them slowly. Six looks read the same of a large swarm."""
+"""The first rounds cost more, and the announcement period follows the cost slowly. In a large swarm, six rounds
+suffice.
+"""
 _BETWEEN_ROUNDS_S = 30.0
 _CRAWLED = 2000
-"""Larger swarms are not crawled here."""
+"""The number of nodes up to which a swarm is crawled here."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How many of each are measured."""
+    """How many measurements of each kind are made."""
 
     lookups: int = 150
     trainers: int = 8
     upkeep_nodes: int = 30
     replaced: tuple[int, ...] = (10, 30)
-    """Shares of dead nodes, in percent, for which it is measured what becomes of their rows."""
+    """The percentages of dead nodes for which it is measured what becomes of the rows sent to them."""
 
 
 BRIEF = Effort(lookups=60, trainers=3, upkeep_nodes=10, replaced=(30,))
 
 
 def measure(nodes: int, link: Link, seed: int, effort: Effort) -> dict[str, Any]:
-    """All figures of one size. 256 experts on up to 100 nodes, one for each node above."""
+    """Takes all measurements of one size. The swarm has 256 experts on up to 100 nodes, and one for each node in larger
+    swarms.
+    """
     with simulated_world() as loop:
         result: dict[str, Any] = loop.run_until_complete(_measure(loop, nodes, link, seed, effort))
         return result
@@ -90,7 +92,7 @@ async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int, effort:
     if nodes <= _CRAWLED:
         result["crawl"] = await measure_crawl(loop, swarm)
     result["recall"] = {"0": await measure_recall(loop, swarm)}
-    for percent, share in ((10, 0.1), (30, 0.3)):  # of those that are left
+    for percent, share in ((10, 0.1), (30, 0.3)):  # The share of those that are left.
         swarm.kill(share)
         if percent in effort.replaced:
             result[f"replaced_{percent}"] = await measure_replacing(loop, swarm)
@@ -102,14 +104,14 @@ async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int, effort:
 
 
 async def measure_lookups(loop: VirtualLoop, swarm: SimulatedSwarm, count: int) -> dict[str, Any]:
-    """Look-ups of nodes' records by peers that don't hold them: rounds until the value, and until enough of its
-    holders.
+    """Measures look-ups of node records by peers that don't hold them: rounds until the value was found, and until
+    enough of its holders were.
     """
     hops, rounds, calls, times_ms = [], [], [], []
     for _ in range(count):
         peer, other = swarm.rng.sample(swarm.peers, 2)
         key = key_id_of(swarm.keys.node(other.peer_id))
-        await peer.lookups.sample()  # as it does when it has just joined, and then now and then
+        await peer.lookups.sample()  # A real peer does this when it has just joined, and now and then later.
         began, before = loop.time(), swarm.network.traffic.by_method["find"]
         found = (await peer.lookups.find([key], besides_self=True))[key]
         times_ms.append(1000 * (loop.time() - began))
@@ -129,7 +131,7 @@ async def measure_lookups(loop: VirtualLoop, swarm: SimulatedSwarm, count: int) 
 
 
 async def make_trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> Directory:
-    """One that has just joined, and knows nothing of the experts."""
+    """A trainer's directory that has just joined and knows nothing about the experts."""
     trainer = await swarm.make_peer(serves_dht=False)
     await swarm.join(trainer)
     return Directory(
@@ -144,11 +146,11 @@ async def make_trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> Directory:
 async def measure_choices(
     loop: VirtualLoop, swarm: SimulatedSwarm, rows: int, trainers: int
 ) -> dict[str, Any]:
-    """The first choice of trainers that have just joined, and choices by other scores when all is warm.
+    """Measures the first choice of trainers that have just joined, and later choices with other scores.
 
-    Cold times are simulated: until the chosen experts' announcements are known (so that they live, and where), and
-    until the nodes' addresses and certificates are, too. The warm time is computing, as there is no call: that of
-    this machine's processor.
+    Times of first choices are simulated: until the chosen experts' announcements are known (and so their hosts), and
+    until the hosts' addresses and certificates are known, too. Later choices make no call, so the time is the processor
+    time of this machine.
     """
     chosen_ms, callable_ms, calls, warm_ms = [], [], [], []
     for _ in range(trainers):
@@ -176,7 +178,9 @@ async def measure_choices(
 
 
 def _note_node_reads(loop: VirtualLoop, directory: Directory) -> list[float]:
-    """When the node records were asked for first: then the announcements of the chosen experts are known."""
+    """The list that is returned gets the times at which node records are asked for. At the first of them the
+    announcements of the chosen experts are known.
+    """
     registry, times = directory.registry, []
     read = registry.nodes
 
@@ -189,10 +193,12 @@ def _note_node_reads(loop: VirtualLoop, directory: Directory) -> list[float]:
 
 
 async def measure_upkeep(swarm: SimulatedSwarm, count: int, hosts_all: bool = False) -> dict[str, float]:
-    """What nodes cause by staying announced and looking around: announcements, checks and look-ups, with all answers.
+    """Measures the traffic by which nodes stay announced and look around: announcements, checks and look-ups, with all
+    answers.
 
-    `kbit_per_s`: sent and received, of a node's own calls and as many of others, in the period that follows from what a
-    round costs. `hosts_all`: these nodes host all experts, and not what they have of the swarm.
+    `kbit_per_s`: bytes sent and received for a node's own calls, and as much again for the calls of others, in the
+    announcement period that follows from the cost of a round. `hosts_all`: whether the measured nodes host all experts,
+    instead of those they have in the swarm.
     """
     hosted: dict[int, list[UID]] = {}
     for uid, host in swarm.hosts.items():
@@ -228,7 +234,7 @@ def _spent(peer: SimulatedPeer) -> int:
 
 
 async def measure_crawl(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[str, float]:
-    """All nodes' records, as a dashboard reads them."""
+    """Reads all nodes' records, as a dashboard does."""
     observer = await swarm.make_peer(serves_dht=False)
     await swarm.join(observer)
     swarm.network.traffic.largest = 0
@@ -243,7 +249,7 @@ async def measure_crawl(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[str, f
 
 
 async def measure_recall(loop: VirtualLoop, swarm: SimulatedSwarm) -> float:
-    """The share of a batch's best live experts that a trainer which has just joined finds."""
+    """The share of a batch's best live experts that a trainer finds when it has just joined."""
     directory, scores = await make_trainer(loop, swarm), random_scores(swarm, BATCH)
     view = await directory.search(0, scores, TOP_K)
     alive = np.zeros(swarm.manifest.experts.grid, dtype=bool)
@@ -256,11 +262,11 @@ async def measure_recall(loop: VirtualLoop, swarm: SimulatedSwarm) -> float:
 
 
 async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[str, Any]:
-    """Some died just now and are still announced: what becomes of a batch whose choices are partly dead.
+    """Measures what becomes of a batch when some of its chosen experts have just died but are still announced.
 
-    Parts of its rows, within one call deadline. `all_refused`: four live experts answered, where the dead ones'
-    machines refuse the call; `all_silent`: the same where they are gone, too; `enough_silent`: two answered then,
-    which is what a trainer waits for by default.
+    The figures are shares of the batch's rows, within one call deadline. `all_refused`: four live experts answered,
+    where the dead experts' machines refuse calls. `all_silent`: four answered, where the machines don't respond at all.
+    `enough_silent`: two answered in that case, which is what a trainer waits for by default.
     """
     directory, scores = await make_trainer(loop, swarm), random_scores(swarm, BATCH)
     living = frozenset(host.peer_id for host in swarm.hosts.values())
@@ -276,7 +282,7 @@ async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[st
         ("all_silent", TOP_K, False),
         ("enough_silent", TOP_K // 2, False),
     ):
-        directory = await make_trainer(loop, swarm)  # one that does not know yet who is dead
+        directory = await make_trainer(loop, swarm)  # does not know yet who is dead
         await directory.search(0, scores, 2 * TOP_K)
         caller = _SimulatedCaller(living, swarm.network.link.rtt_s, refuses)
         policy = WaitPolicy(CALL_DEADLINE_S, grace_s=1.0, k_min=k_min)
@@ -295,7 +301,9 @@ async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[st
 
 
 class _SimulatedCaller:
-    """Living nodes answer in one round trip; dead ones' machines refuse as fast, or are silent."""
+    """Living nodes answer after one round trip. The machines of dead nodes refuse calls as quickly, or don't respond at
+    all.
+    """
 
     def __init__(self, living: Collection[PeerID], rtt_s: float, refuses: bool) -> None:
         self._living = living
@@ -320,7 +328,7 @@ class _SimulatedCaller:
 
 
 async def _let_the_dead_expire(swarm: SimulatedSwarm) -> None:
-    """The living renew what they say shortly before the dead's announcements end."""
+    """Waits until the dead nodes' announcements have expired. The living nodes renew theirs shortly before."""
     await asyncio.sleep(LIFETIME_S - 10)
     await swarm.announce_all(LIFETIME_S, in_place=True)
     await asyncio.sleep(20)

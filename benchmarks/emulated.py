@@ -1,10 +1,4 @@
-"""Emulated links for the benchmarks, in a process of their own: they shall not take turns with a trainer.
-
-    python -m benchmarks.emulated HOST LINK PORT,PORT [PORT,PORT ...]
-
-puts one link before the ports of each peer on this address. It prints the proxies' ports as JSON; then each line that
-it reads is another link, or empty, and it prints the bytes that the links have carried there and back since the start.
-"""
+"""Emulated links for benchmarks, in a process of their own, so that they don't take processor time from a trainer."""
 
 import asyncio
 import json
@@ -25,14 +19,14 @@ _HOST = "127.0.0.1"
 
 @dataclass
 class EmulatedLinks:
-    """Links that run in another process."""
+    """Emulated links that run in another process."""
 
     ports: list[list[int]]
-    """The proxies' ports, in the order of the targets."""
+    """The proxies' ports for each peer, in the order of the target ports."""
     _process: "subprocess.Popen[str]"
 
     def change(self, link: str) -> tuple[int, int]:
-        """Changes all links from now on; gives the bytes carried there and back until now."""
+        """Replaces all links from now on. Returns the bytes carried there and back so far."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(link + "\n")
@@ -41,7 +35,7 @@ class EmulatedLinks:
         return there, back
 
     def carried(self) -> tuple[int, int]:
-        """Bytes there and back since the start."""
+        """Bytes carried there and back since the start."""
         return self.change("")
 
 
@@ -49,7 +43,9 @@ class EmulatedLinks:
 def emulated_links(
     link: str, peers: Sequence[Sequence[int]], machine: Machine | None = None
 ) -> Iterator[EmulatedLinks]:
-    """One link before the ports of each peer. They are on this computer's loopback, or on an emulated machine."""
+    """Puts one link in front of the ports of each peer. The peers are on this computer's loopback interface, or on an
+    emulated machine.
+    """
     host = _HOST if machine is None else machine.address
     targets = [",".join(map(str, ports)) for ports in peers]
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.emulated", host, link, *targets]

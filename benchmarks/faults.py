@@ -1,4 +1,4 @@
-"""Faults between a trainer and the network: calls that take longer and calls that fail, by a seed."""
+"""Faults between a trainer and the network: calls that take longer and calls that fail, drawn from a seed."""
 
 import asyncio
 import random
@@ -11,14 +11,14 @@ from trainer_client.dispatch.batches import CallReply, ExpertCaller, NodeCall
 
 
 class FaultyCaller:
-    """Makes real calls, each `delay_s` slower, half on the way there and half on the way back. Some fail.
+    """Makes real calls, each delayed by `delay_s`, half of it on the way there and half on the way back. Some fail.
 
-    Of those that fail, half never reach the node, and half have been computed there, a backward call's optimizer step
-    included, when the answer is lost. Either way the trainer learns it after the delay.
+    Half of the failing calls never reach the node. The other half are computed there (including a backward call's
+    optimizer step), and the answer is lost. In both cases the trainer learns of the failure after the delay.
     """
 
     def __init__(self, caller: ExpertCaller, delay_s: float, failing: float, seed: int) -> None:
-        """`failing`: part of the calls."""
+        """`failing`: the share of the calls that fail."""
         self.on = True
         self.failed = 0
         self._caller = caller

@@ -1,15 +1,14 @@
-"""hivemind's `DHTNode` in the simulated network beside our own nodes: what a node takes of memory, and how soon it has
-joined.
+"""hivemind's `DHTNode` and our own nodes in the simulated network: memory per node, and the time to join.
 
     python -m benchmarks.hivemind_nodes [--nodes 10000]
 
-Each node knows up to 20 others of each distance, as in `benchmarks.simulated_swarm`, and stores nothing. PeerIDs are
-made again in each table, as each process does when it reads them from answers. Ours has the others' contacts too,
-signed and with certificates. A `DHTNode` leaves those to its p2pd, a process that each of its peers runs. What that
-takes is measured with a real one, which some peers call and then leave.
+Each node knows up to 20 others at each distance, as in `benchmarks.simulated_swarm`, and stores nothing. Each table has
+PeerID objects of its own, as in a process that reads them from answers. Our nodes also keep the others' contacts,
+signed and with certificates. A `DHTNode` leaves those to its p2pd, a process that each of its peers runs. The memory of
+a p2pd is measured with a real one, which some peers call and then leave.
 
-A newcomer has joined when it has greeted one node and has looked up its own neighbours. Calls take 100 ms, and
-everybody knows all addresses.
+A newcomer has joined when it has greeted one node and has looked up its own neighbours. Calls take 100 ms, and all
+nodes know all addresses.
 """
 
 import argparse
@@ -51,15 +50,15 @@ _SIDES = ("tables", "talkoot", "hivemind", "p2pd")
 _SIGNATURE_BYTES = 256
 _JOINS = 20
 _MEASURED = 300
-"""Nodes, at most. The others are only known to them."""
+"""The largest number of nodes that are created. The others are only known to them."""
 _CALLERS, _TOGETHER = 60, 20
-"""Peers that call a p2pd, and how many at the same time."""
+"""The number of peers that call a p2pd, and how many do so at the same time."""
 _METRICS, _GUARD, _UPLOAD = StoreMetrics(), ParseGuard(), RateLimit(None)
-"""The metrics, the guard and the upload limit of this process."""
+"""The metrics, the parse guard and the upload limit that all nodes of this process share."""
 
 
 class TheirTransport(SimulatedTransport):
-    """What hivemind's `DHTNode` uses of hivemind's `P2P`, over the simulated network."""
+    """The parts of hivemind's `P2P` that its `DHTNode` uses, over the simulated network."""
 
     def __init__(self, network: Network, peer_id: PeerID) -> None:
         super().__init__(network, peer_id)
@@ -83,7 +82,7 @@ class TheirTransport(SimulatedTransport):
 
 
 class _TheirP2P:
-    """The transport with `peer_id` of their type."""
+    """The transport, with a `peer_id` of hivemind's type."""
 
     def __init__(self, transport: TheirTransport) -> None:
         self.peer_id = transport.their_id
@@ -92,7 +91,7 @@ class _TheirP2P:
 
 
 async def their_node(network: Network, peer_id: PeerID, **options: Any) -> Any:
-    """A `DHTNode` whose ID is the hash of its PeerID, as ours take it to be. `options`: see `DHTNode.create`."""
+    """A `DHTNode` whose ID is the hash of its PeerID, as our nodes expect. `options`: see `DHTNode.create`."""
     p2p = _TheirP2P(TheirTransport(network, peer_id))
     return await DHTNode.create(p2p=p2p, node_id=DHTID(node_id_of(peer_id.to_bytes())), **options)
 
@@ -148,7 +147,7 @@ async def p2pd_memory() -> tuple[float, float]:
 
 
 class _WholeNetwork(Network):
-    """All of one side's nodes. One that is called is made then."""
+    """A network with all nodes of one side. A node is created when it is first called."""
 
     def __init__(self, side: str, nodes: int) -> None:
         super().__init__(Link(), 1)
@@ -166,7 +165,7 @@ class _WholeNetwork(Network):
 
 
 def join_ms(side: str, nodes: int) -> list[float]:
-    """How long newcomers take to join, one after another. `side`: `tables` or `hivemind`."""
+    """Milliseconds that newcomers take to join, one after another. `side`: `tables` or `hivemind`."""
     with simulated_world() as loop:
 
         async def join(network: Network, number: int) -> float:
@@ -197,7 +196,7 @@ def _place_of(peer_id: PeerID) -> Endpoint:
 
 
 def _contact(peer_id: PeerID) -> contact_pb2.Contact:
-    """A contact as large as a real one; nothing in it is true."""
+    """A contact as large as a real one, with invented contents."""
     statement = contact_pb2.ContactStatement(
         peer_id=peer_id.to_bytes(),
         sequence=1,
@@ -209,7 +208,7 @@ def _contact(peer_id: PeerID) -> contact_pb2.Contact:
 
 
 async def _make(side: str, network: Network, name: bytes) -> tuple[Any, Callable[[bytes], Any]]:
-    """A node, and how it gets to know others."""
+    """A node, and a function that tells it of another node."""
     if side == "hivemind":
         node = await their_node(network, PeerID(name))
         table = node.protocol.routing_table

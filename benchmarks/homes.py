@@ -1,4 +1,4 @@
-"""Programs of a swarm on machines of an emulated internet, and what they say."""
+"""Runs a swarm's programs on the machines of an emulated internet, and reads what they print."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ START_S = 120.0
 
 @dataclass(frozen=True)
 class Program:
-    """A command that runs on a machine, and what it writes."""
+    """A running command on a machine, and its output."""
 
     process: subprocess.Popen[bytes]
     folder: Path
@@ -47,7 +47,7 @@ class Program:
 
 
 class Village:
-    """Programs on machines; all are ended with it."""
+    """Starts programs on machines. `close` ends all of them."""
 
     def __init__(self, net: Internet, folder: Path) -> None:
         self.net = net

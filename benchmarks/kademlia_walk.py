@@ -1,9 +1,9 @@
-"""Kademlia look-ups by Monte-Carlo, for networks too large to simulate: the same search, over tables that are drawn
-as needed.
+"""Monte-Carlo Kademlia look-ups in networks too large to simulate: the same search over tables that are drawn as
+needed.
 
-Nodes have random IDs; the first 64 bits stand for all 160. A node knows up to 20 of each distance (one half of all
-nodes, one quarter, ...), and names the 20 of them that are nearest to a key. The five nearest of all hold the value.
-Nodes answer in rounds: all at the same time.
+Nodes have random IDs; the first 64 bits stand for all 160. A node knows up to 20 others at each distance (one half of
+all nodes, one quarter, ...), and answers with those 20 of them that are nearest to a key. The five nearest nodes of all
+hold the value. Nodes are asked in rounds; those of a round answer at the same time.
 """
 
 import random
@@ -20,13 +20,15 @@ HOLDERS = 5
 _BITS = 64
 
 Answer = Callable[[int], Sequence[int]]
-"""The nodes that a node names."""
+"""Returns the nodes that a node names in its answer."""
 
 
 def walk(
     key: int, start: Sequence[int], holders: set[int], answer: Answer, reach: int
 ) -> tuple[IterativeSearch, int]:
-    """One look-up, and how many questions it took, without those to witnesses. `reach`: see `IterativeSearch`."""
+    """Does one look-up. Returns the search, and how many questions it asked, apart from those to witnesses. `reach`:
+    see `IterativeSearch`.
+    """
     search = IterativeSearch(key, start, reach=reach)
     questions = 0
     while wanted := search.ask():
@@ -37,7 +39,7 @@ def walk(
 
 
 class DrawnNetwork:
-    """Nodes with random IDs; what each knows is drawn when it is asked first."""
+    """Nodes with random IDs. What a node knows is drawn when it is first asked."""
 
     def __init__(self, nodes: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -46,7 +48,7 @@ class DrawnNetwork:
         self._tables: dict[int, NDArray[np.uint64]] = {}
 
     def named(self, node: int, key: int) -> list[int]:
-        """What the node answers: the nearest that it knows."""
+        """A node's answer: the nearest nodes to the key that it knows."""
         table = self._table(node)
         return nearest(table, key, BUCKET)
 
@@ -71,7 +73,7 @@ class DrawnNetwork:
 
 
 def nearest(ids: NDArray[np.uint64], key: int, count: int) -> list[int]:
-    """The nearest by XOR, in no order."""
+    """The nodes nearest to the key by XOR, in no order."""
     distances = ids ^ np.uint64(key)
     if count < len(ids):
         ids = ids[np.argpartition(distances, count)[:count]]
@@ -79,7 +81,7 @@ def nearest(ids: NDArray[np.uint64], key: int, count: int) -> list[int]:
 
 
 def measure(nodes: int, lookups: int, seed: int) -> Mapping[str, float]:
-    """Hops and questions of look-ups of random keys from random nodes."""
+    """Measures hops and questions of look-ups of random keys from random nodes."""
     network = DrawnNetwork(nodes, seed)
     rng, reach = random.Random(seed), 2**_BITS * HOLDERS // nodes
     hops, rounds, questions = [], [], []

@@ -2,14 +2,14 @@
 
 local     all experts in one process, without a network
 swarm     real nodes, each a process, and one trainer
-faults    the same, each call 1 s slower, and 10% of the calls failing after dispatch
-three     the same nodes as swarm, and three trainers, each with a third of every batch, who average their dense parts
-bf16, fp16, int8, int4   as local, with what would travel rounded by that codec
+faults    as swarm, but each call is 1 s slower, and 10% of the calls fail after dispatch
+three     the same nodes as swarm, and three trainers that average their dense parts, each with a third of every batch
+bf16, fp16, int8, int4   as local, with everything that would be sent rounded by that codec
 
     python -m benchmarks.learning [--quick] [--json FILE]
     python -m benchmarks.learning --ways local bf16 int8 int4 --steps 600
 
-What counts is the loss on held-out text after the last step, in nats per byte, measured with the faults off and all
+The result is the loss on held-out text after the last step, in nats per byte, measured without faults and with all
 experts live. `--quick` trains a smaller model for a few steps, with 0.1 s of delay and no codecs, in
 under 60 seconds.
 """
@@ -58,11 +58,11 @@ class Way:
 
     trainers: int = 1
     swarm: bool = True
-    """Whether it is a swarm of real nodes; otherwise all experts are in the trainer's process."""
+    """Whether experts are in a swarm of real nodes; otherwise all are in the trainer's process."""
     codec: CodecName = "fp32"
     of: str = "local"
     target: float | None = None
-    """The largest ratio of the losses."""
+    """The largest permitted ratio of the losses."""
 
 
 WAYS = {
@@ -99,7 +99,7 @@ codec = "{codec}"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how long."""
+    """What is trained, and for how long."""
 
     steps: int = 250
     batch: int = 12
@@ -108,9 +108,9 @@ class Plan:
     nodes: int = 4
     delay_s: float = 1.0
     in_flight: int = 1
-    """Steps under way at once, where calls are slow."""
+    """Steps in flight, where calls are slow."""
     average_every: int = 10
-    """Steps between averagings of several trainers' dense parts."""
+    """Steps between two rounds of averaging the dense parts, if there are several trainers."""
     validations: int = 8  # batches
 
     def manifest(self, codec: CodecName) -> str:
@@ -126,12 +126,12 @@ QUICK = Plan(steps=12, hidden=32, context=32, nodes=2, delay_s=0.1, average_ever
 
 
 def text_of_python() -> bytes:
-    """The text that a trainer learns from when it is given none."""
+    """The default text of trainers."""
     return "".join(read_text([])).encode()
 
 
 class Part(Dataset):
-    """Every `trainers`-th sequence of each batch, from `trainer` on."""
+    """Every `trainers`-th sequence of each batch, starting with sequence `trainer`."""
 
     def __init__(self, text: bytes, context: int, trainer: int, trainers: int) -> None:
         super().__init__(np.frombuffer(text, dtype=np.uint8), context, seed=0)
@@ -156,17 +156,17 @@ def make_training(
 
 
 def loss_of(model: LanguageModel, plan: Plan, data: Part) -> float:
-    """On held-out text."""
+    """The loss on held-out text."""
     return validation_loss(model, data.validation_batches(plan.batch, plan.validations))
 
 
 def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
-    """One trainer as a process: reads the invite, an empty line without a swarm; says "ready" and "trained", each time
-    waits for a line, and prints what came out.
+    """Runs one trainer as a process. It reads the invite (an empty line without a swarm), prints "ready" and, later,
+    "trained", waits for a line after each, and prints its results.
     """
     torch.set_num_threads(1)
     invite = sys.stdin.readline().strip()
-    # patient, so that a busy machine is not taken for a fault
+    # Timeouts are long, so that a busy machine is not mistaken for a fault.
     patience = {"call_deadline_s": 60.0, "grace_s": 60.0}
     averaging = {"average_every": plan.average_every, "average_host": "127.0.0.1"}
     settings = TrainerSettings.model_validate(patience | averaging | {"seed": 0})
@@ -219,10 +219,10 @@ def _say_and_wait(word: str) -> None:
 
 
 def run_way(way: str, plan: Plan) -> dict[str, Any]:
-    """The results of one way, its losses the mean over its trainers. Raises SystemExit when a trainer fails."""
+    """Runs one way. Its losses are means over its trainers. Raises SystemExit if a trainer fails."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-learning-")))
-        # first, so that they import while the nodes start
+        # Started first, so that they do their imports while the nodes start.
         trainers = [_start(stack, way, plan, folder, number) for number in range(WAYS[way].trainers)]
         invite = ""
         if WAYS[way].swarm:
@@ -240,7 +240,7 @@ def run_way(way: str, plan: Plan) -> dict[str, Any]:
                 _tell(trainer, "")
         results = [json.loads(_pipe(trainer.stdout).readline()) for trainer in trainers]
         for trainer in trainers:
-            trainer.kill()  # before the nodes stop, of which it would complain
+            trainer.kill()  # Before the nodes stop, since it would complain about that.
     return {
         "validation_loss": statistics.fmean(result["validation_loss"] for result in results),
         "seconds": max(result["seconds"] for result in results),
@@ -282,7 +282,9 @@ def compare(
     keep: Callable[[dict[str, Any]], None],
     known: dict[str, Any],
 ) -> dict[str, Any]:
-    """All figures; `keep` gets those so far after each way. Ways that are `known` of the same plan are not run."""
+    """Runs all ways and returns all figures. After each way, `keep` gets the figures so far. Ways of the same plan in
+    `known` are not run again.
+    """
     results: dict[str, Any] = {"plan": asdict(plan), "tokens": plan.steps * plan.batch * plan.context}
     if known.get("plan") == results["plan"]:
         results = known

@@ -1,7 +1,8 @@
-"""Samples per second of one mixture layer: Talkoot, hivemind.moe, and the bound, side by side in one run.
+"""Samples per second of one mixture layer: Talkoot, hivemind.moe, and an upper bound, side by side in one run.
 
-Forward, backward and an optimizer step of every called expert; top-4, hidden 256, gate and DHT on both sides, fp32 on
-the wire, loopback (Talkoot's with TLS). The bound is the same compute in one process, with fused Adam, without network.
+A step is forward, backward and an optimizer step of every called expert; top-4, hidden 256, gate and DHT on both sides,
+fp32 on the wire, loopback (Talkoot's with TLS). The bound is the same compute in one process, with fused Adam, without
+network.
 
 ffn, transformer  16 experts on a 4 × 4 grid, each sample routed as a whole. The expert modules are hivemind's own on
                   all sides. The bound computes the forward pass again before each backward pass.
@@ -11,11 +12,11 @@ narrow            64 Transformer layers of width 64 on an 8 × 8 grid, behind a 
 
     python -m benchmarks.moe [--quick] [--json FILE]
 
-Every contender runs in a process of its own, and they take turns, so that whatever else the machine does hits all.
+Every contender runs in a process of its own, and they take turns, so that other work on the machine affects all alike.
 
-The first rows are of one batch at a time, and the targets are theirs. The rows "2 in flight" are of two batches at a
-time, which each contender gets: Talkoot and hivemind.moe from two threads, the bound with one core for each batch or
-with all cores for one, whichever is faster.
+The first rows are measured with one batch at a time, and the targets are for these. The rows "2 in flight" are measured
+with two batches at a time for each contender: Talkoot and hivemind.moe from two threads, the bound with one core for
+each batch or with all cores for one, whichever is faster.
 """
 
 import argparse
@@ -40,13 +41,13 @@ TARGETS = {
     "narrow_vs_bound": 0.70,
 }
 _LIMIT_S = 90.0
-"""The longest time that a contender may take to start, and to be measured once."""
+"""The longest time that a contender may take to start, or for one measurement."""
 
 Results = dict[str, dict[str, Any] | float]
 
 
 def compare(rounds: int, seconds: float, in_flight_cases: Collection[str], console: Console) -> Results:
-    """Figures of each contender by case, and ratios by their keys."""
+    """Returns the figures of each contender by case, and their ratios."""
     results: Results = {}
     with ExitStack() as stack:
         standing = {}
@@ -61,7 +62,7 @@ def compare(rounds: int, seconds: float, in_flight_cases: Collection[str], conso
             for in_flight in (False, True)[: 1 + (case in in_flight_cases)]:
                 key = f"{case}_{IN_FLIGHT}_in_flight" if in_flight else case
                 figures = _take_turns(standing, rounds, seconds, case, in_flight, console)
-                if in_flight:  # the better of its two ways
+                if in_flight:  # The better of the bound's two ways.
                     figures["bound"] = max(figures["bound"], results[f"{case}_bound"], key=_rate)
                 results |= {f"{key}_{name}": figure for name, figure in figures.items()}
                 for rival in ("hivemind", "bound"):
@@ -72,7 +73,7 @@ def compare(rounds: int, seconds: float, in_flight_cases: Collection[str], conso
 def _take_turns(
     standing: Mapping[str, Standby], rounds: int, seconds: float, case: str, in_flight: bool, console: Console
 ) -> dict[str, Any]:
-    """One figure of each contender: the median of its rounds."""
+    """The median of each contender's rounds."""
     question = json.dumps({"case": case, "seconds": seconds, "in_flight": in_flight})
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in standing}
     for number in range(rounds):

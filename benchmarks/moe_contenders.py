@@ -1,4 +1,4 @@
-"""The contenders of the benchmark `moe`: each starts what it needs for all cases, and gives a step of each.
+"""The contenders of the benchmark `moe`: each starts what it needs for all cases, and offers a step for each case.
 
 A step is forward, backward and an optimizer step of every called expert.
 """
@@ -62,16 +62,16 @@ class Standing:
     """A contender that has started for one case."""
 
     steps: Sequence[Callable[[], None]]
-    """Ways to make a step, of which the fastest counts."""
+    """Ways to do a step. The fastest counts."""
     in_flight: Sequence[Callable[[], None]]
-    """The same when several threads make steps at once."""
+    """Ways to do a step when several threads do steps at once."""
     facts: dict[str, float] = field(default_factory=dict)
     failures: Callable[[], dict[str, int]] = dict
-    """Calls that failed so far, by cause."""
+    """Returns the number of failed calls so far, by cause."""
 
 
 def measure(step: Callable[[], None], samples: int, seconds: float) -> dict[str, float]:
-    """Runs steps for a while, the first ones unmeasured. Samples per second from the median step."""
+    """Runs steps for `seconds` after some warm-up steps. Returns samples per second, from the median step."""
     least = 2 if seconds < _BRIEF_S else 3
     for _ in range(least - 1):
         step()
@@ -85,13 +85,15 @@ def measure(step: Callable[[], None], samples: int, seconds: float) -> dict[str,
 
 
 def measure_in_flight(step: Callable[[], None], samples: int, seconds: float) -> dict[str, float]:
-    """Measures like `measure`, but with threads that each make step after step, and by the time of all steps."""
+    """Like `measure`, but with threads that each do step after step. The figure comes from the time that all steps
+    take.
+    """
     ready = threading.Barrier(IN_FLIGHT + 1)
     began = 0.0
 
     def work() -> int:
         step()
-        ready.wait()  # all have made their first step, and the time is noted before the next
+        ready.wait()  # All threads have done their first step, and the time is noted before the next.
         ready.wait()
         steps = 0
         while not steps or time.perf_counter() - began < seconds:
@@ -127,7 +129,7 @@ class Bound:
         self._gate = torch.nn.Linear(HIDDEN, sum(GRID))
 
     def step_on_one_core(self) -> None:
-        torch.set_num_threads(1)  # of this thread alone
+        torch.set_num_threads(1)  # For this thread only.
         self.step()
 
     def step(self) -> None:
@@ -179,11 +181,11 @@ def bound(case: str) -> Iterator[Standing]:
 
 @contextmanager
 def talkoot(case: str) -> Iterator[Standing]:
-    """A node in a process of its own, started with the command; this process is the trainer."""
+    """Starts a node in a process of its own with the command. This process is the trainer."""
     from trainer_client.client import SwarmClient, TrainerTiming
     from trainer_client.settings import TrainerSettings
 
-    torch.set_num_threads(1)  # of the trainer, whose own part is small
+    torch.set_num_threads(1)  # For the trainer, whose own part is small.
     manifest = MANIFEST.format(hidden=HIDDEN, context=SEQUENCE, experts=EXPERTS[case], top_k=TOP_K)
     settings, timing = TrainerSettings(call_deadline_s=60.0), TrainerTiming(least_deadline_s=60.0)
     with (
@@ -199,7 +201,7 @@ def talkoot(case: str) -> Iterator[Standing]:
 
 @contextmanager
 def hivemind(case: str) -> Iterator[Standing]:
-    """hivemind.moe's server in the background, as its own tests start it; this process is the client."""
+    """Starts hivemind.moe's server in the background, as its own tests do. This process is the client."""
     import psutil
     from hivemind import DHT
     from hivemind.moe import RemoteMixtureOfExperts
@@ -249,7 +251,7 @@ def hivemind(case: str) -> Iterator[Standing]:
 
 
 class SampleTransformer(nn.Module):
-    """Talkoot's narrow expert for hivemind's server: whole samples [S, T, W], with a mask that is not used."""
+    """Talkoot's narrow expert for hivemind's server: it takes whole samples [S, T, W], and a mask that it ignores."""
 
     def __init__(self, block: TransformerLayer) -> None:
         super().__init__()
@@ -276,7 +278,7 @@ CONTENDERS: dict[str, Callable[[str], AbstractContextManager[Standing]]] = {
 
 
 def stand_by(name: str) -> None:
-    """Starts for all cases, says so, and measures what the lines of the standard input ask for."""
+    """Starts for all cases, reports that it has, and measures what each line of the standard input asks for."""
     with ExitStack() as stack:
         standing = {case: stack.enter_context(CONTENDERS[name](case)) for case in SHAPES}
         print("{}", flush=True)

@@ -1,11 +1,11 @@
 """The bound of `benchmarks.moe` for narrow experts: all of them in one process, without network.
 
-Three ways to compute them, of which the fastest counts: one expert after another, as one grouped product for each
-linear layer (`torch.nn.functional.grouped_mm`), and as one product of batches, each padded to the largest expert's rows
-(`torch.baddbmm`). A step is forward, backward and fused Adam; nothing is clipped or checked. One step at a time: two
-would change what the other is computed with.
+There are three ways to compute them, of which the fastest counts: one expert after another, as one grouped product for
+each linear layer (`torch.nn.functional.grouped_mm`), and as one product of batches, each padded to the largest expert's
+rows (`torch.baddbmm`). A step is forward, backward and fused Adam; nothing is clipped or checked. Only one step is done
+at a time: with two, one would change the parameters that the other computes with.
 
-Shape suffixes: B = sequences, R = tokens, K = experts of a token, P = pairs of a token and an expert, expert after
+Shape suffixes: B = sequences, R = tokens, K = experts of a token, P = pairs of a token and an expert, ordered by
 expert, E = experts, S = segments, D = hidden size, W = width of the experts, I and O = inner and outer columns.
 """
 
@@ -42,7 +42,7 @@ class Sizes:
 
 
 class NarrowBound:
-    """Norm, gate, projections and experts; each token chooses its own."""
+    """Norm, gate, projections and experts. Each token chooses its own experts."""
 
     def __init__(self, sizes: Sizes, way: Way) -> None:
         self._sizes = sizes
@@ -82,11 +82,11 @@ class NarrowBound:
 
 
 def step_on_one_core(sizes: Sizes, way: Way) -> Callable[[], None]:
-    """A step that several threads may make at once: each has experts of its own."""
+    """Returns a step that several threads may do at once: each has experts of its own."""
     own = threading.local()
 
     def step() -> None:
-        torch.set_num_threads(1)  # of this thread alone
+        torch.set_num_threads(1)  # For this thread only.
         if not hasattr(own, "bound"):
             own.bound = NarrowBound(sizes, way)
         own.bound.step()
@@ -95,7 +95,7 @@ def step_on_one_core(sizes: Sizes, way: Way) -> Callable[[], None]:
 
 
 class _Loop(nn.Module):
-    """One expert after another."""
+    """Computes one expert after another."""
 
     def __init__(self, experts: Sequence[TransformerLayer]) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class _Loop(nn.Module):
 
 
 class _AtOnce(nn.Module):
-    """One block whose layers hold the parameters of all experts."""
+    """Computes all experts at once, in one block whose layers hold the parameters of all."""
 
     def __init__(self, experts: Sequence[TransformerLayer], way: Way) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class _AtOnce(nn.Module):
 
 
 class _Rows:
-    """How many of the rows are each expert's, and where they are among padded ones."""
+    """How many rows each expert has, and where they are among the padded rows."""
 
     counts_E: Tensor
     ends_E: Tensor

@@ -1,8 +1,9 @@
-"""An internet of network namespaces: public hosts, and hosts each behind a router of its own that drops what comes in.
+"""An internet of network namespaces: public hosts, and hosts each behind its own router that drops incoming
+connections.
 
-Public hosts have public-looking addresses, for libp2p never relays by private ones; nothing leaves the namespaces.
-They are removed when the block ends. What a killed process left behind is swept at the next start: names carry the
-process number of their maker.
+Public hosts have addresses that look public, since libp2p never relays through private ones. Nothing leaves the
+namespaces. They are removed when the block ends. What a killed process left behind is removed at the next start: the
+names contain the process id of their maker.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ uuid=f1c5129f-ce8a-4f6b-81d6-8a59a23d3cfd
 allow 1024-65535 192.168.0.0/16 1024-65535
 deny 0-65535 0.0.0.0/0 0-65535
 """
-"""Settings of miniupnpd, which many home routers run."""
+"""Settings for miniupnpd, which many home routers run."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,22 @@ class Machine:
     namespace: str
     address: str
     router: str = ""
-    """The namespace of the router that hides it; empty: none does."""
+    """The namespace of the router that the host is behind; empty: it is behind none."""
 
     @property
     def is_behind_router(self) -> bool:
         return bool(self.router)
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """The same command, run on this machine."""
+        """The command that runs these arguments on this machine."""
         return [shutil.which("ip") or "ip", "netns", "exec", self.namespace, *arguments]
 
 
 class Internet:
-    """Machines that reach each other as their routers allow. Made by `internet`."""
+    """Machines that reach each other as far as their routers allow. Created by `internet`."""
 
     def __init__(self, rate_mbit: float | None = None) -> None:
-        """`rate_mbit`: of each machine's link to all others, each way; None: as fast as it goes."""
+        """`rate_mbit`: the rate of each machine's link to all others, in each direction; None: unlimited."""
         self._rate_mbit = rate_mbit
         self._prefix = f"{_MARK}{os.getpid()}-"
         self._count = 0
@@ -98,14 +99,16 @@ class Internet:
         _ip("-n", self._backbone, "link", "set", "bridge", "up")
 
     def public(self) -> Machine:
-        """A machine that all others reach."""
+        """Adds a machine that all others reach."""
         self._count += 1
         return Machine(
             self._attached(f"public{self._count}", f"44.1.1.{self._count}"), f"44.1.1.{self._count}"
         )
 
     def home(self) -> Machine:
-        """A machine behind a router that hides its address, and lets nobody in who was not called."""
+        """Adds a machine behind a router that translates its address, and admits nobody whom the machine has not called
+        first.
+        """
         self._count += 1
         number = self._count
         router = self._attached(f"router{number}", f"44.1.2.{number}")
@@ -121,7 +124,7 @@ class Internet:
 
     @contextlib.contextmanager
     def upnp(self, home: Machine) -> Iterator[None]:
-        """Makes this home's router forward ports for whoever asks by UPnP, as long as the block lasts."""
+        """Until the block ends, this home's router forwards ports on request, by UPnP."""
         run_there = ("ip", "netns", "exec", home.router)
         _run(*run_there, "nft", "-f", "-", stdin=_UPNP_CHAINS)
         with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +142,9 @@ class Internet:
                 _run(*run_there, "nft", "delete", "table", "inet", "upnp")
 
     def redirect(self, machine: Machine, ports: Mapping[int, int]) -> None:
-        """What comes in for one port of a public machine goes to another one there. `ports`: from which to which."""
+        """Redirects connections to some ports of a public machine to other ports there. `ports`: the target for each
+        port.
+        """
         rules = "".join(f'iifname "wan" tcp dport {port} redirect to :{to}\n' for port, to in ports.items())
         chain = f"chain prerouting {{\ntype nat hook prerouting priority -100\n{rules}}}\n"
         _run(
@@ -147,7 +152,7 @@ class Internet:
         )
 
     def forwarded(self, home: Machine) -> str:
-        """What the router forwards by UPnP, as nft lists it."""
+        """The ports that the router forwards by UPnP, as listed by nft."""
         return _run("ip", "netns", "exec", home.router, "nft", "list", "chain", "inet", "upnp", "forwarded")
 
     def close(self) -> None:
@@ -187,7 +192,7 @@ class Internet:
 
 @contextlib.contextmanager
 def internet(rate_mbit: float | None = None) -> Iterator[Internet]:
-    """`rate_mbit` as in Internet."""
+    """Creates an internet that lasts until the block ends. `rate_mbit`: see `Internet`."""
     sweep()
     made = Internet(rate_mbit)
     try:
@@ -197,7 +202,7 @@ def internet(rate_mbit: float | None = None) -> Iterator[Internet]:
 
 
 def why_not() -> str:
-    """Why this machine can't have such an internet; empty when it can."""
+    """Why this machine cannot create such an internet. Empty if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if missing := [tool for tool in ("ip", "nft", "sysctl") if shutil.which(tool) is None]:
@@ -211,14 +216,14 @@ def why_not() -> str:
 
 
 def sweep() -> None:
-    """Removes what processes left that are no more."""
+    """Removes what processes that no longer exist have left behind."""
     for name in _namespaces():
         if (maker := _NAME.match(name)) and not os.path.exists(f"/proc/{maker[1]}"):
             _remove(maker[0])
 
 
 def _slow(namespace: str, device: str, rate_mbit: float) -> None:
-    """What leaves by this device takes its turn at the rate; a twentieth of a second of it may wait."""
+    """Limits what leaves through this device to the rate. At most a twentieth of a second of it may wait."""
     _run(
         "tc", "-n", namespace, "qdisc", "add", "dev", device, "root",
         "tbf", "rate", f"{rate_mbit:g}mbit", "burst", "128kb", "latency", "50ms",

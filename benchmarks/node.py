@@ -1,8 +1,9 @@
 """A node under many trainers, and a node with many experts.
 
 Eight trainers, each a process of its own, train on one node of 16 experts: together they should reach what one alone
-reaches, and the slowest at least half of its fair share. Then a node serves 256 small experts: how soon, in how many
-processes, and in how much memory once each has taken a step; hivemind.moe's server of the same experts beside it.
+reaches, and the slowest at least half of its fair share. Then a node serves 256 small experts. It is measured how soon
+it serves them, in how many processes, and in how much memory once each has taken a step; and the same for
+hivemind.moe's server with the same experts.
 
     python -m benchmarks.node [--quick] [--json FILE]
 
@@ -74,7 +75,9 @@ def manifest(grid: tuple[int, int], hidden: int, kind: str) -> str:
 
 
 def train(invite: str, state: Path, seconds: float) -> None:
-    """One trainer: says when it is ready, begins when it reads a line, and prints its steps within the time."""
+    """Runs one trainer: it reports when it is ready, begins when it reads a line, and prints how many steps it did in
+    time.
+    """
     from trainer_client.client import SwarmClient, TrainerTiming
     from trainer_client.settings import TrainerSettings
 
@@ -102,7 +105,7 @@ def train(invite: str, state: Path, seconds: float) -> None:
 
 
 def trainers_at_once(count: int, invite: str, folder: Path, seconds: float) -> list[float]:
-    """Samples per second of each."""
+    """Samples per second of each of `count` trainers at once."""
     with ExitStack() as stack:
         processes = []
         for number in range(count):
@@ -153,7 +156,7 @@ def measure_trainers(seconds: float) -> dict[str, float]:
 
 
 async def step_all(invite: Invite, state: Path) -> int:
-    """Sends every expert of the swarm a backward call. Returns how many answered."""
+    """Sends every expert of the swarm a backward call. Returns how many experts answered."""
     swarm = await join_swarm(
         Identity.load_or_create(state / "key"), invite, NetworkConfig("127.0.0.1", serves_dht=False)
     )
@@ -201,7 +204,7 @@ def measure_many_experts() -> dict[str, float]:
 
 
 def serve_hivemind() -> None:
-    """hivemind.moe's server of the same experts, until it is killed. Prints when it serves."""
+    """Runs hivemind.moe's server of the same experts until it is killed. Prints a line when it serves."""
     from hivemind.moe.server.server import background_server
 
     uids = [f"expert.{i}.{j}" for i in range(MANY_GRID[0]) for j in range(MANY_GRID[1])]
@@ -255,7 +258,9 @@ def _give_up(number: int, frame: object) -> None:
 
 
 def tree(pid: int) -> tuple[int, int]:
-    """Processes, and their memory in bytes with what they share counted once."""
+    """The number of processes below and including this one, and their memory in bytes, with shared memory
+    counted once.
+    """
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     return len(family), sum(process.memory_full_info().pss for process in family)
 

@@ -2,16 +2,16 @@
 
 dense     a dense Transformer that computes as much for each token, in this process
 calm      the mixture: its experts are in node processes, and every call travels by gRPC and TLS
-delayed   the same; each call takes 1 s longer, and 10% of the calls fail
+delayed   as calm, but each call takes 1 s longer, and 10% of the calls fail
 
     python -m benchmarks.paper [--quick] [--steps N] [--in-flight N] [--json FILE] [--plot FILE]
 
-After Ryabinin & Gusev 2020, section 4.3, where 256 experts are spread over the layers of a language model, each is a
-Transformer layer, and calls take a second and fail as often. All see the same batches: an equal part each of Python's
-help, the source of its library and C++ headers. The loss is that on held-out text, in nats per byte, and the time is by
-the clock, with validations. The curve of `delayed` is measured as it trains, with delays and failures; its final loss,
-as those of all, without. `--quick` trains 64 smaller experts for 20 steps with less delay, in under 60 seconds. Ctrl-C
-ends it at once; --json has what was done before.
+It follows Ryabinin & Gusev 2020, section 4.3, where 256 experts are spread over the layers of a language model, each is
+a Transformer layer, and calls take a second and fail as often. All three are trained on the same batches: an equal part
+each of Python's help, the source of its library and C++ headers. The loss is that on held-out text, in nats per byte.
+Times are wall-clock times and include validations. The curve of `delayed` is measured during training, with delays and
+failures; the final loss of all three is measured without. `--quick` trains 64 smaller experts for 20 steps with less
+delay, in under 60 seconds. Ctrl-C ends it at once; the JSON file then has what was finished before.
 """
 
 import argparse
@@ -49,15 +49,15 @@ WAYS = ("dense", "calm", "delayed")
 LAYERS, TOP_K = 2, 4
 FAILING = 0.1
 MOST_LOST = 1.03
-"""The largest loss of `delayed`, of that of `calm`."""
+"""The largest loss of `delayed`, relative to that of `calm`."""
 _POINTS = 15
-"""Points of a curve, with --steps."""
+"""The number of points of a curve, with --steps."""
 _FINAL = 8
-"""How many times as many batches the final loss takes as a point of the curve."""
+"""The final loss is measured on this many times as many batches as a point of the curve."""
 _LINE_EVERY_S = 10.0
-"""The pause between two lines of progress where nobody watches."""
+"""The pause between two lines of progress when the output is not a terminal."""
 _PATIENCE = {"call_deadline_s": 60.0, "grace_s": 60.0}
-"""Deadlines so long that a busy machine is not taken for a fault."""
+"""Deadlines that are so long that a busy machine is not mistaken for a fault."""
 
 
 FULL_SIZE = Size(
@@ -70,12 +70,12 @@ QUICK_SIZE = Size(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how long."""
+    """What is trained, and for how long."""
 
     nodes: int = 4
     delay_s: float = 1.0
     in_flight: int = 1
-    """Steps under way at once in `delayed`. Each waits 4 s: forward and backward, in two layers."""
+    """Steps in flight in `delayed`. Each step waits 4 s: forward and backward, in two layers."""
     size: Size = FULL_SIZE
 
     @property
@@ -85,16 +85,16 @@ class Plan:
 
     @property
     def dense(self) -> Configuration:
-        """The dense model, with as many layers as compute for each token in the mixture.
+        """The dense model. It has as many layers as compute for each token in the mixture.
 
-        The size of their feed-forward blocks makes the FLOPs equal.
+        The size of its feed-forward blocks makes the FLOPs equal.
         """
         one, two = (Configuration("dense", LAYERS * (1 + TOP_K), float(size)) for size in (1, 2))
         share = (self.flops(self.mixture) - self.flops(one)) / (self.flops(two) - self.flops(one))
         return replace(one, feed_forward=1 + share)
 
     def flops(self, configuration: Configuration) -> float:
-        """Forward, for each token."""
+        """FLOPs of a forward pass for each token."""
         return sum(configuration.flops(self.size).values())
 
 
@@ -104,7 +104,7 @@ Observe = Callable[[Progress], None]
 
 
 class Run:
-    """One training, and what is measured of it."""
+    """One training run and its measurements."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Run:
         settings = configuration.trainer_settings(plan.size).model_copy(update={"in_flight": in_flight})
         self.model = make_model()
         self.curve: list[tuple[int, float, float]] = []
-        """Step, seconds since the start, and the held-out loss then."""
+        """Points of the curve: the step, the seconds since the start, and the held-out loss at that step."""
         self._plan, self._configuration, self._data = plan, configuration, data
         self._training = Training(self.model, data, settings, make_model)
 
@@ -152,7 +152,7 @@ def run_dense(plan: Plan, data: Mixed, observe: Observe) -> dict[str, Any]:
 
 
 def run_mixture(plan: Plan, data: Mixed, observe: Observe, *, delayed: bool) -> dict[str, Any]:
-    """On a swarm of its own. Raises SystemExit if a node does not start."""
+    """Trains the mixture on a swarm of its own. Raises SystemExit if a node does not start."""
     manifest = plan.mixture.manifest(plan.size)
     faults: list[FaultyCaller] = []
 
@@ -190,7 +190,7 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def to_toml(manifest: Manifest) -> str:
-    """A founder's file, without a preset. Numbers, strings and lists are alike in JSON and TOML."""
+    """A founder's manifest file, without a preset. JSON and TOML write numbers, strings and lists in the same way."""
     values = json.loads(manifest.to_json()) | {"preset": "none"}
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if key not in tables]
@@ -206,9 +206,11 @@ def compare(
     keep: Callable[[dict[str, Any]], None],
     known: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All figures; `keep` gets those so far after each way. Ways that are `known` of the same plan are not run."""
+    """Runs all ways and returns all figures. After each way, `keep` gets the figures so far. Ways of the same plan in
+    `known` are not run again.
+    """
     results: dict[str, Any] = {"plan": asdict(plan)}
-    results = json.loads(json.dumps(results))  # tuples become lists, as in a file
+    results = json.loads(json.dumps(results))  # Tuples become lists, as when read from a file.
     if known.get("plan") == results["plan"]:
         results |= known
     data = Mixed(load_texts(TEXTS), plan.size.context)
@@ -224,7 +226,7 @@ def compare(
 
 @contextmanager
 def shown(console: Console, way: str) -> Iterator[Observe]:
-    """Shows how far training is: in a line that is redrawn on a terminal, else in a line every 10 s."""
+    """Shows the progress of training: on a terminal in a line that is redrawn, otherwise in a new line every 10 s."""
     last = time.monotonic()
     with console.status(f"{way}: starting") as status:
 
@@ -280,7 +282,7 @@ def ratio(found: Mapping[str, Any], way: str, rival: str) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """An SVG: the held-out loss by step, and by time."""
+    """Writes an SVG with the held-out loss by step and by time."""
     import matplotlib
     from matplotlib.figure import Figure
 

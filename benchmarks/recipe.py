@@ -2,12 +2,12 @@
 
     python -m benchmarks.recipe [--quick] [--json FILE] [--plot DIR] [--state DIR] [--only NAME ...] [--seed N]
 
-All in one process, with the real trainer and the nodes' own experts. There are five domains: the Bible, Shakespeare,
-Python's documentation, the source of its library, and C++. All models have the same batches, an equal part from each
-domain but the one that is held out. How they do on that one is how they do out of domain: whether a mixture is ahead
-there too, and at every size, is the question of Artetxe et al. 2021, arXiv 2112.10684. It may be stopped at any time,
-and goes on from what is in --state. `--quick` trains small models on what Python ships, in under 60 seconds; it shows
-nothing but that the benchmark works.
+Everything runs in one process, with the real trainer and the nodes' own experts. There are five domains: the Bible,
+Shakespeare, Python's documentation, the source of its library, and C++. All models are trained on the same batches,
+with an equal part from each domain except one, which is held out. The loss on that domain shows how a model does out of
+domain: whether a mixture is ahead there too, and at every size, is the question of Artetxe et al. 2021, arXiv
+2112.10684. The benchmark may be stopped at any time, and continues from what is in --state. `--quick` trains small
+models on what Python ships, in under 60 seconds; it only shows that the benchmark works.
 """
 
 import argparse
@@ -41,9 +41,10 @@ def compare(
     stop: threading.Event,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The results of all that are done, those of earlier runs too; trains the others until `stop` is set.
+    """Trains configurations until `stop` is set. Returns the results of all that are finished, including those of
+    earlier runs.
 
-    Of the one that is stopped they have the curve.
+    For one that was interrupted, the results have its curve so far.
     """
     results: dict[str, Any] = {"size": asdict(size), "domains": list(data.domains), "kinds": BYTE_KINDS}
     results |= {"held_out": list(data.held_out), "runs": {}, "unfinished": {}}
@@ -66,7 +67,9 @@ def compare(
 
 
 def overtakes(mixture: dict[str, float], dense: dict[str, float]) -> int | None:
-    """The first step from which on the mixture's curve is below the dense model's; None: it is not at the end."""
+    """The first step from which the mixture's curve stays below the dense model's. None if it is not below at
+    the end.
+    """
     steps = [step for step in map(int, mixture) if step and str(step) in dense]
     below = [mixture[str(step)] < dense[str(step)] for step in steps]
     if not below or not below[-1]:
@@ -116,7 +119,7 @@ def show(results: dict[str, Any], configurations: Sequence[Configuration], conso
 
 
 def out_of_domain(run: Mapping[str, Any]) -> float:
-    """The loss of a run that is done, on the domain that it was not trained on. In nats per byte."""
+    """The loss of a finished run on the domain that it was not trained on, in nats per byte."""
     return statistics.fmean(run["out_of_domain"].values())
 
 

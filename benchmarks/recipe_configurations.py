@@ -1,4 +1,4 @@
-"""What `benchmarks.recipe` compares: models that compute as much for each token, and what each of them is given.
+"""What `benchmarks.recipe` compares: models that compute as much for each token, and their settings.
 
 Shapes: D hidden, A columns of all heads, F inner size of feed-forward blocks, L rows that attend to each other, V
 vocabulary.
@@ -14,15 +14,15 @@ from peer.layers import Activation
 from trainer_client.settings import TrainerSettings
 
 EXPERT_RATE = 2e-3
-"""The experts' highest step size: that of the dense part."""
+"""The experts' highest learning rate, which is that of the dense part."""
 
 _ONLY_MEASURED = {"validate_every", "validation_batches", "threads"}
-"""Settings that change nothing that is learned."""
+"""Settings that have no effect on what is learned."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What all models of a comparison share."""
+    """What all models of a comparison have in common."""
 
     hidden: int = 96
     heads: int = 4
@@ -52,22 +52,28 @@ class Configuration:
     expert_kind: str | None = None
     top_k: int = 1
     grid: tuple[int, ...] | None = None
-    """None: the size's."""
+    """The grid of the experts. None: that of the size."""
     takes_feed_forward: bool = False
-    """Each mixture takes the place of a feed-forward block: before it is an attention. Else a whole layer is."""
+    """Whether each mixture replaces a feed-forward block, so that an attention comes before it. Otherwise it replaces a
+    whole layer.
+    """
     width: float = 1.0
     """The width of experts, as a multiple of hidden."""
     head_size: int | None = None
-    """The size of an expert's only head. None: heads are as large as the trainer's, as many as fit into the width."""
+    """The size of an expert's only head. None: heads are as large as the trainer's, and there are as many as fit into
+    the width.
+    """
     shared: float = 0.0
-    """Inner size of the shared expert of each mixture, as a multiple of hidden; 0: none."""
+    """The inner size of each mixture's shared expert, as a multiple of hidden; 0: there is none."""
     activation: Activation = "gelu"
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the trainer, besides those that all have."""
+    """Settings of the trainer in addition to those that all have."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """Settings of the experts, besides those that all have."""
+    """Settings of the experts in addition to those that all have."""
     rival: str | None = None
-    """What it is compared with: the dense model that computes as much for each token, or what a variant varies."""
+    """The configuration that it is compared with: the dense model that computes as much for each token, or, for a
+    variant, the mixture that it varies.
+    """
     steps: float = 1.0
     """Steps as a share of the size's steps."""
 
@@ -122,8 +128,8 @@ class Configuration:
         return TrainerSettings.model_validate(common | self.settings)
 
     def cache_name(self, size: Size, data_sha256: str) -> str:
-        """Another one for whatever would learn something else, and for nothing else: what is left at its default is not
-        in it, so keys that manifests and settings come to have change no name.
+        """A file name that changes exactly when something else would be learned. Keys left at their defaults are not
+        part of it, so new keys in manifests and settings change no name.
         """
         settings = self.trainer_settings(size).model_dump(mode="json", exclude_defaults=True)
         learned = {name: value for name, value in settings.items() if name not in _ONLY_MEASURED}
@@ -137,14 +143,14 @@ class Configuration:
 
 
 def model_flops(manifest: Manifest, *, has_experts: bool = True) -> dict[str, float]:
-    """Forward, for each token, by part; a backward pass takes twice as many."""
+    """FLOPs of a forward pass for each token, by part; a backward pass takes twice as many."""
     model, experts, expert = manifest.model, manifest.experts, manifest.expert_model
     local = model.local_layers * layer_flops(model, model.context)
     if model.local == "attention":
         local += attention_flops(model, model.context)
     parts = {"dense layers": model.layers * local}
     if has_experts:
-        # rows of a sequence that reach one expert, when it gets its part of them
+        # The rows of a sequence that reach one expert if they are spread evenly.
         reached = max(1.0, model.context * manifest.routing.top_k / experts.count)
         one = layer_flops(expert, reached) if experts.kind == "transformer" else feed_forward_flops(expert)
         parts["experts"] = model.layers * manifest.routing.top_k * one
@@ -203,7 +209,7 @@ _FINE = Configuration(
 _NARROW = replace(
     _FINE, name="transformer top-4, narrow", expert_kind="transformer", width=1 / 4, feed_forward=13 / 4
 )
-"""Its projections take a sixteenth of what a feed-forward block of usual size does."""
+"""The expert's projections take a sixteenth of what a feed-forward block of the usual size takes."""
 _HALF = replace(
     _NARROW, name="transformer top-4, half as wide", width=1 / 2, head_size=8, feed_forward=19 / 12
 )
@@ -230,7 +236,7 @@ CONFIGURATIONS = (
     Configuration("dense-5", 5),
     replace(_THIN, name="transformer top-4, thin", top_k=4, settings=_PRODUCT_KEY, rival="dense-5"),
 )
-"""Their feed-forward blocks are of such a size that all compute as much for each token as their rival does."""
+"""The feed-forward blocks of each are sized so that it computes as much for each token as its rival."""
 
 
 def _short(configuration: Configuration, rival: str | None = None, **changes: Any) -> Configuration:
@@ -296,7 +302,9 @@ VARIANTS = (
     _fine_variant("experts' rate 0.001", optimizer={"learning_rate": 1e-3}),
     _fine_variant("experts' rate 0.004", optimizer={"learning_rate": 4e-3}),
 )
-"""With a third of the steps, the rate falling as much: other numbers of experts for each token beside dense models that
-compute as much, and one mixture with one thing changed at a time."""
+"""These train for a third of the steps, with the learning rate falling as far. They are mixtures with other numbers of
+experts for each token, compared with dense models that compute as much, and one mixture with one thing changed at a
+time.
+"""
 
 ALL = CONFIGURATIONS + VARIANTS

@@ -1,4 +1,4 @@
-"""Pictures of what `benchmarks.recipe` found: curves, in and out of domain, and what experts specialise on."""
+"""Plots of the results of `benchmarks.recipe`: curves, in and out of domain, and what experts specialise in."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def draw(results: Mapping[str, Any], rivals: Mapping[str, str], folder: Path) ->
 
 
 def _curves(runs: Mapping[str, Any], rivals: Mapping[str, str]) -> Figure:
-    """One panel for each dense model."""
+    """Draws one panel for each dense model."""
     compared = {rival for name, rival in rivals.items() if name in runs}
     dense = [name for name in dict.fromkeys(rivals.values()) if name in runs and name in compared]
     figure = Figure(figsize=(5 * max(1, len(dense)), 4), layout="constrained")
@@ -87,7 +87,7 @@ def _mean(losses: Mapping[str, float]) -> float:
 
 
 def _heat_maps(name: str, chosen: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:
-    """A row for each layer: experts by domain, and by kind of byte."""
+    """Draws a row for each layer: experts by domain, and by kind of byte."""
     layers = len(chosen["domains"])
     figure = Figure(figsize=(9, 0.9 + 2.6 * layers), layout="constrained")
     figure.suptitle(f"{name}: where the bytes of each domain and of each kind go")
@@ -105,7 +105,9 @@ def _heat_maps(name: str, chosen: Mapping[str, Any], results: Mapping[str, Any])
 
 
 def ordered(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each row as shares of its sum; experts ordered by the row in which they have the most. [classes, experts]"""
+    """Each row as shares of its sum, with the experts ordered by the row in which they have the most. [classes,
+    experts]
+    """
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     leading = shares.argmax(axis=0)
     most: Sequence[NDArray[np.float64]] = [-shares.max(axis=0), leading.astype(np.float64)]

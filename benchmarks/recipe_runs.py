@@ -1,6 +1,6 @@
 """One configuration of `benchmarks.recipe`: trained with the real trainer and the nodes' own experts, in one process.
 
-What is done is kept in a file, from which a run that was stopped goes on.
+Progress is saved in a file, from which a run that was stopped continues.
 """
 
 import json
@@ -46,7 +46,7 @@ class Run:
     experts: dict[UID, Expert]
     cpu_s: float = 0.0
     load_cv: float = 0.0
-    """Summed over steps: how unevenly rows were spread over experts."""
+    """How unevenly rows were spread over experts (the coefficient of variation), summed over steps."""
 
     @classmethod
     def begin(cls, configuration: Configuration, size: Size, data: Mixed) -> "Run":
@@ -59,7 +59,7 @@ class Run:
         return cls(configuration, size, Training(model, data, settings), model, experts)
 
     def train(self, file: Path, stop: threading.Event) -> bool:
-        """Goes on from the file, and leaves there what is done. Gives whether all steps are."""
+        """Continues from the file, and saves progress there. Returns whether all steps are done."""
         if file.exists():
             self._load(file)
         last = time.process_time()
@@ -104,7 +104,7 @@ class Run:
             expert.import_state(states[str(uid)], known["updates"][str(uid)])
 
     def curve(self) -> dict[str, Any]:
-        """The loss on held-out text as far as it was measured, in nats per byte, by the step."""
+        """The measured losses on held-out text by step, in nats per byte."""
         history = self.training.history
         return {
             "steps": self.training.step,
@@ -134,7 +134,7 @@ class Run:
         }
 
     def _chosen(self, data: Mixed, batches: int) -> dict[str, Any]:
-        """How many rows of each domain, and of each kind of byte, each expert of each layer gets."""
+        """How many rows each expert of each layer gets, by domain and by kind of byte."""
         experts = self.configuration.manifest(self.size).experts.count
         layers = len(self.model.mixtures)
         by_domain = np.zeros((layers, len(data.domains), experts), dtype=np.int64)
@@ -154,7 +154,7 @@ class Run:
         return {"domains": by_domain.tolist(), "kinds": by_kind.tolist()}
 
     def _choose(self, layer: int, scores: tuple[Tensor, ...]) -> Integers:
-        """The experts of each row, as numbers in order of the grid. [R, k]"""
+        """The numbers of each row's experts, counted in the order of the grid. [R, k]"""
         mixture, grid = self.model.mixtures[layer], self.configuration.manifest(self.size).experts.grid
         assert isinstance(mixture, RemoteMixtureOfExperts)
         alive = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
@@ -168,7 +168,7 @@ class Run:
 
 @contextmanager
 def scores_of(mixtures: nn.ModuleList) -> Iterator[list[tuple[Tensor, ...]]]:
-    """What the gate of each mixture gives, in the order in which they are called."""
+    """Collects what the gate of each mixture returns, in the order in which the mixtures are called."""
     found: list[tuple[Tensor, ...]] = []
     gates = [mixture.gate for mixture in mixtures if isinstance(mixture, RemoteMixtureOfExperts)]
     hooks = [gate.register_forward_hook(lambda module, args, output: found.append(output)) for gate in gates]
@@ -180,9 +180,7 @@ def scores_of(mixtures: nn.ModuleList) -> Iterator[list[tuple[Tensor, ...]]]:
 
 
 def shared_information(counts: list[list[int]]) -> float:
-    """The information that a row's expert gives about its class, as a share of all there is to know of the class: 0 to
-    1.
-    """
+    """How much a row's expert tells about its class: mutual information as a share of the class's entropy, 0 to 1."""
     joint = np.array(counts, dtype=np.float64)
     joint /= joint.sum()
     classes, experts = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)

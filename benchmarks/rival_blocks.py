@@ -1,7 +1,7 @@
-"""hivemind's own expert modules as kinds of ours, so that both sides compute the very same thing.
+"""hivemind's own expert modules as expert kinds of Talkoot, so that both sides compute exactly the same.
 
-Offered through the entry point group `talkoot.expert_kinds`; the benchmark puts a package folder that names them on the
-path of the processes it starts.
+They are offered through the entry point group `talkoot.expert_kinds`. The benchmark puts a package folder that names
+them on the path of the processes it starts.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dht.manifest import ModelSpec
 
 SEQUENCE = 128
-"""Rows of a sequence that hivemind's transformer expert wants."""
+"""The number of rows of a sequence that hivemind's transformer expert needs."""
 
 
 class RivalFeedForward(nn.Module):
@@ -42,7 +42,7 @@ class RivalTransformer(nn.Module):
 
 
 def make_package() -> Path:
-    """A folder that offers the kinds `rival-ffn` and `rival-transformer` to whoever has it on the path."""
+    """A folder that offers the kinds `rival-ffn` and `rival-transformer` to processes that have it on their path."""
     folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
     package = folder / "talkoot_rivals-1.dist-info"
     package.mkdir()

@@ -1,4 +1,4 @@
-"""hivemind.moe's beam search, with the one repair that it needs to be measured."""
+"""hivemind.moe's beam search, with the one fix that is needed to measure it."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from hivemind.moe.client.beam_search import MoEBeamSearcher
 
 
 class RepairedSearcher(MoEBeamSearcher):  # type: ignore[misc]  # hivemind has no types
-    """Passes on an expiry where hivemind 1.1.12 passes `num_workers`: an error as soon as a prefix is missing."""
+    """Passes an expiration time where hivemind 1.1.12 passes `num_workers`, which fails as soon as a prefix
+    is missing.
+    """
 
     @classmethod
     async def _batch_find_best_experts(

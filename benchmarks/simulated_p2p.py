@@ -1,8 +1,8 @@
-"""A network of many peers in one process: Talkoot's DHT nodes over calls in memory, on a clock that jumps.
+"""A network of many peers in one process: Talkoot's DHT nodes with calls in memory, and a clock that jumps.
 
-What runs is real: the nodes with their routing tables and stores, and all of `dht/`. Stand-ins are the transport, the
-clock, and the keys: 10,000 RSA keys take a quarter of an hour, so a peer signs with a hash here. Sizes are those of RSA
-keys, so that counted bytes are right.
+The nodes with their routing tables and stores, and all of `dht/`, are real. The transport, the clock and the keys are
+simulated: 10,000 RSA keys take a quarter of an hour, so here a peer signs with a hash. Sizes are those of RSA keys, so
+that byte counts are right.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from peer.wire import contact_pb2, dht_pb2
 EPOCH = 1_800_000_000.0
 """Unix time at which a simulation begins."""
 CALL_OVERHEAD_BYTES = 100
-"""The size of frames, headers and acknowledgements, about, for each message."""
+"""The approximate size of frames, headers and acknowledgements for each message."""
 _PUBLIC_KEY_BYTES = 294
 _SIGNATURE_BYTES = 256
 _CERTIFICATE_BYTES = 700
@@ -37,7 +37,7 @@ _MOST_CONTACTS = 2048
 
 
 class _JumpingSelector(selectors.SelectSelector):
-    """Waits for nothing: when the loop would sleep, the clock jumps to the end of that sleep."""
+    """Never waits: when the loop would sleep, the clock jumps to the end of that sleep."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,30 +66,30 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 @dataclass(frozen=True)
 class Link:
-    """How the network between any two peers is."""
+    """The properties of the network between any two peers."""
 
     rtt_s: float = 0.1
     jitter: float = 0.1
-    """Part of the round trip by which a call may be faster or slower, evenly distributed."""
+    """The largest share of the round trip by which a call may be faster or slower, evenly distributed."""
     loss: float = 0.0
-    """Part of the calls that get no answer."""
+    """The share of the calls that get no answer."""
 
 
 @dataclass
 class Traffic:
-    """What was sent."""
+    """Counts of what was sent."""
 
     calls: int = 0
     sent: int = 0
-    """Bytes, requests and answers together."""
+    """Bytes of requests and answers together."""
     largest: int = 0
     """Bytes of the largest value in any answer."""
     by_method: Counter[str] = field(default_factory=Counter)
-    """Calls."""
+    """Calls, by method."""
 
 
 class Network:
-    """All peers that can be reached. A dead one is silent: the hardest case, for a caller must wait."""
+    """All reachable peers. A dead peer does not respond at all. That is the hardest case, since callers must wait."""
 
     def __init__(self, link: Link, seed: int) -> None:
         self.link = link
@@ -97,14 +97,14 @@ class Network:
         self.traffic = Traffic()
         self.peers: dict[bytes, SimulatedTransport] = {}
         self.neighbourhoods: dict[PeerID, str] = {}
-        """Neighbourhoods of the peers for which that matters."""
+        """The neighbourhoods of peers, for tests in which they matter."""
 
     def kill(self, peer_ids: Collection[PeerID]) -> None:
         for peer_id in peer_ids:
             del self.peers[peer_id.to_bytes()]
 
     async def call(self, sender: PeerID, receiver: PeerID, method: str, request: bytes) -> bytes:
-        """Lasts until the caller gives up, if there is no answer."""
+        """Makes a call. Without an answer it lasts until the caller gives up."""
         self._count(request)
         self.traffic.calls += 1
         self.traffic.by_method[method] += 1
@@ -129,7 +129,7 @@ class Network:
 
 
 class NoContacts:
-    """Contacts of peers that are reached by their names alone."""
+    """The contacts of peers that are reached by their PeerIDs alone."""
 
     def learn(self, message: contact_pb2.Contact, whose: Container[PeerID]) -> PeerID | None:
         return None
@@ -153,7 +153,7 @@ class NoContacts:
 
 
 class SimulatedContacts:
-    """Contacts as large as real ones, of which only the name of the peer counts. They do not expire."""
+    """Contacts as large as real ones, of which only the PeerID is used. They do not expire."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -203,10 +203,10 @@ def contact_of(peer_id: PeerID) -> contact_pb2.Contact:
 
 
 class SimulatedTransport:
-    """One peer's access to the network, in which names alone lead to peers."""
+    """One peer's access to the network, in which a PeerID is enough to reach a peer."""
 
     def __init__(self, network: Network, peer_id: PeerID, contacts: SimulatedContacts | None = None) -> None:
-        """`contacts`: None if this peer goes without any."""
+        """`contacts`: None if this peer has none."""
         self.peer_id = peer_id
         self.contacts = NoContacts() if contacts is None else contacts
         self._own = None if contacts is None else contact_of(peer_id)
@@ -229,7 +229,7 @@ class SimulatedTransport:
 
 
 class SimulatedIdentity:
-    """Stands for `peer.identity.Identity`: anybody can sign for anybody, which nobody here does."""
+    """Stands for `peer.identity.Identity`. Any peer could sign for any other, but no peer here does."""
 
     def __init__(self, number: int) -> None:
         self.public_key = number.to_bytes(8, "big") * (_PUBLIC_KEY_BYTES // 8)
@@ -244,7 +244,7 @@ class SimulatedIdentity:
 
 @contextmanager
 def simulated_world() -> Iterator[VirtualLoop]:
-    """A loop in whose time all DHT code lives, as long as the block lasts."""
+    """An event loop in simulated time; until the block ends, all DHT code uses its clock."""
     loop = VirtualLoop()
     stand_ins: Mapping[str, object] = {
         "dht.records.peer_id_of": _peer_id_of,

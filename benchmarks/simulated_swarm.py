@@ -1,9 +1,10 @@
 """A swarm of simulated peers, in which every expert of a one-layer grid is announced.
 
-A small swarm comes about as a real one does: peers join one after another, and announce through the registry. Joining
-10,000 so takes hours of computing. A large one is put in place: the routing tables are filled through their own code
-with a seeded sample, up to 20 peers of each distance (Kademlia's buckets, and no more than a peer knows that has just
-joined), and the announcements lie where the registry would have stored them, at the five nodes nearest to each key.
+A small swarm starts like a real one: peers join one after another, and announce through the registry. For 10,000 peers
+that would take hours of computing, so a large swarm is put in place. Its routing tables are filled through their own
+code with a seeded sample of up to 20 peers at each distance (Kademlia's buckets, and no more than a peer knows that has
+just joined). The announcements are put where the registry would have stored them, at the five nodes nearest to each
+key.
 """
 
 import asyncio
@@ -41,15 +42,15 @@ from peer.kademlia.validation import Entry, pack
 from peer.wire import records_pb2
 
 LIFETIME_S = 600.0
-"""The lifetime of what is announced, so that nobody has to renew it while the benchmark looks."""
+"""The lifetime of announcements, so long that nobody has to renew them during a measurement."""
 JOIN_REALLY = 200
-"""Peers that join and announce as real ones do, at most."""
+"""The largest number of peers that join and announce as real ones do."""
 _JOIN_TOGETHER = 20
 
 
 @dataclass
 class SimulatedPeer:
-    """One peer, as a node or a trainer has it."""
+    """A peer with the parts that a node or a trainer uses."""
 
     identity: SimulatedIdentity
     transport: SimulatedTransport
@@ -67,7 +68,7 @@ class SimulatedPeer:
 
 
 class SimulatedSwarm:
-    """Peers that host all experts of the grid. Made by `start`."""
+    """Peers that host all experts of the grid. Created by `start`."""
 
     def __init__(
         self, loop: VirtualLoop, manifest: Manifest, link: Link, seed: int, with_contacts: bool = False
@@ -93,9 +94,9 @@ class SimulatedSwarm:
         in_place: bool | None = None,
         with_contacts: bool = False,
     ) -> "SimulatedSwarm":
-        """`in_place`: nobody joins or announces; unset: if there are many nodes.
+        """`in_place`: put the swarm in place, instead of letting peers join and announce; None: if it is large.
 
-        `with_contacts`: peers hear of others' addresses only in contacts, as on real networks.
+        `with_contacts`: peers learn addresses of others only from contacts, as in real networks.
         """
         manifest = Manifest.model_validate(
             {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
@@ -113,7 +114,7 @@ class SimulatedSwarm:
         return swarm
 
     async def make_peer(self, serves_dht: bool = True) -> SimulatedPeer:
-        """A peer that knows nobody."""
+        """Creates a peer that knows no others."""
         self._made += 1
         identity: Any = SimulatedIdentity(self._made)
         contacts = SimulatedContacts(self.network) if self._with_contacts else None
@@ -127,14 +128,16 @@ class SimulatedSwarm:
         return SimulatedPeer(identity, transport, dht, server, registry)
 
     async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
-        """Greets one of these, or of all, and looks for its own neighbours, as `peer.kademlia.bootstrap` does."""
+        """Lets a peer join through one of these peers, or any, and look for its neighbours, as
+        `peer.kademlia.bootstrap` does.
+        """
         bootstrap = self.rng.choice(by or self.peers)
         while await peer.dht.ping(bootstrap.peer_id) is None:
             pass  # lost: whoever starts a peer tries again
         await meet_neighbours(peer.dht)
 
     def fill_tables(self, peers: Collection[SimulatedPeer], known: Sequence[SimulatedPeer]) -> None:
-        """Lets these peers know up to 20 of each distance: one half of all, one quarter, one eighth."""
+        """Lets these peers know up to 20 others at each distance: one half of all, one quarter, one eighth."""
         ids = {p.dht.node_id: p.peer_id for p in known}
         places = sorted(ids)
         for peer in peers:
@@ -144,7 +147,9 @@ class SimulatedSwarm:
                     peer.transport.contacts.add(ids[node])
 
     async def announce_all(self, lifetime_s: float, in_place: bool | None = None) -> None:
-        """Each of the living says what it hosts and who it is. `in_place`: without asking anybody; unset: if many."""
+        """Each living peer announces what it hosts, and its node record. `in_place`: without any calls; None: if the
+        swarm is large.
+        """
         hosted: dict[int, list[UID]] = {}
         for uid, host in self.hosts.items():
             hosted.setdefault(id(host), []).append(uid)
@@ -164,7 +169,7 @@ class SimulatedSwarm:
         await peer.registry.publish_node(_node_record(peer, len(hosted)), lifetime_s)
 
     def kill(self, share: float) -> list[SimulatedPeer]:
-        """Ends some of the peers, without a word."""
+        """Ends a `share` of the peers without notice."""
         dead = self.rng.sample(self.peers, round(share * len(self.peers)))
         self.network.kill([peer.peer_id for peer in dead])
         gone = {id(peer) for peer in dead}
@@ -181,7 +186,7 @@ class SimulatedSwarm:
 
 
 class Placing(Lookups):
-    """Stores at the five nearest of all nodes, without asking anybody."""
+    """Stores items at the five nodes nearest to the key, without any calls."""
 
     def __init__(self, nodes: Sequence[KademliaNode]) -> None:
         super().__init__(nodes[0])
@@ -205,7 +210,7 @@ class Placing(Lookups):
         patience_s: float = math.inf,
         room: int | None = None,
     ) -> dict[int, Found]:
-        """What the nearest node stores."""
+        """Returns what the nearest node stores."""
         found = {}
         for key in keys:
             nearest = self._nearest_to(key)[0]
@@ -223,7 +228,7 @@ class Placing(Lookups):
 
 
 def known_to(own: int, nodes: Sequence[int], rng: random.Random) -> Iterator[int]:
-    """The nodes that one knows: up to 20 of each distance. `nodes`: all of them, sorted."""
+    """The nodes that one node knows: up to 20 at each distance. `nodes`: all nodes, sorted."""
     for bits in range(ID_BITS):
         first, last = _span(nodes, *_other_half(own, bits))
         some = range(first, last)
@@ -234,25 +239,25 @@ def known_to(own: int, nodes: Sequence[int], rng: random.Random) -> Iterator[int
 
 
 def grid_of(experts: int) -> tuple[int, int]:
-    """The squarest grid of exactly this many experts."""
+    """The most nearly square grid with exactly this many experts."""
     side = next(n for n in range(int(experts**0.5), 0, -1) if experts % n == 0)
     return side, experts // side
 
 
 def _other_half(node: int, bits: int) -> tuple[int, int]:
-    """The IDs that share this many first bits with the node, and not the next."""
+    """The range of the IDs that share exactly the first `bits` bits with the node."""
     return _own_half(node ^ 1 << (ID_BITS - 1 - bits), bits)
 
 
 def _own_half(node: int, bits: int) -> tuple[int, int]:
-    """The IDs that share one bit more than this many with the node."""
+    """The range of the IDs that share at least `bits` + 1 bits with the node."""
     size = 1 << (ID_BITS - 1 - bits)
     low = node & ~(size - 1)
     return low, low + size
 
 
 def _span(numbers: Sequence[int], low: int, high: int) -> tuple[int, int]:
-    """Where in the sorted numbers those from low to below high stand."""
+    """The range of places in the sorted numbers whose values are from `low` to below `high`."""
     return bisect_left(numbers, low), bisect_left(numbers, high)
 
 

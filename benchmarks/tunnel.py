@@ -1,14 +1,14 @@
-"""Training through tunnels, to homes behind routers that let nobody in, beside training with nodes that are public.
+"""Training through tunnels to homes behind routers that admit no connections, compared with nodes that are public.
 
-Two swarms on one emulated internet, in network namespaces of the kernel: in one, both nodes are behind routers of
-their own and are reached through a public peer that relays; in the other both are public. The trainer is behind a
-router, too. It trains with each swarm in turns, and with the hidden nodes in two ways: by tunnels, which p2pd opens,
-and, with p2pd off, by the relay over gRPC.
+There are two swarms on one emulated internet, in network namespaces of the kernel. In one, both nodes are behind
+routers of their own and are reached through a public peer that relays; in the other both are public. The trainer is
+behind a router, too. It trains with the two swarms in turns, and with the hidden nodes in two ways: through tunnels
+that p2pd opens, and, with p2pd off, through the relay over gRPC.
 
     python -m benchmarks.tunnel [--quick] [--json FILE] [--link 100mbit,20ms]
 
-Each machine has a link of this rate to all others, each way, which the kernel keeps to; the delay is that between
-trainer and nodes, there and back, whether a relay stands between them or not. Needs root, and iproute2, nftables and
+Each machine has a link of this rate to all others, in each direction, which the kernel enforces. The delay is the round
+trip between trainer and nodes, whether there is a relay between them or not. Needs root, and iproute2, nftables and
 procps.
 """
 
@@ -37,7 +37,7 @@ WAYS = (*SITES, "relay")
 LEAST_SHARE = 0.50
 LEAST_SHARE_OF_TUNNEL = 0.90
 PORTS = (4001, 4002)
-"""The ports of gRPC and of p2pd: each machine has its own."""
+"""The ports of gRPC and of p2pd. All machines use the same ports, since each has its own address."""
 SEQUENCES = 8
 _WARM_STEPS = 10
 _STEP_LIMIT_S = 10.0
@@ -57,32 +57,32 @@ kind = "ffn"
 [routing]
 top_k = 4
 """
-"""Every token goes to both nodes."""
+"""With this manifest, every token goes to both nodes."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A swarm's machines: its public peer without experts, and its two nodes'."""
+    """The machines of a swarm: its public peer without experts, and its two nodes."""
 
     name: str
     public: Machine
     nodes: tuple[Machine, Machine]
     passes: Link
-    """Before each public machine."""
+    """The emulated link in front of each public machine."""
 
     @classmethod
     def of(cls, net: Internet, link: Link, name: str) -> "Site":
-        """The site of the swarm `direct` or `tunnel`. What goes through a relay passes the relay's link twice."""
+        """The site of the swarm `direct` or `tunnel`. Traffic that is relayed passes the relay's link twice."""
         if name == "direct":
             return cls(name, net.public(), (net.public(), net.public()), Link(None, link.delay_s))
         return cls(name, net.public(), (net.home(), net.home()), Link(None, link.delay_s / 2))
 
 
 class Swarm:
-    """Nodes that serve, and trainers that come and go."""
+    """Running nodes, and trainers that start and stop."""
 
     def __init__(self, site: Site, village: Village, folder: Path, stack: ExitStack) -> None:
-        """Starts the nodes. `stack`: ends what delays their traffic."""
+        """Starts the nodes. `stack`: closes what delays their traffic."""
         self._site = site
         self._village = village
         self._folder = folder
@@ -95,16 +95,16 @@ class Swarm:
         joining = ("--join", self._invite, "--experts", 2)
         self._nodes = [self._node(machine, *joining) for machine in site.nodes]
         for node in self._nodes:
-            # nobody asks whether public ones are reached
+            # Nobody checks whether public nodes are reachable.
             node.wait_until_reached("relayed" if site.name == "tunnel" else "not checked")
 
     @property
     def reached(self) -> list[str]:
-        """How each node says that others reach it now."""
+        """What each node reports about how others reach it now."""
         return [str(node.events("state")[-1]["reachability"]) for node in self._nodes]
 
     def train(self, machine: Machine, steps: int, in_flight: int, p2pd: str = "auto") -> list[float]:
-        """The seconds of each step, once it has warmed up."""
+        """Trains after a warm-up, and returns the seconds of each step."""
         text = self._folder / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
         steps += _WARM_STEPS
@@ -134,8 +134,8 @@ class Swarm:
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Samples per second of both swarms, which take turns."""
-    with ThreadPoolExecutor(2) as threads, ExitStack() as stack:  # what a thread started dies with the thread
+    """Samples per second in both swarms, which take turns."""
+    with ThreadPoolExecutor(2) as threads, ExitStack() as stack:  # processes die with their starting thread
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         net = stack.enter_context(internet(options.link.rate_mbit))
         village = stack.enter_context(closing(Village(net, folder)))

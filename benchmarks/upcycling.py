@@ -1,12 +1,13 @@
-"""Does a model that `talkoot import --grid` grew learn more than one that goes on as it is?
+"""Does a model that grew by `talkoot import --grid` learn more than one that continues unchanged?
 
-A model is trained and written to a folder. From it two go on, on the same batches and with the same settings: one with
-the grid that it had, as `talkoot import` founds it, and one with a larger grid, whose experts begin as copies. For a
-token both compute the same. Beside them the larger grid from nothing, for as many steps as the others have in all.
+A model is trained and written to a folder. Two models continue from it, on the same batches and with the same settings:
+one with the grid that it had, as `talkoot import` founds it, and one with a larger grid, whose experts begin as copies.
+For a token both compute the same. They are compared with a model that has the larger grid from the start, and as many
+steps as the others have in all.
 
-    python -m benchmarks.upcycling [--quick] [--json FILE] [--grid N N] [--steps N] [--more N] [--seed N]
+python -m benchmarks.upcycling [--quick] [--json FILE] [--grid N N] [--steps N] [--more N] [--seed N]
 
-All in one process, with the real trainer and the nodes' own experts, on text that Python and torch ship.
+Everything runs in one process, with the real trainer and the nodes' own experts, on text that Python and torch ship.
 """
 
 import argparse
@@ -51,9 +52,9 @@ class Plan:
     grid: tuple[int, int] = (4, 4)
     larger: tuple[int, int] = (8, 8)
     steps: int = 800
-    """Before the model is written to a folder."""
+    """Steps before the model is written to a folder."""
     more: int = 1600
-    """After that."""
+    """Steps after that."""
     validate_every: int = 50
     validation_batches: int = 16
     seed: int = 0
@@ -90,7 +91,7 @@ class Contender:
         data: Mixed,
         source: "ModelFolder | UpcycledModel | None",
     ) -> None:
-        """`source`: what it begins from; None: nothing."""
+        """`source`: the parameters that it starts from; None: random ones."""
         settings = plan.settings(steps)
         self.swarm = LocalSwarm(manifest, settings)
         self.model = LanguageModel(manifest, self.swarm.mixture)
@@ -102,12 +103,14 @@ class Contender:
                 expert.block.load_state_dict(source.expert(uid))
 
     def loss(self) -> float:
-        """On held-out text, in nats per byte."""
+        """The loss on held-out text, in nats per byte."""
         batches = self._data.validation_batches(self._plan.batch, _FINAL_BATCHES)
         return validation_loss(self.model, batches)
 
     def train(self, before: int = 0) -> dict[str, float]:
-        """Trains to the end. Returns the losses by the step, counted with those that were done `before`."""
+        """Trains to the end. Returns losses by step; the count starts after the `before` steps that were
+        done earlier.
+        """
         curve = {str(before): self.loss()}
         self.training.run(lambda progress: None, threading.Event())
         history = self.training.history
@@ -118,7 +121,7 @@ class Contender:
         return curve | dict(zip(steps, losses, strict=True))
 
     def write(self, folder: Path) -> None:
-        """Writes the folder as `talkoot export` does."""
+        """Writes the model to the folder, as `talkoot export` does."""
         swarm, manifest = self.swarm, self.swarm.manifest
         routing = FolderRouting.of(swarm.routing)
         with FolderWriter(folder, manifest, routing, ByteTokenizer()) as writer:
@@ -130,7 +133,7 @@ class Contender:
 
 
 def compare(plan: Plan, data: Mixed, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """All losses, in nats per byte."""
+    """Trains all contenders. Returns all losses, in nats per byte."""
     small = plan.manifest(plan.grid)
     first = Contender(plan, small, plan.steps, data, None)
     curve = first.train()

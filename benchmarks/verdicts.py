@@ -1,4 +1,4 @@
-"""What was wanted of a figure, and whether it was reached."""
+"""Measured figures, and whether they reached their targets."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Verdict:
-    """One figure, and what was wanted of it."""
+    """One figure with its target."""
 
     what: str
     goal: str
     figure: str
     is_reached: bool | None = None
-    """None: nothing was wanted."""
+    """Whether the target was reached. None: there is no target."""
 
     @property
     def words(self) -> str:

@@ -20,21 +20,23 @@ START_LIMIT_S = 60.0
 
 @dataclass(frozen=True)
 class RunningNode:
-    """A node that serves."""
+    """A running node that serves its experts."""
 
     invite: Invite
     folder: Path
-    """The folder of the benchmark's own files; removed when the node is stopped."""
+    """A folder for the benchmark's own files. It is removed when the node is stopped."""
     pid: int
     start_s: float
     """Seconds from the command until the experts are served and announced."""
     leave: Callable[[], None]
-    """Asks it to stop. The end of the block does so too, and waits for it."""
+    """Asks the node to stop. The end of the block does so too, and waits for it."""
 
 
 @contextmanager
 def running_node(manifest: str, experts: int, options: Sequence[str] = ()) -> Iterator[RunningNode]:
-    """Founds a swarm with this manifest (TOML). Its experts may be of hivemind's kinds. Raises SystemExit."""
+    """Founds a swarm with this manifest (TOML). Its experts may be of hivemind's kinds. Raises SystemExit if the node
+    does not start.
+    """
     folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
     (folder / "swarm.toml").write_text(manifest)
     flags = ["--new", str(folder / "swarm.toml"), "--invite-file", str(folder / "invite"), *options]
@@ -51,7 +53,7 @@ def running_node(manifest: str, experts: int, options: Sequence[str] = ()) -> It
 def running_village(
     manifest: str, nodes: int, experts_each: int, options: Sequence[str] = ()
 ) -> Iterator[RunningNode]:
-    """Runs a node like `running_node`, with more nodes that join the first. Gives that one, once all serve."""
+    """Like `running_node`, with more nodes that join the first. Yields the first node, once all serve."""
     with ExitStack() as stack:
         founder = stack.enter_context(running_node(manifest, experts_each, options))
         joined = []
@@ -62,7 +64,7 @@ def running_village(
         for node, file in joined:
             wait_for(file, node, file.with_name(file.name.replace("invite", "node") + ".log"))
         for leave in (founder.leave, *(node.terminate for node, _ in joined)):
-            stack.callback(leave)  # all at once
+            stack.callback(leave)  # All nodes are asked at once.
         yield founder
 
 
@@ -90,7 +92,7 @@ def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subpr
     try:
         yield node
     except BaseException:
-        node.kill()  # whoever stops a benchmark does not wait until nodes have left in order
+        node.kill()  # A user who stops a benchmark does not want to wait until nodes have left in order.
         raise
     finally:
         node.terminate()

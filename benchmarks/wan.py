@@ -5,10 +5,10 @@ Samples per second at delays from none to a second, on experts that compute. (3)
 
     python -m benchmarks.wan [--quick] [--json FILE] [--plot FILE] [--in-flight N|auto]
 
-Delays are there and back, as `ping` shows them. Gate and DHT on both sides, and all their traffic over the links; each
-node is behind a link of its own. In (2) and (3) Talkoot keeps as many batches under way as its trainer's `--in-flight
-auto` does; hivemind.moe, which has nothing like it, one. Every contender runs in a process of its own, and one measures
-at a time.
+Delays are round trips, as `ping` shows them. Both sides have a gate and a DHT, and all their traffic goes over the
+links; each node is behind a link of its own. In (2) and (3) Talkoot keeps as many batches in flight as its trainer's
+`--in-flight auto` does; hivemind.moe has nothing like it, and keeps one. Every contender runs in a process of its own,
+and only one measures at a time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.apart import end_in_order_when_stopped, run_apart
 
 LINK, LINK_MBIT = "100mbit,20ms", 100.0
 FULL_IN_FLIGHT = 4
-"""Batches under way, in (1): a single one can't fill both directions."""
+"""Batches in flight in (1): a single batch cannot fill both directions."""
 DELAYS = ("0", "50", "200", "1000")
 QUICK_DELAYS = ("0", "200")
 FAILING = 0.1
@@ -52,7 +52,9 @@ def run(contender: str, case: str, options: argparse.Namespace, *flags: str) -> 
 
 
 def contenders(options: argparse.Namespace) -> dict[str, tuple[str, str, list[str]]]:
-    """Contender, case and flags by name. hivemind.moe on a full link needs most of a minute: not in a quick run."""
+    """The contender, case and flags of each measurement, by name. hivemind.moe on a full link takes most of a minute,
+    so it is not part of a quick run.
+    """
     full = ["--link", LINK, "--in-flight", str(FULL_IN_FLIGHT)]
     delay = ["--delays", ",".join(options.delays), "--failing", str(FAILING)]
     delay += ["--nodes", "2", "--samples", "8"] if options.quick else ["--nodes", "4"]
@@ -68,7 +70,7 @@ def contenders(options: argparse.Namespace) -> dict[str, tuple[str, str, list[st
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Quick: all start at the same time, and take turns."""
+    """Runs all contenders. In a quick run, all start at the same time and take turns."""
     found = contenders(options)
     if not options.quick:
         results = {}
@@ -91,7 +93,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def add_shares(measured: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """The results of both cases, with what the targets are about."""
+    """The results of both cases, together with the ratios that the targets are about."""
     full = measured["full"]
     if "full_hivemind" in measured:
         full["hivemind"] = measured["full_hivemind"]["fp32"]
@@ -104,7 +106,7 @@ def add_shares(measured: dict[str, Any], options: argparse.Namespace) -> dict[st
         whole, failing = figures["0_ms"], figures["failing"]
         for ms in options.delays:
             figures[f"at_{ms}_ms"] = figures[f"{ms}_ms"]["samples_per_s"] / whole["samples_per_s"]
-        # a sample whose calls failed is less work: what experts were sent counts as well
+        # A sample whose calls failed is less work, so the experts that were called are counted as well.
         figures["at_10%_failing"] = min(failing[key] / whole[key] for key in ("samples_per_s", "up_mbit"))
     return {"full": full, "delay": delay, "in_flight": options.in_flight}
 
@@ -146,7 +148,7 @@ def show_delays(results: dict[str, Any], options: argparse.Namespace, console: C
 
 
 def plot(results: dict[str, Any], delays: Sequence[str], path: Path) -> None:
-    """A PNG: samples per second against the delay, of both."""
+    """Writes a PNG with the samples per second of both against the delay."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

@@ -1,8 +1,8 @@
 """One mixture layer behind emulated links: one contender of `benchmarks.wan`, which starts this module.
 
-Case `full`: tiny experts and large batches, so that the link is what limits. Case `delay`: the Transformer experts of
-`benchmarks.moe`, so that computing is; then the same with calls that fail. All calls of a trainer go over the links,
-and each node is behind a link of its own.
+Case `full` has tiny experts and large batches, so that the link is the limit. Case `delay` has the Transformer experts
+of `benchmarks.moe`, so that computing is the limit, and repeats this with calls that fail. All calls of a trainer go
+over the links, and each node is behind a link of its own.
 """
 
 import argparse
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 GRID = (4, 4)
 TOP_K = 4
 SHAPES = {"full": (64, 1, 4096), "delay": (16, SEQUENCE, 256)}
-"""Few samples, for hivemind.moe searches experts for one after another."""
+"""There are few samples, since hivemind.moe searches experts for one sample after another."""
 KINDS = {"full": "ffn", "delay": "rival-transformer"}
 RIVAL_KINDS = {"full": "nop", "delay": "transformer"}
 _HOST = "127.0.0.1"
 _NO_LINK = "0ms"
 _CALL_LIMIT_S = 120.0
 _CODECS: tuple[CodecName, ...] = ("int8", "int4")
-"""Codecs to compare with fp32, on a full link."""
+"""The codecs that are compared with fp32 on a full link."""
 _ALL_STARTED_S = 40.0
 AUTO_LIMIT = 32
-"""The trainer's default."""
+"""The trainer's default limit of steps in flight."""
 
 MANIFEST = """
 name = "benchmark"
@@ -87,7 +87,9 @@ def run_case(
     use_codec: Callable[[CodecName], None] | None = None,
     make_mixture: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Any]:
-    """`make_mixture`: for as many steps under way as a trainer finds enough, each on a mixture of its own."""
+    """Runs the case that `options` names. `make_mixture`: makes a mixture for each step in flight, where their number
+    is that which a trainer would choose.
+    """
     shape = shape_of(options)
     pace: Callable[[], dict[str, float]]
     if options.in_flight == "auto" and make_mixture is not None:
@@ -118,12 +120,12 @@ def run_case(
 
 
 class Failing:
-    """Lets a share of calls fail, before they are sent."""
+    """Makes a share of the calls fail before they are sent."""
 
     def __init__(self) -> None:
         self.share = 0.0
         self.caller: GrpcCaller | None = None
-        """Who called last."""
+        """The caller that made the last call."""
         self._rng = random.Random(0)
 
     def next(self) -> bool:
@@ -163,7 +165,7 @@ class Failing:
 
 
 def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
-    """Nodes in processes of their own, started with the command; this process is the trainer."""
+    """Starts nodes in processes of their own with the command. This process is the trainer."""
     from trainer_client.client import SwarmClient
     from trainer_client.settings import TrainerSettings
 
@@ -188,7 +190,7 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
         mixture = make_mixture(client)
 
         def payload() -> tuple[int, int]:
-            caller = failing.caller  # None before the first call
+            caller = failing.caller  # It is None before the first call.
             if caller is None:
                 return 0, 0
             moved = caller.metrics.bytes
@@ -196,7 +198,7 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
 
         def use_codec(codec: CodecName) -> None:
             assert failing.caller is not None
-            failing.caller._codec = codec_of(codec)  # of each call: a node speaks all
+            failing.caller._codec = codec_of(codec)  # chosen per call: a node knows all
 
         with turns_of(options).turn(f"talkoot-{options.case}"):
             results = run_case(
@@ -215,7 +217,7 @@ def turns_of(options: argparse.Namespace) -> Turns:
 
 
 def _behind(ports: Sequence[int], proxies: Sequence[int], folder: Path) -> list[str]:
-    """A node's flags, so that it listens on the ports and others see it at the proxies."""
+    """The flags with which a node listens on `ports` but announces the proxies' ports."""
     config = folder / f"{ports[0]}.toml"
     config.write_text(f"announce_port = {proxies[0]}\n")
     flags = ["--config", str(config), "--port", str(ports[0])]
@@ -223,7 +225,7 @@ def _behind(ports: Sequence[int], proxies: Sequence[int], folder: Path) -> list[
 
 
 def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
-    """hivemind.moe's server in the background, as its own tests start it; this process is the client."""
+    """Starts hivemind.moe's server in the background, as its own tests do. This process is the client."""
     from hivemind import DHT
     from hivemind.moe import RemoteMixtureOfExperts
     from hivemind.moe.server.dht_handler import get_experts
@@ -248,7 +250,7 @@ def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
     ):
         dht = DHT(initial_peers=server.addrs, start=True, client_mode=True)
         try:
-            while None in get_experts(dht, uids):  # else its beam search keeps in mind that there are none
+            while None in get_experts(dht, uids):  # else its beam search remembers that there are none
                 time.sleep(0.5)
             layer = RemoteMixtureOfExperts(
                 in_features=SHAPES[options.case][2],

@@ -1,4 +1,5 @@
-"""How fast steps go over a link: with a number of them under way at once, or with as many as a trainer's `auto` finds.
+"""How fast steps are done over a link, with a fixed number of steps in flight or with as many as a trainer's `auto`
+chooses.
 
 Contenders that have started at the same time take turns, so that each measures alone.
 """
@@ -16,24 +17,28 @@ from torch import nn
 from trainer_client.training.in_flight import InFlight, InFlightController
 
 Carried = Callable[[], tuple[int, int]]
-"""Gives the bytes sent and received since the start."""
+"""Returns the bytes sent and received since the start."""
 
 _BRIEF_S = 3.0
 _SETTLES_IN = 7
-"""How many times a lone step's duration `auto` takes to find its number: it doubles about once in each."""
+"""How long `auto` takes to find its number, in durations of a step that is alone in flight: in each it doubles about
+once.
+"""
 _LEAST_WARM_S = 1.0
 
 
 def pace_of(
     step: Callable[[], None], samples: int, seconds: float, in_flight: int, carried: Carried
 ) -> dict[str, float]:
-    """Steps on `in_flight` threads. Samples, and Mbit each way, in a second, while all of them are at it."""
+    """Runs steps on `in_flight` threads. Returns samples, and Mbit in each direction, per second, while all threads are
+    busy.
+    """
     least = 2 if seconds < _BRIEF_S else 3
     ends: list[list[float]] = [[] for _ in range(in_flight)]
     enough = threading.Event()
 
     def run(own: list[float]) -> None:
-        step()  # not measured: channels open, optimizers begin
+        step()  # Not measured: connections are opened and optimizers start.
         while not enough.is_set():
             step()
             own.append(time.perf_counter())
@@ -66,8 +71,8 @@ def auto_pace_of(
     limit: int,
     carried: Carried,
 ) -> dict[str, float]:
-    """The pace of a trainer with `--in-flight auto`: each step on a copy of the model, and so many at once as `auto`
-    says.
+    """The pace of a trainer with `--in-flight auto`: each step runs on a copy of the model, and `auto` says how many
+    run at once.
     """
     steps: InFlight[nn.Module, None] = InFlight(make_model(), make_model, limit)
     enough = InFlightController(limit)
@@ -91,10 +96,10 @@ def auto_pace_of(
         else:
             before, counts = carried(), []
     after = carried()
-    while len(steps):  # the next figure begins with nothing under way
+    while len(steps):  # So the next measurement begins with nothing in flight.
         steps.release(steps.next(), updated=True)
     steps.close()
-    # steps end several at once: the slope through all ends hangs less on where the first and the last one stand
+    # Several steps end at once. The slope through all ends depends less on the first and the last end.
     steps_per_s = linear_regression(ends, range(len(ends))).slope
     return {
         "samples_per_s": samples * steps_per_s,
@@ -109,10 +114,12 @@ def _mbit(before: tuple[int, int], after: tuple[int, int], seconds: float) -> di
 
 
 class Turns:
-    """Contenders in several processes, of which one at a time measures, once all have started."""
+    """Lets contenders in several processes take turns at measuring, once all have started."""
 
     def __init__(self, folder: Path | None, contenders: int, limit_s: float) -> None:
-        """`limit_s`: longest that one waits for the others to start; they may have failed. No folder: it is alone."""
+        """`folder`: shared by all contenders; None: there is only one. `limit_s`: the longest time that one waits for
+        the others to start; they may have failed.
+        """
         self._folder = folder
         self._contenders = contenders
         self._limit_s = limit_s

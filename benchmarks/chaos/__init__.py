@@ -1,1 +1,1 @@
-"""A swarm in which everything goes wrong that does in the world, beside a calm one."""
+"""A swarm with every kind of failure that happens in practice, compared with an undisturbed one."""

@@ -1,8 +1,8 @@
-"""A swarm in which nodes die, freeze and are cut off all the time, beside a calm one of the same length.
+"""A swarm in which nodes die, freeze and are cut off all the time, compared with a calm one of the same length.
 
-Eight nodes and two trainers, each a process, behind links on one machine; every second expert has a second replica. A
-schedule that follows from the seed kills with SIGKILL, stops politely, freezes and thaws, cuts off and mends, restarts,
-and kills the founder.
+There are eight nodes and two trainers, each a process, behind links on one machine. Every second expert has a second
+replica. A schedule that follows from the seed kills nodes with SIGKILL, stops them politely, freezes and thaws them,
+cuts them off and reconnects them, restarts them, and kills the founder.
 
     python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
         [--strangers]
@@ -16,7 +16,7 @@ With `--only`, the other part is taken from the JSON file, if it is there.
 With `--hostile`, nobody dies. Instead some peers lie, in one run for each kind of attack (hostile.py, attacks.py). Runs
 that the JSON file already has are not repeated.
 
-With `--overhead`, nobody dies and nobody lies. One swarm leaves the rules against liars out every other while, which
+With `--overhead`, nobody dies and nobody lies. One swarm switches the rules against liars off and on in turns, which
 shows what they cost (overhead.py).
 """
 
@@ -62,7 +62,7 @@ _QUICK = Plan(
 )
 _QUICK_S = 13.0
 _SAVING_S = 3.0
-"""How long saving and looking may take, beyond the interval."""
+"""How long saving a checkpoint and looking at it may take, beyond the checkpoint interval."""
 
 
 async def run_parts(
@@ -73,7 +73,9 @@ async def run_parts(
     console: Console,
     besieged: Mapping[str, int],
 ) -> dict[str, Any]:
-    """One after another, or all at the same time. `besieged`: the parts that strangers attack, with a seed."""
+    """Runs the parts one after another, or all at the same time. `besieged`: the parts that strangers attack, and the
+    seed of the strangers for each.
+    """
     if at_once:
         return dict(
             zip(
@@ -94,7 +96,9 @@ async def run_parts(
 async def run(
     plan: Plan, events: tuple[Event, ...], seconds: float, console: Console, siege_seed: int | None
 ) -> dict[str, Any]:
-    """One part: the calm one has no events. `siege_seed`: of the strangers that attack it; None: there are none."""
+    """Runs one part; the calm one has no events. `siege_seed`: the seed of the strangers that attack it. None: no
+    strangers attack it.
+    """
     strangers: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="talkoot-chaos-") as folder:
         swarm = ChaosSwarm(plan, Path(folder))
@@ -260,7 +264,7 @@ def main() -> None:
 
 
 def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> None:
-    """The runs with peers that lie."""
+    """Does the runs with peers that lie."""
     kinds = options.only or (QUICK_KINDS if options.quick else list(ATTACKS))
     if unknown := [kind for kind in kinds if kind not in ATTACKS]:
         parser.error(f"--only: {unknown[0]} is none of {', '.join(ATTACKS)}")
@@ -280,7 +284,7 @@ def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
 
 
 def weigh(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> None:
-    """A run that leaves rules out every other while."""
+    """Does the run that switches the rules off and on."""
     without = options.only or RULES
     if unknown := [rule for rule in without if rule not in RULES]:
         parser.error(f"--only: {unknown[0]} is none of {', '.join(RULES)}")

@@ -1,4 +1,4 @@
-"""What a chaos run has cost, from what was seen of it. Pure functions of observations."""
+"""What the deaths in a chaos run have cost, computed from observations of it. All functions are pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class Death:
-    """A node's, and what was there just before."""
+    """The death of a node, and the state of the swarm just before it."""
 
     at_s: float
     node: str
     counts: Counts
-    """The counts of all replicas, including the victim's."""
+    """The update counts of all replicas, including the victim's."""
     saved: Mapping[str, int]
     """The newest checkpoint of each expert on any disk."""
     deed: str = "kill"
@@ -30,7 +30,7 @@ class Death:
 
 @dataclass(frozen=True)
 class Loss:
-    """What one death cost one expert that the victim hosted."""
+    """What the death of a node cost one expert that the node hosted."""
 
     at_s: float
     node: str
@@ -38,29 +38,29 @@ class Loss:
     deed: str
     had_survivor: bool
     before: int
-    """Updates that the freshest replica had."""
+    """Updates that the freshest replica had before the death."""
     kept: int
-    """Updates that the freshest surviving replica had; without one, the freshest checkpoint on any disk, the victim's
-    included, which may never come back.
+    """Updates that the freshest surviving replica had. If none survived: those in the freshest checkpoint on any disk,
+    including the victim's, which may never come back.
     """
     after: int | None
-    """Updates when it was served next; None: it never was."""
+    """Updates that the expert had when it was served next; None: it was never served again."""
     interval: int
-    """Updates that it took in the checkpoint interval before."""
+    """Updates that the expert took in the checkpoint interval before the death."""
 
     @property
     def updates(self) -> int:
-        """How many were lost."""
+        """The number of updates that were lost."""
         return max(0, self.before - (self.after or 0))
 
     @property
     def is_lost(self) -> bool:
-        """Whether it was never served again, or a replica that lived was not used."""
+        """Whether the expert was never served again, or came back without the state of a replica that survived."""
         return self.after is None or (self.had_survivor and self.after < self.kept)
 
     @property
     def is_beyond_interval(self) -> bool:
-        """Whether more went than what was taken since the last checkpoint should have been made."""
+        """Whether more was lost than the expert had taken since the last checkpoint was due."""
         return not self.had_survivor and self.updates > self.interval
 
 
@@ -73,8 +73,8 @@ def losses(
 ) -> list[Loss]:
     """The losses by every death, for every expert that the victim served.
 
-    `checkpoint_every_s`: with the time that saving takes. An expert that is served without the state that was kept has
-    `rescue_s` for it to come back, with a node that has it on its disk.
+    `checkpoint_every_s`: including the time that saving takes. `rescue_s`: if an expert is first served again without
+    the newest state that was kept, a node that has this state on its disk has this long to bring it back.
     """
     found = []
     for death in deaths:
@@ -105,7 +105,9 @@ def losses(
 def _after(
     death: Death, expert: str, wanted: int, observations: Sequence[Observation], rescue_s: float
 ) -> int | None:
-    """Its freshest replica when it is served next; or soon after, when it had less than `wanted` at first."""
+    """Updates of an expert's freshest replica when it is served next. If they are fewer than `wanted` at first, those
+    within `rescue_s` afterwards count. None: it was never served again.
+    """
     first: tuple[float, int] | None = None
     for seen in observations:
         if seen.at_s <= death.at_s or not seen.counts.get(expert):
@@ -120,7 +122,7 @@ def _after(
 
 
 def _count_at(expert: str, at_s: float, observations: Sequence[Observation]) -> int:
-    """Its freshest replica's updates when it was last seen up to then."""
+    """Updates of an expert's freshest replica when it was last seen, at `at_s` or before."""
     counts = [0]
     for seen in observations:
         if seen.at_s > at_s:

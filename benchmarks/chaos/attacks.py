@@ -1,10 +1,11 @@
-"""What hostile peers of a chaos run do, and the process of one: a real node or trainer with a small patch.
+"""What hostile peers of a chaos run do. The program is such a peer: a real node or trainer with a small patch.
 
     python attacks.py ATTACK SEED FILE COMMAND...
 
-runs the `talkoot` command. The peer joins and works like any other, and attacks as soon as the file exists. It then
-claims `CLAIMED` more updates than it took. In place of an attack, the names of `RULES` make an honest peer leave these
-rules out while the file exists. This file is run as a script, so it imports nothing from its folder.
+This runs the `talkoot` command. The peer joins and works like any other, and attacks as soon as the file exists. From
+then on it claims `CLAIMED` more updates than it took. If names of `RULES` are given in place of an attack, the peer is
+honest, but does without these rules while the file exists. This file is run as a script, so it imports nothing from
+its folder.
 """
 
 import asyncio
@@ -39,20 +40,20 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["node", "trainer"]
 
 LIES = ("random", "sign-flipped", "scaled", "drifting", "1e30", "nan")
-"""How the tensors that a peer gives to others differ from its own."""
+"""The ways in which a liar alters the tensors that it gives to others."""
 CLAIMED = 10_000
-"""Updates that were never taken."""
+"""Updates that a liar claims beyond those it took."""
 _SCALE = 1.5
 _DRIFT = 0.02
-"""The drift at each time that a tensor is given, as a share of its size: others see it move slowly, always in the same
-direction.
+"""How much a tensor drifts each time that it is given, as a share of its norm. Others see it move slowly, always in the
+same direction.
 """
 _WRONG: Mapping[str, tuple[float, float]] = {"answers-1%": (0.01, 0.01), "answers-30%": (1.0, 0.3)}
-"""The share of the rows that are altered, and by how much of their norm."""
+"""For each attack: the share of the rows that are altered, and the size of the change as a share of a row's norm."""
 _TINY_CALLS = 8
-"""Backward calls of one row each, beside each backward call."""
+"""How many backward calls of one row a hostile trainer sends with each of its own backward calls."""
 _TINY_SCALE = np.float32(100.0)
-"""The factor for the size of their gradients: to an optimizer like Adam it makes no difference."""
+"""The factor for the gradients of the tiny calls: for an optimizer like Adam their size makes no difference."""
 _REMEMBERED = 64
 
 ATTACKS: Mapping[str, Role] = {
@@ -61,13 +62,13 @@ ATTACKS: Mapping[str, Role] = {
     **dict.fromkeys(_WRONG, "node"),
     "gradients-flipped": "trainer",
 }
-"""The attacker of each kind of attack."""
+"""Whether a node or a trainer does each kind of attack."""
 RULES = ("checks", "averages", "steps")
-"""What keeps liars from doing harm, and what it costs where nobody lies (`overhead.py`): spot checks, clipped averages,
-and callers' shares of the steps and sizes of gradients.
+"""The rules that keep liars from doing harm: spot checks, clipped averages, and limits on each caller's share of the
+steps and on the size of its gradients. `overhead.py` measures what they cost where nobody lies.
 """
 SPENT = "spent"
-"""The beginning of the names of files, one of each process: the processor seconds that each of `RULES` has cost."""
+"""How the name of a file begins in which one process notes the processor seconds that each of `RULES` has cost."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Start:
 
     @property
     def is_on(self) -> bool:
-        """Whether it has begun, and not ended."""
+        """Whether the attack has begun, and has not ended."""
         return self.file.exists() and not self._end.exists()
 
     @property
@@ -89,13 +90,15 @@ class Start:
         self._end.touch()
 
     def note_deed(self) -> None:
-        """The file has a byte for each lie that was told."""
+        """Counts a lie: the file has a byte for each one that was told."""
         with self.file.open("ab") as file:
             file.write(b".")
 
 
 def altered(lie: str, tensor: "Tensor", name: str, seed: int, times: int) -> "Tensor":
-    """The tensor as a liar gives it for the `times`-th time, from 1 on; of the same shape and dtype."""
+    """The tensor that a liar gives in place of this one, with the same shape and dtype. `times`: how often it has given
+    the tensor so far, this time included.
+    """
     import torch
 
     if lie == "sign-flipped":
@@ -113,7 +116,7 @@ def altered(lie: str, tensor: "Tensor", name: str, seed: int, times: int) -> "Te
 
 
 def altered_rows(tensor: "Floats", share: float, size: float, rng: np.random.Generator) -> "Floats":
-    """A copy of [R, W] in which this share of the rows moved by `size` of their norm, in random directions."""
+    """A copy of [R, W] in which a `share` of the rows is moved in random directions, by `size` of their norm."""
     noise = rng.standard_normal(tensor.shape).astype(np.float32)
     noise *= (
         size * np.linalg.norm(tensor, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
@@ -123,7 +126,9 @@ def altered_rows(tensor: "Floats", share: float, size: float, rng: np.random.Gen
 
 
 def tiny_calls(call: "NodeCall", count: int, rng: np.random.Generator) -> "Iterator[NodeCall]":
-    """Backward calls of one random row each, with the sign of its gradient flipped. `call`: in full."""
+    """Makes backward calls of one random row each, with the sign of the row's gradient flipped. `call`: the full call
+    that the rows are taken from.
+    """
     assert call.gradients is not None
     assert call.counts is not None
     rows = np.flatnonzero(call.counts.any(axis=1))
@@ -142,7 +147,7 @@ def tiny_calls(call: "NodeCall", count: int, rng: np.random.Generator) -> "Itera
 
 
 def lie_in_states(lie: str, seed: int, start: Start) -> None:
-    """Whatever state others fetch from this node is altered. Its own stays good, and so do its answers."""
+    """Alters every state that others fetch from this node. The node's own state stays good, and so do its answers."""
     from dht.announcements import ReplicaAnnouncement
     from dht.registry import Registry
     from expert_server.experts.format import BLOCK
@@ -154,9 +159,9 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
     find, ask = transfer.SnapshotTaker.find, transfer.StateClient.ask
     announce = Registry.announce
     lies = BoundedDict[bytes, tuple[int, bytes, bytes]](_REMEMBERED)
-    """For the checksum of a true state: what is claimed in its place, the data, and their checksum."""
+    """For the checksum of each true state: the update count, the data and the checksum of the lie told in its place."""
     truths = BoundedDict[bytes, bytes](_REMEMBERED)
-    """For the checksum of a lie, that of the truth."""
+    """For the checksum of each lie, the checksum of the true state."""
     times = Counter[str]()
 
     def encode_both(checkpoint: Any, swarm_id: str, uid: Any) -> tuple[bytes, bytes]:
@@ -209,7 +214,7 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
 
 
 def lie_in_dense_parts(lie: str, seed: int, start: Start) -> None:
-    """Whatever dense part this trainer gives is altered. Its own stays good."""
+    """Alters every dense part that this trainer gives to others. Its own stays good."""
     from trainer_client.averaging.dense_part import DenseForm
     from trainer_client.averaging.exchange import DenseExchange
 
@@ -235,7 +240,7 @@ def lie_in_dense_parts(lie: str, seed: int, start: Start) -> None:
 
 
 def answer_wrong(attack: str, seed: int, start: Start) -> None:
-    """Some rows of what this node's experts compute are altered, before anything else follows from them."""
+    """Alters some rows of what this node's experts compute, before anything else uses them."""
     import torch
 
     from expert_server.serving.answers import AnswerAssembler
@@ -260,7 +265,7 @@ def answer_wrong(attack: str, seed: int, start: Start) -> None:
 
 
 def flip_gradients(seed: int, start: Start) -> None:
-    """Experts get gradients of the wrong sign, and many tiny batches of them: each may be an optimizer step."""
+    """Sends experts gradients of the wrong sign, and many tiny batches of them: each may become an optimizer step."""
     from peer.errors import ExpertError
     from trainer_client.dispatch.batches import AnsweredRows
     from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -297,7 +302,7 @@ def flip_gradients(seed: int, start: Start) -> None:
 
 
 def leave_out(rules: Collection[str], start: Start) -> None:
-    """An honest peer goes without these rules for as long as the file exists."""
+    """Makes an honest peer do without these rules for as long as the file exists."""
     from expert_server.experts.callers import Callers
     from expert_server.experts.expert import Expert
     from expert_server.hosting import averaging
@@ -312,7 +317,9 @@ def leave_out(rules: Collection[str], start: Start) -> None:
     counting = Lock()
 
     def replaced(rule: str, owner: Any, name: str, plain: Callable[..., Any] | None = None) -> None:
-        """By what there would be without the rule. None: only counts what it costs."""
+        """Replaces a rule's function by what peers would do without the rule, `plain`. None: nothing is replaced, and
+        only the time that the function takes is counted.
+        """
         true, index = getattr(owner, name), RULES.index(rule)
 
         def either(*arguments: Any, **named: Any) -> Any:
@@ -358,8 +365,8 @@ def leave_out(rules: Collection[str], start: Start) -> None:
 
 
 def patches_of(attack: str, seed: int, start: Start) -> Callable[[], None]:
-    """What makes a process attack, or leave out rules, which are separated by commas. Raises KeyError when there is no
-    such attack.
+    """Returns the function that patches a process so that it attacks, or leaves out rules if `attack` names some of
+    `RULES`, separated by commas. Raises KeyError if there is no such attack.
     """
     if set(rules := attack.split(",")) <= set(RULES):
         return lambda: leave_out(rules, start)

@@ -48,7 +48,7 @@ from talkoot.demo.processes import DemoProcess, DemoProcesses
 Placement: TypeAlias = Literal["minority", "random"]
 CALM = "calm"
 MOST_LOSS = 1.05
-"""The largest final loss of honest trainers, against the calm run's."""
+"""The largest final loss that honest trainers may have, relative to the calm run's."""
 
 _MANIFEST = """
 name = "chaos"
@@ -68,7 +68,9 @@ top_k = 2
 [optimizer]
 learning_rate = 1e-2
 """
-"""The trainers have no attention of their own, and learn slower than experts: the loss depends on these."""
+"""The trainers have no attention of their own, and learn more slowly than the experts do: so the loss depends on the
+experts.
+"""
 QUICK_KINDS = ("replicas-random", "dense-sign-flipped", "answers-30%", "gradients-flipped")
 _START_LIMIT_S = 180.0
 _RUN_LIMIT_S = 600.0
@@ -77,12 +79,12 @@ _LOOK_EVERY_S = 1.0
 _LEAVE_LIMIT_S = 15.0
 _SCRAPE_LIMIT_S = 2.0
 _SHOWN = 400
-"""Characters at the end of a log line that has a fault."""
+"""Characters shown from the end of a log line that reports a fault."""
 _BEGINS_AFTER = 8
-"""Steps of each honest trainer."""
+"""The attack begins after this many steps of each honest trainer."""
 _BATCH_SIZE = 8
 _EAGERNESS = 4
-"""How many times as often as others a hostile peer averages."""
+"""A hostile peer averages this many times as often as others."""
 _VALIDATION_BATCHES = 8
 _BANNED = re.compile(r"node (\w{20,})[: ][^\"]*: banned for a while")
 """A ban in a trainer's log."""
@@ -90,21 +92,21 @@ _BANNED = re.compile(r"node (\w{20,})[: ][^\"]*: banned for a while")
 
 @dataclass(frozen=True)
 class HostilePlan:
-    """How large the swarm is, and how it is set."""
+    """How large the swarm is, and its settings."""
 
     share: float = 0.2
-    """The share of hostile nodes. Where trainers attack, one of them does."""
+    """The share of the nodes that are hostile. In runs where trainers attack, one trainer does."""
     nodes: int = 5
     hosts: int = 3
     """Replicas of each expert."""
     trainers: int = 5
-    """The number of trainers, with the last, which is hostile in some runs and whose loss never counts."""
+    """The number of trainers, including the last, which is hostile in some runs and whose loss never counts."""
     grid: tuple[int, ...] = (5,)
     steps: int = 48
     """Steps of each trainer."""
     average_every_s: float = 1.0
     average_every: int = 4
-    """Steps between two averagings of a dense part."""
+    """Steps between two rounds of averaging a dense part."""
     check_share: float = 0.1
     placement: Placement = "minority"
     without: tuple[str, ...] = ()
@@ -114,7 +116,9 @@ class HostilePlan:
     def of(
         cls, share: float, placement: Placement, quick: bool, without: tuple[str, ...] = ()
     ) -> "HostilePlan":
-        """A random placement needs more nodes, or no expert would ever have a hostile majority."""
+        """The plan for these options. With random placement it has more nodes, since otherwise no expert would ever
+        have a hostile majority.
+        """
         plan = cls(share, steps=24 if quick else 48, placement=placement, without=without)
         return plan if placement == "minority" else replace(plan, nodes=10, grid=(10,))
 
@@ -124,7 +128,7 @@ class HostilePlan:
 
     @property
     def room(self) -> int:
-        """The room of each node: together exactly what all replicas need."""
+        """How many experts each node has room for: all nodes together have exactly the room that all replicas need."""
         return self.hosts * self.experts // self.nodes
 
     @property
@@ -132,7 +136,9 @@ class HostilePlan:
         return _MANIFEST.format(grid=list(self.grid))
 
     def hostile_nodes(self, seed: int) -> tuple[int, ...]:
-        """Which nodes are hostile when nodes attack: never the founder, whose invite everybody has."""
+        """The numbers of the nodes that are hostile where nodes attack. The founder never is one, since everybody has
+        its invite.
+        """
         count = min(max(1, round(self.share * self.nodes)), self.nodes - 1)
         return tuple(sorted(random.Random(f"hostile {seed}").sample(range(1, self.nodes), count)))
 
@@ -141,7 +147,7 @@ class HostilePlan:
 
 
 def hosts_of(replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, frozenset[PeerID]]:
-    """Who serves each expert."""
+    """The hosts of each expert."""
     return {
         uid: frozenset(r.peer_id for r in hosts if r.state is ReplicaState.SERVING)
         for uid, hosts in replicas.items()
@@ -149,7 +155,7 @@ def hosts_of(replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, frozenset
 
 
 def lost_experts(hosts: Mapping[UID, Collection[PeerID]], hostile: Collection[PeerID]) -> list[UID]:
-    """The experts of whose hosts at least half are hostile: no rule of the honest ones can hold there."""
+    """The experts for which at least half of the hosts are hostile: no rule of the honest peers can protect these."""
     return [
         uid
         for uid, peers in hosts.items()
@@ -159,7 +165,7 @@ def lost_experts(hosts: Mapping[UID, Collection[PeerID]], hostile: Collection[Pe
 
 @dataclass
 class _Peer:
-    """A node or a trainer, and what it has said."""
+    """A node or a trainer, and what it has reported."""
 
     name: str
     hostile: bool
@@ -167,14 +173,14 @@ class _Peer:
     child: DemoProcess | None = None
     peer_id: str | None = None
     experts: int = 0
-    """Experts that a node serves."""
+    """The number of experts that a node serves."""
     steps: list[float] = field(default_factory=list)
     """Seconds between the ends of steps."""
     ended_at: list[float] = field(default_factory=list)
-    """When they were heard of, by the monotonic clock."""
+    """When the ends of steps were reported, by the monotonic clock."""
     summary: Mapping[str, Any] | None = None
     metrics: str = ""
-    """The page of the last look."""
+    """The metrics page as last read."""
 
     @property
     def has_ended(self) -> bool:
@@ -182,10 +188,12 @@ class _Peer:
 
 
 class HostileSwarm:
-    """The processes of one run. `stop` it when done."""
+    """The processes of one run. Call `stop` when done."""
 
     def __init__(self, plan: HostilePlan, seed: int, attack: str | None, folder: Path, keys: Path) -> None:
-        """`attack`: what hostile peers do; None: there are none. `keys`: has the peers' identities, by name."""
+        """`attack`: what hostile peers do; None: there are none. `keys`: the folder with the peers' identities, one
+        file for each name.
+        """
         self._plan = plan
         self._seed = seed
         self._attack = attack
@@ -205,7 +213,7 @@ class HostileSwarm:
         self.begins = folder / "attack"
         self._pids: dict[int, float] = {}
         self.began_at = 0
-        """Steps that each judged trainer had taken when the attack began."""
+        """The number of steps that each judged trainer had taken when the attack began."""
 
     @property
     def judged(self) -> list[_Peer]:
@@ -213,14 +221,14 @@ class HostileSwarm:
         return self.trainers[:-1]
 
     async def start_nodes(self) -> dict[UID, frozenset[PeerID]]:
-        """Returns who serves what, once each expert has all its replicas."""
+        """Starts the nodes. Returns the hosts of each expert, once every expert has all its replicas."""
         (self._folder / "swarm.toml").write_text(self._plan.manifest)
         await self._start_node(self.nodes[0], "--new", str(self._folder / "swarm.toml"))
         await self._children.until(lambda: self._invite is not None, _START_LIMIT_S, "the founder's invite")
         for node in self.nodes:
             if node.child is None:
                 await self._start_node(node, "--join", str(self._invite))
-            # one after another: each takes what the others lack
+            # One after another, so that each takes the experts that still lack replicas.
             await self._children.until(
                 lambda node=node: node.experts == self._plan.room,  # type: ignore[misc]  # the default is of mypy's
                 _START_LIMIT_S,
@@ -229,13 +237,13 @@ class HostileSwarm:
         return await self._placed()
 
     def lost(self, hosts: Mapping[UID, frozenset[PeerID]]) -> list[UID]:
-        """The experts that hostile nodes have the say over."""
+        """The experts for which hostile nodes are at least half of the hosts."""
         hostile = {p.peer_id for p in self.nodes if p.hostile}
         return lost_experts(hosts, {p for peers in hosts.values() for p in peers if p.to_base58() in hostile})
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of all peers that were started. Raises StartError when one has ended."""
+        """The process ids of all peers that were started. Raises StartError if one has ended."""
         children = [p.child for p in [*self.nodes, *self.trainers] if p.child is not None]
         for child in children:
             if child.exit_status is not None:
@@ -243,14 +251,14 @@ class HostileSwarm:
         return [child.pid for child in children]
 
     def spent_s(self) -> list[float]:
-        """Processor seconds of all peers in each of `attacks.RULES`, if they leave any out."""
+        """Processor seconds that all peers spent in each of `attacks.RULES`, if they leave any out."""
         spent_s = np.zeros(len(attacks.RULES))
         for file in self._folder.glob(f"{attacks.SPENT}-*"):
             spent_s += np.fromfile(file)
         return list(map(float, spent_s))
 
     async def start_trainers(self) -> None:
-        """The last one joins when the others have begun."""
+        """Starts the trainers. The last one joins when the others have begun to train."""
         text = "\n".join(pydoc_data.topics.topics.values())
         (self._folder / "text.txt").write_text(text)
         await asyncio.gather(*(self._start_trainer(t, number) for number, t in enumerate(self.judged)))
@@ -260,7 +268,7 @@ class HostileSwarm:
         await self._start_trainer(self.trainers[-1], len(self.trainers) - 1)
 
     async def train(self) -> None:
-        """Returns when the judged trainers have ended."""
+        """Lets the trainers train, and returns when the judged ones have ended."""
         await self.start_trainers()
         ends = time.monotonic() + _RUN_LIMIT_S
         while not all(t.has_ended for t in self.judged) and time.monotonic() < ends:
@@ -269,12 +277,12 @@ class HostileSwarm:
                 self.began_at = done
                 self.begins.touch()
             if any(len(t.steps) >= self._plan.steps for t in self.judged):
-                # beside the last of them it would no longer be a minority
+                # Beside the last judged trainer alone, it would no longer be in the minority.
                 attacks.Start(self.begins).end()
             await asyncio.to_thread(self._scrape)
 
     def result(self, hosts: Mapping[UID, frozenset[PeerID]]) -> dict[str, Any]:
-        """What the run has shown."""
+        """The results of the run."""
         honest = [p for p in [*self.nodes, *self.trainers] if not p.hostile]
         rates = [1 / statistics.fmean(t.steps[1:]) for t in self.judged if len(t.steps) > 1]
         banned = self._banned()
@@ -293,7 +301,7 @@ class HostileSwarm:
         }
 
     async def stop(self) -> list[str]:
-        """Ends all of them. Returns what went wrong: peers that failed, tracebacks, and processes that are left."""
+        """Ends all peers. Returns what went wrong: peers that failed, tracebacks, and processes that still run."""
         peers = [*self.trainers, *self.nodes]
         children = [p.child for p in peers if p.child is not None]
         for child in children:
@@ -312,7 +320,9 @@ class HostileSwarm:
         return faults + [f"process {pid} is left" for pid, began in self._pids.items() if _lives(pid, began)]
 
     async def _placed(self) -> dict[UID, frozenset[PeerID]]:
-        """Raises TimeoutError when experts lack replicas for too long."""
+        """Waits until all replicas are placed, and returns the hosts of each expert. Raises TimeoutError when experts
+        lack replicas for too long.
+        """
         assert self._invite is not None
         folder = self._folder / "observer"
         swarm = await join_swarm(
@@ -392,7 +402,7 @@ class HostileSwarm:
                     peer.metrics = _read(f"http://{HOST}:{peer.metrics_port}/metrics")
 
     def _banned(self) -> set[str]:
-        """Nodes that the judged trainers banned, by PeerID."""
+        """The PeerIDs of the nodes that the judged trainers banned."""
         found = set()
         for trainer in self.judged:
             log = self._folder / f"{trainer.name}.log"
@@ -402,7 +412,9 @@ class HostileSwarm:
 
 
 def scraped(text: str) -> dict[tuple[str, str], float]:
-    """A /metrics page: its counters and gauges by name and the value of their label, or an empty one."""
+    """Reads a /metrics page: the value of each counter and gauge, by its name and the value of its label (empty if it
+    has none).
+    """
     return {
         (sample.name, ",".join(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text)
@@ -413,7 +425,9 @@ def scraped(text: str) -> dict[tuple[str, str], float]:
 
 
 def counts(pages: Iterable[Mapping[tuple[str, str], float]]) -> dict[str, int]:
-    """What the honest peers counted, all together: averages that were made, and those that were refused."""
+    """Sums what the honest peers counted: averages that were made, averages that were refused, and spot checks by
+    outcome.
+    """
     total = Counter[tuple[str, str]]()
     for page in pages:
         total.update(page)
@@ -434,7 +448,7 @@ def counts(pages: Iterable[Mapping[tuple[str, str], float]]) -> dict[str, int]:
 
 
 def _final_loss(summary: Mapping[str, Any] | None) -> float | None:
-    """None when the trainer failed, or diverged."""
+    """The final loss in a trainer's summary. None if the trainer failed or diverged."""
     loss = None if summary is None else summary["validation_loss_last"]
     return loss if loss is not None and math.isfinite(loss) else None
 
@@ -453,7 +467,9 @@ def _lives(pid: int, began: float) -> bool:
 
 
 async def run(plan: HostilePlan, seed: int, attack: str | None, keys: Path) -> dict[str, Any]:
-    """One run. Raises SystemExit if hostile nodes are no minority of some expert's hosts though the plan says so."""
+    """Does one run. Raises SystemExit if hostile nodes are at least half of some expert's hosts although the plan
+    excludes that.
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="talkoot-hostile-") as folder:
         swarm = HostileSwarm(plan, seed, attack, Path(folder), keys)
@@ -479,9 +495,9 @@ async def run_all(
     results: dict[str, Any],
     file: Path | None,
 ) -> None:
-    """Runs what `results` lacks, `jobs` at a time: for each seed the calm swarm, and each kind of attack.
+    """Does the runs that `results` lacks, `jobs` at a time: for each seed, the calm swarm and each kind of attack.
 
-    Writes the file after each.
+    Writes the file after each run.
     """
     runs, places = results.setdefault("runs", {}), asyncio.Semaphore(jobs)
     if (task := asyncio.current_task()) is not None:
@@ -508,7 +524,7 @@ async def run_all(
 
 
 def rows(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What all seeds have shown for each kind of attack, beside the calm runs of the same seeds."""
+    """The results of each kind of attack over all seeds, compared with the calm runs of the same seeds."""
     found: dict[str, dict[str, Any]] = {}
     for kind in (CALM, *ATTACKS):
         pairs = [(s[kind], s[CALM]) for s in runs.values() if kind in s and CALM in s]
@@ -534,7 +550,7 @@ def rows(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def mean_loss(losses: Collection[float | None]) -> float:
-    """Infinite when a trainer has none: it failed."""
+    """The mean of the losses. Infinite if any trainer has none, because it failed."""
     return statistics.fmean(math.inf if loss is None else loss for loss in losses)
 
 

@@ -1,7 +1,7 @@
 """A link between every two peers on one machine, so that any of them can be cut off from any others.
 
-Each node listens behind proxies of its own. Who has opened a connection to one is found by the process that holds its
-other end, as the kernel tells it.
+Each node listens behind proxies of its own. To find which peer opened a connection to a proxy, the process that holds
+the other end of it is looked up in the kernel's tables.
 """
 
 import os
@@ -16,16 +16,18 @@ from talkoot.demo.links import Link, Proxy, Wire, free_ports
 
 _HOST = "127.0.0.1"
 _LISTENS = "0A"
-"""How /proc/net/tcp calls a socket that listens."""
+"""The code for a listening socket in /proc/net/tcp."""
 OUTSIDE = "outside"
-"""Whoever is no peer: it is never cut off."""
+"""The name of every process that is not a peer: it is never cut off."""
 
 
 class PairLinks:
-    """Wires between peers, who are known by name."""
+    """Wires between peers, which are known by name."""
 
     def __init__(self, link: Link, processes: Callable[[], Iterable[tuple[str, int]]]) -> None:
-        """`processes` gives the peers that run now, each with the number of its process; children belong to it."""
+        """`processes`: returns the peers that run now, each with its process id. Child processes count as part of the
+        peer.
+        """
         self._link = link
         self._processes = processes
         self._wires: dict[frozenset[str], Wire] = {}
@@ -33,7 +35,9 @@ class PairLinks:
         self._proxies: list[Proxy] = []
 
     async def before(self, name: str) -> tuple[int, int]:
-        """Puts a proxy before a peer; gives the port on which it shall listen, and the one that others dial."""
+        """Puts a proxy in front of a peer. Returns the port that the peer should listen on, and the port that others
+        dial.
+        """
         (port,) = free_ports(_HOST, 1)
         proxy = await Proxy.start(
             self._wire(name, OUTSIDE), (_HOST, port), _HOST, wire_from=partial(self._wire_from, name)
@@ -42,7 +46,7 @@ class PairLinks:
         return port, proxy.port
 
     def cut(self, names: Iterable[str]) -> None:
-        """These peers reach nobody but each other, and nobody reaches them."""
+        """From now on these peers reach nobody but each other, and nobody else reaches them."""
         self._cut_off |= set(names)
         self._apply()
 
@@ -82,7 +86,7 @@ class PairLinks:
 
 
 def _socket_at(port: int) -> str | None:
-    """The kernel's name of the connected socket with this port, as in /proc/PID/fd. gRPC's are of IPv6."""
+    """The kernel's name of the connected socket with this port, as in /proc/PID/fd. gRPC uses IPv6 sockets."""
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
             fields = line.split()

@@ -1,8 +1,9 @@
-"""What the rules against liars cost a swarm in which nobody lies: one swarm that leaves them out every other while.
+"""What the rules against liars cost a swarm in which nobody lies: one swarm that switches them off and on in turns.
 
-Both sides of the comparison are of one run, in short windows that alternate, so that whatever else the machine does
-meets both alike. Steps per second say what users see, and processor time per step says it where the machine is busy
-with other work; both need many windows. The processor time of the rules' own code is exact within few of them.
+Both sides of the comparison come from the same run, in short windows that alternate, so that other work on the machine
+affects both alike. Steps per second show what users notice. Where the machine is busy with other work, processor time
+per step shows it instead. Both need many windows. The processor time of the rules' own code is exact after a few of
+them.
 """
 
 import asyncio
@@ -23,10 +24,12 @@ from benchmarks.chaos.hostile import HostilePlan, HostileSwarm
 from peer.codec import Floats
 
 MOST_COST = 0.02
-"""The largest share of all processor time. A swarm that waits for nothing else is slower by that share."""
+"""The largest share of all processor time that the rules may cost. A swarm that is limited by its processors slows down
+by that share.
+"""
 _UNLIMITED_STEPS = 1_000_000
 _SETTLES_S = 0.5
-"""After each change, so that the calls which began before have ended."""
+"""The pause after each switch, so that the calls which began before it have ended."""
 _WINDOW_S = 3.0
 _WARM_UP_S = 10.0
 _SAID_EVERY = 10
@@ -34,19 +37,19 @@ _SAID_EVERY = 10
 
 @dataclass(frozen=True)
 class Window:
-    """A while with or without the rules."""
+    """A short time with the rules, or without them."""
 
     with_rules: bool
     began: float
     ended: float
     cpu_s: float
-    """Processor time of all peers."""
+    """Processor time of all peers in this window."""
     spent_s: tuple[float, ...]
-    """The part of it in each of `RULES`, and in what is in their place without them."""
+    """The part of that time spent in each of `RULES`, or, without the rules, in the code that replaces them."""
 
 
 async def measure(plan: HostilePlan, pairs: int, console: Console) -> dict[str, Any]:
-    """Speeds in so many pairs of windows, with and without the rules in `plan.without`."""
+    """Measures the swarm's speed in `pairs` pairs of windows, with and without the rules in `plan.without`."""
     plan = replace(plan, steps=_UNLIMITED_STEPS)
     with tempfile.TemporaryDirectory(prefix="talkoot-overhead-") as folder:
         keys = Path(folder) / "keys"
@@ -58,7 +61,7 @@ async def measure(plan: HostilePlan, pairs: int, console: Console) -> dict[str, 
             await swarm.start_trainers()
             await asyncio.sleep(_WARM_UP_S)
             for number in range(pairs):
-                # with, without, without, with: a drift of the machine's speed cancels, too
+                # With, without, without, with: so a steady drift of the machine's speed cancels out.
                 for with_rules in (True, False) if number % 2 == 0 else (False, True):
                     windows.append(await _watch(swarm, with_rules))
                 if number % _SAID_EVERY == 0:
@@ -92,7 +95,9 @@ async def _watch(swarm: HostileSwarm, with_rules: bool) -> Window:
 
 
 def steps_in(ended_at: Sequence[float], begin: float, end: float) -> float:
-    """The steps of one trainer. One that lies only partly in between counts as that part."""
+    """The steps that one trainer took between two times. A step that lies only partly in between counts for
+    that part.
+    """
     if not ended_at:
         return 0.0
     at = np.interp([begin, end], ended_at, np.arange(len(ended_at)))
@@ -100,12 +105,12 @@ def steps_in(ended_at: Sequence[float], begin: float, end: float) -> float:
 
 
 def ratios(windows: Sequence[tuple[Window, float]]) -> dict[str, Any]:
-    """What the rules cost over all pairs of windows, which follow each other. `windows`: with the steps in each.
+    """What the rules cost over all pairs of consecutive windows. `windows`: each with the number of steps taken in it.
 
-    `costs`: of each rule, the part of all peers' processor time that its own code takes, less what is in its place
-    without it. It needs no quiet machine: both are of the same seconds. `speed`: the steps per second with rules, as a
-    multiple of those without, by the clock and by processor time, which has costs elsewhere in it too.
-    Each with its standard error.
+    `costs`: for each rule, the share of all peers' processor time that its own code takes, less what the code takes
+    that replaces it. Other work on the machine does not distort this, since both times are from the same seconds.
+    `speed`: the steps per second with rules, relative to those without, by the clock; `speed_by_cpu`: by processor
+    time. These include what the rules cost elsewhere. Each figure comes with its standard error.
     """
     pairs = [
         sorted(pair, key=lambda each: each[0].with_rules)
@@ -124,7 +129,7 @@ def ratios(windows: Sequence[tuple[Window, float]]) -> dict[str, Any]:
 
 
 def _of_plain(steps: Floats, seconds: Floats) -> float:
-    """The pace with rules as a multiple of that without. [2]: without and with."""
+    """The speed with rules relative to that without. The arrays are [2]: without rules, then with them."""
     pace = steps / seconds
     return float(pace[1] / pace[0])
 
@@ -135,8 +140,8 @@ def _beyond_plain(spent_s: Floats, cpu_s: Floats) -> float:
 
 
 def _over_pairs(figure: Callable[[Floats, Floats], float], *columns: Floats) -> tuple[float, float]:
-    """The figure of the sums over all pairs [P, 2], and its standard error by the jackknife: leaving out one pair after
-    another.
+    """The figure over the sums of all pairs [P, 2], and its standard error by the jackknife, which leaves out one pair
+    at a time.
     """
     sums, count = [column.sum(0) for column in columns], len(columns[0])
     found = figure(*sums)

@@ -22,14 +22,16 @@ top_k = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """How large a swarm, and how it is set."""
+    """How large the swarm is, and its settings."""
 
     nodes: int = 8
     trainers: int = 2
     layers: int = 2
     grid: tuple[int, int] = (4, 4)
     replicas: float = 1.5
-    """Replicas of each expert that there is room for, on average: every second one has two."""
+    """The average number of replicas of each expert that the nodes have room for: with 1.5, every second expert has
+    two.
+    """
     adopts: bool = True
     every_s: float = 20.0
     """Seconds between deaths."""
@@ -38,7 +40,7 @@ class Plan:
     average_every_s: float = 15.0
     standby_every_s: float = 10.0
     drain_s: float = 5.0
-    """The longest time that a node which leaves waits for heirs."""
+    """The longest time that a leaving node waits for others to take over its experts."""
     call_deadline_s: float = 10.0
     validate_every: int = 50
 
@@ -48,12 +50,12 @@ class Plan:
 
     @property
     def room(self) -> int:
-        """The room of each node."""
+        """How many experts each node has room for."""
         return math.ceil(self.replicas * self.experts / self.nodes)
 
     @property
     def spare(self) -> int:
-        """The spare room of each node: experts to adopt when their hosts have gone."""
+        """How many more experts each node can adopt when their hosts have gone."""
         return self.room if self.adopts else 0
 
     @property

@@ -1,4 +1,4 @@
-"""What a chaos run has shown, in figures, against what it should."""
+"""The results of a chaos run in figures, each with its target."""
 
 import statistics
 from collections.abc import Iterable, Mapping
@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 _LEAST_STEPS = 0.70
-"""The smallest share of the calm run's steps."""
+"""The smallest number of steps, relative to the calm run's."""
 _MOST_STALL = 2.0
-"""The longest stall, in call deadlines."""
+"""The longest stall, in multiples of the call deadline."""
 _MOST_LOSS = 1.03
-"""Loss of what the trainers have in the end, on other text and with all experts there, of the calm run's."""
+"""The largest final loss relative to the calm run's: of the trainers' final models, on text not trained on, with all
+experts available.
+"""
 
 
 def verdicts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -43,7 +45,7 @@ def verdicts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def final_loss(part: Mapping[str, Any]) -> float:
-    """The mean of the trainers' ones."""
+    """The mean final loss of the trainers."""
     last = part["final_loss"].values()
     return statistics.fmean(last) if last else float("nan")
 
@@ -100,7 +102,7 @@ def show_losses(chaos: Mapping[str, Any], console: Console) -> None:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """A PNG with the steps of both parts over time, and a mark at each death."""
+    """Draws a PNG with the steps of both parts over time, and a mark at each death."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""What goes wrong when: a pure function of a seed, a length and the size of a swarm."""
+"""Which failures happen when: a pure function of a seed, a length and the size of a swarm."""
 
 import random
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from enum import StrEnum
 
 FOUNDER = 0
 _LEAST_WELL = 0.5
-"""Part of the nodes that stay up when others freeze or are cut off."""
+"""The share of the nodes that stay healthy when others are frozen or cut off."""
 _LEAST_ALIVE = 0.25
-"""Part of them that stay up when one dies, but for the founder's death."""
+"""The share of the nodes that stay healthy when one dies, except when the founder does."""
 _POLITE = 3
-"""One death in this many is a stop, not a kill."""
+"""One death in this many is a polite stop, not a kill."""
 _STAYS_AWAY = 1 / 3
-"""Part of the dead that come back only when they were missed."""
+"""The share of the dead nodes that return only after others have had time to adopt their experts."""
 _SOON, _LATE = (0.3, 0.8), (1.5, 2.5)
-"""How long the dead are away, in times between deaths."""
+"""How long dead nodes are away, in multiples of the time between deaths."""
 _TROUBLE = (0.3, 0.7)
-"""How long nodes are frozen or cut off, in times between deaths."""
+"""How long nodes are frozen or cut off, in multiples of the time between deaths."""
 
 
 class Deed(StrEnum):
-    """What is done to nodes."""
+    """A kind of thing that is done to nodes."""
 
     KILL = "kill"
     STOP = "stop"
@@ -28,7 +28,7 @@ class Deed(StrEnum):
     FREEZE = "freeze"
     THAW = "thaw"
     CUT = "cut"
-    """All links between these nodes and all other peers."""
+    """Cuts all links between these nodes and all other peers."""
     MEND = "mend"
 
 
@@ -37,7 +37,7 @@ DEATHS = (Deed.KILL, Deed.STOP)
 
 @dataclass(frozen=True)
 class Event:
-    """What happens `at_s` seconds after the beginning."""
+    """What is done to some nodes, `at_s` seconds after the beginning."""
 
     at_s: float
     deed: Deed
@@ -45,9 +45,10 @@ class Event:
 
 
 def make_schedule(seed: int, seconds: float, nodes: int = 8, every_s: float = 20.0) -> tuple[Event, ...]:
-    """A death every `every_s` seconds, but for the last; between two deaths, in turns, nodes freeze or are cut off.
+    """Schedules a death every `every_s` seconds, except at the end; between deaths, nodes are in turn frozen or cut
+    off.
 
-    The founder is killed half-way. All is well again at the end.
+    The founder is killed half-way. At the end all nodes are healthy again.
     """
     rng = random.Random(f"{seed} {seconds} {nodes} {every_s}")
     last_s = seconds - every_s / 2
@@ -58,7 +59,7 @@ def make_schedule(seed: int, seconds: float, nodes: int = 8, every_s: float = 20
     busy_until[FOUNDER] = founder_dies * every_s  # nothing ails it before
 
     def draw(at_s: float, least: float, count: int = 1) -> tuple[int, ...]:
-        """Some healthy nodes, as long as enough others are healthy too."""
+        """Draws up to `count` healthy nodes, so that a share `least` of all nodes stays healthy."""
         well = [n for n in range(nodes) if busy_until[n] <= at_s]
         most = min(count, len(well) - round(least * nodes))
         return tuple(sorted(rng.sample(well, max(0, most))))

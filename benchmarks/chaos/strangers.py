@@ -1,4 +1,4 @@
-"""Strangers that attack the swarm of a chaos run, in a process of their own: tests/hostile/siege.py."""
+"""Strangers in a process of their own that attack the swarm of a chaos run: tests/hostile/siege.py."""
 
 import asyncio
 import contextlib
@@ -17,8 +17,8 @@ _SIEGE = _ROOT / "tests" / "hostile" / "siege.py"
 
 @contextlib.asynccontextmanager
 async def besieging(invite: Invite, seconds: float, seed: int) -> AsyncIterator[dict[str, int]]:
-    """Strangers attack meanwhile, for so long, once they have joined. Afterwards, what is yielded says how often
-    each misdeed was done.
+    """Strangers attack for `seconds` from when they have joined. When they have ended, the dictionary that was yielded
+    says how often each misdeed was done.
     """
     done: dict[str, int] = {}
     arguments = [sys.executable, str(_SIEGE), str(invite), str(seconds), str(seed)]

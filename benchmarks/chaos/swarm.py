@@ -1,4 +1,6 @@
-"""The processes of a chaos run: nodes and trainers, started with the command, and what is done to them."""
+"""The processes of a chaos run: nodes and trainers, which are started with the `talkoot` command, and what is done to
+them.
+"""
 
 import asyncio
 import contextlib
@@ -26,31 +28,31 @@ from talkoot.demo.processes import DemoProcess, DemoProcesses
 HOST = "127.0.0.1"
 _START_LIMIT_S = 300.0
 _START_AT_ONCE = 3
-"""The number of nodes: with more on two cores, the bootstrap answers the last one too late."""
+"""How many nodes start at the same time. With more on two cores, the bootstrap node answers the last one too late."""
 _LEAVE_LIMIT_S = 40.0
 _STOPPED_AT_START = 128 + signal.SIGTERM
-"""Exit status of a node that was told to stop before it served."""
+"""Exit status of a node that was told to stop before it served anything."""
 _STOPPED_TRAINER = 128 + signal.SIGINT
 _EVALUATES = "evaluates-"
 _HELD_OUT = 16384
-"""Characters of the text that no trainer sees."""
+"""Characters at the end of the text that no trainer is trained on."""
 _GONE_WITHIN_S = 5.0
-"""The longest time that a dead node's children live on."""
+"""The longest time that the children of a dead node may still run."""
 
 
 @dataclass
 class Node:
-    """One of the nodes, through all its lives."""
+    """One node of the swarm, through all its restarts."""
 
     name: str
     folder: Path
     ports: tuple[int, int]
-    """Where it listens, and where others dial it."""
+    """The port that it listens on, and the port that others dial."""
     child: DemoProcess | None = None
     lives: int = 0
     peer_id: str | None = None
     serves: bool = False
-    """Whether it has taken its experts in this life."""
+    """Whether it serves its experts since its last start."""
     is_frozen: bool = False
     is_cut: bool = False
 
@@ -64,20 +66,20 @@ class Node:
 
 @dataclass
 class Steps:
-    """What one trainer has said of its steps."""
+    """What one trainer has reported about its steps."""
 
     ended_at: list[float] = field(default_factory=list)
     intervals_s: list[float] = field(default_factory=list)
     """Seconds between the ends of steps, without validation."""
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
-    """Failures of its calls by cause."""
+    """The number of its failed calls, by cause."""
     experts_live: int = 0
-    """Live experts as the trainer sees them."""
+    """The number of live experts that the trainer sees."""
     summary: Mapping[str, Any] | None = None
 
     def hear(self, event: Mapping[str, Any], now: float) -> None:
-        """A JSON line of the trainer's."""
+        """Takes note of a JSON line that the trainer printed."""
         if event["event"] == "summary":
             self.summary = event
         elif event["event"] == "step":
@@ -88,7 +90,7 @@ class Steps:
                 self.validation_losses.append((event["step"], event["validation_loss"]))
 
     def since(self, steps: int) -> "Steps":
-        """Without the first steps."""
+        """A copy without the first `steps` steps."""
         return replace(self, ended_at=self.ended_at[steps:], intervals_s=self.intervals_s[steps:])
 
     def longest_stall_s(self, now: float) -> float:
@@ -97,7 +99,7 @@ class Steps:
 
 
 class ChaosSwarm:
-    """Nodes behind links and trainers. `stop` it when done."""
+    """Nodes behind links, and trainers. Call `stop` when done."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan = plan
@@ -107,18 +109,18 @@ class ChaosSwarm:
         self.invite: Invite | None = None
         self._folder = folder
         self.final_losses: dict[str, float] = {}
-        """The loss of each trainer's model, on text that it was not trained on."""
+        """The loss of each trainer's model on text that it was not trained on."""
         self._children = DemoProcesses(folder, self._hear)
         self._trainers: list[DemoProcess] = []
         self._all: list[DemoProcess] = []
         self._killed: set[DemoProcess] = set()
         self._pids: dict[int, float] = {}
-        """All processes ever, with the times of their start."""
+        """Every process that was ever started, with its start time."""
         self._sockets: set[Path] = set()
         self._restarting = TaskSet()
 
     async def start(self) -> Invite:
-        """Starts the nodes; gives the founder's invite once there is one."""
+        """Starts the nodes. Returns the founder's invite."""
         plan = self.plan
         for number in range(plan.nodes):
             name = f"node-{number}"
@@ -136,7 +138,7 @@ class ChaosSwarm:
         return self.invite
 
     async def start_trainers(self) -> None:
-        """Returns when all have done their first steps."""
+        """Starts the trainers, and returns when all have done their first steps."""
         plan = self.plan
         text = "\n".join(pydoc_data.topics.topics.values())
         (self._folder / "trained.txt").write_text(text[:-_HELD_OUT])
@@ -180,7 +182,7 @@ class ChaosSwarm:
                     node.is_cut = event.deed is Deed.CUT
 
     async def stop_trainers(self) -> None:
-        """Returns when they have said how it was."""
+        """Stops the trainers, and returns when they have reported their results."""
         for child in self._trainers:
             if child.exit_status is None:
                 self._note(child)
@@ -188,7 +190,9 @@ class ChaosSwarm:
         await until(lambda: all(child.exit_status is not None for child in self._trainers), _START_LIMIT_S)
 
     async def evaluate(self) -> None:
-        """How well each trainer's model knows other text, once they have stopped: nothing learns meanwhile."""
+        """Measures each trainer's model on held-out text. The trainers have stopped by then, so that nothing is trained
+        meanwhile.
+        """
         for name in self.trainers:
             child = await self._children.start(
                 f"{_EVALUATES}{name}",
@@ -205,7 +209,7 @@ class ChaosSwarm:
         return self._folder / f"{trainer}-saved"
 
     async def stop(self) -> None:
-        """Ends all of them. Stopping twice is harmless."""
+        """Ends all processes. It is harmless to call it twice."""
         await self._restarting.aclose()
         await asyncio.gather(*(trainer.stop() for trainer in self._trainers))
         for node in self.nodes:
@@ -215,7 +219,7 @@ class ChaosSwarm:
         await self.links.close()
 
     def faults(self) -> list[str]:
-        """After `stop`: the programs that ended unexpectedly, and what they logged as errors."""
+        """Call it after `stop`. Returns the programs that ended unexpectedly, and the tracebacks in the logs."""
         found = [
             str(child.failure())
             for child in self._all
@@ -227,21 +231,21 @@ class ChaosSwarm:
         return found
 
     async def leaks(self) -> dict[str, int]:
-        """What is left after `stop`: processes that were ours, and hivemind's sockets that none of the later lives
-        has swept, beyond those of the last.
+        """What is left after `stop`: the number of our processes that still run, and of sockets that p2pd processes
+        left on the disk.
         """
         await until(lambda: not self._living(), _GONE_WITHIN_S)
         return {"processes": len(self._living()), "sockets": sum(path.exists() for path in self._sockets)}
 
     def checkpoints(self, node: Node) -> dict[str, int]:
-        """The update count of each expert's newest checkpoint on the node's disk, by the file names."""
+        """The update count of each expert's newest checkpoint on the node's disk, read from the file names."""
         counts: dict[str, int] = {}
         for file in node.folder.glob("checkpoints/*/*/*.safetensors"):
             counts[file.parent.name] = max(counts.get(file.parent.name, 0), int(file.stem))
         return counts
 
     def _end(self, node: Node, *, politely: bool) -> None:
-        """Ends a node, if it is not down already."""
+        """Ends a node, unless it is down already."""
         child = node.child
         if child is None or child.exit_status is not None:
             return
@@ -254,7 +258,7 @@ class ChaosSwarm:
             child.kill()
 
     async def _restart(self, node: Node) -> None:
-        """Once it has left; a node that has not in time is killed."""
+        """Starts a node again once it has ended. If it does not end in time, it is killed first."""
         child = node.child
         assert child is not None
         await until(lambda: child.exit_status is not None, _LEAVE_LIMIT_S)
@@ -262,7 +266,9 @@ class ChaosSwarm:
         await self._start_node(node, "--join", self._way_in(node))
 
     def _way_in(self, newcomer: Node | None) -> str:
-        """An invite through whoever is there: its owner asks in the chat for one that works."""
+        """An invite with the addresses of nodes that are up, as an owner would get by asking others for one
+        that works.
+        """
         assert self.invite is not None
         addresses = []
         for node in self.nodes:
@@ -311,7 +317,7 @@ class ChaosSwarm:
                 yield name, child.pid
 
     def _note(self, child: DemoProcess) -> None:
-        """Which processes and sockets it has, before it dies."""
+        """Notes the processes and sockets that a child has, before it dies."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(child.pid)
             for each in (process, *process.children(recursive=True)):
@@ -319,7 +325,7 @@ class ChaosSwarm:
                 self._sockets |= set(_sockets(each.cmdline()))
 
     def _living(self) -> list[int]:
-        """Our processes that have not ended. A number that another process has now is none of them."""
+        """Our processes that have not ended. A process that has reused one of our process ids does not count."""
         found = []
         for pid, began in self._pids.items():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -334,7 +340,7 @@ def _all_serve(nodes: Sequence[Node]) -> bool:
 
 
 async def until(condition: Callable[[], bool], limit_s: float) -> bool:
-    """Waits for what sets no event. False when the time is up."""
+    """Waits until the condition holds, by polling it. Returns False when the time is up."""
     ends = time.monotonic() + limit_s
     while not (met := condition()) and time.monotonic() < ends:  # noqa: ASYNC110  # no event to wait for
         await asyncio.sleep(0.1)
@@ -342,7 +348,7 @@ async def until(condition: Callable[[], bool], limit_s: float) -> bool:
 
 
 def _signal_all(node: Node, number: signal.Signals) -> None:
-    """The node and its p2pd, as a laptop that is closed stops both."""
+    """Sends a signal to the node and its p2pd: a laptop that is closed stops both."""
     assert node.child is not None
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(node.child.pid)
@@ -351,7 +357,7 @@ def _signal_all(node: Node, number: signal.Signals) -> None:
 
 
 def _sockets(command: Sequence[str]) -> Iterator[Path]:
-    """The sockets that p2pd listens on, by its arguments."""
+    """The sockets that a p2pd listens on, according to its arguments."""
     for argument in command:
         if argument.startswith("-listen=/unix/"):
             yield Path(argument.removeprefix("-listen=/unix"))

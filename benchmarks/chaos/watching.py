@@ -1,4 +1,4 @@
-"""An observer of a chaos run: asks every replica the same rows, again and again, and keeps what it answered."""
+"""An observer of a chaos run: it sends every replica the same rows again and again, and records the answers."""
 
 import asyncio
 import contextlib
@@ -36,20 +36,20 @@ _CALL_S = 2.0
 _BEFORE_DEATH_S = 1.0
 _LOOK_EVERY_S = 2.0
 _LARGEST = 1e4
-"""No row of a sound expert answers more."""
+"""No row that a sound expert answers is larger."""
 
 
 class Watcher:
-    """Joins as a trainer does. `stop` it when done."""
+    """Joins the swarm as a trainer does. Call `stop` when done."""
 
     def __init__(self, swarm: Swarm, chaos: ChaosSwarm, clock: Callable[[], float] = time.monotonic) -> None:
         self.observations: list[Observation] = []
         self.deaths: list[Death] = []
         self.probes = 0
         self.wrong: list[str] = []
-        """Answers that no sound expert gives."""
+        """Answers that no sound expert would give."""
         self.differing = 0
-        """Pairs of replicas that answered the same rows too differently for replicas."""
+        """How many pairs of replicas answered the same rows too differently."""
         self._swarm = swarm
         self._chaos = chaos
         self._clock = clock
@@ -61,7 +61,7 @@ class Watcher:
         self._caller = GrpcCaller(self._channels, swarm_id, width, sessions=sessions)
         self._rows: Floats = np.random.default_rng(0).standard_normal((_ROWS, width)).astype(np.float32)
         self._known: dict[str, dict[str, int]] = {}
-        """Node → expert → update count, as each node answered last."""
+        """Node → expert → update count, as in each node's last answer."""
         self._infos: dict[PeerID, NodeInfo] = {}
         self._replicas: dict[UID, tuple[Replica, ...]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -85,19 +85,19 @@ class Watcher:
         await self._swarm.stop()
 
     def begin(self) -> None:
-        """Time is counted from now on."""
+        """Sets the time to 0: all times are counted from now on."""
         self._began = self._clock()
         self.observations = [Observation(0.0, self._counts())]
 
     def served(self) -> int:
-        """Experts that answered the last time."""
+        """The number of experts that answered the last time."""
         return len(self._counts())
 
     def replicas(self) -> int:
         return sum(map(len, self._counts().values()))
 
     async def note_death(self, node: Node, deed: str) -> None:
-        """Call it just before."""
+        """Records a node's death. Call it just before the node dies."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_BEFORE_DEATH_S):
                 await self._probe(node)
@@ -109,7 +109,7 @@ class Watcher:
         self._known.pop(node.name, None)
 
     async def look(self) -> None:
-        """Asks all replicas that can answer."""
+        """Sends the rows to all replicas that are reachable."""
         uids = self._swarm.manifest.uids()
         with contextlib.suppress(UnreachableError):
             self._replicas = await self._swarm.registry.replicas(uids)
@@ -126,7 +126,7 @@ class Watcher:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _probe(self, node: Node) -> dict[UID, Floats]:
-        """What its experts make of the rows. Empty when it does not answer."""
+        """What each expert of a node answers for the rows. Empty if the node does not answer."""
         life = node.lives
         info = next((i for p, i in self._infos.items() if p.to_base58() == node.peer_id), None)
         uids = self._announced_by(node)

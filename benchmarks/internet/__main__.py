@@ -2,14 +2,14 @@
 
     python -m benchmarks.internet [--nodes N,N] [--only PART...] [--hours H] [--quick] [--json FILE] [--plot DIR]
 
-days    volunteers come and go as published ones do: what is served and lost, and what upkeep costs
+days    volunteers come and go as in published measurements: what is served and lost, and what upkeep costs
 events  a tenth dies, a flash crowd, a partition, founder and bootstraps gone, a fifth restarts: each in its own swarm
-train   a trainer for every ten nodes of a swarm at rest: throughput against the most that is possible; one trains 100
-        times as much as the others
+train   a trainer for every ten nodes of a swarm at rest: throughput against the most that is possible; also with one
+        that trains 100 times as much as the others
 
-Placement, claims, announcements, membership and averaging partners are the product's own code, in virtual time; links,
-computing and the DHT below look-ups are modelled ([Scale](docs/scale.md)). Figures but those of the machine depend on
-the seed alone. Parts that are not played are taken from the JSON file, if it is there.
+Placement, claims, announcements, membership and averaging partners are the product's own code, in virtual time. Links,
+computing and the DHT below look-ups are modelled ([Scale](docs/scale.md)). All figures depend only on the seed, except
+those of the machine. Parts that are not run are taken from the JSON file, if it is there.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as PNG")
     options = parser.parse_args()
     end_in_order_when_stopped()
-    logging.disable(logging.WARNING)  # nodes that fail say so, thousands of times
+    logging.disable(logging.WARNING)  # Nodes that fail would log thousands of warnings.
     console = Console(width=130)
     usual = _QUICK_NODES if options.quick else (1_000, 10_000, 100_000)
     sizes = [int(each) for each in options.nodes.split(",")] if options.nodes else usual

@@ -1,10 +1,10 @@
-"""Calls to nodes over home lines: what a request and its answer take on the links and at the processor of each.
+"""Calls to nodes over home lines: what each request and answer takes on the links, and at the processors.
 
-A call goes from its trainer's upload through the node's download, then to the node's processor, and back. Nodes behind
-routers that nobody can punch a hole through are reached by a relay, whose links carry the bytes too. A dead node never
-answers, and one with too long a queue refuses at once. `ModelCaller` is the network as a dispatcher sees it.
+A call goes from its trainer's upload through the node's download, then to the node's processor, and back. If no hole
+can be punched through a node's router, the calls go through a relay, whose links carry the bytes too. A dead node never
+answers, and a node whose queue is too long refuses at once. A dispatcher uses `ModelCaller` in place of the network.
 
-Real trainers wait for their calls one by one. Those of drawn trainers are begun and told in arrays.
+Real trainers wait for each of their calls. The calls of drawn trainers are started and reported in arrays.
 """
 
 import asyncio
@@ -30,16 +30,18 @@ MOST_QUEUED = 65536
 """Rows that may wait at a node: the default of its setting `max_queued_rows`."""
 _QUEUES_EVERY_S = 0.1
 _FORWARD, _BACKWARD = 1 / 3, 2 / 3
-"""Shares of the computing for a row, forward and backward."""
+"""How the computing for a row is shared between the forward and the backward call."""
 _HEADER_BYTES, _BYTES_OF_EXPERT = 180, 12
 _BYTES_OF_ROW, _BYTES_OF_SLOT, _BYTES_OF_PRODUCT = 2, 6, 4
-"""Sizes in messages as `expert.proto` has them: positions; rows and weights of each expert; products."""
+"""Bytes in messages, as in `expert.proto`: for the position of a row; for each row and weight of an expert; for each
+product.
+"""
 _LONGEST_RETRY_S, _LEAST_RETRY_S = 30.0, 0.05
 _UPDATE = np.float32(0.1)
-"""The share of their inputs that experts answer."""
+"""Experts answer this share of their inputs."""
 _FIRST_ROOM = 1024
 _WAYS = 3
-"""There, the processor, and back: the stages of a call."""
+"""The stages of a call: the way there, the processor, and the way back."""
 _SILENT_AFTER_S = 25.0
 """The time after which a peer counts as silent: `peer.rpc.channels` asks after 20 s whether a peer lives, and waits 10
 s for an answer.
@@ -47,7 +49,7 @@ s for an answer.
 
 
 class Machine(Link, Protocol):
-    """A volunteer's, or a trainer's."""
+    """The machine of a volunteer or a trainer."""
 
     @property
     def rows_per_s(self) -> float:
@@ -60,10 +62,10 @@ class Machine(Link, Protocol):
 
 @dataclass(frozen=True)
 class Costs:
-    """What is assumed of calls, beside machines."""
+    """Assumptions about calls that do not depend on the machines."""
 
     call_s: float = 0.0005
-    """Seconds of a node's processor for each call, whatever its rows."""
+    """Seconds of a node's processor that every call takes, however many rows it has."""
     jitter: float = 0.1
     """The standard deviation of the logarithms of delays and of computing times."""
     punched: float = 0.8
@@ -74,7 +76,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Sent:
-    """Calls that begin together, of one trainer."""
+    """Calls that one trainer begins at the same time. Shape: C calls."""
 
     nodes: Integers  # [C]
     rows: Integers  # [C]
@@ -95,7 +97,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Told:
-    """Calls of drawn trainers that were answered."""
+    """Answers and refusals of calls that drawn trainers made."""
 
     owners: Integers
     places: Integers
@@ -104,7 +106,7 @@ class Told:
 
 
 class Calls:
-    """All calls under way, and the computing of trainers. Peers are numbers: nodes first, then trainers."""
+    """All calls under way, and the trainers' own computing. Peers are numbered: nodes first, then trainers."""
 
     def __init__(
         self,
@@ -115,13 +117,13 @@ class Calls:
         costs: Costs | None = None,
         slot_s: float = 0.01,
     ) -> None:
-        """`machines`: of all peers; the first `nodes` are nodes."""
+        """`machines`: those of all peers; the first `nodes` are nodes."""
         self.nodes = nodes
         self.row_bytes = row_bytes
         self.alive = np.ones(len(machines), bool)
         self._died_at = np.full(len(machines), math.inf)
         self.computed = np.zeros(len(machines))
-        """Rows of work that each peer has done, forward and backward."""
+        """Rows that each peer has computed, forward and backward."""
         self.sent_bytes = np.zeros(len(machines))
         self.received_bytes = np.zeros(len(machines))
         self.rates = np.array([machine.rows_per_s for machine in machines])
@@ -138,7 +140,7 @@ class Calls:
         self._queues_at = 0.0
         self._waiting: dict[int, asyncio.Future[bool]] = {}
         self._due: dict[int, list[Told]] = {}
-        # of each call by its tag; tags are used again
+        # Properties of each call by its tag. Tags are reused.
         self._free: list[int] = []
         self._columns = {name: np.zeros(0) for name in ("work", "back", "delay", "ends")}
         self._numbers = {
@@ -150,7 +152,7 @@ class Calls:
         return self._fluids.now
 
     def queued_rows(self) -> Numbers:
-        """Rows queued at each node, as of a moment ago."""
+        """Rows queued at each node, updated every few slots."""
         return self._queued
 
     def kill(self, peer: int, long_ago: bool = False) -> None:
@@ -158,7 +160,9 @@ class Calls:
         self._died_at[peer] = -math.inf if long_ago else self.now
 
     def is_silent(self, peer: int) -> bool:
-        """Whether callers have found that it is dead: those that were connected must first miss a sign of life."""
+        """Whether callers have noticed that the peer is dead: connected callers only do when it has not responded for a
+        while.
+        """
         return bool(self.now >= self._died_at[peer] + _SILENT_AFTER_S)
 
     # Beginning
@@ -166,7 +170,9 @@ class Calls:
     def begin(
         self, caller: int, sent: Sent, forward: bool, at: float, ends: float, owner: int, places: Integers
     ) -> Integers:
-        """`owner`, `places`: by which the answers are told, unless somebody waits for them. Gives the calls' tags."""
+        """Begins calls and returns their tags. `owner`, `places`: identify the calls in `Told`, unless `answer` waits
+        for them.
+        """
         count, costs = len(sent.nodes), self._costs
         there, back = sent.bytes(forward, self.row_bytes)
         tags = self._take_tags(count)
@@ -192,7 +198,7 @@ class Calls:
         return tags
 
     def compute(self, peer: int, work: float, at: float, owner: int) -> int:
-        """Computes at a trainer's own processor. Gives the tag."""
+        """Starts a computation on a trainer's own processor, and returns its tag."""
         tags = self._take_tags(1)
         self._columns["ends"][tags] = math.inf
         for name, number in (("stage", 3), ("caller", peer), ("node", peer), ("owner", owner), ("place", -1)):
@@ -205,7 +211,9 @@ class Calls:
         return int(tags[0])
 
     async def answer(self, tag: int) -> bool:
-        """Waits for a call, or a computation; False if it was refused. Call this at once: tags are used again."""
+        """Waits for a call or a computation. Returns False if it was refused. Wait right after starting it, since tags
+        are reused.
+        """
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting[tag] = future
         try:
@@ -217,7 +225,7 @@ class Calls:
     # Time
 
     def step(self) -> list[Told]:
-        """Lets a slot pass. What drawn trainers are told in the next."""
+        """Lets a slot pass. Returns what drawn trainers learn in the next slot."""
         tags, at, given_up = self._fluids.step()
         if self._fluids.now >= self._queues_at:
             self._queues_at = self._fluids.now + _QUEUES_EVERY_S
@@ -233,7 +241,7 @@ class Calls:
         return self._due.pop(round(self._fluids.now / self.slot_s), [])
 
     def _arrived(self, tags: Integers, at: Numbers) -> None:
-        """Requests that have been sent."""
+        """Handles requests that have been sent in full."""
         nodes = self._numbers["node"][tags]
         at = at + self._columns["delay"][tags]
         lives = self.alive[nodes]
@@ -252,7 +260,7 @@ class Calls:
         )
 
     def _done(self, tags: Integers, at: Numbers) -> None:
-        """What nodes have computed."""
+        """Handles calls that nodes have computed."""
         nodes = self._numbers["node"][tags]
         lives = self.alive[nodes]
         self._release(tags[~lives])
@@ -319,7 +327,9 @@ class Calls:
         self._fluids.add(Jobs(tags, ways, size, at, ends, self._groups(tags)))
 
     def _groups(self, tags: Integers) -> Integers:
-        """Calls of one trainer to one node share a connection each way, and a turn at its processor."""
+        """The group of each call: calls of one trainer to one node share a connection each way, and one turn at the
+        processor.
+        """
         pairs = (self._numbers["caller"][tags] - self.nodes) * self.nodes + self._numbers["node"][tags]
         return pairs * _WAYS + self._numbers["stage"][tags]
 
@@ -328,7 +338,7 @@ class Calls:
         np.add.at(self.received_bytes, receivers, size)
 
     def _draw_relays(self, machines: Sequence[Machine]) -> Integers:
-        """The relay that each node's calls go through; -1: none."""
+        """Draws the relay through which each node is called; -1: it needs none."""
         relays = np.full(len(machines), -1)
         public = [number for number, machine in enumerate(machines) if not machine.nat]
         hidden = [number for number, machine in enumerate(machines) if machine.nat]
@@ -348,10 +358,10 @@ def row_bytes(manifest: Manifest) -> int:
 
 
 class ModelCaller:
-    """Calls of one trainer's dispatcher."""
+    """The network for one trainer's dispatcher."""
 
     def __init__(self, calls: Calls, trainer: int, numbers: dict[PeerID, int]) -> None:
-        """`trainer`, `numbers`: of peers, in `calls`."""
+        """`trainer`, `numbers`: this trainer's number and those of nodes, as in `calls`."""
         self._calls = calls
         self._trainer = trainer
         self._numbers = numbers
@@ -360,7 +370,7 @@ class ModelCaller:
         return self._calls.is_silent(self._numbers[node.peer_id])
 
     async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
-        """Experts answer a part of their inputs, and hostile nodes what is far too large."""
+        """Makes a call. Experts answer a share of their inputs; hostile nodes answer values that are far too large."""
         calls, batch = self._calls, call.batch
         number, now = self._numbers[call.node.peer_id], asyncio.get_running_loop().time()
         slots = batch.asked if call.counts is None else call.counts

@@ -10,17 +10,17 @@ from benchmarks.internet.scenario import START_S, UpkeepMeter, VolunteerSwarm, p
 from benchmarks.internet.stand_ins import simulated
 
 WARM_UP_S = START_S + 1080.0
-"""The end of the warm-up, when those who were there at the start host what they can."""
+"""The end of the warm-up. By then, the volunteers of the beginning host as many experts as they can."""
 METER_S = 1800.0
-"""Over which upkeep is measured, again and again."""
+"""How long each measurement of upkeep lasts. One follows another."""
 SERIES = 500
-"""Moments that are kept of a run."""
+"""The number of moments of a run whose figures are reported."""
 
 
 def play(nodes: int, hours: float, seed: int) -> dict[str, Any]:
-    """Plays a number of volunteers, of whom four fifths are online at a time, for some hours.
+    """Simulates `nodes` volunteers for some hours; about four fifths of them are online at any time.
 
-    Only `machine` depends on where it runs.
+    Only the result's `machine` depends on the machine that runs the simulation.
     """
     began = time.perf_counter()
     with simulated(seed) as world:

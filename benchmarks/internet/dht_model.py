@@ -1,8 +1,9 @@
-"""The DHT below `Lookups`, modelled: who holds what, how long look-ups take, and who sends how many bytes for them.
+"""A model of the DHT below `Lookups`: who holds which items, how long look-ups take, and how many bytes each peer
+sends.
 
-An item lies at the five living servers that are nearest to its key when it is stored; those that die lose their copies.
-How many rounds and calls a look-up takes, and what they weigh, is in `hops.json`, which `measure_dht` measures on the
-real code. A key's entries are one dictionary that all readers share, so nobody may change what `find` returns.
+An item is held by the five living servers that are nearest to its key when it is stored. A server that dies loses its
+copies. `hops.json` says how many rounds, calls and bytes a look-up takes; `measure_dht` measures that on the real code.
+All readers share one dictionary of a key's entries, so nobody may change what `find` returns.
 """
 
 import asyncio
@@ -25,32 +26,34 @@ T = TypeVar("T")
 
 _HEAD = ID_BITS - 64
 _CORE_S = 0.04
-"""From the core of the network to an average peer and back."""
+"""Seconds from the core of the network to an average peer and back."""
 _FIGURES = Path(__file__).with_name("hops.json")
 _DIGEST_BYTES = 8
 _SAMPLES, _SAMPLE_FOR_S = 8, 2.0
 _SAMPLED_BY = 3
-"""Holders, each of which gives a sample of its own if an answer has no room for all."""
+"""If an answer has no room for all entries, a reader asks this many holders, each of which gives a random sample."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one key costs in a look-up of several."""
+    """The cost of one key in a look-up of several keys."""
 
     rounds: int
     round_trips: float
     question_bytes: float
     answer_bytes: float
-    """Without values."""
+    """Bytes of the answers, without values."""
     copies: float
-    """How often each value comes."""
+    """How often the reader receives each value."""
     calls: float
     near_share: float
     """The share of the calls that go to the nodes nearest to the key."""
 
 
 class HopTable:
-    """Costs of look-ups, by kind, warmth, and sizes of the swarm and of the look-up."""
+    """The costs of look-ups by kind, by whether the same keys were looked up before, and by the sizes of the swarm and
+    of the look-up.
+    """
 
     def __init__(self, path: Path = _FIGURES) -> None:
         self._costs: dict[tuple[str, bool], dict[int, dict[int, Cost]]] = {}
@@ -71,12 +74,12 @@ class HopTable:
             )
 
     def cost(self, kind: str, is_warm: bool, nodes: int, keys: int) -> Cost:
-        """The cost at the measured sizes that are at least as large, or at the largest."""
+        """The cost at the smallest measured sizes that are not below these, or at the largest."""
         by_keys = _at(self._costs[kind, is_warm], nodes)
         return _at(by_keys, keys)
 
     def store_bytes(self, nodes: int) -> float:
-        """Bytes of one call that brings items, without them."""
+        """Bytes of one call that stores items, without the items."""
         return _at(self._store_bytes, nodes)
 
 
@@ -86,7 +89,7 @@ def _at(table: Mapping[int, T], size: int) -> T:
 
 
 class _Key:
-    """What is stored under one key, and who serves it."""
+    """The items stored under one key, and the servers that answer for it."""
 
     __slots__ = (
         "answer",
@@ -112,18 +115,18 @@ class _Key:
         self.first_expiry = math.inf
         self.checked = -1
         self.near: tuple[Peer, ...] = ()
-        """The living servers nearest to it,"""
+        """The living servers nearest to the key. `near_at` says when they were determined."""
         self.near_at = (-1, 0)
-        """by this state of the world, in this half."""
+        """The count of the world's changes, and the half of the network, for which `near` holds."""
         self.drawn_at = -1
         self.samples: list[Answer] = []
         self.answer: Answer | None = None
         self.owed_up = self.owed_down = 0.0
-        """Bytes that they sent and received for it and that are not in the accounts yet."""
+        """Bytes that the nearest servers sent and received for this key and that are not in the accounts yet."""
 
 
 class _Search:
-    """What is asked of an `IterativeSearch` that has ended."""
+    """The parts of an `IterativeSearch` that are used after it has ended."""
 
     __slots__ = ("rounds", "someone")
 
@@ -136,29 +139,29 @@ class _Search:
 
 
 class Unpacked(Entries):
-    """As `Registry.get` gives them."""
+    """Entries in the form that `Registry.get` returns."""
 
     def __init__(self, entries: Mapping[Any, Entry], unread: int) -> None:
         super().__init__({subkey: (entry.value, entry.expires_at) for subkey, entry in entries.items()})
         self.unread = unread
         self.region: Any = None
-        """What a reader made of it."""
+        """What a reader has computed from the entries, kept for other readers."""
 
 
 class Answer:
-    """Entries of a key. All who find the same have one."""
+    """The entries of a key. Readers that find the same entries share one object."""
 
     __slots__ = ("_unpacked", "entries", "size", "unread")
 
     def __init__(self, entries: dict[Any, Entry], size: int, unread: int = 0) -> None:
-        """`size`: in bytes. `unread`: entries that were left out."""
+        """`size`: bytes of the entries. `unread`: how many entries were left out."""
         self.entries = entries
         self.size = size
         self.unread = unread
         self._unpacked: Unpacked | None = None
 
     def with_own(self, subkey: bytes, whole: "Answer") -> "Answer":
-        """A peer's own entry is never left out: it holds that itself."""
+        """Adds the reader's own entry if it was left out: a peer holds its own entries itself."""
         if subkey in self.entries or subkey not in whole.entries:
             return self
         return Answer({**self.entries, subkey: whole.entries[subkey]}, self.size, self.unread - 1)
@@ -190,7 +193,7 @@ class ModelFound:
 
 
 class ModelDHT:
-    """All keys of all swarms."""
+    """The model of the DHT: all keys of all swarms."""
 
     def __init__(self, world: World, table: HopTable | None = None) -> None:
         self.world = world
@@ -204,11 +207,11 @@ class ModelDHT:
 
     @property
     def keys(self) -> int:
-        """Under which something is stored."""
+        """The number of keys under which something is stored."""
         return len(self._keys)
 
     def cost(self, kind: str, is_warm: bool, keys: int) -> Cost:
-        """The cost of one key in a look-up of this many now."""
+        """The cost of one key in a look-up of this many keys, at the swarm's present size."""
         size = self.world.servers().bit_length(), keys.bit_length()
         cost = self._costs.get((kind, is_warm, *size))
         if cost is None:
@@ -239,7 +242,7 @@ class ModelDHT:
         return key.near
 
     def charge(self, keys: Iterable[_Key], count: int, cost: Cost, peer: Peer, purpose: str) -> None:
-        """Counts a look-up of so many keys, beside the values."""
+        """Counts the bytes of a look-up of `count` keys, without the values."""
         world = self.world
         accounts, half = world.accounts, peer.half
         accounts.up[purpose][peer.number] += count * cost.question_bytes
@@ -250,7 +253,7 @@ class ModelDHT:
                 self.near(key, half)
             key.owed_down += questions
             key.owed_up += answers
-        # the way there: on average, anybody
+        # The rest of the calls go to servers on the way to the key: on average, to any server.
         other = world.random_server(self.rng, half)
         if other is not None:
             accounts.down["dht_served"][other.number] += count * (cost.question_bytes - questions)
@@ -270,7 +273,7 @@ class ModelDHT:
             key.first_expiry = item.expires_at
 
     def get(self, key: _Key, reader: Peer) -> Answer:
-        """What a reader finds."""
+        """The entries of a key that a reader finds."""
         world = self.world
         if key.first_expiry <= world.now() or key.checked != world.deaths:
             self._drop_lost(key)
@@ -287,7 +290,8 @@ class ModelDHT:
         return Answer(seen, _size(seen))
 
     def sample(self, key: _Key, answer: Answer, room: int) -> Answer:
-        """What holders give of a key that has more than there is room for: index entries, and others as drawn.
+        """What holders answer if a key has more entries than there is room for: all index entries, and a random sample
+        of others.
 
         Readers in the same few seconds share a few samples.
         """
@@ -323,7 +327,7 @@ class ModelDHT:
         key.owed_up = key.owed_down = 0.0
 
     def _drop_lost(self, key: _Key) -> None:
-        """Removes what has expired, or has no living holder."""
+        """Removes entries that have expired or have no living holder."""
         now, first = self.world.now(), math.inf
         gone = []
         for subkey, entry in key.entries.items():
@@ -339,7 +343,7 @@ class ModelDHT:
             else:
                 gone.append(subkey)
         if gone:
-            entries = dict(key.entries)  # others may have the old one
+            entries = dict(key.entries)  # A copy, since readers may have the old dictionary.
             for subkey in gone:
                 key.bytes -= len(entries.pop(subkey).value) + ITEM_OVERHEAD_BYTES
                 del key.holders[subkey]
@@ -352,9 +356,9 @@ def _size(entries: Mapping[Any, Entry]) -> int:
 
 
 class ModelLookups(Lookups):
-    """One peer's `Lookups` of the modelled DHT."""
+    """Stands for the `Lookups` of one peer, over the modelled DHT."""
 
-    def __init__(self, dht: ModelDHT, peer: Peer) -> None:  # the parts of a real one are not needed
+    def __init__(self, dht: ModelDHT, peer: Peer) -> None:  # without the parent's parts
         self._model = dht
         self._peer = peer
         self._looked_up: set[int] = set()
@@ -366,7 +370,7 @@ class ModelLookups(Lookups):
 
     @property
     def spent_bytes(self) -> int:
-        """Bytes of this peer's own look-ups and stores."""
+        """Bytes of this peer's own look-ups and stores so far."""
         accounts, number = self._model.world.accounts, self._peer.number
         sides = accounts.up, accounts.down
         return int(sum(side[purpose][number] for side in sides for purpose in ("announce", "read")))
@@ -419,7 +423,7 @@ class ModelLookups(Lookups):
             size += answer.size
             count += len(answer.entries)
             key.owed_up += cost.copies * answer.size
-        # those that were asked later were told what the reader had
+        # Holders that are asked later are told the digests of what the reader has already.
         digests = _DIGEST_BYTES * count * max(0.0, cost.calls - 1)
         accounts = world.accounts
         accounts.down["read"][peer.number] += cost.copies * size
@@ -433,7 +437,9 @@ class ModelLookups(Lookups):
         return found
 
     async def _reach(self, key_ids: Collection[int], kind: str, purpose: str) -> Cost:
-        """Takes the time and the bytes of a look-up. Returns what most of its keys cost."""
+        """Waits as long as a look-up takes, and counts its bytes. Returns the cost of a key that this peer has not
+        looked up before, if there is one among them.
+        """
         model, peer = self._model, self._peer
         fresh = [key_id for key_id in key_ids if key_id not in self._looked_up]
         cost = model.cost(kind, not fresh, len(key_ids))
@@ -449,7 +455,7 @@ class ModelLookups(Lookups):
 
 
 async def _awake(peer: Peer) -> None:
-    """Returns when a sleeping peer goes on; never, when it is dead."""
+    """Waits until a sleeping peer wakes up. Never returns if the peer is dead."""
     if peer.awake is None:
         await asyncio.get_running_loop().create_future()
     else:

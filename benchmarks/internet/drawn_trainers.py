@@ -1,9 +1,9 @@
-"""Trainers that repeat the passes of real ones, and carry no rows, so that a thousand of them cost little.
+"""Trainers that repeat the passes of real ones without any rows, so that simulating a thousand of them costs little.
 
-Each takes a recorded pass, finds another replica for each expert among those that the real policy would take, and waits
-as the wait policy says.
+Each takes a recorded pass, chooses for each expert another replica among those that the real policy would choose from,
+and waits as the wait policy says.
 
-Shapes: R rows, K slots of each row, G groups: what of a pass goes to one node.
+Shapes: R rows, K slots of each row, G groups (the part of a pass that goes to one node).
 """
 
 import math
@@ -21,26 +21,27 @@ from trainer_client.dispatch.replicas import _BUSIER_ROWS, _QUICK, _SLOWER, _TRI
 _LEAST_TIME_S = 1e-3
 """The shortest time of a call."""
 _USUAL_EVERY_S = 0.5
-"""How often a drawn trainer computes what nodes took lately."""
+"""How often a drawn trainer computes how long nodes usually took lately."""
 _MOST_QUEUED = np.iinfo(np.int64).max // 2
 _NOTED_TIMES = 8
-"""Calls of one pass whose times a drawn trainer remembers."""
+"""The number of calls of one pass whose times a drawn trainer remembers."""
 
 
 class KnownTimes:
-    """How long nodes took lately, as each drawn trainer knows, and the replicas that it therefore calls: the policy of
-    `trainer_client.dispatch.replicas`, for all experts of a pass at once.
+    """How long each node lately took for each drawn trainer, and the choice of replicas that follows from it.
+
+    It has the policy of `trainer_client.dispatch.replicas`, for all experts of a pass at once.
     """
 
     def __init__(self, trainers: int, nodes: int, announced: Announced, rng: np.random.Generator) -> None:
         self._seconds = np.zeros((trainers, nodes), np.float32)
-        """Moving means."""
+        """Moving averages of the times."""
         self._at = np.full((trainers, nodes), -math.inf, np.float32)
         """When each node answered last."""
         self._usual = np.zeros(trainers)
-        """What nodes took lately, by each trainer's last look."""
+        """What nodes usually took, as each trainer last computed it."""
         self._usual_at = np.full(trainers, -math.inf)
-        """When that look was."""
+        """When each trainer last computed that."""
         self._announced = announced
         self._rng = rng
 
@@ -52,7 +53,7 @@ class KnownTimes:
         at_N[nodes] = now
 
     def choose(self, trainer: int, hosts: Integers, now: float) -> Integers:
-        """One of the `hosts` [G, replicas] of each expert; -1 where there is none."""
+        """Chooses one of the `hosts` [G, replicas] for each group; -1 where there is none."""
         rng, is_host = self._rng, hosts >= 0
         known = is_host & (self._at[trainer][hosts] > now - _TIMES_HOLD_S)
         seconds = np.where(known, self._seconds[trainer][hosts], np.inf)
@@ -76,7 +77,7 @@ class KnownTimes:
 
 
 class _Pass:
-    """One that is under way. Each group may be called twice: places from G on are those of second calls."""
+    """A pass that is under way. Each group may be called twice: the places from G on are those of the second calls."""
 
     __slots__ = (
         "answered", "began", "called_at", "ends", "enough_at", "forward", "is_over", "last_at", "left", "nodes",
@@ -89,9 +90,9 @@ class _Pass:
         self.step = step
         self.recorded = recorded
         self.sent_to = nodes.copy()
-        """The node that answered each group, or was asked last."""
+        """The node that answered each group, or the last one that was asked."""
         self.nodes = np.concatenate([nodes, np.full(len(nodes), -1)])
-        """The nodes of all calls."""
+        """The nodes of all calls, first and second."""
         self.called_at = np.full(2 * len(nodes), began)
         """When each call was made."""
         self.forward = forward
@@ -102,7 +103,7 @@ class _Pass:
         self.last_at = began
         self.enough_at: float | None = None
         self.is_over = False
-        """Nobody waits any more. What still comes says how slow a node is."""
+        """Nobody waits for the pass any more. Answers that still arrive only show how slow a node is."""
         self.times: list[Numbers] = []
 
     @property
@@ -111,7 +112,7 @@ class _Pass:
 
 
 class _Step:
-    """One step of a drawn trainer: which part comes next."""
+    """One step of a drawn trainer, and which stage of it comes next."""
 
     __slots__ = ("number", "passes", "stage", "trainer")
 
@@ -123,7 +124,7 @@ class _Step:
 
 
 class DrawnTrainers:
-    """All of them. What they wait for has an owner number."""
+    """All drawn trainers. Each thing that they wait for has an owner number."""
 
     def __init__(self, play: SharedWindow, numbers: Sequence[int]) -> None:
         self._play = play
@@ -136,7 +137,7 @@ class DrawnTrainers:
         self._next = 0
         self._steps = 0
         self._looks: dict[int, list[int]] = {}
-        """Passes to look at, by slot."""
+        """The passes that are due for a look, by slot."""
         self._started = False
         self._rng = np.random.default_rng((play.seed, 3))
         self._first = numbers[0] if len(numbers) else 0
@@ -170,7 +171,9 @@ class DrawnTrainers:
         self._go_on(_Step(trainer, self._steps), at)
 
     def _go_on(self, step: _Step, at: float) -> None:
-        """Stages: computing and a forward pass for each layer, then the same backward, from the last."""
+        """Starts a step's next stage: computing and a forward pass for each layer, then the same backward, from the
+        last layer.
+        """
         play, window = self._play, self._play.window
         layers, stage = self._layers, step.stage
         if stage == 4 * layers:
@@ -190,7 +193,7 @@ class DrawnTrainers:
             self._send(step, first.recorded, nodes, False, at)
 
     def _draw(self, trainer: int, layer: int, at: float) -> tuple[RecordedPass, Integers]:
-        """A pass, and the nodes [G] that its groups go to."""
+        """Draws a recorded pass, and the nodes [G] that its groups go to."""
         passes = self._play.recorded.passes[layer]
         drawn = passes[int(self._rng.integers(len(passes)))]
         return drawn, np.where(
@@ -200,7 +203,9 @@ class DrawnTrainers:
     def _replicas(
         self, trainer: int, layer: int, experts: Integers, at: float, besides: Integers | None = None
     ) -> Integers:
-        """One of each; -1 of none. `besides`: nodes that are not asked again, one for each."""
+        """A replica of each expert; -1 if there is none. `besides`: for each expert, the node that is not to be asked
+        again.
+        """
         hosts = self._play.recorded.hosts[layer][experts]
         if besides is not None:
             hosts = np.where(hosts == besides[:, None], -1, hosts)
@@ -293,7 +298,7 @@ class DrawnTrainers:
             del self._owners[owner]
 
     def _see_if_enough(self, owner: int, found: _Pass) -> None:
-        """Whether every row has as many answers as the wait policy wants."""
+        """Notes whether every row has as many answers as the wait policy asks for."""
         recorded = found.recorded
         asked = (found.sent_to >= 0)[recorded.group_of] & (recorded.group_of >= 0)
         got = (found.answered[recorded.group_of] & asked).sum(axis=1)
@@ -318,7 +323,7 @@ class DrawnTrainers:
             self._hedge(owner, found, now)
 
     def _hedge(self, owner: int, found: _Pass, now: float) -> None:
-        """Asks another replica of each expert that is late: some at first, all after half of the time."""
+        """Asks another replica of each expert that is late: at first only of some, after half of the time of all."""
         trainer = found.step.trainer
         alone = found.recorded.alone
         late = np.flatnonzero(~found.answered & (alone >= 0))

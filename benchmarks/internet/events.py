@@ -1,6 +1,7 @@
-"""What may happen to a swarm, and what becomes of it.
+"""Events that may happen to a swarm, and their effects.
 
-Each event happens to a swarm of its own whose nodes stay otherwise, so that all that changes is its doing.
+Each event happens to a swarm of its own, in which no volunteer comes or goes otherwise. So all changes are effects of
+the event.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,28 +25,28 @@ from benchmarks.internet.window import PlacedSwarm, Window
 from benchmarks.internet.world import World, quantile
 
 CROWD = 10_000
-"""Volunteers of a flash crowd, for every 10,000 that are there."""
+"""The largest number of volunteers that join in a flash crowd."""
 CROWD_WITHIN_S = 600.0
 USEFUL_WITHIN_S = 120.0
 PARTED_SHARE = 0.4
 RESTARTED_SHARE, RESTARTED_WITHIN_S, RESTART_TAKES_S = 0.2, 300.0, 20.0
 DAY_S = 86_400.0
 TRAINED_BY, HEAVY = 10, 100.0
-"""Nodes for each trainer, and how many times as much as others a trainer trains that is a burden."""
+"""The number of nodes for each trainer, and how many times as much as the others the heavy trainer trains."""
 BOOTSTRAPS = 3
-"""The founder's own node, and the others that invites name."""
+"""The number of bootstrap nodes: the founder's own node and the others that invites name."""
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds."""
+    """How long the parts of an experiment take, in seconds."""
 
     settle_s: float = 600.0
     """Seconds until a new swarm is at rest."""
     aftermath_periods: float = 15.0
-    """Periods of announcements in which it is watched what becomes of the swarm."""
+    """How long the swarm is watched afterwards, in announcement periods."""
     parted_s: float = 3600.0
     trained_s: float = 20.0
 
@@ -61,9 +62,9 @@ class Stage:
     volunteers: VolunteerSwarm
     began_at: float
     newcomers: int
-    """Volunteers who have not joined yet: the last ones."""
+    """The number of volunteers who have not joined yet: the last ones."""
     period_s: float
-    """The mean period of announcements at the beginning."""
+    """The mean announcement period at the beginning."""
 
     @property
     def world(self) -> World:
@@ -71,7 +72,7 @@ class Stage:
 
     @property
     def there(self) -> list[SimulatedNode]:
-        """The nodes that run, by the order in which they came."""
+        """The nodes that run, in the order in which they joined."""
         return [*self.volunteers.swarm.nodes.values()]
 
     def takings(self) -> int:
@@ -100,7 +101,7 @@ def set_stage(
 
 
 def tenth_dies(world: World, nodes: int, timing: Timing) -> Figures:
-    """A tenth of all nodes ends without a word, at once."""
+    """A tenth of all nodes dies at the same moment."""
     stage = set_stage(world, nodes, timing)
     volunteers, there = stage.volunteers, stage.there
     before = stage.takings()
@@ -122,7 +123,7 @@ def tenth_dies(world: World, nodes: int, timing: Timing) -> Figures:
 
 
 def flash_crowd(world: World, nodes: int, timing: Timing) -> Figures:
-    """Lets as many nodes as are there, up to 10,000, join within ten minutes."""
+    """As many nodes join within ten minutes as are there already, up to 10,000."""
     stage = set_stage(world, nodes, timing, newcomers=min(nodes, CROWD))
     volunteers = stage.volunteers
     before, ends_s = stage.takings(), CROWD_WITHIN_S + USEFUL_WITHIN_S
@@ -143,7 +144,7 @@ def flash_crowd(world: World, nodes: int, timing: Timing) -> Figures:
 
 
 def partition(world: World, nodes: int, timing: Timing) -> Figures:
-    """Two fifths are cut off from the others for an hour."""
+    """Two fifths of the nodes are cut off from the others for an hour."""
     stage = set_stage(world, nodes, timing)
     volunteers = stage.volunteers
     before, replicas = stage.takings(), volunteers.look().replicas
@@ -166,7 +167,9 @@ def partition(world: World, nodes: int, timing: Timing) -> Figures:
 
 
 def founder_gone(world: World, nodes: int, timing: Timing) -> Figures:
-    """The founder's node and all bootstraps end for good. Others go on, and newcomers join by those they know."""
+    """The founder's node and all bootstrap nodes end for good. The others stay, and newcomers join through nodes they
+    know.
+    """
     newcomers = max(1, nodes // 20)
     stage = set_stage(world, nodes, timing, newcomers)
     volunteers, there = stage.volunteers, stage.there
@@ -188,7 +191,7 @@ def founder_gone(world: World, nodes: int, timing: Timing) -> Figures:
 
 
 def bad_release(world: World, nodes: int, timing: Timing) -> Figures:
-    """A fifth of the nodes dies within five minutes, each to start again with what is on its disk."""
+    """A fifth of the nodes dies within five minutes. Each then restarts from the checkpoints on its disk."""
     stage = set_stage(world, nodes, timing)
     volunteers, rng = stage.volunteers, world.rng("event")
     before, lost_before = stage.takings(), volunteers.updates_lost
@@ -229,23 +232,25 @@ EVENTS: dict[str, Callable[[World, int, Timing], Figures]] = {
 
 
 def play(name: str, nodes: int, seed: int, timing: Timing = FULL) -> Figures:
-    """One event, in a world of its own."""
+    """Simulates one event, in a world of its own."""
     with simulated(seed) as world:
         return EVENTS[name](world, nodes, timing)
 
 
 def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
-    """What a trainer for every ten nodes gets of a swarm at rest, and beside one that trains 100 times as much."""
+    """Measures training with a trainer for every ten nodes of a swarm at rest, and how one that trains 100 times as
+    much affects the others.
+    """
     with simulated(seed) as world:
         volunteers = set_stage(world, nodes, timing, plan=plan_to_train(nodes)).volunteers
         numbers = {id(node): number for number, node in enumerate(volunteers.nodes)}
         hosts = {uid: [numbers[id(node)] for node in some] for uid, some in volunteers.swarm.hosts().items()}
         placed = PlacedSwarm(volunteers.swarm.plan.manifest, volunteers.volunteers, hosts)
         trainers = draw_population(world.rng("trainers"), max(3, nodes // TRAINED_BY))
-    # all begin at about the same time: it takes three steps until they are apart
+    # All trainers begin at about the same time. It takes three steps until they are no longer in step.
     window = Window(timing.trained_s, 1.5 * timing.trained_s)
     alone = training.play(placed, trainers[: window.real], replace(window, in_flight=1), seed)
-    # or in 20 s, trainers find half of the steps that they should have in flight
+    # Without this figure, trainers find only half of the right number of steps in flight within 20 s.
     window = replace(window, alone_s=alone.step_s.get("p50"))
     figures = training.play(placed, trainers, window, seed)
     heavy = training.play(placed, trainers, replace(window, heavy=HEAVY), seed)
@@ -257,7 +262,7 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
 def _since(
     looks: Sequence[Look], began_at: float, is_so: Callable[[Look], bool], period_s: float
 ) -> float | None:
-    """Periods until it was so from then on; None if it never was."""
+    """Periods until the condition began to hold for the rest of the time; None if it does not hold at the end."""
     unlike = [look.at_s for look in looks if not is_so(look)]
     if unlike and unlike[-1] == looks[-1].at_s:
         return None
@@ -270,5 +275,5 @@ def _served_in(volunteers: VolunteerSwarm, half: int) -> float:
 
 
 def _after_half(looks: Sequence[Look]) -> float:
-    """How many replicas an expert gained in the second half of the time: none, if placement came to rest."""
+    """How many replicas an expert gained in the second half of the time: none if placement has settled."""
     return looks[-1].replicas - looks[len(looks) // 2].replicas

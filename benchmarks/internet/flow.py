@@ -1,9 +1,10 @@
-"""The ideal: how many tokens a second a swarm could train if every row went where it costs least.
+"""An upper bound: how many tokens a second a swarm could train if every row went to the replica where it costs least.
 
-Each token sends rows to experts by their popularity, and a replica's node computes only so many rows a second, or
-carries them over its link. The largest throughput at which some split of each expert's rows over its replicas overloads
-nobody is a concurrent flow. By Hall's theorem it is the least ratio of capacity to demand over all sets of experts,
-which the minimum cut names (Dinkelbach 1967; Cunningham 1985): a few maximum flows find it exactly.
+Each token sends rows to experts in proportion to their popularity, and a replica's node computes only so many rows a
+second, or carries only so many over its link. The largest throughput for which some split of each expert's rows over
+its replicas overloads no node is a concurrent flow. By Hall's theorem it is the smallest ratio of capacity to demand
+over all sets of experts, which the minimum cut names (Dinkelbach 1967; Cunningham 1985). A few maximum flows find it
+exactly.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ Numbers = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 _UNIT = 2**30
-"""What scipy's whole-numbered flow takes all demand to be. Capacities beyond it are as good as no limit."""
+"""The whole number that represents all demand, since scipy's flow works on integers. Larger capacities are as good as
+no limit.
+"""
 _MOST_ROUNDS = 64
 
 
@@ -27,7 +30,7 @@ class Ideal:
     """Bounds in tokens a second."""
 
     as_placed: float
-    """The bound with the replicas as they are."""
+    """The bound with the present replicas."""
     free: float
     """The bound if every node could compute rows of any expert: no placement is better."""
 
@@ -35,8 +38,9 @@ class Ideal:
 def ideal_throughput(
     demand: Numbers, hosts: Sequence[Sequence[int]], capacity: Numbers, wanted: float = float("inf")
 ) -> Ideal:
-    """`demand` [E]: rows of each expert in one token. `hosts` [E]: the nodes that have it. `capacity` [N]: rows that
-    each node computes in a second. `wanted`: tokens a second that all trainers could send at most.
+    """`demand` [E]: rows that one token sends to each expert. `hosts` [E]: the nodes that have each expert. `capacity`
+    [N]: rows that each node computes in a second. `wanted`: the largest number of tokens a second that all trainers
+    could send.
     """
     total = float(demand.sum())
     free = min(wanted, float(capacity.sum()) / total) if total else wanted
@@ -44,8 +48,8 @@ def ideal_throughput(
 
 
 def _as_placed(demand: Numbers, hosts: Sequence[Sequence[int]], capacity: Numbers, most: float) -> float:
-    """The flow over the replicas as placed, at most `most`. Newton's steps: each cut gives a lower throughput, until
-    one carries all.
+    """The bound with the present replicas, at most `most`. By Newton's method: each cut gives a lower throughput, until
+    one can be carried.
     """
     throughput = most
     for _ in range(_MOST_ROUNDS):

@@ -1,11 +1,12 @@
-"""Links and processors that many jobs share at once, as fluids: what a job gets in a slot of time are even shares.
+"""Links and processors that many jobs share, modelled as fluids: in each slot of time, jobs get even shares.
 
 A job is a transfer, which needs every link on its way, or a computation, which needs one processor. In each slot every
-resource is divided evenly among its jobs, a job gets the least of its shares, and what that leaves over is divided once
-more among the others (progressive filling: Bertsekas and Gallager, Data Networks, section 6.5.2). So links are shared
-as by TCP connections of equal round trips, and processors as by a fair queue of small pieces.
+resource is divided evenly among its jobs, and each job gets the smallest of its shares. What is left over is divided
+once more among the others (progressive filling: Bertsekas and Gallager, Data Networks, section 6.5.2). So links are
+shared as by TCP connections with equal round trips, and processors as by a fair queue of small pieces.
 
-All jobs of a slot are computed together, in arrays. A job's end is exact as long as nobody comes or goes in its slot.
+All jobs of a slot are computed together, in arrays. The end of a job is exact as long as no other job starts or ends in
+its last slot.
 
 Shapes: L resources, J jobs, W resources on the way of a job.
 """
@@ -19,18 +20,18 @@ Numbers = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 WAY = 4
-"""Resources of one job at most: two links, or four by a relay."""
+"""The largest number of resources that one job needs: two links, or four if a relay is used."""
 _ROUNDS = 2
 _PLENTY = 1e30
 _LEAST = 1e-9
-"""The share of a slot's capacity, or of a job, below which it counts as nothing."""
+"""A share of a slot's capacity, or of a job, below this counts as nothing."""
 _MOST_OVER = 0.3
-"""The share of ended jobs above which the others are put together again."""
+"""When more than this share of the jobs in the arrays have ended, the arrays are compacted."""
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """Some that are added together."""
+    """Jobs that are added together."""
 
     tags: Integers  # [J], by which the caller knows them
     ways: Integers  # [J, W], numbers of resources; `Fluids.nothing` fills the rest
@@ -53,29 +54,31 @@ def no_jobs() -> Jobs:
 
 
 class Fluids:
-    """Resources, and the jobs under way on them. Time goes in slots, from 0."""
+    """Resources, and the jobs under way on them. Time advances in slots, from 0."""
 
     def __init__(self, capacity: Numbers, slot_s: float, groups: int = 0) -> None:
-        """`capacity` [L]: per second, of each resource. `groups`: numbers of groups are below that."""
+        """`capacity` [L]: what each resource can do per second. `groups`: the number of groups."""
         self.now = 0.0
         self.slot_s = slot_s
         self.nothing = len(capacity)
-        """The number of a resource that is never short."""
+        """The number of a resource with unlimited capacity."""
         self._capacity = np.append(capacity, _PLENTY) * slot_s
         self._in_group = np.zeros(groups, np.int16)
         self._later: dict[int, list[Jobs]] = {}
         """Jobs by the slot in which they start."""
-        # under way: what is over has nothing left, and needs nothing
+        # The jobs under way. One that has ended has nothing left, and uses no resource.
         self._jobs = no_jobs()
         self._hops = [np.zeros(0, np.int32)] * WAY
         self._left = np.zeros(0)
         self._moved = np.zeros(0)
-        """How much later each job is than the slots that it is computed in."""
+        """How much later each job started than the slot in which it was first computed."""
         self._weights = np.zeros(0)
         self._over = 0
 
     def add(self, jobs: Jobs) -> None:
-        """What started before this slot is computed from it on, and ends as much earlier."""
+        """Adds jobs. One that started before the present slot is computed from this slot on, and its end is moved back
+        by as much.
+        """
         slots = np.maximum((jobs.starts / self.slot_s).astype(np.int64), round(self.now / self.slot_s))
         first, last = (int(slots.min()), int(slots.max())) if len(slots) else (0, -1)
         if first == last:
@@ -85,12 +88,14 @@ class Fluids:
             self._later.setdefault(slot, []).append(jobs.only(slots == slot))
 
     def waiting(self, resources: int) -> Numbers:
-        """What is left to do of the jobs whose way begins at each of the first `resources`."""
+        """The work left of the jobs whose way begins at each of the first `resources` resources."""
         left: Numbers = np.bincount(self._hops[0], self._left, self.nothing + 1)[:resources].astype(float)
         return left
 
     def step(self) -> tuple[Integers, Numbers, Integers]:
-        """Lets one slot pass. The jobs that ended, in no order, when each did, and those that were given up."""
+        """Lets one slot pass. Returns the jobs that ended, in any order, the end of each, and the jobs that were given
+        up.
+        """
         self._admit()
         begins, self.now = self.now, (round(self.now / self.slot_s) + 1) * self.slot_s
         if len(self._left) == self._over:
@@ -137,9 +142,9 @@ class Fluids:
         self._hops = [np.concatenate([hop, more]) for hop, more in zip(self._hops, ways, strict=True)]
 
     def _divide(self) -> tuple[Numbers, Numbers]:
-        """What each job gets in this slot, and what its first even share was. [J]"""
+        """What each job gets in this slot, and how large its first even share was. Both are [J]."""
         size, room = len(self._capacity), self._capacity
-        # the third and fourth resource are those of few
+        # Few jobs have a third and a fourth resource.
         parts = [slice(None)] * 2 + [np.flatnonzero(hop != self.nothing) for hop in self._hops[2:]]
         hops = [hop[part] for hop, part in zip(self._hops, parts, strict=True)]
         left, weights = self._left, self._weights

@@ -17,12 +17,16 @@ DAY_S = 86_400.0
 def stretched_period(
     round_bytes: float, budget_bit_per_s: float, shortest_s: float, longest_s: float
 ) -> float:
-    """The period in which a round of the node's own calls stays within the budget, if one between these bounds does."""
+    """The announcement period with which a round of the node's own calls stays within the budget, within
+    these bounds.
+    """
     return min(max(8 * round_bytes / budget_bit_per_s, shortest_s), longest_s)
 
 
 def upkeep_bit_per_s(round_bytes: float, period_s: float) -> float:
-    """On a node's line, both ways, with what others ask of it: on average as much as it asks of them."""
+    """Traffic of upkeep on a node's line, both ways. It includes what others ask of the node: on average as much as the
+    node asks of them.
+    """
     return 2 * 8 * round_bytes / period_s
 
 
@@ -30,12 +34,12 @@ def upkeep_bit_per_s(round_bytes: float, period_s: float) -> float:
 
 
 def failure_rate(daily_share: float) -> float:
-    """Deaths per node and second, where this share of the nodes dies within a day."""
+    """Deaths per node and second, if `daily_share` of the nodes die within a day."""
     return -math.log1p(-daily_share) / DAY_S
 
 
 def chain_probabilities(deaths: Sequence[float], repairs: Sequence[float]) -> list[float]:
-    """How long a birth-death chain is in each state, as shares of the time.
+    """The share of the time that a birth-death chain spends in each state.
 
     `deaths[i]`: the rate from state i + 1 down to i. `repairs[i]`: the rate from i up to i + 1.
     """
@@ -47,28 +51,31 @@ def chain_probabilities(deaths: Sequence[float], repairs: Sequence[float]) -> li
 
 
 def vacant_share(replicas: int, death_rate: float, repair_s: float, adopt_s: float) -> float:
-    """Share of the time in which nobody serves an expert, or of the experts that nobody serves at one moment.
+    """The share of the time in which nobody serves an expert, which is also the share of the experts that nobody
+    serves.
 
-    The state of the chain is how many of the `replicas` live. Each dies at `death_rate`. One at a time is replaced
-    within `repair_s`, as long as another can give its state, and within `adopt_s` where none is left.
+    The state of the chain is how many of the `replicas` live. Each dies at `death_rate`. One at a time is replaced:
+    within `repair_s` as long as another replica can give its state, and within `adopt_s` if none is left.
     """
     return _living_replicas(replicas, death_rate, repair_s, adopt_s)[0]
 
 
 def losses_per_day(replicas: int, death_rate: float, repair_s: float, adopt_s: float) -> float:
-    """How often in a day an expert loses its last replica."""
+    """How many times a day an expert loses its last replica."""
     return _living_replicas(replicas, death_rate, repair_s, adopt_s)[1] * death_rate * DAY_S
 
 
 def _living_replicas(replicas: int, death_rate: float, repair_s: float, adopt_s: float) -> list[float]:
-    """The chain of `vacant_share`: how long none, one, two of them live, as shares of the time."""
+    """The chain of `vacant_share`: the shares of the time in which no replica lives, one does, two do, and so on."""
     deaths = [death_rate * (alive + 1) for alive in range(replicas)]
     repairs = [1 / adopt_s] + [1 / repair_s] * (replicas - 1)
     return chain_probabilities(deaths, repairs)
 
 
 def replicas_needed(vacant: float, death_rate: float, repair_s: float, adopt_s: float, most: int = 64) -> int:
-    """The fewest replicas with which no larger share of the experts is `vacant` at any moment. Raises ValueError."""
+    """The fewest replicas for which at most a share `vacant` of the experts has no host. Raises ValueError if `most`
+    are too few.
+    """
     for replicas in range(1, most + 1):
         if vacant_share(replicas, death_rate, repair_s, adopt_s) <= vacant:
             return replicas
@@ -76,16 +83,17 @@ def replicas_needed(vacant: float, death_rate: float, repair_s: float, adopt_s: 
 
 
 def all_die(nodes: int, dying: int, replicas: int) -> float:
-    """Chance that all hosts of an expert are among the nodes that die at the same moment."""
+    """The chance that all hosts of an expert are among the nodes that die at the same moment."""
     if replicas > dying:
         return 0.0
     return math.prod((dying - i) / (nodes - i) for i in range(replicas))
 
 
 def updates_lost(death_rate: float, average_every_s: float) -> float:
-    """Share of all updates that die with a replica, because it had taken them since it last averaged with another.
+    """The share of all updates that is lost with replicas which took them after their last averaging.
 
-    Every replica takes as many. A replica that dies is on average half of `average_every_s` past its last average.
+    Every replica takes equally many updates. When a replica dies, on average half of `average_every_s` has passed since
+    its last averaging.
     """
     return death_rate * average_every_s / 2
 
@@ -105,10 +113,10 @@ def adoption_time(
     period_s: float, lifetimes: float, sights: int, again_s: float, take_s: float, lookers: int
 ) -> AdoptionTime:
     """A dead host's record expires `lifetimes` periods after its last renewal, which was up to one period ago. A node
-    with room then finds the expert vacant when it looks, once a period, and looks again every `again_s`. When it has
-    seen that `sights` times it adopts the expert, which takes `take_s`.
+    with room then finds that the expert has no host when it looks, once a period, and looks again every `again_s`. When
+    it has found that `sights` times it adopts the expert, which takes `take_s`.
 
-    `lookers`: nodes with room that look, at times of their own. The earliest of them adopts it.
+    `lookers`: the number of nodes with room. Each looks at its own times, and the earliest adopts the expert.
     """
     first_sight = 1 / (lookers + 1)
     later = (sights - 1) * again_s + take_s
@@ -120,12 +128,12 @@ def adoption_time(
 
 
 def most_loaded(nodes: int, keys: float, holders: int) -> float:
-    """Load of the peer that holds the most, against the mean, where `keys` keys of the same load lie at random.
+    """The load of the peer that holds the most keys, relative to the mean, if `keys` equally loaded keys lie at random.
 
-    A peer is among the `holders` nearest of every key within a stretch of the key space that reaches to its fifth
-    neighbour or so on each side: the sum of 2 · `holders` gaps between neighbours, each of which is exponentially
-    distributed, so that the stretch has a gamma distribution. It holds a Poisson-distributed number of keys. The result
-    is the load that, on average, one of all `nodes` exceeds.
+    A peer is among the `holders` nearest peers of every key within a stretch of the key space that reaches to about its
+    fifth neighbour on each side. That is the sum of 2 · `holders` gaps between neighbours, each of which is
+    exponentially distributed, so the stretch has a gamma distribution. The number of keys in it is Poisson-distributed.
+    The result is the load that, on average, one of all `nodes` exceeds.
     """
     mean = keys * holders / nodes
     shape = 2 * holders
@@ -139,7 +147,7 @@ def most_loaded(nodes: int, keys: float, holders: int) -> float:
 
 
 def _beyond(count: float, mean: float, shape: int) -> float:
-    """Chance that a gamma-Poisson mixture, which is a negative binomial distribution, is at least `count`."""
+    """The chance that a gamma-Poisson mixture, which is a negative binomial distribution, is at least `count`."""
     from scipy.stats import nbinom
 
     chance: float = nbinom.sf(count - 1, shape, shape / (shape + mean))
@@ -151,28 +159,28 @@ def _beyond(count: float, mean: float, shape: int) -> float:
 
 @dataclass(frozen=True)
 class Token:
-    """What training on one token sends to experts."""
+    """What training on one token costs the swarm."""
 
     layers: int
     top_k: float
-    """Experts that compute its row, in each layer,"""
+    """The number of experts that compute a token's row in each layer."""
     nodes: float
-    """and nodes that it is sent to."""
+    """The number of nodes that a token's row is sent to in each layer."""
     row_bytes: float
 
     @property
     def rows(self) -> float:
-        """Computed forward and backward."""
+        """Rows that experts compute for one token, forward and backward."""
         return self.layers * self.top_k
 
     @property
     def bytes(self) -> float:
-        """Bytes that a trainer sends, and as many that it receives: activations, and gradients."""
+        """Bytes of activations and gradients that a trainer sends for one token; it receives as many."""
         return 2 * self.layers * self.nodes * self.row_bytes
 
 
 def most_tokens_per_s(token: Token, rows_per_s: float, bit_per_s: float) -> float:
-    """The throughput of nodes that compute this many rows a second, forward and backward, over lines that carry this
-    much in the slower direction. No placement of experts is better.
+    """The largest throughput of nodes that compute `rows_per_s` rows a second, forward and backward, over lines that
+    carry `bit_per_s` in the slower direction. No placement of experts can exceed it.
     """
     return min(rows_per_s / token.rows, bit_per_s / 8 / token.bytes)

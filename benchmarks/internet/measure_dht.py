@@ -1,10 +1,10 @@
-"""Measures on the real DHT code what `dht_model` draws from: `python -m benchmarks.internet.measure_dht`.
+"""Measures on the real DHT code what `dht_model` uses: `python -m benchmarks.internet.measure_dht`.
 
-Writes hops.json: for look-ups of so many keys at a time in swarms of so many nodes, rounds and calls, bytes of
-questions and of answers without the values in them, how often each value came, and which share of the calls went to the
-seven nodes nearest to a key. `find` and `frugal` read values, `nearest` is what a writer does before it stores, and
-`store` has the bytes of one call that brings items, without these. A look-up is warm when the same peer has looked the
-same keys up several times before.
+Writes hops.json. For look-ups of several keys at a time in swarms of several sizes, it contains: rounds and calls,
+bytes of questions and of answers (without the values), how often each value arrived, and the share of the calls that
+went to the seven nodes nearest to a key. `find` and `frugal` read values, `nearest` is what a writer does before it
+stores, and `store` has the bytes of one call that stores items, without the items. A look-up is warm if the same peer
+has looked up the same keys several times before.
 """
 
 import argparse
@@ -31,18 +31,18 @@ _FRONT = 7
 _KEYS, _VALUE_BYTES = 256, 1000
 _TRIES = 6
 _WARMED_BY = 6
-"""Look-ups of the same keys before a warm one. A node looks the same keys up in each period: it soon knows who is
-near them.
+"""How often the same keys are looked up before a warm look-up. A real node looks up the same keys in each period, and
+soon knows which nodes are near them.
 """
 
 
 class _CountingNetwork(Network):
-    """Counts look-ups alone."""
+    """A simulated network that counts only the calls of look-ups."""
 
     def __init__(self, link: Link, seed: int) -> None:
         super().__init__(link, seed)
         self.near: dict[bytes, set[bytes]] = {}
-        """The nodes nearest to each key, by the bytes of both."""
+        """The nodes nearest to each key. Keys and nodes are given as bytes."""
         self.clear()
 
     def clear(self) -> None:
@@ -124,7 +124,7 @@ async def _look(
     limits: SearchLimits,
     is_warm: bool,
 ) -> dict[str, float]:
-    """The figures of one look-up, by one peer, for each key."""
+    """The figures of one look-up by one peer, divided by the number of keys."""
     room = 0 if limits.quorum > _FRONT else None
     peer: SimulatedPeer = swarm.rng.choice(swarm.peers)
     ids = [key_id_of(key) for key in swarm.rng.sample(keys, count)]
@@ -132,7 +132,7 @@ async def _look(
     for key in ids:
         nearest = heapq.nsmallest(_FRONT, swarm.peers, key=lambda p: p.dht.node_id ^ key)
         network.near[key.to_bytes(20, "big")] = {p.peer_id.to_bytes() for p in nearest}
-    # random keys are looked up apart
+    # Look-ups of random keys are counted separately, so there are none here.
     peer.lookups._sample_at = loop.time() + 1e6
     for _ in range(_WARMED_BY if is_warm else 0):
         await peer.lookups.find(ids, limits, room=room)

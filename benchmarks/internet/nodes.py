@@ -1,6 +1,6 @@
 """Nodes in a simulated world: the product's registry, hosting and membership, around experts that are only counted.
 
-`InternetSwarm` is a swarm in a world: nodes join it, leave it, sleep and die.
+In an `InternetSwarm`, nodes join, leave, sleep and die.
 """
 
 import asyncio
@@ -49,19 +49,19 @@ _ACQUAINTANCES, _KNOWN_FOR_S = 20, 60.0
 
 @dataclass(frozen=True)
 class SwarmPlan:
-    """What the swarm of a simulation is like."""
+    """The properties of a simulated swarm."""
 
     manifest: Manifest
     state_bytes: float = 7e6
-    """Bytes of an expert with its optimizer, as it travels."""
+    """Bytes of an expert's state with its optimizer, as transferred."""
     updates_per_s: float = 0.2
-    """Updates that each replica takes."""
+    """Updates that each replica takes per second."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of all nodes, besides how many experts they host."""
+    """Settings that all nodes have, apart from the number of experts they host."""
 
 
 class CountedStates:
-    """Stands for `StateClient`: states take the time that the links need."""
+    """Stands for `StateClient`: fetching a state takes as long as the links need."""
 
     def __init__(self, node: "SimulatedNode") -> None:
         self._node = node
@@ -114,7 +114,7 @@ class SimulatedHost:
         self._known_until = 0.0
 
     def peers(self) -> frozenset[PeerID]:
-        """Some of the peers that it knows in the DHT."""
+        """Some of the DHT peers that the node knows."""
         world = self._world
         if world.time() >= self._known_until or not self._known:
             rng, half = world.rng("acquaintances"), self._peer.half
@@ -132,7 +132,7 @@ class SimulatedHost:
 
 @dataclass
 class _Membership:
-    """Stands for `dht.swarm.Swarm`, with the parts that hosting uses."""
+    """Stands for `dht.swarm.Swarm`, with those parts that hosting uses."""
 
     host: SimulatedHost
     registry: Registry
@@ -156,13 +156,15 @@ class SimulatedNode:
     def __init__(
         self, swarm: "InternetSwarm", peer: Peer, experts: int, disk: dict[UID, dict[str, int]]
     ) -> None:
-        """`experts`: to host. `disk`: its checkpoints, of earlier runs too."""
+        """`experts`: how many to host. `disk`: the checkpoints on the machine's disk, including those of
+        earlier runs.
+        """
         self.swarm = swarm
         self.peer = peer
         self.disk = disk
         self.started_at = swarm.world.time()
         self.useful_since: float | None = None
-        """When an expert served first, in seconds of the world; None: not yet."""
+        """When the node first served an expert, in seconds of the world; None: it has not yet."""
         world, plan, now = swarm.world, swarm.plan, swarm.world.now
         self.settings = swarm.settings(experts)
         rng = world.rng("nodes")
@@ -195,26 +197,26 @@ class SimulatedNode:
             self.settings, member, self.replicas, lambda: self.hosting.seen, clock=world.time
         )
         self._record = NodeRecordBuilder(self.settings, identity.make_certificate(), now())
-        restarts: Any = swarm  # it has `note`
+        restarts: Any = swarm  # The swarm stands for `Restarts`: it has `note`.
         self._rounds = RetryingRounds(self.settings.announce_every_s, restarts=restarts)
         self.relays: list[Peer] = []
-        """Chosen by a node that others cannot reach directly."""
+        """The relays that the node has chosen, if others cannot reach it directly."""
         self._relay_keeper = RelayKeeper(member, 0, rng, world.time)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._activity = Activity.SERVING
 
     @property
     def takings(self) -> int:
-        """Experts taken into service."""
+        """How many times it has taken an expert into service."""
         return int(self.runtime.takings)
 
     @property
     def living_relays(self) -> list[Peer]:
-        """The relays that lead to a node behind a router now."""
+        """The relays through which a node behind a router can be reached now."""
         return [relay for relay in self.relays if self.swarm.world.reachable(self.peer, relay)]
 
     def start(self) -> None:
-        """Joins, and runs until it is ended."""
+        """Joins the swarm, and runs until `end` is called."""
         self.spawn(self._run())
 
     def spawn(self, work: Any) -> None:
@@ -228,12 +230,12 @@ class SimulatedNode:
             self.swarm.faults.append(error)
 
     def end(self) -> None:
-        """Its process is gone."""
+        """Ends at once, like a killed process."""
         for task in list(self._tasks):
             task.cancel()
 
     async def leave(self) -> None:
-        """Hands its experts over, as a node does that is stopped, and ends."""
+        """Hands its experts over, as a node does when it is stopped, and ends."""
         self._activity = Activity.LEAVING
         with contextlib.suppress(UnreachableError):
             await self._publish()
@@ -291,7 +293,7 @@ class SimulatedNode:
             await self.peer.awake.wait()
 
     async def _keep_relays(self) -> None:
-        """Keeps relays like `RelayKeeper` and `Reservations`, with the choice of the former."""
+        """Keeps relays as `RelayKeeper` and `Reservations` do, and lets `RelayKeeper` choose them."""
         if not self.peer.link.nat or len(self.living_relays) >= WANTED:
             return
         self.relays = self.living_relays
@@ -307,7 +309,7 @@ class SimulatedNode:
         await self.membership.check(announced=True)
 
     async def _average(self, is_last: bool = False) -> None:
-        """Meets one other replica of each of half its experts; of all, before it leaves."""
+        """Averages with one other replica for half of its experts; for all of them before the node leaves."""
         me, rng = self.peer.peer_id, self.swarm.world.rng("averaging")
         seen = {} if is_last else self.hosting.seen
         replicas = await replicas_to_meet(self.registry, self.runtime.experts, seen, me)
@@ -322,7 +324,7 @@ class SimulatedNode:
                     await self._meet(replica.uid, nodes[replica.peer_id])
 
     async def _meet(self, uid: UID, node: NodeInfo) -> None:
-        """Both replicas become their average, as far as the link allows."""
+        """Replaces both replicas by their average, unless a transfer fails."""
         other = self.swarm.nodes.get(node.peer_id)
         mine = self.runtime.experts.get(uid)
         base = 0 if mine is None else mine.update_count
@@ -381,7 +383,7 @@ class InternetSwarm:
         """The nodes that run, including sleeping ones."""
         self.takings_of_ended = 0
         self.faults: list[BaseException] = []
-        """What the product's code raised that it should not."""
+        """Exceptions that the product's code should not have raised."""
         founder: Any = SimulatedIdentity(0)
         self.keys = SwarmKeys(plan.manifest.name, founder.peer_id)
         expires_at = world.now() + LIFETIME_S
@@ -389,17 +391,17 @@ class InternetSwarm:
         registry = Registry(lookups, self.keys, founder, guard=self.guard, now=world.now)
         self.manifest_record = registry.sign_manifest(plan.manifest.to_json(), expires_at), expires_at
         self.shared: dict[object, Any] = {}
-        """What was read of records, by their bytes."""
+        """What has been read from records, by the records' bytes. All nodes share it."""
         self._settings: dict[int, NodeSettings] = {}
 
     def note(self, name: str) -> None:
-        """Stands for `Restarts.note`, of all nodes."""
+        """Stands for `Restarts.note` of all nodes."""
         error = sys.exception()
         if error is not None:
             self.faults.append(error)
 
     async def transfer(self, sender: SimulatedNode, receiver: SimulatedNode) -> bool:
-        """Transfers an expert's state, which `receiver` fetches. Whether it arrived."""
+        """Transfers an expert's state, which `receiver` fetches. Returns whether it arrived."""
         relays = sender.living_relays[:1] if sender.peer.link.nat else ()
         if sender.peer.link.nat and not relays:
             await asyncio.sleep(_ASK_S)
@@ -413,7 +415,9 @@ class InternetSwarm:
         return self._settings[experts]
 
     def join(self, link: Link, experts: int, before: "SimulatedNode | None" = None) -> SimulatedNode:
-        """A node starts. `before`: the one that ran on the same machine, whose name and disk it has."""
+        """Starts a node. `before`: the node that ran on the same machine before, whose identity and disk the new one
+        has.
+        """
         peer = self.world.add(link, None if before is None else before.peer.identity)
         node = SimulatedNode(self, peer, experts, {} if before is None else before.disk)
         self.nodes[peer.peer_id] = node
@@ -421,22 +425,22 @@ class InternetSwarm:
         return node
 
     def crash(self, node: SimulatedNode) -> None:
-        """Ends without a word."""
+        """Ends a node like a killed process."""
         node.end()
         self.remove(node)
 
     def leave(self, node: SimulatedNode) -> None:
-        """Begins to leave, which takes a while."""
+        """Lets a node begin to leave, which takes a while."""
         node.end()
         node.spawn(node.leave())
 
     def sleep(self, node: SimulatedNode) -> None:
-        """The machine sleeps: its processes stand still, and nobody reaches it."""
+        """Puts a node's machine to sleep: its processes stand still, and nobody reaches it."""
         node.peer.awake = asyncio.Event()
         self.world.kill(node.peer)
 
     def resume(self, node: SimulatedNode) -> None:
-        """The machine wakes up, and its node goes on with what it had."""
+        """Wakes a node's machine up. The node continues with what it had in memory."""
         if node.peer.awake is None:
             return
         self.world.revive(node.peer)
@@ -451,11 +455,11 @@ class InternetSwarm:
 
     @property
     def takings(self) -> int:
-        """Experts taken into service by all nodes that there were."""
+        """How many times any node has taken an expert into service."""
         return self.takings_of_ended + sum(node.takings for node in self.nodes.values())
 
     def hosts(self) -> dict[UID, list[SimulatedNode]]:
-        """Who really serves each expert now: awake, and not leaving."""
+        """The nodes that really serve each expert now: they are awake and not leaving."""
         found: dict[UID, list[SimulatedNode]] = {uid: [] for uid in self.plan.manifest.uids()}
         for node in self.nodes.values():
             if node.peer.is_alive and not node.replicas.leaving:

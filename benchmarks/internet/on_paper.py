@@ -1,4 +1,4 @@
-"""What the formulas say of a simulated swarm, beside what the simulation measured."""
+"""What the formulas predict for a simulated swarm, compared with what the simulation measured."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -30,15 +30,15 @@ from peer.kademlia.routing import REPLICAS
 DIE_IN_A_DAY = 0.2
 """The share of volunteers that disappear in a day (`benchmarks.internet.population`)."""
 REPAIRED_WITHIN_S = 600.0
-"""Assumed: until an expert that has lost a replica has another. Somebody with room must come."""
+"""Assumed: the time until an expert that has lost a replica has another. A node with room must come first."""
 _LIFETIMES = 3
 _LOOKERS = 8
-"""Nodes with room that look at an expert without a host, assumed."""
+"""Assumed: the number of nodes with room that look at an expert without a host."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure by both."""
+    """One figure, by the formulas and by the simulation."""
 
     what: str
     on_paper: str
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def comparisons(results: Mapping[str, Any]) -> Iterator[Comparison]:
-    """Comparisons of all sizes that were played. `results`: as for `report.verdicts`."""
+    """Comparisons for all sizes in the results. `results`: as for `report.verdicts`."""
     for nodes, found in results.get("days", {}).items():
         yield from _days(int(nodes), found)
     for nodes, events in results.get("events", {}).items():
@@ -97,7 +97,7 @@ def _days(nodes: int, found: Mapping[str, Any]) -> Iterator[Comparison]:
 
 def _tenth_dies(nodes: int, found: Mapping[str, Any]) -> Iterator[Comparison]:
     experts, died = found["experts"], found["died"]
-    replicas = found["replicas_lost"] * nodes / died / experts  # of each
+    replicas = found["replicas_lost"] * nodes / died / experts  # Lost replicas of each expert.
     fewer, part = math.floor(replicas), replicas % 1
     vacant = experts * ((1 - part) * all_die(nodes, died, fewer) + part * all_die(nodes, died, fewer + 1))
     what = f"a tenth of {nodes:,} nodes dies: experts without a host, at {replicas:.1f} replicas"
@@ -125,5 +125,7 @@ def _training(nodes: int, found: Mapping[str, Any]) -> Comparison:
 
 
 def _adoption(period_s: float, sights: int) -> tuple[float, float, int, float, float, int]:
-    """Nodes look again after half a period. To build a small expert takes no time to speak of."""
+    """Arguments of `adoption_time`. Nodes look again after half a period. Building a small expert takes practically no
+    time.
+    """
     return period_s, _LIFETIMES, sights, period_s / 2, 0.0, _LOOKERS

@@ -1,4 +1,4 @@
-"""Pictures of what `benchmarks.internet` found. Need matplotlib, of the extra `plot`."""
+"""Plots of the results of `benchmarks.internet`. They need matplotlib, from the extra `plot`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +19,8 @@ _TITLES = {
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Writes `internet-days.png`, `internet-upkeep.png`, `internet-events.png` and `internet-training.png`, as far as
-    they were played.
+    """Writes `internet-days.png`, `internet-upkeep.png`, `internet-events.png` and `internet-training.png`, for the
+    parts that are in the results.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawings: list[tuple[str, str, Callable[[Mapping[str, Any]], Figure]]] = [
@@ -38,7 +38,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _served(days: Mapping[str, Any]) -> Figure:
-    """Share of experts served and of volunteers there, by the hour."""
+    """The shares of experts served and of volunteers online, by the hour."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     served, living = figure.subplots(1, 2)
     for nodes, figures in days.items():
@@ -74,7 +74,7 @@ def _upkeep(days: Mapping[str, Any]) -> Figure:
 
 
 def _events(events: Mapping[str, Any]) -> Figure:
-    """Share of experts served, and replicas of an expert, since each event."""
+    """The share of experts served, and the replicas of an expert, since each event."""
     figure = Figure(figsize=(14, 5), layout="constrained")
     rows = figure.subplots(2, len(_TITLES), squeeze=False)
     for nodes, played in events.items():
@@ -97,7 +97,7 @@ def _events(events: Mapping[str, Any]) -> Figure:
 
 
 def _training(training: Mapping[str, Any]) -> Figure:
-    """Tokens per second against the number of nodes, beside what was possible."""
+    """Tokens per second against the number of nodes, compared with what would be possible."""
     figure = Figure(figsize=(5, 4), layout="constrained")
     panel = figure.add_subplot()
     sizes = sorted(training, key=int)

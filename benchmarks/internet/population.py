@@ -1,7 +1,7 @@
-"""Volunteers as they are: their lines, their machines, and when these are there.
+"""Realistic volunteers: their lines, their machines, and when these are online.
 
-Shares and widths are published ones as far as there are any, and say where; the others say that they are assumed.
-`tests/benchmarks/test_internet_population.py` compares the whole with published figures that nothing was fitted to.
+Shares and widths are published ones where there are any, with their source; the others are marked as assumed.
+`tests/benchmarks/test_internet_population.py` compares the result with published figures that nothing was fitted to.
 
 OECD 2021      OECD broadband portal, table 1.3, December 2021: fixed subscriptions by technology
 OpenVault 2022 OpenVault Broadband Insights, third quarter of 2022: tiers of subscribers in the USA
@@ -30,21 +30,23 @@ T = TypeVar("T")
 HOUR_S = 3600.0
 DAY_H = 24
 WEEKDAY_OF_START = 4
-"""A simulation begins on a Friday at midnight UTC, so that two days are one of work and one of a weekend."""
+"""A simulation begins on a Friday at midnight UTC, so that two days cover a work day and a day of a weekend."""
 
 MBIT = 1e6
 GIB = 2**30
 
 NAT_SHARE = 0.60
 SLOW_SHARE, HOSTILE_SHARE = 0.10, 0.01
-"""All three are part of the scenario, and not measured."""
+"""These are part of the scenario, not measured."""
 SLOW_UP_BPS, SLOWNESS = 2 * MBIT, 0.1
-"""The most that a slow volunteer uploads, as over a bad wireless hop, and its speed against its hardware's: assumed."""
+"""The most that a slow volunteer uploads, as over a bad wireless hop, and its speed as a share of what its hardware
+allows. Assumed.
+"""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A technology of home lines. Speeds are drawn log-normally about the medians."""
+    """A technology of home lines. Speeds are drawn from log-normal distributions with these medians."""
 
     share: float
     down_bps: float
@@ -54,7 +56,7 @@ class Line:
     directions.
     """
     rtt_s: float
-    """Seconds to the network of its provider and back."""
+    """Seconds to the provider's network and back."""
 
 
 LINES = {
@@ -77,7 +79,7 @@ class Region:
     share: float
     utc_offset_h: int
     rtt_s: float
-    """Seconds from its providers to the core. Those of two regions make a round trip between them."""
+    """Seconds from the region's providers to the core. The sum for two regions is a round trip between them."""
 
 
 REGIONS = {
@@ -89,7 +91,9 @@ REGIONS = {
 }
 
 CORES = {2: 0.09, 4: 0.34, 6: 0.34, 8: 0.18, 12: 0.05}
-"""Steam: 4 cores a third, 6 cores 34.2%, 8 cores 18.5%, 12 cores 4.6%; the rest is taken to have two."""
+"""The shares of machines by their number of cores. Steam: 4 cores a third, 6 cores 34.2%, 8 cores 18.5%, 12 cores 4.6%;
+the rest is taken to have two.
+"""
 CORE_SIGMA = 0.35
 """The standard deviation of the logarithm of a core's speed. Log-normal by Heien 2012, the width is assumed."""
 ROWS_PER_CORE_S = 5_600.0
@@ -98,7 +102,7 @@ sequences of 128 tokens, four experts each, on two cores (`benchmarks.moe`)."""
 MEMORY_GIB = {4: 0.12, 8: 0.35, 16: 0.43, 32: 0.10}
 """Assumed, with a mean between the 11.4 GB of Anderson 2020 and the 16 GB that most have in Steam's survey."""
 DISK_BYTES, DISK_SIGMA = 60e9, 1.0
-"""Free disk is log-normal (Heien 2012). Median and width are assumed."""
+"""Free disk space is log-normal (Heien 2012). Median and width are assumed."""
 
 
 class Habit(Enum):
@@ -113,59 +117,62 @@ class Habit(Enum):
 
 
 HABITS = {Habit.ALWAYS: 0.60, Habit.DAILY: 0.25, Habit.IDLE: 0.15}
-"""Assumed so that machines are there for four fifths of the time: SETI@home's were on for 0.81 of it (Anderson 2006).
-Most work while they are used, because BOINC's default is to do so (its PrefsReference). Javadi 2011 found 21% of
-230,000 hosts to be there at truly random times."""
+"""Assumed so that machines are online four fifths of the time: those of SETI@home were on for 0.81 of it (Anderson
+2006). Most work while they are used, because BOINC's default is to do so (its PrefsReference). Javadi 2011 found that
+21% of 230,000 hosts were online at truly random times.
+"""
 
 SESSION_SHAPE = 0.38
-"""Weibull, of the sessions of machines that are left on: Stutzbach 2006 for BitTorrent (Debian), where most are short
-and a few last for weeks. Steiner 2009 found Weibull distributions in KAD too."""
+"""Weibull shape for the sessions of machines that are left on: Stutzbach 2006 for BitTorrent (Debian), where most are
+short and a few last for weeks. Steiner 2009 found Weibull distributions in KAD too.
+"""
 SESSION_MEAN_S = 72 * HOUR_S
 """Assumed: people who leave a machine on for others restart it, or take it for themselves, every few days."""
 BREAK_MEAN_S = 3 * HOUR_S
 """Assumed; exponential."""
 CRASHES_PER_DAY = 0.05
-"""Crashes of a machine that takes part: power cuts, lost lines, killed processes. Assumed. With the machines that fall
-asleep, about a fifth of all nodes goes without a word each day, the most that the project's mission speaks of.
+"""Crashes of a machine that takes part: power cuts, lost lines, killed processes. Assumed. Together with the machines
+that fall asleep, about a fifth of all nodes disappears without notice each day, which is the most that the project aims
+to withstand.
 """
 CRASHED_S, CRASHED_SIGMA = 1200.0, 1.5
 """Median of the time until a crashed machine is back, log-normal. Assumed."""
 SLEEPS = 0.6
-"""Share of daily machines that fall asleep when their owner goes; the others are shut down. Assumed."""
+"""The share of daily machines that fall asleep when their owner leaves; the others are shut down. Assumed."""
 ON_AT_H = {False: 17.0, True: 10.5}
-"""Local time at which a daily machine is switched on, by whether it is a weekend. Assumed, like the next ones."""
+"""The local time at which a daily machine is switched on, by whether it is a weekend. Assumed, like the next two."""
 OFF_AT_H = 23.0
 CLOCK_SIGMA_H = 1.5
 USED_SHARE = 0.85
 """The share of days on which a daily machine is used."""
 RETURNS_PER_H = {False: 0.08, True: 0.4}
-"""How often the owner of an idle machine comes to use it, by whether it is an hour at which people do so."""
+"""How often an hour the owner of an idle machine comes to use it, by whether people do so at that time."""
 USED_MEAN_S = 45 * 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Volunteer:
-    """One machine."""
+    """One volunteer's machine."""
 
     line: str
     up_bps: float
     down_bps: float
     rtt_s: float
-    """Seconds to the core: those of two volunteers make the round trip between them."""
+    """Seconds to the core. The sum for two volunteers is the round trip between them."""
     nat: bool
-    """Whether nobody reaches it but through a relay, or a hole punched."""
+    """Whether it can be reached only through a relay or a punched hole."""
     cores: int
     rows_per_s: float
     """Rows per second of the standard expert, forward and backward."""
     memory: float
-    """Bytes."""
+    """Bytes of memory."""
     disk: float
-    """Free bytes."""
+    """Free bytes on the disk."""
     is_slow: bool
     is_hostile: bool
     habit: Habit
     falls_asleep: bool
-    """Rather than being shut down, when its owner goes."""
+    """Whether it falls asleep when its owner leaves, instead of being shut down."""
     utc_offset_h: int
 
 
@@ -175,14 +182,14 @@ class Ending(Enum):
     LEAVE = "leave"
     """An orderly end: what it hosts is handed over."""
     CRASH = "crash"
-    """Without a word. It comes back with what is on its disk."""
+    """Without notice. The machine comes back with what is on its disk."""
     SLEEP = "sleep"
-    """Without a word. It wakes up with all that it had in memory."""
+    """Without notice. The machine wakes up with all that it had in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Seconds since the start of the simulation."""
+    """A time in which a machine takes part, in seconds since the start of the simulation."""
 
     start_s: float
     end_s: float
@@ -196,7 +203,9 @@ def draw_population(
     slow_share: float = SLOW_SHARE,
     hostile_share: float = HOSTILE_SHARE,
 ) -> list[Volunteer]:
-    """Independent volunteers. Exactly the rounded share of them is slow, hostile or behind NAT."""
+    """Draws independent volunteers. The numbers of slow and hostile ones and of those behind NAT are exact, after
+    rounding.
+    """
     drawn = [_draw(rng) for _ in range(count)]
     for n in rng.sample(range(count), round(nat_share * count)):
         drawn[n] = replace(drawn[n], nat=True)
@@ -208,9 +217,9 @@ def draw_population(
 
 
 def sessions(rng: random.Random, volunteer: Volunteer, hours: float) -> Iterator[Session]:
-    """The sessions that overlap the first `hours`, in order and apart.
+    """The sessions that overlap the first `hours`, in order and without overlaps.
 
-    The first may have begun before them, and the last may end after them.
+    The first may have begun before the start, and the last may end later.
     """
     warm_up_h = 7 * DAY_H
     planned = _PLANNED[volunteer.habit](rng, volunteer, -warm_up_h * HOUR_S, hours * HOUR_S)
@@ -253,13 +262,13 @@ def _pick(rng: random.Random, shares: Mapping[T, float]) -> T:
 
 
 def is_weekend(time_s: float, utc_offset_h: int) -> bool:
-    """Whether it is weekend at the volunteer's place."""
+    """Whether it is the weekend where the volunteer lives."""
     local_h = time_s / HOUR_S + utc_offset_h
     return (WEEKDAY_OF_START + int(local_h // DAY_H)) % 7 >= 5
 
 
 def is_used_hour(time_s: float, utc_offset_h: int) -> bool:
-    """Whether people use their machines at that time: evenings, and days of a weekend."""
+    """Whether people use their machines at that time: in the evening, and in the daytime at weekends."""
     hour = (time_s / HOUR_S + utc_offset_h) % DAY_H
     return (10 if is_weekend(time_s, utc_offset_h) else 17) <= hour < 23
 
@@ -288,7 +297,9 @@ def _daily(rng: random.Random, volunteer: Volunteer, start_s: float, end_s: floa
 
 
 def _idle(rng: random.Random, volunteer: Volunteer, start_s: float, end_s: float) -> Iterator[Session]:
-    """The owner comes as in a Poisson process whose rate depends on the hour: the highest rate, thinned."""
+    """The owner's visits are a Poisson process whose rate depends on the hour; it is drawn by thinning one with the
+    highest rate.
+    """
     most = max(RETURNS_PER_H.values()) / HOUR_S
     time_s = began_s = start_s
     while time_s < end_s:
@@ -304,7 +315,9 @@ _PLANNED = {Habit.ALWAYS: _always, Habit.DAILY: _daily, Habit.IDLE: _idle}
 
 
 def _with_crashes(rng: random.Random, planned: Iterator[Session]) -> Iterator[Session]:
-    """Crashes cut sessions in pieces. Where the machine is back before its session was to end, that goes on."""
+    """Cuts sessions into pieces by crashes. If the machine is back before a session was to end, the
+    session continues.
+    """
     per_s = CRASHES_PER_DAY / (DAY_H * HOUR_S)
     for session in planned:
         start_s = session.start_s

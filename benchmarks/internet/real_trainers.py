@@ -23,14 +23,14 @@ from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.routers import Gate, NodeLimit, Routing
 
 _HIDDEN = 32
-"""Columns of the rows in the simulation. Bytes are those of the manifest's width."""
+"""Columns of the rows in the simulation. Bytes are counted for the manifest's width."""
 _BYTES_IN_ROW = 4
 _BALANCED_STEPS = 40
-"""Steps that the balance takes before the window: trainers come with what others have learned."""
+"""Steps that balancing takes before the window, since trainers start with what others have learned."""
 
 
 class Texts:
-    """Rows of text: each is the embedding of a byte and of those before it."""
+    """Rows of a text: each is the embedding of a byte and of those before it."""
 
     def __init__(self, seed: int) -> None:
         text = "\n".join(topics[name] for name in sorted(topics)).encode()
@@ -51,7 +51,7 @@ class Texts:
 
 
 class Mixture:
-    """What a trainer has of one layer: the gate, and the balance of its experts' load."""
+    """A trainer's part of one layer: the gate, and the load balancing of its experts."""
 
     def __init__(self, gate: Gate, routing: Routing, manifest: Manifest, bias: LoadBias | None) -> None:
         self.gate = gate
@@ -63,7 +63,7 @@ class Mixture:
 
     @classmethod
     def balanced(cls, manifest: Manifest, routing: Routing, layer: int, seed: int) -> "Mixture":
-        """The gate with the bias that it takes on when all experts are there."""
+        """The gate with the bias that it settles on when all experts are available."""
         torch.manual_seed(seed * 1000 + layer)
         gate = Gate(_HIDDEN, manifest.experts.grid, has_noise=routing.router.has_noise)
         mixture, texts = cls(gate, routing, manifest, None), Texts(seed)
@@ -96,7 +96,7 @@ class Mixture:
 
 
 class RealTrainer:
-    """The product's dispatcher under steps that compute nothing but the gate."""
+    """The product's dispatcher, driven by steps that compute nothing but the gate."""
 
     def __init__(self, play: SharedWindow, number: int, mixtures: Sequence[Mixture]) -> None:
         self._play = play

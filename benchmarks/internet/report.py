@@ -1,4 +1,4 @@
-"""What is wanted of a swarm at internet scale, and whether the simulation reached it."""
+"""The targets for a swarm at internet scale, and whether the simulation reached them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,11 +12,11 @@ LEAST_USEFUL = 0.9
 LEAST_OF_PLACED, LEAST_OF_FREE = 0.7, 0.5
 LEAST_TIMES_REAL, MOST_MEMORY_GIB = 20, 8
 JUDGED_NODES, LARGEST_NODES = 10_000, 100_000
-"""What throughput and speed are judged at, and memory."""
+"""The size at which throughput and speed are judged, and the size at which memory is."""
 
 
 def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
-    """Verdicts on all sizes and parts that were played. `results`: parts, then figures by the number of nodes."""
+    """Verdicts on all sizes and parts in the results. `results`: for each part, figures by the number of nodes."""
     for nodes, figures in results.get("days", {}).items():
         yield from _days(int(nodes), figures)
     for nodes, events in results.get("events", {}).items():

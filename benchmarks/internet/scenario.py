@@ -14,26 +14,27 @@ from dht.manifest import Manifest
 from dht.uid import UID
 
 EXPERTS_PER_NODE = 0.7
-"""Experts in the swarm for each volunteer, so that two replicas of each fill about three quarters of the room there is.
-"""
+"""Experts in the swarm for each volunteer, so that two replicas of each fill about three quarters of the room."""
 MOST_TRAINED = 128
-"""Experts of a layer in a swarm that is trained."""
+"""The largest number of experts in a layer, in a swarm that is trained."""
 START_S = 120.0
 """The time within which the first volunteers join."""
 LOOK_EVERY_S = 10.0
 _ROOM = {4: 1, 8: 2, 16: 3, 32: 6}
-"""Experts that a machine with this much memory hosts."""
+"""How many experts a machine hosts, by its GiB of memory."""
 
 
 def plan_for(nodes: int) -> SwarmPlan:
-    """One layer."""
+    """The plan of a swarm with one layer."""
     experts = max(4, round(EXPERTS_PER_NODE * nodes))
     manifest = {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
     return SwarmPlan(Manifest.model_validate(manifest))
 
 
 def plan_to_train(nodes: int) -> SwarmPlan:
-    """Two layers. In a large swarm experts have more replicas, as trainers read all experts that there are."""
+    """The plan of a swarm that is trained: two layers. A large swarm has more replicas instead of more experts, since
+    trainers read all experts.
+    """
     experts = max(4, min(MOST_TRAINED, round(EXPERTS_PER_NODE * nodes / 2)))
     manifest = {"name": "simulated", "model": {"layers": 2}, "experts": {"grid": grid_of(experts)}}
     return SwarmPlan(Manifest.model_validate(manifest))
@@ -45,38 +46,40 @@ def room_of(volunteer: Volunteer) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The swarm at a moment."""
+    """The state of the swarm at one moment."""
 
     at_s: float
     living: int
     served: float
-    """Share of experts that some node serves."""
+    """The share of the experts that some node serves."""
     replicas: float
-    """Mean of an expert."""
+    """The mean number of replicas of an expert."""
 
 
 class VolunteerSwarm:
-    """Volunteers, their nodes, and what was lost with those that went without a word."""
+    """Volunteers, their nodes, and what was lost with nodes that disappeared without notice."""
 
     def __init__(self, world: World, volunteers: Sequence[Volunteer], plan: SwarmPlan) -> None:
         self.world = world
         self.volunteers = volunteers
         self.swarm = InternetSwarm(world, plan)
         self.nodes: list[SimulatedNode | None] = [None] * len(volunteers)
-        """The last one of each volunteer; it need not run any more."""
+        """The latest node of each volunteer, whether or not it still runs."""
         self.looks: list[Look] = []
         self.updates = 0.0
-        """Taken by all replicas."""
+        """Updates that all replicas have taken."""
         self.updates_lost = 0.0
         self._orphans: dict[UID, int] = {}
-        """Experts whose last replica died, with its updates: what they go on with shows what was lost."""
+        """Experts whose last replica died, and its update count. The count with which such an expert continues shows
+        what was lost.
+        """
 
     @property
     def experts(self) -> int:
         return self.swarm.plan.manifest.experts_total
 
     def begin(self, numbers: Sequence[int] | None = None, within_s: float = START_S) -> None:
-        """Volunteers join, of these numbers or all of them, and stay."""
+        """The volunteers with these numbers, or all of them, join and stay."""
         rng = self.world.rng("begin")
         for number in range(len(self.volunteers)) if numbers is None else numbers:
             self.world.loop.call_later(rng.uniform(0.0, within_s), self.join, number)
@@ -104,7 +107,7 @@ class VolunteerSwarm:
             self.crash([node])
 
     def crash(self, nodes: Sequence[SimulatedNode]) -> int:
-        """They end without a word, all at once. Returns how many replicas are gone."""
+        """Ends nodes without notice, all at once. Returns how many replicas are gone."""
         gone = [(uid, node.runtime.experts[uid]) for node in nodes for uid in node.runtime.experts]
         for node in nodes:
             self.swarm.crash(node)
@@ -117,7 +120,7 @@ class VolunteerSwarm:
         return len(gone)
 
     def serving(self) -> Iterator[SimulatedNode]:
-        """Nodes that answer calls."""
+        """The nodes that answer calls."""
         return (
             node for node in self.swarm.nodes.values() if node.peer.is_alive and not node.replicas.leaving
         )
@@ -129,7 +132,7 @@ class VolunteerSwarm:
         return found
 
     def look(self) -> Look:
-        """Notes how things are."""
+        """Records the state of the swarm."""
         counts = [(node.runtime.experts, node) for node in self.serving()]
         replicas = sum(len(experts) for experts, _ in counts)
         served: set[UID] = set().union(*(experts for experts, _ in counts))
@@ -142,7 +145,7 @@ class VolunteerSwarm:
         return look
 
     def run(self, seconds: float, look_every_s: float = LOOK_EVERY_S) -> list[Look]:
-        """Lets time pass, and returns how things were meanwhile."""
+        """Lets time pass, and returns the states of the swarm meanwhile."""
         first, ends = len(self.looks), self.world.time() + seconds
         while self.world.time() < ends:
             self.world.run(min(look_every_s, ends - self.world.time()))
@@ -187,7 +190,7 @@ class VolunteerSwarm:
 
 
 class UpkeepMeter:
-    """Bytes of upkeep between two moments, by peer."""
+    """Measures each peer's bytes of upkeep between two moments."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -195,7 +198,7 @@ class UpkeepMeter:
         self._before = self._now()
 
     def read(self) -> dict[str, float]:
-        """kbit/s, sent and received, since this meter was made: of all that live, and of the one with the most."""
+        """kbit/s sent and received since this meter was made: the mean of all living peers, and of the busiest one."""
         seconds = self._world.time() - self._since
         spent = self._now()
         spent[: len(self._before)] -= self._before

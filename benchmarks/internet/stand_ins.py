@@ -1,7 +1,7 @@
-"""A world in which the product's code runs, and the parts of it that a simulation replaces.
+"""A world in which the product's code runs, and stand-ins for the parts that a simulation replaces.
 
-Experts are only counted: `CountedExpert` takes updates, and computes nothing. What one node has read of a record, no
-other has to read.
+Experts are only counted: `CountedExpert` takes updates but computes nothing. When one node has parsed a record, the
+others reuse the result.
 """
 
 import asyncio
@@ -33,12 +33,14 @@ T = TypeVar("T")
 
 _key_id_of = functools.lru_cache(maxsize=1 << 18)(key_id_of)
 _GC_THRESHOLDS = 1_000_000, 20, 100
-"""A full collection walks the objects of all nodes, and finds little."""
+"""The garbage collector's thresholds. A full collection visits the objects of all nodes and frees little, so it is
+rare.
+"""
 _MOST_SHARED = 200_000
 
 
 class Tally:
-    """Stands for a Prometheus metric, of which 100,000 nodes would have millions."""
+    """Stands for a Prometheus metric: 100,000 nodes would have millions of those."""
 
     __slots__ = ("count",)
 
@@ -58,7 +60,7 @@ class Tally:
 
 
 async def _at_once(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands for `asyncio.to_thread`."""
+    """Stands for `asyncio.to_thread`: does the work at once."""
     return work(*args, **kwargs)
 
 
@@ -72,12 +74,12 @@ class CountedExpert:
         self.accumulated_rows = 0
         self.source = self.refuted = ""
         self.rate = 0.0
-        """Updates per second; set by the runtime that serves it."""
+        """Updates per second, set by the runtime that serves the expert."""
         self.clock: Any = None
         self._count = 0.0
         self._counted_at = 0.0
         self.shared_count = 0
-        """The last count of which somebody else has a copy."""
+        """The latest update count of which another node has a copy."""
 
     @property
     def update_count(self) -> int:
@@ -87,12 +89,12 @@ class CountedExpert:
 
     @property
     def rows(self) -> int:
-        """Computed so far: one for each update."""
+        """Rows computed so far: one for each update."""
         return self.update_count
 
     @property
     def updated_at(self) -> float:
-        """Unix time."""
+        """The Unix time of the last update."""
         return 0.0 if self.clock is None or not self.rate else EPOCH + float(self.clock())
 
     def serve(self, rate: float, clock: Any) -> None:
@@ -120,7 +122,7 @@ class CountingRuntime:
     def __init__(self, rate: float, clock: Any) -> None:
         self.experts: dict[UID, CountedExpert] = {}
         self.queued_rows = 0
-        """Queued rows of the training that is simulated elsewhere."""
+        """Rows queued by training, which is simulated elsewhere."""
         self.takings = 0
         self._rate = rate
         self._clock = clock
@@ -144,7 +146,7 @@ class CountingRuntime:
 
 
 class CountedCheckpoints:
-    """Stands for `Checkpoints`: what the disk of a machine holds, also after its node ended."""
+    """Stands for `Checkpoints`: what is on a machine's disk, even after its node has ended."""
 
     def __init__(self, disk: dict[UID, dict[str, int]]) -> None:
         self.restored = Tally()
@@ -178,7 +180,7 @@ class CountedCheckpoints:
 
 
 class SharedRegistry(Registry):
-    """A registry for which a record that any other has read needs no reading: all agree on it."""
+    """A registry that does not parse a record again which another node has parsed: nodes share the results."""
 
     def __init__(self, shared: dict[object, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -195,7 +197,7 @@ class SharedRegistry(Registry):
     async def get(
         self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int | None = None
     ) -> dict[str, Entries]:
-        """Gets like `Registry.get`, and what it gives of a key is one dictionary for all readers."""
+        """Like `Registry.get`, but all readers of a key get the same dictionary."""
         if not keys:
             return {}
         ids = {key: _key_id_of(key) for key in keys}
@@ -205,8 +207,8 @@ class SharedRegistry(Registry):
         return {key: found[key_id].answer.unpacked for key, key_id in ids.items()}
 
     async def _in_time(self, call: Awaitable[T], operation: str = "") -> T:
-        """Without the deadline, and its timer: look-ups of the model end by themselves, or stand still with a machine
-        that sleeps.
+        """Waits without a deadline, and without its timer: modelled look-ups always end, or pause with a machine that
+        sleeps.
         """
         return await call
 
@@ -232,7 +234,7 @@ class SharedRegistry(Registry):
 
 
 async def _end_all() -> None:
-    """Tasks that end start others, or wait once more."""
+    """Cancels all tasks, repeatedly: tasks that end may start others, or wait once more."""
     while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
         for task in tasks:
             task.cancel()
@@ -240,18 +242,20 @@ async def _end_all() -> None:
 
 
 async def _no_scale(replicas: LocalReplicas) -> None:
-    """Stands for what needs tensors."""
+    """Stands for a function that needs tensors."""
 
 
 def _middle(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random) -> tuple[int, Checkpoint]:
-    """Stands for `choose`: honest states differ in their updates alone."""
+    """Stands for `choose`: states of honest nodes differ only in their updates."""
     index = sorted(range(len(states)), key=lambda n: states[n].update_count)[(len(states) - 1) // 2]
     return index, states[index]
 
 
 @contextmanager
 def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[World]:
-    """A world in which the product's code runs, as long as the block lasts. `more`: stand-ins, by what they replace."""
+    """A world in which the product's code runs, until the block ends. `more`: stand-ins in addition to the usual ones,
+    by what they replace.
+    """
     with simulated_world() as loop, ExitStack() as stack:
         world = World(seed, loop)
         tallies = (

@@ -1,9 +1,9 @@
-"""A window of training on a swarm as it is placed at one moment, call by call.
+"""Simulates a window of training on a swarm's placement at one moment, call by call.
 
-Some trainers are real: the product's gate, balance, beam search, choice of replicas and dispatcher send real rows, over
-the links and processors that `benchmarks.internet.calls` models. All others repeat what these sent lately: a drawn
-trainer takes a pass of a real one, finds another replica for each expert among those that the real policy would take,
-and waits as the wait policy says. It carries no rows, so a thousand of them cost little.
+Some trainers are real: the product's gate, balancing, beam search, choice of replicas and dispatcher send real rows,
+over the links and processors that `benchmarks.internet.calls` models. All others repeat what these sent lately: a drawn
+trainer takes a pass of a real one, chooses for each expert another replica among those that the real policy would
+choose from, and waits as the wait policy says. It carries no rows, so a thousand of them cost little.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ Booleans = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TrainingFigures:
-    """What came of a window."""
+    """The results of a window of training."""
 
     nodes: int
     serving: int
@@ -37,7 +37,7 @@ class TrainingFigures:
     ideal_as_placed: float
     ideal_free: float
     wanted: float
-    """Tokens a second that the trainers' own machines and lines could train."""
+    """Tokens a second that the trainers could train as far as their own machines and lines allow."""
     of_placed: float
     of_free: float
     layers: int
@@ -45,40 +45,42 @@ class TrainingFigures:
     rows_per_s: float
     """Rows per second that all living nodes compute together."""
     bit_per_s: float
-    """What the lines of all living nodes carry, in the slower direction."""
+    """bit/s that the lines of all living nodes carry together, in the slower direction."""
     step_s: dict[str, float]
     call_s: dict[str, float]
-    """Seconds of drawn trainers' calls."""
+    """How many seconds the calls of drawn trainers took."""
     forward_s: dict[str, float]
-    """Seconds of all trainers' forward passes through one layer."""
+    """How many seconds the forward passes of all trainers through one layer took."""
     backward_s: dict[str, float]
-    """Seconds of all trainers' backward passes through one layer."""
+    """How many seconds the backward passes of all trainers through one layer took."""
     answered_rows: float
     """The share of real trainers' rows that any expert answered."""
     answered_slots: float
-    """The same of the answers: those that came, of all experts that rows were sent to."""
+    """The share of answers that came, of those that real trainers asked for: one from each expert for each row sent to
+    it.
+    """
     experts_per_token: float
-    """Experts that a row of a real trainer was sent to, in one layer."""
+    """The number of experts that a row of a real trainer was sent to, in one layer."""
     rows_per_token: float
-    """Sent in one layer forward, with `nodes_per_token` in mind."""
+    """Rows sent for each token in the forward pass of one layer: one to each node that hosts a chosen expert."""
     hedged: float
     failed: float
     reselected: float
     load_cv: float
-    """The variation of the shares of time that the serving nodes computed."""
+    """The coefficient of variation of the shares of time in which the serving nodes computed."""
     busiest: float
-    """The share of time that the busiest node computed."""
+    """The share of the time in which the busiest node computed."""
     busiest_expert: float
-    """Rows against the mean."""
+    """The rows of the busiest expert, relative to the mean."""
     in_flight: float
     others_tokens_per_s: float
-    """The mean of all trainers but the last."""
+    """The mean throughput of all trainers but the last."""
 
 
 def play(
     swarm: PlacedSwarm, trainers: Sequence[Machine], window: Window | None = None, seed: int = 0
 ) -> TrainingFigures:
-    """Trains on the swarm for a while. The same seed gives the same figures."""
+    """Simulates training on the swarm for the length of the window. The same seed gives the same figures."""
     loop = VirtualLoop()
     try:
         asyncio.set_event_loop(loop)
@@ -90,7 +92,7 @@ def play(
 
 
 class _Play(SharedWindow):
-    """One window."""
+    """The simulation of one window."""
 
     async def run(self) -> TrainingFigures:
         window, loop = self.window, asyncio.get_running_loop()
@@ -175,7 +177,7 @@ class _Play(SharedWindow):
         return self.counts.sent_rows / max(1, self.counts.rows)
 
     def _bytes_per_token(self) -> float:
-        """Bytes that a trainer sends, and receives."""
+        """Bytes that a trainer sends for one token, and bytes that it receives."""
         layers = self.swarm.manifest.model.layers
         return 2 * layers * self._rows_per_token() * self.calls.row_bytes
 
@@ -184,15 +186,15 @@ class _Play(SharedWindow):
         return sum(self.limit(machine, carried) for machine in self.machines[self.nodes :])
 
     def _ideal(self) -> Ideal:
-        """The bound by what experts answered to real trainers, and what that took of links.
+        """The upper bound, for the share of answers that real trainers received and the bytes they took.
 
-        Trainers let answers go of experts whose hosts are overloaded, which a flow can't.
+        Trainers do without answers from experts whose hosts are overloaded, which a flow cannot represent.
         """
         swarm, manifest = self.swarm, self.swarm.manifest
         counts = self.counts
         sent, answered = (slots / max(1, counts.rows) for slots in (counts.sent_slots, counts.answered_slots))
         demand = (self.rows / np.maximum(self.rows.sum(axis=1, keepdims=True), 1e-9)).ravel() * answered
-        # bytes of a slot: rows are shared by experts of one node
+        # Bytes for one answer. Experts on the same node share a row's bytes.
         carried = 2 * self._rows_per_token() / max(sent, 1e-9) * self.calls.row_bytes
         capacity = np.array(
             [

@@ -1,8 +1,8 @@
-"""A window of training: the swarm as it is placed, what is played, and what all of its trainers share.
+"""A window of training: the swarm's placement, the settings of the window, and what all its trainers share.
 
-Real trainers record which node computes what in each pass, and drawn ones repeat that (`Recorded`).
+Real trainers record which node computes what in each pass, and drawn trainers repeat that (`Recorded`).
 
-Shapes: R rows, K slots of each row, G groups: what of a pass goes to one node.
+Shapes: R rows, K slots of each row, G groups (the part of a pass that goes to one node).
 """
 
 import asyncio
@@ -29,19 +29,19 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.training.in_flight import MAX_IN_FLIGHT, InFlightController
 
 _PASSES = 32
-"""Passes of real trainers that drawn ones repeat, the last of each layer."""
+"""How many passes of real trainers are kept for drawn ones to repeat: the latest of each layer."""
 
 
 @dataclass(frozen=True)
 class PlacedSwarm:
-    """Who hosts what at one moment."""
+    """The hosts of all experts at one moment."""
 
     manifest: Manifest
     machines: Sequence[Machine]
     hosts: Mapping[UID, Sequence[int]]
-    """The machines of each expert's hosts, by number."""
+    """The machines that host each expert, by number."""
     dead: frozenset[int] = frozenset()
-    """Machines that are still announced, and do not answer any more."""
+    """Machines that are still announced but no longer answer."""
 
     @cached_property
     def peer_ids(self) -> list[PeerID]:
@@ -50,36 +50,39 @@ class PlacedSwarm:
 
 @dataclass(frozen=True)
 class Window:
-    """What is played. Times in seconds."""
+    """The settings of the window. Times are in seconds."""
 
     seconds: float = 20.0
     """How long the window is measured."""
     warm_up_s: float = 10.0
-    """Before the window begins."""
+    """How long trainers train before the window begins."""
     real: int = 20
-    """Trainers that send real rows, at most."""
+    """The largest number of trainers that send real rows."""
     sequences: int = 8
     length: int = 128
-    """Tokens of a sequence. A step has `sequences` of them."""
+    """Tokens of a sequence. A step has `sequences` sequences."""
     in_flight: int | None = None
-    """Steps at once; None: as many as the product's controller finds."""
+    """Steps in flight; None: as many as the product's controller chooses."""
     alone_s: float | None = None
-    """What a lone step takes. If given, trainers have the steps in flight that the controller finds in the end for
-    that, and for what their machines and lines can do: a window is shorter than its search.
+    """How long a step takes when it is alone in flight. If given, trainers have as many steps in flight as the
+    controller would settle on for that time and for their machines and lines: a window is too short for the
+    controller's search.
     """
     dense_rows: float = 6.0
-    """What the trainer's own part of a token costs, in rows of an expert: assumed, for the default model."""
+    """What the trainer's own part of the model costs for each token, in rows of an expert: assumed, for the default
+    model.
+    """
     announce_every_s: float = 10.0
-    """How often nodes say how many rows wait there."""
+    """How often nodes announce how many rows wait at them."""
     refresh_every_s: float = 3.0
-    """How often trainers read that."""
+    """How often trainers read the announcements."""
     slot_s: float = 0.01
     heavy: float = 1.0
-    """The last trainer's machine and steps in flight, against those of another."""
+    """How many times the machine and the steps in flight of another trainer the last one has."""
 
     @property
     def start_s(self) -> float:
-        """The time within which trainers begin, not all at once."""
+        """The time within which trainers begin. They don't begin all at once."""
         return self.warm_up_s / 2
 
     @property
@@ -89,7 +92,7 @@ class Window:
 
 
 class Announced:
-    """What trainers read: who hosts what, and how many rows waited there when it was announced."""
+    """What trainers read: the hosts of each expert, and how many rows waited at each when it last announced that."""
 
     def __init__(self, swarm: PlacedSwarm, calls: Calls, window: Window, rng: np.random.Generator) -> None:
         self.queued: Integers = np.zeros(len(swarm.machines), np.int64)
@@ -102,7 +105,7 @@ class Announced:
         self._nodes = {peer_id: _node_of(peer_id) for peer_id in swarm.peer_ids}
 
     def step(self, now: float) -> None:
-        """Once a second: the nodes announce whose turn has come since."""
+        """Once a second, renews the figures of the nodes whose announcement was due since."""
         if now < self._at + 1.0:
             return
         due = (now - self._phase) // self._every_s > (self._at - self._phase) // self._every_s
@@ -127,7 +130,7 @@ def _node_of(peer_id: PeerID) -> NodeInfo:
 
 
 class ReadDirectory(Directory):
-    """A trainer's view, as it was when it read last."""
+    """A trainer's view of the swarm, as of its last reading."""
 
     def __init__(self, announced: Announced) -> None:
         self.view = announced.view()
@@ -165,7 +168,7 @@ class Pacing:
         self._begun[step] = now, alone
 
     def end(self, step: int, now: float) -> float:
-        """How long it took."""
+        """Notes the end of a step. Returns how long the step took."""
         at, alone = self._begun.pop(step)
         self._controller.note(now - at, now, alone)
         return now - at
@@ -203,13 +206,13 @@ class RecordedPass:
 
 
 class Recorded:
-    """The last passes of real trainers, and the replicas that drawn ones may take instead of theirs."""
+    """The latest passes of real trainers, and the replicas that drawn trainers may call instead."""
 
     def __init__(self, swarm: PlacedSwarm, calls: Calls) -> None:
         layers, grid = swarm.manifest.model.layers, swarm.manifest.experts.grid
         self.passes = [deque[RecordedPass](maxlen=_PASSES) for _ in range(layers)]
         self.hosts: list[Integers] = []
-        """Hosts of each layer's experts that answer rightly; -1 fills the rest. [E, replicas]"""
+        """For each layer, the hosts of each expert that answer correctly [E, replicas]; -1 fills the rest."""
         experts = swarm.manifest.experts.count
         for layer in range(layers):
             hosts = [
@@ -223,7 +226,7 @@ class Recorded:
 
 
 class Counts:
-    """What happens while the window is measured."""
+    """Counts of what happens while the window is measured."""
 
     def __init__(self, trainers: int) -> None:
         self.is_on = False
@@ -231,7 +234,7 @@ class Counts:
         self.step_s: list[float] = []
         self.call_s: list[float] = []
         self.pass_s: dict[bool, list[float]] = {True: [], False: []}
-        """Seconds of one layer, forward and backward."""
+        """Seconds that passes through one layer took: forward (True) and backward (False)."""
         self.rows = self.answered_rows = self.answered_slots = 0
         self.sent_rows = self.sent_slots = 0
 
@@ -265,7 +268,7 @@ class SharedWindow:
         """Rows of real trainers that each expert answered."""
 
     def in_flight(self, number: int) -> int | None:
-        """Steps in flight of this trainer; None where the product's controller says so."""
+        """How many steps a trainer has in flight; None if the product's controller decides."""
         window, heavy = self.window, 1.0
         if window.heavy > 1 and number == len(self.counts.tokens) - 1:
             heavy = window.heavy
@@ -284,14 +287,16 @@ class SharedWindow:
         return round(heavy * min(MAX_IN_FLIGHT, max(2, round(busy + 2 * math.sqrt(busy)))))
 
     def limit(self, machine: Machine, carried: float) -> float:
-        """Tokens a second of a trainer alone, by its machine and its line. `carried`: bytes of each both ways."""
+        """Tokens a second that a trainer's own machine and line allow. `carried`: bytes of each token in each
+        direction.
+        """
         line = min(machine.up_bps, machine.down_bps) / 8 / carried
         return min(machine.rows_per_s / self.window.dense_rows, line)
 
 
 @dataclass(frozen=True)
 class _Times:
-    """One machine that stands for several."""
+    """A machine that is several times as fast as another."""
 
     machine: Machine
     times: float

@@ -1,6 +1,7 @@
-"""What all parts of a simulation share: the clock, random numbers, who lives and reaches whom, links, and bytes.
+"""What all parts of a simulation share: clock, random numbers, living peers and their links, partitions, and byte
+counts.
 
-A world is made by `benchmarks.internet.stand_ins.simulated`.
+`benchmarks.internet.stand_ins.simulated` creates a world.
 """
 
 import asyncio
@@ -16,13 +17,13 @@ from peer.identity import PeerID
 from peer.kademlia.routing import ID_BITS, REPLICAS, id_of_bytes
 
 PURPOSES = ("announce", "read", "dht_served", "transfer", "calls", "relayed")
-"""What bytes are counted for: the first three are upkeep."""
+"""The purposes for which bytes are counted. The first three are upkeep."""
 UPKEEP = PURPOSES[:3]
 _PLACE_BITS = 64
 
 
 class Link(Protocol):
-    """How a volunteer's machine is connected: to the core of the network, which is never the bottleneck."""
+    """How a volunteer's machine is connected to the core of the network, which is never the bottleneck."""
 
     @property
     def up_bps(self) -> float: ...
@@ -35,13 +36,13 @@ class Link(Protocol):
 
     @property
     def nat(self) -> bool:
-        """Its router admits nobody: others come through relays."""
+        """Whether its router admits no connections, so that others come through relays."""
         ...
 
 
 @dataclass(frozen=True)
 class HomeLine:
-    """A link with usual figures."""
+    """A link with typical figures."""
 
     up_bps: float = 20e6
     down_bps: float = 100e6
@@ -50,7 +51,7 @@ class HomeLine:
 
 
 class Peer:
-    """One peer for as long as its machine keeps what it knows: a node that restarts is another, by the same name."""
+    """A peer as long as its machine keeps its memory: a node that restarts is a new peer with the same identity."""
 
     __slots__ = (
         "awake",
@@ -71,17 +72,19 @@ class Peer:
         self.peer_id: PeerID = identity.peer_id
         self.link = link
         self.place = id_of_bytes(self.peer_id.to_bytes()[-20:]) >> (ID_BITS - _PLACE_BITS)
-        """The place in the DHT: the first bits of its ID."""
+        """The position in the DHT: the first bits of the peer's ID."""
         self.is_alive = False
         self.half = 0
-        """The half of a partitioned network that it is in."""
+        """The half of the network that the peer is in, if the network is partitioned."""
         self.up_free = self.down_free = 0.0
-        """When what is under way on its link has passed."""
+        """When the transfers under way on its link will have ended, up and down."""
         self.awake: asyncio.Event | None = None
-        """What wakes a peer that sleeps."""
+        """An event that wakes the peer; None: it is not asleep."""
 
     def occupy(self, way: str, seconds: float, now: float) -> float:
-        """Its link carries this much more, "up" or "down", after what is in progress. Returns when that has passed."""
+        """Occupies the link in direction `way`, "up" or "down", for `seconds` after what is under way. Returns when
+        that ends.
+        """
         if way == "up":
             self.up_free = max(now, self.up_free) + seconds
             return self.up_free
@@ -96,7 +99,7 @@ class Accounts:
         self.up = {purpose: array("d") for purpose in PURPOSES}
         self.down = {purpose: array("d") for purpose in PURPOSES}
         self.settlers: list[Callable[[], None]] = []
-        """Called before the accounts are read: some parts count in bulk."""
+        """Called before the accounts are read, since some parts count in bulk."""
 
     def open(self) -> None:
         """Adds a peer."""
@@ -105,7 +108,7 @@ class Accounts:
                 column.append(0.0)
 
     def totals(self) -> dict[str, float]:
-        """Bytes sent and received by all, by purpose: each byte counts at both ends."""
+        """Bytes sent and received by all peers, by purpose. Each byte counts at both ends."""
         self._settle()
         return {p: sum(self.up[p]) + sum(self.down[p]) for p in PURPOSES}
 
@@ -128,16 +131,16 @@ class World:
         self.loop = loop
         self.accounts = Accounts()
         self.peers: list[Peer] = []
-        """All there ever were, by number."""
+        """All peers that ever were, by number."""
         self.by_id: dict[PeerID, Peer] = {}
-        """The last one of each name that was alive."""
+        """The latest living peer of each identity."""
         self.living = 0
         self.changes = 0
-        """Changes in who lives and reaches whom."""
+        """How often the set of living peers, or who reaches whom, has changed."""
         self.deaths = 0
         self.is_parted = False
         self._places: tuple[list[int], list[int]] = ([], [])
-        """The places of the living peers that serve the DHT, sorted, in each half."""
+        """For each half, the sorted positions of the living peers that serve the DHT."""
         self._at_place: dict[int, Peer] = {}
         self._rngs: dict[str, random.Random] = {}
 
@@ -154,13 +157,13 @@ class World:
         self.loop.run_until_complete(asyncio.sleep(seconds))
 
     def rng(self, name: str) -> random.Random:
-        """The random numbers of one subject: what another subject draws does not change them."""
+        """The random numbers for one subject: they do not depend on what other subjects draw."""
         if name not in self._rngs:
             self._rngs[name] = random.Random(f"{self.seed} {name}")
         return self._rngs[name]
 
     def add(self, link: Link, identity: SimulatedIdentity | None = None) -> Peer:
-        """A living peer. `identity`: of one that was there before."""
+        """Adds a living peer. `identity`: that of an earlier peer, if the new one takes its place."""
         number = len(self.peers)
         peer = Peer(number, identity or SimulatedIdentity(number + 1), link)
         self.peers.append(peer)
@@ -170,7 +173,7 @@ class World:
         return peer
 
     def kill(self, peer: Peer) -> None:
-        """It is silent from now on."""
+        """The peer never answers again."""
         if not peer.is_alive:
             return
         peer.is_alive = False
@@ -188,7 +191,7 @@ class World:
             self._at_place[peer.place] = peer
 
     def partition(self, share: float) -> None:
-        """Cuts this share of the living off from all others."""
+        """Cuts a `share` of the living peers off from all others."""
         rng = self.rng("partition")
         living = [peer for peer in self.peers if peer.is_alive]
         for peer in rng.sample(living, round(share * len(living))):
@@ -207,7 +210,7 @@ class World:
         return b.is_alive and a.half == b.half
 
     def nearest(self, place: int, half: int, most: int = REPLICAS) -> list[Peer]:
-        """The living DHT servers in this half that are nearest to the place."""
+        """The living DHT servers in this half that are nearest to a position."""
         places = self._places[half]
         bits = max(0, (len(places) // (2 * most)).bit_length())
         while True:
@@ -221,7 +224,7 @@ class World:
         return [self._at_place[each] for each in some]
 
     def servers(self, half: int = 0) -> int:
-        """How many living peers serve the DHT."""
+        """The number of living peers that serve the DHT."""
         return len(self._places[half])
 
     def random_server(self, rng: random.Random, half: int = 0) -> Peer | None:
@@ -239,9 +242,10 @@ class World:
         purpose: str = "transfer",
         relays: Sequence[Peer] = (),
     ) -> bool:
-        """Sends this many bytes over both links, one transfer after the other on each. Whether they arrived.
+        """Sends `size` bytes over both links, each of which does one transfer after another. Returns whether they
+        arrived.
 
-        `relays`: whose links carry them too, both ways.
+        `relays`: peers whose links carry the bytes too, both ways.
         """
         now = self.time()
         ways = [
@@ -250,7 +254,7 @@ class World:
             *((way, relay) for relay in relays for way in ("up", "down")),
         ]
         takes = [8 * size / (peer.link.up_bps if way == "up" else peer.link.down_bps) for way, peer in ways]
-        # each link goes on with others' while this one waits elsewhere
+        # Each link continues with other transfers while this one waits for the other link.
         ends = [peer.occupy(way, took_s, now) for (way, peer), took_s in zip(ways, takes, strict=True)]
         delay_s = self.rtt_s(sender, receiver) / 2 + sum(relay.link.rtt_s for relay in relays)
         try:
@@ -285,6 +289,6 @@ class World:
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """0 of none."""
+    """The quantile of the values; 0 if there are none."""
     ordered: Sequence[float] = sorted(values)
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)] if ordered else 0.0

@@ -1,1 +1,1 @@
-"""How well a memory finds passages, how fast its hosts answer, and what it makes of hosts that die or lie."""
+"""How well a memory finds passages, how fast its hosts answer, and how it copes with hosts that die or lie."""

@@ -1,19 +1,19 @@
-"""Memories: what searches find, what hosts take and how fast they answer, and what becomes of hosts that lie.
+"""Memories: what searches find, what hosts need and how fast they answer, and how searches cope with hosts that lie.
 
     python -m benchmarks.memory [--quick] [--only PART...] [--json FILE] [--plot DIR]
 
-The memory is built of two dictionaries, Python's documentation and the Bible, as far as they are installed.
+The memory is built from two dictionaries, Python's documentation and the Bible, as far as they are installed.
 
-recall      asking a few of 256 cells, against searching all of them
-relevance   WordNet's definitions as questions, beside BM25
+recall      searching a few of 256 cells, against searching all of them
+relevance   WordNet's definitions as questions, against BM25
 large       a million passages: disk, memory, and whether they are found
-throughput  one host over gRPC, beside FAISS in one process
+throughput  one host over gRPC, against FAISS in one process
 killed      half of the hosts of a memory killed, in a swarm of node processes
-lying       searches in which a fourth of the hosts lies
+lying       searches in which a quarter of the hosts lies
 hops        the first search and later ones in simulated swarms
 
 Parts that are not run are taken from the JSON file, if it is there. `--quick` takes a few thousand passages and kills
-no node, and is too short for figures that one would quote.
+no node; it is too short for figures worth quoting.
 """
 
 import argparse
@@ -49,20 +49,20 @@ class Extent:
     """How much is measured."""
 
     characters: float
-    """Characters of each work, at most."""
+    """The largest number of characters taken from each work."""
     held_out: int
     questions: int
     large: int
     served: int
     seconds: float
-    """Seconds of one measurement of throughput."""
+    """How long one measurement of throughput takes."""
     searches: int
-    """Searches with each kind of liar."""
+    """The number of searches for each kind of liar."""
     liars: Sequence[str]
     killed: int
-    """Passages of the memory whose host is killed; 0: none is."""
+    """Passages in the memory of which a host is killed; 0: that part is left out."""
     nodes: Sequence[int]
-    """Sizes of simulated swarms."""
+    """The sizes of the simulated swarms."""
 
 
 FULL = Extent(
@@ -138,7 +138,7 @@ class Parts:
         return lying.measure(memory, self._written, texts, self._extent.liars)
 
     def _questions(self, count: int) -> list[str]:
-        """Ten words in a row of passages of the memory."""
+        """Questions made of ten consecutive words from the memory's passages."""
         memory, _ = self._built
         rng = random.Random(1)
         return [recall.span(rng.choice(memory.passages).text, rng) for _ in range(count)]
@@ -156,7 +156,7 @@ PARTS: dict[str, Callable[[Parts], dict[str, Any]]] = {
 
 
 def missing() -> list[str]:
-    """Commands that install what is measured with, and is not here."""
+    """Commands that install the missing packages that the benchmark uses."""
     packages = [
         name for module, name in (("faiss", "faiss-cpu"), ("bm25s", "bm25s")) if find_spec(module) is None
     ]
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as SVG")
     options = parser.parse_args()
     end_in_order_when_stopped()
-    logging.disable(logging.WARNING)  # liars are named, one by one
+    logging.disable(logging.WARNING)  # A warning is logged for each liar.
     torch.set_num_threads(throughput.IN_FLIGHT)
     console = Console(width=130)
     for command in missing():

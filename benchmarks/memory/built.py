@@ -1,4 +1,4 @@
-"""Memories as the benchmarks use them: built from reference works in this process, and written as hosts keep them."""
+"""Memories for the benchmarks: built from reference works in this process, and written as hosts store them."""
 
 import hashlib
 import math
@@ -28,27 +28,28 @@ GRID = (16, 16)
 
 @dataclass(frozen=True)
 class BuiltMemory:
-    """A memory in this process, with every passage once."""
+    """A memory in this process, which holds every passage once."""
 
     passages: Sequence[Passage]
     vectors_ND: NDArray[np.int8]
     cells_NT: NDArray[np.int64]
-    """The numbers of the cells that each passage lies in."""
+    """The numbers of the cells that each passage is in."""
     encoder: StaticEncoder | DualEncoder
     codebook: Codebook
     grid: tuple[int, ...] = GRID
 
     @property
     def cell_sizes(self) -> NDArray[np.int64]:
-        """How many passages lie in each cell."""
+        """The number of passages in each cell."""
         sizes: NDArray[Any] = np.bincount(self.cells_NT.ravel(), minlength=math.prod(self.grid))
         return sizes
 
 
 def build_memory(folder: Path, held_out: int, most: float = math.inf) -> tuple[BuiltMemory, list[str]]:
-    """A memory of the works that are installed, and the texts of passages that were drawn and left out of it.
+    """Builds a memory from the installed works. Returns it, and the texts of randomly drawn passages that were left
+    out.
 
-    `folder`: for the works as JSON lines. `most`: characters of each work, about.
+    `folder`: where the works are written as JSON lines. `most`: roughly the largest number of characters of each work.
     """
     files = corpora.write(corpora.installed(), folder, most)
     every = list({passage.text: passage for passage in read_passages(files)}.values())
@@ -77,7 +78,7 @@ def open_codebook(folder: Path, manifest: MemoryManifest) -> Codebook:
 
 
 class _Computed:
-    """Passages that are made when they are needed."""
+    """A sequence of passages that are made when they are needed."""
 
     def __init__(self, passage: Callable[[int], Passage]) -> None:
         self._passage = passage
@@ -96,7 +97,9 @@ def write_memory(
     cells_NT: NDArray[np.int64],
     passage: Callable[[int], Passage],
 ) -> MemoryManifest:
-    """Writes one with the encoder, the codebook and the grid of another. `passage`: the one with that number."""
+    """Writes a memory with the encoder, the codebook and the grid of another. `passage`: returns the passage with a
+    given number.
+    """
     for name in ("parts", "shards"):
         (folder / name).mkdir(parents=True)
     parts = []

@@ -1,7 +1,7 @@
 """Reference works that a memory is built from: dictionaries, Python's documentation, the Bible.
 
-Each is read from where a package installs it. Without any of them there is still Python's own help. WordNet is in no
-memory: its definitions are the questions, and the dictionary's entry for the same word is the answer.
+Each is read from where a package installs it. If none is installed, Python's own help is used. WordNet is in no memory:
+its definitions are the questions, and a dictionary's entry for the same word is the answer.
 """
 
 import gzip
@@ -19,14 +19,14 @@ _DICTIONARIES = Path("/usr/share/dictd")
 _WORDNET = Path("/usr/share/wordnet")
 _DOCUMENTATION = Path("/usr/share/doc")
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-"""The digits of the numbers in an index of dictd."""
+"""The digits with which numbers are written in a dictd index."""
 _MOST_DEFINITION_WORDS = 10
 _FEWEST_DEFINITION_WORDS = 5
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A text with its title, as long as it comes: the builder of memories splits it."""
+    """A text of any length with its title. The builder of memories splits it into passages."""
 
     title: str
     text: str
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Corpus:
-    """One work."""
+    """A reference work."""
 
     name: str
     license: str
@@ -46,14 +46,14 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Definition:
-    """The first words of what a word means, without the word."""
+    """The beginning of a word's definition, without the word itself."""
 
     word: str
     text: str
 
 
 def dictionary(name: str, wanted: Callable[[str], bool] = lambda title: True) -> Iterator[Entry]:
-    """Entries of a dictionary in dictd's format, of the titles that are wanted."""
+    """The entries of a dictionary in dictd's format whose titles are wanted."""
     with gzip.open(_DICTIONARIES / f"{name}.dict.dz") as compressed:
         data = compressed.read()
     seen = set()
@@ -69,9 +69,9 @@ def dictionary(name: str, wanted: Callable[[str], bool] = lambda title: True) ->
 
 
 def bible() -> Iterator[Entry]:
-    """The King James Bible by chapters."""
+    """The King James Bible, chapter by chapter."""
     chapters: dict[str, list[str]] = {}
-    # read by path: importing the package fails with new setuptools
+    # The file is read by its path, since importing the package fails with new versions of setuptools.
     with (_bible_folder() / "data" / "kjv.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             verse = json.loads(line)
@@ -81,16 +81,17 @@ def bible() -> Iterator[Entry]:
 
 
 def documentation() -> Iterator[Entry]:
-    """Pages of Python's documentation, without the indices."""
+    """The pages of Python's documentation, without its indices."""
     for name, page in _pages():
         if text := page.text():
             yield Entry(page.title or name, text)
 
 
 def sections(wanted: Callable[[str], bool] = lambda page: True) -> Iterator[tuple[str, Entry]]:
-    """Sections of Python's documentation with their headings, which are not in the texts. The titles are the pages'.
+    """The sections of Python's documentation, each with its heading, which is not in the text. Titles are those of the
+    pages.
 
-    `wanted`: pages, by the names of their files.
+    `wanted`: says for the name of a page's file whether the page is wanted.
     """
     for name, page in _pages(wanted):
         for heading, text in page.sections:
@@ -151,18 +152,20 @@ HELP = Corpus("help", "PSF-2.0", python_help, lambda: True, "")
 
 
 def installed() -> list[Corpus]:
-    """The works that are here; Python's own help if none is."""
+    """The installed works, or Python's own help if none is installed."""
     return [corpus for corpus in CORPORA if corpus.is_installed()] or [HELP]
 
 
 def remedies() -> list[str]:
-    """Commands that install what is missing."""
+    """Commands that install the missing works."""
     missing = [corpus.remedy for corpus in CORPORA if not corpus.is_installed()]
     return missing if _WORDNET.exists() else [*missing, "apt-get install wordnet-base"]
 
 
 def write(corpora: Collection[Corpus], folder: Path, most: float = math.inf) -> list[Path]:
-    """A file of JSON lines for each, as `talkoot memory build` reads them. `most`: characters of each text, about."""
+    """Writes each work to a file of JSON lines, as `talkoot memory build` reads them. `most`: roughly the largest
+    number of characters of each work.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for corpus in corpora:
@@ -179,7 +182,7 @@ def write(corpora: Collection[Corpus], folder: Path, most: float = math.inf) -> 
 
 
 def definitions() -> Iterator[Definition]:
-    """WordNet's definitions of the first word of each sense; none if it is not installed."""
+    """WordNet's definitions, each with the first word of its synonym set. None if WordNet is not installed."""
     for kind in ("noun", "verb", "adj", "adv"):
         path = _WORDNET / f"data.{kind}"
         if not path.exists():
@@ -200,7 +203,7 @@ def definitions() -> Iterator[Definition]:
 
 
 class _Page(HTMLParser):
-    """The text of a page that Sphinx made, without what stands around it."""
+    """Parses a page that Sphinx made. Keeps its text, without navigation and the like."""
 
     _HIDDEN = frozenset({"script", "style", "head", "nav", "footer"})
     _HEADINGS = frozenset({"h1", "h2", "h3", "h4"})
@@ -217,7 +220,7 @@ class _Page(HTMLParser):
 
     @property
     def sections(self) -> list[tuple[str, str]]:
-        """Heading and text of each. The first one is that of the page."""
+        """The heading and the text of each section. The first section is the page's own."""
         return [
             (_joined("".join(heading)).rstrip("¶"), _joined(" ".join(words)))
             for heading, words in self._sections
@@ -269,5 +272,5 @@ def _bible_folder() -> Path:
 
 
 def _documentation_folder() -> Path:
-    """An empty path if it is not installed."""
+    """The folder of Python's documentation. An empty path if it is not installed."""
     return next(iter(sorted(_DOCUMENTATION.glob("python3.*/html"), reverse=True)), Path())

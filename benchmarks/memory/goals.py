@@ -1,4 +1,4 @@
-"""What is wanted of memories, and whether it was reached."""
+"""The goals for memories, and whether they were reached."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from benchmarks.memory import killed, lying, recall
 from benchmarks.verdicts import Verdict
 
 ASKED = 8
-"""Cells of 256 that a search asks."""
+"""How many of 256 cells a search asks."""
 LEAST_RECALL = {"texts": 0.90, "questions": 0.75}
 _KINDS = {"texts": "other passages", "questions": "10 words of them"}
 MOST_OF_PLAIN = 1.2
@@ -16,13 +16,15 @@ MOST_OF_EXPERTS = 1.1
 MOST_BESIDE_MS = 20
 _NEARLY_ALL = 0.999
 _SERVED = 100_000
-"""Passages of a host that the goal of throughput is for. With few, what a call costs beside searching is most of it."""
+"""The number of passages on a host for which the throughput goal holds. With few passages, most of a call's cost is not
+the search.
+"""
 NOTICED_WITHIN = 1000
-"""Queries after which a host that omits passages is avoided."""
+"""The number of queries after which searches should avoid a host that leaves out passages."""
 
 
 def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
-    """Verdicts on all parts that were measured."""
+    """Verdicts on all parts in the results."""
     for part, judge in _JUDGES.items():
         if results.get(part):
             yield from judge(results[part])

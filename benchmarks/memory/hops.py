@@ -1,7 +1,8 @@
-"""How long the first search and later ones take in swarms of 100 to 10,000 simulated nodes, with round trips of 100 ms.
+"""How long first and later searches take in swarms of 100 to 10,000 simulated nodes, with round trips of 100 ms.
 
-The DHT, the directory and the retriever are the real ones, in simulated time; what is computed takes none, and is
-measured by itself. Every shard has two replicas, at nodes drawn. The manifest, the encoder and the codebook are there.
+The DHT, the directory and the retriever are the real ones, in simulated time. Computing takes no simulated time, and is
+measured separately. Every shard has replicas at two random nodes. Searchers have the manifest, the encoder and the
+codebook already.
 """
 
 import random
@@ -37,7 +38,7 @@ _SEED = 1
 def measure(
     memory: BuiltMemory, folder: Path, texts: Sequence[str], sizes: Sequence[int], searchers: int
 ) -> dict[str, Any]:
-    """Measures for each number of nodes. `folder`: where the memory is. Each searcher has its share of the texts."""
+    """Measures each number of nodes. `folder`: where the memory is. The texts are divided among the searchers."""
     manifest = MemoryManifest.parse((folder / "manifest").read_bytes())
     shards = {info.root: shard for info, shard in open_shards(folder, manifest)}
     vectors_QD = memory.encoder.encode(texts)
@@ -77,7 +78,7 @@ class _Trial:
         for mine in np.array_split(np.arange(len(vectors_QD)), searchers):
             retriever = await self._searcher(swarm, hosts, entry)
             for number, row in enumerate([*mine, *mine]):
-                if number == len(mine):  # it knows all hosts from now on, but no passage
+                if number == len(mine):  # now it knows all hosts, but has no passage
                     retriever = Retriever(
                         retriever.directory, retriever.calls, swarm.keys.swarm_id, checked_share=0.0
                     )
@@ -107,7 +108,7 @@ class _Trial:
         }
 
     async def _announce(self, swarm: SimulatedSwarm) -> tuple[list[ShardHost], LibraryEntry]:
-        """Says in the DHT who hosts what, without asking anybody."""
+        """Puts into the DHT who hosts which shards, without any calls."""
         rng = random.Random(_SEED)
         placed: dict[int, dict[bytes, Shard]] = {}
         for root, shard in self._shards.items():
@@ -133,7 +134,7 @@ class _Trial:
     async def _searcher(
         self, swarm: SimulatedSwarm, hosts: Sequence[ShardHost], entry: LibraryEntry
     ) -> Retriever:
-        """One that has just joined, and knows nobody who hosts the memory."""
+        """A searcher that has just joined, and knows none of the memory's hosts."""
         peer = await swarm.make_peer(serves_dht=False)
         await swarm.join(peer)
         filled_C = np.zeros(prod(self._manifest.grid), np.bool_)

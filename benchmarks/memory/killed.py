@@ -32,7 +32,7 @@ from trainer_client.settings import TrainerSettings
 PERIOD_S = 4.0
 """Seconds between two announcements of a node."""
 PERIODS = 5
-"""Periods within which all shards should have two replicas again."""
+"""The number of announcement periods within which all shards should have two replicas again."""
 ASKED = 8
 _HOST = "127.0.0.1"
 _MANIFEST = """
@@ -53,7 +53,7 @@ _PAUSE_S = 0.1
 
 
 def measure(folder: Path, texts: Sequence[str]) -> dict[str, Any]:
-    """`folder`: where the memory is."""
+    """Runs the swarm, kills a host, and measures what follows. `folder`: where the memory is."""
     timing = ["--announce-every-s", f"{PERIOD_S:g}"]
     disk = [*timing, "--memory-disk", "2GB"]
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def _search_on(
     watcher: "_Watcher",
     killed: PeerID,
 ) -> dict[str, Any]:
-    """Searches until every shard has two live replicas again, or it takes too long."""
+    """Searches again and again, until every shard has two live replicas or the time is up."""
     began = looked_at = time.monotonic()
     failed, recalls, slowest_s = 0, list[float](), 0.0
     hosted_again_s: float | None = None
@@ -120,7 +120,7 @@ def _search_on(
 
 
 def _opened(client: SwarmClient) -> Memory:
-    """The swarm's only memory, as soon as its hosts are known."""
+    """Opens the swarm's only memory, as soon as its hosts are known."""
     ends = time.monotonic() + START_LIMIT_S
     while True:
         try:
@@ -132,7 +132,7 @@ def _opened(client: SwarmClient) -> Memory:
 
 
 def _leaves(memory: Memory, text: str) -> frozenset[bytes]:
-    """The leaves of the passages found; none if the search failed or left out a cell."""
+    """The leaves of the passages that a search found. None if it failed or did not reach all cells."""
     try:
         result = memory.search(text, k=K, cells=ASKED)
     except TalkootError:
@@ -141,7 +141,7 @@ def _leaves(memory: Memory, text: str) -> frozenset[bytes]:
 
 
 def _publish(folder: Path, founder: RunningNode, timing: Sequence[str]) -> None:
-    """Raises SystemExit."""
+    """Publishes the memory with the `talkoot` command. Raises SystemExit if that fails."""
     state = ["--state", str(founder.folder / "node")]
     command = [sys.executable, "-m", "talkoot.cli", "memory", "publish", str(folder), "--host", _HOST]
     log = founder.folder / "publish.log"
@@ -159,7 +159,7 @@ def _publish(folder: Path, founder: RunningNode, timing: Sequence[str]) -> None:
 
 
 class _Watcher:
-    """Counts replicas, as a peer that only looks."""
+    """Joins the swarm as a peer that only watches, and counts replicas."""
 
     entry: LibraryEntry
 
@@ -179,7 +179,7 @@ class _Watcher:
         self._loop.close()
 
     def below(self, without: set[PeerID]) -> int:
-        """Shards with fewer replicas than two, of which those of some peers don't count."""
+        """The number of shards with fewer than two replicas. Replicas at the peers in `without` don't count."""
         return self._loop.run(self._below(without), START_LIMIT_S)
 
     async def _join(self) -> Swarm:

@@ -1,10 +1,10 @@
-"""A memory of a million passages: what its shards take on disk and in memory, and whether they are found.
+"""A memory of a million passages: the disk space and memory that its shards need, and whether passages are found.
 
 Its vectors are those of a real memory with noise, and its texts are joined from halves of real ones.
 
     python -m benchmarks.memory.large FOLDER QUERIES
 
-searches all shards in the folder, as the only thing that its process does.
+This searches all shards in the folder, in a process that does nothing else.
 """
 
 import json
@@ -29,13 +29,13 @@ from trainer_client.memory.encoder import to_vectors
 
 ASKED = 8
 _NOISE = 0.5
-"""Noise, as a share of a vector's length."""
+"""The size of the noise, as a share of a vector's length."""
 _ROWS_AT_ONCE = 65_536
 _HOST_LIMIT_S = 600.0
 
 
 def measure(memory: BuiltMemory, passages: int, queries: int, folder: Path) -> dict[str, Any]:
-    """`folder`: for a memory of this many passages; it must not exist yet."""
+    """Builds the memory and measures it. `folder`: where it is written; it must not exist yet."""
     rng = np.random.default_rng(0)
     began = time.monotonic()
     sources_NH = rng.integers(len(memory.passages), size=(passages, 2))
@@ -75,7 +75,7 @@ def measure(memory: BuiltMemory, passages: int, queries: int, folder: Path) -> d
 
 
 def max_scores(query_1D: NDArray[np.int8], vectors_ND: NDArray[np.int8]) -> list[float]:
-    """The ten best scores of all passages, best first."""
+    """The ten best scores among all passages, best first."""
     scores: list[float] = []
     for begin in range(0, len(vectors_ND), _ROWS_AT_ONCE):
         (part,) = exact_scores(query_1D, vectors_ND[begin : begin + _ROWS_AT_ONCE])
@@ -119,7 +119,7 @@ def _resident_bytes() -> int:
 def _noisy(
     vectors_ND: NDArray[np.int8], sources: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.int8]:
-    """A vector near each of these."""
+    """For each source, a vector near it."""
     parts = []
     for begin in range(0, len(sources), _ROWS_AT_ONCE):
         near_BD = vectors_ND[sources[begin : begin + _ROWS_AT_ONCE]].astype(np.float32)

@@ -1,7 +1,7 @@
-"""What searches make of hosts that lie: the real retriever, in simulated time, with a fourth of eight hosts lying.
+"""How searches cope with hosts that lie: the real retriever in simulated time, with a quarter of eight hosts lying.
 
-Every shard has two replicas, at hosts drawn. Calls take a round trip of 100 ms. What is found is compared with what
-honest hosts answer, and a passage is believed only if it is in the memory with the score that its vector gives.
+Every shard has replicas at two random hosts. Calls take a round trip of 100 ms. The results are compared with what
+honest hosts answer, and a passage counts as true only if it is in the memory with the score that its vector gives.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ LIARS = 2
 RTT_S = 0.1
 ASKED = 8
 _PAUSE_S = 1.0
-"""The pause from one query to the next."""
+"""The pause between two queries."""
 SWARM = "benchmark"
 
 
@@ -48,13 +48,13 @@ class Candidate(NamedTuple):
 
     score: int
     number: int
-    """The number of its shard in the request."""
+    """The number of the passage's shard in the request."""
     position: int
     text: Place
 
 
 class ShardHost:
-    """Answers as an honest host does, from its shards."""
+    """Answers from its shards, as an honest host does."""
 
     def __init__(self, peer_id: PeerID, manifest: MemoryManifest, shards: Mapping[bytes, Shard]) -> None:
         self.peer_id = peer_id
@@ -107,7 +107,7 @@ class ShardHost:
 
 
 class Forger(ShardHost):
-    """Gives other texts."""
+    """Answers with false texts."""
 
     async def read(self, request: memory_pb2.ReadRequest) -> memory_pb2.ReadReply:
         reply = await super().read(request)
@@ -156,7 +156,7 @@ class Staller(ShardHost):
 
 
 class Babbler(ShardHost):
-    """Answers what no answer can be."""
+    """Answers with malformed replies."""
 
     async def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
         reply = await super().search(request)
@@ -178,7 +178,7 @@ OMITTERS = ("omits the best", "omits a tenth")
 
 
 class KnownDirectory:
-    """Who hosts what, as the DHT would say it."""
+    """A directory that knows the hosts, as if it had read them from the DHT."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class KnownDirectory:
         hosts: Sequence[ShardHost],
         nodes: Iterable[NodeInfo] | None = None,
     ) -> None:
-        """`nodes`: of the hosts, where they are called over the network."""
+        """`nodes`: the hosts' addresses and certificates, if they are called over the network."""
         self.memory = MemoryID.of(manifest.name, hosts[0].peer_id)
         self._built = memory
         self.manifest = manifest
@@ -237,14 +237,16 @@ class KnownDirectory:
         return self.manifest
 
     async def refresh(self) -> None:
-        """Nothing changes."""
+        """Does nothing: nothing changes."""
 
 
 @contextmanager
 def opened(
     directory: KnownDirectory, caller: MemoryCaller, loop: LoopThread, limit_s: float
 ) -> Iterator[Memory]:
-    """Its memory, as a trainer searches it in wall-clock time. `limit_s`: for a search."""
+    """Opens the directory's memory, for searches as a trainer does them in wall-clock time. `limit_s`: the time limit
+    of a search.
+    """
 
     async def make() -> Retriever:
         calls = HostCalls(caller, str(directory.memory), rng=random.Random(0))
@@ -256,7 +258,7 @@ def opened(
 
 
 class SlowCaller:
-    """Calls that take a round trip, in simulated time."""
+    """Makes calls that take a round trip of simulated time."""
 
     def __init__(self, hosts: Sequence[ShardHost]) -> None:
         self._hosts = {host.peer_id: host for host in hosts}
@@ -271,7 +273,7 @@ class SlowCaller:
 
 
 def measure(memory: BuiltMemory, folder: Path, texts: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
-    """Measures each kind of liar, after one query for each text. `folder`: where the memory is."""
+    """Measures each kind of liar, with one query for each text. `folder`: where the memory is."""
     manifest = MemoryManifest.parse((folder / "manifest").read_bytes())
     shards = {info.root: shard for info, shard in open_shards(folder, manifest)}
     vectors_QD = memory.encoder.encode(texts)
@@ -290,7 +292,7 @@ def measure(memory: BuiltMemory, folder: Path, texts: Sequence[str], kinds: Sequ
 
 
 class _Trial:
-    """One kind of liar among honest hosts."""
+    """A trial of one kind of liar among honest hosts."""
 
     def __init__(
         self,
@@ -302,7 +304,7 @@ class _Trial:
         rng = random.Random(0)
         placed: list[dict[bytes, Shard]] = [{} for _ in range(HOSTS)]
         for root, shard in shards.items():
-            honest = rng.randrange(LIARS, HOSTS)  # no protocol finds what liars alone have
+            honest = rng.randrange(LIARS, HOSTS)  # liars with all replicas can't be exposed
             for number in (honest, rng.choice([number for number in range(HOSTS) if number != honest])):
                 placed[number][root] = shard
         self._manifest = manifest
@@ -319,7 +321,9 @@ class _Trial:
         self._believed = 0
 
     async def run(self, vectors_QD: Vectors, scores_QC: Floats, wanted: Sequence[float]) -> dict[str, Any]:
-        """`wanted`: of each query, the score of the tenth passage that honest hosts give."""
+        """Does the searches, and returns the figures. `wanted`: for each query, the score of the tenth passage that
+        honest hosts give.
+        """
         directory = KnownDirectory(self._memory, self._manifest, self._hosts)
         calls = HostCalls(SlowCaller(self._hosts), str(directory.memory), rng=random.Random(0))
         retriever = Retriever(directory, calls, SWARM, rng=random.Random(0))
@@ -352,7 +356,7 @@ class _Trial:
         }
 
     def _check(self, result: SearchResult, vector_D: Vectors, wanted: float) -> float:
-        """Counts the hits that are not true; returns how many of the ten best were found."""
+        """Counts the hits that are false. Returns the share of the ten best passages that was found."""
         whole = float(vector_D.astype(np.int64) @ vector_D.astype(np.int64))
         for hit in result.hits:
             passage, stored_D = self._truth.get(hit.leaf, (None, np.zeros_like(vector_D)))
@@ -363,7 +367,7 @@ class _Trial:
 
 
 def _wanted_scores(memory: BuiltMemory, vectors_QD: Vectors, scores_QC: Floats) -> list[float]:
-    """The score of the tenth best passage in the cells that are asked, for each query."""
+    """For each query, the score of the tenth best passage in the cells that a search asks."""
     nearest_QC = ranks_of_cells(scores_QC) < ASKED
     wanted = []
     for row, scores_N in enumerate(exact_scores(vectors_QD, memory.vectors_ND)):

@@ -1,4 +1,4 @@
-"""Pictures of what `benchmarks.memory` found. Need matplotlib, of the extra `plot`."""
+"""A plot of the results of `benchmarks.memory`. It needs matplotlib, from the extra `plot`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _recall(found: Mapping[str, Any], path: Path) -> Path:
-    """Recall against the cells that are asked and against the bytes that a search takes, and the sizes of cells."""
+    """Recall against the number of cells asked and against the bytes that a search takes, and the sizes of cells."""
     import matplotlib as mpl
 
     mpl.use("svg")

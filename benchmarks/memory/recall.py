@@ -1,6 +1,7 @@
-"""Whether asking a few cells finds what searching all of them would.
+"""Whether searching a few cells finds what searching all of them would.
 
-The queries are passages that neither the memory nor its encoder and codebook have seen, and ten words in a row of them.
+There are two kinds of queries: passages that are neither in the memory nor known to its encoder and codebook, and ten
+consecutive words of such passages.
 """
 
 import random
@@ -16,13 +17,15 @@ from peer.wire import memory_pb2
 
 K = 10
 ASKED = (1, 2, 4, 8, 16, 32)
-"""Cells that a query is looked up in."""
+"""The numbers of cells that a query is looked up in."""
 QUESTION_WORDS = 10
 _ROWS_AT_ONCE = 128
 
 
 def measure_recall(memory: BuiltMemory, queries: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The share of the ten best that lie in the cells that are asked, for each kind of query and number of cells."""
+    """The share of the ten best passages that is in the cells asked, for each kind of query and each number of
+    cells.
+    """
     loads_C = memory.cell_sizes
     found: dict[str, Any] = {
         "passages": len(memory.passages),
@@ -50,7 +53,7 @@ def measure_recall(memory: BuiltMemory, queries: Mapping[str, Sequence[str]]) ->
 
 
 def ranks_of_cells(scores_QC: NDArray[np.float32]) -> NDArray[np.int64]:
-    """How many cells are better than each."""
+    """For each cell, how many cells have a better score."""
     order_QC = np.argsort(-scores_QC, axis=1, kind="stable")
     ranks_QC = np.empty_like(order_QC)
     np.put_along_axis(ranks_QC, order_QC, np.arange(scores_QC.shape[1])[None], axis=1)
@@ -58,23 +61,24 @@ def ranks_of_cells(scores_QC: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def exact_scores(queries_QD: NDArray[np.int8], vectors_ND: NDArray[np.int8]) -> Iterator[NDArray[np.float32]]:
-    """The scores of all passages for one query after another. Whole numbers below 2²⁴, so float32 is exact."""
+    """The scores of all passages, query by query. They are whole numbers below 2²⁴, so float32 is exact."""
     stored_DN = vectors_ND.astype(np.float32).T
     for begin in range(0, len(queries_QD), _ROWS_AT_ONCE):
         yield from queries_QD[begin : begin + _ROWS_AT_ONCE].astype(np.float32) @ stored_DN
 
 
 def best(scores_N: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The positions of the k best, best first; of equal ones the first."""
+    """The positions of the k best scores, best first. Among equal scores, the first comes first."""
     k = min(k, len(scores_N))
     some = np.flatnonzero(scores_N >= np.partition(scores_N, -k)[-k])
     return some[np.argsort(-scores_N[some], kind="stable")][:k]
 
 
 def wire_bytes(memory: BuiltMemory, asked: int) -> float:
-    """What a query and its answer take if one host has all its cells, with the ten best read from it.
+    """The bytes of a query and its answer if one host has all the cells asked, and the ten best passages are fetched
+    from it.
 
-    The proofs are those of shards of 1,000 passages, and every cell is one shard.
+    Proofs have the size of those in shards of 1,000 passages. Each cell is taken to be one shard.
     """
     shards = [memory_pb2.ShardQueries(root=bytes(HASH_BYTES)) for _ in range(asked)]
     dimensions = memory.vectors_ND.shape[1]
@@ -82,7 +86,7 @@ def wire_bytes(memory: BuiltMemory, asked: int) -> float:
     best_found = memory_pb2.Found(
         shards=[asked] * K, positions=[1000] * K, scores=[10**6] * K, texts=[1] * K, text_positions=[1000] * K
     )
-    # half of them were found in secondary shards, each of another cell
+    # Half of the passages are found in secondary shards, each from another cell.
     answer = memory_pb2.SearchReply(found=[best_found], text_roots=[bytes(HASH_BYTES)] * (K // 2))
     some = random.Random(0).sample(memory.passages, K)
     read = memory_pb2.ReadReply(
@@ -100,14 +104,16 @@ def wire_bytes(memory: BuiltMemory, asked: int) -> float:
 
 
 def span(text: str, rng: random.Random, words: int = QUESTION_WORDS) -> str:
-    """A number of consecutive words of a text."""
+    """The given number of consecutive words of a text, from a random place."""
     all_words = text.split()
     begin = rng.randrange(max(1, len(all_words) - words + 1))
     return " ".join(all_words[begin : begin + words])
 
 
 def _recalls(scores_N: NDArray[np.float32], ranks_N: NDArray[np.int64]) -> list[float]:
-    """`ranks_N`: of the best cell of each passage. Passages as good as the tenth are worth as much."""
+    """The recall for each number of cells. `ranks_N`: the rank of each passage's best cell. A passage whose score
+    equals that of the tenth counts as a hit.
+    """
     k = min(K, len(scores_N))
     wanted = ranks_N[scores_N >= np.partition(scores_N, -k)[-k]]
     return [min(k, int((wanted < asked).sum())) / k for asked in ASKED]

@@ -1,4 +1,4 @@
-"""Whether what is found answers the question: a definition is to find the entry of another dictionary for its word.
+"""Whether searches find relevant passages: a definition should find another dictionary's entry for the same word.
 
 Passages are ranked by the inner product of vectors, by BM25, and by both. All rankings are over the whole memory.
 """
@@ -22,9 +22,9 @@ from talkoot.memory.build import text_of
 from trainer_client.memory.retriever import Hit, ranked_by_words
 
 _ANSWERS = "gcide.jsonl:"
-"""How the sources of the entries begin."""
+"""The sources of the entries start with this."""
 _CANDIDATES = 3 * K
-"""Passages that searches also rank by their words."""
+"""How many passages searches rank by their words as well."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Question:
 def questions_of(
     definitions: Iterator[Definition], passages: Sequence[Passage], most: int, rng: random.Random
 ) -> list[Question]:
-    """Definitions of words that the dictionary has an entry for; none if either is not installed."""
+    """WordNet's definitions of words for which the dictionary has an entry. None if either is not installed."""
     entries = defaultdict(set)
     for position, passage in enumerate(passages):
         if passage.source.startswith(_ANSWERS):
@@ -52,7 +52,7 @@ def questions_of(
 
 
 def measure(memory: BuiltMemory, questions: Sequence[Question]) -> dict[str, Any]:
-    """How often the best passage, and one of the ten best, is an answer, by way of ranking."""
+    """For each ranking, how often the best passage is an answer, and how often one of the ten best is."""
     texts = [question.text for question in questions]
     by_vectors = inner_product(memory, texts, _CANDIDATES)
     rankings = {"inner_product": by_vectors, "fusion": fusion(memory, texts, by_vectors)}
@@ -72,7 +72,7 @@ def inner_product(memory: BuiltMemory, texts: Sequence[str], count: int) -> Rank
 
 
 def fusion(memory: BuiltMemory, texts: Sequence[str], by_vectors: Ranking) -> Ranking:
-    """Ranks as searches do: the nearest passages, also by the words that they share with the question."""
+    """Ranks as searches do: by vectors, and the best of these also by the words that they share with the question."""
     host = SimulatedIdentity(0).peer_id
     name = MemoryID.of("works", host)
     queries_QD = memory.encoder.encode(texts).astype(np.float32)

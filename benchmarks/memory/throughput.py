@@ -1,4 +1,4 @@
-"""Queries per second of one host of a memory, over gRPC with TLS, beside FAISS without cells or network.
+"""Queries per second of one host of a memory, over gRPC with TLS, against FAISS without cells or network.
 
 Both search the same vectors, each in a process of its own with a thread for each core, and they take turns. The host
 looks every query up in all its shards, as FAISS does, and then in those of the eight nearest cells, as searches do.
@@ -6,7 +6,8 @@ looks every query up in all its shards, as FAISS does, and then in those of the 
     python -m benchmarks.memory.throughput host FOLDER
     python -m benchmarks.memory.throughput faiss FOLDER
 
-are the two contenders; they say where they listen, or answer lines with figures (`benchmarks.apart`).
+These are the two contenders. Each prints a line when it has started, and answers each line it is sent with figures
+(`benchmarks.apart`).
 """
 
 import asyncio
@@ -51,19 +52,21 @@ from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2, session_pb2_grpc
 BATCH = 64
 ASKED = 8
 IN_FLIGHT = 2
-"""Calls at a time, as from two callers, one for each core."""
+"""The number of calls in flight, as from two callers, one for each core."""
 _SWARM, _MEMORY = "benchmark-QmFounder", "large-QmFounder"
 _LIMIT_S = 120.0
 _ROUNDS = 3
 Way = tuple[str, int, bool]
-"""What is measured: its name, queries in a call, and whether all shards are searched."""
+"""A way of measuring: its name, the number of queries in a call, and whether all shards are searched."""
 WAYS: tuple[Way, ...] = (("one", 1, True), ("batch", BATCH, True), ("one_of_8_cells", 1, False))
 
 
 def measure(
     memory: BuiltMemory, passages: int, texts: Sequence[str], seconds: float, folder: Path
 ) -> dict[str, Any]:
-    """Medians of rounds of the given length. `folder`: for a memory of this many passages, each in one cell."""
+    """Measures in rounds of `seconds` seconds, and returns the medians. `folder`: where a memory with this many
+    passages is written, each in one cell.
+    """
     rows = np.random.default_rng(0).permutation(len(memory.passages))[:passages]
     vectors_ND = memory.vectors_ND[rows]
     cells_NT = memory.codebook.assign(vectors_ND, 1)
@@ -123,7 +126,7 @@ def _requests(
 
 
 class _HostCalls:
-    """Calls of the host, in one session."""
+    """Calls to the host, in one session."""
 
     def __init__(
         self, channels: ChannelPool, search: Callable[[memory_pb2.SearchRequest], Awaitable[Any]]
@@ -143,7 +146,7 @@ class _HostCalls:
         return cls(channels, lambda request: stub.Search(request, timeout=60.0, metadata=metadata))
 
     async def rate(self, requests: Sequence[memory_pb2.SearchRequest], queries: int, seconds: float) -> float:
-        """Queries per second, with some calls in flight. `queries`: in each call."""
+        """Queries per second with some calls in flight. `queries`: the number of queries in each call."""
         began, answered, coming = time.perf_counter(), 0, itertools.cycle(requests)
 
         async def call() -> None:
@@ -162,7 +165,7 @@ class _HostCalls:
 
 
 def node_of(said: Mapping[str, Any]) -> NodeInfo:
-    """What a host says of itself."""
+    """The node record in the line that a host printed."""
     peer_id = PeerID.from_base58(said["peer_id"])
     pem = certificate_pem(bytes.fromhex(said["certificate"]), peer_id)
     address = Endpoint(f"127.0.0.1:{said['port']}")
@@ -170,7 +173,7 @@ def node_of(said: Mapping[str, Any]) -> NodeInfo:
 
 
 def host(folder: Path) -> None:
-    """Serves all shards, and answers lines."""
+    """Serves all shards, and answers lines of the standard input."""
     torch.set_num_threads(1)
     before = psutil.Process().memory_info().rss
     store = MemoryStore.open(folder)
@@ -201,7 +204,9 @@ def host(folder: Path) -> None:
 
 
 def faiss_flat(folder: Path) -> None:
-    """Answers lines of how many queries at once, and for how many seconds, with the better of two ways."""
+    """Answers lines that say how many queries to search at once and for how many seconds, with the better of
+    two ways.
+    """
     import faiss
 
     with np.load(folder / "vectors.npz") as arrays:
@@ -212,7 +217,7 @@ def faiss_flat(folder: Path) -> None:
     for line in sys.stdin:
         size, seconds = int(line.split()[0]), float(line.split()[1])
         rates = []
-        for workers in (1, IN_FLIGHT):  # one that uses all cores, or one for each core
+        for workers in (1, IN_FLIGHT):  # One thread that uses all cores, or one for each core.
             search = partial(_search_flat, index, queries_QD, size, seconds / 2, IN_FLIGHT // workers)
             with ThreadPoolExecutor(workers) as pool:
                 running = [pool.submit(search) for _ in range(workers)]
@@ -223,7 +228,7 @@ def faiss_flat(folder: Path) -> None:
 def _search_flat(
     index: Any, queries_QD: NDArray[np.float32], size: int, seconds: float, threads: int
 ) -> float:
-    """Queries per second. `threads`: of FAISS, in this thread."""
+    """Queries per second. `threads`: those that FAISS uses for calls from this thread."""
     import faiss
 
     faiss.omp_set_num_threads(threads)

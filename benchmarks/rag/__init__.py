@@ -1,1 +1,1 @@
-"""Answers from what a memory holds."""
+"""Retrievers that are trained, and answers from what a memory holds."""

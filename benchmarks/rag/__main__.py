@@ -1,4 +1,4 @@
-"""Retrievers that learn, and models that answer from what they find.
+"""Retrievers that are trained, and models that answer from what they find.
 
     python -m benchmarks.rag [--quick] [--only PART...] [--json FILE]
 
@@ -6,9 +6,9 @@ recall      questions that find a passage which answers them among the first twe
 answers     questions that are answered exactly: closed-book, by DPR and a reader, by RAG-Token and RAG-Sequence
 
 For `recall`, the passages are those of two dictionaries and of Python's documentation, as far as they are installed,
-and the questions are WordNet's definitions and the documentation's headings. For `answers`, both are about made-up
+and the questions are WordNet's definitions and the documentation's headings. For `answers`, both are about invented
 towns and ships.
-`--quick` takes a 64th of each work, and trains models that learn nothing yet.
+`--quick` takes a 64th of each work, and trains too briefly for models to learn anything.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from talkoot.memory.dual_training import K
 
 PARTS = ("recall", "answers")
 _FULL, _QUICK = (1, 1500), (64, 300)
-"""One title or page in this many, and questions of each kind."""
+"""One title or page in this many is used, and this many questions of each kind."""
 _WAYS = {
     "closed_book": "closed-book",
     "dpr_reader": "DPR and a reader of the first passage",
@@ -42,7 +42,7 @@ _WAYS = {
 }
 _EXACT, _OF_GOLD, _CLOSED_BOOK, _FOLLOW = 0.5, 0.8, 0.05, 0.9
 _WITHIN = 0.01
-"""How near to the best ranking fusing must stay where it does no harm."""
+"""Where fusing rankings does not help, its result must be this close to that of the best single ranking."""
 _NAMES = {
     "dpr": "DPR",
     "bm25": "BM25",

@@ -1,7 +1,7 @@
-"""Answers to questions that no weights can know, from a memory on hosts of which one dies.
+"""Answers to questions about facts that are not in the model's weights, from a memory on hosts, one of which dies.
 
-The generator, the query encoder, the search and the hosts' answers are the real ones. Experts have no part in it: every
-layer is the trainer's, and hosts answer in this process.
+The generator, the query encoder, the search and the hosts' answers are the real ones. There are no experts: every layer
+is the trainer's, and hosts answer in this process.
 """
 
 import random
@@ -57,39 +57,39 @@ from trainer_client.training.loop import ReadSource, Training
 DIMENSIONS, GRID = 64, (4, 4)
 HOSTS = 4
 PASSAGES = 4
-"""Read for a question."""
+"""The number of passages that are read for a question."""
 _LIMIT_S = 600.0
 _RAG_BATCH = 16
 _QUESTIONS = 6
-"""About each thing, to learn from."""
+"""The number of training questions about each thing."""
 _OBJECTIVES: dict[Marginal, Objective] = {"sequence": "rag-sequence", "token": "rag-token"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is learned, and how much is asked."""
+    """The sizes of the training and of the test."""
 
     learned: int = 2000
-    """Things."""
+    """The number of things that models are trained on."""
     asked: int = 100
-    """Questions, and as many things."""
+    """The number of test questions, each about another thing."""
     steps: int = 2000
-    """Steps of reading the right passage."""
+    """Training steps with the right passage given."""
     rag_steps: int = 100
-    """Steps of RAG after that."""
+    """Training steps of RAG after those."""
     batch: int = 32
     vocabulary: int = 1536
     hidden: int = 64
     layers: int = 2
     encoder_layers: int = 0
-    """Before these, of an encoder-decoder."""
+    """The number of encoder layers before these, for an encoder-decoder."""
 
 
 QUICK = Size(200, 6, 20, 3, 8, 400, 16, 1)
 
 
 class World:
-    """Things, questions about them, the tokenizer and the passages' encoder."""
+    """Things, questions about them, the tokenizer, and the encoder of passages."""
 
     def __init__(self, size: Size) -> None:
         rng, taken = random.Random(0), set[str]()
@@ -148,14 +148,14 @@ class World:
 
 
 class WithoutExperts(nn.Module):
-    """What takes the place of a mixture. An encoder-decoder also says where sequences end."""
+    """Takes the place of a mixture of experts. `segments` is what an encoder-decoder also passes to a mixture."""
 
     def forward(self, x: Tensor, segments: object = None) -> Tensor:
         return x
 
 
 class Given:
-    """What is read is there already: the passage that answers a question, or nothing."""
+    """A source of passages that needs no search: it gives the passage that answers a question, or none."""
 
     def __init__(self, of: Callable[[Question], Sequence[Hit]]) -> None:
         self._of = of
@@ -173,7 +173,7 @@ def _hit(passage: Passage) -> Hit:
 
 
 class MortalCaller:
-    """Calls of hosts in this process, of which some have died."""
+    """Calls to hosts in this process, some of which have died."""
 
     def __init__(self, hosts: Sequence[ShardHost]) -> None:
         self._hosts = {host.peer_id: host for host in hosts}
@@ -187,7 +187,9 @@ class MortalCaller:
 
 @contextmanager
 def hosted(world: World, some: Sequence[Thing]) -> Iterator[tuple[Memory, Callable[[], None]]]:
-    """A memory of their passages, on hosts that have half of its shards each; and what kills one of these."""
+    """A memory of the passages about these things, each host with half of the shards. Also yields a function that kills
+    a host.
+    """
     passages = passages_of(some)
     vectors_ND = world.encoder.encode([text_of(passage) for passage in passages])
     codebook = build_codebook(vectors_ND, GRID)
@@ -210,7 +212,7 @@ def hosted(world: World, some: Sequence[Thing]) -> Iterator[tuple[Memory, Callab
 
 
 def measure(size: Size, show: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
-    """The share of the questions that are answered exactly, by way of answering."""
+    """The share of the test questions that are answered exactly, for each way of answering."""
     began, cpu_s = time.process_time(), dict[str, float]()
 
     def done(what: str, following: str) -> None:
@@ -314,7 +316,7 @@ def _answers(
 
 
 def _recall(asked: Sequence[Asked], lookup: PassageLookup) -> float:
-    """The share of the questions whose passage is found first."""
+    """The share of the questions for which the right passage is found first."""
     found, _ = lookup.search([each.text for each in asked])
     firsts = [hits[0].passage.text if hits else "" for hits in found.hits]
     return _share(firsts, [each.passage.text for each in asked])

@@ -1,8 +1,7 @@
-"""Made-up towns and ships, passages that say one fact about one of them, and questions whose answers are in no model's
-weights.
+"""Invented towns and ships, passages with one fact each, and questions whose answers are in no model's weights.
 
-What a thing's founder or harbour is called is drawn, so whoever has not read the passage can't know. The things of the
-test, and the ways in which its passages say something and its questions ask, are none that models learned from.
+Facts such as a town's founder or a ship's harbour are drawn at random, so a model that has not read the passage cannot
+know them. The things of the test, and the wordings of its passages and questions, do not occur in training.
 """
 
 import random
@@ -59,13 +58,13 @@ VALUES = sorted({_name(random.Random(number)) for number in range(300)})
 
 @dataclass(frozen=True)
 class Thing:
-    """A name, and what its relations are called."""
+    """A named thing, and its facts: the value of each of its relations."""
 
     kind: str
     name: str
     facts: Mapping[str, str]
     passages: Mapping[str, Passage]
-    """Passages by what they say of it."""
+    """For each relation, the passage that states it."""
 
     @classmethod
     def drawn(cls, rng: random.Random, *, tested: bool) -> "Thing":
@@ -75,7 +74,7 @@ class Thing:
         return cls(_KINDS[kind], name, facts, _passages(rng, _KINDS[kind], name, facts, tested))
 
     def changed(self, rng: random.Random) -> "Thing":
-        """The same thing, of which new passages say something else."""
+        """The same thing with other facts and passages."""
         facts = {what: rng.choice(VALUES) for what in self.facts}
         return replace(self, facts=facts, passages=_passages(rng, self.kind, self.name, facts, True))
 
@@ -99,11 +98,11 @@ class Asked:
 
     @property
     def passage(self) -> Passage:
-        """The one that says it."""
+        """The passage that answers the question."""
         return self.thing.passages[self.what]
 
     def negative(self, rng: random.Random) -> Passage:
-        """One that says something else of the same thing."""
+        """A passage that states another fact about the same thing."""
         return self.thing.passages[rng.choice([what for what in self.thing.facts if what != self.what])]
 
 
@@ -116,7 +115,7 @@ def _passages(
 
 
 def things(rng: random.Random, count: int, taken: set[str], *, tested: bool) -> Sequence[Thing]:
-    """`taken`: names that are not given again; takes the new ones."""
+    """Draws things with new names. `taken`: names that are in use; the new ones are added."""
     found: list[Thing] = []
     while len(found) < count:
         thing = Thing.drawn(rng, tested=tested)

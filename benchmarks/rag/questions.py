@@ -15,11 +15,11 @@ from talkoot.memory.passages import split
 from trainer_client.memory.encoder import words_of
 
 _TEST = 10
-"""One headword in this many is for the test."""
+"""One headword in this many is used for the test."""
 _SAME_HEADINGS = 1
-"""A heading that more sections have asks for none of them."""
+"""If a heading belongs to more sections than this, it is not used as a question."""
 _FEWEST_WORDS = 2
-"""The fewest words of a heading."""
+"""The smallest number of words of a heading that is used."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """Passages, and questions about them. No word and no heading is on both sides."""
+    """Passages, and questions about them. No word and no heading is in both training and test."""
 
     passages: Sequence[Passage]
     learned: Sequence[Question]
     tested: Sequence[Question]
 
     def pairs(self) -> list[Pair]:
-        """The pairs to learn from. Of several passages that answer, the one that shares most words with the question.
+        """The training pairs. If several passages answer a question, the one that shares most words with it is taken.
 
-        So did DPR, for questions of which only the answer is known (section 4.2).
+        DPR did the same for questions of which only the answer is known (section 4.2).
         """
         words = {n: set(words_of(text_of(self.passages[n]))) for q in self.learned for n in q.answers}
         pairs = []
@@ -51,14 +51,17 @@ class Asked:
             asked = set(words_of(question.text))
             best = max(question.answers, key=lambda n: (len(asked & words[n]) / (8 + len(words[n])), -n))
             passage = self.passages[best]
-            # a section's title is its page's: its passages are known by the heading, which they need not have
+            # The title of a section is that of its page. Its passages are identified by the heading, which their text
+            # need not contain.
             title, answers = (passage.title, (question.about,))
             pairs.append(Pair(question.text, title, passage.text, answers))
         return pairs
 
 
 def ask(rng: random.Random, share: int, tested: int) -> Asked:
-    """Questions from the installed works, one title or page of `share`. `tested`: questions of each kind."""
+    """Makes questions from one in `share` of the titles and pages of the installed works. `tested`: the number of test
+    questions of each kind.
+    """
     passages: dict[str, Passage] = {}
     drawn = partial(_drawn, share=share)
     dictionaries = [work for work in corpora.installed() if work.name in ("gcide", "foldoc")]
@@ -109,7 +112,7 @@ def _drawn(text: str, share: int) -> bool:
 def _add(
     passages: dict[str, Passage], entries: Iterable[corpora.Entry], source: str, license: str
 ) -> Collection[str]:
-    """Returns the texts of those that are new."""
+    """Adds passages. Returns the texts of those that are new."""
     texts = []
     for entry in entries:
         for offset, text in split([entry.text]):

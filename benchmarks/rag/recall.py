@@ -1,6 +1,6 @@
-"""How many questions find a passage that answers them among the first twenty, by way of ranking.
+"""How many questions find a passage that answers them among the first twenty, for each way of ranking.
 
-Words and headings of the test are unseen in training. All rankings are over all passages.
+The words and headings of the test do not occur in training. All rankings are over all passages.
 
 Shapes: N passages, Q questions, D numbers in a vector, W weights.
 """
@@ -23,7 +23,7 @@ from trainer_client.memory.retriever import shared_words
 
 CUTS = (1, 5, K)
 _UNITED = 200
-"""Passages of each ranking that are fused."""
+"""The number of passages of each ranking that are fused."""
 _WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Weights of the cosine of vectors, in standard deviations of the scores, against BM25."""
 _TUNED_WITH = 1000
@@ -114,7 +114,9 @@ def bm25(texts: Sequence[str], questions: Sequence[Question]) -> Scored:
 
 
 def fused(sparse: Scored, dense: Scored, weight: float) -> Ranking:
-    """Both rankings' best, by the sum of their scores (DPR, section 5). What one of them lacks has its lowest score."""
+    """Ranks the best of both rankings by the sum of their scores (DPR, section 5). A passage that one ranking lacks
+    gets the lowest score of that ranking.
+    """
     rankings = []
     for (words, words_scores), (near, near_scores) in zip(sparse, dense, strict=True):
         both = np.union1d(words, near)
@@ -126,7 +128,7 @@ def fused(sparse: Scored, dense: Scored, weight: float) -> Ranking:
 def _aligned(
     wanted: NDArray[np.int64], found: NDArray[np.int64], scores: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The scores of these passages, in standard deviations from the mean of those that were found."""
+    """The scores of the wanted passages, in standard deviations from the mean of those that were found."""
     scale = max(float(scores.std()), 1e-6)
     order = np.argsort(found)
     at = order[np.minimum(np.searchsorted(found[order], wanted), len(found) - 1)]
@@ -138,7 +140,7 @@ def _aligned(
 def as_searched(
     encoder: Encoder, texts: Sequence[str], questions: Sequence[Question], dense: Scored
 ) -> Ranking:
-    """Ranks as a swarm does: three times as many of the nearest, also by their words."""
+    """Ranks as a swarm does: takes three times as many of the nearest passages, and ranks them also by their words."""
     rankings = []
     queries_QD = encoder.encode_questions([question.text for question in questions]).astype(np.float32)
     for question, query_D, (found, scores) in zip(questions, queries_QD, dense, strict=True):

@@ -1,1 +1,1 @@
-"""What reading a memory gives a language model, and what it costs."""
+"""What a language model gains from reading a memory, and what that costs."""

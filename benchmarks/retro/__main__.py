@@ -2,11 +2,11 @@
 
     python -m benchmarks.retro [--quick] [--only PART...] [--json FILE] [--plot DIR] [--keep DIR] [--minutes M]
 
-learning   models that read against deeper ones of equal FLOPs and against random neighbours, by overlap, and more
+learning   models that read, against deeper ones of equal FLOPs and against random neighbours, by overlap, and more
 hosted     training throughput at round trips of 80 ms, with retrieval and without; and training while hosts fail
 
-With `--keep DIR` and `--json FILE`, a run goes on where the last one ended, and `--minutes` ends it in time. `--quick`
-trains one tiny model of each kind for a few steps, which says nothing about retrieval.
+With `--keep DIR` and `--json FILE`, a run continues where the last one ended, and `--minutes` ends it in time.
+`--quick` trains one tiny model of each kind for a few steps, which says nothing about retrieval.
 """
 
 import argparse
@@ -40,7 +40,7 @@ _SEEDS = 3
 
 @dataclass(frozen=True)
 class Files:
-    """Where results go, and what is kept to go on from."""
+    """Where results are written, and the files from which a run continues."""
 
     results: Path | None
     folder: Path
@@ -58,7 +58,7 @@ def learning(
     ends: float,
     console: Console,
 ) -> None:
-    """Adds to the results, and writes them after each model."""
+    """Trains the models, adds their figures to the results, and writes the results after each model."""
     runs: dict[str, Any] = results.setdefault("learning", {})
     wanted = [(seed, way) for seed in range(seeds) for way in WAYS]
     missing = [(seed, way) for seed, way in wanted if f"{way} {seed}" not in runs]

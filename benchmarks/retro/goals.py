@@ -1,4 +1,4 @@
-"""What is wanted of models that read a memory, and whether it was reached."""
+"""The goals for models that read a memory, and whether they were reached."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,24 +12,24 @@ from benchmarks.retro.translations import ADDED
 from benchmarks.verdicts import Verdict
 
 LEAST_GAIN = 0.05
-"""Against a deeper model, at an overlap of 50% at most."""
+"""The smallest gain over a deeper model, at an overlap of at most 50%."""
 ERRORS = 2.0
 
 
 LEAST_PACE = 0.9
 MOST_LOSS = 1.01
-"""The largest loss of training while hosts fail, against that with honest ones."""
+"""The largest loss of training while hosts fail, relative to that with honest hosts."""
 
 
 def verdicts(results: Mapping[str, Any], *, is_quick: bool = False) -> Iterator[Verdict]:
-    """Verdicts on all parts that were measured. Nothing is wanted of a quick run: it is too short."""
+    """Verdicts on all parts in the results. A quick run is too short for goals, so it has none."""
     for part, judge in _JUDGES.items():
         for verdict in judge(results[part]) if results.get(part) else ():
             yield replace(verdict, goal="", is_reached=None) if is_quick else verdict
 
 
 class Compared:
-    """The bits per byte of all runs, in the mean over sequences."""
+    """The bits per byte of all runs, as means over sequences."""
 
     def __init__(self, runs: Mapping[str, Any]) -> None:
         seeds = sorted({name.split()[1] for name in runs})
@@ -41,7 +41,7 @@ class Compared:
         self.names = [name for name in (self.pairs[0][0] if self.pairs else ()) if name != ADDED]
 
     def of(self, variant: str, names: Sequence[str] | None = None) -> list[float]:
-        """The figures of models that read, one for each seed, in the mean over texts."""
+        """The mean over texts for each model that reads, one figure for each seed."""
         wanted = self.names if names is None else names
         return [
             statistics.fmean(statistics.fmean(reads[name][variant]) for name in wanted)
@@ -56,9 +56,10 @@ class Compared:
         ]
 
     def gain_and_error(self, variant: str, other: str) -> tuple[float, float]:
-        """How much lower the one is, over sequences of all seeds in pairs, and the standard error of that.
+        """How much lower the figures of `variant` are than those of `other`, and the standard error, over pairs of
+        sequences.
 
-        A sequence's gains with several seeds are not independent: their mean counts once.
+        A sequence's gains with several seeds are not independent, so their mean counts once.
         """
         gains = [
             statistics.fmean(

@@ -1,8 +1,7 @@
-"""Training that reads a memory of hosts on this machine: what their distance costs, and what their failures do.
+"""Training that reads a memory of hosts on this machine: what distance costs, and what failures of hosts do.
 
-The retriever, the look-ups and the training are the real ones. For the pace, hosts are in a process of their own, as
-nodes host memories, and experts are calls that take a round trip and nothing else. Hosts that fail answer in this
-process.
+The retriever, the look-ups and the training are the real ones. To measure the pace, the hosts are in a process of their
+own, as nodes are, and calls to experts only wait for a round trip. Hosts that fail are in this process.
 """
 
 import threading
@@ -47,19 +46,19 @@ from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress
 
 Say: TypeAlias = Callable[[str], None]
-"""Told what has been measured."""
+"""Called with each measurement in words."""
 FAULTS = ("honest", "half of them die", "forged text", "omits the best", "malformed answers")
-"""Faults of a quarter of the hosts, except where half of them die."""
+"""The faults that are tested. A quarter of the hosts has each fault; of those that die, it is half."""
 _DYING = "half of them die"
 _DIE_AFTER = 10
-"""Calls of all hosts together."""
+"""Hosts die after this many calls to all hosts together."""
 _SPEC = RetrievalSpec(layers=(1,))
-"""How trainers read unless they are told otherwise."""
+"""How trainers read by default."""
 _BATCH, _CONTEXT, _HIDDEN = 4, 256, 128
 _HELD_OUT = 50
 _LIMIT_S = 60.0
 _SETTLED = 12
-"""Steps after which the pace is measured."""
+"""The number of steps after which the pace is measured."""
 _MANIFEST = Manifest.model_validate(
     {
         "name": "hosted",
@@ -76,7 +75,7 @@ _MANIFEST = Manifest.model_validate(
 
 
 class LocalCaller:
-    """Calls of hosts in this process, which fail once their host has died."""
+    """Calls to hosts in this process, which fail once their host has died."""
 
     def __init__(self, hosts: Sequence[ShardHost], *, half_die: bool) -> None:
         self._hosts = {host.peer_id: host for host in hosts}
@@ -91,7 +90,7 @@ class LocalCaller:
 
 
 class Waiting(nn.Module):
-    """What takes the place of experts: nothing but the round trips of a forward and of a backward call."""
+    """Takes the place of experts: it only waits for the round trips of a forward and a backward call."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         result: Tensor = _Wait.apply(x_BTD)  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -111,10 +110,10 @@ class _Wait(torch.autograd.Function):
 
 
 class HostedMemory:
-    """A memory, and a text to learn from."""
+    """A memory, and a text to train on."""
 
     def __init__(self, folder: Path, characters: float) -> None:
-        """`characters`: of each work, at most, and about."""
+        """`characters`: roughly the largest number of characters of each work."""
         self._folder = folder / "memory"
         self._built, held_out = build_memory(folder / "works", _HELD_OUT, characters)
         self._manifest = write_memory(
@@ -131,7 +130,7 @@ class HostedMemory:
 
     @contextmanager
     def with_faults(self, loop: LoopThread, kind: str) -> Iterator[Memory]:
-        """The hosts are in this process."""
+        """Opens the memory at hosts in this process, some of which have the fault."""
         liar = KINDS.get(kind, ShardHost)
         peers = [SimulatedIdentity(number + 1).peer_id for number in range(HOSTS)]
         hosts = self._hosts(peers, [ShardHost] * (HOSTS - LIARS) + [liar] * LIARS)
@@ -141,7 +140,9 @@ class HostedMemory:
 
     @contextmanager
     def distant(self, loop: LoopThread) -> Iterator[tuple[Memory, Callable[[], float]]]:
-        """The hosts are a round trip away, in another process. Also: a function that tells how long that computed."""
+        """Opens the memory at hosts in another process, a round trip away. Also yields a function that returns their
+        CPU seconds.
+        """
         with ExitStack() as stack:
             standby = Standby("benchmarks.retro.hosts", [str(self._folder)], _LIMIT_S)
             stack.callback(standby.close)
@@ -168,7 +169,7 @@ class HostedMemory:
 
 
 class Ready:
-    """Passages that are there already, the same for all chunks."""
+    """A source that always gives the same passage, without a look-up."""
 
     def __init__(self, text: str) -> None:
         tokens = torch.tensor(list(text.encode())[: _SPEC.length])
@@ -184,7 +185,9 @@ class Ready:
 
 @dataclass
 class _Pace:
-    """How fast steps go once a run has settled: before that, the look-ups of the first batches come all at once."""
+    """Measures the pace of steps once a run has settled. Before that, the look-ups of the first batches are all made at
+    once.
+    """
 
     first: int
     last: int
@@ -205,7 +208,7 @@ class _Pace:
             )
 
     def figures(self) -> dict[str, float]:
-        """The figures between the two steps."""
+        """What was spent between the first and the last step of the measurement."""
         before, after = self._marks
         return {"steps": self.last - self.first} | {name: after[name] - before[name] for name in after}
 
@@ -218,9 +221,9 @@ def train(
     waits: bool,
     hosts_cpu_s: Callable[[], float] = lambda: 0.0,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The figures of a run, and those of its pace.
+    """Trains a model. Returns the figures of the run, and those of its pace.
 
-    `source`: of passages; None: its model reads nothing. `waits`: for experts.
+    `source`: where passages come from; None: the model reads nothing. `waits`: whether the model waits for experts.
     """
     settings = TrainerSettings(
         steps=steps, batch_size=_BATCH, seed=0, validation_batches=2, warmup_steps=min(20, steps // 2)
@@ -229,7 +232,7 @@ def train(
     spec = None if source is None else _SPEC
     model = LanguageModel(_MANIFEST, lambda layer: Waiting() if waits else nn.Identity(), retrieval=spec)
     counts = source.counts if isinstance(source, NeighbourLookup) else None
-    # the last step's time has the validation in it
+    # The time of the last step includes the validation.
     pace = _Pace(min(_SETTLED, steps // 2), steps - 1, counts, hosts_cpu_s)
     with ExitStack() as stack:
         neighbours: NeighbourLoader[Tensor, Tensor] | Ready | None
@@ -244,10 +247,10 @@ def train(
 
 
 def pace(hosted: HostedMemory, steps: int, rounds: int, say: Say) -> dict[str, Any]:
-    """What steps take where a call of experts or of hosts takes 80 ms.
+    """Measures how long steps take where a call to experts or hosts takes 80 ms.
 
-    In turns, since other work on the machine comes and goes: with look-ups; with passages that are there already; and
-    without any, by a model that reads none. What is compared is of the same round.
+    Three variants take turns, since other work on the machine varies: with look-ups, with passages that are there
+    already, and with a model that reads none. Only figures of the same round are compared.
     """
     found = defaultdict[str, list[dict[str, float]]](list)
     ready = Ready(hosted.passage)
@@ -274,7 +277,7 @@ def tokens_per_s(figures: Mapping[str, float]) -> float:
 
 
 def ms_per_1000_tokens(figures: Mapping[str, float], name: str = "cpu_s") -> float:
-    """Milliseconds of CPU time."""
+    """Milliseconds of CPU time for 1,000 tokens."""
     return 1e6 * figures[name] / (figures["steps"] * _BATCH * _CONTEXT)
 
 
@@ -283,7 +286,7 @@ def lookup_in(memory: Memory) -> NeighbourLookup:
 
 
 def faults(hosted: HostedMemory, steps: int, say: Say) -> dict[str, Any]:
-    """For each fault, how a run ended, and for how many chunks of other text it finds what it would of honest hosts."""
+    """For each fault: how a run ended, and for how many chunks of other text it finds the same as with honest hosts."""
     found: dict[str, Any] = {}
     tokens_BT = torch.from_numpy(hosted.tokens[: 32 * (_CONTEXT + 1)].astype(np.int64)).view(32, -1)
     honest: Tensor | None = None

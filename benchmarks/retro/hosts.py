@@ -2,7 +2,7 @@
 
     python -m benchmarks.retro.hosts FOLDER
 
-says where they listen, and answers the line `cpu` with the seconds that it has computed (`benchmarks.apart`).
+This prints where the hosts listen, and answers the line `cpu` with its CPU seconds so far (`benchmarks.apart`).
 """
 
 import asyncio
@@ -35,10 +35,10 @@ RTT_S = 0.08
 
 
 def placed(roots: Iterable[bytes]) -> list[set[bytes]]:
-    """The shards of each host. Each shard is at two of them. Those that may lie are the last."""
+    """The shards of each host. Each shard is at two hosts. The last hosts are those that may lie."""
     rng, found = random.Random(0), [set[bytes]() for _ in range(HOSTS)]
     for root in roots:
-        # no protocol finds what liars alone have
+        # Each shard has an honest host: nothing could expose liars if they had all its replicas.
         first = rng.randrange(HOSTS - LIARS)
         others = rng.sample([n for n in range(HOSTS) if n != first], REPLICAS - 1)
         for number in (first, *others):
@@ -47,7 +47,7 @@ def placed(roots: Iterable[bytes]) -> list[set[bytes]]:
 
 
 class DistantServicer(MemoryServicer):
-    """One whose calls take a round trip."""
+    """A servicer whose calls take a round trip."""
 
     async def Search(
         self, request: memory_pb2.SearchRequest, context: SearchContext
@@ -63,7 +63,7 @@ class DistantServicer(MemoryServicer):
 async def _serve(
     folder: Path, number: int, roots: set[bytes], first: Identity
 ) -> tuple[grpc.aio.Server, dict[str, Any]]:
-    """A server, and where it listens. `first`: the host that the memory is named after."""
+    """Starts a server. Returns it, and where it listens. `first`: the host that the memory is named after."""
     identity = Identity.load_or_create(folder / f"host-{number}.key") if number else first
     certificate, sessions = identity.make_certificate(), Sessions(SWARM, identity.peer_id)
     store = MemoryStore.open(folder)

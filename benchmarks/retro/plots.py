@@ -1,4 +1,4 @@
-"""A picture of what `benchmarks.retro` found. Needs matplotlib, of the extra `plot`."""
+"""A plot of the results of `benchmarks.retro`. It needs matplotlib, from the extra `plot`."""
 
 import statistics
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _curves(compared: Compared, path: Path) -> Path:
-    """Bits per byte by how much of the text its passages may have, and by the share of the memory."""
+    """Bits per byte against the permitted overlap of passages with the text, and against the share of the memory."""
     import matplotlib as mpl
 
     mpl.use("svg")

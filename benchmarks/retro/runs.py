@@ -1,7 +1,7 @@
-"""Models that read a store and models that don't, trained on the same tokens, and what they predict of held-out text.
+"""Trains models with and without a store of passages on the same tokens, and measures their loss on held-out text.
 
-A model that reads is compared with one that has more layers instead, as many as cost the same operations per token, and
-with itself where the passages are drawn at random.
+A model that reads is compared with a deeper one that does as many operations per token, and with itself when the
+passages are drawn at random.
 """
 
 import itertools
@@ -31,21 +31,21 @@ from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress
 
 OVERLAPS = {"none": 0.0, "12.5%": 0.125, "50%": 0.5, "all": 1.0}
-"""The largest share of the target's runs of eight words that a neighbour may have."""
+"""The largest share of the eight-word sequences of a target that may also be in a neighbour."""
 SHARES = (0.25, 0.5, 1.0)
-"""Shares of the store."""
+"""The shares of the store that are used."""
 LEARNED_OVERLAP = 0.5
-"""The largest overlap of neighbours while models learn: the default of trainers."""
+"""The largest overlap of neighbours in training: the default of trainers."""
 WAYS = ("reads", "deeper")
 _VALIDATED = "real 50%"
-"""What models that read are given while they are validated."""
+"""The variant that models that read are validated with."""
 _TESTED_AT_ONCE = 16
-"""Sequences."""
+"""Sequences that are tested at once."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and on how much."""
+    """What is trained, and on how much text."""
 
     steps: int = 600
     batch: int = 4
@@ -55,14 +55,14 @@ class Size:
     context: int = 256
     vocabulary: int = 2048
     held_out: int = 120
-    """Sequences of each domain."""
+    """Held-out sequences of each domain."""
     characters: float = math.inf
-    """Characters of each domain."""
+    """The largest number of characters of each domain."""
     learning_rate: float = 3e-3
     spec: RetrievalSpec = field(default_factory=lambda: RetrievalSpec(64, 1, 160, (0,)))
 
     def manifest(self, layers: int, seed: int) -> Manifest:
-        """Experts have no part in this: every layer is the trainer's."""
+        """The manifest of a model without experts: every layer is the trainer's."""
         model = {
             "layers": layers, "hidden": self.hidden, "heads": self.heads, "context": self.context,
             "feed_forward": 4 * self.hidden, "seed": seed,
@@ -70,7 +70,7 @@ class Size:
         return Manifest.model_validate({"name": "retro", "preset": "none", "model": model})
 
     def flops(self, layers: int, *, reads: bool) -> int:
-        """FLOPs of a forward pass for each token: two for each number that is multiplied with a weight or a score."""
+        """FLOPs of a forward pass for each token: two for each multiplication with a weight or a score."""
         D, spec = self.hidden, self.spec
         plain = layers * (24 * D * D + 2 * self.context * D) + 2 * D * self.vocabulary
         if not reads:
@@ -83,7 +83,9 @@ class Size:
 
     @property
     def deeper(self) -> int:
-        """A model with as many layers as take about as many operations as reading does, and rather more."""
+        """The number of layers with which a model without a store does about as many operations as one that
+        reads, or more.
+        """
         wanted = 0.99 * self.flops(self.layers, reads=True)
         return next(n for n in itertools.count(self.layers) if self.flops(n, reads=False) >= wanted)
 
@@ -93,25 +95,25 @@ QUICK = Size(40, 4, 32, 2, 2, 128, 512, 12, 2e5, 3e-3, RetrievalSpec(32, 1, 80, 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out sequences of one text, and what models that read are given with them."""
+    """Held-out sequences of one text, and the neighbours that models get with them."""
 
     tokens_ST: Tensor
     given: Mapping[str, Tensor]
-    """Neighbours by the variant: [S, U, N, L]."""
+    """The neighbours for each variant: [S, U, N, L]."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All that is the same for all models."""
+    """What all models have in common."""
 
     size: Size
     tokens_ST: Tensor
-    """Tokens to learn from."""
+    """The tokens of the training text."""
     given: Tensor
-    """What the models that read are given with it."""
+    """The neighbours that the models that read get with them."""
     tested: Mapping[str, HeldOut]
     bytes_V: NDArray[np.int64]
-    """Bytes of each token."""
+    """The number of bytes of each token."""
     about: Mapping[str, Any]
 
     @classmethod
@@ -164,7 +166,9 @@ class World:
 
 
 class _Batches:
-    """The learned sequences in an order that follows from a seed, and their neighbours, as `Training` takes them."""
+    """The training sequences in an order that follows from a seed, and their neighbours, in the form that `Training`
+    takes.
+    """
 
     def __init__(self, world: World, seed: int) -> None:
         self._world = world
@@ -200,7 +204,9 @@ def train(
     stop: Callable[[], bool],
     show: Callable[[int, float], None],
 ) -> tuple[LanguageModel, dict[str, Any]] | None:
-    """A model, and what it cost; None if it was stopped. `file`: where what is done is kept, to go on from there."""
+    """Trains a model. Returns it with what it cost, or None if it was stopped. `file`: where progress is saved, to
+    continue from.
+    """
     size, reads = world.size, way == "reads"
     layers = size.layers if reads else size.deeper
     spec = size.spec if reads else None
@@ -241,7 +247,7 @@ def train(
 
 
 def test(world: World, model: LanguageModel) -> dict[str, dict[str, list[float]]]:
-    """Bits per byte of each held-out sequence, by text and by what the model is given."""
+    """Bits per byte of each held-out sequence, by text and by variant of neighbours."""
     found = {}
     for name, tested in world.tested.items():
         bytes_S = world.bytes_V[tested.tokens_ST[:, 1:].numpy()].sum(axis=1)
@@ -257,7 +263,7 @@ def test(world: World, model: LanguageModel) -> dict[str, dict[str, list[float]]
 
 @torch.no_grad()
 def _nats(model: LanguageModel, tokens_ST: Tensor, neighbours: Tensor | None) -> list[float]:
-    """The nats of all that is predicted of each sequence."""
+    """For each sequence, the sum of the losses of all its predictions, in nats."""
     model.eval()
     nats: list[float] = []
     for at in range(0, len(tokens_ST), _TESTED_AT_ONCE):

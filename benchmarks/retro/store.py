@@ -1,7 +1,7 @@
-"""The texts that models learn from and are tested on, and the store of passages that they read.
+"""The texts that models are trained and tested on, and the store of passages that they read.
 
-Models learn chapters of one translation of the Bible, and the store has another translation: the same in other words.
-No model learns the New Testament; its passages are added to the store afterwards.
+Models are trained on chapters of one translation of the Bible, and the store has another translation: the same in other
+words. No model is trained on the New Testament; its passages are added to the store afterwards.
 
 Shapes: S sequences, T tokens of one, U chunks of a sequence, Q queries, N passages, K candidates.
 """
@@ -35,12 +35,12 @@ _AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Sequences:
-    """Tokens in pieces of the model's context and one, each with what was found for it."""
+    """Tokens in pieces that are one longer than the model's context, and the passages found for each."""
 
     tokens_ST: Tensor
     chunks: Sequence[Sequence[Chunk]]
     candidates_SUK: NDArray[np.int64]
-    """Passages of the whole store, the nearest first."""
+    """Passages from the whole store, nearest first."""
 
     def __len__(self) -> int:
         return len(self.tokens_ST)
@@ -52,7 +52,7 @@ class Store:
     def __init__(
         self, folder: Path, works: Translations, context: int, vocabulary: int, spec: RetrievalSpec
     ) -> None:
-        """`folder`: for the encoder, which is taken from there if it is there."""
+        """`folder`: where the encoder is saved. If it is there already, it is loaded."""
         self._folder, self._context, self._spec = folder, context, spec
         rng = random.Random(0)
         self.learned: list[str] = []
@@ -74,7 +74,7 @@ class Store:
 
     @cached_property
     def encoder(self) -> StaticEncoder:
-        """Learned from the first passages, as a memory's is from its first revision."""
+        """The encoder, trained on the first passages, as a memory's encoder is on its first revision."""
         kept = self._folder / "encoder"
         if kept.exists():
             return StaticEncoder.from_bytes(kept.read_bytes())
@@ -92,7 +92,7 @@ class Store:
 
     @cached_property
     def tokens(self) -> Callable[[int], Tensor]:
-        """The tokens of a passage, as many as are read: int64 [L], -1 after its end."""
+        """A function that returns the tokens of a passage, as many as are read: int64 [L], with -1 after the end."""
         known: dict[int, Tensor] = {}
         length = self._spec.length
 
@@ -107,12 +107,12 @@ class Store:
         return tokens_of
 
     def where(self, *domains: str, share: float = 1.0) -> NDArray[np.bool_]:
-        """Which passages a store of these domains has, and of them a share."""
+        """Which passages are of these domains, or, with a `share`, a random part of those."""
         is_there = np.isin(self.domains, domains)
         return is_there & (np.random.default_rng(0).random(len(is_there)) < share)
 
     def sequences(self, texts: Sequence[str], most: int, there_N: NDArray[np.bool_]) -> Sequences:
-        """Drawn from all texts."""
+        """Draws sequences from all texts."""
         rng, size = random.Random(0), self._context + 1
         pieces = [
             tokens[at : at + size]
@@ -122,19 +122,19 @@ class Store:
         ]
         drawn = rng.sample(pieces, min(most, len(pieces)))
         tokens_ST = torch.from_numpy(np.stack(drawn))
-        # what the last chunk's neighbours are read for is one token: nothing to be given away
+        # The last chunk's neighbours are read for one token only, so there is nothing to give away.
         chunks = [chunks_of(tokens_T[:-1].tolist(), self._spec.chunk, self.decode) for tokens_T in tokens_ST]
         return Sequences(tokens_ST, chunks, self.find(chunks, there_N))
 
     def again(self, sequences: Sequences, there_N: NDArray[np.bool_]) -> Sequences:
-        """The same, with what is found in another store."""
+        """The same sequences, with the passages found in another store."""
         return replace(sequences, candidates_SUK=self.find(sequences.chunks, there_N))
 
     def decode(self, tokens: Sequence[int]) -> str:
         return b"".join(self.tokenizer.token_bytes[token] for token in tokens).decode(errors="replace")
 
     def find(self, chunks: Sequence[Sequence[Chunk]], there_N: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The nearest passages that are there: [S, U, K]."""
+        """The nearest passages that the store has: [S, U, K]."""
         texts = [chunk.text for some in chunks for chunk in some]
         numbers_N = np.flatnonzero(there_N)
         vectors_ND = self.vectors_ND[numbers_N]
@@ -148,9 +148,10 @@ class Store:
         return found.reshape(len(chunks), -1, CANDIDATES)
 
     def neighbours(self, sequences: Sequences, most_overlap: float, *, learned: bool = False) -> Tensor:
-        """What the model is given, [S, U, N, L].
+        """The neighbours that the model gets: [S, U, N, L].
 
-        `learned`: by the rule that trainers follow, who can't know that none of a text's own document is there.
+        `learned`: whether to apply the rule of trainers, who cannot know that the store has nothing from the text's own
+        document.
         """
         spec = self._spec
         given = spec.nothing(len(sequences), len(sequences.chunks[0]))
@@ -166,7 +167,7 @@ class Store:
         return given
 
     def drawn(self, sequences: Sequences, there_N: NDArray[np.bool_]) -> Tensor:
-        """Neighbours that have nothing to do with the text."""
+        """Random neighbours, which have nothing to do with the text."""
         rng, spec = np.random.default_rng(1), self._spec
         numbers_N = np.flatnonzero(there_N)
         shape = (len(sequences), len(sequences.chunks[0]), spec.neighbours)
@@ -174,7 +175,7 @@ class Store:
         return torch.stack([self.tokens(n) for n in numbers.ravel().tolist()]).view(*shape, spec.length)
 
     def overlaps(self, sequences: Sequences) -> float:
-        """The mean share of targets that the nearest candidate gives away."""
+        """The mean share of a target that the nearest candidate contains."""
         shares = [
             Runs(chunk.target).overlap(self.passages[int(candidates_K[0])].text)
             for some, candidates_UK in zip(sequences.chunks, sequences.candidates_SUK, strict=True)

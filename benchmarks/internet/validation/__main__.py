@@ -2,9 +2,9 @@
 
     python -m benchmarks.internet.validation [--only processes|simulation] [--runs N] [--json FILE]
 
-Throughput, adoption times and bytes should be within a fifth of each other. The processes take about six minutes on two
-cores, and 150 MB of memory for each node. The simulation is run several times with other chances; what is shown is the
-mean, and the least and the most.
+Throughput, adoption times and bytes should differ by less than a fifth. The processes take about six minutes on two
+cores, and 150 MB of memory for each node. The simulation runs several times with other random events; the mean, the
+minimum and the maximum are shown.
 """
 
 import argparse
@@ -29,11 +29,13 @@ from peer.platform.loop import new_event_loop
 from talkoot.signals import Stopped, run_until_stopped
 
 MOST_BUSY = 0.7
-"""The largest share of the processor in training. Beyond it waiting for the processor counts as waiting for experts."""
+"""The largest share of the processor that may be used in training. Above it, waiting for the processor would count as
+waiting for experts.
+"""
 
 
 async def run_processes(scenario: Scenario, console: Console) -> Measured:
-    """Raises UserError."""
+    """Runs the scenario with real processes. Raises UserError."""
     began = time.monotonic()
 
     def tell(news: str) -> None:

@@ -1,7 +1,7 @@
-"""A kind of expert that sleeps as long as a drawn computer would take to compute it.
+"""A kind of expert that sleeps as long as a randomly drawn computer would take to compute it.
 
-It is offered through the entry point group `talkoot.expert_kinds`: `make_package` writes what a package's installation
-would write. The processor and the spread of its times are given in the environment of the node's process.
+It is offered through the entry point group `talkoot.expert_kinds`: `make_package` writes the metadata that installing a
+package would write. The processor and the spread of its times are set by environment variables of the node's process.
 """
 
 import os
@@ -22,7 +22,7 @@ _ROWS_PER_S, _JITTER, _SEED = "DRAWN_TIMES_ROWS_PER_S", "DRAWN_TIMES_JITTER", "D
 
 
 class DrawnTimes(nn.Module):
-    """Scales each column. The same rows give the same outputs, sooner or later."""
+    """Scales each column. The outputs depend only on the rows, not on the time taken."""
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class DrawnTimes(nn.Module):
 
 
 class Processor:
-    """Takes its time."""
+    """A processor that sleeps for as long as the work takes."""
 
     def __init__(self, rows_per_s: float, jitter: float, seed: str) -> None:
         self._rows_per_s = rows_per_s
@@ -56,7 +56,7 @@ class Processor:
 
 
 class _Delayed(torch.autograd.Function):
-    """Changes nothing; its gradient takes as long as a backward pass."""
+    """The identity, whose gradient takes as long as a backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, processor: Processor) -> Tensor:
@@ -70,7 +70,7 @@ class _Delayed(torch.autograd.Function):
 
 
 def environment_of(package: Path, rows_per_s: float, jitter: float, seed: str) -> dict[str, str]:
-    """The environment of a node's process. `package`: as `make_package` gave it."""
+    """The environment for a node's process. `package`: what `make_package` returned."""
     path = os.pathsep.join([str(package), os.getcwd(), os.environ.get("PYTHONPATH", "")])
     return {"PYTHONPATH": path, _ROWS_PER_S: str(rows_per_s), _JITTER: str(jitter), _SEED: seed}
 

@@ -1,4 +1,4 @@
-"""What either side of the validation measures of a scenario."""
+"""What the validation measures of a scenario, both with real processes and in the simulation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from benchmarks.internet.validation.steady_trainers import Step
 Figures = Mapping[str, float]
 
 MOST_APART = 0.2
-"""How far the ratio of both sides may differ from 1."""
+"""How far the ratio of simulation to reality may differ from 1."""
 COMPARED = frozenset(
     {
         "rows_per_s",
@@ -20,24 +20,24 @@ COMPARED = frozenset(
         "adopted_all_s",
     }
 )
-"""Figures that both sides must agree on."""
+"""The figures on which simulation and reality must agree."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Some seconds in which nothing changed."""
+    """A period in which no node came or went."""
 
     seconds: float
     peers: int
-    """Nodes that live."""
+    """The number of nodes that live."""
     carried_bytes: float
-    """Carried bytes in all, each counted once."""
+    """Bytes that were carried in all; each counts once."""
     steps: Sequence[Step]
-    """Steps that ended."""
+    """The steps that ended in it."""
     processor: float = 0.0
-    """Share of the machine that the run's own processes used,"""
+    """The share of the machine's processor that the run's own processes used."""
     machine: float = 0.0
-    """and all processes."""
+    """The share of the machine's processor that all processes used."""
 
     @property
     def rows_per_s(self) -> float:
@@ -45,7 +45,7 @@ class Stretch:
 
     @property
     def kbit_per_s(self) -> float:
-        """The traffic of each node, there and back: what one sends, another receives."""
+        """The traffic of each node in both directions: each byte that one sends, another receives."""
         return 2 * self.carried_bytes * 8e-3 / self.seconds / self.peers
 
     @property
@@ -63,16 +63,16 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Adoption:
-    """What followed the death of many nodes."""
+    """What followed when many nodes died."""
 
     lost: int
-    """Replicas that died."""
+    """The number of replicas that died."""
     vacant: int
-    """Experts that had no other host."""
+    """The number of experts that had no other host."""
     taken: int
-    """Replicas that others took in their place."""
+    """The number of replicas that other nodes started in their place."""
     times_s: Sequence[float]
-    """Seconds from the deaths until each vacant expert was served, rising."""
+    """Seconds from the deaths until each expert without a host was served again, in ascending order."""
 
     @property
     def all_served_s(self) -> float:
@@ -85,11 +85,11 @@ class Adoption:
 
 @dataclass(frozen=True)
 class Measured:
-    """A whole run."""
+    """The measurements of a whole run."""
 
     quiet: Stretch
     reading: Stretch
-    """The stretch with trainers that do not train."""
+    """The period in which trainers only read, and do not train."""
     training: Stretch
     adoption: Adoption
     after: Stretch

@@ -35,7 +35,7 @@ _OF_A_PROCESS = {"threads": 1, "niceness": 0, "device": '"cpu"', "p2pd": '"off"'
 
 
 class RealSwarm:
-    """All processes of one run. `stop` it when done."""
+    """All processes of one run. Call `stop` when done."""
 
     def __init__(self, scenario: Scenario, folder: Path, tell: Callable[[str], None]) -> None:
         self._scenario = scenario
@@ -78,7 +78,7 @@ class RealSwarm:
         return Measured(quiet, reading, training, adoption, after)
 
     async def stop(self) -> None:
-        """Stopping twice is harmless."""
+        """Ends all processes. It is harmless to call it twice."""
         for child in (self._trainers, *self._nodes):
             if child is not None and child.exit_status is None:
                 child.kill()
@@ -87,7 +87,7 @@ class RealSwarm:
             await proxy.close()
 
     def _some_invite(self) -> str:
-        """The invite of any node that serves: the founder alone would have too much to do on a busy machine."""
+        """The invite of a random node that serves: the founder alone would have too much to do on a busy machine."""
         invite: str = self._rng.choice(list(self._invites.values()))["invite"]
         return invite
 
@@ -124,14 +124,14 @@ class RealSwarm:
                 )
 
     async def _until_hosted(self) -> None:
-        """Waits until there is no room left, or nothing to be hosted more often."""
+        """Waits until the nodes have no room left, or nothing more to host."""
         wanted = self._scenario.wanted_replicas
         await self._processes.until(
             lambda: sum(self._experts.values()) >= wanted, _START_LIMIT_S, "experts to be hosted"
         )
 
     async def _hosting(self) -> Hosting:
-        """What is hosted, as a peer that joins reads it."""
+        """What is hosted where, as a peer that joins reads it."""
         invite, folder = Invite.parse(self._some_invite()), self._folder / "reader"
         folder.mkdir()
         identity = Identity.load_or_create(folder / "identity.key")
@@ -146,7 +146,7 @@ class RealSwarm:
         )
 
     async def _start_trainers(self) -> Path:
-        """Returns when they have joined. Gives their folder."""
+        """Starts the trainers, and waits until they have joined. Returns their folder."""
         invite = self._some_invite()
         folder = self._folder / "trainers"
         folder.mkdir()
@@ -156,7 +156,9 @@ class RealSwarm:
         return folder
 
     async def _silence(self, hosting: Hosting) -> Adoption:
-        """Silences a fourth, and returns when others have adopted all that these alone hosted."""
+        """Makes a quarter of the nodes fall silent. Returns when others have adopted all experts that only these
+        hosted.
+        """
         victims = hosting.victims(self._scenario)
         vacant, lost = hosting.vacant(victims), hosting.replicas(victims)
         self._silent = {self._nodes[number] for number in victims}
@@ -174,11 +176,11 @@ class RealSwarm:
 
     @property
     def _adopted(self) -> int:
-        """Experts that living nodes have adopted."""
+        """The number of experts that living nodes have adopted."""
         return sum(count for node, count in self._adoptions.items() if node not in self._silent)
 
     async def _stretch(self, seconds: float) -> Stretch:
-        """What happens in the next seconds."""
+        """Measures the next `seconds` seconds."""
         began, steps, carried, computed = time.monotonic(), len(self._steps), self._carried(), self._cpu_s()
         machine = psutil.cpu_times()
         await asyncio.sleep(seconds)
@@ -198,7 +200,7 @@ class RealSwarm:
         return sum(wire.there.bytes_carried + wire.back.bytes_carried for wire in self._wires)
 
     def _cpu_s(self) -> float:
-        """CPU seconds of all processes of this run."""
+        """CPU seconds of all processes of this run so far."""
         total = 0.0
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             with suppress(psutil.NoSuchProcess):

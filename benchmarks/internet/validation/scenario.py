@@ -1,8 +1,8 @@
-"""One small swarm's life, which `benchmarks.internet.validation` plays with real processes and in the simulation.
+"""The scenario of a small swarm, which `benchmarks.internet.validation` runs with real processes and in the simulation.
 
-Nodes join, trainers train, a fourth of the nodes falls silent at once, as when the power fails, others adopt what
-these hosted, and training goes on. Experts do not compute: they sleep as long as a drawn computer would take, so that
-two cores carry 24 nodes.
+Nodes join and trainers train. Then a quarter of the nodes falls silent at once, as in a power failure, others adopt the
+experts these hosted, and training continues. Experts do not compute: they sleep as long as a randomly drawn computer
+would take, so that two cores can run 24 nodes.
 """
 
 import random
@@ -18,56 +18,56 @@ from peer.codec import Floats
 from talkoot.demo.links import Link
 
 _SLOWEST, _FASTEST = 1 / 3, 3.0
-"""The slowest and the fastest node against the middling one."""
+"""The speeds of the slowest and of the fastest node, relative to the median node."""
 _FORWARD, _BACKWARD = 1 / 3, 2 / 3
-"""Shares of the computing for a row."""
+"""How the computing for a row is shared between the forward and the backward call."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """All that both sides need to know. Times in seconds."""
+    """Everything that describes the scenario. Times are in seconds."""
 
     nodes: int = 24
     trainers: int = 8
     alone: int = 4
-    """Nodes that fall silent and whose experts nobody else hosts,"""
+    """The number of nodes that fall silent and whose experts have no other host."""
     others: int = 2
-    """and others that do."""
+    """The number of nodes that fall silent and whose experts do have another host."""
     grid: tuple[int, int] = (4, 4)
     room: int = 1
-    """Experts that each node takes,"""
+    """The number of experts that each node takes at the start."""
     spare: int = 1
-    """and those that it adopts beyond."""
+    """The number of experts that each node can adopt in addition."""
     replicas: int = 2
-    """Replicas of each expert, as long as there is room."""
+    """Replicas of each expert, if there is room."""
     width: int = 128
     sequence: int = 64
     """Rows in a step. All of them go to the same experts."""
     top_k: int = 2
     rows_per_s: float = 70.0
-    """Rows per second of the middling node, forward and backward."""
+    """Rows per second of the median node, forward and backward."""
     spread: float = 0.4
     """The standard deviation of the logarithm of the nodes' speeds."""
     jitter: float = 0.2
-    """The standard deviation of the logarithm of how long one batch takes at one node."""
+    """The standard deviation of the logarithm of the time that one node takes for a batch."""
     link: str = "20mbit,60ms"
     """The link of each node."""
     announce_every_s: float = 5.0
     quiet_s: float = 40.0
-    """How long nothing but the nodes' upkeep is measured,"""
+    """The length of the first period, in which only the nodes' upkeep is measured."""
     reading_s: float = 20.0
-    """then with trainers that read who is alive, but don't train,"""
+    """The length of the second period, in which trainers read who is alive, but don't train."""
     training_s: float = 45.0
-    """then training,"""
+    """The length of the third period, in which they train."""
     after_s: float = 30.0
-    """and training once all experts are served again."""
+    """The length of the last period, in which they train after all experts are served again."""
     adoption_limit_s: float = 300.0
     call_deadline_s: float = 10.0
     seed: int = 0
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
-        """The scenario from what `values` gave, read as JSON."""
+        """The scenario from the output of `values`, after JSON."""
         return cls(**{f.name: values[f.name] for f in fields(cls)} | {"grid": tuple(values["grid"])})
 
     def values(self) -> dict[str, Any]:
@@ -101,12 +101,12 @@ top_k = {self.top_k}
 
     @property
     def wanted_replicas(self) -> int:
-        """Replicas in all, when no room is left or nothing wants more."""
+        """The number of replicas at which the nodes have no room left, or every expert has enough."""
         return min(self.nodes * self.room, self.replicas * self.manifest.experts_total)
 
     @property
     def node_settings(self) -> dict[str, Any]:
-        """Settings of every node, besides where it listens."""
+        """The settings of every node, apart from its addresses."""
         return {
             "spare": self.spare,
             "replicas": self.replicas,
@@ -123,7 +123,7 @@ top_k = {self.top_k}
         return [self.rows_per_s * _bounded(rng.lognormvariate(0.0, self.spread)) for _ in range(self.nodes)]
 
     def bias(self) -> Floats:
-        """How popular each expert is: added to its scores. Of the grid's shape."""
+        """How popular each expert is: this is added to its scores. The array has the grid's shape."""
         rng = np.random.default_rng((self.seed, 1))
         return rng.normal(0.0, 0.3, self.grid).astype(np.float32)
 
@@ -133,28 +133,28 @@ top_k = {self.top_k}
 
 @dataclass(frozen=True)
 class Hosting:
-    """Who hosts what when nodes fall silent. Nodes by number, experts in words."""
+    """The hosts of each expert when nodes fall silent. Nodes are given by number, experts by their uid as a string."""
 
     experts: Mapping[str, Collection[int]]
 
     def victims(self, scenario: Scenario, founder: int = 0) -> list[int]:
-        """Never the founder."""
+        """The nodes that fall silent. The founder is never one of them."""
         alone = {hosts[0] for hosts in map(sorted, self.experts.values()) if len(hosts) == 1} - {founder}
         first = sorted(alone)[: scenario.alone]
         rest = [node for node in range(scenario.nodes) if node not in alone and node != founder]
         return sorted([*first, *rest[: scenario.others]])
 
     def vacant(self, dead: Collection[int]) -> int:
-        """Experts that nobody else hosts."""
+        """The number of experts that only dead nodes host."""
         return sum(set(hosts) <= set(dead) for hosts in self.experts.values())
 
     def replicas(self, nodes: Collection[int]) -> int:
-        """Replicas that these nodes host."""
+        """The number of replicas that these nodes host."""
         return sum(len(set(hosts) & set(nodes)) for hosts in self.experts.values())
 
 
 def service_s(rows: int, rows_per_s: float, jitter: float, rng: random.Random, backward: bool) -> float:
-    """How long one batch takes."""
+    """How long computing a batch takes."""
     return rows / rows_per_s * (_BACKWARD if backward else _FORWARD) * rng.lognormvariate(0.0, jitter)
 
 

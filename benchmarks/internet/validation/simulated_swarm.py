@@ -24,7 +24,7 @@ from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 
 _JOIN_WITHIN_S = 7.5
-"""One node after the other: about as processes start."""
+"""The time over which nodes join one after another: about as long as processes take to start."""
 _START_LIMIT_S = 300.0
 _LOOK_EVERY_S = 0.25
 _SETTLES_WITHIN_S = 15.0
@@ -35,19 +35,19 @@ _UNLIMITED_BPS = 1e12
 
 @dataclass(frozen=True)
 class EmulatedMachine:
-    """A node behind an emulated link; or a trainer, which has none."""
+    """A node behind an emulated link, or a trainer, which has no link."""
 
     up_bps: float = _UNLIMITED_BPS
     down_bps: float = _UNLIMITED_BPS
     rtt_s: float = 0.0
     nat: bool = True
-    """Trainers serve nobody."""
+    """Trainers accept no calls."""
     rows_per_s: float = 1.0
     is_hostile: bool = False
 
 
 class SimulatedRun:
-    """One run in one world."""
+    """One run, in a world of its own."""
 
     def __init__(self, scenario: Scenario, world: World) -> None:
         self._scenario = scenario
@@ -65,7 +65,7 @@ class SimulatedRun:
         self._numbers: dict[PeerID, int] = {}
         self._steps: list[Step] = []
         self._begun = asyncio.Event()
-        """When trainers train."""
+        """Set when trainers begin to train."""
         self._tasks: list[asyncio.Task[Any]] = []
         self._calls = Calls(
             [*self._machines, *[EmulatedMachine()] * scenario.trainers],
@@ -118,7 +118,7 @@ class SimulatedRun:
         return sum(len(node.runtime.experts) for node in self._nodes)
 
     async def _let_calls_pass(self) -> None:
-        """Time of calls goes in slots, from now on."""
+        """From now on, advances the calls slot by slot."""
         calls, loop = self._calls, asyncio.get_running_loop()
         while calls.now < loop.time():
             calls.step()
@@ -129,7 +129,7 @@ class SimulatedRun:
                 node.runtime.queued_rows = int(rows)
 
     async def _train(self, trainer: int) -> None:
-        """Trains with a trainer that is put together like that of `SwarmClient`."""
+        """Trains with a trainer that is assembled like the one of `SwarmClient`."""
         scenario, world, timing = self._scenario, self._world, TrainerTiming()
         settings = settings_of(scenario)
         peer = world.add(EmulatedMachine(), SimulatedIdentity(10**6 + trainer))
@@ -165,7 +165,7 @@ class SimulatedRun:
             group.create_task(train(dispatcher, scenario, trainer, world.time, self._steps.append))
 
     def _silence(self) -> Adoption:
-        """Silences nodes, as on the real side."""
+        """Makes nodes fall silent, as with the real processes."""
         scenario, world = self._scenario, self._world
         hosting = Hosting(
             {
@@ -202,11 +202,11 @@ class SimulatedRun:
         )
 
     def _carried(self) -> float:
-        """Bytes, each counted once."""
+        """Bytes carried so far, each counted once."""
         return sum(self._world.accounts.totals().values()) / 2 + float(self._calls.sent_bytes.sum())
 
 
 def simulate(scenario: Scenario, seed: int) -> Measured:
-    """One run; another seed stands for other chances, with the same nodes and trainers."""
+    """Simulates one run. Another seed changes the random events, but not the nodes and trainers."""
     with simulated(seed) as world:
         return SimulatedRun(scenario, world).run()

@@ -1,7 +1,7 @@
 """Trainers that take one step after another: a sequence forward and backward through its best live experts.
 
-`train` is what both sides of the validation run. As a program, this is all trainers of the real side in one process:
-it says when they have joined, begins when the file `begin` is in the folder, prints a JSON line for each step, and ends
+Both sides of the validation run `train`. As a program, this module is all trainers of the real side in one process: it
+reports when they have joined, begins when the file `begin` is in the folder, prints a JSON line for each step, and ends
 when it is stopped.
 
     python -m benchmarks.internet.validation.steady_trainers INVITE FOLDER SCENARIO(JSON)
@@ -30,7 +30,7 @@ _LAYER = 0
 _START_LIMIT_S = 120.0
 _LOOK_S = 0.1
 BEGIN = "begin"
-"""A file in the folder: when it is there, they begin to train."""
+"""The name of a file in the folder. Trainers begin to train when it exists."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Step:
 
     trainer: int
     began: float
-    """The start by the clock that `train` was given."""
+    """When the step began, by the clock that `train` was given."""
     forward_s: float
     backward_s: float
     rows: int
     answered: float
-    """Share of the answers that came, of those that were asked for."""
+    """The share of the requested answers that arrived."""
 
 
 async def train(
@@ -54,7 +54,9 @@ async def train(
     clock: Callable[[], float],
     note: Callable[[Step], None],
 ) -> None:
-    """Takes steps until it is cancelled. Which experts a step wants follows from the scenario and the trainer alone."""
+    """Takes steps until it is cancelled. The experts that a step chooses depend only on the scenario and the
+    trainer.
+    """
     rng = np.random.default_rng((scenario.seed, trainer))
     bias, k, length = scenario.bias(), scenario.top_k, scenario.sequence
     segments = Segments.whole(1, length)
@@ -89,7 +91,7 @@ def settings_of(scenario: Scenario) -> TrainerSettings:
 
 
 def _say(event: str, **values: object) -> None:
-    # at once: several threads write
+    # In one write, since several threads print.
     sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
     sys.stdout.flush()
 
