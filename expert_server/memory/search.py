@@ -214,18 +214,18 @@ def search_together(
     step = max(1, MOST_PRODUCTS // count)
     for start in range(0, len(queries), step) if k else ():
         some = torch.from_numpy(queries[start : start + step].copy())
-        products, order = list[NDArray[np.int32]](), list[int]()
+        products, order, end = np.empty((len(some), count), np.int32), list[int](), 0
         for rows_ND, together in _one_by_one(shards) if vectors is None else vectors.stretches(shards):
-            products.append(_inner_products(some, rows_ND))
-            begin = 0
+            begin, end = end, end + len(rows_ND)
+            products[:, begin:end] = _inner_products(some, rows_ND)
+            order += together
             for number in together:
                 shard = shards[number]
                 if shard.live < len(shard):
-                    products[-1][:, begin : begin + len(shard)][:, shard.revoked()] = NO_SCORE
+                    products[:, begin : begin + len(shard)][:, shard.revoked()] = NO_SCORE
                 begin += len(shard)
-            order += together
         begins = np.cumsum([0, *(len(shards[number]) for number in order[:-1])])
-        for row, found in enumerate(np.concatenate(products, axis=1), start):
+        for row, found in enumerate(products, start):
             least = np.partition(found, count - k)[count - k]
             candidates = np.flatnonzero(found >= least)
             which = np.searchsorted(begins, candidates, side="right") - 1

@@ -51,6 +51,10 @@ _HANGING = 4.0
 _SLOW_FOR_S = 60.0
 """How long the speed of a host is remembered."""
 _HOSTS = 4096
+_AHEAD_S = 900.0
+"""How long a host may say that passages were revoked before the publisher's list says so. Each host and searcher reads
+the list at least every few minutes.
+"""
 _QUICK = {StatusCode.UNAVAILABLE, StatusCode.NOT_FOUND}
 """Failures that cost little time. A few of these are forgiven."""
 _BUSY_TRIES = 3
@@ -216,6 +220,8 @@ class HostCalls:
         """Queries that a second replica has also answered."""
         self.faulty: BoundedDict[PeerID, Fault] = BoundedDict(_HOSTS)
         """Each host's last fault that no honest host commits."""
+        self._ahead: BoundedDict[PeerID, tuple[int, float]] = BoundedDict(_HOSTS)
+        """The revision after which a host said that something was revoked, and when it first did."""
         self._caller = caller
         self._memory = memory
         self._guard = guard or ParseGuard()
@@ -234,6 +240,14 @@ class HostCalls:
             self.metrics.lies.labels(fault).inc()
             logger.warning("host %s of memory %s: %s: banned for a while", host, self._memory, said)
         self.breakers.distrust(host, loop_time())
+
+    def may_be_ahead(self, host: PeerID, revision: int) -> bool:
+        """Notes that the host seems to know a later revision; False: it has said so for too long."""
+        known, since = self._ahead.get(host, (0, 0.0))
+        if known != revision:
+            since = loop_time()
+            self._ahead[host] = revision, since
+        return loop_time() - since < _AHEAD_S
 
     def note_checks(self, queries: int) -> None:
         """Counts queries that a second replica has also answered."""

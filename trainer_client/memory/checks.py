@@ -11,7 +11,7 @@ place in the other's answer, the other omitted it, once it is proven that the pa
 Shapes: Q queries, D numbers in a vector.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -171,11 +171,28 @@ def parse_passages(
 
     `asked`: positions by root, in the order of the request. Raises WireError for a reply that no honest host gives.
     """
+    found = {}
+    for place, message, info in _given(reply, asked, manifest):
+        if message.vector if info.is_secondary else message.HasField("passage"):  # otherwise it was revoked
+            found[place] = _prove(message, info, manifest.dimensions, host)
+    return found
+
+
+def parse_revoked(
+    reply: memory_pb2.ReadReply, asked: Mapping[bytes, Collection[int]], manifest: MemoryManifest
+) -> frozenset[Place]:
+    """The passages that the host says were revoked. It may know a later revision. Arguments and errors as above."""
+    given = _given(reply, asked, manifest)
+    return frozenset(place for place, message, info in given if prove(message, info).is_revoked)
+
+
+def _given(
+    reply: memory_pb2.ReadReply, asked: Mapping[bytes, Collection[int]], manifest: MemoryManifest
+) -> Iterator[tuple[Place, memory_pb2.ProvenPassage, ShardInfo]]:
     roots = list(asked)
     wanted = {Place(root, position) for root, positions in asked.items() for position in positions}
     if len(reply.passages) > len(wanted):
         raise WireError(f"{len(wanted)} passages were asked for, and {len(reply.passages)} came")
-    found = {}
     for message in reply.passages:
         if message.shard >= len(roots):
             raise WireError("a passage of a shard that was not asked for")
@@ -183,10 +200,7 @@ def parse_passages(
         if place not in wanted:
             raise WireError("a passage that was not asked for, or the same one twice")
         wanted.remove(place)
-        info = manifest.by_root[place.root]
-        if message.vector if info.is_secondary else message.HasField("passage"):  # otherwise it was revoked
-            found[place] = _prove(message, info, manifest.dimensions, host)
-    return found
+        yield place, message, manifest.by_root[place.root]
 
 
 def _prove(message: memory_pb2.ProvenPassage, info: ShardInfo, dimensions: int, host: PeerID) -> Proven:

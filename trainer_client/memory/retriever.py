@@ -54,6 +54,7 @@ from trainer_client.memory.checks import (
     agrees,
     omitted,
     parse_passages,
+    parse_revoked,
 )
 from trainer_client.memory.encoder import WORD_WEIGHT, words_of
 
@@ -261,23 +262,39 @@ class Retriever:
         self, places: Collection[Place], manifest: MemoryManifest, node: NodeInfo, ends: float
     ) -> dict[Place, Proven]:
         """The passages that the host has. Raises ExpertError."""
-        asked: dict[bytes, list[int]] = {}
-        for root, position in places:
-            asked.setdefault(root, []).append(position)
-        request = memory_pb2.ReadRequest(
-            protocol_version=PROTOCOL_VERSION,
-            swarm_id=self._swarm_id,
-            memory=str(self.directory.memory),
-            shards=[
-                memory_pb2.ShardPositions(root=root, positions=positions) for root, positions in asked.items()
-            ],
-        )
+        request, asked = self._read_request(places)
         is_large = len(places) > MANY
         parse = partial(parse_passages, asked=asked, manifest=manifest, host=node.peer_id)
         found = await self.calls.call(node, "Read", request, is_large, parse, bool, ends)
         for place, proven in found.items():
             self._kept[place] = proven
         return found
+
+    async def revoked(
+        self, places: Collection[Place], manifest: MemoryManifest, node: NodeInfo, ends: float
+    ) -> Collection[Place]:
+        """Those of the passages that the host says were revoked. Raises ExpertError."""
+        request, asked = self._read_request(places)
+        parse = partial(parse_revoked, asked=asked, manifest=manifest)
+        return await self.calls.call(node, "Read", request, False, parse, lambda _: True, ends)
+
+    def _read_request(
+        self, places: Iterable[Place]
+    ) -> tuple[memory_pb2.ReadRequest, Mapping[bytes, Sequence[int]]]:
+        """The request, and the positions by root in its order."""
+        asked: dict[bytes, list[int]] = {}
+        for root, position in places:
+            asked.setdefault(root, []).append(position)
+        shards = [
+            memory_pb2.ShardPositions(root=root, positions=positions) for root, positions in asked.items()
+        ]
+        request = memory_pb2.ReadRequest(
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=self._swarm_id,
+            memory=str(self.directory.memory),
+            shards=shards,
+        )
+        return request, asked
 
     def kept(self, places: Iterable[Place]) -> dict[Place, Proven]:
         """The passages that were read recently."""
@@ -415,6 +432,7 @@ class _Search:
             return found.keys()
 
         await retriever.calls.spread(places, call, ("Read", False), partial(_parts, most=MAX_READ), ends)
+        left_out: dict[PeerID, dict[Place, Proven]] = {}
         for (query, claim), silent in by_claim:
             proven = findings.proven.get(claim.found)
             if proven is None or proven.text in manifest.revoked:
@@ -425,7 +443,25 @@ class _Search:
                 )
                 continue
             for host in silent:
-                retriever.calls.distrust(host, "omission", f"left out the passage {proven.leaf.hex()[:16]}")
+                left_out.setdefault(host, {})[claim.found] = proven
+        for host, omitted_there in left_out.items():
+            if not await self._may_be_ahead(host, omitted_there, manifest, ends):
+                leaf = next(iter(omitted_there.values())).leaf
+                retriever.calls.distrust(host, "omission", f"left out the passage {leaf.hex()[:16]}")
+
+    async def _may_be_ahead(
+        self, host: PeerID, omitted_there: Collection[Place], manifest: MemoryManifest, ends: float
+    ) -> bool:
+        """Whether the host may know a later revision, which revokes all that it left out.
+
+        The publisher's list reaches everybody, so this is no excuse for long.
+        """
+        retriever = self._retriever
+        try:
+            revoked = await retriever.revoked(omitted_there, manifest, self._located.nodes[host], ends)
+        except ExpertError:
+            return False
+        return set(omitted_there) <= set(revoked) and retriever.calls.may_be_ahead(host, manifest.revision)
 
     async def _ask(self, roots: Collection[bytes], findings: Findings, ends: float) -> None:
         """Asks for the best passages in these shards, each from a host that was not asked before."""

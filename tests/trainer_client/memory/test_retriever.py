@@ -1,5 +1,6 @@
 """Searches among hosts that fail, stall and lie, in virtual time."""
 
+import asyncio
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,9 +10,10 @@ import pytest
 from expert_fakes import VirtualRunner, virtual_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_samples import MEMORY, SWARM, Lie, SampleHost, SampleMemory, SampleSwarm, peer_ids
+from memory_samples import DIMENSIONS, MEMORY, SWARM, Lie, SampleHost, SampleMemory, SampleSwarm, peer_ids
 
 from dht.memory import MAX_SCORES, MAX_SEARCHED, Passage
+from expert_server.memory.shard import Shard
 from peer.errors import DataError
 from peer.metrics import total
 from trainer_client.memory.calls import HostCalls, choose_hosts, quick_hosts
@@ -201,6 +203,30 @@ def test_leaving_out_what_the_newest_revision_revokes_is_no_omission() -> None:
         for number in range(20):
             searched(runner, retriever, [number])
         assert runner.run(avoided_by(retriever)) == {list(swarm.hosts)[1]}
+
+
+def test_whoever_says_that_a_later_revision_revokes_what_it_left_out_is_believed_for_a_while() -> None:
+    memory = MEMORIES[2]
+    later = memory.revoking(*range(40))
+    files = {root: shard.without(later.manifest.revoked_in) for root, shard in memory.shards.items()}
+    shards = {
+        root: Shard.parse(file, replace(memory.manifest.by_root[root], size=len(file)), DIMENSIONS)
+        for root, file in files.items()
+        if file is not None
+    }
+    swarm = swarm_of(memory, None, None)
+    ahead = list(swarm.hosts)[1]
+    swarm.hosts[ahead].memory = replace(later, shards={**memory.shards, **shards})
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm, checked_share=1.0)
+        for number in range(20):
+            searched(runner, retriever, [number])
+        assert not runner.run(avoided_by(retriever))
+        assert not retriever.calls.faulty
+        runner.run(asyncio.sleep(1000.0))
+        for number in range(20):
+            searched(runner, retriever, [number])
+        assert dict(retriever.calls.faulty) == {ahead: "omission"}
 
 
 def test_a_query_takes_one_call_for_scores_and_one_for_text() -> None:
