@@ -27,7 +27,7 @@ from dht.memory import Cell, MemoryManifest, Part, Vectors, number_of
 from expert_server.memory.shard import Shard
 from peer.codec import Floats
 from trainer_client.memory.calls import HostCalls
-from trainer_client.memory.directory import Index, MemoryDirectory, MemoryParts, Opened
+from trainer_client.memory.directory import MemoryDirectory, MemoryParts, Opened
 from trainer_client.memory.retriever import Retriever
 
 REPLICAS = 2
@@ -139,8 +139,8 @@ class _Trial:
         await swarm.join(peer)
         filled_C = np.zeros(prod(self._manifest.grid), np.bool_)
         filled_C[[number_of(cell, self._manifest.grid) for cell in self._manifest.by_cell]] = True
-        index = Index(self._memory.encoder, self._memory.codebook)
-        opened = Opened(entry, self._manifest, filled_C, index)
+        memory = self._memory
+        opened = Opened(entry, self._manifest, filled_C, memory.codebook, memory.encoder)
         no_parts = cast(MemoryParts, None)  # fetched only for other revisions
         directory = MemoryDirectory(MemoryRegistry(peer.registry), peer.registry, no_parts, opened)
         calls = HostCalls(SlowCaller(hosts), str(entry.memory), rng=random.Random(_SEED))

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -261,11 +260,10 @@ class Watcher:
         """Checks hosts until cancelled, of one memory at a time, so that many memories cost no more than one."""
         while True:
             if self._surveys:
-                entry = random.SystemRandom().choice(self._surveys).entry
-                audit = await auditor.check(entry)
-                watched = {found.entry.memory for found in self._surveys} | {entry.memory}
+                audit = await auditor.check([found.entry for found in self._surveys])
+                watched = {found.entry.memory for found in self._surveys} | {audit.memory}
                 self._checks = {memory: kept for memory, kept in self._checks.items() if memory in watched}
-                self._checks.setdefault(entry.memory, HostChecks()).note(audit)
+                self._checks.setdefault(audit.memory, HostChecks()).note(audit)
             await asyncio.sleep(self._intervals.checks_every_s)
 
     async def _read_receipts(self, credit: CreditReader) -> None:

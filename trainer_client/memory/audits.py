@@ -1,44 +1,46 @@
 """Checks that the hosts of a memory leave nothing out, for a peer that has no queries of its own.
 
-A random passage of a random shard is chosen, and a vector near the passage's own is the query. Two hosts of the cell
-are asked for it. Anything that either of them left out or made up is found as in any search (`checks`). So this needs
-the memory's list of shards, but not its encoder, which is much larger.
+Its searches look like those of others: the first query is near the middle of a cell, and each further one near a
+passage that the one before found. A second replica is asked for all of them, so that whatever a host leaves out or
+makes up is found as in any search (`checks`). This needs the memory's list of shards and its codebook, but not its
+encoder, which is much larger.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import MemoryID, MemoryManifest, Place, ShardInfo, Vectors, number_of
+from dht.memory import MemoryID, Vectors, number_of
 from dht.swarm import Swarm
 from peer.bounded import BoundedDict
-from peer.errors import ExpertError, TransferError, UnreachableError, WireError
+from peer.errors import TransferError, UnreachableError, WireError
 from peer.identity import PeerID
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.parts import PartClient
 from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
-from trainer_client.memory.calls import Fault, GrpcMemoryCaller, HostCalls, RetrieverMetrics, loop_time
+from trainer_client.memory.calls import Fault, GrpcMemoryCaller, HostCalls, RetrieverMetrics, RevisionClaims
+from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.directory import MemoryDirectory, MemoryParts, Opened, PartCache
 from trainer_client.memory.encoder import to_vectors
-from trainer_client.memory.retriever import Located, Retriever
+from trainer_client.memory.retriever import Retriever
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_PASSAGES = 10
-"""Passages wanted from each host, which is asked for twice as many: see `MOST_WANTED`."""
+_PASSAGES, _CELLS = 30, 8
+"""As in a search for ten passages."""
+_QUERIES = 16
+"""Queries of one memory in a row: once its hosts are known, they cost the DHT little."""
 _LIMIT_S = 60.0
 """The longest time for one check, including the list of shards."""
-_READ_S = 10.0
 _OPEN = 4
 """How many memories' lists of shards stay parsed. One of 100,000 shards takes some 30 MB."""
 _NOISE = 0.5
@@ -49,14 +51,27 @@ _NOISE = 0.5
 class Audit:
     """The result of one check."""
 
+    memory: MemoryID
     compared: int
-    """Queries that two hosts have answered: 0 or 1."""
+    """Queries that two hosts answered: 0 or 1."""
     faulty: Mapping[PeerID, Fault]
     """Hosts that left out a passage, or lied."""
 
 
+@dataclass
+class _Walk:
+    """Queries of one memory, each near what the one before found."""
+
+    entry: LibraryEntry
+    codebook: Codebook
+    calls: HostCalls
+    retriever: Retriever
+    vector_D: npt.NDArray[np.generic]
+    left: int = _QUERIES
+
+
 class Auditor:
-    """Checks hosts of memories, one cell at a time. For one event loop; close it when done."""
+    """Checks the hosts of memories, one search at a time. For one event loop; close it when done."""
 
     def __init__(
         self,
@@ -66,7 +81,7 @@ class Auditor:
         metrics: RetrieverMetrics,
         rng: random.Random | None = None,
     ) -> None:
-        """`channels`: closed together with this. `folder`: where lists of shards are kept."""
+        """`channels`: are closed with it. `folder`: where lists of shards are kept."""
         self._swarm = swarm
         self._channels = channels
         self._metrics = metrics
@@ -78,61 +93,71 @@ class Auditor:
         self._caller = GrpcMemoryCaller(channels, self._sessions)
         self._cache = PartCache(folder)
         self._opened = BoundedDict[MemoryID, Opened](_OPEN)
+        self._claims = RevisionClaims()
+        self._walk: _Walk | None = None
 
     async def close(self) -> None:
+        await self._end_walk()
         await self._sessions.close()
         await self._channels.close()
 
-    async def check(self, entry: LibraryEntry) -> Audit:
-        """Asks two hosts of a cell for the same passages. If no two hosts answer, nothing is compared."""
-        calls = HostCalls(
-            self._caller, str(entry.memory), guard=self._swarm.guard, metrics=self._metrics, rng=self._rng
-        )
+    async def check(self, entries: Sequence[LibraryEntry]) -> Audit:
+        """Makes one search of one of these memories. Nothing is compared unless two hosts of a shard answer."""
+        walk = self._walk
+        if walk is None or not walk.left or walk.entry not in entries:
+            await self._end_walk()
+        entry = self._walk.entry if self._walk else self._rng.choice(entries)
         try:
             async with asyncio.timeout(_LIMIT_S):
-                await self._check(entry, calls)
+                walk = self._walk = self._walk or await self._begin(entry)
+                return await self._search(walk)
         except (TransferError, UnreachableError, WireError, TimeoutError) as error:
             logger.debug("hosts of memory %s were not checked: %s", entry.memory, error)
-        return Audit(calls.checks, dict(calls.faulty.items()))
+            await self._end_walk()
+            return Audit(entry.memory, 0, {})
 
-    async def _check(self, entry: LibraryEntry, calls: HostCalls) -> None:
-        registry = self._swarm.registry
-        parts = MemoryParts(entry.memory, self._registry, registry, self._parts, self._cache)
-        opened = self._opened.get(entry.memory)
+    async def _begin(self, entry: LibraryEntry) -> _Walk:
+        registry, memory = self._swarm.registry, entry.memory
+        parts = MemoryParts(memory, self._registry, registry, self._parts, self._cache)
+        opened = self._opened.get(memory)
         if opened is None or opened.entry != entry:
-            opened = self._opened[entry.memory] = await parts.open(entry, with_index=False)
+            opened = self._opened[memory] = await parts.open(entry, with_encoder=False)
+        calls = HostCalls(
+            self._caller,
+            str(memory),
+            guard=self._swarm.guard,
+            metrics=self._metrics,
+            rng=self._rng,
+            claims=self._claims,
+        )
         directory = MemoryDirectory(self._registry, registry, parts, opened)
         retriever = Retriever(directory, calls, self._swarm.keys.swarm_id, rng=self._rng, checked_share=1.0)
-        shard, grid = self._rng.choice(opened.manifest.shards), opened.manifest.grid
-        scores_1C = np.zeros((1, prod(grid)), np.float32)
-        scores_1C[0, number_of(shard.cell, grid)] = 1.0
-        try:
-            located = await directory.locate(scores_1C, 1, frozenset())
-            vector_D = await self._a_vector_in(shard, opened.manifest, located, retriever)
-            if vector_D is not None:
-                await retriever.search_vectors(self._near(vector_D), scores_1C, _PASSAGES, 1)
-                await retriever.checked()
-        finally:
-            await retriever.close()
+        cell = self._rng.choice(opened.manifest.shards).cell
+        middle_D = opened.codebook.centroids_CD[number_of(cell, opened.manifest.grid)]
+        return _Walk(entry, opened.codebook, calls, retriever, middle_D)
 
-    def _near(self, vector_D: Vectors) -> Vectors:
-        """A vector like a query's, which belongs to no passage: it alone does not tell hosts that this is a check. [1,
-        D]
-        """
-        length = float(np.linalg.norm(vector_D.astype(np.float32)))
+    async def _search(self, walk: _Walk) -> Audit:
+        walk.left -= 1
+        compared, query_1D = walk.calls.checks, self._near(walk.vector_D)
+        scores_1C = walk.codebook.scores(query_1D)
+        (result,) = await walk.retriever.search_vectors(query_1D, scores_1C, _PASSAGES, _CELLS)
+        await walk.retriever.checked()
+        if result.hits:
+            walk.vector_D = self._rng.choice(result.hits).vector_D
+        faulty = dict(walk.calls.faulty)
+        if faulty or not result.hits:
+            walk.left = 0  # its hosts are banned in it, or there are none
+        return Audit(walk.entry.memory, walk.calls.checks - compared, faulty)
+
+    async def _end_walk(self) -> None:
+        if self._walk is not None:
+            await self._walk.retriever.close()
+        self._walk = None
+
+    def _near(self, vector_D: npt.NDArray[np.generic]) -> Vectors:
+        """A query near this vector: [1, D]"""
+        numbers_D = vector_D.astype(np.float32)
         rng = np.random.default_rng(self._rng.getrandbits(64))
-        noise_D = rng.standard_normal(len(vector_D), np.float32) * (_NOISE * length / len(vector_D) ** 0.5)
-        return to_vectors((vector_D + noise_D)[None])
-
-    async def _a_vector_in(
-        self, shard: ShardInfo, manifest: MemoryManifest, located: Located, retriever: Retriever
-    ) -> Vectors | None:
-        """The vector of a random passage in the shard; None if it was revoked, or no host gives it."""
-        place = Place(shard.root, self._rng.randrange(shard.leaves))
-        hosts = list(located.hosts.get(shard.root, ()))
-        for host in self._rng.sample(hosts, min(2, len(hosts))):
-            with suppress(ExpertError):
-                found = await retriever.read([place], manifest, located.nodes[host], loop_time() + _READ_S)
-                if place in found:
-                    return found[place].vector_D
-        return None
+        noise_D = rng.standard_normal(len(numbers_D), np.float32)
+        length = float(np.linalg.norm(numbers_D)) / len(numbers_D) ** 0.5
+        return to_vectors((numbers_D + _NOISE * length * noise_D)[None])

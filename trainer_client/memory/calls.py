@@ -190,6 +190,21 @@ class _Pace:
         return {host: seconds for host, (seconds, at) in known.items() if now - at < _SLOW_FOR_S}
 
 
+class RevisionClaims:
+    """The hosts that say that a later revision than the newest one known here revokes a passage."""
+
+    def __init__(self) -> None:
+        self._first = BoundedDict[tuple[str, PeerID], tuple[int, float]](_HOSTS)
+        """The revision known here when the host of a memory first said so, and the time."""
+
+    def may_be_true(self, memory: str, host: PeerID, revision: int, now: float) -> bool:
+        """Notes such a claim. False: the publisher's list would say so by now."""
+        known, since = self._first.get((memory, host), (0, 0.0))
+        if known != revision:
+            self._first[memory, host] = revision, now
+        return known != revision or now - since < _AHEAD_S
+
+
 @dataclass
 class _Sent:
     """A call in progress."""
@@ -211,8 +226,9 @@ class HostCalls:
         metrics: RetrieverMetrics | None = None,
         rng: random.Random | None = None,
         credit: CreditAccounts | None = None,
+        claims: RevisionClaims | None = None,
     ) -> None:
-        """`memory`: its id. `guard`: the process's. `credit`: records the hosts' work."""
+        """`memory`: its id. `guard`: the process's. `credit`: records the hosts' work. `claims`: those made before."""
         self.metrics: RetrieverMetrics = metrics or RetrieverMetrics()
         self.credit: CreditAccounts = credit or CreditAccounts()
         self.breakers: CircuitBreakers = CircuitBreakers()
@@ -220,8 +236,7 @@ class HostCalls:
         """Queries that a second replica has also answered."""
         self.faulty: BoundedDict[PeerID, Fault] = BoundedDict(_HOSTS)
         """Each host's last fault that no honest host commits."""
-        self._ahead: BoundedDict[PeerID, tuple[int, float]] = BoundedDict(_HOSTS)
-        """The revision after which a host said that something was revoked, and when it first did."""
+        self._claims = claims or RevisionClaims()
         self._caller = caller
         self._memory = memory
         self._guard = guard or ParseGuard()
@@ -242,12 +257,8 @@ class HostCalls:
         self.breakers.distrust(host, loop_time())
 
     def may_be_ahead(self, host: PeerID, revision: int) -> bool:
-        """Notes that the host seems to know a later revision; False: it has said so for too long."""
-        known, since = self._ahead.get(host, (0, 0.0))
-        if known != revision:
-            since = loop_time()
-            self._ahead[host] = revision, since
-        return loop_time() - since < _AHEAD_S
+        """Notes that the host says it knows a later revision than this one, and tells whether it may."""
+        return self._claims.may_be_true(self._memory, host, revision, loop_time())
 
     def note_checks(self, queries: int) -> None:
         """Counts queries that a second replica has also answered."""

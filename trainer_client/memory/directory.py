@@ -111,14 +111,6 @@ class PartCache:
 
 
 @dataclass(frozen=True, eq=False)
-class Index:
-    """What encodes queries to a memory."""
-
-    encoder: Encoder
-    codebook: Codebook
-
-
-@dataclass(frozen=True, eq=False)
 class Opened:
     """A revision of a memory."""
 
@@ -126,7 +118,8 @@ class Opened:
     manifest: MemoryManifest
     filled_C: Booleans
     """Cells that have shards."""
-    index: Index | None
+    codebook: Codebook
+    encoder: Encoder | None
     """None: there are no queries in words."""
 
 
@@ -152,7 +145,7 @@ class MemoryParts:
         self._nodes: list[NodeInfo] = []
 
     async def open(
-        self, entry: LibraryEntry, before: Opened | None = None, *, with_index: bool = True
+        self, entry: LibraryEntry, before: Opened | None = None, *, with_encoder: bool = True
     ) -> Opened:
         """`before`: another open revision. All revisions of a memory have the same encoder and codebook.
 
@@ -170,16 +163,14 @@ class MemoryParts:
         if before is not None:
             if manifest.index != before.manifest.index:
                 raise WireError(f"revision {entry.revision} of {entry.memory} has another index")
-            return Opened(entry, manifest, filled_C, before.index)
-        if not with_index:
-            return Opened(entry, manifest, filled_C, None)
-        parse_encoder = partial(load_encoder, manifest.encoder_kind, dimensions=manifest.dimensions)
+            return Opened(entry, manifest, filled_C, before.codebook, before.encoder)
         parse_codebook = partial(Codebook.from_bytes, grid=manifest.grid, dimensions=manifest.dimensions)
-        encoder, codebook = await asyncio.gather(
-            self._part(entry, "encoder", manifest.encoder, parse_encoder),
-            self._part(entry, "codebook", manifest.codebook, parse_codebook),
-        )
-        return Opened(entry, manifest, filled_C, Index(encoder, codebook))
+        codebook = self._part(entry, "codebook", manifest.codebook, parse_codebook)
+        if not with_encoder:
+            return Opened(entry, manifest, filled_C, await codebook, None)
+        parse_encoder = partial(load_encoder, manifest.encoder_kind, dimensions=manifest.dimensions)
+        encoder = self._part(entry, "encoder", manifest.encoder, parse_encoder)
+        return Opened(entry, manifest, filled_C, *await asyncio.gather(codebook, encoder))
 
     async def _some_nodes(self, entry: LibraryEntry) -> list[NodeInfo]:
         """Some hosts in random order, so that readers don't all fetch from the same one."""
@@ -251,17 +242,16 @@ class MemoryDirectory:
         return self._nodes.values()
 
     def encode(self, texts: Sequence[str], turn: Turn | None = None) -> tuple[Vectors, Floats]:
-        index = self._index
-        vectors_QD = index.encoder.encode_questions(texts)
+        vectors_QD = self._encoder.encode_questions(texts)
         vectors_QD = vectors_QD if turn is None else turn(vectors_QD)
-        return vectors_QD, index.codebook.scores(vectors_QD)
+        return vectors_QD, self._opened.codebook.scores(vectors_QD)
 
     @property
     def word_weight(self) -> float:
-        return self._index.encoder.word_weight
+        return self._encoder.word_weight
 
     def rarity(self, words: Iterable[str]) -> list[float]:
-        return self._index.encoder.rarity(words)
+        return self._encoder.rarity(words)
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         self._used_at = loop_time()
@@ -372,9 +362,9 @@ class MemoryDirectory:
         self._empty.clear()
 
     @property
-    def _index(self) -> Index:
-        assert self._opened.index is not None, "it was opened without"
-        return self._opened.index
+    def _encoder(self) -> Encoder:
+        assert self._opened.encoder is not None, "it was opened without"
+        return self._opened.encoder
 
     async def _read_active(self) -> Booleans:
         grid = self._opened.manifest.grid

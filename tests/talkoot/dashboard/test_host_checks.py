@@ -19,7 +19,7 @@ from talkoot.dashboard.server import dashboard
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import WatchIntervals
 from talkoot.web import address_of, listen
-from trainer_client.memory.audits import Audit, Auditor
+from trainer_client.memory.audits import Auditor
 from trainer_client.memory.calls import RetrieverMetrics
 
 LIMIT_S = 120.0
@@ -80,7 +80,7 @@ def test_hosts_of_a_memory_are_checked_and_who_leaves_passages_out_is_named(
 
 
 def test_a_memory_with_one_host_has_nothing_to_compare(loop: LoopThread, tmp_path: Path) -> None:
-    async def scenario() -> list[Audit]:
+    async def scenario() -> list[tuple[int, int]]:
         async with contextlib.AsyncExitStack() as stack:
             swarm = await MemorySwarm.found(stack, tmp_path, WORDS)
             auditor = Auditor(
@@ -89,16 +89,19 @@ def test_a_memory_with_one_host_has_nothing_to_compare(loop: LoopThread, tmp_pat
             stack.push_async_callback(auditor.close)
             libraries = await MemoryRegistry(swarm.founder.registry).libraries()
             ((entry,),) = libraries.values()
-            found = [await auditor.check(entry)]  # nobody gives the list of shards
+            audits = [await auditor.check([entry])]  # nobody gives the list of shards
             host = await swarm.host()
-            found.append(await auditor.check(entry))
+            audits.append(await auditor.check([entry]))
             await swarm.host()
-            while not (audit := await auditor.check(entry)).compared:
-                pass  # one was late
-            found.append(audit)
-            assert [len(list((tmp_path / "lists").iterdir()))] == [1], "its encoder is not fetched"
+            while not (audit := await auditor.check([entry])).compared:
+                pass  # it was not known when these searches began, or was late
+            audits.append(audit)
+            kept = {path.stat().st_size for path in (tmp_path / "lists").iterdir()}
+            assert len(kept) == 2
+            assert WORDS.manifest.encoder.size not in kept
             await host.stop()
-            found.append(await auditor.check(entry))
-            return found
+            audits.append(await auditor.check([entry]))
+            assert {audit.memory for audit in audits} == {entry.memory}
+            return [(audit.compared, len(audit.faulty)) for audit in audits]
 
-    assert loop.run(scenario(), LIMIT_S) == [Audit(0, {}), Audit(0, {}), Audit(1, {}), Audit(0, {})]
+    assert loop.run(scenario(), LIMIT_S) == [(0, 0), (0, 0), (1, 0), (0, 0)]
