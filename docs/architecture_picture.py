@@ -1,4 +1,4 @@
-"""Prints docs/img/architecture.svg: the floors of the code and the modules on each, as docs/architecture.md lists them.
+"""Prints docs/img/architecture.svg: the floors of the code and their modules, as docs/architecture.md lists them.
 
 python docs/architecture_picture.py > docs/img/architecture.svg
 """
@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 _WIDTH, _LEFT, _RIGHT = 1000, 44, 984
 _PADDING, _GAP, _TOP = 12, 8, 42
-"""Inside a floor, between rooms, and above a floor's first room."""
+"""Pixels inside a floor, between rooms, and above a floor's first room."""
 _LINE, _LETTER, _TITLE_LETTER, _INSET = 20, 8.75, 11.2, 10
 _MOST_LINES = 8
-"""Modules one below another in a room."""
+"""The largest number of modules below one another in a room."""
 _FLOORS = (
     (("talkoot", "the program", "a"),),
     (("expert_server", "a volunteer's node", "b"), ("trainer_client", "a trainer's side", "b")),
@@ -43,7 +43,7 @@ _STYLE = """\
 
 @dataclass(frozen=True)
 class Room:
-    """The modules of one folder, or those of a package that are in none."""
+    """The modules of one folder, or those of a package that are in no folder."""
 
     title: str
     columns: Sequence[Sequence[str]]
@@ -55,7 +55,7 @@ class Room:
         return cls(title, [modules[at : at + height] for at in range(0, len(modules), height)])
 
     def spread(self) -> "Room":
-        """The same with shorter columns, where there is room for them."""
+        """The same room with shorter columns, if there is space for them."""
         return Room.of(self.title, [module for column in self.columns for module in column], _MOST_LINES // 2)
 
     @property
@@ -64,7 +64,7 @@ class Room:
 
     @property
     def widths(self) -> list[float]:
-        """Of the columns."""
+        """The widths of the columns."""
         longest = [max(map(len, column)) for column in self.columns]
         longest[0] = max(longest[0], len(self.title) if len(self.columns) == 1 else 0)
         return [_LETTER * letters + _INSET for letters in longest]
@@ -88,7 +88,7 @@ class Room:
 
 
 def rooms_of(page: str) -> Mapping[str, list[Room]]:
-    """Of each package, in the order of the page: first the one without a folder."""
+    """The rooms of each package, in the order of the page. The modules without a folder come first."""
     found = {}
     for package, text in re.findall(r"^### (\w+)/$(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL):
         folders: dict[str, list[str]] = {}
@@ -114,7 +114,7 @@ def picture() -> str:
                 height, _TOP + sum(_height(_lines(shelf)) + _GAP for shelf in shelves) + _PADDING - _GAP
             )
             body += [f"FLOOR{color} {x} {width}", *_draw_floor(package, words, x, y, width, shelves)]
-        # both of a floor are as high as the higher one
+        # Both packages of a floor are as high as the higher one.
         body = [_floor(line, y, height) if line.startswith("FLOOR") else line for line in body]
         y += height + _PADDING
     body += [
@@ -153,7 +153,7 @@ def _draw_floor(
 
 
 def _shelves(rooms: Sequence[Room], width: float) -> list[list[Room]]:
-    """Rows of rooms, none wider than that."""
+    """Arranges rooms in rows that are no wider than `width`."""
     shelves: list[list[Room]] = [[]]
     for room in rooms:
         taken = sum(other.width + _GAP for other in shelves[-1])

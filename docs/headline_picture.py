@@ -1,4 +1,4 @@
-"""Prints docs/img/headline.svg: a few figures of the table in docs/benchmarks.md, beside those of hivemind.moe.
+"""Prints docs/img/headline.svg: some figures from the table in docs/benchmarks.md, with those of hivemind.moe.
 
 python docs/headline_picture.py > docs/img/headline.svg
 """
@@ -42,7 +42,7 @@ _STYLE = """\
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samples per second, ours and hivemind.moe's, measured in one run."""
+    """Samples per second of Talkoot and of hivemind.moe, measured in one run."""
 
     title: str
     ours: float
@@ -50,7 +50,7 @@ class Comparison:
 
 
 def read(table: str) -> list[Comparison]:
-    """Raises LookupError when the table does not have a figure that the picture shows."""
+    """Reads the table. Raises LookupError if it lacks a figure that the picture shows."""
     found = []
     for title, pattern in _ROWS:
         match = re.search(pattern, table)
@@ -61,7 +61,7 @@ def read(table: str) -> list[Comparison]:
 
 
 def picture(rows: Sequence[Comparison]) -> str:
-    """Bars whose lengths are in proportion within a row, as rows are of different work."""
+    """Draws bars. Their lengths are in proportion only within a row, since each row is different work."""
     height = _TOP + _ROW * len(rows) + 30
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" aria-labelledby="title">',

@@ -1,9 +1,9 @@
 """Prints docs/img/demo.svg: a recording of `talkoot demo`, from a real run, sped up.
 
-python docs/recording.py > docs/img/demo.svg
+    python docs/recording.py > docs/img/demo.svg
 
-It runs the demo on a terminal of its own, which takes a minute or two, and keeps what the terminal showed. Readers who
-prefer less motion see the last picture.
+It runs the demo on a pseudo-terminal, which takes a minute or two, and records what the terminal shows. Readers who
+prefer less motion see the last frame.
 """
 
 import codecs
@@ -26,17 +26,19 @@ from rich.text import Text
 _COLUMNS, _ROWS = 92, 32
 _SPEED = 4
 _EVERY_S = 1.0
-"""Of the run: what changed in between is not shown."""
+"""Seconds of the run between two frames. What changes in between is not shown."""
 _REST_S = 4.0
-"""How long the last picture stays, in the reader's time."""
+"""How long the last frame stays when the picture is played."""
 _LIMIT_S = 600.0
 _ADVANCE, _LINE, _SIZE, _PADDING, _BAR = 8.0, 18, 13, 16, 34
-"""Of a character, in pixels, and what lies around the text: beside it, and above."""
+"""Pixels: width of a character, height of a line, size of the font, space around the text, and height of the bar above
+it.
+"""
 _REDRAWN = re.compile(r"\r?\x1b\[2K(?:\x1b\[1A\x1b\[2K)*")
-"""How rich.live goes back to the top of what it drew."""
+"""The escape sequences with which rich.live returns to the top of what it drew."""
 _CURSOR = re.compile(r"\x1b\[\?25[lh]")
 _CLASSES = {1: "r", 2: "g", 3: "y", 5: "m", 6: "c", 8: "d"}
-"""Of the terminal's colours, by number."""
+"""The CSS classes of the terminal's colours, by number."""
 _STYLE = """\
   <style>
     text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #1d2629;
@@ -55,11 +57,11 @@ _STYLE = """\
 
 @dataclass(frozen=True)
 class Frame:
-    """What the terminal showed from a moment of the run on."""
+    """What the terminal showed from some moment of the run."""
 
     at_s: float
     lines: tuple[str, ...]
-    """With the escape sequences of their colours."""
+    """The lines, with the escape sequences of their colours."""
 
     @classmethod
     def of(cls, at_s: float, shown: str) -> "Frame":
@@ -80,7 +82,7 @@ def record(command: Sequence[str]) -> list[Frame]:
         while time.monotonic() < began + _LIMIT_S:
             try:
                 data = os.read(ours, 65536)
-            except OSError:  # the terminal has nobody left
+            except OSError:  # Nothing writes to the terminal any more.
                 break
             *whole, shown = _REDRAWN.split(shown + _CURSOR.sub("", decoder.decode(data)))
             now = time.monotonic() - began
@@ -96,7 +98,7 @@ def record(command: Sequence[str]) -> list[Frame]:
 
 
 def picture(frames: Sequence[Frame]) -> str:
-    """The frames as an SVG that plays them forever. Equal lines of frames that follow each other are drawn once."""
+    """An SVG that plays the frames forever. Lines that are equal in consecutive frames are drawn once."""
     rows = max(len(frame.lines) for frame in frames)
     ends = [frame.at_s / _SPEED for frame in frames[1:]]
     total = ends[-1] + _REST_S
@@ -136,7 +138,7 @@ def picture(frames: Sequence[Frame]) -> str:
 
 
 def _animation(rules: dict[tuple[float, float], str], total: float) -> str:
-    """What is seen when. Without motion, that is what is seen at the end."""
+    """CSS that says what is visible when. Without motion, the last frame is visible."""
     lines, moving = [], []
     for (begin, end), kind in rules.items():
         from_, to = 100 * begin / total, 100 * end / total
@@ -158,7 +160,7 @@ def _line_of(frame: Frame, row: int) -> str:
 
 
 def _spans(line: str, y: float) -> Iterator[str]:
-    """A line's texts of one style each, every one as wide as its characters are in a terminal."""
+    """A line's pieces of text with one style each, every one as wide as its characters are in a terminal."""
     text = Text.from_ansi(line)
     console = Console(width=_COLUMNS)
     column = 0
@@ -185,7 +187,7 @@ def _spans(line: str, y: float) -> Iterator[str]:
 
 
 def _blocks(shown: str, column: int, y: float) -> Iterator[str]:
-    """Block characters as rectangles: fonts leave gaps between their lines."""
+    """Draws block characters as rectangles, since fonts leave gaps between their lines."""
     for at, character in enumerate(shown, column):
         if eighths := " ▁▂▃▄▅▆▇█".index(character):
             height = eighths * _LINE / 8

@@ -78,7 +78,9 @@ def _flat(manifest: Manifest) -> dict[str, Any]:
 
 
 def _comparison(columns: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Any]) -> str:
-    """A column for each preset, and a row for each key that one of them sets. `plain`: where none does."""
+    """A table with a column for each preset, and a row for each key that one of them sets. `plain`: what is shown where
+    a preset does not set the key.
+    """
     keys = {key: None for values in columns.values() for key in values}
     rows = [
         f"| `{key}` | " + " | ".join(_shown(values.get(key)) for values in columns.values()) + " |\n"
@@ -90,7 +92,7 @@ def _comparison(columns: Mapping[str, Mapping[str, Any]], plain: Mapping[str, An
 
 
 def _roles() -> list[type[RoleSettings]]:
-    """All that a file `settings.py` defines."""
+    """All roles' settings classes, from the files `settings.py`."""
     paths = sorted(ROOT.glob("*/settings.py")) + sorted(ROOT.glob("talkoot/*/settings.py"))
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
     for name in names:

@@ -1,11 +1,11 @@
-"""Goes on training an exported model on text of your own, on this machine alone. Talkoot need not be installed.
+"""Trains an exported model further on your own text, on this machine alone. Talkoot need not be installed.
 
     pip install torch transformers
     talkoot export --join INVITE -o model
     python examples/fine_tune.py model mine.txt --out my-model
 
-What it saves is a model folder too: `talkoot serve --model` serves it, and `talkoot import` starts a swarm from it.
-Give it a text that the swarm's model has not read, and the loss falls on the part of it that is held out.
+The result is a model folder too: `talkoot serve --model` serves it, and `talkoot import` starts a swarm from it. With a
+text that the swarm's model has not been trained on, the loss falls on the held-out part of the text.
 """
 
 import argparse
@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HELD_OUT = 0.1
-"""The held-out share of the text, at its end."""
+"""The share of the text that is held out: its end."""
 
 
 def pieces(tokens_N: Tensor, context: int) -> Tensor:
-    """The pieces that fit: [pieces, context + 1]. Each begins with the last token of the previous one."""
+    """Cuts the text into pieces [pieces, context + 1]; what is left at the end is dropped. Each piece begins with the
+    last token of the previous one.
+    """
     return tokens_N.unfold(0, context + 1, context)
 
 
 def loss_of(model: nn.Module, pieces_BT: Tensor) -> Tensor:
-    """Nats per token."""
+    """The loss in nats per token."""
     logits_BTV = model(input_ids=pieces_BT[:, :-1]).logits
     loss: Tensor = nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), pieces_BT[:, 1:].flatten())
     return loss

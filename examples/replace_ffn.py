@@ -1,9 +1,9 @@
 """A small Transformer of your own, whose feed-forward blocks are replaced by the experts of a swarm.
 
-    talkoot node --new deploy/swarm.toml --host 127.0.0.1     # prints the invite
+    talkoot node --new deploy/swarm.toml --host 127.0.0.1      # prints the invite
     python examples/replace_ffn.py INVITE --steps 50
 
-The model learns to say again what it read: 0 to 15 in some order, then the same once more.
+The model learns to repeat what it has read: the numbers 0 to 15 in some order, then the same again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SYMBOLS = 16
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward block, each with its residual."""
+    """Attention and a feed-forward block, each with a residual connection."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()

@@ -21,7 +21,9 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {"talkoot": 3, "expert_server": 2, "trainer_client": 2, "dht": 1, "peer": 0}
-"""Imports only go down, and never from one package of a floor to the other."""
+"""The floor of each package. A package imports only from floors below its own, never from the other package on its
+floor.
+"""
 GENERATED = "peer/wire/"
 SHORT = 60
 LONG_FUNCTION = 40
@@ -36,11 +38,11 @@ TRAINER_STEP = (
     "dht/beam_search.py",
     "dht/directory.py:LiveExperts",
 )
-"""The modules that a trainer's step passes; after a colon, the only class of a module that counts."""
+"""The modules that take part in a trainer's step. After a colon: the only class of a module that counts."""
 NODE_STEP = ("expert_server/serving/*.py", "expert_server/experts/graphs.py")
 
 NOT_OF_A_STEP = ("Limits", "Stats")
-"""How the names of records end that are made once at the start."""
+"""Records whose names end like this are made once at the start, so they do not count."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Figures = dict[str, str | int | float | None]
@@ -48,7 +50,7 @@ Figures = dict[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class Module:
-    """One file: its name as it is imported, its source, and its syntax tree."""
+    """One file: its name in imports, its source, and its syntax tree."""
 
     path: str
     name: str
@@ -61,7 +63,7 @@ class Module:
 
 
 Code = dict[str, Module]
-"""By the modules' names."""
+"""The modules by their names."""
 
 
 def working_tree() -> Code:
@@ -96,7 +98,7 @@ def _module_name(path: str) -> str:
 
 
 def figures(code: Code) -> Figures:
-    """The table, by the figures' names."""
+    """All figures, by their names."""
     plain = [module for module in code.values() if not module.is_package]
     functions = [(module, function) for module in code.values() for function in _functions(module.tree)]
     lengths = [_length(function) for _, function in functions]
@@ -144,7 +146,7 @@ def _parameters(function: Function) -> int:
 
 
 def import_edges(code: Code) -> dict[str, set[str]]:
-    """Which modules of the product each module imports, anywhere in it."""
+    """For each module, the modules of the product that it imports anywhere in its code."""
     return {name: set(_imported(module, code)) for name, module in code.items()}
 
 
@@ -161,7 +163,7 @@ def _imported(module: Module, code: Code) -> Iterator[str]:
 
 
 def _source(module: Module, node: ast.ImportFrom) -> str:
-    """The absolute name of what `from ... import` names."""
+    """The absolute name of the module that `from ... import` imports from."""
     if not node.level:
         return node.module or ""
     above = module.name.split(".")
@@ -226,7 +228,7 @@ def _rises(name: str, target: str) -> bool:
 
 
 def records(code: Code, places: tuple[str, ...]) -> list[str] | None:
-    """Dataclasses and named tuples of some modules, as `path:class`. None if one of the modules is not there."""
+    """The dataclasses and named tuples of some modules, as `path:class`. None if one of the modules does not exist."""
     found: list[str] = []
     for place in places:
         pattern, _, only = place.partition(":")
@@ -258,7 +260,7 @@ def _last_name(node: ast.expr) -> str:
 
 
 def settings(code: Code) -> dict[str, int]:
-    """How many settings each role has, and the manifest: what docs/settings.md lists."""
+    """The number of settings of each role and of the manifest, as docs/settings.md lists them."""
     roles = {
         node.name: len(_fields(code, module, node))
         for module in code.values()
@@ -288,7 +290,7 @@ def _manifest_keys(code: Code) -> int:
 
 
 def _fields(code: Code, module: Module, node: ast.ClassDef | None) -> dict[str, ast.expr]:
-    """The annotations of a model's fields by name, inherited ones too."""
+    """The annotations of a model's fields by name, including inherited fields."""
     fields: dict[str, ast.expr] = {}
     if node is None:
         return fields
@@ -301,7 +303,7 @@ def _fields(code: Code, module: Module, node: ast.ClassDef | None) -> dict[str, 
 
 
 def _resolve(code: Code, module: Module, name: str) -> tuple[Module, ast.ClassDef | None]:
-    """Where a class that a module names is defined, if it is in the product."""
+    """The definition of a class that a module names, if the product defines it."""
     local = _class(module, name, required=False)
     if local is not None:
         return module, local
@@ -324,7 +326,7 @@ def _class(module: Module, name: str, *, required: bool = True) -> ast.ClassDef 
 
 
 def table(columns: dict[str, Figures]) -> str:
-    """The figures side by side, a column for each revision."""
+    """A table of the figures, with a column for each revision."""
     names = list(next(iter(columns.values())))
     rows = [["figure", *columns]]
     rows += [[name, *(_shown(column[name]) for column in columns.values())] for name in names]

@@ -1,4 +1,4 @@
-"""Writes the types of the generated gRPC modules in peer/wire/, which grpc's plugin does not.
+"""Writes type stubs for the generated gRPC modules in peer/wire/, since grpc's plugin writes none.
 
 python tools/grpc_types.py FOLDER
 """

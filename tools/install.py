@@ -1,4 +1,4 @@
-"""Installs what a target of the Makefile needs into this environment, and says what that is and how large.
+"""Installs what a target of the Makefile needs into this environment, and prints what that is and how large it is.
 
 python tools/install.py .            # what Talkoot itself needs
 python tools/install.py '.[test]'    # with what its checks and tests need
@@ -20,12 +20,12 @@ _SHOWN = 8
 _ANSWERS_WITHIN_S = 10.0
 _DOWNLOAD = re.compile(r"^ *(?:Downloading|Using cached) (\S+) \((.+)\)$")
 _STATIC = "editable_mode=compat"
-"""Puts the folder on Python's path, where type checkers and editors find the packages too."""
+"""Puts the folder on Python's path, so that type checkers and editors find the packages too."""
 _LINES_OF_A_FAILURE = 40
 
 
 def sizes() -> dict[str, int]:
-    """What each installed package takes on disk, in bytes."""
+    """The size on disk of each installed package, in bytes."""
     return {
         found.metadata["Name"]: sum(file.size or 0 for file in found.files or ())
         for found in metadata.distributions()
@@ -33,7 +33,7 @@ def sizes() -> dict[str, int]:
 
 
 def table(added: Mapping[str, int]) -> str:
-    """The largest packages, and what the others take together."""
+    """A table of the largest packages, and the sum of all others."""
     if not added:
         return "everything was there already"
     ordered = sorted(added.items(), key=lambda item: -item[1])
@@ -45,7 +45,7 @@ def table(added: Mapping[str, int]) -> str:
 
 
 def torch_options() -> list[str]:
-    """Options with which pip takes the build of torch for machines without a GPU, where it can."""
+    """Options that make pip install the build of torch for machines without a GPU, where there is one."""
     if sys.platform != "linux" or shutil.which("nvidia-smi") or "torch" in sizes():
         return []
     try:
@@ -57,7 +57,7 @@ def torch_options() -> list[str]:
 
 
 def install(what: str) -> None:
-    """Runs pip, and shows each download with its size. Raises SystemExit, after what pip said last, if pip fails."""
+    """Runs pip, and shows each download with its size. If pip fails, raises SystemExit with pip's last lines."""
     options = ["--progress-bar", "off", "--config-settings", _STATIC, *torch_options()]
     command = [sys.executable, "-m", "pip", "install", *options, "-e", what]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:

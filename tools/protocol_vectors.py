@@ -1,9 +1,9 @@
-"""Prints proto/vectors.json: what a client in another language compares its own bytes with (docs/protocol.md).
+"""Prints proto/vectors.json: data with which a client in another language compares its own bytes (docs/protocol.md).
 
-python tools/protocol_vectors.py
+    python tools/protocol_vectors.py
 
-The peers' keys are those of the present file. RSA-PSS draws a new salt for each signature, so a signature that the code
-still accepts stays as it is. All else is computed.
+The peers' keys are taken from the present file. RSA-PSS draws a new salt for each signature, so a signature that the
+code still accepts is kept as it is. Everything else is computed.
 """
 
 import json
@@ -49,7 +49,7 @@ from peer.wire import admission_pb2, contact_pb2, credit_pb2, expert_pb2, record
 
 FILE = Path(__file__).parents[1] / "proto" / "vectors.json"
 EXPIRES_AT = 1_900_000_000.0
-"""Of all that expires: Unix time."""
+"""The Unix time at which everything in the vectors expires."""
 ENDPOINT = Endpoint("192.0.2.7:31337")
 WIDTH = 16
 MANIFEST = Manifest.model_validate(
@@ -78,7 +78,7 @@ class ProtocolVectors:
         self._keys = SwarmKeys(MANIFEST.name, self._founder.peer_id)
 
     def all(self) -> Vectors:
-        """The whole file."""
+        """The contents of the whole file."""
         token = self._token()
         bootstrap = (Multiaddress.of(ENDPOINT, self._founder.peer_id),)
         return {
@@ -129,7 +129,7 @@ class ProtocolVectors:
         return identity.sign(data, domain)
 
     def _token(self) -> admission_pb2.Token:
-        """As `talkoot invite` makes it, with a key that is not random."""
+        """A token as `talkoot invite` makes it, but with a fixed key."""
         secret = bytes(range(32))
         public = Ed25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
         grant = admission_pb2.Grant(
@@ -161,7 +161,7 @@ class ProtocolVectors:
         }
 
     def _receipt(self) -> Vectors:
-        """The caller's, for the founder's node."""
+        """The caller's receipt for the founder's node."""
         receipt = credit_pb2.Receipt(
             swarm_id=self._keys.swarm_id,
             trainer=self._caller.peer_id.to_bytes(),
@@ -220,7 +220,7 @@ class ProtocolVectors:
         }
 
     def _call(self, direction: Direction) -> Vectors:
-        """Row 0 is for two experts, which weigh 1 and 3, and row 1 for the second alone."""
+        """A call of two rows. Row 0 is for two experts, with weights 1 and 3, and row 1 for the second expert alone."""
         inputs, gradients = _numbers(2, 0), _numbers(2, 1)
         header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
@@ -297,7 +297,7 @@ def _peer(identity: Identity) -> Vectors:
 
 
 def _numbers(rows: int, seed: int) -> Floats:
-    """Eighths between -4 and 4: sums and products of a few are exact in any order."""
+    """Random multiples of 1/8 between -4 and 4: sums and products of a few are exact in any order."""
     eighths = np.random.default_rng(seed).integers(-32, 32, (rows, WIDTH), endpoint=True)
     return (eighths / 8).astype(np.float32)
 
@@ -314,7 +314,7 @@ def _codecs() -> Vectors:
 
 
 def text(vectors: Vectors) -> str:
-    """The file, with each row of numbers on one line."""
+    """The file's text, with each row of numbers on one line."""
     lines = json.dumps(vectors, indent=1)
     return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", lines) + "\n"
 

@@ -1,6 +1,6 @@
-"""Exit status 0 when the node of this state folder answers: it asks the loop itself, by the node's control socket.
+"""Exits with status 0 if the node of this state folder answers: the node's event loop, asked over its control socket.
 
-It imports nothing of Talkoot, whose import costs more than the answer.
+It imports nothing of Talkoot, since that import would take longer than the answer.
 """
 
 import json
