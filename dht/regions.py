@@ -15,7 +15,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dht.announcements import Replica, ReplicaState
 from dht.records import INDEX_PIECE, MAX_REPLICAS_OF_RECORD
@@ -34,6 +34,9 @@ STAYS_AT_ROW = 4
 _SPLIT_FOR_S = 600.0
 """How long a peer remembers, roughly, that a prefix has split and nobody announces there. Until then, it skips the
 prefix when it looks for one expert.
+"""
+_READ_AGAIN_S = 3600.0
+"""How long hosts that a peer sees further down prolong that. Others may announce at the prefix again in the meantime.
 """
 _WRITE_FOR_S = 300.0
 """How long a writer relies on having read that a region had not split. Others may crowd it in the meantime."""
@@ -73,7 +76,7 @@ class Region:
         return any(other // INDEX_PIECE == coordinate // INDEX_PIECE for other in self.active)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Seen:
     """What was seen under a prefix, for one piece of its index."""
 
@@ -116,13 +119,14 @@ class RegionMap:
         while self._just_read and next(iter(self._just_read.values()))[0] <= now - _JUST_READ_S:
             self._just_read.popitem(last=False)  # a region may be large
         self._just_read[prefix] = now, frozenset(pieces), region
+        if region.hosts or region.active:
+            self._renew_splits_above(prefix)
         active = Counter(coordinate // INDEX_PIECE for coordinate in region.active)
-        for piece in pieces:
+        for piece in pieces or (0,):  # an expert has no index
             before = self._seen.get((prefix, piece))
             split_until = 0.0 if before is None else before.split_until
             if active[piece]:
-                # random, so that peers don't all read it again at the same time
-                split_until = now + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5)
+                split_until = self._drawn_split_until()
             empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
             self._seen[prefix, piece] = _Seen(
                 region.hosts + region.unread,
@@ -132,6 +136,19 @@ class RegionMap:
                 split_until,
                 empty_reads,
             )
+
+    def _renew_splits_above(self, prefix: Prefix) -> None:
+        """A host below a prefix that has split shows that it still is. Nobody has to read the prefix for that."""
+        now = self._now()
+        for depth, following in enumerate(prefix[1]):
+            seen = self._seen_above(prefix, depth)
+            if seen is not None and seen.split_until > now and seen.read_at > now - _READ_AGAIN_S:
+                above = prefix_of(prefix, depth), following // INDEX_PIECE
+                self._seen[above] = replace(seen, split_until=self._drawn_split_until())
+
+    def _drawn_split_until(self) -> float:
+        """Random, so that peers don't all read it again at the same time."""
+        return self._now() + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5)
 
     def recent(self, prefix: Prefix, pieces: Collection[int]) -> Region | None:
         """What was read a moment ago, with at least these pieces of the index."""

@@ -432,7 +432,8 @@ class ModelLookups(Lookups):
             accounts.down["dht_served"][other.number] += digests
         if world.time() >= self._sample_at:
             cost = model.cost("nearest", False, 1)
-            self._sample_at = world.time() + pause_after_sample(cost.question_bytes + cost.answer_bytes)
+            spent = cost.question_bytes + cost.answer_bytes
+            self._sample_at = world.time() + pause_after_sample(spent, peer.place << _HEAD)
             model.charge((), 1, cost, peer, "read")
         return found
 

@@ -49,6 +49,10 @@ FEW = 4
 """In layers that have split, a look reads at most this many vacant experts, and as many others."""
 MOST_REGIONS = 32
 """The most regions that a look reads to see what is active. A layer that has just split has many."""
+_LOOKERS = 16
+"""In layers that have split, how many of the nodes that host experts look at a grid row in the same period. If there
+are many more nodes than rows, they take turns. Otherwise all nodes would read the same few keys.
+"""
 CROWDED = 2
 """An expert is crowded if it has more than this many times the replicas of another, which then gets one more."""
 _NONE_UNREAD: Mapping[UID, int] = MappingProxyType({})
@@ -478,7 +482,8 @@ class HostingSurvey:
         """The rows to read in layers that have split: some where experts were vacant, one of this node's, and another
         one in turn.
 
-        On a huge grid, the last one is random: any row, or one that had hosts.
+        On a huge grid, the last one is random: any row, or one that had hosts. If there are many more nodes than rows,
+        only some nodes read the last two at a time.
         """
         rows = self._rng.sample(self._again, min(FEW, len(self._again)))
         if not split:
@@ -486,9 +491,15 @@ class HostingSurvey:
         mine = [_row(uid) for uid in own if uid.layer in split]
         rng, grid = self._turn(), self._manifest.experts.grid[:-1]
         count = math.prod(grid)
+        peers_per_looker = self._registry.lookups.estimated_nodes / (_LOOKERS * len(split) * count)
+        # a power of two, because the estimate changes a little all the time, and bounded, because it may be wrong
+        pause = 1 << min(6, max(0, round(math.log2(peers_per_looker))))
+        first = int.from_bytes(self._peer_id.to_bytes()[-8:])
+        turn, waiting = divmod(first + self._looks // _ROWS_FOR, pause)
+        if mine and waiting:
+            return rows
         if len(split) * count <= MOST_PREFIXES:
-            first = int.from_bytes(self._peer_id.to_bytes()[-8:])
-            number, layer = divmod(first + self._looks // _ROWS_FOR, len(split))
+            number, layer = divmod(turn, len(split))
             layer, number = sorted(split)[layer], number % count
         else:
             layer, number = rng.choice(sorted(split)), rng.randrange(count)

@@ -185,7 +185,7 @@ class Lookups:
         run = _Run(self, self._dht, keys, _NEAREST, besides_self=False, room=0)
         await run.until_finished()
         self._sample_at = asyncio.get_running_loop().time() + pause_after_sample(
-            self._dht.spent_bytes - spent
+            self._dht.spent_bytes - spent, self._dht.node_id
         )
         for key, found in run.found.items():
             # other nodes have answered too, on the way there, and they are not all of the nearest
@@ -248,9 +248,12 @@ class Lookups:
         return self._tasks.spawn(coroutine, "call a DHT peer")
 
 
-def pause_after_sample(cost: float) -> float:
-    """Seconds until the next sample. `cost`: bytes of the calls for this one."""
-    return min(max(_SAMPLE_EVERY_S, cost / _SAMPLE_BYTES_PER_S), _LONGEST_SAMPLE_PAUSE_S)
+def pause_after_sample(cost: float, node: int) -> float:
+    """Seconds until the next sample. `cost`: bytes of the calls for this one. `node`: this peer's ID. The pause depends
+    on it, so that peers which joined together don't stay in step.
+    """
+    pause_s = min(max(_SAMPLE_EVERY_S, cost / _SAMPLE_BYTES_PER_S), _LONGEST_SAMPLE_PAUSE_S)
+    return pause_s * (0.5 + node / (1 << ID_BITS))
 
 
 def _parts(keys: Sequence[int], by_key: Mapping[int, Sequence[Item]]) -> Iterator[Sequence[int]]:

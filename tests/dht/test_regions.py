@@ -149,11 +149,38 @@ def test_a_prefix_that_has_split_and_is_empty_is_passed_over_for_a_while() -> No
     assert regions.depths(uid) == [0]
 
 
+def test_hosts_further_down_show_that_a_prefix_is_still_split_for_an_hour() -> None:
+    clock, uid = Clock(), UID(0, (2, 3))
+    regions = RegionMap(clock.now, random.Random(1))
+    for _ in range(2):
+        regions.note((0, ()), [0], SPLIT)
+        regions.note((0, (2,)), [0], SPLIT)
+    for _ in range(11):
+        clock.time += 250
+        regions.note(uid, [], Region({}, frozenset(), 1, 700))
+        assert regions.depths(uid) == [2]
+        assert regions.has_split(0, 16)
+    clock.time += 850
+    regions.note(uid, [], Region({}, frozenset(), 1, 700))
+    clock.time += 1000
+    assert regions.depths(uid) == [0]
+
+
+def test_a_host_further_down_does_not_make_a_prefix_split() -> None:
+    clock, uid = Clock(), UID(0, (2, 3))
+    regions = RegionMap(clock.now, random.Random(1))
+    for _ in range(2):
+        regions.note((0, ()), [0], NOBODY)
+    regions.note(uid, [], Region({}, frozenset(), 1, 700))
+    assert regions.homes([uid]) == {uid: (0, ())}
+    assert regions.depths(uid) == [0]
+
+
 def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
     clock = Clock()
     regions, home = RegionMap(clock.now, random.Random(1)), (0, (2, 3))
     assert all(regions.renews_index(home, depth) for depth in (0, 1) for _ in range(100))
-    regions.note(home, [0], Region({}, frozenset(), 40, 0))
+    regions.note(home, [], Region({}, frozenset(), 40, 0))
     regions.note((0, (2,)), [0], Region({}, frozenset(range(16)), 0, 0))
     renewed = [sum(regions.renews_index(home, depth) for _ in range(6400)) for depth in (0, 1)]
     assert 40 < renewed[0] < 160

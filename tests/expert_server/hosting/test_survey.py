@@ -34,6 +34,8 @@ class FakeRegistry:
         self.prefixes_read = self.experts_read = 0
         self.time = 1000.0
         self.regions = RegionMap(self.now, random.Random(0))
+        self.lookups = self
+        self.estimated_nodes = 10.0
 
     def now(self) -> float:
         return self.time
@@ -98,6 +100,29 @@ def test_of_layers_that_have_split_each_look_reads_a_few_experts_and_vacant_ones
             assert looks <= 32 * 6, "each of 32 rows in its turn, of 6 looks"
         for _ in range(10):
             assert (await survey.read(mine))[lonely] == (), "that row is read again"
+
+    asyncio.run(scenario())
+
+
+def test_where_peers_are_many_and_rows_are_few_peers_look_at_rows_in_turns() -> None:
+    uids = all_uids((16, 16))
+    registry = FakeRegistry(uids)
+    registry.split(0, 1)
+    registry.estimated_nodes = 8.0 * 16 * 32
+
+    async def scenario() -> None:
+        busy, waiting = make_survey((16, 16), registry), make_survey((16, 16), registry)
+        read = []
+        for _ in range(6 * 8 * 4):
+            registry.prefixes_read = 0
+            await busy.read(uids[:1])
+            read.append(registry.prefixes_read)
+            registry.prefixes_read = 0
+            await waiting.read([])
+            assert registry.prefixes_read, "a node without experts does not wait"
+        assert sum(map(bool, read)) == len(read) / 8
+        turns = [read[n : n + 6] for n in range(0, len(read), 6)]
+        assert all(all(turn) or not any(turn) for turn in turns), "several looks in a row"
 
     asyncio.run(scenario())
 

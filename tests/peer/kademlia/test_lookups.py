@@ -13,7 +13,7 @@ from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.kademlia.lookups import pause_after_sample
-from peer.kademlia.routing import id_bytes, key_id_of, node_id_of
+from peer.kademlia.routing import ID_BITS, id_bytes, key_id_of, node_id_of
 from peer.kademlia.search import NEIGHBOURS, RttEstimator
 from peer.wire import dht_pb2
 
@@ -363,14 +363,10 @@ def test_samples_show_within_which_distance_the_holders_are_and_honest_look_ups_
     play(world, scenario, nodes=100, in_place=True)
 
 
-def test_the_more_a_sample_costs_the_later_the_next_one_is() -> None:
-    assert [pause_after_sample(cost) for cost in (0, 3_000, 30_000, 120_000, 10**9)] == [
-        300,
-        300,
-        500,
-        900,
-        900,
-    ]
+def test_the_more_a_sample_costs_the_later_the_next_one_is_at_each_peers_own_pace() -> None:
+    for cost, mean_s in ((0, 300), (3_000, 300), (30_000, 500), (120_000, 900), (10**9, 900)):
+        pauses = [pause_after_sample(cost, node) for node in (0, 2 ** (ID_BITS - 1), 2**ID_BITS - 1)]
+        assert pauses == pytest.approx([0.5 * mean_s, mean_s, 1.5 * mean_s])
 
 
 def test_a_request_that_fails_through_a_bug_counts_as_unanswered(
