@@ -61,6 +61,7 @@ than the slack.
 """
 _LARGEST_NUMBER, _LARGEST_SCALE = 2.0**100, 2.0**101
 """The limits of int4. No sum of a block's numbers overflows, neither when it is encoded nor when it is decoded."""
+_LARGEST_BF16 = float(torch.finfo(torch.bfloat16).max)
 _BLOCK_NUMBERS = 32_000
 """Numbers converted at once: they fit the processor's cache, and torch starts no threads for so few (its limit is
 32768).
@@ -161,6 +162,30 @@ def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") 
     if not np.isfinite(tensor_RD).all():
         raise WireError("the tensor has numbers that are not finite")
     return tensor_RD
+
+
+def scalar_bytes(codec: "expert_pb2.Codec") -> int:
+    """The size of a number that goes beside a call's tensors."""
+    return 4 if codec == expert_pb2.CODEC_FP32 else 2
+
+
+def encode_scalars(numbers_N: Floats, codec: "expert_pb2.Codec") -> bytes:
+    """Encodes finite numbers that go beside a call's tensors: exactly with CODEC_FP32, else as bfloat16."""
+    if scalar_bytes(codec) == 4:
+        return numbers_N.astype("<f4").tobytes()
+    bits = numbers_N.astype(np.float32).clip(-_LARGEST_BF16, _LARGEST_BF16).view(np.uint32)
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2").tobytes()
+
+
+def decode_scalars(data: bytes, codec: "expert_pb2.Codec") -> Floats:
+    """The numbers that `encode_scalars` encoded. They may be not finite. Raises WireError if the last is cut off."""
+    size = scalar_bytes(codec)
+    if len(data) % size:
+        raise WireError(f"{len(data)} bytes; expected numbers of {size} bytes")
+    if size == 4:
+        return np.frombuffer(data, "<f4").astype(np.float32)
+    numbers_N: Floats = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return numbers_N
 
 
 def unexplained(received_RD: Floats, own_RD: Floats, slack_R: Floats, codec: "expert_pb2.Codec") -> Booleans:

@@ -28,7 +28,7 @@ from expert_server.serving.call import CallTensors
 from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.headers import HeaderParser
 from peer import PROTOCOL_VERSION
-from peer.codec import CodecName, Floats, codec_of, decode, encode
+from peer.codec import CodecName, Floats, codec_of, decode, encode, encode_scalars
 from peer.errors import RecordError
 from peer.identity import (
     CONTACT_DOMAIN,
@@ -221,18 +221,22 @@ class ProtocolVectors:
 
     def _call(self, direction: Direction) -> Vectors:
         """A call of two rows. Row 0 is for two experts, with weights 1 and 3, and row 1 for the second expert alone."""
-        inputs, gradients = _numbers(2, 0), _numbers(2, 1)
+        inputs, gradients, codec = _numbers(2, 0), _numbers(2, 1), expert_pb2.CODEC_FP32
         header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._keys.swarm_id,
             request_id=bytes(range(16)),
             width=WIDTH,
-            codec=expert_pb2.CODEC_FP32,
+            codec=codec,
             segment_lengths=[2],
             positions=[0, 1],
             experts=[
-                expert_pb2.ExpertRows(uid=str(UIDS[0]), rows=[0], weights=[1]),
-                expert_pb2.ExpertRows(uid=str(UIDS[1]), weights=[3, 1]),
+                expert_pb2.ExpertRows(
+                    uid=str(UIDS[0]), rows=[0], weights=encode_scalars(np.ones(1, np.float32), codec)
+                ),
+                expert_pb2.ExpertRows(
+                    uid=str(UIDS[1]), weights=encode_scalars(np.array([3, 1], np.float32), codec)
+                ),
             ],
         )
         sent = [inputs, gradients] if direction == "backward" else [inputs]
@@ -310,7 +314,8 @@ def _codecs() -> Vectors:
             "bytes": data.hex(),
             "decoded": decode(bytearray(data), WIDTH, codec_of(name)).tolist(),
         }
-    return {"numbers": tensor.tolist()} | made
+    beside = {name: encode_scalars(tensor[0], codec_of(name)).hex() for name in ("fp32", "bf16")}
+    return {"numbers": tensor.tolist()} | made | {"beside": beside}
 
 
 def text(vectors: Vectors) -> str:

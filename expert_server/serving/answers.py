@@ -36,7 +36,7 @@ class RowAnswers:
     """[A, D]"""
 
     def message(
-        self, assignment: Assignment, payload_bytes: int, products: Sequence[float] = ()
+        self, assignment: Assignment, payload_bytes: int, products: bytes = b""
     ) -> expert_pb2.AnsweredRows:
         masks: Sequence[int] = ()
         if len(self.pairs) < (assignment.starts[self.rows + 1] - assignment.starts[self.rows]).sum():

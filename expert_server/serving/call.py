@@ -37,7 +37,15 @@ from expert_server.serving.headers import (
 )
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.sequence_cache import SequenceCache
-from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, Floats, decode, encode, encoded_bytes
+from peer.codec import (
+    CHUNK_BYTES,
+    MAX_CHUNK_BYTES,
+    Floats,
+    decode,
+    encode,
+    encode_scalars,
+    encoded_bytes,
+)
 from peer.errors import ExpertError, WireError
 from peer.layers import KeyValueCache
 from peer.rates import Bandwidth, Pace, RateLimit
@@ -165,10 +173,11 @@ class CallTensors:
         seed = b"answer %b %d" % (self._header.request_id, self._blocks) if is_gradient else None
         self._blocks += 1
         data = encode(answers.tensor.numpy(), self._header.codec, seed)
-        its_products: Sequence[float] = ()
+        its_products = b""
         if self._gradients is not None and self._updates is not None:
             rows, pairs = self.assignment.rows[answers.pairs], answers.pairs
-            its_products = products(self._gradients.numpy(), rows, self._updates.numpy(), pairs).tolist()
+            numbers_Q = products(self._gradients.numpy(), rows, self._updates.numpy(), pairs)
+            its_products = encode_scalars(numbers_Q, self._header.codec)
         return answers.message(self.assignment, len(data), its_products), data
 
 

@@ -12,7 +12,7 @@ from expert_server.serving.assignment import Assignment
 from expert_server.serving.batching import Direction
 from expert_server.serving.forward_cache import CachedForward, ForwardCache
 from expert_server.serving.sequence_cache import ENTRY_BYTES
-from peer.codec import Integers, encoded_bytes
+from peer.codec import Integers, decode_scalars, encoded_bytes
 from peer.errors import ExpertError, WireError
 from peer.layers import CACHE_GROWTH
 from peer.rpc.calls import require_same_swarm
@@ -185,7 +185,7 @@ def parse_assignment(header: expert_pb2.CallHeader, manifest: Manifest) -> Assig
     every_row = np.arange(len(positions))
     rows_of = [np.array(e.rows, np.int64) if e.rows else every_row for e in header.experts]
     weights_of = [
-        np.array(e.weights, np.float32) if e.weights else np.ones(len(its_rows), np.float32)
+        decode_scalars(e.weights, header.codec) if e.weights else np.ones(len(its_rows), np.float32)
         for e, its_rows in zip(header.experts, rows_of, strict=True)
     ]
     counts = np.array([len(its_rows) for its_rows in rows_of])

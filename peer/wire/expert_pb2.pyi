@@ -66,9 +66,9 @@ class ExpertRows(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     uid: str
     rows: _containers.RepeatedScalarFieldContainer[int]
-    weights: _containers.RepeatedScalarFieldContainer[float]
+    weights: bytes
     held: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, uid: _Optional[str] = ..., rows: _Optional[_Iterable[int]] = ..., weights: _Optional[_Iterable[float]] = ..., held: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, uid: _Optional[str] = ..., rows: _Optional[_Iterable[int]] = ..., weights: _Optional[bytes] = ..., held: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CallReply(_message.Message):
     __slots__ = ("experts", "rows", "chunk", "kept")
@@ -90,9 +90,9 @@ class AnsweredRows(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     rows: _containers.RepeatedScalarFieldContainer[int]
     masks: _containers.RepeatedScalarFieldContainer[int]
-    products: _containers.RepeatedScalarFieldContainer[float]
+    products: bytes
     payload_bytes: int
-    def __init__(self, rows: _Optional[_Iterable[int]] = ..., masks: _Optional[_Iterable[int]] = ..., products: _Optional[_Iterable[float]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, rows: _Optional[_Iterable[int]] = ..., masks: _Optional[_Iterable[int]] = ..., products: _Optional[bytes] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class ExpertReply(_message.Message):
     __slots__ = ("index", "status", "message", "update_count", "skipped_update", "rolled_back", "retry_after_s", "version")

@@ -7,7 +7,7 @@ A row may be for several experts.
 from dataclasses import dataclass
 
 from dht.manifest import Manifest
-from peer.codec import codec_of, encoded_bytes
+from peer.codec import codec_of, encoded_bytes, scalar_bytes
 
 TYPICAL_NODES = 10
 """The number of nodes to assume if it is not known."""
@@ -19,9 +19,9 @@ _SENT_BESIDE, _RECEIVED_BESIDE = 3.0, 1.6
 """Bytes in addition to a row's tensors, forward and backward together: its position or number, and its share of the
 headers, for calls of 256 rows.
 """
-_NUMBER, _WEIGHT, _PRODUCT = 1.5, 4.0, 4.0
-"""Bytes for each expert of a row: the row's number; the expert's weight, which is left out if no row has several
-experts; and the product that comes back.
+_NUMBER = 1.5
+"""Bytes for the row's number, for each expert of a row. The expert's weight, which is left out if no row has several
+experts, and the product that comes back take `scalar_bytes` each.
 """
 _PACKET, _PACKET_HEADERS = 1500, 52
 """The size of a TCP packet over IPv4 with timestamps, and of its headers. Every second packet is acknowledged, which
@@ -68,10 +68,11 @@ def nodes_of_token(experts: int, nodes: int, most: int | None = None) -> float:
 def row_traffic(manifest: Manifest, rows_per_s: float, experts: float = 1.0) -> Traffic:
     """A trainer's traffic for this many rows a second, forward and backward, each for this many experts of a node."""
     # inputs and gradients of answers in one direction, answers and gradients of inputs in the other
-    tensors = 2 * encoded_bytes(1, manifest.width, codec_of(manifest.wire.codec))
-    with_each = _NUMBER + (_WEIGHT if experts > 1 else 0.0)
+    codec = codec_of(manifest.wire.codec)
+    tensors, scalar = 2 * encoded_bytes(1, manifest.width, codec), scalar_bytes(codec)
+    with_each = _NUMBER + (scalar if experts > 1 else 0)
     sent = rows_per_s * (_FRAMES * tensors + _SENT_BESIDE + with_each * experts)
-    received = rows_per_s * (_FRAMES * tensors + _RECEIVED_BESIDE + _PRODUCT * experts)
+    received = rows_per_s * (_FRAMES * tensors + _RECEIVED_BESIDE + scalar * experts)
     return Traffic(_mbit_per_s(sent, received), _mbit_per_s(received, sent))
 
 

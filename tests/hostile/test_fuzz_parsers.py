@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from memory_folders import DIMENSIONS, SampleMemory
 from mutations import Mutate
 from pydantic import ValidationError
+from scalars import scalars
 from stranger import digest, new_identities, packed
 
 from benchmarks.simulated_p2p import Link, simulated_world
@@ -261,7 +262,7 @@ def headers() -> list[bytes]:
         "codec": expert_pb2.CODEC_FP32,
     }
     rows = [
-        expert_pb2.ExpertRows(uid="0.1.1", rows=[0, 2], weights=[0.5, 1.0]),
+        expert_pb2.ExpertRows(uid="0.1.1", rows=[0, 2], weights=scalars([0.5, 1.0])),
         expert_pb2.ExpertRows(uid="0.0.1"),
     ]
     right = expert_pb2.CallHeader(
@@ -289,7 +290,7 @@ def replies() -> list[bytes]:
     computed = expert_pb2.ExpertReply(index=0, update_count=5)
     error = expert_pb2.ExpertReply(index=1, status=8, message="busy", retry_after_s=1.5)
     rows = expert_pb2.AnsweredRows(rows=range(3), masks=[1, 1, 1], payload_bytes=size)
-    all_rows = expert_pb2.AnsweredRows(products=range(6), payload_bytes=2 * size)
+    all_rows = expert_pb2.AnsweredRows(products=scalars(range(6)), payload_bytes=2 * size)
     both = [computed, expert_pb2.ExpertReply(index=1)]
     return serialized(
         expert_pb2.CallReply(experts=[computed], rows=[rows], chunk=bytes(size)),

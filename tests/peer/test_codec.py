@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -20,8 +21,11 @@ from peer.codec import (
     Floats,
     chunks,
     decode,
+    decode_scalars,
     encode,
+    encode_scalars,
     encoded_bytes,
+    scalar_bytes,
 )
 from peer.errors import WireError
 from peer.wire import expert_pb2
@@ -36,6 +40,26 @@ tensors: st.SearchStrategy[Floats] = arrays.arrays(np.float32, shapes, elements=
 tensors_for_int4: st.SearchStrategy[Floats] = arrays.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.sampled_from([16, 48, 128])), elements=finite
 )
+
+
+@every_codec
+@given(st.lists(finite))
+def test_numbers_beside_tensors_are_exact_or_bfloat16s(
+    codec: "expert_pb2.Codec", numbers: list[float]
+) -> None:
+    numbers_N = np.array(numbers, np.float32)
+    data = encode_scalars(numbers_N, codec)
+    found_N = decode_scalars(data, codec)
+    assert len(data) == scalar_bytes(codec) * len(numbers)
+    if codec == FP32:
+        assert found_N.tobytes() == numbers_N.tobytes()
+        return
+    expected_N = torch.from_numpy(numbers_N).bfloat16().float()
+    expected_N = expected_N.clamp(-torch.finfo(torch.bfloat16).max, torch.finfo(torch.bfloat16).max)
+    np.testing.assert_array_equal(found_N, expected_N.numpy())
+    assert encode_scalars(found_N, codec) == data
+    with pytest.raises(WireError, match="expected numbers of 2 bytes"):
+        decode_scalars(data + b"x", codec)
 
 
 @given(tensors)

@@ -191,7 +191,7 @@ async def answer_all(server: Server, context: Context) -> None:
         data = (2 * tensor[list(places)]).tobytes()
         about = AnsweredRows(rows=places, payload_bytes=len(data))
         if server.direction == "backward":
-            about.products.extend([0.0] * len(places))
+            about.products = bytes(4 * len(places))
         await context.write(CallReply(experts=[ExpertReply(index=index)], rows=[about]))
         for at in range(0, len(data), CHUNK_BYTES):
             await context.write(CallReply(chunk=data[at : at + CHUNK_BYTES]))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from callers import InSession, numbered_identity, opened
 from grpc import StatusCode
+from scalars import numbers_of, scalars
 from torch import Tensor
 
 from dht.manifest import Manifest
@@ -219,7 +220,7 @@ class Call:
         self.tensors = [torch.randn(len(self.positions), HIDDEN, generator=generator) for _ in range(count)]
         nothing: Sequence[Sequence[float]] = [()] * len(self.uids)
         experts = [
-            expert_pb2.ExpertRows(uid=str(uid), rows=rows, weights=weights)
+            expert_pb2.ExpertRows(uid=str(uid), rows=rows, weights=scalars(weights))
             for uid, rows, weights in zip(
                 self.uids, self.rows_of or [()] * len(self.uids), self.weights_of or nothing, strict=True
             )
@@ -432,7 +433,7 @@ def answers(call: Call, outcome: Outcome) -> Answers:
             data, payload = bytearray(payload[: block.payload_bytes]), payload[block.payload_bytes :]
             tensor, products = (
                 torch.frombuffer(data, dtype=torch.float32).view(len(rows), HIDDEN),
-                list(block.products),
+                numbers_of(block.products),
             )
             for row, mask, numbers in zip(rows, masks, tensor, strict=True):
                 assert row not in found.rows

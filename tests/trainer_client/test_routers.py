@@ -15,6 +15,7 @@ from dht.beam_search import Selection
 from dht.directory import PrefixTables, prefix_tables
 from peer.codec import Floats, Integers
 from peer.errors import SettingsError
+from peer.wire import expert_pb2
 from trainer_client.dispatch.batches import relative_weights
 from trainer_client.routers import (
     ROUTERS,
@@ -301,7 +302,7 @@ def test_a_rows_experts_weigh_in_the_ratios_in_which_a_node_mixes_them(
     there = torch.from_numpy(selection.valid & (make_rng(seed).random(selection.valid.shape) < 0.7))
     weights = ROUTERS[name].weigh(scores, alive, logits, there).numpy()
     assert not weights[~there.numpy()].any()
-    relative = relative_weights(logits.numpy(), there.numpy())
+    relative = relative_weights(logits.numpy(), there.numpy(), expert_pb2.CODEC_FP32)
     for row in range(5):
         if weights[row].any():
             expected = relative[row] / relative[row].sum()

@@ -22,10 +22,11 @@ from dht.announcements import NodeInfo
 from dht.beam_search import Selection
 from dht.directory import PrefixTables
 from dht.uid import UID
-from peer.codec import Booleans, Floats, Integers
+from peer.codec import Booleans, Floats, Integers, decode_scalars, encode_scalars
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.layers import KeyValueCache
+from peer.wire import expert_pb2
 
 Direction: TypeAlias = Literal["forward", "backward"]
 
@@ -227,16 +228,18 @@ class NodeBatch:
         return [self.uids[number] for number in np.unique(numbers).tolist()]
 
 
-def relative_weights(logits: Floats, asked: Booleans) -> Floats:
+def relative_weights(logits: Floats, asked: Booleans, codec: "expert_pb2.Codec") -> Floats:
     """The weights u [n, K] of the experts `asked` in each row, relative to the best of them, which has 1; others have
     0.
 
-    u is exp(logit - the row's largest), at least `LEAST_WEIGHT`: routers weigh a row's experts in these ratios.
+    u is exp(logit - the row's largest), at least `LEAST_WEIGHT`: routers weigh a row's experts in these ratios. It is
+    rounded as calls with this codec round it, so that a node's answer is the mean by these very weights.
     """
     finite = np.where(np.isnan(logits), -1e30, np.clip(logits, -1e30, 1e30)).astype(np.float32)
     highest = np.where(asked, finite, -np.inf).max(axis=1, keepdims=True, initial=-1e30)
     weights = np.maximum(np.exp(np.where(asked, finite - highest, 0)), LEAST_WEIGHT)
-    return np.where(asked, weights, 0).astype(np.float32)
+    weights = np.where(asked, weights, 0).astype(np.float32)
+    return decode_scalars(encode_scalars(weights.ravel(), codec), codec).reshape(weights.shape)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dht.announcements import NodeInfo
 from dht.beam_search import Selection, default_beam_size, select_experts
 from dht.directory import Directory, LiveExperts, PrefixTables
 from dht.uid import UID
-from peer.codec import Booleans, Integers
+from peer.codec import Booleans, Integers, codec_of
 from peer.identity import PeerID
 from peer.metrics import total
 from trainer_client.dispatch.batches import (
@@ -217,7 +217,7 @@ class ForwardRun:
 
     def _call(self, node: NodeInfo, batch: NodeBatch, is_hedge: bool = False) -> None:
         logits = self._rows.logits(batch.rows, self.result.coordinates[batch.rows])
-        weights = relative_weights(logits, batch.asked)
+        weights = relative_weights(logits, batch.asked, codec_of(self._live.view.manifest.wire.codec))
         inputs, left_s = self._rows.inputs[batch.rows], self._ends - self._clock()
         numbers = new_numbers(len(batch.lengths)) if self._rows.held is not None else ()
         call = NodeCall(

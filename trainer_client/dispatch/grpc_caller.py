@@ -21,7 +21,18 @@ from grpc import StatusCode
 
 from dht.announcements import NodeInfo
 from peer import PROTOCOL_VERSION
-from peer.codec import MAX_CHUNK_BYTES, Booleans, Floats, Integers, chunks, decode, encode, encoded_bytes
+from peer.codec import (
+    MAX_CHUNK_BYTES,
+    Booleans,
+    Floats,
+    Integers,
+    chunks,
+    decode,
+    decode_scalars,
+    encode,
+    encode_scalars,
+    encoded_bytes,
+)
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
@@ -144,7 +155,7 @@ class ReplyAssembler:
             raise WireError(f"a tensor of {rows.payload_bytes} bytes; expected {size}")
         products = None
         if self._backward:
-            products = _products(rows, self._batch, places, answered)
+            products = _products(rows, self._batch, places, answered, self._codec)
             if self._counts is not None:  # another node has answered the others
                 answered = answered & self._counts[places]
                 products = np.where(answered, products, np.float32(0))
@@ -190,10 +201,14 @@ def _answered(rows: expert_pb2.AnsweredRows, batch: NodeBatch, places: Integers)
 
 
 def _products(
-    rows: expert_pb2.AnsweredRows, batch: NodeBatch, places: Integers, answered: Booleans
+    rows: expert_pb2.AnsweredRows,
+    batch: NodeBatch,
+    places: Integers,
+    answered: Booleans,
+    codec: "expert_pb2.Codec",
 ) -> Floats:
     """[m, K], 0 where there is none. Raises WireError."""
-    numbers = np.array(rows.products, dtype=np.float32)
+    numbers = decode_scalars(rows.products, codec)
     if len(numbers) != np.count_nonzero(answered) or not np.isfinite(numbers).all():
         raise WireError(
             f"{len(numbers)} products for {np.count_nonzero(answered)} experts, or not all finite"
@@ -378,7 +393,7 @@ class GrpcCaller:
         else:
             header.segment_lengths.extend(call.batch.lengths.tolist())
             header.positions.extend(call.batch.positions.tolist())
-            header.experts.extend(_expert_rows(call))
+            header.experts.extend(_expert_rows(call, self._codec))
             header.sequences.extend(call.numbers)
         tensors = [] if call.kept is not None else [encode(call.inputs, self._codec)]
         if call.gradients is not None:  # the same bytes if a call is repeated
@@ -409,7 +424,7 @@ class GrpcCaller:
         assembler.end()
 
 
-def _expert_rows(call: NodeCall) -> Iterator[expert_pb2.ExpertRows]:
+def _expert_rows(call: NodeCall, codec: "expert_pb2.Codec") -> Iterator[expert_pb2.ExpertRows]:
     count, lengths = len(call.batch.rows), call.batch.lengths
     segments = np.repeat(np.arange(len(lengths)), lengths)
     for number, (uid, places, slots) in enumerate(call.batch.parts()):
@@ -418,7 +433,7 @@ def _expert_rows(call: NodeCall) -> Iterator[expert_pb2.ExpertRows]:
         yield expert_pb2.ExpertRows(
             uid=str(uid),
             rows=None if len(places) == count else places.tolist(),
-            weights=None if (weights == 1).all() else weights.tolist(),
+            weights=None if (weights == 1).all() else encode_scalars(weights, codec),
             held=None if held is None or not held.any() else held.tolist(),
         )
 

@@ -292,6 +292,7 @@ def products_fit(
     have S', what we received for its S. So the two differ by at most |G' - G| |S| + |G| |S' - S|. `error`: the largest
     distance between a row and what is received for it, relative to its norm and absolute. The products' own sums, in
     float32, may be off by a thousandth of their size, and a little more for rows that are nearly orthogonal.
+    With every codec but fp32, they are also rounded to bfloat16.
     """
     part, beside = error
     g, s = gradients_RD.astype(np.float64), answers_RD.astype(np.float64)
@@ -300,7 +301,8 @@ def products_fit(
     sizes = (np.linalg.norm(s, axis=1) + beside) / max(1 - part, 0.1)
     rounding = (part * lengths + beside) * sizes + lengths * (part * sizes + beside)
     weighed = shares_RK * products_RK.astype(np.float64)
-    slack = 1e-3 * np.abs(weighed).sum(axis=1) + _SUMMED * lengths * sizes + _LEAST_PRODUCT
+    of_products = 3e-3 if part else 1e-3
+    slack = of_products * np.abs(weighed).sum(axis=1) + _SUMMED * lengths * sizes + _LEAST_PRODUCT
     fits: Booleans = np.abs(weighed.sum(axis=1) - (g * s).sum(axis=1)) <= rounding + slack
     return fits
 

@@ -14,7 +14,7 @@ import numpy as np
 from dht.beam_search import Selection
 from dht.directory import LiveExperts
 from dht.uid import UID
-from peer.codec import Integers
+from peer.codec import Integers, codec_of
 from peer.identity import PeerID
 from trainer_client.dispatch.batches import (
     AnsweredRows,
@@ -81,7 +81,7 @@ async def go_on(
     for number, peer_id in enumerate(peers):
         batch, _ = whole.only(at == number)
         logits = rows.logits(batch.rows, result.coordinates[batch.rows])
-        weights = relative_weights(logits, batch.asked)
+        weights = relative_weights(logits, batch.asked, codec_of(live.view.manifest.wire.codec))
         sequences = [rows.held[row] for row in batch.rows.tolist()]
         numbers = [
             sequence.numbers.setdefault(peer_id, fresh)

@@ -1,6 +1,6 @@
 // node forward.js INVITE: sends three rows of numbers through two experts of the node that the invite names.
 import { Node } from './node.js';
-import { fromBase58, readInvite, swarmId } from './wire.js';
+import { bytesOf, fromBase58, readInvite, swarmId } from './wire.js';
 
 if (!process.argv[2]) {
   console.error('usage: node forward.js INVITE, the line that a node prints, such as talkoot2…');
@@ -24,7 +24,7 @@ const { experts, software_version } = await node.call('Info', node.header);
 console.log(`swarm ${swarm}: this node runs ${software_version} and hosts ${experts.length} experts of width ${width}`);
 
 const rows = [0, 1, 2].map((row) => Array.from({ length: width }, (_, i) => Math.sin(row * width + i)));
-const asked = experts.slice(0, 2).map(({ uid }, i) => ({ uid, weights: rows.map(() => i + 1) }));
+const asked = experts.slice(0, 2).map(({ uid }, i) => ({ uid, weights: bytesOf(rows.map(() => i + 1)) }));
 const { answers, replies } = await node.forward(rows, asked);
 replies.forEach(({ status, message, update_count }, i) =>
   console.log(`expert ${asked[i].uid}: ${status ? `status ${status}: ${message}` : `${update_count} updates`}`));

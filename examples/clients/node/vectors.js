@@ -3,7 +3,7 @@ import assert from 'node:assert/strict';
 import crypto from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import {
-  badge, base58, encoded, floats, keyId, message, peerId, readInvite, sign, swarmId, unpackEntries, verify,
+  badge, base58, bytesOf, encoded, floats, keyId, message, peerId, readInvite, sign, swarmId, unpackEntries, verify,
 } from './wire.js';
 
 const vectors = JSON.parse(readFileSync(new URL('../../../proto/vectors.json', import.meta.url)));
@@ -45,6 +45,7 @@ const entries = unpackEntries(bytes(dht.dictionary));
 assert.deepEqual(entries.map(([, value]) => Buffer.from(value).toString('hex')), [dht.index_entry.value, dht.record.value]);
 
 assert.deepEqual(floats(bytes(vectors.codecs.fp32.bytes)), vectors.codecs.numbers.flat());
+assert.equal(bytesOf(vectors.codecs.numbers[0]).toString('hex'), vectors.codecs.beside.fp32);
 const reply = message('CallReply').decode(bytes(forward.reply));
 assert.deepEqual(floats(reply.chunk), forward.answers.flat());
 console.log('all vectors agree');

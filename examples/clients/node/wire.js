@@ -21,6 +21,11 @@ export const encoded = (name, said) => message(name).encode(message(name).fromOb
 
 // of CODEC_FP32
 export const floats = (bytes) => Array.from({ length: bytes.length / 4 }, (_, i) => bytes.readFloatLE(4 * i));
+export function bytesOf(numbers) {
+  const bytes = Buffer.alloc(4 * numbers.length);
+  numbers.forEach((number, i) => bytes.writeFloatLE(number, 4 * i));
+  return bytes;
+}
 
 const hash = (name, data) => crypto.createHash(name).update(data).digest();
 

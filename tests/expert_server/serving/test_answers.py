@@ -147,7 +147,7 @@ def test_a_message_says_which_experts_are_in_which_rows(assignment: Assignment, 
     if not len(rows):
         return
     pairs, places, counts = assignment.of_rows(rows, is_in)
-    message = RowAnswers(rows, pairs, places, counts, torch.empty(0)).message(assignment, 7, [1.5])
+    message = RowAnswers(rows, pairs, places, counts, torch.empty(0)).message(assignment, 7, b"1.5!")
     all_experts = [
         sorted(pair for pair, row in enumerate(assignment.rows) if row == r) for r in range(len(assignment))
     ]
@@ -162,7 +162,7 @@ def test_a_message_says_which_experts_are_in_which_rows(assignment: Assignment, 
     ]
     assert found == pairs.tolist()
     assert all(is_in[found])
-    assert (message.payload_bytes, list(message.products)) == (7, [1.5])
+    assert (message.payload_bytes, message.products) == (7, b"1.5!")
 
 
 def test_a_row_may_have_64_experts() -> None:

@@ -8,6 +8,7 @@ import pytest
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scalars import scalars
 from tls_expert_server import (
     ABSENT,
     CONTEXT,
@@ -35,7 +36,7 @@ from expert_server.serving.batching import Direction
 from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.headers import MAX_EXPERTS_IN_CALL, HeaderParser
 from peer import PROTOCOL_VERSION
-from peer.codec import MAX_MESSAGE_BYTES
+from peer.codec import MAX_MESSAGE_BYTES, decode_scalars
 from peer.errors import ExpertError, WireError
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -72,9 +73,13 @@ def set_experts(*rows: Sequence[int], weights: Sequence[float] = ()) -> Callable
         del call.header.experts[:]
         for uid, own in zip(MANIFEST.uids(), rows, strict=False):
             call.header.experts.add(uid=str(uid), rows=own)
-        call.header.experts[0].weights[:] = weights
+        call.header.experts[0].weights = scalars(weights)
 
     return change
+
+
+def set_weights(data: bytes) -> Callable[[Call], None]:
+    return lambda call: setattr(call.header.experts[0], "weights", data)
 
 
 def clear(name: str) -> Callable[[Call], None]:
@@ -132,6 +137,7 @@ WRONG_HEADERS: dict[str, tuple[Callable[[Call], None], tuple[str, ...]]] = {
     "a row beyond the call": (set_experts([0, 1, 2, 3, 5]), ("row 5 of an expert; the call has 5 rows",)),
     "a huge row": (set_experts(ALL, [2**32 - 1]), ("row 4294967295 of an expert",)),
     "too few weights": (set_experts(ALL, weights=[1.0] * 4), ("4 weights for the 5 rows of expert 0.0.0",)),
+    "half a weight": (set_weights(bytes(4 * ROWS - 2)), ("18 bytes; expected numbers of 4 bytes",)),
     "too many weights": (set_experts(ALL, weights=[1.0] * 6), ("6 weights for the 5 rows of expert 0.0.0",)),
     **{
         f"a weight of {weight}": (
@@ -271,14 +277,27 @@ segments = st.one_of(
     st.fixed_dictionaries({"segment_lengths": small, "positions": small}),
     st.lists(steps, min_size=1, max_size=4).map(packed),
 )
-expert_rows = st.builds(
-    lambda uid, rows, weights: expert_pb2.ExpertRows(
-        uid=uid, rows=rows, weights=weights[: len(rows)] if rows else ()
-    ),
+expert_rows = st.tuples(
     uid_texts,
     st.one_of(st.just([]), st.sets(st.integers(0, 8)).map(sorted), small),
     st.one_of(st.just([]), st.just([0.5] * 20), st.lists(floats, max_size=9)),
 )
+
+
+def made(
+    codec: "expert_pb2.Codec", experts: Sequence[tuple[str, Sequence[int], Sequence[float]]]
+) -> list[expert_pb2.ExpertRows]:
+    return [
+        expert_pb2.ExpertRows(
+            uid=uid, rows=rows, weights=scalars(weights[: len(rows)] if rows else (), codec)
+        )
+        for uid, rows, weights in experts
+    ]
+
+
+def weights_of(expert: expert_pb2.ExpertRows, codec: "expert_pb2.Codec") -> list[float]:
+    found: list[float] = decode_scalars(expert.weights, codec).tolist()
+    return found
 
 
 def is_right(header: expert_pb2.CallHeader) -> bool:
@@ -297,7 +316,7 @@ def is_right(header: expert_pb2.CallHeader) -> bool:
         return False
     experts_of_row = [0] * rows
     for expert in header.experts:
-        own, weights = list(expert.rows) or list(range(rows)), list(expert.weights)
+        own, weights = list(expert.rows) or list(range(rows)), weights_of(expert, header.codec)
         if own != sorted(set(own)) or own[-1] >= rows or len(weights) not in (0, len(own)):
             return False
         if not all(0 < weight < inf for weight in weights):
@@ -314,7 +333,7 @@ headers = st.builds(
         request_id=request_id,
         width=width,
         codec=codec,
-        experts=experts,
+        experts=made(codec, experts),
         **segments,
     ),
     st.sampled_from([bytes(16), bytes(16), bytes(16), b"", bytes(15)]),
@@ -353,5 +372,5 @@ def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
         pairs = assignment.pairs_of(index)
         assert assignment.rows[pairs].tolist() == (list(expert.rows) or list(range(parsed.rows)))
         assert assignment.weights[pairs].tolist() == (
-            list(expert.weights) or [1.0] * len(assignment.rows[pairs])
+            weights_of(expert, header.codec) or [1.0] * len(assignment.rows[pairs])
         )

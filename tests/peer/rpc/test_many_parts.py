@@ -14,7 +14,7 @@ HEADER = CallHeader(experts=[ExpertRows()] * MANY).SerializeToString()
 
 
 def expert(number: int) -> ExpertRows:
-    return ExpertRows(uid=f"0.{number}", rows=range(number % 300), weights=[0.5] * (number % 300))
+    return ExpertRows(uid=f"0.{number}", rows=range(number % 300), weights=bytes(4 * (number % 300)))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,8 @@ def expert(number: int) -> ExpertRows:
         CallReply(
             experts=[ExpertReply(index=n, message="busy", version=n) for n in range(4096)],
             rows=[
-                AnsweredRows(rows=[n], masks=[2**63], products=[1.0], payload_bytes=99) for n in range(4096)
+                AnsweredRows(rows=[n], masks=[2**63], products=bytes(4), payload_bytes=99)
+                for n in range(4096)
             ],
             chunk=bytes(2**17),
         ),

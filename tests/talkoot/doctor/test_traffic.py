@@ -67,7 +67,7 @@ async def counted(path: Path, manifest: Manifest, experts: float) -> tuple[float
         async def train() -> tuple[int, int]:
             rows = rng.standard_normal((ROWS, manifest.width), dtype=np.float32)
             weights = relative_weights(
-                rng.standard_normal((ROWS, 2), dtype=np.float32), (new := batch()).asked
+                rng.standard_normal((ROWS, 2), dtype=np.float32), (new := batch()).asked, codec
             )
             call = NodeCall(behind, "forward", new, 20.0, rows, weights, keep=True)
             forward = await collect(caller, call)
@@ -91,7 +91,7 @@ async def counted(path: Path, manifest: Manifest, experts: float) -> tuple[float
 
 
 @pytest.mark.parametrize("experts", [1, 1.25, 1.5])
-@pytest.mark.parametrize(("width", "codec"), [(256, "int4"), (64, "int4"), (64, "fp32")])
+@pytest.mark.parametrize(("width", "codec"), [(448, "int4"), (64, "int4"), (64, "fp32")])
 def test_it_is_what_real_calls_move(
     loop: LoopThread, tmp_path: Path, width: int, codec: CodecName, experts: float
 ) -> None:
@@ -142,10 +142,10 @@ def test_the_nodes_of_a_token_are_those_of_experts_that_are_anywhere(k: int, nod
     ("hidden", "width", "codec", "nodes", "most", "mbit"),
     [
         (1024, 1024, "fp32", 10, None, 480),
-        (1024, 448, "int4", 10, 2, 16.6),
-        (1024, 256, "int4", 10, None, 16.4),
-        (1024, 256, "int4", 10, 2, 9.7),
-        (1024, 128, "int4", 10, 2, 5.1),
+        (1024, 448, "int4", 10, 2, 16.4),
+        (1024, 256, "int4", 10, None, 16.2),
+        (1024, 256, "int4", 10, 2, 9.5),
+        (1024, 128, "int4", 10, 2, 4.9),
         (128, 128, "fp32", 3, None, 42),
     ],
 )
@@ -165,4 +165,4 @@ def test_the_default_moves_a_32nd_of_whole_rows_to_each_expert() -> None:
     traffic = trainer_traffic(manifest, 1000.0, 10, most)
     mbit = (traffic.upload_mbit + traffic.download_mbit) / manifest.model.layers
     whole = 8e-3 * 2 * 2 * 4 * manifest.routing.top_k * manifest.model.hidden
-    assert whole / mbit == pytest.approx(32, abs=0.5)
+    assert 32 <= whole / mbit < 32.5

@@ -1,6 +1,7 @@
 """Batches, answers and refilling, against what a loop over rows and slots would do."""
 
 from collections import defaultdict
+from itertools import product
 
 import numpy as np
 from expert_fakes import make_node, make_peer_id, random_rows
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from dht.beam_search import Selection
 from dht.uid import UID
-from peer.codec import Booleans, Integers
+from peer.codec import Booleans, Integers, decode_scalars, encode_scalars
+from peer.wire import expert_pb2
 from trainer_client.dispatch.batches import (
     LEAST_WEIGHT,
     AnsweredRows,
@@ -153,7 +155,7 @@ def test_relative_weights_have_the_ratios_of_a_softmax(
     rng = np.random.default_rng(seed)
     logits = (scale * rng.standard_normal((rows, k))).astype(np.float32)
     asked = rng.random((rows, k)) < density
-    found = relative_weights(logits, asked)
+    found = relative_weights(logits, asked, expert_pb2.CODEC_FP32)
     assert found.dtype == np.float32
     assert not found[~asked].any()
     for row in range(rows):
@@ -161,12 +163,19 @@ def test_relative_weights_have_the_ratios_of_a_softmax(
             exact = np.exp(logits[row, asked[row]].astype(np.float64) - logits[row, asked[row]].max())
             np.testing.assert_allclose(found[row, asked[row]], np.maximum(exact, LEAST_WEIGHT), rtol=1e-5)
             assert found[row].max() == 1
+    rounded = relative_weights(logits, asked, expert_pb2.CODEC_INT4)
+    np.testing.assert_allclose(rounded, found, rtol=2**-8)
+    sent = decode_scalars(encode_scalars(rounded.ravel(), expert_pb2.CODEC_INT4), expert_pb2.CODEC_INT4)
+    np.testing.assert_array_equal(sent.reshape(rounded.shape), rounded)
 
 
 def test_relative_weights_of_a_gate_that_diverged_are_still_weights() -> None:
-    for logits in ([np.nan, 0], [np.inf, np.inf], [-np.inf, 1], [np.nan, np.nan], [3e38, -3e38]):
-        found = relative_weights(np.array([logits], np.float32), np.ones((1, 2), np.bool_))
-        assert found.min() >= LEAST_WEIGHT
+    codecs = (expert_pb2.CODEC_FP32, expert_pb2.CODEC_INT4)
+    for logits, codec in product(
+        ([np.nan, 0], [np.inf, np.inf], [-np.inf, 1], [np.nan, np.nan], [3e38, -3e38]), codecs
+    ):
+        found = relative_weights(np.array([logits], np.float32), np.ones((1, 2), np.bool_), codec)
+        assert found.min() >= 0.99 * LEAST_WEIGHT
         assert found.max() == 1
 
 

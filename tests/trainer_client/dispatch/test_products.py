@@ -11,7 +11,16 @@ from expert_fakes import WELL, FakeSwarm, make_manifest, make_peer_id, random_ro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.codec import CodecName, Floats, codec_of, decode, encode, rounding_error
+from peer.codec import (
+    CodecName,
+    Floats,
+    codec_of,
+    decode,
+    decode_scalars,
+    encode,
+    encode_scalars,
+    rounding_error,
+)
 from peer.metrics import total
 from trainer_client.dispatch.batches import AnsweredRows, CallReply, Kept, NodeCall
 from trainer_client.dispatch.policy import are_bounded, products_fit
@@ -37,7 +46,10 @@ def test_products_of_an_honest_node_fit(
         f_RKD[:, :, 1:] *= 1e-3
     shares_RK = rng.dirichlet(np.ones(K), ROWS).astype(np.float32)
     s_RD = (shares_RK[..., None] * f_RKD).sum(axis=1)
-    products_RK = np.einsum("rd,rkd->rk", sent(g_RD, codec, b"seed"), f_RKD)
+    computed_N = np.einsum("rd,rkd->rk", sent(g_RD, codec, b"seed"), f_RKD).ravel()
+    products_RK = decode_scalars(encode_scalars(computed_N, codec_of(codec)), codec_of(codec)).reshape(
+        ROWS, K
+    )
     error = rounding_error(WIDTH, codec_of(codec))
     assert products_fit(shares_RK, products_RK, g_RD, sent(s_RD, codec), error).all()
     assert are_bounded(products_RK, g_RD, random_rows(ROWS, WIDTH)).all()

@@ -29,6 +29,7 @@ from misbehaving_node import (
     sends,
     until,
 )
+from scalars import scalars
 
 from dht.uid import UID
 from peer.codec import MAX_CHUNK_BYTES
@@ -88,7 +89,9 @@ BOTH = [*FIRST, UID(0, (1,))]
 def block(
     rows: Sequence[int], size: int = BYTES, masks: Sequence[int] = (), products: Sequence[float] = ()
 ) -> CallReply:
-    return CallReply(rows=[AnsweredRows(rows=rows, masks=masks, products=products, payload_bytes=size)])
+    return CallReply(
+        rows=[AnsweredRows(rows=rows, masks=masks, products=scalars(products), payload_bytes=size)]
+    )
 
 
 def computed(*indices: int) -> CallReply:
