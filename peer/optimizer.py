@@ -3,7 +3,8 @@
 Creating the first of those imports torch's compiler, which takes a second of CPU time and compiles nothing here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from operator import is_
 from typing import Literal, TypeAlias
 
@@ -25,6 +26,20 @@ def moments_of(name: OptimizerName, momentum: float) -> tuple[str, ...]:
     return () if name == "sgd" and not momentum else _MOMENTS[name]
 
 
+@dataclass(frozen=True, eq=False)
+class _Gathered:
+    """What a step needs of the parameters of one group that had gradients last time.
+
+    To look it up for each of them, and to count their steps one by one, would take longer than the step of a narrow
+    expert.
+    """
+
+    moved: list[Tensor]
+    moments: dict[str, list[Tensor]]
+    counts: Tensor | None
+    """The steps of all of them, in one tensor, of which those in `moments` are views. None: they are not counted."""
+
+
 class Optimizer:
     """Steps parameters exactly as torch's AdamW, Adam and SGD do. Vectors, such as biases, have no weight decay."""
 
@@ -41,19 +56,25 @@ class Optimizer:
         """The learning rate of the next step."""
         self.moments: tuple[str, ...] = moments_of(name, momentum)
         """The names of the tensors kept for each parameter; torch's optimizers use the same."""
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
-        """The tensors kept for each parameter that has had a gradient."""
+        self._state: dict[Tensor, dict[str, Tensor]] = {}
         self._name = name
         self._momentum = momentum
         groups: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
         for parameter in parameters:
             groups.setdefault((parameter.dim() > 1, parameter.dtype), []).append(parameter)
         self._groups = [(weight_decay if decays else 0.0, ps) for (decays, _), ps in groups.items()]
-        self._counts: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        """By group number: one tensor with the number of steps of each parameter, and the elements of that tensor.
+        self._gathered: dict[int, _Gathered] = {}
+        """By group number."""
 
-        Incrementing each of them alone would take as long as the step of a narrow expert.
-        """
+    @property
+    def state(self) -> Mapping[Tensor, Mapping[str, Tensor]]:
+        """The tensors kept for each parameter that has had a gradient."""
+        return self._state
+
+    def replace_state(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """`state`: as the property gives it."""
+        self._state = dict(state)
+        self._gathered.clear()
 
     def zero_grad(self) -> None:
         for _, parameters in self._groups:
@@ -67,28 +88,29 @@ class Optimizer:
             moved = [parameter for parameter in parameters if parameter.grad is not None]
             if not moved:
                 continue
-            for parameter in moved:
-                if self.moments and parameter not in self.state:
-                    self.state[parameter] = self.no_moments(parameter)
-            if "step" in self.moments:
-                self._count_step(group, moved)
-            moments = {name: [self.state[p][name] for p in moved] for name in self.moments}
+            found = self._gathered.get(group)
+            if found is None or len(found.moved) != len(moved) or not all(map(is_, found.moved, moved)):
+                found = self._gathered[group] = self._gather(moved)
+            if found.counts is not None:
+                found.counts.add_(1)
             gradients = [p.grad for p in moved if p.grad is not None]
             if self._name == "sgd":
-                self._step_sgd(moved, gradients, moments.get("momentum_buffer", []), weight_decay)
+                self._step_sgd(moved, gradients, found.moments.get("momentum_buffer", []), weight_decay)
             else:
-                self._step_adam(moved, gradients, moments, weight_decay)
+                self._step_adam(moved, gradients, found.moments, weight_decay)
 
-    def _count_step(self, group: int, moved: list[Tensor]) -> None:
-        counts = [self.state[parameter]["step"] for parameter in moved]
-        together, numbers = self._counts.get(group, (None, []))
-        if together is None or len(counts) != len(numbers) or not all(map(is_, counts, numbers)):
-            # other parameters have gradients than last time, or the state was replaced
-            together = torch.stack(counts)
-            self._counts[group] = together, list(together.unbind())
-            for parameter, number in zip(moved, self._counts[group][1], strict=True):
-                self.state[parameter]["step"] = number
-        together += 1
+    def _gather(self, moved: list[Tensor]) -> "_Gathered":
+        for parameter in moved:
+            if self.moments and parameter not in self._state:
+                self._state[parameter] = self.no_moments(parameter)
+        counts = None
+        if "step" in self.moments:
+            counts = torch.stack([self._state[parameter]["step"] for parameter in moved])
+            for parameter, count in zip(moved, counts.unbind(), strict=True):
+                self._state[parameter]["step"] = count
+        return _Gathered(
+            moved, {name: [self._state[p][name] for p in moved] for name in self.moments}, counts
+        )
 
     def no_moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """The moments of a parameter that has not had a gradient."""

@@ -497,12 +497,13 @@ class Expert:
         with torch.no_grad():
             for name, tensor in block_tensors(self.block).items():
                 tensor.copy_(state[BLOCK + name])
-        self.optimizer.state.clear()
-        for name in stepped:
-            self.optimizer.state[parameters[name]] = {
-                m: state[moment_name(name, m)].to(self.device.torch_device, copy=True)
-                for m in self.optimizer.moments
+        device, moments = self.device.torch_device, self.optimizer.moments
+        self.optimizer.replace_state(
+            {
+                parameters[name]: {m: state[moment_name(name, m)].to(device, copy=True) for m in moments}
+                for name in stepped
             }
+        )
         self._accumulated = self._accumulated_in(state)
         self.update_count = update_count
         if source != AVERAGED:  # what an average moved since its base is known to whoever made it

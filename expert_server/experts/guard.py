@@ -1,6 +1,7 @@
 """The outcomes of a step, and the guard that returns an expert to its last good state if its parameters turn bad."""
 
 import logging
+from collections.abc import Mapping
 from enum import Flag, auto
 from math import sqrt
 
@@ -71,7 +72,7 @@ class Guard:
 
     def keep(self) -> None:
         """Keeps the present state as good. Call it when this node's own state has replaced the state."""
-        nothing: list[tuple[Tensor | None, dict[str, Tensor]]] = [(None, {}) for _ in self._parameters]
+        nothing: list[tuple[Tensor | None, Mapping[str, Tensor]]] = [(None, {}) for _ in self._parameters]
         self._kept = [
             (
                 _halved(parameter.detach(), values),
@@ -120,14 +121,14 @@ class Guard:
 
     @torch.no_grad()
     def _roll_back(self) -> None:
+        state: dict[Tensor, dict[str, Tensor]] = {}
         for parameter, (values, moments) in zip(self._parameters, self._kept, strict=True):
             parameter.copy_(values)
-            if not moments:
-                self._optimizer.state.pop(parameter, None)
-                continue
-            present = self._optimizer.state.setdefault(parameter, self._optimizer.no_moments(parameter))
-            for key, value in moments.items():
-                present[key].copy_(value)
+            if moments:
+                state[parameter] = self._optimizer.no_moments(parameter)
+                for key, value in moments.items():
+                    state[parameter][key].copy_(value)
+        self._optimizer.replace_state(state)
         self._usual_norm = self._norm()
         self._updates, self._keep_after = 0, KEEP_EVERY_UPDATES
         self.rollbacks += 1
@@ -135,7 +136,7 @@ class Guard:
     def _norm(self) -> float:
         return float(get_total_norm(self._parameters))
 
-    def _moments_of(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _moments_of(self, parameter: Tensor) -> Mapping[str, Tensor]:
         return self._optimizer.state.get(parameter, {})
 
 

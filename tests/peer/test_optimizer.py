@@ -86,7 +86,9 @@ def test_steps_are_counted_on_from_a_state_that_was_replaced() -> None:
     optimizer = Optimizer(parameters, "adamw", 1e-3, 0.01)
     for other_steps in (None, 7.0, 3.0):
         if other_steps is not None:
-            optimizer.state[parameters[2]]["step"] = torch.tensor(other_steps)
+            state = {parameter: dict(moments) for parameter, moments in optimizer.state.items()}
+            state[parameters[2]]["step"] = torch.tensor(other_steps)
+            optimizer.replace_state(state)
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()

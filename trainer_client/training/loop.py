@@ -164,11 +164,13 @@ class Training:
                 raise StateError(f"its moments of {name!r:.80} are negative")
         self._model.load_state_dict(model)
         self.part.replace(model, age)
-        for name, state in moments.items():
-            parameter = self._parameters[name]
-            self._optimizer.state[parameter] = {
-                key: moment.to(parameter.device, copy=True) for key, moment in state.items()
+        self._optimizer.replace_state(
+            {
+                parameter: {key: moment.to(parameter.device, copy=True) for key, moment in state.items()}
+                for name, state in moments.items()
+                for parameter in [self._parameters[name]]
             }
+        )
         self.history = history
 
     def _one_by_one(self) -> Generator[_Step, None, None]:
