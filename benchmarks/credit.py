@@ -6,11 +6,10 @@ Takes some seconds on one core.
 """
 
 import random
-import tempfile
 import time
 import tracemalloc
-from pathlib import Path
 
+from benchmarks.scratch import scratch_folder
 from dht.receipts import Work, check_receipt, sign_receipt
 from expert_server.credit import ReceiptBook
 from peer.identity import Identity, PeerID
@@ -30,8 +29,8 @@ def node_of(number: int) -> PeerID:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Identity.load_or_create(Path(folder) / "trainer.key")
+    with scratch_folder() as folder:
+        trainer = Identity.load_or_create(folder / "trainer.key")
     cost_of_receipts(trainer)
     cost_of_counting(trainer)
     inflation()

@@ -11,7 +11,6 @@ text again for each token is measured, too. Everything is measured in one run, a
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.emulated import emulated_links
+from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, RunningNode, running_node
 from dht.manifest import Manifest
 from dht.swarm import Swarm, join_swarm
@@ -206,7 +207,7 @@ def measure_far(kind: Kind, times: int) -> dict[str, float]:
     """Measures with a round trip of 50 ms to the node."""
     target = free_ports(_HOST, 1)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(scratch_folder())
         links = stack.enter_context(emulated_links(f"{DELAY_S * 1000:.0f}ms", [target]))
         (folder / "node.toml").write_text(f"announce_port = {links.ports[0][0]}\n")
         flags = ["--config", str(folder / "node.toml"), "--port", str(target[0])]
@@ -248,6 +249,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
+    end_in_order_when_stopped()
     torch.set_num_threads(1)
     results: dict[str, float] = {}
     for kind in KINDS[:1] if options.quick else KINDS:

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -31,7 +30,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.faults import FaultyCaller
+from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, running_village
 from peer.layers import seeded, step_size
 from trainer_client.client import SwarmClient, TrainerTiming
@@ -214,7 +215,7 @@ def run(plan: Plan, digits: Digits, *, disturbed: bool) -> dict[str, Any]:
     options = ["--threads", "1", "--niceness", "0", "--spare", "0", "--drain-timeout", "0"]
     with ExitStack() as stack:
         village = stack.enter_context(running_village(plan.manifest, plan.nodes, experts, options))
-        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-digits-")))
+        state = stack.enter_context(scratch_folder())
         timing = TrainerTiming(least_deadline_s=60.0)
         swarm = stack.enter_context(
             SwarmClient(village.invite, settings, state, through=through, timing=timing)
@@ -270,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--delay", type=float, metavar="S", help="seconds that each call takes longer")
     parser.add_argument("--in-flight", type=int, metavar="N", help=f"by default {Plan.in_flight}")
     options = parser.parse_args(arguments)
+    end_in_order_when_stopped()
     plan = QUICK if options.quick else Plan()
     asked = {"steps": options.steps, "delay_s": options.delay, "in_flight": options.in_flight}
     plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})

@@ -15,7 +15,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -24,6 +23,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.scratch import scratch_folder
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.beam_search import select_experts
 from dht.directory import Directory
@@ -180,8 +181,7 @@ def run_pair(side: str, nodes: int) -> dict[str, list[float]]:
     """
     said = ""
     for _ in range(_ATTEMPTS):
-        with tempfile.TemporaryDirectory(prefix="talkoot-benchmark-") as name:
-            folder = Path(name)
+        with scratch_folder() as folder:
             village = _start(side, "village", folder, nodes)
             try:
                 if not _appears(folder / "bootstrap", village, _START_LIMIT_S):
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("nodes", type=int)
     options = parser.parse_args()
+    end_in_order_when_stopped()
     if options.part == "village":
         _run(_village(options.side, options.folder, options.nodes))
         return

@@ -20,7 +20,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -35,7 +34,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.faults import FaultyCaller
+from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, running_village
 from dht.invites import Invite
 from dht.manifest import Manifest
@@ -221,7 +222,7 @@ def _say_and_wait(word: str) -> None:
 def run_way(way: str, plan: Plan) -> dict[str, Any]:
     """Runs one way. Its losses are means over its trainers. Raises SystemExit if a trainer fails."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-learning-")))
+        folder = stack.enter_context(scratch_folder())
         # Started first, so that they do their imports while the nodes start.
         trainers = [_start(stack, way, plan, folder, number) for number in range(WAYS[way].trainers)]
         invite = ""
@@ -336,6 +337,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--trainer", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    end_in_order_when_stopped()
     if options.resume and not options.json:
         parser.error("--resume takes the ways from --json FILE")
     if options.way:

@@ -11,10 +11,10 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from benchmarks.scratch import scratch_folder
 
 _MARK = "talkoot"
 _NAME = re.compile(rf"{_MARK}(\d+)-")
@@ -127,8 +127,8 @@ class Internet:
         """Until the block ends, this home's router forwards ports on request, by UPnP."""
         run_there = ("ip", "netns", "exec", home.router)
         _run(*run_there, "nft", "-f", "-", stdin=_UPNP_CHAINS)
-        with tempfile.TemporaryDirectory() as folder:
-            settings = Path(folder) / "miniupnpd.conf"
+        with scratch_folder() as folder:
+            settings = folder / "miniupnpd.conf"
             settings.write_text(_UPNP_SETTINGS)
             options = ("-d", "-f", str(settings), "-P", f"{folder}/pid")
             daemon = subprocess.Popen(

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from rich.table import Table
 from benchmarks.recipe_configurations import ALL, CONFIGURATIONS, QUICK_SIZE, Configuration, Size
 from benchmarks.recipe_runs import Run, shared_information
 from benchmarks.recipe_texts import BYTE_KINDS, FULL, HELD_OUT, QUICK, Mixed, load_texts
+from benchmarks.scratch import scratch_folder
 
 QUICK_NAMES = ("dense-2", "ffn top-1", "transformer top-1")
 
@@ -158,7 +158,7 @@ def main() -> None:
         signal.signal(number, lambda number, frame: stop.set())
     data = Mixed(load_texts(domains), size.context, options.seed, options.hold_out)
     with ExitStack() as stack:
-        state = options.state or Path(stack.enter_context(TemporaryDirectory(prefix="talkoot-recipe-")))
+        state = options.state or stack.enter_context(scratch_folder())
         state.mkdir(parents=True, exist_ok=True)
         results = compare(configurations, size, data, state, stop, console.print)
     show(results, configurations, console)

@@ -4,7 +4,6 @@ They are offered through the entry point group `talkoot.expert_kinds`. The bench
 them on the path of the processes it starts.
 """
 
-import tempfile
 from pathlib import Path
 
 from hivemind.moe.server.layers.common import FeedforwardBlock, TunedTransformer
@@ -41,11 +40,10 @@ class RivalTransformer(nn.Module):
         return output_RD
 
 
-def make_package() -> Path:
-    """A folder that offers the kinds `rival-ffn` and `rival-transformer` to processes that have it on their path."""
-    folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
+def make_package(folder: Path) -> Path:
+    """Makes the folder, which offers `rival-ffn` and `rival-transformer` to processes that have it on their path."""
     package = folder / "talkoot_rivals-1.dist-info"
-    package.mkdir()
+    package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: talkoot-rivals\nVersion: 1\n")
     (package / "entry_points.txt").write_text(
         "[talkoot.expert_kinds]\n"

@@ -15,7 +15,6 @@ procps.
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -27,9 +26,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.emulated import emulated_links
 from benchmarks.homes import START_S, Program, Village
 from benchmarks.namespaces import Internet, Machine, internet, why_not
+from benchmarks.scratch import scratch_folder
 from talkoot.demo.links import Link
 
 SITES = ("direct", "tunnel")
@@ -136,7 +137,7 @@ class Swarm:
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Samples per second in both swarms, which take turns."""
     with ThreadPoolExecutor(2) as threads, ExitStack() as stack:  # processes die with their starting thread
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(scratch_folder())
         net = stack.enter_context(internet(options.link.rate_mbit))
         village = stack.enter_context(closing(Village(net, folder)))
         stack.enter_context(console.status("starting"))
@@ -213,6 +214,7 @@ def main() -> None:
         "--link", dest="link_text", default="100mbit,20ms", help="rate, and delay there and back"
     )
     options = parser.parse_args()
+    end_in_order_when_stopped()
     if reason := why_not():
         parser.exit(2, f"can't emulate an internet: {reason}\n")
     options.link = Link.parse(options.link_text)

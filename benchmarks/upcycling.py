@@ -12,7 +12,6 @@ Everything runs in one process, with the real trainer and the nodes' own experts
 
 import argparse
 import json
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.recipe import overtakes
 from benchmarks.recipe_texts import QUICK, Mixed, load_texts
+from benchmarks.scratch import scratch_folder
 from dht.manifest import Manifest
 from talkoot.model.folder import FolderRouting, FolderWriter, ModelFolder
 from talkoot.model.upcycling import UpcycledModel, grown_manifest
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--more", type=int, help=f"after it, by default {Plan.more}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    end_in_order_when_stopped()
     given = {"larger": options.grid and tuple(options.grid), "steps": options.steps, "more": options.more}
     plan = replace(
         QUICK_PLAN if options.quick else Plan(),
@@ -198,8 +200,8 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=120)
     data = Mixed(load_texts(QUICK), plan.context, plan.seed)
-    with tempfile.TemporaryDirectory(prefix="talkoot-upcycling-") as folder:
-        results = compare(plan, data, Path(folder) / "model", console.print)
+    with scratch_folder() as folder:
+        results = compare(plan, data, folder / "model", console.print)
     show(plan, results, console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

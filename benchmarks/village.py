@@ -1,10 +1,8 @@
 """A swarm for the benchmarks: its nodes are started with the command, and stopped when the block ends."""
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.rival_blocks import make_package
+from benchmarks.scratch import scratch_folder
 from dht.invites import Invite
 from peer.platform.processes import die_with_parent
 
@@ -37,12 +36,11 @@ def running_node(manifest: str, experts: int, options: Sequence[str] = ()) -> It
     """Founds a swarm with this manifest (TOML). Its experts may be of hivemind's kinds. Raises SystemExit if the node
     does not start.
     """
-    folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
-    (folder / "swarm.toml").write_text(manifest)
-    flags = ["--new", str(folder / "swarm.toml"), "--invite-file", str(folder / "invite"), *options]
-    began = time.monotonic()
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder)
+        folder = stack.enter_context(scratch_folder())
+        (folder / "swarm.toml").write_text(manifest)
+        flags = ["--new", str(folder / "swarm.toml"), "--invite-file", str(folder / "invite"), *options]
+        began = time.monotonic()
         node = stack.enter_context(_process(folder / "node", experts, flags))
         wait_for(folder / "invite", node, folder / "node.log")
         invite = Invite.parse((folder / "invite").read_text())
@@ -80,7 +78,7 @@ def joining_node(
 
 @contextmanager
 def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
-    package = make_package()
+    package = make_package(state.with_suffix(".kinds"))
     command = [sys.executable, "-m", "talkoot.cli", "node", "--host", "127.0.0.1", "--experts", str(experts)]
     with state.with_suffix(".log").open("wb") as log:
         node = subprocess.Popen(
@@ -97,7 +95,6 @@ def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subpr
     finally:
         node.terminate()
         node.wait()
-        shutil.rmtree(package)
 
 
 def wait_for(invite: Path, node: "subprocess.Popen[bytes]", log: Path) -> None:

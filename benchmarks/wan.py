@@ -13,7 +13,6 @@ and only one measures at a time.
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.apart import end_in_order_when_stopped, run_apart
+from benchmarks.scratch import scratch_folder
 
 LINK, LINK_MBIT = "100mbit,20ms", 100.0
 FULL_IN_FLIGHT = 4
@@ -80,12 +80,12 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         return results
     with (
         console.status("all"),
-        tempfile.TemporaryDirectory() as turns,
+        scratch_folder() as turns,
         ThreadPoolExecutor(len(found)) as threads,
     ):
         runs = {
             name: threads.submit(
-                run, contender, case, options, *flags, "--turns", turns, "--contenders", str(len(found))
+                run, contender, case, options, *flags, "--turns", str(turns), "--contenders", str(len(found))
             )
             for name, (contender, case, flags) in found.items()
         }

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import random
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from torch import nn
 from benchmarks.emulated import EmulatedLinks, emulated_links
 from benchmarks.moe_contenders import make_step
 from benchmarks.rival_blocks import SEQUENCE
+from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, joining_node, running_node
 from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
 from peer.codec import CodecName, codec_of
@@ -178,7 +178,7 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
     settings = TrainerSettings(call_deadline_s=_CALL_LIMIT_S, grace_s=_CALL_LIMIT_S)
     failing = Failing()
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(scratch_folder())
         links = stack.enter_context(emulated_links(options.link, targets))
         flags = [_behind(*ways, folder) for ways in zip(targets, links.ports, strict=True)]
         founder = stack.enter_context(running_node(manifest, each, flags[0]))

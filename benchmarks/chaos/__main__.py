@@ -25,7 +25,6 @@ import asyncio
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -35,6 +34,7 @@ from typing import Any, get_args
 import uvloop
 from rich.console import Console
 
+from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.chaos.accounts import losses
 from benchmarks.chaos.attacks import ATTACKS, RULES
 from benchmarks.chaos.hostile import QUICK_KINDS, HostilePlan, Placement, run_all
@@ -47,6 +47,7 @@ from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
 from benchmarks.chaos.strangers import besieging
 from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
+from benchmarks.scratch import scratch_folder
 from peer.platform.sockets import sweep_socket_folders
 
 PARTS = ("calm", "chaos")
@@ -100,11 +101,11 @@ async def run(
     strangers attack it.
     """
     strangers: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(prefix="talkoot-chaos-") as folder:
-        swarm = ChaosSwarm(plan, Path(folder))
+    with scratch_folder() as folder:
+        swarm = ChaosSwarm(plan, folder)
         try:
             invite = await swarm.start()
-            watcher = await Watcher.join(invite, swarm, Path(folder) / "watcher")
+            watcher = await Watcher.join(invite, swarm, folder / "watcher")
             try:
                 await until(lambda: watcher.served() == plan.experts, _ALL_SERVED_S)
                 await swarm.start_trainers()
@@ -227,6 +228,7 @@ def main() -> None:
         "--plot", type=Path, metavar="FILE", help="write a PNG with the steps over time there"
     )
     options = parser.parse_args()
+    end_in_order_when_stopped()
     console = Console(width=120)
     if options.hostile is not None:
         lie(parser, options, console)

@@ -17,7 +17,6 @@ import shutil
 import signal
 import statistics
 import sys
-import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -35,6 +34,7 @@ from rich.table import Table
 from benchmarks.chaos import attacks
 from benchmarks.chaos.attacks import ATTACKS
 from benchmarks.chaos.swarm import HOST, until
+from benchmarks.scratch import scratch_folder
 from dht.announcements import Replica, ReplicaState
 from dht.invites import Invite
 from dht.swarm import join_swarm
@@ -471,8 +471,8 @@ async def run(plan: HostilePlan, seed: int, attack: str | None, keys: Path) -> d
     excludes that.
     """
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="talkoot-hostile-") as folder:
-        swarm = HostileSwarm(plan, seed, attack, Path(folder), keys)
+    with scratch_folder() as folder:
+        swarm = HostileSwarm(plan, seed, attack, folder, keys)
         try:
             hosts = await swarm.start_nodes()
             if plan.placement == "minority" and (lost := swarm.lost(hosts)):
@@ -516,11 +516,11 @@ async def run_all(
         if file is not None:
             await asyncio.to_thread(file.write_text, json.dumps(results, indent=1) + "\n")
 
-    with tempfile.TemporaryDirectory(prefix="talkoot-keys-") as keys:
+    with scratch_folder() as keys:
         async with asyncio.TaskGroup() as group:
             for seed, kind in ((seed, kind) for seed in range(seeds) for kind in (CALM, *kinds)):
                 if kind not in runs.get(str(seed), {}):
-                    group.create_task(add(seed, kind, Path(keys)))
+                    group.create_task(add(seed, kind, keys))
 
 
 def rows(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -7,12 +7,10 @@ them.
 """
 
 import asyncio
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from rich.console import Console
 
 from benchmarks.chaos.attacks import RULES
 from benchmarks.chaos.hostile import HostilePlan, HostileSwarm
+from benchmarks.scratch import scratch_folder
 from peer.codec import Floats
 
 MOST_COST = 0.02
@@ -51,10 +50,10 @@ class Window:
 async def measure(plan: HostilePlan, pairs: int, console: Console) -> dict[str, Any]:
     """Measures the swarm's speed in `pairs` pairs of windows, with and without the rules in `plan.without`."""
     plan = replace(plan, steps=_UNLIMITED_STEPS)
-    with tempfile.TemporaryDirectory(prefix="talkoot-overhead-") as folder:
-        keys = Path(folder) / "keys"
+    with scratch_folder() as folder:
+        keys = folder / "keys"
         keys.mkdir()
-        swarm = HostileSwarm(plan, 0, None, Path(folder), keys)
+        swarm = HostileSwarm(plan, 0, None, folder, keys)
         windows: list[Window] = []
         try:
             await swarm.start_nodes()

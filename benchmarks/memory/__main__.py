@@ -21,7 +21,6 @@ import json
 import logging
 import math
 import random
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from benchmarks.memory import corpora, hops, killed, large, lying, recall, relev
 from benchmarks.memory.built import BuiltMemory, build_memory, write_memory
 from benchmarks.memory.goals import verdicts
 from benchmarks.memory.plots import draw
+from benchmarks.scratch import scratch_folder
 from benchmarks.verdicts import table_of
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 
@@ -183,8 +183,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     if options.json and options.json.exists() and options.only:
         results = json.loads(options.json.read_text())
-    with tempfile.TemporaryDirectory(prefix="talkoot-benchmark-") as folder:
-        parts = Parts(QUICK if options.quick else FULL, Path(folder))
+    with scratch_folder() as folder:
+        parts = Parts(QUICK if options.quick else FULL, folder)
         for name, measure in PARTS.items():
             if not options.only or name in options.only:
                 with console.status(name):

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks.memory.built import BuiltMemory, open_shards, write_memory
 from benchmarks.memory.lying import KnownDirectory, ShardHost, opened
 from benchmarks.rag.facts import Asked, Thing, passages_of, things
+from benchmarks.scratch import scratch_folder
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
@@ -195,8 +194,8 @@ def hosted(world: World, some: Sequence[Thing]) -> Iterator[tuple[Memory, Callab
     codebook = build_codebook(vectors_ND, GRID)
     built = BuiltMemory(passages, vectors_ND, two_cells(codebook, vectors_ND), world.encoder, codebook, GRID)
     loop = LoopThread()
-    with TemporaryDirectory() as folder, closing(loop):
-        path = Path(folder) / "memory"
+    with scratch_folder() as folder, closing(loop):
+        path = folder / "memory"
         manifest = write_memory(path, built, vectors_ND, built.cells_NT, passages.__getitem__)
         placed = [dict[bytes, Shard]() for _ in range(HOSTS)]
         for number, (info, shard) in enumerate(open_shards(path, manifest)):

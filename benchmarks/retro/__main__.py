@@ -12,7 +12,6 @@ With `--keep DIR` and `--json FILE`, a run continues where the last one ended, a
 import argparse
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from benchmarks.retro.plots import draw
 from benchmarks.retro.runs import QUICK, WAYS, Size, World, test, train
 from benchmarks.retro.store import Store
 from benchmarks.retro.translations import read_translations
+from benchmarks.scratch import scratch_folder
 from benchmarks.verdicts import table_of
 from peer.errors import DataError
 
@@ -125,12 +125,12 @@ def main() -> None:
         results = json.loads(options.json.read_text())
     size, seeds = (QUICK, 1) if options.quick else (Size(), options.seeds)
     ends = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory(prefix="talkoot-benchmark-") as temporary:
-        files = Files(options.json, options.keep or Path(temporary))
+    with scratch_folder() as temporary:
+        files = Files(options.json, options.keep or temporary)
         files.folder.mkdir(parents=True, exist_ok=True)
         measure: dict[str, Callable[[], None]] = {
             "learning": lambda: learning(size, seeds, results, files, ends, console),
-            "hosted": lambda: _hosted(results, files, Path(temporary), console, quick=options.quick),
+            "hosted": lambda: _hosted(results, files, temporary, console, quick=options.quick),
         }
         for part, run in measure.items():
             if options.only and part not in options.only:

@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,12 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.internet.validation.measured import COMPARED, MOST_APART, Figures, Measured, ratio
 from benchmarks.internet.validation.real_swarm import RealSwarm
 from benchmarks.internet.validation.scenario import Scenario
 from benchmarks.internet.validation.simulated_swarm import simulate
+from benchmarks.scratch import scratch_folder
 from peer.errors import UserError
 from peer.platform.loop import new_event_loop
 from talkoot.signals import Stopped, run_until_stopped
@@ -41,8 +42,8 @@ async def run_processes(scenario: Scenario, console: Console) -> Measured:
     def tell(news: str) -> None:
         console.print(f"{time.monotonic() - began:5.1f} s  {news}")
 
-    with tempfile.TemporaryDirectory(prefix="talkoot-validation-") as folder:
-        swarm = RealSwarm(scenario, Path(folder), tell)
+    with scratch_folder() as folder:
+        swarm = RealSwarm(scenario, folder, tell)
         try:
             return await swarm.run()
         finally:
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=Scenario.nodes)
     parser.add_argument("--trainers", type=int, default=Scenario.trainers)
     options = parser.parse_args()
+    end_in_order_when_stopped()
     console = Console(width=120)
     scenario = Scenario(nodes=options.nodes, trainers=options.trainers)
     processes: dict[str, float] | None = None
