@@ -36,7 +36,7 @@ _GC_THRESHOLDS = 1_000_000, 20, 100
 """The garbage collector's thresholds. A full collection visits the objects of all nodes and frees little, so it is
 rare.
 """
-_MOST_SHARED = 200_000
+_MOST_SHARED = 50_000
 
 
 class Tally:

@@ -324,9 +324,8 @@ class HostingManager:
 
     async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
         """Reads the replicas of the experts that may need this node."""
-        self.seen = await self._survey.read(
-            {*self._replicas.experts, *await self._replicas.checkpoints.newest()}
-        )
+        saved = await self._replicas.checkpoints.newest()
+        self.seen = await self._survey.read(self._replicas.experts, saved)
         return self.seen
 
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:

@@ -49,7 +49,7 @@ FEW = 4
 """In layers that have split, a look reads at most this many vacant experts, and as many others."""
 MOST_REGIONS = 32
 """The most regions that a look reads to see what is active. A layer that has just split has many."""
-_LOOKERS = 16
+_LOOKERS = 64
 """In layers that have split, how many of the nodes that host experts look at a grid row in the same period. If there
 are many more nodes than rows, they take turns. Otherwise all nodes would read the same few keys.
 """
@@ -411,11 +411,16 @@ class HostingSurvey:
         """Rows of split layers that had vacant experts at the last look."""
         self._seen: dict[UID, tuple[Replica, ...]] = {}
 
-    async def read(self, mine: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
-        """The replicas of experts that may need this node, and of others. Raises UnreachableError."""
+    async def read(
+        self, hosted: Collection[UID], saved: Collection[UID] = ()
+    ) -> dict[UID, tuple[Replica, ...]]:
+        """The replicas of experts that may need this node, and of others. Raises UnreachableError.
+
+        `hosted`: this node's experts. `saved`: those of which it has checkpoints.
+        """
         split = self._split | self._known_split()
-        own = self._in_turn(mine, split)
-        rows = [*self._rows(split), *self._rows_of_split(split, own)]
+        own = self._in_turn({*hosted, *saved}, split)
+        rows = [*self._rows(split), *self._rows_of_split(split, own, takes_turns=bool(hosted))]
         active = await self._registry.prefixes(rows, self._manifest.experts.grid[-1], most=MOST_REGIONS)
         self._split = self._known_split() | (split - {layer for layer, _ in active})
         split |= self._split
@@ -478,12 +483,12 @@ class HostingSurvey:
         rows = zip(*np.unravel_index(numbers, shape), strict=True)
         return [(int(layer), tuple(map(int, row))) for layer, *row in rows if int(layer) not in split]
 
-    def _rows_of_split(self, split: Collection[int], own: Collection[UID]) -> list[Prefix]:
+    def _rows_of_split(self, split: Collection[int], own: Collection[UID], takes_turns: bool) -> list[Prefix]:
         """The rows to read in layers that have split: some where experts were vacant, one of this node's, and another
         one in turn.
 
         On a huge grid, the last one is random: any row, or one that had hosts. If there are many more nodes than rows,
-        only some nodes read the last two at a time.
+        only some nodes read the last two at a time. `takes_turns`: whether this node is one of those that wait.
         """
         rows = self._rng.sample(self._again, min(FEW, len(self._again)))
         if not split:
@@ -496,7 +501,7 @@ class HostingSurvey:
         pause = 1 << min(6, max(0, round(math.log2(peers_per_looker))))
         first = int.from_bytes(self._peer_id.to_bytes()[-8:])
         turn, waiting = divmod(first + self._looks // _ROWS_FOR, pause)
-        if mine and waiting:
+        if takes_turns and waiting:
             return rows
         if len(split) * count <= MOST_PREFIXES:
             number, layer = divmod(turn, len(split))

@@ -108,7 +108,7 @@ def test_where_peers_are_many_and_rows_are_few_peers_look_at_rows_in_turns() -> 
     uids = all_uids((16, 16))
     registry = FakeRegistry(uids)
     registry.split(0, 1)
-    registry.estimated_nodes = 8.0 * 16 * 32
+    registry.estimated_nodes = 8.0 * 64 * 32
 
     async def scenario() -> None:
         busy, waiting = make_survey((16, 16), registry), make_survey((16, 16), registry)
@@ -118,8 +118,8 @@ def test_where_peers_are_many_and_rows_are_few_peers_look_at_rows_in_turns() -> 
             await busy.read(uids[:1])
             read.append(registry.prefixes_read)
             registry.prefixes_read = 0
-            await waiting.read([])
-            assert registry.prefixes_read, "a node without experts does not wait"
+            await waiting.read([], saved=uids[:1])
+            assert registry.prefixes_read, "a node that hosts nothing does not wait"
         assert sum(map(bool, read)) == len(read) / 8
         turns = [read[n : n + 6] for n in range(0, len(read), 6)]
         assert all(all(turn) or not any(turn) for turn in turns), "several looks in a row"
