@@ -195,6 +195,26 @@ def test_a_flood_of_reservations_from_one_neighbourhood_keeps_nobody_out(
     play(loop, scenario)
 
 
+def test_one_neighbourhood_gets_few_reservations_though_there_is_room(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.relays.service._RESERVATIONS_NEAR", 2)
+
+    async def scenario() -> None:
+        keys = numbered_identities(5)
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        crowd = [Rude(relay, key, "192.0.2.1") for key in keys[1:4]]
+        other = Rude(relay, keys[4], "198.51.100.1")
+        async with closing(relay, other, *crowd):
+            for each in (*crowd[:2], other):
+                assert not (await (await each.reserve()).read()).circuit
+            assert await status_of(await crowd[2].reserve()) is StatusCode.RESOURCE_EXHAUSTED
+            assert relay.relaying._reservations.keys() == {keys[n].peer_id for n in (1, 2, 4)}
+            assert total(relay.relaying.refused, reason="crowded") == 1
+
+    play(loop, scenario)
+
+
 def test_circuits_that_fill_a_relay_make_room_for_a_newcomer(
     loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
