@@ -77,8 +77,8 @@ def require_kind(manifest: Manifest) -> None:
     builder_of(kind)
     if manifest.model.encoder_layers and kind not in OWN_KINDS:
         raise SwarmError(
-            f"an encoder's experts must be of kind {' or '.join(OWN_KINDS)}, and this swarm's are of kind {kind!r}, "
-            "which knows only causal layers: found a swarm without `causal` in its manifest"
+            f"an encoder's experts must be of kind {' or '.join(OWN_KINDS)}, but this swarm's are of kind {kind!r}, "
+            "which works only in causal layers: found a swarm without `causal` in its manifest"
         )
 
 

@@ -128,7 +128,8 @@ class ReceiptBook:
             over[name] = max(0, getattr(receipt.work, name) - getattr(before, name) - expected)
             if over[name] > self._slack[name]:
                 raise ExpertError(
-                    StatusCode.FAILED_PRECONDITION, f"that is more {name} than this node has answered to you"
+                    StatusCode.FAILED_PRECONDITION,
+                    f"the receipt is for more {name} than this node has answered to you",
                 )
         self._keep(receipt, signer, near)
         if receipt.trainer not in self._receipts:
@@ -202,7 +203,7 @@ class ReceiptFile:
             self._book.forgotten = done
         except (OSError, RecordError) as error:
             self._book.forgotten = done
-            logger.warning("%s can't be read, and trainers must sign again: %s", self._path, error)
+            logger.warning("%s can't be read, so trainers must sign again: %s", self._path, error)
 
     async def save(self) -> None:
         """Writes the file atomically if there are changes. A full disk only causes a warning."""
@@ -273,10 +274,16 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
         raise AssertionError("abort raises")
 
     async def List(self, request: credit_pb2.ListRequest, context: ListContext) -> credit_pb2.ListReply:
-        async with abort_on_error(context, _MAX_CALL_S, "too many ask for receipts now"):
+        async with abort_on_error(
+            context, _MAX_CALL_S, "too many callers are asking for receipts: try again later"
+        ):
             require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
             if not await self._lists.turn(near_of(context.peer()), context.peer()):
-                raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "too many ask for receipts now", 1.0)
+                raise ExpertError(
+                    StatusCode.RESOURCE_EXHAUSTED,
+                    "too many callers are asking for receipts: try again later",
+                    1.0,
+                )
             reply = self._book.page(request.offset)
             await self._up.take(reply.ByteSize())
             return reply
@@ -291,7 +298,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
         try:
             receipt = check_receipt(signed, self._swarm_id, self._node)
             if receipt.trainer != caller:
-                raise RecordError("the receipt is another trainer's")
+                raise RecordError("the receipt is from another trainer")
             return self._book.take(receipt, near)
         except RecordError as error:
             raise WireError(str(error)) from error

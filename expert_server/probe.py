@@ -193,7 +193,7 @@ class _Turns:
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "this call comes from no IP address")
         if self._running >= self._limits.at_once:
             raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED, "others are served now: try again in some seconds"
+                StatusCode.RESOURCE_EXHAUSTED, "other callers are being served: try again in some seconds"
             )
         if wait_s := self._allowance.take(neighbourhood(address), now):
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, f"too many calls: try again in {wait_s:.0f} s")

@@ -272,7 +272,7 @@ class NodeSettings(RoleSettings):
     @model_validator(mode="after")
     def _forwards_to_a_known_port(self) -> Self:
         if (self.announce_host or self.announce_port) and not self.port:
-            raise ValueError("port must be given too: a port is forwarded to it")
+            raise ValueError("port must be given too, so that the router can forward to it")
         return self
 
     @property

@@ -173,7 +173,9 @@ def _read(path: Path) -> Contribution:
         return Contribution()
     except (OSError, ValidationError) as error:
         logger.warning(
-            "%s can't be read, the contribution is counted from 0 again: %s", path, str(error).split("\n")[0]
+            "%s can't be read, so the contribution is counted from 0 again: %s",
+            path,
+            str(error).split("\n")[0],
         )
         return Contribution()
 

@@ -59,7 +59,7 @@ class Installation:
         uv = shutil.which("uv")
         if uv is None:
             raise InstallationError(
-                "uv installed Talkoot, and is not there any more: install uv, or add it to PATH"
+                "uv installed Talkoot, but uv is no longer there: install it, or add it to PATH"
             )
         return cls(environment, asked, Path(uv), None)
 
@@ -105,7 +105,8 @@ class Installation:
             raise InstallationError(f"can't run {self.uv}: {error.strerror}") from error
         if ended.returncode:
             raise InstallationError(
-                f"`{shlex.join(command)}` failed: see its message above. Fix that, then run this or the installer again"
+                f"`{shlex.join(command)}` failed, and its message above says why. Fix that, and run this command or "
+                "the installer again"
             )
 
 
@@ -124,7 +125,7 @@ def run_update(terminal: Terminal, source: str | None) -> None:
         service.restart(terminal)
         typer.echo("updated, and restarted the service")
     elif is_running(node_folder(None)):
-        typer.echo("updated; the node that runs is still the old version until you restart it")
+        typer.echo("updated; the running node has the old version until you restart it")
     else:
         typer.echo("updated")
 
@@ -136,7 +137,7 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
     installation = Installation.find(Path(sys.prefix))
     states = platformdirs.user_state_path(_PACKAGE)
     if identity and not (state and sys.stdin.isatty()):
-        raise SettingsError("--identity goes with --state, and asks twice: it needs a terminal")
+        raise SettingsError("--identity needs --state, and a terminal in which it can ask twice")
     if state:
         _require_no_links([states, *states.glob("*")])
     if not yes:
@@ -174,7 +175,8 @@ def _require_no_links(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_symlink():
             raise StartError(
-                f"{path} is a link to {path.resolve()}: delete it, and what is there if you like. Nothing was removed"
+                f"{path} is a link to {path.resolve()}: delete the link, and its target if you like. Nothing was "
+                "removed"
             )
 
 
@@ -187,7 +189,9 @@ def _empty(folder: Path, keeps: Set[str]) -> None:
             elif path.name not in keeps:
                 path.unlink()
     except OSError as error:
-        raise StartError(f"can't remove {error.filename}: {error.strerror}; the rest stays too") from error
+        raise StartError(
+            f"can't remove {error.filename}: {error.strerror}; nothing more was removed"
+        ) from error
 
 
 def _quoted(word: str) -> str:

@@ -67,8 +67,8 @@ def naming_failures(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StartError(
-            f"can't write {path}: {error.strerror or error}; files that are whole stay: mend this, and run the same "
-            "command again"
+            f"can't write {path}: {error.strerror or error}; complete files stay: fix this, and run the same command "
+            "again"
         ) from error
 
 

@@ -229,7 +229,7 @@ class SwarmClient:
             if time.monotonic() > deadline:
                 if live:
                     logger.warning(
-                        "goes on with %d of %d experts: after %.0f s no more are live", live, total, limit_s
+                        "starting with %d of %d experts: after %.0f s, no more are live", live, total, limit_s
                     )
                     return
                 raise SwarmError(

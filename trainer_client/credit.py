@@ -130,7 +130,9 @@ class CreditAccounts:
             pass
         except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
             logger.warning(
-                "%s can't be read, credit is counted from 0 again: %s", self._path, str(error).split("\n")[0]
+                "%s can't be read, so credit is counted from 0 again: %s",
+                self._path,
+                str(error).split("\n")[0],
             )
         else:
             self.all_pairs = saved.all_pairs

@@ -219,8 +219,8 @@ class TextDecoder(Decoder):
         shortest, context = self._model.first_scored, self._model.context
         if len(prompt) < shortest:
             raise DataError(
-                f"the prompt has {len(prompt)} tokens, and this swarm's models go on from {shortest} or more: "
-                "give a longer one"
+                f"the prompt has {len(prompt)} tokens, but this swarm's models need {shortest} or more: give a longer "
+                "prompt"
             )
         return Decoding([*prompt, *written][-context:], context, shortest)
 

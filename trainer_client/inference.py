@@ -166,8 +166,8 @@ def check_length(tokens: Tokens, first: int, name: str = "the text") -> None:
     """Raises DataError if the text has no token to predict. `first`: the first predicted token of a piece, from 0."""
     if len(tokens) <= first:
         raise DataError(
-            f"{name} has {counted(len(tokens), 'token')}, and the first that this model predicts is number "
-            f"{first + 1}: give a longer one"
+            f"{name} has {counted(len(tokens), 'token')}, but the first one that this model predicts is number "
+            f"{first + 1}: give a longer text"
         )
 
 

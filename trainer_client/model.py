@@ -245,7 +245,7 @@ def require_memory(
     free = psutil.virtual_memory().available
     if copies * size > free:
         raise SettingsError(
-            f"the trainer's part of this swarm's model takes {bytes_in_words(copies * size)}, and "
+            f"the trainer's part of this swarm's model takes {bytes_in_words(copies * size)}, but only "
             f"{bytes_in_words(free)} of memory are free"
         )
 

@@ -414,8 +414,8 @@ def experts_for_each_row(name: RouterName, asked: int | None, manifest: Manifest
     router, most = ROUTERS[name], manifest.routing.top_k
     if name == "base" and manifest.experts.count > MOST_BALANCED:
         raise SettingsError(
-            f"router: base balances at most {MOST_BALANCED} experts in a layer, and this swarm has "
-            f"{manifest.experts.count}; take switch"
+            f"router: base balances at most {MOST_BALANCED} experts in a layer, but this swarm has "
+            f"{manifest.experts.count}: use switch"
         )
     if asked is None:
         return most if router.k is None else min(router.k, most)

@@ -353,9 +353,9 @@ class TrainerSettings(RoleSettings):
         kind = FOUNDED[self.preset].tables["experts"]["kind"]
         if kind != manifest.experts.kind:
             raise SettingsError(
-                f"--preset {self.preset} is for experts of kind {kind!r}, and this swarm's are "
-                f"{manifest.experts.kind!r}: pass --preset {manifest.preset}, or leave it out to take what the swarm "
-                "recommends"
+                f"--preset {self.preset} is for experts of kind {kind!r}, but this swarm's are "
+                f"{manifest.experts.kind!r}: pass --preset {manifest.preset}, or leave it out to use the preset "
+                "that the swarm recommends"
             )
 
     @property

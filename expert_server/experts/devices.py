@@ -36,7 +36,9 @@ def find() -> Found:
     try:
         return Found(tuple(map(torch.cuda.get_device_capability, gpus)), torch.backends.mps.is_available())
     except RuntimeError as error:
-        raise StartError(f"can't use the CUDA GPUs here: {error}; --device cpu does without them") from error
+        raise StartError(
+            f"can't use the CUDA GPUs here: {error}; --device cpu computes without them"
+        ) from error
 
 
 def choose_devices(setting: str, found: Found) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ class Guard:
         if norm <= most:  # false for NaN
             return True
         logger.warning(
-            "%s went bad, parameter norm %.3g (at most %.3g): rolled back by %s",
+            "%s went bad (its parameter norm is %.3g, at most %.3g is allowed): rolled back by %s",
             self._name, norm, most, counted(self._updates, "update"),
         )  # fmt: skip
         self._roll_back()

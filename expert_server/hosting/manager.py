@@ -448,7 +448,7 @@ class HostingManager:
         """
         me, read = self._swarm.host.peer_id, replicas.keys() & mine & self._replicas.experts.keys()
         if not self._replicas.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in read):
-            raise UnreachableError("the DHT does not give back this node's own announcements")
+            raise UnreachableError("the DHT does not return this node's own announcements")
 
     def _vacant_again(self, replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, int]:
         """The vacant ones of these, with the number of looks in a row that found them vacant."""

@@ -264,7 +264,7 @@ class LocalReplicas:
             expert.require_good(checkpoint.state, checkpoint.update_count)
             if is_behind(checkpoint.update_count, expert.update_count):
                 raise StateError(
-                    f"it has only {checkpoint.update_count} updates, and the one here {expert.update_count}"
+                    f"it has only {checkpoint.update_count} updates, but the one here has {expert.update_count}"
                 )
 
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in others})
@@ -344,7 +344,7 @@ class LocalReplicas:
         taken = await self._serve(claims, replicas, saved, most_updates)
         if restored := total(self.checkpoints.restored) - restored_before:
             logger.info(
-                "%d of %s can go on from this node's checkpoints", restored, counted(len(taken), "expert")
+                "%d of %s can continue from this node's checkpoints", restored, counted(len(taken), "expert")
             )
         return taken
 
@@ -403,7 +403,8 @@ class LocalReplicas:
         await self.announce(taken)
         if failed:
             logger.warning(
-                "could not take %s that others host: they gave no state", counted(len(failed), "expert")
+                "could not take %s that others host, because no host gave a state",
+                counted(len(failed), "expert"),
             )
         return taken
 

@@ -196,8 +196,8 @@ class HostedMemories:
         self._full_until = self._clock() + _FULL_PAUSE_S
         cause = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         logger.warning(
-            "can't write to %s: %s; what is hosted stays, and nothing more is taken for %.0f minutes. Free some space, "
-            "or lower --memory-disk",
+            "can't write to %s: %s; this node keeps what it hosts, and takes nothing more for %.0f minutes. Free some "
+            "space, or lower --memory-disk",
             self._folder,
             cause,
             _FULL_PAUSE_S / 60,

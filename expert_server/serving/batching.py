@@ -170,7 +170,8 @@ class BatchQueue:
         if self.rows + len(work.rows) > self._max_queued_rows:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
-                f"no room for {len(work.rows)} rows: {self.rows} of at most {self._max_queued_rows} wait already, "
+                f"no room for {len(work.rows)} rows: {self.rows} of at most {self._max_queued_rows} are already "
+                "waiting, "
                 f"{self._rows_of(work.caller)} of them yours",
                 retry_after_s=self.retry_after_s(work.caller if self._rows_of(work.caller) else None),
             )

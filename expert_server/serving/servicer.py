@@ -96,7 +96,7 @@ class Budgets:
             self.refused.inc()
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
-                f"your budget of {what} at this node is spent: come back in {wait_s:.1f} s",
+                f"your budget of {what} at this node is spent: try again in {wait_s:.1f} s",
                 retry_after_s=wait_s,
             )
         self._rows.take(caller, rows, now)

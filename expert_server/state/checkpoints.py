@@ -270,7 +270,7 @@ class Checkpoints:
         uid, source, expert.refuted = expert.uid, expert.refuted, ""
         self.refuted.inc()
         logger.warning(
-            "expert %s turned bad with the state of %s, and returned to the one before", uid, source
+            "expert %s turned bad with the state of %s, and returned to its previous state", uid, source
         )
         if source == AVERAGED:
             await asyncio.to_thread(self._store.remove_averaged, uid)
@@ -281,7 +281,7 @@ class Checkpoints:
             e for e in entries if e.source not in ("", AVERAGED) and e.update_count > expert.update_count
         )
         if await self._import_first(expert, others):
-            logger.info("expert %s goes on from the state of %s", uid, expert.source)
+            logger.info("expert %s continues from the state of %s", uid, expert.source)
 
     async def keep(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Saves the state of an expert that is served elsewhere. Raises OSError and StateError as `save` does."""
@@ -313,7 +313,7 @@ class Checkpoints:
             self.failed.inc(len(failures))
             uid, reason = failures[0]
             logger.warning(
-                "could not save %s, such as %s: %s; their checkpoints before this stay",
+                "could not save %s, such as %s: %s; their earlier checkpoints stay",
                 counted(len(failures), "expert"),
                 uid,
                 reason.strerror if isinstance(reason, OSError) and reason.strerror else reason,
@@ -336,7 +336,7 @@ class Checkpoints:
                 await self.save_changed(experts)
         except TimeoutError:
             left = sum(map(self._is_changed, experts))
-            logger.warning("no time to save %s; their checkpoints before this stay", counted(left, "expert"))
+            logger.warning("no time to save %s; their earlier checkpoints stay", counted(left, "expert"))
 
     def note_replaced(self, uid: UID) -> None:
         """The expert's state was replaced, perhaps with the same update count, and must be saved."""

@@ -156,7 +156,7 @@ def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:
         found = [row for row in found if any(word in str(row[k] or "").casefold() for k in _FILTERED_KEYS)]
     key = query.get("sort", "seen_at")
     if key not in NODE_KEYS:
-        raise ApiError(400, f"sort: {key[:40]!r} is none of {', '.join(NODE_KEYS)}")
+        raise ApiError(400, f"sort: {key[:40]!r} is not one of {', '.join(NODE_KEYS)}")
     order = query.get("order", "asc")
     if order not in {"asc", "desc"}:
         raise ApiError(400, f"order: {order[:40]!r} is neither asc nor desc")
@@ -267,7 +267,7 @@ class HistoryQuery:
 def history_query(query: Mapping[str, str], now: float) -> HistoryQuery:
     metric = query.get("metric", "")
     if metric not in UNITS:
-        raise ApiError(400, f"metric: {metric[:40]!r} is none of {', '.join(UNITS)}")
+        raise ApiError(400, f"metric: {metric[:40]!r} is not one of {', '.join(UNITS)}")
     points = integer(query, "points", 300, 2, MAX_POINTS)
     text = query.get("since", str(now - 3600))
     if not _NUMBER.fullmatch(text) or not 0 <= float(text) <= _LATEST:

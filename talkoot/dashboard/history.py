@@ -230,7 +230,10 @@ class History:
         self._ids.clear()
         self.set_aside = aside
         logger.warning(
-            "the history %s is broken (%s): moved to %s, and started a new one", self._path, error, aside
+            "the history %s is broken (%s). It was moved to %s, and a new one was started",
+            self._path,
+            error,
+            aside,
         )
 
 

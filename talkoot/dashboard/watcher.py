@@ -316,7 +316,7 @@ class Watcher:
             self._failed_in_a_row >= _FAILURES_TO_SAY_SO or not self._was_read
         ):
             self.unreachable_since = self._now()
-            logger.warning("cannot reach the swarm: %s; the page shows what was seen last", error)
+            logger.warning("cannot reach the swarm: %s; the page shows the last state", error)
         self.tell()
 
     def tell(self) -> None:

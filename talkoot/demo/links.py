@@ -82,7 +82,7 @@ class Link:
                 losses.append(number / 100)
         if len(rates) > 1 or len(times) > 2 or len(losses) > 1 or 0.0 in rates or 1 in losses:
             raise SettingsError(
-                f"{text!r} is not a link: write one rate above 0, a delay, a jitter and a loss below 100%"
+                f"{text!r} is not a link: write a rate above 0, a delay, a jitter and a loss below 100%, each once"
             )
         delay_s, jitter_s = (*times, 0.0, 0.0)[:2]
         return cls(rates[0] if rates else None, delay_s, jitter_s, losses[0] if losses else 0.0)

@@ -99,7 +99,7 @@ class DemoResult:
 def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None:
     """Raises UserError if something did not work as it should, and Stopped after a signal."""
     if plan.kill and plan.nodes < 2:
-        raise SettingsError("a swarm of one node can't lose it: pass --nodes 2 or more, or --no-kill")
+        raise SettingsError("a swarm of one node can't lose that node: pass --nodes 2 or more, or --no-kill")
     if plan.data is not None:
         find_files([str(plan.data)])  # fails now rather than when the trainer starts
     if json_file is not None:

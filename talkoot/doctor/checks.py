@@ -357,7 +357,7 @@ def judge_bandwidth(links: Sequence[Link], manifest: Manifest, nobody: str) -> F
         verdict=Verdict.OK if rows_per_s >= _SLOW_LINE_ROWS_PER_S else Verdict.WEAK,
         says=f"{up:.1f} Mbit/s up, {down:.1f} Mbit/s down, {1000 * round_trip_s:.0f} ms to a peer and back; enough for "
         f"{rows_per_s:,.0f} rows/s, forward and backward",
-        fix="answers to trainers will often be late: a cable may be faster than Wi-Fi",
+        fix="answers to trainers will often be late; a cable may be faster than Wi-Fi",
         values={
             "upload_mbit": up,
             "download_mbit": down,

@@ -120,8 +120,8 @@ def run_build(terminal: Terminal, plan: BuildPlan) -> None:
         )
     if report.unknown > _MUCH_UNKNOWN:
         logger.warning(
-            "%.0f%% of the words in the new text are not known in %s, and no question finds passages by them. If this "
-            "is about something else, make a memory of its own: leave out --base and --encoder",
+            "%.0f%% of the words in the new text are unknown in %s, and no question finds passages by them. If the new "
+            "text is about something else, build a separate memory: leave out --base and --encoder",
             100 * report.unknown,
             report.name,
         )
@@ -281,7 +281,7 @@ class _Building:
         if not len(self._file):
             named = ", ".join(map(str, files[:3]))
             if self.duplicates:
-                raise DataError(f"all of {named} is in {plan.base} already: give new text")
+                raise DataError(f"all of {named} is already in {plan.base}: give new text")
             raise DataError(f"{named} is empty: give a file or folder with text in it")
         self._file.finish()
 
@@ -376,7 +376,9 @@ def text_of(passage: Passage) -> str:
 def _given_encoder(file: Path, base: _Base | None) -> DualEncoder:
     """Raises UserError."""
     if base is not None:
-        raise SettingsError("--encoder: a revision has the encoder of its base; leave out one of the two")
+        raise SettingsError(
+            "--encoder and --base: a revision has the encoder of its base, so leave one of them out"
+        )
     try:
         with os.fdopen(open_plainly(file, os.O_RDONLY), "rb") as opened:
             data = opened.read(MAX_ENCODER_BYTES + 1)
@@ -395,7 +397,7 @@ def _name(plan: BuildPlan, base: _Base | None) -> str:
     """Raises SettingsError."""
     name = plan.name or (base.manifest.name if base else plan.out.name)
     if base and name != base.manifest.name:
-        raise SettingsError(f"--name {name}: a revision has the name of its base, {base.manifest.name}")
+        raise SettingsError(f"--name {name}: a revision must have the name of its base, {base.manifest.name}")
     try:
         return check_name(name)
     except WireError as error:
@@ -408,7 +410,7 @@ def _checked(manifest: MemoryManifest) -> bytes:
     try:
         MemoryManifest.parse(data)
     except WireError as error:
-        raise SettingsError(f"this is too much for one memory: {error}; make several of it") from error
+        raise SettingsError(f"this is too much for one memory: {error}; build several memories") from error
     return data
 
 

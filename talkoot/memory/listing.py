@@ -87,7 +87,7 @@ async def _inspect(terminal: Terminal, swarm: Swarm, name: str) -> None:
     with terminal.stages("looking for its hosts"):
         some = await memories.some_hosts(entry.memory, entry.grid)
         if not some:
-            raise LibraryError(f"nobody hosts {entry.memory} now: its publisher can publish it again")
+            raise LibraryError(f"nobody hosts {entry.memory} now; its publisher can publish it again")
         contacts = await swarm.registry.nodes([host.peer_id for host in some])
         manifest = await _fetch_manifest(swarm, entry, contacts.values())
         replicas = await replication(memories, entry, manifest)

@@ -141,11 +141,11 @@ class Publication:
         other = next((entry for entry in listed if entry.memory == memory), None)
         if other is None:
             raise LibraryError(
-                f"{memory} is not listed any more: `talkoot memory unlist` was run with your key"
+                f"{memory} is no longer published, because `talkoot memory unlist` was run with your key"
             )
         raise LibraryError(
-            f"revision {other.revision} of {memory} was published with your key meanwhile, from another folder or "
-            "machine: build the next revision on that one (`talkoot memory build --base DIR`), and publish it"
+            f"revision {other.revision} of {memory} has meanwhile been published with your key, from another folder or "
+            "machine: build the next revision on it (`talkoot memory build --base DIR`), and publish that"
         )
 
     async def _listed(self) -> tuple[LibraryEntry, ...]:

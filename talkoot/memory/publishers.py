@@ -119,7 +119,7 @@ def _founded(folder: Path, invite: Invite | None) -> Invite | None:
     if invite is not None and invite.keys != founded.keys:
         return None
     if Identity.load_or_create(folder / "identity.key").peer_id != founded.keys.author:
-        raise SettingsError(f"{folder} does not have the key of the swarm's founder any more")
+        raise SettingsError(f"{folder} no longer has the key of the swarm's founder")
     return founded
 
 

@@ -90,7 +90,7 @@ class Selection:
             if not any(each.startswith(wanted) for each in hashes):
                 raise LibraryError(f"{store.folder} has no passage {wanted}, or it was revoked before")
         if not found:
-            raise LibraryError(f"no passage of {store.folder} has that text in it")
+            raise LibraryError(f"no passage of {store.folder} contains that text")
         if len(found) + len(store.manifest.revoked) > MAX_REVOKED:
             raise LibraryError(
                 f"that would be {len(found) + len(store.manifest.revoked):,} revoked passages; at most "
@@ -183,8 +183,8 @@ async def _revoke(
             await watch.until_all_follow()
         except asyncio.CancelledError:
             logger.warning(
-                "stopped: %s. The others follow within two announcement periods, if they can reach a host that has it: "
-                "`talkoot memory publish` with the same folder goes on",
+                "stopped: %s. The other hosts follow within two announcement periods if they can reach a host that has "
+                "the revision. To continue, run `talkoot memory publish` with the same folder",
                 watch.in_words,
             )
             raise

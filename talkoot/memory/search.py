@@ -88,7 +88,7 @@ def check_hosts(memory: MemoryID, result: SearchResult) -> None:
     if result.is_understood and not result.hits and result.missing:
         raise LibraryError(
             f"no live host of memory {memory} answered: wait until a node that hosts it is back; "
-            "`talkoot memory list` shows how many there are"
+            "`talkoot memory list` shows how many hosts there are"
         )
 
 

@@ -82,7 +82,7 @@ class WordCounter:
         """Ends the count. Call it once. Raises DataError if no passage has a word."""
         if not self._number:
             raise DataError(
-                "no word in all these passages: give text in a language that has spaces between words"
+                "these passages contain no word: give text in a language that has spaces between words"
             )
         passages_V = np.zeros(len(self._number), np.int64)
         for _, rows, numbers in self._blocks():

@@ -34,7 +34,8 @@ async def _unlist(
             if gone is None:
                 names = ", ".join(sorted(each.memory.name for each in listed)) or "none"
                 raise LibraryError(
-                    f"you list no memory {printable(name, 40)!r} in swarm {swarm.keys.name!r}. Those that you list: "
+                    f"you publish no memory {printable(name, 40)!r} in swarm {swarm.keys.name!r}. The memories that "
+                    "you publish: "
                     f"{names}"
                 )
             stage("publishing the list without it")

@@ -53,8 +53,8 @@ def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) 
         if str(header.settings.get("objective")).startswith("rag"):
             used = "`talkoot ask`"
         raise ModelError(
-            f"this run's model reads the memory {header.settings['memory']}, and model folders are of models that read "
-            f"none: use it with {used}, or train one without --memory"
+            f"this run's model reads the memory {header.settings['memory']}, and model folders can't hold models that "
+            f"read a memory: use it with {used}, or train a model without --memory"
         )
     tokenizer = load_tokenizer(header.tokenizer)
     routing = _anywhere(Routing.of(client.settings, client.manifest, 0))
@@ -78,12 +78,13 @@ def dense_of_trainers(
     swarm = client.swarm
     trainers = client.run(_trainers(swarm))
     if not trainers:
-        raise SwarmError(f"no trainer runs that could give the dense part: {_ELSE}")
+        raise SwarmError(f"no running trainer could give the dense part: {_ELSE}")
     routing = _trained_routing(given, client, tokenizer, trainers)
     if routing is None:
         raise SwarmError(
-            f"{counted(len(trainers), 'trainer')} could give a dense part, but of another model: pass --tokenizer FILE "
-            f"with the tokenizer that they use (`bytes` is the default), and --router if it is not found; or {_ELSE}"
+            f"{counted(len(trainers), 'trainer')} could give a dense part, but not of this model: pass --tokenizer "
+            "FILE with the tokenizer that they use (`bytes` is the default), and --router if it is not detected; or "
+            f"{_ELSE}"
         )
     model = _model(client, routing, tokenizer, experts)
     form = DenseForm.of(model, swarm.keys.swarm_id, tokenizer.to_json(), routing.name)

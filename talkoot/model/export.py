@@ -61,7 +61,8 @@ class ExportPlan:
         """Raises SettingsError."""
         if (self.keep is None) != (self.keep_by is None):
             raise SettingsError(
-                "--keep and --keep-by belong together: a share, and the text that says which experts"
+                "--keep and --keep-by must be given together: the share of experts to keep, and the text that decides "
+                "which experts"
             )
         require_new(self.out)
 
@@ -90,7 +91,7 @@ def run_export(
             try:
                 export.run(lambda experts: _dense(client, given, checkpoint, tokenizer, experts))
             except Stopped:
-                logger.info("stopped; the same command goes on with what %s has", export.partial)
+                logger.info("stopped; run the same command again to continue with %s", export.partial)
                 raise
             finally:
                 export.close()
@@ -239,7 +240,7 @@ class _Export:
             or (self._plan.keep is not None and uids != there)
         }
         if len(todo) < len(by_layer):
-            logger.info("going on: %s already whole", counted(len(by_layer) - len(todo), "layer"))
+            logger.info("continuing: %s already complete", counted(len(by_layer) - len(todo), "layer"))
         with self._shown(sum(map(len, todo.values()))) as (tick, advance):
             for layer, uids in todo.items():
                 sources: dict[UID, ExpertSource] = {}
@@ -267,8 +268,8 @@ class _Export:
                 sources[uid] = self._source(taken)
             elif not self._plan.allow_missing:
                 raise SwarmError(
-                    f"no host of expert {uid} gave parameters that can be used: run the same command again, which "
-                    "keeps the layers that are complete, or pass --allow-missing"
+                    f"no host of expert {uid} gave usable parameters: run the same command again (complete layers are "
+                    "kept), or pass --allow-missing"
                 )
             advance()
 

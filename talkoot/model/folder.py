@@ -124,7 +124,7 @@ def expert_forms(manifest: Manifest) -> dict[str, Form]:
     kind = manifest.experts.kind
     if kind not in OWN_KINDS:
         raise SettingsError(
-            f"experts of kind {kind!r} are code of another package, which a model folder does not hold; it can hold "
+            f"experts of kind {kind!r} need code of another package, which a model folder can't hold; it can hold "
             f"experts of {' and '.join(sorted(OWN_KINDS))}"
         )
     return _forms("", weightless_block(manifest))
@@ -431,7 +431,7 @@ class ModelFolder:
         tokenizer = _tokenizer_of(path)
         if len(tokenizer.token_bytes) != config.vocab_size:
             raise ModelError(
-                f"{path} has a tokenizer of {len(tokenizer.token_bytes)} tokens, and a model of {config.vocab_size}"
+                f"{path} has a tokenizer of {len(tokenizer.token_bytes)} tokens, but a model of {config.vocab_size}"
             )
         _require_routing(path, config.routing, manifest)
         places = _places_in(path)

@@ -83,8 +83,8 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
     """Writes everything, and returns figures. The manifest's file is written last: once it exists, so does the rest."""
     if missing := sorted(set(folder.manifest.uids()) - folder.live):
         raise ModelError(
-            f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}: a swarm would begin them "
-            "from nothing. Export the model again with all of them"
+            f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}, which a swarm would start "
+            "from scratch. Export the model again with all experts"
         )
     grown = folder.manifest if plan.grid is None else grown_manifest(folder.manifest, plan.grid)
     manifest = _manifest(grown, plan.name)
@@ -98,7 +98,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
         keys = SwarmKeys(manifest.name, Identity.load_or_create(node / "identity.key").peer_id)
         if RecordFile(node / "manifests" / keys.swarm_id).read() is not None:
             raise SettingsError(
-                f"this node has founded a swarm {manifest.name} already: pass another --name, or another --state"
+                f"this node has already founded a swarm {manifest.name}: pass another --name, or another --state"
             )
         model = folder if plan.grid is None else UpcycledModel(folder, manifest, stage)
         store = CheckpointStore(node / "checkpoints", keys.swarm_id, manifest, _KEEP)

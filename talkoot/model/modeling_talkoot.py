@@ -425,7 +425,7 @@ class TalkootForCausalLM(PreTrainedModel, GenerationMixin):
         model, kind = manifest["model"], manifest["experts"]["kind"]
         if kind not in ("transformer", "ffn"):
             raise ValueError(
-                f"the experts are of kind {kind!r}, which is code of another package: train or serve this model with "
+                f"the experts are of kind {kind!r}, which is in another package: train or serve this model with "
                 "Talkoot and that package"
             )
         layers = range(config.mixture_layers)

@@ -64,7 +64,7 @@ class OpenedExperts:
         return result
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        raise AssertionError("an opened model is not trained")
+        raise AssertionError("a model that was opened from a folder can't be trained")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,8 @@ def open_model(path: Path) -> OpenedModel:
     free = psutil.virtual_memory().available
     if folder.nbytes > free:
         raise ModelError(
-            f"the model in {path} takes {bytes_in_words(folder.nbytes)}, and {bytes_in_words(free)} of memory are free"
+            f"the model in {path} takes {bytes_in_words(folder.nbytes)}, but only {bytes_in_words(free)} of memory are "
+            "free"
         )
     experts = OpenedExperts(manifest, {uid: _block(folder, uid) for uid in sorted(folder.live)})
     routing = folder.routing.routing(manifest)

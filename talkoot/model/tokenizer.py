@@ -56,9 +56,9 @@ def parse_tokenizer(text: str) -> Tokenizer:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"this is not a tokenizer: {printable(str(error))}") from error
     if not is_plain:
-        raise DataError("this is not a tokenizer of byte pairs, or one with a dropout, a prefix or a suffix")
+        raise DataError("this is not a tokenizer of byte pairs, or it has a dropout, a prefix or a suffix")
     if not is_bounded:
-        raise DataError("what this tokenizer does before it looks for byte pairs may take any time or memory")
+        raise DataError("the steps of this tokenizer before byte pairs could take unlimited time or memory")
     return ByteTokenizer() if is_bytes else load_tokenizer(text)
 
 

@@ -177,7 +177,7 @@ class ControlServer:
             self._stop()
         elif request.command != "status":
             if self._node is None:
-                raise UserError("it is still joining its swarm: try again when it serves")
+                raise UserError("it is still joining its swarm: try again when it is serving")
             if request.command == "pause":
                 await self._node.pause("by its owner", request.for_s)
             else:
@@ -231,7 +231,7 @@ class ControlClient:
             reply = ControlReply.model_validate_json(line)
         except ValidationError:
             raise UnreachableError(
-                "the node gave no answer that this version understands: `talkoot logs` may say why"
+                "the node's answer can't be understood: `talkoot logs` may say why"
             ) from None
         if reply.status is None:
             raise UserError(f"the node says: {reply.error}")
@@ -259,8 +259,8 @@ def _parse(line: bytes) -> ControlRequest:
     version = ControlVersion.model_validate_json(line).version
     if version != CONTROL_VERSION:
         raise UserError(
-            f"this command speaks control version {version}, the node {CONTROL_VERSION}: restart the node "
-            "once both are of one version of Talkoot"
+            f"this command speaks control version {version}, but the node speaks {CONTROL_VERSION}: restart the node "
+            "with the same version of Talkoot"
         )
     return ControlRequest.model_validate_json(line)
 

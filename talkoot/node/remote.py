@@ -71,7 +71,7 @@ def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool
             _print(terminal, follower.lines())
     except OSError as error:
         raise DataError(
-            f"can't read {path}: {error.strerror}; run this as the user whose node it is"
+            f"can't read {path}: {error.strerror}; run this as the user who runs the node"
         ) from error
     finally:
         follower.close()
@@ -169,8 +169,8 @@ def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower)
         while _runs(process):
             if time.monotonic() > deadline:
                 raise UnreachableError(
-                    f"process {process.pid} is still there after {_LEAVES_WITHIN_S:.0f} s: `talkoot logs` shows what "
-                    f"it does; `{how_to_kill(process.pid)}` ends it, and costs what it has not saved"
+                    f"process {process.pid} is still running after {_LEAVES_WITHIN_S:.0f} s: `talkoot logs` shows what "
+                    f"it is doing; `{how_to_kill(process.pid)}` kills it, and loses what it has not saved"
                 )
             time.sleep(_LOOK_EVERY_S)
             for line in log.lines()[-1:]:

@@ -126,7 +126,7 @@ def make_service(options: Mapping[str, Any], join: str | None, state: Path | Non
     given: list[str] = []
     for flag, value in options.items():
         if flag in _BY_HAND:
-            raise SettingsError(f"{flag} is not for a service: run `talkoot node {flag}` by hand")
+            raise SettingsError(f"{flag} does not work in a service: run `talkoot node {flag}` by hand")
         if value is True:
             given.append(flag)
             continue

@@ -91,5 +91,7 @@ class WeeklySummary:
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
-            logger.warning("%s can't be read, a new week begins: %s", self._path, str(error).split("\n")[0])
+            logger.warning(
+                "%s can't be read, so a new week begins: %s", self._path, str(error).split("\n")[0]
+            )
             return None

@@ -194,7 +194,7 @@ def _question_job(
         )
     if request.alternatives() is not None:
         raise RequestError(
-            400, "logprobs: an answer has none, for it is a sum over passages", "invalid_value",
+            400, "logprobs: an answer has none, because it is a sum over passages", "invalid_value",
             parameter="logprobs",
         )  # fmt: skip
     try:
@@ -225,14 +225,14 @@ def _prompt(given: str | Sequence[int], served: ServedModel) -> Sequence[int]:
     if count > context:
         raise RequestError(
             400,
-            f"the prompt has {'at least ' if not tokens else ''}{count} tokens, and the model's context {context}: "
-            "give a shorter one",
+            f"the prompt has {'at least ' if not tokens else ''}{count} tokens, but the model's context is {context}: "
+            "give a shorter prompt",
             "context_length_exceeded",
             parameter="prompt",
         )
     if count < fewest:
         raise RequestError(
-            400, f"the prompt has {count} tokens, and this model goes on from {fewest} or more", "invalid_value",
+            400, f"the prompt has {count} tokens, but this model needs {fewest} or more", "invalid_value",
             parameter="prompt",
         )  # fmt: skip
     return tokens

@@ -270,7 +270,7 @@ class Answering:
     def _answer(self, stream: Stream) -> Answered:
         def require_client() -> None:
             if stream.cancelled:
-                raise UserError("nobody waits for this answer any more")
+                raise UserError("nobody is waiting for this answer any longer")
 
         return self._questions.answer(stream.job.question, between=require_client)
 
@@ -320,7 +320,7 @@ class Engine:
         Raises EngineError if nobody would answer.
         """
         if not self.is_alive():
-            raise EngineError("the server computes nothing any more: start it again")
+            raise EngineError("the server can no longer compute: restart it")
         stream = Stream(job, client, self._token_bytes)
         self._metrics.tokens.labels("prompt").inc(len(job.prompt))
         with self._changed:

@@ -58,7 +58,7 @@ def run_generate(
             terminal.err.print(escaped(f"read: {source}"))
         if rows := int(total(trained.client.dispatcher.metrics.unanswered_rows)):
             logger.warning(
-                "no expert answered for %s, so the text is worse than it could be", counted(rows, "row")
+                "no expert answered for %s, so the text may be worse than usual", counted(rows, "row")
             )
 
 
@@ -82,7 +82,7 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Pas
     context = trained.model.context
     if len(tokens) > context:
         logger.warning(
-            "the prompt has %d tokens and the model's context %d: the first %s are left out",
+            "the prompt has %d tokens, but the model's context is %d: the first %s are left out",
             len(tokens),
             context,
             counted(len(tokens) - context, "token"),

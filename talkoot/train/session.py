@@ -77,7 +77,7 @@ def run_train(
         )
     if local is not None and (resume or settings.checkpoint is not None):
         raise SettingsError(
-            "--local saves nothing, because its experts are in this process alone: leave --resume and --checkpoint out"
+            "--local saves nothing, because all experts are in this process: leave --resume and --checkpoint out"
         )
     if json_file is not None:
         check_writable(json_file, "--json")
@@ -274,7 +274,7 @@ class _Run:
                 self.saver.save()
             self._exits.close()
             if self.saver is not None and 0 < (step := self.saver.saved_step) < settings.steps:
-                logger.info("step %d of %d is saved: --resume goes on from there", step, settings.steps)
+                logger.info("step %d of %d is saved: --resume continues from there", step, settings.steps)
             if settings.plot is not None:
                 plot_losses(self._training.history, settings.plot)
 
@@ -286,7 +286,7 @@ class _Run:
         """Raises UserError."""
         if isinstance(self._client, LocalSwarm):
             raise SettingsError(
-                "memory: a swarm's nodes host memories, and with --local there are none: pass --join"
+                "memory: with --local there are no nodes that could host a memory: pass --join"
             )
         with self._terminal.stages("opening the memory"):
             memory = self._client.memory(self._settings.memory)
@@ -307,7 +307,7 @@ class _Run:
             return
         logger.warning("no expert answers: training pauses until one does, at most %.0f s", limit_s)
         client.wait_for_experts(limit_s, lambda text: None, share=1 / client.manifest.experts_total)
-        logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
+        logger.info("training continues with %d live experts", client.dispatcher.live_experts())
 
 
 def _dataset(start: RunStart, manifest: Manifest, seed: int) -> Dataset | PairDataset:
@@ -317,7 +317,8 @@ def _dataset(start: RunStart, manifest: Manifest, seed: int) -> Dataset | PairDa
         return PairDataset(tokens, context, settings.objective, token_bytes, seed, share)
     if settings.objective != "causal":
         raise SettingsError(
-            f"objective: {settings.objective} is for models with an encoder, and this swarm's has none: leave it out"
+            f"objective: {settings.objective} is for models with an encoder, but this swarm's model has none: leave it "
+            "out"
         )
     return Dataset(tokens, context, seed, share, token_bytes)
 
@@ -336,7 +337,7 @@ def _begin_averaging(
         age = client.take_whole(averaging)
         if age is not None:
             logger.info(
-                "goes on from another trainer's dense part, which was trained for %s",
+                "starts from another trainer's dense part, which was trained for %s",
                 counted(age, "step"),
             )
     return averaging

@@ -114,7 +114,7 @@ def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopTh
             return 2 if answer.answered else 0
 
     async def what_is_left(node: NodeVictim) -> None:
-        assert "go on from this node's checkpoints" in node.log.read_text()
+        assert "continue from this node's checkpoints" in node.log.read_text()
         async with training(node, tmp_path) as trainer:
             await trainer.call("backward")
             await reaches(node, "talkoot_updates_total", 1)
@@ -182,7 +182,7 @@ def test_a_node_starts_and_serves_where_the_disk_is_full_and_keeps_its_checkpoin
     assert saved(node, tmp_path) == 1
     full.touch()
     with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.2) as node:
-        assert "go on from this node's checkpoints" in node.log.read_text()
+        assert "continue from this node's checkpoints" in node.log.read_text()
         loop.run(scenario(node), 120)
         assert "could not save 1 expert, such as 0.0: No space left on device" in node.log.read_text()
 

@@ -95,7 +95,7 @@ def test_a_kind_comes_from_an_installed_package(tmp_path: Path, monkeypatch: pyt
     experts = ExpertSpec(kind="doubling")
     require_kind(Manifest(name="sauna", experts=experts))
     encoder = ModelSpec(causal=(False, True))
-    with pytest.raises(SwarmError, match=r"kind 'doubling', which knows only causal layers"):
+    with pytest.raises(SwarmError, match=r"kind 'doubling', which works only in causal layers"):
         require_kind(Manifest(name="sauna", experts=experts, model=encoder))
     require_kind(Manifest(name="sauna", model=encoder))
 

@@ -300,7 +300,7 @@ def test_few_probes_are_served_at_once(play: Play) -> None:
             await call.write(request())
             await call.read()
         assert await peers.status(request()) is grpc.StatusCode.RESOURCE_EXHAUSTED
-        with pytest.raises(UnreachableError, match="RESOURCE_EXHAUSTED: others are served now"):
+        with pytest.raises(UnreachableError, match="RESOURCE_EXHAUSTED: other callers are being served"):
             await call_probe(peers.channel, SWARM)
         for call in running:
             await call.done_writing()

@@ -93,13 +93,13 @@ def test_uninstall_removes_the_service(with_service: UvHome) -> None:
 
 def test_update_that_fails_is_one_line(home: UvHome) -> None:
     assert_one_clear_line(
-        home.talkoot("update", FAKE_UV_BREAKS="1"), "failed", "run this or the installer again"
+        home.talkoot("update", FAKE_UV_BREAKS="1"), "failed", "run this command or the installer again"
     )
 
 
 def test_update_without_uv_asks_for_it(home: UvHome) -> None:
     (home.programs / "uv").unlink()
-    assert_one_clear_line(home.talkoot("update"), "install uv")
+    assert_one_clear_line(home.talkoot("update"), "install it, or add it to PATH")
 
 
 @pytest.mark.parametrize("requirements", ["3", "[]", "[{}]"])
@@ -214,7 +214,9 @@ def test_uninstall_removes_nothing_while_a_peer_runs(home: UvHome, states: Path)
 
 
 def test_identity_needs_a_terminal(home: UvHome, states: Path) -> None:
-    assert_one_clear_line(home.talkoot("uninstall", "--yes", "--state", "--identity"), "needs a terminal")
+    assert_one_clear_line(
+        home.talkoot("uninstall", "--yes", "--state", "--identity"), "a terminal in which it can ask twice"
+    )
     assert environment(home).exists()
 
 

@@ -238,7 +238,7 @@ def test_the_manifest_says_which_model_it_is() -> None:
     plain = make_manifest((2, 3))
     assert isinstance(make_model(plain, lambda layer: nn.Identity(), TOKENS), LanguageModel)
     assert isinstance(make_model(two_layers(), lambda layer: nn.Identity(), TOKENS), EncoderDecoder)
-    with pytest.raises(SettingsError, match="an encoder-decoder can't read one while it writes"):
+    with pytest.raises(SettingsError, match="an encoder-decoder can't read a memory while it writes"):
         RetrievalSpec.of(TrainerSettings(memory="docs"), two_layers().model)
     with pytest.raises(SettingsError, match="is an encoder-decoder, which this command can't use"):
         LanguageModel(two_layers(), lambda layer: nn.Identity())

@@ -158,7 +158,7 @@ def test_past_the_context_the_older_half_is_dropped() -> None:
 def test_a_prompt_shorter_than_the_routing_prefix_is_refused() -> None:
     """The model never learned to predict what follows fewer tokens."""
     with pytest.raises(
-        DataError, match="has 3 tokens, and this swarm's models go on from 4 or more: give a longer"
+        DataError, match="has 3 tokens, but this swarm's models need 4 or more: give a longer"
     ):
         next(generate(make_model(prefix=4), [1, 2, 3], sampling()))
     assert len(list(generate(make_model(prefix=4), [1, 2, 3, 4], sampling(max_tokens=30)))) == 30

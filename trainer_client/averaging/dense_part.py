@@ -90,7 +90,7 @@ class DenseForm:
         def check(header: Header, outline: Outline) -> None:
             said = (header.swarm_id, header.fingerprint, header.age)
             if said != (self.swarm_id, self.fingerprint.hex(), age):
-                raise StateError("it is another dense part than was offered")
+                raise StateError("it is not the dense part that was offered")
             if outline != self.kinds:
                 raise StateError("its tensors are not those of this model")
 
@@ -139,9 +139,11 @@ def require_near(mine: Tensors, theirs: Tensors) -> float:
         if _mean_square(theirs[name]) > _MOST_SCALE**2 * usual:
             raise StateError(f"its {name:.80} is far larger than this trainer's")
     if not own / _MOST_SCALE**2 <= other <= own * _MOST_SCALE**2:
-        raise StateError("its numbers are of another magnitude than this trainer's")
+        raise StateError("the size of its numbers differs too much from this trainer's")
     if product < _LEAST_LIKENESS * math.sqrt(own * other):
-        raise StateError("it is unrelated to this trainer's: the two did not start alike")
+        raise StateError(
+            "it is unrelated to this trainer's dense part: the two did not start from the same parameters"
+        )
     return math.sqrt(max(0.0, own + other - 2 * product) / own) if own else 0.0
 
 
@@ -261,7 +263,9 @@ class SharedParameters:
         names = self._tensors.keys() - self._buffers
         reach = self._own_moves.reach(moves, names)
         if reach and distance({name: base.tensors[name] for name in names}, theirs) > reach:
-            raise OutOfReachError("it is further from this trainer's than steps of its own explain")
+            raise OutOfReachError(
+                "it is further from this trainer's dense part than this trainer's own steps explain"
+            )
 
     def merge(
         self,

@@ -139,7 +139,7 @@ class DenseExchange:
         """Raises ExpertError (RESOURCE_EXHAUSTED) while another exchange is in progress."""
         if self.is_running:
             raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED, "this trainer averages with another; try again soon"
+                StatusCode.RESOURCE_EXHAUSTED, "this trainer is averaging with another one: try again soon"
             )
         self.is_running = True
 
@@ -354,11 +354,11 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "this trainer can't average with itself")
         if caller in exchange.refused.open_at(exchange.clock()):
             raise ExpertError(
-                StatusCode.PERMISSION_DENIED, "what this trainer offered could not be used: come back later"
+                StatusCode.PERMISSION_DENIED, "your dense part could not be used: try again later"
             )
         if exchange.part.steps < self._next_at_step.get(caller, 0):
             raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED, "the two trainers have averaged lately: come back later"
+                StatusCode.RESOURCE_EXHAUSTED, "the two trainers have averaged recently: try again later"
             )
 
     def _require_same_form(self, fingerprint: bytes) -> None:

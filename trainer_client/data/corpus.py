@@ -90,7 +90,7 @@ def _fingerprint(files: Sequence[Path], field: str, tokenizer: Tokenizer) -> str
     try:
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except OSError as error:
-        raise DataError(f"can't read {error.filename}: {error.strerror}; check who may read it") from error
+        raise DataError(f"can't read {error.filename}: {error.strerror}; check its permissions") from error
     described = [stats, field, digest(tokenizer), "" if files else platform.python_version()]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
@@ -103,8 +103,8 @@ def require_length(tokens: Tokens, context: int, token_bytes: Sequence[bytes] | 
     if len(tokens) < 2 * length:
         unit = "bytes" if token_bytes is None or len(token_bytes) <= BYTES else "tokens"
         raise DataError(
-            f"the text has {len(tokens)} {unit}, and a model with a context of {context} needs "
-            f"{2 * length} or more: give a longer text"
+            f"the text has {len(tokens)} {unit}, but a model with a context of {context} needs {2 * length} or more: "
+            "give a longer text"
         )
     return length
 

@@ -111,7 +111,7 @@ def _readable(document: Document) -> Iterator[str]:
 
 def unreadable(file: Path, error: OSError) -> DataError:
     """The error to raise in its place."""
-    return DataError(f"can't read {file}: {error.strerror or error}; check who may read it")
+    return DataError(f"can't read {file}: {error.strerror or error}; check its permissions")
 
 
 def _find(path: str) -> list[Path]:
@@ -126,7 +126,7 @@ def _find(path: str) -> list[Path]:
     if at.is_file():
         return [at]
     if at.exists():
-        raise DataError(f"{path} is not a file: write what comes from it into one first")
+        raise DataError(f"{path} is not a file: write its output to a file first")
     matched = sorted(Path(name) for name in glob.glob(path, recursive=True))
     files = [file for file in matched if file.is_file()]
     if not files:
@@ -217,7 +217,7 @@ def _read_texts_in_lines(path: Path, field: str) -> Iterator[tuple[int, Mapping[
         if field not in values:
             raise DataError(_no_field(field, where, values))
         if not isinstance(values[field], str):
-            raise DataError(f"{where}: the field {field!r} is no text: pass --field")
+            raise DataError(f"{where}: the field {field!r} is not text: pass --field")
         yield number, values
 
 
@@ -239,7 +239,7 @@ def _read_parquet(path: Path, field: str, labels: Sequence[str]) -> Iterator[tup
                     if values[field] is None:
                         continue
                     if not isinstance(values[field], str):
-                        raise DataError(f"{path}: the field {field!r} is no text: pass --field")
+                        raise DataError(f"{path}: the field {field!r} is not text: pass --field")
                     yield number, values
     except ArrowException as error:
         raise DataError(f"can't read {path}: {error}; give a whole Parquet file") from error

@@ -325,7 +325,7 @@ class MemoryDirectory:
                 # of these, only the shards of the previous revision are known
                 self._hosts.clear()
                 self._empty.clear()
-                logger.info("memory %s has revision %d now", self.memory, entry.revision)
+                logger.info("memory %s now has revision %d", self.memory, entry.revision)
             return self._opened.manifest
 
     async def refresh(self) -> None:

@@ -201,7 +201,7 @@ class Reader:
         room = self._room - len(asked)
         if room < 1:
             raise DataError(
-                f"a question of {len(asked)} tokens, and this swarm's models see {self._context}: shorten it"
+                f"a question of {len(asked)} tokens, but this swarm's models see {self._context}: shorten the question"
             )
         if passage is None:
             return asked
@@ -214,7 +214,7 @@ class Reader:
         tokens = self._encode(f" {answer}") if answer else []
         if len(tokens) >= self.longest:
             raise DataError(
-                f"the answer {answer[:40]!r} has {len(tokens)} tokens, and one may have {self.longest - 1}: "
+                f"the answer {answer[:40]!r} has {len(tokens)} tokens, but an answer may have only {self.longest - 1}: "
                 "shorten it, or use another tokenizer, such as bpe"
             )
         return *tokens, self.end
@@ -260,8 +260,8 @@ def check_encoder(memory: AskedMemory, learned: str | None) -> None:
     """Raises SettingsError unless the memory has the encoder whose vectors the model learned with."""
     if learned != memory.encoder.sha256.hex():
         raise SettingsError(
-            f"memory: the model learned to find passages by the encoder of another memory than {memory.id}: pass that "
-            "one, or a revision of it, or train a model with this one"
+            f"memory: the model learned to find passages with the encoder of another memory, not of {memory.id}: pass "
+            "the memory that it learned with, or train a model with this one"
         )
 
 

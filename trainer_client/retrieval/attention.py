@@ -62,12 +62,12 @@ class RetrievalSpec:
             return None
         if model.encoder_layers:
             raise SettingsError(
-                "memory: an encoder-decoder can't read one while it writes: leave --memory out"
+                "memory: an encoder-decoder can't read a memory while it writes: leave --memory out"
             )
         if settings.memory_chunk >= model.context:
             raise SettingsError(
-                f"memory_chunk: {settings.memory_chunk} tokens, and this swarm's models see {model.context}: pass a "
-                f"smaller one, such as --memory-chunk {max(4, model.context // 4)}"
+                f"memory_chunk: {settings.memory_chunk} tokens, but this swarm's models see only {model.context}: pass "
+                f"a smaller number, such as --memory-chunk {max(4, model.context // 4)}"
             )
         layers = tuple(sorted(set(settings.memory_layers))) or (model.layers // 2,)
         if layers[-1] >= model.layers:

@@ -73,7 +73,7 @@ class RetrievalCounts:
             if time.monotonic() - self._warned_at < _WARN_EVERY_S:
                 return
             self._warned_at = time.monotonic()
-        logger.warning("the model goes on without the memory %s: %s", memory, error)
+        logger.warning("the model continues without the memory %s: %s", memory, error)
 
     def add(self, **counts: float) -> None:
         with self._lock:

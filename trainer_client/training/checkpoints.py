@@ -100,7 +100,7 @@ class Checkpoint:
         if self.header.manifest_sha256 != manifest_sha256(manifest):
             raise CheckpointError(
                 f"the checkpoint of step {self.header.step} belongs to another manifest of the swarm "
-                f"{self.header.swarm_id}, so its model is a different one: train a new one"
+                f"{self.header.swarm_id}, so its model is different: train a new model"
             )
 
 
@@ -126,7 +126,7 @@ class CheckpointWriter:
         self._files.sweep()
         if not resumes and (numbers := self._files.numbers()):
             raise CheckpointError(
-                f"{self.folder} has a checkpoint of step {numbers[0]}: pass --resume to go on from it, or another "
+                f"{self.folder} has a checkpoint of step {numbers[0]}: pass --resume to continue from it, or another "
                 "--checkpoint"
             )
 
@@ -136,7 +136,7 @@ class CheckpointWriter:
             self._files.write(header.step, encode_checkpoint(header, tensors))
         except OSError as error:
             logger.warning(
-                "could not save step %d in %s: %s; the checkpoints before it stay",
+                "could not save step %d in %s: %s; earlier checkpoints stay",
                 header.step,
                 self.folder,
                 error.strerror or error,
@@ -169,8 +169,8 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
             return checkpoint
     if tried:
         raise CheckpointError(
-            f"no checkpoint in {path} is whole: give another run's folder as --checkpoint, or train a new one, in "
-            "another folder and without --resume"
+            f"all checkpoints in {path} are broken: pass another run's folder as --checkpoint, or train a new model, "
+            "in another folder and without --resume"
         )
     raise CheckpointError(f"no checkpoint in {path}: give the folder that `talkoot train` named")
 
@@ -181,7 +181,8 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
     def check(header: Header, outline: Outline) -> None:
         if header.swarm_id != swarm_id:
             raise CheckpointError(
-                f"{path} is of the swarm {header.swarm_id}, and you join {swarm_id}: pass a --checkpoint of this one"
+                f"{path} belongs to the swarm {header.swarm_id}, but you are joining {swarm_id}: pass a --checkpoint "
+                "of this swarm"
             )
 
     header, tensors = decode_checkpoint(read_checkpoint(path), Header, check)
@@ -250,7 +251,7 @@ def prepare_run(
     with closing(StateFolder(state)):
         folder = checkpoint_folder(settings.checkpoint, state, swarm_id, newest=resume)
         if folder.is_file():
-            raise CheckpointError(f"{folder} is a file: pass its folder, so that more checkpoints fit in")
+            raise CheckpointError(f"{folder} is a file: pass its folder instead")
         checkpoint = load_checkpoint(folder, swarm_id) if resume else None
         if checkpoint is not None:
             settings = _resumed(settings, checkpoint.header)
@@ -271,7 +272,7 @@ def prepare_run(
             # the swarm's context length is not known yet
             require_length(corpus.tokens, LEAST_CONTEXT, tokenizer.token_bytes)
     if checkpoint is not None and checkpoint.header.data_sha256 not in ("", corpus.sha256):
-        logger.warning("the text differs from the one that the checkpoint was trained on")
+        logger.warning("the text differs from the text that the checkpoint was trained on")
     return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus, questions)
 
 
@@ -344,7 +345,7 @@ def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
         reads = (
             "reads no memory, and can't begin to" if now["memory"] else f"reads the memory {before['memory']}"
         )
-        raise SettingsError(f"memory: the checkpoint's model {reads}: train a new one, without --resume")
+        raise SettingsError(f"memory: the checkpoint's model {reads}: train a new model, without --resume")
     for name in _FIXED:
         if now[name] != before.get(name, now[name]):
             raise SettingsError(
@@ -352,7 +353,7 @@ def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
             )
     if header.step >= resumed.steps:
         raise SettingsError(
-            f"steps: the checkpoint has done all of the {resumed.steps} steps: pass more, such as --steps "
+            f"steps: the checkpoint has already taken all {resumed.steps} steps: pass a larger number, such as --steps "
             f"{2 * header.step}"
         )
     # an imported run has no settings of its own yet
@@ -368,7 +369,7 @@ def _make_tokenizer(settings: TrainerSettings, files: list[Path], stage: Callabl
     try:
         characters = sum(file.stat().st_size for file in files)
     except OSError as error:
-        raise DataError(f"can't read {error.filename}: {error.strerror}; check who may read it") from error
+        raise DataError(f"can't read {error.filename}: {error.strerror}; check its permissions") from error
     tokenizer = BytePairTokenizer.learn(read_text(files, settings.field), characters, settings.vocabulary)
     logger.info("the tokenizer has %d tokens", len(tokenizer.token_bytes))
     return tokenizer

@@ -141,7 +141,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_a_way_out(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
-    with pytest.raises(StartError, match=r"busy or unavailable; --device cpu does without"):
+    with pytest.raises(StartError, match=r"busy or unavailable; --device cpu computes without"):
         check_devices("auto", "auto")
 
 

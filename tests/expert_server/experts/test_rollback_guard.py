@@ -77,7 +77,7 @@ def test_parameters_that_are_not_finite_go_back_to_the_last_good_state(
     for tensor, expected in zip(state_of(expert), good, strict=True):
         torch.testing.assert_close(tensor, expected, rtol=2**-8, atol=0)
     (record,) = caplog.records
-    assert "expert 0.0.0 went bad, parameter norm nan" in record.message
+    assert "expert 0.0.0 went bad (its parameter norm is nan" in record.message
     assert record.message.endswith("rolled back by 5 updates")
     after = train(expert, 40)
     assert after[-1] < losses[0]

@@ -324,7 +324,9 @@ def test_full_queue_says_when_to_ask_again() -> None:
     queue = BatchQueue(10, 10)
     add(queue, make_work(rows=8))
     queue.measure(rows=100, seconds=50.0)
-    with pytest.raises(ExpertError, match="no room for 3 rows: 8 of at most 10 wait already") as caught:
+    with pytest.raises(
+        ExpertError, match="no room for 3 rows: 8 of at most 10 are already waiting"
+    ) as caught:
         add(queue, make_work(rows=3))
     assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
     assert caught.value.retry_after_s == pytest.approx(4.0)
@@ -342,7 +344,9 @@ def test_a_caller_whose_rows_fill_the_queue_is_told_when_they_are_done() -> None
     add(queue, make_work(rows=50, caller="greedy"))
     add(queue, make_work(rows=50, caller="other"))
     queue.measure(rows=100, seconds=1.0)
-    with pytest.raises(ExpertError, match="100 of at most 100 wait already, 50 of them yours") as caught:
+    with pytest.raises(
+        ExpertError, match="100 of at most 100 are already waiting, 50 of them yours"
+    ) as caught:
         push(queue, make_work(rows=2, caller="greedy"))
     assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
     assert caught.value.retry_after_s == pytest.approx(1.0)

@@ -189,7 +189,7 @@ def test_new_text_in_words_that_the_base_does_not_know_is_a_warning(
         str(folder / "trees"),
     )
     assert ended.returncode == 0, ended.stderr
-    assert "60% of the words in the new text are not known in trees" in caplog.text, "its title is known"
+    assert "60% of the words in the new text are unknown in trees" in caplog.text, "its title is known"
 
 
 def test_what_was_revoked_does_not_come_back(folder: Path, tmp_path: Path) -> None:

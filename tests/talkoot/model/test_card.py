@@ -103,7 +103,7 @@ def test_on_a_full_disk_the_error_says_what_to_do(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(
-        StartError, match=r"No space left on device.* mend this, and run the same command again"
+        StartError, match=r"No space left on device.* fix this, and run the same command again"
     ):
         SourcesFile(tmp_path).replace_layer(0, {UIDS[0]: a_source(1, 1)})
     assert not list(tmp_path.iterdir())

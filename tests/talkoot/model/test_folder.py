@@ -193,7 +193,7 @@ def test_tensors_of_another_model_are_not_written(model: RandomModel, tmp_path: 
 
 def test_experts_of_other_packages_are_refused(tmp_path: Path) -> None:
     manifest = MANIFEST.model_copy(update={"experts": MANIFEST.experts.model_copy(update={"kind": "conv"})})
-    with pytest.raises(SettingsError, match="'conv' are code of another package"):
+    with pytest.raises(SettingsError, match="'conv' need code of another package"):
         FolderWriter(tmp_path / "model", manifest, RandomModel(MANIFEST).routing, ByteTokenizer())
 
 

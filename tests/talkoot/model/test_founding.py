@@ -162,7 +162,7 @@ def test_missing_experts_a_file_in_the_way_and_a_founded_swarm_are_refused(tmp_p
     record = Path(values["node_state"]) / "manifests" / keys.swarm_id
     record.parent.mkdir()
     record.write_bytes(b"signed")
-    with pytest.raises(UserError, match="has founded a swarm kiuas already"):
+    with pytest.raises(UserError, match="has already founded a swarm kiuas"):
         imported(folder, tmp_path, name="kiuas")
 
 

@@ -198,7 +198,7 @@ def test_last_lines_come_from_both_files(
 def test_a_log_that_can_not_be_read_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "node.log").mkdir()
     ended = run_here("logs", "--state", str(tmp_path))
-    assert_one_clear_line(ended, "can't read", "Is a directory", "as the user whose node it is")
+    assert_one_clear_line(ended, "can't read", "Is a directory", "as the user who runs the node")
 
 
 def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_an_invite_is_read_from_its_file(machine: Machine, tmp_path: Path) -> No
 
 
 def test_options_that_need_somebody_there_are_refused(machine: Machine) -> None:
-    with pytest.raises(SettingsError, match="--new is not for a service"):
+    with pytest.raises(SettingsError, match="--new does not work in a service"):
         machine.service(new=Path("swarm.toml"))
     with pytest.raises(SettingsError, match="--join INVITE"):
         make_service({}, None, machine.state)

@@ -216,7 +216,7 @@ def test_closing_waits_for_no_stream(model: ServedModel) -> None:
         await until(lambda: len(decoder.batches) > 2)
         await asyncio.to_thread(engine.close)
         assert not [thread for thread in threading.enumerate() if thread.name == "talkoot-engine"]
-        with pytest.raises(EngineError, match="start it again"):
+        with pytest.raises(EngineError, match="restart it"):
             engine.begin(job("In the sauna", 3), "a")
 
     run(model, scenario)

@@ -106,7 +106,7 @@ def test_a_refusal_is_told(seen: Visit) -> None:
     seen.page.get_by_label("Text to continue").fill("x" * 65)
     seen.page.get_by_role("button", name="Continue").click()
     seen.page.locator("#problem").wait_for()
-    assert "65 tokens, and the model's context 64" in seen.text("#problem")
+    assert "65 tokens, but the model's context is 64" in seen.text("#problem")
     seen.complaints.clear()  # the browser writes each refusal to the console
 
 

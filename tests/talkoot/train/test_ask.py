@@ -87,7 +87,7 @@ def test_a_run_learns_from_questions_and_is_resumed(founder: Founder, trained: P
     assert json.loads((trained / "again.json").read_text())["resumed_at"] == 3
     talkoot(*train(founder, trained, "--resume", "--objective", "causal")).is_one_clear_line("objective: ")
     talkoot(*train(founder, trained, "--resume", "--steps", 9, "--memory", "other")).is_one_clear_line(
-        "by the encoder of another memory"
+        "with the encoder of another memory"
     )
 
 
@@ -170,7 +170,9 @@ def test_what_can_not_be_answered_is_one_clear_line(
     talkoot("ask", " ", *used).is_one_clear_line("ask something")
     talkoot("ask", "what? " * 2000, *used).is_one_clear_line("shorten it to 10000")
     talkoot("ask", f"word1 {'and more ' * 20}?", *used).is_one_clear_line("tokens", "shorten it")
-    talkoot("ask", "what?", *used, "--memory", "other").is_one_clear_line("by the encoder of another memory")
+    talkoot("ask", "what?", *used, "--memory", "other").is_one_clear_line(
+        "with the encoder of another memory"
+    )
     talkoot("ask", "what?", *used, "--memory", "away").is_one_clear_line("away")
     talkoot("ask", "what is word1?", *used, "--memory", "empty").is_one_clear_line(
         "nothing found: memory empty"

@@ -83,14 +83,14 @@ def test_objectives_of_encoder_decoders_are_for_models_with_an_encoder(tmp_path:
     few = ("--steps", 1, "--batch-size", 2, "--threads", 1, "--state", tmp_path / "state")
     quick = (*few, "--data", text)
     talkoot("train", "--local", plain, "--objective", "infilling", *quick).is_one_clear_line(
-        "objective: infilling is for models with an encoder, and this swarm's has none"
+        "objective: infilling is for models with an encoder, but this swarm's model has none"
     )
     ended = talkoot("train", "--local", pairs, "--objective", "permutation", *quick)
     assert ended.status == 0, ended.err
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "Where?", "answers": ["There"]}\n' * 20)
     asked = ("--objective", "rag-token", "--memory", "docs", *few, "--data", questions)
-    talkoot("train", "--local", pairs, *asked).is_one_clear_line("with --local there are none")
+    talkoot("train", "--local", pairs, *asked).is_one_clear_line("with --local there are no nodes")
     talkoot("train", "--local", pairs, "--memory", "docs", *quick).is_one_clear_line(
-        "memory: an encoder-decoder can't read one while it writes"
+        "memory: an encoder-decoder can't read a memory while it writes"
     )

@@ -171,7 +171,7 @@ def test_texts_that_can_not_be_scored_are_named_before_joining(
         (empty, f"{empty} is empty: give a file"),
         (
             short,
-            f"{short} has 1 token, and the first that this model predicts is number 2: give a longer one",
+            f"{short} has 1 token, but the first one that this model predicts is number 2: give a longer text",
         ),
         (tmp_path / "none.txt", f"no file or folder {tmp_path / 'none.txt'}"),
         (text, f"{text} is given twice"),
@@ -190,7 +190,8 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_word(
     join = ("--join", founder.invite, "--state", trained, "--max-tokens", 1)
     assert talkoot("generate", *join, "--prompt", "-").status == 0
     assert (
-        "the prompt has 20 tokens and the model's context 16: the first 4 tokens are left out" in caplog.text
+        "the prompt has 20 tokens, but the model's context is 16: the first 4 tokens are left out"
+        in caplog.text
     )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
     talkoot("generate", *join, "--prompt", "-").is_one_clear_line("standard input is not text in UTF-8")
@@ -221,7 +222,7 @@ def test_when_all_experts_are_lost_training_waits_and_loses_no_step(
         founder.resume()
     assert ended.status == 0, ended.err
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
-    assert "training goes on with" in caplog.text
+    assert "training continues with" in caplog.text
 
 
 def test_when_all_experts_stay_away_training_ends_with_what_it_has(
@@ -241,7 +242,7 @@ def test_when_all_experts_stay_away_training_ends_with_what_it_has(
     ended.is_one_clear_line("no expert of this swarm answered in 0 s")
     assert "training pauses until one does, at most 0 s" in caplog.text
     assert "checkpoint of step 2 in" in caplog.text
-    assert ": --resume goes on from there" in caplog.text
+    assert ": --resume continues from there" in caplog.text
 
 
 def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +372,7 @@ BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
     "binary": ("x.bin", b"\x7fELF\0\0", "is not text: byte 4 is 0"),
     "empty": ("x.txt", b"", "x.txt is empty: give"),
     # the founder's model has a context of 16: this is said before the manifest is read
-    "too short for any model": ("x.txt", b"Moi!", "4 bytes, and a model with a context of 2 needs 6 or more"),
+    "too short for any model": ("x.txt", b"Moi!", "4 bytes, but a model with a context of 2 needs 6 or more"),
     "a wrong field": (
         "x.jsonl",
         b'{"body": "a"}\n',
@@ -391,7 +392,7 @@ def test_what_is_no_text_is_one_clear_line(founder: Founder, tmp_path: Path, nam
 def test_one_line_is_too_short_to_learn_from(founder: Founder, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("just one line")
     ended = talkoot(*train(founder, tmp_path / "state", "--data", tmp_path / "x.txt"))
-    ended.is_one_clear_line("the text has 13 bytes, and a model with a context of 16 needs 34 or more")
+    ended.is_one_clear_line("the text has 13 bytes, but a model with a context of 16 needs 34 or more")
 
 
 def test_broken_and_foreign_checkpoints_are_one_clear_line(
@@ -402,14 +403,14 @@ def test_broken_and_foreign_checkpoints_are_one_clear_line(
     other = replace(invite, keys=replace(invite.keys, name="other"))
     given = ("--checkpoint", path.parent)
     talkoot("generate", "--join", other, *given).is_one_clear_line(
-        "is of the swarm village-", "and you join other-"
+        "belongs to the swarm village-", "but you are joining other-"
     )
-    talkoot("evaluate", text, "--join", other, *given).is_one_clear_line("is of the swarm village-")
+    talkoot("evaluate", text, "--join", other, *given).is_one_clear_line("belongs to the swarm village-")
     resume = train(founder, trained, "--resume", *given)
-    talkoot(*resume, "--join", other).is_one_clear_line("is of the swarm village-")
+    talkoot(*resume, "--join", other).is_one_clear_line("belongs to the swarm village-")
 
     path.write_bytes(path.read_bytes()[:-100])
-    talkoot(*resume).is_one_clear_line("no checkpoint in", "is whole: give another run's folder")
+    talkoot(*resume).is_one_clear_line("all checkpoints in", "are broken: pass another run's folder")
     assert f"passing over the checkpoint {path}: it can't be read" in caplog.text
     talkoot("generate", "--join", founder.invite, "--checkpoint", path).is_one_clear_line(
         "is not a whole checkpoint"

@@ -307,7 +307,7 @@ def test_what_is_not_of_the_form_is_refused(tensors: dict[str, Tensor], reason: 
 @pytest.mark.parametrize("age", [0, 8])
 def test_what_is_not_as_old_as_was_offered_is_refused(age: int) -> None:
     form = DenseForm.of(make_model(), SWARM)
-    with pytest.raises(StateError, match="another dense part than was offered"):
+    with pytest.raises(StateError, match="not the dense part that was offered"):
         form.from_bytes(form.to_bytes(tensors_of(make_model()), age), 7)
 
 

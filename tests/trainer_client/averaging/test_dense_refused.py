@@ -79,7 +79,7 @@ def test_a_dense_part_out_of_reach_of_own_steps_is_refused_and_its_trainer_left_
         victim = await square.trainer(trained(make_model(), 2, scale=0.01), 10)
         villain = await square.trainer(hostile(lambda model: [p.mul_(2) for p in model.parameters()]), 10)
         before = victim.part.read().tensors
-        with pytest.raises(StateError, match="further from this trainer's than") as refused:
+        with pytest.raises(StateError, match="further from this trainer's dense part than") as refused:
             await square.stepping(victim.average_with(square.info(villain)), victim.part)
         victim._note_failure(villain.peer_id, refused.value)
         assert villain.peer_id in victim.exchange.avoided()

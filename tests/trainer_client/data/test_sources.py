@@ -163,7 +163,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "x").mkdir(),
         r"no \.txt, \.jsonl or \.parquet file in",
     ),
-    "a pipe": (lambda folder: os.mkfifo(folder / "x"), "x is not a file: write what comes from it into one"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "x"), "x is not a file: write its output to a file"),
     "zeros": (lambda folder: write_bytes(folder / "x.bin", b"ab\0c"), "is not text: byte 2 is 0"),
     "latin 1": (
         lambda folder: write_bytes(folder / "x.txt", b"12345\xe4 "),
@@ -186,7 +186,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a number": (
         lambda folder: write_lines(folder / "x.jsonl", {"text": 3}),
-        "the field 'text' is no text: pass --field",
+        "the field 'text' is not text: pass --field",
     ),
     "another column": (
         lambda folder: write_parquet(folder / "x.parquet", body=["a"]),
@@ -194,7 +194,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a column of numbers": (
         lambda folder: write_parquet(folder / "x.parquet", text=[1]),
-        "the field 'text' is no text: pass --field",
+        "the field 'text' is not text: pass --field",
     ),
     "no Parquet": (
         lambda folder: write_bytes(folder / "x.parquet", b"PAR1 or not"),

@@ -282,7 +282,7 @@ def test_questions_that_do_not_fit_are_named_before_anything_is_learned(manifest
 def test_another_encoder_is_refused() -> None:
     check_encoder(SHELF, SHELF.encoder.sha256.hex())
     for other in (None, "00"):
-        with pytest.raises(SettingsError, match="by the encoder of another memory"):
+        with pytest.raises(SettingsError, match="with the encoder of another memory"):
             check_encoder(SHELF, other)
 
 

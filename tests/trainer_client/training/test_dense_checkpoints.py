@@ -189,7 +189,8 @@ def test_one_of_another_swarm_is_refused_and_not_passed_over(tmp_path: Path) -> 
     write(tmp_path, 3)
     write(tmp_path, 4, swarm_id="sauna-QmOther")
     with pytest.raises(
-        CheckpointError, match=r"4\.safetensors is of the swarm sauna-QmOther, and you join sauna-"
+        CheckpointError,
+        match=r"4\.safetensors belongs to the swarm sauna-QmOther, but you are joining sauna-",
     ):
         load_checkpoint(tmp_path, SWARM)
 

@@ -112,7 +112,7 @@ def test_what_is_changed_at_a_resume_is_named(tmp_path: Path, caplog: pytest.Log
     write_text(tmp_path, TEXT + "more")
     start(tmp_path / "state", make_settings(steps=20, clip_norm=0.5), resume=True)
     assert "resuming with other settings: clip_norm 0.5, not 1.0" in said(caplog)
-    assert "the text differs from the one that the checkpoint was trained on" in said(caplog)
+    assert "the text differs from the text that the checkpoint was trained on" in said(caplog)
     caplog.clear()
     write_text(tmp_path)
     start(tmp_path / "state", make_settings(), resume=True)
@@ -123,7 +123,7 @@ def test_what_is_changed_at_a_resume_is_named(tmp_path: Path, caplog: pytest.Log
     ("changes", "error"),
     [
         ({"tokenizer": "bpe"}, "tokenizer: the checkpoint's model has bytes, and can't change to bpe"),
-        ({"steps": 4}, "has done all of the 4 steps: pass more, such as --steps 8"),
+        ({"steps": 4}, "has already taken all 4 steps: pass a larger number, such as --steps 8"),
         ({"data": "nowhere.txt"}, "no file or folder nowhere.txt"),
         ({"steps": 9, "memory": "docs"}, "the checkpoint's model reads no memory, and can't begin to"),
     ],

@@ -34,4 +34,4 @@ def test_a_run_of_a_release_goes_on(folder: Path, tmp_path: Path, caplog: pytest
     assert len(ran.losses) == 2
     assert ran.losses[-1] < 5.5, "it has learned something in the first four steps"
     assert (copy / "6.safetensors").exists()
-    assert "differs from the one that the checkpoint was trained on" not in caplog.text
+    assert "differs from the text that the checkpoint was trained on" not in caplog.text
