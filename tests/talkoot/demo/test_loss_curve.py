@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from talkoot.demo.scenario import DemoResult, LossCurve, summary
+from peer.errors import UserError
+from talkoot.demo.scenario import DemoResult, LossCurve, judge, summary
 
 
 def lines(curve: LossCurve) -> list[str]:
@@ -64,3 +65,11 @@ def test_the_summary_says_what_happened(killed: int) -> None:
     said = summary(DemoResult(180, 5.6, 1.8, 5.6, 1.7, 3, killed, 128, 128, 3501.4, 0.8, 72.0))
     assert "180 steps in 72 s, at 3,501 tokens/s" in said
     assert ("1 of 3 nodes was killed" in said) == bool(killed)
+
+
+def test_a_demo_on_a_busy_machine_fails_only_if_it_did_not_learn_or_lost_experts() -> None:
+    judge(DemoResult(180, 5.6, 1.8, 5.6, 1.7, 3, 1, 128, 128, 35.4, 31.2, 337.0))
+    with pytest.raises(UserError, match="the validation loss fell by 2%"):
+        judge(DemoResult(180, 5.6, 5.5, 5.6, 5.5, 3, 1, 128, 128, 35.4, 0.8, 337.0))
+    with pytest.raises(UserError, match="only 85 of 128 experts are alive"):
+        judge(DemoResult(180, 5.6, 1.8, 5.6, 1.7, 3, 1, 128, 85, 35.4, 0.8, 337.0))
