@@ -235,7 +235,7 @@ class SwarmAdmission:
         if trainer == self._keys.author:
             return 0
         if badge is None:
-            raise RecordError("there is no badge")
+            raise RecordError("the badge is missing")
         grant = check_badge(badge, trainer, self._keys.swarm_id, self._founder_key)
         if session_pb2.RIGHT_FORWARD not in RIGHTS[grant.role]:
             raise RecordError(f"a {grant.role.word}'s token does not allow receipts")
@@ -350,7 +350,7 @@ def check_badge(badge: admission_pb2.Badge, peer_id: PeerID, swarm_id: str, foun
     """The founder's grant to this peer. Raises RecordError. Checks neither expiry nor revocation."""
     grant = _checked(badge.SerializeToString(deterministic=True), peer_id.to_bytes(), founder_key)
     if grant.swarm_id != swarm_id:
-        raise RecordError(f"the badge is of swarm {grant.swarm_id[:64]!r}")
+        raise RecordError(f"the badge is for swarm {grant.swarm_id[:64]!r}")
     return grant
 
 

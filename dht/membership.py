@@ -156,11 +156,11 @@ class Membership:
             self._in_vain += announced
             if self._in_vain < _LONELY_ROUNDS:
                 raise UnreachableError(
-                    f"no other peer returned what this one announced: rejoined by {len(joined)} addresses"
+                    f"no other peer returned what this one announced: rejoining through {len(joined)} addresses"
                 )
             if self._in_vain == _LONELY_ROUNDS:
                 logger.warning(
-                    "others answer, but none returns what this one announced: it goes on, and joins again every %.0f s",
+                    "others answer, but none returns what this peer announced: it continues, and rejoins every %.0f s",
                     self._dial_every_s,
                 )
             return
@@ -169,7 +169,7 @@ class Membership:
             raise UnreachableError("no other peer of the swarm answers")
         if self._lonely == _LONELY_ROUNDS:
             logger.warning(
-                "no other peer of the swarm answers: this one goes on alone, and looks for others %s",
+                "no other peer of the swarm answers: this one continues alone, and looks for others %s",
                 f"every {self._dial_every_s:.0f} s" if announced else "again and again",
             )
 

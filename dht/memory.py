@@ -122,7 +122,7 @@ class Passage:
             or max(len(message.title), len(message.source)) > MAX_LABEL_CHARACTERS
             or len(message.license) > MAX_LICENSE_CHARACTERS
         ):
-            raise WireError("a passage is longer than passages are")
+            raise WireError("the passage is too long")
         return cls(message.text, message.title, message.source, message.offset, message.license)
 
     def message(self) -> memory_pb2.Passage:
@@ -350,7 +350,7 @@ def prove(message: memory_pb2.ProvenPassage, info: ShardInfo) -> Proof:
         text, is_revoked = Place(info.root, message.position), passage is None
         leaf = message.hash if passage is None else passage.leaf(message.vector)
     if not proves(info.root, leaf, message.position, info.leaves, path):
-        raise WireError("a passage that is not in its shard: its text, its vector or its proof is forged")
+        raise WireError("the passage is not in its shard: its text, vector or proof is forged")
     return Proof(text, passage, message.vector, leaf, is_revoked)
 
 

@@ -148,14 +148,14 @@ def check_receipt(signed: credit_pb2.SignedReceipt, swarm_id: str, node: PeerID)
     except DecodeError as error:
         raise RecordError("the receipt can't be parsed") from error
     if receipt.swarm_id != swarm_id:
-        raise RecordError(f"the receipt is of swarm {receipt.swarm_id[:64]!r}")
+        raise RecordError(f"the receipt is for swarm {receipt.swarm_id[:64]!r}")
     if receipt.node != node.to_bytes():
         raise RecordError("the receipt is for another node")
     trainer = peer_id_of(signed.public_key)
     if receipt.trainer != trainer.to_bytes():
         raise RecordError("the receipt's key is not its trainer's")
     if trainer == node:
-        raise RecordError("nobody signs for itself")
+        raise RecordError("a peer can't sign for its own work")
     work = Work.of(receipt.work)
     if not work.is_sane or not work.pairs <= receipt.all_pairs <= MOST:
         raise RecordError("the receipt's totals don't fit together, or are too large")

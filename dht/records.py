@@ -161,7 +161,7 @@ class RecordValidator:
     def check(self, record: Record) -> None:
         """Raises RecordError, which says why the record is refused."""
         if not isinstance(record.value, bytes) or not isinstance(record.expires_at, int | float):
-            raise RecordError("a stored value is bytes with an expiry time")
+            raise RecordError("a stored value must be bytes with an expiry time")
         if len(record.value) > MAX_RECORD_BYTES + 16 or len(record.subkey) > 64:
             raise RecordError("the record is too large")
         try:
@@ -173,7 +173,7 @@ class RecordValidator:
         elif isinstance(value, bytes):
             self._check_signed(record, value, subkey)
         else:
-            raise RecordError("a value is a record (bytes) or an index entry (text)")
+            raise RecordError("a value must be a record (bytes) or an index entry (text)")
 
     def _check_signed(self, record: Record, value: bytes, subkey: object) -> None:
         """Checks the signature last, because that costs most."""
@@ -201,9 +201,9 @@ class RecordValidator:
 
     def _check_index_entry(self, record: Record, value: str, subkey: object) -> None:
         if not isinstance(record.value, bytes) or not isinstance(record.expires_at, int | float):
-            raise RecordError("a stored value is bytes with an expiry time")
+            raise RecordError("a stored value must be bytes with an expiry time")
         if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
-            raise RecordError("an index entry's value is the name of its key")
+            raise RecordError("an index entry's value must be the name of its key")
         self._check_swarm(value)
         if value.endswith(tuple(_LONG_LIVED.values())):
             raise RecordError("no index entries are under such a key")

@@ -87,7 +87,7 @@ def _decoded(data: bytes | memoryview) -> dict[str, tuple[npt.NDArray[Any], int]
     except StateError as error:
         raise WireError(f"a file of arrays: {error}") from error
     if metadata is not None:
-        raise WireError("a file of arrays with metadata, which it has no use for")
+        raise WireError("a file of arrays must not have metadata")
     arrays: dict[str, tuple[npt.NDArray[Any], int]] = {}
     for place in places:
         shape, dtype = place.form

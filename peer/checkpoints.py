@@ -144,7 +144,7 @@ def read_outline(data: bytes | memoryview, most: int) -> tuple[Any, list[Place]]
     except (ValueError, RecursionError) as error:
         raise StateError(f"it can't be read: {printable(str(error))}") from error
     if not isinstance(outline, dict):
-        raise StateError("it can't be read: its outline is no object")
+        raise StateError("it can't be read: its outline is not an object")
     metadata = outline.pop("__metadata__", None)
     places = sorted(
         (_read_place(name, entry, begin) for name, entry in outline.items()), key=lambda p: (p.start, p.end)
@@ -155,7 +155,7 @@ def read_outline(data: bytes | memoryview, most: int) -> tuple[Any, list[Place]]
             raise StateError("it can't be read: its tensors overlap, or leave gaps")
         end = place.end
     if end != len(data):
-        raise StateError("it can't be read: its tensors do not fill it")
+        raise StateError("it can't be read: its tensors do not fill the file")
     return metadata, places
 
 
@@ -189,7 +189,7 @@ def _read_place(name: str, entry: Any, begin: int) -> Place:
         raise StateError(f"it can't be read: {name!r} has too large a shape")
     if end - start != prod(shape) * dtype.itemsize or start % dtype.itemsize:
         raise StateError(
-            f"it can't be read: {name!r} is not as long as its shape says, or begins at an odd place"
+            f"it can't be read: {name!r} has a length that does not match its shape, or begins at the wrong place"
         )
     return Place(name, (tuple(shape), dtype), begin + start, begin + end)
 
@@ -227,7 +227,7 @@ def _tensors(data: bytes, places: Iterable[Place]) -> dict[str, Tensor]:
             tensors[place.name] = torch.empty(shape, dtype=dtype)
             continue
         if dtype is torch.bool and max(buffer[place.start : place.end]) > 1:
-            raise StateError(f"{place.name!r} has numbers in place of truth values")
+            raise StateError(f"{place.name!r} has numbers instead of truth values")
         flat = torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=place.start)
         tensors[place.name] = flat.reshape(shape)
     return tensors

@@ -106,7 +106,7 @@ def block_of_int4(width: int) -> int:
     """How many numbers of a row int4 rotates together. Raises WireError when 16 doesn't divide the width."""
     block = min(width & -width, _LARGEST_BLOCK)
     if block < _LEAST_BLOCK:
-        raise WireError(f"int4 needs a width that {_LEAST_BLOCK} divides, and it is {width}")
+        raise WireError(f"int4 needs a width that is a multiple of {_LEAST_BLOCK}, but it is {width}")
     return block
 
 

@@ -83,7 +83,7 @@ class PlainFile:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             os.close(descriptor)
-            raise OSError(errno.EINVAL, "it is no plain file", str(self.path))
+            raise OSError(errno.EINVAL, "it is not a plain file", str(self.path))
         return descriptor, (about.st_ino, about.st_mtime_ns, about.st_size)
 
 
@@ -103,7 +103,7 @@ def _protect(folder: Path) -> None:
         folder.chmod(stat.S_IMODE(about.st_mode) & ~0o022)
     elif others & stat.S_IWOTH:  # a group that root gave the folder may contain this user alone
         raise StateFolderError(
-            f"every user can write to the state folder {folder}: pass a folder in it as --state, which will be yours"
+            f"every user can write to the state folder {folder}: pass a new folder inside it as --state"
         )
     # anybody who could write here may have planted something before
     for path in folder.iterdir():

@@ -315,7 +315,7 @@ class Host:
         accepting = await self._accepting((*bootstrap, *remembered))
         if bootstrap and not accepting:
             raise UnreachableError(
-                f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine have a network "
+                f"none of the bootstrap addresses answers: {', '.join(bootstrap)}; does this machine have a network "
                 "connection, and does its firewall let it connect to these ports? If so, they may be gone for good: "
                 "ask for a new invite, which any node of the swarm writes with --invite-file"
             )
@@ -332,12 +332,13 @@ class Host:
             said = (self._transport.refusal_of(address.peer_id) for address in accepting)
             if refusals := {refusal for refusal in said if refusal}:
                 raise UnreachableError(
-                    f"no peer at the bootstrap addresses takes calls of this one ({'; '.join(sorted(refusals)[:3])}); "
+                    "no peer at the bootstrap addresses accepts calls from this one "
+                    f"({'; '.join(sorted(refusals)[:3])}); "
                     "update Talkoot, or ask for a new invite"
                 )
             raise UnreachableError(
                 f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
-                "other programs may have their ports now: ask for a new invite"
+                "other programs may be using these ports now: ask for a new invite"
             )
         for warning in self._doubts(replies):
             logger.warning("%s", warning)

@@ -164,7 +164,7 @@ def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = REC
     if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 4096:
         raise RecordError("the record's key is no RSA key of 2048 to 4096 bits")
     if key.public_numbers().e != _EXPONENT:
-        raise RecordError(f"the record's key has another exponent than {_EXPONENT}")
+        raise RecordError(f"the record's key does not have the exponent {_EXPONENT}")
     try:
         key.verify(signature, domain + data, _SIGNATURE_PADDING, hashes.SHA256())
     except InvalidSignature:
@@ -199,7 +199,7 @@ def _key_in(message: bytes) -> bytes:
     """The key in a libp2p key message. Raises ValueError."""
     key = message[len(_RSA_MESSAGE) + 2 :]
     if not 128 <= len(key) < 2**14 or message != key_message(key):
-        raise ValueError("not libp2p's message of an RSA key")
+        raise ValueError("not a libp2p message with an RSA key")
     return key
 
 

@@ -146,7 +146,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SettingsError(f"no file {path}: pass the path of one that is there") from None
+        raise SettingsError(f"there is no file {path}: pass the path of an existing file") from None
     except OSError as error:
         raise SettingsError(f"can't read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -219,7 +219,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                 if shard is None:
                     continue
                 if max(wanted.positions, default=0) >= len(shard):
-                    raise WireError(f"a passage after the last of {len(shard)}")
+                    raise WireError(f"there is no such passage: the shard has {len(shard)}")
                 reads.append((number, shard, list(wanted.positions)))
             reply = await self._compute(caller, store, partial(_read, reads))
             await self._up.take(reply.ByteSize())
@@ -332,9 +332,9 @@ def _vectors(request: memory_pb2.SearchRequest, dimensions: int) -> Vectors:
             f"queries of {len(request.vectors)} bytes: of {dimensions} each, 1 to {MAX_QUERIES} can be asked at once"
         )
     if not 1 <= request.k <= MAX_K:
-        raise WireError(f"{request.k} passages for each query: 1 to {MAX_K} can be asked for")
+        raise WireError(f"{request.k} passages for each query; ask for 1 to {MAX_K}")
     if not 1 <= len(request.shards) <= MAX_SEARCHED:
-        raise WireError(f"{len(request.shards)} shards: 1 to {MAX_SEARCHED} can be searched at once")
+        raise WireError(f"{len(request.shards)} shards; search 1 to {MAX_SEARCHED} at once")
     return np.frombuffer(request.vectors, np.int8).reshape(count, dimensions)
 
 

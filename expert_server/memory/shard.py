@@ -113,7 +113,7 @@ class Shard(ABC):
         kind = SecondaryShard if info.is_secondary else PrimaryShard
         shard = kind._of_arrays(decode_arrays(data), info.leaves, dimensions)
         if shard.root != info.root:
-            raise WireError("a shard of other passages than its root says")
+            raise WireError("the shard has other passages than its root says")
         return shard
 
     @classmethod
@@ -359,7 +359,7 @@ class PrimaryShard(Shard):
             place = begin + int.from_bytes(data[place:begin], "little")
             passages.append(data[begin:place])
         if place != len(data):
-            raise WireError("a shard with a block of other passages than it has")
+            raise WireError("a block of the shard has other passages than the shard")
         return passages
 
 
@@ -538,5 +538,5 @@ def _parsed(data: bytes) -> Passage:
         raise WireError("a shard with a passage that can't be parsed") from error
     passage = Passage.parse(message)
     if not data or passage.message().SerializeToString(deterministic=True) != data:
-        raise WireError("a shard with a passage that is not in its one form")
+        raise WireError("a passage in the shard is not in canonical form")
     return passage

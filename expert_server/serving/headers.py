@@ -131,7 +131,7 @@ class HeaderParser:
     ) -> ParsedHeader:
         if direction == "forward" or header.segment_lengths or header.positions or header.experts:
             raise WireError(
-                "a kept forward call is named in backward calls, without segments, positions and experts"
+                "only backward calls name a kept forward call, and without segments, positions and experts"
             )
         if header.sequences:
             raise WireError(_NO_SEQUENCES)
@@ -206,7 +206,7 @@ def parse_held(
     numbers, segments = header.sequences, len(assignment.lengths)
     if not numbers:
         if any(expert.held for expert in header.experts):
-            raise WireError("rows that are held, of sequences without numbers")
+            raise WireError("held rows need numbered sequences")
         return []
     if direction == "backward" or header.keep:
         raise WireError(_NO_SEQUENCES)

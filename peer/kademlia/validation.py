@@ -126,7 +126,7 @@ def unpack(data: bytes) -> str | bytes | int:
     """Unpacks a value or a subkey. Raises WireError."""
     value = _unpack(data, _refuse_type, max_array_len=0, max_map_len=0, max_ext_len=0)
     if type(value) not in (str, bytes, int):
-        raise WireError("a value of the DHT is text, bytes or a number")
+        raise WireError("a value in the DHT must be text, bytes or a number")
     return value  # type: ignore[no-any-return]  # just checked
 
 
@@ -134,7 +134,7 @@ def unpack_subkey(data: bytes) -> Subkey:
     """Raises WireError."""
     subkey = unpack(data) if len(data) <= MAX_SUBKEY_BYTES + 2 else None
     if subkey is None or not _is_subkey(subkey):
-        raise WireError("a subkey is a coordinate or a PeerID")
+        raise WireError("a subkey must be a coordinate or a PeerID")
     return subkey
 
 
@@ -150,7 +150,7 @@ def unpack_entries(data: bytes) -> Entries:
         raise WireError("not a dictionary")
     inner = _unpack(outer.data, _drop_type)
     if not isinstance(inner, list) or len(inner) != 3 or not isinstance(inner[2], list):
-        raise WireError("a dictionary has a size, an expiry and entries")
+        raise WireError("a dictionary must have a size, an expiry and entries")
     rows = inner[2] if len(inner[2]) <= MAX_ENTRIES else random.sample(inner[2], MAX_ENTRIES)
     return {row[0]: Entry(row[1], row[2]) for row in rows if _is_well_formed(row)}
 
@@ -200,7 +200,7 @@ def _unpack(data: bytes, hook: Any, **bounds: int) -> Any:
     try:
         return msgpack.unpackb(data, ext_hook=hook, raw=False, **bounds)
     except (ValueError, TypeError, RecursionError) as error:  # ValueError: includes all of msgpack's own
-        raise WireError("not packed as values of the DHT are") from error
+        raise WireError("not packed like a value in the DHT") from error
 
 
 def _mark_dictionary(code: int, data: bytes) -> msgpack.ExtType:

@@ -196,7 +196,7 @@ class Reservations:
                 return
             wait_s = bucket.take(1, self._clock())
             if wait_s > _ABUSE_S:
-                raise ConnectionError("it calls without end")
+                raise ConnectionError("it names callers without end")
             if not reply.circuit:
                 continue
             if wait_s or self._exit is None or self._circuits[relay.peer_id] >= _CIRCUITS_OF_RELAY:
@@ -205,9 +205,9 @@ class Reservations:
             try:
                 caller = read_peer(reply.caller)
             except ExpertError as error:
-                raise ConnectionError(f"it names a caller that is none: {error}") from error
+                raise ConnectionError(f"it names something that is not a caller: {error}") from error
             if len(reply.circuit) != CIRCUIT_BYTES:
-                raise ConnectionError("it names a circuit that is none")
+                raise ConnectionError("it names something that is not a circuit")
             accepting = self._accept(relay, reply.circuit, caller, self._exit)
             self._accepting.spawn(accepting, "accept a caller of a relay")
 

@@ -272,14 +272,16 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         try:
             async with asyncio.timeout(ACCEPT_S):
                 if not await reservation.turns.turn(session.near, session.name) or reservation.replies.full():
-                    self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "too many dial that peer", 1.0)
+                    self._refuse(
+                        "hasty", StatusCode.RESOURCE_EXHAUSTED, "too many callers are dialling that peer", 1.0
+                    )
                 self._offered[name] = circuit
                 reservation.replies.put_nowait(
                     relay_pb2.ReserveReply(circuit=name, caller=session.caller.to_bytes())
                 )
                 return await circuit.accepted
         except TimeoutError:
-            self._refuse("unaccepted", StatusCode.UNAVAILABLE, "that peer does not accept")
+            self._refuse("unaccepted", StatusCode.UNAVAILABLE, "that peer does not accept the circuit")
         finally:
             self._offered.pop(name, None)
 

@@ -190,7 +190,7 @@ class ChannelPool:
         then says why. Raises UnreachableError if no address of the peer can be called from here, or none answers.
         """
         if self._is_closed:  # late calls would open channels that nobody closes
-            raise UnreachableError("this peer stops, and calls nobody any more")
+            raise UnreachableError("this peer is stopping, and makes no more calls")
         ways = self._ways(peer)
         if not ways:
             raise UnreachableError(f"node {peer.peer_id} has no address that can be called from here")

@@ -284,7 +284,9 @@ class CallGate(grpc.aio.ServerInterceptor):
             self.refused.labels("hasty").inc()
             if wait_s > _ABUSE_S:
                 self._connections.punish(connection)
-            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "you call too often: wait a little", wait_s)
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED, "you call too often: try again a little later", wait_s
+            )
         try:
             loser = slots.take(slot, now)
         except ExpertError:

@@ -153,5 +153,5 @@ async def _cancel(tasks: Collection["asyncio.Task[Any]"]) -> None:
 def has_sha256(name: bytes, data: bytes) -> bytes:
     """Returns the data. Raises WireError if the name is not its SHA-256."""
     if hashlib.sha256(data).digest() != name:
-        raise WireError("its SHA-256 is another")
+        raise WireError("its SHA-256 does not match")
     return data

@@ -57,7 +57,7 @@ class RpcServer:
             within = self.connections.server
             within.bound(self.services.add_secure_port(within.to_bind, credentials))
         except RuntimeError as error:
-            raise PortError("can't listen in the temporary folder: set TMPDIR") from error
+            raise PortError("can't listen in the temporary folder: set TMPDIR to another folder") from error
         await self.services.start()
         return await self.connections.listen(host, port)
 

@@ -137,7 +137,7 @@ class Challenges:
         """Raises ExpertError (UNAUTHENTICATED) if it can't be used now."""
         made = challenge[:-_MAC_BYTES]
         if not hmac.compare_digest(challenge[-_MAC_BYTES:], self._mac(made)):
-            raise ExpertError(StatusCode.UNAUTHENTICATED, "this server gave no such challenge")
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "this server did not issue that challenge")
         age_s = self._clock() - self._began - struct.unpack_from(">d", made)[0]
         if age_s > self._lifetime_s:
             raise ExpertError(StatusCode.UNAUTHENTICATED, "the challenge is too old: ask for a new one")
@@ -237,9 +237,7 @@ class Sessions:
         session = self._sessions.get(key)
         if session is None or session.ends_at <= self._clock():
             self.events.labels("unknown").inc()
-            raise ExpertError(
-                StatusCode.UNAUTHENTICATED, "the call is in no session that is open here: open one"
-            )
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "the call belongs to no open session: open one")
         self._near[session.near].move_to_end(key)
         if session.rights.isdisjoint(rights):
             names = " or ".join(map(session_pb2.Right.Name, rights))
@@ -268,7 +266,8 @@ class Sessions:
         with self.counting_refusals():
             if request.ByteSize() > _MAX_REQUEST_BYTES:
                 raise ExpertError(
-                    StatusCode.INVALID_ARGUMENT, f"at most {_MAX_REQUEST_BYTES} bytes open a session"
+                    StatusCode.INVALID_ARGUMENT,
+                    f"a request to open a session has at most {_MAX_REQUEST_BYTES} bytes",
                 )
             statement = session_pb2.OpenStatement()
             try:
@@ -297,7 +296,7 @@ class Sessions:
         """The caller that signed the statement."""
         caller = peer_id_of(request.public_key)
         if statement.caller != caller.to_bytes():
-            raise ExpertError(StatusCode.UNAUTHENTICATED, "the key is not that of the caller named")
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "the key does not belong to the named caller")
         try:
             verify(request.public_key, request.statement, request.signature, SESSION_DOMAIN)
         except RecordError:

@@ -137,7 +137,7 @@ class SnapshotReceiver:
             raise StateError("a state must begin with its header")
         if header.total_bytes > self._max_bytes:
             raise StateError(
-                f"a state of {header.total_bytes} bytes; in this swarm at most {self._max_bytes}"
+                f"a state of {header.total_bytes} bytes; at most {self._max_bytes} are possible in this swarm"
             )
         if header.update_count > MAX_UPDATE_COUNT:
             raise StateError(f"a state after {header.update_count} updates; nobody takes so many")
@@ -350,7 +350,7 @@ async def outgoing(
     end.
     """
     if offset > len(data):
-        raise WireError(f"offset {offset} of {len(data)} bytes")
+        raise WireError(f"offset {offset} is beyond the {len(data)} bytes of the snapshot")
     yield state_pb2.FetchReply(header=header)
     for chunk in chunked(data, offset):
         await up.take(len(chunk))

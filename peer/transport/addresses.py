@@ -65,7 +65,7 @@ class Multiaddress(str):
         kinds = tuple(protocol for protocol, _ in parts)
         if kinds[1:] not in _FORMS or kinds[0] not in _HOSTS:
             raise AddressError(
-                "a multiaddress of a peer is /ip4/…/tcp/…/p2p/…, and may go on /p2p-circuit/p2p/…"
+                "a multiaddress of a peer is /ip4/…/tcp/…/p2p/…, optionally followed by /p2p-circuit/p2p/…"
             )
         self = super().__new__(cls, _text(parts))
         host, port = (protocol.read(value) for protocol, value in parts[:2])
@@ -241,7 +241,7 @@ def _parsed(text: str) -> _Parts:
     for word in rest:
         protocol = _BY_NAME.get(word)
         if protocol is None:
-            raise AddressError("a multiaddress of a kind that is not known here")
+            raise AddressError("the multiaddress is of an unknown kind")
         parts.append((protocol, b"" if protocol.size == 0 else protocol.write(next(rest, ""))))
     return parts
 
@@ -263,11 +263,11 @@ def _decoded(data: bytes) -> _Parts:
         code, at = _read_varint(data, at)
         protocol = _BY_CODE.get(code)
         if protocol is None:
-            raise AddressError("a multiaddress of a kind that is not known here")
+            raise AddressError("the multiaddress is of an unknown kind")
         size, at = _read_varint(data, at) if protocol.size is None else (protocol.size, at)
         value = data[at : at + size]
         if len(value) != size:
-            raise AddressError("a multiaddress that is cut off")
+            raise AddressError("the multiaddress is cut off")
         parts.append((protocol, value))
         at += size
     return parts
@@ -287,4 +287,4 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return number, at
-    raise AddressError("a multiaddress that is cut off")
+    raise AddressError("the multiaddress is cut off")

@@ -96,7 +96,7 @@ class UncheckedContact:
         """The contact, if its peer signed it and it is valid now. Raises RecordError."""
         # this form also refuses NaN
         if not now < self.statement.expires_at <= now + LIFETIME_S + CLOCK_TOLERANCE_S:
-            raise RecordError("the contact has expired, or would hold for more than an hour")
+            raise RecordError("the contact has expired, or is valid for more than an hour")
         content = self.content()
         key = certificate_key(self.statement.certificate, self.peer_id)
         verify(key, self.message.statement, self.message.signature, CONTACT_DOMAIN)
@@ -111,7 +111,7 @@ class UncheckedContact:
         relayed = [a for a in relayed if a.is_relayed and a.peer_id == self.peer_id]
         libp2p = [a for a in libp2p if a.peer_id == self.peer_id]
         if not (direct or relayed or libp2p):
-            raise RecordError("the contact has no address of a kind that is known here")
+            raise RecordError("the contact has no address of a known kind")
         return Contact(
             self.peer_id,
             said.sequence,

@@ -153,7 +153,7 @@ class Libp2p:
             try:
                 await self._running().serve_streams(protocol, handler)
             except UnreachableError as error:
-                logger.warning("%s is served when the libp2p daemon runs again: %s", protocol, error)
+                logger.warning("%s will be served when the libp2p daemon runs again: %s", protocol, error)
 
     def _running(self) -> "Daemon":
         """Raises UnreachableError."""
@@ -231,7 +231,7 @@ class Libp2p:
                 await self._launch()
             except UserError as error:
                 if str(error) != self._problem:
-                    logger.warning("the libp2p daemon can't be started again: %s; trying on", error)
+                    logger.warning("the libp2p daemon can't be restarted: %s; still trying", error)
                 self._problem = str(error)
             else:
                 self._problem = ""

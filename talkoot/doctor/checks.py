@@ -335,7 +335,8 @@ def check_traffic(manifest: Manifest, line: Finding | None = None) -> Finding:
     return Finding(
         name="traffic",
         verdict=Verdict.OK if carries else Verdict.WEAK,
-        says=f"this line carries {trainer:,.0f} tokens/s for a trainer, and one node's part of {node:,.0f}: {takes}",
+        says=f"this line carries {trainer:,.0f} tokens/s of a trainer, or a node's part of {node:,.0f} tokens/s: "
+        f"{takes}",
         fix=""
         if carries
         else "a cable may be faster than Wi-Fi; --experts with a small number makes less traffic",

@@ -202,7 +202,7 @@ def test_toml_without_a_preset_is_completed_by_that_of_its_experts(tmp_path: Pat
         ('name = "sauna"\n[wire]\ncodec = "int2"', "wire.codec must be 'fp32', "),
         (
             'name = "sauna"\n[model]\nhidden = 72\n[wire]\ncodec = "int4"',
-            "int4 needs a width that 16 divides, and it is 72",
+            "int4 needs a width that is a multiple of 16, but it is 72",
         ),
         ('name = "sauna"\npreset = "best"', "preset must be 'transformer', 'ffn', 'paper' or 'none'"),
         ('name = "sauna"\npreset = ["ffn"]', "preset must be 'transformer', 'ffn', 'paper' or 'none'"),

@@ -140,7 +140,7 @@ def test_two_halves_of_a_swarm_find_each_other(play: Play, long_lives: None) -> 
         assert first.swarm.host.peers() == second.swarm.host.peers() == frozenset()
         assert set(second.runtime.experts) == set(UIDS), "nothing is known of the other half"
 
-        with pytest.raises(UnreachableError, match="rejoined by 1 addresses"):
+        with pytest.raises(UnreachableError, match="rejoining through 1 addresses"):
             await apart.membership.check(announced=True)
         await village.run(second)
         both = Counter([*first.runtime.experts, *second.runtime.experts])
@@ -183,7 +183,7 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
         swarm.host.dht.backoff.failed(first.swarm.host.peer_id, now())  # as after a call
         assert await swarm.registry.nodes([swarm.host.peer_id]), "its own store answers"
         assert not await swarm.registry.is_seen_by_others()
-        with pytest.raises(UnreachableError, match=r"no other peer returned .* rejoined by"):
+        with pytest.raises(UnreachableError, match=r"no other peer returned .* rejoining through"):
             await swarm.membership.check(announced=True)
         assert swarm.membership.rejoined == 1
         assert not swarm.host.dht.backoff.holds_back(first.swarm.host.peer_id, now())
@@ -241,7 +241,7 @@ def test_the_last_peer_says_that_nobody_answers_and_goes_on_alone(
                 await check(announced=True)
         for _ in range(3):
             await check(announced=True)
-        assert caplog.text.count("this one goes on alone") == 1
+        assert caplog.text.count("this one continues alone") == 1
         await village.join(1, await first.swarm.invite(), experts=2, spare=0)
         await first._publish_record()
         await check(announced=True)

@@ -50,7 +50,7 @@ def test_other_widths_are_refused(width: int) -> None:
         lambda: encode(np.zeros((1, width), np.float32), INT4),
         lambda: decode(bytearray(width), width, INT4),
     ):
-        with pytest.raises(WireError, match=f"a width that 16 divides, and it is {width}"):
+        with pytest.raises(WireError, match=f"a width that is a multiple of 16, but it is {width}"):
             use()
 
 

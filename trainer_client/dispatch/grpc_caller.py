@@ -97,9 +97,7 @@ class ReplyAssembler:
         is_empty = not (reply.experts or reply.rows or chunk or reply.kept)
         if is_empty or self._kept or len(chunk) > MAX_CHUNK_BYTES:
             what = f"{len(reply.experts)} experts, {len(reply.rows)} blocks of rows and {len(chunk)} bytes"
-            raise WireError(
-                f"a message of {what}, {'after the last' if self._kept else 'which has no place'}"
-            )
+            raise WireError(f"an unexpected message of {what}")
         for expert in reply.experts:
             yield self._reply_of(expert)
         blocks = deque(reply.rows)
@@ -149,7 +147,7 @@ class ReplyAssembler:
         answered = _answered(rows, self._batch, places)
         experts = self._batch.experts[places][answered]
         if not self._computed[experts].all():
-            raise WireError("an expert in an answer that has not said that it has computed")
+            raise WireError("an answer names an expert that has not reported a result")
         size = encoded_bytes(len(places), self._width, self._codec)
         if rows.payload_bytes != size:
             raise WireError(f"a tensor of {rows.payload_bytes} bytes; expected {size}")
@@ -196,7 +194,7 @@ def _answered(rows: expert_pb2.AnsweredRows, batch: NodeBatch, places: Integers)
     bits = np.uint64(1) << batch.ranks[places].astype(np.uint64)
     answered: Booleans = asked & (masks & bits != 0)
     if not masks.all() or (np.where(answered, bits, np.uint64(0)).sum(axis=1, keepdims=True) != masks).any():
-        raise WireError("an answer of no expert, or of one that its row was not sent to")
+        raise WireError("an answer names no expert, or one to which its row was not sent")
     return answered
 
 
@@ -331,7 +329,7 @@ class GrpcCaller:
             raise ExpertError(StatusCode.UNAVAILABLE, str(error)) from error
         except TimeoutError as error:
             raise ExpertError(
-                StatusCode.DEADLINE_EXCEEDED, f"no way led to {node.peer_id} in time"
+                StatusCode.DEADLINE_EXCEEDED, f"{node.peer_id} could not be reached in time"
             ) from error
 
     async def _session(self, node: NodeInfo, channel: grpc.aio.Channel, deadline_s: float) -> Metadata | None:

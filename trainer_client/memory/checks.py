@@ -112,9 +112,9 @@ class Ask:
             if position >= shard.leaves or (number, position) in places:
                 raise WireError("a passage that the shard does not have, or the same one twice")
             if last is not None and score > last:
-                raise WireError("passages that are not in the order of their scores")
+                raise WireError("passages are not in the order of their scores")
             if bool(text) != shard.is_secondary or text > len(text_roots):
-                raise WireError("a passage whose text is nowhere")
+                raise WireError("the text of a passage is nowhere")
             last = score
             places.add((number, position))
             place = Place(shard.root, position)

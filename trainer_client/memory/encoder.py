@@ -220,7 +220,7 @@ class DualEncoder:
         if weight.shape != (1,) or not 0 <= float(weight[0]) <= MAX_WORD_WEIGHT:
             raise WireError("an encoder whose weight of words is no number from 0 to 4")
         if questions.dimensions != passages.dimensions:
-            raise WireError("an encoder of questions with other vectors than those of its passages")
+            raise WireError("the vectors of the question encoder do not match those of the passage encoder")
         return cls(questions, passages, float(weight[0]))
 
     def to_bytes(self) -> bytes:

@@ -640,7 +640,7 @@ def check_query(texts: Sequence[str], k: int, cells: int) -> None:
     if not 1 <= k <= MOST_WANTED:
         raise DataError(f"{k} passages were asked for: ask for 1 to {MOST_WANTED}")
     if cells < 1:
-        raise DataError(f"{cells} cells were asked for: at least 1 is searched")
+        raise DataError(f"{cells} cells were asked for: ask for at least 1")
     longest = max(map(len, texts), default=0)
     if longest > MOST_CHARACTERS:
         raise DataError(f"a question of {longest} characters: shorten it to {MOST_CHARACTERS}")

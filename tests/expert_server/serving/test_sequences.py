@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[Callable[[Call], object], str]] = {
     "too few numbers": (holding(1), "1 different numbers of sequences for 2 segments"),
     "too many numbers": (holding(1, 2, 3), "3 different numbers of sequences for 2 segments"),
     "a number twice": (holding(1, 1), "1 different numbers of sequences for 2 segments"),
-    "no numbers": (holding(held=[[0, 1]]), "rows that are held, of sequences without numbers"),
+    "no numbers": (holding(held=[[0, 1]]), "held rows need numbered sequences"),
     "too few counts": (holding(1, 2, held=[[1]]), "1 counts of held rows for the 2 segments of expert 0.0.0"),
     "too many counts": (holding(1, 2, held=[[0, 0, 0]]), "3 counts of held rows for the 2 segments"),
     "more than there can be": (

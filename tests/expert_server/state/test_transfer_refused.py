@@ -86,7 +86,7 @@ DATA = packed(make_expert(3))
 
 
 WRONG: dict[str, tuple[Callable[[state_pb2.FetchRequest], Replies], str]] = {
-    "claims 1 GB": (sends(DATA, total_bytes=2**30), "a state of 1073741824 bytes; in this swarm at most"),
+    "claims 1 GB": (sends(DATA, total_bytes=2**30), "a state of 1073741824 bytes; at most"),
     "a wrong checksum": (sends(DATA, sha256=bytes(32)), "checksum does not match"),
     "a flipped bit": (sends(DATA[:-1] + bytes([DATA[-1] ^ 1]), sha256=hashlib.sha256(DATA).digest()), "checksum"),
     "longer": (sends(DATA, total_bytes=len(DATA) - 700), "longer than its header says"),

@@ -120,7 +120,7 @@ def test_a_closed_pool_calls_nobody_any_more(pem: bytes) -> None:
         pool = ChannelPool()
         async with victim() as here:
             await pool.close()
-            with pytest.raises(UnreachableError, match="this peer stops"):
+            with pytest.raises(UnreachableError, match="this peer is stopping"):
                 await pool.reach(Named(peer(0), (here.endpoint,), pem))
             assert not here.dials
             assert not pool._channels, "it leaks"

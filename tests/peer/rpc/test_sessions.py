@@ -95,7 +95,7 @@ def test_a_challenge_is_of_use_for_half_a_minute_and_at_its_server(server: Ident
     time = [1000.0]
     sessions = make_sessions(server, clock=lambda: time[0])
     other = statement_of(alice, server, make_sessions(server))
-    refused(sessions, other, StatusCode.UNAUTHENTICATED, "gave no such challenge")
+    refused(sessions, other, StatusCode.UNAUTHENTICATED, "did not issue that challenge")
     request = statement_of(alice, server, sessions)
     time[0] = 1031.0
     refused(sessions, request, StatusCode.UNAUTHENTICATED, "too old: ask for a new one")
@@ -122,7 +122,7 @@ def test_a_caller_has_one_session_for_each_set_of_rights(server: Identity, alice
     second = sessions.open(statement_of(alice, server, sessions, rights=(FORWARD,))).session
     assert sessions.find(second, FORWARD).caller == alice.peer_id
     assert sessions.find(other, session_pb2.RIGHT_DHT).caller == alice.peer_id
-    with pytest.raises(ExpertError, match="in no session"):
+    with pytest.raises(ExpertError, match="belongs to no open session"):
         sessions.find(first, FORWARD)
     assert len(sessions) == 2
 
@@ -135,7 +135,7 @@ def test_nobody_opens_a_session_in_anothers_name(server: Identity, alice: Identi
         public_key=bob.public_key,
         signature=bob.sign(request.statement, SESSION_DOMAIN),
     )
-    refused(sessions, stolen, StatusCode.UNAUTHENTICATED, "not that of the caller")
+    refused(sessions, stolen, StatusCode.UNAUTHENTICATED, "does not belong to the named caller")
     stolen.public_key = alice.public_key
     refused(sessions, stolen, StatusCode.UNAUTHENTICATED, "signature is wrong")
     of_a_record = session_pb2.OpenRequest(

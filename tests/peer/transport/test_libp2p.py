@@ -211,7 +211,7 @@ def test_a_p2pd_that_dies_as_a_protocol_is_added_serves_it_when_it_runs_again(
             assert await ask(hidden, public, b"hello") == identities[1].peer_id.to_bytes() + b"hello"
 
     play(loop, scenario())
-    assert f"{ECHO} is served when the libp2p daemon runs again: p2pd has gone" in caplog.text
+    assert f"{ECHO} will be served when the libp2p daemon runs again: p2pd has gone" in caplog.text
 
 
 def test_one_behind_a_router_listens_nowhere_on_loopback(
@@ -286,7 +286,7 @@ def test_a_p2pd_that_does_not_start_again_is_tried_for_ever_with_bounded_pauses(
     waits = [after - before for before, after in pairwise(tries)]
     assert len(tries) == 9
     assert all(wait >= 0.9 * pause for wait, pause in zip(waits, (0.05, 0.1, *[0.2] * 5), strict=False))
-    assert caplog.text.count("can't be started again: no p2pd for this test") == 1, "said once"
+    assert caplog.text.count("can't be restarted: no p2pd for this test") == 1, "said once"
     assert "could not supervise the libp2p daemon" in caplog.text
 
 

@@ -112,7 +112,7 @@ def test_whether_the_line_carries_the_swarms_traffic_is_told() -> None:
     line = judge_bandwidth([link(up=3 * traffic.upload_mbit, down=3 * traffic.download_mbit)], manifest, "")
     found = check_traffic(manifest, line)
     assert found.verdict is Verdict.OK
-    assert found.says.startswith("this line carries 3,000 tokens/s for a trainer, and one node's part of ")
+    assert found.says.startswith("this line carries 3,000 tokens/s of a trainer, or a node's part of ")
     assert (
         f"take a trainer {traffic.upload_mbit:.1f} Mbit/s up and {traffic.download_mbit:.1f} down"
         in found.says

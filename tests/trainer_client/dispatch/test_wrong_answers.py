@@ -116,7 +116,7 @@ WRONG = {
     "all rows, and one expert has not answered": ((computed(0), block([], 2 * BYTES), chunk(2 * BYTES)), []),
     "a mask too few": ((computed(0), block([0, 1, 2], masks=[1, 1]), chunk()), []),
     "a mask too many": ((computed(0), block([0, 1, 2], masks=[1] * 4), chunk()), []),
-    "an answer of no expert": ((computed(0), block([0, 1, 2], masks=[1, 0, 1]), chunk()), []),
+    "an answer names no expert": ((computed(0), block([0, 1, 2], masks=[1, 0, 1]), chunk()), []),
     "an answer of an expert not asked": ((computed(0, 1), block([0, 1, 2], masks=[1, 2, 1]), chunk()), []),
     "an answer of a 64th expert": ((computed(0), block([0, 1, 2], masks=[1, 1, 2**63]), chunk()), []),
     "products in a forward call": ((computed(0), block([0, 1, 2], products=[1, 1, 1]), chunk()), []),
