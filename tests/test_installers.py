@@ -133,7 +133,7 @@ def test_dry_run_changes_nothing(home: UvHome, has_uv: bool) -> None:
 
 def test_half_an_installation_is_mended_by_running_it_again(home: UvHome) -> None:
     home.add_uv()
-    assert_refused(home.install(FAKE_UV_BREAKS="1"), "and its message above says why")
+    assert_refused(home.install(FAKE_UV_BREAKS="1"), "see its message above")
     ended = home.install()
     assert ended.returncode == 0, ended.stderr
     assert home.talkoot("--version").returncode == 0
