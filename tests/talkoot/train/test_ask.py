@@ -187,7 +187,7 @@ def test_what_can_not_be_answered_is_one_clear_line(
     long = tmp_path / "long.jsonl"
     long.write_text(questions.read_text() + json.dumps({"question": "why? " * 20, "answers": []}) + "\n")
     talkoot(*train(founder, new, *learning(questions), "--data", long)).is_one_clear_line(
-        "question 41, 'why? why? ", "tokens", "shorten it"
+        "question 41, 'why? why? ", "tokens", "shorten the question"
     )
 
 
