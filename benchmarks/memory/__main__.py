@@ -63,12 +63,14 @@ class Extent:
     """Passages in the memory of which a host is killed; 0: that part is left out."""
     nodes: Sequence[int]
     """The sizes of the simulated swarms."""
+    searchers: int
+    """Peers that make their first search in each of them. How long it takes depends on the query."""
 
 
 FULL = Extent(
-    math.inf, 1000, 2000, 1_000_000, 100_000, 4.0, 1000, tuple(lying.KINDS), 4_000, (100, 1000, 10_000)
+    math.inf, 1000, 2000, 1_000_000, 100_000, 4.0, 1000, tuple(lying.KINDS), 4_000, (100, 1000, 10_000), 20
 )
-QUICK = Extent(8e5, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,))
+QUICK = Extent(8e5, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,), 6)
 
 
 class Parts:
@@ -130,7 +132,9 @@ class Parts:
 
     def hops(self) -> dict[str, Any]:
         memory, _ = self._built
-        return hops.measure(memory, self._written, self._questions(60), self._extent.nodes, 6)
+        return hops.measure(
+            memory, self._written, self._questions(60), self._extent.nodes, self._extent.searchers
+        )
 
     def lying(self) -> dict[str, Any]:
         memory, _ = self._built

@@ -57,8 +57,7 @@ def measure(memory: BuiltMemory, passages: int, queries: int, folder: Path) -> d
     np.save(folder / "queries.npy", asked_QD)
     found = run_apart("benchmarks.memory.large", [str(folder), str(folder / "queries.npy")], _HOST_LIMIT_S)
     recalls = []
-    for row, scores in enumerate(found.pop("scores")):
-        exact = max_scores(asked_QD[row : row + 1], vectors_ND)
+    for scores, exact in zip(found.pop("scores"), best_scores(asked_QD, vectors_ND), strict=True):
         recalls.append(sum(score >= exact[-1] for score in scores) / len(exact))
     disk = sum(info.size for info in manifest.shards)
     plain = text_bytes + vectors_ND.nbytes
@@ -74,13 +73,14 @@ def measure(memory: BuiltMemory, passages: int, queries: int, folder: Path) -> d
     }
 
 
-def max_scores(query_1D: NDArray[np.int8], vectors_ND: NDArray[np.int8]) -> list[float]:
-    """The ten best scores among all passages, best first."""
-    scores: list[float] = []
+def best_scores(queries_QD: NDArray[np.int8], vectors_ND: NDArray[np.int8]) -> list[list[float]]:
+    """The ten best scores of each query among all passages, best first."""
+    scores: list[list[float]] = [[] for _ in queries_QD]
     for begin in range(0, len(vectors_ND), _ROWS_AT_ONCE):
-        (part,) = exact_scores(query_1D, vectors_ND[begin : begin + _ROWS_AT_ONCE])
-        scores += part[best(part, K)].tolist()
-    return sorted(scores, reverse=True)[:K]
+        parts = exact_scores(queries_QD, vectors_ND[begin : begin + _ROWS_AT_ONCE])
+        for some, part in zip(scores, parts, strict=True):
+            some += part[best(part, K)].tolist()
+    return [sorted(some, reverse=True)[:K] for some in scores]
 
 
 def host(folder: Path, queries: Path) -> dict[str, Any]:
