@@ -52,7 +52,7 @@ def search(node: NodeVictim, question: str) -> list[dict[str, Any]]:
     return passages
 
 
-@pytest.mark.timeout(900)  # four processes start, one after the other
+@pytest.mark.timeout(900)  # three processes start, one after the other
 def test_a_memory_is_built_published_found_and_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,9 +62,9 @@ def test_a_memory_is_built_published_found_and_taken_back(
     built = talkoot("memory", "build", texts, "-o", folder, "--name", "subjects", "--license", "CC0-1.0")
     assert built.status == 0, built.err
     with contextlib.ExitStack() as stack:
-        node = stack.enter_context(founder(tmp_path, MANIFEST_TOML, experts=4, **QUICK))
-        for name in ("first", "second"):
-            stack.enter_context(member(tmp_path, node.invite, name, experts=0, memory_disk="100MB", **QUICK))
+        hosting = {"experts": 0, "memory_disk": "100MB", **QUICK}
+        node = stack.enter_context(founder(tmp_path, MANIFEST_TOML, **hosting))
+        stack.enter_context(member(tmp_path, node.invite, "second", **hosting))
         own = ("--state", str(node.state), "--host", "127.0.0.1", "--announce-every-s", "2", "--p2pd", "off")
         publish = ("memory", "publish", str(folder), *own, "--log-format", "json")
         with subprocess.Popen(command(*publish), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as killed:
